@@ -1,0 +1,265 @@
+"""The configuration of a run: one frozen, typed tree. A field's unit is in its name and its meaning in its docstring.
+
+Each node checks its own fields here; what ties two fields together stands in rules.py. ``load.py`` builds the tree from
+a YAML file and ``section.field=value`` overrides.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+
+class Node(BaseModel):
+    """Base of every section: immutable, no unknown keys, docstrings kept for ``--help`` and the JSON schema."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class RopeScaling(Node):
+    """Frequency scaling of Llama 3.1 (Grattafiori et al. 2024, arXiv 2407.21783; parameters as in its config.json)."""
+
+    factor: PositiveFloat = 8.0
+    """How many times longer the context became."""
+    low_freq_factor: PositiveFloat = 1.0
+    """Wavelengths above ``original_max_position / low_freq_factor`` tokens are stretched by ``factor``."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Wavelengths below ``original_max_position / high_freq_factor`` tokens stay as they are."""
+    original_max_position: PositiveInt = 8192
+    """Context length in tokens before the extension."""
+
+
+class ModelConfig(Node):
+    """A Llama-style decoder (RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases)."""
+
+    preset: str | None = None
+    """Name of a preset (``llama2-7b`` … ``debug``) whose values fill every field not given here."""
+    num_layers: PositiveInt = 4
+    """Number of transformer layers."""
+    hidden_size: PositiveInt = 256
+    """Width of the residual stream."""
+    ffn_hidden_size: PositiveInt = 704
+    """Width of the SwiGLU hidden layer."""
+    num_attention_heads: PositiveInt = 8
+    """Number of query heads."""
+    num_query_groups: PositiveInt = 4
+    """Number of key/value heads; equal to ``num_attention_heads`` for multi-head attention."""
+    head_dim: PositiveInt | None = None
+    """Width of one head; ``hidden_size / num_attention_heads`` if not given."""
+    vocab_size: PositiveInt | None = None
+    """Words of the vocabulary, without padding; taken from the tokenizer if not given."""
+    max_seq_length_tokens: PositiveInt = 4096
+    """Longest context that the model is meant for; written into the Hugging Face export."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Epsilon inside RMSNorm's root."""
+    rope_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1's frequency scaling, or none."""
+    tie_embeddings: bool = False
+    """Use one matrix for the input embedding and the output projection."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of initial weights; output projections of a layer get it divided by sqrt(2 num_layers)."""
+
+    @property
+    def kv_channels(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class Source(Node):
+    """One token file of a mixture."""
+
+    path: str
+    """Prefix of a megatron ``.bin``/``.idx`` pair, as ``prepare`` writes it (without the ending)."""
+    weight: PositiveFloat = 1.0
+    """Share of this source in the mixture; weights are normalised to sum to one."""
+
+
+class DataConfig(Node):
+    """Token files and how samples are cut from them."""
+
+    train: tuple[Source, ...] = ()
+    """Sources of the training mixture."""
+    eval: tuple[Source, ...] = ()
+    """Held-out sources; if empty, ``eval_fraction`` of the documents of every training source is held out."""
+    eval_fraction: float = Field(0.01, ge=0.0, lt=1.0)
+    """Share of each training source's documents that is held out when ``eval`` is empty; 0 for none."""
+    tokenizer: str | None = None
+    """Folder or file of the tokenizer (SentencePiece ``.model`` or Hugging Face ``tokenizer.json``)."""
+    seq_length_tokens: PositiveInt = 256
+    """Tokens of one sample."""
+    packing: Literal["concatenate", "isolate"] = "concatenate"
+    """``concatenate``: documents follow each other and attention crosses their boundaries (the classic); ``isolate``:
+    attention and positions start anew at every document and no token is predicted across a boundary."""
+    prefetch_batches: PositiveInt = 2
+    """Micro batches read ahead by a background thread."""
+
+
+class ParallelConfig(Node):
+    """How the model and the batch are divided over processes."""
+
+    dp: PositiveInt | None = None
+    """Data-parallel replicas; if not given, what the number of processes leaves (1 when starting processes here)."""
+    tp: PositiveInt = 1
+    """Tensor-parallel size (Shoeybi et al. 2019, arXiv 1909.08053)."""
+    pp: PositiveInt = 1
+    """Pipeline-parallel size (1F1B; Narayanan et al. 2021, arXiv 2104.04473)."""
+    vpp: PositiveInt = 1
+    """Model chunks per pipeline stage; over 1 means the interleaved schedule."""
+    cp: PositiveInt = 1
+    """Context-parallel size: each sample's tokens are divided over this many processes in zigzag order."""
+    sequence_parallel: bool | None = None
+    """Divide norms and residuals along the sequence within a tensor-parallel group; on by default when tp > 1."""
+    stage_layers: tuple[PositiveInt, ...] | None = None
+    """Layers of each of the pp*vpp model chunks in the order of the layers, for uneven pipelines; even if not given."""
+    distributed_optimizer: bool = True
+    """Divide optimizer state over the data-parallel group (ZeRO stage 1; Rajbhandari et al. 2019, arXiv 1910.02054)."""
+    overlap: bool | None = None
+    """Overlap gradient reduction, parameter gathering and pipeline sends with compute; on by default with NCCL."""
+    bucket_size: PositiveInt | None = None
+    """Parameters in one gradient bucket; megatron-core's choice if not given."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in backward: none, those of ``recompute_modules``, or whole layers."""
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = ("core_attn",)
+    """Modules recomputed when ``recompute`` is ``selective``."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """With ``full``: ``uniform`` checkpoints every group of ``recompute_num_layers`` layers; ``block`` recomputes the
+    first ``recompute_num_layers`` layers of each chunk and stores the others whole."""
+    recompute_num_layers: PositiveInt = 1
+    """See ``recompute_method``."""
+
+
+class RampUp(Node):
+    """Linear growth of the global batch size at the start of a run (as in GPT-3 and Megatron-LM)."""
+
+    start: PositiveInt
+    """Global batch size in samples at the first step."""
+    increment: PositiveInt
+    """Samples added at each stage."""
+    samples: PositiveInt
+    """Samples over which the size grows to ``train.global_batch_size``."""
+
+
+class GuardConfig(Node):
+    """When a training step is not applied."""
+
+    spike_zscore: PositiveFloat | None = 6.0
+    """A step whose loss or gradient norm lies this many robust standard deviations (1.4826 MAD) over the median of the
+    window is skipped; none switches spike detection off. NaN and infinity are always skipped."""
+    spike_window_steps: PositiveInt = 128
+    """Applied steps that the median and deviation are taken over."""
+    spike_min_steps: PositiveInt = 32
+    """Applied steps before spike detection begins."""
+    max_consecutive_skips: PositiveInt = 10
+    """That many skipped steps in a row stop the run with exit status 1."""
+
+
+class TrainConfig(Node):
+    """Batch, length and precision of the run."""
+
+    global_batch_size: PositiveInt = 8
+    """Samples of one optimizer step."""
+    micro_batch_size: PositiveInt = 1
+    """Samples of one forward pass of one data-parallel replica."""
+    steps: PositiveInt = 100
+    """Optimizer steps of the run."""
+    rampup: RampUp | None = None
+    """Growth of the global batch size at the start."""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """``bf16``: bf16 compute with fp32 main gradients, master weights and moments; ``fp32``: everything in fp32."""
+    eval_interval_steps: PositiveInt | None = None
+    """Steps between evaluations on held-out data; none: only after the last step."""
+    eval_samples: PositiveInt = 64
+    """Held-out samples of one evaluation."""
+    deterministic: bool = False
+    """Bitwise repeatable steps (slower on GPUs)."""
+    time_limit_s: PositiveFloat | None = None
+    """Wall seconds after which the run saves a checkpoint and exits with status 0."""
+    threads_per_process: PositiveInt | None = None
+    """CPU compute threads of a process when training on CPU; cores divided by processes if not given."""
+    guard: GuardConfig = GuardConfig()
+    """When a step is skipped, and when the run is stopped."""
+
+
+class OptimConfig(Node):
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) and its learning-rate schedule."""
+
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    min_lr: float = Field(3e-5, ge=0.0)
+    """Learning rate at the end of the decay."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Shape after warm-up; ``wsd`` is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from 0."""
+    decay_steps: PositiveInt | None = None
+    """Last step of cosine and linear decay (``train.steps`` if not given); for ``wsd`` the length of the final decay
+    (a tenth of ``train.steps`` if not given)."""
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Epsilon added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0.0)
+    """Decoupled weight decay of matrices; norm weights have none."""
+    clip_grad: float = Field(1.0, ge=0.0)
+    """Largest global gradient norm; 0 for no clipping."""
+    implementation: Literal["auto", "torch", "apex"] = "auto"
+    """``torch``: fused AdamW of torch; ``apex``: FusedAdam of NVIDIA's apex; ``auto``: apex on CUDA where it is
+    installed, else torch."""
+
+
+class CheckpointConfig(Node):
+    """Saving and loading of training state."""
+
+    interval_steps: PositiveInt | None = None
+    """Steps between checkpoints; none: only at the end, on SIGTERM and at the time limit."""
+    keep_last: PositiveInt = 3
+    """Newest checkpoints kept; an old one is deleted only after a new one is complete."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of this step are kept for ever."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+    load: str | None = None
+    """Checkpoint folder (a run's ``checkpoints`` folder or one ``iter_…`` in it) to start from when the run folder has
+    none of its own; any layout."""
+    load_optimizer: bool = True
+    """Take optimizer state and the sample counter from ``load`` too; false starts a new schedule from its weights."""
+
+
+class LogConfig(Node):
+    """What is recorded, and how often."""
+
+    interval_steps: PositiveInt = 1
+    """Steps between console lines and metrics records."""
+    tensorboard: bool = True
+    """Write event files for TensorBoard."""
+    wandb_project: str | None = None
+    """Weights & Biases project to report to; none: not used."""
+    prometheus_port: int | None = Field(None, ge=1, le=65535)
+    """Port on which rank 0 serves metrics for Prometheus; none: not served."""
+    peak_tflops: PositiveFloat | None = None
+    """Dense bf16 peak of one device in TFLOP/s that MFU divides by; the device's data sheet if not given."""
+    plots: bool = True
+    """Draw plots (PNG) at the end of the run."""
+
+
+class RunConfig(Node):
+    """Everything that defines a run."""
+
+    run_dir: str = "runs/default"
+    """Folder of everything the run leaves."""
+    seed: int = Field(1234, ge=0)
+    """Seed of weights and sample order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: CUDA where there is a GPU, else CPU."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
