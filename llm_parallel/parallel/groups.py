@@ -1,0 +1,74 @@
+"""Process groups of a layout: torch.distributed and megatron-core's parallel state."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from llm_parallel.parallel.layout import Coordinates, Layout
+from llm_parallel.parallel.platform import Platform, seed_everything
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What one process needs to know to talk to the others. ``collection`` is megatron-core's set of groups."""
+
+    layout: Layout
+    rank: int
+    at: Coordinates
+    collection: Any
+    platform: Platform
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this process writes what is written once for the whole run."""
+        return self.rank == 0
+
+    @property
+    def reports_loss(self) -> bool:
+        """Whether this process is the one per replica and context shard whose loss counts."""
+        return self.at.pp == self.layout.pp - 1 and self.at.tp == 0
+
+    def sum_over_world(self, *values: float) -> list[float]:
+        """Sums of fp64 scalars over all processes, in one collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.platform.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def open_groups(layout: Layout, rank: int, platform: Platform, seed: int, timeout_s: float = 1800.0) -> Groups:
+    """Creates all groups. If torch.distributed is not initialized, its env:// rendezvous is used, and a single process
+    needs no rendezvous at all. ``seed`` seeds torch and megatron-core's tensor-parallel generators."""
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if layout.world_size == 1:
+            store = dist.HashStore()
+            dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            device_id = platform.device if platform.is_cuda else None
+            dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        distributed_timeout_minutes=max(1, int(timeout_s // 60)),
+        # The distributed optimizer gathers its state over gloo when a checkpoint is made; on CPU the groups are gloo.
+        create_gloo_process_groups=platform.is_cuda,
+    )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    seed_everything(seed)
+    return Groups(layout, rank, layout.coordinates(rank), collection, platform)
+
+
+def close_groups() -> None:
+    """Forgets all groups, so that others can be opened in the same process."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
