@@ -1,0 +1,83 @@
+"""Files of one JSON object per line: appended while a run lives, readable after any end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from llm_parallel.errors import UserError
+
+
+class JsonLines:
+    """Appends objects to ``path``, one complete line each; what stands there already stays.
+
+    Each line is one write to a descriptor opened for appending, so a killed process leaves at most one torn line at
+    the end, several writers do not mix, and nothing waits in a buffer of ours. Raises UserError when the file cannot be
+    written (full disk); a line that fits only in part is taken back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._end_torn_line()
+        except OSError as error:
+            raise self._user_error(error) from error
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Writes ``record`` with the time of writing; numbers that JSON lacks (NaN, infinity) become null."""
+        record = {**record, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
+        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
+        try:
+            written = os.write(self._fd, line)
+            if written < len(line):
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise self._user_error(error) from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._fd)
+
+    def _end_torn_line(self) -> None:
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+            os.write(self._fd, b"\n")
+
+    def _user_error(self, error: OSError) -> UserError:
+        return UserError(f"cannot write {self.path}: {error.strerror}; make room there or choose another run_dir")
+
+
+def read_jsonlines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of ``path`` in order; lines torn by a kill are left out. Raises UserError if it cannot be read."""
+    try:
+        with path.open("rb") as handle:
+            for line in handle:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict):
+                    yield record
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give the folder of a run") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value

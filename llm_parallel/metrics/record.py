@@ -1,0 +1,178 @@
+"""What is recorded of a step and of an evaluation, and how it follows from what was measured. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class StepMeasurement:
+    """One optimizer step as the training loop saw it. Times are wall seconds of this step on rank 0."""
+
+    step: int
+    """Number of the step, from 1."""
+    consumed_samples: int
+    """Samples of the run up to and including this step, all replicas together."""
+    global_batch_size: int
+    """Samples of this step."""
+    loss: float
+    """Mean loss of the step's unmasked tokens, in nats."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    """Learning rate that the step was taken with."""
+    step_time_s: float
+    """From the end of the previous step to the end of this one, evaluation and checkpoints left out."""
+    data_time_s: float
+    """Waiting for data."""
+    forward_backward_time_s: float
+    """Forward and backward of all micro batches, with the communication in them."""
+    optimizer_time_s: float
+    """Gradient reduction that is left, clipping, update, and parameter gathering."""
+    communication_time_s: float | None = None
+    """Communication that nothing hides, where it can be told apart."""
+    memory_allocated_gib: float = 0.0
+    """Peak memory in tensors, in GiB; on CPU the resident set of the process."""
+    memory_reserved_gib: float = 0.0
+    """Peak memory taken from the device, in GiB."""
+    skip_reason: str | None = None
+    """Why the update was not applied; none if it was."""
+    num_skipped: int = 0
+    """Steps of the run that were skipped so far."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a run's rates are computed from; the same for all of its steps."""
+
+    world_size: int
+    """Processes (GPUs) of the run."""
+    seq_length: int
+    """Tokens of a sample."""
+    flops_per_token: int
+    """Training FLOPs of a token (``model.flops.flops_per_token``)."""
+    peak_tflops: float | None
+    """Dense peak of one device that MFU divides by; none if not known."""
+    total_steps: int
+    """Steps of the whole run."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step as it is logged: the measurement and what follows from it."""
+
+    step: int
+    consumed_samples: int
+    consumed_tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    global_batch_size: int
+    step_time_s: float
+    data_time_s: float
+    forward_backward_time_s: float
+    optimizer_time_s: float
+    communication_time_s: float | None
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+    tflops_per_gpu: float
+    mfu: float | None
+    memory_allocated_gib: float
+    memory_reserved_gib: float
+    skipped: bool
+    skip_reason: str | None
+    num_skipped: int
+    eta_s: float
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """An evaluation on held-out data after ``step`` steps; ``loss`` in nats per token."""
+
+    step: int
+    loss: float
+    perplexity: float
+    samples: int
+    tokens: int
+
+    @classmethod
+    def from_loss(cls, step: int, loss: float, samples: int, tokens: int) -> EvalRecord:
+        """Fills in the perplexity; infinite where it exceeds a double."""
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return cls(step, loss, perplexity, samples, tokens)
+
+
+def derive(measured: StepMeasurement, basis: Basis, recent_step_times_s: Sequence[float] = ()) -> StepRecord:
+    """The record of a step.
+
+    ``mfu`` is a fraction of the peak. ``eta_s`` takes the median of ``recent_step_times_s`` (this step's time if empty)
+    for each step to come, so that one slow step does not make the estimate jump.
+    """
+    tokens_per_s = measured.global_batch_size * basis.seq_length / measured.step_time_s
+    per_gpu = tokens_per_s / basis.world_size
+    tflops = per_gpu * basis.flops_per_token / 1e12
+    typical_s = median(recent_step_times_s) if recent_step_times_s else measured.step_time_s
+    return StepRecord(
+        step=measured.step,
+        consumed_samples=measured.consumed_samples,
+        consumed_tokens=measured.consumed_samples * basis.seq_length,
+        loss=measured.loss,
+        grad_norm=measured.grad_norm,
+        lr=measured.lr,
+        global_batch_size=measured.global_batch_size,
+        step_time_s=measured.step_time_s,
+        data_time_s=measured.data_time_s,
+        forward_backward_time_s=measured.forward_backward_time_s,
+        optimizer_time_s=measured.optimizer_time_s,
+        communication_time_s=measured.communication_time_s,
+        tokens_per_s=tokens_per_s,
+        tokens_per_s_per_gpu=per_gpu,
+        tflops_per_gpu=tflops,
+        mfu=tflops / basis.peak_tflops if basis.peak_tflops else None,
+        memory_allocated_gib=measured.memory_allocated_gib,
+        memory_reserved_gib=measured.memory_reserved_gib,
+        skipped=measured.skip_reason is not None,
+        skip_reason=measured.skip_reason,
+        num_skipped=measured.num_skipped,
+        eta_s=max(basis.total_steps - measured.step, 0) * typical_s,
+    )
+
+
+STEP_NAMES = {
+    "train/loss": "loss",
+    "train/grad_norm": "grad_norm",
+    "train/lr": "lr",
+    "train/tokens": "consumed_tokens",
+    "train/samples": "consumed_samples",
+    "train/global_batch_size": "global_batch_size",
+    "train/skipped": "skipped",
+    "train/num_skipped": "num_skipped",
+    "perf/tokens_per_s": "tokens_per_s",
+    "perf/tokens_per_s_per_gpu": "tokens_per_s_per_gpu",
+    "perf/tflops": "tflops_per_gpu",
+    "perf/mfu": "mfu",
+    "perf/step_time": "step_time_s",
+    "perf/data_time": "data_time_s",
+    "perf/forward_backward_time": "forward_backward_time_s",
+    "perf/optimizer_time": "optimizer_time_s",
+    "perf/communication_time": "communication_time_s",
+    "memory/allocated_gib": "memory_allocated_gib",
+    "memory/reserved_gib": "memory_reserved_gib",
+    "time/eta_s": "eta_s",
+}
+"""Name of a logged number → field of StepRecord. ``perf/mfu`` is a fraction, times are seconds."""
+
+EVAL_NAMES = {"eval/loss": "loss", "eval/ppl": "perplexity", "eval/samples": "samples", "eval/tokens": "tokens"}
+"""Name of a logged number → field of EvalRecord."""
+
+
+def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
+    """Logged numbers of ``record`` by name, without those that are not known. NaN and infinity stay as they are."""
+    names = STEP_NAMES if isinstance(record, StepRecord) else EVAL_NAMES
+    values = {name: getattr(record, field) for name, field in names.items()}
+    return {
+        name: int(value) if isinstance(value, bool) else value for name, value in values.items() if value is not None
+    }

@@ -1,0 +1,187 @@
+"""Where records go: metrics.jsonl, TensorBoard, Weights & Biases, Prometheus. Each stands alone; see run.py."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from llm_parallel.errors import UserError
+from llm_parallel.metrics.jsonlines import JsonLines
+from llm_parallel.metrics.record import EvalRecord, StepRecord, scalars
+
+
+class Sink(Protocol):
+    """A place that records go to."""
+
+    @property
+    def target(self) -> str:
+        """The file or service, for messages."""
+        ...
+
+    def start(self, lines: Sequence[str]) -> None:
+        """Called once before the first step with what a person is told."""
+
+    def step(self, record: StepRecord) -> None:
+        """Records a step."""
+
+    def eval(self, record: EvalRecord) -> None:
+        """Records an evaluation."""
+
+    def message(self, text: str) -> None:
+        """Something to tell a person."""
+
+    def close(self) -> None:
+        """Writes what is left."""
+
+
+class QuietSink:
+    """What most sinks do with text: nothing. One level below each of them."""
+
+    target = ""
+
+    def start(self, lines: Sequence[str]) -> None:
+        """Nothing to say."""
+
+    def message(self, text: str) -> None:
+        """Nothing to say."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class JsonlSink(QuietSink):
+    """``metrics.jsonl``: a line per record, and one with ``"event": "run_start"`` whenever a process takes up the run.
+
+    After a resume, lines of steps after the resumed one are kept; the reader (history.py) prefers the later.
+    """
+
+    def __init__(self, path: Path, run_start: dict[str, Any]) -> None:
+        self.target = str(path)
+        self._lines = JsonLines(path)
+        self._lines.append({"event": "run_start", **run_start})
+
+    def step(self, record: StepRecord) -> None:
+        """Appends the line of a step."""
+        reason = {"train/skip_reason": record.skip_reason} if record.skipped else {}
+        self._lines.append({"step": record.step, **scalars(record), **reason})
+
+    def eval(self, record: EvalRecord) -> None:
+        """Appends the line of an evaluation."""
+        self._lines.append({"step": record.step, **scalars(record)})
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()
+
+
+class TensorBoardSink(QuietSink):
+    """Event files in ``folder``; TensorBoard hides what an earlier process wrote of steps after ``resumed_step``."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.target = str(folder)
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None, flush_secs=10)
+
+    def step(self, record: StepRecord) -> None:
+        """Writes the scalars of a step."""
+        self._write(record)
+
+    def eval(self, record: EvalRecord) -> None:
+        """Writes the scalars of an evaluation."""
+        self._write(record)
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        self._writer.close()
+
+    def _write(self, record: StepRecord | EvalRecord) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record.step)
+
+
+class WandbSink(QuietSink):
+    """Weights & Biases, online or offline as its own settings say; a resumed run goes on under its old id."""
+
+    def __init__(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                f"log.wandb_project is {project!r} but the wandb package is not installed; "
+                "run 'pip install wandb' or leave log.wandb_project out"
+            ) from None
+        self.target = f"Weights & Biases project {project}"
+        run_id_file = run_dir / "wandb" / "run_id.txt"
+        known = run_id_file.read_text().strip() if run_id_file.exists() else None
+        run_id_file.parent.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=project, dir=str(run_dir), name=run_dir.name, id=known, resume="allow", config=config
+        )
+        run_id_file.write_text(self._run.id)
+
+    def step(self, record: StepRecord) -> None:
+        """Sends the scalars of a step."""
+        self._run.log(scalars(record), step=record.step)
+
+    def eval(self, record: EvalRecord) -> None:
+        """Sends the scalars of an evaluation."""
+        self._run.log(scalars(record), step=record.step)
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        self._run.finish()
+
+
+class PrometheusSink(QuietSink):
+    """The newest values as gauges ``llm_parallel_train_loss`` … at ``http://host:port/metrics``."""
+
+    def __init__(self, port: int) -> None:
+        try:
+            import prometheus_client
+        except ImportError:
+            raise UserError(
+                f"log.prometheus_port is {port} but the prometheus_client package is not installed; "
+                "run 'pip install prometheus-client' or leave log.prometheus_port out"
+            ) from None
+        self.target = f"Prometheus port {port}"
+        self._client = prometheus_client
+        self._registry = prometheus_client.CollectorRegistry()
+        self._gauges: dict[str, Any] = {}
+        try:
+            self._server, self._thread = prometheus_client.start_http_server(port, registry=self._registry)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+            why = "is in use" if error.errno == errno.EADDRINUSE else "may not be opened by this user"
+            raise UserError(
+                f"log.prometheus_port is {port}, which {why} on this machine; choose a free port over 1023"
+            ) from None
+
+    def step(self, record: StepRecord) -> None:
+        """Sets the gauges of a step."""
+        self._set(record)
+
+    def eval(self, record: EvalRecord) -> None:
+        """Sets the gauges of an evaluation."""
+        self._set(record)
+
+    def close(self) -> None:
+        """Frees the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _set(self, record: StepRecord | EvalRecord) -> None:
+        self._gauge("train/step").set(record.step)
+        for name, value in scalars(record).items():
+            self._gauge(name).set(value if math.isfinite(value) else math.nan)
+
+    def _gauge(self, name: str) -> Any:
+        if name not in self._gauges:
+            safe_name = "llm_parallel_" + name.replace("/", "_")
+            self._gauges[name] = self._client.Gauge(safe_name, name, registry=self._registry)
+        return self._gauges[name]

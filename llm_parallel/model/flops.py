@@ -1,0 +1,101 @@
+"""Parameters and floating-point operations of a model, in closed form.
+
+Published MFU figures follow several conventions that differ by up to 12 % for a Llama 8B; a figure without its
+convention's name says little. Two are offered here, both counting what the model needs, never what recomputation adds
+(that would be HFU), and both over the vocabulary without padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llm_parallel.config.tree import ModelConfig
+from llm_parallel.errors import UserError
+
+Convention = Literal["model", "megatron"]
+
+CONVENTIONS: dict[str, str] = {
+    "model": "matrix multiplies and causal (half) attention, recomputation not counted",
+    "megatron": "matrix multiplies and full (square) attention, recomputation not counted",
+}
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Trainable numbers of a model, by part. ``output`` is 0 where it shares the embedding's matrix."""
+
+    num_layers: int
+    embedding: int
+    attention_per_layer: int
+    mlp_per_layer: int
+    norms_per_layer: int
+    final_norm: int
+    output: int
+
+    @property
+    def per_layer(self) -> int:
+        """Parameters of one transformer layer, norms included."""
+        return self.attention_per_layer + self.mlp_per_layer + self.norms_per_layer
+
+    @property
+    def norms(self) -> int:
+        """Norm weights of the whole model."""
+        return self.num_layers * self.norms_per_layer + self.final_norm
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.embedding + self.num_layers * self.per_layer + self.final_norm + self.output
+
+
+def parameter_count(model: ModelConfig) -> ParameterCount:
+    """Parameters of ``model``, vocabulary without padding. Raises UserError if the vocabulary size is not known."""
+    hidden, head = model.hidden_size, model.kv_channels
+    vocabulary = _vocabulary(model)
+    query_and_output = 2 * hidden * model.num_attention_heads * head
+    key_and_value = 2 * hidden * model.num_query_groups * head
+    return ParameterCount(
+        num_layers=model.num_layers,
+        embedding=vocabulary * hidden,
+        attention_per_layer=query_and_output + key_and_value,
+        mlp_per_layer=3 * hidden * model.ffn_hidden_size,
+        norms_per_layer=2 * hidden,
+        final_norm=hidden,
+        output=0 if model.tie_embeddings else vocabulary * hidden,
+    )
+
+
+def forward_flops_per_token(model: ModelConfig, seq_length: int, convention: Convention = "model") -> int:
+    """FLOPs of one token's forward pass in a sample of ``seq_length`` tokens; a multiply and an add are two.
+
+    Counted are the weights' matrix multiplies (two FLOPs per weight; the output projection also when tied, the
+    embedding look-up never) and the two products of core attention, with as many heads as there are queries: grouped
+    keys save memory, not FLOPs. Norms, RoPE, SwiGLU's product, softmax and loss are not counted.
+
+    ``model``: a token attends to half of the sample, as causal attention needs (PaLM's MFU, arXiv 2204.02311 appendix
+    B, with the mask taken into account; Megatron-LM since 2025 and Megatron-Bridge). ``megatron``: to all of it, as in
+    Korthikanti et al. 2022 (arXiv 2205.05198, appendix A) and the H100 table of Megatron-LM's README. Neither knows
+    about document boundaries: packed samples count like whole ones.
+    """
+    count = parameter_count(model)
+    weights = model.num_layers * (count.attention_per_layer + count.mlp_per_layer)
+    output = _vocabulary(model) * model.hidden_size
+    # Scores and their product with V: 2 x 2 FLOPs for each attended token and channel.
+    square = 4 * seq_length * model.num_attention_heads * model.kv_channels * model.num_layers
+    attention = {"model": square // 2, "megatron": square}[convention]
+    return 2 * (weights + output) + attention
+
+
+def flops_per_token(model: ModelConfig, seq_length: int, convention: Convention = "model") -> int:
+    """FLOPs of training on one token: forward once, and backward twice that (gradients of inputs and of weights).
+
+    See ``forward_flops_per_token`` for what a convention counts. Raises UserError if the vocabulary size is not known.
+    """
+    return 3 * forward_flops_per_token(model, seq_length, convention)
+
+
+def _vocabulary(model: ModelConfig) -> int:
+    if model.vocab_size is None:
+        raise UserError("model.vocab_size is not set and no tokenizer gave it; set it or data.tokenizer")
+    return model.vocab_size
