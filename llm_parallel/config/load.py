@@ -1,0 +1,358 @@
+"""From a YAML file and ``section.field=value`` overrides to a validated configuration, and back.
+
+Values stand in this order, the later over the earlier: defaults of tree.py, the model preset, the file, the overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from llm_parallel.config.aliases import ALIASES
+from llm_parallel.config.fields import (
+    FieldDoc,
+    config_schema,
+    describe_fields,
+    field_at,
+    nearest_name,
+    section_at,
+    type_in_words,
+)
+from llm_parallel.config.presets import MODEL_PRESETS
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.errors import UserError
+
+__all__ = ["FieldDoc", "config_schema", "describe_fields", "dump_config", "load_config"]
+
+Key = tuple[str | int, ...]
+
+MAX_DEPTH = 20
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are 1.2's: ``3e-4`` is a number, not text as in 1.1."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+@dataclass
+class _Given:
+    """What a file and overrides say: values by key, where each stood, and what is wrong with them."""
+
+    values: dict[Key, Any] = field(default_factory=dict)
+    origins: dict[Key, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def origin(self, key: Key) -> str:
+        """Where the value at ``key``, or the nearest one that holds it, was given."""
+        while key and key not in self.origins:
+            key = key[:-1]
+        return self.origins.get(key, "")
+
+    def put(self, key: Key, value: Any, origin: str) -> None:
+        """Sets one value; a new one replaces what stood at, below or above its key."""
+        for old in [old for old in self.values if old[: len(key)] == key or key[: len(old)] == old]:
+            if old != key and isinstance(self.values[old], list) and len(old) < len(key):
+                self._put_in_list(old, key, value, origin)
+                return
+            del self.values[old]
+        self.values[key] = value
+        self.origins[key] = origin
+
+    def _put_in_list(self, list_key: Key, key: Key, value: Any, origin: str) -> None:
+        inside: Any = self.values[list_key]
+        for part in key[len(list_key) : -1]:
+            inside = _child(inside, part)
+        if isinstance(inside, list) and _child(inside, key[-1]) is not None:
+            inside[int(key[-1])] = value
+        elif isinstance(inside, dict):
+            inside[str(key[-1])] = value
+        else:
+            size = len(self.values[list_key])
+            self.problems.append(
+                f"{origin}: {_dotted(key)} does not exist; {_dotted(list_key)} has {size} items from 0"
+            )
+            return
+        self.origins[key] = origin
+
+    def nested(self) -> dict[str, Any]:
+        """The values as nested dictionaries."""
+        root: dict[str, Any] = {}
+        for key, value in self.values.items():
+            inside = root
+            for part in key[:-1]:
+                inside = inside.setdefault(str(part), {})
+            inside[str(key[-1])] = value
+        return root
+
+
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    notice: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+) -> RunConfig:
+    """Reads a run file and overrides into a validated configuration.
+
+    ``overrides`` are ``section.field=value``, ``--section.field=value`` or ``--section.field value``, values in YAML.
+    ``notice`` is called with one line for each name of another system that was understood (see aliases.py).
+    Fields' own limits are checked here, what ties fields together in rules.py.
+
+    Raises UserError that lists everything that is wrong, one line each, with file, line, key, value and what is right.
+    """
+    given = _Given()
+    if path is not None:
+        _read_file(Path(path), given)
+    for key, text in _split_overrides(overrides):
+        _read_override(key, text, given)
+    _fill_preset(given)
+    config = _validate(given)
+    if given.problems or config is None:
+        raise UserError("\n".join(given.problems))
+    for text in given.notices:
+        notice(text)
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML with every field, which ``load_config`` reads back into an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _read_file(path: Path, given: _Given) -> None:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"configuration file {path} does not exist; give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"configuration file {path} cannot be read as a YAML text file: {error}") from None
+    _read_yaml(text, (), str(path), given)
+
+
+def _read_yaml(text: str, key: Key, source: str, given: _Given) -> None:
+    """Adds everything that the YAML ``text`` says below ``key``; ``source`` is the file, or the override."""
+    loader = _Loader(text)
+    origin = f"{source}:1" if not key else source
+    try:
+        node = loader.get_single_node()
+        if node is None and not key:
+            return
+        if not key and not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{origin}: a configuration file must consist of `section:` or `field: value` lines")
+        _Walk(loader, source, given, lines=not key).visit(node, key)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        if mark and not key:
+            origin = f"{source}:{mark.line + 1}"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
+        raise UserError(f"{origin}: not valid YAML ({problem})") from None
+    except ValueError as error:  # an impossible date, for example
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{origin}: not valid YAML ({error})") from None
+    finally:
+        loader.dispose()
+
+
+@dataclass
+class _Walk:
+    """Walks a YAML document and gives each value with its key and line."""
+
+    loader: _Loader
+    source: str
+    given: _Given
+    lines: bool
+
+    def visit(self, node: yaml.Node | None, key: Key) -> None:
+        """Adds the value of ``node`` at ``key``, section by section."""
+        origin = f"{self.source}:{node.start_mark.line + 1}" if self.lines and node else self.source
+        if len(key) > MAX_DEPTH:
+            raise UserError(f"{origin}: nested deeper than {MAX_DEPTH} levels")
+        if isinstance(node, yaml.MappingNode):
+            for name, child in self._pairs(node, key):
+                self.visit(child, (*key, name))
+            if not node.value and key and section_at(key) is not None:
+                self._put(key, {}, origin)
+            return
+        value = self.loader.construct_object(node, deep=True) if node else None
+        if isinstance(node, yaml.SequenceNode):
+            self._note_lines(node, key)
+        self._put(key, value, origin)
+
+    def _pairs(self, node: yaml.MappingNode, key: Key) -> list[tuple[str, yaml.Node]]:
+        seen: dict[str, int] = {}
+        for name_node, _ in node.value:
+            line = name_node.start_mark.line + 1
+            name = str(name_node.value)
+            if name in seen and name != "<<":
+                where = f"{self.source}:{line}" if self.lines else self.source
+                self.given.problems.append(
+                    f"{where}: {_dotted((*key, name))} is given twice, first in line {seen[name]}; keep one"
+                )
+            seen[name] = line
+        self.loader.flatten_mapping(node)
+        return [(str(self.loader.construct_object(name, deep=True)), child) for name, child in node.value]
+
+    def _note_lines(self, node: yaml.SequenceNode, key: Key) -> None:
+        if not self.lines:
+            return
+        for index, item in enumerate(node.value):
+            item_key: Key = (*key, index)
+            self.given.origins[item_key] = f"{self.source}:{item.start_mark.line + 1}"
+            if isinstance(item, yaml.MappingNode):
+                for name, child in item.value:
+                    child_key: Key = (*item_key, str(name.value))
+                    self.given.origins[child_key] = f"{self.source}:{child.start_mark.line + 1}"
+
+    def _put(self, key: Key, value: Any, origin: str) -> None:
+        ours, value = _our_name(key, value, origin, self.given)
+        annotation = section_at(ours)
+        if annotation is not None and value is None and field_at(ours) is not None and not _optional(ours):
+            return  # a section whose lines are all comments
+        if ours != key and self.lines and ours in self.given.values:
+            there = self.given.origins[ours]
+            self.given.problems.append(
+                f"{origin}: {_dotted(key)} is another name of {_dotted(ours)}, which is given at {there} too; keep one"
+            )
+            return
+        self.given.put(ours, value, origin)
+
+
+def _optional(key: Key) -> bool:
+    info = field_at(key)
+    return info is not None and info.default is None
+
+
+def _our_name(key: Key, value: Any, origin: str, given: _Given) -> tuple[Key, Any]:
+    """Our key and value for what may be another system's name; sources of data in their short forms made long."""
+    if field_at(key) is None and len(key) <= 2 and key[-1] in ALIASES and section_at(key[:-1]) is not None:
+        alias = ALIASES[str(key[-1])]
+        given.notices.append(f"{origin}: {_dotted(key)} is read as {alias.target}")
+        key = tuple(alias.target.split("."))
+        if alias.convert is not None:
+            try:
+                value = alias.convert(value)
+            except (KeyError, TypeError):
+                given.problems.append(f"{origin}: {_dotted(key)} = {_show(value)} must be {alias.allowed}")
+    if key in (("data", "train"), ("data", "eval")):
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, list):
+            value = [{"path": item} if isinstance(item, str) else item for item in items]
+    return key, value
+
+
+def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:
+    """Dotted keys and texts of values; accepts the three ways of writing an override."""
+    found = []
+    rest = list(overrides)
+    while rest:
+        given = rest.pop(0)
+        name, equals, text = given.removeprefix("--").partition("=")
+        if not equals:
+            if not given.startswith("--") or not rest or rest[0].startswith("--"):
+                raise UserError(f"override {given!r} has no value; write {name or 'section.field'}=value")
+            text = rest.pop(0)
+        parts = name.strip().replace("-", "_").split(".")
+        if not all(parts):
+            raise UserError(f"override {given!r} names no field; write section.field=value")
+        found.append((tuple(int(part) if part.isdecimal() else part for part in parts), text))
+    return found
+
+
+def _read_override(key: Key, text: str, given: _Given) -> None:
+    _read_yaml(text, key, f"override {_dotted(key)}={text}", given)
+
+
+def _fill_preset(given: _Given) -> None:
+    """Gives the fields of ``model.preset`` that neither file nor override gave."""
+    name = given.values.get(("model", "preset"))
+    if not isinstance(name, str):
+        return
+    if name not in MODEL_PRESETS:
+        nearest = difflib.get_close_matches(name, MODEL_PRESETS, n=1, cutoff=0.0)[0]
+        given.problems.append(
+            f"{given.origin(('model', 'preset'))}: model.preset = {_show(name)} is unknown; the nearest known one is"
+            f" {nearest}, all are {', '.join(MODEL_PRESETS)}"
+        )
+        return
+    for field_name, value in MODEL_PRESETS[name].items():
+        key: Key = ("model", field_name)
+        inside = {old: given.values[old] for old in given.values if old[:2] == key}
+        if isinstance(value, dict) and inside and key not in inside:
+            for part, part_value in value.items():
+                if (*key, part) not in inside:
+                    given.put((*key, part), part_value, f"preset {name}")
+        elif not inside:
+            given.put(key, value, f"preset {name}")
+
+
+def _validate(given: _Given) -> RunConfig | None:
+    """The tree, or None after adding what is wrong to ``given.problems``."""
+    for key, value in given.values.items():
+        info = field_at(key)
+        if isinstance(value, bool) and info is not None and "number" in type_in_words(info.annotation, info.metadata):
+            given.problems.append(_in_words("bool", key, value, "", given))  # pydantic would read true as 1
+    try:
+        return RunConfig.model_validate(given.nested())
+    except ValidationError as error:
+        for problem in error.errors(include_url=False, include_context=False):
+            given.problems.append(_in_words(problem["type"], problem["loc"], problem["input"], problem["msg"], given))
+        return None
+
+
+def _in_words(kind: str, key: Key, value: Any, message: str, given: _Given) -> str:
+    """One problem that pydantic found as a sentence: where, which field, which value, what would be right."""
+    origin = given.origin(key) or next((where for old, where in given.origins.items() if old[: len(key)] == key), "")
+    prefix = f"{origin}: " if origin else ""
+    if kind == "extra_forbidden":
+        return f"{prefix}unknown key {_dotted(key)}; the nearest known one is {_nearest(key)}"
+    info = field_at(key)
+    if kind == "missing":
+        right = type_in_words(info.annotation, info.metadata) if info else "a value"
+        return f"{prefix}{_dotted(key)} is missing; it must be {right}"
+    if info is None:  # an item of a list
+        parent = field_at(key[:-1])
+        right = type_in_words(parent.annotation).removeprefix("a list, each item ") if parent else message
+    else:
+        right = type_in_words(info.annotation, info.metadata)
+    return f"{prefix}{_dotted(key)} = {_show(value)} must be {right}"
+
+
+def _nearest(key: Key) -> str:
+    known = nearest_name(key)
+    alias = difflib.get_close_matches(str(key[-1]), ALIASES, n=1, cutoff=0.85)
+    leaf = known.rpartition(".")[2]
+    if (
+        alias
+        and difflib.SequenceMatcher(None, alias[0], str(key[-1])).ratio()
+        > difflib.SequenceMatcher(None, leaf, str(key[-1])).ratio()
+    ):
+        return ALIASES[alias[0]].target
+    return known
+
+
+def _child(inside: Any, part: str | int) -> Any:
+    if isinstance(inside, list):
+        return inside[int(part)] if isinstance(part, int) and part < len(inside) else None
+    return inside.get(str(part)) if isinstance(inside, dict) else None
+
+
+def _dotted(key: Key) -> str:
+    return ".".join(map(str, key))
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
