@@ -1,0 +1,39 @@
+"""Root mean square norm in plain torch (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Saves x and one number per row; the normed row is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        x32 = x.float()
+        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        scale = scale.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x32 * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        grad32 = grad.float()
+        product = grad32 * normed
+        grad_weight = product.flatten(0, -2).sum(0)
+        # d/dx of x * scale: the part of the gradient along x is taken out.
+        along = torch.mv(product.flatten(0, -2), weight.float()).view(*scale.shape).mul_(1.0 / x.shape[-1])
+        grad_x = (grad32 * weight).sub_(normed.mul_(along)).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim.
+
+    x: [..., h] of any float dtype; weight: [h]. Computed in fp32, returned in x's dtype. Backward keeps x and one fp32
+    number per row.
+    """
+    return _RmsNorm.apply(x, weight, eps)

@@ -1,0 +1,62 @@
+"""Rotary position embedding in plain torch (Su et al. 2021, arXiv 2104.09864), half-rotation as in Llama."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def inverse_frequencies(
+    head_dim: int, base: float, scaling: tuple[float, float, float, int] | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Angle per token of each pair of dims, fp32 [head_dim / 2].
+
+    scaling: (factor, low_freq_factor, high_freq_factor, original_max_position) of Llama 3.1 (arXiv 2407.21783): long
+    wavelengths are stretched by ``factor``, short ones stay, those between are interpolated.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float().to(device) / head_dim
+    frequencies = 1.0 / (base**exponents)
+    if scaling is None:
+        return frequencies
+    factor, low, high, original = scaling
+    wavelengths = 2 * math.pi / frequencies
+    smooth = ((original / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * frequencies / factor + smooth * frequencies
+
+
+def cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle: positions [...] of integers, frequencies [d/2] → two fp32 [..., d]."""
+    angles = positions.float().unsqueeze(-1) * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+class _Rotate(torch.autograd.Function):
+    """Backward is the rotation by the opposite angle; nothing but the tables is saved."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    first, second = x[..., :half].float(), x[..., half:].float()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out[..., :half] = first * cos[..., :half] - second * sin[..., :half]
+    out[..., half:] = second * cos[..., half:] + first * sin[..., half:]
+    return out
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates dims (i, i + d/2) of x [s, b, heads, d] by the angles whose cosine and sine are given, broadcastable to
+    [s, b, 1, d] in fp32. Computed in fp32, returned in x's dtype."""
+    return _Rotate.apply(x, cos, sin)

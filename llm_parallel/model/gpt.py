@@ -1,0 +1,75 @@
+"""The Llama-style decoder: megatron-core's GPTModel with our modules, loss and sequence information."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llm_kernels.cross_entropy.ref import vocab_parallel_cross_entropy
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.model.init import initialize
+from llm_parallel.model.layer_spec import block_spec
+from llm_parallel.model.mcore_config import padded_vocab_size, transformer_config
+from llm_parallel.model.sequence import KVCache, frequencies, sequence_info
+from llm_parallel.parallel.groups import Groups
+
+
+class LlamaModel(GPTModel):
+    """One model chunk: the layers of one virtual pipeline stage, with embedding or output where they belong."""
+
+    def __init__(self, config: RunConfig, groups: Groups, virtual_stage: int = 0) -> None:
+        layout, model = groups.layout, config.model
+        assert model.vocab_size is not None, "the vocabulary is taken from the tokenizer before the model is built"
+        layers = layout.layers(groups.at.pp, virtual_stage)
+        super().__init__(
+            config=transformer_config(config, layout, groups.platform),
+            transformer_layer_spec=block_spec(len(layers)),
+            vocab_size=padded_vocab_size(model.vocab_size, layout.tp),
+            max_sequence_length=config.data.seq_length_tokens,
+            pre_process=layers.start == 0,
+            post_process=layers.stop == model.num_layers,
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="none",  # positions enter in CoreAttention
+            pg_collection=groups.collection,
+            vp_stage=virtual_stage if layout.vpp > 1 else None,
+        )
+        self.run_config, self.groups = config, groups
+        shard = self.vocab_size // layout.tp
+        self.num_valid_words = min(max(model.vocab_size - groups.at.tp * shard, 0), shard)
+        self.inverse_freq = frequencies(model, groups.platform.device)
+        initialize(self, model, groups, config.seed)
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        document_starts: Sequence[Tensor] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """tokens, labels: int64 [B, S] of this process's part of each sample (zigzag under context parallelism).
+
+        Last stage: fp32 losses [B, S] if labels are given, else this process's columns of the logits [B, S, V/tp].
+        Other stages: hidden states for the next one.
+        """
+        layout = self.groups.layout
+        if cache is None:
+            ranges = layout.token_ranges(tokens.shape[1] * layout.cp, self.groups.at.cp)
+        else:
+            ranges = (range(cache.length, cache.length + tokens.shape[1]),)
+        info = sequence_info(ranges, document_starts, self.inverse_freq, cache)
+        return super().forward(tokens, None, None, labels=labels, packed_seq_params=info)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [B, S], logits [S, B, V/tp] → fp32 losses [B, S]; padding of the vocabulary takes no part."""
+        losses_SB = vocab_parallel_cross_entropy(
+            logits, labels.t(), self.num_valid_words, self.pg_collection.tp if self.groups.layout.tp > 1 else None
+        )
+        return losses_SB.t()
+
+
+def build_chunks(config: RunConfig, groups: Groups) -> list[LlamaModel]:
+    """All model chunks of this process, in the order of their virtual stages, with initial weights."""
+    return [LlamaModel(config, groups, stage) for stage in range(groups.layout.vpp)]

@@ -1,0 +1,114 @@
+"""What attention must know of a micro batch: positions, which tokens see which, and cached keys while generating.
+
+Shapes: S tokens of this process, B samples, G key/value groups, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from llm_kernels.attention.ref import Segment
+from llm_kernels.rope.ref import cos_sin, inverse_frequencies
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from llm_parallel.config.tree import ModelConfig
+
+
+class KVCache:
+    """Keys (rotated) and values of all tokens so far, [max_length, B, G, D] for each layer."""
+
+    def __init__(self, max_length: int, batch: int) -> None:
+        self.max_length, self.batch, self.length = max_length, batch, 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer_number: int, k_SBGD: Tensor, v_SBGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends this call's keys and values of one layer and returns all of that layer's, [length, B, G, D].
+
+        ``advance`` must follow when every layer has appended."""
+        if layer_number not in self._layers:
+            shape = (self.max_length, *k_SBGD.shape[1:])
+            self._layers[layer_number] = (k_SBGD.new_empty(shape), v_SBGD.new_empty(shape))
+        keys, values = self._layers[layer_number]
+        end = self.length + k_SBGD.shape[0]
+        assert end <= self.max_length, "the cache is full"
+        keys[self.length : end], values[self.length : end] = k_SBGD, v_SBGD
+        return keys[:end], values[:end]
+
+    def advance(self, num_tokens: int) -> None:
+        """Counts tokens that all layers have appended."""
+        self.length += num_tokens
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps the given batch rows, in that order."""
+        self._layers = {n: (k[:, rows], v[:, rows]) for n, (k, v) in self._layers.items()}
+        self.batch = len(rows)
+
+
+@dataclass
+class SequenceInfo(PackedSeqParams):
+    """Rides through megatron-core's layers as ``packed_seq_params`` to our core attention.
+
+    cos, sin: fp32 [S, 1 or B, 1, D]; segments: as in llm_kernels.attention.ref; cache: while generating.
+    """
+
+    qkv_format: str = "sbhd"
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    segments: tuple[tuple[Segment, ...], ...] = ()
+    cache: KVCache | None = field(default=None)
+
+
+def frequencies(model: ModelConfig, device: torch.device) -> Tensor:
+    """Rotary frequencies of a model, fp32 [D / 2]."""
+    scaling = model.rope_scaling
+    numbers = scaling and (
+        scaling.factor,
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+        scaling.original_max_position,
+    )
+    return inverse_frequencies(model.kv_channels, model.rope_base, numbers, device)
+
+
+def document_segments(starts: Sequence[int], token_ranges: tuple[range, ...]) -> tuple[Segment, ...]:
+    """Segments of one sample: each document's part of each of this process's token ranges sees the document's tokens up
+    to itself. ``starts`` are first tokens of documents; the last document ends with the sample."""
+    segments = []
+    offset = 0
+    for part in token_ranges:
+        for index, start in enumerate(starts):
+            end = starts[index + 1] if index + 1 < len(starts) else part.stop
+            low, high = max(start, part.start), min(end, part.stop)
+            if low < high:
+                segments.append(Segment(offset + low - part.start, offset + high - part.start, start, high))
+        offset += len(part)
+    return tuple(segments)
+
+
+def sequence_info(
+    token_ranges: tuple[range, ...],
+    document_starts: Sequence[Tensor] | None,
+    inverse_freq: Tensor,
+    cache: KVCache | None = None,
+) -> SequenceInfo:
+    """Positions and segments of a micro batch of which this process holds ``token_ranges`` of every sample.
+
+    document_starts: for each sample the first tokens of its documents (int, on CPU), or None where attention does not
+    stop at documents. With a cache, ``token_ranges`` is one range that begins at the cache's length.
+    """
+    positions = torch.cat([torch.arange(part.start, part.stop) for part in token_ranges])
+    if document_starts is None:
+        positions = positions.unsqueeze(1)
+        segments: tuple[tuple[Segment, ...], ...] = (document_segments([0], token_ranges),)
+    else:
+        segments = tuple(document_segments(starts.tolist(), token_ranges) for starts in document_starts)
+        columns = []
+        for starts in document_starts:
+            of_token = torch.searchsorted(starts.long(), positions, right=True) - 1
+            columns.append(positions - starts.long()[of_token])
+        positions = torch.stack(columns, dim=1)
+    cos, sin = cos_sin(positions.to(inverse_freq.device), inverse_freq)
+    return SequenceInfo(cos=cos.unsqueeze(2), sin=sin.unsqueeze(2), segments=segments, cache=cache)
