@@ -67,8 +67,8 @@ def open_groups(layout: Layout, rank: int, platform: Platform, seed: int, timeou
     return Groups(layout, rank, layout.coordinates(rank), collection, platform)
 
 
-def close_groups() -> None:
-    """Forgets all groups, so that others can be opened in the same process."""
+def close_groups(world: bool = True) -> None:
+    """Forgets the groups of the layout, so that another can be opened; with ``world`` torch.distributed ends too."""
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if world and dist.is_initialized():
         dist.destroy_process_group()
