@@ -42,20 +42,19 @@ def plot_run(
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Exponential moving average over about ``window`` values, without bias towards the start; NaN is passed over.
+    """Mean over about ``window`` neighbours, float64 [n] to float64 [n]; NaN is passed over.
 
-    Input and output float64 [n]; leading NaN stays NaN.
+    The neighbourhood is symmetric, also at the steep start, where it shrinks: an average of the past would lag behind
+    the falling loss. At the flat end it reaches only back, so that the last value is not the noise of one step.
     """
-    decay = 1.0 - 2.0 / (window + 1.0)
-    out = np.full_like(values, np.nan)
-    total = weight = 0.0
-    for i, value in enumerate(values):
-        if np.isfinite(value):
-            total = decay * total + (1.0 - decay) * value
-            weight = decay * weight + (1.0 - decay)
-        if weight > 0.0:
-            out[i] = total / weight
-    return out
+    index, half = np.arange(len(values)), window // 2
+    first = np.maximum(index - half, 0)
+    last = np.minimum(index + np.minimum(half, index), len(values) - 1)
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    with np.errstate(invalid="ignore"):
+        return (sums[last + 1] - sums[first]) / (counts[last + 1] - counts[first])
 
 
 def _draw_loss(runs: Sequence[History], unigram_entropy: float | None) -> Any:
@@ -63,9 +62,9 @@ def _draw_loss(runs: Sequence[History], unigram_entropy: float | None) -> Any:
     for history, colour in zip(runs, _colours(runs)):
         tokens, loss = history.column("train/tokens"), history.column("train/loss")
         label = "training" if len(runs) == 1 else history.name
-        axes.plot(tokens, loss, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(tokens, loss, _style(history), color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(
-            tokens, smooth(loss, max(1, len(loss) // 40)), color=colour, linewidth=1.8, label=f"{label} (smoothed)"
+            tokens, smooth(loss, max(1, len(loss) // 20)), color=colour, linewidth=1.8, label=f"{label} (smoothed)"
         )
         _mark_evals(axes, history, colour, label)
         skipped = tokens[history.column("train/skipped") > 0]
@@ -132,7 +131,14 @@ def _draw_throughput(runs: Sequence[History]) -> Any:
     figure, (rate, split) = _figure("Throughput", 2, runs)
     for history, colour in zip(runs, _colours(runs)):
         steps, tokens_per_s = history.column("step"), history.column("perf/tokens_per_s_per_gpu")
-        rate.plot(steps, tokens_per_s, color=colour, linewidth=1.0, label=f"{history.name}: {_rates(history)}")
+        rate.plot(
+            steps,
+            tokens_per_s,
+            _style(history),
+            color=colour,
+            linewidth=1.0,
+            label=f"{history.name}: {_rates(history)}",
+        )
     rate.set_ylabel(f"tokens/s/{unit}")
     rate.set_ylim(bottom=0)
     rate.yaxis.set_major_formatter(_engineering())
@@ -161,9 +167,12 @@ def _rates(history: History) -> str:
 
 def _stack_times(axes: Any, history: History) -> None:
     steps, whole = history.column("step"), history.column("perf/step_time")
-    bottom = np.zeros_like(whole)
+    num_points = max(2, len(steps))
+    if len(steps) == 1:  # An area needs two ends.
+        steps = steps[0] + np.array([-0.5, 0.5])
+    bottom = np.zeros(num_points)
     for name, label, colour in _TIME_PARTS:
-        part = np.nan_to_num(history.column(name))
+        part = np.broadcast_to(np.nan_to_num(history.column(name)), num_points)
         axes.fill_between(steps, bottom, bottom + part, color=colour, linewidth=0, label=label)
         bottom = bottom + part
     axes.fill_between(steps, bottom, np.maximum(whole, bottom), color="0.75", linewidth=0, label="other")
@@ -173,8 +182,10 @@ def _draw_schedule(runs: Sequence[History]) -> Any:
     figure, (rate, norm) = _figure("Learning rate and gradient norm", 2, runs)
     for history, colour in zip(runs, _colours(runs)):
         steps = history.column("step")
-        rate.plot(steps, history.column("train/lr"), color=colour, linewidth=1.5, label=history.name)
-        norm.plot(steps, history.column("train/grad_norm"), color=colour, linewidth=0.9, label=history.name)
+        rate.plot(steps, history.column("train/lr"), _style(history), color=colour, linewidth=1.5, label=history.name)
+        norm.plot(
+            steps, history.column("train/grad_norm"), _style(history), color=colour, linewidth=0.9, label=history.name
+        )
     rate.set_ylabel("learning rate")
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
@@ -191,6 +202,7 @@ def _draw_schedule(runs: Sequence[History]) -> Any:
 
 def _figure(title: str, num_panels: int, runs: Sequence[History]) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 5.2 if num_panels == 1 else 7), dpi=130, layout="constrained")
     figure.suptitle(f"{title} of {runs[0].name}" if len(runs) == 1 else title, fontsize=13)
@@ -199,7 +211,13 @@ def _figure(title: str, num_panels: int, runs: Sequence[History]) -> tuple[Any, 
         axes.grid(color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1))
+    figure.align_ylabels(panels)
     return figure, list(panels)
+
+
+def _style(history: History) -> str:
+    return "-" if len(history.steps) > 1 else "o"
 
 
 def _colours(runs: Sequence[History]) -> list[str]:

@@ -150,8 +150,10 @@ class Metrics:
 
     def close(self) -> None:
         """Writes what is left and frees files and ports."""
-        self._close_sinks()
-        self._events.close()
+        try:
+            self._close_sinks()
+        finally:
+            self._events.close()
 
     def _each(self, act: Callable[[Sink], None]) -> None:
         for sink in self._sinks:

@@ -1,0 +1,333 @@
+"""What a run leaves and shows, read back by other means than ours: json, TensorBoard's reader, HTTP, a terminal."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import math
+import resource
+import signal
+import socket
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from llm_parallel.config.tree import LogConfig, RunConfig
+from llm_parallel.errors import UserError
+from llm_parallel.metrics.console import ConsoleSink, duration, step_line
+from llm_parallel.metrics.history import read_history
+from llm_parallel.metrics.jsonlines import JsonLines
+from llm_parallel.metrics.record import Basis, EvalRecord, StepMeasurement, StepRecord, derive
+from llm_parallel.metrics.run import Metrics, NullMetrics, World, open_metrics
+
+BASIS = Basis(world_size=2, seq_length=16, flops_per_token=10**10, peak_tflops=312.0, total_steps=200)
+WORLD = World(2, "TP 2", "NVIDIA A100-SXM4-80GB", True)
+
+
+def record(step: int, loss: float = 2.0, skip_reason: str | None = None) -> StepRecord:
+    measured = StepMeasurement(
+        step=step,
+        consumed_samples=8 * step,
+        global_batch_size=8,
+        loss=loss,
+        grad_norm=1.5,
+        lr=3e-4,
+        step_time_s=0.5,
+        data_time_s=0.01,
+        forward_backward_time_s=0.4,
+        optimizer_time_s=0.05,
+        memory_reserved_gib=12.25,
+        skip_reason=skip_reason,
+    )
+    return derive(measured, BASIS)
+
+
+def metrics(run_dir: Path, resumed_step: int = 0, world: World = WORLD, **log: Any) -> Metrics:
+    log = {"tensorboard": False, **log}
+    return Metrics(run_dir, RunConfig(log=LogConfig(**log)), world=world, resumed_step=resumed_step, total_steps=200)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class TestJsonl:
+    def test_each_record_is_a_complete_line_at_once(self, tmp_path: Path) -> None:
+        open_run = metrics(tmp_path)
+        open_run.step(record(1))
+        start, step = lines_of(tmp_path / "metrics.jsonl")  # Read while the run is still open.
+        assert start["event"] == "run_start"
+        assert start["layout"] == "TP 2"
+        assert start["size"] == 2
+        assert "torch" in start["versions"]
+        assert step["step"] == 1
+        assert step["train/loss"] == 2.0
+        assert step["train/tokens"] == 128
+        assert step["perf/mfu"] == pytest.approx(128 / 0.5 / 2 * 1e10 / 312e12)
+        open_run.eval(EvalRecord.from_loss(1, 0.0, samples=3, tokens=48))
+        evaluation = lines_of(tmp_path / "metrics.jsonl")[-1]
+        assert {key: evaluation[key] for key in ("eval/loss", "eval/ppl", "eval/samples", "eval/tokens")} == {
+            "eval/loss": 0.0,
+            "eval/ppl": 1.0,
+            "eval/samples": 3,
+            "eval/tokens": 48,
+        }
+        open_run.close()
+
+    def test_nan_is_valid_json_and_says_why(self, tmp_path: Path) -> None:
+        run = metrics(tmp_path)
+        run.step(record(1, math.nan, "loss is NaN in samples 0 to 7"))
+        run.close()
+        text = (tmp_path / "metrics.jsonl").read_text()
+        last = json.loads(text.splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert last["train/loss"] is None
+        assert last["train/skip_reason"] == "loss is NaN in samples 0 to 7"
+
+    def test_torn_last_line_costs_one_record_only(self, tmp_path: Path) -> None:
+        run = metrics(tmp_path)
+        run.step(record(1))
+        run.step(record(2))
+        run.close()
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(path.read_bytes()[:-30])  # A kill in the middle of the write.
+        assert [step["step"] for step in read_history(tmp_path).steps] == [1]
+        again = metrics(tmp_path, resumed_step=1)
+        again.step(record(2, 1.5))
+        again.close()
+        assert read_history(tmp_path).column("train/loss").tolist() == [2.0, 1.5]
+
+    def test_resume_voids_what_came_after_the_checkpoint(self, tmp_path: Path) -> None:
+        run = metrics(tmp_path)
+        for step in range(1, 13):
+            run.step(record(step, loss=5.0))
+        run.eval(EvalRecord.from_loss(12, 4.0, 1, 1))
+        run.close()
+        again = metrics(tmp_path, resumed_step=10)
+        again.step(record(11, loss=3.0))
+        again.close()
+        history = read_history(tmp_path)
+        assert history.column("step").tolist() == list(range(1, 12)), "step 12 belongs to a future that did not happen"
+        assert history.column("train/loss")[-1] == 3.0
+        assert history.evals == ()
+        assert len(history.starts) == 2
+        assert len(lines_of(tmp_path / "metrics.jsonl")) == 16, "nothing is deleted"
+
+    def test_run_without_metrics_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"metrics\.jsonl"):
+            read_history(tmp_path)
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Writes past ``num_bytes`` of a file fit only in part and then fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+class TestFullDisk:
+    def test_a_line_that_fits_in_part_is_taken_back(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        lines = JsonLines(path)
+        lines.append({"step": 1})
+        whole = path.read_bytes()
+        with largest_file(len(whole) + 20), pytest.raises(UserError, match=r"metrics\.jsonl.*make room"):
+            lines.append({"step": 2, "text": "x" * 100})
+        assert path.read_bytes() == whole
+        lines.append({"step": 3})
+        assert [line["step"] for line in lines_of(path)] == [1, 3]
+
+    @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+    def test_full_device_names_the_file(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).symlink_to("/dev/full")
+        with pytest.raises(UserError, match=rf"{name}: No space left on device"):
+            metrics(tmp_path)
+
+    def test_tensorboard_on_a_full_disk_names_its_folder(self, tmp_path: Path) -> None:
+        run = metrics(tmp_path, tensorboard=True)
+        with largest_file(8000):  # Event files grow faster than metrics.jsonl, so they meet the limit first.
+            with pytest.raises(UserError, match=r"tensorboard: File too large"):
+                for step in range(1, 100):
+                    run.step(record(step))
+            with pytest.raises(UserError, match=r"tensorboard: File too large"):
+                run.close()
+        assert lines_of(tmp_path / "metrics.jsonl")[-1]["train/loss"] == 2.0
+
+    def test_run_dir_that_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "run").write_text("")
+        with pytest.raises(UserError, match=r"run/metrics\.jsonl"):
+            metrics(tmp_path / "run")
+
+
+def test_events_have_their_time(tmp_path: Path) -> None:
+    run = metrics(tmp_path)
+    run.event("checkpoint_saved", step=10, path="checkpoints/iter_0000010", seconds=1.25)
+    start, saved = lines_of(tmp_path / "events.jsonl")
+    assert start["event"] == "run_start"
+    assert (saved["event"], saved["step"], saved["seconds"]) == ("checkpoint_saved", 10, 1.25)
+    assert start["time"] <= saved["time"]
+    assert saved["time"].endswith("+00:00")
+    run.close()
+
+
+def test_only_rank_0_writes(tmp_path: Path) -> None:
+    other = open_metrics(1, tmp_path / "run", RunConfig(), world=WORLD, resumed_step=0, total_steps=200)
+    assert isinstance(other, NullMetrics)
+    other.start(["hello"])
+    other.step(record(1))
+    other.eval(EvalRecord.from_loss(1, 1.0, 1, 1))
+    other.message("hello")
+    other.event("hello")
+    other.close()
+    assert not (tmp_path / "run").exists()
+    first = open_metrics(0, tmp_path / "run", RunConfig(), world=WORLD, resumed_step=0, total_steps=200)
+    first.close()
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+class TestTensorBoard:
+    def read(self, folder: Path) -> dict[str, list[tuple[int, float]]]:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+    def test_scalars_and_resume(self, tmp_path: Path) -> None:
+        run = metrics(tmp_path, tensorboard=True)
+        for step in (1, 2, 3):
+            run.step(record(step, loss=float(step)))
+        run.eval(EvalRecord.from_loss(3, 1.0, 1, 1))
+        run.close()
+        found = self.read(tmp_path / "tensorboard")
+        assert found["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+        assert found["perf/tokens_per_s"][0] == (1, 256.0)
+        assert found["eval/ppl"] == [(3, pytest.approx(math.e))]
+        again = metrics(tmp_path, resumed_step=2, tensorboard=True)
+        again.step(record(3, loss=30.0))
+        again.close()
+        assert self.read(tmp_path / "tensorboard")["train/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def hide(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+
+
+class TestServices:
+    @pytest.mark.parametrize(
+        ("package", "log"),
+        [("wandb", {"wandb_project": "llama"}), ("prometheus_client", {"prometheus_port": 9400})],
+    )
+    def test_missing_package(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, log: dict[str, Any]
+    ) -> None:
+        hide(package, monkeypatch)
+        with pytest.raises(UserError, match=rf"log\.{next(iter(log))}.*pip install"):
+            metrics(tmp_path / "run", **log)
+        assert not (tmp_path / "run").exists(), "a refusal leaves nothing behind"
+
+    def test_prometheus_serves_the_newest_values_and_frees_its_port(self, tmp_path: Path) -> None:
+        pytest.importorskip("prometheus_client", reason="prometheus-client is optional")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for loss in (4.25, 3.5):  # The second run finds the port free again.
+            run = metrics(tmp_path, prometheus_port=port)
+            run.step(record(7, loss=99.0))
+            run.step(record(8, loss=loss))
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                body = answer.read().decode()
+            values = dict(line.split() for line in body.splitlines() if not line.startswith("#"))
+            assert float(values["llm_parallel_train_loss"]) == loss
+            assert float(values["llm_parallel_train_step"]) == 8.0
+            run.close()
+
+    def test_port_in_use(self, tmp_path: Path) -> None:
+        pytest.importorskip("prometheus_client", reason="prometheus-client is optional")
+        with socket.socket() as taken:
+            taken.bind(("0.0.0.0", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            with pytest.raises(UserError, match=rf"log\.prometheus_port is {port}, which is in use"):
+                metrics(tmp_path / "run", prometheus_port=port)
+        assert not (tmp_path / "run").exists()
+
+    def test_wandb_offline_and_resume(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("wandb", reason="wandb is optional")
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setenv("WANDB_SILENT", "true")
+        ids = []
+        for resumed_step in (0, 1):
+            run = metrics(tmp_path, wandb_project="llama", resumed_step=resumed_step)
+            run.step(record(resumed_step + 1, loss=1234.5))
+            ids.append((tmp_path / "wandb" / "run_id.txt").read_text())
+            run.close()
+        assert ids[0] == ids[1], "a resumed run goes on under its old id"
+        logs = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+        assert len(logs) == 2
+        assert all(b"train/loss" in log.read_bytes() and b"1234.5" in log.read_bytes() for log in logs)
+
+
+class TestConsole:
+    def test_line_names_everything_with_its_unit(self) -> None:
+        line = step_line(replace(record(7), tokens_per_s_per_gpu=12345.6, tflops_per_gpu=152.26, mfu=0.488), 200, "GPU")
+        assert line == (
+            "step   7/200 | loss 2.0000 | grad norm 1.500 | lr 3.00e-04 | 12,346 tokens/s/GPU | "
+            "152.3 TFLOP/s/GPU | MFU 48.8% | 12.25 GiB | ETA 0:01:36"
+        )
+
+    def test_cpu_counts_processes_and_has_no_mfu(self) -> None:
+        line = step_line(replace(record(7), mfu=None, tflops_per_gpu=0.0213), 200, "process")
+        assert "GPU" not in line
+        assert "0.021 TFLOP/s/process | MFU n/a" in line
+
+    def test_skipped_step_says_why(self) -> None:
+        assert step_line(record(7, math.nan, "loss is NaN"), 200, "GPU").endswith("| SKIPPED: loss is NaN")
+
+    def test_duration(self) -> None:
+        assert [duration(s) for s in (0, 59.6, 3723, 90061)] == ["0:00:00", "0:01:00", "1:02:03", "1 day, 1:01:01"]
+
+    def test_plain_lines_where_there_is_no_terminal(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = metrics(tmp_path)
+        run.start(["layout [TP 2]", "MFU: peak 312"])
+        run.step(record(1))
+        run.eval(EvalRecord.from_loss(1, 2.0, 64, 1024))
+        run.message("saved [bold]checkpoint[/bold]")
+        run.close()
+        out = capsys.readouterr().out.splitlines()
+        assert out[:2] == ["layout [TP 2]", "MFU: peak 312"]
+        assert out[2].startswith("step   1/200 | loss 2.0000")
+        assert out[3] == "evaluation after step 1 | loss 2.0000 | perplexity 7.389 | 64 samples, 1,024 tokens"
+        assert out[4] == "saved [bold]checkpoint[/bold]", "text is not taken for markup"
+        assert len(out) == 5
+
+    def test_progress_bar_on_a_terminal(self) -> None:
+        out = io.StringIO()
+        sink = ConsoleSink(200, 6, "GPU", Console(file=out, force_terminal=True, width=160, color_system=None))
+        sink.start(["layout [TP 2]"])
+        sink.step(record(7))
+        sink.close()
+        text = out.getvalue()
+        assert "layout [TP 2]\n" in text
+        assert step_line(record(7), 200, "GPU") in text
+        assert "7/200" in text.rsplit("step", 1)[-1], "the bar stands at the step done"
+        assert "ETA 0:01:36" in text.rsplit("step", 1)[-1]
