@@ -1,0 +1,70 @@
+"""One process of a run: ``python -m llm_parallel.train CONFIG.yaml [section.field=value …]``.
+
+Started by ``llm-parallel pretrain``, torchrun or srun. SIGTERM asks the run to save and end after the current step.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_launch.worker import WorkerEnv, report_error, worker_environment
+from llm_parallel.config.load import load_config
+
+SINGLE = WorkerEnv(rank=0, local_rank=0, world_size=1, local_world_size=1, master_addr="127.0.0.1", master_port=0)
+
+
+def quiet_libraries() -> None:
+    """Silences what megatron-core and torch say at import about packages that this run does not need."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+def run_worker(arguments: Sequence[str]) -> int:
+    """Trains as the process that the environment says this is; returns the exit status."""
+    quiet_libraries()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # kill -USR1 shows where a process hangs
+    environment = worker_environment() or SINGLE
+    requests: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
+    log_dir = Path("logs")
+    try:
+        config = load_config(arguments[0], arguments[1:], notice=lambda _: None)
+        log_dir = Path(config.run_dir) / "logs"
+        if environment is not SINGLE:
+            environment.export()
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        from llm_parallel.train.loop import pretrain
+
+        pretrain(
+            config,
+            environment.rank,
+            environment.world_size,
+            environment.local_rank,
+            asked_to_stop=lambda: bool(requests),
+        )
+    except Exception as error:
+        return report_error(log_dir, environment.rank, error)
+    return 0
+
+
+def main() -> None:
+    """Ends the process at once with the run's status: after a failure other ranks may hang in a collective."""
+    status = run_worker(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

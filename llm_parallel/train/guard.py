@@ -1,0 +1,81 @@
+"""Decides whether a step's gradient may reach the weights.
+
+Not finite: skipped always. Spike: loss or gradient norm far above the recent median in robust standard deviations
+(median absolute deviation; Hampel 1974). All processes see the same numbers and so decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+from llm_parallel.config.tree import GuardConfig
+
+# A window of nearly equal numbers has no spread to speak of: deviations below this share of the median are no spike.
+MIN_RELATIVE_SPREAD = 0.01
+
+
+class TooManySkips(RuntimeError):
+    """That many steps in a row were skipped that the run had better stop."""
+
+
+def robust_zscore(value: float, window: list[float]) -> float:
+    """Distance of ``value`` above the window's median in units of 1.4826 MAD."""
+    median = statistics.median(window)
+    spread = 1.4826 * statistics.median(abs(x - median) for x in window)
+    return (value - median) / max(spread, MIN_RELATIVE_SPREAD * abs(median), 1e-12)
+
+
+@dataclass
+class Guard:
+    """Keeps windows of applied steps; ``state`` and ``restore`` carry them through a checkpoint."""
+
+    config: GuardConfig
+    losses: deque[float] = field(init=False)
+    grad_norms: deque[float] = field(init=False)
+    consecutive_skips: int = 0
+
+    def __post_init__(self) -> None:
+        self.losses = deque(maxlen=self.config.spike_window_steps)
+        self.grad_norms = deque(maxlen=self.config.spike_window_steps)
+
+    def judge(self, loss: float, grad_norm: float) -> str | None:
+        """Why this step must be skipped, or None; remembers applied steps. Raises TooManySkips."""
+        reason = self._reason(loss, grad_norm)
+        if reason is None:
+            self.losses.append(loss)
+            self.grad_norms.append(grad_norm)
+            self.consecutive_skips = 0
+            return None
+        self.consecutive_skips += 1
+        if self.consecutive_skips >= self.config.max_consecutive_skips:
+            raise TooManySkips(
+                f"{self.consecutive_skips} steps in a row were skipped (train.guard.max_consecutive_skips); the last "
+                f"because of {reason}. Lower optim.lr, or look at the batches named in events.jsonl"
+            )
+        return reason
+
+    def _reason(self, loss: float, grad_norm: float) -> str | None:
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                return f"{name} {value}"
+        limit = self.config.spike_zscore
+        if limit is None or len(self.losses) < self.config.spike_min_steps:
+            return None
+        for name, value, window in (("loss", loss, self.losses), ("gradient norm", grad_norm, self.grad_norms)):
+            score = robust_zscore(value, list(window))
+            if score > limit:
+                return f"{name} {value:.4g}, {score:.1f} robust deviations above the median of {len(window)} steps"
+        return None
+
+    def state(self) -> dict[str, list[float]]:
+        """Windows as plain lists."""
+        return {"losses": list(self.losses), "grad_norms": list(self.grad_norms)}
+
+    def restore(self, state: dict[str, list[float]], consecutive_skips: int) -> None:
+        """Continues from ``state``."""
+        self.losses.extend(state.get("losses", []))
+        self.grad_norms.extend(state.get("grad_norms", []))
+        self.consecutive_skips = consecutive_skips

@@ -1,0 +1,237 @@
+"""The life of a pretraining run on one process: build, resume, step until done, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llm_parallel.checkpoint.load import load_checkpoint
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.checkpoint.store import CheckpointStore
+from llm_parallel.config.rules import check_config
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.loader import Batch, MicroBatchLoader
+from llm_parallel.metrics.peaks import Peak, find_peak
+from llm_parallel.metrics.record import Basis, EvalRecord, StepMeasurement, derive
+from llm_parallel.metrics.run import MetricsLike, World, open_metrics
+from llm_parallel.model.flops import flops_per_token, parameter_count
+from llm_parallel.model.gpt import build_chunks
+from llm_parallel.model.hf import is_hf_folder, load_hf_weights
+from llm_parallel.model.mcore_config import overlap_enabled
+from llm_parallel.parallel.groups import Groups, close_groups, open_groups
+from llm_parallel.parallel.layout import Layout
+from llm_parallel.parallel.platform import open_platform, set_deterministic
+from llm_parallel.parallel.wrap import Engine, wrap
+from llm_parallel.train.data import evaluation_batches, open_training_data
+from llm_parallel.train.guard import Guard
+from llm_parallel.train.schedule import global_batch_size, learning_rate
+from llm_parallel.train.step import StepOutcome, apply_gradient, evaluate, forward_backward
+
+
+@dataclass
+class Run:
+    """Everything that one process of a run holds."""
+
+    config: RunConfig
+    engine: Engine
+    store: CheckpointStore
+    state: TrainState
+    guard: Guard
+    loader: MicroBatchLoader
+    held_out: list[Batch]
+    metrics: MetricsLike
+    basis: Basis
+    asked_to_stop: Callable[[], bool]
+    started_s: float = field(default_factory=time.monotonic)
+    step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+
+    def wants_to_stop(self) -> bool:
+        """Whether this process was asked to stop, or its time is up."""
+        limit = self.config.train.time_limit_s
+        return self.asked_to_stop() or (limit is not None and time.monotonic() - self.started_s > limit)
+
+
+def pretrain(
+    config: RunConfig, rank: int, world_size: int, local_rank: int, asked_to_stop: Callable[[], bool] = lambda: False
+) -> TrainState:
+    """Trains until ``train.steps``, the time limit, or until some process is asked to stop, and saves.
+
+    Every process of the job calls this with its own rank. Raises UserError for what the user can mend, TooManySkips if
+    the guard gives up.
+    """
+    run = open_run(config, rank, world_size, local_rank, asked_to_stop)
+    try:
+        while run.state.step < config.train.steps:
+            if train_step(run).stop:
+                run.metrics.message(f"stopping after step {run.state.step}: asked to, or out of time; saving")
+                run.metrics.event("stop", step=run.state.step)
+                break
+        finish(run)
+        return run.state
+    finally:
+        run.loader.close()
+        run.metrics.close()
+        close_groups()
+
+
+def open_run(
+    config: RunConfig, rank: int, world_size: int, local_rank: int, asked_to_stop: Callable[[], bool]
+) -> Run:
+    """Builds model, optimizer, data and metrics, and resumes from the newest checkpoint if there is one."""
+    platform = open_platform(config.device, local_rank, config.train.threads_per_process)
+    check_config(config, world_size, platform.kind)  # type: ignore[arg-type]
+    if config.train.deterministic:
+        set_deterministic()
+    layout = Layout.from_config(config, world_size)
+    groups = open_groups(layout, rank, platform, config.seed)
+    engine = wrap(build_chunks(config, groups), config, groups, overlap_enabled(config, platform))
+    run_dir = Path(config.run_dir)
+    store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
+    state, origin = resume(config, engine, store)
+    guard = Guard(config.train.guard)
+    guard.restore(state.guard, state.consecutive_skips)
+    peak = find_peak(platform.device_name, config.log.peak_tflops)
+    basis = Basis(
+        world_size=world_size,
+        seq_length=config.data.seq_length_tokens,
+        flops_per_token=flops_per_token(config.model, config.data.seq_length_tokens),
+        peak_tflops=peak.tflops,
+        total_steps=config.train.steps,
+    )
+    world = World(world_size, layout.describe(), platform.device_name, platform.is_cuda)
+    held_out = evaluation_batches(config, groups)
+    loader = open_training_data(config, groups, state.consumed_samples)
+    metrics = open_metrics(
+        rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
+    )
+    metrics.start(describe(config, groups, origin, peak))
+    return Run(config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop)
+
+
+def resume(config: RunConfig, engine: Engine, store: CheckpointStore) -> tuple[TrainState, str]:
+    """Loads the run's newest checkpoint, else ``checkpoint.load`` (ours or a Hugging Face folder), else nothing.
+
+    Returns the state to go on from, and in words where it came from."""
+    latest = store.latest()
+    if latest is not None:
+        return load_checkpoint(latest, engine, config), f"resumed from {latest}"
+    if config.checkpoint.load is None:
+        return TrainState(), "new run"
+    if is_hf_folder(config.checkpoint.load):
+        load_hf_weights(config.checkpoint.load, engine.models)
+        engine.optimizer.reload_model_params()
+        return TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}"
+    with_optimizer = config.checkpoint.load_optimizer
+    state = load_checkpoint(config.checkpoint.load, engine, config, load_optimizer=with_optimizer)
+    return state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}"
+
+
+def describe(config: RunConfig, groups: Groups, origin: str, peak: Peak) -> list[str]:
+    """What the console says before the first step."""
+    count = parameter_count(config.model)
+    platform, train = groups.platform, config.train
+    tokens = train.global_batch_size * config.data.seq_length_tokens
+    return [
+        f"{groups.layout.world_size} x {platform.device_name} ({platform.backend}), {groups.layout.describe()}",
+        f"{count.total / 1e6:,.1f} M parameters, {train.precision}, vocabulary {config.model.vocab_size}",
+        f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {origin}",
+        f"run folder {config.run_dir}; MFU (causal attention counted once, no recompute): {peak.describe()}",
+    ]
+
+
+def train_step(run: Run) -> StepOutcome:
+    """One step of the run: data, gradient, guard, update, records, evaluation and checkpoint where due."""
+    config, state, groups = run.config, run.state, run.engine.groups
+    started = time.perf_counter()
+    size = global_batch_size(config.train, state.consumed_samples)
+    batches = [next(run.loader) for _ in range(groups.layout.num_micro_batches(size))]
+    data_s = time.perf_counter() - started
+    outcome = forward_backward(run.engine, batches, stop=run.wants_to_stop())
+    lr = learning_rate(config.optim, config.train.steps, state.step + 1)
+    reason = run.guard.judge(outcome.loss, outcome.grad_norm)
+    applied = time.perf_counter()
+    if reason is None:
+        apply_gradient(run.engine, outcome, lr, config.optim.clip_grad)
+        groups.platform.synchronize()
+    ended = time.perf_counter()
+    first_sample = state.consumed_samples
+    advance(run, size, outcome)
+    if reason is not None:
+        name_skipped_batch(run, reason, first_sample, size)
+    allocated, reserved = groups.platform.memory_gib()
+    measured = StepMeasurement(
+        step=state.step,
+        consumed_samples=state.consumed_samples,
+        global_batch_size=size,
+        loss=outcome.loss,
+        grad_norm=outcome.grad_norm,
+        lr=lr,
+        step_time_s=ended - started,
+        data_time_s=data_s,
+        forward_backward_time_s=outcome.forward_backward_s,
+        optimizer_time_s=ended - applied,
+        memory_allocated_gib=allocated,
+        memory_reserved_gib=reserved,
+        skip_reason=reason,
+        num_skipped=state.num_skipped,
+    )
+    run.step_times_s.append(measured.step_time_s)
+    if state.step % config.log.interval_steps == 0 or state.step == config.train.steps or reason is not None:
+        run.metrics.step(derive(measured, run.basis, run.step_times_s))
+    after_step(run, outcome.stop)
+    return outcome
+
+
+def advance(run: Run, size: int, outcome: StepOutcome) -> None:
+    """Counts a step that is over, applied or skipped."""
+    state = run.state
+    state.step += 1
+    state.consumed_samples += size
+    state.consumed_tokens += outcome.tokens
+    state.num_skipped += int(run.guard.consecutive_skips > 0)
+    state.consecutive_skips = run.guard.consecutive_skips
+    state.guard = run.guard.state()
+
+
+def name_skipped_batch(run: Run, reason: str, first_sample: int, size: int) -> None:
+    """Says which samples a skipped step held."""
+    last = first_sample + size - 1
+    run.metrics.message(f"step {run.state.step} skipped: {reason}; samples {first_sample} to {last}")
+    run.metrics.event("skip", step=run.state.step, reason=reason, first_sample=first_sample, last_sample=last)
+
+
+def after_step(run: Run, stopping: bool) -> None:
+    """Evaluation and checkpoint that are due after this step; the last ones are ``finish``'s."""
+    step, last = run.state.step, run.state.step >= run.config.train.steps
+    run.store.poll()
+    if last or stopping:
+        return
+    interval = run.config.train.eval_interval_steps
+    if interval and step % interval == 0:
+        run_evaluation(run)
+    interval = run.config.checkpoint.interval_steps
+    if interval and step % interval == 0:
+        run.store.save(run.engine, run.state)
+        run.metrics.event("save", step=step)
+
+
+def run_evaluation(run: Run) -> float:
+    """Held-out loss in nats per token, recorded; NaN if nothing is held out."""
+    if not run.held_out:
+        return math.nan
+    loss, tokens = evaluate(run.engine, run.held_out)
+    run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, run.config.train.eval_samples, tokens))
+    return loss
+
+
+def finish(run: Run) -> None:
+    """Last evaluation (of a run that is complete) and checkpoint; waits until it is on disk."""
+    if run.state.step >= run.config.train.steps:
+        run_evaluation(run)
+    run.store.save(run.engine, run.state, blocking=True)
+    run.store.wait()
+    run.metrics.event("end", step=run.state.step)
