@@ -118,9 +118,15 @@ class WandbSink(QuietSink):
         run_id_file = run_dir / "wandb" / "run_id.txt"
         known = run_id_file.read_text().strip() if run_id_file.exists() else None
         run_id_file.parent.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=project, dir=str(run_dir), name=run_dir.name, id=known, resume="allow", config=config
-        )
+        try:
+            self._run = wandb.init(
+                project=project, dir=str(run_dir), name=run_dir.name, id=known, resume="allow", config=config
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"log.wandb_project is {project!r} but Weights & Biases says: {error} "
+                "Leave log.wandb_project out, or set WANDB_MODE=offline to report later"
+            ) from error
         run_id_file.write_text(self._run.id)
 
     def step(self, record: StepRecord) -> None:

@@ -232,6 +232,15 @@ def hide(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
 
 
+@pytest.fixture
+def wandb() -> Iterator[Any]:
+    """The package without what it remembers of the environment of an earlier test."""
+    package = pytest.importorskip("wandb", reason="wandb is optional")
+    package.teardown()
+    yield package
+    package.teardown()
+
+
 class TestServices:
     @pytest.mark.parametrize(
         ("package", "log"),
@@ -271,8 +280,16 @@ class TestServices:
                 metrics(tmp_path / "run", prometheus_port=port)
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.usefixtures("wandb")
+    def test_wandb_without_a_login(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WANDB_MODE", "online")
+        monkeypatch.setenv("HOME", str(tmp_path))  # No key is kept there.
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        with pytest.raises(UserError, match=r"log\.wandb_project is 'llama'.*WANDB_MODE=offline"):
+            metrics(tmp_path / "run", wandb_project="llama")
+
+    @pytest.mark.usefixtures("wandb")
     def test_wandb_offline_and_resume(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        pytest.importorskip("wandb", reason="wandb is optional")
         monkeypatch.setenv("WANDB_MODE", "offline")
         monkeypatch.setenv("WANDB_SILENT", "true")
         ids = []
