@@ -22,6 +22,8 @@ from llm_launch.worker import EXIT_CRASH, error_path
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
 
 POLL_S = 0.05
+SETTLE_S = 0.5
+"""Time for the other processes to end and report by themselves after one failed: theirs may be the cause."""
 PR_SET_PDEATHSIG = 1
 LOOPBACK = "127.0.0.1"
 
@@ -250,25 +252,28 @@ def _wait(workers: list[_Worker], signals: _Signals, grace_s: float) -> list[_Wo
     """Waits for the end of all; returns the workers that failed, in the order in which that was seen."""
     failed: list[_Worker] = []
     passed_on = 0
-    deadline = math.inf
+    terminate_at = kill_at = math.inf
     while running := [worker for worker in workers if not worker.ended]:
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= kill_at:
             for worker in running:
                 worker.kill()
             break
+        if time.monotonic() >= terminate_at:
+            terminate_at = math.inf
+            for worker in running:
+                worker.terminate()
         ended_badly = [worker for worker in running if worker.poll() and worker.status != 0]
         if not signals.received:
             failed += ended_badly
         else:  # one that SIGTERM ended before it could handle it did as it was told
             failed += [worker for worker in ended_badly if worker.status != -signal.SIGTERM]
-        if ended_badly and deadline == math.inf:  # the others may wait for it in a collective for ever
-            deadline = time.monotonic() + grace_s
-            for worker in workers:
-                worker.terminate()
+        if ended_badly and kill_at == math.inf:  # the others may wait for it in a collective for ever
+            terminate_at = time.monotonic() + SETTLE_S
+            kill_at = terminate_at + grace_s
         if len(signals.received) > passed_on:
             passed_on = len(signals.received)
             if signals.received.count(signal.SIGINT) > 1:
-                deadline = -math.inf
+                kill_at = -math.inf
             else:
                 for worker in workers:
                     worker.terminate()
