@@ -1,0 +1,198 @@
+"""Rules about the model, the layout and the number of processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from llm_parallel.config.problem import WORLD_SIZE, Case, Problem, divisors, multiple, nearest
+from llm_parallel.config.tree import RunConfig
+
+
+def check_heads(case: Case) -> Iterator[Problem]:
+    model = case.config.model
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if heads % groups:
+        closest = nearest(groups, divisors(heads))
+        yield Problem(
+            ("model.num_query_groups", "model.num_attention_heads"),
+            f"model.num_query_groups = {groups} does not divide model.num_attention_heads = {heads}",
+            {"model.num_query_groups": closest},
+        )
+    if model.head_dim is None and model.hidden_size % heads:
+        yield Problem(
+            ("model.hidden_size", "model.num_attention_heads"),
+            f"model.hidden_size = {model.hidden_size} is not divisible by model.num_attention_heads = {heads}",
+            {"model.hidden_size": multiple(model.hidden_size, 2 * heads)},
+        )
+    elif model.kv_channels % 2:
+        fix = (
+            {"model.head_dim": model.head_dim + 1}
+            if model.head_dim
+            else {"model.hidden_size": model.hidden_size + heads}
+        )
+        yield Problem(
+            ("model.head_dim", "model.hidden_size", "model.num_attention_heads"),
+            f"model.head_dim = {model.kv_channels} is odd (model.hidden_size = {model.hidden_size},"
+            f" model.num_attention_heads = {heads}), and rotary positions turn pairs of channels",
+            fix,
+        )
+
+
+def _tp_obstacles(config: RunConfig, tp: int) -> dict[str, str]:
+    """Model fields that ``tp`` does not fit, with the clause that says so."""
+    model = config.model
+    heads, groups, ffn = model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size
+    obstacles = {}
+    if heads % tp:
+        obstacles["model.num_attention_heads"] = f"does not divide model.num_attention_heads = {heads}"
+    if groups % tp and tp % groups:
+        obstacles["model.num_query_groups"] = f"neither divides nor is a multiple of model.num_query_groups = {groups}"
+    if ffn % tp:
+        obstacles["model.ffn_hidden_size"] = f"does not divide model.ffn_hidden_size = {ffn}"
+    if not obstacles and 2 * groups * model.kv_channels % tp:  # keys and values of one matrix, cut by column
+        obstacles["model.head_dim"] = (
+            f"does not divide the {2 * groups * model.kv_channels} key and value channels of model.num_query_groups ="
+            f" {groups} and model.head_dim = {model.kv_channels}"
+        )
+    return obstacles
+
+
+def check_tensor_parallel(case: Case) -> Iterator[Problem]:
+    config, parallel = case.config, case.config.parallel
+    obstacles = _tp_obstacles(config, parallel.tp)
+    if obstacles:
+        heads = config.model.num_attention_heads
+        working = [tp for tp in divisors(heads) if not _tp_obstacles(config, tp)]
+        rest = parallel.pp * parallel.cp
+        fitting = [tp for tp in working if case.world_size and case.world_size % (tp * rest) == 0]
+        tp = nearest(parallel.tp, fitting or working)
+        fix: dict[str, Any] = {"parallel.tp": tp}
+        if tp == 1 and parallel.sequence_parallel:
+            fix["parallel.sequence_parallel"] = None
+        for name, clause in obstacles.items():
+            yield Problem((name, "parallel.tp"), f"parallel.tp = {parallel.tp} {clause}", fix)
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield Problem(
+            ("parallel.sequence_parallel", "parallel.tp"),
+            "parallel.sequence_parallel = true divides the sequence over a tensor-parallel group, and parallel.tp = 1",
+            {"parallel.sequence_parallel": None},
+        )
+
+
+def check_pipeline(case: Case) -> Iterator[Problem]:
+    parallel, layers = case.config.parallel, case.config.model.num_layers
+    chunks = parallel.pp * parallel.vpp
+    if parallel.vpp > 1 and parallel.pp == 1:
+        fix: dict[str, Any] = {"parallel.vpp": 1} | ({"parallel.stage_layers": None} if parallel.stage_layers else {})
+        statement = f"parallel.vpp = {parallel.vpp} interleaves the chunks of a pipeline, and parallel.pp = 1"
+        yield Problem(("parallel.vpp", "parallel.pp"), statement, fix)
+        return
+    sizes = f"parallel.pp = {parallel.pp}" + (f" times parallel.vpp = {parallel.vpp}" if parallel.vpp > 1 else "")
+    size_fields = ("parallel.pp", "parallel.vpp") if parallel.vpp > 1 else ("parallel.pp",)
+    if layers < chunks:
+        statement = f"model.num_layers = {layers} is less than {sizes} model chunks"
+        yield Problem(("model.num_layers", *size_fields), statement, _smaller_pipeline(case))
+    elif parallel.stage_layers is None:
+        if layers % chunks:
+            yield Problem(
+                ("model.num_layers", *size_fields),
+                f"model.num_layers = {layers} is not divisible by {sizes}",
+                {"parallel.stage_layers": _balanced(layers, chunks)},
+            )
+    elif len(parallel.stage_layers) != chunks or sum(parallel.stage_layers) != layers:
+        given = parallel.stage_layers
+        even = layers % chunks == 0
+        if len(given) != chunks:
+            statement = f"parallel.stage_layers has {len(given)} entries, and {sizes} needs {chunks}"
+            fields: tuple[str, ...] = ("parallel.stage_layers", *size_fields)
+        else:
+            statement = f"parallel.stage_layers adds up to {sum(given)} layers, and model.num_layers = {layers}"
+            fields = ("parallel.stage_layers", "model.num_layers")
+        yield Problem(fields, statement, {"parallel.stage_layers": None if even else _balanced(layers, chunks)})
+
+
+def _smaller_pipeline(case: Case) -> dict[str, Any]:
+    """The change of pp and vpp that leaves no more model chunks than layers."""
+    parallel, layers = case.config.parallel, case.config.model.num_layers
+    pp = max(size for size in divisors(parallel.pp) if size <= layers)
+    vpp = min(parallel.vpp, layers // pp) if pp > 1 else 1
+    stage_layers = None if layers % (pp * vpp) == 0 else _balanced(layers, pp * vpp)
+    wanted = {"parallel.pp": pp, "parallel.vpp": vpp, "parallel.stage_layers": stage_layers}
+    return {name: value for name, value in wanted.items() if value != getattr(parallel, name.partition(".")[2])}
+
+
+def check_recompute(case: Case) -> Iterator[Problem]:
+    parallel, layers = case.config.parallel, case.config.model.num_layers
+    chunks = parallel.pp * parallel.vpp
+    stages = parallel.stage_layers or (layers // chunks,) * chunks
+    group = parallel.recompute_num_layers
+    if parallel.recompute != "full" or parallel.recompute_method != "uniform" or sum(stages) != layers:
+        return
+    bad = [size for size in stages if size % group]
+    if bad:
+        yield Problem(
+            ("parallel.recompute_num_layers", "parallel.stage_layers"),
+            f"parallel.recompute_num_layers = {group} does not divide the {bad[0]} layers of a model chunk"
+            f" (model.num_layers = {layers}, parallel.pp = {parallel.pp}, parallel.vpp = {parallel.vpp})",
+            {"parallel.recompute_num_layers": nearest(group, divisors(math.gcd(*stages)))},
+        )
+
+
+def check_sequence(case: Case) -> Iterator[Problem]:
+    parallel, unit = case.config.parallel, case.sequence_unit
+    seq, longest = case.config.data.seq_length_tokens, case.config.model.max_seq_length_tokens
+    fits = seq % unit == 0
+    if not fits:
+        sharers = [f"parallel.cp = {parallel.cp}"] if parallel.cp > 1 else []
+        sharers += [f"parallel.tp = {parallel.tp} with sequence parallelism"] if case.sequence_parallel else []
+        up, down = -(-seq // unit) * unit, seq // unit * unit
+        fix = {"data.seq_length_tokens": up if up <= longest or not down else down}
+        if fix["data.seq_length_tokens"] > longest:
+            fix["model.max_seq_length_tokens"] = fix["data.seq_length_tokens"]
+        yield Problem(
+            ("data.seq_length_tokens", "parallel.cp" if parallel.cp > 1 else "parallel.tp"),
+            f"data.seq_length_tokens = {seq} is not a multiple of {unit}, which {' and '.join(sharers)} needs",
+            fix,
+        )
+    if seq > longest:
+        down = longest // unit * unit
+        fix = {"data.seq_length_tokens": down} if down else {"model.max_seq_length_tokens": seq}
+        yield Problem(
+            ("data.seq_length_tokens", "model.max_seq_length_tokens"),
+            f"data.seq_length_tokens = {seq} is over model.max_seq_length_tokens = {longest}",
+            fix,
+        )
+
+
+def check_processes(case: Case) -> Iterator[Problem]:
+    parallel, world = case.config.parallel, case.world_size
+    if world is None:
+        return
+    sizes = f"parallel.tp = {parallel.tp} times parallel.pp = {parallel.pp} times parallel.cp = {parallel.cp}"
+    fields = ("parallel.tp", "parallel.pp", "parallel.cp")
+    if parallel.dp and parallel.dp * case.model_size != world:
+        fits = world % case.model_size == 0
+        yield Problem(
+            ("parallel.dp", *fields),
+            f"parallel.dp = {parallel.dp} times {sizes} is {parallel.dp * case.model_size}, and there are"
+            f" {world} processes",
+            {"parallel.dp": world // case.model_size} if fits else {WORLD_SIZE: parallel.dp * case.model_size},
+        )
+    elif world % case.model_size:
+        yield Problem(
+            fields,
+            f"{sizes} is {case.model_size}, which does not divide the {world} processes",
+            {WORLD_SIZE: max(world // case.model_size, 1) * case.model_size},
+        )
+
+
+def _balanced(layers: int, chunks: int) -> list[int]:
+    """Layers of each chunk, as even as can be; the last and then the first, which have the output projection and the
+    embedding besides, get the fewer."""
+    order = [*range(1, chunks - 1), 0, chunks - 1]
+    sizes = [layers // chunks] * chunks
+    for index in order[: layers % chunks]:
+        sizes[index] += 1
+    return sizes
