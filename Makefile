@@ -1,0 +1,53 @@
+# make train: from nothing to a trained model. make test: all tests. Both create the virtual environment they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Workers of pytest; one thread each, since many tests start several processes of their own.
+TEST_WORKERS ?= 2
+# Looked up only when a recipe uses it.
+EXTRAS = dev$(if $(shell nvidia-smi -L 2>/dev/null),$(comma)gpu)
+comma := ,
+
+.PHONY: help train test check bench format
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train    prepare real text, pretrain a small Llama in TP 2 x PP 2, sample from it"
+	@echo "make test     run the tests (TEST_WORKERS=2)"
+	@echo "make check    formatting, lint, types, import layers"
+	@echo "make bench    measure a training step and data preparation"
+	@echo "make format   format the code"
+
+train: $(STAMP)
+	$(BIN)/llm-parallel quickstart
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/data.py
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Each line checks one thing that a bare machine may lack and names the package that brings it.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here; install it (Debian: apt install python3) or say make PYTHON=/path/to/python3." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10; say make PYTHON=python3.11 or another newer one." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot create virtual environments; on Debian and Ubuntu: apt install python3-venv." >&2; exit 2; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { echo "$(PYTHON) lacks its C headers; on Debian and Ubuntu: apt install python3-dev." >&2; exit 2; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "There is no C++ compiler; on Debian and Ubuntu: apt install g++." >&2; exit 2; }
+	@echo "Installing llm-parallel[$(EXTRAS)] into $(VENV) (once; some minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $(STAMP)
