@@ -1,0 +1,130 @@
+"""The command ``llm-parallel``. Every word imports what it needs only when it is used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from llm_parallel.errors import EXIT_USER_ERROR, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="3D-parallel training of large language models, from raw text to a model that answers.",
+)
+
+WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def pretrain(
+    context: typer.Context,
+    run_file: Annotated[str, typer.Argument(help="YAML run file; any field is overridden by section.field=value.")],
+    dry_run: Annotated[bool, typer.Option(help="Print configuration, ranks and memory of the run; start nothing.")] = False,
+) -> None:
+    """Train on next-word prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
+    from llm_parallel.train.command import pretrain_command
+
+    raise typer.Exit(pretrain_command(run_file, context.args, dry_run))
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst …")],
+    out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
+    tokenizer: Annotated[Optional[str], typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")] = None,
+    train_vocab: Annotated[Optional[int], typer.Option(help="Train a tokenizer of that many words first.")] = None,
+    key: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
+    workers: Annotated[Optional[int], typer.Option(help="Processes; all cores if not given.")] = None,
+    append_eod: Annotated[bool, typer.Option(help="End every document with the end-of-document token.")] = True,
+    shard_megabytes: Annotated[int, typer.Option(help="Text of one shard: what is redone after a kill.")] = 16,
+) -> None:
+    """Turn raw text into a tokenizer and token files. Started again after a kill, it goes on where it was."""
+    from llm_parallel.data.command import prepare_command
+
+    prepare_command(
+        inputs, out, tokenizer=tokenizer, train_vocab=train_vocab, key=key, workers=workers,
+        append_eod=append_eod, shard_megabytes=shard_megabytes,
+    )  # fmt: skip
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Hugging Face folder, or a run, checkpoints or iter_… folder of ours.")],
+    target: Annotated[str, typer.Argument(help="Folder to write; the other kind.")],
+    verify: Annotated[bool, typer.Option(help="Compare logits before and after, and print the largest difference.")] = True,
+    max_shard_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
+) -> None:
+    """Convert between Hugging Face Llama folders and our checkpoints, either way."""
+    from llm_parallel.serve.convert import convert_command
+
+    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="Run, checkpoints, iter_… or Hugging Face folder.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to go on from; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 for the likeliest word each time (greedy).")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest words; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest words that together have this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Write on from a prompt."""
+    from llm_parallel.serve.command import generate_command
+
+    generate_command(
+        checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        seed=seed, device=device,
+    )  # fmt: skip
+
+
+@app.command()
+def plot(run_dirs: Annotated[list[str], typer.Argument(help="Run folders; several are drawn together.")]) -> None:
+    """Draw loss, throughput and learning rate of runs as PNG files."""
+    from llm_parallel.metrics.plots import compare_runs, plot_run
+
+    folders = [Path(folder) for folder in run_dirs]
+    pictures = plot_run(folders[0]) if len(folders) == 1 else compare_runs(folders, folders[0] / "plots")
+    for picture in pictures:
+        typer.echo(str(picture))
+
+
+@app.command()
+def fields(section: Annotated[str, typer.Argument(help="Show only fields that begin so.")] = "") -> None:
+    """List every configuration field with its type, default and meaning."""
+    from llm_parallel.config.fields import describe_fields
+
+    for doc in describe_fields():
+        if doc.name.startswith(section):
+            typer.echo(f"{doc.name}: {doc.type} = {doc.default}\n    {doc.doc}")
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def quickstart(
+    context: typer.Context,
+    folder: Annotated[str, typer.Option(help="Where token files and the run go.")] = "runs/quickstart",
+) -> None:
+    """From this machine's Python library to a small trained Llama: prepare, pretrain with TP 2 x PP 2, generate."""
+    from llm_parallel.quickstart import quickstart_command
+
+    raise typer.Exit(quickstart_command(Path(folder), context.args))
+
+
+def main() -> None:
+    """Runs the command; what the user can mend is one sentence and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
+
+
+if __name__ == "__main__":
+    main()

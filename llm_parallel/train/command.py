@@ -1,0 +1,82 @@
+"""``llm-parallel pretrain``: checks, shows what will run, and starts the processes or becomes one of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from llm_launch.local import launch_local
+from llm_launch.worker import worker_environment
+from llm_parallel.config.load import dump_config, load_config
+from llm_parallel.config.rules import num_processes
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.files import atomic_write
+from llm_parallel.metrics.plots import plot_run
+from llm_parallel.parallel.layout import Layout
+from llm_parallel.train.preflight import mixture, preflight, rank_table, state_bytes
+
+CONFIG_NAME = "config.yaml"
+
+
+def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = False) -> int:
+    """Exit status of a run. Under torchrun or srun this process is one of the run's; else it starts them all here."""
+    environment = worker_environment()
+    world_size = environment.world_size if environment else None
+    first = environment is None or environment.rank == 0
+    config = load_config(run_file, overrides, notice=_notice if first else _silent)
+    config = preflight(config, world_size)
+    if dry_run:
+        show_plan(config, world_size)
+        return 0
+    saved = Path(config.run_dir) / CONFIG_NAME
+    if first:
+        show_mixture(config)
+        with atomic_write(saved) as handle:
+            handle.write(dump_config(config))
+    if environment is not None:
+        from llm_parallel.train.__main__ import run_worker
+
+        status = run_worker([run_file, *overrides, f"model.vocab_size={config.model.vocab_size}"])
+    else:
+        arguments = ["-m", "llm_parallel.train", str(saved)]
+        status = launch_local(num_processes(config), arguments, Path(config.run_dir) / "logs")
+    if first and status == 0 and config.log.plots:
+        for picture in plot_run(Path(config.run_dir)):
+            print(f"plot: {picture}")
+    return status
+
+
+def show_mixture(config: RunConfig) -> None:
+    """Prints tokens and epochs of each source before anything starts."""
+    table = Table(title="Training mixture", title_justify="left")
+    for name in ("source", "weight", "tokens held", "tokens used", "epochs"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for row in mixture(config):
+        table.add_row(
+            row.path, f"{row.weight:.4f}", f"{row.tokens_available:,}", f"{row.tokens_used:,}", f"{row.epochs:.2f}"
+        )
+    Console().print(table)
+
+
+def show_plan(config: RunConfig, world_size: int | None) -> None:
+    """What a dry run prints: configuration, ranks, mixture and memory of model state."""
+    layout = Layout.from_config(config, world_size or num_processes(config))
+    print(dump_config(config))
+    print(layout.describe())
+    print("\n".join(rank_table(layout)))
+    show_mixture(config)
+    parts = state_bytes(config, layout)
+    named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items())
+    print(f"model state of the fullest process: {sum(parts.values()) / 2**30:.2f} GiB ({named}); activations not counted")
+
+
+def _notice(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,95 @@
+"""What can be found wrong, or told to the user, before any process starts: configuration, files, vocabulary, data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm_parallel.config.rules import check_config, check_inputs, num_processes
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.mix import MixtureRow, mixture_table
+from llm_parallel.data.samples import SampleSource
+from llm_parallel.data.tokenizer import check_vocabulary, load_tokenizer
+from llm_parallel.model.flops import parameter_count
+from llm_parallel.parallel.layout import Layout
+from llm_parallel.train.schedule import total_samples
+
+NVIDIA_DEVICE = Path("/dev/nvidia0")
+
+
+def expected_device(config: RunConfig) -> str:
+    """``cuda`` or ``cpu``, without importing torch."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if NVIDIA_DEVICE.exists() else "cpu"
+
+
+def preflight(config: RunConfig, world_size: int | None = None) -> RunConfig:
+    """The configuration with the vocabulary filled in from the tokenizer, after every check that needs no process.
+
+    ``world_size``: number of processes if they are already started. Raises UserError.
+    """
+    processes = world_size or num_processes(config)
+    check_config(config, processes, expected_device(config))  # type: ignore[arg-type]
+    check_inputs(config)
+    config = with_vocabulary(config)
+    SampleSource(config.data, config.seed, "train").close()
+    if config.data.eval or config.data.eval_fraction:
+        SampleSource(config.data, config.seed, "eval").close()
+    return config
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """Takes ``model.vocab_size`` from the tokenizer where it is not given. Raises UserError if they do not fit."""
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        size = config.model.vocab_size or tokenizer.vocab_size
+        check_vocabulary(tokenizer, size)
+        return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+    if config.model.vocab_size is None:
+        # Token files carry no vocabulary, so nothing else can say how large the embedding has to be.
+        from llm_parallel.errors import UserError
+
+        raise UserError("model.vocab_size and data.tokenizer are both empty; give one of them")
+    return config
+
+
+def mixture(config: RunConfig) -> list[MixtureRow]:
+    """Tokens and epochs of each training source over the whole run."""
+    return mixture_table(config.data, config.seed, total_samples(config.train))
+
+
+def rank_table(layout: Layout) -> list[str]:
+    """One line per process: coordinates and layers. The first 64 of a larger job."""
+    lines = []
+    for rank in range(min(layout.world_size, 64)):
+        at = layout.coordinates(rank)
+        layers = [layout.layers(at.pp, stage) for stage in range(layout.vpp)]
+        held = ", ".join(f"{part.start}-{part.stop - 1}" for part in layers)
+        lines.append(f"rank {rank:>3}: tp {at.tp} cp {at.cp} dp {at.dp} pp {at.pp}, layers {held}")
+    if layout.world_size > 64:
+        lines.append(f"… and {layout.world_size - 64} more")
+    return lines
+
+
+def state_bytes(config: RunConfig, layout: Layout) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer state on the fullest process, without activations.
+
+    Per parameter: weights 2 (bf16) or 4, main gradients 4, two fp32 moments and, for bf16, the fp32 master weight;
+    moments and master weights are divided over DP and CP by the distributed optimizer.
+    """
+    count = parameter_count(config.model)
+    per_stage = [
+        sum(layout.stage_layers[chunk] for chunk in range(stage, layout.pp * layout.vpp, layout.pp))
+        for stage in range(layout.pp)
+    ]
+    held = [layers * count.per_layer for layers in per_stage]
+    held[0] += count.embedding
+    held[-1] += count.output if not (config.model.tie_embeddings and layout.pp > 1) else count.embedding
+    parameters = max(held) / layout.tp
+    bf16 = config.train.precision == "bf16"
+    shards = layout.dp * layout.cp if config.parallel.distributed_optimizer else 1
+    return {
+        "weights": parameters * (2 if bf16 else 4),
+        "gradients": parameters * 4,
+        "optimizer": parameters * (12 if bf16 else 8) / shards,
+    }

@@ -1,0 +1,133 @@
+"""A short training job on any layout, with synthetic samples, for tests that compare layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm_parallel.config.tree import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+
+GLOBAL_BATCH, SEQ, VOCAB = 8, 32, 128
+
+
+def base_config() -> RunConfig:
+    """A four-layer model with two key/value groups."""
+    return RunConfig(
+        device="cpu",
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=64,
+            ffn_hidden_size=128,
+            num_attention_heads=4,
+            num_query_groups=2,
+            vocab_size=VOCAB,
+            max_seq_length_tokens=SEQ,
+        ),
+        data=DataConfig(seq_length_tokens=SEQ),
+        train=TrainConfig(global_batch_size=GLOBAL_BATCH, steps=10),
+        optim=OptimConfig(lr=3e-3, min_lr=3e-3, schedule="constant"),
+    )
+
+
+def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """``config`` with section.field → value replaced, validated anew."""
+    tree = config.model_dump()
+    for name, value in changes.items():
+        section, key = name.split(".")
+        tree[section][key] = value
+    return RunConfig.model_validate(tree)
+
+
+def sample(config: RunConfig, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens [SEQ + 1], loss mask [SEQ] and document starts of sample ``number``: counting sequences that the model can
+    learn, with three documents of uneven length."""
+    generator = torch.Generator().manual_seed(1000 + number)
+    start = torch.randint(0, 100, (1,), generator=generator)
+    step = torch.randint(1, 4, (1,), generator=generator)
+    tokens = (start + step * torch.arange(SEQ + 1)) % min(100, config.model.vocab_size or VOCAB)
+    cuts = torch.randperm(SEQ - 2, generator=generator)[:2].sort().values + 1
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64), cuts)).to(torch.int32)
+    mask = torch.ones(SEQ)
+    if config.data.packing == "isolate":
+        mask[cuts - 1] = 0.0
+    return tokens, mask, starts
+
+
+def make_batch(config: RunConfig, numbers: range) -> Any:
+    """Micro batch of the given samples."""
+    from llm_parallel.data.loader import Batch
+
+    tokens, masks, starts = zip(*(sample(config, number) for number in numbers))
+    stacked = torch.stack(tokens)
+    return Batch(
+        tokens=stacked[:, :-1].contiguous(),
+        labels=stacked[:, 1:].contiguous(),
+        loss_mask=torch.stack(masks),
+        document_starts=list(starts) if config.data.packing == "isolate" else None,
+    )
+
+
+def open_engine(config: RunConfig, rank: int, world_size: int) -> Any:
+    """Groups and engine of this rank for a checked configuration."""
+    from llm_parallel.config.rules import check_config
+    from llm_parallel.model.gpt import build_chunks
+    from llm_parallel.model.mcore_config import overlap_enabled
+    from llm_parallel.parallel.groups import open_groups
+    from llm_parallel.parallel.layout import Layout
+    from llm_parallel.parallel.platform import open_platform
+    from llm_parallel.parallel.wrap import wrap
+
+    check_config(config, world_size, "cpu")
+    platform = open_platform("cpu")
+    groups = open_groups(Layout.from_config(config, world_size), rank, platform, config.seed)
+    return wrap(build_chunks(config, groups), config, groups, overlap_enabled(config, platform))
+
+
+def train_steps(engine: Any, config: RunConfig, first_step: int, num_steps: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each of the steps ``first_step …``."""
+    from llm_parallel.train.step import apply_gradient, forward_backward
+
+    layout, history = engine.groups.layout, []
+    size = config.train.global_batch_size
+    for step in range(first_step, first_step + num_steps):
+        numbers = layout.micro_batches(step * size, size, engine.groups.at.dp)
+        outcome = forward_backward(engine, [make_batch(config, part) for part in numbers])
+        apply_gradient(engine, outcome, config.optim.lr, config.optim.clip_grad)
+        history.append((outcome.loss, outcome.grad_norm))
+    return history
+
+
+def gradients(engine: Any) -> dict[str, torch.Tensor]:
+    """This rank's shard of every gradient, by canonical name, after ``forward_backward``; whole again where the
+    distributed optimizer left each rank only its part."""
+    from llm_parallel.model.init import canonical_parameters
+
+    group = engine.groups.collection.dp_cp
+    found = {}
+    for chunk, model in zip(engine.chunks, engine.models):
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                if chunk.ddp_config.use_distributed_optimizer and group.size() > 1:
+                    mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+        for name, parameter in canonical_parameters(model):
+            found[name] = parameter.main_grad.detach().clone()
+    return found
+
+
+def compare_layout(rank: int, world_size: int, changes: dict[str, Any], num_steps: int) -> dict[str, Any]:
+    """First gradients, and the losses and gradient norms of all steps, of one layout."""
+    from llm_parallel.parallel.groups import close_groups
+    from llm_parallel.train.step import forward_backward
+
+    config = changed(base_config(), changes)
+    engine = open_engine(config, rank, world_size)
+    layout, at = engine.groups.layout, engine.groups.at
+    numbers = layout.micro_batches(0, config.train.global_batch_size, at.dp)
+    forward_backward(engine, [make_batch(config, part) for part in numbers])
+    first = {name: gradient.numpy() for name, gradient in gradients(engine).items()}
+    history = train_steps(engine, config, 0, num_steps)
+    close_groups(world=False)
+    return {"gradients": first, "history": history, "tp": layout.tp, "tp_rank": at.tp}
