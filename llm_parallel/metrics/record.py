@@ -101,7 +101,7 @@ class EvalRecord:
     @classmethod
     def from_loss(cls, step: int, loss: float, samples: int, tokens: int) -> EvalRecord:
         """Fills in the perplexity; infinite where it exceeds a double."""
-        perplexity = math.exp(loss) if loss < 700 else math.inf
+        perplexity = math.inf if loss > 700 else math.exp(loss)
         return cls(step, loss, perplexity, samples, tokens)
 
 

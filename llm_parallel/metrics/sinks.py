@@ -112,7 +112,7 @@ class WandbSink(QuietSink):
         except ImportError:
             raise UserError(
                 f"log.wandb_project is {project!r} but the wandb package is not installed; "
-                "run 'pip install wandb' or leave log.wandb_project out"
+                "run pip install 'llm-parallel[observe]' or leave log.wandb_project out"
             ) from None
         self.target = f"Weights & Biases project {project}"
         run_id_file = run_dir / "wandb" / "run_id.txt"
@@ -128,14 +128,16 @@ class WandbSink(QuietSink):
                 "Leave log.wandb_project out, or set WANDB_MODE=offline to report later"
             ) from error
         run_id_file.write_text(self._run.id)
+        # With wandb's own counter, what a resumed run repeats of the steps after its checkpoint would be dropped.
+        self._run.define_metric("*", step_metric="step")
 
     def step(self, record: StepRecord) -> None:
         """Sends the scalars of a step."""
-        self._run.log(scalars(record), step=record.step)
+        self._run.log({"step": record.step, **scalars(record)})
 
     def eval(self, record: EvalRecord) -> None:
         """Sends the scalars of an evaluation."""
-        self._run.log(scalars(record), step=record.step)
+        self._run.log({"step": record.step, **scalars(record)})
 
     def close(self) -> None:
         """Waits until everything is sent."""
@@ -151,7 +153,7 @@ class PrometheusSink(QuietSink):
         except ImportError:
             raise UserError(
                 f"log.prometheus_port is {port} but the prometheus_client package is not installed; "
-                "run 'pip install prometheus-client' or leave log.prometheus_port out"
+                "run pip install 'llm-parallel[observe]' or leave log.prometheus_port out"
             ) from None
         self.target = f"Prometheus port {port}"
         self._client = prometheus_client

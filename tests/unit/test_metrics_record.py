@@ -75,6 +75,7 @@ def test_skipped_step_is_counted_as_a_number() -> None:
 def test_perplexity() -> None:
     assert EvalRecord.from_loss(1, math.log(50.0), 1, 1).perplexity == pytest.approx(50.0)
     assert EvalRecord.from_loss(1, 1e4, 1, 1).perplexity == math.inf
+    assert math.isnan(EvalRecord.from_loss(1, math.nan, 1, 1).perplexity)
 
 
 @pytest.mark.parametrize(
