@@ -112,7 +112,7 @@ class WandbSink(QuietSink):
         except ImportError:
             raise UserError(
                 f"log.wandb_project is {project!r} but the wandb package is not installed; "
-                "run pip install 'llm-parallel[observe]' or leave log.wandb_project out"
+                "run 'pip install wandb' or leave log.wandb_project out"
             ) from None
         self.target = f"Weights & Biases project {project}"
         run_id_file = run_dir / "wandb" / "run_id.txt"
@@ -153,7 +153,7 @@ class PrometheusSink(QuietSink):
         except ImportError:
             raise UserError(
                 f"log.prometheus_port is {port} but the prometheus_client package is not installed; "
-                "run pip install 'llm-parallel[observe]' or leave log.prometheus_port out"
+                "run 'pip install prometheus-client' or leave log.prometheus_port out"
             ) from None
         self.target = f"Prometheus port {port}"
         self._client = prometheus_client
