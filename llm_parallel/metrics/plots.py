@@ -21,23 +21,30 @@ _TIME_PARTS = (
 )
 
 
-def plot_run(
-    run_dir: str | Path, *, others: Sequence[str | Path] = (), unigram_entropy: float | None = None
-) -> list[Path]:
+def plot_run(run_dir: str | Path, *, unigram_entropy: float | None = None) -> list[Path]:
     """Draws ``loss.png``, ``throughput.png`` and ``lr_gradnorm.png`` into ``run_dir/plots`` and returns their paths.
 
-    ``others`` are folders of runs to compare with. ``unigram_entropy`` (nats per token) is what a model reaches that
-    knows only how frequent each token is; it is drawn as a dashed line. A run without a step yields no plots. Raises
-    UserError if a folder has no metrics.jsonl.
+    ``unigram_entropy`` (nats per token) is what a model reaches that knows only how frequent each token is; it is drawn
+    as a dashed line. A run without a step yields no plots. Raises UserError if the folder has no metrics.jsonl.
     """
-    runs = [history for history in map(read_history, (run_dir, *others)) if history.steps]
+    return _draw([read_history(run_dir)], Path(run_dir) / "plots", "", unigram_entropy)
+
+
+def compare_runs(
+    run_dirs: Sequence[str | Path], folder: str | Path, *, unigram_entropy: float | None = None
+) -> list[Path]:
+    """Draws several runs into the same pictures ``folder/compared_loss.png`` and so on; see ``plot_run``."""
+    return _draw([read_history(run_dir) for run_dir in run_dirs], Path(folder), "compared_", unigram_entropy)
+
+
+def _draw(runs: Sequence[History], folder: Path, prefix: str, unigram_entropy: float | None) -> list[Path]:
+    runs = [run for run in runs if run.steps]
     if not runs:
         return []
-    folder = Path(run_dir) / "plots"
     return [
-        _save(_draw_loss(runs, unigram_entropy), folder / "loss.png"),
-        _save(_draw_throughput(runs), folder / "throughput.png"),
-        _save(_draw_schedule(runs), folder / "lr_gradnorm.png"),
+        _save(_draw_loss(runs, unigram_entropy), folder / f"{prefix}loss.png"),
+        _save(_draw_throughput(runs), folder / f"{prefix}throughput.png"),
+        _save(_draw_schedule(runs), folder / f"{prefix}lr_gradnorm.png"),
     ]
 
 

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from llm_parallel.metrics import plots
 from llm_parallel.metrics.history import read_history
-from llm_parallel.metrics.plots import plot_run, smooth
+from llm_parallel.metrics.plots import compare_runs, plot_run, smooth
 
 
 def write_run(run_dir: Path, num_steps: int, skipped: tuple[int, ...] = (), ramp: int = 1) -> Path:
@@ -86,7 +86,8 @@ def test_loss_figure_shows_training_held_out_skipped_and_unigram(tmp_path: Path)
 
 def test_several_runs_are_told_apart(tmp_path: Path) -> None:
     first, second = write_run(tmp_path / "first", 30), write_run(tmp_path / "second", 20)
-    assert len(plot_run(first, others=[second])) == 3
+    names = [path.name for path in compare_runs([first, second], first / "plots")]
+    assert names == ["compared_loss.png", "compared_throughput.png", "compared_lr_gradnorm.png"]
     labels = [
         text.get_text()
         for text in plots._draw_loss([read_history(first), read_history(second)], None).axes[0].get_legend().get_texts()
