@@ -132,20 +132,23 @@ def known_names() -> tuple[str, ...]:
 
 
 def nearest_name(path: Sequence[str | int]) -> str:
-    """The known dotted name that an unknown one most likely means: same section first, then the same field of another
-    section, then the nearest of all."""
+    """The known dotted name that an unknown one most likely means: the same field of another section, then a similar
+    one of its own section, then the most similar of all."""
     section = section_at(path[:-1])
     leaf = str(path[-1])
-    if section is not None:
+    elsewhere = [name for name in known_names() if name.rpartition(".")[2] == leaf]
+    if section is not None and not elsewhere:
         close = difflib.get_close_matches(leaf, section.model_fields, n=1, cutoff=0.6)
         if close:
             return ".".join([*map(str, path[:-1]), close[0]])
-    elsewhere = [name for name in known_names() if name.rpartition(".")[2] == leaf]
-    candidates = elsewhere or known_names()
     dotted = ".".join(map(str, path))
-    by_leaf = {name: difflib.SequenceMatcher(None, leaf, name.rpartition(".")[2]).ratio() for name in candidates}
-    by_name = {name: difflib.SequenceMatcher(None, dotted, name).ratio() for name in candidates}
-    return max(candidates, key=lambda name: max(by_leaf[name], by_name[name]) + by_name[name] / 10)
+
+    def likeness(name: str) -> float:
+        by_leaf = difflib.SequenceMatcher(None, leaf, name.rpartition(".")[2]).ratio()
+        by_name = difflib.SequenceMatcher(None, dotted, name).ratio()
+        return max(by_leaf, by_name) + by_name / 10
+
+    return max(elsewhere or known_names(), key=likeness)
 
 
 def config_schema() -> dict[str, Any]:

@@ -36,6 +36,8 @@ __all__ = ["FieldDoc", "config_schema", "describe_fields", "dump_config", "load_
 Key = tuple[str | int, ...]
 
 MAX_DEPTH = 20
+NULL_TAG = "tag:yaml.org,2002:null"
+TEXT_TAG = "tag:yaml.org,2002:str"
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,6 +46,16 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text whose characters a reader would take for line ends (U+0085, U+2028) or refuse."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(TEXT_TAG, text, style=None if text.isprintable() else '"'),
 )
 
 
@@ -128,7 +140,8 @@ def load_config(
 
 def dump_config(config: RunConfig) -> str:
     """YAML with every field, which ``load_config`` reads back into an equal tree."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _read_file(path: Path, given: _Given) -> None:
@@ -143,27 +156,26 @@ def _read_file(path: Path, given: _Given) -> None:
 
 def _read_yaml(text: str, key: Key, source: str, given: _Given) -> None:
     """Adds everything that the YAML ``text`` says below ``key``; ``source`` is the file, or the override."""
-    loader = _Loader(text)
-    origin = f"{source}:1" if not key else source
+    is_file = not key
+    origin = f"{source}:1" if is_file else source
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        if node is None and not key:
+        if is_file and (node is None or node.tag == NULL_TAG):
             return
-        if not key and not isinstance(node, yaml.MappingNode):
+        if is_file and not isinstance(node, yaml.MappingNode):
             raise UserError(f"{origin}: a configuration file must consist of `section:` or `field: value` lines")
-        _Walk(loader, source, given, lines=not key).visit(node, key)
+        _Walk(loader, source, given, is_file).visit(node, key)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        if mark and not key:
+        if mark and is_file:
             origin = f"{source}:{mark.line + 1}"
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
         raise UserError(f"{origin}: not valid YAML ({problem})") from None
+    except UserError:
+        raise
     except ValueError as error:  # an impossible date, for example
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{origin}: not valid YAML ({error})") from None
-    finally:
-        loader.dispose()
 
 
 @dataclass
@@ -217,9 +229,12 @@ class _Walk:
                     self.given.origins[child_key] = f"{self.source}:{child.start_mark.line + 1}"
 
     def _put(self, key: Key, value: Any, origin: str) -> None:
-        ours, value = _our_name(key, value, origin, self.given)
-        annotation = section_at(ours)
-        if annotation is not None and value is None and field_at(ours) is not None and not _optional(ours):
+        try:
+            ours, value = _our_name(key, value, origin, self.given)
+        except UserError as error:
+            self.given.problems.append(str(error))
+            return
+        if value is None and section_at(ours) is not None and not _may_be_null(ours):
             return  # a section whose lines are all comments
         if ours != key and self.lines and ours in self.given.values:
             there = self.given.origins[ours]
@@ -230,22 +245,22 @@ class _Walk:
         self.given.put(ours, value, origin)
 
 
-def _optional(key: Key) -> bool:
+def _may_be_null(key: Key) -> bool:
     info = field_at(key)
-    return info is not None and info.default is None
+    return info is None or info.default is None
 
 
 def _our_name(key: Key, value: Any, origin: str, given: _Given) -> tuple[Key, Any]:
     """Our key and value for what may be another system's name; sources of data in their short forms made long."""
     if field_at(key) is None and len(key) <= 2 and key[-1] in ALIASES and section_at(key[:-1]) is not None:
         alias = ALIASES[str(key[-1])]
-        given.notices.append(f"{origin}: {_dotted(key)} is read as {alias.target}")
-        key = tuple(alias.target.split("."))
         if alias.convert is not None:
             try:
                 value = alias.convert(value)
             except (KeyError, TypeError):
-                given.problems.append(f"{origin}: {_dotted(key)} = {_show(value)} must be {alias.allowed}")
+                raise UserError(f"{origin}: {_dotted(key)} = {_show(value)} must be {alias.allowed}") from None
+        given.notices.append(f"{origin}: {_dotted(key)} is read as {alias.target}")
+        key = tuple(alias.target.split("."))
     if key in (("data", "train"), ("data", "eval")):
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list):
@@ -322,6 +337,8 @@ def _in_words(kind: str, key: Key, value: Any, message: str, given: _Given) -> s
     if kind == "missing":
         right = type_in_words(info.annotation, info.metadata) if info else "a value"
         return f"{prefix}{_dotted(key)} is missing; it must be {right}"
+    if kind == "finite_number":
+        return f"{prefix}{_dotted(key)} = {value} must be finite"
     if info is None:  # an item of a list
         parent = field_at(key[:-1])
         right = type_in_words(parent.annotation).removeprefix("a list, each item ") if parent else message

@@ -120,7 +120,7 @@ def _schedule(case: Case) -> Iterator[Problem]:
     warmup, decay = optim.warmup_steps, optim.decay_steps
     if optim.min_lr > optim.lr and optim.schedule != "constant":
         statement = f"optim.min_lr = {optim.min_lr} is over optim.lr = {optim.lr}"
-        yield Problem(("optim.min_lr", "optim.lr"), statement, {"optim.min_lr": optim.lr / 10})
+        yield Problem(("optim.min_lr", "optim.lr"), statement, {"optim.min_lr": float(f"{optim.lr / 10:.3g}")})
     if optim.schedule == "wsd":
         length = decay or max(1, steps // 10)
         if warmup + length > steps:

@@ -135,7 +135,8 @@ def check_recompute(case: Case) -> Iterator[Problem]:
         yield Problem(
             ("parallel.recompute_num_layers", "parallel.stage_layers"),
             f"parallel.recompute_num_layers = {group} does not divide the {bad[0]} layers of a model chunk"
-            f" (model.num_layers = {layers}, parallel.pp = {parallel.pp}, parallel.vpp = {parallel.vpp})",
+            f" (model.num_layers = {layers}, parallel.pp = {parallel.pp}, parallel.vpp = {parallel.vpp},"
+            f" parallel.stage_layers = {list(stages)})",
             {"parallel.recompute_num_layers": nearest(group, divisors(math.gcd(*stages)))},
         )
 
