@@ -74,6 +74,7 @@ class Case:
 
 
 def divisors(number: int) -> list[int]:
+    """All divisors of ``number``, ascending."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return sorted({*small, *(number // size for size in small)})
 

@@ -11,6 +11,7 @@ from llm_parallel.config.tree import RunConfig
 
 
 def check_heads(case: Case) -> Iterator[Problem]:
+    """Heads divide the width, groups divide the heads, and a head has pairs of channels."""
     model = case.config.model
     heads, groups = model.num_attention_heads, model.num_query_groups
     if heads % groups:
@@ -60,6 +61,7 @@ def _tp_obstacles(config: RunConfig, tp: int) -> dict[str, str]:
 
 
 def check_tensor_parallel(case: Case) -> Iterator[Problem]:
+    """The tensor-parallel size divides all that it cuts; key and value heads may be replicated instead."""
     config, parallel = case.config, case.config.parallel
     obstacles = _tp_obstacles(config, parallel.tp)
     if obstacles:
@@ -82,6 +84,7 @@ def check_tensor_parallel(case: Case) -> Iterator[Problem]:
 
 
 def check_pipeline(case: Case) -> Iterator[Problem]:
+    """Every model chunk has layers, and every layer one chunk."""
     parallel, layers = case.config.parallel, case.config.model.num_layers
     chunks = parallel.pp * parallel.vpp
     if parallel.vpp > 1 and parallel.pp == 1:
@@ -124,6 +127,7 @@ def _smaller_pipeline(case: Case) -> dict[str, Any]:
 
 
 def check_recompute(case: Case) -> Iterator[Problem]:
+    """Uniform recompute takes whole groups of a chunk's layers."""
     parallel, layers = case.config.parallel, case.config.model.num_layers
     chunks = parallel.pp * parallel.vpp
     stages = parallel.stage_layers or (layers // chunks,) * chunks
@@ -142,6 +146,7 @@ def check_recompute(case: Case) -> Iterator[Problem]:
 
 
 def check_sequence(case: Case) -> Iterator[Problem]:
+    """Context and sequence parallelism cut a sample evenly, and it is no longer than the model is meant for."""
     parallel, unit = case.config.parallel, case.sequence_unit
     seq, longest = case.config.data.seq_length_tokens, case.config.model.max_seq_length_tokens
     fits = seq % unit == 0
@@ -168,6 +173,7 @@ def check_sequence(case: Case) -> Iterator[Problem]:
 
 
 def check_processes(case: Case) -> Iterator[Problem]:
+    """The layout takes all processes."""
     parallel, world = case.config.parallel, case.world_size
     if world is None:
         return
