@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
@@ -48,10 +47,9 @@ class Engine:
         """Scales main gradients so that their global norm, ``total_norm``, becomes at most ``max_norm``."""
         if max_norm <= 0.0 or total_norm <= max_norm:
             return
-        for optimizer in self.optimizer.chained_optimizers:
-            parameters = optimizer.get_parameters()
-            if parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm, total_norm)
+        main_grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if main_grads:
+            torch._foreach_mul_(main_grads, max_norm / (total_norm + 1e-6))
 
     def parameters_up_to_date(self) -> None:
         """Waits for parameters that are still being gathered; with overlapped gathering the last step's parameters
@@ -66,10 +64,30 @@ class Engine:
             chunk.train(training)
 
 
+class SoleReplica(DistributedDataParallel):
+    """Gradient buffers of the only data-parallel replica: nothing to reduce and nothing to gather.
+
+    megatron-core reduces and gathers with itself too, three copies of the model's size at every step (a tenth of the
+    step of a 17 M parameter model on two CPU cores).
+    """
+
+    def start_grad_sync(self, *_: Any) -> None:
+        """Nothing: the gradient is whole."""
+
+    def finish_grad_sync(self, *_: Any, **__: Any) -> None:
+        """Nothing: the gradient is whole."""
+
+    def start_param_sync(self, *_: Any, **__: Any) -> None:
+        """Nothing: the parameters are whole."""
+
+
 def wrap(models: Sequence[nn.Module], config: RunConfig, groups: Groups, overlap: bool) -> Engine:
     """Engine of freshly built model chunks. Raises UserError if apex is asked for and absent."""
     bf16 = config.train.precision == "bf16"
     sharded = config.parallel.distributed_optimizer
+    sole = groups.layout.dp * groups.layout.cp == 1
+    overlap = overlap and not sole
+    replica = SoleReplica if sole else DistributedDataParallel
     model_config: Any = models[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -80,7 +98,7 @@ def wrap(models: Sequence[nn.Module], config: RunConfig, groups: Groups, overlap
         check_for_nan_in_grad=False,  # train/guard.py skips such steps instead of dying
     )
     chunks = [
-        DistributedDataParallel(
+        replica(
             config=model_config,
             ddp_config=ddp_config,
             module=Float16Module(model_config, model) if bf16 else model,

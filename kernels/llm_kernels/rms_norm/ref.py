@@ -20,13 +20,14 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         x, weight, scale = ctx.saved_tensors
+        weight32 = weight.float()
         normed = x.float() * scale
         grad32 = grad.float()
-        product = grad32 * normed
-        grad_weight = product.flatten(0, -2).sum(0)
+        product = (grad32 * normed).flatten(0, -2)
+        grad_weight = product.sum(0)
         # d/dx of x * scale: the part of the gradient along x is taken out.
-        along = torch.mv(product.flatten(0, -2), weight.float()).view(*scale.shape).mul_(1.0 / x.shape[-1])
-        grad_x = (grad32 * weight).sub_(normed.mul_(along)).mul_(scale)
+        along = torch.mv(product, weight32).view(scale.shape).mul_(1.0 / x.shape[-1])
+        grad_x = (grad32 * weight32).addcmul_(normed, along, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 

@@ -23,7 +23,7 @@ class _SwiGlu(torch.autograd.Function):
         out = torch.empty_like(x)
         grad_gate, grad_up = out.chunk(2, dim=-1)
         torch.mul(grad, F.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return out
 
 
