@@ -22,7 +22,7 @@ from llm_launch.worker import EXIT_CRASH, error_path
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
 
 POLL_S = 0.05
-SETTLE_S = 0.5
+SETTLE_S = 1.0
 """Time for the other processes to end and report by themselves after one failed: theirs may be the cause."""
 PR_SET_PDEATHSIG = 1
 LOOPBACK = "127.0.0.1"

@@ -213,10 +213,13 @@ def test_user_error_wins_over_the_crash_of_a_peer(tmp_path, capfd):
 from llm_launch import report_error
 from llm_parallel.errors import UserError
 if rank == 0:
+    ready()
     report_error(here / "logs", rank, ConnectionError("peer closed"))
-    (here / "reported").touch()
     os._exit(1)
-while not (here / "reported").exists(): time.sleep(0.01)
+while not (here / "pid_0").exists(): time.sleep(0.01)
+time.sleep(0.1)
+while Path("/proc", (here / "pid_0").read_text()).exists(): time.sleep(0.01)
+time.sleep(0.2)  # the launcher has seen the end of rank 0
 fail(UserError("the disk is full"))
 """
     assert run(tmp_path, 2, body, grace_s=5.0) == 2
