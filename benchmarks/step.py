@@ -132,9 +132,7 @@ def bare_megatron(args: argparse.Namespace) -> Step:
         calculate_per_token_loss=True,
     )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    model = GPTModel(
-        config, spec, vocab_size=args.vocab, max_sequence_length=args.seq, position_embedding_type="rope"
-    )
+    model = GPTModel(config, spec, vocab_size=args.vocab, max_sequence_length=args.seq, position_embedding_type="rope")
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
     chunk = DistributedDataParallel(config, ddp, model)
     optimizer = get_megatron_optimizer(
@@ -226,7 +224,9 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
 def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Prints and returns tokens/s and paired ratios."""
     tokens = args.batch * args.seq
-    print(f"\nmeasured on {cpu_name()}, {args.threads} threads, fp32, {args.rounds} paired rounds of {args.steps} steps")
+    print(
+        f"\nmeasured on {cpu_name()}, {args.threads} threads, fp32, {args.rounds} paired rounds of {args.steps} steps"
+    )
     print("| contender | tokens/s (median) | spread | ours / it (median of paired rounds) |\n| --- | --- | --- | --- |")
     rows = {}
     for name, times in seconds.items():

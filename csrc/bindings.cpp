@@ -28,11 +28,11 @@ Part part_named(const std::string& name) {
 // Owns a reference to the array whose memory the epoch reads.
 class PyEpoch {
   public:
-    PyEpoch(Array<int32_t> lengths, uint64_t key, bool shuffled, const std::string& part, uint64_t hold_key,
+    PyEpoch(Array<uint8_t> lengths, uint64_t key, bool shuffled, const std::string& part, uint64_t hold_key,
             uint64_t hold_threshold, int threads)
         : lengths_(std::move(lengths)) {
-        const int32_t* data = lengths_.data();
-        const int64_t documents = lengths_.size();
+        const uint8_t* data = lengths_.data();
+        const int64_t documents = lengths_.size() / sizeof(int32_t);
         const Permutation order(documents, key, shuffled);
         const Selection selection{part_named(part), hold_key, hold_threshold};
         py::gil_scoped_release released;
@@ -57,7 +57,7 @@ class PyEpoch {
     }
 
   private:
-    Array<int32_t> lengths_;
+    Array<uint8_t> lengths_;
     std::unique_ptr<Epoch> epoch_;
 };
 
@@ -87,7 +87,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("continue_mixture", &continue_mixture_arrays, py::arg("weights"), py::arg("start"), py::arg("taken"),
                py::arg("count"));
     py::class_<PyEpoch>(module, "Epoch")
-        .def(py::init<Array<int32_t>, uint64_t, bool, const std::string&, uint64_t, uint64_t, int>(),
+        .def(py::init<Array<uint8_t>, uint64_t, bool, const std::string&, uint64_t, uint64_t, int>(),
              py::arg("lengths").noconvert(), py::arg("key"), py::arg("shuffled"), py::arg("part"), py::arg("hold_key"),
              py::arg("hold_threshold"), py::arg("threads"))
         .def_property_readonly("tokens", &PyEpoch::tokens)

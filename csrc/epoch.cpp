@@ -5,7 +5,7 @@
 
 namespace llm_parallel {
 
-Epoch::Epoch(const int32_t* lengths, int64_t documents, Permutation order, Selection selection, int threads)
+Epoch::Epoch(const uint8_t* lengths, int64_t documents, Permutation order, Selection selection, int threads)
     : lengths_(lengths), documents_(documents), order_(order), selection_(selection) {
     const int64_t strides = (documents + kStride - 1) / kStride;
     before_.assign(strides + 1, 0);
@@ -29,7 +29,7 @@ void Epoch::count_strides(int64_t first, int64_t last) {
         const int64_t count = std::min(kStride, documents_ - begin);
         for (int64_t i = 0; i < count; ++i) {
             into[i] = order_(begin + i);
-            __builtin_prefetch(lengths_ + into[i]);
+            __builtin_prefetch(lengths_ + into[i] * sizeof(int32_t));
         }
         return count;
     };

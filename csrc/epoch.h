@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "permutation.h"
@@ -36,8 +37,9 @@ class Epoch {
   public:
     static constexpr int64_t kStride = 32;
 
-    // `lengths` (tokens of each document) is not copied and must outlive this object.
-    Epoch(const int32_t* lengths, int64_t documents, Permutation order, Selection selection, int threads);
+    // `lengths` holds each document's tokens as int32. It is not copied and must outlive this object; in an .idx file it
+    // begins at byte 34, so it need not be aligned.
+    Epoch(const uint8_t* lengths, int64_t documents, Permutation order, Selection selection, int threads);
 
     int64_t tokens() const { return before_.back(); }
     int64_t bytes() const { return static_cast<int64_t>(before_.size() * sizeof(int64_t)); }
@@ -46,10 +48,15 @@ class Epoch {
     std::vector<Piece> pieces(int64_t start, int64_t length) const;
 
   private:
-    int64_t length_of(uint64_t document) const { return selection_.contains(document) ? lengths_[document] : 0; }
+    int64_t length_of(uint64_t document) const {
+        if (!selection_.contains(document)) return 0;
+        int32_t length;
+        std::memcpy(&length, lengths_ + document * sizeof(length), sizeof(length));
+        return length;
+    }
     void count_strides(int64_t first, int64_t last);
 
-    const int32_t* lengths_;
+    const uint8_t* lengths_;
     int64_t documents_;
     Permutation order_;
     Selection selection_;

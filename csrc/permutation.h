@@ -27,9 +27,10 @@ class Permutation {
         while (bits < 62 && (uint64_t{1} << bits) < size) ++bits;
         mask_ = (uint64_t{1} << bits) - 1;
         shift_ = (bits + 1) / 2;
+        const uint64_t base = mix64(key);  // so that neighbouring keys share no round
         for (int round = 0; round < kRounds; ++round) {
-            multiplier_[round] = mix64(key + 2 * round) | 1;
-            addend_[round] = mix64(key + 2 * round + 1);
+            multiplier_[round] = mix64(base + 2 * round) | 1;
+            addend_[round] = mix64(base + 2 * round + 1);
         }
     }
 

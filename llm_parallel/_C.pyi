@@ -17,11 +17,11 @@ def continue_mixture(
     """Source and number within it of samples ``start`` to ``start + count``; then how many each source has given."""
 
 class Epoch:
-    """One epoch's documents in order; see csrc/epoch.h."""
+    """One epoch's documents in order; see csrc/epoch.h. ``lengths`` is the bytes of an int32 array, not copied."""
 
     def __init__(
         self,
-        lengths: NDArray[np.int32],
+        lengths: NDArray[np.uint8],
         key: int,
         shuffled: bool,
         part: str,

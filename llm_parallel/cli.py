@@ -24,7 +24,9 @@ WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 def pretrain(
     context: typer.Context,
     run_file: Annotated[str, typer.Argument(help="YAML run file; any field is overridden by section.field=value.")],
-    dry_run: Annotated[bool, typer.Option(help="Print configuration, ranks and memory of the run; start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print configuration, ranks and memory of the run; start nothing.")
+    ] = False,
 ) -> None:
     """Train on next-word prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
     from llm_parallel.train.command import pretrain_command
@@ -36,7 +38,9 @@ def pretrain(
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst …")],
     out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
-    tokenizer: Annotated[Optional[str], typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")] = None,
+    tokenizer: Annotated[
+        Optional[str], typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")
+    ] = None,
     train_vocab: Annotated[Optional[int], typer.Option(help="Train a tokenizer of that many words first.")] = None,
     key: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
     workers: Annotated[Optional[int], typer.Option(help="Processes; all cores if not given.")] = None,
@@ -56,7 +60,9 @@ def prepare(
 def convert(
     source: Annotated[str, typer.Argument(help="Hugging Face folder, or a run, checkpoints or iter_… folder of ours.")],
     target: Annotated[str, typer.Argument(help="Folder to write; the other kind.")],
-    verify: Annotated[bool, typer.Option(help="Compare logits before and after, and print the largest difference.")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Compare logits before and after, and print the largest difference.")
+    ] = True,
     max_shard_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
 ) -> None:
     """Convert between Hugging Face Llama folders and our checkpoints, either way."""

@@ -18,7 +18,9 @@ from typing import Any
 PRELOAD = ["tests.preload"]
 
 
-def _child(rank: int, world_size: int, folder: str, timeout_s: float, fn: Callable[..., Any], args: tuple, out: Any) -> None:
+def _child(
+    rank: int, world_size: int, folder: str, timeout_s: float, fn: Callable[..., Any], args: tuple, out: Any
+) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"
     )

@@ -30,9 +30,7 @@ def layer_spec() -> ModuleSpec:
     )
     mlp = ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(
-            linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear
-        ),
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear),
     )
     return ModuleSpec(
         module=TransformerLayer,

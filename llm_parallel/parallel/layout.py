@@ -7,8 +7,8 @@ pipeline. Everything that must agree (groups, data order, checkpoint shards, pla
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, product
 
 from llm_parallel.config.tree import RunConfig
 
@@ -84,12 +84,8 @@ class Layout:
     def group(self, rank: int, *axes: str) -> tuple[int, ...]:
         """Ranks that differ from ``rank`` at most along ``axes``, ascending."""
         mine = self.coordinates(rank)
-        fixed = [axis for axis in AXES if axis not in axes]
-        return tuple(
-            other
-            for other in range(self.world_size)
-            if all(getattr(self.coordinates(other), axis) == getattr(mine, axis) for axis in fixed)
-        )
+        places = product(*(range(getattr(self, axis)) for axis in axes))
+        return tuple(sorted(self.rank(replace(mine, **dict(zip(axes, place)))) for place in places))
 
     def layers(self, pp_rank: int, virtual_stage: int = 0) -> range:
         """Global numbers, from 0, of the layers of one model chunk."""

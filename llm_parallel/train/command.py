@@ -71,7 +71,9 @@ def show_plan(config: RunConfig, world_size: int | None) -> None:
     show_mixture(config)
     parts = state_bytes(config, layout)
     named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items())
-    print(f"model state of the fullest process: {sum(parts.values()) / 2**30:.2f} GiB ({named}); activations not counted")
+    print(
+        f"model state of the fullest process: {sum(parts.values()) / 2**30:.2f} GiB ({named}); activations not counted"
+    )
 
 
 def _notice(text: str) -> None:

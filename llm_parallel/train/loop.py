@@ -78,9 +78,7 @@ def pretrain(
         close_groups()
 
 
-def open_run(
-    config: RunConfig, rank: int, world_size: int, local_rank: int, asked_to_stop: Callable[[], bool]
-) -> Run:
+def open_run(config: RunConfig, rank: int, world_size: int, local_rank: int, asked_to_stop: Callable[[], bool]) -> Run:
     """Builds model, optimizer, data and metrics, and resumes from the newest checkpoint if there is one."""
     platform = open_platform(config.device, local_rank, config.train.threads_per_process)
     check_config(config, world_size, platform.kind)  # type: ignore[arg-type]
@@ -105,9 +103,7 @@ def open_run(
     world = World(world_size, layout.describe(), platform.device_name, platform.is_cuda)
     held_out = evaluation_batches(config, groups)
     loader = open_training_data(config, groups, state.consumed_samples)
-    metrics = open_metrics(
-        rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
-    )
+    metrics = open_metrics(rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps)
     metrics.start(describe(config, groups, origin, peak))
     return Run(config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop)
 

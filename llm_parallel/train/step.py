@@ -41,9 +41,7 @@ def context_shard(batch: Batch, layout: Layout, cp_rank: int) -> Batch:
     def take(x: Tensor) -> Tensor:
         return torch.cat([x[:, part.start : part.stop] for part in ranges], dim=1)
 
-    return replace(
-        batch, tokens=take(batch.tokens), labels=take(batch.labels), loss_mask=take(batch.loss_mask)
-    )
+    return replace(batch, tokens=take(batch.tokens), labels=take(batch.labels), loss_mask=take(batch.loss_mask))
 
 
 def _token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def inverse_frequencies(
-    head_dim: int, base: float, scaling: tuple[float, float, float, int] | None = None, device: torch.device | None = None
+    head_dim: int,
+    base: float,
+    scaling: tuple[float, float, float, int] | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Angle per token of each pair of dims, fp32 [head_dim / 2].
 
@@ -52,7 +55,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x32 = x.float()
     out = torch.empty_like(x32, memory_format=torch.contiguous_format)
     # Fused multiply-adds into place: two passes over each half instead of four.
-    torch.mul(x32[..., :half], cos[..., :half], out=out[..., :half]).addcmul_(x32[..., half:], sin[..., :half], value=-1)
+    torch.mul(x32[..., :half], cos[..., :half], out=out[..., :half]).addcmul_(
+        x32[..., half:], sin[..., :half], value=-1
+    )
     torch.mul(x32[..., half:], cos[..., half:], out=out[..., half:]).addcmul_(x32[..., :half], sin[..., half:])
     return out.to(x.dtype)
 
