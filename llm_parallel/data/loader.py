@@ -1,0 +1,113 @@
+"""Micro batches: samples stacked into tensors on the training device by a background thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_parallel.data.samples import Sample
+
+POLL_S = 0.1
+"""How often a waiting thread looks whether it is still wanted."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens, labels int64 [b, s]; loss_mask fp32 [b, s]; document_starts: b int32 CPU tensors, or None."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    document_starts: list[Tensor] | None
+
+
+class Samples(Protocol):
+    """What the loader reads from; see ``samples.SampleSource``."""
+
+    isolate: bool
+
+    def sample(self, number: int) -> Sample:
+        """Sample ``number``, from 0."""
+
+
+class MicroBatchLoader(Iterator[Batch]):
+    """Iterates over the micro batches whose sample numbers ``numbers`` lists, reading ``prefetch`` of them ahead.
+
+    Tensors are on ``device``; for CUDA they are staged in pinned memory and copied without blocking. What the reading
+    thread raises is raised by ``next`` once the batches before it are used up. Call ``close``, or use it in ``with``.
+    """
+
+    def __init__(
+        self, samples: Samples, numbers: Iterable[Sequence[int]], device: torch.device, prefetch: int = 2
+    ) -> None:
+        self._samples, self._numbers, self._device = samples, numbers, torch.device(device)
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(max(prefetch, 1))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="micro-batches", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        if self._stop.is_set():
+            raise StopIteration
+        item = self._ready.get()
+        if isinstance(item, Batch):
+            return self._on_device(item)
+        self._stop.set()
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def close(self) -> None:
+        """Ends the reading thread. Closing twice does no harm."""
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> MicroBatchLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                # A new thread's current device is 0, and pinning would open a context there on every rank.
+                torch.cuda.set_device(self._device)
+            for numbers in self._numbers:
+                self._put(self._stack([self._samples.sample(number) for number in numbers]))
+                if self._stop.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:  # whatever it is, the consumer must hear of it instead of waiting for ever
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=POLL_S)
+                return
+            except queue.Full:
+                continue
+
+    def _stack(self, samples: list[Sample]) -> Batch:
+        starts = [torch.from_numpy(sample.document_starts) for sample in samples] if self._samples.isolate else None
+        tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+        labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))
+        mask = torch.from_numpy(np.stack([sample.loss_mask for sample in samples]).astype(np.float32))
+        if self._device.type == "cuda":
+            tokens, labels, mask = tokens.pin_memory(), labels.pin_memory(), mask.pin_memory()
+        return Batch(tokens, labels, mask, starts)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        if self._device.type == "cpu":
+            return batch
+        parts = (batch.tokens, batch.labels, batch.loss_mask)
+        tokens, labels, mask = (part.to(self._device, non_blocking=True) for part in parts)
+        return Batch(tokens, labels, mask, batch.document_starts)

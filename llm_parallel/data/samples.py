@@ -1,0 +1,54 @@
+"""Samples by number: sample n is a pure function of the configuration's data section, the seed and n."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_parallel.config.tree import DataConfig
+from llm_parallel.data.mix import Mixture
+
+
+@dataclass(frozen=True)
+class Sample:
+    """tokens, labels int64 [L]; loss_mask bool [L]; document_starts int32, the positions in [0, L) at which a document
+    begins, the first always 0. Without isolation the mask is all true and document_starts is [0]."""
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_]
+    document_starts: NDArray[np.int32]
+
+
+class SampleSource:
+    """Training or held-out samples of a configuration, without end.
+
+    Held-out samples come from ``data.eval`` if that is given, else from ``data.eval_fraction`` of the documents of each
+    training source, which training never sees; they come in file order, starting over when all have been seen.
+    Raises UserError on missing or damaged files and on sources with too little text for one sample.
+    """
+
+    def __init__(self, data: DataConfig, seed: int, split: Literal["train", "eval"]) -> None:
+        self.seq_length = data.seq_length_tokens
+        self.isolate = data.packing == "isolate"
+        self._mixture: Mixture | None = Mixture(data, seed, split)
+
+    def sample(self, number: int) -> Sample:
+        """Sample ``number``, from 0."""
+        assert self._mixture is not None, "closed"
+        source, place = self._mixture.order.locate(number)
+        window, boundaries = self._mixture.streams[source].read(place)
+        mask = np.ones(self.seq_length, np.bool_)
+        starts = np.zeros(1, np.int32)
+        if self.isolate:
+            # The label of the token before a boundary is the next document's first token.
+            mask[boundaries - 1] = False
+            starts = np.concatenate([starts, boundaries[boundaries < self.seq_length]])
+        return Sample(window[:-1], window[1:], mask, starts)
+
+    def close(self) -> None:
+        """Lets go of the mapped files; the source is not used after that."""
+        self._mixture = None
