@@ -1,6 +1,6 @@
 """Only the C++ extension; everything else stands in pyproject.toml."""
 
-from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -9,8 +9,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "llm_parallel._C",
-            sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h")),
+            sorted(map(str, Path("csrc").glob("*.cpp"))),
+            depends=sorted(map(str, Path("csrc").glob("*.h"))),
             cxx_std=17,
             extra_compile_args=["-O3"],
         )

@@ -99,7 +99,7 @@ def transformers_step(args: argparse.Namespace) -> Step:
 
 
 def bare_megatron(args: argparse.Namespace) -> Step:
-    """megatron-core's own local layer spec, loss, DDP and distributed optimizer; ours is only what lets it run on CPU."""
+    """megatron-core's own local layer spec, loss, DDP and distributed optimizer; ours is what lets it run on CPU."""
     import torch
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -39,11 +39,11 @@ def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst …")],
     out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
     tokenizer: Annotated[
-        Optional[str], typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")
+        str | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")
     ] = None,
-    train_vocab: Annotated[Optional[int], typer.Option(help="Train a tokenizer of that many words first.")] = None,
+    train_vocab: Annotated[int | None, typer.Option(help="Train a tokenizer of that many words first.")] = None,
     key: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
-    workers: Annotated[Optional[int], typer.Option(help="Processes; all cores if not given.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores if not given.")] = None,
     append_eod: Annotated[bool, typer.Option(help="End every document with the end-of-document token.")] = True,
     shard_megabytes: Annotated[int, typer.Option(help="Text of one shard: what is redone after a kill.")] = 16,
 ) -> None:

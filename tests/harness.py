@@ -31,7 +31,7 @@ def _child(
 
     torch.set_num_threads(1)
     try:
-        store = dist.FileStore(os.path.join(folder, "store"), world_size)
+        store = dist.FileStore(f"{folder}/store", world_size)
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
         )

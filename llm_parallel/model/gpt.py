@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm_kernels.cross_entropy.ref import vocab_parallel_cross_entropy
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from llm_kernels.cross_entropy.ref import vocab_parallel_cross_entropy
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.model.init import initialize
 from llm_parallel.model.layer_spec import block_spec
@@ -42,7 +42,7 @@ class LlamaModel(GPTModel):
         self.inverse_freq = frequencies(model, groups.platform.device)
         initialize(self, model, groups, config.seed)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         tokens: Tensor,
         labels: Tensor | None = None,

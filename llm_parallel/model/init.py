@@ -27,7 +27,7 @@ def canonical_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
     for name, parameter in chunk.named_parameters():
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)  # type: ignore[union-attr,index,operator]
+            parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
         name = ".".join(parts)
         if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"
@@ -71,7 +71,7 @@ def initialize(chunk: nn.Module, model: ModelConfig, groups: Groups, seed: int) 
             continue
         writes_residual = "linear_proj" in name or "linear_fc2" in name
         dim = 1 if writes_residual else 0
-        # megatron-core marks shards only where it initializes them itself; unmarked, they drop out of the gradient norm.
+        # megatron-core marks only shards that it initialized itself; unmarked, they drop out of the gradient norm.
         set_tensor_model_parallel_attributes(parameter, True, dim, 1)
         rows = shard_rows(name, parameter.shape[dim] * tp, tp, tp_rank)
         values = torch.cat([normal_rows(seed, name, part, parameter.shape[1 - dim]) for part in rows])

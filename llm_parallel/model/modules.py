@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from llm_kernels.attention.ref import attention
-from llm_kernels.rms_norm.ref import rms_norm
-from llm_kernels.rope.ref import rope
-from llm_kernels.swiglu.ref import swiglu
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from llm_kernels.attention.ref import attention
+from llm_kernels.rms_norm.ref import rms_norm
+from llm_kernels.rope.ref import rope
+from llm_kernels.swiglu.ref import swiglu
 from llm_parallel.model.sequence import SequenceInfo
 
 
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         device = "cpu" if config.use_cpu_initialization else "cuda"
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         """[S, B, H] → [S, B, H]."""
@@ -91,14 +91,14 @@ class _GatherZigzag(torch.autograd.Function):
     """[S/cp, …] in zigzag order → [S, …] in order; backward sums what all processes found for this one's tokens."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         parts = x.new_empty(group.size(), 2, x.shape[0] // 2, *x.shape[1:])
         dist.all_gather_into_tensor(parts.view(-1, *x.shape[1:]), x.contiguous(), group=group)
         return torch.cat((parts[:, 0], parts[:, 1].flip(0))).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor):
         cp = ctx.group.size()
         chunks = grad.view(2, cp, -1, *grad.shape[1:])
         by_rank = torch.stack((chunks[0], chunks[1].flip(0)), dim=1).flatten(1, 2).contiguous()

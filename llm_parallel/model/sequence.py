@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from llm_kernels.attention.ref import Segment
-from llm_kernels.rope.ref import cos_sin, inverse_frequencies
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from llm_kernels.attention.ref import Segment
+from llm_kernels.rope.ref import cos_sin, inverse_frequencies
 from llm_parallel.config.tree import ModelConfig
 
 
@@ -64,12 +64,14 @@ class SequenceInfo(PackedSeqParams):
 def frequencies(model: ModelConfig, device: torch.device) -> Tensor:
     """Rotary frequencies of a model, fp32 [D / 2]."""
     scaling = model.rope_scaling
-    numbers = scaling and (
-        scaling.factor,
-        scaling.low_freq_factor,
-        scaling.high_freq_factor,
-        scaling.original_max_position,
-    )
+    numbers = None
+    if scaling is not None:
+        numbers = (
+            scaling.factor,
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
+            scaling.original_max_position,
+        )
     return inverse_frequencies(model.kv_channels, model.rope_base, numbers, device)
 
 

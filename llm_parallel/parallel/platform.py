@@ -122,6 +122,8 @@ def _cpu_rng_tracker(random_module: Any) -> Any:
     """megatron-core's CUDA RNG tracker on the default CPU generator (dropout and recompute under TP)."""
 
     class CpuRngTracker(random_module.CudaRNGStatesTracker):
+        _current_state_name: str
+
         def add(self, name: str, seed: int) -> None:
             self._is_initialized = True
             assert name not in self.states_, f"RNG state {name} exists"
@@ -130,7 +132,8 @@ def _cpu_rng_tracker(random_module: Any) -> Any:
 
         @contextlib.contextmanager
         def fork(self, name: str = random_module._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-            outside, outside_name = torch.get_rng_state(), self._current_state_name
+            outside = torch.get_rng_state()
+            outside_name = self._current_state_name
             if outside_name != "default-rng":
                 self.states_[outside_name] = outside
             torch.set_rng_state(self.states_[name])
@@ -155,9 +158,9 @@ def _install_on_cpu() -> None:
 
     # megatron's @jit_fuser is torch.compile, which would run a C++ compiler at the first step.
     torch._dynamo.config.disable = True
-    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
-    torch.cuda.current_stream = lambda *_, **__: _NullStream()  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = lambda: CPU
+    torch.cuda.synchronize = lambda *_, **__: None
+    torch.cuda.current_stream = lambda *_, **__: _NullStream()
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()

@@ -22,8 +22,8 @@ from llm_parallel.parallel.groups import Groups
 class Engine:
     """One process's part of a model in training.
 
-    chunks: the wrapped model chunks that the schedule runs; models: the same without wrappers; optimizer: megatron-core's
-    (chained) optimizer; overlap: whether communication overlaps compute.
+    chunks: the wrapped model chunks that the schedule runs; models: the same without wrappers; optimizer:
+    megatron-core's (chained) optimizer; overlap: whether communication overlaps compute.
     """
 
     chunks: list[Any]

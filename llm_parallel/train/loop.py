@@ -18,7 +18,7 @@ from llm_parallel.data.loader import Batch, MicroBatchLoader
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis, EvalRecord, StepMeasurement, derive
 from llm_parallel.metrics.run import MetricsLike, World, open_metrics
-from llm_parallel.model.flops import flops_per_token, parameter_count
+from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
 from llm_parallel.model.gpt import build_chunks
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights
 from llm_parallel.model.mcore_config import overlap_enabled
@@ -135,7 +135,7 @@ def describe(config: RunConfig, groups: Groups, origin: str, peak: Peak) -> list
         f"{groups.layout.world_size} x {platform.device_name} ({platform.backend}), {groups.layout.describe()}",
         f"{count.total / 1e6:,.1f} M parameters, {train.precision}, vocabulary {config.model.vocab_size}",
         f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {origin}",
-        f"run folder {config.run_dir}; MFU (causal attention counted once, no recompute): {peak.describe()}",
+        f"run folder {config.run_dir}; MFU ({CONVENTIONS['model']}): {peak.describe()}",
     ]
 
 

@@ -39,17 +39,14 @@ def preflight(config: RunConfig, world_size: int | None = None) -> RunConfig:
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:
-    """Takes ``model.vocab_size`` from the tokenizer where it is not given. Raises UserError if they do not fit."""
+    """Takes ``model.vocab_size`` from the tokenizer where it is not given; ``check_config`` saw to it that one of them is.
+
+    Raises UserError if they do not fit."""
     if config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer)
         size = config.model.vocab_size or tokenizer.vocab_size
         check_vocabulary(tokenizer, size)
         return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
-    if config.model.vocab_size is None:
-        # Token files carry no vocabulary, so nothing else can say how large the embedding has to be.
-        from llm_parallel.errors import UserError
-
-        raise UserError("model.vocab_size and data.tokenizer are both empty; give one of them")
     return config
 
 

@@ -11,7 +11,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Saves the logits and one number per token; the softmax is computed again in backward, in fp32."""
 
     @staticmethod
-    def forward(ctx, logits, labels, num_valid, group):  # type: ignore[no-untyped-def]
+    def forward(ctx, logits, labels, num_valid, group):
         parts = 1 if group is None else group.size()
         first = 0 if group is None else group.rank() * logits.shape[-1]
         valid = logits[..., :num_valid].float()
@@ -34,7 +34,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return log_sum - target
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         logits, log_sum, local, here = ctx.saved_tensors
         out = logits.float() - log_sum.unsqueeze(-1)
         out.exp_().mul_(grad.unsqueeze(-1))

@@ -10,7 +10,7 @@ class _RmsNorm(torch.autograd.Function):
     """Saves x and one number per row; the normed row is computed again in backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x32 = x.float()
         scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         scale = scale.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
@@ -18,7 +18,7 @@ class _RmsNorm(torch.autograd.Function):
         return (x32 * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         weight32 = weight.float()
         normed = x.float() * scale

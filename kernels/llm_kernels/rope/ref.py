@@ -40,12 +40,12 @@ class _Rotate(torch.autograd.Function):
     """Backward is the rotation by the opposite angle; nothing but the tables is saved."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _rotate(x, cos, sin)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor):
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, -sin), None, None
 
