@@ -1,0 +1,310 @@
+"""From raw text to token files, in parallel, and on from where a killed run stopped.
+
+The inputs are divided into shards; each finished shard leaves a record in ``PREFIX.parts`` and is never done again while
+the inputs, the tokenizer and the options stay the same (their fingerprint is kept there). The last step joins the shards
+into PREFIX.bin and PREFIX.idx, the latter renamed into place last, so a pair that exists is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from llm_parallel.data.indexed import token_dtype, write_index
+from llm_parallel.data.inputs import Piece, find_files, plan_shards
+from llm_parallel.data.shards import ShardRecord, ShardWriter, start_worker, work
+from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write, fsync_dir
+
+FORMAT = 1
+"""Raised when the same inputs would give other files than before."""
+MIN_SHARD_BYTES = 1 << 20
+LEAST_SHARDS = 32
+"""Small inputs are divided into about this many shards, so that processes end together and progress is smooth."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to prepare."""
+
+    inputs: tuple[str, ...]
+    """Files, folders and globs: JSON lines (one document a line), anything else (one document a file)."""
+    out: str
+    """Prefix of the files to write."""
+    tokenizer: str
+    """SentencePiece .model, Hugging Face tokenizer.json, or a folder with one."""
+    key: str = "text"
+    """Field of a JSON line that holds the text."""
+    workers: int | None = None
+    """Processes; all cores that this process may use if not given."""
+    append_eod: bool = True
+    """End every document with the end-of-document token."""
+    shard_megabytes: int = 16
+    """Most text of one shard: what a kill loses."""
+    extensions: tuple[str, ...] | None = None
+    """Endings taken from folders, ``inputs.TEXT_EXTENSIONS`` if not given."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far it is: bytes of input done and in all, documents and tokens written, seconds since the start, and bytes
+    that an earlier run had done already."""
+
+    bytes_done: int
+    bytes_total: int
+    documents: int
+    tokens: int
+    seconds: float
+    bytes_before: int
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at the speed so far, or None if nothing was done yet."""
+        done = self.bytes_done - self.bytes_before
+        return self.seconds / done * (self.bytes_total - self.bytes_done) if done else None
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What was written; also in PREFIX.report.json. ``tokens_per_s`` counts what this run tokenised itself."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    bytes_per_token: float
+    seconds: float
+    tokens_per_s: float
+    files: int
+    empty_documents: int
+    undecodable_files: int
+    shards: int
+    shards_reused: int
+    workers: int
+    vocab_size: int
+    dtype: str
+    tokenizer: str
+    tokenizer_fingerprint: str
+    fingerprint: str
+
+
+def prepare(config: PrepareConfig, progress: Callable[[Progress], None] | None = None) -> PrepareReport:
+    """Writes ``out``.bin, ``out``.idx and ``out``.report.json, and calls ``progress`` after every shard.
+
+    If they are there already, made from the same inputs with the same options, nothing is done. Raises UserError on bad
+    inputs, if there is no text in them, if the disk is full, and if another process prepares the same files.
+    """
+    started = time.monotonic()
+    tokenizer = load_tokenizer(config.tokenizer)
+    files = find_files(config.inputs, config.extensions)
+    shards = plan_shards(files, _shard_bytes(files, config.shard_megabytes))
+    fingerprint = _fingerprint(config, files, shards, tokenizer)
+    prefix = Path(config.out)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    parts = Path(f"{prefix}.parts")
+    try:
+        with _alone(parts):
+            if report := _finished(prefix, fingerprint):
+                return report
+            _keep_only(parts, fingerprint)
+            writer = ShardWriter(parts, tokenizer.name, config.key, config.append_eod)
+            run = _Run(writer, shards, started, progress)
+            workers = config.workers or len(os.sched_getaffinity(0))
+            run.tokenise(workers, tokenizer)
+            records = run.records
+            if not sum(record.documents for record in records):
+                shutil.rmtree(parts)
+                raise UserError(f"no document with text in {len(files)} input files ({', '.join(config.inputs)[:200]})")
+            _join(prefix, writer, records, tokenizer)
+            report = _report(config, run, records, tokenizer, len(files), workers, fingerprint)
+            with atomic_write(f"{prefix}.report.json") as handle:
+                json.dump(asdict(report), handle, indent=2)
+            shutil.rmtree(parts)
+            return report
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space left on the disk of {prefix.parent} while preparing {prefix}; make room and run the same command "
+            "again: finished shards are kept"
+        ) from None
+
+
+class _Run:
+    """The shards of one call of ``prepare``, done and to do."""
+
+    def __init__(
+        self,
+        writer: ShardWriter,
+        shards: list[list[Piece]],
+        started: float,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._writer, self._shards, self._started, self._progress = writer, shards, started, progress
+        self._done = {number: record for number in range(len(shards)) if (record := writer.record(number))}
+        self.reused = frozenset(self._done)
+        self._total = sum(piece.end - piece.start for shard in shards for piece in shard)
+
+    @property
+    def records(self) -> list[ShardRecord]:
+        """Records of all shards in order."""
+        return [self._done[number] for number in range(len(self._shards))]
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that this run wrote itself."""
+        return sum(record.tokens for number, record in self._done.items() if number not in self.reused)
+
+    @property
+    def seconds(self) -> float:
+        """Since ``prepare`` was called."""
+        return time.monotonic() - self._started
+
+    def tokenise(self, workers: int, tokenizer: Tokenizer) -> None:
+        """Does what is left, in this process if one is enough."""
+        left = [number for number in range(len(self._shards)) if number not in self._done]
+        self._show()
+        if min(workers, len(left)) <= 1:
+            for number in left:
+                self._add(number, self._writer.write(number, self._shards[number], tokenizer))
+            return
+        # Spawned, not forked: a fork would copy whatever threads and locks the caller has.
+        context = get_context("spawn")
+        pool = ProcessPoolExecutor(min(workers, len(left)), context, start_worker, (self._writer,))
+        try:
+            # Large shards first, so that none is left alone at the end.
+            left.sort(key=lambda number: -sum(piece.end - piece.start for piece in self._shards[number]))
+            futures = {pool.submit(work, number, self._shards[number]): number for number in left}
+            for future in as_completed(futures):
+                self._add(futures[future], future.result())
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process of prepare was killed (out of memory?); run the same command again with fewer workers: "
+                "finished shards are kept"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _add(self, number: int, record: ShardRecord) -> None:
+        self._done[number] = record
+        self._show()
+
+    def _show(self) -> None:
+        if self._progress:
+            done = self._done.values()
+            self._progress(
+                Progress(
+                    sum(record.input_bytes for record in done),
+                    self._total,
+                    sum(record.documents for record in done),
+                    sum(record.tokens for record in done),
+                    self.seconds,
+                    sum(self._done[number].input_bytes for number in self.reused),
+                )
+            )
+
+
+def _shard_bytes(files: list[Path], megabytes: int) -> int:
+    total = sum(path.stat().st_size for path in files)
+    return max(min(megabytes << 20, total // LEAST_SHARDS), MIN_SHARD_BYTES)
+
+
+def _fingerprint(config: PrepareConfig, files: list[Path], shards: list[list[Piece]], tokenizer: Tokenizer) -> str:
+    """Of everything that decides what the files will hold and how they are divided into shards."""
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    content = [FORMAT, stats, len(shards), config.shard_megabytes, config.key, config.append_eod, tokenizer.fingerprint]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _alone(parts: Path) -> Iterator[None]:
+    """Keeps a second ``prepare`` of the same files out while the body runs."""
+    lock = parts.with_name(f".{parts.name}.lock")
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is preparing {parts.with_suffix('')}; wait for it or end it") from None
+        yield
+        lock.unlink(missing_ok=True)
+
+
+def _finished(prefix: Path, fingerprint: str) -> PrepareReport | None:
+    """The report of an earlier run whose files are in place and would be the same again."""
+    try:
+        report = PrepareReport(**json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    in_place = Path(f"{prefix}.idx").is_file() and Path(f"{prefix}.bin").is_file()
+    return report if in_place and report.fingerprint == fingerprint else None
+
+
+def _keep_only(parts: Path, fingerprint: str) -> None:
+    """Readies the folder of shards, throwing away what other inputs or options left there."""
+    mark = parts / "fingerprint"
+    if not mark.is_file() or mark.read_text() != fingerprint:
+        shutil.rmtree(parts, ignore_errors=True)
+        with atomic_write(mark) as handle:
+            handle.write(fingerprint)
+
+
+def _join(prefix: Path, writer: ShardWriter, records: list[ShardRecord], tokenizer: Tokenizer) -> None:
+    """Shards into .bin and .idx. The old .idx goes first, so that none is ever beside the wrong .bin."""
+    idx = Path(f"{prefix}.idx")
+    idx.unlink(missing_ok=True)
+    fsync_dir(prefix.parent)
+    with atomic_write(f"{prefix}.bin", "wb") as handle:
+        for number in range(len(records)):
+            with writer.path(number, "bin").open("rb") as part:
+                shutil.copyfileobj(part, handle, 1 << 24)
+    lengths = [np.fromfile(writer.path(number, "len"), np.int32) for number in range(len(records))]
+    with atomic_write(idx, "wb") as handle:
+        write_index(handle.write, token_dtype(tokenizer.vocab_size), lengths)
+
+
+def _report(
+    config: PrepareConfig,
+    run: _Run,
+    records: list[ShardRecord],
+    tokenizer: Tokenizer,
+    files: int,
+    workers: int,
+    fingerprint: str,
+) -> PrepareReport:
+    tokens = sum(record.tokens for record in records)
+    text_bytes = sum(record.text_bytes for record in records)
+    return PrepareReport(
+        prefix=config.out,
+        documents=sum(record.documents for record in records),
+        tokens=tokens,
+        text_bytes=text_bytes,
+        bytes_per_token=text_bytes / tokens,
+        seconds=run.seconds,
+        tokens_per_s=run.new_tokens / run.seconds,
+        files=files,
+        empty_documents=sum(record.empty for record in records),
+        undecodable_files=sum(record.undecodable for record in records),
+        shards=len(records),
+        shards_reused=len(run.reused),
+        workers=workers,
+        vocab_size=tokenizer.vocab_size,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        tokenizer=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        fingerprint=fingerprint,
+    )
