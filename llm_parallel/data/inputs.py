@@ -16,9 +16,25 @@ from llm_parallel.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst")
-TEXT_EXTENSIONS = frozenset(
-    ".txt .md .rst .tex .jsonl .ndjson .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .sh .sql".split()
+PROSE = (".txt", ".md", ".rst", ".tex")
+SOURCE_CODE = (
+    ".py",
+    ".pyi",
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".cu",
+    ".java",
+    ".js",
+    ".ts",
+    ".go",
+    ".rs",
+    ".rb",
+    ".sh",
 )
+TEXT_EXTENSIONS = frozenset((*JSON_LINES, *PROSE, *SOURCE_CODE))
 """What is taken from a folder, also compressed; a file that is named itself, or matches a glob, is always taken."""
 MAX_DOCUMENT_BYTES = 256 << 20
 """A tokenizer works on a whole document at once and needs some hundred bytes of memory for each of its bytes."""
@@ -63,7 +79,8 @@ def find_files(inputs: Sequence[str], extensions: Collection[str] | None = None)
         elif path.exists():
             here = [path]
         else:
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+            # Path.glob takes no absolute patterns.
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
             here = [file for match in matches for file in (_walk(match, wanted) if match.is_dir() else [match])]
             if not here:
                 raise UserError(f"input {name} does not exist and matches no file; give files, folders or globs")
@@ -108,8 +125,9 @@ def _walk(folder: Path, extensions: Collection[str]) -> Iterator[Path]:
     for here, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and _plain_suffix(name) in extensions:
-                yield Path(here) / name
+            path = Path(here) / name
+            if not name.startswith(".") and _plain_suffix(name) in extensions and path.is_file():
+                yield path
 
 
 def _plain_suffix(name: str) -> str:

@@ -1,8 +1,8 @@
 """From raw text to token files, in parallel, and on from where a killed run stopped.
 
-The inputs are divided into shards; each finished shard leaves a record in ``PREFIX.parts`` and is never done again while
-the inputs, the tokenizer and the options stay the same (their fingerprint is kept there). The last step joins the shards
-into PREFIX.bin and PREFIX.idx, the latter renamed into place last, so a pair that exists is complete.
+The inputs are divided into shards; each finished shard leaves a record in ``PREFIX.parts`` and is never done again
+while the inputs, the tokenizer and the options stay the same (their fingerprint is kept there). The last step joins the
+shards into PREFIX.bin and PREFIX.idx, the latter renamed into place last, so a pair that exists is complete.
 """
 
 from __future__ import annotations
@@ -137,12 +137,7 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] | None =
             shutil.rmtree(parts)
             return report
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space left on the disk of {prefix.parent} while preparing {prefix}; make room and run the same command "
-            "again: finished shards are kept"
-        ) from None
+        raise _explained(error, prefix) from None
 
 
 class _Run:
@@ -194,8 +189,8 @@ class _Run:
                 self._add(futures[future], future.result())
         except BrokenProcessPool:
             raise UserError(
-                "a worker process of prepare was killed (out of memory?); run the same command again with fewer workers: "
-                "finished shards are kept"
+                "a worker process of prepare was killed (out of memory?); run the same command again with fewer "
+                "workers: finished shards are kept"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -231,17 +226,29 @@ def _fingerprint(config: PrepareConfig, files: list[Path], shards: list[list[Pie
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
+def _explained(error: OSError, prefix: Path) -> Exception:
+    """What the user can do about a failure of the file system; the error itself if that is not known."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"no space left on the disk of {prefix.parent} while preparing {prefix}; make room and run the same "
+            "command again: finished shards are kept"
+        )
+    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+        return UserError(f"cannot use {error.filename}: {error.strerror}; finished shards of {prefix} are kept")
+    return error
+
+
 @contextmanager
 def _alone(parts: Path) -> Iterator[None]:
     """Keeps a second ``prepare`` of the same files out while the body runs."""
-    lock = parts.with_name(f".{parts.name}.lock")
-    with lock.open("w") as handle:
+    path = parts.with_name(f".{parts.name}.lock")
+    with path.open("w") as lock:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise UserError(f"another process is preparing {parts.with_suffix('')}; wait for it or end it") from None
+        # The file stays: deleting it would let a process that has it open and one that makes it anew both in.
         yield
-        lock.unlink(missing_ok=True)
 
 
 def _finished(prefix: Path, fingerprint: str) -> PrepareReport | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Saves the logits and one number per token; the softmax is computed again in backward, in fp32."""
+    """Saves exp(logits - row maximum) in the logits' dtype, in place of the logits, so that backward is one pass."""
 
     @staticmethod
     def forward(ctx, logits, labels, num_valid, group):
@@ -16,9 +16,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         first = 0 if group is None else group.rank() * logits.shape[-1]
         valid = logits[..., :num_valid].float()
         if num_valid:
-            log_sum = torch.logsumexp(valid, dim=-1)
-        else:
-            log_sum = torch.full(labels.shape, -torch.inf, device=logits.device)
+            top = valid.amax(dim=-1)
+            exponentials = (valid - top.unsqueeze(-1)).exp_()
+            log_sum = exponentials.sum(dim=-1).log_().add_(top)
+        else:  # a process whose columns are all padding
+            top = log_sum = torch.full(labels.shape, -torch.inf, device=logits.device)
+            exponentials = valid
         if parts > 1:
             gathered = torch.empty(parts, *labels.shape, device=logits.device)
             dist.all_gather_into_tensor(gathered.view(-1), log_sum.view(-1), group=group)
@@ -29,18 +32,21 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         target = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).float().masked_fill_(~here, 0.0)
         if parts > 1:
             dist.all_reduce(target, group=group)
-        ctx.save_for_backward(logits, log_sum, local, here)
-        ctx.num_valid = num_valid
+        ctx.save_for_backward(exponentials.to(logits.dtype), (top - log_sum).exp_(), local, here)
+        ctx.columns = logits.shape[-1]
         return log_sum - target
 
     @staticmethod
     def backward(ctx, grad):
-        logits, log_sum, local, here = ctx.saved_tensors
-        out = logits.float() - log_sum.unsqueeze(-1)
-        out.exp_().mul_(grad.unsqueeze(-1))
-        out[..., ctx.num_valid :] = 0.0
-        out.scatter_add_(-1, local.unsqueeze(-1), -(grad * here).unsqueeze(-1))
-        return out.to(logits.dtype), None, None, None
+        exponentials, scale, local, here = ctx.saved_tensors
+        num_valid = exponentials.shape[-1]
+        if num_valid < ctx.columns:
+            out = exponentials.new_zeros(*grad.shape, ctx.columns)
+            torch.mul(exponentials, (grad * scale).unsqueeze(-1), out=out[..., :num_valid])
+        else:
+            out = (exponentials * (grad * scale).unsqueeze(-1)).to(exponentials.dtype)
+        out.scatter_add_(-1, local.unsqueeze(-1), -(grad * here).unsqueeze(-1).to(out.dtype))
+        return out, None, None, None
 
 
 def vocab_parallel_cross_entropy(
