@@ -183,10 +183,9 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"no vocabulary of {vocab_size} can be trained on {len(lines)} lines of text: {reason}"
-        ) from None
+        # "INTERNAL: file(line) [condition] What is wrong. What to do or what other option to set."
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].partition(" or decrease")[0].rstrip(". ")
+        raise UserError(f"a vocabulary of {vocab_size} does not fit {len(lines)} lines of text: {reason}") from None
     path = Path(out_dir) / MODEL_NAME
     with atomic_write(path, "wb") as handle:
         handle.write(model.getvalue())

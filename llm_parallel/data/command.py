@@ -1,0 +1,54 @@
+"""``llm-parallel prepare``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_parallel.data.display import print_report, shown_progress
+from llm_parallel.data.inputs import find_files
+from llm_parallel.data.prepare import PrepareConfig, PrepareReport, prepare
+from llm_parallel.data.vocabulary import vocabulary_from_files
+from llm_parallel.errors import UserError
+
+
+def prepare_command(
+    inputs: Sequence[str],
+    out: str,
+    *,
+    tokenizer: str | None = None,
+    train_vocab: int | None = None,
+    key: str = "text",
+    workers: int | None = None,
+    append_eod: bool = True,
+    shard_megabytes: int = 16,
+) -> PrepareReport:
+    """Trains a tokenizer beside ``out`` if ``train_vocab`` asks for one, prepares, and prints the report.
+
+    Raises UserError on options that do not fit together and as ``prepare`` does.
+    """
+    if (tokenizer is None) == (train_vocab is None):
+        given = "neither" if tokenizer is None else "both"
+        raise UserError(f"--tokenizer and --train-vocab: {given} given; give one of them")
+    for name, value in (("--train-vocab", train_vocab), ("--workers", workers), ("--shard-megabytes", shard_megabytes)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; give 1 or more")
+    if not Path(out).name:
+        raise UserError(f"--out {out!r} is not a prefix of files; give one such as data/corpus")
+    if tokenizer is None:
+        assert train_vocab is not None
+        print(f"training a tokenizer of {train_vocab} words", flush=True)
+        tokenizer = str(vocabulary_from_files(find_files(inputs), train_vocab, Path(out).parent, key))
+    config = PrepareConfig(
+        tuple(inputs),
+        out,
+        tokenizer,
+        key=key,
+        workers=workers,
+        append_eod=append_eod,
+        shard_megabytes=shard_megabytes,
+    )
+    with shown_progress("preparing") as progress:
+        report = prepare(config, progress)
+    print_report(report)
+    return report

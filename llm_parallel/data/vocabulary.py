@@ -1,0 +1,56 @@
+"""A tokenizer trained on the inputs of ``prepare`` themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llm_parallel.data.inputs import Skipped, documents, plan_shards
+from llm_parallel.data.tokenizer import MODEL_NAME, TRAIN_BYTES, train_sentencepiece
+from llm_parallel.files import atomic_write
+
+SOURCE_NAME = "tokenizer.source.json"
+SAMPLE_BYTES = 1 << 20
+
+
+def vocabulary_from_files(files: Sequence[Path], vocab_size: int, out_dir: str | Path, key: str = "text") -> Path:
+    """``out_dir``/tokenizer.model, trained on a sample from all over ``files``; the one that is there already if it
+    came from the same files. Raises UserError as ``train_sentencepiece`` and ``inputs.documents`` do."""
+    out_dir = Path(out_dir)
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    source = {
+        "vocab_size": vocab_size,
+        "inputs": hashlib.sha256(json.dumps([stats, key, TRAIN_BYTES]).encode()).hexdigest()[:32],
+    }
+    model, mark = out_dir / MODEL_NAME, out_dir / SOURCE_NAME
+    try:
+        if model.is_file() and json.loads(mark.read_text(encoding="utf-8")) == source:
+            return model
+    except (OSError, ValueError):
+        pass
+    # Before the model is overwritten, so that no mark is ever beside a model that it does not describe.
+    mark.unlink(missing_ok=True)
+    train_sentencepiece(_sample(files, key), vocab_size, out_dir, threads=len(os.sched_getaffinity(0)))
+    with atomic_write(mark) as handle:
+        json.dump(source, handle)
+    return model
+
+
+def _sample(files: Sequence[Path], key: str) -> Iterator[str]:
+    """Documents of the files in shuffled stretches, so that the first megabytes are a picture of the whole."""
+    shards = plan_shards(files, SAMPLE_BYTES)
+    random.Random(0).shuffle(shards)
+    # A compressed file cannot be cut; of each no more than its share is read, so that one does not stand for all.
+    share = max(SAMPLE_BYTES, TRAIN_BYTES // max(len(shards), 1))
+    for shard in shards:
+        left = share
+        for piece in shard:
+            for text in documents(piece, key, Skipped()):
+                yield text
+                left -= len(text)
+                if left <= 0:
+                    break
