@@ -124,7 +124,7 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] | None =
             _keep_only(parts, fingerprint)
             writer = ShardWriter(parts, tokenizer.name, config.key, config.append_eod)
             run = _Run(writer, shards, started, progress)
-            workers = config.workers or len(os.sched_getaffinity(0))
+            workers = min(config.workers or len(os.sched_getaffinity(0)), len(shards))
             run.tokenise(workers, tokenizer)
             records = run.records
             if not sum(record.documents for record in records):
