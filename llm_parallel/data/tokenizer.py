@@ -81,7 +81,8 @@ class SentencePieceTokenizer:
 
 class HuggingFaceTokenizer:
     """A ``tokenizer.json``; see Tokenizer. Its end-of-document token is the ``eos_token`` of the tokenizer_config.json
-    beside it, or a token of a well-known name. Raises UserError if there is none, or the file cannot be read."""
+    beside it, or a token of a well-known name. As in transformers, a special token's name in a text gives that token.
+    Raises UserError if there is no end-of-document token, or the file cannot be read."""
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Fast
