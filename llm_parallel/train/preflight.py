@@ -39,7 +39,7 @@ def preflight(config: RunConfig, world_size: int | None = None) -> RunConfig:
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:
-    """Takes ``model.vocab_size`` from the tokenizer where it is not given; ``check_config`` saw to it that one of them is.
+    """Takes ``model.vocab_size`` from the tokenizer where it is not given; ``check_config`` demands one of them.
 
     Raises UserError if they do not fit."""
     if config.data.tokenizer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,8 @@ def isolated_against_separate(rank: int, world_size: int) -> tuple[np.ndarray, n
     packed = model(batch.tokens, labels=batch.labels, document_starts=batch.document_starts)[0]
     edges = [*batch.document_starts[0].tolist(), batch.tokens.shape[1]]
     alone = [
-        model(batch.tokens[:, start:end], labels=batch.labels[:, start:end])[0] for start, end in zip(edges, edges[1:])
+        model(batch.tokens[:, start:end], labels=batch.labels[:, start:end])[0]
+        for start, end in itertools.pairwise(edges)
     ]
     return packed.detach().numpy(), torch.cat(alone).detach().numpy()
 
@@ -121,8 +123,9 @@ def test_interleaved_batched_sends_are_wrong_without_our_setting() -> None:
 
 def fused_loss_gradients(rank: int, world_size: int) -> tuple[float, float]:
     """Largest error against fp64 of the logits' gradient: megatron-core's fused loss, and ours."""
-    from llm_kernels.cross_entropy.ref import vocab_parallel_cross_entropy
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+    from llm_kernels.cross_entropy.ref import vocab_parallel_cross_entropy
 
     engine = open_engine(base_config(), rank, world_size)
     logits = torch.randn(8, 2, 128, generator=torch.Generator().manual_seed(0))
