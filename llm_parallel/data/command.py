@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm_parallel.data.display import print_report, shown_progress
 from llm_parallel.data.inputs import find_files
-from llm_parallel.data.prepare import PrepareConfig, PrepareReport, prepare
+from llm_parallel.data.prepare import PrepareConfig, PrepareReport, file_errors_explained, prepare
 from llm_parallel.data.vocabulary import vocabulary_from_files
 from llm_parallel.errors import UserError
 
@@ -38,7 +38,8 @@ def prepare_command(
     if tokenizer is None:
         assert train_vocab is not None
         print(f"training a tokenizer of {train_vocab} words", flush=True)
-        tokenizer = str(vocabulary_from_files(find_files(inputs), train_vocab, Path(out).parent, key))
+        with file_errors_explained(Path(out)):
+            tokenizer = str(vocabulary_from_files(find_files(inputs), train_vocab, Path(out).parent, key))
     config = PrepareConfig(
         tuple(inputs),
         out,

@@ -81,7 +81,7 @@ def find_files(inputs: Sequence[str], extensions: Collection[str] | None = None)
         else:
             # Path.glob takes no absolute patterns.
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-            here = [file for match in matches for file in (_walk(match, wanted) if match.is_dir() else [match])]
+            here = [file for match in matches for file in _files_of(match, wanted)]
             if not here:
                 raise UserError(f"input {name} does not exist and matches no file; give files, folders or globs")
         found.update(dict.fromkeys(file.resolve() for file in here))
@@ -119,6 +119,13 @@ def documents(piece: Piece, key: str, skipped: Skipped) -> Iterator[str]:
                 skipped.empty += 1
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"compressed input {piece.path} is truncated or damaged; fetch or compress it again") from None
+
+
+def _files_of(path: Path, extensions: Collection[str]) -> Iterator[Path]:
+    if path.is_dir():
+        yield from _walk(path, extensions)
+    elif path.is_file():
+        yield path
 
 
 def _walk(folder: Path, extensions: Collection[str]) -> Iterator[Path]:

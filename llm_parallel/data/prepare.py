@@ -111,13 +111,12 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] | None =
     """
     started = time.monotonic()
     tokenizer = load_tokenizer(config.tokenizer)
-    files = find_files(config.inputs, config.extensions)
-    shards = plan_shards(files, _shard_bytes(files, config.shard_megabytes))
-    fingerprint = _fingerprint(config, files, shards, tokenizer)
-    prefix = Path(config.out)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    parts = Path(f"{prefix}.parts")
-    try:
+    prefix, parts = Path(config.out), Path(f"{config.out}.parts")
+    with file_errors_explained(prefix):
+        files = find_files(config.inputs, config.extensions)
+        shards = plan_shards(files, _shard_bytes(files, config.shard_megabytes))
+        fingerprint = _fingerprint(config, files, shards, tokenizer)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
         with _alone(parts):
             if report := _finished(prefix, fingerprint):
                 return report
@@ -126,18 +125,31 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] | None =
             run = _Run(writer, shards, started, progress)
             workers = min(config.workers or len(os.sched_getaffinity(0)), len(shards))
             run.tokenise(workers, tokenizer)
-            records = run.records
-            if not sum(record.documents for record in records):
+            if not sum(record.documents for record in run.records):
                 shutil.rmtree(parts)
                 raise UserError(f"no document with text in {len(files)} input files ({', '.join(config.inputs)[:200]})")
-            _join(prefix, writer, records, tokenizer)
-            report = _report(config, run, records, tokenizer, len(files), workers, fingerprint)
+            _join(prefix, writer, run.records, tokenizer)
+            report = _report(config, run, tokenizer, len(files), workers, fingerprint)
             with atomic_write(f"{prefix}.report.json") as handle:
                 json.dump(asdict(report), handle, indent=2)
             shutil.rmtree(parts)
             return report
+
+
+@contextmanager
+def file_errors_explained(prefix: Path) -> Iterator[None]:
+    """Turns what the file system refuses while ``prefix`` is prepared, and the user can mend, into a UserError."""
+    try:
+        yield
+    except (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(f"cannot use {error.filename} to prepare {prefix}: {error.strerror}") from None
     except OSError as error:
-        raise _explained(error, prefix) from None
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space left on the disk of {prefix.parent} while preparing {prefix}; make room and run the same "
+            "command again: finished shards are kept"
+        ) from None
 
 
 class _Run:
@@ -226,18 +238,6 @@ def _fingerprint(config: PrepareConfig, files: list[Path], shards: list[list[Pie
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _explained(error: OSError, prefix: Path) -> Exception:
-    """What the user can do about a failure of the file system; the error itself if that is not known."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"no space left on the disk of {prefix.parent} while preparing {prefix}; make room and run the same "
-            "command again: finished shards are kept"
-        )
-    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
-        return UserError(f"cannot use {error.filename}: {error.strerror}; finished shards of {prefix} are kept")
-    return error
-
-
 @contextmanager
 def _alone(parts: Path) -> Iterator[None]:
     """Keeps a second ``prepare`` of the same files out while the body runs."""
@@ -287,12 +287,12 @@ def _join(prefix: Path, writer: ShardWriter, records: list[ShardRecord], tokeniz
 def _report(
     config: PrepareConfig,
     run: _Run,
-    records: list[ShardRecord],
     tokenizer: Tokenizer,
     files: int,
     workers: int,
     fingerprint: str,
 ) -> PrepareReport:
+    records = run.records
     tokens = sum(record.tokens for record in records)
     text_bytes = sum(record.text_bytes for record in records)
     return PrepareReport(
