@@ -111,6 +111,22 @@ def test_damage_is_one_clear_sentence(
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_tokens_beyond_the_index_are_refused(tmp_path: Path) -> None:
+    prefix = write_token_file(tmp_path / "x", DOCUMENTS, np.uint16)
+    with Path(f"{prefix}.bin").open("ab") as handle:
+        handle.write(b"\0\0")
+    with pytest.raises(UserError, match="has 756 bytes where its index announces 754"):
+        TokenFile(prefix)
+
+
+def test_negative_lengths_are_refused_even_if_they_add_up(tmp_path: Path) -> None:
+    prefix = write_token_file(tmp_path / "x", [np.zeros(27, np.int32)], np.uint16)
+    with Path(f"{prefix}.idx").open("wb") as handle:
+        write_index(handle.write, np.dtype(np.uint16), [np.array([10, -3, 20], np.int32)])
+    with pytest.raises(UserError, match="do not follow each other"):
+        TokenFile(prefix)
+
+
 def test_every_truncation_is_found(tmp_path: Path) -> None:
     prefix = write_token_file(tmp_path / "x", DOCUMENTS, np.uint16)
     path = Path(f"{prefix}.idx")
