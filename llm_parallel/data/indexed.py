@@ -23,6 +23,8 @@ TYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8:
 UINT16_VOCABULARY = 65500
 """Vocabularies below this are stored in uint16, as megatron-core's ``DType.optimal_dtype`` has it."""
 
+REPORT_ENDING = ".report.json"
+"""What ``prepare`` leaves beside the pair; files from elsewhere lack it."""
 CHUNK = 1 << 20
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from llm_parallel.config.tree import DataConfig, Source
-from llm_parallel.data.indexed import TokenFile
+from llm_parallel.data.indexed import REPORT_ENDING, TokenFile
 from llm_parallel.data.order import MixtureOrder
 from llm_parallel.data.stream import Selection, Stream, derive_key
 from llm_parallel.errors import UserError
@@ -58,6 +60,22 @@ def mixture_table(data: DataConfig, seed: int, total_samples: int) -> list[Mixtu
         held, used = mixture.streams[place].tokens, count * data.seq_length_tokens
         rows.append(MixtureRow(mixture.sources[place].path, weights[place] / sum(weights), held, used, used / held))
     return rows
+
+
+def check_token_files(data: DataConfig, vocab_size: int) -> None:
+    """Raises UserError if a source was prepared with more tokens than the model has. Only ``prepare``'s own files say;
+    others are taken as they are."""
+    for source in (*data.train, *data.eval):
+        try:
+            report = json.loads(Path(source.path + REPORT_ENDING).read_text(encoding="utf-8"))
+            prepared, tokenizer = int(report["vocab_size"]), report["tokenizer"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if prepared > vocab_size:
+            raise UserError(
+                f"{source.path} was prepared with {tokenizer} of {prepared} tokens, more than model.vocab_size="
+                f"{vocab_size}; prepare it with the model's tokenizer or set model.vocab_size to {prepared} or more"
+            )
 
 
 def _divided(data: DataConfig, seed: int, split: Literal["train", "eval"]) -> tuple[tuple[Source, ...], Selection]:

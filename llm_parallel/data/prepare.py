@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llm_parallel.data.indexed import token_dtype, write_index
+from llm_parallel.data.indexed import REPORT_ENDING, token_dtype, write_index
 from llm_parallel.data.inputs import Piece, find_files, plan_shards
 from llm_parallel.data.shards import ShardRecord, ShardWriter, start_worker, work
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
@@ -130,7 +130,7 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] | None =
                 raise UserError(f"no document with text in {len(files)} input files ({', '.join(config.inputs)[:200]})")
             _join(prefix, writer, run.records, tokenizer)
             report = _report(config, run, tokenizer, len(files), workers, fingerprint)
-            with atomic_write(f"{prefix}.report.json") as handle:
+            with atomic_write(f"{prefix}{REPORT_ENDING}") as handle:
                 json.dump(asdict(report), handle, indent=2)
             shutil.rmtree(parts)
             return report
@@ -254,7 +254,7 @@ def _alone(parts: Path) -> Iterator[None]:
 def _finished(prefix: Path, fingerprint: str) -> PrepareReport | None:
     """The report of an earlier run whose files are in place and would be the same again."""
     try:
-        report = PrepareReport(**json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8")))
+        report = PrepareReport(**json.loads(Path(f"{prefix}{REPORT_ENDING}").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     in_place = Path(f"{prefix}.idx").is_file() and Path(f"{prefix}.bin").is_file()

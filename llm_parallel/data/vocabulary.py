@@ -9,12 +9,14 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llm_parallel.data.inputs import Skipped, documents, plan_shards
+from llm_parallel.data.inputs import Piece, Skipped, documents, plan_shards
 from llm_parallel.data.tokenizer import MODEL_NAME, TRAIN_BYTES, train_sentencepiece
 from llm_parallel.files import atomic_write
 
 SOURCE_NAME = "tokenizer.source.json"
-SAMPLE_BYTES = 1 << 20
+STRETCH_BYTES = 1 << 20
+MAX_STRETCHES = 4096
+"""Terabytes are divided into no more than this."""
 
 
 def vocabulary_from_files(files: Sequence[Path], vocab_size: int, out_dir: str | Path, key: str = "text") -> Path:
@@ -41,16 +43,19 @@ def vocabulary_from_files(files: Sequence[Path], vocab_size: int, out_dir: str |
 
 
 def _sample(files: Sequence[Path], key: str) -> Iterator[str]:
-    """Documents of the files in shuffled stretches, so that the first megabytes are a picture of the whole."""
-    shards = plan_shards(files, SAMPLE_BYTES)
-    random.Random(0).shuffle(shards)
-    # A compressed file cannot be cut; of each no more than its share is read, so that one does not stand for all.
-    share = max(SAMPLE_BYTES, TRAIN_BYTES // max(len(shards), 1))
-    for shard in shards:
-        left = share
-        for piece in shard:
-            for text in documents(piece, key, Skipped()):
-                yield text
-                left -= len(text)
-                if left <= 0:
-                    break
+    """Documents from the heads of shuffled stretches, so that the first megabytes are a picture of the whole."""
+    total = sum(path.stat().st_size for path in files)
+    stretches = plan_shards(files, max(STRETCH_BYTES, total // MAX_STRETCHES))
+    random.Random(0).shuffle(stretches)
+    share = max(STRETCH_BYTES, TRAIN_BYTES // max(len(stretches), 1))
+    for stretch in stretches:
+        yield from _head(stretch, key, share)
+
+
+def _head(pieces: Sequence[Piece], key: str, size: int) -> Iterator[str]:
+    for piece in pieces:
+        for text in documents(piece, key, Skipped()):
+            yield text
+            size -= len(text)
+            if size <= 0:
+                return

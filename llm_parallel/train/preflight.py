@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llm_parallel.config.rules import check_config, check_inputs, num_processes
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.data.mix import MixtureRow, mixture_table
+from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import check_vocabulary, load_tokenizer
 from llm_parallel.model.flops import parameter_count
@@ -32,6 +32,8 @@ def preflight(config: RunConfig, world_size: int | None = None) -> RunConfig:
     check_config(config, processes, expected_device(config))  # type: ignore[arg-type]
     check_inputs(config)
     config = with_vocabulary(config)
+    assert config.model.vocab_size is not None
+    check_token_files(config.data, config.model.vocab_size)
     SampleSource(config.data, config.seed, "train").close()
     if config.data.eval or config.data.eval_fraction:
         SampleSource(config.data, config.seed, "eval").close()

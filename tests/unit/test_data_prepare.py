@@ -25,12 +25,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
+from llm_parallel.config.tree import DataConfig, Source
 from llm_parallel.data import inputs
 from llm_parallel.data import prepare as prepare_module
 from llm_parallel.data.command import prepare_command
 from llm_parallel.data.corpus import prepare_python_corpus, python_corpus, unigram_entropy
 from llm_parallel.data.indexed import TokenFile
 from llm_parallel.data.inputs import Piece, Skipped, documents, find_files, plan_shards
+from llm_parallel.data.mix import check_token_files
 from llm_parallel.data.prepare import PrepareConfig, PrepareReport, Progress, prepare
 from llm_parallel.data.tokenizer import train_sentencepiece
 from llm_parallel.errors import UserError
@@ -178,6 +180,7 @@ def test_any_number_of_processes_writes_the_same(tmp_path: Path, tokenizer: str)
 
 KILLED = """
 import sys
+from llm_parallel.data.mix import check_token_files
 from llm_parallel.data.prepare import PrepareConfig, prepare
 if __name__ == "__main__":
     source, out, tokenizer, workers = sys.argv[1:]
@@ -467,6 +470,18 @@ def test_preparing_the_python_corpus(
     report = json.loads((tmp_path / "corpus.report.json").read_text())
     assert report["unigram_entropy_nats"] == corpus.unigram_entropy_nats
     assert report["train"]["documents"] == 147
+
+
+def test_model_vocabulary_must_hold_what_the_files_were_prepared_with(tmp_path: Path, tokenizer: str) -> None:
+    run(tmp_path / "ours", tokenizer, write_jsonl(tmp_path / "x.jsonl", TEXTS[:2]))
+    elsewhere = Source(path=write_token_file(tmp_path / "elsewhere", [np.array([5000], np.int32)]))
+    for data in (
+        DataConfig(train=(elsewhere, Source(path=str(tmp_path / "ours")))),
+        DataConfig(train=(elsewhere,), eval=(Source(path=str(tmp_path / "ours")),)),
+    ):
+        check_token_files(data, 1000)
+        with pytest.raises(UserError, match=r"ours was prepared with .* of 1000 tokens, more than .*size=999"):
+            check_token_files(data, 999)
 
 
 def test_find_files_follows_the_order_of_inputs(tmp_path: Path) -> None:
