@@ -1,0 +1,111 @@
+"""What a checkpoint holds: sharded weights and optimizer state, and the configuration beside them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_parallel.checkpoint.optimizer import distributed_parts, padded_buckets
+from llm_parallel.config.load import dump_config, load_config
+from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+from llm_parallel.parallel.groups import Groups
+from llm_parallel.parallel.wrap import Engine
+
+CONFIG_NAME = "config.yaml"
+TOKENIZER_NAME = "tokenizer"
+SHARDING = "distrib_optim_sharding_type"
+
+# What makes two models' tensors the same; the rest (rope, epsilon) may be changed on purpose, as for a longer context.
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "tie_embeddings",
+)
+
+
+def metadata(engine: Engine | None, groups: Groups) -> dict[str, Any]:
+    """How state is sharded. ``fully_reshardable`` is the one kind that loads under any other layout."""
+    values: dict[str, Any] = {
+        "dp_cp_group": groups.collection.dp_cp,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }
+    if engine is not None and distributed_parts(engine):
+        values[SHARDING] = "fully_reshardable"
+    return values
+
+
+def model_state(models: Sequence[Any], groups: Groups) -> dict[str, Any]:
+    """Sharded weights of this process's model chunks, under the keys that megatron-core's optimizer looks for."""
+    described = metadata(None, groups)
+    return {
+        "model" if len(models) == 1 else f"model{number}": model.sharded_state_dict(metadata=described)
+        for number, model in enumerate(models)
+    }
+
+
+def training_state(engine: Engine, loading: bool) -> dict[str, Any]:
+    """Sharded weights and optimizer state of this process."""
+    state = model_state(engine.models, engine.groups)
+    with padded_buckets(engine):
+        state["optimizer"] = engine.optimizer.sharded_state_dict(
+            dict(state), is_loading=loading, metadata=metadata(engine, engine.groups)
+        )
+    return state
+
+
+def load_models(models: Sequence[Any], state: dict[str, Any]) -> None:
+    """Puts loaded weights into the model chunks."""
+    for number, model in enumerate(models):
+        model.load_state_dict(state["model" if len(models) == 1 else f"model{number}"])
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Writes configuration and tokenizer, so that the checkpoint alone suffices to generate and convert."""
+    source = config.data.tokenizer
+    if source is not None and Path(source).exists():
+        target = folder / TOKENIZER_NAME
+        if Path(source).is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            target.mkdir(exist_ok=True)
+            shutil.copy2(source, target / Path(source).name)
+    with atomic_write(folder / CONFIG_NAME) as handle:
+        handle.write(dump_config(config))
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Configuration of a checkpoint folder (``iter_…``), with the tokenizer that lies beside it.
+
+    Raises UserError if there is none."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no {CONFIG_NAME}, so it is no checkpoint of ours; give an iter_… folder of a run"
+        )
+    config = load_config(path, notice=lambda _: None)
+    tokenizer = folder / TOKENIZER_NAME
+    if tokenizer.is_dir():
+        config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})
+    return config
+
+
+def check_architecture(folder: Path, wanted: ModelConfig) -> None:
+    """Raises UserError that names every field in which the checkpoint's model differs from ``wanted``."""
+    saved = read_config(folder).model
+    differences = [
+        f"model.{name} is {getattr(saved, name)} there and {getattr(wanted, name)} here"
+        for name in ARCHITECTURE
+        if getattr(saved, name) != getattr(wanted, name)
+    ]
+    if differences:
+        raise UserError(f"{folder} is a checkpoint of another model: {'; '.join(differences)}; make them the same")

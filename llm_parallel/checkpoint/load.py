@@ -1,0 +1,81 @@
+"""Loading under any layout."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from llm_parallel.checkpoint.content import (
+    SHARDING,
+    check_architecture,
+    load_models,
+    model_state,
+    training_state,
+)
+from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.checkpoint.optimizer import allocate_moments, distributed_parts, load_optimizer_state
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.errors import UserError
+from llm_parallel.parallel.wrap import Engine
+
+DAMAGE = (CheckpointingException, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
+
+
+def load_checkpoint(path: str | Path, engine: Engine, config: RunConfig, *, load_optimizer: bool = True) -> TrainState:
+    """Loads weights, and optimizer state and counters unless told not to, whatever layout saved them.
+
+    path: a run's folder, its ``checkpoints`` folder (the latest is taken) or one ``iter_…`` folder. Every process of
+    the job calls this. Raises UserError if there is no checkpoint, it is of another model, or it is damaged.
+    """
+    folder = find_checkpoint(path)
+    check_architecture(folder, config.model)
+    if not load_optimizer:
+        load_weights(folder, engine.models)
+        engine.optimizer.reload_model_params()
+        return TrainState()
+    _check_optimizer_kind(folder, engine)
+    allocate_moments(engine)
+    loaded = _load(folder, training_state(engine, loading=True))
+    load_models(engine.models, loaded)
+    load_optimizer_state(engine, loaded["optimizer"])
+    return TrainState.read(folder)
+
+
+def load_weights(path: str | Path, models: Sequence[Any]) -> None:
+    """Loads weights alone into this process's model chunks. Raises UserError as ``load_checkpoint``."""
+    folder = find_checkpoint(path)
+    check_architecture(folder, models[0].run_config.model)
+    load_models(models, _load(folder, model_state(models, models[0].groups)))
+
+
+def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except DAMAGE as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{folder} cannot be read ({reason[:300]}); it is damaged: remove it and the checkpoint before it is taken"
+        ) from error
+
+
+def _check_optimizer_kind(folder: Path, engine: Engine) -> None:
+    try:
+        common = torch.load(folder / "common.pt", map_location="cpu", weights_only=False)
+    except DAMAGE as error:
+        raise UserError(
+            f"{folder / 'common.pt'} is damaged; remove {folder} and the checkpoint before it is taken"
+        ) from error
+    saved = bool((dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}).get(SHARDING))
+    here = bool(distributed_parts(engine))
+    if saved != here:
+        raise UserError(
+            f"parallel.distributed_optimizer was {str(saved).lower()} when {folder} was saved and is "
+            f"{str(here).lower()} now; set it to {str(saved).lower()}, or checkpoint.load_optimizer=false"
+        )

@@ -1,0 +1,54 @@
+"""Saving under one layout and loading under another gives the undisturbed run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.ckpt_jobs import load_job, save_job
+from tests.harness import run_ranks
+
+pytestmark = pytest.mark.gloo
+
+
+def _p(**parallel: Any) -> dict[str, Any]:
+    return {f"parallel.{name}": value for name, value in parallel.items()}
+
+
+ONE: dict[str, Any] = {}
+TIED = {"model.tie_embeddings": True}
+PAIRS = [
+    ("TP2 PP2 DP2", _p(tp=2, pp=2, dp=2), 8, [("TP1", ONE, 1), ("DP4", _p(dp=4), 4)]),
+    ("TP1", ONE, 1, [("TP2 SP", _p(tp=2), 2), ("PP2 uneven", _p(pp=2, stage_layers=[3, 1]), 2)]),
+    ("PP2 VPP2", _p(pp=2, vpp=2), 2, [("TP2 DP2", _p(tp=2, dp=2), 4)]),
+    ("CP2 DP2", _p(cp=2, dp=2), 4, [("PP2 uneven", _p(pp=2, stage_layers=[1, 3]), 2)]),
+    ("DP4 overlap, small buckets", _p(dp=4, overlap=True, bucket_size=3000), 4, [("TP2 CP2", _p(tp=2, cp=2), 4)]),
+    ("tied PP2", _p(pp=2) | TIED, 2, [("tied TP2", _p(tp=2) | TIED, 2), ("tied TP1", TIED, 1)]),
+    ("bf16 DP2", _p(dp=2) | {"train.precision": "bf16"}, 2, [("bf16 DP2", _p(dp=2) | {"train.precision": "bf16"}, 2)]),
+    ("plain optimizer DP2", _p(dp=2, distributed_optimizer=False), 2,
+     [("plain optimizer TP2", _p(tp=2, distributed_optimizer=False), 2)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "saved", "processes", "loads"), PAIRS, ids=[pair[0] for pair in PAIRS])
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+def test_any_layout_goes_on_as_the_undisturbed_run(
+    name: str, saved: dict[str, Any], processes: int, loads: list[Any], asynchronous: bool, tmp_path: Path
+) -> None:
+    if not asynchronous and name not in ("TP2 PP2 DP2", "TP1"):
+        loads = loads[:1]
+    changes = saved | {"checkpoint.asynchronous": asynchronous}
+    undisturbed = run_ranks(save_job, processes, changes, str(tmp_path))[0]
+    for target, layout, ranks in loads:
+        resumed = run_ranks(load_job, ranks, layout, str(tmp_path))[0]
+        worst = max(abs(a - b) for (a, _), (b, _) in zip(undisturbed, resumed))
+        print(f"| {name} -> {target} | {worst:.1e} |")
+        assert worst <= (1e-5 if "bf16" not in name else 0.0), target
+
+
+def test_the_same_layout_resumes_bit_for_bit(tmp_path: Path) -> None:
+    layout = _p(tp=2, pp=2)
+    undisturbed = run_ranks(save_job, 4, layout, str(tmp_path))[0]
+    assert run_ranks(load_job, 4, layout, str(tmp_path))[0] == undisturbed
