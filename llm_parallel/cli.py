@@ -38,9 +38,7 @@ def pretrain(
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst …")],
     out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
-    tokenizer: Annotated[
-        str | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")
-    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")] = None,
     train_vocab: Annotated[int | None, typer.Option(help="Train a tokenizer of that many words first.")] = None,
     key: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
     workers: Annotated[int | None, typer.Option(help="Processes; all cores if not given.")] = None,
