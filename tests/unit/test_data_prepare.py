@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
+import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,12 +24,14 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from rich.console import Console
 
 from llm_parallel.config.tree import DataConfig, Source
 from llm_parallel.data import inputs
 from llm_parallel.data import prepare as prepare_module
 from llm_parallel.data.command import prepare_command
 from llm_parallel.data.corpus import prepare_python_corpus, python_corpus, unigram_entropy
+from llm_parallel.data.display import shown_progress
 from llm_parallel.data.indexed import TokenFile
 from llm_parallel.data.inputs import Piece, Skipped, documents, find_files, plan_shards
 from llm_parallel.data.mix import check_token_files
@@ -261,14 +262,12 @@ def fail_with(error: Exception) -> Callable[..., None]:
     return fail
 
 
-def test_full_disk_is_one_sentence_and_loses_no_shard(
-    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_one_sentence_and_loses_no_shard(tmp_path: Path, tokenizer: str) -> None:
     source, out = write_jsonl(tmp_path / "x.jsonl", TEXTS[:5]), tmp_path / "out"
-    monkeypatch.setattr(shutil, "copyfileobj", fail_with(OSError(errno.ENOSPC, "No space left on device")))
+    # Where the joined tokens are first written, every write now fails as on a full disk.
+    (tmp_path / f".out.bin.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"no space left on the disk.*run the same command again"):
         run(out, tokenizer, source)
-    monkeypatch.undo()
     with pytest.raises(UserError, match=r"out\.idx does not exist"):
         TokenFile(out)
     report = run(out, tokenizer, source)
@@ -484,6 +483,28 @@ def test_model_vocabulary_must_hold_what_the_files_were_prepared_with(tmp_path: 
         check_token_files(data, 1000)
         with pytest.raises(UserError, match=r"ours was prepared with .* of 1000 tokens, more than .*size=999"):
             check_token_files(data, 999)
+
+
+def test_progress_on_a_terminal_is_a_bar() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    with shown_progress("tokenising", console) as show:
+        for done in (0, 50, 100):
+            show(Progress(done, 100, 3 * done, 1000 * done, done / 10, 0))
+    assert "tokenising" in screen.getvalue() and "100%" in screen.getvalue() and "100,000 tokens" in screen.getvalue()
+
+
+def test_progress_elsewhere_is_lines_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_parallel.data.display.LINE_INTERVAL_S", 0.0)
+    screen = io.StringIO()
+    with shown_progress("tokenising", Console(file=screen)) as show:
+        show(Progress(40, 100, 5, 6000, 12.0, 20))
+        show(Progress(100, 100, 9, 9000, 60.0, 20))
+    # 20 of the 40 bytes were done before, so 20 took 12 s and 60 are left.
+    assert screen.getvalue().splitlines() == [
+        "tokenising: 40%, 5 documents, 6,000 tokens, 12 s, 36 s left",
+        "tokenising: 100%, 9 documents, 9,000 tokens, 60 s",
+    ]
 
 
 def test_find_files_follows_the_order_of_inputs(tmp_path: Path) -> None:
