@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_parallel.checkpoint.optimizer import distributed_parts, padded_buckets
 from llm_parallel.config.load import dump_config, load_config
-from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.parallel.groups import Groups
@@ -18,18 +18,6 @@ from llm_parallel.parallel.wrap import Engine
 CONFIG_NAME = "config.yaml"
 TOKENIZER_NAME = "tokenizer"
 SHARDING = "distrib_optim_sharding_type"
-
-# What makes two models' tensors the same; the rest (rope, epsilon) may be changed on purpose, as for a longer context.
-ARCHITECTURE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "vocab_size",
-    "tie_embeddings",
-)
 
 
 def metadata(engine: Engine | None, groups: Groups) -> dict[str, Any]:
@@ -97,15 +85,3 @@ def read_config(folder: Path) -> RunConfig:
     if tokenizer.is_dir():
         config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})
     return config
-
-
-def check_architecture(folder: Path, wanted: ModelConfig) -> None:
-    """Raises UserError that names every field in which the checkpoint's model differs from ``wanted``."""
-    saved = read_config(folder).model
-    differences = [
-        f"model.{name} is {getattr(saved, name)} there and {getattr(wanted, name)} here"
-        for name in ARCHITECTURE
-        if getattr(saved, name) != getattr(wanted, name)
-    ]
-    if differences:
-        raise UserError(f"{folder} is a checkpoint of another model: {'; '.join(differences)}; make them the same")

@@ -13,9 +13,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from llm_parallel.checkpoint.content import (
     SHARDING,
-    check_architecture,
     load_models,
     model_state,
+    read_config,
     training_state,
 )
 from llm_parallel.checkpoint.folders import find_checkpoint
@@ -23,6 +23,7 @@ from llm_parallel.checkpoint.optimizer import allocate_moments, distributed_part
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
+from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.parallel.wrap import Engine
 
 DAMAGE = (CheckpointingException, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
@@ -35,7 +36,7 @@ def load_checkpoint(path: str | Path, engine: Engine, config: RunConfig, *, load
     the job calls this. Raises UserError if there is no checkpoint, it is of another model, or it is damaged.
     """
     folder = find_checkpoint(path)
-    check_architecture(folder, config.model)
+    check_same_architecture(folder, read_config(folder).model, config.model)
     if not load_optimizer:
         load_weights(folder, engine.models)
         engine.optimizer.reload_model_params()
@@ -51,7 +52,7 @@ def load_checkpoint(path: str | Path, engine: Engine, config: RunConfig, *, load
 def load_weights(path: str | Path, models: Sequence[Any]) -> None:
     """Loads weights alone into this process's model chunks. Raises UserError as ``load_checkpoint``."""
     folder = find_checkpoint(path)
-    check_architecture(folder, models[0].run_config.model)
+    check_same_architecture(folder, read_config(folder).model, models[0].run_config.model)
     load_models(models, _load(folder, model_state(models, models[0].groups)))
 
 
