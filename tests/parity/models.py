@@ -1,0 +1,101 @@
+"""Models of both sides for parity tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
+
+RANDOM = {
+    "llama-2": {"num_key_value_heads": 4},
+    "grouped": {"num_key_value_heads": 2, "head_dim": 24},
+    "llama-3.1 tied": {
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
+
+
+def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Hugging Face folder of a random Llama with an odd vocabulary; weights large enough to tell mistakes apart."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 301,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+        "rms_norm_eps": 1e-5,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **RANDOM[kind]})).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    return folder
+
+
+def hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """transformers' fp32 logits [b, s, v]."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()
+
+
+def our_config(folder: str, seq_length: int, **parallel: Any) -> RunConfig:
+    """Run configuration of the model in a Hugging Face folder."""
+    from llm_parallel.model.hf_config import hf_config_to_model, read_hf_config
+
+    model = hf_config_to_model(read_hf_config(folder))
+    return RunConfig(
+        device="cpu",
+        model=model,
+        data=DataConfig(seq_length_tokens=seq_length),
+        parallel=ParallelConfig(**parallel),
+    )
+
+
+def open_models(config: RunConfig, rank: int, world_size: int) -> Any:
+    """Model chunks of this rank."""
+    from llm_parallel.config.rules import check_config
+    from llm_parallel.model.gpt import build_chunks
+    from llm_parallel.parallel.groups import open_groups
+    from llm_parallel.parallel.layout import Layout
+    from llm_parallel.parallel.platform import open_platform
+
+    check_config(config, world_size, "cpu")
+    groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
+    return build_chunks(config, groups)
+
+
+def logits_job(
+    rank: int, world_size: int, folder: str, tokens: np.ndarray, parallel: dict[str, Any]
+) -> np.ndarray | None:
+    """Our logits [b, s, v] of a Hugging Face folder under a layout; from one rank of the last stage, None elsewhere."""
+    from llm_parallel.model.hf import load_hf_weights
+    from llm_parallel.serve.forward import pipeline_logits
+
+    models = open_models(our_config(folder, tokens.shape[1], **parallel), rank, world_size)
+    load_hf_weights(folder, models)
+    with torch.no_grad():
+        logits = pipeline_logits(models, torch.from_numpy(tokens))
+    return None if logits is None or models[0].groups.at.tp else logits.numpy()
