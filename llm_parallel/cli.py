@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
+from llm_parallel.quiet import quiet_libraries
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -123,6 +124,7 @@ def quickstart(
 
 def main() -> None:
     """Runs the command; what the user can mend is one sentence and exit status 2."""
+    quiet_libraries()
     try:
         app()
     except UserError as error:

@@ -6,27 +6,17 @@ Started by ``llm-parallel pretrain``, torchrun or srun. SIGTERM asks the run to 
 from __future__ import annotations
 
 import faulthandler
-import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from llm_launch.worker import WorkerEnv, report_error, worker_environment
 from llm_parallel.config.load import load_config
+from llm_parallel.quiet import quiet_libraries
 
 SINGLE = WorkerEnv(rank=0, local_rank=0, world_size=1, local_world_size=1, master_addr="127.0.0.1", master_port=0)
-
-
-def quiet_libraries() -> None:
-    """Silences what megatron-core and torch say at import about packages that this run does not need."""
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    logging.getLogger("torch").setLevel(logging.ERROR)
 
 
 def run_worker(arguments: Sequence[str]) -> int:

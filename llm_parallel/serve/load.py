@@ -1,0 +1,67 @@
+"""A model and its tokenizer from any folder that holds one, in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_parallel.checkpoint.content import read_config
+from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.checkpoint.load import load_weights
+from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
+from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
+from llm_parallel.errors import UserError
+from llm_parallel.model.gpt import LlamaModel, build_chunks
+from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
+from llm_parallel.model.hf_config import hf_config_to_model
+from llm_parallel.parallel.groups import open_groups
+from llm_parallel.parallel.layout import Layout
+from llm_parallel.parallel.platform import open_platform
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on this process's device; ``tokenizer`` is None where none lies beside the weights."""
+
+    config: RunConfig
+    models: list[LlamaModel]
+    tokenizer: Tokenizer | None
+
+
+def describe_folder(path: str | Path) -> RunConfig:
+    """Configuration of the model in a Hugging Face folder or in one of our run, checkpoints or ``iter_…`` folders, set
+    for one process. Raises UserError if there is no model."""
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face folder")
+    if is_hf_folder(path):
+        with HfReader(path) as reader:
+            model = hf_config_to_model(reader.config)
+            precision = "bf16" if "bfloat16" in str(reader.dtype()) else "fp32"
+        has_tokenizer = any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+        tree: dict[str, Any] = {
+            "model": model.model_dump(),
+            "data": {"tokenizer": str(path) if has_tokenizer else None},
+            "train": {"precision": precision},
+        }
+        return RunConfig.model_validate(tree)
+    return read_config(find_checkpoint(path))
+
+
+def load_model(path: str | Path, device: str = "auto", precision: str | None = None) -> Loaded:
+    """Loads the model in ``path`` into this one process. ``precision``: fp32 or bf16; the saved one if not given."""
+    config = describe_folder(path)
+    train = config.train.model_copy(update={"precision": precision or config.train.precision})
+    data = DataConfig(tokenizer=config.data.tokenizer, seq_length_tokens=config.data.seq_length_tokens)
+    config = RunConfig(device=device, seed=config.seed, model=config.model, data=data, train=train)  # type: ignore[arg-type]
+    config = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
+    groups = open_groups(Layout.from_config(config, 1), 0, open_platform(device), config.seed)
+    models = build_chunks(config, groups)
+    if is_hf_folder(path):
+        load_hf_weights(path, models)
+    else:
+        load_weights(path, models)
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    return Loaded(config, models, tokenizer)
