@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
 from llm_parallel.checkpoint.optimizer import distributed_parts, padded_buckets
 from llm_parallel.config.load import dump_config, load_config
 from llm_parallel.config.tree import RunConfig
@@ -18,6 +20,8 @@ from llm_parallel.parallel.wrap import Engine
 CONFIG_NAME = "config.yaml"
 TOKENIZER_NAME = "tokenizer"
 SHARDING = "distrib_optim_sharding_type"
+WEIGHTS_ONLY = "weights_only"
+"""In the metadata of a checkpoint without optimizer state, as ``convert`` makes."""
 
 
 def metadata(engine: Engine | None, groups: Groups) -> dict[str, Any]:
@@ -33,10 +37,15 @@ def metadata(engine: Engine | None, groups: Groups) -> dict[str, Any]:
 
 
 def model_state(models: Sequence[Any], groups: Groups) -> dict[str, Any]:
-    """Sharded weights of this process's model chunks, under the keys that megatron-core's optimizer looks for."""
+    """Sharded weights of this process's model chunks, under the keys that megatron-core's optimizer looks for; without
+    the extra state of Transformer Engine's modules, which ours do not have."""
     described = metadata(None, groups)
     return {
-        "model" if len(models) == 1 else f"model{number}": model.sharded_state_dict(metadata=described)
+        "model" if len(models) == 1 else f"model{number}": {
+            key: value
+            for key, value in model.sharded_state_dict(metadata=described).items()
+            if not isinstance(value, ShardedObject)
+        }
         for number, model in enumerate(models)
     }
 

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from llm_parallel.checkpoint.content import (
     SHARDING,
+    WEIGHTS_ONLY,
     load_models,
     model_state,
     read_config,
@@ -37,7 +38,7 @@ def load_checkpoint(path: str | Path, engine: Engine, config: RunConfig, *, load
     """
     folder = find_checkpoint(path)
     check_same_architecture(folder, read_config(folder).model, config.model)
-    if not load_optimizer:
+    if not load_optimizer or _content(folder).get(WEIGHTS_ONLY):
         load_weights(folder, engine.models)
         engine.optimizer.reload_model_params()
         return TrainState()
@@ -66,15 +67,19 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def _check_optimizer_kind(folder: Path, engine: Engine) -> None:
+def _content(folder: Path) -> dict[str, Any]:
+    """Metadata that says what a checkpoint holds."""
     try:
         common = torch.load(folder / "common.pt", map_location="cpu", weights_only=False)
     except DAMAGE as error:
         raise UserError(
             f"{folder / 'common.pt'} is damaged; remove {folder} and the checkpoint before it is taken"
         ) from error
-    saved = bool((dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}).get(SHARDING))
-    here = bool(distributed_parts(engine))
+    return dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+
+
+def _check_optimizer_kind(folder: Path, engine: Engine) -> None:
+    saved, here = bool(_content(folder).get(SHARDING)), bool(distributed_parts(engine))
     if saved != here:
         raise UserError(
             f"parallel.distributed_optimizer was {str(saved).lower()} when {folder} was saved and is "

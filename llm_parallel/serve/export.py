@@ -1,0 +1,177 @@
+"""Our checkpoint → Hugging Face folder, one layer at a time, so that a 70B model converts on a normal machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from llm_parallel.checkpoint.content import TOKENIZER_NAME, read_config
+from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.data.tokenizer import load_tokenizer
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+from llm_parallel.model.hf import INDEX_NAME, layer_tensors, outer_tensors, partition_dim, pieces_of
+from llm_parallel.model.hf_config import model_to_hf_config
+
+LAYERS = "decoder.layers."
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The part of the tensor that one read fills."""
+        part = self._target
+        for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
+            part = part.narrow(axis, offset, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing: the part is a view."""
+
+
+class CheckpointTensors:
+    """Single tensors of one of our checkpoints, by canonical name, without reading the others."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = FileSystemReader(str(folder))
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor ``name``; of a layer only that layer's part of the stored stack."""
+        if not name.startswith(LAYERS):
+            return self._load(name, ())
+        _, _, layer, suffix = name.split(".", 3)
+        return self._load(LAYERS + suffix, (int(layer),))
+
+    def _load(self, key: str, at: tuple[int, ...]) -> Tensor:
+        stored: Any = self._metadata.state_dict_metadata[key]
+        rest = tuple(stored.size)[len(at) :]
+        wanted = ChunkStorageMetadata(torch.Size((*at, *(0,) * len(rest))), torch.Size((*(1,) * len(at), *rest)))
+        target = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
+        plan = LoadPlan(create_read_items_for_chunk_list(key, stored, [wanted]))
+        self._reader.read_data(self._reader.prepare_local_plan(plan), _Into(target)).wait()
+        return target.view(rest)
+
+
+def hf_tensors(name: str, ours: Tensor, model: ModelConfig) -> dict[str, Tensor]:
+    """Hugging Face's tensors that our whole tensor ``name`` holds, without vocabulary padding."""
+    dim, offset = partition_dim(name), 0
+    parts: dict[str, list[Tensor]] = {}
+    for piece in pieces_of(name, model):
+        parts.setdefault(piece.name, []).append(ours.narrow(dim, offset, len(piece)))
+        offset += len(piece)
+    return {hf_name: torch.cat(rows, dim=dim).contiguous() for hf_name, rows in parts.items()}
+
+
+class ShardWriter:
+    """Writes tensors into numbered safetensors files of at most ``max_bytes`` each, and their index at the end."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self._held: dict[str, Tensor] = {}
+        self._files: list[list[str]] = []
+        self._total = 0
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Takes tensors; writes a file whenever the next tensor would make it too large."""
+        for name, tensor in tensors.items():
+            size = sum(map(_bytes, self._held.values())) + _bytes(tensor)
+            if self._held and size > self.max_bytes:
+                self._flush()
+            self._held[name] = tensor
+            self._total += _bytes(tensor)
+
+    def _flush(self) -> None:
+        save_file(self._held, self.folder / f"part-{len(self._files)}.safetensors", metadata={"format": "pt"})
+        self._files.append(list(self._held))
+        self._held = {}
+
+    def close(self) -> None:
+        """Writes what is left, gives the files their final names, and writes the index if there are several."""
+        self._flush()
+        count, index = len(self._files), {}
+        for number, names in enumerate(self._files):
+            final = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"part-{number}.safetensors").rename(self.folder / final)
+            index.update(dict.fromkeys(names, final))
+        if count > 1:
+            with atomic_write(self.folder / INDEX_NAME) as handle:
+                json.dump({"metadata": {"total_size": self._total}, "weight_map": index}, handle, indent=1)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def all_names(model: ModelConfig) -> Iterator[str]:
+    """Canonical names of all tensors, layer by layer."""
+    first, *rest = outer_tensors(model)
+    yield first
+    for layer in range(model.num_layers):
+        yield from layer_tensors(layer)
+    yield from rest
+
+
+def export_to_hf(checkpoint: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> Path:
+    """Writes the checkpoint's model as a Hugging Face folder, with tokenizer and generation settings; returns it.
+
+    Holds at most one layer and one safetensors file in memory. The folder appears when it is complete. Raises UserError
+    if there is no checkpoint or the target is not empty.
+    """
+    source, target = find_checkpoint(checkpoint), Path(target)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty; give a new folder")
+    config = read_config(source)
+    making = target.with_name(f".{target.name}.converting")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    try:
+        tensors, writer = CheckpointTensors(source), ShardWriter(making, max_shard_bytes)
+        dtype = None
+        for name in all_names(config.model):
+            ours = tensors.read(name)
+            dtype = dtype or str(ours.dtype).removeprefix("torch.")
+            writer.add(hf_tensors(name, ours, config.model))
+        writer.close()
+        _write_settings(source, making, config, dtype or "float32")
+        if target.exists():
+            target.rmdir()
+        making.rename(target)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return target
+
+
+def _write_settings(source: Path, folder: Path, config: RunConfig, dtype: str) -> None:
+    """config.json, generation_config.json and tokenizer files. What came with an import goes out as it came."""
+    beside = source / TOKENIZER_NAME
+    if beside.is_dir():
+        shutil.copytree(beside, folder, dirs_exist_ok=True)
+    special: dict[str, Any] = {}
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        special = {"eos_token_id": tokenizer.eod, "bos_token_id": tokenizer.bos}
+    with atomic_write(folder / "config.json") as handle:
+        json.dump(model_to_hf_config(config.model, dtype, special), handle, indent=1)
+    if not (folder / "generation_config.json").is_file():
+        with atomic_write(folder / "generation_config.json") as handle:
+            json.dump(special, handle, indent=1)

@@ -1,0 +1,148 @@
+"""Hugging Face folder → our checkpoint, one tensor at a time, so that a 70B model converts on a normal machine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from llm_parallel.checkpoint.content import TOKENIZER_NAME, WEIGHTS_ONLY, write_config
+from llm_parallel.checkpoint.folders import LATEST_NAME, folder_name
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write, fsync_dir
+from llm_parallel.model.hf import HfReader, layer_tensors, outer_tensors, partition_dim, pieces_of, read_rows
+from llm_parallel.model.mcore_config import padded_vocab_size
+
+CARRIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor to write: our canonical name, its key and size in the checkpoint, and where in it it stands."""
+
+    name: str
+    key: str
+    size: tuple[int, ...]
+    offset: tuple[int, ...]
+    chunk: tuple[int, ...]
+
+
+def stored_tensors(model: ModelConfig) -> Iterator[Stored]:
+    """All tensors of a model as megatron-core stores them: layers stacked along a first axis."""
+    for name in outer_tensors(model):
+        size = _size(name, model)
+        yield Stored(name, name, size, (0,) * len(size), size)
+    for layer in range(model.num_layers):
+        for name in layer_tensors(layer):
+            size, suffix = _size(name, model), name.split(".", 3)[3]
+            stacked = (model.num_layers, *size)
+            yield Stored(name, f"decoder.layers.{suffix}", stacked, (layer, *(0,) * len(size)), (1, *size))
+
+
+def _size(name: str, model: ModelConfig) -> tuple[int, ...]:
+    along = sum(map(len, pieces_of(name, model)))
+    if "norm" in name:
+        return (along,)
+    if name.startswith(("embedding", "output_layer")):
+        assert model.vocab_size is not None
+        along = padded_vocab_size(model.vocab_size, 1)
+    other = model.hidden_size
+    return (other, along) if partition_dim(name) == 1 else (along, other)
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Reads each tensor when the writer comes to it, so that one at a time is in memory."""
+
+    def __init__(self, reader: HfReader, model: ModelConfig, by_index: dict[MetadataIndex, Stored]) -> None:
+        super().__init__()
+        self._reader, self._model, self._by_index = reader, model, by_index
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The tensor of one write item, read now."""
+        stored = self._by_index[write_item.index]
+        dim = partition_dim(stored.name)
+        along = stored.chunk[-1] if dim == 1 else stored.chunk[len(stored.chunk) - (1 if "norm" in stored.name else 2)]
+        parts = list(read_rows(self._reader, stored.name, self._model, range(along)))
+        return torch.cat(parts, dim=dim).reshape(stored.chunk)
+
+
+def import_from_hf(source: str | Path, target: str | Path, config: RunConfig) -> Path:
+    """Writes ``target/checkpoints/iter_0000000`` from a Hugging Face folder in its own dtype; returns that folder.
+
+    config: the run configuration to store, with the folder's model. Tokenizer and generation settings go along. Holds
+    one tensor in memory. Raises UserError if the target holds checkpoints already or the source is damaged.
+    """
+    source, checkpoints = Path(source), Path(target) / "checkpoints"
+    if checkpoints.exists() and any(checkpoints.iterdir()):
+        raise UserError(f"{checkpoints} is not empty; give a new folder")
+    final = checkpoints / folder_name(0)
+    making = checkpoints / f".{final.name}.saving"
+    making.mkdir(parents=True)
+    try:
+        with HfReader(source) as reader:
+            _write_tensors(reader, config.model, making)
+        torch.save({"content_metadata": {WEIGHTS_ONLY: True}}, making / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(making))
+        TrainState().write(making)
+        _carry(source, making)
+        write_config(making, config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": None})}))
+        making.rename(final)
+        fsync_dir(checkpoints)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    with atomic_write(checkpoints / LATEST_NAME) as handle:
+        handle.write("0")
+    return final
+
+
+def _write_tensors(reader: HfReader, model: ModelConfig, folder: Path) -> None:
+    dtype = reader.dtype()
+    properties = TensorProperties(dtype=dtype)
+    items, by_index = [], {}
+    sizes: dict[str, TensorStorageMetadata] = {}
+    for stored in stored_tensors(model):
+        chunk = ChunkStorageMetadata(torch.Size(stored.offset), torch.Size(stored.chunk))
+        index = MetadataIndex(stored.key, torch.Size(stored.offset))
+        data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(stored.size))
+        items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+        by_index[index] = stored
+        kept = sizes.setdefault(stored.key, TensorStorageMetadata(properties, torch.Size(stored.size), []))
+        kept.chunks.append(chunk)
+    writer = FileSystemWriter(str(folder), thread_count=1)
+    writer.set_up_storage_writer(True)
+    [plan] = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])
+    results: Any = writer.write_data(plan, _LazyPlanner(reader, model, by_index)).wait()
+    writer.finish(Metadata(state_dict_metadata=dict(sizes)), [results])
+
+
+def _carry(source: Path, folder: Path) -> None:
+    """Copies tokenizer and generation settings beside the weights."""
+    beside = folder / TOKENIZER_NAME
+    beside.mkdir()
+    for pattern in CARRIED:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copy2(path, beside / path.name)
