@@ -1,0 +1,127 @@
+"""Greedy tokens equal transformers'; drawing follows its logits processors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_parallel.errors import UserError
+from llm_parallel.serve.sampling import Sampling, choose, filtered
+from tests.harness import run_ranks
+from tests.parity.models import open_models, our_config, random_folder
+from tests.smollm import smollm_folder
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Water boils at",
+    "Once upon a time there was a small",
+    "The three laws of motion are",
+]
+
+
+def generate_job(
+    rank: int,
+    world_size: int,
+    folder: str,
+    prompts: list[list[int]],
+    settings: dict[str, Any],
+    parallel: dict[str, Any],
+) -> list[list[int]]:
+    from llm_parallel.model.hf import load_hf_weights
+    from llm_parallel.serve.generate import generate
+
+    models = open_models(our_config(folder, 64, sequence_parallel=False, **parallel), rank, world_size)
+    load_hf_weights(folder, models)
+    return generate(models, prompts, Sampling(**settings))
+
+
+def hf_greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = []
+    for prompt in prompts:
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.mark.gloo
+def test_smollm_greedy_tokens_are_transformers() -> None:
+    from tokenizers import Tokenizer
+
+    folder = smollm_folder()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prompts = [tokenizer.encode(text).ids for text in PROMPTS]
+    expected = hf_greedy(folder, prompts, 64)
+    # min_new_tokens keeps transformers from ending; compare up to where it would have.
+    found = run_ranks(generate_job, 1, str(folder), prompts, {"max_new_tokens": 64}, {})[0]
+    for ours, theirs in zip(found, expected):
+        end = ours.index(2) if 2 in ours else 64
+        assert end > 0 and ours[:end] == theirs[:end]
+    assert sum(len(ours) for ours in found) == 5 * 64
+    assert "Paris" in tokenizer.decode(found[0])
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}], ids=str)
+def test_layouts_write_the_same(parallel: dict[str, Any], tmp_path: Path) -> None:
+    folder = random_folder("grouped", tmp_path)
+    prompts = [[5, 6, 7], [1, 2, 3, 4, 5], [9, 8, 7]]
+    expected = hf_greedy(folder, prompts, 12)
+    processes = int(np.prod(list(parallel.values())))
+    for answer in run_ranks(generate_job, processes, str(folder), prompts, {"max_new_tokens": 12}, parallel):
+        assert answer == expected
+
+
+logit_rows = st.lists(st.floats(-8, 8, width=32), min_size=4, max_size=40, unique=True)
+
+
+@given(logit_rows, st.floats(0.3, 2.0), st.integers(0, 20), st.floats(0.05, 1.0))
+def test_filters_are_transformers(row: list[float], temperature: float, top_k: int, top_p: float) -> None:
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.tensor([row])
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1.0:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    found = filtered(logits, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    disagree = torch.isinf(found) != torch.isinf(expected)
+    if disagree.any():  # only a word that stands on the very edge of the share may fall on either side
+        shares = expected.softmax(-1)
+        assert disagree.sum() == 1 and shares[disagree].sum() + found.softmax(-1)[disagree].sum() > 0
+        cumulative = (logits / temperature).softmax(-1).sort(descending=True).values.cumsum(-1)
+        assert (cumulative - top_p).abs().min() < 1e-5
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+def test_drawing_follows_the_shares() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling(temperature=1.0, top_k=3)
+    drawn = torch.cat([choose(logits, sampling, generator) for _ in range(4000)])
+    found = torch.bincount(drawn, minlength=4) / 4000
+    expected = torch.tensor([2.0, 1.0, 0.0, -torch.inf]).softmax(-1)
+    assert (found - expected).abs().max() < 0.03
+    assert found[3] == 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}], ids=str
+)
+def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)
