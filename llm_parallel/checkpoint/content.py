@@ -20,6 +20,8 @@ from llm_parallel.parallel.wrap import Engine
 CONFIG_NAME = "config.yaml"
 TOKENIZER_NAME = "tokenizer"
 SHARDING = "distrib_optim_sharding_type"
+END = "...\n"
+"""YAML's mark of a document's end: a file cut short is often valid YAML too, with defaults for what is lost."""
 WEIGHTS_ONLY = "weights_only"
 """In the metadata of a checkpoint without optimizer state, as ``convert`` makes."""
 
@@ -77,20 +79,22 @@ def write_config(folder: Path, config: RunConfig) -> None:
             target.mkdir(exist_ok=True)
             shutil.copy2(source, target / Path(source).name)
     with atomic_write(folder / CONFIG_NAME) as handle:
-        handle.write(dump_config(config))
+        handle.write(dump_config(config) + END)
 
 
 def read_config(folder: Path) -> RunConfig:
     """Configuration of a checkpoint folder (``iter_…``), with the tokenizer that lies beside it.
 
-    Raises UserError if there is none."""
+    Raises UserError if there is none or it is cut short."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(
             f"{folder} has no {CONFIG_NAME}, so it is no checkpoint of ours; give an iter_… folder of a run"
         )
+    if not path.read_text(errors="replace").endswith(END):
+        raise UserError(f"{path} is cut short (it does not end with '...'); give another checkpoint")
     config = load_config(path, notice=lambda _: None)
     tokenizer = folder / TOKENIZER_NAME
-    if tokenizer.is_dir():
+    if (tokenizer / "tokenizer.json").is_file() or any(tokenizer.glob("*.model")):
         config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})
     return config
