@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.content import (
     SHARDING,
@@ -27,7 +28,18 @@ from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.parallel.wrap import Engine
 
-DAMAGE = (CheckpointingException, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
+# CheckpointException, in which every process learns of another's failure, is no Exception.
+DAMAGE = (
+    CheckpointException,
+    CheckpointingException,
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    IndexError,
+    pickle.PickleError,
+)
 
 
 def load_checkpoint(path: str | Path, engine: Engine, config: RunConfig, *, load_optimizer: bool = True) -> TrainState:

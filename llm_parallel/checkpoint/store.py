@@ -5,25 +5,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
-import multiprocessing
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.base import AsyncSaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.content import metadata, training_state, write_config
 from llm_parallel.checkpoint.folders import LATEST_NAME, complete_checkpoints, folder_name, latest_checkpoint, step_of
 from llm_parallel.checkpoint.optimizer import allocate_moments
 from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.checkpoint.writer import in_one_process, use_forked_results
 from llm_parallel.config.tree import CheckpointConfig, RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, fsync_dir
@@ -43,10 +46,10 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, settings: CheckpointConfig, config: RunConfig, groups: Groups) -> None:
         if importlib.util.find_spec("psutil") is None:
-            # megatron-core's writer process dies without it and every rank waits until the collective times out.
+            # megatron-core's writer dies without it, when the first steps have been trained.
             raise UserError("the package psutil is missing, which saving a checkpoint needs; pip install psutil")
         self.folder, self.settings, self.config, self.groups = folder, settings, config, groups
-        use_forked_results_queue()
+        use_forked_results()
         self._queue = AsyncCallsQueue()
         self._saving: Path | None = None
 
@@ -56,34 +59,28 @@ class CheckpointStore:
 
     def save(self, engine: Engine, state: TrainState, *, blocking: bool = False) -> None:
         """Saves weights, optimizer and counters. In the background (``checkpoint.asynchronous``) this returns when the
-        state is copied, and ``poll`` or ``wait`` completes it; a save in flight is completed first."""
+        state is copied, and ``poll`` or ``wait`` completes it; a save in flight is completed first.
+
+        A checkpoint of this step that ``latest_checkpointed_iteration.txt`` names is kept; one that it does not name is
+        of a future that was given up, and replaced."""
         self.wait()
         final = self.folder / folder_name(state.step)
-        if final in complete_checkpoints(self.folder):
+        known = self.groups.is_first_rank and latest_checkpoint(self.folder) == final
+        if any(self.groups.sum_over_world(float(known))):  # rank 0 decides: others may see an older folder
             return
-        saving = self.folder / f".{final.name}.saving"
+        saving = self._prepare(final, engine, state)
         with self._cleaning_up(saving):
-            self._prepare(saving, engine, state)
             engine.parameters_up_to_date()
             allocate_moments(engine)
-            described = metadata(engine, self.groups)
-            strategy = get_default_save_sharded_strategy("torch_dist")
-            if self.groups.layout.dp * self.groups.layout.cp > 1:
-                strategy = FullyParallelSaveStrategyWrapper(strategy, described["dp_cp_group"])
-            asynchronous = self.settings.asynchronous and not blocking
-            request = dist_checkpointing.save(
-                training_state(engine, loading=False),
-                str(saving),
-                strategy,
-                async_sharded_save=asynchronous,
-                content_metadata={name: value for name, value in described.items() if name != "dp_cp_group"},
-            )
-            if request is None:
-                self._commit(saving, final)
-                return
-            request.add_finalize_fn(lambda: self._commit(saving, final))
-            self._saving = saving
-            self._queue.schedule_async_request(request)
+            request = self._plan(saving, engine)
+            # megatron-core's last function writes metadata.json on rank 0 while the others wait in a barrier, for ever
+            # if the disk is full: _commit writes it.
+            collect, *_ = request.finalize_fns
+            finalize = [lambda: _collected(collect), lambda: self._commit(saving, final)]
+            self._queue.schedule_async_request(in_one_process(request)._replace(finalize_fns=finalize))
+        self._saving = saving
+        if blocking or not self.settings.asynchronous:
+            self.wait()
 
     def poll(self) -> None:
         """Completes a background save if all processes have written their part. One collective while one is in flight,
@@ -103,53 +100,98 @@ class CheckpointStore:
         if self._queue.get_num_unfinalized_calls() == 0:
             self._saving = None
 
-    def _prepare(self, saving: Path, engine: Engine, state: TrainState) -> None:
-        """Makes an empty folder if the disk has room; all processes learn whether."""
+    def _prepare(self, final: Path, engine: Engine, state: TrainState) -> Path:
+        """Makes an empty folder if the disk has room; all processes learn its name, or why not.
+
+        The name is new every time: a writer that outlived its killed run must not write into the next one's save."""
         needed, free, problem = float(checkpoint_bytes(engine)), 0.0, 0.0
-        needed, *_ = self.groups.sum_over_world(needed)
+        needed = self.groups.sum_over_world(needed)[0] + SPARE_BYTES
+        mark = secrets.randbits(40) if self.groups.is_first_rank else 0
+        saving = self.folder / f".{final.name}.{mark:010x}.saving"
         if self.groups.is_first_rank:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for leftover in self.folder.glob(".iter_*.saving"):
-                    shutil.rmtree(leftover)
+                    shutil.rmtree(leftover, ignore_errors=True)
                 free = float(shutil.disk_usage(self.folder).free)
-                if free > needed + SPARE_BYTES:
+                if free >= needed:
                     saving.mkdir()
                     state.write(saving)
                     write_config(saving, self.config)
             except OSError as error:
+                shutil.rmtree(saving, ignore_errors=True)
                 problem = float(error.errno or errno.EIO)
-        free, problem = self.groups.sum_over_world(free, problem)
+        free, problem, shared_mark = self.groups.sum_over_world(free, problem, float(mark))
         if problem:
-            raise OSError(int(problem), os.strerror(int(problem)))
-        if free <= needed + SPARE_BYTES:
+            raise self._explained(OSError(int(problem), os.strerror(int(problem))))
+        if free < needed:
             raise UserError(
-                f"a checkpoint needs {needed / 2**30:.3f} GiB and {self.folder} has {free / 2**30:.3f} GiB free; make "
-                "room, or lower checkpoint.keep_last"
+                f"a checkpoint needs {needed / 2**20:.1f} MiB and {self.folder} has {free / 2**20:.1f} MiB free; "
+                "make room, or lower checkpoint.keep_last"
             )
+        return self.folder / f".{final.name}.{int(shared_mark):010x}.saving"
+
+    def _plan(self, saving: Path, engine: Engine) -> Any:
+        """Writes what all processes share and divides the rest among them; returns megatron-core's request to write."""
+        described = metadata(engine, self.groups)
+        strategy: Any = get_default_save_sharded_strategy("torch_dist")
+        if self.groups.layout.dp * self.groups.layout.cp > 1:
+            strategy = FullyParallelSaveStrategyWrapper(strategy, described["dp_cp_group"])
+        strategy = _AfterAgreement(strategy, self._agree)
+        try:
+            return dist_checkpointing.save(
+                training_state(engine, loading=False),
+                str(saving),
+                strategy,
+                async_sharded_save=True,
+                content_metadata={name: value for name, value in described.items() if name != "dp_cp_group"},
+            )
+        except (OSError, RuntimeError) as error:
+            if not strategy.agreed:
+                self._agree(error)
+            raise
+
+    def _agree(self, error: Exception | None) -> None:
+        """Raises on every process if one could not do its part; the one whose error it is raises that itself."""
+        failed, *_ = self.groups.sum_over_world(float(error is not None))
+        if error is not None:
+            raise error
+        if failed:
+            raise CheckpointException("write", {})
 
     def _commit(self, saving: Path, final: Path) -> None:
-        """Makes a written checkpoint the latest. The other processes go on; nobody reads it before rank 0 is done."""
-        if not self.groups.is_first_rank:
-            return
+        """Makes a written checkpoint the latest, on rank 0; the others wait until it is."""
+        problem: Exception | None = None
+        if self.groups.is_first_rank:
+            try:
+                self._rename(saving, final)
+            except OSError as error:
+                problem = error
+        self._agree(problem)
+
+    def _rename(self, saving: Path, final: Path) -> None:
+        save_config(CheckpointingConfig("torch_dist", 1), str(saving))
         for path in [*saving.rglob("*"), saving]:
             if path.is_dir():
                 fsync_dir(path)
             else:
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if final.exists():  # incomplete: a complete one of this step is not saved again
+        if final.exists():  # incomplete, or of a future that was given up
             shutil.rmtree(final)
         saving.rename(final)
         fsync_dir(self.folder)
         with atomic_write(self.folder / LATEST_NAME) as handle:
             handle.write(str(step_of(final)))
-        for old in self._expired(complete_checkpoints(self.folder)):
+        for old in self._expired(final):
             shutil.rmtree(old)
 
-    def _expired(self, complete: list[Path]) -> Iterator[Path]:
-        every = self.settings.keep_every_steps
-        for path in complete[: -self.settings.keep_last]:
+    def _expired(self, newest: Path) -> Iterator[Path]:
+        """Old checkpoints that are not kept. Those after ``newest``, which a run that went back to an older one left,
+        are not counted and not removed."""
+        every, last = self.settings.keep_every_steps, step_of(newest) or 0
+        past = [path for path in complete_checkpoints(self.folder) if (step_of(path) or 0) <= last]
+        for path in past[: -self.settings.keep_last]:
             if not every or (step_of(path) or 0) % every:
                 yield path
 
@@ -158,16 +200,19 @@ class CheckpointStore:
         """Removes what a failed save wrote, and says a full disk in one sentence."""
         try:
             yield
-        except (CheckpointingException, OSError, RuntimeError) as error:
+        except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
             self._saving = None
-            if dist.get_rank() == 0:
+            explained = self._explained(error)
+            if self.groups.is_first_rank:
                 shutil.rmtree(saving, ignore_errors=True)
-            raise self._explained(error) from error
+            raise explained from error
 
-    def _explained(self, error: Exception) -> Exception:
+    def _explained(self, error: BaseException) -> Exception:
         text = f"{error} {getattr(error, 'failures', '')}"
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "Errno 28" in text:
-            free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.folder).free
+        # Of a failed write of common.pt torch says only "iostream error".
+        full = "No space left" in text or (isinstance(error, RuntimeError) and free < SPARE_BYTES)
+        if getattr(error, "errno", None) == errno.ENOSPC or full:
             return UserError(
                 f"the disk of {self.folder} became full while a checkpoint was saved ({free / 2**20:.0f} MiB free); "
                 "the checkpoint before it is untouched: make room and start again"
@@ -175,17 +220,43 @@ class CheckpointStore:
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
             return UserError(f"a checkpoint cannot be saved in {self.folder}: {reason}; give another run_dir")
+        if isinstance(error, CheckpointException):
+            if not error.failures and not self.groups.is_first_rank:
+                return UserError(f"a checkpoint could not be saved in {self.folder}; rank 0 says why")
+            return RuntimeError(f"a checkpoint could not be saved in {self.folder}: {text}")
+        assert isinstance(error, Exception)
         return error
 
 
-def use_forked_results_queue() -> None:
-    """Gives megatron-core's writer a plain queue in place of a manager process's.
+class _AfterAgreement(AsyncSaveShardedStrategy):
+    """Saves as ``base`` once all processes are there.
 
-    Writers are forked, so nothing has to be pickled; the manager would be spawned, which imports the main program again
-    (5 to 15 s at the first save), and stay behind when its owner is killed.
-    """
-    if getattr(filesystem_async, "_results_queue", False) is None:
-        filesystem_async._results_queue = multiprocessing.get_context("fork").Queue()
+    Rank 0 writes common.pt just before this; when it cannot, the others would wait for it in ``base``."""
+
+    def __init__(self, base: Any, agree: Callable[[Exception | None], None]) -> None:
+        super().__init__(base.backend, base.version)
+        self._base, self._agree, self.agreed = base, agree, False
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+        """Agrees, then plans the save."""
+        self.agreed = True
+        self._agree(None)
+        return self._base.async_save(sharded_state_dict, checkpoint_dir)
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """As ``base``."""
+        return self._base.can_handle_sharded_objects
+
+
+def _collected(collect: Callable[[], None]) -> None:
+    """Runs megatron-core's collection of results: rank 0 writes .metadata while the others wait for its verdict in a
+    broadcast. If the disk is full it raises before that, so they are given one."""
+    try:
+        collect()
+    except OSError:
+        dist.broadcast(torch.ones(1, dtype=torch.int, device=torch.cuda.current_device()), src=0)
+        raise
 
 
 def checkpoint_bytes(engine: Engine) -> int:
