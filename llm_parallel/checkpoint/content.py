@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from llm_parallel.checkpoint.optimizer import distributed_parts, padded_buckets
@@ -66,6 +68,12 @@ def load_models(models: Sequence[Any], state: dict[str, Any]) -> None:
     """Puts loaded weights into the model chunks."""
     for number, model in enumerate(models):
         model.load_state_dict(state["model" if len(models) == 1 else f"model{number}"])
+
+
+def write_weights_only_parts(folder: Path) -> None:
+    """Writes the small files that megatron-core expects beside tensors: the format, and that there is no optimizer."""
+    torch.save({"content_metadata": {WEIGHTS_ONLY: True}}, folder / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from llm_parallel.checkpoint.content import TOKENIZER_NAME, WEIGHTS_ONLY, write_config
+from llm_parallel.checkpoint.content import TOKENIZER_NAME, write_config, write_weights_only_parts
 from llm_parallel.checkpoint.folders import LATEST_NAME, folder_name
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import ModelConfig, RunConfig
@@ -104,8 +103,7 @@ def import_from_hf(source: str | Path, target: str | Path, config: RunConfig) ->
     try:
         with HfReader(source) as reader:
             _write_tensors(reader, config.model, making)
-        torch.save({"content_metadata": {WEIGHTS_ONLY: True}}, making / "common.pt")
-        save_config(CheckpointingConfig("torch_dist", 1), str(making))
+        write_weights_only_parts(making)
         TrainState().write(making)
         _carry(source, making)
         write_config(making, config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": None})}))
