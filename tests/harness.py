@@ -36,7 +36,8 @@ def _child(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
         )
         out.put((rank, True, fn(rank, world_size, *args)))
-        dist.barrier()
+        if dist.is_initialized():  # else fn ended the job itself
+            dist.barrier()
     except BaseException:
         out.put((rank, False, traceback.format_exc()))
     finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llm_launch.worker import WorkerEnv, report_error, worker_environment
 from llm_parallel.config.load import load_config
+from llm_parallel.errors import UserError
 from llm_parallel.quiet import quiet_libraries
 
 SINGLE = WorkerEnv(rank=0, local_rank=0, world_size=1, local_world_size=1, master_addr="127.0.0.1", master_port=0)
@@ -44,8 +45,17 @@ def run_worker(arguments: Sequence[str]) -> int:
             asked_to_stop=lambda: bool(requests),
         )
     except Exception as error:
-        return report_error(log_dir, environment.rank, error)
+        return report_error(log_dir, environment.rank, explained(error, environment))
     return 0
+
+
+def explained(error: Exception, environment: WorkerEnv) -> Exception:
+    """A taken rendezvous port in the user's words; any other error as it is."""
+    if type(error).__name__ != "DistNetworkError" or "EADDRINUSE" not in str(error):
+        return error
+    return UserError(
+        f"port MASTER_PORT = {environment.master_port} is in use on the machine of rank 0; set MASTER_PORT to a free one"
+    )
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from llm_launch.worker import worker_environment
 from llm_parallel.config.load import dump_config, load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.parallel.layout import Layout
@@ -34,9 +35,8 @@ def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = Fa
         return 0
     saved = Path(config.run_dir) / CONFIG_NAME
     if first:
+        save_config(config, saved)
         show_mixture(config)
-        with atomic_write(saved) as handle:
-            handle.write(dump_config(config))
     if environment is not None:
         from llm_parallel.train.__main__ import run_worker
 
@@ -48,6 +48,17 @@ def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = Fa
         for picture in plot_run(Path(config.run_dir)):
             print(f"plot: {picture}")
     return status
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Writes the merged configuration into the run folder. Raises UserError if that cannot be written."""
+    try:
+        with atomic_write(path) as handle:
+            handle.write(dump_config(config))
+    except OSError as error:
+        raise UserError(
+            f"run_dir = {config.run_dir} cannot be written ({error.strerror}); give a folder that can be made or has room"
+        ) from None
 
 
 def show_mixture(config: RunConfig) -> None:

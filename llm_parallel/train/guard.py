@@ -18,7 +18,11 @@ MIN_RELATIVE_SPREAD = 0.01
 
 
 class TooManySkips(RuntimeError):
-    """That many steps in a row were skipped that the run had better stop."""
+    """That many steps in a row were skipped that the run had better stop; ``reason`` is that of the last."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def robust_zscore(value: float, window: list[float]) -> float:
@@ -53,7 +57,8 @@ class Guard:
         if self.consecutive_skips >= self.config.max_consecutive_skips:
             raise TooManySkips(
                 f"{self.consecutive_skips} steps in a row were skipped (train.guard.max_consecutive_skips); the last "
-                f"because of {reason}. Lower optim.lr, or look at the batches named in events.jsonl"
+                f"because of {reason}. Lower optim.lr, or look at the batches named in events.jsonl",
+                reason,
             )
         return reason
 

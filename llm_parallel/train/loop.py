@@ -27,7 +27,7 @@ from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, set_deterministic
 from llm_parallel.parallel.wrap import Engine, wrap
 from llm_parallel.train.data import evaluation_batches, open_training_data
-from llm_parallel.train.guard import Guard
+from llm_parallel.train.guard import Guard, TooManySkips
 from llm_parallel.train.schedule import global_batch_size, learning_rate
 from llm_parallel.train.step import StepOutcome, apply_gradient, evaluate, forward_backward
 
@@ -46,7 +46,7 @@ class Run:
     metrics: MetricsLike
     basis: Basis
     asked_to_stop: Callable[[], bool]
-    started_s: float = field(default_factory=time.monotonic)
+    started_s: float
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
     def wants_to_stop(self) -> bool:
@@ -72,6 +72,9 @@ def pretrain(
                 break
         finish(run)
         return run.state
+    except TooManySkips:
+        run.store.wait()  # all processes gave up at the same step, and a checkpoint of before it may be in flight
+        raise
     finally:
         run.loader.close()
         run.metrics.close()
@@ -80,6 +83,7 @@ def pretrain(
 
 def open_run(config: RunConfig, rank: int, world_size: int, local_rank: int, asked_to_stop: Callable[[], bool]) -> Run:
     """Builds model, optimizer, data and metrics, and resumes from the newest checkpoint if there is one."""
+    started_s = time.monotonic()  # building and loading count towards the time limit
     platform = open_platform(config.device, local_rank, config.train.threads_per_process)
     check_config(config, world_size, platform.kind)  # type: ignore[arg-type]
     if config.train.deterministic:
@@ -105,7 +109,7 @@ def open_run(config: RunConfig, rank: int, world_size: int, local_rank: int, ask
     loader = open_training_data(config, groups, state.consumed_samples)
     metrics = open_metrics(rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps)
     metrics.start(describe(config, groups, origin, peak))
-    return Run(config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop)
+    return Run(config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop, started_s)
 
 
 def resume(config: RunConfig, engine: Engine, store: CheckpointStore) -> tuple[TrainState, str]:
@@ -148,16 +152,13 @@ def train_step(run: Run) -> StepOutcome:
     data_s = time.perf_counter() - started
     outcome = forward_backward(run.engine, batches, stop=run.wants_to_stop())
     lr = learning_rate(config.optim, config.train.steps, state.step + 1)
-    reason = run.guard.judge(outcome.loss, outcome.grad_norm)
+    reason = judge(run, outcome, size)
     applied = time.perf_counter()
     if reason is None:
         apply_gradient(run.engine, outcome, lr, config.optim.clip_grad)
         groups.platform.synchronize()
     ended = time.perf_counter()
-    first_sample = state.consumed_samples
     advance(run, size, outcome)
-    if reason is not None:
-        name_skipped_batch(run, reason, first_sample, size)
     allocated, reserved = groups.platform.memory_gib()
     measured = StepMeasurement(
         step=state.step,
@@ -182,6 +183,26 @@ def train_step(run: Run) -> StepOutcome:
     return outcome
 
 
+def judge(run: Run, outcome: StepOutcome, size: int) -> str | None:
+    """Why the step must not be applied, or None. Names the samples of a bad step, of one that ends the run too."""
+    try:
+        reason = run.guard.judge(outcome.loss, outcome.grad_norm)
+    except TooManySkips as error:
+        name_skipped_batch(run, error.reason, size)
+        raise
+    if reason is not None:
+        name_skipped_batch(run, reason, size)
+    return reason
+
+
+def name_skipped_batch(run: Run, reason: str, size: int) -> None:
+    """Says which samples the present step holds, before it is counted."""
+    step, first = run.state.step + 1, run.state.consumed_samples
+    last = first + size - 1
+    run.metrics.message(f"step {step} skipped: {reason}; samples {first} to {last}")
+    run.metrics.event("skip", step=step, reason=reason, first_sample=first, last_sample=last)
+
+
 def advance(run: Run, size: int, outcome: StepOutcome) -> None:
     """Counts a step that is over, applied or skipped."""
     state = run.state
@@ -191,13 +212,6 @@ def advance(run: Run, size: int, outcome: StepOutcome) -> None:
     state.num_skipped += int(run.guard.consecutive_skips > 0)
     state.consecutive_skips = run.guard.consecutive_skips
     state.guard = run.guard.state()
-
-
-def name_skipped_batch(run: Run, reason: str, first_sample: int, size: int) -> None:
-    """Says which samples a skipped step held."""
-    last = first_sample + size - 1
-    run.metrics.message(f"step {run.state.step} skipped: {reason}; samples {first_sample} to {last}")
-    run.metrics.event("skip", step=run.state.step, reason=reason, first_sample=first_sample, last_sample=last)
 
 
 def after_step(run: Run, stopping: bool) -> None:

@@ -17,10 +17,16 @@ NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
 def expected_device(config: RunConfig) -> str:
-    """``cuda`` or ``cpu``, without importing torch."""
-    if config.device != "auto":
-        return config.device
-    return "cuda" if NVIDIA_DEVICE.exists() else "cpu"
+    """``cuda`` or ``cpu``; torch is asked only about a GPU that is wanted and not seen."""
+    if config.device == "cpu":
+        return "cpu"
+    if NVIDIA_DEVICE.exists():
+        return "cuda"
+    if config.device == "auto":
+        return "cpu"
+    import torch  # two seconds; a GPU may have another device file, as under WSL
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def preflight(config: RunConfig, world_size: int | None = None) -> RunConfig:

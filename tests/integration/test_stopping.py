@@ -1,0 +1,64 @@
+"""A run that is told to stop, or out of time, saves and goes on later as if nothing had happened."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration.commands import COMMAND, Corpus, environment, events, losses, train_in_ranks, write_run_file
+
+pytestmark = pytest.mark.gloo
+
+# The learning rate must not depend on how many steps a run is meant to take.
+CONSTANT = {"schedule": "constant", "min_lr": 3e-3}
+
+
+def test_sigterm_saves_and_the_next_start_continues_exactly(corpus: Corpus, tmp_path: Path) -> None:
+    run_file = write_run_file(
+        corpus, tmp_path / "stopped", optim=CONSTANT, train={"steps": 100_000}, parallel={"tp": 2}
+    )
+    run_dir = tmp_path / "stopped" / "run"
+    with subprocess.Popen(
+        [*COMMAND, "pretrain", str(run_file)],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        try:
+            deadline = time.monotonic() + 90
+            while not (run_dir / "metrics.jsonl").exists() or not losses(run_dir):
+                assert launcher.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            launcher.send_signal(signal.SIGTERM)
+            output, errors = launcher.communicate(timeout=60)
+        finally:
+            launcher.kill()
+    assert launcher.returncode == 0, output + errors
+    assert errors == ""
+    assert "stopping after step" in output
+    stopped = max(losses(run_dir))
+    latest = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert int(latest.read_text()) == stopped
+    assert [event["step"] for event in events(run_dir, "stop")] == [stopped]
+    steps = f"train.steps={stopped + 3}"
+    assert train_in_ranks(run_file, 2, steps) == [stopped + 3] * 2
+    undisturbed = write_run_file(corpus, tmp_path / "undisturbed", optim=CONSTANT, parallel={"tp": 2})
+    train_in_ranks(undisturbed, 2, steps)
+    assert losses(run_dir) == losses(tmp_path / "undisturbed" / "run")
+
+
+def test_the_time_limit_saves_and_ends_the_run(corpus: Corpus, tmp_path: Path) -> None:
+    run_file = write_run_file(corpus, tmp_path, optim=CONSTANT, train={"steps": 100_000})
+    stopped = train_in_ranks(run_file, 1, "train.time_limit_s=1.5")[0]
+    assert 1 <= stopped < 100_000
+    run_dir = tmp_path / "run"
+    assert [event["step"] for event in events(run_dir, "stop")] == [stopped]
+    assert (run_dir / "checkpoints" / f"iter_{stopped:07d}").is_dir()
+    assert train_in_ranks(run_file, 1, f"train.steps={stopped + 2}") == [stopped + 2]
+    assert list(losses(run_dir)) == list(range(1, stopped + 3))
