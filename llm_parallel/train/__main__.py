@@ -54,7 +54,7 @@ def explained(error: Exception, environment: WorkerEnv) -> Exception:
     if type(error).__name__ != "DistNetworkError" or "EADDRINUSE" not in str(error):
         return error
     return UserError(
-        f"port MASTER_PORT = {environment.master_port} is in use on the machine of rank 0; set MASTER_PORT to a free one"
+        f"port MASTER_PORT = {environment.master_port} is in use on the machine of rank 0; set it to a free one"
     )
 
 

@@ -57,7 +57,7 @@ def save_config(config: RunConfig, path: Path) -> None:
             handle.write(dump_config(config))
     except OSError as error:
         raise UserError(
-            f"run_dir = {config.run_dir} cannot be written ({error.strerror}); give a folder that can be made or has room"
+            f"run_dir = {config.run_dir} cannot be written ({error.strerror}); give a folder that can be"
         ) from None
 
 
