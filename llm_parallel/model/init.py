@@ -71,8 +71,10 @@ def initialize(chunk: nn.Module, model: ModelConfig, groups: Groups, seed: int) 
             continue
         writes_residual = "linear_proj" in name or "linear_fc2" in name
         dim = 1 if writes_residual else 0
-        # megatron-core marks only shards that it initialized itself; unmarked, they drop out of the gradient norm.
-        set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+        # megatron-core before 0.19 marks only shards that it initialized itself; unmarked, they drop out of the
+        # gradient norm.
+        if not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
         rows = shard_rows(name, parameter.shape[dim] * tp, tp, tp_rank)
         values = torch.cat([normal_rows(seed, name, part, parameter.shape[1 - dim]) for part in rows])
         values *= residual_std if writes_residual else model.init_std
