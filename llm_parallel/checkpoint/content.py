@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from llm_parallel.checkpoint.optimizer import distributed_parts, padded_buckets
 from llm_parallel.config.load import dump_config, load_config
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.tokenizer import DECLARING_NAMES, JSON_NAME, MODEL_NAME
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.parallel.groups import Groups
@@ -24,6 +25,18 @@ TOKENIZER_NAME = "tokenizer"
 SHARDING = "distrib_optim_sharding_type"
 END = "...\n"
 """YAML's mark of a document's end: a file cut short is often valid YAML too, with defaults for what is lost."""
+WEIGHT_FILES = (
+    "*.safetensors*",
+    "*.bin*",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx*",
+    ".git",
+    "*.distcp",
+)
 WEIGHTS_ONLY = "weights_only"
 """In the metadata of a checkpoint without optimizer state, as ``convert`` makes."""
 
@@ -78,16 +91,25 @@ def write_weights_only_parts(folder: Path) -> None:
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Writes configuration and tokenizer, so that the checkpoint alone suffices to generate and convert."""
-    source = config.data.tokenizer
-    if source is not None and Path(source).exists():
-        target = folder / TOKENIZER_NAME
-        if Path(source).is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        else:
-            target.mkdir(exist_ok=True)
-            shutil.copy2(source, target / Path(source).name)
+    if config.data.tokenizer is not None and Path(config.data.tokenizer).exists():
+        _copy_tokenizer(Path(config.data.tokenizer), folder / TOKENIZER_NAME)
     with atomic_write(folder / CONFIG_NAME) as handle:
         handle.write(dump_config(config) + END)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer under the names by which a folder's is found; not the weights that may lie beside it."""
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+        return
+    target.mkdir(exist_ok=True)
+    if source.suffix == ".json":
+        shutil.copy2(source, target / JSON_NAME)
+        for name in DECLARING_NAMES:
+            if (source.parent / name).is_file():
+                shutil.copy2(source.parent / name, target / name)
+    else:
+        shutil.copy2(source, target / MODEL_NAME)
 
 
 def read_config(folder: Path) -> RunConfig:

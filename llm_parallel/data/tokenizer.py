@@ -16,6 +16,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 
 MODEL_NAME, JSON_NAME = "tokenizer.model", "tokenizer.json"
+DECLARING_NAMES = ("special_tokens_map.json", "tokenizer_config.json")
 END_TOKENS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 """Names that a tokenizer.json without a tokenizer_config.json beside it may give its end-of-document token."""
 MAX_LINE_BYTES = 16384
@@ -212,7 +213,7 @@ def _fingerprint(content: bytes) -> str:
 def _declared_tokens(folder: Path) -> dict[str, str | None]:
     """``bos_token`` and ``eos_token`` as the configuration files of a Hugging Face folder name them."""
     tokens: dict[str, str | None] = {"bos_token": None, "eos_token": None}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in DECLARING_NAMES:
         try:
             config: Any = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -101,8 +103,6 @@ VALUES = st.lists(st.floats(allow_nan=False), max_size=4)
     )
 )
 def test_counters_come_back_exactly(state: TrainState) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         state.write(Path(folder))
         assert TrainState.read(Path(folder)) == state
@@ -121,22 +121,28 @@ def _config(tokenizer: Path | None) -> RunConfig:
     )
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["folder", "tokenizer.json", "mine.json", "mine.model"])
 def test_the_tokenizer_travels_with_the_checkpoint(kind: str, tmp_path: Path) -> None:
-    source = tmp_path / "source" / "tokenizer.json"
-    source.parent.mkdir()
-    source.write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
-    config = _config(source if kind == "file" else source.parent)
+    name = "tokenizer.json" if kind == "folder" else kind
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / name).write_text("the tokenizer")
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (source / "model-00001-of-00002.safetensors").write_text("weights of a Hugging Face folder")
+    config = _config(source if kind == "folder" else source / name)
     checkpoint = tmp_path / "iter_0000001"
     checkpoint.mkdir()
     write_config(checkpoint, config)
-    content = source.read_text()
-    source.unlink()
+    shutil.rmtree(source)
     checkpoint = checkpoint.rename(tmp_path / "moved")  # to another machine, say
     read = read_config(checkpoint)
     assert read.data.tokenizer == str(checkpoint / "tokenizer")
-    assert (checkpoint / "tokenizer" / "tokenizer.json").read_text() == content
     assert read.model_copy(update={"data": config.data}) == config
+    found = {path.name: path.read_text() for path in (checkpoint / "tokenizer").iterdir()}
+    assert found.pop("tokenizer.model" if kind == "mine.model" else "tokenizer.json") == "the tokenizer"
+    if kind != "mine.model":
+        assert found.pop("tokenizer_config.json") == json.dumps({"eos_token": "<end>"})
+    assert found == {}
 
 
 def test_a_configuration_without_tokenizer_comes_back(tmp_path: Path) -> None:
@@ -146,8 +152,6 @@ def test_a_configuration_without_tokenizer_comes_back(tmp_path: Path) -> None:
 
 @given(st.data())
 def test_a_configuration_cut_short_anywhere_is_refused(data: st.DataObject) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_config(folder, _config(None))
