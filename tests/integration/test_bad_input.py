@@ -15,6 +15,7 @@ import pytest
 
 from tests.integration.commands import (
     COMMAND,
+    TIMEOUT_S,
     Corpus,
     assert_refused,
     environment,
@@ -219,7 +220,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_every_rank(run_file: Path, 
     ]
     try:
         for rank in ranks:
-            output, errors = rank.communicate(timeout=90)
+            output, errors = rank.communicate(timeout=TIMEOUT_S)
             result = subprocess.CompletedProcess(arguments, rank.returncode, output, errors)
             assert_refused(result, "hidden_size", "64", "128")
     finally:
@@ -255,7 +256,7 @@ def test_a_full_disk_ends_all_ranks_and_keeps_the_last_checkpoint(
     """One checkpoint of 2.6 MB fits, a second or third does not."""
     every = ["checkpoint.interval_steps=2", "checkpoint.keep_last=9", "train.steps=20"]
     run_dir = small_disk / "run"
-    result = llm_parallel("pretrain", run_file, f"run_dir={run_dir}", "parallel.tp=2", *every, timeout_s=120)
+    result = llm_parallel("pretrain", run_file, f"run_dir={run_dir}", "parallel.tp=2", *every)
     assert_refused(result, "checkpoint", str(run_dir), "make room")
     latest = int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert latest in (2, 4)

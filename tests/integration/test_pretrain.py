@@ -48,7 +48,7 @@ def in_four(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """The same run with TP 2 x PP 2, which the command starts four processes for."""
     folder = tmp_path_factory.mktemp("in_four")
     run_file = write_run_file(corpus, folder, checkpoint={"interval_steps": 5})
-    result = llm_parallel("pretrain", run_file, *TP2_PP2, timeout_s=180)
+    result = llm_parallel("pretrain", run_file, *TP2_PP2)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "run", result
 

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import COMMAND, Corpus, environment, events, losses, train_in_ranks, write_run_file
+from tests.integration.commands import (
+    COMMAND,
+    TIMEOUT_S,
+    Corpus,
+    environment,
+    events,
+    losses,
+    train_in_ranks,
+    write_run_file,
+)
 
 pytestmark = pytest.mark.gloo
 
@@ -31,12 +40,12 @@ def test_sigterm_saves_and_the_next_start_continues_exactly(corpus: Corpus, tmp_
         text=True,
     ) as launcher:
         try:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + TIMEOUT_S
             while not (run_dir / "metrics.jsonl").exists() or not losses(run_dir):
                 assert launcher.poll() is None and time.monotonic() < deadline
                 time.sleep(0.05)
             launcher.send_signal(signal.SIGTERM)
-            output, errors = launcher.communicate(timeout=60)
+            output, errors = launcher.communicate(timeout=TIMEOUT_S)
         finally:
             launcher.kill()
     assert launcher.returncode == 0, output + errors
