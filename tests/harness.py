@@ -49,8 +49,9 @@ def _child(
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """Calls ``fn(rank, world_size, *args)`` on every rank of one gloo job and returns the results in rank order.
 
-    ``fn`` is a top-level function whose results pickle by value (numpy arrays, not tensors). Raises AssertionError with the first rank's traceback if one fails, and with the
-    missing ranks' numbers if they do not answer in time (their stacks are on stderr).
+    ``fn`` is a top-level function whose results pickle by value (numpy arrays, not tensors). Raises AssertionError with
+    the first rank's traceback if one fails, and with the missing ranks' numbers if they do not answer in time (their
+    stacks are on stderr).
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
