@@ -1,29 +1,123 @@
-"""What operator tests share: random inputs and errors against fp64."""
+"""What operator tests share: random inputs, errors against fp64, and the table of worst errors at the end of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-# Relative to the largest reference value; about two roundings of the dtype.
+# Relative to the largest reference value; about two roundings of the dtype. Only for assert_matches.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+# How many times the framework's own error in the same dtype an operator may have.
+FACTOR = 2.0
 
 
-def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Standard normal leaf tensor that wants a gradient."""
+@dataclass
+class Summary:
+    """Cases and worst errors relative to the largest value, by operator and dtype."""
+
+    rows: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
+
+    def add(self, case: str, dtype: torch.dtype, error: float, framework: float) -> None:
+        """Notes one case, whose name begins with the operator's and a slash."""
+        key = (case.split("/", 1)[0], str(dtype).removeprefix("torch."))
+        self.rows.setdefault(key, []).append((error, framework))
+
+    def lines(self) -> list[str]:
+        """A table of what was noted."""
+        out = [f"{'operator':24s} {'dtype':10s} {'cases':>6s} {'worst error':>12s} {'framework':>12s}"]
+        for (name, dtype), errors in sorted(self.rows.items()):
+            worst = max(errors)
+            peer = max(framework for _, framework in errors)
+            out.append(f"{name:24s} {dtype:10s} {len(errors):6d} {worst[0]:12.2e} {peer:12.2e}")
+        return out
+
+
+SUMMARY = Summary()
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0, device: str | torch.device | None = None) -> Tensor:
+    """Standard normal leaf tensor that wants a gradient, the same numbers on every device."""
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return values.to(dtype).requires_grad_()
+    return values.to(device=device or default_device(), dtype=dtype).requires_grad_()
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one; the CPU and Triton's interpreter elsewhere."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _run(op: Callable, inputs: Sequence[Tensor], weights: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and gradients of their sum weighted by fixed random numbers (made here if not given)."""
+    out = op(*inputs)
+    outputs = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if x is not None]
+    if weights is None:
+        generator = torch.Generator().manual_seed(99)
+        weights = [torch.randn(x.shape, generator=generator).to(x.device) for x in outputs]
+    wanted = [x for x in inputs if x.requires_grad]
+    pairs = [(x, w.to(x.dtype)) for x, w in zip(outputs, weights) if x.requires_grad]
+    gradients = torch.autograd.grad([x for x, _ in pairs], wanted, [w for _, w in pairs], allow_unused=True)
+    zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, gradients)]
+    return [x.detach() for x in outputs], zeros
+
+
+def compare(
+    case: str, op: Callable, framework: Callable, truth: Callable, inputs: Sequence[Tensor], floor: float = 1.0
+) -> None:
+    """Outputs and all gradients of ``op`` are no further from ``truth`` than twice the framework's own are.
+
+    ``op`` and ``framework`` take ``inputs``, ``truth`` their fp64 copies; each returns a tensor or a tuple of them.
+    Errors are the largest and the root mean square difference from fp64; ``floor`` roundings of the inputs' dtype of
+    the largest value are always allowed. Inputs must stay as they were. ``case`` is "<operator>/<what>".
+    """
+    dtype = inputs[0].dtype
+    copies = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    before = [x.detach().clone() for x in inputs]
+    exact = [
+        (x.detach().double() if x.is_floating_point() else x.detach()).requires_grad_(x.requires_grad) for x in inputs
+    ]
+    generator = torch.Generator().manual_seed(99)
+    with torch.no_grad():
+        probe = truth(*exact)
+    shapes = [x for x in (probe if isinstance(probe, (tuple, list)) else [probe]) if x is not None]
+    weights = [torch.randn(x.shape, generator=generator).to(x.device, dtype) for x in shapes]
+    found, peers, wanted = (_run(f, x, weights) for f, x in ((op, inputs), (framework, copies), (truth, exact)))
+    for index, (x, old) in enumerate(zip(inputs, before)):
+        assert torch.equal(x.detach(), old), f"{case}: input {index} was changed"
+    worst = (0.0, 0.0)
+    labels = [f"output {i}" for i in range(len(found[0]))] + [f"gradient {i}" for i in range(len(found[1]))]
+    for label, ours, theirs, right in zip(labels, *(a + b for a, b in (found, peers, wanted)), strict=True):
+        assert ours.shape == right.shape, f"{case}, {label}: shape {tuple(ours.shape)}, not {tuple(right.shape)}"
+        worst = max(worst, _hold(f"{case}, {label}", ours, theirs, right, floor * torch.finfo(dtype).eps))
+    SUMMARY.add(case, dtype, *worst)
+
+
+def _hold(label: str, ours: Tensor, theirs: Tensor, right: Tensor, floor: float) -> tuple[float, float]:
+    """Asserts the rule of ``compare`` for one tensor; returns both largest errors relative to the largest value."""
+    if not right.numel():
+        return 0.0, 0.0
+    scale = max(right.abs().max().item(), 1e-30)
+    assert not ours.isnan().any(), f"{label}: {int(ours.isnan().sum())} of {ours.numel()} numbers are NaN"
+    difference, peer = (x.double() - right for x in (ours, theirs))
+    largest, of_peer = difference.abs().max().item(), peer.abs().max().item()
+    limit = FACTOR * of_peer + floor * scale
+    assert largest <= limit, f"{label}: largest error {largest:.3e}, framework {of_peer:.3e}, limit {limit:.3e}"
+    mean, of_peer_mean = difference.square().mean().sqrt().item(), peer.square().mean().sqrt().item()
+    limit = FACTOR * of_peer_mean + floor * right.square().mean().sqrt().item()
+    assert mean <= limit, f"{label}: rms error {mean:.3e}, framework {of_peer_mean:.3e}, limit {limit:.3e}"
+    return largest / scale, of_peer / scale
 
 
 def assert_matches(op: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: list[Tensor]) -> None:
-    """Output of ``op`` and its gradient of every input match ``truth`` in fp64; inputs stay."""
+    """Output of ``op`` and its gradient of every input match ``truth`` in fp64; inputs stay. For ref.py, which is
+    itself what the framework does."""
     before = [x.detach().clone() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out, expected = op(*inputs), truth(*exact)
     assert out.shape == expected.shape
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(99))
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(99)).to(out.device)
     (out.float() * weights).sum().backward()
     (expected * weights.double()).sum().backward()
     pairs = [(out, expected), *((x.grad, y.grad) for x, y in zip(inputs, exact))]

@@ -11,30 +11,40 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        x_wide = _wide(x)
+        scale = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         scale = scale.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x32 * scale).mul_(weight).to(x.dtype)
+        return (x_wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        weight32 = weight.float()
-        normed = x.float() * scale
-        grad32 = grad.float()
-        product = (grad32 * normed).flatten(0, -2)
+        weight_wide = _wide(weight)
+        normed = _wide(x) * scale
+        grad_wide = _wide(grad)
+        product = (grad_wide * normed).flatten(0, -2)
         grad_weight = product.sum(0)
         # d/dx of x * scale: the part of the gradient along x is taken out.
-        along = torch.mv(product, weight32).view(scale.shape).mul_(1.0 / x.shape[-1])
-        grad_x = (grad32 * weight32).addcmul_(normed, along, value=-1).mul_(scale)
+        along = torch.mv(product, weight_wide).view(scale.shape).mul_(1.0 / x.shape[-1])
+        grad_x = (grad_wide * weight_wide).addcmul_(normed, along, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dim.
 
-    x: [..., h] of any float dtype; weight: [h]. Computed in fp32, returned in x's dtype. Backward keeps x and one fp32
-    number per row.
+    x: [..., h] of any float dtype; weight: [h]. Computed in fp32 (fp64 for fp64), returned in x's dtype. Backward keeps
+    x and one number per row.
     """
     return _RmsNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of ``x + residual``, ``x + residual``), both in x's dtype."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total

@@ -1,21 +1,138 @@
-"""RMSNorm against its formula in fp64."""
+"""RMSNorm against its formula in fp64, and beside torch's own in the same dtype."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_kernels.rms_norm.ref import rms_norm
-from llm_kernels.testing import TOLERANCE, assert_matches, random
+from llm_kernels.guard import Traffic
+from llm_kernels.rms_norm import ref
+from llm_kernels.rms_norm.bench import BENCHMARK
+from llm_kernels.rms_norm.op import add_rms_norm, rms_norm
+from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, random
+
+EPS = 1e-5
+triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 
 def truth(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def framework(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def ours(x: Tensor, weight: Tensor) -> Tensor:
+    return rms_norm(x, weight, EPS, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(3, 2, 64), (1, 1, 2), (7, 33), (2, 3, 1000)], ids=str)
-def test_matches_fp64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_reference_matches_fp64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     inputs = [random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)]
-    assert_matches(lambda x, w: rms_norm(x, w, 1e-5), truth, inputs)
+    assert_matches(lambda x, w: ref.rms_norm(x, w, EPS), truth, inputs)
+
+
+def test_reference_gradcheck() -> None:
+    inputs = (random(3, 5, dtype=torch.float64), random(5, dtype=torch.float64, seed=1))
+    assert torch.autograd.gradcheck(lambda x, w: ref.rms_norm(x, w, EPS), inputs)
+
+
+# Real width; one below and one above a block; a lone element; many rows in a tile that they do not fill; no rows.
+SHAPES = [(2, 3, 4096), (9, 1000), (5, 1025), (3, 1), (37, 48), (0, 64)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = [random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)]
+    compare("rms_norm/plain", ours, framework, truth, inputs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 3, 512), (9, 100), (0, 64)], ids=str)
+def test_kernel_with_residual(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def exact(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return truth(x + residual, weight), x + residual
+
+    def peer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return framework(x + residual, weight), x + residual
+
+    inputs = [*(random(*shape, dtype=dtype, seed=i) for i in range(2)), random(shape[-1], dtype=dtype, seed=2)]
+    compare("rms_norm/residual", lambda *a: add_rms_norm(*a, EPS, backend="triton"), peer, exact, inputs)
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 300),
+    padding=st.sampled_from([0, 1, 16]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    expanded=st.booleans(),
+)
+def test_any_shape_and_stride(rows: int, columns: int, padding: int, dtype: torch.dtype, expanded: bool) -> None:
+    """Columns of a wider tensor, and a gradient that is one row repeated."""
+
+    def view(op):
+        def run(x: Tensor, weight: Tensor) -> Tensor:
+            y = op(x[:, padding : padding + columns], weight)
+            return y.sum(0).expand(rows, columns) if expanded else y
+
+        return run
+
+    inputs = [random(rows, columns + 2 * padding, dtype=dtype), random(columns, dtype=dtype, seed=1)]
+    compare("rms_norm/strided", view(ours), view(framework), view(truth), inputs, floor=4.0)
+
+
+def test_only_one_output_used() -> None:
+    x, residual, weight = (random(4, 32, dtype=torch.float32, seed=i) for i in range(3))
+    weight = weight[0].detach().requires_grad_()
+    add_rms_norm(x, residual, weight, EPS, backend="triton")[1].sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x)) and weight.grad is None
+
+
+def test_weight_gradient_is_deterministic() -> None:
+    inputs = [random(200, 64, dtype=torch.bfloat16), random(64, dtype=torch.bfloat16, seed=1)]
+    first, second = (torch.autograd.grad(ours(*inputs).sum(), inputs[1])[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_moves_the_least_bytes(checked: Traffic | None, residual: bool) -> None:
+    if checked is None:
+        pytest.skip("bytes are counted by the interpreter")
+    shape = {**BENCHMARK.small, "residual": residual}
+    inputs = BENCHMARK.make(shape, torch.bfloat16, default_device())
+    out = BENCHMARK.providers["ours"]()(*inputs)
+    least = BENCHMARK.bytes_moved(shape, torch.bfloat16)  # type: ignore[misc]
+    outputs = out if isinstance(out, tuple) else (out,)
+    forward = checked.bytes_loaded + checked.bytes_stored
+    torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs])
+    backward = checked.bytes_loaded + checked.bytes_stored - forward
+    print(
+        f"rms_norm residual={residual}: forward {forward / least.forward:.3f}, backward {backward / least.backward:.3f}"
+    )
+    assert forward <= 1.03 * least.forward and backward <= 1.03 * least.backward
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="weight has shape"):
+        rms_norm(torch.ones(2, 4), torch.ones(3), EPS)
+    with pytest.raises(ValueError, match="residual is"):
+        add_rms_norm(torch.ones(2, 4), torch.ones(2, 3), torch.ones(4), EPS)
+    with pytest.raises(ValueError, match="backend"):
+        rms_norm(torch.ones(2, 4), torch.ones(4), EPS, backend="cuda")
+
+
+def test_fake_tensors_see_through() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 3, 64, dtype=torch.bfloat16), torch.empty(64, dtype=torch.bfloat16)
+        y, rstd = torch.ops.llm_kernels.rms_norm(x, weight, EPS)
+    assert y.shape == x.shape and y.dtype == x.dtype and rstd.shape == (6,)

@@ -1,0 +1,37 @@
+"""Kernel tests run under Triton's interpreter and the memory checker where there is no GPU, and as they are on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from llm_kernels import dispatch
+from llm_kernels.guard import Traffic, guard
+from llm_kernels.testing import SUMMARY
+
+
+@pytest.fixture(autouse=True)
+def checked() -> Iterator[Traffic | None]:
+    """Fills torch.empty with NaN and, under the interpreter, checks bounds, races and program order of every launch."""
+    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # torch poisons fresh memory in this mode (torch.utils.deterministic.fill_uninitialized_memory).
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        if torch.cuda.is_available() or not dispatch.triton_installed():
+            yield None
+        else:
+            dispatch.backend_for(torch.empty(0), "triton")
+            with guard() as traffic:
+                yield traffic
+    finally:
+        torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Prints cases and worst errors by operator and dtype."""
+    if SUMMARY.rows:
+        terminalreporter.section("kernel errors against fp64, relative to the largest value")
+        for line in SUMMARY.lines():
+            terminalreporter.write_line(line)

@@ -1,0 +1,301 @@
+"""Compiles kernels for sm_80 and sm_90 without a GPU and reads what ptxas made of them.
+
+Registers and shared memory come from the cubin, spills from a second run of ptxas, instructions from the disassembly;
+all three programs are part of the Triton wheel. Counts of instructions are not cycles. Must run in a process without
+TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ARCHS = (80, 90)
+OPERATORS = ("rms_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention", "adamw")
+# CUDA C++ Programming Guide, table of technical specifications: shared memory of an SM and of a block, warps, blocks.
+_LIMITS = {80: (164 * 1024, 163 * 1024, 64, 32), 90: (228 * 1024, 227 * 1024, 64, 32)}
+_CLASSES = {
+    "hgmma": r"^HGMMA",
+    "hmma": r"^HMMA",
+    "tma": r"^UTMALDG|^UBLKCP",
+    "setmaxnreg": r"^USETMAXREG",
+    "wide": r"^(LDG|STG|LDGSTS)\b.*128",
+    "narrow": r"^(LDG|STG|LDGSTS)\b(?!.*128)",
+    "local": r"^(LDL|STL)",
+}
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One kernel in one configuration, with arguments as at a launch.
+
+    arguments: "*bf16" is a pointer aligned to 16 bytes, an int what the launcher would pass (specialised as Triton
+    does), "i32" or "fp32" a scalar of which nothing is known; constexpr parameters have their values. wants: "wide"
+    (global accesses of 128 bits; up to ``narrow_allowed`` smaller ones for numbers per row), "tensor_core",
+    "specialized" (warps with registers of their own, setmaxnreg). No spill is always wanted.
+    """
+
+    name: str
+    kernel: Any
+    arguments: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    wants: frozenset[str] = frozenset()
+    maxnreg: int | None = None
+    narrow_allowed: int = 6
+    gluon: bool = False
+
+
+@dataclass
+class Report:
+    """What ptxas made of one case. ``loop`` is the steady innermost loop, ``problems`` what was wanted and isn't."""
+
+    name: str
+    arch: int
+    num_warps: int
+    compile_s: float = 0.0
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    occupancy: float = 0.0
+    instructions: dict[str, int] = field(default_factory=dict)
+    loop_length: int = 0
+    loop: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect(case: AotCase, arch: int, dump: Path | None = None) -> Report:
+    """Compiles one case for one architecture. A failure to compile is a problem of the report, not an exception."""
+    report = Report(case.name, arch, case.num_warps)
+    start = time.perf_counter()
+    try:
+        with _silent_stderr():
+            compiled = _compile(case, arch)
+    except Exception as error:  # any pass of the compiler may fail in its own way
+        report.problems.append(f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}")
+        return report
+    report.compile_s = round(time.perf_counter() - start, 2)
+    listing, usage = _disassemble(compiled.asm["cubin"])
+    instructions, labels = _parse(listing)
+    report.num_warps = compiled.metadata.num_warps
+    report.registers, report.shared_bytes = usage, compiled.metadata.shared
+    report.spill_bytes = _spills(compiled.asm["ptx"])
+    report.occupancy = occupancy(arch, report.registers, report.num_warps, report.shared_bytes)
+    report.instructions = _mix(instructions)
+    report.loop_length, report.loop = _steady_loop(instructions, labels)
+    report.problems = _problems(case, report)
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
+        stem = re.sub(r"\W+", "_", f"{case.name}_sm{arch}")
+        (dump / f"{stem}.sass").write_text(listing)
+        for kind in ("ttgir", "ptx"):
+            (dump / f"{stem}.{kind}").write_text(compiled.asm[kind])
+    return report
+
+
+def occupancy(arch: int, registers: int, num_warps: int, shared_bytes: int) -> float:
+    """Resident warps as a fraction of what an SM can hold."""
+    shared_of_sm, _, warps_of_sm, blocks_of_sm = _LIMITS[arch]
+    per_warp = -(-max(registers, 1) * 32 // 256) * 256  # registers are dealt out in units of 256
+    by_registers = (65536 // 4 // per_warp) * 4 // num_warps
+    by_shared = shared_of_sm // (-(-shared_bytes // 128) * 128 + 1024)
+    return min(by_registers, by_shared, warps_of_sm // num_warps, blocks_of_sm) * num_warps / warps_of_sm
+
+
+def _problems(case: AotCase, report: Report) -> list[str]:
+    found = []
+    if report.spill_bytes:
+        found.append(f"spills {report.spill_bytes} bytes")
+    if report.shared_bytes > _LIMITS[report.arch][1]:
+        found.append(f"wants {report.shared_bytes} bytes of shared memory")
+    counts = report.instructions
+    if "wide" in case.wants and (not counts["wide"] or counts["narrow"] > case.narrow_allowed):
+        found.append(f"{counts['narrow']} global accesses are narrower than 128 bits, {counts['wide']} are not")
+    core = "hgmma" if report.arch >= 90 else "hmma"
+    if "tensor_core" in case.wants and not counts[core]:
+        found.append(f"no {core.upper()}")
+    if "specialized" in case.wants and not counts["setmaxnreg"]:
+        found.append("no setmaxnreg")
+    return found
+
+
+def _compile(case: AotCase, arch: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = case.kernel
+    assert hasattr(kernel, "arg_names"), "TRITON_INTERPRET is set: kernels were made for the interpreter"
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list] = {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = case.arguments.get(name, parameter.default)
+        kind, aligned = _argument_kind(value, parameter.is_constexpr)
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(index,)] = value
+        elif aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source_class = ASTSource
+    if case.gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource as source_class
+    triton.knobs.compilation.always_compile = True  # the table has compile times
+    options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
+    source = source_class(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _argument_kind(value: Any, is_constexpr: bool) -> tuple[str, bool]:
+    """Type of an argument in a signature, and whether it is known to be divisible by 16."""
+    if is_constexpr or value is None or (value == 1 and not isinstance(value, (bool, str, float))):
+        return "constexpr", False
+    if isinstance(value, bool):
+        return "i1", False
+    if isinstance(value, int):
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    kind, _, qualifier = value.partition(":")
+    return kind, (kind[0] == "*" and qualifier != "unaligned") or qualifier == "16"
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """A failing compiler pass prints the whole module, from C++."""
+    keep, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(keep, 2)
+        os.close(keep)
+        os.close(null)
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _disassemble(cubin: bytes) -> tuple[str, int]:
+    """SASS listing, and registers per thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = {"capture_output": True, "text": True, "check": True}
+        listing = subprocess.run([_tool("nvdisasm"), "-c", file.name], **run).stdout
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], **run).stdout
+    match = re.search(r"REG:(\d+)", usage)
+    assert match, usage
+    return listing, int(match.group(1))
+
+
+def _spills(ptx: str) -> int:
+    """Bytes that ptxas stores and loads because registers ran out; the cubin itself does not say."""
+    target = re.search(r"^\.target (\w+)", ptx, re.M)
+    assert target
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [_tool("ptxas"), "-v", "--gpu-name", target.group(1), str(path), "-o", str(path) + ".o"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+
+
+def _parse(listing: str) -> tuple[list[tuple[int, str, str]], dict[str, int]]:
+    """(address, opcode, operands) of every instruction, and the address of every label."""
+    instructions: list[tuple[int, str, str]] = []
+    labels: dict[str, int] = {}
+    pending: list[str] = []
+    for line in listing.splitlines():
+        label = re.match(r"^\s*(\.L_\S+):", line)
+        if label:
+            pending.append(label.group(1))
+            continue
+        match = re.match(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line)
+        if match:
+            address = int(match.group(1), 16)
+            labels.update(dict.fromkeys(pending, address))
+            pending = []
+            instructions.append((address, match.group(2), match.group(3)))
+    return instructions, labels
+
+
+def _mix(instructions: Sequence[tuple[int, str, str]]) -> dict[str, int]:
+    return {
+        name: sum(1 for _, opcode, _ in instructions if re.search(pattern, opcode))
+        for name, pattern in _CLASSES.items()
+    }
+
+
+def _steady_loop(instructions: Sequence[tuple[int, str, str]], labels: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """Length and mix of the innermost loop with the most tensor-core instructions, of equals the shortest: the one that
+    runs most."""
+    loops = []
+    for address, opcode, operands in instructions:
+        target = re.search(r"`\((\.L_\S+?)\)", operands) if opcode.startswith("BRA") else None
+        if target and labels.get(target.group(1), address) < address:
+            loops.append((labels[target.group(1)], address))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [[i for i in instructions if start <= i[0] <= end] for start, end in inner]
+    if not bodies:
+        return 0, {}
+    mixes = [_mix(body) for body in bodies]
+    best = max(range(len(bodies)), key=lambda i: (mixes[i]["hgmma"] + mixes[i]["hmma"], -len(bodies[i])))
+    return len(bodies[best]), {name: count for name, count in mixes[best].items() if count}
+
+
+def cases(operators: Sequence[str] = OPERATORS, arch: int = 90) -> list[AotCase]:
+    """All cases of the operators for one architecture."""
+    return [case for name in operators for case in import_module(f"llm_kernels.{name}.bench").aot_cases(arch)]
+
+
+def _inspect_numbered(operator: str, index: int, arch: int, dump: Path | None) -> Report:
+    return inspect(cases([operator], arch)[index], arch, dump)
+
+
+def inspect_all(operators: Sequence[str], archs: Sequence[int], jobs: int, dump: Path | None = None) -> list[Report]:
+    """Reports of all cases, compiled by ``jobs`` processes (fresh ones, without the interpreter)."""
+    work = [(name, i, arch, dump) for arch in archs for name in operators for i in range(len(cases([name], arch)))]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_inspect_numbered, *zip(*work)))
+
+
+def table(reports: Sequence[Report]) -> str:
+    """The reports as a Markdown table."""
+    names = "kernel, sm, warps, registers, spill B, shared KiB, occupancy, 128-bit, narrower, tensor core, loop, s"
+    lines = ["| " + names.replace(",", " |") + " |", "|" + " --- |" * 12]
+    for r in reports:
+        c = r.instructions or dict.fromkeys(_CLASSES, 0)
+        core = f"{c['hgmma']} HGMMA" if c["hgmma"] else f"{c['hmma']} HMMA" if c["hmma"] else ""
+        if c["setmaxnreg"]:
+            core += f", {c['setmaxnreg']} setmaxnreg"
+        per_loop = r.loop.get("hgmma", 0) + r.loop.get("hmma", 0)
+        loop = f"{r.loop_length}" + (f" per {per_loop}" if per_loop else "")
+        lines.append(
+            f"| {r.name} | {r.arch} | {r.num_warps} | {r.registers} | {r.spill_bytes} | {r.shared_bytes / 1024:.0f} | "
+            f"{r.occupancy:.0%} | {c['wide']} | {c['narrow']} | {core} | {loop} | {r.compile_s} |"
+        )
+        lines += [f"|  → **{problem}** |" + " |" * 11 for problem in r.problems]
+    return "\n".join(lines)
+
+
+def as_data(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """The reports as plain data, for JSON."""
+    return [asdict(report) for report in reports]
