@@ -7,8 +7,7 @@ STAMP := $(VENV)/.installed
 # Workers of pytest; one thread each, since many tests start several processes of their own.
 TEST_WORKERS ?= 2
 # Looked up only when a recipe uses it.
-EXTRAS = dev$(if $(shell nvidia-smi -L 2>/dev/null),$(comma)gpu)
-comma := ,
+EXTRAS = dev
 
 .PHONY: help train test check bench format
 .DEFAULT_GOAL := help

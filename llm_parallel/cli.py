@@ -18,6 +18,9 @@ app = typer.Typer(
     help="3D-parallel training of large language models, from raw text to a model that answers.",
 )
 
+bench = typer.Typer(no_args_is_help=True, help="Measure kernels and training steps.")
+app.add_typer(bench, name="bench")
+
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -120,6 +123,30 @@ def quickstart(
     from llm_parallel.quickstart import quickstart_command
 
     raise typer.Exit(quickstart_command(Path(folder), context.args))
+
+
+@bench.command("kernels")
+def bench_kernels(
+    op: Annotated[list[str] | None, typer.Option(help="Operator; may be given several times. All if none.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="Part of a shape's name, for example llama3-8b.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; each operator's own if not given.")] = None,
+    rounds: Annotated[int, typer.Option(help="Measurements of each provider.")] = 20,
+    out: Annotated[str | None, typer.Option(help="Prefix of result files; with --aot the JSON file.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="JSON of an earlier run to hold this one against.")] = None,
+    min_ratio: Annotated[float, typer.Option(help="Least speed relative to the baseline.")] = 0.95,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="Compile for A100 and H100, no GPU needed; show the code.")
+    ] = False,
+    arch: Annotated[list[int] | None, typer.Option(help="With --aot: 80 or 90; both if not given.")] = None,
+    jobs: Annotated[int, typer.Option(help="With --aot: compiling processes.")] = 2,
+    dump: Annotated[str | None, typer.Option(help="With --aot: folder for SASS, PTX and TTGIR.")] = None,
+) -> None:
+    """Time every kernel beside its peers on this GPU; without one, check them and say what would be timed."""
+    from llm_parallel.bench.kernels import Request, aot_command, bench_command
+
+    if aot:
+        raise typer.Exit(aot_command(op or [], arch or [], jobs, out, dump))
+    raise typer.Exit(bench_command(Request(op or [], shape or [], dtype, rounds, out, baseline, min_ratio)))
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import subprocess
@@ -261,6 +263,13 @@ def _steady_loop(instructions: Sequence[tuple[int, str, str]], labels: Mapping[s
     return len(bodies[best]), {name: count for name, count in mixes[best].items() if count}
 
 
+def interpreting() -> bool:
+    """Whether kernels of this process are for the interpreter and can't be compiled."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
 def cases(operators: Sequence[str] = OPERATORS, arch: int = 90) -> list[AotCase]:
     """All cases of the operators for one architecture."""
     return [case for name in operators for case in import_module(f"llm_kernels.{name}.bench").aot_cases(arch)]
@@ -299,3 +308,23 @@ def table(reports: Sequence[Report]) -> str:
 def as_data(reports: Sequence[Report]) -> list[dict[str, Any]]:
     """The reports as plain data, for JSON."""
     return [asdict(report) for report in reports]
+
+
+def main() -> int:
+    """``python -m llm_kernels.aot``: the table of all kernels, exit status 1 if one has a problem."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--op", nargs="*", default=list(OPERATORS), choices=OPERATORS)
+    parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHS), choices=ARCHS)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--dump", type=Path, help="folder for SASS, PTX and TTGIR of every kernel")
+    arguments = parser.parse_args()
+    reports = inspect_all(arguments.op, arguments.arch, arguments.jobs, arguments.dump)
+    print(table(reports))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(as_data(reports), indent=1))
+    return 1 if any(report.problems for report in reports) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

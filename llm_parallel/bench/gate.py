@@ -1,0 +1,49 @@
+"""Pass or fail against an earlier result, since users gate upgrades on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_parallel.errors import UserError
+
+_KEYS = ("operator", "shape", "dtype", "mode", "provider")
+
+
+def load_rows(path: str) -> list[dict[str, Any]]:
+    """Rows of a result file. Raises UserError if it is not one."""
+    try:
+        rows = json.loads(Path(path).read_text())["rows"]
+        return [row for row in rows if all(key in row for key in _KEYS) and "median_ms" in row]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--baseline {path} is not a result of bench: {type(error).__name__}: {error}") from None
+
+
+def slower_than(baseline: str, rows: Sequence[dict[str, Any]], min_ratio: float) -> int:
+    """Prints every row of ours whose speed is under ``min_ratio`` of the baseline's; 1 if there is one, else 0.
+
+    Rows that the baseline has and this run lacks count as slower. Raises UserError if nothing can be compared.
+    """
+    if not 0.0 < min_ratio <= 10.0:
+        raise UserError(f"--min-ratio {min_ratio} is not over 0 and at most 10; 0.95 allows 5 % loss")
+    before = {tuple(row[key] for key in _KEYS): row["median_ms"] for row in load_rows(baseline)}
+    now = {tuple(row[key] for key in _KEYS): row["median_ms"] for row in rows}
+    ours = {key: ms for key, ms in before.items() if key[-1].startswith("ours") and ms is not None}
+    operators = {key[0] for key in now}
+    compared = {key: ms for key, ms in ours.items() if key[0] in operators}
+    if not compared:
+        raise UserError(
+            f"--baseline {baseline} has no row of ours for {', '.join(sorted(operators)) or 'these operators'}"
+        )
+    failed = 0
+    for key, ms in compared.items():
+        found = now.get(key)
+        if found is None or ms / found < min_ratio:
+            ratio = "was not measured" if found is None else f"{ms / found:.3f} of the baseline's speed"
+            print(f"SLOWER: {' '.join(key)}: {ratio} ({ms:.4f} ms before)")
+            failed = 1
+    verdict = "failed" if failed else "passed"
+    print(f"{len(compared)} rows held against {baseline}, at least {min_ratio} of its speed: {verdict}")
+    return failed

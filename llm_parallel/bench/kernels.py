@@ -1,0 +1,188 @@
+"""``llm-parallel bench kernels``: how fast the kernels are beside their peers, and what the compiler made of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_kernels import aot, dispatch
+from llm_kernels.benchmark import Benchmark
+from llm_kernels.check import benchmark_of, check
+from llm_parallel.bench.gate import slower_than
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "liger-kernel",
+    "transformer-engine",
+    "flash-attn",
+    "apex",
+    "transformers",
+    "megatron-core",
+)
+
+# Counted in the SASS of flash-attn-4 4.0.0b36 compiled for sm_90, head dim 128, tiles of 128 x 128.
+PEER_LOOPS = (
+    "Steady loop of FlashAttention 4 on sm_90 at head dim 128: 475 instructions per 16 HGMMA forward, 440 per 32 "
+    "backward."
+)
+
+
+def operators_named(names: Sequence[str]) -> list[str]:
+    """The operators asked for, all if none is. Raises UserError for an unknown one."""
+    unknown = [name for name in names if name not in aot.OPERATORS]
+    if unknown:
+        raise UserError(f"--op {unknown[0]} is not an operator; there are {', '.join(aot.OPERATORS)}")
+    return list(names) or list(aot.OPERATORS)
+
+
+def aot_command(names: Sequence[str], archs: Sequence[int], jobs: int, out: str | None, dump: str | None) -> int:
+    """Compiles every kernel configuration, prints the table; exit status 1 if one spills or lacks what it should have.
+
+    Raises UserError if Triton is missing or interpreting, or an operator or architecture is unknown.
+    """
+    operators = operators_named(names)
+    for arch in archs:
+        if arch not in aot.ARCHS:
+            raise UserError(f"--arch {arch} is not known; there are {', '.join(map(str, aot.ARCHS))}")
+    if not dispatch.triton_installed():
+        raise UserError("triton is not installed, which compiles the kernels; pip install triton")
+    if aot.interpreting():
+        raise UserError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
+    reports = aot.inspect_all(operators, archs or aot.ARCHS, jobs, Path(dump) if dump else None)
+    print(aot.table(reports))
+    print(f"\n{PEER_LOOPS}")
+    bad = [report for report in reports if report.problems]
+    seconds = sum(report.compile_s for report in reports)
+    print(
+        f"{len(reports)} kernel configurations, triton {version('triton')}, {seconds:.0f} compile seconds on "
+        f"{platform.machine()} without a GPU; {len(bad)} with a problem."
+    )
+    if out:
+        found = {"triton": version("triton"), "date": str(date.today()), "reports": aot.as_data(reports)}
+        with atomic_write(out) as handle:
+            json.dump(found, handle, indent=1)
+    return 1 if bad else 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. shapes: parts of shape names, all if empty; dtype: None for each operator's own; out: prefix of
+    the JSON, CSV and PNG files; baseline: JSON of an earlier run that no row may fall under ``min_ratio`` of."""
+
+    operators: Sequence[str] = ()
+    shapes: Sequence[str] = ()
+    dtype: str | None = None
+    rounds: int = 20
+    out: str | None = None
+    baseline: str | None = None
+    min_ratio: float = 0.95
+
+
+def bench_command(request: Request) -> int:
+    """Checks, then measures; without a GPU checks and says what a run on one would measure. Exit status 1 if an
+    operator is wrong or slower than the baseline allows. Raises UserError for what is unknown."""
+    benchmarks = [_narrowed(benchmark_of(name), request) for name in operators_named(request.operators)]
+    if not any(benchmark.shapes for benchmark in benchmarks):
+        of = ", ".join(request.operators) or "any operator"
+        raise UserError(f"--shape {request.shapes[0]} is in no shape's name of {of}; without --shape all are measured")
+    wrong = check_all([benchmark.name for benchmark in benchmarks])
+    for name, problem in wrong.items():
+        print(f"{name}: {'right' if problem is None else problem}")
+    if not torch.cuda.is_available():
+        print("\nThere is no GPU here, so nothing is timed. On one, this would be measured, forward and backward:")
+        print(_plan(benchmarks))
+        return 1 if any(wrong.values()) else 0
+    return max(_measure([b for b in benchmarks if wrong[b.name] is None], request), int(any(wrong.values())))
+
+
+def check_all(operators: Sequence[str]) -> dict[str, str | None]:
+    """Each operator's problem, None where it is right: here on a GPU, else in a process that interprets."""
+    if torch.cuda.is_available():
+        return {name: check(name) for name in operators}
+    if not dispatch.triton_installed():
+        print("triton is not installed: the kernels can't be checked, only their references would run")
+        return dict.fromkeys(operators)
+    command = [sys.executable, "-m", "llm_kernels.check", "--op", *operators]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if not done.stdout.strip():
+        raise RuntimeError(f"the check of the kernels died: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment() -> dict[str, Any]:
+    """Chip, versions and date, as every result carries them."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {"chip": chip, "python": platform.python_version(), "date": str(date.today()), "versions": versions}
+
+
+def _narrowed(benchmark: Benchmark, request: Request) -> Benchmark:
+    """Only the shapes and the dtype asked for."""
+    shapes = [s for s in benchmark.shapes if not request.shapes or any(part in s["name"] for part in request.shapes)]
+    dtypes = benchmark.dtypes
+    if request.dtype is not None:
+        known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        if request.dtype not in known:
+            raise UserError(f"--dtype {request.dtype} is not one of {', '.join(known)}")
+        dtypes = (known[request.dtype],)
+    return replace(benchmark, shapes=shapes, dtypes=dtypes)
+
+
+def _plan(benchmarks: Sequence[Benchmark]) -> str:
+    lines = ["| operator | shapes | dtypes | providers |", "|" + " --- |" * 4]
+    for b in benchmarks:
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in b.dtypes)
+        lines.append(f"| {b.name} | {', '.join(s['name'] for s in b.shapes)} | {dtypes} | {', '.join(b.providers)} |")
+    return "\n".join(lines)
+
+
+def _measure(benchmarks: Sequence[Benchmark], request: Request) -> int:
+    from llm_kernels import measure
+
+    device = torch.device("cuda")
+    card = measure.measure_card(device)
+    print(
+        f"{card.name}: copy {card.copy_bytes_per_s / 1e9:.0f} GB/s, bf16 product {card.matmul_flops_per_s / 1e12:.0f} "
+        "TFLOP/s, both measured here now"
+    )
+    rows = [row for b in benchmarks for row in measure.measure(b, card, device, b.shapes, request.rounds)]
+    print(measure.table(rows))
+    result = {"environment": environment(), "card": vars(card), "rows": measure.as_data(rows)}
+    if request.out:
+        write_result(Path(request.out), result)
+    return slower_than(request.baseline, result["rows"], request.min_ratio) if request.baseline else 0
+
+
+def write_result(prefix: Path, result: dict[str, Any]) -> None:
+    """JSON, CSV and two pictures beside each other."""
+    from llm_parallel.bench.plots import plot_bars, plot_roofline
+
+    with atomic_write(f"{prefix}.json") as handle:
+        json.dump(result, handle, indent=1)
+    with atomic_write(f"{prefix}.csv") as handle:
+        writer = csv.DictWriter(handle, list(result["rows"][0]))
+        writer.writeheader()
+        writer.writerows(result["rows"])
+    plot_bars(result, Path(f"{prefix}_bars.png"))
+    plot_roofline(result, Path(f"{prefix}_roofline.png"))
