@@ -8,7 +8,7 @@ both go through atomics. Races inside a program are Triton's own business and ar
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +34,8 @@ class Traffic:
     bytes_stored: int = 0
     atomics: int = 0
     launches: int = 0
-    reachable: list[Any] = field(default_factory=list)
-    """Tensors that kernels reach by addresses in a table instead of by arguments; a test adds them."""
+    reachable: Callable[[], Iterable[Any]] = tuple
+    """Tensors that kernels reach by addresses in a table instead of by arguments, asked for at every launch."""
 
 
 @dataclass
@@ -179,7 +179,7 @@ def guard(shuffle: bool = True, seed: int = 0) -> Iterator[Traffic]:
 
     def init_arguments(self, arguments, keywords):
         on_host, keywords_on_host = saved_init(self, arguments, keywords)
-        state.begin(list(_tensors([list(on_host), list(keywords_on_host.values()), state.traffic.reachable])))
+        state.begin(list(_tensors([list(on_host), list(keywords_on_host.values()), list(state.traffic.reachable())])))
         return on_host, keywords_on_host
 
     replacements = (load, store, update, compare_and_swap, set_grid_idx)
