@@ -60,6 +60,8 @@ class FusedAdamW(torch.optim.Optimizer):
             if "exp_avg" not in state:
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p) for _ in range(2))
+            if state["step"].is_cuda:  # as torch's fused AdamW leaves it; read on the host at every step
+                state["step"] = state["step"].cpu()
             low = self.low.get(p)
             key = (int(state["step"]), p.grad.dtype, None if low is None else low.dtype, p.device)
             found[key].append(p)

@@ -1,13 +1,21 @@
-"""SwiGLU against its formula in fp64."""
+"""SwiGLU against its formula in fp64, and beside torch's in the same dtype."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_kernels.swiglu.ref import swiglu
-from llm_kernels.testing import TOLERANCE, assert_matches, random
+from llm_kernels.guard import Traffic
+from llm_kernels.swiglu import ref
+from llm_kernels.swiglu.bench import BENCHMARK
+from llm_kernels.swiglu.op import swiglu
+from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, random
+
+pytest.importorskip("triton", reason="the kernels need triton")
 
 
 def truth(x: Tensor) -> Tensor:
@@ -15,7 +23,91 @@ def truth(x: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
+def framework(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def ours(x: Tensor) -> Tensor:
+    return swiglu(x, backend="triton")
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(3, 2, 64), (5, 2), (2, 1, 1408)], ids=str)
-def test_matches_fp64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_matches(swiglu, truth, [random(*shape, dtype=dtype)])
+@pytest.mark.parametrize("shape", [(3, 2, 64), (1, 1, 2), (7, 34)], ids=str)
+def test_reference_matches_fp64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_matches(ref.swiglu, truth, [random(*shape, dtype=dtype)])
+
+
+def test_reference_gradcheck() -> None:
+    assert torch.autograd.gradcheck(ref.swiglu, (random(3, 10, dtype=torch.float64),))
+
+
+# Real width; two blocks and a rest; less than a block; one pair; no rows.
+SHAPES = [(2, 2, 2 * 11008), (3, 4500), (5, 34), (1, 2), (0, 8)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    compare("swiglu/plain", ours, framework, truth, [random(*shape, dtype=dtype)])
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.integers(1, 8),
+    width=st.integers(1, 1500),
+    padding=st.sampled_from([0, 1, 16]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    expanded=st.booleans(),
+)
+def test_any_shape_and_stride(rows: int, width: int, padding: int, dtype: torch.dtype, expanded: bool) -> None:
+    """Columns of a wider tensor, and a gradient that is one row repeated."""
+
+    def view(op):
+        def run(x: Tensor) -> Tensor:
+            y = op(x[:, padding : padding + 2 * width])
+            return y.sum(0).expand(rows, width) if expanded else y
+
+        return run
+
+    inputs = [random(rows, 2 * width + 2 * padding, dtype=dtype)]
+    compare("swiglu/strided", view(ours), view(framework), view(truth), inputs, floor=4.0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_inplace_backward_gives_the_same_gradient_in_the_input(dtype: torch.dtype) -> None:
+    x, dy = random(3, 1400, dtype=dtype), random(3, 700, dtype=dtype, seed=1).detach()
+    (expected,) = torch.autograd.grad(ours(x), x, dy)
+    consumed = x.detach().clone().requires_grad_()
+    y = swiglu(consumed, inplace_backward=True, backend="triton")
+    (gradient,) = torch.autograd.grad(y, consumed, dy, retain_graph=True)
+    assert torch.equal(gradient, expected) and gradient.data_ptr() == consumed.data_ptr()
+    with pytest.raises(RuntimeError, match="backward runs once"):
+        torch.autograd.grad(y, consumed, dy)
+
+
+def test_inplace_backward_of_columns_of_a_wider_tensor() -> None:
+    wide = random(4, 3, 40, dtype=torch.float32)
+    view = wide.detach()[:, 1:, 4:24].requires_grad_()
+    dy = random(4, 2, 10, dtype=torch.float32, seed=1).detach()
+    (expected,) = torch.autograd.grad(ours(view), view, dy)
+    (gradient,) = torch.autograd.grad(swiglu(view, inplace_backward=True, backend="triton"), view, dy)
+    assert torch.equal(gradient, expected)
+
+
+def test_moves_the_least_bytes(checked: Traffic | None) -> None:
+    if checked is None:
+        pytest.skip("bytes are counted by the interpreter")
+    (x,) = BENCHMARK.make(BENCHMARK.small, torch.bfloat16, default_device())
+    y = ours(x)
+    forward = checked.bytes_loaded + checked.bytes_stored
+    torch.autograd.grad(y, x, torch.ones_like(y))
+    backward = checked.bytes_loaded + checked.bytes_stored - forward
+    least = BENCHMARK.bytes_moved(BENCHMARK.small, torch.bfloat16)  # type: ignore[misc]
+    print(f"swiglu: forward {forward / least.forward:.3f}, backward {backward / least.backward:.3f}")
+    assert forward <= 1.03 * least.forward and backward <= 1.03 * least.backward
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="must be even"):
+        swiglu(torch.ones(2, 3))

@@ -1,0 +1,89 @@
+"""SwiGLU: real shapes, peers, minimal bytes and the configurations to compile ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_kernels.aot import AotCase
+from llm_kernels.benchmark import Benchmark, Shape, Work, normal
+
+# Feed-forward width of a tensor-parallel process.
+_WIDTHS = {
+    "llama2-7b": 11008, "llama2-13b": 13824, "llama2-70b tp8": 3584, "llama3-8b": 14336, "llama3-8b tp2": 7168,
+    "llama3-405b tp8": 6656,
+}  # fmt: skip
+
+
+def _bytes(shape: Shape, dtype: torch.dtype) -> Work:
+    elements = shape["tokens"] * shape["width"] * dtype.itemsize
+    return Work(3 * elements, 5 * elements)
+
+
+def _ours(inplace: bool = False) -> Callable[..., Any]:
+    from llm_kernels.swiglu.op import swiglu
+
+    return lambda x: swiglu(x, inplace_backward=inplace, backend="triton")
+
+
+def _torch(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _liger() -> Callable[..., Any]:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return lambda x: LigerSiLUMulFunction.apply(*x.chunk(2, dim=-1))
+
+
+def _liger_packed() -> Callable[..., Any]:
+    from liger_kernel.ops import swiglu
+
+    packed = next(value for name, value in vars(swiglu).items() if "Fused" in name and name.endswith("Function"))
+    return lambda x: packed.apply(x, False)
+
+
+def _transformer_engine() -> Callable[..., Any]:
+    import transformer_engine.pytorch.ops as te
+
+    return te.SwiGLU()
+
+
+BENCHMARK = Benchmark(
+    name="swiglu",
+    shapes=[{"name": model, "tokens": 8192, "width": width} for model, width in _WIDTHS.items()],
+    small={"name": "small", "tokens": 64, "width": 2048},
+    make=lambda shape, dtype, device: (normal(shape["tokens"], 2 * shape["width"], dtype=dtype, device=device),),
+    providers={
+        "ours": _ours,
+        "torch": lambda: _torch,
+        "torch.compile": lambda: torch.compile(_torch),
+        "liger": _liger,
+        "liger packed": _liger_packed,
+        "transformer_engine": _transformer_engine,
+    },
+    bytes_moved=_bytes,
+)
+
+
+def aot_cases(arch: int) -> list[AotCase]:
+    """Forward and backward at the models' widths and at an odd one."""
+    from llm_kernels.swiglu.kernel import BLOCK, NUM_WARPS, _swiglu_bwd_kernel, _swiglu_fwd_kernel
+
+    cases = []
+    for width in (11008, 13824, 3584, 1001):
+        shared = {"x_ptr": "*bf16", "x_row_stride": 2 * width, "F": width, "BLOCK": BLOCK}
+        wants = frozenset({"wide"}) if width % 16 == 0 else frozenset()
+        backward = {**shared, "dy_ptr": "*bf16", "dx_ptr": "*bf16", "dy_row_stride": width, "dx_row_stride": 2 * width}
+        for name, kernel, arguments in (
+            ("forward", _swiglu_fwd_kernel, {**shared, "y_ptr": "*bf16"}),
+            ("backward", _swiglu_bwd_kernel, backward),
+        ):
+            case = AotCase(f"swiglu {name} F={width}", kernel, arguments, NUM_WARPS, wants=wants, narrow_allowed=0)
+            cases.append(case)
+    return cases
