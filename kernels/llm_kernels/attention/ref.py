@@ -1,8 +1,13 @@
-"""Causal attention in plain torch over segments: whole samples, documents, or a context shard's part of them."""
+"""Attention in plain torch over segments: whole samples, documents, or a context shard's part of them.
+
+``attention`` is causal and quick (torch's own attention per segment); ``explicit`` has everything the kernels have.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,3 +64,88 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q_BHSD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
     )
     return out.permute(2, 0, 1, 3)
+
+
+class Options(NamedTuple):
+    """How scores become weights, after ``causal`` has become ``right = 0``. -1 in left or right is no limit."""
+
+    scale: float
+    left: int = -1
+    right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    seed: int = 0
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, table: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Attention with every score in memory: the truth, in fp64 for fp64 inputs and in fp32 for all others.
+
+    q: [sq, b, h, d]; k, v: [sk, b, g, d]; table: int [n, 5] of (batch row, q_start, q_end, k_start, k_end).
+    Query i of a segment, which has keys j of the same, sees those with ``-left <= j - (i + len_k - len_q) <= right``.
+    s = scale q k', softcap tanh(s / softcap) where softcap > 0, weights = softmax(s) over the seen keys. Dropout zeroes
+    weights by ``dropout_keep`` and divides the rest by 1 - dropout_p; the log-sum-exp is of the weights before.
+    Returns out [sq, b, h, d] in q's dtype and lse [b, h, sq] in fp32 (fp64). A query that sees no key has 0 and -inf.
+    """
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    repeats = q.shape[2] // k.shape[2]
+    keys, values = (x.to(exact).repeat_interleave(repeats, dim=2) for x in (k, v))
+    scores = torch.einsum("qbhd,kbhd->bhqk", q.to(exact) * options.scale, keys)
+    if options.softcap > 0:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    visible = visibility(table, q.shape[1], q.shape[0], k.shape[0], options).unsqueeze(1)
+    seen = visible.any(-1)
+    # A row of nothing but -inf would be NaN in softmax, and in its gradient even where the value is replaced.
+    scores = scores.masked_fill(~visible & seen.unsqueeze(-1), -torch.inf)
+    lse = torch.logsumexp(scores, -1).masked_fill(~seen, -torch.inf)
+    weights = scores.softmax(-1).masked_fill(~visible, 0.0)
+    if options.dropout_p > 0:
+        keep = dropout_keep(options, weights.shape, q.device)
+        weights = weights * keep / (1 - options.dropout_p)
+    return torch.einsum("bhqk,kbhd->qbhd", weights, values).to(q.dtype), lse
+
+
+def visibility(table: Tensor, b: int, sq: int, sk: int, options: Options) -> Tensor:
+    """Which keys each query sees, bool [b, sq, sk]."""
+    visible = torch.zeros(b, sq, sk, dtype=torch.bool, device=table.device)
+    for row, q_start, q_end, k_start, k_end in table.tolist():
+        aligned = torch.arange(q_end - q_start, device=table.device) + (k_end - k_start) - (q_end - q_start)
+        distance = torch.arange(k_end - k_start, device=table.device) - aligned.unsqueeze(1)
+        part = torch.ones_like(distance, dtype=torch.bool)
+        if options.left >= 0:
+            part &= distance >= -options.left
+        if options.right >= 0:
+            part &= distance <= options.right
+        visible[row, q_start:q_end, k_start:k_end] |= part
+    return visible
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """A weight is kept where 31 random bits are at least this."""
+    return int(dropout_p * 2**31)
+
+
+def dropout_keep(options: Options, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The kernels' dropout mask, bool [b, h, sq, sk], true where a weight is kept.
+
+    Philox4x32-10 (Salmon et al. 2011, doi 10.1145/2063384.2063405) with the seed's 64 bits as key and the counter
+    (key index, query index, batch row * h + head, 0), indices being those in the tensors; the first word's upper 31
+    bits decide. So the mask depends on neither tiles nor segments.
+    """
+    b, h, sq, sk = shape
+    low = 0xFFFFFFFF
+    ranges = [torch.arange(n, device=device) for n in (b * h, sq, sk)]
+    grid = torch.meshgrid(*ranges, indexing="ij")
+    words = [grid[2], grid[1], grid[0], torch.zeros_like(grid[0])]
+    key_0, key_1 = options.seed & low, (options.seed >> 32) & low
+    for _ in range(10):
+        high_0, low_0 = _multiply(words[0], 0xD2511F53)
+        high_2, low_2 = _multiply(words[2], 0xCD9E8D57)
+        words = [high_2 ^ words[1] ^ key_0, low_2, high_0 ^ words[3] ^ key_1, low_0]
+        key_0, key_1 = (key_0 + 0x9E3779B9) & low, (key_1 + 0xBB67AE85) & low
+    return ((words[0] >> 1) >= dropout_threshold(options.dropout_p)).view(b, h, sq, sk)
+
+
+def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """Upper and lower 32 bits of a product of 32-bit numbers held in int64, which has no room for all 64."""
+    high = (((x & 0xFFFF) * factor >> 16) + (x >> 16) * factor) >> 16
+    return high, (x * factor) & 0xFFFFFFFF

@@ -1,0 +1,165 @@
+"""Attention: real shapes, peers, FLOPs and the configurations to compile ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_kernels.aot import AotCase
+from llm_kernels.benchmark import Benchmark, Shape, Work, normal
+
+# name: (query heads, groups, head dim)
+_MODELS = {"llama2-7b": (32, 32, 128), "llama2-70b": (64, 8, 128), "llama3-8b": (32, 8, 128), "d64": (32, 32, 64)}
+
+
+def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    s, b, h, g, d = (shape[name] for name in ("tokens", "batch", "heads", "groups", "d"))
+    return tuple(normal(s, b, heads, d, dtype=dtype, device=device) for heads in (h, g, g))
+
+
+def _flops(shape: Shape) -> Work:
+    """Products of visible pairs: 2 forward; 5 backward, though the split kernels do 7."""
+    s = shape["tokens"]
+    pairs = s * (s + 1) // 2 if shape["causal"] else s * s
+    product = 2 * pairs * shape["batch"] * shape["heads"] * shape["d"]
+    return Work(2 * product, 5 * product)
+
+
+def _ours() -> Callable[..., Any]:
+    from llm_kernels.attention.op import attention
+
+    return lambda q, k, v: attention(q, k, v, backend="triton")
+
+
+def _sdpa(name: str) -> Callable[[], Callable[..., Any]]:
+    def provider() -> Callable[..., Any]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        backend = getattr(SDPBackend, name)
+
+        def run(q, k, v):
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            return out.permute(2, 0, 1, 3)
+
+        return run
+
+    return provider
+
+
+def _flash_attention() -> Callable[..., Any]:
+    from flash_attn import flash_attn_func
+
+    def run(q, k, v):
+        return flash_attn_func(*(x.transpose(0, 1) for x in (q, k, v)), causal=True).transpose(0, 1)
+
+    return run
+
+
+def _flash_attention_3() -> Callable[..., Any]:
+    from flash_attn_interface import flash_attn_func
+
+    def run(q, k, v):
+        out = flash_attn_func(*(x.transpose(0, 1) for x in (q, k, v)), causal=True)
+        return (out[0] if isinstance(out, tuple) else out).transpose(0, 1)
+
+    return run
+
+
+BENCHMARK = Benchmark(
+    name="attention",
+    shapes=[
+        {
+            "name": f"{model} causal {tokens}",
+            "tokens": tokens,
+            "batch": 1,
+            "heads": h,
+            "groups": g,
+            "d": d,
+            "causal": True,
+        }
+        for model, (h, g, d) in _MODELS.items()
+        for tokens in (4096, 8192, 32768)
+    ],
+    small={"name": "small", "tokens": 128, "batch": 1, "heads": 2, "groups": 1, "d": 64, "causal": True},
+    make=_make,
+    providers={
+        "ours": _ours,
+        "torch cudnn": _sdpa("CUDNN_ATTENTION"),
+        "torch flash": _sdpa("FLASH_ATTENTION"),
+        "flash-attn 2": _flash_attention,
+        "flash-attn 3": _flash_attention_3,
+    },
+    flops=_flops,
+)
+
+
+def _arguments(kernel: Any, d: int, tile: Any, dtype: str, features: dict[str, bool]) -> dict[str, Any]:
+    """What the launchers pass for 32 heads in 8 groups of 8192 tokens, packed as megatron does."""
+    group, groups, batch = 4, 8, 1
+    width = groups * (group + 2) * d
+    strides = {"row": width, "batch": width, "group": (group + 2) * d, "head": d}
+    known = {
+        "H": group * groups, "G": groups, "SQ": 8192, "scale": "fp32", "left": 4096 if features["LEFT"] else 0,
+        "right": 0, "softcap": "fp32", "keep_scale": "fp32", "seed": "i64", "threshold": "i32", "GROUP": group, "D": d,
+        "BLOCK_D": max(16, 1 << (d - 1).bit_length()), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **features,
+    }  # fmt: skip
+    arguments: dict[str, Any] = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in known:
+            arguments[name] = known[name]
+        elif name.endswith("_stride"):
+            tensor, kind, _ = name.split("_")
+            arguments[name] = batch * group * groups * d if tensor in ("out", "dout") else strides[kind]
+        else:
+            arguments[name] = {"table_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}.get(name, f"*{dtype}")
+    return arguments
+
+
+_PLAIN = {"LEFT": False, "RIGHT": True, "SOFTCAP": False, "DROPOUT": False}
+_FEATURES = {
+    "causal": _PLAIN,
+    "full": {**_PLAIN, "RIGHT": False},
+    "window": {**_PLAIN, "LEFT": True},
+    "softcap": {**_PLAIN, "SOFTCAP": True},
+    "dropout": {**_PLAIN, "DROPOUT": True},
+}
+
+
+def aot_cases(arch: int) -> list[AotCase]:
+    """Forward, dk and dv, dq: every head dim causal, every feature at 128, fp32 at 64 and 128; and delta."""
+    from llm_kernels.attention import kernel, kernel_backward
+
+    kinds = [
+        ("forward", kernel._attention_fwd_kernel, kernel.forward_tile),
+        ("dk dv", kernel_backward._attention_bwd_dkdv_kernel, kernel_backward.dkdv_tile),
+        ("dq", kernel_backward._attention_bwd_dq_kernel, kernel_backward.dq_tile),
+    ]
+    variants = [(d, "bf16", "causal") for d in (64, 96, 128, 256)]
+    variants += [(128, "bf16", name) for name in _FEATURES if name != "causal"]
+    variants += [(256, "bf16", "softcap"), (64, "fp32", "causal"), (128, "fp32", "causal")]
+    cases = []
+    for kind, function, tile_of in kinds:
+        for d, dtype, feature in variants:
+            features = _FEATURES[feature]
+            plain = not (features["SOFTCAP"] or features["DROPOUT"])
+            tile = tile_of(arch, kernel.padded(d), 4 if dtype == "fp32" else 2, plain)
+            wants = frozenset({"tensor_core"}) if dtype == "bf16" else frozenset()
+            arguments = _arguments(function, d, tile, dtype, features)
+            name = f"attention {kind} d={d} {feature} {dtype}"
+            cases.append(AotCase(name, function, arguments, tile.num_warps, tile.num_stages, wants))
+    for d in (64, 128):
+        arguments = {
+            "out_ptr": "*bf16", "dout_ptr": "*bf16", "dlse_ptr": None, "delta_ptr": "*fp32", "row_stride": 32 * d,
+            "S": 8192, "D": d, "BLOCK_D": d, "BLOCK_S": 64, "HAS_DLSE": False,
+        }  # fmt: skip
+        cases.append(
+            AotCase(f"attention delta d={d}", kernel_backward._delta_kernel, arguments, wants=frozenset({"wide"}))
+        )
+    return cases

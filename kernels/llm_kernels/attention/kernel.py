@@ -1,0 +1,319 @@
+"""Attention forward in plain tl (Dao 2023, arXiv 2307.08691): the portable path, tuned for sm_80 and sm_90 apart.
+
+q: [sq, b, g, m, d] (m query heads of each of g groups), k, v: [sk, b, g, d], any strides with d contiguous; out [sq, b,
+g m, d] contiguous; lse fp32 [b, g m, sq]. fp32, bf16 or fp16; scores, weights and sums in fp32, weights rounded to v's
+dtype for the second product. Work is a table of segments int32 [n, 5]: (batch row, q_start, q_end, k_start, k_end).
+Formula: see ref.explicit. A program owns BLOCK_M queries of a head of a segment and goes over the keys they see, tiles
+of edges apart from tiles that every query sees whole; tiles that no query sees are not touched.
+FLOPs: 4 d per visible (query, key) and head. Bytes, at least: q, k, v and out once, 4 per query and head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llm_kernels.attention.ref import Options, dropout_threshold
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a tile, warps, and stages of the pipeline of loads."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def forward_tile(arch: int, block_d: int, element_size: int, plain: bool = True) -> Tile:
+    """Configuration of the forward kernel; ``plain`` is without soft cap and dropout."""
+    if element_size == 4:
+        return Tile(64, 32, 4, 2) if block_d <= 128 else Tile(32, 32, 4, 1)
+    if block_d > 128:
+        return Tile(128, 64, 8, 2) if arch >= 90 else Tile(64, 64, 8, 2)
+    if arch >= 90 and plain:
+        return Tile(128, 128, 8, 2)
+    return Tile(128, 64, 8, 3 if plain else 2)
+
+
+@triton.jit
+def load_rows(base, offsets, rows, limit, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+    """A tile of rows below ``limit``; CHECK says that some may not be, and those are zeros."""
+    if CHECK:
+        tile = tl.load(base + offsets, mask=(rows < limit)[:, None] & (cols < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        tile = tl.load(base + offsets)
+    else:
+        tile = tl.load(base + offsets, mask=(cols < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def tanh(x):
+    """Polynomial near zero (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would cancel."""
+    z = x * x
+    near = -5.70498872745e-3 * z + 2.06390887954e-2
+    near = near * z - 5.37397155531e-2
+    near = near * z + 1.33314422036e-1
+    near = near * z - 3.33332819422e-1
+    near = near * z * x + x
+    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, far)
+
+
+@triton.jit
+def keep_weight(seed, head, query, key, threshold):
+    """ref.dropout_keep for a tile: ``query`` and ``key`` are index tensors that broadcast to it."""
+    zero = query * 0 + key * 0
+    bits, _, _, _ = tl.philox(seed, key + zero, query + zero, zero + head, zero)
+    return (bits >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def is_visible(aligned, key, len_k, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """``aligned`` is the key index that a query is level with."""
+    visible = (key < len_k) & (aligned == aligned)
+    if RIGHT:
+        visible = visible & (key <= aligned + right)
+    if LEFT:
+        visible = visible & (key >= aligned - left)
+    return visible
+
+
+@triton.jit
+def _attend(
+    acc,
+    row_sum,
+    row_max,
+    q,
+    k_base,
+    v_base,
+    k_offsets,
+    v_offsets,
+    k_step,
+    v_step,
+    start,
+    end,
+    aligned,
+    len_k,
+    left,
+    right,
+    scale,
+    softcap,
+    seed,
+    head,
+    query,
+    k_start,
+    threshold,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Online softmax over the keys of tiles [start, end); only EDGE tiles have keys that some query does not see."""
+    cols = tl.arange(0, BLOCK_D)
+    # The scale goes into the exponent's FFMA, base 2: exp2(s c - m c).
+    factor = LOG2E if SOFTCAP else scale * LOG2E
+    for n in tl.range(start, end, BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_base + n * k_step, k_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
+        s = tl.dot(q, k.T, input_precision="ieee")
+        if SOFTCAP:
+            s = softcap * tanh(s * (scale / softcap))
+        if EDGE:
+            visible = is_visible(aligned[:, None], keys[None, :], len_k, left, right, LEFT, RIGHT)
+            s = tl.where(visible, s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
+        # A query that has seen nothing yet stays at -inf, and -inf - -inf would be NaN.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max) if EDGE else new_max
+        p = tl.exp2(s * factor - base[:, None])
+        alpha = tl.exp2(row_max - base)
+        row_sum = row_sum * alpha + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(keep_weight(seed, head, query[:, None], (k_start + keys)[None, :], threshold), p, 0.0)
+        v = load_rows(v_base + n * v_step, v_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        row_max = new_max
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def key_range(first, last, shift, len_k, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles of keys for queries first..last (within the segment): [low, inner), [inner, outer) whole, [outer, high)."""
+    low = 0
+    whole_low = 0
+    high = len_k
+    whole_high = len_k
+    if LEFT:
+        low = tl.maximum(first + shift - left, 0) // BLOCK_N * BLOCK_N
+        whole_low = tl.cdiv(tl.maximum(last + shift - left, 0), BLOCK_N) * BLOCK_N
+    if RIGHT:
+        high = tl.maximum(tl.minimum(len_k, last + shift + right + 1), 0)
+        whole_high = tl.maximum(tl.minimum(len_k, first + shift + right + 1), 0)
+    inner = tl.minimum(whole_low, tl.cdiv(high, BLOCK_N) * BLOCK_N)
+    outer = tl.maximum(whole_high // BLOCK_N * BLOCK_N, inner)
+    return low, inner, outer, high
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def _attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    table_ptr,
+    q_row_stride,
+    q_batch_stride,
+    q_group_stride,
+    q_head_stride,
+    k_row_stride,
+    k_batch_stride,
+    k_group_stride,
+    v_row_stride,
+    v_batch_stride,
+    v_group_stride,
+    out_row_stride,
+    H,
+    SQ,
+    scale,
+    left,
+    right,
+    softcap,
+    keep_scale,
+    seed,
+    threshold,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    # Heads vary fastest, so that those of a group share keys in L2; of causal tiles the longest begin first.
+    h = tl.program_id(0) % H
+    segment = tl.program_id(0) // H
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    batch = tl.load(table_ptr + segment * 5).to(tl.int64)
+    q_start = tl.load(table_ptr + segment * 5 + 1)
+    len_q = tl.load(table_ptr + segment * 5 + 2) - q_start
+    k_start = tl.load(table_ptr + segment * 5 + 3)
+    len_k = tl.load(table_ptr + segment * 5 + 4) - k_start
+    if first >= len_q:
+        return
+    group = (h // GROUP).to(tl.int64)
+    k_step = tl.cast(k_row_stride, tl.int64)
+    v_step = tl.cast(v_row_stride, tl.int64)
+    q_base = q_ptr + batch * q_batch_stride + group * q_group_stride + (h % GROUP) * q_head_stride
+    q_base += (q_start + first) * tl.cast(q_row_stride, tl.int64)
+    k_base = k_ptr + batch * k_batch_stride + group * k_group_stride + k_start * k_step
+    v_base = v_ptr + batch * v_batch_stride + group * v_group_stride + k_start * v_step
+    cols = tl.arange(0, BLOCK_D)
+    lanes = tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    q = load_rows(q_base, rows[:, None] * q_row_stride + cols[None, :], rows, len_q - first, cols, D, BLOCK_D, True)
+    k_offsets = lanes[:, None] * k_row_stride + cols[None, :]
+    v_offsets = lanes[:, None] * v_row_stride + cols[None, :]
+    shift = len_k - len_q
+    last = tl.minimum(first + BLOCK_M, len_q) - 1
+    low, inner, outer, high = key_range(first, last, shift, len_k, left, right, LEFT, RIGHT, BLOCK_N)
+    aligned = first + rows + shift
+    query = q_start + first + rows
+    head = (batch * H + h).to(tl.int32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if LEFT:
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_base, v_base, k_offsets, v_offsets, k_step, v_step, low, inner, aligned, len_k,
+            left, right, scale, softcap, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
+            SOFTCAP, DROPOUT, True,
+        )  # fmt: skip
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, q, k_base, v_base, k_offsets, v_offsets, k_step, v_step, inner, outer, aligned, len_k,
+        left, right, scale, softcap, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
+        SOFTCAP, DROPOUT, False,
+    )  # fmt: skip
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, q, k_base, v_base, k_offsets, v_offsets, k_step, v_step, outer, high, aligned, len_k,
+        left, right, scale, softcap, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
+        SOFTCAP, DROPOUT, True,
+    )  # fmt: skip
+    nothing = row_sum == 0.0
+    row_sum = tl.where(nothing, 1.0, row_sum)
+    lse = tl.where(nothing, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    acc = acc * ((keep_scale if DROPOUT else 1.0) / row_sum)[:, None]
+    valid = rows < len_q - first
+    tl.store(lse_ptr + (batch * H + h) * SQ + query, lse, mask=valid)
+    out_base = out_ptr + (q_start + first) * tl.cast(out_row_stride, tl.int64) + (batch * H + h) * D
+    at = out_base + rows[:, None] * out_row_stride + cols[None, :]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (cols < D)[None, :])
+
+
+def by_group(q: Tensor, groups: int) -> Tensor:
+    """[s, b, h, d] as [s, b, g, m, d], a view."""
+    return q.unflatten(2, (groups, q.shape[2] // groups))
+
+
+def switches(options: Options) -> dict[str, object]:
+    """Arguments of all kernels that come from the options."""
+    return {
+        "scale": options.scale,
+        "left": max(options.left, 0),
+        "right": max(options.right, 0),
+        "softcap": options.softcap,
+        "keep_scale": 1.0 / (1.0 - options.dropout_p),
+        "seed": options.seed,
+        "threshold": dropout_threshold(options.dropout_p),
+        "LEFT": options.left >= 0,
+        "RIGHT": options.right >= 0,
+        "SOFTCAP": options.softcap > 0,
+        "DROPOUT": options.dropout_p > 0,
+    }
+
+
+def padded(d: int) -> int:
+    """Columns of a tile for head dim ``d``; the tensor core wants 16 at least."""
+    return max(16, triton.next_power_of_2(d))
+
+
+def is_plain(options: Options) -> bool:
+    """Neither soft cap nor dropout, which want registers."""
+    return options.softcap == 0 and options.dropout_p == 0
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, max_q: int, covers_queries: bool, options: Options, arch: int
+) -> tuple[Tensor, Tensor]:
+    """q: [sq, b, g, m, d]; k, v: [sk, b, g, d] → (out [sq, b, g m, d], lse fp32 [b, g m, sq])."""
+    sq, b, groups, m, d = q.shape
+    h = groups * m
+    new = torch.empty if covers_queries else torch.zeros
+    out = new(sq, b, h, d, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, h, sq, dtype=torch.float32, device=q.device)
+    if not covers_queries:
+        lse.fill_(-torch.inf)
+    tile = forward_tile(arch, padded(d), q.element_size(), is_plain(options))
+    grid = (h * len(table), triton.cdiv(max_q, tile.block_m))
+    if 0 in grid or 0 in out.shape:
+        return out, lse
+    _attention_fwd_kernel[grid](
+        q, k, v, out, lse, table, *q.stride()[:4], *k.stride()[:3], *v.stride()[:3], b * h * d, h, sq,
+        **switches(options), GROUP=m, D=d, BLOCK_D=padded(d), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out, lse

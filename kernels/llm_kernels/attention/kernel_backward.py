@@ -1,0 +1,490 @@
+"""Attention backward in plain tl: delta, then dk and dv by tiles of keys, then dq by tiles of queries.
+
+Shapes as in kernel.py; weights are recomputed from q, k and lse. With p the weights, D the dropout factor (0 or
+1 / (1 - dropout_p)) and delta = sum(dout out) - dlse: dv = (p D)' dout, dp = D (dout v'), ds = p (dp - delta) times
+1 - tanh^2 under a soft cap, dk = scale ds' q, dq = scale ds k. Every element is summed by one program in a fixed order,
+so gradients are the same bits every time; the price is 7 products where a backward that adds dq atomically has 5.
+FLOPs: 14 d per visible (query, key) and head. Bytes, at least: q, k, v, dout and lse read twice, out once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llm_kernels.attention.kernel import (
+    LOG2E,
+    Tile,
+    is_plain,
+    is_visible,
+    keep_weight,
+    key_range,
+    load_rows,
+    padded,
+    switches,
+    tanh,
+)
+from llm_kernels.attention.ref import Options
+
+
+def dkdv_tile(arch: int, block_d: int, element_size: int, plain: bool = True) -> Tile:
+    """Configuration of the kernel for dk and dv."""
+    if element_size == 4:
+        return Tile(32, 32, 4, 1)
+    if block_d > 128:
+        return Tile(32, 64, 8, 1)
+    return Tile(64, 128, 8, 2) if arch >= 90 and plain else Tile(64, 64, 8, 2)
+
+
+def dq_tile(arch: int, block_d: int, element_size: int, plain: bool = True) -> Tile:
+    """Configuration of the kernel for dq."""
+    if element_size == 4:
+        return Tile(32, 32, 4, 1)
+    if block_d > 128:
+        return Tile(64, 32, 8, 1)
+    return Tile(128, 64, 8, 2) if arch >= 90 and plain else Tile(64, 64, 8, 2)
+
+
+@triton.jit
+def _delta_kernel(
+    out_ptr,
+    dout_ptr,
+    dlse_ptr,
+    delta_ptr,
+    row_stride,
+    S,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    """delta = sum(dout out) - dlse for BLOCK_S tokens of one head; [s, b h, d] → [b h, s]."""
+    head = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    cols = tl.arange(0, BLOCK_D)
+    at = rows.to(tl.int64)[:, None] * row_stride + head * D + cols[None, :]
+    mask = (rows < S)[:, None] & (cols < D)[None, :]
+    out = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + head * S + rows, mask=rows < S, other=0.0)
+    tl.store(delta_ptr + head * S + rows, delta, mask=rows < S)
+
+
+@triton.jit
+def load_lse(lse_ptr, rows, limit, CHECK: tl.constexpr):
+    """Log-sum-exp for exp2, +inf for queries that saw nothing or are not there: their weights come out as 0."""
+    if CHECK:
+        lse = tl.load(lse_ptr + rows, mask=rows < limit, other=float("inf"))
+    else:
+        lse = tl.load(lse_ptr + rows)
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def _gather_dkdv(
+    dk,
+    dv,
+    k,
+    v,
+    q_base,
+    dout_base,
+    lse_base,
+    delta_base,
+    q_offsets,
+    dout_offsets,
+    q_step,
+    dout_step,
+    start,
+    end,
+    len_q,
+    keys,
+    shift,
+    len_k,
+    left,
+    right,
+    scale,
+    softcap,
+    keep_scale,
+    seed,
+    head,
+    q_start,
+    k_start,
+    threshold,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Adds what queries of tiles [start, end) of one head give; scores are transposed, [keys, queries]."""
+    cols = tl.arange(0, BLOCK_D)
+    factor = LOG2E if SOFTCAP else scale * LOG2E
+    for m in tl.range(start, end, BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        q = load_rows(q_base + m * q_step, q_offsets, rows, len_q, cols, D, BLOCK_D, EDGE)
+        lse = load_lse(lse_base, rows, len_q, EDGE)
+        s = tl.dot(k, q.T, input_precision="ieee")
+        if SOFTCAP:
+            t = tanh(s * (scale / softcap))
+            s = softcap * t
+        p = tl.exp2(s * factor - lse[None, :])
+        if EDGE:
+            visible = is_visible((rows + shift)[None, :], keys[:, None], len_k, left, right, LEFT, RIGHT)
+            p = tl.where(visible, p, 0.0)
+        dout = load_rows(dout_base + m * dout_step, dout_offsets, rows, len_q, cols, D, BLOCK_D, EDGE)
+        delta = tl.load(delta_base + rows, mask=rows < len_q, other=0.0) if EDGE else tl.load(delta_base + rows)
+        dp = tl.dot(v, dout.T, input_precision="ieee")
+        if DROPOUT:
+            keep = keep_weight(seed, head, (q_start + rows)[None, :], (k_start + keys)[:, None], threshold)
+            dv = tl.dot(tl.where(keep, p * keep_scale, 0.0).to(dout.dtype), dout, dv, input_precision="ieee")
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        else:
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds = ds * (1.0 - t * t)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def query_range(first, last, shift, len_q, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Tiles of queries for keys first..last (within the segment): [low, inner), [inner, outer) whole, [outer, high)."""
+    low = 0
+    whole_low = 0
+    high = len_q
+    whole_high = len_q
+    if RIGHT:
+        low = tl.maximum(first - shift - right, 0) // BLOCK_M * BLOCK_M
+        whole_low = tl.cdiv(tl.maximum(last - shift - right, 0), BLOCK_M) * BLOCK_M
+    if LEFT:
+        high = tl.maximum(tl.minimum(len_q, last - shift + left + 1), 0)
+        whole_high = tl.maximum(tl.minimum(len_q, first - shift + left + 1), 0)
+    inner = tl.minimum(whole_low, tl.cdiv(high, BLOCK_M) * BLOCK_M)
+    outer = tl.maximum(whole_high // BLOCK_M * BLOCK_M, inner)
+    return low, inner, outer, high
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def _attention_bwd_dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    table_ptr,
+    q_row_stride,
+    q_batch_stride,
+    q_group_stride,
+    q_head_stride,
+    k_row_stride,
+    k_batch_stride,
+    k_group_stride,
+    v_row_stride,
+    v_batch_stride,
+    v_group_stride,
+    dk_row_stride,
+    dk_batch_stride,
+    dk_group_stride,
+    dv_row_stride,
+    dv_batch_stride,
+    dv_group_stride,
+    dout_row_stride,
+    G,
+    SQ,
+    scale,
+    left,
+    right,
+    softcap,
+    keep_scale,
+    seed,
+    threshold,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """dk and dv of BLOCK_N keys of a group, summed over the group's heads in the loop: no atomics."""
+    group = (tl.program_id(0) % G).to(tl.int64)
+    segment = tl.program_id(0) // G
+    first = tl.program_id(1) * BLOCK_N  # causal: the first keys are seen by the most queries
+    batch = tl.load(table_ptr + segment * 5).to(tl.int64)
+    q_start = tl.load(table_ptr + segment * 5 + 1)
+    len_q = tl.load(table_ptr + segment * 5 + 2) - q_start
+    k_start = tl.load(table_ptr + segment * 5 + 3)
+    len_k = tl.load(table_ptr + segment * 5 + 4) - k_start
+    if first >= len_k:
+        return
+    q_step = tl.cast(q_row_stride, tl.int64)
+    dout_step = tl.cast(dout_row_stride, tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    lanes = tl.arange(0, BLOCK_N)
+    queries = tl.arange(0, BLOCK_M)
+    q_offsets = queries[:, None] * q_row_stride + cols[None, :]
+    dout_offsets = queries[:, None] * dout_row_stride + cols[None, :]
+    key_row = (k_start + first).to(tl.int64)
+    k_base = k_ptr + batch * k_batch_stride + group * k_group_stride + key_row * k_row_stride
+    v_base = v_ptr + batch * v_batch_stride + group * v_group_stride + key_row * v_row_stride
+    left_over = len_k - first
+    k = load_rows(k_base, lanes[:, None] * k_row_stride + cols[None, :], lanes, left_over, cols, D, BLOCK_D, True)
+    v = load_rows(v_base, lanes[:, None] * v_row_stride + cols[None, :], lanes, left_over, cols, D, BLOCK_D, True)
+    shift = len_k - len_q
+    last = tl.minimum(first + BLOCK_N, len_k) - 1
+    low, inner, outer, high = query_range(first, last, shift, len_q, left, right, LEFT, RIGHT, BLOCK_M)
+    keys = first + lanes
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for m in range(GROUP):
+        h = group * GROUP + m
+        q_base = q_ptr + batch * q_batch_stride + group * q_group_stride + m * q_head_stride + q_start * q_step
+        dout_base = dout_ptr + q_start * dout_step + (batch * G * GROUP + h) * D
+        lse_base = lse_ptr + (batch * G * GROUP + h) * SQ + q_start
+        delta_base = delta_ptr + (batch * G * GROUP + h) * SQ + q_start
+        head = (batch * G * GROUP + h).to(tl.int32)
+        if RIGHT:
+            dk, dv = _gather_dkdv(
+                dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_offsets, dout_offsets, q_step, dout_step, low,
+                inner, len_q, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head, q_start, k_start,
+                threshold, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
+            )  # fmt: skip
+        dk, dv = _gather_dkdv(
+            dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_offsets, dout_offsets, q_step, dout_step, inner,
+            outer, len_q, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head, q_start, k_start,
+            threshold, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
+        )  # fmt: skip
+        dk, dv = _gather_dkdv(
+            dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_offsets, dout_offsets, q_step, dout_step, outer,
+            high, len_q, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head, q_start, k_start,
+            threshold, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
+        )  # fmt: skip
+    mask = (lanes < left_over)[:, None] & (cols < D)[None, :]
+    dk_base = dk_ptr + batch * dk_batch_stride + group * dk_group_stride + key_row * dk_row_stride
+    dv_base = dv_ptr + batch * dv_batch_stride + group * dv_group_stride + key_row * dv_row_stride
+    dk = (dk * scale).to(dk_ptr.dtype.element_ty)
+    tl.store(dk_base + lanes[:, None] * dk_row_stride + cols[None, :], dk, mask=mask)
+    dv = dv.to(dv_ptr.dtype.element_ty)
+    tl.store(dv_base + lanes[:, None] * dv_row_stride + cols[None, :], dv, mask=mask)
+
+
+@triton.jit
+def _gather_dq(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    k_base,
+    v_base,
+    k_offsets,
+    v_offsets,
+    k_step,
+    v_step,
+    start,
+    end,
+    aligned,
+    len_k,
+    left,
+    right,
+    scale,
+    softcap,
+    keep_scale,
+    seed,
+    head,
+    query,
+    k_start,
+    threshold,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Adds what keys of tiles [start, end) give."""
+    cols = tl.arange(0, BLOCK_D)
+    factor = LOG2E if SOFTCAP else scale * LOG2E
+    for n in tl.range(start, end, BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_base + n * k_step, k_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
+        s = tl.dot(q, k.T, input_precision="ieee")
+        if SOFTCAP:
+            t = tanh(s * (scale / softcap))
+            s = softcap * t
+        p = tl.exp2(s * factor - lse[:, None])
+        if EDGE:
+            visible = is_visible(aligned[:, None], keys[None, :], len_k, left, right, LEFT, RIGHT)
+            p = tl.where(visible, p, 0.0)
+        v = load_rows(v_base + n * v_step, v_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
+        dp = tl.dot(dout, v.T, input_precision="ieee")
+        if DROPOUT:
+            keep = keep_weight(seed, head, query[:, None], (k_start + keys)[None, :], threshold)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds = ds * (1.0 - t * t)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def _attention_bwd_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    table_ptr,
+    q_row_stride,
+    q_batch_stride,
+    q_group_stride,
+    q_head_stride,
+    k_row_stride,
+    k_batch_stride,
+    k_group_stride,
+    v_row_stride,
+    v_batch_stride,
+    v_group_stride,
+    dq_row_stride,
+    dq_batch_stride,
+    dq_group_stride,
+    dq_head_stride,
+    dout_row_stride,
+    H,
+    SQ,
+    scale,
+    left,
+    right,
+    softcap,
+    keep_scale,
+    seed,
+    threshold,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """dq of BLOCK_M queries of a head, in the order of the forward kernel."""
+    h = tl.program_id(0) % H
+    segment = tl.program_id(0) // H
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    batch = tl.load(table_ptr + segment * 5).to(tl.int64)
+    q_start = tl.load(table_ptr + segment * 5 + 1)
+    len_q = tl.load(table_ptr + segment * 5 + 2) - q_start
+    k_start = tl.load(table_ptr + segment * 5 + 3)
+    len_k = tl.load(table_ptr + segment * 5 + 4) - k_start
+    if first >= len_q:
+        return
+    group = (h // GROUP).to(tl.int64)
+    k_step = tl.cast(k_row_stride, tl.int64)
+    v_step = tl.cast(v_row_stride, tl.int64)
+    query_row = (q_start + first).to(tl.int64)
+    q_base = q_ptr + batch * q_batch_stride + group * q_group_stride + (h % GROUP) * q_head_stride
+    dout_base = dout_ptr + query_row * dout_row_stride + (batch * H + h) * D
+    k_base = k_ptr + batch * k_batch_stride + group * k_group_stride + k_start * k_step
+    v_base = v_ptr + batch * v_batch_stride + group * v_group_stride + k_start * v_step
+    cols = tl.arange(0, BLOCK_D)
+    lanes = tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    left_over = len_q - first
+    q_base += query_row * q_row_stride
+    q = load_rows(q_base, rows[:, None] * q_row_stride + cols[None, :], rows, left_over, cols, D, BLOCK_D, True)
+    dout_offsets = rows[:, None] * dout_row_stride + cols[None, :]
+    dout = load_rows(dout_base, dout_offsets, rows, left_over, cols, D, BLOCK_D, True)
+    per_row = (batch * H + h) * SQ + query_row
+    lse = load_lse(lse_ptr + per_row, rows, left_over, True)
+    delta = tl.load(delta_ptr + per_row + rows, mask=rows < left_over, other=0.0)
+    shift = len_k - len_q
+    last = tl.minimum(first + BLOCK_M, len_q) - 1
+    low, inner, outer, high = key_range(first, last, shift, len_k, left, right, LEFT, RIGHT, BLOCK_N)
+    aligned = first + rows + shift
+    query = q_start + first + rows
+    head = (batch * H + h).to(tl.int32)
+    k_offsets = lanes[:, None] * k_row_stride + cols[None, :]
+    v_offsets = lanes[:, None] * v_row_stride + cols[None, :]
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if LEFT:
+        dq = _gather_dq(
+            dq, q, dout, lse, delta, k_base, v_base, k_offsets, v_offsets, k_step, v_step, low, inner, aligned, len_k,
+            left, right, scale, softcap, keep_scale, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT,
+            RIGHT, SOFTCAP, DROPOUT, True,
+        )  # fmt: skip
+    dq = _gather_dq(
+        dq, q, dout, lse, delta, k_base, v_base, k_offsets, v_offsets, k_step, v_step, inner, outer, aligned, len_k,
+        left, right, scale, softcap, keep_scale, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT,
+        RIGHT, SOFTCAP, DROPOUT, False,
+    )  # fmt: skip
+    dq = _gather_dq(
+        dq, q, dout, lse, delta, k_base, v_base, k_offsets, v_offsets, k_step, v_step, outer, high, aligned, len_k,
+        left, right, scale, softcap, keep_scale, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT,
+        RIGHT, SOFTCAP, DROPOUT, True,
+    )  # fmt: skip
+    dq_base = dq_ptr + batch * dq_batch_stride + group * dq_group_stride + (h % GROUP) * dq_head_stride
+    at = dq_base + query_row * dq_row_stride + rows[:, None] * dq_row_stride + cols[None, :]
+    tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=(rows < left_over)[:, None] & (cols < D)[None, :])
+
+
+def delta_of(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """out, dout: [sq, b, h, d] contiguous, dlse: fp32 [b, h, sq] → sum(dout out) - dlse, fp32 [b, h, sq]."""
+    sq, b, h, d = out.shape
+    delta = torch.empty(b, h, sq, dtype=torch.float32, device=out.device)
+    rows = 64 if d <= 128 else 32
+    _delta_kernel[(b * h, triton.cdiv(sq, rows))](
+        out, dout, dlse, delta, b * h * d, sq, d, padded(d), rows, dlse is not None, num_warps=4
+    )
+    return delta
+
+
+def backward(
+    tensors: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor, Tensor], table: Tensor, extents: tuple[int, int],
+    options: Options, arch: int,
+) -> None:  # fmt: skip
+    """Writes dq [sq, b, g, m, d], dk and dv [sk, b, g, d] (``gradients``, any strides with d contiguous).
+
+    ``tensors``: q, k, v as in the forward launcher, dout [sq, b, h, d] contiguous, lse and delta [b, h, sq].
+    ``extents``: most queries and most keys of a segment.
+    """
+    q, k, v, dout, lse, delta = tensors
+    dq, dk, dv = gradients
+    sq, b, groups, m, d = q.shape
+    h = groups * m
+    shared = {**switches(options), "GROUP": m, "D": d, "BLOCK_D": padded(d)}
+    inputs = (*q.stride()[:4], *k.stride()[:3], *v.stride()[:3])
+    tile = dkdv_tile(arch, padded(d), q.element_size(), is_plain(options))
+    grid = (groups * len(table), triton.cdiv(extents[1], tile.block_n))
+    if 0 not in grid:
+        _attention_bwd_dkdv_kernel[grid](
+            q, k, v, dout, lse, delta, dk, dv, table, *inputs, *dk.stride()[:3], *dv.stride()[:3], b * h * d, groups,
+            sq, **shared, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )  # fmt: skip
+    tile = dq_tile(arch, padded(d), q.element_size(), is_plain(options))
+    grid = (h * len(table), triton.cdiv(extents[0], tile.block_m))
+    if 0 not in grid:
+        _attention_bwd_dq_kernel[grid](
+            q, k, v, dout, lse, delta, dq, table, *inputs, *dq.stride()[:4], b * h * d, h, sq, **shared,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip

@@ -1,0 +1,316 @@
+"""Attention over segments: whole samples, packed documents, or a context shard's part of them.
+
+Online softmax after Dao (2023, arXiv 2307.08691): forward keeps q, k, v, its output and one fp32 number per query and
+head. All backward kernels sum in a fixed order, so ``deterministic=True`` is always satisfied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from llm_kernels import dispatch
+from llm_kernels.attention import ref
+from llm_kernels.attention.ref import Options
+from llm_kernels.device import arch
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which queries see which keys: a table int32 [n, 5] of (batch row, q_start, q_end, k_start, k_end).
+
+    Ranges of queries of a row must not overlap, nor those of keys. max_q, max_k: the longest of each (an upper bound
+    will do). covers_queries, covers_keys: every query (key) of every row is in a segment; where not, its output or
+    gradient is zero, at the price of a fill.
+    """
+
+    table: Tensor
+    max_q: int
+    max_k: int
+    covers_keys: bool
+    covers_queries: bool
+
+    @staticmethod
+    def dense(b: int, sq: int, sk: int, device: torch.device | str) -> Segments:
+        """One segment per batch row, all of it; the same object for the same shape."""
+        return _dense(b, sq, sk, torch.device(device))
+
+    @staticmethod
+    def from_cu_seqlens(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Segments:
+        """Documents one after another in a batch of one row: int [n + 1] offsets into queries and into keys, on the
+        device, nothing read back. The last offsets must be the numbers of queries and keys."""
+        if cu_q.ndim != 1 or cu_q.shape != cu_k.shape:
+            raise ValueError(f"cu_q has shape {tuple(cu_q.shape)}, cu_k {tuple(cu_k.shape)}: both must be [n + 1]")
+        cu_q, cu_k = cu_q.to(torch.int32), cu_k.to(torch.int32)
+        columns = [torch.zeros_like(cu_q[1:]), cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]]
+        return Segments(torch.stack(columns, 1), max_q, max_k, True, True)
+
+    @staticmethod
+    def from_rows(
+        rows: Sequence[tuple[int, int, int, int, int]], b: int, sq: int, sk: int, device: torch.device | str
+    ) -> Segments:
+        """Any segments of [sq, b] queries and [sk, b] keys. Raises ValueError if ranges overlap or lie outside."""
+        covered = []
+        for first, length, what in ((1, sq, "query"), (3, sk, "key")):
+            total = 0
+            for row in range(b):
+                ranges = sorted((x[first], x[first + 1]) for x in rows if x[0] == row and x[first] < x[first + 1])
+                for (_, end), (start, _) in zip([(0, 0), *ranges], [*ranges, (length, length)]):
+                    if start < end or end > length:
+                        raise ValueError(f"{what} ranges {ranges} of row {row} overlap or leave 0..{length}")
+                total += sum(end - start for start, end in ranges)
+            covered.append(total == b * length)
+        if any(not 0 <= x[0] < b or x[1] > x[2] or x[3] > x[4] for x in rows):
+            raise ValueError(f"a segment is not (row below {b}, q_start <= q_end, k_start <= k_end)")
+        table = torch.tensor(list(rows), dtype=torch.int32).view(-1, 5).to(device)
+        max_q = max((x[2] - x[1] for x in rows), default=0)
+        max_k = max((x[4] - x[3] for x in rows), default=0)
+        return Segments(table, max_q, max_k, covers_keys=covered[1], covers_queries=covered[0])
+
+
+@lru_cache(maxsize=64)
+def _dense(b: int, sq: int, sk: int, device: torch.device) -> Segments:
+    table = torch.tensor([(row, 0, sq, 0, sk) for row in range(b)], dtype=torch.int32).view(-1, 5)
+    return Segments(table.to(device), sq, sk, True, True)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segments: Segments | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k') v of grouped heads, each segment by itself.
+
+    q: [sq, b, h, d]; k, v: [sk, b, g, d], h a multiple of g, any strides with d contiguous; d up to 256. Causal is
+    aligned at the end: the last query of a segment sees its last key. window: how many keys to the left and right of
+    that alignment a query sees, -1 for all. scale: 1 / sqrt(d) by default. softcap: scores become softcap tanh(score /
+    softcap). Dropout is by counter from ``seed`` (drawn from torch's CPU generator if None): see ref.dropout_keep.
+    Returns out [sq, b, h, d], contiguous, and on request the log-sum-exp of the scores, fp32 [b, h, sq], through which
+    gradients flow. A query that sees no key has 0 and -inf.
+    """
+    del deterministic  # see the module's docstring
+    _check(q, k, v)
+    options = _options(q.shape[-1], causal, scale, window, softcap, (dropout_p, seed))
+    if segments is None:
+        segments = Segments.dense(q.shape[1], q.shape[0], k.shape[0], q.device)
+    if dispatch.backend_for(q, backend) == "torch" or q.shape[-1] > 256:
+        out, lse = _by_torch(q, k, v, segments, options, return_lse)
+    else:
+        out, lse = torch.ops.llm_kernels.attention(_rows(q), _rows(k), _rows(v), *_plan(segments), *options)
+    return (out, lse) if return_lse else out
+
+
+def attention_qkv(
+    qkv: Tensor,
+    segments: Segments | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``attention`` on megatron's packed projection, read where it lies.
+
+    qkv: [s, b, g, m + 2, d]: for every group its m query heads, then its key and its value. Returns [s, b, g m, d].
+    Backward writes one gradient in qkv's layout: nothing is split or concatenated.
+    """
+    if qkv.ndim != 5 or qkv.shape[3] < 3:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}, not [s, b, groups, query heads of a group + 2, d]")
+    options = _options(qkv.shape[-1], causal, scale, window, softcap, (dropout_p, seed))
+    if segments is None:
+        segments = Segments.dense(qkv.shape[1], qkv.shape[0], qkv.shape[0], qkv.device)
+    if dispatch.backend_for(qkv, backend) == "torch" or qkv.shape[-1] > 256:
+        q, k, v = _unpack(qkv)
+        return _by_torch(q.flatten(2, 3), k, v, segments, options, False)[0]
+    return torch.ops.llm_kernels.attention_qkv(_rows(qkv), *_plan(segments), *options)[0]
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from attention over each: outputs [s, b, h, d], lse [b, h, s].
+
+    Gradients of everything flow; a query that saw nothing in either set stays at 0 and -inf.
+    """
+    highest = torch.maximum(lse_a, lse_b).detach()
+    highest = highest.masked_fill(highest == -torch.inf, 0.0)
+    weight_a, weight_b = (lse_a - highest).exp(), (lse_b - highest).exp()
+    total = weight_a + weight_b
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    share_a, share_b = ((w / total).permute(2, 0, 1).unsqueeze(-1) for w in (weight_a, weight_b))
+    out = out_a * share_a + out_b * share_b
+    return out.to(out_a.dtype), (highest + total.log()).masked_fill(nothing, -torch.inf)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    matches = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[1] == k.shape[1] and q.shape[3] == k.shape[3]
+    if not matches or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k and v have shapes {shapes}, not [sq, b, h, d], [sk, b, g, d] twice with h % g = 0")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: they must have one dtype")
+
+
+def _options(
+    d: int,
+    causal: bool,
+    scale: float | None,
+    window: tuple[int, int],
+    softcap: float,
+    dropout: tuple[float, int | None],
+) -> Options:
+    scale = d**-0.5 if scale is None else float(scale)
+    dropout_p, seed = dropout
+    if scale <= 0 or softcap < 0 or not 0 <= dropout_p < 1:
+        raise ValueError(f"scale = {scale}, softcap = {softcap}, dropout_p = {dropout_p}: need > 0, >= 0, in [0, 1)")
+    if seed is None:
+        seed = int(torch.randint(2**62, ()).item()) if dropout_p > 0 else 0
+    return Options(scale, max(window[0], -1), 0 if causal else max(window[1], -1), softcap, dropout_p, seed)
+
+
+def _plan(segments: Segments) -> tuple[Tensor, int, int, bool, bool]:
+    return segments.table, segments.max_q, segments.max_k, segments.covers_keys, segments.covers_queries
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` with contiguous columns and rows that begin at a multiple of 16 bytes, a view wherever possible."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv[:, :, :, :-2], qkv[:, :, :, -2], qkv[:, :, :, -1]
+
+
+def _by_torch(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Torch's own attention where it can do what is asked, else every score in memory."""
+    rows = sorted(x for x in segments.table.tolist() if x[1] < x[2])
+    plain = options._replace(scale=1.0, seed=0) == Options(1.0, right=0) and segments.covers_queries and not need_lse
+    if not rows or not plain or any(x[2] - x[1] > x[4] - x[3] for x in rows):
+        return ref.explicit(q, k, v, segments.table, options)
+    parts = tuple(tuple(ref.Segment(*x[1:]) for x in rows if x[0] == row) for row in range(q.shape[1]))
+    if len(set(parts)) == 1:
+        parts = parts[:1]
+    return ref.attention(q, k, v, parts, options.scale).contiguous(), None
+
+
+def _forward(q, k, v, table, max_q, max_k, covers_keys, covers_queries, *options):
+    from llm_kernels.attention import kernel
+
+    q = kernel.by_group(q, k.shape[2])
+    return kernel.forward(q, k, v, table, max_q, covers_queries, Options(*options), arch(q))
+
+
+def _qkv_forward(qkv, table, max_q, max_k, covers_keys, covers_queries, *options):
+    from llm_kernels.attention import kernel
+
+    return kernel.forward(*_unpack(qkv), table, max_q, covers_queries, Options(*options), arch(qkv))
+
+
+def _fill(x: Tensor, covered: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if covered else x.new_zeros(x.shape)
+
+
+def _backward(dout, dlse, q, k, v, out, lse, table, max_q, max_k, covers_keys, covers_queries, *options):
+    from llm_kernels.attention import kernel, kernel_backward
+
+    dout = dout.contiguous()
+    delta = kernel_backward.delta_of(out, dout, None if dlse is None else dlse.contiguous())
+    dq, dk, dv = _fill(q, covers_queries), _fill(k, covers_keys), _fill(v, covers_keys)
+    groups = k.shape[2]
+    tensors = (kernel.by_group(q, groups), k, v, dout, lse, delta)
+    gradients = (kernel.by_group(dq, groups), dk, dv)
+    kernel_backward.backward(tensors, gradients, table, (max_q, max_k), Options(*options), arch(q))
+    return dq, dk, dv
+
+
+def _qkv_backward(dout, qkv, out, lse, table, max_q, max_k, covers_keys, covers_queries, *options):
+    from llm_kernels.attention import kernel_backward
+
+    dout = dout.contiguous()
+    delta = kernel_backward.delta_of(out, dout, None)
+    dqkv = _fill(qkv, covers_keys and covers_queries)
+    tensors = (*_unpack(qkv), dout, lse, delta)
+    kernel_backward.backward(tensors, _unpack(dqkv), table, (max_q, max_k), Options(*options), arch(qkv))
+    return dqkv
+
+
+def _fake_forward(q, *_):
+    sq, b, h, _d = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, h, sq), dtype=torch.float32)
+
+
+_PLAN = "Tensor table, int max_q, int max_k, bool covers_keys, bool covers_queries"
+_OPTIONS = "float scale, int left, int right, float softcap, float dropout_p, int seed"
+dispatch.define(
+    f"attention(Tensor q, Tensor k, Tensor v, {_PLAN}, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _fake_forward
+)
+dispatch.define(
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PLAN}, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dout, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+)
+dispatch.define(
+    f"attention_qkv(Tensor qkv, {_PLAN}, {_OPTIONS}) -> (Tensor, Tensor)",
+    _qkv_forward,
+    lambda qkv, *_: _fake_forward(_unpack(qkv)[0].flatten(2, 3)),
+)
+dispatch.define(
+    f"attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_PLAN}, {_OPTIONS}) -> Tensor",
+    _qkv_backward,
+    lambda dout, qkv, *_: qkv.new_empty(qkv.shape),
+)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.plan = inputs[4:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dout, dlse):
+    q, k, v, table, out, lse = ctx.saved_tensors
+    nothing = (None,) * (1 + len(ctx.plan))
+    if dout is None and dlse is None:
+        return None, None, None, *nothing
+    dout = torch.zeros_like(out) if dout is None else dout
+    found = torch.ops.llm_kernels.attention_backward(dout, dlse, q, k, v, out, lse, table, *ctx.plan)
+    return *found, *nothing
+
+
+def _qkv_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2], *output)
+    ctx.plan = inputs[2:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _qkv_gradients(ctx, dout, _):
+    qkv, table, out, lse = ctx.saved_tensors
+    return torch.ops.llm_kernels.attention_qkv_backward(dout, qkv, out, lse, table, *ctx.plan), *(
+        (None,) * (1 + len(ctx.plan))
+    )
+
+
+torch.library.register_autograd("llm_kernels::attention", _gradients, setup_context=_setup, lib=dispatch.LIBRARY)
+torch.library.register_autograd(
+    "llm_kernels::attention_qkv", _qkv_gradients, setup_context=_qkv_setup, lib=dispatch.LIBRARY
+)
