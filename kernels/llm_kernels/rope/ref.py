@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from llm_kernels.rope.table import RopeTable
+
 
 def inverse_frequencies(
     head_dim: int,
@@ -52,21 +54,37 @@ class _Rotate(torch.autograd.Function):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads_first: bool = False) -> Tensor:
     half = x.shape[-1] // 2
-    x32 = x.float()
+    wide = x if x.dtype == torch.float64 else x.float()
     if heads_first:  # [b, heads, s, d] in memory, in which attention reads fastest
         seq, rows, heads, dim = x.shape
-        out = x32.new_empty(rows, heads, seq, dim).permute(2, 0, 1, 3)
+        out = wide.new_empty(rows, heads, seq, dim).permute(2, 0, 1, 3)
     else:
-        out = torch.empty_like(x32, memory_format=torch.contiguous_format)
+        out = torch.empty_like(wide, memory_format=torch.contiguous_format)
     # Fused multiply-adds into place: two passes over each half instead of four.
-    torch.mul(x32[..., :half], cos[..., :half], out=out[..., :half]).addcmul_(
-        x32[..., half:], sin[..., :half], value=-1
+    torch.mul(wide[..., :half], cos[..., :half], out=out[..., :half]).addcmul_(
+        wide[..., half:], sin[..., :half], value=-1
     )
-    torch.mul(x32[..., half:], cos[..., half:], out=out[..., half:]).addcmul_(x32[..., :half], sin[..., half:])
+    torch.mul(wide[..., half:], cos[..., half:], out=out[..., half:]).addcmul_(wide[..., :half], sin[..., half:])
     return out.to(x.dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates dims (i, i + d/2) of x [s, b, heads, d] by the angles whose cosine and sine are given, broadcastable to
-    [s, b, 1, d] in fp32. Computed in fp32, returned in x's dtype, in memory as [b, heads, s, d]."""
+    [s, b, 1, d] in fp32. Computed in fp32 (fp64 for fp64), returned in x's dtype, in memory as [b, heads, s, d]."""
     return _Rotate.apply(x, cos, sin)
+
+
+def rope_table(x: Tensor, table: RopeTable, interleaved: bool) -> Tensor:
+    """``rope`` of x [s, b, heads, d] by a table; interleaved rotates pairs (2i, 2i + 1)."""
+    cos, sin = table.full(x.shape[0])
+    if not interleaved:
+        return rope(x, cos, sin)
+    apart = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+    return torch.stack(rope(apart, cos, sin).chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
+def rotate_by(x: Tensor, table: RopeTable, interleaved: bool, inverse: bool) -> Tensor:
+    """``rope_table``, or its inverse."""
+    return rope_table(
+        x, RopeTable(table.cos, -table.sin, table.token_positions, table.offset) if inverse else table, interleaved
+    )

@@ -1,0 +1,154 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of queries and keys, apart or packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llm_kernels import dispatch
+from llm_kernels.rope import ref
+from llm_kernels.rope.table import RopeTable
+
+
+def rope(
+    q: Tensor, k: Tensor, table: RopeTable, *, interleaved: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Rotated q and k, in one launch.
+
+    q: [s, b, h, d], k: [s, b, g, d], any strides with d contiguous, fp32, bf16 or fp16; computed in fp32, returned
+    contiguous in the same dtypes. interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + d/2) as in Llama.
+    Backward rotates by the opposite angles and keeps nothing but the table. Raises ValueError if shapes do not match
+    each other or the table.
+    """
+    _check(q, table)
+    if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"k has shape {tuple(k.shape)}, q has {tuple(q.shape)}: only the number of heads may differ")
+    if dispatch.backend_for(q, backend) == "torch":
+        return ref.rope_table(q, table, interleaved), ref.rope_table(k, table, interleaved)
+    tensors = table.cos, table.sin, table.token_positions
+    return torch.ops.llm_kernels.rope(q, k, *tensors, table.offset, interleaved, False)
+
+
+def rope_qkv_(
+    qkv: Tensor, table: RopeTable, *, num_groups: int, head_dim: int, interleaved: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Rotates queries and keys where they lie in a packed projection, and returns it.
+
+    qkv: [s, b, w], w = num_groups (m + 2) head_dim: for every group m query heads, a key, a value, as megatron packs
+    them. It is overwritten, and so is the gradient that arrives in backward: for callers that know that nothing else
+    needs either, such as between a linear layer and attention. Raises ValueError if shapes do not match.
+    """
+    if qkv.ndim != 3 or qkv.shape[2] % (num_groups * head_dim) or qkv.shape[2] // (num_groups * head_dim) < 3:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}; its last dim must hold {num_groups} groups of three or more heads of "
+            f"{head_dim}"
+        )
+    _check(_heads(qkv, head_dim), table)
+    return _RotatePacked.apply(qkv, table, num_groups, head_dim, interleaved, dispatch.backend_for(qkv, backend))
+
+
+def _check(q: Tensor, table: RopeTable) -> None:
+    tokens, rows, _, dim = q.shape
+    if dim != 2 * table.cos.shape[1]:
+        raise ValueError(f"heads are {dim} wide, the table is for {2 * table.cos.shape[1]}")
+    positions = table.token_positions
+    if positions is None:
+        if table.offset + tokens > table.cos.shape[0]:
+            raise ValueError(
+                f"tokens reach position {table.offset + tokens - 1}, the table has {table.cos.shape[0]} positions"
+            )
+    elif positions.shape not in ((tokens,), (tokens, rows)):
+        raise ValueError(
+            f"positions have shape {tuple(positions.shape)}; [{tokens}] or [{tokens}, {rows}] was expected"
+        )
+    elif not positions.is_cuda and positions.numel() and int(positions.max()) >= table.cos.shape[0]:
+        raise ValueError(f"tokens reach position {int(positions.max())}, the table has {table.cos.shape[0]} positions")
+
+
+def _heads(qkv: Tensor, head_dim: int) -> Tensor:
+    """[s, b, all heads, d] view of [s, b, w]."""
+    return qkv.unflatten(2, (-1, head_dim))
+
+
+class _RotatePacked(torch.autograd.Function):
+    """In place both ways; takes the flat projection, since autograd copies gradients of views changed in place."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, table: RopeTable, num_groups: int, head_dim: int, interleaved: bool, backend: str):
+        ctx.settings = (table, num_groups, head_dim, interleaved, backend)
+        ctx.mark_dirty(qkv)
+        _rotate_packed(qkv, *ctx.settings, inverse=False)
+        return qkv
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad.contiguous()
+        _rotate_packed(grad, *ctx.settings, inverse=True)
+        return grad, None, None, None, None, None
+
+
+def _rotate_packed(
+    qkv: Tensor, table: RopeTable, num_groups: int, head_dim: int, interleaved: bool, backend: str, *, inverse: bool
+) -> None:
+    if backend == "torch":
+        packed = qkv.unflatten(2, (num_groups, -1, head_dim))
+        for part in (packed[:, :, :, :-2], packed[:, :, :, -2:-1]):
+            part.copy_(ref.rotate_by(part.flatten(2, 3), table, interleaved, inverse).view(part.shape))
+        return
+    tensors = table.cos, table.sin, table.token_positions
+    group = qkv.shape[2] // (num_groups * head_dim)
+    torch.ops.llm_kernels.rope_qkv_(qkv, *tensors, table.offset, group, head_dim, interleaved, inverse)
+
+
+def _table(cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> RopeTable:
+    return RopeTable(cos.contiguous(), sin.contiguous(), positions, offset)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rope(q, k, cos, sin, positions, offset, interleaved, inverse) -> tuple[Tensor, Tensor]:
+    from llm_kernels.rope import kernel
+
+    out = _rope_fake(q, k)
+    kernel.rotate(_dense(q), _dense(k), out, _table(cos, sin, positions, offset), 0, (interleaved, inverse))
+    return out
+
+
+def _rope_fake(q: Tensor, k: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))  # type: ignore[return-value]
+
+
+def _rope_qkv_(qkv, cos, sin, positions, offset, group, head_dim, interleaved, inverse) -> None:
+    from llm_kernels.rope import kernel
+
+    heads = _heads(qkv, head_dim)
+    kernel.rotate(heads, None, (heads, None), _table(cos, sin, positions, offset), group, (interleaved, inverse))
+
+
+dispatch.define(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, int offset, bool interleaved, bool inverse) "
+    "-> (Tensor, Tensor)",
+    _rope,
+    _rope_fake,
+)
+dispatch.define(
+    "rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, int offset, int group, int head_dim, "
+    "bool interleaved, bool inverse) -> ()",
+    _rope_qkv_,
+    lambda *_: None,
+)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, _, cos, sin, positions, ctx.offset, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _gradients(ctx, dq: Tensor, dk: Tensor):
+    dq, dk = torch.ops.llm_kernels.rope(dq, dk, *ctx.saved_tensors, ctx.offset, ctx.interleaved, not ctx.inverse)
+    return dq, dk, None, None, None, None, None, None
+
+
+torch.library.register_autograd("llm_kernels::rope", _gradients, setup_context=_setup, lib=dispatch.LIBRARY)
