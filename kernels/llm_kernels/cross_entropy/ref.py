@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -59,3 +61,118 @@ def vocab_parallel_cross_entropy(
     [...], the same on every process of the group.
     """
     return _VocabParallelCrossEntropy.apply(logits, labels, num_valid, group)
+
+
+class Terms(NamedTuple):
+    """What a loss is made of, for the columns of one process (or a slice of them).
+
+    first: number of the word in column 0; num_valid: columns that are words, the rest are padding.
+    """
+
+    first: int
+    num_valid: int
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+def first_word(columns: int, group: dist.ProcessGroup | None) -> int:
+    """Number of the word in this process's first column."""
+    return 0 if group is None else group.rank() * columns
+
+
+def forward(
+    logits: Tensor, labels: Tensor, terms: Terms, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, log-sum-exp, smoothing share of a word; empty without smoothing), each [...], fp32 or fp64.
+
+    One collective: all-gather of (log-sum-exp of the columns here, label's logit, sum of logits, number of words).
+    """
+    wide = _wide(logits[..., : terms.num_valid])
+    ignored = labels == terms.ignore_index
+    local, here = _local(labels, terms)
+    if terms.num_valid:
+        target = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~here, -torch.inf)
+        lse = wide.logsumexp(-1)
+    else:
+        lse = target = wide.new_full(labels.shape, -torch.inf)
+    count = torch.full_like(lse, terms.num_valid)
+    parts = torch.stack([lse, target, wide.sum(-1), count] if terms.label_smoothing else [lse, target])
+    if group is not None and group.size() > 1:
+        gathered = parts.new_empty(group.size(), *parts.shape)
+        dist.all_gather_into_tensor(gathered.view(-1), parts.view(-1), group=group)
+        lse, target = gathered[:, 0].logsumexp(0), gathered[:, 1].amax(0)
+        parts = torch.stack([lse, target, *gathered[:, 2:].sum(0)])
+    losses = (1.0 - terms.label_smoothing) * (lse - target)
+    if terms.z_loss:
+        losses = losses + terms.z_loss * lse.square()
+    share = lse.new_empty(0)
+    if terms.label_smoothing:
+        share = terms.label_smoothing / parts[3]
+        losses = losses + terms.label_smoothing * (lse - parts[2] / parts[3])
+    return losses.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0), share
+
+
+def gradient(
+    dlosses: Tensor | None,
+    dlse: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    saved: tuple[Tensor, Tensor],
+    terms: Terms,
+) -> Tensor:
+    """Gradient of the logits, in their dtype; ``saved`` is (log-sum-exp, share) as from ``forward``."""
+    lse, share = saved
+    keep = (labels != terms.ignore_index).to(lse.dtype)
+    zero = torch.zeros_like(lse)
+    upstream = zero if dlosses is None else dlosses * keep
+    along = upstream * (1.0 + 2.0 * terms.z_loss * lse) + (zero if dlse is None else dlse * keep)
+    out = (_wide(logits[..., : terms.num_valid]) - lse.unsqueeze(-1)).exp_().mul_(along.unsqueeze(-1))
+    if terms.num_valid:
+        local, here = _local(labels, terms)
+        push = (upstream * here).mul_(terms.label_smoothing - 1.0)
+        out.scatter_add_(-1, local.unsqueeze(-1), push.unsqueeze(-1))
+    if terms.label_smoothing:
+        out.sub_((upstream * share).unsqueeze(-1))
+    padding = logits.shape[-1] - terms.num_valid
+    return torch.nn.functional.pad(out.to(logits.dtype), (0, padding)) if padding else out.to(logits.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _local(labels: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """(column of each label, clamped into the columns here; whether it was in them)."""
+    local = labels - terms.first
+    here = (local >= 0) & (local < terms.num_valid) & (labels != terms.ignore_index)
+    return local.clamp(0, max(terms.num_valid - 1, 0)), here
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Saves the logits and one or two numbers per token."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, terms, group):
+        losses, lse, share = forward(logits, labels, terms, group)
+        ctx.save_for_backward(logits, labels, lse, share)
+        ctx.terms = terms
+        ctx.set_materialize_grads(False)
+        return losses, lse
+
+    @staticmethod
+    def backward(ctx, dlosses, dlse):
+        logits, labels, lse, share = ctx.saved_tensors
+        if dlosses is None and dlse is None:
+            return None, None, None, None
+        return gradient(dlosses, dlse, logits, labels, (lse, share), ctx.terms), None, None, None
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, terms: Terms, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """(losses, log-sum-exp) of each token, both differentiable: see op.py for the formula.
+
+    logits: [..., v] of any float dtype, this process's columns; labels: [...] int64. Computed in fp32 (fp64 for fp64).
+    """
+    return _CrossEntropy.apply(logits, labels, terms, group)

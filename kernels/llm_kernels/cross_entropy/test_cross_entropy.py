@@ -1,32 +1,262 @@
-"""Cross entropy against torch's in fp64, with and without padded columns."""
+"""Cross entropy against its formula in fp64, and beside torch's own in the same dtype."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_kernels.cross_entropy.ref import vocab_parallel_cross_entropy
-from llm_kernels.testing import TOLERANCE, assert_matches, random
+from llm_kernels.cross_entropy import ref
+from llm_kernels.cross_entropy.bench import BENCHMARK
+from llm_kernels.cross_entropy.op import cross_entropy
+from llm_kernels.cross_entropy.ref import Terms, vocab_parallel_cross_entropy
+from llm_kernels.guard import Traffic
+from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, random
+
+
+def labels_of(shape: tuple[int, ...], words: int, ignored: bool = False) -> Tensor:
+    labels = torch.randint(0, words, shape, generator=torch.Generator().manual_seed(0))
+    if ignored and labels.numel():
+        labels.view(-1)[::3] = -100
+    return labels.to(default_device())
+
+
+def peer(labels: Tensor, words: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Callable[[Tensor], Tensor]:
+    """The loss by torch's own operators; in fp64 the truth."""
+
+    def run(logits: Tensor) -> Tensor:
+        valid = logits[..., :words].reshape(-1, words)
+        losses = F.cross_entropy(valid, labels.flatten(), reduction="none", label_smoothing=smoothing).view(
+            labels.shape
+        )
+        if z_loss:
+            losses = losses + z_loss * valid.logsumexp(-1).square().view(labels.shape).masked_fill(labels == -100, 0.0)
+        return losses if losses.dtype == torch.float64 else losses.float()
+
+    return run
+
+
+def ours(labels: Tensor, words: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Callable[[Tensor], Tensor]:
+    options = {"num_valid": words, "label_smoothing": smoothing, "z_loss": z_loss}
+    return lambda logits: cross_entropy(logits, labels, **options, backend="triton")  # type: ignore[return-value,arg-type]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("columns", "words"), [(50, 50), (64, 50), (1, 1), (8, 3)])
-def test_matches_fp64(columns: int, words: int, dtype: torch.dtype) -> None:
-    labels = torch.randint(0, words, (5, 3), generator=torch.Generator().manual_seed(0))
+def test_references_match_fp64(columns: int, words: int, dtype: torch.dtype) -> None:
+    labels = labels_of((5, 3), words)
+    for op in (
+        lambda x: vocab_parallel_cross_entropy(x, labels, words),
+        lambda x: ref.cross_entropy(x, labels, Terms(0, words))[0],
+    ):
+        assert_matches(op, peer(labels, words), [random(5, 3, columns, dtype=dtype)])
 
-    def truth(logits: Tensor) -> Tensor:
-        flat = torch.nn.functional.cross_entropy(logits[..., :words].flatten(0, 1), labels.flatten(), reduction="none")
-        return flat.view(5, 3)
 
-    assert_matches(
-        lambda logits: vocab_parallel_cross_entropy(logits, labels, words), truth, [random(5, 3, columns, dtype=dtype)]
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_reference_with_everything(dtype: torch.dtype) -> None:
+    labels = labels_of((5, 3), 20, ignored=True)
+    terms = Terms(0, 20, label_smoothing=0.1, z_loss=0.01)
+    compare(
+        "cross_entropy/reference",
+        lambda x: ref.cross_entropy(x, labels, terms)[0],
+        peer(labels, 20, 0.1, 0.01),
+        peer(labels, 20, 0.1, 0.01),
+        [random(5, 3, 24, dtype=dtype)],
     )
 
 
-def test_large_logits_do_not_overflow() -> None:
-    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
-    losses = vocab_parallel_cross_entropy(logits, torch.tensor([1]), 3)
-    losses.sum().backward()
-    assert losses.item() == 2e4
-    assert logits.grad is not None and logits.grad.tolist() == [[1.0, -1.0, 0.0]]
+def test_reference_gradcheck() -> None:
+    labels = labels_of((4,), 5, ignored=True)
+    terms = Terms(0, 5, label_smoothing=0.1, z_loss=0.01)
+    assert torch.autograd.gradcheck(lambda x: ref.cross_entropy(x, labels, terms), random(4, 7, dtype=torch.float64))
+
+
+# Several tiles and a part of one; a tile exactly; padding; words that divide by nothing, in aligned rows and in
+# unaligned ones; one token over several programs; one column; no tokens; many tokens of few words.
+SHAPES = [
+    ((20,), 20000, 20000),
+    ((17,), 8192, 8192),
+    ((3, 7), 1024, 1000),
+    ((2, 9), 5056, 5025),
+    ((19,), 5025, 5025),
+    ((1,), 40000, 39000),
+    ((3,), 30001, 30001),
+    ((5,), 1, 1),
+    ((0,), 64, 64),
+    ((50,), 128, 100),
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("shape", "columns", "words"), SHAPES, ids=str)
+def test_kernel(shape: tuple[int, ...], columns: int, words: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton")
+    labels = labels_of(shape, words)
+    run = ours(labels, words), peer(labels, words), peer(labels, words)
+    compare("cross_entropy/plain", *run, [random(*shape, columns, dtype=dtype)])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.2, 1e-2)])
+@pytest.mark.parametrize(("tokens", "columns", "words"), [(18, 9000, 9000), (2, 30000, 29990)])
+def test_kernel_terms(
+    tokens: int, columns: int, words: int, smoothing: float, z_loss: float, dtype: torch.dtype
+) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton")
+    labels = labels_of((tokens,), words, ignored=True)
+    arguments = labels, words, smoothing, z_loss
+    run = ours(*arguments), peer(*arguments), peer(*arguments)
+    compare("cross_entropy/smoothing, z-loss, ignored", *run, [random(tokens, columns, dtype=dtype)])
+
+
+@settings(max_examples=15)
+@given(
+    tokens=st.integers(1, 20),
+    words=st.integers(1, 300),
+    padding=st.sampled_from([0, 1, 8, 300]),
+    gap=st.sampled_from([0, 1, 16]),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+def test_any_shape_and_stride(tokens: int, words: int, padding: int, gap: int, smoothing: float, dtype) -> None:
+    """Rows may have gaps between them, and padding may hold anything."""
+    pytest.importorskip("triton", reason="the kernels need triton")
+    labels = labels_of((tokens,), words, ignored=True)
+    columns = words + padding
+    garbage = torch.zeros(columns + gap, dtype=dtype, device=labels.device)
+    garbage[words:] = torch.nan
+
+    def view(op: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: op((x + garbage.to(x.dtype))[:, :columns])
+
+    run = ours(labels, words, smoothing), peer(labels, words, smoothing), peer(labels, words, smoothing)
+    compare("cross_entropy/strided", *map(view, run), [random(tokens, columns + gap, dtype=dtype)])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_log_sum_exp_is_an_output(backend: str) -> None:
+    labels = labels_of((6,), 300, ignored=True)
+
+    def both(logits: Tensor) -> tuple[Tensor, Tensor]:
+        lse = logits.logsumexp(-1).masked_fill(labels == -100, 0.0)
+        return peer(labels, 300)(logits), lse
+
+    def found(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy(logits, labels, return_lse=True, backend=backend)  # type: ignore[return-value]
+
+    logits = random(6, 300, dtype=torch.float32)
+    compare("cross_entropy/log-sum-exp", found, both, both, [logits])
+    only = torch.autograd.grad(found(logits)[1].sum(), logits)[0]  # the losses are not used
+    wanted = torch.autograd.grad(both(logits)[1].sum(), logits)[0]
+    torch.testing.assert_close(only, wanted)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradient_over_the_logits(dtype: torch.dtype) -> None:
+    labels = labels_of((9,), 500, ignored=True)
+    x = random(9, 512, dtype=dtype)
+    grads = []
+    for inplace in (False, True):
+        logits = x * 1
+        losses = cross_entropy(logits, labels, num_valid=500, z_loss=1e-3, inplace_backward=inplace, backend="triton")
+        losses.sum().backward(retain_graph=True)  # type: ignore[union-attr]
+        assert x.grad is not None
+        grads.append(x.grad.clone())
+        x.grad = None
+        assert torch.equal(logits.detach(), grads[-1]) == inplace
+    assert torch.equal(*grads)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_parts_of_a_vocabulary_join_to_the_whole(tokens: int) -> None:
+    """What four processes do, without them: the statistics of each, joined; the last has padding alone."""
+    kernel = pytest.importorskip("llm_kernels.cross_entropy.kernel", reason="the kernels need triton")
+    logits, labels = random(tokens, 6000, dtype=torch.float32).detach(), labels_of((tokens,), 4100, ignored=True)
+    whole = Terms(0, 4100, label_smoothing=0.1, z_loss=1e-2)
+    stats = []
+    for rank in range(4):
+        terms = whole._replace(first=1500 * rank, num_valid=min(max(4100 - 1500 * rank, 0), 1500))
+        stats.append(kernel.forward(logits[:, 1500 * rank : 1500 * (rank + 1)], labels, terms, whole=False))
+    found = kernel.join(torch.cat(stats), labels, whole)
+    wanted = ref.forward(logits.double(), labels, whole)
+    for x, y in zip(found, wanted, strict=True):
+        kept = labels != -100
+        torch.testing.assert_close(x[kept].double(), y[kept], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_extremes(backend: str) -> None:
+    """Large logits do not overflow, -inf is probability 0, a label outside the vocabulary and NaN are seen."""
+    values = [[1e4, -1e4, 0.0], [-torch.inf, 0.0, 0.0], [0.0, 1.0, 2.0], [0.0, torch.nan, 0.0], [3e38, 3e38, -3e38]]
+    logits = torch.tensor(values, device=default_device(), requires_grad=True)
+    labels = torch.tensor([1, 1, 3, 0, 0], device=logits.device)
+    losses = cross_entropy(logits, labels, backend=backend)
+    losses[:2].sum().backward()  # type: ignore[index]
+    found = losses.tolist()  # type: ignore[union-attr]
+    assert found[0] == 2e4 and abs(found[1] - 0.693147) < 1e-6 and found[2] == torch.inf and found[3] != found[3]
+    assert abs(found[4]) < 1e32  # 3e38 + log 2 - 3e38
+    assert logits.grad is not None and logits.grad[0].tolist() == [1.0, -1.0, 0.0]
+    assert logits.grad[1].tolist() == pytest.approx([0.0, -0.5, 0.5])
+
+
+def test_moves_the_least_bytes(checked: Traffic | None) -> None:
+    if checked is None:
+        pytest.skip("bytes are counted by the interpreter")
+    shape = BENCHMARK.small
+    logits, labels = BENCHMARK.make(shape, torch.bfloat16, default_device())
+    losses = BENCHMARK.providers["ours"]()(logits, labels)
+    least = BENCHMARK.bytes_moved(shape, torch.bfloat16)  # type: ignore[misc]
+    forward = checked.bytes_loaded + checked.bytes_stored
+    losses.backward(torch.ones_like(losses))
+    backward = checked.bytes_loaded + checked.bytes_stored - forward
+    print(f"cross_entropy: forward {forward / least.forward:.3f}, backward {backward / least.backward:.3f}")
+    assert forward <= 1.03 * least.forward and backward <= 1.03 * least.backward
+
+
+def test_ignored_tokens_are_not_read(checked: Traffic | None) -> None:
+    if checked is None:
+        pytest.skip("bytes are counted by the interpreter")
+    logits = random(32, 1024, dtype=torch.float32)
+    cross_entropy(logits, torch.full((32,), -100), backend="triton").sum().backward()  # type: ignore[union-attr]
+    assert checked.bytes_loaded < 32 * 64 and logits.grad is not None and not logits.grad.any()
+
+
+def test_bad_input_is_named() -> None:
+    logits = torch.ones(2, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="labels are"):
+        cross_entropy(logits, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="labels are"):
+        cross_entropy(logits, torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="num_valid = 5"):
+        cross_entropy(logits, torch.zeros(2, dtype=torch.int64), num_valid=5)
+    with pytest.raises(ValueError, match="inplace_backward"):
+        cross_entropy(logits, torch.zeros(2, dtype=torch.int64), inplace_backward=True)
+
+
+def test_fake_tensors_see_through() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        logits = torch.empty(2, 3, 64, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.empty(2, 3, dtype=torch.int64)
+        losses, lse = cross_entropy(logits, labels, label_smoothing=0.1, return_lse=True, backend="triton")
+        losses.sum().backward()
+    assert losses.shape == lse.shape == labels.shape and losses.dtype == torch.float32
+    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
+
+
+def test_liger_agrees() -> None:
+    liger = pytest.importorskip("liger_kernel.ops.cross_entropy", reason="a second opinion where it is installed")
+    logits, labels = random(6, 300, dtype=torch.float32), labels_of((6,), 300, ignored=True)
+    kept = (labels != -100).sum()
+    # Arguments: input, target, weight, ignore_index, z-loss, label smoothing, reduction.
+    theirs = liger.LigerCrossEntropyFunction.apply(logits.detach().clone(), labels, None, -100, 1e-2, 0.1, "sum")[0]
+    found = cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-2, backend="triton")
+    assert kept and torch.allclose(found.sum(), theirs, rtol=1e-6)  # type: ignore[union-attr]

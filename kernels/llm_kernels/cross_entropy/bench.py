@@ -1,0 +1,118 @@
+"""Cross entropy: real vocabularies, peers, minimal bytes and the configurations to compile ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_kernels.aot import AotCase
+from llm_kernels.benchmark import Benchmark, Shape, Work, normal
+
+# Rows that exist after tensor parallelism: the whole vocabulary, and an eighth of Llama 3's.
+_VOCABULARIES = {"llama2": 32000, "llama3": 128256, "llama3-tp8": 16032}
+
+
+def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    labels = torch.randint(0, shape["words"], (shape["tokens"],), device=device)
+    return normal(shape["tokens"], shape["words"], dtype=dtype, device=device), labels
+
+
+def _bytes(shape: Shape, dtype: torch.dtype) -> Work:
+    """Labels (8), loss and log-sum-exp (4 each) per token besides the logits; backward also the upstream gradient."""
+    tokens, logits = shape["tokens"], shape["tokens"] * shape["words"] * dtype.itemsize
+    return Work(logits + 16 * tokens, 2 * logits + 16 * tokens)
+
+
+def _ours() -> Callable[..., Any]:
+    from llm_kernels.cross_entropy.op import cross_entropy
+
+    return lambda logits, labels: cross_entropy(logits, labels, backend="triton")
+
+
+def _torch() -> Callable[..., Any]:
+    return lambda logits, labels: F.cross_entropy(logits, labels, reduction="none")
+
+
+def _liger() -> Callable[..., Any]:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    # Forward writes the gradient over the logits: like every peer, it needs logits of its own.
+    return lambda logits, labels: liger_cross_entropy(logits.clone(), labels, reduction="none")
+
+
+def _quack() -> Callable[..., Any]:
+    from quack.cross_entropy import cross_entropy
+
+    return lambda logits, labels: cross_entropy(logits, labels, reduction="none")
+
+
+BENCHMARK = Benchmark(
+    name="cross_entropy",
+    shapes=[{"name": name, "tokens": 8192, "words": words} for name, words in _VOCABULARIES.items()]
+    + [{"name": "llama3, few tokens", "tokens": 64, "words": 128256}],
+    small={"name": "small", "tokens": 32, "words": 4096},
+    make=_make,
+    providers={
+        "ours": _ours,
+        "torch": _torch,
+        "torch.compile": lambda: torch.compile(_torch()),
+        "liger": _liger,
+        "quack": _quack,
+    },
+    bytes_moved=_bytes,
+)
+
+
+def aot_cases(arch: int) -> list[AotCase]:
+    """Forward (alone and as one of several splits), backward and the join, for padded and for odd vocabularies."""
+    from llm_kernels.cross_entropy.kernel import (
+        _cross_entropy_bwd_kernel,
+        _cross_entropy_fwd_kernel,
+        _join_kernel,
+        tile,
+    )
+
+    terms = {"first": "i64", "ignore_index": -100, "label_smoothing": "fp32", "z_loss": "fp32", "labels_ptr": "*i64"}
+    cases = []
+    # (columns, words, dtype): GPT-2's vocabulary padded to 128 has a number of words that divides by nothing.
+    for columns, words, dtype in (
+        (128256, 128256, "bf16"), (32000, 32000, "bf16"), (16032, 16032, "bf16"), (1024, 1024, "bf16"),
+        (50304, 50257, "bf16"), (50257, 50257, "bf16"), (128256, 128256, "fp32"),
+    ):  # fmt: skip
+        lanes, vec, warps = tile(columns, 2 if dtype == "bf16" else 4, columns % 16 == 0, arch)
+        wants = frozenset({"wide"}) if columns % 16 == 0 else frozenset()
+        shared: dict[str, Any] = {
+            **terms, "logits_ptr": f"*{dtype}", "lse_ptr": "*fp32", "share_ptr": "*fp32", "V": columns,
+            "row_stride": columns, "num_valid": words,
+        }  # fmt: skip
+        for smooth in (False, True):
+            tail = f"V={columns} {dtype}{' smoothed' if smooth else ''}"
+            split = -(-columns // (lanes * vec)) * lanes * vec
+            forward = {
+                **shared, "stats_ptr": "*fp32", "losses_ptr": "*fp32", "M": 8192, "split_columns": split,
+                "LANES": lanes, "VEC": vec, "SMOOTH": smooth, "FINISH": True,
+            }  # fmt: skip
+            backward = {
+                **shared, "dlosses_ptr": "*fp32", "dlse_ptr": None, "out_ptr": f"*{dtype}", "out_row_stride": columns,
+                "BLOCK": lanes * vec, "SMOOTH": smooth, "HAS_DLOSSES": True, "HAS_DLSE": False,
+            }  # fmt: skip
+            cases.append(AotCase(f"cross_entropy forward {tail}", _cross_entropy_fwd_kernel, forward, warps, 2, wants))
+            cases.append(
+                AotCase(f"cross_entropy backward {tail}", _cross_entropy_bwd_kernel, backward, warps, 2, wants)
+            )
+            if words == 128256:
+                parts = {**forward, "FINISH": False, "M": "i32"}
+                case = AotCase(f"cross_entropy statistics {tail}", _cross_entropy_fwd_kernel, parts, warps, 2, wants)
+                cases.append(replace(case, narrow_allowed=7))
+    for smooth in (False, True):
+        join = {
+            **terms, "stats_ptr": "*fp32", "losses_ptr": "*fp32", "lse_ptr": "*fp32", "share_ptr": "*fp32", "M": "i32",
+            "parts": "i32", "BLOCK_M": 128, "SMOOTH": smooth,
+        }  # fmt: skip
+        cases.append(AotCase(f"cross_entropy join{' smoothed' if smooth else ''}", _join_kernel, join, 4))
+    return cases
