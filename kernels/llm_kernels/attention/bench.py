@@ -156,10 +156,11 @@ def aot_cases(arch: int) -> list[AotCase]:
             cases.append(AotCase(name, function, arguments, tile.num_warps, tile.num_stages, wants))
     for d in (64, 128):
         arguments = {
-            "out_ptr": "*bf16", "dout_ptr": "*bf16", "dlse_ptr": None, "delta_ptr": "*fp32", "row_stride": 32 * d,
+            "out_ptr": "*bf16", "dout_ptr": "*bf16", "lse_ptr": "*fp32", "dlse_ptr": None, "delta_ptr": "*fp32",
+            "lse2_ptr": "*fp32", "row_stride": 32 * d,
             "S": 8192, "D": d, "BLOCK_D": d, "BLOCK_S": 64, "HAS_DLSE": False,
         }  # fmt: skip
         cases.append(
-            AotCase(f"attention delta d={d}", kernel_backward._delta_kernel, arguments, wants=frozenset({"wide"}))
+            AotCase(f"attention per row d={d}", kernel_backward._per_row_kernel, arguments, wants=frozenset({"wide"}))
         )
     return cases

@@ -77,14 +77,37 @@ def keep_weight(seed, head, query, key, threshold):
 
 
 @triton.jit
-def is_visible(aligned, key, len_k, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """``aligned`` is the key index that a query is level with."""
-    visible = (key < len_k) & (aligned == aligned)
+def in_window(aligned, key, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Whether a key is near enough to the one that a query is level with."""
+    visible = aligned == aligned
     if RIGHT:
         visible = visible & (key <= aligned + right)
     if LEFT:
         visible = visible & (key >= aligned - left)
     return visible
+
+
+@triton.jit
+def num_tiles(ranges, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """How many tiles at edges, or whole ones, are in (low, inner, outer, high)."""
+    low, inner, outer, high = ranges
+    if EDGE:
+        number = tl.cdiv(inner - low, BLOCK) + tl.cdiv(tl.maximum(high - outer, 0), BLOCK)
+    else:
+        number = (outer - inner) // BLOCK
+    return number
+
+
+@triton.jit
+def tile_start(index, ranges, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """Where the tile of this number begins. One loop for both edges: a second one costs registers in all others."""
+    low, inner, outer, _ = ranges
+    if EDGE:
+        before = low + index * BLOCK
+        start = tl.where(before < inner, before, before - inner + outer)
+    else:
+        start = inner + index * BLOCK
+    return start
 
 
 @triton.jit
@@ -99,8 +122,7 @@ def _attend(
     v_offsets,
     k_step,
     v_step,
-    start,
-    end,
+    ranges,
     aligned,
     len_k,
     left,
@@ -121,18 +143,21 @@ def _attend(
     DROPOUT: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Online softmax over the keys of tiles [start, end); only EDGE tiles have keys that some query does not see."""
+    """Online softmax over the keys of tiles at edges (EDGE), or of those that every query sees whole."""
+    # fp32 as three products of tf32 parts: right to about 2^-21, where products in fp32 proper spill kilobytes.
+    PRECISION: tl.constexpr = "tf32x3" if q.dtype == tl.float32 else "ieee"
     cols = tl.arange(0, BLOCK_D)
     # The scale goes into the exponent's FFMA, base 2: exp2(s c - m c).
     factor = LOG2E if SOFTCAP else scale * LOG2E
-    for n in tl.range(start, end, BLOCK_N):
+    for i in tl.range(0, num_tiles(ranges, BLOCK_N, EDGE)):
+        n = tile_start(i, ranges, BLOCK_N, EDGE)
         keys = n + tl.arange(0, BLOCK_N)
         k = load_rows(k_base + n * k_step, k_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
-        s = tl.dot(q, k.T, input_precision="ieee")
+        s = tl.dot(q, k.T, input_precision=PRECISION)
         if SOFTCAP:
             s = softcap * tanh(s * (scale / softcap))
         if EDGE:
-            visible = is_visible(aligned[:, None], keys[None, :], len_k, left, right, LEFT, RIGHT)
+            visible = in_window(aligned[:, None], keys[None, :], left, right, LEFT, RIGHT) & (keys < len_k)[None, :]
             s = tl.where(visible, s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
         # A query that has seen nothing yet stays at -inf, and -inf - -inf would be NaN.
@@ -143,7 +168,7 @@ def _attend(
         if DROPOUT:
             p = tl.where(keep_weight(seed, head, query[:, None], (k_start + keys)[None, :], threshold), p, 0.0)
         v = load_rows(v_base + n * v_step, v_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         row_max = new_max
     return acc, row_sum, row_max
 
@@ -230,28 +255,22 @@ def _attention_fwd_kernel(
     v_offsets = lanes[:, None] * v_row_stride + cols[None, :]
     shift = len_k - len_q
     last = tl.minimum(first + BLOCK_M, len_q) - 1
-    low, inner, outer, high = key_range(first, last, shift, len_k, left, right, LEFT, RIGHT, BLOCK_N)
+    ranges = key_range(first, last, shift, len_k, left, right, LEFT, RIGHT, BLOCK_N)
     aligned = first + rows + shift
     query = q_start + first + rows
     head = (batch * H + h).to(tl.int32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if LEFT:
-        acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, k_base, v_base, k_offsets, v_offsets, k_step, v_step, low, inner, aligned, len_k,
-            left, right, scale, softcap, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
-            SOFTCAP, DROPOUT, True,
-        )  # fmt: skip
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_base, v_base, k_offsets, v_offsets, k_step, v_step, inner, outer, aligned, len_k,
-        left, right, scale, softcap, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
-        SOFTCAP, DROPOUT, False,
+        acc, row_sum, row_max, q, k_base, v_base, k_offsets, v_offsets, k_step, v_step, ranges, aligned, len_k, left,
+        right, scale, softcap, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP,
+        DROPOUT, False,
     )  # fmt: skip
     acc, row_sum, row_max = _attend(
-        acc, row_sum, row_max, q, k_base, v_base, k_offsets, v_offsets, k_step, v_step, outer, high, aligned, len_k,
-        left, right, scale, softcap, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
-        SOFTCAP, DROPOUT, True,
+        acc, row_sum, row_max, q, k_base, v_base, k_offsets, v_offsets, k_step, v_step, ranges, aligned, len_k, left,
+        right, scale, softcap, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP,
+        DROPOUT, True,
     )  # fmt: skip
     nothing = row_sum == 0.0
     row_sum = tl.where(nothing, 1.0, row_sum)

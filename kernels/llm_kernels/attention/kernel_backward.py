@@ -17,14 +17,16 @@ from torch import Tensor
 from llm_kernels.attention.kernel import (
     LOG2E,
     Tile,
+    in_window,
     is_plain,
-    is_visible,
     keep_weight,
     key_range,
     load_rows,
+    num_tiles,
     padded,
     switches,
     tanh,
+    tile_start,
 )
 from llm_kernels.attention.ref import Options
 
@@ -48,11 +50,13 @@ def dq_tile(arch: int, block_d: int, element_size: int, plain: bool = True) -> T
 
 
 @triton.jit
-def _delta_kernel(
+def _per_row_kernel(
     out_ptr,
     dout_ptr,
+    lse_ptr,
     dlse_ptr,
     delta_ptr,
+    lse2_ptr,
     row_stride,
     S,
     D: tl.constexpr,
@@ -60,7 +64,10 @@ def _delta_kernel(
     BLOCK_S: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
-    """delta = sum(dout out) - dlse for BLOCK_S tokens of one head; [s, b h, d] → [b h, s]."""
+    """delta = sum(dout out) - dlse, and lse for exp2, for BLOCK_S tokens of one head; [s, b h, d] → [b h, s].
+
+    Queries that saw nothing get +inf, so their weights come out as 0.
+    """
     head = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     cols = tl.arange(0, BLOCK_D)
@@ -72,16 +79,9 @@ def _delta_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + head * S + rows, mask=rows < S, other=0.0)
     tl.store(delta_ptr + head * S + rows, delta, mask=rows < S)
-
-
-@triton.jit
-def load_lse(lse_ptr, rows, limit, CHECK: tl.constexpr):
-    """Log-sum-exp for exp2, +inf for queries that saw nothing or are not there: their weights come out as 0."""
-    if CHECK:
-        lse = tl.load(lse_ptr + rows, mask=rows < limit, other=float("inf"))
-    else:
-        lse = tl.load(lse_ptr + rows)
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    lse = tl.load(lse_ptr + head * S + rows, mask=rows < S, other=0.0)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    tl.store(lse2_ptr + head * S + rows, lse, mask=rows < S)
 
 
 @triton.jit
@@ -94,12 +94,13 @@ def _gather_dkdv(
     dout_base,
     lse_base,
     delta_base,
+    q_head_stride,
+    SQ,
     q_offsets,
     dout_offsets,
     q_step,
     dout_step,
-    start,
-    end,
+    ranges,
     len_q,
     keys,
     shift,
@@ -114,6 +115,7 @@ def _gather_dkdv(
     q_start,
     k_start,
     threshold,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -123,34 +125,45 @@ def _gather_dkdv(
     DROPOUT: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Adds what queries of tiles [start, end) of one head give; scores are transposed, [keys, queries]."""
+    """Adds what tiles of queries at edges (EDGE), or those that see all keys, give; scores are [keys, queries].
+
+    One loop over all heads of the group: nested in another, what it keeps in registers would spill, and the pipeline
+    of loads would run dry with every head.
+    """
+    PRECISION: tl.constexpr = "tf32x3" if q_base.dtype.element_ty == tl.float32 else "ieee"
     cols = tl.arange(0, BLOCK_D)
     factor = LOG2E if SOFTCAP else scale * LOG2E
-    for m in tl.range(start, end, BLOCK_M):
+    tiles = num_tiles(ranges, BLOCK_M, EDGE)
+    for i in tl.range(0, GROUP * tiles):
+        member = i // tiles
+        m = tile_start(i - member * tiles, ranges, BLOCK_M, EDGE)
         rows = m + tl.arange(0, BLOCK_M)
-        q = load_rows(q_base + m * q_step, q_offsets, rows, len_q, cols, D, BLOCK_D, EDGE)
-        lse = load_lse(lse_base, rows, len_q, EDGE)
-        s = tl.dot(k, q.T, input_precision="ieee")
+        q = load_rows(q_base + member * q_head_stride + m * q_step, q_offsets, rows, len_q, cols, D, BLOCK_D, EDGE)
+        lse_at = lse_base + member * SQ + rows
+        lse = tl.load(lse_at, mask=rows < len_q, other=float("inf")) if EDGE else tl.load(lse_at)
+        s = tl.dot(k, q.T, input_precision=PRECISION)
         if SOFTCAP:
             t = tanh(s * (scale / softcap))
             s = softcap * t
         p = tl.exp2(s * factor - lse[None, :])
         if EDGE:
-            visible = is_visible((rows + shift)[None, :], keys[:, None], len_k, left, right, LEFT, RIGHT)
+            # Queries that are not there have weight 0 by their lse; keys that are not there are not stored.
+            visible = in_window((rows + shift)[None, :], keys[:, None], left, right, LEFT, RIGHT)
             p = tl.where(visible, p, 0.0)
-        dout = load_rows(dout_base + m * dout_step, dout_offsets, rows, len_q, cols, D, BLOCK_D, EDGE)
-        delta = tl.load(delta_base + rows, mask=rows < len_q, other=0.0) if EDGE else tl.load(delta_base + rows)
-        dp = tl.dot(v, dout.T, input_precision="ieee")
+        dout = load_rows(dout_base + member * D + m * dout_step, dout_offsets, rows, len_q, cols, D, BLOCK_D, EDGE)
+        delta_at = delta_base + member * SQ + rows
+        delta = tl.load(delta_at, mask=rows < len_q, other=0.0) if EDGE else tl.load(delta_at)
+        dp = tl.dot(v, dout.T, input_precision=PRECISION)
         if DROPOUT:
-            keep = keep_weight(seed, head, (q_start + rows)[None, :], (k_start + keys)[:, None], threshold)
-            dv = tl.dot(tl.where(keep, p * keep_scale, 0.0).to(dout.dtype), dout, dv, input_precision="ieee")
+            keep = keep_weight(seed, head + member, (q_start + rows)[None, :], (k_start + keys)[:, None], threshold)
+            dv = tl.dot(tl.where(keep, p * keep_scale, 0.0).to(dout.dtype), dout, dv, input_precision=PRECISION)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         else:
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds = ds * (1.0 - t * t)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -245,33 +258,26 @@ def _attention_bwd_dkdv_kernel(
     v = load_rows(v_base, lanes[:, None] * v_row_stride + cols[None, :], lanes, left_over, cols, D, BLOCK_D, True)
     shift = len_k - len_q
     last = tl.minimum(first + BLOCK_N, len_k) - 1
-    low, inner, outer, high = query_range(first, last, shift, len_q, left, right, LEFT, RIGHT, BLOCK_M)
+    ranges = query_range(first, last, shift, len_q, left, right, LEFT, RIGHT, BLOCK_M)
     keys = first + lanes
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for m in range(GROUP):
-        h = group * GROUP + m
-        q_base = q_ptr + batch * q_batch_stride + group * q_group_stride + m * q_head_stride + q_start * q_step
-        dout_base = dout_ptr + q_start * dout_step + (batch * G * GROUP + h) * D
-        lse_base = lse_ptr + (batch * G * GROUP + h) * SQ + q_start
-        delta_base = delta_ptr + (batch * G * GROUP + h) * SQ + q_start
-        head = (batch * G * GROUP + h).to(tl.int32)
-        if RIGHT:
-            dk, dv = _gather_dkdv(
-                dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_offsets, dout_offsets, q_step, dout_step, low,
-                inner, len_q, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head, q_start, k_start,
-                threshold, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
-            )  # fmt: skip
-        dk, dv = _gather_dkdv(
-            dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_offsets, dout_offsets, q_step, dout_step, inner,
-            outer, len_q, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head, q_start, k_start,
-            threshold, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
-        )  # fmt: skip
-        dk, dv = _gather_dkdv(
-            dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_offsets, dout_offsets, q_step, dout_step, outer,
-            high, len_q, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head, q_start, k_start,
-            threshold, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
-        )  # fmt: skip
+    first_head = (batch * G + group) * GROUP
+    q_base = q_ptr + batch * q_batch_stride + group * q_group_stride + q_start * q_step
+    dout_base = dout_ptr + q_start * dout_step + first_head * D
+    lse_base = lse_ptr + first_head * SQ + q_start
+    delta_base = delta_ptr + first_head * SQ + q_start
+    head = first_head.to(tl.int32)
+    dk, dv = _gather_dkdv(
+        dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_head_stride, SQ, q_offsets, dout_offsets, q_step,
+        dout_step, ranges, len_q, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head, q_start,
+        k_start, threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
+    )  # fmt: skip
+    dk, dv = _gather_dkdv(
+        dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_head_stride, SQ, q_offsets, dout_offsets, q_step,
+        dout_step, ranges, len_q, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head, q_start,
+        k_start, threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
+    )  # fmt: skip
     mask = (lanes < left_over)[:, None] & (cols < D)[None, :]
     dk_base = dk_ptr + batch * dk_batch_stride + group * dk_group_stride + key_row * dk_row_stride
     dv_base = dv_ptr + batch * dv_batch_stride + group * dv_group_stride + key_row * dv_row_stride
@@ -294,8 +300,7 @@ def _gather_dq(
     v_offsets,
     k_step,
     v_step,
-    start,
-    end,
+    ranges,
     aligned,
     len_k,
     left,
@@ -318,28 +323,30 @@ def _gather_dq(
     EDGE: tl.constexpr,
 ):
     """Adds what keys of tiles [start, end) give."""
+    PRECISION: tl.constexpr = "tf32x3" if k_base.dtype.element_ty == tl.float32 else "ieee"
     cols = tl.arange(0, BLOCK_D)
     factor = LOG2E if SOFTCAP else scale * LOG2E
-    for n in tl.range(start, end, BLOCK_N):
+    for i in tl.range(0, num_tiles(ranges, BLOCK_N, EDGE)):
+        n = tile_start(i, ranges, BLOCK_N, EDGE)
         keys = n + tl.arange(0, BLOCK_N)
         k = load_rows(k_base + n * k_step, k_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
-        s = tl.dot(q, k.T, input_precision="ieee")
+        s = tl.dot(q, k.T, input_precision=PRECISION)
         if SOFTCAP:
             t = tanh(s * (scale / softcap))
             s = softcap * t
         p = tl.exp2(s * factor - lse[:, None])
         if EDGE:
-            visible = is_visible(aligned[:, None], keys[None, :], len_k, left, right, LEFT, RIGHT)
+            visible = in_window(aligned[:, None], keys[None, :], left, right, LEFT, RIGHT) & (keys < len_k)[None, :]
             p = tl.where(visible, p, 0.0)
         v = load_rows(v_base + n * v_step, v_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
-        dp = tl.dot(dout, v.T, input_precision="ieee")
+        dp = tl.dot(dout, v.T, input_precision=PRECISION)
         if DROPOUT:
             keep = keep_weight(seed, head, query[:, None], (k_start + keys)[None, :], threshold)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if SOFTCAP:
             ds = ds * (1.0 - t * t)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
@@ -414,48 +421,43 @@ def _attention_bwd_dq_kernel(
     q = load_rows(q_base, rows[:, None] * q_row_stride + cols[None, :], rows, left_over, cols, D, BLOCK_D, True)
     dout_offsets = rows[:, None] * dout_row_stride + cols[None, :]
     dout = load_rows(dout_base, dout_offsets, rows, left_over, cols, D, BLOCK_D, True)
-    per_row = (batch * H + h) * SQ + query_row
-    lse = load_lse(lse_ptr + per_row, rows, left_over, True)
-    delta = tl.load(delta_ptr + per_row + rows, mask=rows < left_over, other=0.0)
+    number = (batch * H + h) * SQ + query_row
+    lse = tl.load(lse_ptr + number + rows, mask=rows < left_over, other=float("inf"))
+    delta = tl.load(delta_ptr + number + rows, mask=rows < left_over, other=0.0)
     shift = len_k - len_q
     last = tl.minimum(first + BLOCK_M, len_q) - 1
-    low, inner, outer, high = key_range(first, last, shift, len_k, left, right, LEFT, RIGHT, BLOCK_N)
+    ranges = key_range(first, last, shift, len_k, left, right, LEFT, RIGHT, BLOCK_N)
     aligned = first + rows + shift
     query = q_start + first + rows
     head = (batch * H + h).to(tl.int32)
     k_offsets = lanes[:, None] * k_row_stride + cols[None, :]
     v_offsets = lanes[:, None] * v_row_stride + cols[None, :]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if LEFT:
-        dq = _gather_dq(
-            dq, q, dout, lse, delta, k_base, v_base, k_offsets, v_offsets, k_step, v_step, low, inner, aligned, len_k,
-            left, right, scale, softcap, keep_scale, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT,
-            RIGHT, SOFTCAP, DROPOUT, True,
-        )  # fmt: skip
     dq = _gather_dq(
-        dq, q, dout, lse, delta, k_base, v_base, k_offsets, v_offsets, k_step, v_step, inner, outer, aligned, len_k,
-        left, right, scale, softcap, keep_scale, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT,
-        RIGHT, SOFTCAP, DROPOUT, False,
+        dq, q, dout, lse, delta, k_base, v_base, k_offsets, v_offsets, k_step, v_step, ranges, aligned, len_k, left,
+        right, scale, softcap, keep_scale, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
+        SOFTCAP, DROPOUT, False,
     )  # fmt: skip
     dq = _gather_dq(
-        dq, q, dout, lse, delta, k_base, v_base, k_offsets, v_offsets, k_step, v_step, outer, high, aligned, len_k,
-        left, right, scale, softcap, keep_scale, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT,
-        RIGHT, SOFTCAP, DROPOUT, True,
+        dq, q, dout, lse, delta, k_base, v_base, k_offsets, v_offsets, k_step, v_step, ranges, aligned, len_k, left,
+        right, scale, softcap, keep_scale, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
+        SOFTCAP, DROPOUT, True,
     )  # fmt: skip
     dq_base = dq_ptr + batch * dq_batch_stride + group * dq_group_stride + (h % GROUP) * dq_head_stride
     at = dq_base + query_row * dq_row_stride + rows[:, None] * dq_row_stride + cols[None, :]
     tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=(rows < left_over)[:, None] & (cols < D)[None, :])
 
 
-def delta_of(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    """out, dout: [sq, b, h, d] contiguous, dlse: fp32 [b, h, sq] → sum(dout out) - dlse, fp32 [b, h, sq]."""
+def per_row(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out, dout: [sq, b, h, d] contiguous; lse, dlse: fp32 [b, h, sq] → (lse for exp2, sum(dout out) - dlse)."""
     sq, b, h, d = out.shape
-    delta = torch.empty(b, h, sq, dtype=torch.float32, device=out.device)
-    rows = 64 if d <= 128 else 32
-    _delta_kernel[(b * h, triton.cdiv(sq, rows))](
-        out, dout, dlse, delta, b * h * d, sq, d, padded(d), rows, dlse is not None, num_warps=4
-    )
-    return delta
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    if lse.numel():
+        rows = 64 if d <= 128 else 32
+        _per_row_kernel[(b * h, triton.cdiv(sq, rows))](
+            out, dout, lse, dlse, delta, lse2, b * h * d, sq, d, padded(d), rows, dlse is not None, num_warps=4
+        )
+    return lse2, delta
 
 
 def backward(
@@ -464,7 +466,7 @@ def backward(
 ) -> None:  # fmt: skip
     """Writes dq [sq, b, g, m, d], dk and dv [sk, b, g, d] (``gradients``, any strides with d contiguous).
 
-    ``tensors``: q, k, v as in the forward launcher, dout [sq, b, h, d] contiguous, lse and delta [b, h, sq].
+    ``tensors``: q, k, v as in the forward launcher, dout [sq, b, h, d] contiguous, and what ``per_row`` returned.
     ``extents``: most queries and most keys of a segment.
     """
     q, k, v, dout, lse, delta = tensors

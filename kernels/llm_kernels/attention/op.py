@@ -233,10 +233,10 @@ def _backward(dout, dlse, q, k, v, out, lse, table, max_q, max_k, covers_keys, c
     from llm_kernels.attention import kernel, kernel_backward
 
     dout = dout.contiguous()
-    delta = kernel_backward.delta_of(out, dout, None if dlse is None else dlse.contiguous())
+    stats = kernel_backward.per_row(out, dout, lse, None if dlse is None else dlse.contiguous())
     dq, dk, dv = _fill(q, covers_queries), _fill(k, covers_keys), _fill(v, covers_keys)
     groups = k.shape[2]
-    tensors = (kernel.by_group(q, groups), k, v, dout, lse, delta)
+    tensors = (kernel.by_group(q, groups), k, v, dout, *stats)
     gradients = (kernel.by_group(dq, groups), dk, dv)
     kernel_backward.backward(tensors, gradients, table, (max_q, max_k), Options(*options), arch(q))
     return dq, dk, dv
@@ -246,9 +246,9 @@ def _qkv_backward(dout, qkv, out, lse, table, max_q, max_k, covers_keys, covers_
     from llm_kernels.attention import kernel_backward
 
     dout = dout.contiguous()
-    delta = kernel_backward.delta_of(out, dout, None)
+    stats = kernel_backward.per_row(out, dout, lse, None)
     dqkv = _fill(qkv, covers_keys and covers_queries)
-    tensors = (*_unpack(qkv), dout, lse, delta)
+    tensors = (*_unpack(qkv), dout, *stats)
     kernel_backward.backward(tensors, _unpack(dqkv), table, (max_q, max_k), Options(*options), arch(qkv))
     return dqkv
 
