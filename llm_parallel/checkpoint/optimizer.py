@@ -88,7 +88,11 @@ def load_optimizer_state(engine: Engine, state: dict[str, Any]) -> None:
         tensors, kind = state.pop("param_state", None), state.pop("param_state_sharding_type", None)
         part.load_state_dict(state)
         inner = part.optimizer
-        steps = {parameter: values.pop("step").clone() for parameter, values in inner.state.items() if "step" in values}
+        steps = {
+            parameter: values.pop("step").clone().to(parameter.device)
+            for parameter, values in inner.state.items()
+            if "step" in values
+        }
         if tensors is not None:
             with torch.no_grad():
                 getattr(part, f"load_parameter_state_from_{kind}")(tensors)

@@ -133,6 +133,28 @@ class ParallelConfig(Node):
     """See ``recompute_method``."""
 
 
+KernelChoice = Literal["auto", "triton", "torch"]
+
+
+class KernelsConfig(Node):
+    """Which implementation every operator runs. ``auto``: Triton on CUDA, plain torch on CPU; ``triton`` on CPU is
+    Triton's interpreter, for checks only (needs TRITON_INTERPRET=1 in the environment)."""
+
+    rms_norm: KernelChoice = "auto"
+    """RMSNorm and its fused addition to the residual stream."""
+    rope: KernelChoice = "auto"
+    """Rotary position embedding; Triton rotates queries and keys in place in the packed projection."""
+    attention: KernelChoice = "auto"
+    """Attention; ``torch`` is scaled dot product attention per document."""
+    swiglu: KernelChoice = "auto"
+    """SwiGLU; Triton writes the gradient over the saved input."""
+    cross_entropy: KernelChoice = "auto"
+    """Vocabulary-parallel loss; Triton writes the gradient over the logits."""
+    fuse_output_loss: bool = False
+    """Compute output projection and loss together, some tokens at a time, so that the logits of a micro batch never
+    exist: less memory for large vocabularies, one more product of hidden states and output matrix in backward."""
+
+
 class RampUp(Node):
     """Linear growth of the global batch size at the start of a run (as in GPT-3 and Megatron-LM)."""
 
@@ -209,9 +231,9 @@ class OptimConfig(Node):
     """Decoupled weight decay of matrices; norm weights have none."""
     clip_grad: float = Field(1.0, ge=0.0)
     """Largest global gradient norm; 0 for no clipping."""
-    implementation: Literal["auto", "torch", "apex"] = "auto"
-    """``torch``: fused AdamW of torch; ``apex``: FusedAdam of NVIDIA's apex; ``auto``: apex on CUDA where it is
-    installed, else torch."""
+    implementation: Literal["auto", "triton", "torch", "apex"] = "auto"
+    """``triton``: our fused AdamW; ``torch``: fused AdamW of torch; ``apex``: FusedAdam of NVIDIA's apex; ``auto``:
+    Triton on CUDA where it is installed, else torch."""
 
 
 class CheckpointConfig(Node):
@@ -262,6 +284,7 @@ class RunConfig(Node):
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
+    kernels: KernelsConfig = KernelsConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from llm_kernels.cross_entropy.ref import vocab_parallel_cross_entropy
+from llm_kernels.cross_entropy.op import cross_entropy
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.model.init import initialize
 from llm_parallel.model.layer_spec import block_spec
 from llm_parallel.model.mcore_config import padded_vocab_size, transformer_config
-from llm_parallel.model.sequence import KVCache, frequencies, sequence_info
+from llm_parallel.model.sequence import Angles, KVCache, frequencies, sequence_info
 from llm_parallel.parallel.groups import Groups
 
 
@@ -39,7 +39,7 @@ class LlamaModel(GPTModel):
         self.run_config, self.groups = config, groups
         shard = self.vocab_size // layout.tp
         self.num_valid_words = min(max(model.vocab_size - groups.at.tp * shard, 0), shard)
-        self.inverse_freq = frequencies(model, groups.platform.device)
+        self.angles = Angles(frequencies(model, groups.platform.device))
         initialize(self, model, groups, config.seed)
 
     def forward(
@@ -59,13 +59,19 @@ class LlamaModel(GPTModel):
             ranges = layout.token_ranges(tokens.shape[1] * layout.cp, self.groups.at.cp)
         else:
             ranges = (range(cache.length, cache.length + tokens.shape[1]),)
-        info = sequence_info(ranges, document_starts, self.inverse_freq, cache)
+        shape = tokens.shape[0], tokens.shape[1] * layout.cp
+        info = sequence_info(ranges, document_starts, self.angles, shape, cache)
         return super().forward(tokens, None, None, labels=labels, packed_seq_params=info)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, V/tp] → fp32 losses [B, S]; padding of the vocabulary takes no part."""
-        losses_SB = vocab_parallel_cross_entropy(
-            logits, labels.t(), self.num_valid_words, self.pg_collection.tp if self.groups.layout.tp > 1 else None
+        losses_SB = cross_entropy(
+            logits,
+            labels.t(),
+            num_valid=self.num_valid_words,
+            group=self.pg_collection.tp if self.groups.layout.tp > 1 else None,
+            inplace_backward=True,  # nothing else reads the logits
+            backend=self.run_config.kernels.cross_entropy,
         )
         return losses_SB.t()
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from llm_parallel.model.modules import CoreAttention, RMSNorm, SwiGLU
+from llm_parallel.model.attention import CoreAttention, LlamaAttention
+from llm_parallel.model.modules import LlamaLayer, RMSNorm, SwiGLU
 
 
 def layer_spec() -> ModuleSpec:
     """One Llama layer: norm, attention, residual, norm, MLP, residual."""
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=LlamaAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -33,7 +34,7 @@ def layer_spec() -> ModuleSpec:
         submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=LlamaLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree import KernelsConfig, RunConfig
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import Platform
 
@@ -19,6 +20,13 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 VOCAB_MULTIPLE = 128
+
+
+@dataclass
+class LlamaTransformerConfig(TransformerConfig):
+    """What megatron-core hands to every module, with our choice of kernels."""
+
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -50,7 +58,7 @@ def pipeline_layout(layout: Layout) -> PipelineParallelLayerLayout | None:
     return PipelineParallelLayerLayout(rows, layout.pp)
 
 
-def transformer_config(config: RunConfig, layout: Layout, platform: Platform) -> TransformerConfig:
+def transformer_config(config: RunConfig, layout: Layout, platform: Platform) -> LlamaTransformerConfig:
     """TransformerConfig of a checked run configuration."""
     model, parallel = config.model, config.parallel
     dtype = compute_dtype(config)
@@ -63,7 +71,8 @@ def transformer_config(config: RunConfig, layout: Layout, platform: Platform) ->
         }
     elif parallel.recompute == "selective":
         recompute = {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
-    return TransformerConfig(
+    return LlamaTransformerConfig(
+        kernels=config.kernels,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,

@@ -12,8 +12,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from llm_kernels.attention.op import Segments
 from llm_kernels.attention.ref import Segment
-from llm_kernels.rope.ref import cos_sin, inverse_frequencies
+from llm_kernels.rope.ref import inverse_frequencies
+from llm_kernels.rope.table import RopeTable
 from llm_parallel.config.tree import ModelConfig
 
 
@@ -51,14 +53,52 @@ class KVCache:
 class SequenceInfo(PackedSeqParams):
     """Rides through megatron-core's layers as ``packed_seq_params`` to our core attention.
 
-    cos, sin: fp32 [S, 1 or B, 1, D]; segments: as in llm_kernels.attention.ref; cache: while generating.
+    rope: angles of this process's tokens; segments: as in llm_kernels.attention.ref, for each batch row or one for
+    all; parts: lengths of the token ranges that this process holds; shape: samples and tokens of a whole sample; cache:
+    while generating.
     """
 
     qkv_format: str = "sbhd"
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    rope: RopeTable = field(default=None)  # type: ignore[assignment]  # the base class's fields have defaults
     segments: tuple[tuple[Segment, ...], ...] = ()
+    parts: tuple[int, ...] = ()
+    shape: tuple[int, int] = (1, 0)
     cache: KVCache | None = field(default=None)
+    _tables: list[tuple[slice, Segments]] = field(default_factory=list, repr=False)
+
+    def tables(self) -> list[tuple[slice, Segments]]:
+        """For each token range of this process its place among the process's tokens, and the segments of its queries on
+        the device, made once for all layers."""
+        if not self._tables:
+            rows, num_keys = self.shape
+            by_row = self.segments if len(self.segments) > 1 else self.segments * rows
+            start = 0
+            for length in self.parts:
+                end = start + length
+                found = [
+                    (row, part.q_start - start, part.q_end - start, part.k_start, part.k_end)
+                    for row, parts in enumerate(by_row)
+                    for part in parts
+                    if start <= part.q_start < end
+                ]
+                table = Segments.from_rows(found, rows, length, num_keys, self.rope.cos.device)
+                self._tables.append((slice(start, end), table))
+                start = end
+        return self._tables
+
+
+class Angles:
+    """The rotary table of a model, as long as it has been needed so far."""
+
+    def __init__(self, frequencies: Tensor) -> None:
+        self._frequencies = frequencies
+        self._table = RopeTable.make(frequencies, 0)
+
+    def reaching(self, num_positions: int) -> RopeTable:
+        """Table of at least that many positions."""
+        if self._table.cos.shape[0] < num_positions:
+            self._table = RopeTable.make(self._frequencies, num_positions)
+        return self._table
 
 
 def frequencies(model: ModelConfig, device: torch.device) -> Tensor:
@@ -93,24 +133,27 @@ def document_segments(starts: Sequence[int], token_ranges: tuple[range, ...]) ->
 def sequence_info(
     token_ranges: tuple[range, ...],
     document_starts: Sequence[Tensor] | None,
-    inverse_freq: Tensor,
+    angles: Angles,
+    shape: tuple[int, int],
     cache: KVCache | None = None,
 ) -> SequenceInfo:
-    """Positions and segments of a micro batch of which this process holds ``token_ranges`` of every sample.
+    """Positions and segments of a micro batch of which this process holds ``token_ranges`` of every sample. shape:
+    samples, and tokens of a whole sample.
 
     document_starts: for each sample the first tokens of its documents (int, on CPU), or None where attention does not
     stop at documents. With a cache, ``token_ranges`` is one range that begins at the cache's length.
     """
+    table = angles.reaching(max(part.stop for part in token_ranges))
+    parts = tuple(len(part) for part in token_ranges)
     positions = torch.cat([torch.arange(part.start, part.stop) for part in token_ranges])
     if document_starts is None:
-        positions = positions.unsqueeze(1)
         segments: tuple[tuple[Segment, ...], ...] = (document_segments([0], token_ranges),)
+        rope = table.from_offset(token_ranges[0].start) if len(parts) == 1 else table.at(positions)
     else:
         segments = tuple(document_segments(starts.tolist(), token_ranges) for starts in document_starts)
         columns = []
         for starts in document_starts:
             of_token = torch.searchsorted(starts.long(), positions, right=True) - 1
             columns.append(positions - starts.long()[of_token])
-        positions = torch.stack(columns, dim=1)
-    cos, sin = cos_sin(positions.to(inverse_freq.device), inverse_freq)
-    return SequenceInfo(cos=cos.unsqueeze(2), sin=sin.unsqueeze(2), segments=segments, cache=cache)
+        rope = table.at(torch.stack(columns, dim=1))
+    return SequenceInfo(rope=rope, segments=segments, parts=parts, shape=shape, cache=cache)

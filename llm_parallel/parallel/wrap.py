@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
+from llm_kernels.adamw.optimizer import FusedAdamW
+from llm_kernels.dispatch import triton_installed
 from llm_parallel.config.tree import OptimConfig, RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.groups import Groups
@@ -43,13 +48,20 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def clip(self, max_norm: float, total_norm: float) -> None:
-        """Scales main gradients so that their global norm, ``total_norm``, becomes at most ``max_norm``."""
-        if max_norm <= 0.0 or total_norm <= max_norm:
-            return
-        main_grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if main_grads:
-            torch._foreach_mul_(main_grads, max_norm / (total_norm + 1e-6))
+    def step(self, max_norm: float, total_norm: float) -> None:
+        """Updates the weights by gradients scaled so that their global norm, ``total_norm``, is at most ``max_norm``
+        (0: not scaled). Our AdamW scales as it reads them, others need a pass before."""
+        factor = max_norm / (total_norm + 1e-6) if 0.0 < max_norm < total_norm else 1.0
+        for part in self.optimizer.chained_optimizers:
+            parameters = [p for group in part.param_groups for p in group["params"] if p.grad is not None]
+            if factor == 1.0 or not parameters:
+                continue
+            if isinstance(part.optimizer, FusedAdamW):
+                part.optimizer.scale = torch.full((1,), factor, device=parameters[0].device)
+            else:
+                torch._foreach_mul_([p.grad for p in parameters], factor)
+        with _no_second_copy(self.optimizer.chained_optimizers):
+            self.optimizer.step_with_ready_grads()
 
     def parameters_up_to_date(self) -> None:
         """Waits for parameters that are still being gathered; with overlapped gathering the last step's parameters
@@ -138,8 +150,8 @@ def _build_optimizer(chunks: list[Any], optim: OptimConfig, bf16: bool, overlap_
 
 
 def _choose_adamw(part: Any, optim: OptimConfig, on_cuda: bool) -> None:
-    """Puts fused AdamW of torch, or of NVIDIA's apex, under one of megatron-core's optimizers, which by itself takes
-    whatever fused Adam it finds installed."""
+    """Puts our fused AdamW, torch's or that of NVIDIA's apex under one of megatron-core's optimizers, which by itself
+    takes whatever fused Adam it finds installed."""
     has_apex = on_cuda and importlib.util.find_spec("amp_C") is not None
     if optim.implementation == "apex" and not has_apex:
         # PyPI's apex is an unrelated package: the CUDA extension tells them apart.
@@ -153,7 +165,10 @@ def _choose_adamw(part: Any, optim: OptimConfig, on_cuda: bool) -> None:
     # The parameters are views into the sharded buffer, which an optimizer's constructor would refuse.
     placeholder = [nn.Parameter(torch.zeros(1))]
     inner: torch.optim.Optimizer
-    if optim.implementation != "torch" and has_apex:
+    if optim.implementation == "triton" or (optim.implementation == "auto" and on_cuda and triton_installed()):
+        inner = FusedAdamW(placeholder, backend="triton", **settings)
+        inner.low = low_precision_shards(part)
+    elif optim.implementation in ("apex", "auto") and has_apex:
         from apex.optimizers import FusedAdam
 
         inner = FusedAdam(placeholder, adam_w_mode=True, **settings)
@@ -165,6 +180,36 @@ def _choose_adamw(part: Any, optim: OptimConfig, on_cuda: bool) -> None:
         group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
     inner.param_groups = groups
     part.optimizer = inner
+
+
+def low_precision_shards(part: Any) -> dict[torch.Tensor, torch.Tensor]:
+    """Where one of megatron-core's optimizers keeps the bf16 copy of each fp32 main parameter; empty in fp32."""
+    if isinstance(part, DistributedOptimizer):
+        found = {}
+        for mains, models in zip(part.shard_fp32_from_float16_groups, part.model_float16_groups):
+            for main, model in zip(mains, models):
+                where = part._get_model_param_range_map(model)["gbuf_world_in_bucket"]
+                buffer, _, bucket = part.model_param_gbuf_map[model]
+                flat = part.buffers[buffer].buckets[bucket].param_data.view(-1)
+                found[main] = flat[where.start : where.end]
+        return found
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        groups = zip(part.fp32_from_float16_groups, part.float16_groups)
+        return {main: model.data for mains, models in groups for main, model in zip(mains, models)}
+    return {}
+
+
+@contextmanager
+def _no_second_copy(parts: Sequence[Any]) -> Iterator[None]:
+    """While inside, megatron-core does not copy main parameters that our AdamW has written in both precisions."""
+    ours = [part for part in parts if isinstance(part.optimizer, FusedAdamW) and part.optimizer.low]
+    for part in ours:
+        part._copy_main_params_to_model_params = lambda: None
+    try:
+        yield
+    finally:
+        for part in ours:
+            del part._copy_main_params_to_model_params  # the class's own is back
 
 
 def _attach_schedule_hooks(model_config: Any, chunks: list[Any], overlap: bool, sharded: bool, groups: Groups) -> None:

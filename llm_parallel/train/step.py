@@ -95,8 +95,7 @@ def apply_gradient(engine: Engine, outcome: StepOutcome, lr: float, clip_grad: f
     """Clips the gradient that ``forward_backward`` left and updates the weights."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    engine.clip(clip_grad, outcome.grad_norm)
-    engine.optimizer.step_with_ready_grads()
+    engine.step(clip_grad, outcome.grad_norm)
 
 
 @torch.no_grad()

@@ -1,0 +1,124 @@
+"""Self-attention: packed projection, rotary embedding, attention of this process's heads, output projection.
+
+Shapes: S tokens, B samples, H hidden, N query heads, G key/value groups, D head dim, W = (N + 2G) D.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor, nn
+
+from llm_kernels.attention.op import attention, attention_qkv
+from llm_kernels.attention.ref import attention as attention_by_segment
+from llm_kernels.dispatch import backend_for
+from llm_kernels.rope.op import rope, rope_qkv_
+from llm_parallel.model.mcore_config import LlamaTransformerConfig
+from llm_parallel.model.sequence import SequenceInfo
+
+
+class LlamaAttention(SelfAttention):
+    """megatron-core's projections around our core attention."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, info: SequenceInfo, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [S, B, H] (S/tp with sequence parallelism) → the same shape, and no bias."""
+        core: CoreAttention = self.core_attention
+        if core.takes_packed(hidden_states, info):
+            qkv_SBW, _bias = self.linear_qkv(hidden_states)
+            inputs = (core.rotate_packed(qkv_SBW, info),)
+        else:
+            inputs = self.get_query_key_value_tensors(hidden_states)
+        if self.checkpoint_core_attention and self.training:
+            attended = checkpoint(lambda *x: core(*x, info=info), False, *inputs)
+        else:
+            attended = core(*inputs, info=info)
+        return self.linear_proj(attended)
+
+
+class CoreAttention(nn.Module):
+    """RoPE and causal attention of this process's heads; all-gathers keys and values under context parallelism."""
+
+    def __init__(
+        self,
+        config: LlamaTransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        self.head_dim = config.kv_channels
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.cp_group = pg_collection.cp
+        self.kernels = config.kernels
+        # Zero where several processes share one group: megatron-core then splits the heads itself.
+        self.num_groups = config.num_query_groups // config.tensor_model_parallel_size
+
+    def takes_packed(self, x: Tensor, info: SequenceInfo) -> bool:
+        """Whether rotary embedding and attention work on the packed projection where it lies: always with Triton, but
+        not where keys and values are to be kept or gathered by themselves."""
+        choices = (self.kernels.rope, self.kernels.attention)
+        alone = info.cache is None and self.cp_group.size() == 1 and self.num_groups > 0
+        return alone and all(backend_for(x, choice) == "triton" for choice in choices)
+
+    def rotate_packed(self, qkv_SBW: Tensor, info: SequenceInfo) -> Tensor:
+        """Rotates queries and keys in place: the projection's result is needed in no other form."""
+        return rope_qkv_(
+            qkv_SBW, info.rope, num_groups=self.num_groups, head_dim=self.head_dim, backend=self.kernels.rope
+        )
+
+    def forward(self, *inputs: Tensor, info: SequenceInfo) -> Tensor:
+        """Rotated qkv [S, B, W], or q [S, B, N, D] and k, v [S, B, G, D] not yet rotated → [S, B, N·D]."""
+        if len(inputs) == 1:
+            qkv_SBGMD = inputs[0].unflatten(2, (self.num_groups, -1, self.head_dim))
+            (_, segments), *_ = info.tables()
+            return attention_qkv(qkv_SBGMD, segments, scale=self.scale, backend=self.kernels.attention).flatten(2)
+        q_SBND, k_SBGD, v_SBGD = inputs
+        q_SBND, k_SBGD = rope(q_SBND, k_SBGD, info.rope, backend=self.kernels.rope)
+        if info.cache is not None:
+            k_SBGD, v_SBGD = info.cache.extend(self.layer_number, k_SBGD, v_SBGD)
+        elif self.cp_group.size() > 1:
+            k_SBGD, v_SBGD = gather_keys_values(torch.stack((k_SBGD, v_SBGD), dim=1), self.cp_group)
+        if info.cache is not None or backend_for(q_SBND, self.kernels.attention) == "torch":
+            return attention_by_segment(q_SBND, k_SBGD, v_SBGD, info.segments, self.scale).flatten(2)
+        # One call for each range of this process's tokens: the keys that two ranges see overlap.
+        parts = [
+            attention(q_SBND[part], k_SBGD, v_SBGD, segments=table, scale=self.scale, backend=self.kernels.attention)
+            for part, table in info.tables()
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(2)
+
+
+class _GatherZigzag(torch.autograd.Function):
+    """[S/cp, …] in zigzag order → [S, …] in order; backward sums what all processes found for this one's tokens."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = x.new_empty(group.size(), 2, x.shape[0] // 2, *x.shape[1:])
+        dist.all_gather_into_tensor(parts.view(-1, *x.shape[1:]), x.contiguous(), group=group)
+        return torch.cat((parts[:, 0], parts[:, 1].flip(0))).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cp = ctx.group.size()
+        chunks = grad.view(2, cp, -1, *grad.shape[1:])
+        by_rank = torch.stack((chunks[0], chunks[1].flip(0)), dim=1).flatten(1, 2).contiguous()
+        out = torch.empty_like(by_rank[0])
+        dist.reduce_scatter_tensor(out, by_rank.flatten(0, 1), group=ctx.group)
+        return out, None
+
+
+def gather_keys_values(kv: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Keys and values of the whole sample from kv [S/cp, 2, B, G, D] of each process (Llama 3, arXiv 2407.21783)."""
+    whole = _GatherZigzag.apply(kv, group)
+    return whole[:, 0], whole[:, 1]

@@ -1,0 +1,107 @@
+"""Layouts with every Triton kernel switched on (in the interpreter) give the one-process run on torch's operators."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.job import compare_layout
+from tests.distributed.layouts import Row
+from tests.distributed.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, worst_gradient
+from tests.harness import run_ranks
+
+STEPS = 2
+SMALL = {"model.num_layers": 2, "train.global_batch_size": 4, "train.steps": STEPS}
+KERNELS = {f"kernels.{name}": "triton" for name in ("rms_norm", "rope", "attention", "swiglu", "cross_entropy")}
+FUSED = {"kernels.fuse_output_loss": True}
+
+
+def _p(**parallel: Any) -> dict[str, Any]:
+    return {f"parallel.{name}": value for name, value in parallel.items()}
+
+
+ROWS = (
+    Row("one process", 1),
+    Row("one process, our AdamW", 1, {"optim.implementation": "triton"}),
+    Row("fused output and loss", 1, FUSED),
+    Row("TP2", 2, _p(tp=2, sequence_parallel=False)),
+    Row("TP2 SP", 2, _p(tp=2)),
+    Row("TP2 SP, fused output and loss", 2, _p(tp=2) | FUSED),
+    Row("TP2, fused output and loss", 2, _p(tp=2, sequence_parallel=False) | FUSED),
+    Row("PP2", 2, _p(pp=2)),
+    Row("CP2", 2, _p(cp=2)),
+    Row("DP2, our AdamW", 2, _p(dp=2) | {"optim.implementation": "triton"}),
+    Row("TP2 SP PP2 CP2, our AdamW", 8, _p(tp=2, pp=2, cp=2) | {"optim.implementation": "triton"}),
+    Row("full recompute", 1, _p(recompute="full")),
+    Row("selective recompute", 1, _p(recompute="selective", recompute_modules=["core_attn", "mlp"])),
+    Row("isolate", 1, {}, "isolate"),
+    Row("isolate micro batch 2", 1, {"train.micro_batch_size": 2}, "isolate"),
+    Row("isolate TP2 SP", 2, _p(tp=2), "isolate"),
+    Row("isolate CP2", 2, _p(cp=2), "isolate"),
+    Row("odd vocabulary TP2", 2, _p(tp=2), "odd vocabulary"),
+    Row("tied, fused output and loss", 1, FUSED, "tied"),
+    Row("tied TP2 SP PP2, fused output and loss", 4, _p(tp=2, pp=2) | FUSED, "tied"),
+)
+REFERENCES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "isolate": {"data.packing": "isolate"},
+    "odd vocabulary": {"model.vocab_size": 101},
+    "tied": {"model.tie_embeddings": True},
+}
+
+pytestmark = pytest.mark.gloo
+pytest.importorskip("triton", reason="the kernels need triton")
+
+
+@cache
+def reference(name: str) -> dict[str, Any]:
+    return run_ranks(compare_layout, 1, SMALL | REFERENCES[name], STEPS)[0]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_kernels_in_layout_equal_torch_on_one_process(row: Row) -> None:
+    expected = reference(row.reference)
+    changes = SMALL | REFERENCES[row.reference] | KERNELS | row.changes
+    ranks = run_ranks(compare_layout, row.processes, changes, STEPS, timeout_s=240.0)
+    losses = np.array([[loss for loss, _ in found["history"]] for found in ranks])
+    worst_loss = np.abs(losses - [loss for loss, _ in expected["history"]]).max()
+    gradient, name = worst_gradient(expected["gradients"], ranks)
+    print(f"| {row.name} | {row.processes} | {worst_loss:.1e} | {gradient:.1e} | {name} |")
+    assert worst_loss <= LOSS_TOLERANCE
+    assert gradient <= GRADIENT_TOLERANCE, name
+
+
+def test_kernels_were_in_use() -> None:
+    """The comparison above would also pass if the switches did nothing."""
+    (counts,) = run_ranks(launches, 1, SMALL | KERNELS | {"optim.implementation": "triton"})
+    (none,) = run_ranks(launches, 1, SMALL)
+    assert none == {}
+    for operator in ("rms_norm", "rope", "attention", "swiglu", "cross_entropy", "adamw"):
+        assert any(operator in name for name in counts), (operator, counts)
+
+
+def launches(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, int]:
+    """How often each operator of the kernel library ran in one training step."""
+    from collections import Counter
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from tests.distributed.job import base_config, changed, open_engine, train_steps
+
+    found: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function)
+            if name.startswith("llm_kernels."):
+                found[name] += 1
+            return function(*args, **(kwargs or {}))
+
+    config = changed(base_config(), changes)
+    engine = open_engine(config, rank, world_size)
+    with Count():
+        train_steps(engine, config, 0, 1)
+    return dict(found)
