@@ -14,7 +14,7 @@ from tests.distributed.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, w
 from tests.harness import run_ranks
 
 STEPS = 2
-SMALL = {"model.num_layers": 2, "train.global_batch_size": 4, "train.steps": STEPS}
+SMALL = {"model.num_layers": 2, "train.global_batch_size": 2, "train.steps": STEPS}
 KERNELS = {f"kernels.{name}": "triton" for name in ("rms_norm", "rope", "attention", "swiglu", "cross_entropy")}
 FUSED = {"kernels.fuse_output_loss": True}
 
@@ -81,6 +81,47 @@ def test_kernels_were_in_use() -> None:
     assert none == {}
     for operator in ("rms_norm", "rope", "attention", "swiglu", "cross_entropy", "adamw"):
         assert any(operator in name for name in counts), (operator, counts)
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["distributed", "plain"])
+def test_bf16_step_writes_both_precisions(sharded: bool) -> None:
+    """Our AdamW rounds main parameters into the model itself; megatron-core's own copy is not made."""
+    changes = {"train.precision": "bf16", "parallel.distributed_optimizer": sharded}
+    ours = run_ranks(after_a_step, 2, SMALL | changes | _p(dp=2) | {"optim.implementation": "triton"})
+    theirs = run_ranks(after_a_step, 2, SMALL | changes | _p(dp=2) | {"optim.implementation": "torch"})
+    assert ours[0]["copies"] == 0 < theirs[0]["copies"]
+    for name, expected in theirs[0]["parameters"].items():
+        np.testing.assert_allclose(ours[0]["parameters"][name], expected, rtol=2**-7, atol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(ours[0]["parameters"][name], ours[1]["parameters"][name])
+    changed_bits = [np.any(ours[0]["parameters"][n] != ours[0]["before"][n]) for n in ours[0]["before"]]
+    assert all(changed_bits)
+
+
+def after_a_step(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of the model before and after one step, and how often main parameters were copied by megatron-core."""
+    from llm_parallel.model.init import canonical_parameters
+    from tests.distributed.job import base_config, changed, open_engine, train_steps
+
+    config = changed(base_config(), changes)
+    engine = open_engine(config, rank, world_size)
+    copies = [0]
+    for part in engine.optimizer.chained_optimizers:
+        original = type(part)._copy_main_params_to_model_params
+
+        def counted(self, original=original):
+            copies[0] += 1
+            return original(self)
+
+        type(part)._copy_main_params_to_model_params = counted
+
+    def parameters() -> dict[str, np.ndarray]:
+        found = [pair for model in engine.models for pair in canonical_parameters(model)]
+        return {name: p.detach().float().numpy().copy() for name, p in found}
+
+    before = parameters()
+    train_steps(engine, config, 0, 1)
+    engine.parameters_up_to_date()
+    return {"before": before, "parameters": parameters(), "copies": copies[0]}
 
 
 def launches(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, int]:
