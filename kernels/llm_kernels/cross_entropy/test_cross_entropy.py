@@ -117,7 +117,7 @@ def test_kernel_terms(
 @settings(max_examples=15)
 @given(
     tokens=st.integers(1, 20),
-    words=st.integers(1, 300),
+    words=st.integers(2, 300),  # one word has loss 0, of which any rounding is infinitely much
     padding=st.sampled_from([0, 1, 8, 300]),
     gap=st.sampled_from([0, 1, 16]),
     smoothing=st.sampled_from([0.0, 0.1]),

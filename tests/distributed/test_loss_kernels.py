@@ -1,0 +1,120 @@
+"""The losses over a vocabulary divided over processes equal those over the whole, with every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from llm_kernels.cross_entropy.op import cross_entropy
+from llm_kernels.linear_cross_entropy.op import linear_cross_entropy, weighted_linear_cross_entropy
+from tests.harness import run_ranks
+
+pytestmark = pytest.mark.gloo
+
+TOKENS, HIDDEN, COLUMNS = 10, 16, 320  # columns of one process
+# Words of two processes: all, the last columns padding, and a process of padding alone.
+WORDS = (640, 600, 300)
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-2}
+
+
+def problem(words: int, parts: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """(hidden, weight of the whole vocabulary, labels with ignored ones, token weights), the same everywhere."""
+    generator = torch.Generator().manual_seed(words)
+    hidden = torch.randn(2, TOKENS // 2, HIDDEN, generator=generator)
+    weight = torch.randn(COLUMNS * parts, HIDDEN, generator=generator) * 0.3
+    labels = torch.randint(0, words, (2, TOKENS // 2), generator=generator)
+    labels[0, 1] = -100
+    token_weights = torch.rand(2, TOKENS // 2, generator=generator)
+    return hidden.to(dtype), weight.to(dtype), labels, token_weights
+
+
+def unfused(hidden, weight, labels, token_weights, **options) -> torch.Tensor:
+    return cross_entropy(hidden @ weight.t(), labels, **options)  # type: ignore[return-value]
+
+
+def fused(hidden, weight, labels, token_weights, **options) -> torch.Tensor:
+    return linear_cross_entropy(hidden, weight, labels, chunk_tokens=4, **options)
+
+
+def weighted(hidden, weight, labels, token_weights, **options) -> torch.Tensor:
+    """The sum; its gradients are those of losses times token weights."""
+    return weighted_linear_cross_entropy(hidden, weight, labels, token_weights, chunk_tokens=4, **options)[0]
+
+
+WAYS = {"unfused": unfused, "fused": fused, "weighted": weighted}
+
+
+def run(rank: int, parts: int, way: str, words: int, backend: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Loss and gradients on one of ``parts`` processes, and how many collectives forward and backward had."""
+    hidden, weight, labels, token_weights = problem(words, parts, dtype)
+    own = weight[rank * COLUMNS : (rank + 1) * COLUMNS].clone().requires_grad_()
+    hidden.requires_grad_()
+    group = dist.group.WORLD if parts > 1 else None
+    num_valid = min(max(words - rank * COLUMNS, 0), COLUMNS)
+    calls = []
+    names = ("all_gather_into_tensor", "all_reduce")
+    originals = {name: getattr(dist, name) for name in names}
+    for name, original in originals.items():
+        setattr(dist, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
+    out = WAYS[way](hidden, own, labels, token_weights, num_valid=num_valid, group=group, backend=backend, **OPTIONS)
+    (out if way == "weighted" else out * token_weights).sum().backward()
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    assert hidden.grad is not None and own.grad is not None
+    if way == "unfused" and group is not None:  # the caller's linear layer does this
+        dist.all_reduce(hidden.grad, group=group)
+    numbers = {"out": out, "hidden": hidden.grad, "weight": own.grad}
+    return {name: x.detach().float().numpy() for name, x in numbers.items()} | {"calls": calls}
+
+
+def expected(way: str, words: int, parts: int) -> dict[str, np.ndarray]:
+    """In fp64, on one process, by torch's own operators."""
+    hidden, weight, labels, token_weights = problem(words, parts, torch.float32)
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = (hidden @ weight.t())[..., :words].flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none", label_smoothing=0.1)
+    losses = losses + 1e-2 * logits.logsumexp(-1).square() * (labels.flatten() != -100)
+    total = (losses.view(labels.shape) * token_weights).sum()
+    total.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    out = total if way == "weighted" else losses.view(labels.shape)
+    return {"out": out.detach().numpy(), "hidden": hidden.grad.numpy(), "weight": weight.grad.numpy()}
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_equal_one(way: str, backend: str, words: int) -> None:
+    found = run_ranks(run, 2, way, words, backend, torch.float32)
+    wanted = expected(way, words, 2)
+    assert np.array_equal(found[0]["out"], found[1]["out"]), "every process has the same losses, bit for bit"
+    whole = {
+        "out": found[0]["out"],
+        "hidden": found[1]["hidden"],
+        "weight": np.concatenate([x["weight"] for x in found]),
+    }
+    for name, right in wanted.items():
+        error = np.abs(whole[name] - right).max() / np.abs(right).max()
+        assert error < 2e-6, (name, error)
+    assert not whole["weight"][words:].any(), "padding has no gradient"
+
+
+@pytest.mark.parametrize(
+    ("way", "calls"),
+    [
+        ("unfused", ["all_gather_into_tensor"]),
+        # Three chunks of tokens, then dhidden.
+        ("fused", ["all_gather_into_tensor"] * 3 + ["all_reduce"]),
+        ("weighted", ["all_gather_into_tensor", "all_reduce"] * 3),
+    ],
+)
+def test_collectives(way: str, calls: list[str]) -> None:
+    assert run_ranks(run, 2, way, 600, "triton", torch.bfloat16)[0]["calls"] == calls
+
+
+def test_no_collective_in_one_process() -> None:
+    assert run_ranks(run, 1, "unfused", 300, "triton", torch.float32)[0]["calls"] == []
