@@ -114,10 +114,10 @@ def test_kernel_terms(
     compare("cross_entropy/smoothing, z-loss, ignored", *run, [random(tokens, columns, dtype=dtype)])
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(
     tokens=st.integers(1, 20),
-    words=st.integers(2, 300),  # one word has loss 0, of which any rounding is infinitely much
+    words=st.integers(8, 300),  # few words may leave gradients near 0, beside which any rounding is much
     padding=st.sampled_from([0, 1, 8, 300]),
     gap=st.sampled_from([0, 1, 16]),
     smoothing=st.sampled_from([0.0, 0.1]),

@@ -6,6 +6,7 @@ tensors without data: allocations are those of a GPU run, seen by a dispatch mod
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,13 +112,15 @@ class Watch(TorchDispatchMode):
         for x in tree_iter(out):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self._seen | given:
                 self._enter(x.untyped_storage())
-        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             a, b = [x for x in args if isinstance(x, Tensor)][-2:]
             self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         return out
 
     def _enter(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
+        if size >= max(self.peak // 32, 16384) and storage.device.type == "cpu":
+            gc.collect()  # the interpreter leaves a kernel's arguments in reference cycles
         self._seen.add(key)
         self.live += size
         self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
