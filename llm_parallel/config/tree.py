@@ -150,9 +150,10 @@ class KernelsConfig(Node):
     """SwiGLU; Triton writes the gradient over the saved input."""
     cross_entropy: KernelChoice = "auto"
     """Vocabulary-parallel loss; Triton writes the gradient over the logits."""
-    fuse_output_loss: bool = False
-    """Compute output projection and loss together, some tokens at a time, so that the logits of a micro batch never
-    exist: less memory for large vocabularies, one more product of hidden states and output matrix in backward."""
+    output_loss: Literal["separate", "fused", "fused-recompute"] = "separate"
+    """``fused``: output projection and loss together, some tokens at a time, so that the logits of a micro batch never
+    exist; gradients are found in forward, at no more products, and that of the output matrix is held in fp32 until
+    backward. ``fused-recompute``: holds nothing, and computes the logits a second time in backward."""
 
 
 class RampUp(Node):

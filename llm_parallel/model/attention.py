@@ -29,7 +29,9 @@ class LlamaAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [S, B, H] (S/tp with sequence parallelism) → the same shape, and no bias."""
         core: CoreAttention = self.core_attention
-        if core.takes_packed(hidden_states, info):
+        # With more processes than groups, megatron-core divides one group's heads over several of them.
+        whole_groups = self.config.num_query_groups >= self.config.tensor_model_parallel_size
+        if whole_groups and core.takes_packed(hidden_states, info):
             qkv_SBW, _bias = self.linear_qkv(hidden_states)
             inputs = (core.rotate_packed(qkv_SBW, info),)
         else:
@@ -60,14 +62,13 @@ class CoreAttention(nn.Module):
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.cp_group = pg_collection.cp
         self.kernels = config.kernels
-        # Zero where several processes share one group: megatron-core then splits the heads itself.
         self.num_groups = config.num_query_groups // config.tensor_model_parallel_size
 
     def takes_packed(self, x: Tensor, info: SequenceInfo) -> bool:
         """Whether rotary embedding and attention work on the packed projection where it lies: always with Triton, but
         not where keys and values are to be kept or gathered by themselves."""
         choices = (self.kernels.rope, self.kernels.attention)
-        alone = info.cache is None and self.cp_group.size() == 1 and self.num_groups > 0
+        alone = info.cache is None and self.cp_group.size() == 1
         return alone and all(backend_for(x, choice) == "triton" for choice in choices)
 
     def rotate_packed(self, qkv_SBW: Tensor, info: SequenceInfo) -> Tensor:

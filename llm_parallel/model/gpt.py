@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from llm_kernels.cross_entropy.op import cross_entropy
+from llm_kernels.linear_cross_entropy.op import linear_cross_entropy, weighted_linear_cross_entropy
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.model.init import initialize
 from llm_parallel.model.layer_spec import block_spec
@@ -48,10 +51,12 @@ class LlamaModel(GPTModel):
         labels: Tensor | None = None,
         document_starts: Sequence[Tensor] | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
+        loss_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens, labels: int64 [B, S] of this process's part of each sample (zigzag under context parallelism).
 
-        Last stage: fp32 losses [B, S] if labels are given, else this process's columns of the logits [B, S, V/tp].
+        Last stage: fp32 losses [B, S] if labels are given, else this process's columns of the logits [B, S, V/tp]. With
+        ``kernels.output_loss: fused`` and a loss_mask fp32 [B, S]: (sum of masked losses, losses without gradient).
         Other stages: hidden states for the next one.
         """
         layout = self.groups.layout
@@ -61,7 +66,38 @@ class LlamaModel(GPTModel):
             ranges = (range(cache.length, cache.length + tokens.shape[1]),)
         shape = tokens.shape[0], tokens.shape[1] * layout.cp
         info = sequence_info(ranges, document_starts, self.angles, shape, cache)
-        return super().forward(tokens, None, None, labels=labels, packed_seq_params=info)
+        return super().forward(tokens, None, None, labels=labels, loss_mask=loss_mask, packed_seq_params=info)
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **rest: Any,
+    ) -> Any:
+        """megatron-core's, or output projection and loss in one where that is configured."""
+        how = self.run_config.kernels.output_loss
+        if not self.post_process or labels is None or how == "separate":
+            return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **rest)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # The loss sums the gradient over the group, so every process takes its tokens' part of it.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=group
+            )
+        options: dict[str, Any] = {
+            "num_valid": self.num_valid_words,
+            "group": group if self.groups.layout.tp > 1 else None,
+            "backend": self.run_config.kernels.cross_entropy,
+        }
+        if how == "fused" and loss_mask is not None:
+            mask = loss_mask.t().contiguous()
+            total, losses_SB = weighted_linear_cross_entropy(hidden_states, weight, labels.t(), mask, **options)
+            return total, losses_SB.t()
+        return linear_cross_entropy(hidden_states, weight, labels.t(), **options).t()
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, V/tp] → fp32 losses [B, S]; padding of the vocabulary takes no part."""

@@ -44,16 +44,17 @@ def context_shard(batch: Batch, layout: Layout, cp_rank: int) -> Batch:
     return replace(batch, tokens=take(batch.tokens), labels=take(batch.labels), loss_mask=take(batch.loss_mask))
 
 
-def _token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of losses and count of tokens; megatron-core divides the gradient by the count of all processes."""
-    total = (losses * loss_mask).sum()
+def _token_loss(loss_mask: Tensor, output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of losses and count of tokens; megatron-core divides the gradient by the count of all processes. output: the
+    losses, or their masked sum and they."""
+    total = (output * loss_mask).sum() if isinstance(output, Tensor) else output[0]
     count = loss_mask.sum()
     return total, count.to(torch.int32), {"loss": torch.stack((total.detach(), count))}
 
 
 def _forward(iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
     batch = next(iterator)
-    output = chunk(batch.tokens, labels=batch.labels, document_starts=batch.document_starts)
+    output = chunk(batch.tokens, labels=batch.labels, document_starts=batch.document_starts, loss_mask=batch.loss_mask)
     return output, partial(_token_loss, batch.loss_mask)
 
 

@@ -16,33 +16,31 @@ from tests.harness import run_ranks
 STEPS = 2
 SMALL = {"model.num_layers": 2, "train.global_batch_size": 2, "train.steps": STEPS}
 KERNELS = {f"kernels.{name}": "triton" for name in ("rms_norm", "rope", "attention", "swiglu", "cross_entropy")}
-FUSED = {"kernels.fuse_output_loss": True}
+FUSED = {"kernels.output_loss": "fused"}
+RECOMPUTE = {"kernels.output_loss": "fused-recompute"}
 
 
 def _p(**parallel: Any) -> dict[str, Any]:
     return {f"parallel.{name}": value for name, value in parallel.items()}
 
 
+ADAMW = {"optim.implementation": "triton"}
 ROWS = (
-    Row("one process", 1),
-    Row("one process, our AdamW", 1, {"optim.implementation": "triton"}),
-    Row("fused output and loss", 1, FUSED),
-    Row("TP2", 2, _p(tp=2, sequence_parallel=False)),
-    Row("TP2 SP", 2, _p(tp=2)),
+    Row("one process, our AdamW", 1, ADAMW),
+    Row("TP2", 2, _p(tp=2, sequence_parallel=False) | RECOMPUTE),
     Row("TP2 SP, fused output and loss", 2, _p(tp=2) | FUSED),
     Row("TP2, fused output and loss", 2, _p(tp=2, sequence_parallel=False) | FUSED),
-    Row("PP2", 2, _p(pp=2)),
+    Row("PP2, fused output and loss", 2, _p(pp=2) | FUSED),
     Row("CP2", 2, _p(cp=2)),
-    Row("DP2, our AdamW", 2, _p(dp=2) | {"optim.implementation": "triton"}),
-    Row("TP2 SP PP2 CP2, our AdamW", 8, _p(tp=2, pp=2, cp=2) | {"optim.implementation": "triton"}),
-    Row("full recompute", 1, _p(recompute="full")),
+    Row("DP2, our AdamW", 2, _p(dp=2) | ADAMW),
+    Row("TP2 SP PP2 CP2, our AdamW", 8, _p(tp=2, pp=2, cp=2) | ADAMW),
+    Row("full recompute", 1, _p(recompute="full") | RECOMPUTE),
     Row("selective recompute", 1, _p(recompute="selective", recompute_modules=["core_attn", "mlp"])),
-    Row("isolate", 1, {}, "isolate"),
-    Row("isolate micro batch 2", 1, {"train.micro_batch_size": 2}, "isolate"),
-    Row("isolate TP2 SP", 2, _p(tp=2), "isolate"),
+    Row("isolate micro batch 2, fused output and loss", 1, {"train.micro_batch_size": 2} | FUSED, "isolate"),
+    Row("isolate TP2 SP, recomputed output", 2, _p(tp=2) | RECOMPUTE, "isolate"),
     Row("isolate CP2", 2, _p(cp=2), "isolate"),
     Row("odd vocabulary TP2", 2, _p(tp=2), "odd vocabulary"),
-    Row("tied, fused output and loss", 1, FUSED, "tied"),
+    Row("odd vocabulary TP4, fused output and loss", 4, _p(tp=4) | FUSED, "odd vocabulary"),
     Row("tied TP2 SP PP2, fused output and loss", 4, _p(tp=2, pp=2) | FUSED, "tied"),
 )
 REFERENCES: dict[str, dict[str, Any]] = {
