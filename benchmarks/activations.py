@@ -2,8 +2,8 @@
 
     python benchmarks/activations.py [--preset llama2-7b] [--seq 4096] [--micro-batch 1] [--save]
 
-The layer's forward pass runs on fake tensors (shapes and dtypes without memory), so any size works on any machine; hooks
-of autograd see every tensor that is saved. A storage is counted once, and weights are not counted.
+The layer's forward pass runs on fake tensors (shapes and dtypes without memory), so any size works on any machine;
+hooks of autograd see every tensor that is saved. A storage is counted once, and weights are not counted.
 """
 
 from __future__ import annotations

@@ -263,13 +263,6 @@ def _steady_loop(instructions: Sequence[tuple[int, str, str]], labels: Mapping[s
     return len(bodies[best]), {name: count for name, count in mixes[best].items() if count}
 
 
-def interpreting() -> bool:
-    """Whether kernels of this process are for the interpreter and can't be compiled."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
 def cases(operators: Sequence[str] = OPERATORS, arch: int = 90) -> list[AotCase]:
     """All cases of the operators for one architecture."""
     return [case for name in operators for case in import_module(f"llm_kernels.{name}.bench").aot_cases(arch)]

@@ -24,12 +24,17 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def interpreting() -> bool:
+    """Whether this process's kernels are made for Triton's interpreter (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
 @cache
 def _prepare() -> bool:
     """Imports Triton once and says whether it interprets."""
-    import triton
-
-    if not triton.knobs.runtime.interpret:
+    if not interpreting():
         return False
     from llm_kernels import interpreter
 

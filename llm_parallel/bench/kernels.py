@@ -61,7 +61,7 @@ def aot_command(names: Sequence[str], archs: Sequence[int], jobs: int, out: str 
             raise UserError(f"--arch {arch} is not known; there are {', '.join(map(str, aot.ARCHS))}")
     if not dispatch.triton_installed():
         raise UserError("triton is not installed, which compiles the kernels; pip install triton")
-    if aot.interpreting():
+    if dispatch.interpreting():
         raise UserError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
     reports = aot.inspect_all(operators, archs or aot.ARCHS, jobs, Path(dump) if dump else None)
     print(aot.table(reports))

@@ -9,6 +9,7 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import check_vocabulary, load_tokenizer
+from llm_parallel.errors import UserError
 from llm_parallel.model.flops import parameter_count
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.train.schedule import total_samples
@@ -35,7 +36,9 @@ def preflight(config: RunConfig, world_size: int | None = None) -> RunConfig:
     ``world_size``: number of processes if they are already started. Raises UserError.
     """
     processes = world_size or num_processes(config)
-    check_config(config, processes, expected_device(config))  # type: ignore[arg-type]
+    device = expected_device(config)
+    check_config(config, processes, device)  # type: ignore[arg-type]
+    check_kernels(config, device)
     check_inputs(config)
     config = with_vocabulary(config)
     assert config.model.vocab_size is not None
@@ -44,6 +47,23 @@ def preflight(config: RunConfig, world_size: int | None = None) -> RunConfig:
     if config.data.eval or config.data.eval_fraction:
         SampleSource(config.data, config.seed, "eval").close()
     return config
+
+
+def check_kernels(config: RunConfig, device: str) -> None:
+    """Raises UserError if a kernel is asked for that can't run on ``device``."""
+    wanted = [f"kernels.{name}" for name, choice in config.kernels.model_dump().items() if choice == "triton"]
+    wanted += ["optim.implementation"] * (config.optim.implementation == "triton")
+    if not wanted:
+        return
+    from llm_kernels import dispatch  # imports torch, two seconds
+
+    if not dispatch.triton_installed():
+        raise UserError(f"{wanted[0]} is triton, which is not installed; pip install triton, or say torch")
+    if device == "cpu" and not dispatch.interpreting():
+        raise UserError(
+            f"{wanted[0]} is triton, which needs a GPU; say torch or auto (TRITON_INTERPRET=1 in the environment runs "
+            "the kernels slowly on a CPU, for checks)"
+        )
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:

@@ -73,6 +73,8 @@ def torchrun(rank: int, world_size: int, port: int = 29511) -> dict[str, str]:
 
 CONFIGURATIONS = {
     "unknown key": (["train.stepz=3"], ["train.stepz", "train.steps"]),
+    "triton without a GPU": (["kernels.rope=triton"], ["kernels.rope", "TRITON_INTERPRET"]),
+    "our AdamW without a GPU": (["optim.implementation=triton"], ["optim.implementation", "TRITON_INTERPRET"]),
     "unknown section": (["optimizer.lr=1"], ["optimizer", "optim"]),
     "wrong type": (["train.steps=many"], ["train.steps", "many"]),
     "heads and tp": (
