@@ -153,7 +153,9 @@ def _compile(case: AotCase, arch: int) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source_class = ASTSource
     if case.gluon:
-        from triton.experimental.gluon._runtime import GluonASTSource as source_class
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_class = GluonASTSource
     triton.knobs.compilation.always_compile = True  # the table has compile times
     options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if case.maxnreg is not None:
@@ -200,9 +202,8 @@ def _disassemble(cubin: bytes) -> tuple[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = {"capture_output": True, "text": True, "check": True}
-        listing = subprocess.run([_tool("nvdisasm"), "-c", file.name], **run).stdout
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], **run).stdout
+        listing = subprocess.check_output([_tool("nvdisasm"), "-c", file.name], text=True)
+        usage = subprocess.check_output([_tool("cuobjdump"), "-res-usage", file.name], text=True)
     match = re.search(r"REG:(\d+)", usage)
     assert match, usage
     return listing, int(match.group(1))

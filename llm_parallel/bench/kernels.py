@@ -168,10 +168,11 @@ def _measure(benchmarks: Sequence[Benchmark], request: Request) -> int:
     )
     rows = [row for b in benchmarks for row in measure.measure(b, card, device, b.shapes, request.rounds)]
     print(measure.table(rows))
-    result = {"environment": environment(), "card": vars(card), "rows": measure.as_data(rows)}
+    found = measure.as_data(rows)
+    result = {"environment": environment(), "card": vars(card), "rows": found}
     if request.out:
         write_result(Path(request.out), result)
-    return slower_than(request.baseline, result["rows"], request.min_ratio) if request.baseline else 0
+    return slower_than(request.baseline, found, request.min_ratio) if request.baseline else 0
 
 
 def write_result(prefix: Path, result: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ class CoreAttention(nn.Module):
         if info.cache is not None or backend_for(q_SBND, self.kernels.attention) == "torch":
             return attention_by_segment(q_SBND, k_SBGD, v_SBGD, info.segments, self.scale).flatten(2)
         # One call for each range of this process's tokens: the keys that two ranges see overlap.
-        parts = [
+        parts: list[Any] = [
             attention(q_SBND[part], k_SBGD, v_SBGD, segments=table, scale=self.scale, backend=self.kernels.attention)
             for part, table in info.tables()
         ]

@@ -101,7 +101,7 @@ class LlamaModel(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, V/tp] → fp32 losses [B, S]; padding of the vocabulary takes no part."""
-        losses_SB = cross_entropy(
+        losses_SB: Any = cross_entropy(
             logits,
             labels.t(),
             num_valid=self.num_valid_words,

@@ -58,7 +58,7 @@ def adamw_(
         return
     _check(columns)
     if dispatch.backend_for(columns[0][0], backend) == "torch":
-        ref.adamw_(*columns[:4], list(low), numbers, scale, skip)
+        ref.adamw_(params, grads, exp_avgs, exp_avg_sqs, low, numbers, scale, skip)
         return
     table, aligned = (addresses or Addresses()).of(columns)
     scalars = [
@@ -85,7 +85,9 @@ def _check(columns: Sequence[Sequence[Tensor]]) -> None:
 def _step(params, grads, exp_avgs, exp_avg_sqs, low, scale, skip, table, aligned, scalars) -> None:
     from llm_kernels.adamw import kernel
 
-    kernel.launch(kernel.Table(*table, aligned), (grads[0].dtype, low[0].dtype if low else None), scale, skip, scalars)
+    addresses, sizes, owners, numbers = table
+    dtypes = grads[0].dtype, low[0].dtype if low else None
+    kernel.launch(kernel.Table(addresses, sizes, owners, numbers, aligned), dtypes, scale, skip, scalars)
 
 
 dispatch.define(

@@ -78,7 +78,7 @@ class FusedAdamW(torch.optim.Optimizer):
             AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], step),
             low=[self.low[p] for p in members] if key[3] is not None else (),
             scale=self.scale,
-            addresses=self._addresses[(key[0], *key[2:])],
+            addresses=self._addresses[key[:1] + key[2:]],
             backend=self.backend,
         )
         for p in members:

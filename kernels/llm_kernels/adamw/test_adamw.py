@@ -205,6 +205,6 @@ def test_moves_the_least_bytes(checked: Traffic | None, low: bool) -> None:
 def test_bad_input_is_named() -> None:
     columns = tensors([8, 8])
     with pytest.raises(ValueError, match="grads has 1 tensors"):
-        adamw_(columns[0], columns[1][:1], *columns[2:], NUMBERS)
+        adamw_(columns[0], columns[1][:1], columns[2], columns[3], NUMBERS)
     with pytest.raises(ValueError, match=r"exp_avgs\[0\] is torch.bfloat16"):
         adamw_(columns[0], columns[1], [x.bfloat16() for x in columns[2]], columns[3], NUMBERS)

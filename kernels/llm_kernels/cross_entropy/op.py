@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -98,7 +100,7 @@ def _forward(logits, labels, first, num_valid, ignore_index, label_smoothing, z_
 
     terms = Terms(first, num_valid, ignore_index, label_smoothing, z_loss)
     flat = labels.reshape(-1).contiguous()
-    outputs = kernel.forward(_rows(logits), flat, terms, whole=not group)
+    outputs: Any = kernel.forward(_rows(logits), flat, terms, whole=not group)
     if group:
         process_group = dist.distributed_c10d._resolve_process_group(group)
         parts = process_group.size()
@@ -117,9 +119,16 @@ def _forward_fake(logits, labels, first, num_valid, ignore_index, label_smoothin
 def _launch_backward(dlosses, dlse, logits, labels, lse, share, terms, out) -> None:
     from llm_kernels.cross_entropy import kernel
 
-    flat = [_flat(x) for x in (dlosses, dlse)]
     saved = (lse.reshape(-1), share)
-    kernel.backward(*flat, _rows(logits), labels.reshape(-1).contiguous(), saved, terms, out.view(-1, out.shape[-1]))
+    kernel.backward(
+        _flat(dlosses),
+        _flat(dlse),
+        _rows(logits),
+        labels.reshape(-1).contiguous(),
+        saved,
+        terms,
+        out.view(-1, out.shape[-1]),
+    )
 
 
 def _backward(dlosses, dlse, logits, labels, lse, share, *terms) -> Tensor:

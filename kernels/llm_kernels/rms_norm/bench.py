@@ -37,12 +37,10 @@ def _bytes(shape: Shape, dtype: torch.dtype) -> Work:
 def _ours() -> Callable[..., Any]:
     from llm_kernels.rms_norm.op import add_rms_norm, rms_norm
 
-    def run(x, *rest):
-        return (
-            add_rms_norm(x, *rest, EPS, backend="triton")
-            if len(rest) == 2
-            else rms_norm(x, *rest, EPS, backend="triton")
-        )
+    def run(x: Tensor, *rest: Tensor) -> Any:
+        if len(rest) == 1:
+            return rms_norm(x, rest[0], EPS, backend="triton")
+        return add_rms_norm(x, rest[0], rest[1], EPS, backend="triton")
 
     return run
 

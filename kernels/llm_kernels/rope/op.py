@@ -117,7 +117,7 @@ def _rope(q, k, cos, sin, positions, offset, interleaved, inverse) -> tuple[Tens
 
 
 def _rope_fake(q: Tensor, k: Tensor, *_) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))  # type: ignore[return-value]
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
 
 
 def _rope_qkv_(qkv, cos, sin, positions, offset, group, head_dim, interleaved, inverse) -> None:
