@@ -153,7 +153,8 @@ class KernelsConfig(Node):
     output_loss: Literal["separate", "fused", "fused-recompute"] = "separate"
     """``fused``: output projection and loss together, some tokens at a time, so that the logits of a micro batch never
     exist; gradients are found in forward, at no more products, and that of the output matrix is held in fp32 until
-    backward. ``fused-recompute``: holds nothing, and computes the logits a second time in backward."""
+    backward (less memory than logits where a micro batch has over 2 hidden_size tokens). ``fused-recompute``: holds
+    nothing, for the least memory, and computes the logits a second time in backward."""
 
 
 class RampUp(Node):
