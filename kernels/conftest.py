@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
 from collections.abc import Iterator
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+
+if importlib.util.find_spec("hypothesis") is None:  # a lent GPU machine may have pytest and no more
+    absent = types.ModuleType("hypothesis")
+    absent.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")  # type: ignore[attr-defined]
+    absent.settings = lambda *_, **__: lambda test: test  # type: ignore[attr-defined]
+    absent.strategies = absent.HealthCheck = MagicMock()  # type: ignore[attr-defined]
+    sys.modules["hypothesis"] = absent
+    sys.modules["hypothesis.strategies"] = absent.strategies
 
 from llm_kernels import dispatch
 from llm_kernels.guard import Traffic, guard
@@ -27,6 +39,19 @@ def checked() -> Iterator[Traffic | None]:
                 yield traffic
     finally:
         torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under xdist a worker hands what it found to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["kernel_errors"] = [(*key, value) for key, value in SUMMARY.rows.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Takes what an xdist worker found."""
+    for name, dtype, errors in getattr(node, "workeroutput", {}).get("kernel_errors", []):
+        SUMMARY.rows.setdefault((name, dtype), []).extend(tuple(pair) for pair in errors)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -40,7 +40,9 @@ def plot_bars(result: dict[str, Any], path: Path) -> None:
     )
     for line, operator in zip(axes, operators):
         for axis, mode in zip(line, _MODES):
-            _bars(axis, [r for r in rows if r["operator"] == operator and r["mode"] == mode], colors)
+            of_panel = [r for r in rows if r["operator"] == operator and r["mode"] == mode]
+            axis.set_visible(bool(of_panel))
+            _bars(axis, of_panel, colors)
             axis.set_title(f"{operator}, {mode}", fontsize=10)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[name]) for name in providers]
     figure.legend(handles, providers, loc="outside lower center", ncols=min(len(providers), 8), fontsize=9)
