@@ -13,11 +13,11 @@ from llm_kernels import dispatch
 
 WITHOUT_TRITON = """
 import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "megatron"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def find_others(name, *rest, **more):
+    return None if name.split(".")[0] in ("triton", "megatron") else find(name, *rest, **more)
+PathFinder.find_spec = find_others
 import torch
 from importlib import import_module
 from llm_kernels import aot, dispatch

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,8 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if num_queries not in (1, num_keys):
         # torch's is_causal aligns the first query with the first key; ours ends with the last.
         if q.is_cuda:
+            from torch.nn.attention.bias import causal_lower_right  # imports triton
+
             mask = causal_lower_right(num_queries, num_keys)
         else:
             ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
