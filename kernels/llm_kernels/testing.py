@@ -98,7 +98,7 @@ def _hold(label: str, ours: Tensor, theirs: Tensor, right: Tensor, floor: float)
     """Asserts the rule of ``compare`` for one tensor; returns both largest errors relative to the largest value."""
     if not right.numel():
         return 0.0, 0.0
-    scale = max(right.abs().max().item(), 1e-30)
+    scale = right.abs().max().item() or 1.0
     assert not ours.isnan().any(), f"{label}: {int(ours.isnan().sum())} of {ours.numel()} numbers are NaN"
     difference, peer = (x.double() - right for x in (ours, theirs))
     largest, of_peer = difference.abs().max().item(), peer.abs().max().item()
