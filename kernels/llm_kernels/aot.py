@@ -44,8 +44,9 @@ class AotCase:
 
     arguments: "*bf16" is a pointer aligned to 16 bytes, an int what the launcher would pass (specialised as Triton
     does), "i32" or "fp32" a scalar of which nothing is known; constexpr parameters have their values. wants: "wide"
-    (global accesses of 128 bits; up to ``narrow_allowed`` smaller ones for numbers per row), "tensor_core",
-    "specialized" (warps with registers of their own, setmaxnreg). No spill is always wanted.
+    (global accesses of 128 bits; up to ``narrow_allowed`` smaller ones for numbers per row), "tensor_core" (HMMA on
+    sm_80, HGMMA on sm_90; "any_tensor_core": either), "specialized" (warps with registers of their own, setmaxnreg). No
+    spill is always wanted.
     """
 
     name: str
@@ -127,6 +128,8 @@ def _problems(case: AotCase, report: Report) -> list[str]:
     core = "hgmma" if report.arch >= 90 else "hmma"
     if "tensor_core" in case.wants and not counts[core]:
         found.append(f"no {core.upper()}")
+    if "any_tensor_core" in case.wants and not counts["hgmma"] + counts["hmma"]:
+        found.append("no HMMA, no HGMMA")
     if "specialized" in case.wants and not counts["setmaxnreg"]:
         found.append("no setmaxnreg")
     return found
@@ -202,8 +205,10 @@ def _disassemble(cubin: bytes) -> tuple[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = subprocess.check_output([_tool("nvdisasm"), "-c", file.name], text=True)
-        usage = subprocess.check_output([_tool("cuobjdump"), "-res-usage", file.name], text=True)
+        listing = subprocess.check_output([_tool("nvdisasm"), "-c", file.name], text=True, stderr=subprocess.DEVNULL)
+        usage = subprocess.check_output(
+            [_tool("cuobjdump"), "-res-usage", file.name], text=True, stderr=subprocess.DEVNULL
+        )
     match = re.search(r"REG:(\d+)", usage)
     assert match, usage
     return listing, int(match.group(1))

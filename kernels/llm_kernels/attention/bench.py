@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_kernels.aot import AotCase
+from llm_kernels.attention.tiles import Case, dkdv_tile, dq_tile, forward_tile
 from llm_kernels.benchmark import Benchmark, Shape, Work, normal
 
 # name: (query heads, groups, head dim)
@@ -35,15 +38,17 @@ def _ours() -> Callable[..., Any]:
     return lambda q, k, v: attention(q, k, v, backend="triton")
 
 
-def _sdpa(name: str) -> Callable[[], Callable[..., Any]]:
+def _sdpa(name: str | None) -> Callable[[], Callable[..., Any]]:
+    """Torch's attention with one of its backends, or with its own choice."""
+
     def provider() -> Callable[..., Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        backend = getattr(SDPBackend, name)
+        chosen = nullcontext if name is None else partial(sdpa_kernel, getattr(SDPBackend, name))
 
         def run(q, k, v):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-            with sdpa_kernel(backend):
+            with chosen():
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             return out.permute(2, 0, 1, 3)
 
@@ -90,6 +95,7 @@ BENCHMARK = Benchmark(
     make=_make,
     providers={
         "ours": _ours,
+        "torch": _sdpa(None),
         "torch cudnn": _sdpa("CUDNN_ATTENTION"),
         "torch flash": _sdpa("FLASH_ATTENTION"),
         "flash-attn 2": _flash_attention,
@@ -134,12 +140,12 @@ _FEATURES = {
 
 def aot_cases(arch: int) -> list[AotCase]:
     """Forward, dk and dv, dq: every head dim causal, every feature at 128, fp32 at 64 and 128; and delta."""
-    from llm_kernels.attention import kernel, kernel_backward
+    from llm_kernels.attention import kernel, kernel_backward, kernel_delta
 
     kinds = [
-        ("forward", kernel._attention_fwd_kernel, kernel.forward_tile),
-        ("dk dv", kernel_backward._attention_bwd_dkdv_kernel, kernel_backward.dkdv_tile),
-        ("dq", kernel_backward._attention_bwd_dq_kernel, kernel_backward.dq_tile),
+        ("forward", kernel._attention_fwd_kernel, forward_tile),
+        ("dk dv", kernel_backward._attention_bwd_dkdv_kernel, dkdv_tile),
+        ("dq", kernel_backward._attention_bwd_dq_kernel, dq_tile),
     ]
     variants = [(d, "bf16", "causal") for d in (64, 96, 128, 256)]
     variants += [(128, "bf16", name) for name in _FEATURES if name != "causal"]
@@ -149,8 +155,9 @@ def aot_cases(arch: int) -> list[AotCase]:
         for d, dtype, feature in variants:
             features = _FEATURES[feature]
             plain = not (features["SOFTCAP"] or features["DROPOUT"])
-            tile = tile_of(arch, kernel.padded(d), 4 if dtype == "fp32" else 2, plain)
-            wants = frozenset({"tensor_core"}) if dtype == "bf16" else frozenset()
+            tile = tile_of(Case(arch, d, 4 if dtype == "fp32" else 2, plain, features["RIGHT"]))
+            wants = frozenset({"any_tensor_core" if d > 128 and kind != "forward" else "tensor_core"})
+            wants = wants if dtype == "bf16" else frozenset()
             arguments = _arguments(function, d, tile, dtype, features)
             name = f"attention {kind} d={d} {feature} {dtype}"
             cases.append(AotCase(name, function, arguments, tile.num_warps, tile.num_stages, wants))
@@ -161,6 +168,6 @@ def aot_cases(arch: int) -> list[AotCase]:
             "S": 8192, "D": d, "BLOCK_D": d, "BLOCK_S": 64, "HAS_DLSE": False,
         }  # fmt: skip
         cases.append(
-            AotCase(f"attention per row d={d}", kernel_backward._per_row_kernel, arguments, wants=frozenset({"wide"}))
+            AotCase(f"attention per row d={d}", kernel_delta._per_row_kernel, arguments, wants=frozenset({"wide"}))
         )
     return cases

@@ -10,37 +10,16 @@ FLOPs: 4 d per visible (query, key) and head. Bytes, at least: q, k, v and out o
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from llm_kernels.attention.ref import Options, dropout_threshold
+from llm_kernels.attention.tiles import Case, forward_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-
-
-class Tile(NamedTuple):
-    """Queries and keys of a tile, warps, and stages of the pipeline of loads."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def forward_tile(arch: int, block_d: int, element_size: int, plain: bool = True) -> Tile:
-    """Configuration of the forward kernel; ``plain`` is without soft cap and dropout."""
-    if element_size == 4:
-        return Tile(64, 32, 4, 2) if block_d <= 128 else Tile(32, 32, 4, 1)
-    if block_d > 128:
-        return Tile(128, 64, 8, 2) if arch >= 90 else Tile(64, 64, 8, 2)
-    if arch >= 90 and plain:
-        return Tile(128, 128, 8, 2)
-    return Tile(128, 64, 8, 3 if plain else 2)
 
 
 @triton.jit
@@ -310,9 +289,10 @@ def padded(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def is_plain(options: Options) -> bool:
-    """Neither soft cap nor dropout, which want registers."""
-    return options.softcap == 0 and options.dropout_p == 0
+def case_of(q: Tensor, options: Options, arch: int) -> Case:
+    """What decides the tiles of a call."""
+    plain = options.softcap == 0 and options.dropout_p == 0
+    return Case(arch, q.shape[-1], q.element_size(), plain, options.right == 0)
 
 
 def forward(
@@ -326,7 +306,7 @@ def forward(
     lse = torch.empty(b, h, sq, dtype=torch.float32, device=q.device)
     if not covers_queries:
         lse.fill_(-torch.inf)
-    tile = forward_tile(arch, padded(d), q.element_size(), is_plain(options))
+    tile = forward_tile(case_of(q, options, arch))
     grid = (h * len(table), triton.cdiv(max_q, tile.block_m))
     if 0 in grid or 0 in out.shape:
         return out, lse

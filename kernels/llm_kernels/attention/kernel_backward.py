@@ -9,16 +9,14 @@ FLOPs: 14 d per visible (query, key) and head. Bytes, at least: q, k, v, dout an
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from llm_kernels.attention.kernel import (
     LOG2E,
-    Tile,
+    case_of,
     in_window,
-    is_plain,
     keep_weight,
     key_range,
     load_rows,
@@ -29,59 +27,7 @@ from llm_kernels.attention.kernel import (
     tile_start,
 )
 from llm_kernels.attention.ref import Options
-
-
-def dkdv_tile(arch: int, block_d: int, element_size: int, plain: bool = True) -> Tile:
-    """Configuration of the kernel for dk and dv."""
-    if element_size == 4:
-        return Tile(32, 32, 4, 1)
-    if block_d > 128:
-        return Tile(32, 64, 8, 1)
-    return Tile(64, 128, 8, 2) if arch >= 90 and plain else Tile(64, 64, 8, 2)
-
-
-def dq_tile(arch: int, block_d: int, element_size: int, plain: bool = True) -> Tile:
-    """Configuration of the kernel for dq."""
-    if element_size == 4:
-        return Tile(32, 32, 4, 1)
-    if block_d > 128:
-        return Tile(64, 32, 8, 1)
-    return Tile(128, 64, 8, 2) if arch >= 90 and plain else Tile(64, 64, 8, 2)
-
-
-@triton.jit
-def _per_row_kernel(
-    out_ptr,
-    dout_ptr,
-    lse_ptr,
-    dlse_ptr,
-    delta_ptr,
-    lse2_ptr,
-    row_stride,
-    S,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
-):
-    """delta = sum(dout out) - dlse, and lse for exp2, for BLOCK_S tokens of one head; [s, b h, d] → [b h, s].
-
-    Queries that saw nothing get +inf, so their weights come out as 0.
-    """
-    head = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    cols = tl.arange(0, BLOCK_D)
-    at = rows.to(tl.int64)[:, None] * row_stride + head * D + cols[None, :]
-    mask = (rows < S)[:, None] & (cols < D)[None, :]
-    out = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    delta = tl.sum(out * dout, 1)
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + head * S + rows, mask=rows < S, other=0.0)
-    tl.store(delta_ptr + head * S + rows, delta, mask=rows < S)
-    lse = tl.load(lse_ptr + head * S + rows, mask=rows < S, other=0.0)
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    tl.store(lse2_ptr + head * S + rows, lse, mask=rows < S)
+from llm_kernels.attention.tiles import dkdv_tile, dq_tile
 
 
 @triton.jit
@@ -448,26 +394,14 @@ def _attention_bwd_dq_kernel(
     tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=(rows < left_over)[:, None] & (cols < D)[None, :])
 
 
-def per_row(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out, dout: [sq, b, h, d] contiguous; lse, dlse: fp32 [b, h, sq] → (lse for exp2, sum(dout out) - dlse)."""
-    sq, b, h, d = out.shape
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    if lse.numel():
-        rows = 64 if d <= 128 else 32
-        _per_row_kernel[(b * h, triton.cdiv(sq, rows))](
-            out, dout, lse, dlse, delta, lse2, b * h * d, sq, d, padded(d), rows, dlse is not None, num_warps=4
-        )
-    return lse2, delta
-
-
 def backward(
     tensors: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor, Tensor], table: Tensor, extents: tuple[int, int],
     options: Options, arch: int,
 ) -> None:  # fmt: skip
     """Writes dq [sq, b, g, m, d], dk and dv [sk, b, g, d] (``gradients``, any strides with d contiguous).
 
-    ``tensors``: q, k, v as in the forward launcher, dout [sq, b, h, d] contiguous, and what ``per_row`` returned.
-    ``extents``: most queries and most keys of a segment.
+    ``tensors``: q, k, v as in the forward launcher, dout [sq, b, h, d] contiguous, and what ``kernel_delta.per_row``
+    returned. ``extents``: most queries and most keys of a segment.
     """
     q, k, v, dout, lse, delta = tensors
     dq, dk, dv = gradients
@@ -475,7 +409,7 @@ def backward(
     h = groups * m
     shared = {**switches(options), "GROUP": m, "D": d, "BLOCK_D": padded(d)}
     inputs = (*q.stride()[:4], *k.stride()[:3], *v.stride()[:3])
-    tile = dkdv_tile(arch, padded(d), q.element_size(), is_plain(options))
+    tile = dkdv_tile(case_of(q, options, arch))
     grid = (groups * len(table), triton.cdiv(extents[1], tile.block_n))
     if 0 not in grid:
         _attention_bwd_dkdv_kernel[grid](
@@ -483,7 +417,7 @@ def backward(
             sq, **shared, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )  # fmt: skip
-    tile = dq_tile(arch, padded(d), q.element_size(), is_plain(options))
+    tile = dq_tile(case_of(q, options, arch))
     grid = (h * len(table), triton.cdiv(extents[0], tile.block_m))
     if 0 not in grid:
         _attention_bwd_dq_kernel[grid](

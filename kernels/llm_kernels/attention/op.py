@@ -230,10 +230,10 @@ def _fill(x: Tensor, covered: bool) -> Tensor:
 
 
 def _backward(dout, dlse, q, k, v, out, lse, table, max_q, max_k, covers_keys, covers_queries, *options):
-    from llm_kernels.attention import kernel, kernel_backward
+    from llm_kernels.attention import kernel, kernel_backward, kernel_delta
 
     dout = dout.contiguous()
-    stats = kernel_backward.per_row(out, dout, lse, None if dlse is None else dlse.contiguous())
+    stats = kernel_delta.per_row(out, dout, lse, None if dlse is None else dlse.contiguous())
     dq, dk, dv = _fill(q, covers_queries), _fill(k, covers_keys), _fill(v, covers_keys)
     groups = k.shape[2]
     tensors = (kernel.by_group(q, groups), k, v, dout, *stats)
@@ -243,10 +243,10 @@ def _backward(dout, dlse, q, k, v, out, lse, table, max_q, max_k, covers_keys, c
 
 
 def _qkv_backward(dout, qkv, out, lse, table, max_q, max_k, covers_keys, covers_queries, *options):
-    from llm_kernels.attention import kernel_backward
+    from llm_kernels.attention import kernel_backward, kernel_delta
 
     dout = dout.contiguous()
-    stats = kernel_backward.per_row(out, dout, lse, None)
+    stats = kernel_delta.per_row(out, dout, lse, None)
     dqkv = _fill(qkv, covers_keys and covers_queries)
     tensors = (*_unpack(qkv), dout, *stats)
     kernel_backward.backward(tensors, _unpack(dqkv), table, (max_q, max_k), Options(*options), arch(qkv))

@@ -269,8 +269,9 @@ def test_dropout_is_philox_and_keeps_its_share() -> None:
 def test_any_segments_window_and_tile(data: st.DataObject) -> None:
     """Small tiles, so that small shapes have edges of every kind."""
     from llm_kernels.attention import kernel, kernel_backward
+    from llm_kernels.attention import tiles as tiles_of
 
-    tiles = [kernel.Tile(*data.draw(st.sampled_from([(16, 16), (32, 16), (16, 32)])), 4, 1) for _ in range(3)]
+    tiles = [tiles_of.Tile(*data.draw(st.sampled_from([(16, 16), (32, 16), (16, 32)])), 4, 1) for _ in range(3)]
     limits = st.integers(-1, 40)
     how = {"causal": data.draw(st.booleans()), "window": (data.draw(limits), data.draw(limits))}
     rows: Rows = []
