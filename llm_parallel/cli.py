@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -146,7 +147,8 @@ def bench_kernels(
 
     if aot:
         raise typer.Exit(aot_command(op or [], arch or [], jobs, out, dump))
-    raise typer.Exit(bench_command(Request(op or [], shape or [], dtype, rounds, out, baseline, min_ratio)))
+    request = Request(op or [], shape or [], dtype, rounds, out, baseline, min_ratio, dict(os.environ))
+    raise typer.Exit(bench_command(request))
 
 
 def main() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,7 +81,8 @@ def aot_command(names: Sequence[str], archs: Sequence[int], jobs: int, out: str 
 @dataclass(frozen=True)
 class Request:
     """What to measure. shapes: parts of shape names, all if empty; dtype: None for each operator's own; out: prefix of
-    the JSON, CSV and PNG files; baseline: JSON of an earlier run that no row may fall under ``min_ratio`` of."""
+    the JSON, CSV and PNG files; baseline: JSON of an earlier run that no row may fall under ``min_ratio`` of;
+    environment: of the process that checks the kernels where there is no GPU."""
 
     operators: Sequence[str] = ()
     shapes: Sequence[str] = ()
@@ -91,6 +91,7 @@ class Request:
     out: str | None = None
     baseline: str | None = None
     min_ratio: float = 0.95
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def bench_command(request: Request) -> int:
@@ -100,7 +101,7 @@ def bench_command(request: Request) -> int:
     if not any(benchmark.shapes for benchmark in benchmarks):
         of = ", ".join(request.operators) or "any operator"
         raise UserError(f"--shape {request.shapes[0]} is in no shape's name of {of}; without --shape all are measured")
-    wrong = check_all([benchmark.name for benchmark in benchmarks])
+    wrong = check_all([benchmark.name for benchmark in benchmarks], request.environment)
     for name, problem in wrong.items():
         print(f"{name}: {'right' if problem is None else problem}")
     if not torch.cuda.is_available():
@@ -110,7 +111,7 @@ def bench_command(request: Request) -> int:
     return max(_measure([b for b in benchmarks if wrong[b.name] is None], request), int(any(wrong.values())))
 
 
-def check_all(operators: Sequence[str]) -> dict[str, str | None]:
+def check_all(operators: Sequence[str], environment: Mapping[str, str]) -> dict[str, str | None]:
     """Each operator's problem, None where it is right: here on a GPU, else in a process that interprets."""
     if torch.cuda.is_available():
         return {name: check(name) for name in operators}
@@ -118,8 +119,8 @@ def check_all(operators: Sequence[str]) -> dict[str, str | None]:
         print("triton is not installed: the kernels can't be checked, only their references would run")
         return dict.fromkeys(operators)
     command = [sys.executable, "-m", "llm_kernels.check", "--op", *operators]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    interpreting = {**environment, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=interpreting, capture_output=True, text=True)
     if not done.stdout.strip():
         raise RuntimeError(f"the check of the kernels died: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
