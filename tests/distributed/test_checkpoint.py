@@ -19,6 +19,7 @@ def _p(**parallel: Any) -> dict[str, Any]:
 
 ONE: dict[str, Any] = {}
 TIED = {"model.tie_embeddings": True}
+OURS = {"optim.implementation": "triton"}
 PAIRS = [
     ("TP2 PP2 DP2", _p(tp=2, pp=2, dp=2), 8, [("TP1", ONE, 1), ("DP4", _p(dp=4), 4)]),
     ("TP1", ONE, 1, [("TP2 SP", _p(tp=2), 2), ("PP2 uneven", _p(pp=2, stage_layers=[3, 1]), 2)]),
@@ -27,6 +28,9 @@ PAIRS = [
     ("DP4 overlap, small buckets", _p(dp=4, overlap=True, bucket_size=3000), 4, [("TP2 CP2", _p(tp=2, cp=2), 4)]),
     ("tied PP2", _p(pp=2) | TIED, 2, [("tied TP2", _p(tp=2) | TIED, 2), ("tied TP1", TIED, 1)]),
     ("bf16 DP2", _p(dp=2) | {"train.precision": "bf16"}, 2, [("bf16 DP2", _p(dp=2) | {"train.precision": "bf16"}, 2)]),
+    ("our AdamW DP2", _p(dp=2) | OURS, 2, [("torch's AdamW TP2", _p(tp=2), 2), ("our AdamW TP1", OURS, 1)]),
+    ("bf16 our AdamW DP2", _p(dp=2) | OURS | {"train.precision": "bf16"}, 2,
+     [("bf16 our AdamW DP2", _p(dp=2) | OURS | {"train.precision": "bf16"}, 2)]),
     ("plain optimizer DP2", _p(dp=2, distributed_optimizer=False), 2,
      [("plain optimizer TP2", _p(tp=2, distributed_optimizer=False), 2)]),
 ]  # fmt: skip
