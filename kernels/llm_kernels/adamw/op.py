@@ -24,7 +24,8 @@ class Addresses:
         """The table's tensors, and whether all is aligned to 16."""
         from llm_kernels.adamw import kernel
 
-        key = tuple(x.data_ptr() for column in columns for x in column)
+        # With sizes: views of different lengths may begin at one address.
+        key = (*(x.data_ptr() for column in columns for x in column), *(x.numel() for x in columns[0]))
         if key != self._key:
             table = kernel.make_table(columns)
             self._table = [table.addresses, table.sizes, table.chunk_tensor, table.chunk_number]

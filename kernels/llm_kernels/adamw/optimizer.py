@@ -37,6 +37,14 @@ class FusedAdamW(torch.optim.Optimizer):
         self.low: Mapping[Tensor, Tensor] = {}
         self._addresses: dict[tuple, Addresses] = defaultdict(Addresses)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What load_state_dict ends in. Raises ValueError for options of torch's AdamW that ours has not."""
+        for group in state.get("param_groups", ()):
+            for option in ("amsgrad", "maximize"):
+                if group.get(option):
+                    raise ValueError(f"the state was made with {option}=True, which FusedAdamW does not have")
+        super().__setstate__(state)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient."""

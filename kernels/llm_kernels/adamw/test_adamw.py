@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from llm_kernels.adamw import ref
 from llm_kernels.adamw.bench import BENCHMARK, NUMBERS
-from llm_kernels.adamw.op import adamw_
+from llm_kernels.adamw.op import Addresses, adamw_
 from llm_kernels.adamw.optimizer import FusedAdamW
 from llm_kernels.guard import Traffic
 from llm_kernels.testing import FACTOR, SUMMARY, default_device
@@ -98,6 +98,20 @@ def test_grouping_changes_no_bit(checked: Traffic | None) -> None:
     assert all(torch.equal(x, y) for a, b in zip(together, apart) for x, y in zip(a, b))
 
 
+def test_a_longer_tensor_at_the_same_address_is_stepped_whole(checked: Traffic | None) -> None:
+    """Addresses alone do not tell a tensor from one that begins at the same place."""
+    columns, right = tensors([64]), tensors([64])
+    start = [column[0].clone() for column in columns]
+    reach(checked, columns)
+    addresses = Addresses()
+    step_ours([[column[0][:32]] for column in columns], addresses=addresses)
+    for column, x in zip(columns, start):
+        column[0].copy_(x)
+    step_ours(columns, addresses=addresses)
+    ref.adamw_(*right, [], NUMBERS)
+    torch.testing.assert_close(columns[0][0], right[0][0], rtol=1e-6, atol=1e-6)
+
+
 def test_scale_is_folded_in(checked: Traffic | None) -> None:
     scaled, plain = tensors([1000]), tensors([1000])
     reach(checked, [*scaled, *plain])
@@ -173,6 +187,17 @@ def test_state_passes_between_torch_and_ours(checked: Traffic | None, first: str
         torch.testing.assert_close(x, z, rtol=2e-6, atol=2e-6)
         if first == second:
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_state_of_another_rule_is_refused(option: str) -> None:
+    params = parameters()
+    saved = torch.optim.AdamW(params, **{option: True}).state_dict()  # type: ignore[arg-type]
+    ours = FusedAdamW(params, backend="torch")
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(ValueError, match=option):
+        ours.load_state_dict(saved)
+    assert ours.state_dict() == before
 
 
 def test_scale_is_used_once(checked: Traffic | None) -> None:

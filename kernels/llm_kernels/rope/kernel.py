@@ -40,21 +40,22 @@ def _rotate_heads(
         rotated = heads < HEADS
         if GROUP > 0:
             rotated = rotated & (heads % GROUP < GROUP - 1)
+        wide = heads.to(tl.int64)[:, None]  # a head's stride spans the sequence where heads come first in memory
         if INTERLEAVED:
             dims = tl.arange(0, 2 * BLOCK_D)
             mask = rotated[:, None] & (dims < 2 * HALF)[None, :]
-            x = tl.load(x_ptr + heads[:, None] * x_head_stride + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + wide * x_head_stride + dims[None, :], mask=mask, other=0.0).to(tl.float32)
             first, second = tl.split(tl.reshape(x, [BLOCK_H, BLOCK_D, 2]))
             y = tl.join(first * cos - second * sin, second * cos + first * sin)
             y = tl.reshape(y, [BLOCK_H, 2 * BLOCK_D]).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + heads[:, None] * y_head_stride + dims[None, :], y, mask=mask)
+            tl.store(y_ptr + wide * y_head_stride + dims[None, :], y, mask=mask)
         else:
             dims = tl.arange(0, BLOCK_D)
             mask = rotated[:, None] & (dims < HALF)[None, :]
-            at = x_ptr + heads[:, None] * x_head_stride + dims[None, :]
+            at = x_ptr + wide * x_head_stride + dims[None, :]
             first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             second = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
-            out = y_ptr + heads[:, None] * y_head_stride + dims[None, :]
+            out = y_ptr + wide * y_head_stride + dims[None, :]
             tl.store(out, (first * cos - second * sin).to(y_ptr.dtype.element_ty), mask=mask)
             tl.store(out + HALF, (second * cos + first * sin).to(y_ptr.dtype.element_ty), mask=mask)
 

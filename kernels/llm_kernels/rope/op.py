@@ -36,13 +36,18 @@ def rope_qkv_(
 
     qkv: [s, b, w], w = num_groups (m + 2) head_dim: for every group m query heads, a key, a value, as megatron packs
     them. It is overwritten, and so is the gradient that arrives in backward: for callers that know that nothing else
-    needs either, such as between a linear layer and attention. Raises ValueError if shapes do not match.
+    needs either, such as between a linear layer and attention. Raises ValueError if shapes do not match, or qkv is
+    expanded or not contiguous in w.
     """
     if qkv.ndim != 3 or qkv.shape[2] % (num_groups * head_dim) or qkv.shape[2] // (num_groups * head_dim) < 3:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}; its last dim must hold {num_groups} groups of three or more heads of "
             f"{head_dim}"
         )
+    if qkv.stride(2) != 1:
+        raise ValueError(f"qkv has strides {qkv.stride()}; its last dim must be contiguous")
+    if any(stride == 0 and size > 1 for stride, size in zip(qkv.stride(), qkv.shape)):
+        raise ValueError("qkv is rotated in place, but its elements share memory (it is expanded)")
     _check(_heads(qkv, head_dim), table)
     return _RotatePacked.apply(qkv, table, num_groups, head_dim, interleaved, dispatch.backend_for(qkv, backend))
 
@@ -53,16 +58,21 @@ def _check(q: Tensor, table: RopeTable) -> None:
         raise ValueError(f"heads are {dim} wide, the table is for {2 * table.cos.shape[1]}")
     positions = table.token_positions
     if positions is None:
-        if table.offset + tokens > table.cos.shape[0]:
-            raise ValueError(
-                f"tokens reach position {table.offset + tokens - 1}, the table has {table.cos.shape[0]} positions"
-            )
+        _check_range(table.offset, table.offset + tokens - 1, table)
     elif positions.shape not in ((tokens,), (tokens, rows)):
         raise ValueError(
             f"positions have shape {tuple(positions.shape)}; [{tokens}] or [{tokens}, {rows}] was expected"
         )
-    elif not positions.is_cuda and positions.numel() and int(positions.max()) >= table.cos.shape[0]:
-        raise ValueError(f"tokens reach position {int(positions.max())}, the table has {table.cos.shape[0]} positions")
+    elif not positions.is_cuda and positions.numel():  # on a GPU this would make the host wait
+        low, high = positions.aminmax()
+        _check_range(int(low), int(high), table)
+
+
+def _check_range(low: int, high: int, table: RopeTable) -> None:
+    if low < 0 or high >= table.cos.shape[0]:
+        raise ValueError(
+            f"tokens reach position {low if low < 0 else high}, the table has {table.cos.shape[0]} positions"
+        )
 
 
 def _heads(qkv: Tensor, head_dim: int) -> Tensor:

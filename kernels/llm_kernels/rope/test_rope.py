@@ -214,6 +214,16 @@ def test_bad_input_is_named() -> None:
     q = torch.ones(5, 1, 2, 8, device=default_device())
     with pytest.raises(ValueError, match="position 4, the table has 4"):
         rope(q, q, table)
+    with pytest.raises(ValueError, match="position -1, the table has 4"):
+        rope(q[:3], q[:3], table.from_offset(-1))
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=f"position {wrong}, the table has 4"):
+            rope(q[:2], q[:2], table.at(torch.tensor([0, wrong])))
+    across = torch.ones(24, 1, 2, device=default_device()).transpose(0, 2)
+    with pytest.raises(ValueError, match="contiguous"):
+        rope_qkv_(across, table, num_groups=1, head_dim=8)
+    with pytest.raises(ValueError, match="share memory"):
+        rope_qkv_(torch.ones(2, 1, 24, device=default_device()).expand(2, 3, 24), table, num_groups=1, head_dim=8)
     with pytest.raises(ValueError, match="the table is for 8"):
         rope(q[..., :4], q[..., :4], table)
     with pytest.raises(ValueError, match="only the number of heads"):

@@ -14,13 +14,15 @@ def swiglu(x: Tensor, *, inplace_backward: bool = False, backend: str = "auto") 
 
     fp32, bf16 or fp16; computed in fp32. Backward keeps x alone and computes the sigmoid again. inplace_backward writes
     the gradient over x, for callers that know that nothing else needs x: backward then allocates nothing, and running
-    it a second time raises RuntimeError. Raises ValueError if the last dim is odd.
+    it a second time raises RuntimeError. Raises ValueError if the last dim is odd, or an expanded x is to be overwritten.
     """
     if x.ndim == 0 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dim holds gate and up and must be even")
     if dispatch.backend_for(x, backend) == "torch":
         return ref.swiglu(x)
     if inplace_backward:
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+            raise ValueError("inplace_backward=True, but elements of x share memory (it is expanded)")
         return _InPlace.apply(x)
     return torch.ops.llm_kernels.swiglu(x)
 

@@ -111,3 +111,6 @@ def test_moves_the_least_bytes(checked: Traffic | None) -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="must be even"):
         swiglu(torch.ones(2, 3))
+    repeated = torch.ones(1, 4, device=default_device()).expand(3, 4)
+    with pytest.raises(ValueError, match="share memory"):
+        swiglu(repeated, inplace_backward=True, backend="triton")
