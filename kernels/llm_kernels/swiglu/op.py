@@ -14,7 +14,8 @@ def swiglu(x: Tensor, *, inplace_backward: bool = False, backend: str = "auto") 
 
     fp32, bf16 or fp16; computed in fp32. Backward keeps x alone and computes the sigmoid again. inplace_backward writes
     the gradient over x, for callers that know that nothing else needs x: backward then allocates nothing, and running
-    it a second time raises RuntimeError. Raises ValueError if the last dim is odd, or an expanded x is to be overwritten.
+    it a second time raises RuntimeError. Raises ValueError if the last dim is odd, or an expanded x would be
+    overwritten.
     """
     if x.ndim == 0 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dim holds gate and up and must be even")
