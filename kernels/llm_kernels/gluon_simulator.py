@@ -1,24 +1,16 @@
 """Runs a Gluon kernel for Hopper on CPU tensors: its Python source, with stand-ins for the language.
 
-Partitions of ``warp_specialize``, TMA copies and asynchronous products run one at a time in an order drawn from a seed.
-A copy lands at any moment before its barrier completes, a product reads its operands at any moment before its wait.
-Vector clocks (Flanagan & Freund 2009, doi 10.1145/1542476.1542490) find what no order of the run happened to show:
-accesses to shared memory that no barrier, wait or fence puts in order. Faults: such races, shared memory read before
-it was written, deadlock, a barrier that gets more than it counts, an index or an address out of bounds, an address
-stored by two partitions or programs, 32-bit overflow, layouts that do not match, work in flight when a program ends.
-A partition is one thread of control: races among its own warps, registers, bank conflicts and speed are not seen.
+``simulate(kernel, grid, *args, seed=0, **kwargs)`` takes what a launch takes: CPU tensors, host TensorDescriptors and
+numbers. What it finds, and what it cannot, is told in gluon_machine.
 """
 
 from __future__ import annotations
 
-import linecache
-import operator
-import random
+import builtins
+import itertools
 import re
-import sys
-import threading
 from collections.abc import Callable, Sequence
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,369 +18,315 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.runtime.jit import JITFunction
 
-_TORCH = {
-    gl.int1: torch.bool, gl.int32: torch.int32, gl.int64: torch.int64, gl.float32: torch.float32,
-    gl.bfloat16: torch.bfloat16, gl.float16: torch.float16,
-}  # fmt: skip
-_GLUON = {value: key for key, value in _TORCH.items()}
+from llm_kernels import gluon_machine as machine
+from llm_kernels.gluon_machine import (
+    TORCH, Barrier, Barriers, Cell, Descriptor, Int, Memory, Partition, Pointer, Product, Program, Shared,
+    SimulationError, Tile, binary, fault, join, me, require,
+)  # fmt: skip
 
+__all__ = ["SimulationError", "simulate"]
+machine.INTERNAL.add(__file__)
 
-class SimulationError(Exception):
-    """What the kernel did wrong, with the line of the kernel."""
 
+def simulate(kernel: Any, grid: Sequence[int], *args: Any, seed: int = 0, **kwargs: Any) -> None:
+    """Runs every program of ``grid``, each in an order of its own drawn from ``seed``. Raises SimulationError."""
+    names = [parameter.name for parameter in kernel.params]
+    given = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
+    values = {p.name: given[p.name] if p.is_constexpr else _argument(given[p.name]) for p in kernel.params}
+    full = (*grid, 1, 1)[:3]
+    body = _bind(kernel, {})
+    for index in itertools.product(*map(range, full)):
+        Program(index, full, seed).run(lambda: body(**values))
 
-class _Stopped(BaseException):
-    """Ends a partition's thread after a fault elsewhere."""
 
+def _argument(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return Pointer(Memory(value), torch.tensor(value.storage_offset()))
+    if hasattr(value, "block_shape"):
+        return Descriptor(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Int(value, 32 if -(2**31) <= value < 2**31 else 64)
+    return value
+
+
+def _bind(function: Any, known: dict[Any, Callable]) -> Callable:
+    """The kernel's Python function, among stand-ins instead of the language."""
+    if function in known:
+        return known[function]
+    raw = function.fn
+    names = {"range": _range, "__builtins__": builtins}
+    bound = FunctionType(raw.__code__, names, raw.__name__, raw.__defaults__)
+    bound.__kwdefaults__ = raw.__kwdefaults__
+    known[function] = bound
+    for name in raw.__code__.co_names:
+        if name in raw.__globals__:
+            names[name] = _stand_in(raw.__globals__[name], known)
+    return bound
+
+
+def _stand_in(value: Any, known: dict[Any, Callable]) -> Any:
+    for original, replacement in _REPLACED:
+        if value is original:
+            return replacement
+    if isinstance(value, gl.constexpr):
+        return value.value
+    return _bind(value, known) if isinstance(value, JITFunction) else value
+
+
+def _range(*limits: int) -> Any:
+    return (Int(i) for i in builtins.range(*map(int, limits)))
+
+
+def _pick(function: Callable, scalar: Callable) -> Callable:
+    """An elementwise function of two values, each a tile or a scalar."""
+
+    def call(x: Any, y: Any) -> Any:
+        if not isinstance(x, Tile) and not isinstance(y, Tile):
+            return scalar(x, y)
+        return binary(lambda a, b: function(torch.as_tensor(a), torch.as_tensor(b)), x, y)
+
+    return call
+
+
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    if not isinstance(condition, Tile):
+        return x if condition else y
+    tile = x if isinstance(x, Tile) else y
+    require(not isinstance(x, Tile) or x.layout == condition.layout, "layouts of where differ")
+    require(not isinstance(y, Tile) or y.layout == condition.layout, "layouts of where differ")
+    dtype = tile.data.dtype if isinstance(tile, Tile) else torch.float32
+    x, y = (v.data if isinstance(v, Tile) else torch.tensor(v, dtype=dtype) for v in (x, y))
+    return Tile(torch.where(condition.data, x, y), condition.layout)
+
+
+def _reduction(function: Callable) -> Callable:
+    def call(x: Tile, axis: int) -> Tile:
+        return Tile(function(x.data, axis), gl.SliceLayout(axis, x.layout) if x.layout else None)
+
+    return call
+
+
+def _elementwise(function: Callable) -> Callable:
+    return lambda x: Tile(function(x.data), x.layout) if isinstance(x, Tile) else float(function(torch.tensor(x)))
+
+
+def _full(shape: Sequence[int], value: Any, dtype: Any, layout: Any = None) -> Tile:
+    return Tile(torch.full([int(n) for n in shape], value, dtype=TORCH[dtype]), layout)
+
+
+def _addresses(pointer: Pointer, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    inside = torch.as_tensor(True) if mask is None else torch.as_tensor(getattr(mask, "data", mask))
+    at, inside = torch.broadcast_tensors(pointer.offset, inside)
+    return at, inside
+
 
-def _caller() -> tuple[str, int]:
-    frame: Any = sys._getframe(1)
-    while frame.f_code.co_filename == __file__:
-        frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
-
-
-def _fault(message: str) -> SimulationError:
-    path, line = _caller()
-    name = getattr(threading.current_thread(), "partition", None)
-    source = linecache.getline(path, line).strip()
-    return SimulationError(f"{name.name + ': ' if name else ''}{message} (line {line}: {source})")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise _fault(message)
-
-
-class Int(int):
-    """A scalar of 32 bits, or of 64 after ``to(gl.int64)``. Division goes towards zero, overflow is a fault."""
-
-    bits: int
-
-    def __new__(cls, value: int, bits: int = 32) -> Int:
-        self = super().__new__(cls, value)
-        self.bits = bits
-        _require(-(1 << bits - 1) <= self < 1 << bits - 1, f"{int(value)} does not fit in {bits} bits")
-        return self
-
-    def to(self, dtype: Any) -> Any:
-        return Int(self, dtype.primitive_bitwidth) if dtype.is_int() else float(self)
-
-
-def _truncated(x: int, y: int) -> int:
-    return abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
-
-
-def _int_operator(function: Callable, swap: bool) -> Callable:
-    def method(self: Int, other: Any) -> Any:
-        if not isinstance(other, int):
-            return NotImplemented
-        x, y = (int(other), int(self)) if swap else (int(self), int(other))
-        return Int(function(x, y), max(self.bits, getattr(other, "bits", 32)))
-
-    return method
-
-
-for _name, _function in {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": _truncated,
-    "mod": lambda x, y: x - y * _truncated(x, y),
-}.items():  # fmt: skip
-    setattr(Int, f"__{_name}__", _int_operator(_function, False))
-    setattr(Int, f"__r{_name}__", _int_operator(_function, True))
-
-
-class Tile:
-    """A tensor in registers."""
-
-    def __init__(self, data: torch.Tensor, layout: Any) -> None:
-        self.data, self.layout = data, layout
-
-    @property
-    def shape(self) -> list[int]:
-        return list(self.data.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return _GLUON[self.data.dtype]
-
-    @property
-    def type(self) -> Tile:
-        return self
-
-    def to(self, dtype: Any) -> Tile:
-        return Tile(self.data.to(_TORCH[dtype]), self.layout)
-
-    def __getitem__(self, key: tuple) -> Tile:
-        """``x[:, None]`` and ``x[None, :]``: a slice back in its parent's layout."""
-        dim = key.index(None)
-        _require(self.layout is None or self.layout.dim == dim, f"{self.layout} is expanded along dimension {dim}")
-        return Tile(self.data[key], self.layout and self.layout.parent)
-
-
-def _binary(function: Callable, x: Any, y: Any) -> Any:
-    if isinstance(x, Pointer) or isinstance(y, Pointer):
-        return NotImplemented
-    tiles = [t for t in (x, y) if isinstance(t, Tile)]
-    same = len(tiles) < 2 or tiles[0].layout == tiles[1].layout
-    _require(same, f"layouts differ: {', '.join(str(t.layout) for t in tiles)}")
-    x, y = (t.data if isinstance(t, Tile) else int(t) if isinstance(t, Int) else t for t in (x, y))
-    return Tile(function(x, y), tiles[0].layout)
-
-
-for _name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "xor"):
-    _function = getattr(operator, _name)
-    setattr(Tile, f"__{_name.strip('_')}__", lambda x, y, f=_function: _binary(f, x, y))
-    setattr(Tile, f"__r{_name.strip('_')}__", lambda x, y, f=_function: _binary(lambda a, b: f(b, a), x, y))
-Tile.__neg__ = lambda self: Tile(-self.data, self.layout)  # type: ignore[attr-defined]
-Tile.__invert__ = lambda self: Tile(~self.data, self.layout)  # type: ignore[attr-defined]
-
-
-class Memory:
-    """A global tensor: its storage, which elements of that are the tensor's, and who stored them."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        length = tensor.untyped_storage().nbytes() // tensor.element_size()
-        self.flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), 0, (length,), (1,))
-        self.owned = torch.zeros(length, dtype=torch.bool)
-        self.owned.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
-        self.writer = torch.full((length,), -1, dtype=torch.int64)
-        self.start = tensor.storage_offset()
-
-    def check(self, at: torch.Tensor, what: str) -> None:
-        inside = (at >= 0) & (at < len(self.flat))
-        wrong = at[~inside | ~self.owned[at.clamp(0, len(self.flat) - 1)]]
-        if len(wrong):
-            raise _fault(f"{what} at element {int(wrong[0]) - self.start}, outside the tensor")
-
-
-class Pointer:
-    """Addresses in a global tensor, one or a tile of them."""
-
-    def __init__(self, memory: Memory, offset: torch.Tensor, layout: Any = None) -> None:
-        self.memory, self.offset, self.layout = memory, offset, layout
-
-    @property
-    def dtype(self) -> Any:
-        return gl.pointer_type(_GLUON[self.memory.flat.dtype])
-
-    def __add__(self, other: Any) -> Pointer:
-        if isinstance(other, Tile):
-            return Pointer(self.memory, self.offset + other.data.to(torch.int64), other.layout)
-        return Pointer(self.memory, self.offset + int(other), self.layout)
-
-    __radd__ = __add__
-
-
-class Descriptor:
-    """A host TensorDescriptor as the kernel sees it."""
-
-    def __init__(self, host: Any) -> None:
-        self.memory, self.sizes, self.strides = Memory(host.base), list(host.shape), list(host.strides)
-        self.block_shape, self.layout = list(host.block_shape), host.layout
-        self.dtype = _GLUON[host.base.dtype]
-
-    def box(self, coord: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Addresses of a box and which of them are inside the described shape."""
-        at, inside = torch.tensor(self.memory.start), torch.tensor(True)
-        for start, length, size, stride in zip(coord, self.block_shape, self.sizes, self.strides, strict=True):
-            places = torch.arange(length) + int(start)
-            at = at.unsqueeze(-1) + places * stride
-            inside = inside.unsqueeze(-1) & (places >= 0) & (places < size)
-        self.memory.check(at[inside], "TMA")
-        return at.clamp(0, len(self.memory.flat) - 1), inside
-
-
-class Cell:
-    """One buffer: who wrote it last and who read it since, by clock, and whether a write awaits a proxy fence."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.write: tuple[Any, int] | None = None
-        self.reads: dict[Any, int] = {}
-        self.unfenced = False
-
-    def read(self, reader: Any, tick: int, clock: dict, asynchronous: bool) -> None:
-        _require(self.write is not None, f"reads {self.name}, which nothing has written")
-        actor, at = self.write or (None, 0)
-        _require(clock.get(actor, 0) >= at, f"reads {self.name} without having waited for its write by {actor}")
-        _require(not (asynchronous and self.unfenced), f"reads {self.name} by the async proxy without a fence")
-        self.reads[reader] = tick
-
-    def overwrite(self, writer: Any, tick: int, clock: dict, asynchronous: bool) -> None:
-        for actor, at in [*self.reads.items(), *([self.write] if self.write else [])]:
-            if clock.get(actor, 0) < at:
-                raise _fault(f"overwrites {self.name} while {actor} may still use it")
-        self.write, self.reads, self.unfenced = (writer, tick), {}, not asynchronous
-
-
-class Shared:
-    """A view of shared memory; ``cells`` are the buffers it touches."""
-
-    def __init__(self, data: torch.Tensor, layout: Any, cells: list[Cell], whole: bool = False) -> None:
-        self.data, self.layout, self.cells, self.whole = data, layout, cells, whole
-        self.shape, self.dtype = list(data.shape), _GLUON[data.dtype]
-
-    @property
-    def type(self) -> Shared:
-        return self
-
-    def index(self, i: int) -> Shared:
-        _require(0 <= i < len(self.data), f"index {int(i)} of {self.cells[0].name} of {len(self.data)}")
-        return Shared(self.data[int(i)], self.layout, self.cells[i : i + 1] if self.whole else self.cells)
-
-    def permute(self, order: Sequence[int]) -> Shared:
-        return Shared(self.data.permute(*order), self.layout, self.cells)
-
-    def load(self, layout: Any) -> Tile:
-        me = _me()
-        me.step()
-        for cell in self.cells:
-            cell.read(me.name, me.clock[me.name], me.clock, False)
-        return Tile(self.data.clone(), layout)
-
-    def store(self, value: Tile) -> None:
-        me = _me()
-        me.step()
-        same = self.shape == value.shape and self.dtype == value.dtype
-        _require(same, f"stores {value.dtype}{value.shape} in {self.dtype}{self.shape}")
-        for cell in self.cells:
-            cell.overwrite(me.name, me.clock[me.name], me.clock, False)
-            me.unfenced.append(cell)
-        self.data.copy_(value.data)
-
-
-class Barrier:
-    """An mbarrier: arrivals and bytes still due in this phase, and what is known to whom waits for the last one."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.count, self.due, self.bytes, self.phase = name, 0, 0, 0, 0
-        self.gathered: dict[Any, int] = {}
-        self.released: dict[Any, int] = {}
-
-    def arrive(self, clock: dict, count: int, num_bytes: int) -> None:
-        _require(self.count > 0, f"{self.name} is not initialised")
-        _require(self.due >= count, f"{self.name} gets more than its {self.count} arrivals in a phase")
-        self.due -= count
-        self.bytes += num_bytes
-        _join(self.gathered, clock)
-        if self.due == 0 and self.bytes == 0:
-            _join(self.released, self.gathered)
-            self.due, self.phase, self.gathered = self.count, self.phase + 1, {}
-
-
-class Barriers:
-    def __init__(self, items: list[Barrier]) -> None:
-        self.items = items
-
-    def index(self, i: int) -> Barriers:
-        _require(0 <= i < len(self.items), f"index {int(i)} of {self.items[0].name} of {len(self.items)}")
-        return Barriers([self.items[i]])
-
-    @property
-    def one(self) -> Barrier:
-        _require(len(self.items) == 1, f"{len(self.items)} barriers where one is wanted")
-        return self.items[0]
-
-
-def _join(into: dict, other: dict) -> None:
-    for actor, tick in other.items():
-        into[actor] = max(into.get(actor, 0), tick)
-
-
-class Product:
-    """An asynchronous product; ``data`` once it has run."""
-
-    def __init__(self, run: Callable[[], torch.Tensor], layout: Any, tick: int) -> None:
-        self.run, self.layout, self.tick = run, layout, tick
-        self.data: torch.Tensor | None = None
-
-
-class Partition:
-    """Warps of one role: a thread that runs only when it is told to."""
-
-    def __init__(self, program: Program, name: str, body: Callable[[], Any], clock: dict) -> None:
-        self.program, self.name, self.clock = program, name, {**clock, name: 1}
-        self.go = threading.Semaphore(0)
-        self.ready: Callable[[], bool] = lambda: True
-        self.blocked_on = ""
-        self.done = False
-        self.issued = 0
-        self.products: list[Product] = []
-        self.unfenced: list[Cell] = []
-        self.weight = program.order.random() ** 2 + 0.02
-        self.thread = threading.Thread(target=self._main, args=(body,), daemon=True)
-        self.thread.partition = self  # type: ignore[attr-defined]
-        self.thread.start()
-
-    def _main(self, body: Callable[[], Any]) -> None:
-        self.go.acquire()
-        try:
-            if not self.program.stopping:
-                body()
-                _require(not self.products, "ends with products in flight")
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self.program.error = self.program.error or error
-        self.done = True
-        self.program.back.release()
-
-    def step(self, ready: Callable[[], bool] | None = None, blocked_on: str = "") -> None:
-        """Lets others run, at least until ``ready``; then the next tick of this partition's clock."""
-        self.ready, self.blocked_on = ready or (lambda: True), blocked_on
-        self.program.back.release()
-        self.go.acquire()
-        if self.program.stopping:
-            raise _Stopped
-        self.ready, self.blocked_on = (lambda: True), ""
-        self.clock[self.name] += 1
-
-
-def _me() -> Partition:
-    return threading.current_thread().partition  # type: ignore[attr-defined]
-
-
-class Program:
-    """One program of the grid: its partitions and all that is in flight."""
-
-    def __init__(self, index: tuple[int, ...], grid: tuple[int, ...], seed: int) -> None:
-        self.index, self.grid = index, grid
-        self.order = random.Random(f"{seed} {index}")
-        self.back = threading.Semaphore(0)
-        self.stopping = False
-        self.error: BaseException | None = None
-        self.partitions: list[Partition] = []
-        self.barriers: list[Barrier] = []
-        self.copies: list[Callable[[], None]] = []
-        self.num_copies = 0
-        self.agent_weight = self.order.random() ** 2 + 0.02
-
-    def run(self, body: Callable[[], Any]) -> None:
-        self.partitions.append(Partition(self, "main", body, {}))
-        while self.error is None and not all(p.done for p in self.partitions):
-            choices: list[tuple[float, Any]] = [(p.weight, p) for p in self.partitions if not p.done and p.ready()]
-            choices += [(self.agent_weight, copy) for copy in self.copies]
-            waiting = (next((x for x in p.products if x.data is None), None) for p in self.partitions)
-            choices += [(self.agent_weight, product) for product in waiting if product]
-            if not choices:
-                blocked = "; ".join(f"{p.name} waits for {p.blocked_on}" for p in self.partitions if not p.done)
-                self.error = SimulationError(f"deadlock in program {self.index}: {blocked}")
-                break
-            chosen = self.order.choices([x for _, x in choices], [w for w, _ in choices])[0]
-            if isinstance(chosen, Partition):
-                chosen.go.release()
-                self.back.acquire()
-            elif isinstance(chosen, Product):
-                chosen.data = chosen.run()
-            else:
-                self.copies.remove(chosen)
-                chosen()
-        if self.error is None and self.copies:
-            self.error = SimulationError(f"program {self.index} ends with {len(self.copies)} TMA copies in flight")
-        self.stopping = True
-        for partition in self.partitions:
-            if not partition.done:
-                partition.go.release()
-                partition.thread.join()
-        if self.error is not None:
-            raise self.error
+def _load(pointer: Pointer, mask: Any = None, other: Any = None) -> Any:
+    at, inside = _addresses(pointer, mask)
+    pointer.memory.check(at[inside], "load")
+    flat = pointer.memory.flat
+    found = flat[at.clamp(0, len(flat) - 1)]
+    if other is not None:
+        found = torch.where(inside, found, torch.as_tensor(getattr(other, "data", other), dtype=flat.dtype))
+    elif flat.is_floating_point():
+        found = found.masked_fill(~inside, float("nan"))
+    if found.ndim:
+        return Tile(found, pointer.layout)
+    return float(found) if flat.is_floating_point() else Int(int(found), flat.element_size() * 8)
+
+
+def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
+    at, inside = _addresses(pointer, mask)
+    memory, this = pointer.memory, me()
+    require(getattr(value, "layout", pointer.layout) == pointer.layout, "layouts of address and value differ")
+    memory.check(at[inside], "store")
+    who = (hash((this.program.index, this.name)) & 0x7FFFFFFF) + 1
+    before = memory.writer[at[inside]]
+    require(bool(((before == -1) | (before == who)).all()), "stores where another partition or program did")
+    memory.writer[at[inside]] = who
+    data = torch.as_tensor(getattr(value, "data", value)).to(memory.flat.dtype)
+    memory.flat[at[inside]] = data.expand(at.shape)[inside]
+
+
+def _convert_layout(x: Tile, layout: Any, assert_trivial: bool = False) -> Tile:
+    del assert_trivial
+    return Tile(x.data, layout)
+
+
+def _allocate(dtype: Any, shape: Sequence[int], layout: Any, value: Tile | None = None) -> Shared | Barriers:
+    path, line = machine.caller()
+    found = re.match(r"\s*(\w+)\s*=", machine.linecache.getline(path, line))
+    name = found.group(1) if found else f"line {line}"
+    shape = [int(n) for n in shape]
+    if isinstance(layout, hopper.mbarrier.MBarrierLayout):
+        return Barriers([Barrier(f"{name}[{i}]") for i in builtins.range(shape[0])])
+    data = torch.empty(shape, dtype=TORCH[dtype]).fill_(float("nan") if dtype.is_floating() else 0)
+    several = len(shape) > 2
+    cells = [Cell(f"{name}[{i}]") for i in builtins.range(shape[0])] if several else [Cell(name)]
+    shared = Shared(data, layout, cells, several)
+    if value is not None:
+        shared.store(value)
+    return shared
+
+
+def _warp_specialize(parts: Sequence[tuple], worker_num_warps: Sequence, worker_num_regs: Sequence | None = None) -> Any:
+    require(len(worker_num_warps) == len(parts) - 1, f"{len(parts)} partitions, {len(worker_num_warps)} warp counts")
+    require(len(worker_num_regs or worker_num_warps) == len(parts) - 1, "partitions and register counts differ")
+    this = me()
+    workers = []
+    for number, (function, args) in enumerate(parts[1:], 1):
+        label = f"partition {number} ({function.__name__})"
+        workers.append(Partition(this.program, label, lambda f=function, a=args: f(*a), this.clock))
+    this.program.partitions += workers
+    function, args = parts[0]
+    result = function(*args)
+    this.step(lambda: all(worker.done for worker in workers), lambda: "the other partitions")
+    for worker in workers:
+        join(this.clock, worker.clock)
+    return result
+
+
+def _init(barrier: Barriers, count: int) -> None:
+    one = barrier.one
+    require(one.count == 0, f"{one.name} is initialised twice")
+    one.count = one.due = int(count)
+
+
+def _wait(barrier: Barriers, phase: int, pred: bool = True, deps: Sequence = ()) -> None:
+    del deps
+    if not pred:
+        return
+    one, this = barrier.one, me()
+    require(one.count > 0, f"{one.name} is not initialised")
+    parity = int(phase)
+    require(parity in (0, 1), f"waits for parity {parity} of {one.name}")
+    this.step(lambda: one.phase & 1 != parity, lambda: f"parity {parity} of {one.describe()}")
+    join(this.clock, one.released)
+
+
+def _arrive(barrier: Barriers, *, count: int = 1, pred: bool = True) -> None:
+    this = me()
+    this.step()
+    if pred:
+        barrier.one.arrive(this.clock, int(count), 0)
+
+
+def _expect(barrier: Barriers, num_bytes: int, pred: bool = True) -> None:
+    this = me()
+    this.step()
+    if pred:
+        barrier.one.arrive(this.clock, 1, int(num_bytes))
+
+
+def _copy_to_shared(desc: Descriptor, coord: Sequence[int], barrier: Barriers, result: Shared, pred: bool = True) -> None:
+    this = me()
+    this.step()
+    if not pred:
+        return
+    program, one = this.program, barrier.one
+    require(result.shape == desc.block_shape, f"box {desc.block_shape} into {result.shape}")
+    require(result.dtype == desc.dtype and result.layout == desc.layout, "descriptor and buffer differ")
+    at, inside = desc.box(coord)
+    program.num_copies += 1
+    actor = f"TMA copy {program.num_copies}"
+    for cell in result.cells:
+        cell.overwrite(actor, 1, this.clock, True)
+    result.data.fill_(float("nan"))
+    clock = {**this.clock, actor: 1}
+
+    def land() -> None:
+        result.data.copy_(torch.where(inside, desc.memory.flat[at], 0))
+        join(one.gathered, clock)
+        one.land(at.numel() * desc.memory.flat.element_size())
+
+    program.copies.append(land)
+
+
+def _operand(x: Tile | Shared | Product, reader: str, tick: int) -> Callable[[], torch.Tensor]:
+    if isinstance(x, Shared):
+        for cell in x.cells:
+            cell.read(reader, tick, me().clock, True)
+    return lambda: x.data.float()
+
+
+def _warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False, **_: Any) -> Any:
+    this = me()
+    this.step()
+    require(isinstance(b, Shared) and isinstance(a, (Tile, Shared)), "operands: tile or shared memory, shared memory")
+    require(a.shape[1] == b.shape[0] and a.dtype == b.dtype, f"{a.dtype}{a.shape} times {b.dtype}{b.shape}")
+    require(not isinstance(a, Tile) or isinstance(a.layout, gl.DotOperandLayout), "left operand is not in a dot layout")
+    this.issued += 1
+    reader = f"product of {this.name}"
+    left, right = _operand(a, reader, this.issued), _operand(b, reader, this.issued)
+    shape = [a.shape[0], b.shape[1]]
+
+    def run() -> torch.Tensor:
+        if use_acc:
+            require(list(acc.data.shape) == shape, f"accumulator {list(acc.data.shape)} for {shape}")
+            return acc.data + left() @ right()
+        return left() @ right()
+
+    product = Product(run, acc.layout, this.issued)
+    this.products.append(product)
+    return product if is_async else _warpgroup_mma_wait(0, [product])
+
+
+def _warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence | None = None) -> Any:
+    this = me()
+    ended = this.products[: max(len(this.products) - int(num_outstanding), 0)]
+    this.step(lambda: all(x.data is not None for x in ended), lambda: "its products")
+    this.products = this.products[len(ended) :]
+    if ended:
+        join(this.clock, {f"product of {this.name}": ended[-1].tick})
+    results = []
+    for x in deps or ():
+        if isinstance(x, Product):
+            require(x not in this.products, "uses a product that is still in flight")
+            x = Tile(x.data, x.layout)
+        results.append(x)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _fence() -> None:
+    for cell in me().unfenced:
+        cell.unfenced = False
+    me().unfenced.clear()
+
+
+class _Language:
+    """``gl``: what is simulated, and layouts, dtypes and constants as they are."""
+
+    arange = staticmethod(lambda a, b, layout=None: Tile(torch.arange(a, b, dtype=torch.int32), layout))
+    full = staticmethod(_full)
+    zeros = staticmethod(lambda shape, dtype, layout=None: _full(shape, 0, dtype, layout))
+    load, store, where = staticmethod(_load), staticmethod(_store), staticmethod(_where)
+    maximum = staticmethod(_pick(torch.maximum, builtins.max))
+    minimum = staticmethod(_pick(torch.minimum, builtins.min))
+    max, sum = staticmethod(_reduction(torch.amax)), staticmethod(_reduction(torch.sum))
+    exp2, log2, exp, log = (staticmethod(_elementwise(f)) for f in (torch.exp2, torch.log2, torch.exp, torch.log))
+    convert_layout = staticmethod(_convert_layout)
+    allocate_shared_memory = staticmethod(_allocate)
+    warp_specialize = staticmethod(_warp_specialize)
+    static_range = staticmethod(_range)
+    program_id = staticmethod(lambda axis: Int(me().program.index[axis]))
+    num_programs = staticmethod(lambda axis: Int(me().program.grid[axis]))
+    cdiv = staticmethod(lambda x, y: (x + y - 1) // y)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(gl, name)
+        kept = isinstance(value, (gl.dtype, type)) or name == "NVMMASharedLayout"
+        if not kept:
+            raise fault(f"gl.{name} is not simulated")
+        return value
+
+
+_BARRIER = SimpleNamespace(
+    MBarrierLayout=hopper.mbarrier.MBarrierLayout, init=_init, wait=_wait, arrive=_arrive, expect=_expect
+)
+_REPLACED = [
+    (gl, _Language()),
+    (hopper.mbarrier, _BARRIER),
+    (hopper.tma, SimpleNamespace(async_copy_global_to_shared=_copy_to_shared)),
+    (hopper.warpgroup_mma, _warpgroup_mma),
+    (hopper.warpgroup_mma_wait, _warpgroup_mma_wait),
+    (hopper.fence_async_shared, _fence),
+]

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from llm_kernels.aot import AotCase
 from llm_kernels.device import num_sms
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
@@ -104,30 +105,28 @@ def _load(
         )
         if tiles > 0:
             group = h // GROUP
-            q_row = batch * q_place[0] + q_start + first
-            q_col = batch * q_place[1] + group * q_place[2] + h % GROUP * q_place[3]
+            q_row = q_start + first
+            q_col = batch * q_place[0] + group * q_place[1] + h % GROUP * q_place[2]
             for which in gl.static_range(2):
                 mbarrier.wait(q_empty.index(which), (begun & 1) ^ 1)
                 mbarrier.expect(q_full.index(which), HALF * D * 2)
                 tma.async_copy_global_to_shared(
                     q_desc, [q_row + which * HALF, q_col], q_full.index(which), q_tiles.index(which)
                 )
-            k_row = batch * k_place[0] + k_start
-            v_row = batch * v_place[0] + k_start
-            k_col = batch * k_place[1] + group * k_place[2]
-            v_col = batch * v_place[1] + group * v_place[2]
+            k_col = batch * k_place[0] + group * k_place[1]
+            v_col = batch * v_place[0] + group * v_place[1]
             for i in range(tiles):
                 stage = (filled + i) % STAGES
                 free = ((filled + i) // STAGES & 1) ^ 1
                 mbarrier.wait(k_empty.index(stage), free)
                 mbarrier.expect(k_full.index(stage), BLOCK_N * D * 2)
                 tma.async_copy_global_to_shared(
-                    k_desc, [k_row + i * BLOCK_N, k_col], k_full.index(stage), k_tiles.index(stage)
+                    k_desc, [k_start + i * BLOCK_N, k_col], k_full.index(stage), k_tiles.index(stage)
                 )
                 mbarrier.wait(v_empty.index(stage), free)
                 mbarrier.expect(v_full.index(stage), BLOCK_N * D * 2)
                 tma.async_copy_global_to_shared(
-                    v_desc, [v_row + i * BLOCK_N, v_col], v_full.index(stage), v_tiles.index(stage)
+                    v_desc, [k_start + i * BLOCK_N, v_col], v_full.index(stage), v_tiles.index(stage)
                 )
             filled += tiles
             begun += 1
@@ -264,8 +263,7 @@ def _attend(
 @gluon.jit
 def _attention_fwd_gluon_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, table_ptr, H, SQ, out_row_stride, columns, section, row_tiles, turns,
-    q_batch_row, q_batch_col, q_group_col, q_head_col, k_batch_row, k_batch_col, k_group_col, v_batch_row, v_batch_col,
-    v_group_col, scale, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    q_batch_col, q_group_col, q_head_col, k_batch_col, k_group_col, v_batch_col, v_group_col, scale, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, HALF, D], q_desc.layout)
@@ -294,9 +292,9 @@ def _attention_fwd_gluon_kernel(
     schedule = (table_ptr, H, columns, section, row_tiles, turns)
     results = (out_ptr, lse_ptr, out_row_stride, SQ)
     factor = scale * LOG2E
-    q_place = (q_batch_row, q_batch_col, q_group_col, q_head_col)
-    k_place = (k_batch_row, k_batch_col, k_group_col)
-    v_place = (v_batch_row, v_batch_col, v_group_col)
+    q_place = (q_batch_col, q_group_col, q_head_col)
+    k_place = (k_batch_col, k_group_col)
+    v_place = (v_batch_col, v_group_col)
     gl.warp_specialize(
         [
             (_attend, (buffers, barriers, schedule, results, factor, 0, D, BLOCK_N, STAGES, CAUSAL, TURNS)),
@@ -312,3 +310,127 @@ def _attention_fwd_gluon_kernel(
         [4, 1],
         [REGISTERS, 24],
     )  # fmt: skip
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel can read these: rows of TMA's matrix are the first dimension, its columns all others."""
+    d = q.shape[-1]
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and q.dtype == k.dtype == v.dtype
+        and d in (64, 128, 256)
+        and all(x.stride(-1) == 1 and _row_stride(x) > 0 and x.data_ptr() % 16 == 0 for x in (q, k, v))
+    )
+
+
+def _row_stride(x: Tensor) -> int:
+    """Elements from row to row, 0 if rows of different columns are not apart or not on 16 bytes."""
+    strides = x.stride()[1:-1]
+    width = sum((n - 1) * stride for n, stride in zip(x.shape[1:-1], strides)) + x.shape[-1]
+    row_stride = x.stride(0) if x.shape[0] > 1 else width
+    apart = row_stride >= width and min(strides) >= 0
+    return row_stride if apart and all(stride % 8 == 0 for stride in (row_stride, *strides)) else 0
+
+
+def _layout(block: int, d: int) -> Any:
+    return gl.NVMMASharedLayout.get_default_for([block, d], gl.bfloat16)
+
+
+def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
+    row_stride, d = _row_stride(x), x.shape[-1]
+    return TensorDescriptor(x, [x.shape[0], row_stride], [row_stride, 1], [block, d], _layout(block, d))
+
+
+def prepare(
+    tensors: tuple[Tensor, ...], table: Tensor, max_q: int, scale: float, causal: bool, programs: int
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and arguments for (q [sq, b, g, m, d], k, v, out, lse)."""
+    q, k, v, out, lse = tensors
+    sq, b, groups, m, d = q.shape
+    settings = config(d)
+    h = groups * m
+    columns, row_tiles = h * len(table), triton.cdiv(max_q, BLOCK_M.value)
+    group_bytes = 2 * k.shape[0] * b * d * k.element_size() // max(len(table), 1)
+    section = max(1, min(_SECTION_BYTES // max(group_bytes, 1), columns // m)) * m
+    programs = min(programs, columns * row_tiles)
+    arguments = {
+        "q_desc": _descriptor(q, HALF.value),
+        "k_desc": _descriptor(k, settings.block_n),
+        "v_desc": _descriptor(v, settings.block_n),
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "table_ptr": table,
+        "H": h,
+        "SQ": sq,
+        "out_row_stride": b * h * d,
+        "columns": columns,
+        "section": section,
+        "row_tiles": row_tiles,
+        "turns": triton.cdiv(columns * row_tiles, max(programs, 1)),
+        **dict(zip(("q_batch_col", "q_group_col", "q_head_col"), q.stride()[1:4])),
+        **dict(zip(("k_batch_col", "k_group_col"), k.stride()[1:3])),
+        **dict(zip(("v_batch_col", "v_group_col"), v.stride()[1:3])),
+        "scale": scale,
+        **_constants(settings, d, m, causal),
+    }
+    return (programs,), arguments
+
+
+def _constants(settings: Config, d: int, m: int, causal: bool) -> dict[str, Any]:
+    return {
+        "GROUP": m,
+        "D": d,
+        "BLOCK_N": settings.block_n,
+        "STAGES": settings.stages,
+        "REGISTERS": settings.registers,
+        "CAUSAL": causal,
+        "TURNS": settings.turns,
+    }
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    max_q: int,
+    scale: float,
+    causal: bool,
+    covers_queries: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) for tensors that ``fits``; queries outside all segments get 0 and -inf if not ``covers_queries``."""
+    if q.ndim == 4:
+        q = q.unflatten(2, (k.shape[2], q.shape[2] // k.shape[2]))
+    sq, b, groups, m, d = q.shape
+    out = torch.empty(sq, b, groups * m, d, dtype=q.dtype, device=q.device)
+    lse = torch.empty(b, groups * m, sq, dtype=torch.float32, device=q.device)
+    if not covers_queries:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    if 0 in (*out.shape, len(table), max_q):
+        return out, lse
+    if k.shape[0] == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    grid, arguments = prepare((q, k, v, out, lse), table, max_q, scale, causal, num_sms(q))
+    _attention_fwd_gluon_kernel[grid](**arguments, num_warps=4)
+    return out, lse
+
+
+def aot_cases_gluon(arch: int) -> list[AotCase]:
+    """Llama-3 8B's heads at 8192 tokens packed as megatron does, and the other head dims and dtypes; sm_90 only."""
+    cases = []
+    variants = [(d, causal, "bf16") for d in (64, 128, 256) for causal in (True, False)] + [(128, True, "fp16")]
+    for d, causal, dtype in variants if arch == 90 else []:
+        settings = config(d)
+        blocks = {"q_desc": HALF.value, "k_desc": settings.block_n, "v_desc": settings.block_n}
+        arguments = {name: f"tensordesc<{dtype}[{n}, {d}],{_layout(n, d)!r}>" for name, n in blocks.items()}
+        arguments |= {"out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "table_ptr": "*i32", "H": 32, "SQ": 8192}
+        arguments |= {"out_row_stride": 32 * d, "columns": 32, "section": 32, "row_tiles": 64, "turns": "i32"}
+        arguments |= {"q_batch_col": 48 * d, "q_group_col": 6 * d, "q_head_col": d, "scale": "fp32"}
+        arguments |= dict.fromkeys(("k_batch_col", "v_batch_col"), 48 * d)
+        arguments |= dict.fromkeys(("k_group_col", "v_group_col"), 6 * d)
+        arguments |= _constants(settings, d, 4, causal)
+        name = f"attention fwd gluon d={d} {'causal' if causal else 'full'} {dtype}"
+        wants = frozenset({"tensor_core", "specialized"})
+        cases.append(AotCase(name, _attention_fwd_gluon_kernel, arguments, 4, settings.stages, wants, gluon=True))
+    return cases
