@@ -9,6 +9,7 @@ import math
 import resource
 import signal
 import socket
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -301,6 +302,9 @@ class TestServices:
         assert ids[0] == ids[1], "a resumed run goes on under its old id"
         logs = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
         assert len(logs) == 2
+        deadline = time.monotonic() + 30.0  # wandb writes from a process of its own, which a busy machine holds up
+        while time.monotonic() < deadline and not all(b"1234.5" in log.read_bytes() for log in logs):
+            time.sleep(0.2)
         assert all(b"train/loss" in log.read_bytes() and b"1234.5" in log.read_bytes() for log in logs)
 
 
