@@ -173,13 +173,17 @@ def _step(
     product = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
     if TURNS:
         mbarrier.arrive(turn.index(1 - WHICH), count=1)
-    s = warpgroup_mma_wait(1, [scores])
+    if EDGE:
+        # The limit goes through the wait, or its 64 comparisons are made before and kept as bits: 230 instructions.
+        s, limit = warpgroup_mma_wait(1, [scores, limit])
+    else:
+        s = warpgroup_mma_wait(1, [scores])
     mbarrier.arrive(k_empty.index(stage), count=1)
     weights, alpha, row_max, row_sum = _weigh(s, row_max, row_sum, factor, key, limit, EDGE)
     acc = warpgroup_mma_wait(0, [product])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]
-    return acc, gl.convert_layout(weights.to(p.dtype), weight_layout), row_max, row_sum
+    return acc, gl.convert_layout(weights, weight_layout).to(p.dtype), row_max, row_sum
 
 
 @gluon.jit
