@@ -170,4 +170,27 @@ def aot_cases(arch: int) -> list[AotCase]:
         cases.append(
             AotCase(f"attention per row d={d}", kernel_delta._per_row_kernel, arguments, wants=frozenset({"wide"}))
         )
+    return cases + (_gluon_cases() if arch == 90 else [])
+
+
+def _gluon_cases() -> list[AotCase]:
+    """Llama-3 8B's heads packed as megatron does, causal and full, of every head dim, and fp16."""
+    from llm_kernels.attention import gluon_forward as gluon
+
+    cases = []
+    for d, causal, dtype in [(d, c, "bf16") for d in (64, 128, 256) for c in (True, False)] + [(128, True, "fp16")]:
+        settings = gluon.config(d)
+        blocks = {"q_desc": gluon.HALF.value, "k_desc": settings.block_n, "v_desc": settings.block_n}
+        arguments: dict[str, Any] = {
+            name: f"tensordesc<{dtype}[{n}, {d}],{gluon.shared_layout(n, d)!r}>" for name, n in blocks.items()
+        }
+        arguments |= dict.fromkeys(("H", "SQ", "columns", "section", "row_tiles", "turns"), "i32")
+        arguments |= {"out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "table_ptr": "*i32", "out_row_stride": 32 * d}
+        arguments |= {"q_batch_col": 48 * d, "q_group_col": 6 * d, "q_head_col": d, "scale": "fp32"}
+        arguments |= dict.fromkeys(("k_batch_col", "v_batch_col"), 48 * d)
+        arguments |= dict.fromkeys(("k_group_col", "v_group_col"), 6 * d) | gluon.constants(d, 4, causal)
+        name = f"attention forward gluon d={d} {'causal' if causal else 'full'} {dtype}"
+        wants = frozenset({"tensor_core", "specialized"})
+        kernel = gluon._attention_fwd_gluon_kernel
+        cases.append(AotCase(name, kernel, arguments, 4, settings.stages, wants, gluon=True))
     return cases
