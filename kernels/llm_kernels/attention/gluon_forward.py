@@ -8,7 +8,7 @@ kernel_backward's, from q, k, v, out and lse.
 
 One warp loads by TMA, two warpgroups own 64 queries each and take turns at the tensor core: while one multiplies, the
 other exponentiates. Programs stay and take tile after tile, long ones first, heads in sections whose keys fit in L2.
-Rows of k and v beyond a segment are masked, those of v must be finite.
+Rows of k and v beyond a segment are masked, but must be finite.
 FLOPs: 4 d per visible (query, key) and head. Bytes, at least: q, k, v and out once, 4 per query and head.
 """
 
@@ -142,16 +142,15 @@ def _weigh(s, row_max, row_sum, factor, key, limit, EDGE: gl.constexpr):
     layout: gl.constexpr = s.type.layout
     if EDGE:
         keys = key + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
-        # -2^127 where no key is seen and 2^127 elsewhere, by the sign of a difference: 64 comparisons would be packed
-        # into a word and unpacked again.
+        # -2^127 where a key is not seen and 2^127 elsewhere, by the sign of a difference: 64 comparisons would be
+        # packed into a word and unpacked again, which is 100 instructions more.
         sign = (limit[:, None] - 1 - keys[None, :]) & -2147483648
         bound = (sign | 0x7F000000).to(gl.float32, bitcast=True)
         s = gl.minimum(s, bound, propagate_nan=tl.PropagateNan.ALL)
-    base = gl.maximum(row_max, gl.max(s, 1) * factor)
-    new_max = base
+    new_max = gl.maximum(row_max, gl.max(s, 1) * factor)
     # The scale is in the exponent's FFMA: exp2(s c - m c).
-    p = gl.exp2(s * factor - base[:, None])
-    alpha = gl.exp2(row_max - base)
+    p = gl.exp2(s * factor - new_max[:, None])
+    alpha = gl.exp2(row_max - new_max)
     return p, alpha, new_max, row_sum * alpha + gl.sum(p, 1)
 
 
@@ -332,7 +331,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, options: Options, arch: int) -> str
     """One sentence why the kernel can't do q [sq, b, g, m, d] and k, v [sk, b, g, d] with these options, or None."""
     d = q.shape[-1]
     if arch != 90:
-        return f"backend = 'gluon' needs a GPU of compute capability 9.0 (H100, H200), this is {arch / 10}"
+        return f"backend = 'gluon' needs a GPU of compute capability 9.0 (H100, H200), {q.device} is none"
     if d not in (64, 128, 256) or q.dtype not in (torch.bfloat16, torch.float16):
         return f"backend = 'gluon' takes bf16 and fp16 of head dim 64, 128 or 256, this is {q.dtype} of {d}"
     if options.left >= 0 or options.right > 0 or options.softcap > 0 or options.dropout_p > 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -101,17 +102,20 @@ def attention(
     that alignment a query sees, -1 for all. scale: 1 / sqrt(d) by default. softcap: scores become softcap tanh(score /
     softcap). Dropout is by counter from ``seed`` (drawn from torch's CPU generator if None): see ref.dropout_keep.
     Returns out [sq, b, h, d], contiguous, and on request the log-sum-exp of the scores, fp32 [b, h, sq], through which
-    gradients flow. A query that sees no key has 0 and -inf.
+    gradients flow. A query that sees no key has 0 and -inf. backend: as in dispatch, or ``gluon``, which refuses what
+    gluon_forward lacks.
     """
     del deterministic  # see the module's docstring
     _check(q, k, v)
     options = _options(q.shape[-1], causal, scale, window, softcap, (dropout_p, seed))
     if segments is None:
         segments = Segments.dense(q.shape[1], q.shape[0], k.shape[0], q.device)
-    if dispatch.backend_for(q, backend) == "torch" or q.shape[-1] > 256:
+    chosen = backend_for(q, backend)
+    if chosen == "torch" or (chosen == "triton" and q.shape[-1] > 256):
         out, lse = _by_torch(q, k, v, segments, options, return_lse)
     else:
-        out, lse = torch.ops.llm_kernels.attention(_rows(q), _rows(k), _rows(v), *_plan(segments), *options)
+        rows = (_rows(q), _rows(k), _rows(v))
+        out, lse = torch.ops.llm_kernels.attention(*rows, *_plan(segments), *options, chosen == "gluon")
     return (out, lse) if return_lse else out
 
 
@@ -137,10 +141,23 @@ def attention_qkv(
     options = _options(qkv.shape[-1], causal, scale, window, softcap, (dropout_p, seed))
     if segments is None:
         segments = Segments.dense(qkv.shape[1], qkv.shape[0], qkv.shape[0], qkv.device)
-    if dispatch.backend_for(qkv, backend) == "torch" or qkv.shape[-1] > 256:
+    chosen = backend_for(qkv, backend)
+    if chosen == "torch" or (chosen == "triton" and qkv.shape[-1] > 256):
         q, k, v = _unpack(qkv)
         return _by_torch(q.flatten(2, 3), k, v, segments, options, False)[0]
-    return torch.ops.llm_kernels.attention_qkv(_rows(qkv), *_plan(segments), *options)[0]
+    return torch.ops.llm_kernels.attention_qkv(_rows(qkv), *_plan(segments), *options, chosen == "gluon")[0]
+
+
+def backend_for(x: Tensor, requested: str = "auto") -> str:
+    """``torch``, ``triton`` or, if it is asked for by name, ``gluon`` for attention on ``x``.
+
+    Raises ValueError if ``requested`` is unknown or can't be had.
+    """
+    if requested != "gluon":
+        return dispatch.backend_for(x, requested)
+    if not dispatch.triton_installed():
+        raise ValueError("backend = 'gluon', but triton is not installed (pip install triton)")
+    return "gluon"
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,17 +229,18 @@ def _by_torch(
     return ref.attention(q, k, v, parts, options.scale).contiguous(), None
 
 
-def _forward(q, k, v, table, max_q, max_k, covers_keys, covers_queries, *options):
-    from llm_kernels.attention import kernel
-
-    q = kernel.by_group(q, k.shape[2])
-    return kernel.forward(q, k, v, table, max_q, covers_queries, Options(*options), arch(q))
+def _forward(q, k, v, *how):
+    return _run_forward((q.unflatten(2, (k.shape[2], -1)), k, v), *how)
 
 
-def _qkv_forward(qkv, table, max_q, max_k, covers_keys, covers_queries, *options):
-    from llm_kernels.attention import kernel
+def _qkv_forward(qkv, *how):
+    return _run_forward(_unpack(qkv), *how)
 
-    return kernel.forward(*_unpack(qkv), table, max_q, covers_queries, Options(*options), arch(qkv))
+
+def _run_forward(tensors, table, max_q, max_k, covers_keys, covers_queries, *how):
+    *options, gluon = how
+    module = import_module("llm_kernels.attention.gluon_forward" if gluon else "llm_kernels.attention.kernel")
+    return module.forward(*tensors, table, max_q, covers_queries, Options(*options), arch(tensors[0]))
 
 
 def _fill(x: Tensor, covered: bool) -> Tensor:
@@ -261,7 +279,9 @@ def _fake_forward(q, *_):
 _PLAN = "Tensor table, int max_q, int max_k, bool covers_keys, bool covers_queries"
 _OPTIONS = "float scale, int left, int right, float softcap, float dropout_p, int seed"
 dispatch.define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_PLAN}, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _fake_forward
+    f"attention(Tensor q, Tensor k, Tensor v, {_PLAN}, {_OPTIONS}, bool gluon) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
 )
 dispatch.define(
     f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PLAN}, "
@@ -270,7 +290,7 @@ dispatch.define(
     lambda dout, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
 )
 dispatch.define(
-    f"attention_qkv(Tensor qkv, {_PLAN}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention_qkv(Tensor qkv, {_PLAN}, {_OPTIONS}, bool gluon) -> (Tensor, Tensor)",
     _qkv_forward,
     lambda qkv, *_: _fake_forward(_unpack(qkv)[0].flatten(2, 3)),
 )
@@ -283,13 +303,13 @@ dispatch.define(
 
 def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
-    ctx.plan = inputs[4:]
+    ctx.plan = inputs[4:-1]
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dout, dlse):
     q, k, v, table, out, lse = ctx.saved_tensors
-    nothing = (None,) * (1 + len(ctx.plan))
+    nothing = (None,) * (2 + len(ctx.plan))
     if dout is None and dlse is None:
         return None, None, None, *nothing
     dout = torch.zeros_like(out) if dout is None else dout
@@ -299,14 +319,14 @@ def _gradients(ctx, dout, dlse):
 
 def _qkv_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:2], *output)
-    ctx.plan = inputs[2:]
+    ctx.plan = inputs[2:-1]
     ctx.mark_non_differentiable(output[1])
 
 
 def _qkv_gradients(ctx, dout, _):
     qkv, table, out, lse = ctx.saved_tensors
     return torch.ops.llm_kernels.attention_qkv_backward(dout, qkv, out, lse, table, *ctx.plan), *(
-        (None,) * (1 + len(ctx.plan))
+        (None,) * (2 + len(ctx.plan))
     )
 
 

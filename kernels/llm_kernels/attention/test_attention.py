@@ -324,6 +324,7 @@ def test_custom_ops_agree_with_their_fakes() -> None:
         True,
         True,
         *_options(16, True, None, (-1, -1), 0.0, (0.0, None)),
+        False,
     )
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.llm_kernels.attention, (q, k, v, *arguments), test_utils=tests)

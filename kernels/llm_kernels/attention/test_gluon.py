@@ -1,0 +1,428 @@
+"""The Gluon forward: in the simulator where there is no Hopper GPU, on it where there is one.
+
+Right numbers against fp64 on dense, grouped, ragged and packed tensors in orders of many seeds; then every barrier,
+parity, index and mask of the real source is broken once, and the simulator or the numbers must show it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Gluon is part of triton")
+
+from llm_kernels import aot
+from llm_kernels.attention import gluon_forward, op, ref
+from llm_kernels.attention.op import Segments, attention, attention_qkv, merge
+from llm_kernels.attention.ref import Options
+from llm_kernels.attention.test_attention import Rows, framework
+from llm_kernels.gluon_simulator import SimulationError, simulate
+from llm_kernels.testing import compare, random
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+DEVICE = torch.device("cuda" if HOPPER else "cpu")
+
+
+class Simulated:
+    """Takes the kernel's launches; ``seed`` draws the order, ``programs`` is the GPU's size."""
+
+    def __init__(self) -> None:
+        self.seed, self.programs, self.launches = 0, 3, 0
+
+    def launch(self, grid: tuple[int], arguments: dict[str, Any]) -> None:
+        self.launches += 1
+        simulate(gluon_forward._attention_fwd_gluon_kernel, grid, seed=self.seed, **arguments)
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
+    """Calls of the operator run the Gluon kernel: here, or on the GPU."""
+    machine = Simulated()
+    if not HOPPER:
+        monkeypatch.setattr(op, "arch", lambda _: 90)
+        monkeypatch.setattr(gluon_forward, "_launch", machine.launch)
+        monkeypatch.setattr(gluon_forward, "num_sms", lambda _: machine.programs)
+    yield machine
+    assert HOPPER or machine.launches
+
+
+def segments_of(rows: Rows | None, b: int, sq: int, sk: int) -> Segments:
+    return Segments.dense(b, sq, sk, DEVICE) if rows is None else Segments.from_rows(rows, b, sq, sk, DEVICE)
+
+
+def check(case: str, inputs: list[Tensor], rows: Rows | None = None, causal: bool = True) -> None:
+    """Output, log-sum-exp and, through the plain-tl backward, gradients: at most twice torch's error from fp64."""
+    q, k = inputs[:2]
+    segments = segments_of(rows, q.shape[1], q.shape[0], k.shape[0])
+    options = Options(q.shape[-1] ** -0.5, right=0 if causal else -1)
+    compare(
+        f"attention gluon/{case}",
+        lambda *x: attention(*x, segments=segments, causal=causal, backend="gluon"),
+        framework(segments.table, options),
+        lambda *x: ref.explicit(*x, segments.table, options)[0],
+        inputs,
+    )
+    with torch.no_grad():
+        _, lse = attention(*inputs, segments=segments, causal=causal, backend="gluon", return_lse=True)
+        _, right = ref.explicit(*(x.detach().double() for x in inputs), segments.table, options)
+    torch.testing.assert_close(lse.double(), right, rtol=2e-6, atol=2e-6)
+
+
+def inputs_of(sq: int, sk: int, b: int, h: int, g: int, d: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    shapes = [(sq, b, h, d), (sk, b, g, d), (sk, b, g, d)]
+    return [random(*shape, dtype=dtype, seed=seed, device=DEVICE) for seed, shape in enumerate(shapes)]
+
+
+SHAPES = {
+    "one tile": (128, 128, 1, 1, 1, 64),
+    "several tiles of keys and of queries": (300, 300, 1, 1, 1, 64),
+    "grouped heads, batch": (140, 140, 2, 4, 2, 64),
+    "head dim 128": (260, 260, 1, 2, 1, 128),
+    "head dim 256": (140, 140, 1, 1, 1, 256),
+    "fewer queries than keys": (70, 400, 1, 1, 1, 64),
+    "more queries than keys: the first see nothing": (300, 150, 1, 1, 1, 64),
+    "one query": (1, 130, 1, 2, 1, 64),
+    "one key": (130, 1, 1, 1, 1, 64),
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_dense(shape: tuple[int, ...], causal: bool, simulated: Simulated) -> None:
+    check(f"dense {shape}", inputs_of(*shape), causal=causal)
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_fp16(d: int, simulated: Simulated) -> None:
+    check(f"fp16 {d}", inputs_of(200, 200, 1, 2, 1, d, torch.float16))
+
+
+RAGGED: dict[str, tuple[tuple[int, int, int], Rows]] = {
+    "documents of many lengths": (
+        (420, 420, 1),
+        [(0, a, b, a, b) for a, b in ((0, 1), (1, 130), (130, 131), (131, 400), (400, 420))],
+    ),
+    "documents of a batch": ((150, 150, 2), [(1, 0, 90, 0, 90), (0, 0, 150, 0, 150), (1, 90, 150, 90, 150)]),
+    "queries and keys of other lengths": ((130, 300, 1), [(0, 0, 100, 0, 40), (0, 100, 130, 40, 300)]),
+    "no keys, no queries": ((100, 100, 1), [(0, 0, 50, 0, 0), (0, 50, 100, 20, 100), (0, 100, 100, 0, 20)]),
+    "queries in no segment": ((200, 200, 1), [(0, 20, 60, 0, 150), (0, 100, 190, 150, 200)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lengths", "rows"), RAGGED.values(), ids=RAGGED.keys())
+def test_ragged(lengths: tuple[int, int, int], rows: Rows, simulated: Simulated) -> None:
+    sq, sk, b = lengths
+    check(f"ragged {lengths}", inputs_of(sq, sk, b, 2, 1, 64), rows)
+
+
+@given(
+    st.integers(0, 10**6), st.lists(st.integers(1, 200), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 5)
+)
+@settings(max_examples=15)
+def test_random_documents_in_random_orders(seed: int, lengths: list[int], groups: int, programs: int) -> None:
+    total = sum(lengths)
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    rows = [(0, start, start + n, start, start + n) for start, n in zip(starts, lengths)]
+    q, k, v = (x.detach() for x in inputs_of(total, total, 1, 2 * groups, groups, 64))
+    found, lse = forward_of(gluon_forward, (q, k, v), segments_of(rows, 1, total, total), seed, programs)
+    hold((q, k, v), found, lse, segments_of(rows, 1, total, total))
+
+
+def forward_of(
+    module: ModuleType, tensors: tuple[Tensor, ...], segments: Segments, seed: int = 0, programs: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Causal output and log-sum-exp by the kernel of ``module``."""
+    q, k, v = tensors
+    options = Options(q.shape[-1] ** -0.5, right=0)
+    q = q.unflatten(2, (k.shape[2], -1))
+    if HOPPER:
+        return module.forward(q, k, v, segments.table, segments.max_q, segments.covers_queries, options, 90)
+    out = torch.full((q.shape[0], q.shape[1], q.shape[2] * q.shape[3], q.shape[4]), float("nan"), dtype=q.dtype)
+    lse = torch.full((q.shape[1], out.shape[2], q.shape[0]), float("nan"))
+    grid, arguments = module._arguments(
+        (q, k, v, out, lse), segments.table, segments.max_q, options.scale, True, programs
+    )
+    simulate(module._attention_fwd_gluon_kernel, grid, seed=seed, **arguments)
+    return out, lse
+
+
+def hold(tensors: tuple[Tensor, ...], found: Tensor, lse: Tensor, segments: Segments) -> None:
+    """Causal output and log-sum-exp are right: at most twice torch's error, and one rounding of the largest value."""
+    q = tensors[0]
+    options = Options(q.shape[-1] ** -0.5, right=0)
+    right, right_lse = ref.explicit(*(x.double() for x in tensors), segments.table, options)
+    error = (framework(segments.table, options)(*tensors).double() - right).abs().max()
+    rounding = torch.finfo(q.dtype).eps * right.abs().max()
+    assert (found.double() - right).abs().max() <= 2 * error + rounding
+    torch.testing.assert_close(lse.double(), right_lse, rtol=2e-6, atol=2e-6)
+
+
+def test_packed_projection_and_strided_rows(simulated: Simulated) -> None:
+    qkv = random(150, 2, 2, 4, 64, dtype=torch.bfloat16, device=DEVICE)
+    segments = segments_of(None, 2, 150, 150)
+    options = Options(0.125, right=0)
+
+    def by_parts(function: Any) -> Any:
+        return lambda x: function(x[:, :, :, :2].flatten(2, 3), x[:, :, :, 2], x[:, :, :, 3])
+
+    compare(
+        "attention gluon/packed",
+        lambda x: attention_qkv(x, backend="gluon"),
+        by_parts(framework(segments.table, options)),
+        by_parts(lambda *x: ref.explicit(*x, segments.table, options)[0]),
+        [qkv],
+    )
+
+
+def test_merged_halves_of_the_keys(simulated: Simulated) -> None:
+    """Context parallelism: keys in two parts, put together by their log-sum-exp."""
+    q, k, v = inputs_of(70, 300, 1, 2, 1, 64)
+
+    def halves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = []
+        for part in (slice(0, 100), slice(100, 300)):
+            both = attention(q, k[part], v[part], causal=False, backend="gluon", return_lse=True)
+            assert isinstance(both, tuple)
+            parts += both
+        return merge(*parts)[0]
+
+    table = segments_of(None, 1, 70, 300).table
+    options = Options(0.125)
+    compare(
+        "attention gluon/merged",
+        halves,
+        framework(table, options),
+        lambda *x: ref.explicit(*x, table, options)[0],
+        [q, k, v],
+        floor=2.0,
+    )
+
+
+def test_large_scores_and_large_keys_of_others(simulated: Simulated) -> None:
+    """The running maximum holds where scores are thousands, and keys beyond a document may be any finite number."""
+    q, k, v = (x.detach() for x in inputs_of(200, 200, 1, 1, 1, 64))
+    q, k = q * 40, k.index_fill(0, torch.arange(130, 200, device=DEVICE), 1e30)
+    segments = segments_of([(0, 0, 130, 0, 130)], 1, 200, 200)
+    found, lse = attention(q, k, v, segments=segments, backend="gluon", return_lse=True)
+    inside = [x[:130] for x in (q, k, v)]
+    table = segments_of(None, 1, 130, 130).table
+    right, right_lse = ref.explicit(*(x.double() for x in inside), table, Options(0.125, right=0))
+    error = (framework(table, Options(0.125, right=0))(*inside).double() - right).abs().max()
+    assert (found[:130].double() - right).abs().max() <= 2 * error + 2.0**-7 * right.abs().max()
+    torch.testing.assert_close(lse[..., :130].double(), right_lse, rtol=2e-6, atol=2e-6)
+    assert not found[130:].any() and torch.equal(lse[..., 130:], torch.full_like(lse[..., 130:], -torch.inf))
+
+
+def test_nan_is_not_swallowed(simulated: Simulated) -> None:
+    """The mask is a minimum, which must not take a number for NaN."""
+    q, k, v = (x.detach() for x in inputs_of(128, 128, 1, 1, 1, 64))
+    k[100] = float("nan")
+    out = attention(q, k, v, backend="gluon")
+    assert isinstance(out, Tensor) and out[100:].isnan().all()
+
+
+REFUSED: dict[str, tuple[tuple[int, torch.dtype], dict[str, Any], str]] = {
+    "window": ((64, torch.bfloat16), {"window": (10, 0)}, "no window, soft cap or dropout"),
+    "soft cap": ((64, torch.bfloat16), {"softcap": 20.0}, "no window, soft cap or dropout"),
+    "dropout": ((64, torch.bfloat16), {"dropout_p": 0.1}, "no window, soft cap or dropout"),
+    "head dim": ((96, torch.bfloat16), {}, "head dim 64, 128 or 256, this is torch.bfloat16 of 96"),
+    "wide head dim": ((512, torch.bfloat16), {}, "this is torch.bfloat16 of 512"),
+    "dtype": ((64, torch.float32), {}, "takes bf16 and fp16 .* this is torch.float32"),
+}
+
+
+@pytest.mark.parametrize(("what", "how", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_it_lacks_is_refused_in_a_sentence(
+    what: tuple[int, torch.dtype], how: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "arch", lambda _: 90)
+    d, dtype = what
+    with pytest.raises(ValueError, match=message):
+        attention(*inputs_of(8, 8, 1, 1, 1, d, dtype), backend="gluon", **how)
+
+
+def test_strides_that_tma_cannot_read_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "arch", lambda _: 90)
+    q, k, v = inputs_of(8, 8, 1, 2, 1, 64)
+    shifted = torch.empty(8, 1, 1, 68, dtype=q.dtype, device=DEVICE)[..., 4:]
+    for broken in (shifted, k[:1].expand(8, 1, 1, 64)):
+        with pytest.raises(ValueError, match=r"q, k and v have strides .*68|q, k and v have strides .*0, 64"):
+            attention(q, broken, v, backend="gluon")
+
+
+@pytest.mark.skipif(HOPPER, reason="this GPU can")
+def test_other_machines_are_refused() -> None:
+    with pytest.raises(ValueError, match=f"compute capability 9.0 .*, {DEVICE} is none"):
+        attention(*inputs_of(8, 8, 1, 1, 1, 64), backend="gluon")
+
+
+COMPILE = """
+import json, sys
+from pathlib import Path
+from llm_kernels import aot
+from llm_kernels.attention.bench import aot_cases
+if __name__ == "__main__":
+    cases = [case for case in aot_cases(90) if case.gluon and case.name.endswith("d=128 causal bf16")]
+    print(json.dumps(aot.as_data([aot.inspect(case, 90, Path(sys.argv[1])) for case in cases])))
+"""
+
+
+def test_compiled_loop_exponentiates_while_the_product_runs(tmp_path: Path) -> None:
+    """What the source says in its order, ptxas keeps: no spill, and all exponentials of a tile between the wait for its
+    scores and the wait for the product before. FA4's loop has 475 instructions for 16 HGMMA (compiled here)."""
+    script = tmp_path / "compile.py"
+    script.write_text(COMPILE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads(done.stdout)
+    assert not report["problems"] and report["spill_bytes"] == 0
+    assert report["instructions"]["tma"] and report["instructions"]["setmaxnreg"]
+    assert report["loop"] == {"hgmma": 16} and report["loop_length"] <= 490
+    instructions, labels = aot._parse(next(tmp_path.glob("*.sass")).read_text())
+    bodies = []
+    for address, opcode, operands in instructions:
+        start = labels.get(operands.split("`(")[-1].split(")")[0], address) if opcode.startswith("BRA") else address
+        bodies.append([each for each in instructions if start <= each[0] <= address])
+    loop = next(body for body in bodies if len(body) == report["loop_length"])
+    waits = [i for i, (_, opcode, _) in enumerate(loop) if opcode.startswith("WARPGROUP.DEPBAR")]
+    exponentials = [i for i, (_, opcode, _) in enumerate(loop) if opcode == "MUFU.EX2"]
+    assert len(exponentials) == 66 and waits[0] < exponentials[0] and exponentials[-1] < waits[1]
+
+
+def tensors_of(d: int) -> tuple[Tensor, ...]:
+    """Small tensors for mutants: q of two heads, k and v of one."""
+    shapes = [(330, 1, 2, d), (330, 1, 1, d), (330, 1, 1, d)]
+    return tuple(random(*shape, dtype=torch.bfloat16, seed=i, device=DEVICE).detach() for i, shape in enumerate(shapes))
+
+
+STEP = "    acc, _p = warpgroup_mma_wait(0, [product, p])\n    mbarrier.arrive(v_empty.index(before), count=1)\n"
+LAST = "            acc, _p, at = warpgroup_mma_wait(0, [product, p, at])\n"
+FIRST = "            mbarrier.arrive(k_empty.index(used % STAGES), count=1)\n"
+WAIT_Q = "            mbarrier.wait(q_full.index(WHICH), begun & 1)\n"
+FREE_Q = "            mbarrier.arrive(q_empty.index(WHICH), count=1)\n"
+RACE, DEADLOCK, WRONG = "reads|overwrites|more than its", "deadlock", "wrong numbers"
+EITHER = f"{RACE}|{DEADLOCK}"
+MUTANTS = {
+    "k not awaited": ("    mbarrier.wait(k_full.index(stage), n // STAGES & 1)\n", "", RACE),
+    "first k not awaited": ("            mbarrier.wait(k_full.index(used % STAGES), used // STAGES & 1)\n", "", RACE),
+    "v not awaited": ("    mbarrier.wait(v_full.index(stage), n // STAGES & 1)\n", "", RACE),
+    "first v not awaited": ("            mbarrier.wait(v_full.index(used % STAGES), used // STAGES & 1)\n", "", RACE),
+    "q not awaited": (WAIT_Q, "", RACE),
+    "free k not awaited": ("                mbarrier.wait(k_empty.index(stage), free)\n", "", RACE),
+    "free v not awaited": ("                mbarrier.wait(v_empty.index(stage), free)\n", "", RACE),
+    "free q not awaited": ("                mbarrier.wait(q_empty.index(which), (begun & 1) ^ 1)\n", "", RACE),
+    "parity of k": ("k_full.index(stage), n // STAGES & 1", "k_full.index(stage), (n // STAGES & 1) ^ 1", EITHER),
+    "parity of v": ("v_full.index(stage), n // STAGES & 1", "v_full.index(stage), (n // STAGES & 1) ^ 1", EITHER),
+    "parity of q": ("q_full.index(WHICH), begun & 1", "q_full.index(WHICH), (begun & 1) ^ 1", EITHER),
+    "parity of free buffers": (
+        "free = ((filled + i) // STAGES & 1) ^ 1",
+        "free = (filled + i) // STAGES & 1",
+        DEADLOCK,
+    ),
+    "parity of free q": ("(begun & 1) ^ 1)", "begun & 1)", DEADLOCK),
+    "parity of turns": ("(taken & 1) ^ (1 - WHICH)", "taken & 1", DEADLOCK),
+    "turn not handed over": ("mbarrier.arrive(turn.index(1 - WHICH), count=1)", "pass", r"deadlock.*turn\[1\]"),
+    "k freed before its product": (
+        "    if EDGE:\n        # The limit",
+        "    mbarrier.arrive(k_empty.index(stage), count=1)\n    if EDGE:\n        # The limit",
+        EITHER,
+    ),
+    "v freed early": (STEP, "".join(reversed(STEP.splitlines(keepends=True))), RACE),
+    "q freed early": (WAIT_Q, WAIT_Q + FREE_Q, RACE),
+    "last v never freed": ("            mbarrier.arrive(v_empty.index(last), count=1)\n", "", r"deadlock.*v_empty"),
+    "first k never freed": (FIRST, "", r"deadlock.*k_empty"),
+    "q never freed": (FREE_Q, "", r"deadlock.*q_empty"),
+    "k freed by one consumer": (
+        "mbarrier.init(k_empty.index(i), count=2)",
+        "mbarrier.init(k_empty.index(i), count=1)",
+        EITHER,
+    ),
+    "wrong v": ("v_tiles.index(before), acc, is_async", "v_tiles.index(stage), acc, is_async", RACE),
+    "wrong k": ("q, k_tiles.index(stage)", "q, k_tiles.index(before)", RACE),
+    "k in v's buffer": ("k_full.index(stage), k_tiles.index(stage)", "k_full.index(stage), v_tiles.index(stage)", RACE),
+    "bytes of k": (
+        "mbarrier.expect(k_full.index(stage), BLOCK_N * D * 2)",
+        "mbarrier.expect(k_full.index(stage), BLOCK_N * D)",
+        EITHER,
+    ),
+    "weights not kept": (
+        "warpgroup_mma_wait(0, [product, p])",
+        "warpgroup_mma_wait(0, [product, acc])",
+        "not among the deps",
+    ),
+    "product used in flight": (LAST, LAST.replace("wait(0", "wait(1"), "in flight"),
+    "q used as if both halves were one": ("q = q_tiles.index(WHICH)", "q = q_tiles.index(0)", f"{RACE}|{WRONG}"),
+    "keys of the wrong document": ("k_desc, [k_start + i * BLOCK_N, k_col]", "k_desc, [i * BLOCK_N, k_col]", WRONG),
+    "values one row off": (
+        "v_desc, [k_start + i * BLOCK_N, v_col]",
+        "v_desc, [k_start + i * BLOCK_N + 1, v_col]",
+        WRONG,
+    ),
+    "queries of the wrong head": ("+ h % GROUP * q_place[2]", "+ 0 * q_place[2]", WRONG),
+    "diagonal one off": (
+        "limit = gl.minimum(limit, rows + (len_k - len_q + 1))",
+        "limit = gl.minimum(limit, rows + (len_k - len_q))",
+        WRONG,
+    ),
+    "mask too short": ("whole = gl.minimum(gl.maximum(seen_by_all // BLOCK_N, 1), tiles)", "whole = tiles", WRONG),
+    "not rescaled": ("    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]\n", "", WRONG),
+    "sum not rescaled": ("row_sum * alpha + gl.sum(p, 1)", "row_sum + gl.sum(p, 1)", WRONG),
+    "a tile of keys forgotten": (
+        "gl.minimum(len_k, gl.minimum(first + BLOCK_M, len_q) + len_k - len_q)",
+        "gl.minimum(len_k, first)",
+        f"{WRONG}|{EITHER}",
+    ),
+    "rows of the next document stored": (
+        "mask=(at < len_q - first)[:, None]",
+        "mask=(at < HALF)[:, None]",
+        f"outside the tensor|another partition|{WRONG}",
+    ),
+    "log-sum-exp in base 2": ("(row_max + gl.log2(row_sum)) * LN2", "row_max + gl.log2(row_sum)", WRONG),
+    "a tile done twice": (
+        "index = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)",
+        "index = turn + program",
+        f"another partition|{WRONG}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(HOPPER, reason="broken kernels belong in the simulator")
+@pytest.mark.parametrize(("old", "new", "message"), MUTANTS.values(), ids=MUTANTS.keys())
+def test_every_way_to_break_the_kernel_is_found(old: str, new: str, message: str, tmp_path: Path) -> None:
+    source = Path(gluon_forward.__file__).read_text()
+    assert source.count(old) == 1, f"{source.count(old)} places read {old!r}"
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    assert spec is not None and spec.loader is not None
+    mutant = importlib.util.module_from_spec(spec)
+    sys.modules["mutant"] = mutant
+    spec.loader.exec_module(mutant)
+    tensors = tensors_of(64)
+    segments = segments_of([(0, 0, 60, 0, 60), (0, 60, 330, 60, 330)], 1, 330, 330)
+    with pytest.raises((SimulationError, AssertionError)) as caught:
+        hold(tensors, *forward_of(mutant, tensors, segments, seed=1, programs=2), segments)
+    found = str(caught.value) if isinstance(caught.value, SimulationError) else WRONG
+    assert re.search(message, found), found
+
+
+def test_the_kernel_itself_passes_where_its_mutants_fail() -> None:
+    tensors = tensors_of(64)
+    segments = segments_of([(0, 0, 60, 0, 60), (0, 60, 330, 60, 330)], 1, 330, 330)
+    for seed in range(6):
+        hold(tensors, *forward_of(gluon_forward, tensors, segments, seed=seed, programs=1 + seed % 3), segments)
