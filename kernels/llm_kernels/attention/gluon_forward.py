@@ -137,11 +137,9 @@ def _load(
 
 
 @gluon.jit
-def _weigh(s, row_max, row_sum, factor, key, limit, EDGE: gl.constexpr):
+def _weigh(s, row_max, row_sum, factor, keys, limit, EDGE: gl.constexpr):
     """Scores of a tile to weights, with the running maximum (base 2) and sum. Row i sees keys below limit[i]."""
-    layout: gl.constexpr = s.type.layout
     if EDGE:
-        keys = key + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
         # -2^127 where a key is not seen and 2^127 elsewhere, by the sign of a difference: 64 comparisons would be
         # packed into a word and unpacked again, which is 100 instructions more.
         sign = (limit[:, None] - 1 - keys[None, :]) & -2147483648
@@ -176,13 +174,14 @@ def _step(
     product = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
     if TURNS:
         mbarrier.arrive(turn.index(1 - WHICH), count=1)
+    keys = key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, score_layout))
     if EDGE:
-        # The limit goes through the wait, or what is made of it is made before and kept.
-        s, limit = warpgroup_mma_wait(1, [scores, limit])
+        # Keys go through the wait, or 32 registers of them are made at the start and kept.
+        s, keys = warpgroup_mma_wait(1, [scores, keys])
     else:
         s = warpgroup_mma_wait(1, [scores])
     mbarrier.arrive(k_empty.index(stage), count=1)
-    weights, alpha, row_max, row_sum = _weigh(s, row_max, row_sum, factor, key, limit, EDGE)
+    weights, alpha, row_max, row_sum = _weigh(s, row_max, row_sum, factor, keys, limit, EDGE)
     # For the next step; here because its loop keeps ptxas from moving the exponentials behind the wait for the product.
     mbarrier.wait(v_full.index(stage), n // STAGES & 1)
     acc, _p = warpgroup_mma_wait(0, [product, p])
@@ -233,10 +232,11 @@ def _attend(
             mbarrier.wait(k_full.index(used % STAGES), used // STAGES & 1)
             zero = gl.zeros([HALF, BLOCK_N], gl.float32, score_layout)
             s = warpgroup_mma(q, k_tiles.index(used % STAGES).permute((1, 0)), zero, use_acc=False)
+            keys = gl.arange(0, BLOCK_N, gl.SliceLayout(0, score_layout))
             mbarrier.arrive(k_empty.index(used % STAGES), count=1)
             row_max = gl.full([HALF], FLOOR, gl.float32, rows_layout)
             row_sum = gl.full([HALF], 0.0, gl.float32, rows_layout)
-            weights, _alpha, row_max, row_sum = _weigh(s, row_max, row_sum, factor, 0, limit, True)
+            weights, _alpha, row_max, row_sum = _weigh(s, row_max, row_sum, factor, keys, limit, True)
             p = gl.convert_layout(weights.to(q.dtype), weight_layout)
             mbarrier.wait(v_full.index(used % STAGES), used // STAGES & 1)
             acc = gl.zeros([HALF, D], gl.float32, acc_layout)

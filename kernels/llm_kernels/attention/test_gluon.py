@@ -338,8 +338,8 @@ MUTANTS = {
     "parity of turns": ("(taken & 1) ^ (1 - WHICH)", "taken & 1", DEADLOCK),
     "turn not handed over": ("mbarrier.arrive(turn.index(1 - WHICH), count=1)", "pass", r"deadlock.*turn\[1\]"),
     "k freed before its product": (
-        "    if EDGE:\n        # The limit",
-        "    mbarrier.arrive(k_empty.index(stage), count=1)\n    if EDGE:\n        # The limit",
+        "    keys = key + gl.arange(",
+        "    mbarrier.arrive(k_empty.index(stage), count=1)\n    keys = key + gl.arange(",
         EITHER,
     ),
     "v freed early": (STEP, "".join(reversed(STEP.splitlines(keepends=True))), RACE),
