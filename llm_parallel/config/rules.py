@@ -192,6 +192,22 @@ def _machine(case: Case) -> Iterator[Problem]:
         )
 
 
+def _gluon(case: Case) -> Iterator[Problem]:
+    config, size = case.config, case.config.model.kv_channels
+    if config.kernels.attention != "gluon":
+        return
+    fix = {"kernels.attention": "auto"}
+    if case.device == "cpu":
+        statement = "kernels.attention = gluon needs an H100 or H200, and the run's device is cpu"
+        yield Problem(("kernels.attention",), statement, fix)
+    if size not in (64, 128, 256):
+        statement = f"kernels.attention = gluon has heads of 64, 128 and 256 channels, and model.head_dim = {size}"
+        yield Problem(("kernels.attention", "model.head_dim"), statement, fix)
+    if config.train.precision != "bf16":
+        statement = f"kernels.attention = gluon is for bf16, and train.precision = {config.train.precision}"
+        yield Problem(("kernels.attention", "train.precision"), statement, fix)
+
+
 RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     rules_layout.check_heads,
     rules_layout.check_tensor_parallel,
@@ -204,6 +220,7 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _schedule,
     _intervals,
     _machine,
+    _gluon,
 )
 
 

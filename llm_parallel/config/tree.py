@@ -144,8 +144,9 @@ class KernelsConfig(Node):
     """RMSNorm and its fused addition to the residual stream."""
     rope: KernelChoice = "auto"
     """Rotary position embedding; Triton rotates queries and keys in place in the packed projection."""
-    attention: KernelChoice = "auto"
-    """Attention; ``torch`` is scaled dot product attention per document."""
+    attention: Literal["auto", "triton", "torch", "gluon"] = "auto"
+    """Attention; ``torch`` is scaled dot product attention per document, ``gluon`` a forward kernel for H100 and H200
+    that no GPU has run yet, with Triton's backward."""
     swiglu: KernelChoice = "auto"
     """SwiGLU; Triton writes the gradient over the saved input."""
     cross_entropy: KernelChoice = "auto"

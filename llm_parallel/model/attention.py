@@ -14,9 +14,11 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from llm_kernels.attention.op import attention, attention_qkv
+from llm_kernels.attention.op import backend_for as attention_backend
 from llm_kernels.attention.ref import attention as attention_by_segment
 from llm_kernels.dispatch import backend_for
 from llm_kernels.rope.op import rope, rope_qkv_
+from llm_parallel.errors import UserError
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
 from llm_parallel.model.sequence import SequenceInfo
 
@@ -62,14 +64,21 @@ class CoreAttention(nn.Module):
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.cp_group = pg_collection.cp
         self.kernels = config.kernels
+        if self.kernels.attention == "gluon" and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            if (major, minor) != (9, 0):
+                raise UserError(
+                    "kernels.attention = gluon needs a GPU of compute capability 9.0 (H100, H200), and this one has "
+                    f"{major}.{minor}; use kernels.attention=auto"
+                )
         self.num_groups = config.num_query_groups // config.tensor_model_parallel_size
 
     def takes_packed(self, x: Tensor, info: SequenceInfo) -> bool:
         """Whether rotary embedding and attention work on the packed projection where it lies: always with Triton, but
         not where keys and values are to be kept or gathered by themselves."""
-        choices = (self.kernels.rope, self.kernels.attention)
         alone = info.cache is None and self.cp_group.size() == 1
-        return alone and all(backend_for(x, choice) == "triton" for choice in choices)
+        rotates = backend_for(x, self.kernels.rope) == "triton"
+        return alone and rotates and attention_backend(x, self.kernels.attention) != "torch"
 
     def rotate_packed(self, qkv_SBW: Tensor, info: SequenceInfo) -> Tensor:
         """Rotates queries and keys in place: the projection's result is needed in no other form."""
@@ -89,7 +98,7 @@ class CoreAttention(nn.Module):
             k_SBGD, v_SBGD = info.cache.extend(self.layer_number, k_SBGD, v_SBGD)
         elif self.cp_group.size() > 1:
             k_SBGD, v_SBGD = gather_keys_values(torch.stack((k_SBGD, v_SBGD), dim=1), self.cp_group)
-        if info.cache is not None or backend_for(q_SBND, self.kernels.attention) == "torch":
+        if info.cache is not None or attention_backend(q_SBND, self.kernels.attention) == "torch":
             return attention_by_segment(q_SBND, k_SBGD, v_SBGD, info.segments, self.scale).flatten(2)
         # One call for each range of this process's tokens: the keys that two ranges see overlap.
         parts: list[Any] = [

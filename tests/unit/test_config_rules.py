@@ -93,6 +93,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
                 "implementation": draw(st.sampled_from(["auto", "torch", "apex"])),
             },
             "checkpoint": {"interval_steps": draw(maybe), "keep_every_steps": draw(maybe)},
+            "kernels": {"attention": draw(st.sampled_from(["auto", "gluon"]))},
         }
     )
 
@@ -478,6 +479,20 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         "optim.implementation = apex runs on CUDA only, and the run's device is cpu; use optim.implementation=auto",
     ),
     (
+        {"kernels__attention": "gluon", "model__head_dim": 128, "train__precision": "bf16"},
+        None,
+        "cpu",
+        "kernels.attention = gluon needs an H100 or H200, and the run's device is cpu; use kernels.attention=auto",
+    ),
+    (
+        {"kernels__attention": "gluon", "model__head_dim": 96},
+        None,
+        "cuda",
+        "kernels.attention = gluon has heads of 64, 128 and 256 channels, and model.head_dim = 96;"
+        " use kernels.attention=auto\n"
+        "kernels.attention = gluon is for bf16, and train.precision = fp32; use kernels.attention=auto",
+    ),
+    (
         {"model__vocab_size": None},
         None,
         "cpu",
@@ -504,6 +519,7 @@ ACCEPTED = [
     ({"train__rampup": {"start": 2, "increment": 2, "samples": 100}}, 2),
     ({"parallel__recompute": "full", "parallel__recompute_method": "block", "parallel__recompute_num_layers": 50}, 1),
     ({"optim__implementation": "apex"}, None),
+    ({"kernels__attention": "gluon", "model__head_dim": 128, "train__precision": "bf16"}, None),
 ]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,6 +38,23 @@ def _ours() -> Callable[..., Any]:
     from llm_kernels.attention.op import attention
 
     return lambda q, k, v: attention(q, k, v, backend="triton")
+
+
+def _ours_gluon() -> Callable[..., Any]:
+    from llm_kernels.attention.op import attention
+
+    _prove_gluon()
+    return lambda q, k, v: attention(q, k, v, backend="gluon")
+
+
+@cache
+def _prove_gluon() -> None:
+    """Raises RuntimeError unless the Gluon kernel is right here, found in a process of its own: a fault in a kernel
+    that waits by hand hangs, or takes all CUDA work of its process with it."""
+    command = [sys.executable, "-m", "llm_kernels.attention.bench"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
 
 
 def _sdpa(name: str | None) -> Callable[[], Callable[..., Any]]:
@@ -95,6 +114,7 @@ BENCHMARK = Benchmark(
     make=_make,
     providers={
         "ours": _ours,
+        "ours-gluon": _ours_gluon,
         "torch": _sdpa(None),
         "torch cudnn": _sdpa("CUDNN_ATTENTION"),
         "torch flash": _sdpa("FLASH_ATTENTION"),
@@ -194,3 +214,21 @@ def _gluon_cases() -> list[AotCase]:
         kernel = gluon._attention_fwd_gluon_kernel
         cases.append(AotCase(name, kernel, arguments, 4, settings.stages, wants, gluon=True))
     return cases
+
+
+def main() -> None:
+    """``python -m llm_kernels.attention.bench``: the Gluon kernel against torch's attention on this GPU, small and at
+    many tiles a program; raises if it is refused or wrong."""
+    from llm_kernels.attention.op import attention
+    from llm_kernels.testing import compare
+
+    for tokens, d in ((200, 64), (1000, 128), (2048, 128), (300, 256)):
+        shape = {**BENCHMARK.small, "tokens": tokens, "heads": 16, "groups": 4, "d": d}
+        torch.manual_seed(0)
+        inputs = _make(shape, torch.bfloat16, torch.device("cuda"))
+        peer = _sdpa(None)()
+        compare(f"attention gluon/{tokens}", partial(attention, backend="gluon"), peer, peer, inputs)
+
+
+if __name__ == "__main__":
+    main()
