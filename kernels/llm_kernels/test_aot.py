@@ -67,6 +67,8 @@ def test_every_configuration_compiles_without_a_spill(tmp_path: Path) -> None:
     for arch, core in ((80, "hmma"), (90, "hgmma")):
         attention = [r for r in reports if r["arch"] == arch and r["name"].startswith("attention ") and r["loop"]]
         assert attention and any(r["loop"].get(core) for r in attention)
+    gluon = [r for r in reports if "gluon" in r["name"]]
+    assert {r["arch"] for r in gluon} == {90} and all(r["instructions"]["tma"] for r in gluon)
 
 
 def test_inspection_sees_what_is_wrong(tmp_path: Path) -> None:

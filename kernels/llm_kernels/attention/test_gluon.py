@@ -27,6 +27,7 @@ pytest.importorskip("triton", reason="Gluon is part of triton")
 
 from llm_kernels import aot
 from llm_kernels.attention import gluon_forward, op, ref
+from llm_kernels.attention.bench import gluon_fault
 from llm_kernels.attention.op import Segments, attention, attention_qkv, merge
 from llm_kernels.attention.ref import Options
 from llm_kernels.attention.test_attention import Rows, framework
@@ -52,7 +53,9 @@ class Simulated:
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
     """Calls of the operator run the Gluon kernel: here, or on the GPU."""
     machine = Simulated()
-    if not HOPPER:
+    if HOPPER:
+        assert gluon_fault() is None
+    else:
         monkeypatch.setattr(op, "arch", lambda _: 90)
         monkeypatch.setattr(gluon_forward, "_launch", machine.launch)
         monkeypatch.setattr(gluon_forward, "num_sms", lambda _: machine.programs)
@@ -150,6 +153,7 @@ def forward_of(
     options = Options(q.shape[-1] ** -0.5, right=0)
     q = q.unflatten(2, (k.shape[2], -1))
     if HOPPER:
+        assert gluon_fault() is None
         return module.forward(q, k, v, segments.table, segments.max_q, segments.covers_queries, options, 90)
     out = torch.full((q.shape[0], q.shape[1], q.shape[2] * q.shape[3], q.shape[4]), float("nan"), dtype=q.dtype)
     lse = torch.full((q.shape[1], out.shape[2], q.shape[0]), float("nan"))
@@ -262,6 +266,12 @@ def test_strides_that_tma_cannot_read_are_refused(monkeypatch: pytest.MonkeyPatc
     for broken in (shifted, k[:1].expand(8, 1, 1, 64)):
         with pytest.raises(ValueError, match=r"q, k and v have strides .*68|q, k and v have strides .*0, 64"):
             attention(q, broken, v, backend="gluon")
+
+
+@pytest.mark.skipif(HOPPER, reason="broken kernels belong in the simulator")
+def test_proof_says_what_is_wrong() -> None:
+    """Here there is no GPU, which the process of the proof finds."""
+    assert "CUDA" in (gluon_fault() or "")
 
 
 @pytest.mark.skipif(HOPPER, reason="this GPU can")
