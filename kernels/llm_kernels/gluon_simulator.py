@@ -187,7 +187,7 @@ def _allocate(dtype: Any, shape: Sequence[int], layout: Any, value: Tile | None 
     if isinstance(layout, hopper.mbarrier.MBarrierLayout):
         return Barriers([Barrier(f"{name}[{i}]") for i in builtins.range(shape[0])])
     data = torch.empty(shape, dtype=TORCH[dtype]).fill_(float("nan") if dtype.is_floating() else 0)
-    several = len(shape) > 2
+    several = len(shape) > (layout.rank if hasattr(layout, "rank") else len(layout.order))
     cells = [Cell(f"{name}[{i}]") for i in builtins.range(shape[0])] if several else [Cell(name)]
     shared = Shared(data, layout, cells, several)
     if value is not None:

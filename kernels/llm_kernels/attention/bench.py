@@ -197,22 +197,50 @@ def aot_cases(arch: int) -> list[AotCase]:
     return cases + (_gluon_cases() if arch == 90 else [])
 
 
+def _gluon_arguments(blocks: dict[str, int], d: int, dtype: str) -> dict[str, Any]:
+    """What the Gluon launchers pass: descriptors of so many rows, places of heads in the packed projection."""
+    from llm_kernels.attention.gluon_forward import shared_layout
+
+    descriptors = {
+        f"{name}_desc": f"tensordesc<{dtype}[{n}, {d}],{shared_layout(n, d)!r}>" for name, n in blocks.items()
+    }
+    places = {f"{x}_{of}_col": size for x in "qkv" for of, size in (("batch", 48 * d), ("group", 6 * d))}
+    scalars = dict.fromkeys(("H", "G", "SQ", "columns", "section", "row_tiles", "turns"), "i32")
+    return {**descriptors, **places, **scalars, "q_head_col": d, "scale": "fp32", "table_ptr": "*i32"}
+
+
+def _gluon_backward_cases() -> list[AotCase]:
+    from llm_kernels.attention import gluon_backward, gluon_dkdv, gluon_dq
+
+    cases = []
+    for d, causal in [(d, causal) for d in (64, 128) for causal in (True, False)]:
+        keys = gluon_backward.keys_of_tile(d)
+        strides = {"row": 48 * d, "batch": 48 * d, "group": 6 * d, "head": d}
+        kinds = [
+            ("dk dv", gluon_dkdv._attention_bwd_dkdv_gluon_kernel, 64, ("dk", "dv"), {"STAGES": 2}),
+            ("dq", gluon_dq._attention_bwd_dq_gluon_kernel, keys, ("dq",), {"BLOCK_N": keys}),
+        ]
+        for kind, kernel, block, results, more in kinds:
+            blocks = {"q": 64, "k": block, "v": block, "dout": 64}
+            arguments = {**_gluon_arguments(blocks, d, "bf16"), "GROUP": 4, "D": d, "CAUSAL": causal, **more}
+            arguments |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", **{f"{name}_ptr": "*bf16" for name in results}}
+            arguments |= {f"{name}_{of}_stride": size for name in results for of, size in strides.items()}
+            name = f"attention {kind} gluon d={d} {'causal' if causal else 'full'} bf16"
+            wants = frozenset({"tensor_core", "specialized"})
+            cases.append(AotCase(name, kernel, arguments, 4, 2, wants, gluon=True))
+    return cases
+
+
 def _gluon_cases() -> list[AotCase]:
     """Llama-3 8B's heads packed as megatron does, causal and full, of every head dim, and fp16."""
     from llm_kernels.attention import gluon_forward as gluon
 
-    cases = []
+    cases = _gluon_backward_cases()
     for d, causal, dtype in [(d, c, "bf16") for d in (64, 128, 256) for c in (True, False)] + [(128, True, "fp16")]:
         settings = gluon.config(d)
-        blocks = {"q_desc": gluon.HALF.value, "k_desc": settings.block_n, "v_desc": settings.block_n}
-        arguments: dict[str, Any] = {
-            name: f"tensordesc<{dtype}[{n}, {d}],{gluon.shared_layout(n, d)!r}>" for name, n in blocks.items()
-        }
-        arguments |= dict.fromkeys(("H", "SQ", "columns", "section", "row_tiles", "turns"), "i32")
-        arguments |= {"out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "table_ptr": "*i32", "out_row_stride": 32 * d}
-        arguments |= {"q_batch_col": 48 * d, "q_group_col": 6 * d, "q_head_col": d, "scale": "fp32"}
-        arguments |= dict.fromkeys(("k_batch_col", "v_batch_col"), 48 * d)
-        arguments |= dict.fromkeys(("k_group_col", "v_group_col"), 6 * d) | gluon.constants(d, 4, causal)
+        blocks = {"q": gluon.HALF.value, "k": settings.block_n, "v": settings.block_n}
+        arguments = {**_gluon_arguments(blocks, d, dtype), **gluon.constants(d, 4, causal)}
+        arguments |= {"out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "out_row_stride": 32 * d}
         name = f"attention forward gluon d={d} {'causal' if causal else 'full'} {dtype}"
         wants = frozenset({"tensor_core", "specialized"})
         kernel = gluon._attention_fwd_gluon_kernel

@@ -137,14 +137,18 @@ def _load(
 
 
 @gluon.jit
+def where_not_negative(s, sign):
+    """Scores where ``sign`` is not negative, elsewhere -2^127: the smaller of s and 2^127 with that sign. Comparisons
+    would be packed into words and unpacked again, 100 instructions a tile."""
+    bound = ((sign & -2147483648) | 0x7F000000).to(gl.float32, bitcast=True)
+    return gl.minimum(s, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.jit
 def _weigh(s, row_max, row_sum, factor, keys, limit, EDGE: gl.constexpr):
     """Scores of a tile to weights, with the running maximum (base 2) and sum. Row i sees keys below limit[i]."""
     if EDGE:
-        # -2^127 where a key is not seen and 2^127 elsewhere, by the sign of a difference: 64 comparisons would be
-        # packed into a word and unpacked again, which is 100 instructions more.
-        sign = (limit[:, None] - 1 - keys[None, :]) & -2147483648
-        bound = (sign | 0x7F000000).to(gl.float32, bitcast=True)
-        s = gl.minimum(s, bound, propagate_nan=tl.PropagateNan.ALL)
+        s = where_not_negative(s, limit[:, None] - 1 - keys[None, :])
     new_max = gl.maximum(row_max, gl.max(s, 1) * factor)
     # The scale is in the exponent's FFMA: exp2(s c - m c).
     p = gl.exp2(s * factor - new_max[:, None])
@@ -357,7 +361,8 @@ def shared_layout(block: int, d: int) -> Any:
     return gl.NVMMASharedLayout.get_default_for([block, d], gl.bfloat16)
 
 
-def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
+def descriptor(x: Tensor, block: int) -> TensorDescriptor:
+    """``x`` as TMA's matrix, ``block`` rows of one head at a time."""
     row_stride, d = _row_stride(x), x.shape[-1]
     return TensorDescriptor(x, [x.shape[0], row_stride], [row_stride, 1], [block, d], shared_layout(block, d))
 
@@ -388,9 +393,9 @@ def _arguments(
     section = max(1, min(_SECTION_BYTES // max(group_bytes, 1), columns // m)) * m
     programs = min(programs, columns * row_tiles)
     arguments = {
-        "q_desc": _descriptor(q, HALF.value),
-        "k_desc": _descriptor(k, config(d).block_n),
-        "v_desc": _descriptor(v, config(d).block_n),
+        "q_desc": descriptor(q, HALF.value),
+        "k_desc": descriptor(k, config(d).block_n),
+        "v_desc": descriptor(v, config(d).block_n),
         "out_ptr": out,
         "lse_ptr": lse,
         "table_ptr": table,

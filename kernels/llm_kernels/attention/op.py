@@ -247,8 +247,8 @@ def _fill(x: Tensor, covered: bool) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device) if covered else x.new_zeros(x.shape)
 
 
-def _backward(dout, dlse, q, k, v, out, lse, table, max_q, max_k, covers_keys, covers_queries, *options):
-    from llm_kernels.attention import kernel, kernel_backward, kernel_delta
+def _backward(dout, dlse, q, k, v, out, lse, table, max_q, max_k, covers_keys, covers_queries, *how):
+    from llm_kernels.attention import kernel, kernel_delta
 
     dout = dout.contiguous()
     stats = kernel_delta.per_row(out, dout, lse, None if dlse is None else dlse.contiguous())
@@ -256,19 +256,27 @@ def _backward(dout, dlse, q, k, v, out, lse, table, max_q, max_k, covers_keys, c
     groups = k.shape[2]
     tensors = (kernel.by_group(q, groups), k, v, dout, *stats)
     gradients = (kernel.by_group(dq, groups), dk, dv)
-    kernel_backward.backward(tensors, gradients, table, (max_q, max_k), Options(*options), arch(q))
+    _run_backward(tensors, gradients, table, (max_q, max_k), *how)
     return dq, dk, dv
 
 
-def _qkv_backward(dout, qkv, out, lse, table, max_q, max_k, covers_keys, covers_queries, *options):
-    from llm_kernels.attention import kernel_backward, kernel_delta
+def _qkv_backward(dout, qkv, out, lse, table, max_q, max_k, covers_keys, covers_queries, *how):
+    from llm_kernels.attention import kernel_delta
 
     dout = dout.contiguous()
     stats = kernel_delta.per_row(out, dout, lse, None)
     dqkv = _fill(qkv, covers_keys and covers_queries)
     tensors = (*_unpack(qkv), dout, *stats)
-    kernel_backward.backward(tensors, _unpack(dqkv), table, (max_q, max_k), Options(*options), arch(qkv))
+    _run_backward(tensors, _unpack(dqkv), table, (max_q, max_k), *how)
     return dqkv
+
+
+def _run_backward(tensors, gradients, table, extents, *how):
+    *options, gluon = how
+    q = tensors[0]
+    fits = gluon and q.shape[-1] <= 128
+    module = import_module("llm_kernels.attention.gluon_backward" if fits else "llm_kernels.attention.kernel_backward")
+    module.backward(tensors, gradients, table, extents, Options(*options), arch(q))
 
 
 def _fake_forward(q, *_):
@@ -285,7 +293,7 @@ dispatch.define(
 )
 dispatch.define(
     f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PLAN}, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}, bool gluon) -> (Tensor, Tensor, Tensor)",
     _backward,
     lambda dout, dlse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
 )
@@ -295,7 +303,8 @@ dispatch.define(
     lambda qkv, *_: _fake_forward(_unpack(qkv)[0].flatten(2, 3)),
 )
 dispatch.define(
-    f"attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_PLAN}, {_OPTIONS}) -> Tensor",
+    f"attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_PLAN}, {_OPTIONS}, bool gluon) "
+    "-> Tensor",
     _qkv_backward,
     lambda dout, qkv, *_: qkv.new_empty(qkv.shape),
 )
@@ -303,13 +312,13 @@ dispatch.define(
 
 def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
-    ctx.plan = inputs[4:-1]
+    ctx.plan = inputs[4:]
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dout, dlse):
     q, k, v, table, out, lse = ctx.saved_tensors
-    nothing = (None,) * (2 + len(ctx.plan))
+    nothing = (None,) * (1 + len(ctx.plan))
     if dout is None and dlse is None:
         return None, None, None, *nothing
     dout = torch.zeros_like(out) if dout is None else dout
@@ -319,14 +328,14 @@ def _gradients(ctx, dout, dlse):
 
 def _qkv_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:2], *output)
-    ctx.plan = inputs[2:-1]
+    ctx.plan = inputs[2:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _qkv_gradients(ctx, dout, _):
     qkv, table, out, lse = ctx.saved_tensors
     return torch.ops.llm_kernels.attention_qkv_backward(dout, qkv, out, lse, table, *ctx.plan), *(
-        (None,) * (2 + len(ctx.plan))
+        (None,) * (1 + len(ctx.plan))
     )
 
 

@@ -1,4 +1,4 @@
-"""The Gluon forward: in the simulator where there is no Hopper GPU, on it where there is one.
+"""The Gluon kernels: in the simulator where there is no Hopper GPU, on it where there is one.
 
 Right numbers against fp64 on dense, grouped, ragged and packed tensors in orders of many seeds; then every barrier,
 parity, index and mask of the real source is broken once, and the simulator or the numbers must show it.
@@ -26,7 +26,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Gluon is part of triton")
 
 from llm_kernels import aot
-from llm_kernels.attention import gluon_forward, op, ref
+from llm_kernels.attention import gluon_backward, gluon_forward, op, ref
 from llm_kernels.attention.bench import gluon_fault
 from llm_kernels.attention.op import Segments, attention, attention_qkv, merge
 from llm_kernels.attention.ref import Options
@@ -48,6 +48,10 @@ class Simulated:
         self.launches += 1
         simulate(gluon_forward._attention_fwd_gluon_kernel, grid, seed=self.seed, **arguments)
 
+    def launch_backward(self, kernel: Any, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
+        self.launches += 1
+        simulate(kernel, grid, seed=self.seed, **arguments)
+
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
@@ -58,6 +62,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
     else:
         monkeypatch.setattr(op, "arch", lambda _: 90)
         monkeypatch.setattr(gluon_forward, "_launch", machine.launch)
+        monkeypatch.setattr(gluon_backward, "_launch", machine.launch_backward)
         monkeypatch.setattr(gluon_forward, "num_sms", lambda _: machine.programs)
     yield machine
     assert HOPPER or machine.launches
@@ -68,7 +73,7 @@ def segments_of(rows: Rows | None, b: int, sq: int, sk: int) -> Segments:
 
 
 def check(case: str, inputs: list[Tensor], rows: Rows | None = None, causal: bool = True) -> None:
-    """Output, log-sum-exp and, through the plain-tl backward, gradients: at most twice torch's error from fp64."""
+    """Output, log-sum-exp and gradients: at most twice torch's error from fp64."""
     q, k = inputs[:2]
     segments = segments_of(rows, q.shape[1], q.shape[0], k.shape[0])
     options = Options(q.shape[-1] ** -0.5, right=0 if causal else -1)
@@ -286,7 +291,7 @@ from pathlib import Path
 from llm_kernels import aot
 from llm_kernels.attention.bench import aot_cases
 if __name__ == "__main__":
-    cases = [case for case in aot_cases(90) if case.gluon and case.name.endswith("d=128 causal bf16")]
+    cases = [case for case in aot_cases(90) if case.name == "attention forward gluon d=128 causal bf16"]
     print(json.dumps(aot.as_data([aot.inspect(case, 90, Path(sys.argv[1])) for case in cases])))
 """
 
