@@ -39,6 +39,21 @@ def pretrain(
     raise typer.Exit(pretrain_command(run_file, context.args, dry_run))
 
 
+@app.command(context_settings=WITH_OVERRIDES)
+def launch(
+    context: typer.Context,
+    run_file: Annotated[str, typer.Argument(help="YAML run file; any field is overridden by section.field=value.")],
+    processes: Annotated[
+        int | None, typer.Option(help="Devices to use; more than the layout needs are spares. Default: the layout's.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Agents among which this machine's devices are dealt.")] = 1,
+) -> None:
+    """Train as pretrain does, and go on when a process, a device or an agent fails."""
+    from llm_parallel.train.launch import launch_command
+
+    raise typer.Exit(launch_command(run_file, context.args, processes, nodes, os.environ))
+
+
 @app.command()
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst …")],

@@ -132,7 +132,7 @@ def launch_local(
     base = dict(os.environ if env is None else env)
     _prepare_log_dir(log_dir)
     with _held_port(base.get("MASTER_PORT")) as port:
-        common = {**base, **_defaults(base, num_processes), "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
+        common = {**base, **worker_defaults(base, num_processes), "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
         signals = _Signals()
         workers: list[_Worker] = []
         with signals.caught():
@@ -185,7 +185,7 @@ def _held_port(wanted: str | None) -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
-def _defaults(base: Mapping[str, str], num_processes: int) -> dict[str, str]:
+def worker_defaults(base: Mapping[str, str], num_processes: int) -> dict[str, str]:
     """Settings that workers on one machine need unless the user chose others."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, available_cores() // num_processes)),

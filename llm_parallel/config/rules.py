@@ -22,20 +22,28 @@ def num_processes(config: RunConfig) -> int:
     return (parallel.dp or 1) * parallel.tp * parallel.pp * parallel.cp
 
 
-def check_config(config: RunConfig, world_size: int | None, device: Literal["cpu", "cuda"]) -> None:
-    """Checks every rule; ``world_size`` is the number of processes if it is already known.
+def check_config(
+    config: RunConfig, world_size: int | None, device: Literal["cpu", "cuda"], *, uneven: bool = False
+) -> None:
+    """Checks every rule; ``world_size`` is the number of processes if it is already known. ``uneven``: replicas may
+    have different numbers of micro batches, as after the loss of some.
 
     Raises UserError with one sentence per broken rule, each naming the fields, their values and a value that works.
     """
-    problems = find_problems(config, world_size, device)
+    problems = find_problems(config, world_size, device, uneven=uneven)
     if problems:
         raise UserError("\n".join(problem.message for problem in problems))
 
 
-def find_problems(config: RunConfig, world_size: int | None, device: Literal["cpu", "cuda"]) -> list[Problem]:
+def find_problems(
+    config: RunConfig, world_size: int | None, device: Literal["cpu", "cuda"], *, uneven: bool = False
+) -> list[Problem]:
     """All broken rules, in the order of ``RULES``."""
     case = Case(config, world_size, device)
-    return [problem for rule in RULES for problem in rule(case)]
+    # The interleaved schedule runs whole groups of micro batches, so there is no uneven division for it.
+    relaxed = {_batch: _enough_batch, _rampup: _enough_batch} if uneven and config.parallel.vpp == 1 else {}
+    rules = dict.fromkeys(relaxed.get(rule, rule) for rule in RULES)
+    return [problem for rule in rules for problem in rule(case)]
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -78,6 +86,17 @@ def _batch(case: Case) -> Iterator[Problem]:
             f"train.global_batch_size = {size} makes {size // samples} micro batches ({replicas}), not a multiple of"
             f" parallel.pp = {parallel.pp} as parallel.vpp = {parallel.vpp} needs",
             fix,
+        )
+
+
+def _enough_batch(case: Case) -> Iterator[Problem]:
+    train = case.config.train
+    smallest = min(train.global_batch_size, train.rampup.start if train.rampup else train.global_batch_size)
+    if smallest < train.micro_batch_size * case.dp:
+        yield Problem(
+            ("train.global_batch_size", "train.micro_batch_size", "parallel.dp"),
+            f"a batch of {smallest} samples leaves some of parallel.dp = {case.dp} replicas without a micro batch",
+            {"parallel.dp": max(1, smallest // train.micro_batch_size)},
         )
 
 

@@ -274,6 +274,45 @@ class LogConfig(Node):
     """Draw plots (PNG) at the end of the run."""
 
 
+class ElasticConfig(Node):
+    """How a run started by ``llm-parallel launch`` or ``submit`` survives failures."""
+
+    replicate_every_steps: int = Field(1, ge=0)
+    """Steps between copies of the training state into the memory of this and another node; 0: disk checkpoints only."""
+    replica_dir: str = "/dev/shm"
+    """Memory file system (or local disk) of every node that holds the copies."""
+    min_devices: PositiveInt = 1
+    """With fewer devices left the run waits for more."""
+    wait_s: PositiveFloat = 600.0
+    """Longest wait for devices; after it the run ends (under SLURM: goes back to the queue)."""
+    spare_nodes: int = Field(0, ge=0)
+    """Nodes held back at the start to replace failing ones."""
+    strikes: PositiveInt = 2
+    """Faults after which a device that passes its test is removed for good; hard evidence removes at once."""
+    heartbeat_s: PositiveFloat = 0.25
+    """Time between signs of life of an agent."""
+    lost_after_s: PositiveFloat = 2.0
+    """Silence after which a node counts as lost; an agent cut off that long ends its workers."""
+    hang_deviations: PositiveFloat = 8.0
+    """A step that takes the median plus this many robust deviations (1.4826 MAD), and at least three medians, plus a
+    second, is a hang."""
+    first_step_limit_s: PositiveFloat = 600.0
+    """Longest time for building the model and the first steps, which compile and allocate."""
+    checksum_every_steps: int = Field(50, ge=0)
+    """Steps between comparisons of the replicas' weights, which find silent data corruption; 0: never."""
+    probe_every_steps: int = Field(10, ge=0)
+    """Steps between short matmuls with a known answer on every device, which find slow and miscalculating ones; 0:
+    never."""
+    slow_ratio: float = Field(2.0, gt=1.0)
+    """A device whose probe takes this many times the median of all devices, three times in a row, is slow."""
+    max_fruitless: PositiveInt = 5
+    """Recoveries without a finished step in between after which the run is given up."""
+    on_event: str | None = None
+    """Shell command run at every event of the launcher, which it gets as JSON on its standard input."""
+    drills: bool = False
+    """Accept injected faults (``llm-parallel drill``)."""
+
+
 class RunConfig(Node):
     """Everything that defines a run."""
 
@@ -291,3 +330,4 @@ class RunConfig(Node):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    elastic: ElasticConfig = ElasticConfig()

@@ -42,16 +42,25 @@ class Groups:
         return total.tolist()
 
 
-def open_groups(layout: Layout, rank: int, platform: Platform, seed: int, timeout_s: float = 1800.0) -> Groups:
-    """Creates all groups. If torch.distributed is not initialized, its env:// rendezvous is used, and a single process
-    needs no rendezvous at all. ``seed`` seeds torch and megatron-core's tensor-parallel generators."""
+def open_groups(
+    layout: Layout,
+    rank: int,
+    platform: Platform,
+    seed: int,
+    timeout_s: float = 1800.0,
+    store: dist.Store | None = None,
+) -> Groups:
+    """Creates all groups. If torch.distributed is not initialized, ``store`` or else its env:// rendezvous is used, and
+    a single process needs no rendezvous at all. ``seed`` seeds torch and megatron-core's tensor-parallel generators."""
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
+        device_id = platform.device if platform.is_cuda else None
         if layout.world_size == 1:
             store = dist.HashStore()
-            dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+        if store is not None:
+            where: dict[str, Any] = {"store": store, "rank": rank, "world_size": layout.world_size}
+            dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id, **where)
         else:
-            device_id = platform.device if platform.is_cuda else None
             dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,

@@ -93,15 +93,17 @@ class Layout:
         ends = list(accumulate(self.stage_layers))
         return range(ends[chunk] - self.stage_layers[chunk], ends[chunk])
 
-    def num_micro_batches(self, global_batch_size: int) -> int:
-        """Micro batches of one replica in one optimizer step."""
-        return global_batch_size // (self.micro_batch_size * self.dp)
+    def num_micro_batches(self, global_batch_size: int, dp_rank: int = 0) -> int:
+        """Micro batches of replica ``dp_rank`` in one optimizer step. Where they do not divide evenly, as after the
+        loss of a replica, the first replicas take one more each."""
+        total = global_batch_size // self.micro_batch_size
+        return total // self.dp + (dp_rank < total % self.dp)
 
     def micro_batches(self, first_sample: int, global_batch_size: int, dp_rank: int) -> Iterator[range]:
         """Global sample numbers of each micro batch of replica ``dp_rank`` in the step that begins at
         ``first_sample``. The step's samples are ``first_sample … first_sample + global_batch_size - 1`` in any layout.
         """
-        for micro_batch in range(self.num_micro_batches(global_batch_size)):
+        for micro_batch in range(self.num_micro_batches(global_batch_size, dp_rank)):
             start = first_sample + (micro_batch * self.dp + dp_rank) * self.micro_batch_size
             yield range(start, start + self.micro_batch_size)
 

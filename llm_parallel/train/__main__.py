@@ -35,15 +35,10 @@ def run_worker(arguments: Sequence[str]) -> int:
             environment.export()
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        from llm_parallel.train.loop import pretrain
+        from llm_parallel.train.loop import Place, pretrain
 
-        pretrain(
-            config,
-            environment.rank,
-            environment.world_size,
-            environment.local_rank,
-            asked_to_stop=lambda: bool(requests),
-        )
+        place = Place(environment.rank, environment.world_size, environment.local_rank)
+        pretrain(config, place, asked_to_stop=lambda: bool(requests))
     except Exception as error:
         return report_error(log_dir, environment.rank, explained(error, environment))
     return 0

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch.distributed as dist
+
 from llm_parallel.checkpoint.load import load_checkpoint
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.store import CheckpointStore
@@ -29,7 +31,8 @@ from llm_parallel.parallel.wrap import Engine, wrap
 from llm_parallel.train.data import evaluation_batches, open_training_data
 from llm_parallel.train.guard import Guard, TooManySkips
 from llm_parallel.train.schedule import global_batch_size, learning_rate
-from llm_parallel.train.step import StepOutcome, apply_gradient, evaluate, forward_backward
+from llm_parallel.train.step import StepOutcome, Wishes, apply_gradient, evaluate, forward_backward
+from llm_parallel.train.watch import Watch
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Run:
     basis: Basis
     asked_to_stop: Callable[[], bool]
     started_s: float
+    watch: Watch
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
     def wants_to_stop(self) -> bool:
@@ -55,61 +59,87 @@ class Run:
         return self.asked_to_stop() or (limit is not None and time.monotonic() - self.started_s > limit)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Which process of a run this is. ``store``: where the processes meet, if not by env://; ``elapsed_s``: seconds that
+    the run has had before this process began, which count towards its time limit."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    store: dist.Store | None = None
+    elapsed_s: float = 0.0
+
+
 def pretrain(
-    config: RunConfig, rank: int, world_size: int, local_rank: int, asked_to_stop: Callable[[], bool] = lambda: False
+    config: RunConfig,
+    place: Place,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    watch: Watch | None = None,
 ) -> TrainState:
     """Trains until ``train.steps``, the time limit, or until some process is asked to stop, and saves.
 
-    Every process of the job calls this with its own rank. Raises UserError for what the user can mend, TooManySkips if
+    Every process of the job calls this with its own place. Raises UserError for what the user can mend, TooManySkips if
     the guard gives up.
     """
-    run = open_run(config, rank, world_size, local_rank, asked_to_stop)
+    watch = watch or Watch()
     try:
-        while run.state.step < config.train.steps:
-            if train_step(run).stop:
-                run.metrics.message(f"stopping after step {run.state.step}: asked to, or out of time; saving")
-                run.metrics.event("stop", step=run.state.step)
-                break
-        finish(run)
-        return run.state
-    except TooManySkips:
-        run.store.wait()  # all processes gave up at the same step, and a checkpoint of before it may be in flight
-        raise
+        run = open_run(config, place, asked_to_stop, watch)
+        try:
+            while run.state.step < config.train.steps:
+                outcome = train_step(run)
+                if outcome.stop:
+                    run.metrics.message(f"stopping after step {run.state.step}: asked to, or out of time; saving")
+                    run.metrics.event("stop", step=run.state.step)
+                    break
+                if outcome.pause:
+                    return run.state
+            with watch.long():
+                finish(run)
+            return run.state
+        except TooManySkips:
+            run.store.wait()  # all processes gave up at the same step, and a checkpoint of before it may be in flight
+            raise
+        finally:
+            run.loader.close()
+            run.metrics.close()
     finally:
-        run.loader.close()
-        run.metrics.close()
         close_groups()
 
 
-def open_run(config: RunConfig, rank: int, world_size: int, local_rank: int, asked_to_stop: Callable[[], bool]) -> Run:
+def open_run(config: RunConfig, place: Place, asked_to_stop: Callable[[], bool], watch: Watch) -> Run:
     """Builds model, optimizer, data and metrics, and resumes from the newest checkpoint if there is one."""
-    started_s = time.monotonic()  # building and loading count towards the time limit
-    platform = open_platform(config.device, local_rank, config.train.threads_per_process)
-    check_config(config, world_size, platform.kind)  # type: ignore[arg-type]
+    started_s = time.monotonic() - place.elapsed_s  # building and loading count towards the time limit
+    platform = open_platform(config.device, place.local_rank, config.train.threads_per_process)
+    check_config(config, place.world_size, platform.kind, uneven=watch.uneven)  # type: ignore[arg-type]
     if config.train.deterministic:
         set_deterministic()
-    layout = Layout.from_config(config, world_size)
-    groups = open_groups(layout, rank, platform, config.seed)
+    layout = Layout.from_config(config, place.world_size)
+    groups = open_groups(layout, place.rank, platform, config.seed, store=place.store)
     engine = wrap(build_chunks(config, groups), config, groups, overlap_enabled(config, platform))
     run_dir = Path(config.run_dir)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
-    state, origin = resume(config, engine, store)
+    state, origin = watch.restore(engine) or resume(config, engine, store)
     guard = Guard(config.train.guard)
     guard.restore(state.guard, state.consecutive_skips)
     peak = find_peak(platform.device_name, config.log.peak_tflops)
     basis = Basis(
-        world_size=world_size,
+        world_size=place.world_size,
         seq_length=config.data.seq_length_tokens,
         flops_per_token=flops_per_token(config.model, config.data.seq_length_tokens),
         peak_tflops=peak.tflops,
         total_steps=config.train.steps,
     )
-    world = World(world_size, layout.describe(), platform.device_name, platform.is_cuda)
+    world = World(place.world_size, layout.describe(), platform.device_name, platform.is_cuda)
     held_out = evaluation_batches(config, groups)
     loader = open_training_data(config, groups, state.consumed_samples)
-    metrics = open_metrics(rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps)
+    metrics = open_metrics(
+        place.rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
+    )
     metrics.start(describe(config, groups, origin, peak))
-    return Run(config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop, started_s)
+    run = Run(config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop, started_s, watch)
+    watch.opened(run)
+    return run
 
 
 def resume(config: RunConfig, engine: Engine, store: CheckpointStore) -> tuple[TrainState, str]:
@@ -147,10 +177,13 @@ def train_step(run: Run) -> StepOutcome:
     """One step of the run: data, gradient, guard, update, records, evaluation and checkpoint where due."""
     config, state, groups = run.config, run.state, run.engine.groups
     started = time.perf_counter()
+    run.watch.before_step(run)
     size = global_batch_size(config.train, state.consumed_samples)
-    batches = [next(run.loader) for _ in range(groups.layout.num_micro_batches(size))]
+    batches = [next(run.loader) for _ in range(groups.layout.num_micro_batches(size, groups.at.dp))]
     data_s = time.perf_counter() - started
-    outcome = forward_backward(run.engine, batches, stop=run.wants_to_stop())
+    wishes = Wishes(run.wants_to_stop(), run.watch.wants_to_pause(), run.watch.before_agreement)
+    outcome = forward_backward(run.engine, batches, wishes)
+    run.watch.judged(run, outcome, size)
     lr = learning_rate(config.optim, config.train.steps, state.step + 1)
     reason = judge(run, outcome, size)
     applied = time.perf_counter()
@@ -179,6 +212,7 @@ def train_step(run: Run) -> StepOutcome:
     run.step_times_s.append(measured.step_time_s)
     if state.step % config.log.interval_steps == 0 or state.step == config.train.steps or reason is not None:
         run.metrics.step(derive(measured, run.basis, run.step_times_s))
+    run.watch.after_step(run)
     after_step(run, outcome.stop)
     return outcome
 
@@ -222,10 +256,12 @@ def after_step(run: Run, stopping: bool) -> None:
         return
     interval = run.config.train.eval_interval_steps
     if interval and step % interval == 0:
-        run_evaluation(run)
+        with run.watch.long():
+            run_evaluation(run)
     interval = run.config.checkpoint.interval_steps
     if interval and step % interval == 0:
-        run.store.save(run.engine, run.state)
+        with run.watch.long():
+            run.store.save(run.engine, run.state)
         run.metrics.event("save", step=step)
 
 

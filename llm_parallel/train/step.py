@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,8 @@ class StepOutcome:
     """What one forward and backward over a global batch found, the same on every process.
 
     loss: nats per unmasked token; grad_norm: L2 norm of the whole gradient before clipping; tokens: unmasked tokens;
-    stop: whether some process asked to stop; seconds are wall time on this process.
+    stop: whether some process asked to stop; pause: whether one asked for all to leave after the step; seconds are wall
+    time on this process; not_finite: replicas whose own loss is NaN or infinite.
     """
 
     loss: float
@@ -30,6 +32,21 @@ class StepOutcome:
     tokens: int
     stop: bool
     forward_backward_s: float
+    not_finite: int = 0
+    pause: bool = False
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What one process has to say in a step's agreement. ``ready`` is called with its own sum of losses (0 where another
+    reports it) when its gradient is done and no process can have finished the step."""
+
+    stop: bool = False
+    pause: bool = False
+    ready: Callable[[float], None] = lambda own_loss: None
+
+
+NO_WISHES = Wishes()
 
 
 def context_shard(batch: Batch, layout: Layout, cp_rank: int) -> Batch:
@@ -58,10 +75,13 @@ def _forward(iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
     return output, partial(_token_loss, batch.loss_mask)
 
 
-def run_schedule(engine: Engine, batches: Sequence[Batch], forward_only: bool, stop: bool = False) -> list[float]:
+def run_schedule(
+    engine: Engine, batches: Sequence[Batch], forward_only: bool, wishes: Wishes = NO_WISHES
+) -> list[float]:
     """Runs all micro batches through the pipeline; gradients end up reduced and divided by the global token count.
 
-    Returns [sum of losses, unmasked tokens, processes that asked to stop] over the whole job.
+    Returns [sum of losses, unmasked tokens, processes that wish to stop, that wish to pause, replicas whose own loss is
+    not finite] over the whole job.
     """
     groups = engine.groups
     sharded = [context_shard(batch, groups.layout, groups.at.cp) for batch in batches]
@@ -78,18 +98,21 @@ def run_schedule(engine: Engine, batches: Sequence[Batch], forward_only: bool, s
     sums = torch.zeros(2, dtype=torch.float64)
     if results and groups.reports_loss:
         sums = torch.stack([result["loss"] for result in results]).double().sum(0).cpu()
-    return groups.sum_over_world(*sums.tolist(), float(stop))
+    own = sums.tolist()
+    wishes.ready(own[0])
+    return groups.sum_over_world(*own, float(wishes.stop), float(wishes.pause), float(not math.isfinite(own[0])))
 
 
-def forward_backward(engine: Engine, batches: Sequence[Batch], stop: bool = False) -> StepOutcome:
+def forward_backward(engine: Engine, batches: Sequence[Batch], wishes: Wishes = NO_WISHES) -> StepOutcome:
     """Loss and gradient of one global batch, of which ``batches`` are this replica's micro batches."""
     started = time.perf_counter()
     engine.zero_grad()
-    loss_sum, tokens, stops = run_schedule(engine, batches, forward_only=False, stop=stop)
+    loss_sum, tokens, stops, pauses, not_finite = run_schedule(engine, batches, forward_only=False, wishes=wishes)
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
     seconds = time.perf_counter() - started
-    return StepOutcome(loss_sum / max(tokens, 1), grad_norm, int(tokens), stops > 0, seconds)
+    loss = loss_sum / max(tokens, 1)
+    return StepOutcome(loss, grad_norm, int(tokens), stops > 0, seconds, int(not_finite), pauses > 0)
 
 
 def apply_gradient(engine: Engine, outcome: StepOutcome, lr: float, clip_grad: float) -> None:
@@ -103,6 +126,6 @@ def apply_gradient(engine: Engine, outcome: StepOutcome, lr: float, clip_grad: f
 def evaluate(engine: Engine, batches: Sequence[Batch]) -> tuple[float, int]:
     """Loss in nats per token, and tokens, of held-out micro batches; weights and gradients stay as they are."""
     engine.set_training(False)
-    loss_sum, tokens, _ = run_schedule(engine, batches, forward_only=True)
+    loss_sum, tokens, *_ = run_schedule(engine, batches, forward_only=True)
     engine.set_training(True)
     return loss_sum / max(tokens, 1), int(tokens)

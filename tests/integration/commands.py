@@ -116,8 +116,9 @@ def _worker(
     asked = iter(range(1, config.train.steps + 1))
     # Only the last rank is asked, as a scheduler may signal one node's processes first.
     last = rank == world_size - 1
+    place = loop.Place(rank, world_size, rank)
     state = loop.pretrain(
-        config, rank, world_size, rank, asked_to_stop=lambda: last and stop_at is not None and next(asked) == stop_at
+        config, place, asked_to_stop=lambda: last and stop_at is not None and next(asked) == stop_at
     )
     return found if prepare else state.step
 

@@ -1,0 +1,379 @@
+"""One agent per node: keeps a worker ready on every device, passes messages between them and the controller, tells it
+when one ends, and ends them all when it is cut off.
+
+    python -m llm_launch.agent --controller HOST:PORT --node NAME --run-dir DIR …      (secret: LLM_PARALLEL_SECRET)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llm_launch import wire
+from llm_launch.local import worker_defaults
+from llm_launch.progress import ProgressPage
+from llm_launch.replicas import ReplicaServer
+from llm_launch.vault import forget_before, inventory
+from llm_launch.zygote import die_with_parent
+
+WORKER_MODULE = "llm_parallel.train.elastic"
+PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "megatron.core.optimizer")
+SLOTS = 256
+CONNECT_S = 60.0
+RECONNECT_S = 0.2
+
+
+@dataclass
+class Worker:
+    """A forked process and its device."""
+
+    number: int
+    device: int
+    channel: wire.Channel
+    pid: int = 0
+    generation: int = 0
+    store_port: int = 0
+    ready: bool = False
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """What an agent is told on its command line."""
+
+    node: str
+    host: str
+    """Address of this node for the others."""
+    controllers: tuple[tuple[str, int], ...]
+    devices: tuple[int, ...]
+    run_dir: Path
+    run_file: str
+    replica_root: Path
+    heartbeat_s: float
+    lost_after_s: float
+    secret: str
+
+    @property
+    def replica_dir(self) -> Path:
+        """This node's folder for copies; nodes that share a memory file system have one each."""
+        return self.replica_root / f"llm-parallel-{os.getuid()}" / self.run_id / self.node
+
+    @property
+    def run_id(self) -> str:
+        """Tells runs on one machine apart."""
+        return self.run_dir.resolve().as_posix().strip("/").replace("/", "-")[-80:]
+
+
+class Agent:
+    """State and tasks of one agent."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self.settings = settings
+        self.page = ProgressPage(slots=SLOTS)
+        self.workers: dict[int, Worker] = {}
+        self.wanted = set(settings.devices)
+        self.controller: wire.Channel | None = None
+        self.heard_s = time.monotonic()
+        self.replicas = ReplicaServer(settings.host, settings.replica_dir, settings.secret)
+        self._number = 0
+        self._zygote: subprocess.Popen[bytes] | None = None
+        self._zygote_socket: socket.socket | None = None
+        self._warm = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ending = False
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def run(self) -> int:
+        """Serves until the controller says end; 0 then, 1 when it is gone."""
+        await self._start_zygote()
+        self._spawn(self._beat())
+        status = 1
+        while not self._ending:
+            channel = await self._find_controller()
+            if channel is None:
+                break
+            self.controller, self.heard_s = channel, time.monotonic()
+            channel.send(self._hello())
+            for worker in self.workers.values():
+                self._announce(worker)
+            status = await self._serve(channel)
+            self.controller = None
+        self._kill_all()
+        if status == 0:
+            shutil.rmtree(self.settings.replica_dir, ignore_errors=True)
+        return status
+
+    async def _find_controller(self) -> wire.Channel | None:
+        deadline = time.monotonic() + CONNECT_S
+        while time.monotonic() < deadline:
+            for host, port in self.settings.controllers:
+                with contextlib.suppress(ConnectionError):
+                    return await wire.connect(host, port, self.settings.secret)
+            await asyncio.sleep(RECONNECT_S)
+        return None
+
+    def _hello(self) -> wire.Message:
+        settings = self.settings
+        return {
+            "is": "hello",
+            "node": settings.node,
+            "host": settings.host,
+            "devices": list(settings.devices),
+            "replicas": list(self.replicas.address),
+            "pid": os.getpid(),
+        }
+
+    async def _serve(self, channel: wire.Channel) -> int:
+        while not self._ending:
+            try:
+                message = await channel.receive()
+            except OSError:
+                message = None
+            if message is None:
+                # Whoever leads now makes a new plan; what runs without one must not go on.
+                self._kill_all()
+                return 1
+            self.heard_s = time.monotonic()
+            if message["is"] != "beat":
+                self._on_controller(message)
+        return 0
+
+    def _on_controller(self, message: wire.Message) -> None:
+        kind = message["is"]
+        if kind in ("assign", "inject", "look", "pardon"):
+            worker = self._by_device(message["device"])
+            if worker is not None:
+                if kind == "assign":
+                    worker.generation, worker.ready = message["generation"], False
+                worker.channel.send(message)
+        elif kind in ("abort", "pause", "stop"):
+            for worker in self.workers.values():
+                worker.channel.send(message)
+        elif kind == "kill":
+            worker = self._by_device(message["device"])
+            if worker is not None:
+                _kill(worker.pid)
+        elif kind == "inventory":
+            self._tell({"is": "inventory", "entries": inventory(self.settings.replica_dir)})
+        elif kind == "forget":
+            forget_before(self.settings.replica_dir, message["generation"])
+        elif kind == "retire":
+            self.wanted.discard(message["device"])
+            worker = self._by_device(message["device"])
+            if worker is not None:
+                _kill(worker.pid)
+        elif kind == "end":
+            self._ending = True
+            for worker in self.workers.values():
+                worker.channel.send({"is": "end"})
+
+    def _by_device(self, device: int) -> Worker | None:
+        return next((worker for worker in self.workers.values() if worker.device == device), None)
+
+    def _tell(self, message: wire.Message) -> None:
+        if self.controller is not None:
+            self.controller.send({**message, "node": self.settings.node})
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.heartbeat_s)
+            now = time.monotonic()
+            if self.controller is not None and now - self.heard_s > self.settings.lost_after_s:
+                self._log(f"nothing heard from the controller for {now - self.heard_s:.1f} s; ending the workers here")
+                self.controller.close()
+                self._kill_all()
+                self.heard_s = now
+            progress = {}
+            for worker in self.workers.values():
+                seen = self.page.read(worker.number % SLOTS)
+                age = -1.0 if seen.stepped_s < 0 else now - seen.stepped_s
+                marked = now - seen.marked_s
+                progress[worker.device] = [seen.generation, seen.step, age, seen.step_s, seen.probe_s, marked]
+            self._tell({"is": "beat", "progress": progress})
+
+    async def _start_zygote(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._zygote = subprocess.Popen(
+            [sys.executable, "-m", "llm_launch.zygote", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(), self.page.fd),
+            env={**os.environ, **self._environment()},
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        wire.send(ours, {"is": "import", "modules": list(PRELOAD)})
+        self._zygote_socket = ours
+        reader, writer = await asyncio.open_connection(sock=ours)
+        channel = wire.Channel(reader, writer)
+        self._spawn(self._watch_zygote(channel))
+
+    def _environment(self) -> dict[str, str]:
+        interface = _interface_of(self.settings.host)
+        named = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+        defaults = {**worker_defaults(os.environ, len(self.settings.devices)), **named}
+        return {name: value for name, value in defaults.items() if name not in os.environ}
+
+    async def _watch_zygote(self, channel: wire.Channel) -> None:
+        while not self._ending:
+            try:
+                message = await channel.receive()
+            except OSError:
+                message = None
+            if message is None:
+                break
+            if message["is"] == "warm":
+                self._warm = True
+                for device in sorted(self.wanted):
+                    self._fork(device)
+            elif message["is"] == "forked":
+                worker = self.workers.get(message["worker"])
+                if worker is not None:
+                    worker.pid = message["pid"]
+            elif message["is"] == "exited":
+                self._on_exit(message["pid"], message["status"])
+        if not self._ending:
+            # Its workers have died with it.
+            self._warm = False
+            for worker in list(self.workers.values()):
+                self._on_exit(worker.pid, -signal.SIGKILL)
+            await self._start_zygote()
+
+    def _fork(self, device: int) -> None:
+        if not self._warm or self._by_device(device) is not None or self._ending:
+            return
+        assert self._zygote_socket is not None
+        self._number += 1
+        number = self._number
+        ours, theirs = socket.socketpair()
+        settings = self.settings
+        (settings.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        log = os.open(settings.run_dir / "logs" / f"{settings.node}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        environment = {
+            "LLM_PARALLEL_RUN_DIR": str(settings.run_dir),
+            "LLM_PARALLEL_RUN_FILE": settings.run_file,
+            "LLM_PARALLEL_NODE": settings.node,
+            "LLM_PARALLEL_HOST": settings.host,
+            "LLM_PARALLEL_REPLICA_DIR": str(settings.replica_dir),
+            "LLM_PARALLEL_PROGRESS_FD": str(self.page.fd),
+            "LLM_PARALLEL_SLOT": str(number % SLOTS),
+        }
+        request = wire.encode(
+            {"is": "fork", "worker": number, "module": WORKER_MODULE, "environment": environment}
+        )
+        socket.send_fds(self._zygote_socket, [request], [theirs.fileno(), log])
+        theirs.close()
+        os.close(log)
+        self._spawn(self._serve_worker(number, device, ours))
+
+    async def _serve_worker(self, number: int, device: int, control: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=control)
+        worker = Worker(number, device, wire.Channel(reader, writer))
+        self.workers[number] = worker
+        while True:
+            try:
+                message = await worker.channel.receive()
+            except OSError:
+                message = None
+            if message is None:
+                return  # the zygote says how it ended
+            if message["is"] in ("ready", "left"):
+                worker.store_port, worker.ready = message["store_port"], True
+            if message["is"] == "ready":
+                self._announce(worker)
+            else:
+                self._tell({**message, "device": device})
+
+    def _announce(self, worker: Worker) -> None:
+        if worker.ready:
+            message = {"is": "worker", "device": worker.device, "pid": worker.pid, "store_port": worker.store_port}
+            self._tell({**message, "generation": worker.generation})
+
+    def _on_exit(self, pid: int, status: int) -> None:
+        worker = next((worker for worker in self.workers.values() if worker.pid == pid), None)
+        if worker is None:
+            return
+        del self.workers[worker.number]
+        worker.channel.close()
+        self._tell({"is": "exit", "device": worker.device, "status": status, "generation": worker.generation})
+        if worker.device in self.wanted:
+            self._fork(worker.device)
+
+    def _kill_all(self) -> None:
+        for worker in self.workers.values():
+            _kill(worker.pid)
+
+    def _log(self, text: str) -> None:
+        print(f"agent {self.settings.node}: {text}", file=sys.stderr, flush=True)
+
+
+def _kill(pid: int) -> None:
+    if pid > 0:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _interface_of(address: str) -> str | None:
+    """Network interface that has ``address``; gloo and NCCL must not choose another."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(item.address.split("%")[0] == address for item in addresses):
+            return name
+    return None
+
+
+def _settings(arguments: argparse.Namespace, secret: str) -> AgentSettings:
+    controllers = []
+    for text in arguments.controller.split(","):
+        host, _, port = text.rpartition(":")
+        controllers.append((host.strip("[]"), int(port)))
+    return AgentSettings(
+        node=arguments.node,
+        host=arguments.host,
+        controllers=tuple(controllers),
+        devices=tuple(int(device) for device in arguments.devices.split(",")),
+        run_dir=Path(arguments.run_dir),
+        run_file=arguments.run_file,
+        replica_root=Path(arguments.replica_dir),
+        heartbeat_s=arguments.heartbeat_s,
+        lost_after_s=arguments.lost_after_s,
+        secret=secret,
+    )
+
+
+def main() -> None:
+    """Runs one agent until the run is over or the controller is gone."""
+    parser = argparse.ArgumentParser(prog="llm_launch.agent", description=__doc__)
+    for name in ("controller", "node", "host", "devices", "run-dir", "run-file", "replica-dir"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--heartbeat-s", type=float, required=True)
+    parser.add_argument("--lost-after-s", type=float, required=True)
+    parser.add_argument("--die-with-parent", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.die_with_parent:
+        die_with_parent(os.getppid())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    agent = Agent(_settings(arguments, os.environ["LLM_PARALLEL_SECRET"]))
+
+    async def serve() -> int:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
+        return await agent.run()
+
+    raise SystemExit(asyncio.run(serve()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""From what was seen to who is at fault: a table of rules over evidence, pure, so that every row has a test.
+
+A fault of the program or of the user stops the run and evicts nothing. A fault of hardware names devices or nodes; how
+many strikes a device has before it is removed for good is the ledger's business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+
+class Device(NamedTuple):
+    """One accelerator (or, on a CPU, one place for a process) of a node."""
+
+    node: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.node}/{self.index}"
+
+
+class Kind(Enum):
+    """What was seen."""
+
+    EXIT = "exit"
+    """A process ended by itself or by a signal."""
+    RAISED = "raised"
+    """A worker raised an error of its own."""
+    CONNECTION = "connection"
+    """A worker's collective failed because a peer or the network did."""
+    AGENT_LOST = "agent lost"
+    """An agent's connection closed, so its process is gone; its node may be well."""
+    NODE_SILENT = "node silent"
+    """No heartbeat: the node is off or cut off."""
+    HANG = "hang"
+    """A worker makes no progress while others wait for it."""
+    SLOW = "slow"
+    """A device's probe takes much longer than its peers'."""
+    NOT_FINITE = "not finite"
+    """The loss of one replica alone is NaN or infinite."""
+    DISAGREES = "disagrees"
+    """A replica's weights differ from those of most others."""
+    UNHEALTHY = "unhealthy"
+    """The driver or the known-answer test says that the device is broken."""
+    HOST = "host"
+    """Disk full, memory full."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One observation about one device (None: about the whole node)."""
+
+    kind: Kind
+    node: str
+    device: Device | None = None
+    rank: int | None = None
+    error: str = ""
+    """Name of the exception's class."""
+    message: str = ""
+    status: int | None = None
+    """Exit status, negative for a signal."""
+    samples: tuple[int, int] | None = None
+    """First and last global sample of the step."""
+
+
+class Fault(Enum):
+    """Who is at fault."""
+
+    USER = "user"
+    PROGRAM = "program"
+    OUT_OF_MEMORY = "out of memory"
+    DEVICE = "device"
+    NODE = "node"
+    AGENT = "agent"
+    NETWORK = "network"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome. ``certain``: hard evidence, the devices are removed at the first strike."""
+
+    fault: Fault
+    reason: str
+    devices: tuple[Device, ...] = ()
+    nodes: tuple[str, ...] = ()
+    certain: bool = False
+    evidence: tuple[Evidence, ...] = field(default=(), compare=False)
+
+    @property
+    def stops_run(self) -> bool:
+        """Whether going on would only repeat it."""
+        return self.fault in (Fault.USER, Fault.PROGRAM, Fault.OUT_OF_MEMORY)
+
+
+_CONNECTION = re.compile(
+    r"Connection (closed|reset|refused)|closed by peer|Broken pipe|Socket|gloo|NCCL|nccl|timed? ?out|rendezvous"
+    r"|aborted|recvValue failed|sendBytes failed|Stop_waiting|connectFullMesh|Connection was likely closed",
+    re.IGNORECASE,
+)
+_DEVICE = re.compile(
+    r"uncorrectable|ECC|illegal memory access|illegal instruction|device-side|unspecified launch failure"
+    r"|CUDA error: (?!out of memory)|misaligned address|GPU is lost|fallen off the bus|cuBLAS|CUBLAS_STATUS|CUDNN_STATUS",
+    re.IGNORECASE,
+)
+_CERTAIN = re.compile(r"uncorrectable|ECC error|GPU is lost|fallen off the bus", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|Cannot allocate memory|not enough memory", re.IGNORECASE)
+
+
+def classify_error(error: str, message: str) -> str:
+    """``user``, ``memory``, ``device``, ``connection`` or ``program`` for an exception of a worker."""
+    if error == "UserError":
+        return "user"
+    if error in ("OutOfMemoryError", "MemoryError") or _OUT_OF_MEMORY.search(message):
+        return "memory"
+    if error in ("DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError", "WireError"):
+        return "connection"
+    if error in ("RuntimeError", "AcceleratorError") and _DEVICE.search(message):
+        return "device"
+    if error == "RuntimeError" and _CONNECTION.search(message):
+        return "connection"
+    return "program"
+
+
+def blame(evidence: Sequence[Evidence], world: Iterable[Device]) -> Verdict:
+    """Who is at fault, by the first rule of ``RULES`` that applies. ``world``: devices of the generation."""
+    devices = set(world)
+    for rule in RULES:
+        verdict = rule(evidence, devices)
+        if verdict is not None:
+            return verdict
+    return Verdict(Fault.NETWORK, "connections broke and every process and node is alive", evidence=tuple(evidence))
+
+
+def _of(evidence: Sequence[Evidence], *kinds: Kind) -> list[Evidence]:
+    return [item for item in evidence if item.kind in kinds]
+
+
+def _said(item: Evidence) -> str:
+    text = item.message.strip().splitlines()[-1][:300] if item.message.strip() else ""
+    return f"{item.error}: {text}" if item.error else text
+
+
+def _user(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
+    for item in _of(evidence, Kind.RAISED):
+        if classify_error(item.error, item.message) == "user":
+            return Verdict(Fault.USER, item.message, evidence=(item,))
+    return None
+
+
+def _host(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
+    for item in _of(evidence, Kind.HOST):
+        return Verdict(Fault.OUT_OF_MEMORY, f"{item.node}: {item.message}", evidence=(item,))
+    return None
+
+
+def _out_of_memory(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
+    for item in _of(evidence, Kind.RAISED):
+        if classify_error(item.error, item.message) == "memory":
+            return Verdict(
+                Fault.OUT_OF_MEMORY,
+                f"rank {item.rank} ran out of memory ({_said(item)}); lower train.micro_batch_size, or use"
+                " parallel.recompute or more tensor or pipeline parallelism",
+                evidence=(item,),
+            )
+    return None
+
+
+def _same_error_in_several_places(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
+    raised = [item for item in _of(evidence, Kind.RAISED) if classify_error(item.error, item.message) == "program"]
+    by_error: dict[str, list[Evidence]] = {}
+    for item in raised:
+        by_error.setdefault(item.error, []).append(item)
+    for items in by_error.values():
+        places = {item.device for item in items}
+        if len(places) > 1 or len(devices) == 1:
+            first = min(items, key=lambda item: item.rank or 0)
+            return Verdict(
+                Fault.PROGRAM,
+                f"{len(places)} of {len(devices)} processes raised the same error, rank {first.rank}: {_said(first)}",
+                evidence=tuple(items),
+            )
+    return None
+
+
+def _broken_device(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
+    items = _of(evidence, Kind.UNHEALTHY, Kind.DISAGREES)
+    items += [
+        item for item in _of(evidence, Kind.RAISED) if classify_error(item.error, item.message) == "device"
+        and _CERTAIN.search(item.message)
+    ]  # fmt: skip
+    broken = tuple(sorted({item.device for item in items if item.device is not None}))
+    if not broken:
+        return None
+    reason = "; ".join(sorted({f"{item.device}: {item.kind.value}, {_said(item)}" for item in items}))
+    return Verdict(Fault.DEVICE, reason, broken, certain=True, evidence=tuple(items))
+
+
+def _whole_node(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
+    silent = tuple(sorted({item.node for item in _of(evidence, Kind.NODE_SILENT)}))
+    gone = tuple(sorted({item.node for item in _of(evidence, Kind.AGENT_LOST)} - set(silent)))
+    if silent:
+        return Verdict(Fault.NODE, f"no heartbeat from {', '.join(silent)}", nodes=silent, evidence=tuple(evidence))
+    if gone:
+        reason = f"the agent of {', '.join(gone)} is gone"
+        return Verdict(Fault.AGENT, reason, nodes=gone, evidence=tuple(evidence))
+    dead = {item.device for item in _of(evidence, Kind.EXIT) if item.device is not None}
+    for node in sorted({device.node for device in dead}):
+        here = {device for device in devices if device.node == node}
+        if len(here) > 1 and here <= dead and here != devices and dead <= here:
+            return Verdict(Fault.NODE, f"all {len(here)} processes of {node} died", nodes=(node,), evidence=tuple(evidence))
+    return None
+
+
+def _single_devices(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
+    alone = (Kind.EXIT, Kind.HANG, Kind.RAISED, Kind.NOT_FINITE, Kind.SLOW)
+    items = [
+        item
+        for item in _of(evidence, *alone)
+        if item.device in devices
+        and not (item.kind is Kind.RAISED and classify_error(item.error, item.message) == "connection")
+    ]
+    if not items:
+        return None
+    suspects = tuple(sorted({item.device for item in items if item.device is not None}))
+    what = "; ".join(f"{item.device}: {_how(item)}" for item in items)
+    return Verdict(Fault.DEVICE, what, suspects, evidence=tuple(items))
+
+
+def _how(item: Evidence) -> str:
+    if item.kind is Kind.EXIT and item.status is not None:
+        return f"rank {item.rank} ended with " + (f"signal {-item.status}" if item.status < 0 else f"status {item.status}")
+    return f"rank {item.rank} {item.kind.value}" + (f", {_said(item)}" if _said(item) else "")
+
+
+RULES = (
+    _user,
+    _out_of_memory,
+    _host,
+    _broken_device,
+    _whole_node,
+    _same_error_in_several_places,
+    _single_devices,
+)
+"""In order: a user's mistake; memory of a device; memory or disk of a host; hard evidence against a device; a silent
+node, a dead agent, all processes of one node; the same error in several places; single devices."""
+
+
+@dataclass
+class Ledger:
+    """Strikes and removals of one run, remembered across restarts.
+
+    A suspected device that passes its test gets another chance; its ``strikes``-th fault removes it for good, and hard
+    evidence does so at once. The same error of the program wherever a device's work is redone acquits the device.
+    """
+
+    strikes: int = 2
+    counts: dict[Device, list[str]] = field(default_factory=dict)
+    removed: dict[Device, str] = field(default_factory=dict)
+    errors: dict[str, set[Device]] = field(default_factory=dict)
+
+    def judge(self, verdict: Verdict) -> Verdict:
+        """Takes in a verdict about devices; the one that comes back blames the program if another device failed with
+        the same error before."""
+        if verdict.fault is not Fault.DEVICE:
+            return verdict
+        for item in verdict.evidence:
+            if item.kind is Kind.RAISED and item.device is not None:
+                places = self.errors.setdefault(f"{item.error}: {item.message[:200]}", set())
+                places.add(item.device)
+                if len(places) > 1:
+                    for device in places:
+                        self.counts.pop(device, None)
+                        self.removed.pop(device, None)
+                    return Verdict(
+                        Fault.PROGRAM,
+                        f"the same error came again on another device, so it is the program's: {_said(item)}",
+                        evidence=verdict.evidence,
+                    )
+        for device in verdict.devices:
+            given = self.counts.setdefault(device, [])
+            given.append(verdict.reason)
+            if verdict.certain or len(given) >= self.strikes:
+                self.removed[device] = verdict.reason
+        return verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written into the run folder."""
+        return {
+            "strikes": [[*device, reasons] for device, reasons in self.counts.items()],
+            "removed": [[*device, reason] for device, reason in self.removed.items()],
+            "errors": [[error, [list(device) for device in places]] for error, places in self.errors.items()],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], strikes: int) -> Ledger:
+        """Inverse of ``to_json``."""
+        return cls(
+            strikes,
+            {Device(node, index): list(reasons) for node, index, reasons in values.get("strikes", [])},
+            {Device(node, index): reason for node, index, reason in values.get("removed", [])},
+            {error: {Device(*place) for place in places} for error, places in values.get("errors", [])},
+        )

@@ -1,0 +1,211 @@
+"""A worker's side of the elastic launcher: takes assignments, leaves a generation when told to, says how it went.
+
+One thread reads what the agent sends while the main thread trains. To leave a generation it breaks the main thread out
+of whatever collective it waits in: gloo has no abort, but ends a collective whose connection is shut down; NCCL has one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_launch import wire
+from llm_launch.progress import Marker
+from llm_launch.states import Outcome
+
+ABORT_EVERY_S = 0.02
+"""A thread that is just connecting opens sockets after they were looked for: they are looked for again."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is in one generation."""
+
+    generation: int
+    rank: int
+    world_size: int
+    local_rank: int
+    store: tuple[str, int]
+    """Host and port of the generation's store, which rank 0 serves on the listener that it registered."""
+    overrides: tuple[str, ...]
+    """Configuration fields that differ from the run file's: the layout."""
+    restore: dict[str, Any] | None
+    """``{"step", "generation", "sources": [[rank, kind, host, port], …]}`` (host empty: this node); None: newest
+    checkpoint on disk."""
+    partner: tuple[str, int] | None
+    elapsed_s: float
+    """Seconds since the run was started."""
+    believe: tuple[int, ...] = ()
+    """Steps whose loss is not finite on whatever device: the data's or the program's doing, left to the guard."""
+
+    @classmethod
+    def read(cls, message: dict[str, Any]) -> Assignment:
+        """From a message of the agent."""
+        values = {name: message[name] for name in cls.__dataclass_fields__}
+        for name in ("store", "partner"):
+            values[name] = tuple(values[name]) if values[name] else None
+        values["overrides"], values["believe"] = tuple(values["overrides"]), tuple(values["believe"])
+        return cls(**values)
+
+
+@dataclass
+class Member:
+    """One worker's connection to its agent."""
+
+    control: socket.socket
+    marker: Marker
+    node: str
+    replica_dir: str
+    secret: str
+    host: str
+    """Address of this node, on which a store listens."""
+    assignments: queue.Queue[Assignment | None] = field(default_factory=queue.Queue)
+    injected: list[dict[str, Any]] = field(default_factory=list)
+    abort_collectives: Callable[[], None] = lambda: None
+    """Ends collectives that are not gloo's; set when the device is known."""
+    describe_collectives: Callable[[], dict[str, Any]] = dict
+    """How many collectives this process has entered in each group."""
+    _listener: socket.socket | None = None
+    _generation: int = 0
+    _aborted: int = 0
+    _stop: bool = False
+    _pause: int = 0
+    _inside: bool = False
+    _kept: set[int] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> None:
+        """Registers with the agent and listens to it."""
+        self.send({"is": "ready", "store_port": self._open_listener()})
+        threading.Thread(target=self._listen, name="control", daemon=True).start()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Tells the agent something."""
+        with self._lock, contextlib.suppress(OSError):
+            wire.send(self.control, {**message, "generation": self._generation})
+
+    def _open_listener(self) -> int:
+        """Port of a socket on which the store of a generation can be served by this process."""
+        if self._listener is None:
+            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            self._listener = socket.create_server((self.host, 0), family=family, backlog=4096)
+        return self._listener.getsockname()[1]
+
+    def take_listener(self) -> int:
+        """Descriptor of that socket, which is the caller's now. Others may have connected already."""
+        assert self._listener is not None
+        listener, self._listener = self._listener, None
+        return listener.detach()
+
+    def request_stop(self) -> None:
+        """As when the agent says stop."""
+        self._stop = True
+
+    def faults(self) -> list[dict[str, Any]]:
+        """What a drill has asked for."""
+        return self.injected
+
+    def next_assignment(self) -> Assignment | None:
+        """Waits for the next generation; None when the run is over. Older ones that were given up are passed over."""
+        while True:
+            assignment = self.assignments.get()
+            if assignment is None or assignment.generation > self._aborted:
+                if assignment is not None:
+                    self._generation, self._inside = assignment.generation, True
+                    self._kept = _sockets()
+                return assignment
+
+    def leave(self, outcome: Outcome, error: BaseException | None = None, **facts: Any) -> None:
+        """Says how this worker's part in the generation ended."""
+        self._inside = False
+        message: dict[str, Any] = {"is": "left", "outcome": outcome.value, "store_port": self._open_listener(), **facts}
+        if error is not None:
+            trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            message |= {"error": type(error).__name__, "message": str(error)[-4000:], "traceback": trace[-16000:]}
+        self.send(message)
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the present generation was given up."""
+        return self._aborted >= self._generation
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether to save and end after this step."""
+        return self._stop
+
+    @property
+    def asked_to_pause(self) -> bool:
+        """Whether to leave after this step, for a planned change of the layout."""
+        return self._pause >= self._generation > 0
+
+    def _listen(self) -> None:
+        while (message := wire.receive(self.control)) is not None:
+            kind = message["is"]
+            if kind == "assign":
+                self.assignments.put(Assignment.read(message))
+            elif kind == "abort":
+                self._aborted = max(self._aborted, message["generation"])
+                threading.Thread(target=self._break_out, name="abort", daemon=True).start()
+            elif kind == "pause":
+                self._pause = message["generation"]
+            elif kind == "stop":
+                self._stop = True
+            elif kind == "look":
+                self.send({"is": "seen", **self._look()})
+            elif kind == "inject":
+                self.injected.append(message["fault"])
+            elif kind == "pardon":
+                self.injected.clear()
+            elif kind == "end":
+                self.assignments.put(None)
+        os._exit(1)  # the agent is gone: nobody would know what this process does
+
+    def _break_out(self) -> None:
+        while self._inside and self.aborted:
+            self.abort_collectives()
+            for fd in _sockets() - self._kept:
+                _shut_down(fd)
+            time.sleep(ABORT_EVERY_S)
+
+    def _look(self) -> dict[str, Any]:
+        """Where every thread stands, and how far every group's collectives are."""
+        main = threading.main_thread().ident
+        frame = sys._current_frames().get(main or 0)
+        stack = "".join(traceback.format_stack(frame)) if frame else ""
+        return {"stack": stack[-8000:], "collectives": self.describe_collectives(), "step": self.marker.step}
+
+
+def _sockets() -> set[int]:
+    """Inodes of this process's sockets."""
+    found = set()
+    for entry in os.scandir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(entry.path)
+            if target.startswith("socket:["):
+                found.add(int(target[8:-1]))
+    return found
+
+
+def _shut_down(inode: int) -> None:
+    """Shuts a connected TCP socket of this process down; one that listens is left alone: gloo ends the process when its
+    listener fails."""
+    for entry in os.scandir("/proc/self/fd"):
+        with contextlib.suppress(OSError, ValueError):
+            if os.readlink(entry.path) != f"socket:[{inode}]":
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as handle:
+                if handle.family not in (socket.AF_INET, socket.AF_INET6):
+                    return
+                if not handle.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    handle.shutdown(socket.SHUT_RDWR)
+            return

@@ -1,0 +1,79 @@
+"""What the controller knows of nodes and workers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_launch import wire
+from llm_launch.blame import Device
+from llm_launch.states import Outcome
+
+
+@dataclass
+class Worker:
+    """One process that is ready for work, or at it."""
+
+    device: Device
+    pid: int
+    store_port: int
+    generation: int = -1
+    outcome: Outcome | None = None
+    training: bool = False
+    killed: bool = False
+    step: int = 0
+    age_s: float = 0.0
+    probe_s: float = 0.0
+    judged_probe_s: float = 0.0
+
+    def begin(self, generation: int) -> None:
+        """It has an assignment."""
+        self.generation, self.outcome, self.training, self.killed = generation, None, False, False
+        self.step, self.age_s, self.probe_s = 0, 0.0, 0.0
+
+
+@dataclass
+class Node:
+    """One agent. ``channel`` is None while it is gone."""
+
+    name: str
+    host: str
+    devices: tuple[int, ...]
+    replicas: tuple[str, int]
+    channel: wire.Channel | None
+    pid: int = 0
+    heard_s: float = field(default_factory=time.monotonic)
+    workers: dict[int, Worker] = field(default_factory=dict)
+    inventory: list[dict[str, Any]] | None = None
+
+    def send(self, message: wire.Message) -> None:
+        """To its agent, if it is there."""
+        if self.channel is not None:
+            self.channel.send(message)
+
+
+@dataclass
+class Roster:
+    """All nodes, in the order in which they first joined."""
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+
+    def join(self, hello: wire.Message, channel: wire.Channel) -> Node:
+        """An agent is there, or there again."""
+        name = hello["node"]
+        old = self.nodes.get(name)
+        if old is not None and old.channel is not None:
+            old.channel.close()
+        node = Node(name, hello["host"], tuple(hello["devices"]), tuple(hello["replicas"]), channel, hello["pid"])
+        self.nodes[name] = node
+        return node
+
+    def alive(self) -> list[Node]:
+        """Nodes whose agent is connected."""
+        return [node for node in self.nodes.values() if node.channel is not None]
+
+    def worker(self, device: Device) -> Worker | None:
+        """The process on a device, if there is one."""
+        node = self.nodes.get(device.node)
+        return node.workers.get(device.index) if node is not None else None

@@ -1,0 +1,176 @@
+"""Which layout a run takes on the devices that are left, and who is which rank: pure, for any number of devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llm_launch.blame import Device
+from llm_parallel.config.problem import divisors
+from llm_parallel.config.rules import find_problems
+from llm_parallel.config.tree import ParallelConfig, RunConfig
+from llm_parallel.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A layout and the device of every rank."""
+
+    layout: Layout
+    devices: tuple[Device, ...]
+    overrides: tuple[str, ...]
+    """Fields of the configuration that make the layout."""
+
+    @property
+    def ranks(self) -> dict[Device, int]:
+        """Rank of every device."""
+        return {device: rank for rank, device in enumerate(self.devices)}
+
+
+def best_layout(config: RunConfig, num_devices: int, device: Literal["cpu", "cuda"]) -> ParallelConfig | None:
+    """The ``parallel`` section to run with on at most ``num_devices``; None if nothing fits.
+
+    Tensor, context and pipeline sizes stay as they are as long as one replica fits, with as many replicas as the run
+    file asks for, or fewer; else the legal sizes with the least time per step are taken.
+    """
+    kept = _with_most_replicas(config, config.parallel, num_devices, device)
+    if kept is not None:
+        return kept
+    found = [
+        fitting
+        for parallel in _other_sizes(config, num_devices)
+        if (fitting := _with_most_replicas(config, parallel, num_devices, device)) is not None
+    ]
+    return min(found, key=lambda parallel: relative_step_time(config, parallel), default=None)
+
+
+def _with_most_replicas(
+    config: RunConfig, parallel: ParallelConfig, num_devices: int, device: Literal["cpu", "cuda"]
+) -> ParallelConfig | None:
+    size = parallel.tp * parallel.cp * parallel.pp
+    most = min(num_devices // size, config.parallel.dp or num_devices)
+    for dp in range(most, 0, -1):
+        tried = parallel.model_copy(update={"dp": dp})
+        if not find_problems(config.model_copy(update={"parallel": tried}), dp * size, device, uneven=True):
+            return tried
+    return None
+
+
+def _other_sizes(config: RunConfig, num_devices: int) -> Iterator[ParallelConfig]:
+    layers, heads = config.model.num_layers, config.model.num_attention_heads
+    for tp in divisors(heads):
+        for pp in range(1, min(layers, num_devices // tp) + 1):
+            for cp in divisors(config.parallel.cp):
+                if tp * pp * cp <= num_devices:
+                    yield config.parallel.model_copy(
+                        update={
+                            "tp": tp,
+                            "pp": pp,
+                            "cp": cp,
+                            "vpp": 1,
+                            "stage_layers": None if layers % pp == 0 else _spread(layers, pp),
+                            "sequence_parallel": config.parallel.sequence_parallel if tp > 1 else None,
+                        }
+                    )
+
+
+def _spread(layers: int, pp: int) -> tuple[int, ...]:
+    """Layers of each stage; the first stages take the odd ones."""
+    return tuple(layers // pp + (stage < layers % pp) for stage in range(pp))
+
+
+def relative_step_time(config: RunConfig, parallel: ParallelConfig) -> float:
+    """Time of a step in units of one micro batch through the whole model on one device: micro batches of the fullest
+    replica, the pipeline's bubble and its fullest stage, and a tenth per doubling of TP or CP for communication."""
+    layers = config.model.num_layers
+    batches = math.ceil(config.train.global_batch_size / config.train.micro_batch_size / (parallel.dp or 1))
+    stages = parallel.stage_layers or _spread(layers, parallel.pp)
+    fullest = max(stages) / layers
+    work = fullest / (parallel.tp * parallel.cp) * (1 + 0.1 * math.log2(parallel.tp * parallel.cp))
+    return (batches + parallel.pp - 1) * work
+
+
+def as_overrides(parallel: ParallelConfig, before: ParallelConfig) -> tuple[str, ...]:
+    """What changes ``before`` into ``parallel``, as ``section.field=value``."""
+    changed = []
+    for name in ("dp", "tp", "pp", "vpp", "cp", "sequence_parallel", "stage_layers"):
+        value: Any = getattr(parallel, name)
+        if value != getattr(before, name):
+            text = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
+            changed.append(f"parallel.{name}={text.lower() if isinstance(value, bool) else text}")
+    return tuple(changed)
+
+
+def place(
+    config: RunConfig,
+    devices: Sequence[Device],
+    device: Literal["cpu", "cuda"],
+    before: Placement | None = None,
+    turn: bool = False,
+) -> Placement | None:
+    """Layout and ranks for the devices that are left, in the order of their nodes; None if nothing fits.
+
+    Every tensor-parallel group lies in one node where nodes are large enough. Where the layout stays, so do the
+    survivors' ranks. ``turn`` moves every tensor-parallel group's work to other devices, to see whether a fault follows
+    the device or the work.
+    """
+    parallel = best_layout(config, len(devices), device)
+    if parallel is None:
+        return None
+    size = parallel.tp * parallel.cp * parallel.pp * (parallel.dp or 1)
+    layout = Layout.from_config(config.model_copy(update={"parallel": parallel}), size)
+    kept = before.ranks if before is not None and before.layout == layout else {}
+    groups = _tensor_groups(layout, devices, kept)
+    if turn:
+        groups = groups[1:] + groups[:1]
+    placed = tuple(member for group in groups for member in group)
+    return Placement(layout, placed, as_overrides(parallel, config.parallel))
+
+
+def _tensor_groups(layout: Layout, devices: Sequence[Device], kept: Mapping[Device, int]) -> list[tuple[Device, ...]]:
+    tp = layout.tp
+    free: dict[str, list[Device]] = {}
+    for item in devices:
+        free.setdefault(item.node, []).append(item)
+    groups: list[tuple[Device, ...] | None] = [None] * (layout.world_size // tp)
+    by_rank = {rank: item for item, rank in kept.items() if item in set(devices)}
+    for number in range(len(groups)):
+        members = [by_rank.get(rank) for rank in range(number * tp, (number + 1) * tp)]
+        whole = tuple(member for member in members if member is not None)
+        if len(whole) == tp:
+            groups[number] = whole
+            for member in whole:
+                free[member.node].remove(member)
+    whole_groups = [
+        tuple(here[start : start + tp]) for here in free.values() for start in range(0, len(here) - tp + 1, tp)
+    ]
+    for number in range(len(groups)):
+        if groups[number] is None and whole_groups:
+            groups[number] = whole_groups.pop(0)
+            for member in groups[number] or ():
+                free[member.node].remove(member)
+    rest = [item for here in free.values() for item in here]
+    for number in range(len(groups)):
+        if groups[number] is None:  # no node has enough left: this group spans nodes
+            groups[number], rest = tuple(rest[:tp]), rest[tp:]
+    return [group for group in groups if group is not None]
+
+
+def recoverable_step(
+    world_size: int, generation: int, inventories: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[int, dict[int, tuple[str, str]]] | None:
+    """The newest step of which every rank's share is in some living node's memory, and for each rank (node, "own" or
+    "kept"). ``inventories``: by node, what ``vault.inventory`` found. None if there is no such step."""
+    holders: dict[int, dict[int, tuple[str, str]]] = {}
+    for node, entries in inventories.items():
+        for entry in entries:
+            if entry["generation"] != generation or entry["rank"] >= world_size:
+                continue
+            for step in entry["steps"]:
+                at = holders.setdefault(step, {})
+                if entry["kind"] == "own" or entry["rank"] not in at:
+                    at[entry["rank"]] = (node, entry["kind"])
+    whole = [step for step, at in holders.items() if len(at) == world_size]
+    return (max(whole), holders[max(whole)]) if whole else None

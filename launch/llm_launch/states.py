@@ -1,0 +1,56 @@
+"""States of the controller and of a worker, and which may follow which."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Phase(Enum):
+    """What the controller is about."""
+
+    WAITING = "waiting"
+    """Too few devices; a checkpoint or replica keeps what was trained."""
+    FORMING = "forming"
+    """Workers have their assignment and build groups and model."""
+    TRAINING = "training"
+    """Every worker of the generation makes steps."""
+    ABORTING = "aborting"
+    """A fault was seen: survivors leave their collectives, evidence comes in."""
+    PAUSING = "pausing"
+    """All workers leave together after the present step, for a planned change."""
+    STOPPING = "stopping"
+    """Asked to end: workers save after the present step."""
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+_AFTER = {
+    Phase.WAITING: {Phase.FORMING, Phase.FAILED, Phase.FINISHED, Phase.STOPPING},
+    Phase.FORMING: {Phase.TRAINING, Phase.ABORTING, Phase.STOPPING, Phase.FINISHED, Phase.FAILED},
+    Phase.TRAINING: {Phase.ABORTING, Phase.PAUSING, Phase.STOPPING, Phase.FINISHED, Phase.FAILED},
+    Phase.ABORTING: {Phase.FORMING, Phase.WAITING, Phase.STOPPING, Phase.FAILED, Phase.FINISHED},
+    Phase.PAUSING: {Phase.FORMING, Phase.ABORTING, Phase.STOPPING, Phase.FINISHED, Phase.FAILED, Phase.WAITING},
+    Phase.STOPPING: {Phase.FINISHED, Phase.FAILED, Phase.ABORTING},
+    Phase.FINISHED: set(),
+    Phase.FAILED: set(),
+}
+
+
+def check_transition(before: Phase, after: Phase) -> None:
+    """Raises AssertionError if ``after`` may not follow ``before``."""
+    assert after in _AFTER[before], f"the controller may not go from {before.value} to {after.value}"
+
+
+class Outcome(Enum):
+    """How a worker left its generation."""
+
+    FINISHED = "finished"
+    """All steps are done and saved."""
+    STOPPED = "stopped"
+    """Saved after it was asked to stop, or out of time."""
+    PAUSED = "paused"
+    """Left after a step, as all others, for a planned change."""
+    ABORTED = "aborted"
+    """Left because told to, or because a peer was gone."""
+    FAILED = "failed"
+    """Raised an error of its own."""

@@ -1,0 +1,298 @@
+"""One worker of an elastic run: trains generation after generation in one process.
+
+Between generations the process keeps its imports, its device and its place; groups, model and data are built anew and
+the state comes from memory. Forked from a zygote (llm_launch/zygote.py), which calls ``worker_main``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from llm_launch.member import Assignment, Member
+from llm_launch.progress import Marker, ProgressPage
+from llm_launch.states import Outcome
+from llm_parallel.checkpoint.memory import LocalSource, MemoryCheckpoint, RemoteSource, ReplicaLost, restore
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.config.load import load_config
+from llm_parallel.errors import UserError
+from llm_parallel.parallel.wrap import Engine
+from llm_parallel.quiet import quiet_libraries
+from llm_parallel.train.loop import Place, Run, pretrain
+from llm_parallel.train.probe import DeviceProbe, Suspect, odd_one_out, weights_checksum
+from llm_parallel.train.step import StepOutcome
+from llm_parallel.train.watch import Watch
+
+STORE_TIMEOUT_S = 300.0
+
+
+class ElasticWatch(Watch):
+    """The launcher's eyes and hands inside one generation."""
+
+    uneven = True
+
+    def __init__(self, member: Member, assignment: Assignment) -> None:
+        self.member, self.assignment = member, assignment
+        self.memory: MemoryCheckpoint | None = None
+        self._config: Any = None
+        self._probe: DeviceProbe | None = None
+        self._own_loss = 0.0
+        self._began_cpu_s = 0.0
+
+    def restore(self, engine: Engine) -> tuple[TrainState, str] | None:
+        """From the memory of the nodes that the assignment names."""
+        wanted = self.assignment.restore
+        if wanted is None:
+            return None
+        sources = self._sources(wanted)
+        try:
+            state = restore(engine, sources)
+        finally:
+            for source in sources:
+                source.close()
+        return state, f"step {state.step} from memory"
+
+    def _sources(self, wanted: dict[str, Any]) -> list[Any]:
+        found: list[Any] = []
+        step, generation = wanted["step"], wanted["generation"]
+        for rank, kind, host, port in wanted["sources"]:
+            if host:
+                found.append(RemoteSource((host, port), self.member.secret, kind, generation, rank, step))
+            else:
+                name = f"{kind}/g{generation:06d}_r{rank:06d}"
+                found.append(LocalSource(Path(self.member.replica_dir) / name, step))
+        return found
+
+    def opened(self, run: Run) -> None:
+        """Makes the first copy of this generation while its first step runs."""
+        self._config = run.config.elastic
+        self._probe = DeviceProbe(run.engine.groups.platform.device) if self._config.probe_every_steps else None
+        self.member.describe_collectives = _collectives
+        if self._config.replicate_every_steps:
+            self.memory = MemoryCheckpoint(
+                run.engine,
+                Path(self.member.replica_dir),
+                self.assignment.generation,
+                self.assignment.partner,
+                self.member.secret,
+            )
+            self.memory.start(run.state)
+        self.member.marker.begin(self.assignment.generation, run.state.step)
+        self.member.send({"is": "training", "step": run.state.step})
+
+    def before_step(self, run: Run) -> None:
+        """Compares the replicas and tests the device where due."""
+        self._inject(run)
+        step, config = run.state.step + 1, self._config
+        if config.checksum_every_steps and step % config.checksum_every_steps == 0:
+            run.engine.parameters_up_to_date()
+            self._compare(run, step)
+        if self._probe is not None and step % config.probe_every_steps == 0:
+            self.member.marker.probe_s = self._probe.run()
+        self._began_cpu_s = time.thread_time()
+
+    def _compare(self, run: Run, step: int) -> None:
+        groups = run.engine.groups
+        replicas = groups.layout.dp * groups.layout.cp
+        if replicas == 1:
+            return
+        own = weights_checksum(run.engine).to(groups.platform.device)
+        all_of_them = [torch.empty_like(own) for _ in range(replicas)]
+        dist.all_gather(all_of_them, own, group=groups.collection.dp_cp)
+        sums = [int(value) for value in all_of_them]
+        odd = odd_one_out(sums, groups.at.dp * groups.layout.cp + groups.at.cp)
+        # All leave together: those that agree must not go on into a step that the others do not make.
+        anywhere, ours = groups.sum_over_world(float(len(set(sums)) > 1), float(odd))
+        if anywhere:
+            text = f"weights before step {step} differ between replicas: checksums {[hex(value) for value in sums]}"
+            raise Suspect("disagrees" if odd else "", text + ("" if ours else "; no majority says who is right"))
+
+    def before_agreement(self, own_loss: float) -> None:
+        """The copy of the last step is complete before anyone can finish this one."""
+        self._slow_down()
+        self._own_loss = own_loss
+        if self.memory is not None:
+            self.memory.finish()
+
+    def wants_to_pause(self) -> bool:
+        """Whether the launcher plans another layout."""
+        return self.member.asked_to_pause
+
+    def judged(self, run: Run, outcome: StepOutcome, size: int) -> None:
+        """NaN from some replicas only may be a device's fault: the step is made again elsewhere before it is believed."""
+        replicas = run.engine.groups.layout.dp * run.engine.groups.layout.cp
+        step = run.state.step + 1
+        if not 0 < outcome.not_finite < replicas or step in self.assignment.believe or self.memory is None:
+            return
+        mine = not math.isfinite(self._own_loss)
+        first = run.state.consumed_samples
+        raise Suspect(
+            "not finite" if mine else "",
+            f"the loss of {outcome.not_finite} of {replicas} replicas is not finite at step {step}",
+            step,
+            (first, first + size - 1),
+        )
+
+    def after_step(self, run: Run) -> None:
+        """Progress, and the next copy."""
+        self.member.marker.stepped(run.state.step)
+        every = self._config.replicate_every_steps
+        if self.memory is not None and (run.state.step % every == 0 or self.member.asked_to_pause):
+            self.memory.start(run.state)
+
+    @contextmanager
+    def long(self) -> Iterator[None]:
+        """No step time is known for what happens here."""
+        self.member.marker.busy(True)
+        try:
+            yield
+        finally:
+            self.member.marker.busy(False)
+
+    def close(self) -> None:
+        """Ends the copying; what was copied stays."""
+        self.member.describe_collectives = dict
+        if self.memory is not None:
+            self.memory.close()
+
+    def _inject(self, run: Run) -> None:
+        """Faults of a drill that only the process itself can have."""
+        if not self._config.drills:
+            return
+        from llm_parallel.train import faults
+
+        faults.before_step(self.member.faults(), run)
+
+    def _slow_down(self) -> None:
+        for fault in self.member.faults() if self._config.drills else ():
+            if fault["kind"] == "slow":
+                time.sleep((time.thread_time() - self._began_cpu_s) * (fault["factor"] - 1))
+                if self._probe is not None:
+                    self._probe.factor = fault["factor"]
+
+
+def _collectives() -> dict[str, Any]:
+    """Collectives entered so far, by group."""
+    counts: dict[str, Any] = {}
+    for group in list(distributed_c10d._world.pg_map):
+        ranks = dist.get_process_group_ranks(group)
+        if len(ranks) > 1:
+            counts[f"{group.group_desc} {ranks}"] = group._get_sequence_number_for_group()
+    return counts
+
+
+def train_generation(member: Member, assignment: Assignment, run_file: str) -> TrainState:
+    """One generation, from forming its groups to its end."""
+    config = load_config(run_file, assignment.overrides, notice=lambda _: None)
+    store = _store(member, assignment)
+    watch = ElasticWatch(member, assignment)
+    place = Place(assignment.rank, assignment.world_size, assignment.local_rank, store, assignment.elapsed_s)
+    try:
+        return pretrain(config, place, asked_to_stop=lambda: member.asked_to_stop, watch=watch)
+    finally:
+        watch.close()
+
+
+def _store(member: Member, assignment: Assignment) -> dist.Store:
+    host, port = assignment.store
+    timeout = datetime.timedelta(seconds=STORE_TIMEOUT_S)
+    if assignment.rank == 0:
+        listener = member.take_listener()
+        return dist.TCPStore(
+            host, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener
+        )
+    return dist.TCPStore(host, port, None, False, timeout=timeout)
+
+
+def _log_to(run_dir: Path, rank: int, terminal: int) -> None:
+    """Standard error goes to the log of the rank that this process now is; rank 0 alone speaks on the terminal."""
+    log = os.open(run_dir / "logs" / f"rank_{rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 2)
+    os.dup2(terminal if rank == 0 else log, 1)
+    os.close(log)
+
+
+def run_generation(member: Member, assignment: Assignment, run_file: str, run_dir: Path, terminal: int) -> bool:
+    """Trains one generation and reports how it ended; whether the process may be used again."""
+    _log_to(run_dir, assignment.rank, terminal)
+    try:
+        state = train_generation(member, assignment, run_file)
+    except Suspect as error:
+        member.leave(Outcome.FAILED, error, suspect=error.kind, step=error.step, samples=error.samples)
+    except UserError as error:
+        member.leave(Outcome.FAILED, error)
+    except BaseException as error:  # torch's CheckpointException is one
+        if not isinstance(error, Exception) and type(error).__name__ != "CheckpointException":
+            raise
+        _leave_after(member, error)
+        return not _poisoned(error)
+    else:
+        config_steps = load_config(run_file, assignment.overrides, notice=lambda _: None).train.steps
+        paused = state.step < config_steps and not member.asked_to_stop and member.asked_to_pause
+        done = Outcome.FINISHED if state.step >= config_steps else Outcome.STOPPED
+        member.leave(Outcome.PAUSED if paused else done, step=state.step)
+    return True
+
+
+def _leave_after(member: Member, error: BaseException) -> None:
+    if member.aborted:
+        member.leave(Outcome.ABORTED)
+    elif isinstance(error, ReplicaLost):
+        member.leave(Outcome.ABORTED, error, replica_lost=True)
+    else:
+        member.leave(Outcome.FAILED, error)
+
+
+def _poisoned(error: BaseException) -> bool:
+    """Whether the process is of no more use: after an error on the device its CUDA context is."""
+    return torch.cuda.is_initialized() and "CUDA error" in str(error)
+
+
+def worker_main(control: socket.socket) -> int:
+    """Body of a forked worker: assignments until the run is over; the exit status."""
+    quiet_libraries()
+    environment = os.environ
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run_dir = Path(environment["LLM_PARALLEL_RUN_DIR"])
+    page = ProgressPage(int(environment["LLM_PARALLEL_PROGRESS_FD"]))
+    member = Member(
+        control,
+        Marker(page, int(environment["LLM_PARALLEL_SLOT"])),
+        node=environment["LLM_PARALLEL_NODE"],
+        replica_dir=environment["LLM_PARALLEL_REPLICA_DIR"],
+        secret=environment["LLM_PARALLEL_SECRET"],
+        host=environment["LLM_PARALLEL_HOST"],
+    )
+    signal.signal(signal.SIGTERM, lambda *_: member.request_stop())
+    terminal = os.dup(1)
+    member.abort_collectives = _abort_nccl
+    member.start()
+    while (assignment := member.next_assignment()) is not None:
+        if not run_generation(member, assignment, environment["LLM_PARALLEL_RUN_FILE"], run_dir, terminal):
+            return 1
+        gc.collect()  # megatron-core's modules refer to each other in circles
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    return 0
+
+
+def _abort_nccl() -> None:
+    """Ends NCCL collectives that wait for a peer that is gone."""
+    if torch.cuda.is_initialized() and dist.is_initialized() and dist.get_backend() == "nccl":
+        distributed_c10d._abort_process_group()

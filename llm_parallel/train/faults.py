@@ -1,0 +1,58 @@
+"""Faults that a drill causes inside a worker (``llm-parallel drill``; only with ``elastic.drills``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from llm_parallel.train.loop import Run
+
+
+class DrillError(RuntimeError):
+    """The exception that a drill raises."""
+
+
+@torch.no_grad()
+def before_step(faults: Iterable[dict[str, Any]], run: Run) -> None:
+    """Causes what is due. ``{"kind": "nan"|"flip"|"raise"|…, "left": times}``; a persistent fault has no end."""
+    for fault in faults:
+        if fault.get("left", 1) <= 0 or run.state.step < fault.get("from_step", 0):
+            continue
+        if fault["kind"] == "raise":
+            raise DrillError("the same mistake in every process")
+        if fault["kind"] in ("nan", "flip"):
+            if "left" in fault:
+                fault["left"] -= 1
+            (_poison if fault["kind"] == "nan" else _flip)(run)
+
+
+def _poison(run: Run) -> None:
+    """One weight that this process alone uses becomes NaN, as a broken device would make it."""
+    _other_share(run).fill_(float("nan"))
+
+
+def _flip(run: Run) -> None:
+    """The lowest bit of the exponent of one weight is turned around, in this replica only."""
+    weight = _other_share(run)
+    integers = weight.view(torch.int16 if weight.element_size() == 2 else torch.int32)
+    integers ^= 1 << (7 if weight.element_size() == 2 else 23)
+
+
+def _other_share(run: Run) -> torch.Tensor:
+    """One weight of a matrix inside the layers whose optimizer state another replica holds, so that what happens to it
+    here stays here until the step's end."""
+    own: dict[int, tuple[int, int]] = {}
+    for part in run.engine.optimizer.chained_optimizers:
+        for models in (*getattr(part, "model_fp32_groups", ()), *getattr(part, "model_float16_groups", ())):
+            for model in models:
+                where = part._get_model_param_range_map(model)["param"]
+                own[id(model)] = (where.start, where.end)
+    for model in run.engine.models:
+        for name, parameter in model.named_parameters():
+            start, stop = own.get(id(parameter), (0, 0))
+            flat = parameter.detach().view(-1)
+            if "linear" in name and (start > 0 or stop < flat.numel()):
+                return flat[:1] if start > 0 or stop == 0 else flat[-1:]
+    raise AssertionError("this process holds the optimizer state of all weights")

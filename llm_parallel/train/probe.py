@@ -1,0 +1,76 @@
+"""Short tests that a device computes right and fast, and that replicas agree, cheap enough to run between steps."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llm_parallel.parallel.wrap import Engine
+
+SIZE = {"cuda": 4096, "cpu": 192}
+REPEATS = 3
+
+
+class Suspect(RuntimeError):
+    """This step must be made again before it is believed. ``kind``: what is wrong with this very process ("disagrees",
+    "not finite", "unhealthy"), empty if it only takes part; ``samples``: first and last of the step."""
+
+    def __init__(
+        self, kind: str, message: str, step: int | None = None, samples: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.kind, self.step, self.samples = kind, step, samples
+
+
+class DeviceProbe:
+    """A matmul of small whole numbers, whose result is exact in any order of summation, timed."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = SIZE[device.type]
+        rows = torch.arange(size, device=device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        # Products are at most 49 and rows are shorter than 2^24 / 49: every sum is exact in fp32.
+        self._a = ((rows[:, None] * 3 + rows[None, :]) % 8 - 4).to(dtype)
+        self._b = ((rows[:, None] + rows[None, :] * 5) % 7 - 3).to(dtype)
+        a, b = self._a.cpu().double(), self._b.cpu().double()
+        self._answer = (a[:64] @ b).to(device)
+        self.factor = 1.0
+        """Greater than 1 in a drill that plays a slow device."""
+
+    def run(self) -> float:
+        """Seconds of the fastest of a few. Raises Suspect if the result is wrong."""
+        best = float("inf")
+        for _ in range(REPEATS):
+            self._wait()
+            started = time.perf_counter()
+            product = torch.mm(self._a.float(), self._b.float()) if self._a.is_cpu else torch.mm(self._a, self._b)
+            self._wait()
+            best = min(best, time.perf_counter() - started)
+        wrong = int((product[:64].double() - self._answer).abs().gt(self._answer.abs() / 128).sum())
+        if wrong or not bool(torch.isfinite(product).all()):
+            raise Suspect("unhealthy", f"a matmul with a known answer had {wrong} wrong numbers")
+        return best * self.factor
+
+    def _wait(self) -> None:
+        if self._a.is_cuda:
+            torch.cuda.synchronize(self._a.device)
+
+
+def weights_checksum(engine: Engine) -> Tensor:
+    """int64 [1]: sum of the bit patterns of this process's weights, each weighted by its place in a cycle of primes so
+    that exchanged values show too."""
+    total = torch.zeros(1, dtype=torch.int64)
+    for number, parameter in enumerate(p for model in engine.models for p in model.parameters()):
+        integers = parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+        total += integers.sum(dtype=torch.int64).cpu() * (2 * number + 1)
+    return total
+
+
+def odd_one_out(checksums: Sequence[int], mine: int) -> bool:
+    """Whether number ``mine`` differs from what more than half of all have in common."""
+    value, count = Counter(checksums).most_common(1)[0]
+    return count * 2 > len(checksums) and checksums[mine] != value

@@ -1,0 +1,52 @@
+"""What looks on while a run trains: the elastic launcher's worker copies state, compares replicas and reports progress
+at these points of a step; a plain run does nothing there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.parallel.wrap import Engine
+
+if TYPE_CHECKING:
+    from llm_parallel.train.loop import Run
+    from llm_parallel.train.step import StepOutcome
+
+
+class Watch:
+    """Does nothing. What differs in an elastic run overrides these."""
+
+    uneven = False
+    """Whether replicas may have different numbers of micro batches."""
+
+    def restore(self, engine: Engine) -> tuple[TrainState, str] | None:
+        """State to go on from that is nearer than the newest checkpoint, and where it came from; None if there is
+        none."""
+        return None
+
+    def opened(self, run: Run) -> None:
+        """Model, optimizer, data and state are there."""
+
+    def before_step(self, run: Run) -> None:
+        """A step begins."""
+
+    def before_agreement(self, own_loss: float) -> None:
+        """This process has its gradient, and no process can have finished the step. ``own_loss``: sum of its own
+        replica's losses if it reports them, else 0."""
+
+    def wants_to_pause(self) -> bool:
+        """Whether all processes should leave after this step."""
+        return False
+
+    def judged(self, run: Run, outcome: StepOutcome, size: int) -> None:
+        """The sums of the step are known, and nothing was applied. May raise to have the step made again."""
+
+    def after_step(self, run: Run) -> None:
+        """The step was applied or skipped, and counted."""
+
+    @contextmanager
+    def long(self) -> Iterator[None]:
+        """Around what takes longer than a step: evaluation, a checkpoint."""
+        yield
