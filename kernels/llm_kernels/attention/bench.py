@@ -222,7 +222,7 @@ def _gluon_backward_cases() -> list[AotCase]:
         ]
         for kind, kernel, block, results, more in kinds:
             blocks = {"q": 64, "k": block, "v": block, "dout": 64}
-            arguments = {**_gluon_arguments(blocks, d, "bf16"), "GROUP": 4, "D": d, "CAUSAL": causal, **more}
+            arguments = _gluon_arguments(blocks, d, "bf16") | {"GROUP": 4, "D": d, "CAUSAL": causal} | more
             arguments |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", **{f"{name}_ptr": "*bf16" for name in results}}
             arguments |= {f"{name}_{of}_stride": size for name in results for of, size in strides.items()}
             name = f"attention {kind} gluon d={d} {'causal' if causal else 'full'} bf16"

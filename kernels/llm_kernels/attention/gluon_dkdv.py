@@ -64,7 +64,7 @@ def _load_queries(
     k_tiles, v_tiles, q_tiles, dout_tiles, lse_tiles, delta_tiles = buffers
     lse_ptr, delta_ptr, SQ = stats
     lanes = gl.arange(0, QUERIES, gl.BlockedLayout([2], [32], [1], [0]))
-    kv_full, q_full, q_empty, dout_full, dout_empty = barriers
+    kv_full, q_full, dout_full, empty = barriers
     table_ptr, G, H = schedule
     group = gl.program_id(0) % G
     batch, q_start, len_q, k_start, len_k = segment_of(table_ptr + gl.program_id(0) // G * 5)
@@ -94,13 +94,12 @@ def _load_queries(
                 # Queries beyond the segment get weight 0.
                 lse = gl.load(lse_ptr + (stats_row + queries), mask=inside, other=float("inf"))
                 delta = gl.load(delta_ptr + (stats_row + queries), mask=inside, other=0.0)
-                mbarrier.wait(q_empty.index(stage), free)
+                mbarrier.wait(empty.index(stage), free)
                 mbarrier.expect(q_full.index(stage), QUERIES * D * 2)
                 tma.async_copy_global_to_shared(q_desc, [row, q_col], q_full.index(stage), q_tiles.index(stage))
                 lse_tiles.index(stage).store(lse)
                 delta_tiles.index(stage).store(delta)
                 mbarrier.arrive(q_full.index(stage), count=1)
-                mbarrier.wait(dout_empty.index(stage), free)
                 mbarrier.expect(dout_full.index(stage), QUERIES * D * 2)
                 tma.async_copy_global_to_shared(
                     dout_desc, [row, dout_col], dout_full.index(stage), dout_tiles.index(stage)
@@ -112,7 +111,7 @@ def _load_queries(
 def _keys_step(dk, dv, k, v, buffers, barriers, factor, sees, query, n, STAGES: gl.constexpr, EDGE: gl.constexpr):
     """Adds to dk and dv what the queries of tile n give. Key i is seen by queries from sees[i]."""
     q_tiles, dout_tiles, lse_tiles, delta_tiles = buffers
-    q_full, q_empty, dout_full, dout_empty = barriers
+    q_full, dout_full, empty = barriers
     score_layout: gl.constexpr = sees.type.layout.parent
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     stage = n % STAGES
@@ -137,10 +136,8 @@ def _keys_step(dk, dv, k, v, buffers, barriers, factor, sees, query, n, STAGES: 
     value_product = warpgroup_mma(weights, dout_tiles.index(stage), dv, is_async=True)
     ds = gl.convert_layout((p * (dp - delta_tiles.index(stage).load(row_layout)[None, :])).to(k.dtype), weight_layout)
     key_product = warpgroup_mma(ds, q_tiles.index(stage), dk, is_async=True)
-    dv, _weights = warpgroup_mma_wait(1, [value_product, weights])
-    mbarrier.arrive(dout_empty.index(stage), count=1)
-    dk, _ds = warpgroup_mma_wait(0, [key_product, ds])
-    mbarrier.arrive(q_empty.index(stage), count=1)
+    dk, dv, _weights, _ds = warpgroup_mma_wait(0, [key_product, value_product, weights, ds])
+    mbarrier.arrive(empty.index(stage), count=1)
     return dk, dv
 
 
@@ -151,7 +148,7 @@ def _gather_keys(
 ):  # fmt: skip
     """dk and dv of keys [WHICH * 64, WHICH * 64 + 64) of the program's."""
     k_tiles, v_tiles, q_tiles, dout_tiles, lse_tiles, delta_tiles = buffers
-    kv_full, q_full, q_empty, dout_full, dout_empty = barriers
+    kv_full, q_full, dout_full, empty = barriers
     table_ptr, G, _H = schedule
     dk_ptr, dv_ptr, dk_place, dv_place = results
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
@@ -175,7 +172,7 @@ def _gather_keys(
         mbarrier.wait(kv_full.index(0), 0)
         n = 0
         streams = (q_tiles, dout_tiles, lse_tiles, delta_tiles)
-        signals = (q_full, q_empty, dout_full, dout_empty)
+        signals = (q_full, dout_full, empty)
         for _member in range(GROUP):
             for tile in range(low, edge):
                 dk, dv = _keys_step(
@@ -212,18 +209,16 @@ def _attention_bwd_dkdv_gluon_kernel(
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    dout_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     mbarrier.init(kv_full.index(0), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=2)
-        mbarrier.init(q_empty.index(i), count=2)
         mbarrier.init(dout_full.index(i), count=1)
-        mbarrier.init(dout_empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     buffers = (k_tiles, v_tiles, q_tiles, dout_tiles, lse_tiles, delta_tiles)
-    barriers = (kv_full, q_full, q_empty, dout_full, dout_empty)
+    barriers = (kv_full, q_full, dout_full, empty)
     schedule = (table_ptr, G, H)
     stats = (lse_ptr, delta_ptr, SQ)
     dk_place = (dk_row_stride, dk_batch_stride, dk_group_stride)

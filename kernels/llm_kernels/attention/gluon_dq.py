@@ -160,7 +160,6 @@ def _gather_queries(
             last = (tiles - 1) % STAGES_K
             product = warpgroup_mma(ds, k_tiles.index(last), dq, is_async=True)
             dq, _ds = warpgroup_mma_wait(0, [product, ds])
-            mbarrier.arrive(k_empty.index(last), count=1)
         base = dq_ptr + batch.to(gl.int64) * dq_place[1] + h // GROUP * dq_place[2] + h % GROUP * dq_place[3]
         base += q_start.to(gl.int64) * dq_place[0]
         store_rows(base, (dq * scale).to(q_tiles.dtype), first, len_q, dq_place[0])
