@@ -145,8 +145,8 @@ class KernelsConfig(Node):
     rope: KernelChoice = "auto"
     """Rotary position embedding; Triton rotates queries and keys in place in the packed projection."""
     attention: Literal["auto", "triton", "torch", "gluon"] = "auto"
-    """Attention; ``torch`` is scaled dot product attention per document, ``gluon`` a forward kernel for H100 and H200
-    that no GPU has run yet, with Triton's backward."""
+    """Attention; ``torch`` is scaled dot product attention per document, ``gluon`` kernels for H100 and H200 that no
+    GPU has run yet."""
     swiglu: KernelChoice = "auto"
     """SwiGLU; Triton writes the gradient over the saved input."""
     cross_entropy: KernelChoice = "auto"
