@@ -162,6 +162,8 @@ class Agent:
                 if kind == "assign":
                     worker.generation, worker.ready = message["generation"], False
                 worker.channel.send(message)
+                if kind == "look":
+                    self._tell({"is": "state", "device": worker.device, "state": _process_state(worker.pid)})
         elif kind in ("abort", "pause", "stop"):
             for worker in self.workers.values():
                 worker.channel.send(message)
@@ -319,6 +321,14 @@ class Agent:
 
     def _log(self, text: str) -> None:
         print(f"agent {self.settings.node}: {text}", file=sys.stderr, flush=True)
+
+
+def _process_state(pid: int) -> str:
+    """The system's letter for what a process does: R, S, D, T (stopped), Z."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "X"
 
 
 def _kill(pid: int) -> None:

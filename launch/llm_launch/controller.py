@@ -28,7 +28,10 @@ LEAVE_S = 1.0
 """Time for survivors to leave a generation that was given up; who has not left then is killed."""
 SETTLE_S = 0.05
 """Time between the first sign of a fault and the verdict, for other signs of the same fault."""
-LOOK_S = 0.5
+LOOK_S = 0.3
+PATIENT_S = 3.0
+"""Time that a process which is not stopped has to answer before it counts as hung."""
+STOPPED = ("T", "t", "Z", "X")
 REPLACE_S = 3.0
 """Time for a killed worker's replacement to be forked before the plan is made without its device."""
 
@@ -77,6 +80,7 @@ class Controller:
         self._step = 0
         self._looks: dict[Device, dict[str, Any]] = {}
         self._address: list[Any] = []
+        self._to_restart: set[str] = set()
 
     # -- agents ---------------------------------------------------------------------------------------------------
 
@@ -123,7 +127,7 @@ class Controller:
         if ran:
             self._evidence.append(Evidence(kind, node.name))
         if kind is Kind.AGENT_LOST:
-            self._restart_agent(node.name)
+            self._to_restart.add(node.name)
         self._changed.set()
 
     def _on_agent(self, node: Node, message: wire.Message) -> None:
@@ -152,8 +156,8 @@ class Controller:
         elif kind == "left" and mine:
             worker.outcome, worker.store_port = Outcome(message["outcome"]), message["store_port"]
             self._on_left(device, message)
-        elif kind == "seen":
-            self._looks[device] = message
+        elif kind in ("seen", "state"):
+            self._looks.setdefault(device, {}).update(message)
 
     def _on_left(self, device: Device, message: wire.Message) -> None:
         if message["outcome"] != Outcome.FAILED.value:
@@ -366,6 +370,15 @@ class Controller:
         assert self.placement is not None
         return [worker for device in self.placement.devices if (worker := self.roster.worker(device)) is not None]
 
+    def _inside(self) -> list[Worker]:
+        """Workers that have not left the generation."""
+        return [worker for worker in self._members() if worker.generation == self.generation and not worker.outcome]
+
+    def _kill(self, workers: list[Worker]) -> None:
+        for worker in workers:
+            worker.killed = True
+            self.roster.nodes[worker.device.node].send({"is": "kill", "device": worker.device.index})
+
     async def _train(self) -> None:
         """Watches one generation to its end. Raises Stopped when it was the last."""
         assert self.placement is not None
@@ -397,7 +410,7 @@ class Controller:
                 self._enter(Phase.PAUSING)
                 for node in self.roster.alive():
                     node.send({"is": "pause", "generation": self.generation})
-            await self._until(lambda: False, TICK_S)
+            await self._until(lambda: bool(self._evidence), TICK_S)
             await self._look_for_hangs()
             self._evidence += find_slow(self._members(), self._slow, self.config.elastic.slow_ratio, world)
         await self._recover()
@@ -425,16 +438,42 @@ class Controller:
         ages = [worker.age_s for worker in members if worker.outcome is None]
         if not ages or min(ages) < 0 or min(ages) <= self._pace.limit_s():
             return
+        hung = await self._find_hung([worker.device for worker in members])
+        if hung and not self._evidence:
+            looks = {str(device): look for device, look in self._looks.items()}
+            self.journal.keep_stacks(self.generation, looks)
+            for device, why in hung.items():
+                self._evidence.append(Evidence(Kind.HANG, device.node, device, self._rank(device), message=why))
+
+    async def _find_hung(self, members: list[Device]) -> dict[Device, str]:
+        """Who holds the others up. A process that is stopped is known at once; else all are asked twice, and if any of
+        them has moved in between, the step was only slow."""
+        first = await self._look(members, LOOK_S)
+        stopped = {device: "is stopped" for device, look in first.items() if look.get("state") in STOPPED}
+        if stopped or self._evidence:
+            return stopped
+        await asyncio.sleep(LOOK_S)
+        second = await self._look(members, PATIENT_S)
+        answered = {device: look for device, look in second.items() if "stack" in look}
+        moved = any(look["collectives"] != first.get(device, {}).get("collectives") for device, look in answered.items())
+        if moved or self._evidence:
+            self._pace.add(max(worker.age_s for worker in self._members()))
+            return {}
+        return find_hung(members, answered)
+
+    async def _look(self, members: list[Device], timeout_s: float) -> dict[Device, dict[str, Any]]:
+        """Stacks and collectives of the workers that answer in time, and the system's word on each process."""
         self._looks.clear()
-        for worker in members:
-            self.roster.nodes[worker.device.node].send({"is": "look", "device": worker.device.index})
-        await self._until(lambda: len(self._looks) == len(members) or bool(self._evidence), LOOK_S)
-        if self._evidence:
-            return
-        hung = find_hung([worker.device for worker in members], self._looks)
-        self.journal.keep_stacks(self.generation, {str(device): look for device, look in self._looks.items()})
-        for device, why in hung.items():
-            self._evidence.append(Evidence(Kind.HANG, device.node, device, self._rank(device), message=why))
+        for device in members:
+            self.roster.nodes[device.node].send({"is": "look", "device": device.index})
+
+        def known() -> bool:
+            looks = self._looks.values()
+            stopped = any(look.get("state") in STOPPED for look in looks)
+            return stopped or bool(self._evidence) or sum("stack" in look for look in looks) == len(members)
+
+        await self._until(known, timeout_s)
+        return dict(self._looks)
 
     async def _recover(self) -> None:
         """A fault was seen: all leave, the evidence is judged, what is at fault is removed."""
@@ -449,6 +488,9 @@ class Controller:
         self._enter(Phase.ABORTING)
         for node in self.roster.alive():
             node.send({"is": "abort", "generation": self.generation})
+        # Who hangs will not leave; its replacement can be forked meanwhile.
+        hung = {item.device for item in self._evidence if item.kind is Kind.HANG}
+        self._kill([worker for worker in self._inside() if worker.device in hung])
         await asyncio.sleep(SETTLE_S)
         if all(item.kind is Kind.CONNECTION for item in self._evidence):
             # Somebody's peer is gone, and who is not known yet: a silent node is known by its silence.
@@ -456,12 +498,9 @@ class Controller:
                 lambda: any(item.kind is not Kind.CONNECTION for item in self._evidence),
                 self.config.elastic.lost_after_s,
             )
-        if not await self._until(lambda: all(worker.outcome for worker in self._members()), LEAVE_S):
-            for worker in self._members():
-                if worker.outcome is None:
-                    worker.killed = True
-                    self.roster.nodes[worker.device.node].send({"is": "kill", "device": worker.device.index})
-            await self._until(lambda: all(worker.outcome for worker in self._members()), LEAVE_S)
+        if not await self._until(lambda: not self._inside(), LEAVE_S):
+            self._kill(self._inside())
+            await self._until(lambda: not self._inside(), LEAVE_S)
         verdict = self.ledger.judge(blame(self._evidence, self.placement.devices))
         self.journal.event("blame", fault=verdict.fault.value, cause=verdict.reason, seconds=time.monotonic() - began)
         self._act_on(verdict)
@@ -498,6 +537,9 @@ class Controller:
         while True:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
+            if self.phase in (Phase.TRAINING, Phase.WAITING):  # a start takes the time that a recovery needs
+                while self._to_restart:
+                    self._restart_agent(self._to_restart.pop())
             if now - last_beat >= elastic.heartbeat_s:
                 last_beat = now
                 for node in self.roster.alive():

@@ -110,7 +110,7 @@ class Pace:
 
     deviations: float = 8.0
     factor: float = 3.0
-    floor_s: float = 1.0
+    floor_s: float = 0.5
     first_s: float = 600.0
     times_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
