@@ -1,0 +1,78 @@
+"""State copied to memory under one layout goes on under any other as the undisturbed run does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.job import base_config, changed, open_engine, train_steps
+from tests.distributed.test_checkpoint import PAIRS, _p
+from tests.harness import run_ranks
+
+pytestmark = pytest.mark.gloo
+SECRET = "of this test"
+
+
+def save_job(rank: int, world_size: int, changes: dict[str, Any], folder: str, partner: Any) -> list[Any]:
+    """Five steps, a copy after the third, and what the last two steps were."""
+    from llm_parallel.checkpoint.memory import MemoryCheckpoint
+    from llm_parallel.checkpoint.state import TrainState
+
+    config = changed(base_config(), changes)
+    engine = open_engine(config, rank, world_size)
+    memory = MemoryCheckpoint(engine, Path(folder), 7, partner, SECRET)
+    for step in (1, 2, 3):
+        train_steps(engine, config, step - 1, 1)
+        memory.start(TrainState(step=step, consumed_samples=8 * step))
+        memory.finish()
+    memory.close()
+    return train_steps(engine, config, 3, 2)
+
+
+def load_job(rank: int, world_size: int, changes: dict[str, Any], saved: int, folder: str, remote: Any) -> list[Any]:
+    """Two steps from the copy."""
+    from llm_launch.vault import vault_name
+    from llm_parallel.checkpoint.memory import LocalSource, RemoteSource, restore
+
+    config = changed(base_config(), changes)
+    engine = open_engine(config, rank, world_size)
+    if remote is None:
+        sources: list[Any] = [LocalSource(Path(folder) / "own" / vault_name(7, r), 3) for r in range(saved)]
+    else:
+        sources = [RemoteSource(remote, SECRET, "kept", 7, r, 3) for r in range(saved)]
+    state = restore(engine, sources)
+    assert (state.step, state.consumed_samples) == (3, 24)
+    return train_steps(engine, config, state.step, 2)
+
+
+@pytest.mark.parametrize(("name", "saved", "processes", "loads"), PAIRS, ids=[pair[0] for pair in PAIRS])
+def test_any_layout_goes_on_from_memory(
+    name: str, saved: dict[str, Any], processes: int, loads: list[Any], tmp_path: Path
+) -> None:
+    undisturbed = run_ranks(save_job, processes, saved, str(tmp_path), None)[0]
+    for target, layout, ranks in loads:
+        resumed = run_ranks(load_job, ranks, layout, processes, str(tmp_path), None)[0]
+        worst = max(abs(a - b) for (a, _), (b, _) in zip(undisturbed, resumed))
+        print(f"| {name} -> {target} | {worst:.1e} |")
+        assert worst <= (1e-5 if "bf16" not in name else 0.0), target
+
+
+def test_the_same_layout_goes_on_bit_for_bit_from_the_partners_copies(tmp_path: Path) -> None:
+    """The copies that another node keeps are the ones that a lost node is restored from."""
+    from llm_launch.replicas import ReplicaServer
+
+    server = ReplicaServer("127.0.0.1", tmp_path / "there", SECRET)
+    try:
+        layout = _p(tp=2, dp=2)
+        undisturbed = run_ranks(save_job, 4, layout, str(tmp_path / "here"), server.address)[0]
+        assert run_ranks(load_job, 4, layout, 4, "nowhere", server.address)[0] == undisturbed
+    finally:
+        server.close()
+
+
+def test_a_missing_share_is_named(tmp_path: Path) -> None:
+    run_ranks(save_job, 2, _p(dp=2), str(tmp_path), None)
+    with pytest.raises(AssertionError, match=r"is in no copy"):
+        run_ranks(load_job, 1, {}, 1, str(tmp_path), None)

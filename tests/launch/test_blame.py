@@ -1,0 +1,117 @@
+"""Every rule of blame, and what the ledger makes of repeated faults."""
+
+from __future__ import annotations
+
+import pytest
+
+from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame, classify_error
+
+WORLD = [Device(node, index) for node in ("a", "b") for index in (0, 1)]
+GONE = "[pair.cc:553] Connection closed by peer [127.0.0.1]:1"
+
+
+def raised(device: Device, error: str, message: str = "x") -> Evidence:
+    return Evidence(Kind.RAISED, device.node, device, WORLD.index(device), error, message)
+
+
+def died(device: Device, status: int = -9) -> Evidence:
+    return Evidence(Kind.EXIT, device.node, device, WORLD.index(device), status=status)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "fault", "devices", "nodes"),
+    [
+        pytest.param([raised(WORLD[1], "UserError", "bad")], Fault.USER, (), (), id="a user's mistake"),
+        pytest.param(
+            [raised(WORLD[1], "OutOfMemoryError", "CUDA out of memory")], Fault.OUT_OF_MEMORY, (), (), id="GPU memory"
+        ),
+        pytest.param(
+            [Evidence(Kind.HOST, "a", message="disk full")], Fault.OUT_OF_MEMORY, (), (), id="host memory or disk"
+        ),
+        pytest.param(
+            [raised(device, "ValueError", "bug") for device in WORLD], Fault.PROGRAM, (), (), id="same error everywhere"
+        ),
+        pytest.param(
+            [raised(WORLD[0], "ValueError"), raised(WORLD[3], "ValueError")], Fault.PROGRAM, (), (), id="same on two"
+        ),
+        pytest.param([died(WORLD[2])], Fault.DEVICE, (WORLD[2],), (), id="one rank alone"),
+        pytest.param(
+            [died(WORLD[2]), Evidence(Kind.CONNECTION, "a", WORLD[0], 0, "RuntimeError", GONE)],
+            Fault.DEVICE, (WORLD[2],), (), id="peers of the dead are not to blame",
+        ),
+        pytest.param([died(WORLD[2]), died(WORLD[3])], Fault.NODE, (), ("b",), id="all of one node"),
+        pytest.param([died(WORLD[0]), died(WORLD[2])], Fault.DEVICE, (WORLD[0], WORLD[2]), (), id="one of each node"),
+        pytest.param([Evidence(Kind.NODE_SILENT, "b")], Fault.NODE, (), ("b",), id="no heartbeat"),
+        pytest.param([Evidence(Kind.AGENT_LOST, "b"), died(WORLD[2])], Fault.AGENT, (), ("b",), id="agent gone"),
+        pytest.param([Evidence(Kind.HANG, "a", WORLD[0], 0)], Fault.DEVICE, (WORLD[0],), (), id="hang"),
+        pytest.param([Evidence(Kind.SLOW, "a", WORLD[0], 0)], Fault.DEVICE, (WORLD[0],), (), id="slow"),
+        pytest.param([Evidence(Kind.NOT_FINITE, "a", WORLD[1], 1)], Fault.DEVICE, (WORLD[1],), (), id="NaN"),
+        pytest.param(
+            [raised(WORLD[1], "RuntimeError", "CUDA error: an illegal memory access")],
+            Fault.DEVICE, (WORLD[1],), (), id="CUDA error",
+        ),
+        pytest.param(
+            [Evidence(Kind.CONNECTION, "a", WORLD[0], 0, "RuntimeError", GONE)], Fault.NETWORK, (), (), id="nobody died"
+        ),
+    ],
+)  # fmt: skip
+def test_rules(evidence: list[Evidence], fault: Fault, devices: tuple[Device, ...], nodes: tuple[str, ...]) -> None:
+    verdict = blame(evidence, WORLD)
+    assert (verdict.fault, verdict.devices, verdict.nodes) == (fault, devices, nodes)
+    assert verdict.stops_run == (fault in (Fault.USER, Fault.PROGRAM, Fault.OUT_OF_MEMORY))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        Evidence(Kind.DISAGREES, "a", WORLD[1], 1),
+        Evidence(Kind.UNHEALTHY, "a", WORLD[1], 1),
+        raised(WORLD[1], "RuntimeError", "CUDA error: uncorrectable ECC error encountered"),
+    ],
+)
+def test_hard_evidence_removes_at_once(item: Evidence) -> None:
+    ledger = Ledger()
+    verdict = ledger.judge(blame([item], WORLD))
+    assert verdict.certain and set(ledger.removed) == {WORLD[1]}
+
+
+def test_a_second_strike_removes_and_a_first_does_not() -> None:
+    ledger = Ledger(strikes=2)
+    ledger.judge(blame([died(WORLD[1])], WORLD))
+    ledger.judge(blame([died(WORLD[2])], WORLD))
+    assert not ledger.removed
+    ledger.judge(blame([died(WORLD[1], -11)], WORLD))
+    assert set(ledger.removed) == {WORLD[1]}
+    again = Ledger.from_json(ledger.to_json(), 2)
+    assert (again.counts, again.removed, again.errors) == (ledger.counts, ledger.removed, ledger.errors)
+
+
+def test_the_same_error_on_another_device_is_the_programs() -> None:
+    ledger = Ledger(strikes=2)
+    assert ledger.judge(blame([raised(WORLD[1], "IndexError", "sample 7")], WORLD)).fault is Fault.DEVICE
+    verdict = ledger.judge(blame([raised(WORLD[2], "IndexError", "sample 7")], WORLD))
+    assert verdict.fault is Fault.PROGRAM and verdict.stops_run
+    assert not ledger.removed and not ledger.counts
+
+
+def test_faults_of_program_user_and_memory_never_strike() -> None:
+    ledger = Ledger(strikes=1)
+    for fault in (Fault.USER, Fault.PROGRAM, Fault.OUT_OF_MEMORY, Fault.NETWORK, Fault.AGENT):
+        ledger.judge(Verdict(fault, "x", (WORLD[0],), certain=True))
+    assert not ledger.removed and not ledger.counts
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "kind"),
+    [
+        ("UserError", "x", "user"),
+        ("RuntimeError", GONE, "connection"),
+        ("DistBackendError", "NCCL error", "connection"),
+        ("RuntimeError", "[enforce fail] . Cannot allocate memory", "memory"),
+        ("RuntimeError", "CUDA error: device-side assert triggered", "device"),
+        ("RuntimeError", "shape '[2, 3]' is invalid for input of size 5", "program"),
+        ("AssertionError", "", "program"),
+    ],
+)
+def test_errors_are_told_apart(error: str, message: str, kind: str) -> None:
+    assert classify_error(error, message) == kind

@@ -1,0 +1,102 @@
+"""Layouts and placements for what is left, against the rules of configurations and brute force."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_launch.blame import Device
+from llm_launch.plan import place, recoverable_step
+from llm_parallel.config.tree import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from llm_parallel.parallel.layout import Layout
+
+
+def config(batch: int = 8, **parallel: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(vocab_size=100, num_layers=4),
+        parallel=ParallelConfig(**parallel),
+        train=TrainConfig(global_batch_size=batch),
+    )
+
+
+def devices(nodes: int, each: int) -> list[Device]:
+    return [Device(f"n{node}", index) for node in range(nodes) for index in range(each)]
+
+
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
+def test_a_placement_is_legal_and_keeps_sizes_where_one_replica_fits(
+    tp: int, pp: int, dp: int, nodes: int, each: int
+) -> None:
+    here = devices(nodes, each)
+    placement = place(config(tp=tp, pp=pp, dp=dp), here, "cpu")
+    assert placement is not None, "one device always suffices for this model"
+    layout = placement.layout
+    assert len(set(placement.devices)) == len(placement.devices) == layout.world_size <= len(here)
+    if tp * pp <= len(here):
+        assert (layout.tp, layout.pp, layout.dp) == (tp, pp, min(dp, len(here) // (tp * pp), 8))
+    taken = [n for rank in range(layout.dp) for part in layout.micro_batches(0, 8, rank) for n in part]
+    assert sorted(taken) == list(range(8)), "every sample once, however many replicas are left"
+    if layout.tp <= each:
+        for start in range(0, layout.world_size // layout.tp):
+            group = placement.devices[start * layout.tp : (start + 1) * layout.tp]
+            if len({device.node for device in group}) > 1:
+                # Only when no node has enough left for a whole group.
+                assert layout.world_size > nodes * (each // layout.tp) * layout.tp
+
+
+def test_survivors_keep_their_ranks_and_a_spare_takes_the_hole() -> None:
+    here = devices(4, 2)
+    before = place(config(tp=2, dp=3), here, "cpu")
+    assert before is not None and before.devices == tuple(here[:6])
+    left = [device for device in here if device != Device("n1", 0)]
+    after = place(config(tp=2, dp=3), left, "cpu", before)
+    assert after is not None and after.layout == before.layout
+    assert after.devices == (*here[0:2], *here[6:8], *here[4:6])
+
+
+def test_turned_work_lies_on_other_devices() -> None:
+    here = devices(2, 2)
+    before = place(config(dp=4), here, "cpu")
+    assert before is not None
+    turned = place(config(dp=4), here, "cpu", before, turn=True)
+    assert turned is not None and set(turned.devices) == set(here)
+    assert all(a != b for a, b in zip(before.devices, turned.devices))
+
+
+def test_fewer_devices_than_a_replica_takes_the_fastest_legal_layout() -> None:
+    placement = place(config(tp=4, dp=1), devices(1, 3), "cpu")
+    assert placement is not None
+    # Three stages or two: three replicas of the whole model are faster than both, and all their samples fit.
+    assert placement.layout.world_size == 1 and (placement.layout.tp, placement.layout.pp) == (1, 1) or (
+        placement.layout.tp * placement.layout.pp > 1
+    )
+    assert "parallel.tp=" in " ".join(placement.overrides)
+
+
+def test_sixteen_thousand_ranks_are_placed_in_time() -> None:
+    import time
+
+    large = config(batch=16384, tp=8, dp=None).model_copy(
+        update={"model": ModelConfig(preset=None, vocab_size=100, num_layers=4, num_attention_heads=8)}
+    )
+    here = devices(2048, 8)
+    started = time.monotonic()
+    before = place(large, here, "cuda")
+    assert before is not None and before.layout.world_size == 16384
+    after = place(large, here[:-8], "cuda", before)
+    assert after is not None and after.layout == Layout.from_config(large, 16376)
+    assert time.monotonic() - started < 20
+
+
+def entry(kind: str, rank: int, *steps: int) -> dict[str, Any]:
+    return {"kind": kind, "generation": 3, "rank": rank, "steps": list(steps)}
+
+
+def test_the_newest_step_that_every_rank_has_somewhere() -> None:
+    held = {"a": [entry("own", 0, 4, 5), entry("kept", 1, 3, 4)], "b": [entry("own", 1, 4, 5)]}
+    assert recoverable_step(2, 3, held) == (5, {0: ("a", "own"), 1: ("b", "own")})
+    assert recoverable_step(2, 3, {"a": held["a"]}) == (4, {0: ("a", "own"), 1: ("a", "kept")})
+    assert recoverable_step(3, 3, held) is None
+    assert recoverable_step(2, 4, held) is None
