@@ -132,6 +132,8 @@ def _keys_step(dk, dv, k, v, buffers, barriers, factor, sees, query, n, STAGES: 
         s = where_not_negative(s, queries[None, :] - sees[:, None])
     p = gl.exp2(s * factor - lse_tiles.index(stage).load(row_layout)[None, :])
     weights = gl.convert_layout(p.to(k.dtype), weight_layout)
+    # Passed already: its loop keeps ptxas from moving the exponentials behind the wait for the product.
+    mbarrier.wait(dout_full.index(stage), parity)
     dp = warpgroup_mma_wait(0, [shares])
     value_product = warpgroup_mma(weights, dout_tiles.index(stage), dv, is_async=True)
     ds = gl.convert_layout((p * (dp - delta_tiles.index(stage).load(row_layout)[None, :])).to(k.dtype), weight_layout)

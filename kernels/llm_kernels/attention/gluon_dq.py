@@ -98,9 +98,10 @@ def _queries_step(
     if EDGE:
         s = where_not_negative(s, limit[:, None] - 1 - keys[None, :])
     p = gl.exp2(s * factor - lse[:, None])
+    # Passed already, as below: their loops keep ptxas from moving what is above behind the waits for the products.
+    mbarrier.wait(k_full.index(k_stage), n // STAGES_K & 1)
     dp = warpgroup_mma_wait(1 if BEFORE else 0, [shares])
     share = p * (dp - delta[:, None])
-    # Passed already: its loop keeps ptxas from moving what is above behind the wait for the product.
     mbarrier.wait(v_full.index(v_stage), n // STAGES_V & 1)
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     if BEFORE:

@@ -77,7 +77,7 @@ FREE = (
 KEYS_AND_VALUES = {
     "k and v not awaited": ("        mbarrier.wait(kv_full.index(0), 0)\n", "", RACE),
     "q not awaited": ("    mbarrier.wait(q_full.index(stage), parity)\n", "", RACE),
-    "dout not awaited": ("    mbarrier.wait(dout_full.index(stage), parity)\n", "", RACE),
+    "dout not awaited": ("    mbarrier.wait(dout_full.index(stage), parity)\n    shares", "    shares", RACE),
     "free buffers not awaited": ("                mbarrier.wait(empty.index(stage), free)\n", "", RACE),
     "parity": ("parity = n // STAGES & 1", "parity = (n // STAGES & 1) ^ 1", EITHER),
     "parity of free buffers": ("free = (n // STAGES & 1) ^ 1", "free = n // STAGES & 1", DEADLOCK),
@@ -129,7 +129,7 @@ KEYS_AND_VALUES = {
 }  # fmt: skip
 QUERIES = {
     "q not awaited": ("            mbarrier.wait(q_full.index(WHICH), 0)\n", "", RACE),
-    "k not awaited": ("    mbarrier.wait(k_full.index(k_stage), n // STAGES_K & 1)\n", "", RACE),
+    "k not awaited": ("    mbarrier.wait(k_full.index(k_stage), n // STAGES_K & 1)\n    scores", "    scores", RACE),
     "parity of v": (
         "mbarrier.wait(v_full.index(v_stage), n // STAGES_V & 1)\n    shares",
         "mbarrier.wait(v_full.index(v_stage), (n // STAGES_V & 1) ^ 1)\n    shares",
