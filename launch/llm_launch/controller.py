@@ -187,7 +187,7 @@ class Controller:
             if worker is None or worker.generation != self.generation or seen[0] != self.generation:
                 continue
             step = int(seen[1])
-            if step > worker.step and self._rank(worker.device) == 0 and worker.step > 0:
+            if step > worker.step > 0 and seen[3] > 0:
                 self._pace.add(seen[3])
             worker.step, worker.age_s, worker.probe_s = step, seen[2], seen[4]
             if step > self._step:

@@ -120,8 +120,10 @@ class Pace:
 
     def limit_s(self) -> float:
         """Seconds without progress after which a step counts as hung."""
-        if len(self.times_s) < 3:
+        if not self.times_s:
             return self.first_s
+        if len(self.times_s) < 3:
+            return 10 * max(self.times_s) + 2 * self.floor_s
         median = statistics.median(self.times_s)
         spread = 1.4826 * statistics.median(abs(x - median) for x in self.times_s)
         return max(median + self.deviations * spread, self.factor * median) + self.floor_s

@@ -1,0 +1,164 @@
+"""A real run loses what real runs lose, and ends where the undisturbed run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_launch.drill import LiveRun
+from tests.integration.commands import Corpus, environment, write_run_file
+from tests.integration.conftest import corpus  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.gloo
+STEPS = 40
+FAULT_AT = 8
+
+Start = Callable[..., LiveRun]
+
+
+@pytest.fixture
+def start(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:  # noqa: F811
+    """Starts a run on four devices of as many agents; ends it with the test."""
+    runs: list[LiveRun] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run_file = write_run_file(
+        corpus, tmp_path, train={"global_batch_size": 8, "steps": STEPS}, data={"eval_fraction": 0.0}
+    )
+
+    def starting(*overrides: str, nodes: int = 4, name: str = "run") -> LiveRun:
+        runs.append(LiveRun.start(run_file, overrides, tmp_path / name, nodes, 4))
+        return runs[-1]
+
+    yield starting
+    for run in runs:
+        run.close()
+
+
+def undisturbed(start: Start, *overrides: str) -> dict[int, float]:
+    run = start(*overrides, name="undisturbed")
+    assert run.wait() == 0
+    return run.losses()
+
+
+def assert_goes_on(run: LiveRun, losses: dict[int, float], tolerance: float) -> None:
+    """Ended well, lost at most one step each time, made every step once in the end, from the right samples."""
+    assert run.wait() == 0, (run.run_dir / "launch.log").read_text()[-3000:]
+    assert set(run.losses()) == set(range(1, STEPS + 1))
+    assert max(abs(loss - losses[step]) for step, loss in run.losses().items()) <= tolerance
+    for record in run.steps():
+        assert record["train/samples"] == 8 * record["step"]
+    made = [record["step"] for record in run.steps()]
+    assert all(after >= before for before, after in zip(made, made[1:])), "a step is made again at most once, in place"
+    assert len(made) <= STEPS + len(run.events("detect"))
+
+
+def test_killed_and_stopped_workers_are_replaced_and_nothing_changes(start: Start) -> None:
+    losses = undisturbed(start, "parallel.dp=4")
+    run = start("parallel.dp=4")
+    run.reach(FAULT_AT)
+    run.first_step_after(run.cause("kill", 2))
+    run.first_step_after(run.cause("stop", 1))
+    assert_goes_on(run, losses, 0.0)
+    assert [event["fault"] for event in run.events("blame")] == ["device", "device"]
+    assert "is stopped" in run.events("blame")[1]["cause"]
+    assert not run.events("remove"), "a device is not removed for one fault"
+    assert {event["layout"] for event in run.events("form")} == {"TP 1 x PP 1 x DP 4"}
+
+
+def test_a_lost_node_shrinks_the_run_and_comes_back(start: Start) -> None:
+    losses = undisturbed(start, "parallel.tp=2", "parallel.dp=2")
+    run = start("parallel.tp=2", "parallel.dp=2", "train.steps=40")
+    run.reach(FAULT_AT)
+    run.first_step_after(run.cause("node", 3))
+    layouts = run.until(lambda: [e["layout"] for e in run.events("form")][2:], 120, "the node's return")
+    assert_goes_on(run, losses, 1e-4)
+    assert [e["layout"] for e in run.events("form")][:2] == ["TP 2 + SP x PP 1 x DP 2", "TP 2 + SP x PP 1 x DP 1"]
+    assert layouts[0] == "TP 2 + SP x PP 1 x DP 2"
+    assert not run.events("remove")
+
+
+def test_a_flipped_bit_is_found_and_its_device_removed(start: Start) -> None:
+    losses = undisturbed(start, "parallel.dp=4")
+    run = start("parallel.dp=4", "elastic.checksum_every_steps=1")
+    run.reach(FAULT_AT)
+    node, index, _ = run.worker(2)
+    run.first_step_after(run.cause("flip", 2, left=1))
+    assert_goes_on(run, losses, 1e-4)
+    assert [(e["node"], e["device"]) for e in run.events("remove")] == [(node, index)]
+    assert run.events("form")[-1]["layout"] == "TP 1 x PP 1 x DP 3"
+
+
+def test_a_loss_that_is_not_finite_on_one_replica_is_made_again_elsewhere(start: Start) -> None:
+    losses = undisturbed(start, "parallel.dp=4")
+    run = start("parallel.dp=4", "elastic.checksum_every_steps=0")
+    run.reach(FAULT_AT)
+    run.first_step_after(run.cause("nan", 2, left=1))
+    assert_goes_on(run, losses, 1e-5)
+    assert not run.events("remove") and not run.events("skip")
+
+
+def test_a_device_that_fails_again_is_removed_and_remembered(start: Start) -> None:
+    run = start("parallel.dp=4")
+    run.reach(FAULT_AT)
+    node, index, _ = run.worker(1)
+    run.first_step_after(run.cause("kill", 1))
+    rank = run.status()["ranks"].index([node, index])
+    run.first_step_after(run.cause("kill", rank))
+    assert run.wait() == 0
+    assert [(e["node"], e["device"]) for e in run.events("remove")] == [(node, index)]
+    again = start("parallel.dp=4", "train.steps=44")
+    assert again.wait() == 0
+    assert [node, index] not in again.status()["ranks"]
+
+
+def test_the_same_mistake_everywhere_stops_the_run_and_evicts_nothing(start: Start) -> None:
+    run = start("parallel.dp=4")
+    run.reach(FAULT_AT)
+    for rank in range(4):
+        run.cause("raise", rank, from_step=FAULT_AT + 8)
+    assert run.wait(60) == 1
+    assert not run.events("remove")
+    log = (run.run_dir / "launch.log").read_text()
+    assert "DrillError: the same mistake in every process" in log and "Traceback" in log
+    assert run.events("fail")[0]["fault"] == "program"
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(start: Start) -> None:
+    losses = undisturbed(start, "parallel.dp=4")
+    run = start("parallel.dp=4")
+    run.reach(FAULT_AT)
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 0
+    assert max(run.losses()) < STEPS
+    again = start("parallel.dp=4")
+    assert again.wait() == 0
+    assert again.losses() == losses
+
+
+def test_a_users_mistake_is_one_sentence_and_status_2(start: Start, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "llm_parallel.cli", "launch", str(tmp_path / "run.yaml"), "--nodes", "9"],
+        env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "--nodes 9 is more than the 1 devices" in result.stderr.splitlines()[-1]
+
+
+def test_nothing_unauthenticated_is_answered(start: Start) -> None:
+    from llm_launch import wire
+
+    run = start("parallel.dp=4")
+    run.reach(2)
+    status: dict[str, Any] = run.status()
+    host, port = status["controller"]
+    with pytest.raises(ConnectionError):
+        wire.connect_blocking(host, port, "another secret")
+    assert run.wait() == 0
