@@ -274,9 +274,7 @@ class Agent:
             "LLM_PARALLEL_PROGRESS_FD": str(self.page.fd),
             "LLM_PARALLEL_SLOT": str(number % SLOTS),
         }
-        request = wire.encode(
-            {"is": "fork", "worker": number, "module": WORKER_MODULE, "environment": environment}
-        )
+        request = wire.encode({"is": "fork", "worker": number, "module": WORKER_MODULE, "environment": environment})
         socket.send_fds(self._zygote_socket, [request], [theirs.fileno(), log])
         theirs.close()
         os.close(log)

@@ -17,10 +17,10 @@ class Device(NamedTuple):
     """One accelerator (or, on a CPU, one place for a process) of a node."""
 
     node: str
-    index: int
+    number: int
 
     def __str__(self) -> str:
-        return f"{self.node}/{self.index}"
+        return f"{self.node}/{self.number}"
 
 
 class Kind(Enum):
@@ -104,7 +104,8 @@ _CONNECTION = re.compile(
 )
 _DEVICE = re.compile(
     r"uncorrectable|ECC|illegal memory access|illegal instruction|device-side|unspecified launch failure"
-    r"|CUDA error: (?!out of memory)|misaligned address|GPU is lost|fallen off the bus|cuBLAS|CUBLAS_STATUS|CUDNN_STATUS",
+    r"|CUDA error: (?!out of memory)|misaligned address|GPU is lost|fallen off the bus"
+    r"|cuBLAS|CUBLAS_STATUS|CUDNN_STATUS",
     re.IGNORECASE,
 )
 _CERTAIN = re.compile(r"uncorrectable|ECC error|GPU is lost|fallen off the bus", re.IGNORECASE)
@@ -212,7 +213,9 @@ def _whole_node(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict |
     for node in sorted({device.node for device in dead}):
         here = {device for device in devices if device.node == node}
         if len(here) > 1 and here <= dead and here != devices and dead <= here:
-            return Verdict(Fault.NODE, f"all {len(here)} processes of {node} died", nodes=(node,), evidence=tuple(evidence))
+            return Verdict(
+                Fault.NODE, f"all {len(here)} processes of {node} died", nodes=(node,), evidence=tuple(evidence)
+            )
     return None
 
 
@@ -233,7 +236,9 @@ def _single_devices(evidence: Sequence[Evidence], devices: set[Device]) -> Verdi
 
 def _how(item: Evidence) -> str:
     if item.kind is Kind.EXIT and item.status is not None:
-        return f"rank {item.rank} ended with " + (f"signal {-item.status}" if item.status < 0 else f"status {item.status}")
+        return f"rank {item.rank} ended with " + (
+            f"signal {-item.status}" if item.status < 0 else f"status {item.status}"
+        )
     return f"rank {item.rank} {item.kind.value}" + (f", {_said(item)}" if _said(item) else "")
 
 

@@ -54,10 +54,10 @@ class LiveRun:
         run_dir.mkdir(parents=True, exist_ok=True)
         secret = wire.new_secret()
         arguments = [f"run_dir={run_dir}", "elastic.drills=true", *overrides]
+        arguments += ["--nodes", str(nodes), "--processes", str(processes)]
         with (run_dir / "launch.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "llm_parallel.cli", "launch", str(run_file), *arguments]
-                + ["--nodes", str(nodes), "--processes", str(processes)],
+                [sys.executable, "-m", "llm_parallel.cli", "launch", str(run_file), *arguments],
                 env={**os.environ, "LLM_PARALLEL_SECRET": secret},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

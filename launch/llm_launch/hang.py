@@ -21,7 +21,7 @@ def find_hung(members: Sequence[Device], looks: Mapping[Device, Mapping[str, Any
     """
     silent = [device for device in members if device not in looks]
     if silent:
-        return {device: "does not answer, and makes no progress" for device in silent}
+        return dict.fromkeys(silent, "does not answer, and makes no progress")
     behind: dict[Device, str] = {}
     groups = {name for look in looks.values() for name in look["collectives"]}
     for name in sorted(groups):
@@ -32,7 +32,7 @@ def find_hung(members: Sequence[Device], looks: Mapping[Device, Mapping[str, Any
                 behind.setdefault(device, f"is missing in collective {most} of group {name}, having entered {count}")
     # Who waits inside a collective for somebody else may itself be missing elsewhere; who does not wait is the cause.
     causes = {device: why for device, why in behind.items() if not _waits(looks[device]["stack"])}
-    return causes or behind or {device: "makes no progress, as all others" for device in members}
+    return causes or behind or dict.fromkeys(members, "makes no progress, as all others")
 
 
 def _waits(stack: str) -> bool:

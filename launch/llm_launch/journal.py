@@ -77,7 +77,7 @@ class Journal:
     def keep_traceback(self, device: Device, generation: int, text: str) -> None:
         """A worker's traceback, in the logs."""
         with contextlib.suppress(OSError):
-            (self._run_dir / "logs" / f"traceback_g{generation}_{device.node}_{device.index}.txt").write_text(text)
+            (self._run_dir / "logs" / f"traceback_g{generation}_{device.node}_{device.number}.txt").write_text(text)
 
     def keep_stacks(self, generation: int, looks: dict[str, Any]) -> None:
         """Stacks and collectives of all workers at a hang."""

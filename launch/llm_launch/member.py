@@ -1,7 +1,8 @@
 """A worker's side of the elastic launcher: takes assignments, leaves a generation when told to, says how it went.
 
 One thread reads what the agent sends while the main thread trains. To leave a generation it breaks the main thread out
-of whatever collective it waits in: gloo has no abort, but ends a collective whose connection is shut down; NCCL has one.
+of whatever collective it waits in: gloo has no abort, but ends a collective whose connection is shut down; NCCL has
+one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
@@ -190,7 +192,7 @@ def _sockets() -> set[int]:
     found = set()
     for entry in os.scandir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            target = os.readlink(entry.path)
+            target = Path(entry.path).readlink().name
             if target.startswith("socket:["):
                 found.add(int(target[8:-1]))
     return found
@@ -201,7 +203,7 @@ def _shut_down(inode: int) -> None:
     listener fails."""
     for entry in os.scandir("/proc/self/fd"):
         with contextlib.suppress(OSError, ValueError):
-            if os.readlink(entry.path) != f"socket:[{inode}]":
+            if Path(entry.path).readlink().name != f"socket:[{inode}]":
                 continue
             with socket.socket(fileno=os.dup(int(entry.name))) as handle:
                 if handle.family not in (socket.AF_INET, socket.AF_INET6):

@@ -76,4 +76,4 @@ class Roster:
     def worker(self, device: Device) -> Worker | None:
         """The process on a device, if there is one."""
         node = self.nodes.get(device.node)
-        return node.workers.get(device.index) if node is not None else None
+        return node.workers.get(device.number) if node is not None else None

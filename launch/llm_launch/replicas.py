@@ -1,7 +1,7 @@
 """Copies of training state between nodes: an agent's server, which keeps and hands out, and its clients.
 
-    put   header once, then for each step: state and numbers; every step is acknowledged when it is complete
-    get   a range of bytes of a file
+put   header once, then for each step: state and numbers; every step is acknowledged when it is complete
+get   a range of bytes of a file
 """
 
 from __future__ import annotations

@@ -47,11 +47,11 @@ def run_zygote(control: socket.socket) -> int:
     signal.set_wakeup_fd(asleep, warn_on_full_buffer=False)
     wire.send(control, {"is": "warm"})
     while True:
-        ready, _, _ = select.select([control, awake], [], [])
+        ready, _, _ = select.select([control.fileno(), awake], [], [])
         if awake in ready:
             os.read(awake, 4096)
         _report_exits(control)
-        if control in ready:
+        if control.fileno() in ready:
             request, fds = _request(control)
             if request is None:
                 return 0
@@ -103,7 +103,7 @@ def _fork(control: socket.socket, request: dict[str, Any], fds: list[int], pipe:
         os.dup2(fds[1], 2)
         os.close(fds[1])
         os.environ.update(request["environment"])
-        status = importlib.import_module(request["module"]).worker_main(socket.socket(fileno=fds[0]))
+        status = importlib.import_module(request["module"]).worker_main(socket.socket(fileno=fds[0]), os.environ)
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:  # a fork must never return into the zygote's loop

@@ -220,7 +220,7 @@ class Assembler:
             box = _range_of(parts, 0, int(np.prod(shape))).reshape(PLANES, *shape)
             there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))
             here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, wanted.offset))
-            whole[(slice(None), *here)] = box[(slice(None), *there)]
+            whole[(slice(None),) + here] = box[(slice(None),) + there]  # noqa: RUF005  (Python 3.10)
         return whole.reshape(PLANES, -1)[:, wanted.start : wanted.stop]
 
 

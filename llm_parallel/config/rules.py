@@ -41,8 +41,10 @@ def find_problems(
     """All broken rules, in the order of ``RULES``."""
     case = Case(config, world_size, device)
     # The interleaved schedule runs whole groups of micro batches, so there is no uneven division for it.
-    relaxed = {_batch: _enough_batch, _rampup: _enough_batch} if uneven and config.parallel.vpp == 1 else {}
-    rules = dict.fromkeys(relaxed.get(rule, rule) for rule in RULES)
+    if uneven and config.parallel.vpp == 1:
+        rules = [rule for rule in RULES if rule not in (_batch, _rampup)] + [_enough_batch]
+    else:
+        rules = list(RULES)
     return [problem for rule in rules for problem in rule(case)]
 
 
@@ -92,7 +94,14 @@ def _batch(case: Case) -> Iterator[Problem]:
 def _enough_batch(case: Case) -> Iterator[Problem]:
     train = case.config.train
     smallest = min(train.global_batch_size, train.rampup.start if train.rampup else train.global_batch_size)
-    if smallest < train.micro_batch_size * case.dp:
+    if train.global_batch_size % train.micro_batch_size:
+        yield Problem(
+            ("train.global_batch_size", "train.micro_batch_size"),
+            f"train.global_batch_size = {train.global_batch_size} is not a multiple of train.micro_batch_size ="
+            f" {train.micro_batch_size}",
+            {"train.micro_batch_size": nearest(train.micro_batch_size, divisors(train.global_batch_size))},
+        )
+    elif smallest < train.micro_batch_size * case.dp:
         yield Problem(
             ("train.global_batch_size", "train.micro_batch_size", "parallel.dp"),
             f"a batch of {smallest} samples leaves some of parallel.dp = {case.dp} replicas without a micro batch",

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class ElasticWatch(Watch):
         return self.member.asked_to_pause
 
     def judged(self, run: Run, outcome: StepOutcome, size: int) -> None:
-        """NaN from some replicas only may be a device's fault: the step is made again elsewhere before it is believed."""
+        """NaN from some replicas only may be a device's fault: the step is made again elsewhere first."""
         replicas = run.engine.groups.layout.dp * run.engine.groups.layout.cp
         step = run.state.step + 1
         if not 0 < outcome.not_finite < replicas or step in self.assignment.believe or self.memory is None:
@@ -212,9 +212,7 @@ def _store(member: Member, assignment: Assignment) -> dist.Store:
     timeout = datetime.timedelta(seconds=STORE_TIMEOUT_S)
     if assignment.rank == 0:
         listener = member.take_listener()
-        return dist.TCPStore(
-            host, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener
-        )
+        return dist.TCPStore(host, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener)
     return dist.TCPStore(host, port, None, False, timeout=timeout)
 
 
@@ -264,10 +262,9 @@ def _poisoned(error: BaseException) -> bool:
     return torch.cuda.is_initialized() and "CUDA error" in str(error)
 
 
-def worker_main(control: socket.socket) -> int:
+def worker_main(control: socket.socket, environment: Mapping[str, str]) -> int:
     """Body of a forked worker: assignments until the run is over; the exit status."""
     quiet_libraries()
-    environment = os.environ
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     run_dir = Path(environment["LLM_PARALLEL_RUN_DIR"])
     page = ProgressPage(int(environment["LLM_PARALLEL_PROGRESS_FD"]))

@@ -31,4 +31,3 @@ def launch_command(
         for picture in plot_run(Path(config.run_dir)):
             print(f"plot: {picture}")
     return status
-

@@ -61,8 +61,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Place:
-    """Which process of a run this is. ``store``: where the processes meet, if not by env://; ``elapsed_s``: seconds that
-    the run has had before this process began, which count towards its time limit."""
+    """Which process of a run this is. ``store``: where the processes meet, if not by env://; ``elapsed_s``: seconds
+    that the run has had before this process began, which count towards its time limit."""
 
     rank: int
     world_size: int

@@ -38,8 +38,8 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What one process has to say in a step's agreement. ``ready`` is called with its own sum of losses (0 where another
-    reports it) when its gradient is done and no process can have finished the step."""
+    """What one process has to say in a step's agreement. ``ready`` is called with its own sum of losses (0 where
+    another reports it) when its gradient is done and no process can have finished the step."""
 
     stop: bool = False
     pause: bool = False

@@ -117,9 +117,7 @@ def _worker(
     # Only the last rank is asked, as a scheduler may signal one node's processes first.
     last = rank == world_size - 1
     place = loop.Place(rank, world_size, rank)
-    state = loop.pretrain(
-        config, place, asked_to_stop=lambda: last and stop_at is not None and next(asked) == stop_at
-    )
+    state = loop.pretrain(config, place, asked_to_stop=lambda: last and stop_at is not None and next(asked) == stop_at)
     return found if prepare else state.step
 
 

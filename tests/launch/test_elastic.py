@@ -56,7 +56,7 @@ def assert_goes_on(run: LiveRun, losses: dict[int, float], tolerance: float) -> 
     for record in run.steps():
         assert record["train/samples"] == 8 * record["step"]
     made = [record["step"] for record in run.steps()]
-    assert all(after >= before for before, after in zip(made, made[1:])), "a step is made again at most once, in place"
+    assert made == sorted(made), "what is made again is the last step"
     assert len(made) <= STEPS + len(run.events("detect"))
 
 

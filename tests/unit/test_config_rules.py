@@ -162,8 +162,13 @@ def test_batch_rule_refuses_exactly_what_does_not_divide_into_micro_batches(size
     layout = Layout.from_config(config)
     samples = [n for rank in range(dp) for part in layout.micro_batches(0, size, rank) for n in part]
     # megatron-core's interleaved schedule takes micro batches in groups of pp and refuses a rest.
-    works = sorted(samples) == list(range(size)) and (vpp == 1 or layout.num_micro_batches(size) % pp == 0)
+    counts = {layout.num_micro_batches(size, rank) for rank in range(dp)}
+    whole = sorted(samples) == list(range(size))
+    works = whole and len(counts) == 1 and (vpp == 1 or counts.pop() % pp == 0)
     assert (not problems_of(config)) == works
+    # After a loss of replicas some may have more to do than others, but none nothing.
+    uneven = works if vpp > 1 else whole and size >= micro * dp
+    assert (not find_problems(config, None, "cpu", uneven=True)) == uneven
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4])

@@ -46,6 +46,16 @@ def test_a_step_takes_each_sample_once(layout: Layout, first: int, per_replica: 
     assert layout.num_micro_batches(size) == per_replica
 
 
+@given(layouts, st.integers(0, 1000), st.integers(1, 40))
+def test_uneven_replicas_share_all_samples(layout: Layout, first: int, micro_batches: int) -> None:
+    size = layout.micro_batch_size * micro_batches
+    parts = [list(layout.micro_batches(first, size, dp)) for dp in range(layout.dp)]
+    assert sorted(n for part in parts for numbers in part for n in numbers) == list(range(first, first + size))
+    counts = [len(part) for part in parts]
+    assert counts == [layout.num_micro_batches(size, dp) for dp in range(layout.dp)]
+    assert max(counts) - min(counts) <= 1
+
+
 @given(sizes, st.integers(1, 5))
 def test_context_ranks_share_tokens_and_causal_work(cp: int, unit: int) -> None:
     layout, length = Layout(cp=cp), 2 * cp * unit

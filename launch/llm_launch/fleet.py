@@ -1,0 +1,223 @@
+"""All agents of a run as the controller sees them: who is there, what their workers do, what went wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from llm_launch import wire
+from llm_launch.blame import Device, Evidence, Kind, classify_error
+from llm_launch.hang import find_hung
+from llm_launch.journal import Journal
+from llm_launch.members import Node, Roster, Worker
+from llm_launch.plan import Placement
+from llm_launch.progress import Pace
+from llm_launch.states import Outcome, Phase
+from llm_parallel.config.tree import ElasticConfig
+
+TICK_S = 0.05
+LOOK_S = 0.3
+PATIENT_S = 3.0
+"""Time that a process which is not stopped has to answer before it counts as hung."""
+STOPPED = ("T", "t", "Z", "X")
+"""What the system calls a process that cannot go on by itself."""
+
+
+class Fleet:
+    """Connections to agents, and what came over them since the present generation began."""
+
+    def __init__(self, elastic: ElasticConfig, secret: str, journal: Journal) -> None:
+        self.elastic, self.secret, self.journal = elastic, secret, journal
+        self.roster = Roster()
+        self.phase = Phase.WAITING
+        self.generation = journal.last_generation()
+        self.placement: Placement | None = None
+        self.evidence: list[Evidence] = []
+        self.doubted: dict[int, set[Device]] = {}
+        """Devices on which the loss of a step was not finite."""
+        self.to_restart: set[str] = set()
+        """Nodes whose agent has to be started again."""
+        self.step = 0
+        self.fruitless = 0
+        """Recoveries since the last finished step."""
+        self.looks: dict[Device, dict[str, Any]] = {}
+        self.address: list[Any] = []
+        self.changed = asyncio.Event()
+        self.new_pace()
+
+    def new_pace(self) -> None:
+        """Forgets how long steps took, for a layout whose steps take another time."""
+        self.pace = Pace(self.elastic.hang_deviations, first_s=self.elastic.first_step_limit_s)
+
+    async def listen(self, host: str, port: int = 0) -> int:
+        """Begins to accept agents; the port."""
+        server = await asyncio.start_server(self._accept, host, port, backlog=4096)
+        self.address = [host, server.sockets[0].getsockname()[1]]
+        return self.address[1]
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        node: Node | None = None
+        try:
+            channel = await wire.accept(reader, writer, self.secret)
+            while (message := await channel.receive()) is not None:
+                if message["is"] == "drill":
+                    self._on_drill(message)
+                elif message["is"] == "hello":
+                    node = self.roster.join(message, channel)
+                    self.journal.event("join", node=node.name, generation=self.generation)
+                elif node is not None and node.channel is channel:
+                    node.heard_s = time.monotonic()
+                    self._on_agent(node, message)
+                self.changed.set()
+        except (OSError, wire.WireError, ValueError):
+            pass
+        finally:
+            writer.close()
+            if node is not None and node.channel is not None and node.channel._writer is writer:
+                self.lost(node, Kind.AGENT_LOST)
+
+    def _on_drill(self, message: wire.Message) -> None:
+        """A fault that a drill wants inside the process of a device."""
+        node = self.roster.nodes.get(message["node"])
+        if self.elastic.drills and node is not None:
+            node.send({"is": "inject", "device": message["device"], "fault": message["fault"]})
+
+    def lost(self, node: Node, kind: Kind) -> None:
+        """An agent is gone, by its connection's end or by its silence."""
+        node.channel = None
+        ran = [worker for worker in node.workers.values() if worker.generation == self.generation]
+        node.workers.clear()
+        if self.phase in (Phase.FINISHED, Phase.FAILED):
+            return
+        self.journal.event("lost", node=node.name, cause=kind.value, generation=self.generation)
+        if ran:
+            self.evidence.append(Evidence(kind, node.name))
+        if kind is Kind.AGENT_LOST:
+            self.to_restart.add(node.name)
+        self.changed.set()
+
+    def _on_agent(self, node: Node, message: wire.Message) -> None:
+        kind = message["is"]
+        if kind == "beat":
+            self._on_beat(node, message["progress"])
+            return
+        if kind == "inventory":
+            node.inventory = message["entries"]
+            return
+        device = Device(node.name, message["device"])
+        if kind == "worker":
+            node.workers[device.number] = Worker(device, message["pid"], message["store_port"])
+            return
+        worker = node.workers.get(device.number)
+        if worker is None:
+            return
+        mine = worker.generation == self.generation
+        if kind == "exit":
+            del node.workers[device.number]
+            if mine and not worker.killed and worker.outcome is None:
+                rank = self.rank(device)
+                self.evidence.append(Evidence(Kind.EXIT, node.name, device, rank, status=message["status"]))
+        elif kind == "training" and mine:
+            worker.training = True
+        elif kind == "left" and mine:
+            worker.outcome, worker.store_port = Outcome(message["outcome"]), message["store_port"]
+            self._on_left(device, message)
+        elif kind in ("seen", "state"):
+            self.looks.setdefault(device, {}).update(message)
+
+    def _on_left(self, device: Device, message: wire.Message) -> None:
+        if message["outcome"] != Outcome.FAILED.value:
+            return
+        error, text = message.get("error", ""), message.get("message", "")
+        kind, samples = Kind.RAISED, None
+        if "suspect" in message:
+            if not message["suspect"]:
+                return  # it only takes part
+            kind = Kind(message["suspect"])
+            if message["step"] is not None:
+                self.doubted.setdefault(message["step"], set()).add(device)
+                samples = (message["samples"][0], message["samples"][1])
+        elif classify_error(error, text) == "connection":
+            kind = Kind.CONNECTION
+        else:
+            self.journal.keep_traceback(device, self.generation, message.get("traceback", ""))
+        rank = self.rank(device)
+        self.evidence.append(Evidence(kind, device.node, device, rank, error, text, samples=samples))
+
+    def rank(self, device: Device) -> int | None:
+        """Rank of a device in the present generation, if it has one."""
+        return self.placement.ranks.get(device) if self.placement is not None else None
+
+    def _on_beat(self, node: Node, progress: dict[str, Any]) -> None:
+        for index, seen in progress.items():
+            worker = node.workers.get(int(index))
+            if worker is None or worker.generation != self.generation or seen[0] != self.generation:
+                continue
+            step = int(seen[1])
+            if step > worker.step > 0 and seen[3] > 0:
+                self.pace.add(seen[3])
+            worker.step, worker.age_s, worker.probe_s = step, seen[2], seen[4]
+            if step > self.step:
+                self.step, self.fruitless = step, 0
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Waits until ``condition`` holds; whether it came to that in time."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self.changed.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), min(left, TICK_S))
+        return True
+
+    def members(self) -> list[Worker]:
+        """Workers on the devices of the present generation; a replacement on a failed one's device too."""
+        assert self.placement is not None
+        return [worker for device in self.placement.devices if (worker := self.roster.worker(device)) is not None]
+
+    def inside(self) -> list[Worker]:
+        """Workers that have not left the generation."""
+        return [worker for worker in self.members() if worker.generation == self.generation and not worker.outcome]
+
+    def kill(self, workers: list[Worker]) -> None:
+        """Has their agents end them."""
+        for worker in workers:
+            worker.killed = True
+            self.roster.nodes[worker.device.node].send({"is": "kill", "device": worker.device.number})
+
+    async def find_hung(self, members: list[Device]) -> dict[Device, str]:
+        """Who holds the others up. A process that is stopped is known at once; else all are asked twice, and if any of
+        them has moved in between, the step was only slow."""
+        first = await self.look(members, LOOK_S)
+        stopped = {device: "is stopped" for device, look in first.items() if look.get("state") in STOPPED}
+        if stopped or self.evidence:
+            return stopped
+        await asyncio.sleep(LOOK_S)
+        second = await self.look(members, PATIENT_S)
+        answered = {device: look for device, look in second.items() if "stack" in look}
+        moved = any(
+            look["collectives"] != first.get(device, {}).get("collectives") for device, look in answered.items()
+        )
+        if moved or self.evidence:
+            self.pace.add(max(worker.age_s for worker in self.members()))
+            return {}
+        return find_hung(members, answered)
+
+    async def look(self, members: list[Device], timeout_s: float) -> dict[Device, dict[str, Any]]:
+        """Stacks and collectives of the workers that answer in time, and the system's word on each process."""
+        self.looks.clear()
+        for device in members:
+            self.roster.nodes[device.node].send({"is": "look", "device": device.number})
+
+        def known() -> bool:
+            looks = self.looks.values()
+            stopped = any(look.get("state") in STOPPED for look in looks)
+            return stopped or bool(self.evidence) or sum("stack" in look for look in looks) == len(members)
+
+        await self.until(known, timeout_s)
+        return dict(self.looks)
