@@ -55,6 +55,25 @@ def launch(
 
 
 @app.command()
+def status(run_dir: Annotated[str, typer.Argument(help="Folder of a run that `launch` started.")]) -> None:
+    """Show an elastic run's state, nodes, excluded devices and goodput."""
+    from rich.console import Console
+
+    from llm_launch.show import show_status
+
+    show_status(Path(run_dir), Console())
+
+
+@app.command()
+def events(run_dir: Annotated[str, typer.Argument(help="Folder of a run.")]) -> None:
+    """Show what happened to a run, line by line."""
+    from llm_launch.show import timeline
+
+    for line in timeline(Path(run_dir)):
+        typer.echo(line)
+
+
+@app.command()
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst …")],
     out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],

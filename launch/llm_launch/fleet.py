@@ -87,11 +87,11 @@ class Fleet:
 
     def lost(self, node: Node, kind: Kind) -> None:
         """An agent is gone, by its connection's end or by its silence."""
+        if self.phase in (Phase.FINISHED, Phase.FAILED):
+            return  # told to end
         node.channel = None
         ran = [worker for worker in node.workers.values() if worker.generation == self.generation]
         node.workers.clear()
-        if self.phase in (Phase.FINISHED, Phase.FAILED):
-            return
         self.journal.event("lost", node=node.name, cause=kind.value, generation=self.generation)
         if ran:
             self.evidence.append(Evidence(kind, node.name))

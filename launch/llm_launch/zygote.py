@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -41,6 +42,9 @@ def run_zygote(control: socket.socket) -> int:
     assert first is not None
     for name in first["modules"]:
         importlib.import_module(name)
+    # What was imported stays: workers neither search it for garbage nor copy its pages because they did.
+    gc.collect()
+    gc.freeze()
     awake, asleep = os.pipe()
     os.set_blocking(asleep, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)

@@ -42,10 +42,16 @@ def start(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         run.close()
 
 
+_undisturbed: dict[tuple[str, ...], dict[int, float]] = {}
+
+
 def undisturbed(start: Start, *overrides: str) -> dict[int, float]:
-    run = start(*overrides, name="undisturbed")
-    assert run.wait() == 0
-    return run.losses()
+    """Losses of the run that nothing happens to; made once for all tests, whose corpus is the same."""
+    if overrides not in _undisturbed:
+        run = start(*overrides, name="undisturbed")
+        assert run.wait() == 0
+        _undisturbed[overrides] = run.losses()
+    return _undisturbed[overrides]
 
 
 def assert_goes_on(run: LiveRun, losses: dict[int, float], tolerance: float) -> None:

@@ -1,0 +1,94 @@
+"""Who hangs and who is slow, from what workers say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm_launch.blame import Device, Kind
+from llm_launch.hang import find_hung, find_slow
+from llm_launch.members import Worker
+from llm_launch.progress import Marker, Pace, Progress, ProgressPage
+
+A, B, C = (Device("n", index) for index in range(3))
+WAITING = 'File "torch/distributed/distributed_c10d.py", line 1, in all_reduce'
+COMPUTING = 'File "model.py", line 7, in forward'
+
+
+def look(stack: str, **collectives: int) -> dict[str, Any]:
+    return {"stack": stack, "collectives": collectives}
+
+
+def test_who_does_not_answer_hangs() -> None:
+    assert list(find_hung([A, B, C], {A: look(WAITING, dp=5), C: look(WAITING, dp=5)})) == [B]
+
+
+def test_who_is_missing_in_a_collective_hangs_and_is_named_with_it() -> None:
+    looks = {A: look(WAITING, dp=5), B: look(COMPUTING, dp=4), C: look(WAITING, dp=5)}
+    hung = find_hung([A, B, C], looks)
+    assert list(hung) == [B]
+    assert "missing in collective 5 of group dp" in hung[B]
+
+
+def test_who_waits_for_the_missing_one_elsewhere_is_not_to_blame() -> None:
+    """B waits in its tensor-parallel group for C and is therefore missing in the data-parallel one."""
+    looks = {A: look(WAITING, dp=5), B: look(WAITING, dp=4, tp=9), C: look(COMPUTING, tp=8)}
+    assert list(find_hung([A, B, C], looks)) == [C]
+
+
+def workers(*probes: float) -> list[Worker]:
+    found = [Worker(device, 1, 1) for device in (A, B, C)]
+    for worker, probe in zip(found, probes):
+        worker.probe_s = probe
+    return found
+
+
+def test_slow_only_when_slow_several_times_in_a_row() -> None:
+    slow: dict[Device, int] = {}
+    for probes in ((1.0, 5.0, 1.0), (1.1, 5.1, 1.1)):
+        assert find_slow(workers(*probes), slow, 2.0, 3) == []
+    found = find_slow(workers(1.2, 5.2, 1.2), slow, 2.0, 3)
+    assert [(item.kind, item.device) for item in found] == [(Kind.SLOW, B)]
+    slow.clear()
+    for probes in ((1.0, 5.0, 1.0), (1.1, 1.1, 1.1), (1.2, 5.2, 1.2), (1.3, 5.3, 1.3)):
+        assert find_slow(workers(*probes), slow, 2.0, 3) == []
+
+
+def test_a_slow_device_stays_when_the_rest_would_be_no_faster() -> None:
+    """Of two devices one that takes 1.9 times as long is still worth having."""
+    pair = workers(1.0, 1.9)[:2]
+    slow: dict[Device, int] = {}
+    for number in range(5):
+        for worker in pair:
+            worker.probe_s += 1e-6 * number
+        assert find_slow(pair, slow, 1.2, 2) == []
+
+
+def test_pace_by_hand() -> None:
+    pace = Pace(deviations=8, first_s=600)
+    assert pace.limit_s() == 600
+    pace.add(0.2)
+    assert pace.limit_s() == pytest.approx(10 * 0.2 + 1.0)
+    for seconds in (0.1, 0.2, 0.3, 0.2):
+        pace.add(seconds)
+    # Median 0.2, median absolute deviation 0 of (0, 0.1, 0, 0.1, 0): three medians decide.
+    assert pace.limit_s() == pytest.approx(0.6 + 0.5)
+    for seconds in (0.5, 0.1, 0.5, 0.1, 0.5):
+        pace.add(seconds)
+    # 0.1 0.1 0.1 0.2 0.2 0.2 0.3 0.5 0.5 0.5: median 0.2, deviations 0 0 0 .1 .1 .1 .1 .3 .3 .3: MAD 0.1.
+    assert pace.limit_s() == pytest.approx(0.2 + 8 * 1.4826 * 0.1 + 0.5)
+
+
+def test_progress_is_seen_through_shared_memory() -> None:
+    page = ProgressPage(slots=4)
+    other = ProgressPage(page.fd, slots=4)
+    marker = Marker(other, 2)
+    marker.begin(3, 7)
+    marker.stepped(8)
+    seen = page.read(2)
+    assert (seen.generation, seen.step, seen.marks) == (3, 8, 2)
+    assert 0 < seen.step_s < 5 and seen.stepped_s == pytest.approx(seen.marked_s, abs=1.0)
+    marker.busy(True)
+    assert page.read(2).stepped_s < 0
+    assert page.read(1) == Progress()

@@ -1,0 +1,125 @@
+"""Nothing passes without the secret, and copies in memory are whole or not there."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from llm_launch import wire
+from llm_launch.replicas import RemoteReplica, ReplicaSender, ReplicaServer
+from llm_launch.vault import VaultFile, forget_before, inventory, vault_name
+from llm_parallel.errors import UserError
+
+
+def test_messages_pass_between_those_who_share_the_secret() -> None:
+    async def serve_and_ask(secret: str) -> object:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                channel = await wire.accept(reader, writer, "right")
+            except wire.WireError:
+                return
+            message = await channel.receive()
+            channel.send({"twice": message["text"] * 2} if message else {})
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server:
+            channel = await wire.connect("127.0.0.1", port, secret, timeout_s=5)
+            channel.send({"text": "ab"})
+            return await channel.receive()
+
+    assert asyncio.run(serve_and_ask("right")) == {"twice": "abab"}
+    with pytest.raises(ConnectionError):
+        asyncio.run(serve_and_ask("wrong"))
+
+
+def test_a_server_that_does_not_know_the_secret_is_refused() -> None:
+    async def ask() -> None:
+        async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(bytes(wire.NONCE_BYTES))
+            await reader.readexactly(2 * wire.NONCE_BYTES)
+            writer.write(bytes(wire.NONCE_BYTES))
+
+        server = await asyncio.start_server(impostor, "127.0.0.1", 0)
+        async with server:
+            await wire.connect("127.0.0.1", server.sockets[0].getsockname()[1], "right", timeout_s=5)
+
+    with pytest.raises(wire.WireError, match="does not know the run's secret"):
+        asyncio.run(ask())
+
+
+def test_an_endless_message_is_not_waited_for() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(wire.LENGTH.pack(wire.MAX_BYTES + 1))
+        with pytest.raises(wire.WireError, match="bytes announced"):
+            wire.receive(ours)
+
+
+def make(folder: Path, generation: int = 1, rank: int = 0, numbers: int = 5) -> VaultFile:
+    header = {"generation": generation, "rank": rank, "numbers": numbers, "index": []}
+    return VaultFile.create(folder / "own" / vault_name(generation, rank), header)
+
+
+def test_a_slot_counts_only_when_committed(tmp_path: Path) -> None:
+    file = make(tmp_path)
+    assert inventory(tmp_path) == []
+    file.begin(0)
+    file.data(0)[:] = bytes(range(60))
+    file.commit(0, 0, {"x": 1})
+    file.begin(1)
+    assert inventory(tmp_path) == [{"kind": "own", "generation": 1, "rank": 0, "steps": [0]}]
+    read = VaultFile.open(file.path)
+    assert (bytes(read.data(0)), read.state(0), read.steps()) == (bytes(range(60)), {"x": 1}, {0: 0})
+    file.begin(0)
+    assert VaultFile.open(file.path).steps() == {}
+
+
+def test_older_generations_are_forgotten(tmp_path: Path) -> None:
+    for generation in (1, 2, 3):
+        make(tmp_path, generation).commit(0, 4, {})
+    forget_before(tmp_path, 3)
+    assert [entry["generation"] for entry in inventory(tmp_path)] == [3]
+
+
+def test_no_room_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"elastic\.replica_dir: .* has no room for"):
+        make(tmp_path, numbers=1 << 50)
+    assert not list((tmp_path / "own").iterdir())
+
+
+def test_a_partner_keeps_what_was_sent_and_hands_it_out(tmp_path: Path) -> None:
+    server = ReplicaServer("127.0.0.1", tmp_path / "there", "right")
+    file = make(tmp_path / "here", generation=2, rank=9)
+    sender = ReplicaSender(server.address, "right", file)
+    for step in (6, 7, 8):
+        slot = step % 2
+        file.begin(slot)
+        file.data(slot)[:] = bytes([step] * 60)
+        file.commit(slot, step, {"step": step})
+        sender.send(step, slot)
+        assert sender.wait(step, 10)
+    assert inventory(tmp_path / "there") == [{"kind": "kept", "generation": 2, "rank": 9, "steps": [7, 8]}]
+    replica = RemoteReplica(server.address, "right", "kept", 2, 9)
+    assert replica.read(7, 10, 20) == ({"step": 7}, bytearray([7] * 10))
+    with pytest.raises(wire.WireError, match="step 6 is gone"):
+        replica.read(6, 0, 4)
+    replica.close()
+    sender.close()
+    with pytest.raises(ConnectionError):
+        RemoteReplica(server.address, "wrong", "kept", 2, 9)
+    server.close()
+
+
+def test_a_partner_that_is_gone_is_noticed_and_not_waited_for(tmp_path: Path) -> None:
+    server = ReplicaServer("127.0.0.1", tmp_path / "there", "right")
+    server.close()
+    file = make(tmp_path / "here")
+    file.commit(0, 1, {})
+    sender = ReplicaSender(server.address, "right", file)
+    sender.send(1, 0)
+    assert not sender.wait(1, 10)
+    assert sender.failure
