@@ -111,9 +111,8 @@ def main() -> None:
             found = results[layout]
             print(f"\n{layout}: step {found['median_step_s']:.3f} s; worst loss difference in the first 60 steps "
                   f"{found['worst_loss_difference']:.1e}")  # fmt: skip
-            print(
-                "| fault | detected, median s | next step, median s (all) | steps lost, most |\n| --- | --- | --- | --- |"
-            )
+            print("| fault | detected, median s | next step, median s (all) | steps made again, most |")
+            print("| --- | --- | --- | --- |")
             for kind, rows in results[layout]["faults"].items():
                 nexts = [row["next_step_s"] for row in rows]
                 print(f"| {kind} | {statistics.median(row['detected_s'] for row in rows):.2f} |"

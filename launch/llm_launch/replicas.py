@@ -35,7 +35,9 @@ class ReplicaServer:
             threading.Thread(target=self._serve, args=(connection,), name="replica", daemon=True).start()
 
     def close(self) -> None:
-        """Stops listening."""
+        """Stops listening. A thread that waits in accept would keep a closed socket alive."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _serve(self, connection: socket.socket) -> None:
