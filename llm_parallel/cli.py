@@ -185,6 +185,30 @@ def bench_kernels(
     raise typer.Exit(bench_command(request))
 
 
+@bench.command("step", context_settings=WITH_OVERRIDES)
+def bench_step(
+    arguments: Annotated[list[str] | None, typer.Argument(help="Run file, and section.field=value overrides.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model preset, for example llama3-8b.")] = None,
+    providers: Annotated[str, typer.Option(help="With commas: ours, ours-torch, megatron-core, transformers …")] = "",
+    rounds: Annotated[int, typer.Option(help="Times that each contender is measured.")] = 5,
+    steps: Annotated[int, typer.Option(help="Steps of one measurement.")] = 2,
+    trace: Annotated[str | None, typer.Option(help="Folder for Chrome traces of one step of each.")] = None,
+    out: Annotated[str | None, typer.Option(help="Prefix of the JSON and CSV files.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="JSON of an earlier run to hold this one against.")] = None,
+    min_ratio: Annotated[float, typer.Option(help="Least speed relative to the baseline.")] = 0.95,
+) -> None:
+    """Time a training step on one device beside megatron-core's and transformers', same weights and tokens."""
+    from llm_parallel.bench.step import Request, step_command
+
+    names = [name for name in providers.split(",") if name]
+    command = " ".join(["llm-parallel", *sys.argv[1:]])
+    raise typer.Exit(
+        step_command(
+            Request(arguments or [], model, names, rounds, steps, trace, out, baseline, min_ratio, command=command)
+        )
+    )
+
+
 def main() -> None:
     """Runs the command; what the user can mend is one sentence and exit status 2."""
     quiet_libraries()

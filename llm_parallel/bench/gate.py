@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,29 @@ from llm_parallel.errors import UserError
 _KEYS = ("operator", "shape", "dtype", "mode", "provider")
 
 
-def load_rows(path: str) -> list[dict[str, Any]]:
-    """Rows of a result file. Raises UserError if it is not one."""
+def load_result(path: str) -> dict[str, Any]:
+    """A result file with the rows that can be compared. Raises UserError if it is not one."""
     try:
-        rows = json.loads(Path(path).read_text())["rows"]
-        return [row for row in rows if all(key in row for key in _KEYS) and "median_ms" in row]
+        result = json.loads(Path(path).read_text())
+        rows = [row for row in result["rows"] if all(key in row for key in _KEYS) and "median_ms" in row]
+        return {"environment": {}, **result, "rows": rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--baseline {path} is not a result of bench: {type(error).__name__}: {error}") from None
 
 
-def slower_than(baseline: str, rows: Sequence[dict[str, Any]], min_ratio: float) -> int:
+def slower_than(baseline: str, result: dict[str, Any], min_ratio: float) -> int:
     """Prints every row of ours whose speed is under ``min_ratio`` of the baseline's; 1 if there is one, else 0.
 
-    Rows that the baseline has and this run lacks count as slower. Raises UserError if nothing can be compared.
+    Rows that the baseline has and this run lacks count as slower. Raises UserError if nothing can be compared, or the
+    baseline was measured on another chip.
     """
     if not 0.0 < min_ratio <= 10.0:
         raise UserError(f"--min-ratio {min_ratio} is not over 0 and at most 10; 0.95 allows 5 % loss")
-    before = {tuple(row[key] for key in _KEYS): row["median_ms"] for row in load_rows(baseline)}
+    stored, rows = load_result(baseline), result["rows"]
+    chip, here = stored["environment"].get("chip"), result["environment"]["chip"]
+    if chip != here:
+        raise UserError(f"--baseline {baseline} was measured on {chip}, this run on {here}; take one of this chip")
+    before = {tuple(row[key] for key in _KEYS): row["median_ms"] for row in stored["rows"]}
     now = {tuple(row[key] for key in _KEYS): row["median_ms"] for row in rows}
     ours = {key: ms for key, ms in before.items() if key[-1].startswith("ours") and ms is not None}
     operators = {key[0] for key in now}

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,10 @@ import torch
 from llm_kernels import aot, dispatch
 from llm_kernels.benchmark import Benchmark
 from llm_kernels.check import benchmark_of, check
+from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import slower_than
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-
-PACKAGES = (
-    "torch",
-    "triton",
-    "liger-kernel",
-    "transformer-engine",
-    "flash-attn",
-    "apex",
-    "transformers",
-    "megatron-core",
-)
 
 # Counted in the SASS of flash-attn-4 4.0.0b36 compiled for sm_90, head dim 128, tiles of 128 x 128.
 PEER_LOOPS = (
@@ -126,18 +116,6 @@ def check_all(operators: Sequence[str], environment: Mapping[str, str]) -> dict[
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def environment() -> dict[str, Any]:
-    """Chip, versions and date, as every result carries them."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return {"chip": chip, "python": platform.python_version(), "date": str(date.today()), "versions": versions}
-
-
 def _narrowed(benchmark: Benchmark, request: Request) -> Benchmark:
     """Only the shapes and the dtype asked for."""
     shapes = [s for s in benchmark.shapes if not request.shapes or any(part in s["name"] for part in request.shapes)]
@@ -173,7 +151,7 @@ def _measure(benchmarks: Sequence[Benchmark], request: Request) -> int:
     result = {"environment": environment(), "card": vars(card), "rows": found}
     if request.out:
         write_result(Path(request.out), result)
-    return slower_than(request.baseline, found, request.min_ratio) if request.baseline else 0
+    return slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0
 
 
 def write_result(prefix: Path, result: dict[str, Any]) -> None:

@@ -23,7 +23,17 @@ from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.model.hf_config import hf_config_to_model, is_hf_folder, read_hf_config
 from llm_parallel.model.init import canonical_parameters, shard_rows
 
-__all__ = ["HfReader", "Piece", "is_hf_folder", "layer_tensors", "load_hf_weights", "outer_tensors", "pieces_of"]
+__all__ = [
+    "HfReader",
+    "Piece",
+    "all_names",
+    "hf_tensors",
+    "is_hf_folder",
+    "layer_tensors",
+    "load_hf_weights",
+    "outer_tensors",
+    "pieces_of",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -90,6 +100,25 @@ def pieces_of(name: str, model: ModelConfig) -> list[Piece]:
         "mlp.linear_fc2.weight": model.ffn_hidden_size,
     }
     return [Piece(prefix + _LAYER_NAMES[suffix], 0, columns.get(suffix, model.hidden_size))]
+
+
+def all_names(model: ModelConfig) -> Iterator[str]:
+    """Canonical names of all tensors, layer by layer."""
+    first, *rest = outer_tensors(model)
+    yield first
+    for layer in range(model.num_layers):
+        yield from layer_tensors(layer)
+    yield from rest
+
+
+def hf_tensors(name: str, ours: Tensor, model: ModelConfig) -> dict[str, Tensor]:
+    """Hugging Face's tensors that our whole tensor ``name`` holds, without vocabulary padding."""
+    dim, offset = partition_dim(name), 0
+    parts: dict[str, list[Tensor]] = {}
+    for piece in pieces_of(name, model):
+        parts.setdefault(piece.name, []).append(ours.narrow(dim, offset, len(piece)))
+        offset += len(piece)
+    return {hf_name: torch.cat(rows, dim=dim).contiguous() for hf_name, rows in parts.items()}
 
 
 class HfReader:

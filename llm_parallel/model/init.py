@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -59,26 +59,35 @@ def normal_rows(seed: int, name: str, rows: range, width: int) -> Tensor:
     return out
 
 
+def initial_rows(name: str, rows: Sequence[range], model: ModelConfig, seed: int) -> Tensor:
+    """Initial values, fp32 [sum of rows, hidden], of those rows (columns for row-parallel matrices) of matrix ``name``:
+    normal numbers of deviation ``init_std``, divided by sqrt(2 num_layers) where the matrix writes to the residual
+    stream (Radford et al. 2019); zeros beyond the vocabulary."""
+    values = torch.cat([normal_rows(seed, name, part, model.hidden_size) for part in rows])
+    values *= model.init_std / math.sqrt(2 * model.num_layers) if writes_residual(name) else model.init_std
+    if name.startswith(("embedding", "output_layer")):
+        assert model.vocab_size is not None
+        values[max(model.vocab_size - rows[0].start, 0) :] = 0.0
+    return values
+
+
+def writes_residual(name: str) -> bool:
+    """Whether matrix ``name`` is row-parallel: its output is added to the residual stream."""
+    return "linear_proj" in name or "linear_fc2" in name
+
+
 @torch.no_grad()
 def initialize(chunk: nn.Module, model: ModelConfig, groups: Groups, seed: int) -> None:
-    """Fills all weights: norms with 1, matrices with normal numbers of deviation ``init_std``, divided by
-    sqrt(2 num_layers) where they write to the residual stream (Radford et al. 2019); vocabulary padding with 0."""
-    residual_std = model.init_std / math.sqrt(2 * model.num_layers)
+    """Fills all weights of a chunk: norms with 1, matrices with ``initial_rows``."""
     tp, tp_rank = groups.layout.tp, groups.at.tp
     for name, parameter in canonical_parameters(chunk):
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
-        writes_residual = "linear_proj" in name or "linear_fc2" in name
-        dim = 1 if writes_residual else 0
+        dim = 1 if writes_residual(name) else 0
         # megatron-core before 0.19 marks only shards that it initialized itself; unmarked, they drop out of the
         # gradient norm.
         if not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-        rows = shard_rows(name, parameter.shape[dim] * tp, tp, tp_rank)
-        values = torch.cat([normal_rows(seed, name, part, parameter.shape[1 - dim]) for part in rows])
-        values *= residual_std if writes_residual else model.init_std
-        if name.startswith(("embedding", "output_layer")):
-            assert model.vocab_size is not None
-            values[max(model.vocab_size - rows[0].start, 0) :] = 0.0
+        values = initial_rows(name, shard_rows(name, parameter.shape[dim] * tp, tp, tp_rank), model, seed)
         parameter.copy_(values.t() if dim == 1 else values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from llm_parallel.checkpoint.content import TOKENIZER_NAME, read_config
 from llm_parallel.checkpoint.folders import find_checkpoint
-from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.tokenizer import load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.model.hf import INDEX_NAME, layer_tensors, outer_tensors, partition_dim, pieces_of
+from llm_parallel.model.hf import INDEX_NAME, all_names, hf_tensors
 from llm_parallel.model.hf_config import model_to_hf_config
 
 LAYERS = "decoder.layers."
@@ -72,16 +71,6 @@ class CheckpointTensors:
         return target.view(rest)
 
 
-def hf_tensors(name: str, ours: Tensor, model: ModelConfig) -> dict[str, Tensor]:
-    """Hugging Face's tensors that our whole tensor ``name`` holds, without vocabulary padding."""
-    dim, offset = partition_dim(name), 0
-    parts: dict[str, list[Tensor]] = {}
-    for piece in pieces_of(name, model):
-        parts.setdefault(piece.name, []).append(ours.narrow(dim, offset, len(piece)))
-        offset += len(piece)
-    return {hf_name: torch.cat(rows, dim=dim).contiguous() for hf_name, rows in parts.items()}
-
-
 class ShardWriter:
     """Writes tensors into numbered safetensors files of at most ``max_bytes`` each, and their index at the end."""
 
@@ -120,15 +109,6 @@ class ShardWriter:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def all_names(model: ModelConfig) -> Iterator[str]:
-    """Canonical names of all tensors, layer by layer."""
-    first, *rest = outer_tensors(model)
-    yield first
-    for layer in range(model.num_layers):
-        yield from layer_tensors(layer)
-    yield from rest
 
 
 def export_to_hf(checkpoint: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> Path:

@@ -21,37 +21,46 @@ def row(ms: float | None, provider: str = "ours", mode: str = "forward", operato
     }  # fmt: skip
 
 
+def here(rows: list[dict[str, Any]], chip: str = "a card") -> dict[str, Any]:
+    return {"environment": {"chip": chip}, "rows": rows}
+
+
 @pytest.fixture
 def baseline(tmp_path: Path) -> str:
     path = tmp_path / "before.json"
-    path.write_text(json.dumps({"rows": [row(1.0), row(2.0, mode="backward"), row(0.1, provider="liger")]}))
+    path.write_text(json.dumps(here([row(1.0), row(2.0, mode="backward"), row(0.1, provider="liger")])))
     return str(path)
 
 
 def test_as_fast_passes(baseline: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert slower_than(baseline, [row(1.04), row(1.5, mode="backward")], 0.95) == 0
+    assert slower_than(baseline, here([row(1.04), row(1.5, mode="backward")]), 0.95) == 0
     assert "2 rows held against" in capsys.readouterr().out
 
 
 def test_slower_is_named(baseline: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert slower_than(baseline, [row(1.06), row(2.0, mode="backward")], 0.95) == 1
+    assert slower_than(baseline, here([row(1.06), row(2.0, mode="backward")]), 0.95) == 1
     said = capsys.readouterr().out
     assert "SLOWER: rope llama2-7b bfloat16 forward ours: 0.943" in said and "backward ours:" not in said
 
 
 def test_a_row_that_is_gone_fails(baseline: str) -> None:
-    assert slower_than(baseline, [row(1.0)], 0.95) == 1
-    assert slower_than(baseline, [row(1.0), row(None, mode="backward")], 0.95) == 1
+    assert slower_than(baseline, here([row(1.0)]), 0.95) == 1
+    assert slower_than(baseline, here([row(1.0), row(None, mode="backward")]), 0.95) == 1
 
 
 def test_nothing_to_compare_is_refused(baseline: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no row of ours"):
-        slower_than(baseline, [row(1.0, operator="swiglu")], 0.95)
+        slower_than(baseline, here([row(1.0, operator="swiglu")]), 0.95)
     with pytest.raises(UserError, match="--min-ratio"):
-        slower_than(baseline, [row(1.0)], 0.0)
+        slower_than(baseline, here([row(1.0)]), 0.0)
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="is not a result of bench"):
-        slower_than(str(tmp_path / "x.json"), [row(1.0)], 0.95)
+        slower_than(str(tmp_path / "x.json"), here([row(1.0)]), 0.95)
+
+
+def test_another_chip_is_refused(baseline: str) -> None:
+    with pytest.raises(UserError, match="measured on a card, this run on another"):
+        slower_than(baseline, here([row(1.0)], "another card"), 0.95)
 
 
 def test_result_files(tmp_path: Path) -> None:

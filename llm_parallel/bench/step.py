@@ -1,0 +1,218 @@
+"""``llm-parallel bench step``: one training step on one device, beside its peers.
+
+Each contender lives in its own process (megatron-core on a CPU needs a function mode that would slow the others, and
+peaks of memory stay apart). On a CPU they take turns: every round times each of them once, in rotated order, so that
+all see the same machine. On a GPU, which rarely holds them all, they come one after the other and then again in
+reversed order. Ratios are medians over rounds of the same number.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_parallel.bench.contenders import chosen
+from llm_parallel.bench.environment import environment
+from llm_parallel.bench.gate import load_result, slower_than
+from llm_parallel.bench.turns import Finding, one_after_the_other, taking_turns
+from llm_parallel.config.load import load_config
+from llm_parallel.config.rules import check_config, num_processes
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+from llm_parallel.metrics.peaks import Peak, find_peak
+from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
+from llm_parallel.train.preflight import check_kernels, expected_device, with_vocabulary
+
+# Relative difference of the first losses, above which two contenders do not train the same model. bf16 rounds to 2^-8.
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+REFERENCE = "ours"
+MEMORY = {
+    "cuda": "torch's CUDA allocator",
+    "cpu": "growth of the process's resident set over what it was before the model was built",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. arguments: at most one run file, and overrides; providers: all if empty; rounds of ``steps``
+    timed steps each; trace: folder for a Chrome trace of each contender; out: prefix of the JSON and CSV files;
+    baseline: JSON of an earlier run."""
+
+    arguments: Sequence[str] = ()
+    model: str | None = None
+    providers: Sequence[str] = ()
+    rounds: int = 5
+    steps: int = 2
+    trace: str | None = None
+    out: str | None = None
+    baseline: str | None = None
+    min_ratio: float = 0.95
+    command: str = field(default="llm-parallel bench step", compare=False)
+
+
+def step_command(request: Request) -> int:
+    """Measures, prints a table, writes what was asked for. Exit status 1 if ours is slower than the baseline allows or
+    a contender failed. Raises UserError for what can't be measured."""
+    if request.rounds < 1 or request.steps < 1:
+        raise UserError(f"--rounds {request.rounds} and --steps {request.steps} must both be at least 1")
+    if request.baseline:
+        load_result(request.baseline)
+    config = one_process_config(request)
+    names = chosen(request.providers, config)
+    tokens = config.train.global_batch_size * config.data.seq_length_tokens
+    print(
+        f"{parameter_count(config.model).total / 1e6:,.1f} M parameters, {config.train.precision}, {tokens:,} tokens a "
+        f"step ({config.train.global_batch_size} x {config.data.seq_length_tokens}, micro batch "
+        f"{config.train.micro_batch_size}); {', '.join(names)}",
+        flush=True,
+    )
+    measure = one_after_the_other if config.device == "cuda" else taking_turns
+    findings = measure(names, config, request.rounds, request.steps, request.trace)
+    peak = peak_of(config)
+    rows = as_rows(findings, config, request.rounds, peak)
+    result = {
+        "environment": environment(),
+        "command": request.command,
+        "order": "rotated each round" if config.device == "cpu" else "one after the other, twice, second time reversed",
+        "mfu": {"convention": CONVENTIONS["model"], "peak": peak.describe()},
+        "memory": MEMORY[config.device],
+        "config": config.model_dump(mode="json"),
+        "rows": rows,
+    }
+    print(table(result))
+    if request.out:
+        write_result(Path(request.out), result)
+    failed = int(any(row["median_ms"] is None for row in rows))
+    if request.baseline:
+        failed |= slower_than(request.baseline, result, request.min_ratio)
+    return failed
+
+
+def one_process_config(request: Request) -> RunConfig:
+    """The checked configuration, with device and vocabulary filled in. Raises UserError."""
+    files = [text for text in request.arguments if "=" not in text and not text.startswith("--")]
+    overrides = [text for text in request.arguments if text not in files]
+    if len(files) > 1:
+        raise UserError(f"bench step takes one run file, not {' and '.join(files)}; overrides are section.field=value")
+    if not files and request.model is None:
+        raise UserError("bench step needs a run file or --model PRESET, for example --model llama3-8b")
+    if request.model is not None:
+        overrides = [f"model.preset={request.model}", *overrides]
+    config = with_vocabulary(load_config(files[0] if files else None, overrides))
+    if config.model.vocab_size is None:
+        raise UserError("model.vocab_size is not set and no tokenizer gives it; add model.vocab_size=32000")
+    if num_processes(config) != 1:
+        raise UserError(
+            f"parallel describes {num_processes(config)} processes; bench step measures one device: set parallel.tp=1 "
+            "parallel.pp=1 parallel.cp=1 parallel.dp=1"
+        )
+    device = expected_device(config)
+    check_config(config, 1, device)  # type: ignore[arg-type]
+    check_kernels(config, device)
+    return config.model_copy(update={"device": device})
+
+
+def peak_of(config: RunConfig) -> Peak:
+    """The GPU's data-sheet peak; on a CPU the measured rate of a large product, since its cores have no such figure."""
+    if config.device == "cuda" or config.log.peak_tflops:
+        name = torch.cuda.get_device_name() if config.device == "cuda" else "CPU"
+        return find_peak(name, config.log.peak_tflops)
+    from torch.utils.benchmark import Timer
+
+    threads = config.train.threads_per_process or torch.get_num_threads()
+    a = torch.randn(2048, 2048)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=threads)
+    seconds = timer.blocked_autorange(min_run_time=1.0).median
+    return Peak(2 * 2048**3 / seconds / 1e12, f"fp32 product of 2048 x 2048 measured here on {threads} threads")
+
+
+def as_rows(findings: Mapping[str, Finding], config: RunConfig, rounds: int, peak: Peak) -> list[dict[str, Any]]:
+    """A row for each contender, in the format that ``bench.gate`` compares."""
+    tokens = config.train.global_batch_size * config.data.seq_length_tokens
+    flops = flops_per_token(config.model, config.data.seq_length_tokens)
+    reference = findings.get(REFERENCE) or next(iter(findings.values()))
+    rows = []
+    for name, found in findings.items():
+        row: dict[str, Any] = {
+            "operator": "train_step", "shape": label(config), "dtype": config.train.precision, "mode": "step",
+            "provider": name, "median_ms": None, "note": found.problem or "",
+        }  # fmt: skip
+        if found.seconds:
+            milliseconds = sorted(1e3 * value for value in found.seconds)
+            median = statistics.median(milliseconds)
+            rate = tokens / median * 1e3
+            row |= {
+                "median_ms": median, "min_ms": milliseconds[0], "max_ms": milliseconds[-1], "rounds": rounds,
+                "tokens_per_s": rate, "mfu": rate * flops / 1e12 / peak.tflops if peak.tflops else None,
+                "peak_mib": found.peak_bytes / 2**20, "first_losses": found.losses, "split_s": found.split,
+                "seconds": found.seconds,
+            }  # fmt: skip
+        if found.seconds and reference.seconds:
+            worst = max(abs(a - b) / abs(b) for a, b in zip(found.losses, reference.losses))
+            row["loss_difference"] = worst
+            if worst <= LOSS_TOLERANCE[config.train.precision]:
+                pairs = zip(reference.seconds, found.seconds)
+                row["ours_over_it"] = statistics.median(theirs / mine for mine, theirs in pairs)
+            else:
+                row["note"] = f"its loss is another ({worst:.1e}): not compared"
+        rows.append(row)
+    return rows
+
+
+def label(config: RunConfig) -> str:
+    """Names model and batch: what two results must share to be compared."""
+    model = config.model
+    name = model.preset or "custom"
+    return (
+        f"{name} L{model.num_layers} h{model.hidden_size} v{model.vocab_size} s{config.data.seq_length_tokens} "
+        f"b{config.train.global_batch_size}/{config.train.micro_batch_size}"
+    )
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Rows as Markdown, with what they were measured on."""
+    where, rows = result["environment"], result["rows"]
+    heads = ("contender", "tokens/s (median)", "spread", "ours / it", "MFU", "peak MiB", "loss differs by", "split")
+    lines = [
+        f"\nmeasured on {where['chip']}, {where['date']}, commit {where['commit']}, load "
+        f"{where['load_average_1_min']}; {result['order']}",
+        f"MFU: {result['mfu']['convention']}; {result['mfu']['peak']}",
+        f"peak memory: {result['memory']}",
+        "| " + " | ".join(heads) + " |",
+        "|" + " --- |" * len(heads),
+    ]
+    for row in rows:
+        if row["median_ms"] is None:
+            lines.append(f"| {row['provider']} | failed: {row['note']} |" + " |" * 6)
+            continue
+        per_ms = row["tokens_per_s"] * row["median_ms"]
+        ratio = f"{row['ours_over_it']:.3f}" if "ours_over_it" in row else row["note"]
+        whole = sum(row["split_s"].values())
+        split = ", ".join(f"{name} {value / whole:.0%}" for name, value in row["split_s"].items())
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "n/a"
+        lines.append(
+            f"| {row['provider']} | {row['tokens_per_s']:,.0f} | {per_ms / row['max_ms']:,.0f} to "
+            f"{per_ms / row['min_ms']:,.0f} | {ratio} | {mfu} | {row['peak_mib']:,.0f} | "
+            f"{row.get('loss_difference', float('nan')):.1e} | {split} |"
+        )
+    return "\n".join(lines)
+
+
+def write_result(prefix: Path, result: Mapping[str, Any]) -> None:
+    """JSON with everything, and CSV of the rows."""
+    with atomic_write(f"{prefix}.json") as handle:
+        json.dump(result, handle, indent=1)
+    columns = list(dict.fromkeys(key for row in result["rows"] for key in row if not isinstance(row[key], list)))
+    with atomic_write(f"{prefix}.csv") as handle:
+        writer = csv.DictWriter(handle, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(result["rows"])
+    print(f"written: {prefix}.json, {prefix}.csv")
