@@ -125,6 +125,7 @@ def _look_closer(pipe: Connection, finding: Finding, trace: str | None) -> None:
 
 def _serve(name: str, config: RunConfig, pipe: Connection) -> None:
     """A contender's process."""
+    warnings.filterwarnings("ignore")  # what is not installed; the table says what ran
     try:
         _Server(name, config).run(pipe)
     except Exception as error:  # a contender's failure is a result
@@ -138,7 +139,6 @@ class _Server:
 
         from llm_parallel.bench.contenders import CONTENDERS
 
-        warnings.filterwarnings("ignore")
         self.cuda = config.device == "cuda"
         if self.cuda:
             torch.cuda.init()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_suite import ROOT, STAGES, summary
+from benchmarks.gpu_suite import BUDGET_S, ROOT, STAGES, summary
 
 
 def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -19,25 +19,30 @@ def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_stages_are_done_once(tmp_path: Path) -> None:
-    first = run(tmp_path, "--only", "environment", "--minutes", "9")
+    first = run(tmp_path, "--only", "environment", "--budget-s", "540")
     assert first.returncode == 0, first.stdout + first.stderr
     record = json.loads((tmp_path / "environment.json").read_text())
     assert record["state"] == "done" and record["result"]["versions"]["torch"] == torch.__version__
-    again = run(tmp_path, "--only", "environment", "--minutes", "9")
+    again = run(tmp_path, "--only", "environment", "--budget-s", "540")
     assert "environment: up to" in first.stdout and "environment: up to" not in again.stdout
     assert json.loads((tmp_path / "environment.json").read_text()) == record
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    done = run(tmp_path, "--only", "kernels,step,counters")
+    done = run(tmp_path, "--only", "kernels,step,training,counters")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("needs a GPU") == 3
+    assert done.stdout.count("needs a GPU") == 4
 
 
 def test_unknown_stage_is_refused(tmp_path: Path) -> None:
     done = run(tmp_path, "--only", "kernel")
     assert done.returncode == 2 and "--only kernel is no stage" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_budget_that_is_no_budget_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, "--budget-s", "5")
+    assert done.returncode == 2 and "--budget-s 5 is not between" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_summary_of_partial_results(tmp_path: Path) -> None:
@@ -52,6 +57,7 @@ def test_summary_of_partial_results(tmp_path: Path) -> None:
         "check": {"state": "done", "result": {"rope": None, "swiglu": "AssertionError: off"}},
         "kernels": {"state": "ran out of time"},
         "kernels.partial": {"card": card, "rows": [row]},
+        "training": {"state": "done", "result": {"exit": 0, "table": "| ours | 1,000 |"}},
         "step.partial": [{"model": "1b", "contender": "ours", "note": "no time left"}],
     }
     for name, content in files.items():
@@ -62,4 +68,5 @@ def test_summary_of_partial_results(tmp_path: Path) -> None:
     assert "**swiglu is wrong**: AssertionError: off" in text
     assert "| rope | llama2-7b | forward | ours | 0.1000 (0.0900 to 0.1100) | 2500 GB/s | 90% | 128 |" in text
     assert "| 1b | ours |" in text and "no time left" in text
-    assert sum(STAGES.values()) < 9 * 60
+    assert "| ours | 1,000 |" in text
+    assert sum(STAGES.values()) < BUDGET_S
