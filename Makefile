@@ -32,7 +32,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/llm-parallel bench step configs/bench-17m.yaml
 	$(BIN)/python benchmarks/data.py
 
 format: $(STAMP)

@@ -13,6 +13,39 @@ Shape = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Llama:
+    """Dimensions of a published model, whose heads are 128 wide."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    words: int
+
+
+LLAMAS = {
+    "llama2-7b": Llama(4096, 11008, 32, 32, 32000),
+    "llama3-8b": Llama(4096, 14336, 32, 8, 128256),
+    "llama2-13b": Llama(5120, 13824, 40, 40, 32000),
+    "llama2-70b": Llama(8192, 28672, 64, 8, 32000),
+    "llama3-70b": Llama(8192, 28672, 64, 8, 128256),
+    "llama3-405b": Llama(16384, 53248, 128, 8, 128256),
+}
+TENSOR_PARALLEL = (1, 2, 4, 8)
+
+
+def sharded(shape_of: Callable[[Llama, int], Shape]) -> list[Shape]:
+    """What one tensor-parallel process of each published model has to do, each different shape once, named after the
+    model and TP size that it comes from first; the shapes of TP 1 come first."""
+    found: dict[tuple[Any, ...], Shape] = {}
+    for tp in TENSOR_PARALLEL:
+        for name, llama in LLAMAS.items():
+            shape = shape_of(llama, tp)
+            found.setdefault(tuple(shape.values()), {"name": name if tp == 1 else f"{name} tp{tp}", **shape})
+    return list(found.values())
+
+
+@dataclass(frozen=True)
 class Work:
     """Minimal bytes moved or FLOPs done: in forward, in backward."""
 

@@ -20,7 +20,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.model.hf import all_names, hf_tensors, partition_dim, pieces_of
 from llm_parallel.model.hf_config import model_to_hf_config
 from llm_parallel.model.init import initial_rows, initialize
-from llm_parallel.model.mcore_config import compute_dtype, padded_vocab_size, transformer_config
+from llm_parallel.model.mcore_config import compute_dtype, transformer_config
 from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform
@@ -186,7 +186,7 @@ def megatron(config: RunConfig, engine: bool = False) -> Contender:
     model = GPTModel(
         theirs,
         make_spec() if engine else make_spec(normalization="RMSNorm"),
-        vocab_size=padded_vocab_size(config.model.vocab_size, 1),
+        vocab_size=config.model.vocab_size,  # its own loss would count padding as words
         max_sequence_length=config.data.seq_length_tokens,
         position_embedding_type="rope",
         rotary_base=int(config.model.rope_base),

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from llm_kernels.aot import AotCase
 from llm_kernels.attention.tiles import Case, dkdv_tile, dq_tile, forward_tile
-from llm_kernels.benchmark import Benchmark, Shape, Work, normal
+from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 
-# name: (query heads, groups, head dim)
-_MODELS = {"llama2-7b": (32, 32, 128), "llama2-70b": (64, 8, 128), "llama3-8b": (32, 8, 128), "d64": (32, 32, 64)}
+_HEADS = [
+    *sharded(lambda llama, tp: {"heads": llama.heads // tp, "groups": llama.groups // tp, "d": 128}),
+    {"name": "d64", "heads": 32, "groups": 32, "d": 64},
+]
 
 
 def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -102,17 +104,9 @@ def _flash_attention_3() -> Callable[..., Any]:
 BENCHMARK = Benchmark(
     name="attention",
     shapes=[
-        {
-            "name": f"{model} causal {tokens}",
-            "tokens": tokens,
-            "batch": 1,
-            "heads": h,
-            "groups": g,
-            "d": d,
-            "causal": True,
-        }
-        for model, (h, g, d) in _MODELS.items()
-        for tokens in (4096, 8192, 32768)
+        {**shape, "name": f"{shape['name']} causal {tokens}", "tokens": tokens, "batch": 1, "causal": True}
+        for tokens in (8192, 4096, 32768)
+        for shape in _HEADS
     ],
     small={"name": "small", "tokens": 128, "batch": 1, "heads": 2, "groups": 1, "d": 64, "causal": True},
     make=_make,

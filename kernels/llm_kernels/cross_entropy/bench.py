@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_kernels.aot import AotCase
-from llm_kernels.benchmark import Benchmark, Shape, Work, normal
+from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 
 # Rows that exist after tensor parallelism: the whole vocabulary, and an eighth of Llama 3's.
-_VOCABULARIES = {"llama2": 32000, "llama3": 128256, "llama3-tp8": 16032}
 
 
 def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -53,8 +52,10 @@ def _quack() -> Callable[..., Any]:
 
 BENCHMARK = Benchmark(
     name="cross_entropy",
-    shapes=[{"name": name, "tokens": 8192, "words": words} for name, words in _VOCABULARIES.items()]
-    + [{"name": "llama3, few tokens", "tokens": 64, "words": 128256}],
+    shapes=[
+        *sharded(lambda llama, tp: {"tokens": 8192, "words": llama.words // tp}),
+        {"name": "llama3, few tokens", "tokens": 64, "words": 128256},
+    ],
     small={"name": "small", "tokens": 32, "words": 4096},
     make=_make,
     providers={

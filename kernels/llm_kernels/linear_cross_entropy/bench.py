@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from llm_kernels.aot import AotCase
-from llm_kernels.benchmark import Benchmark, Shape, Work, normal
+from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 from llm_kernels.cross_entropy import bench as cross_entropy_bench
 
 LLAMA3_8B = {"name": "llama3-8b", "tokens": 8192, "hidden": 4096, "words": 128256}
@@ -79,7 +79,7 @@ def _liger() -> Callable[..., Any]:
 
 BENCHMARK = Benchmark(
     name="linear_cross_entropy",
-    shapes=[LLAMA3_8B, {"name": "llama2-7b", "tokens": 8192, "hidden": 4096, "words": 32000}],
+    shapes=sharded(lambda llama, tp: {"tokens": 8192, "hidden": llama.hidden, "words": llama.words // tp}),
     small={"name": "small", "tokens": 16, "hidden": 64, "words": 1024},
     make=_make,
     providers={

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_kernels.aot import AotCase
-from llm_kernels.benchmark import Benchmark, Shape, Work, normal
+from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 
 EPS = 1e-5
-_HIDDEN = {"llama2-7b": 4096, "llama2-13b": 5120, "llama2-70b": 8192, "llama3-405b": 16384}
 
 
 def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -82,8 +81,9 @@ def _transformer_engine() -> Callable[..., Any]:
 BENCHMARK = Benchmark(
     name="rms_norm",
     shapes=[
-        {"name": f"{model}{' + residual' if residual else ''}", "tokens": 8192, "hidden": hidden, "residual": residual}
-        for model, hidden in _HIDDEN.items()
+        {**shape, "name": f"{shape['name']}{' + residual' if residual else ''}", "residual": residual}
+        # Sequence parallelism gives a process its part of the tokens, whole.
+        for shape in sharded(lambda llama, tp: {"tokens": 8192 // tp, "hidden": llama.hidden})
         for residual in (False, True)
     ],
     small={"name": "small", "tokens": 4096, "hidden": 256, "residual": False},

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from llm_kernels.aot import AotCase
-from llm_kernels.benchmark import Benchmark, Shape, Work, normal
+from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 from llm_kernels.rope.ref import inverse_frequencies
 from llm_kernels.rope.table import RopeTable
-
-_MODELS = {
-    "llama2-7b": (32, 32, 4096), "llama2-70b tp8": (8, 1, 4096), "llama3-8b": (32, 8, 8192),
-    "llama3-70b tp4": (16, 2, 8192), "llama3-405b tp8": (16, 1, 8192),
-}  # fmt: skip
 
 
 @cache
@@ -77,10 +72,9 @@ def _transformer_engine() -> Callable[..., Any]:
 
 BENCHMARK = Benchmark(
     name="rope",
-    shapes=[
-        {"name": name, "tokens": tokens, "rows": 8192 // tokens, "heads": heads, "groups": groups}
-        for name, (heads, groups, tokens) in _MODELS.items()
-    ],
+    shapes=sharded(
+        lambda llama, tp: {"tokens": 4096, "rows": 2, "heads": llama.heads // tp, "groups": llama.groups // tp}
+    ),
     small={"name": "small", "tokens": 16, "rows": 1, "heads": 16, "groups": 8},
     make=_make,
     providers={

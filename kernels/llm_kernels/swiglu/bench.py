@@ -10,13 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_kernels.aot import AotCase
-from llm_kernels.benchmark import Benchmark, Shape, Work, normal
-
-# Feed-forward width of a tensor-parallel process.
-_WIDTHS = {
-    "llama2-7b": 11008, "llama2-13b": 13824, "llama2-70b tp8": 3584, "llama3-8b": 14336, "llama3-8b tp2": 7168,
-    "llama3-405b tp8": 6656,
-}  # fmt: skip
+from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 
 
 def _bytes(shape: Shape, dtype: torch.dtype) -> Work:
@@ -56,7 +50,7 @@ def _transformer_engine() -> Callable[..., Any]:
 
 BENCHMARK = Benchmark(
     name="swiglu",
-    shapes=[{"name": model, "tokens": 8192, "width": width} for model, width in _WIDTHS.items()],
+    shapes=sharded(lambda llama, tp: {"tokens": 8192, "width": llama.ffn // tp}),
     small={"name": "small", "tokens": 64, "width": 2048},
     make=lambda shape, dtype, device: (normal(shape["tokens"], 2 * shape["width"], dtype=dtype, device=device),),
     providers={
