@@ -46,12 +46,42 @@ def launch(
     processes: Annotated[
         int | None, typer.Option(help="Devices to use; more than the layout needs are spares. Default: the layout's.")
     ] = None,
-    nodes: Annotated[int, typer.Option(help="Agents among which this machine's devices are dealt.")] = 1,
+    nodes: Annotated[
+        int | None, typer.Option(help="Agents among which this machine's devices are dealt. Default: one.")
+    ] = None,
 ) -> None:
-    """Train as pretrain does, and go on when a process, a device or an agent fails."""
+    """Train as pretrain does, and go on when a process, a device or a node fails. In a SLURM job's batch script it runs
+    on all of the job's nodes."""
     from llm_parallel.train.launch import launch_command
 
     raise typer.Exit(launch_command(run_file, context.args, processes, nodes, os.environ))
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def submit(
+    context: typer.Context,
+    run_file: Annotated[str, typer.Argument(help="YAML run file; any field is overridden by section.field=value.")],
+    nodes: Annotated[int, typer.Option(help="Nodes that work.")],
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node; 0 where there are none.")] = 8,
+    spares: Annotated[int, typer.Option(help="Nodes on top of --nodes that wait to replace a failed one.")] = 0,
+    time: Annotated[str | None, typer.Option(help="Time limit, as 3-00:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="SLURM account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="SLURM quality of service.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job; that of the run folder if not given.")] = None,
+    warning_s: Annotated[int, typer.Option(help="Seconds before the time limit at which the run saves.")] = 180,
+    sbatch: Annotated[list[str] | None, typer.Option(help="Further option of sbatch; may be given often.")] = None,
+    template: Annotated[str | None, typer.Option(help="Batch file of your own with {options} and {command}.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the batch file; submit nothing.")] = False,
+) -> None:
+    """Hand a run to SLURM: it survives failing GPUs and nodes, and goes back to the queue at its time limit."""
+    from llm_launch.submit import SubmitRequest
+    from llm_parallel.train.launch import submit_command
+
+    request = SubmitRequest(
+        nodes, gpus_per_node, spares, time, partition, account, qos, name, warning_s, sbatch or (), template
+    )
+    raise typer.Exit(submit_command(run_file, context.args, request, dry_run))
 
 
 @app.command()

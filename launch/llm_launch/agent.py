@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ from llm_launch import wire
 from llm_launch.local import worker_defaults
 from llm_launch.progress import ProgressPage
 from llm_launch.replicas import ReplicaServer
+from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.vault import forget_before, inventory
 from llm_launch.zygote import die_with_parent
 
@@ -34,6 +36,8 @@ PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "
 SLOTS = 256
 CONNECT_S = 60.0
 RECONNECT_S = 0.2
+RESCUE_S = 3.0
+"""Time between looks of an agent without controller whether SLURM has missed the batch script's node."""
 
 
 @dataclass
@@ -64,6 +68,8 @@ class AgentSettings:
     heartbeat_s: float
     lost_after_s: float
     secret: str
+    rescue: bool = False
+    """Whether to put the SLURM job back into the queue when the node of its batch script is dead."""
 
     @property
     def replica_dir(self) -> Path:
@@ -93,6 +99,7 @@ class Agent:
         self._warm = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ending = False
+        self._keep = True
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -115,13 +122,35 @@ class Agent:
             status = await self._serve(channel)
             self.controller = None
         self._kill_all()
-        if status == 0:
+        if not self._keep:
             shutil.rmtree(self.settings.replica_dir, ignore_errors=True)
         return status
 
     async def _find_controller(self) -> wire.Channel | None:
         deadline = time.monotonic() + CONNECT_S
-        while time.monotonic() < deadline:
+        rescue = asyncio.get_running_loop().create_task(self._rescue()) if self.settings.rescue else None
+        try:
+            return await self._try_controllers(deadline, rescue)
+        finally:
+            if rescue is not None:
+                rescue.cancel()
+
+    async def _rescue(self) -> None:
+        """The batch script's node may be dead: then nobody leads this SLURM job, and SLURM leaves it so for ever. Any
+        agent that sees SLURM say so puts the job back into the queue."""
+        job = SlurmJob.from_environment(os.environ)
+        if job is None:
+            return
+        while True:
+            await asyncio.sleep(RESCUE_S * (1.0 + random.random()))
+            with contextlib.suppress(SlurmError):
+                dead = await asyncio.to_thread(job.batch_host_is_dead)
+                if dead and await asyncio.to_thread(job.is_this_run):
+                    self._log("the node of the batch script is dead; putting the job back into the queue")
+                    await asyncio.to_thread(job.requeue)
+
+    async def _try_controllers(self, deadline: float, rescue: asyncio.Task[None] | None) -> wire.Channel | None:
+        while time.monotonic() < deadline or (rescue is not None and not rescue.done()):
             for host, port in self.settings.controllers:
                 with contextlib.suppress(ConnectionError):
                     return await wire.connect(host, port, self.settings.secret)
@@ -181,7 +210,7 @@ class Agent:
             if worker is not None:
                 _kill(worker.pid)
         elif kind == "end":
-            self._ending = True
+            self._ending, self._keep = True, message["keep"]
             for worker in self.workers.values():
                 worker.channel.send({"is": "end"})
 
@@ -348,9 +377,12 @@ def _settings(arguments: argparse.Namespace, secret: str) -> AgentSettings:
     for text in arguments.controller.split(","):
         host, _, port = text.rpartition(":")
         controllers.append((host.strip("[]"), int(port)))
+    node = arguments.node
+    if node == "auto":
+        node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
     return AgentSettings(
-        node=arguments.node,
-        host=arguments.host,
+        node=node,
+        host=_own_address(controllers[0]) if arguments.host == "auto" else arguments.host,
         controllers=tuple(controllers),
         devices=tuple(int(device) for device in arguments.devices.split(",")),
         run_dir=Path(arguments.run_dir),
@@ -359,7 +391,15 @@ def _settings(arguments: argparse.Namespace, secret: str) -> AgentSettings:
         heartbeat_s=arguments.heartbeat_s,
         lost_after_s=arguments.lost_after_s,
         secret=secret,
+        rescue=arguments.rescue,
     )
+
+
+def _own_address(towards: tuple[str, int]) -> str:
+    """Address of this node on the way to the controller; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(towards)
+        return probe.getsockname()[0]
 
 
 def main() -> None:
@@ -370,6 +410,7 @@ def main() -> None:
     parser.add_argument("--heartbeat-s", type=float, required=True)
     parser.add_argument("--lost-after-s", type=float, required=True)
     parser.add_argument("--die-with-parent", action="store_true")
+    parser.add_argument("--rescue", action="store_true")
     arguments = parser.parse_args()
     if arguments.die_with_parent:
         die_with_parent(os.getppid())

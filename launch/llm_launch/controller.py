@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from llm_launch.agents import Agents
 from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
-from llm_launch.plan import Placement, place, recoverable_step
-from llm_launch.states import Outcome, Phase, check_transition
+from llm_launch.plan import Placement, fingerprint, place, recoverable_step
+from llm_launch.states import EXIT_TOO_FEW, Outcome, Phase, check_transition
 from llm_parallel.config.tree import RunConfig
 
 LEAVE_S = 1.0
@@ -26,9 +26,6 @@ SETTLE_S = 0.05
 """Time between the first sign of a fault and the verdict, for other signs of the same fault."""
 REPLACE_S = 3.0
 """Time for a killed worker's replacement to be forked before the plan is made without its device."""
-
-Starter = Callable[[str], None]
-"""Starts the agent of a node again."""
 
 
 class Stopped(Exception):
@@ -45,17 +42,20 @@ class Controller:
         self,
         config: RunConfig,
         run_dir: Path,
-        secret: str,
-        expected: dict[str, int],
-        restart_agent: Starter,
+        agents: Agents,
         device: Literal["cpu", "cuda"],
+        disk_step: int = 0,
     ) -> None:
-        self.config, self.secret, self.device = config, secret, device
-        self.expected, self._restart_agent = expected, restart_agent
-        self.journal = Journal(run_dir, config.elastic, secret)
-        self.ledger = Ledger.from_json(self.journal.remembered(), config.elastic.strikes)
-        self.fleet = Fleet(config.elastic, secret, self.journal)
-        self._trained: list[tuple[int, int]] = []  # generation and world size of those that copied state
+        self.config, self.agents, self.device = config, agents, device
+        self.journal = Journal(run_dir, config.elastic, agents.secret)
+        remembered = self.journal.remembered()
+        self.ledger = Ledger.from_json(remembered, config.elastic.strikes)
+        self.fleet = Fleet(config.elastic, agents.secret, self.journal)
+        # Generation and world size of those that copied state; an earlier start's copies may have outlived it.
+        self._model = fingerprint(config)
+        mine = remembered.get("model") == self._model
+        self._trained = [(int(g), int(w)) for g, w in remembered.get("trained", [])] if mine else []
+        self._disk_step = disk_step
         self._started_s = time.monotonic()
         self._stop = False
         self._turn = False
@@ -77,13 +77,16 @@ class Controller:
         except Stopped as end:
             self._enter(end.phase)
             for node in self.fleet.roster.alive():
-                node.send({"is": "end"})
+                node.send({"is": "end", "keep": end.status == EXIT_TOO_FEW})
             await asyncio.sleep(TICK_S)
             return end.status
         finally:
             ticker.cancel()
             self.journal.write_status(self.status())
-            self.journal.close()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.journal.close()
 
     def stop(self) -> None:
         """Asks the run to save and end."""
@@ -101,7 +104,7 @@ class Controller:
     def _all_expected_ready(self) -> bool:
         nodes = {node.name: node for node in self.fleet.roster.alive()}
         return self._stop or all(
-            name in nodes and len(nodes[name].workers) >= count for name, count in self.expected.items()
+            name in nodes and len(nodes[name].workers) >= count for name, count in self.agents.expected.items()
         )
 
     def _usable(self) -> list[Device]:
@@ -118,7 +121,7 @@ class Controller:
         """Without the spare nodes, as long as enough others live."""
         spares = self.config.elastic.spare_nodes
         names = list(dict.fromkeys(device.node for device in usable))
-        lost = max(0, len(self.expected) - len(names))
+        lost = max(0, len(self.agents.expected) - len(names))
         held_back = set(names[len(names) - max(0, spares - lost) :]) if spares > lost else set()
         return [device for device in usable if device.node not in held_back]
 
@@ -142,7 +145,7 @@ class Controller:
             await self.fleet.until(lambda: self._stop or self._choose() is not None, config.elastic.wait_s)
             placement = self._choose()
             if placement is None:
-                raise Stopped(1, Phase.FAILED)
+                raise Stopped(EXIT_TOO_FEW, Phase.FAILED)
         restore = await self._restore_from()
         before = self.fleet.placement.layout if self.fleet.placement is not None else None
         if before is not None and before != placement.layout:
@@ -183,6 +186,8 @@ class Controller:
             found = recoverable_step(world_size, generation, held)
             if found is not None:
                 step, holders = found
+                if step < self._disk_step:
+                    break
                 self.journal.lost_steps += max(0, self.fleet.step - step)
                 self.fleet.step = step
                 return {"step": step, "generation": generation, "holders": holders}
@@ -241,6 +246,7 @@ class Controller:
             self._enter(Phase.TRAINING)
             if self.config.elastic.replicate_every_steps:
                 self._trained.append((self.fleet.generation, world))
+                self._remember()
             self.journal.event("resume", generation=self.fleet.generation, step=self.fleet.step, world_size=world)
         paused = False
         while not self.fleet.evidence:
@@ -349,9 +355,24 @@ class Controller:
                 if node is not None:
                     node.send({"is": "retire", "device": device.number})
                     node.workers.pop(device.number, None)
-        self.journal.remember(self.ledger.to_json())
+        self._remember()
+        for name, reason in self.used_up().items():
+            self.agents.condemn(name, reason)
         if self._stop:
             raise Stopped(1, Phase.FAILED)
+
+    def _remember(self) -> None:
+        """Keeps for the next start what it must know: strikes, removals, and which copies of state to look for."""
+        self.journal.remember({**self.ledger.to_json(), "model": self._model, "trained": self._trained})
+
+    def used_up(self) -> dict[str, str]:
+        """Nodes whose every device was removed, with the reason of the first: they are of no more use to anybody."""
+        found = {}
+        for node in self.fleet.roster.nodes.values():
+            reasons = [self.ledger.removed.get(Device(node.name, index)) for index in node.devices]
+            if all(reasons):
+                found[node.name] = str(reasons[0])
+        return found
 
     async def _tick(self) -> None:
         elastic, last_beat, last_status = self.config.elastic, 0.0, 0.0
@@ -360,7 +381,7 @@ class Controller:
             now = time.monotonic()
             if self.fleet.phase in (Phase.TRAINING, Phase.WAITING):  # a start takes the time that a recovery needs
                 while self.fleet.to_restart:
-                    self._restart_agent(self.fleet.to_restart.pop())
+                    self.agents.start(self.fleet.to_restart.pop())
             if now - last_beat >= elastic.heartbeat_s:
                 last_beat = now
                 for node in self.fleet.roster.alive():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,13 @@ class Placement:
     def ranks(self) -> dict[Device, int]:
         """Rank of every device."""
         return {device: rank for rank, device in enumerate(self.devices)}
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Tells runs apart whose copies of state must not be mixed up: model, data and seed."""
+    parts = {"model": config.model, "data": config.data}
+    text = json.dumps({name: part.model_dump(mode="json") for name, part in parts.items()} | {"seed": config.seed})
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def best_layout(config: RunConfig, num_devices: int, device: Literal["cpu", "cuda"]) -> ParallelConfig | None:

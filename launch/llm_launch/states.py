@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import Enum
 
+EXIT_TOO_FEW = 75
+"""Exit status of a run that waited in vain for devices; it can be started again (EX_TEMPFAIL of sysexits.h)."""
+
 
 class Phase(Enum):
     """What the controller is about."""

@@ -1,33 +1,60 @@
-"""``llm-parallel launch``: ``pretrain`` under the elastic launcher."""
+"""``llm-parallel launch`` and ``submit``: ``pretrain`` under the elastic launcher, here or by SLURM."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llm_launch.launch import launch_elastic, local_nodes
+from llm_launch.launch import agents_here, agents_of_job, launch_elastic
+from llm_launch.slurm import SlurmJob
+from llm_launch.submit import SubmitRequest, batch_file, check_request, submit
+from llm_parallel.checkpoint.folders import latest_checkpoint, step_of
 from llm_parallel.config.load import load_config
-from llm_parallel.config.rules import num_processes
+from llm_parallel.config.rules import check_inputs, num_processes
 from llm_parallel.parallel.platform import resolve_device
 from llm_parallel.train.command import CONFIG_NAME, save_config, show_mixture
 from llm_parallel.train.preflight import preflight
 
 
 def launch_command(
-    run_file: str, overrides: Sequence[str], processes: int | None, nodes: int, environment: Mapping[str, str]
+    run_file: str, overrides: Sequence[str], processes: int | None, nodes: int | None, environment: Mapping[str, str]
 ) -> int:
-    """Exit status of an elastic run on this machine. ``processes``: devices to use, more than the layout needs are
-    spares; ``nodes``: agents that share them."""
+    """Exit status of an elastic run, on this machine, or in a SLURM job's batch script on the nodes of the job.
+
+    ``processes``: devices to use here, more than the layout needs are spares; ``nodes``: agents that share them. Either
+    keeps the run on this machine, in a SLURM job too.
+    """
     config = preflight(load_config(run_file, overrides, notice=print), None)
-    saved = Path(config.run_dir) / CONFIG_NAME
+    saved = (Path(config.run_dir) / CONFIG_NAME).resolve()
     save_config(config, saved)
     show_mixture(config)
-    devices = local_nodes(processes or num_processes(config), nodes)
+    job = SlurmJob.from_environment(environment) if processes is None and nodes is None else None
+    if job is not None:
+        agents = agents_of_job(config, saved, job, environment)
+    else:
+        agents = agents_here(config, saved, processes or num_processes(config), nodes or 1, environment)
+    newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
+    disk_step = (step_of(newest) or 0) if newest is not None else 0
     kind = resolve_device(config.device)
-    status = launch_elastic(config, saved, devices, environment, "cuda" if kind == "cuda" else "cpu")
+    status = launch_elastic(config, agents, "cuda" if kind == "cuda" else "cpu", disk_step, job)
     if status == 0 and config.log.plots:
         from llm_parallel.metrics.plots import plot_run
 
         for picture in plot_run(Path(config.run_dir)):
             print(f"plot: {picture}")
     return status
+
+
+def submit_command(run_file: str, overrides: Sequence[str], request: SubmitRequest, dry_run: bool) -> int:
+    """Exit status of ``llm-parallel submit``: checks the run as ``launch`` will, then hands it to SLURM; ``dry_run``
+    prints the batch file instead."""
+    config = load_config(run_file, overrides, notice=print)
+    check_request(request, config)
+    check_inputs(config)
+    text = batch_file(request, config, Path(run_file).resolve(), overrides)
+    if dry_run:
+        print(text, end="")
+        return 0
+    job = submit(text, Path(config.run_dir).resolve())
+    print(f"job {job}; batch file and log in {config.run_dir}; llm-parallel status {config.run_dir}")
+    return 0

@@ -1,0 +1,155 @@
+"""``llm-parallel submit``: a run as a SLURM job, by a batch file that a person can read, change and submit again."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_launch.slurm import parse_time
+from llm_parallel.config.rules import check_config
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+
+FILE_NAME = "submit.sbatch"
+STARTS = 3
+_NAME = re.compile(r"[A-Za-z0-9._,@+-]+")
+
+
+@dataclass(frozen=True)
+class SubmitRequest:
+    """What SLURM is asked for. nodes: those that work; spares: nodes on top that wait; gpus_per_node: 0 on clusters
+    without GPUs; time: SLURM's [days-]hours:minutes:seconds; warning_s: seconds before the limit at which the run
+    saves and goes back to the queue; options: further lines for #SBATCH, such as ``--constraint=h100``; template: file
+    with {options} and {command} to use instead of ours."""
+
+    nodes: int
+    gpus_per_node: int = 8
+    spares: int = 0
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    name: str | None = None
+    warning_s: int = 180
+    options: Sequence[str] = ()
+    template: str | None = None
+
+
+def check_request(request: SubmitRequest, config: RunConfig) -> None:
+    """Raises UserError for what SLURM or the run would refuse."""
+    for name, value, least in (
+        ("nodes", request.nodes, 1), ("gpus-per-node", request.gpus_per_node, 0), ("spares", request.spares, 0),
+        ("warning-s", request.warning_s, 10),
+    ):  # fmt: skip
+        if value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    if request.time is not None:
+        seconds = parse_time(request.time)
+        if seconds is None or seconds <= 0:
+            raise UserError(f"--time {request.time} is no time limit; write days-hours:minutes:seconds, as 3-00:00:00")
+        if seconds <= request.warning_s:
+            raise UserError(
+                f"--time {request.time} leaves no time before the warning {request.warning_s} s earlier; give more time "
+                "or a smaller --warning-s"
+            )
+    for name in ("partition", "account", "qos", "name"):
+        text = getattr(request, name)
+        if text is not None and not _NAME.fullmatch(text):
+            raise UserError(f"--{name} {text!r} has characters that SLURM does not take; use letters, digits, . _ -")
+    for option in request.options:
+        if not option.startswith("-") or "\n" in option:
+            raise UserError(f"--sbatch {option!r} is no option of sbatch; write it as --sbatch=--constraint=h100")
+    if request.gpus_per_node:
+        check_config(config, request.nodes * request.gpus_per_node, "cuda", uneven=True)
+
+
+def batch_file(request: SubmitRequest, config: RunConfig, run_file: Path, overrides: Sequence[str]) -> str:
+    """Text of the batch file. Raises UserError if the user's template lacks a placeholder."""
+    command = " ".join(
+        shlex.quote(part)
+        for part in (sys.executable, "-m", "llm_parallel.cli", "launch", str(run_file), *overrides,
+                     f"elastic.spare_nodes={request.spares}")
+    )  # fmt: skip
+    options = _options(request, Path(config.run_dir).resolve())
+    if request.template is None:
+        return _TEXT.format(options=options, command=command, starts=" ".join(map(str, range(1, STARTS + 1))))
+    try:
+        text = Path(request.template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--template {request.template} cannot be read: {error}") from None
+    for name in ("{options}", "{command}"):
+        if name not in text:
+            raise UserError(f"--template {request.template} has no {name}; it stands for what submit fills in")
+    return text.replace("{options}", options).replace("{command}", command)
+
+
+def _options(request: SubmitRequest, run_dir: Path) -> str:
+    name = request.name or run_dir.name
+    spares = f", {request.spares} of them spares" if request.spares else ""
+    gpus = [f"#SBATCH --gpus-per-node={request.gpus_per_node}"] if request.gpus_per_node else []
+    named = {"partition": request.partition, "account": request.account, "qos": request.qos, "time": request.time}
+    lines = [
+        f"#SBATCH --job-name={name}",
+        f"#SBATCH --nodes={request.nodes + request.spares}    # {request.nodes + request.spares} nodes{spares}",
+        "#SBATCH --ntasks-per-node=1    # one agent, which starts a worker per device",
+        *gpus,
+        "#SBATCH --exclusive",
+        *(f"#SBATCH --{option}={value}" for option, value in named.items() if value is not None),
+        "#SBATCH --no-kill    # the loss of a node is the run's matter, not the end of the job",
+        "#SBATCH --requeue    # it comes back after a node of its own died, and after its time limit",
+        "#SBATCH --open-mode=append    # the log of every start in one file",
+        f"#SBATCH --output={run_dir}/logs/slurm-%j.out",
+        f"#SBATCH --signal=B:USR1@{request.warning_s}    # before the time limit: save, requeue, go on later",
+        *(f"#SBATCH {option}" for option in request.options),
+    ]
+    return "\n".join(lines)
+
+
+_TEXT = """\
+#!/bin/bash
+{options}
+
+# The launcher runs here, on the job's first node, and starts an agent on every node by srun.
+# Signals for this script are meant for it.
+trap 'kill -USR1 "$launcher"' USR1
+trap 'kill -TERM "$launcher"' TERM
+for start in {starts}; do
+    {command} &
+    launcher=$!
+    # A trapped signal ends `wait`.
+    while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
+    wait "$launcher"
+    status=$?
+    # A launcher that was killed is started again, and finds the state that its workers left in memory.
+    [ "$status" -gt 128 ] || break
+done
+exit "$status"
+"""
+
+
+def submit(text: str, run_dir: Path) -> str:
+    """Writes the batch file into the run folder and hands it to sbatch; the job's id.
+
+    Raises UserError if there is no sbatch, or it refuses."""
+    path = run_dir / FILE_NAME
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as handle:
+            handle.write(text)
+    except OSError as error:
+        raise UserError(f"run_dir = {run_dir} cannot be written ({error.strerror}); give a shared folder") from None
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        raise UserError(f"sbatch is not installed here; submit {path} where it is, or see --dry-run") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"sbatch did not answer within 60 s; is slurmctld up? The batch file is {path}") from None
+    if done.returncode:
+        raise UserError(f"sbatch refused {path}: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]
