@@ -1,0 +1,116 @@
+"""Expected goodput without simulation.
+
+Kokolis et al. 2024 (arXiv 2410.21680) for the first order, Young 1974 and Daly 2006 (Future Generation Computer Systems
+22, 303) for checkpoints, Erlang's loss formula for spares.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from llm_parallel.goodput.rates import Job
+
+
+def kokolis_ettr(mtbf_s: float, down_s: float, interval_s: float, write_s: float) -> float:
+    """Share of time that trains, ``(1 - (u0 + dt/2) / M) / (1 + w / dt)``, 0 if that is negative.
+
+    It counts no second failure within ``down_s`` or within an interval: good while (u0 + dt/2 + w) / M is under 0.1.
+    """
+    return max(0.0, 1.0 - (down_s + interval_s / 2) / mtbf_s) / (1.0 + write_s / interval_s)
+
+
+def exact_ettr(mtbf_s: float, down_s: float, interval_s: float, write_s: float) -> float:
+    """Share of time that trains when failures follow a Poisson process at all times, also during recovery.
+
+    One interval and its checkpoint take ``M exp(u0 / M) (exp((dt + w) / M) - 1)`` on average (Daly 2006).
+    """
+    exponent = (down_s + interval_s + write_s) / mtbf_s
+    if exponent > 700:  # exp would overflow; no interval is ever finished
+        return 0.0
+    return interval_s / (mtbf_s * math.exp(down_s / mtbf_s) * math.expm1((interval_s + write_s) / mtbf_s))
+
+
+def young_interval_s(mtbf_s: float, write_s: float) -> float:
+    """First-order best interval ``sqrt(2 w M)``, seconds."""
+    return math.sqrt(2 * write_s * mtbf_s)
+
+
+def best_interval_s(mtbf_s: float, write_s: float) -> float:
+    """The interval at which ``exact_ettr`` is largest, seconds: the root of ``1 - dt/M = exp(-(dt + w)/M)``.
+
+    Recovery time does not move it. It is 0 if a checkpoint costs nothing.
+    """
+    ratio = write_s / mtbf_s
+    low, high = 0.0, 1.0  # of dt / M
+    for _ in range(200):
+        middle = (low + high) / 2
+        if -math.expm1(-middle - ratio) > middle:
+            low = middle
+        else:
+            high = middle
+    return low * mtbf_s
+
+
+def erlang_b(servers: int, load: float) -> float:
+    """Share of arrivals, and of time, for which all ``servers`` are taken, under ``load`` erlang."""
+    blocked = 1.0
+    for server in range(1, servers + 1):
+        blocked = load * blocked / (server + load * blocked)
+    return blocked
+
+
+def goodput(job: Job) -> float:
+    """Training done, relative to the same GPUs without failures or checkpoints, 0 to 1.
+
+    Exact for ``restart``, and for ``wait`` too: failures come only while the job is not waiting, so that waiting is
+    time put in between, and its share is Erlang's loss formula with one server more than spares. For ``shrink`` it is
+    the mean over how many nodes are out, with one restart for each node that comes back.
+    """
+    full = exact_ettr(job.mtbf_s, job.down_s, job.interval_s, job.write_s)
+    if job.policy == "restart":
+        return full
+    load = job.failures_per_s * job.hardware_share * job.repair_s
+    if job.policy == "wait":
+        return full * (1.0 - erlang_b(job.spare_nodes + 1, load))
+    total = 0.0
+    for nodes_out, share in enumerate(_shares_of_nodes_out(job)):
+        capacity = job.capacity(nodes_out)
+        if capacity == 0.0:
+            continue
+        ettr = exact_ettr(job.mtbf_s / capacity, job.down_s, job.interval_s, job.write_s)
+        if nodes_out > job.spare_nodes:
+            ettr *= max(0.0, 1.0 - nodes_out / job.repair_s * job.restart_s)
+        total += share * capacity * ettr
+    return total
+
+
+def _shares_of_nodes_out(job: Job) -> list[float]:
+    """Share of time with 0, 1, 2 … nodes in repair: failures in proportion to the nodes at work, repairs to those out."""
+    weights, heaviest = [1.0], 1.0
+    per_node_s = job.failures_per_s * job.hardware_share / job.num_nodes
+    for nodes_out in range(job.num_nodes + job.spare_nodes):
+        arrivals = job.nodes_at_work(nodes_out) * per_node_s
+        weight = weights[-1] * arrivals * job.repair_s / (nodes_out + 1)
+        weights.append(weight)
+        heaviest = max(heaviest, weight)
+        if weight < 1e-12 * heaviest:
+            break
+        if heaviest > 1e250:
+            weights, heaviest = [value / heaviest for value in weights], 1.0
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def goodput_per_reserved_gpu(job: Job) -> float:
+    """``goodput`` with the spares counted as GPUs that are paid for."""
+    return goodput(job) * job.num_nodes / (job.num_nodes + job.spare_nodes)
+
+
+def best_spares(job: Job) -> int:
+    """The number of spare nodes with the most training per reserved GPU; 0 where the policy never lacks a node."""
+    if job.policy == "restart":
+        return 0
+    load = job.failures_per_s * job.hardware_share * job.repair_s
+    most = math.ceil(load + 8 * math.sqrt(load) + 4)
+    return max(range(most + 1), key=lambda spares: goodput_per_reserved_gpu(replace(job, spare_nodes=spares)))

@@ -1,0 +1,186 @@
+"""How often a GPU fails, as published fleets report it, and the job whose goodput is asked for."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from importlib import resources
+
+from llm_parallel.errors import UserError
+
+HOUR_S = 3600.0
+DAY_S = 24 * HOUR_S
+MONTH_S = 365.25 / 12 * DAY_S
+YEAR_S = 365.25 * DAY_S
+POLICIES = ("restart", "shrink", "wait")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Failure rate of a published fleet."""
+
+    name: str
+    rate_per_gpu_month: float
+    """Failures per GPU and month (of 365.25 / 12 days) that end a job, 0.01 for 1 %."""
+    hardware_share: float
+    """Share of them after which the node must leave for repair."""
+    source: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that runs for ever on ``num_gpus``, and what interrupts it."""
+
+    num_gpus: int
+    rate_per_gpu_month: float
+    """Failures per GPU and month."""
+    hardware_share: float = 1.0
+    """Share of failures that take a node out for ``repair_s``."""
+    detect_s: float = 60.0
+    """From a failure until it is known."""
+    restart_s: float = 300.0
+    """From there until training goes on from the last checkpoint."""
+    write_s: float = 30.0
+    """Time for which one checkpoint stops training."""
+    interval_s: float = 1800.0
+    """Training time between two checkpoints."""
+    policy: str = "restart"
+    """What follows when no spare is left: ``restart`` goes on with the same nodes, so that none is ever missing;
+    ``wait`` stands still until a node comes back; ``shrink`` goes on with fewer model replicas."""
+    spare_nodes: int = 0
+    """Nodes that stand ready on top of the job's."""
+    gpus_per_node: int = 8
+    """GPUs that leave together."""
+    replica_nodes: int = 1
+    """Nodes of one model replica, which is what ``shrink`` gives up."""
+    repair_s: float = 24 * HOUR_S
+    """Mean time until a node comes back."""
+
+    def __post_init__(self) -> None:
+        _whole("--gpus", self.num_gpus, 1)
+        _whole("--spares", self.spare_nodes, 0)
+        _whole("--gpus-per-node", self.gpus_per_node, 1)
+        for field, value, open_end in (
+            ("--rate-per-gpu-month", self.rate_per_gpu_month, True),
+            ("--detect-s", self.detect_s, False),
+            ("--restart-s", self.restart_s, False),
+            ("--checkpoint-write-s", self.write_s, False),
+            ("--interval", self.interval_s, True),
+            ("--repair-h", self.repair_s / HOUR_S, True),
+        ):
+            if not (math.isfinite(value) and (value > 0 if open_end else value >= 0)):
+                raise UserError(f"{field} {value:g} must be a number {'over 0' if open_end else 'of at least 0'}")
+        if not 0.0 <= self.hardware_share <= 1.0:
+            raise UserError(f"--hardware-share {self.hardware_share:g} must lie between 0 and 1")
+        if self.policy not in POLICIES:
+            raise UserError(f"--policy {self.policy} is unknown; take {', '.join(POLICIES)}")
+        if self.policy == "shrink" and not 1 <= self.replica_nodes <= self.num_nodes:
+            raise UserError(
+                f"--replica-gpus {self.replica_nodes * self.gpus_per_node} is more than --gpus {self.num_gpus}; to"
+                " shrink, a replica must fit into the job"
+            )
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that work, the last perhaps with fewer GPUs."""
+        return math.ceil(self.num_gpus / self.gpus_per_node)
+
+    @property
+    def failures_per_s(self) -> float:
+        """Failures of the whole job per second."""
+        return self.num_gpus * self.rate_per_gpu_month / MONTH_S
+
+    @property
+    def mtbf_s(self) -> float:
+        """Mean time between failures of the whole job, seconds."""
+        return 1.0 / self.failures_per_s
+
+    @property
+    def down_s(self) -> float:
+        """Time from a failure until training goes on, seconds."""
+        return self.detect_s + self.restart_s
+
+    def nodes_at_work(self, nodes_out: int) -> int:
+        """Nodes that train while ``nodes_out`` of job and spares together are in repair."""
+        missing = max(0, nodes_out - self.spare_nodes)
+        if missing == 0 or self.policy == "restart":
+            return self.num_nodes
+        if self.policy == "wait":
+            return 0
+        replicas = self.num_nodes // self.replica_nodes - math.ceil(missing / self.replica_nodes)
+        return max(0, replicas) * self.replica_nodes
+
+    def capacity(self, nodes_out: int) -> float:
+        """Speed relative to the full job, 0 to 1, while ``nodes_out`` are in repair."""
+        return self.nodes_at_work(nodes_out) / self.num_nodes
+
+
+def _whole(field: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{field} {value} must be a whole number of at least {least}")
+
+
+def published_rows() -> list[dict[str, str]]:
+    """The table of published failure rates, recovery times and goodput; each row names its source."""
+    table = resources.files("llm_parallel.goodput") / "data" / "published_reliability.csv"
+    return list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+
+
+def published(system: str, metric: str, gpus: int | None = None) -> dict[str, str]:
+    """The one published row of a system and metric."""
+    rows = [
+        row
+        for row in published_rows()
+        if row["system"] == system and row["metric"] == metric and (gpus is None or row["scale_gpus"] == str(gpus))
+    ]
+    assert len(rows) == 1, (system, metric, gpus, len(rows))
+    return rows[0]
+
+
+def profiles() -> dict[str, Profile]:
+    """Published fleets by name."""
+    llama = int(published("Llama 3 405B", "interruptions_unexpected")["value"])
+    window_s = float(published("Llama 3 405B", "window")["value"]) * DAY_S
+    # 35 restarts by hand and about 70 by the machine; over 100 hosts were taken out, so nearly each cost one.
+    opt_restarts, opt_gpus, opt_months = 35 + 70, 992, 2
+    found = [
+        Profile(
+            *("llama3", llama / 16384 / window_s * MONTH_S, 0.78),
+            "Llama 3 405B on 16,384 H100: 419 unexpected interruptions in 54 days, 78 % hardware (arXiv 2407.21783)",
+        ),
+        _node_days("rsc1", "Meta RSC-1"),
+        _node_days("rsc2", "Meta RSC-2"),
+        Profile(
+            *("opt175b", opt_restarts / opt_gpus / opt_months, 1.0),
+            "OPT-175B on 992 A100: about 105 restarts in two months (arXiv 2205.01068)",
+        ),
+        Profile("deck", 0.08, 1.0, "the often heard claim that 8 % of A100s fail in a month; no fleet published it"),
+    ]
+    return {profile.name: profile for profile in found}
+
+
+def _node_days(name: str, system: str) -> Profile:
+    row = published(system, "node_failure_rate")
+    per_gpu_s = float(row["value"]) / 1000 / DAY_S / 8
+    return Profile(
+        *(name, per_gpu_s * MONTH_S, 1.0),
+        f"{system}, {int(row['scale_gpus']):,} A100: {row['value']} node failures per 1000 node-days (arXiv 2410.21680)",
+    )
+
+
+def find_profile(name: str) -> Profile:
+    """A published fleet. Raises UserError if there is none of that name."""
+    known = profiles()
+    if name not in known:
+        raise UserError(f"--profile {name} is unknown; take {', '.join(known)}, or give --rate-per-gpu-month")
+    return known[name]
+
+
+def llama3_causes() -> list[tuple[str, int]]:
+    """Causes of Llama 3's unexpected interruptions with their counts, the most frequent first."""
+    return [
+        (row["metric"].removeprefix("cause: "), int(row["value"]))
+        for row in published_rows()
+        if row["metric"].startswith("cause: ")
+    ]

@@ -1,0 +1,140 @@
+"""A job with failures, played event by event: the check of the closed form, and the answer where there is none."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from dataclasses import dataclass, field
+
+from llm_parallel.goodput.rates import Job
+
+BATCH_FAILURES = 1000
+
+
+@dataclass
+class Ledger:
+    """Where the seconds of a simulated job went; together they are ``elapsed_s``."""
+
+    elapsed_s: float = 0.0
+    useful_s: float = 0.0
+    """Training that was kept, at full speed."""
+    checkpoint_s: float = 0.0
+    """Stops for the checkpoints of that training."""
+    lost_s: float = 0.0
+    """Training and checkpoints after the last complete checkpoint before a failure."""
+    down_s: float = 0.0
+    """Detection and restart."""
+    waiting_s: float = 0.0
+    """Standing still for want of a node."""
+    shrunken_s: float = 0.0
+    """What kept training on fewer replicas lacked to full speed."""
+    failures: int = 0
+    resizes: int = 0
+    """Planned restarts because a node came back."""
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time that trained at full speed."""
+        return self.useful_s / self.elapsed_s if self.elapsed_s else 0.0
+
+
+@dataclass
+class Outcome:
+    """What a simulation found."""
+
+    ledger: Ledger
+    goodput: float
+    """Training done, relative to no failures and no checkpoints."""
+    standard_error: float
+    """Of ``goodput``, over batches of failures; NaN with a single batch."""
+
+
+@dataclass
+class _Cluster:
+    job: Job
+    draw: random.Random
+    ledger: Ledger = field(default_factory=Ledger)
+    now_s: float = 0.0
+    returns_s: list[float] = field(default_factory=list)
+    """Heap of the times at which nodes in repair come back."""
+
+    def take_back(self) -> None:
+        while self.returns_s and self.returns_s[0] <= self.now_s:
+            heapq.heappop(self.returns_s)
+
+    def span(self, start_s: float) -> float:
+        """From the beginning of a restart to the next failure or resizing; returns what the next restart takes."""
+        job, ledger = self.job, self.ledger
+        self.take_back()
+        while job.nodes_at_work(len(self.returns_s)) == 0:
+            ledger.waiting_s += self.returns_s[0] - self.now_s
+            self.now_s = self.returns_s[0]
+            self.take_back()
+        capacity = job.capacity(len(self.returns_s))
+        failure_s = self.now_s + self.draw.expovariate(job.failures_per_s * capacity)
+        if failure_s <= self.now_s + start_s:
+            ledger.down_s += failure_s - self.now_s
+            return self._fail(failure_s)
+        ledger.down_s += start_s
+        up_s = self.now_s + start_s
+        cycle_s = job.interval_s + job.write_s
+        if capacity < 1.0:  # the next node that comes back is taken in after the checkpoint that follows
+            cycles = max(1, math.ceil((self.returns_s[0] - up_s) / cycle_s))
+            if up_s + cycles * cycle_s < failure_s:
+                self._keep(cycles, capacity)
+                self.now_s = up_s + cycles * cycle_s
+                ledger.resizes += 1
+                return job.restart_s
+        cycles = int((failure_s - up_s) / cycle_s)
+        self._keep(cycles, capacity)
+        ledger.lost_s += failure_s - up_s - cycles * cycle_s
+        return self._fail(failure_s)
+
+    def _keep(self, cycles: int, capacity: float) -> None:
+        self.ledger.useful_s += cycles * self.job.interval_s * capacity
+        self.ledger.shrunken_s += cycles * self.job.interval_s * (1.0 - capacity)
+        self.ledger.checkpoint_s += cycles * self.job.write_s
+
+    def _fail(self, failure_s: float) -> float:
+        self.now_s = failure_s
+        self.ledger.failures += 1
+        if self.job.policy != "restart" and self.draw.random() < self.job.hardware_share:
+            heapq.heappush(self.returns_s, failure_s + self.draw.expovariate(1.0 / self.job.repair_s))
+        return self.job.down_s
+
+
+def simulate(
+    job: Job, seed: int = 0, *, relative_error: float = 0.002, min_failures: int = 4000, max_failures: int = 1_000_000
+) -> Outcome:
+    """Plays ``job`` until the goodput is known to ``relative_error`` (one standard error) or failures run out.
+
+    Failures are Poisson in proportion to the GPUs at work, at all times but while waiting; times of repair are
+    exponential. The same seed gives the same result.
+    """
+    cluster = _Cluster(job, random.Random(seed))
+    batches: list[tuple[float, float]] = []
+    start_s = 0.0
+    while True:
+        useful_s, began_s = cluster.ledger.useful_s, cluster.now_s
+        goal = cluster.ledger.failures + BATCH_FAILURES
+        while cluster.ledger.failures < goal:
+            start_s = cluster.span(start_s)
+        batches.append((cluster.ledger.useful_s - useful_s, cluster.now_s - began_s))
+        error = _ratio_error(batches)
+        if goal < min_failures:
+            continue
+        mean = cluster.ledger.useful_s / cluster.now_s
+        if goal >= max_failures or error <= relative_error * mean:
+            cluster.ledger.elapsed_s = cluster.now_s
+            return Outcome(cluster.ledger, mean, error)
+
+
+def _ratio_error(batches: list[tuple[float, float]]) -> float:
+    """Standard error of sum(useful) / sum(elapsed) over independent batches."""
+    if len(batches) < 2:
+        return math.nan
+    elapsed = sum(second for _, second in batches)
+    ratio = sum(first for first, _ in batches) / elapsed
+    residual = sum((first - ratio * second) ** 2 for first, second in batches)
+    return math.sqrt(residual * len(batches) / (len(batches) - 1)) / elapsed

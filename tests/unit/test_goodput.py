@@ -1,0 +1,150 @@
+"""Goodput: closed forms against brute force, limits and published arithmetic; the simulation against the closed form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_parallel.errors import UserError
+from llm_parallel.goodput import closed_form, rates
+from llm_parallel.goodput.rates import HOUR_S, Job
+from llm_parallel.goodput.simulate import simulate
+
+JOB = Job(16384, 0.0144, hardware_share=0.78, spare_nodes=4, replica_nodes=16, repair_s=6 * HOUR_S)
+
+
+@pytest.mark.parametrize("mtbf_h", [0.5, 3.0, 24.0, 700.0])
+@pytest.mark.parametrize("write_s", [0.05, 30.0, 600.0])
+def test_best_interval_is_where_brute_force_finds_it(mtbf_h: float, write_s: float) -> None:
+    """A grid of 200,000 intervals finds none better than the root by more than the grid's own error."""
+    mtbf_s = mtbf_h * HOUR_S
+    best = closed_form.best_interval_s(mtbf_s, write_s)
+    at_best = closed_form.exact_ettr(mtbf_s, 100.0, best, write_s)
+    grid = [0.3 * best * (1 + index / 20_000) for index in range(200_000)]
+    found = max(grid, key=lambda interval: closed_form.exact_ettr(mtbf_s, 100.0, interval, write_s))
+    assert found == pytest.approx(best, rel=2e-3)
+    assert at_best >= closed_form.exact_ettr(mtbf_s, 100.0, found, write_s) * (1 - 1e-12)
+
+
+@given(mtbf_h=st.floats(1, 1e4), write_share=st.floats(1e-9, 1e-4))
+def test_best_interval_tends_to_youngs(mtbf_h: float, write_share: float) -> None:
+    """With cheap checkpoints the exact optimum is sqrt(2 w M) less about w (Daly's first terms)."""
+    mtbf_s, write_s = mtbf_h * HOUR_S, mtbf_h * HOUR_S * write_share
+    young = closed_form.young_interval_s(mtbf_s, write_s)
+    assert closed_form.best_interval_s(mtbf_s, write_s) == pytest.approx(young - 2 / 3 * write_s, rel=2e-3)
+
+
+@given(
+    gpus=st.integers(16, 131_072),
+    rate=st.floats(0.002, 0.1),
+    down_s=st.floats(5, 3000),
+    write_s=st.floats(0.1, 300),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=40, deadline=None)
+def test_simulation_agrees_with_kokolis_where_its_assumptions_hold(
+    gpus: int, rate: float, down_s: float, write_s: float, seed: int
+) -> None:
+    """Within 1 % wherever no more than a tenth of the time is lost to a failure's down time and half an interval."""
+    job = Job(gpus, rate, detect_s=down_s / 3, restart_s=down_s * 2 / 3, write_s=write_s)
+    job = replace(job, interval_s=closed_form.best_interval_s(job.mtbf_s, write_s))
+    if (down_s + job.interval_s / 2 + write_s) / job.mtbf_s > 0.1:
+        return
+    kokolis = closed_form.kokolis_ettr(job.mtbf_s, down_s, job.interval_s, write_s)
+    assert simulate(job, seed).goodput == pytest.approx(kokolis, rel=0.01)
+
+
+@pytest.mark.parametrize("gpus", [16, 1024, 16384, 65536, 131072])
+@pytest.mark.parametrize("rate", [0.005, 0.0144, 0.08])
+def test_simulation_agrees_with_the_exact_form_everywhere(gpus: int, rate: float) -> None:
+    """Also where half of all recoveries are hit by the next failure, which Kokolis's form does not count."""
+    job = Job(gpus, rate, interval_s=600.0, detect_s=30.0, restart_s=120.0, write_s=20.0)
+    exact = closed_form.exact_ettr(job.mtbf_s, 150.0, 600.0, 20.0)
+    outcome = simulate(job, seed=gpus, relative_error=0.0015)
+    assert outcome.goodput == pytest.approx(exact, rel=0.01)
+    assert outcome.goodput == pytest.approx(exact, abs=4.5 * outcome.standard_error + 1e-6)
+
+
+@pytest.mark.parametrize("spares", [0, 1, 3, 8, 20])
+def test_waiting_is_erlangs_loss(spares: int) -> None:
+    """5 nodes are in repair on average: with few spares the job mostly waits, with 20 never."""
+    job = replace(JOB, policy="wait", spare_nodes=spares, repair_s=20 * HOUR_S, interval_s=900.0)
+    outcome = simulate(job, seed=spares)
+    assert outcome.goodput == pytest.approx(closed_form.goodput(job), rel=0.01)
+
+
+@pytest.mark.parametrize("spares", [0, 2, 8])
+@pytest.mark.parametrize("repair_h", [2.0, 24.0])
+def test_shrinking_agrees(spares: int, repair_h: float) -> None:
+    job = replace(JOB, policy="shrink", spare_nodes=spares, repair_s=repair_h * HOUR_S, interval_s=300.0, write_s=5.0)
+    outcome = simulate(job, seed=spares)
+    assert outcome.goodput == pytest.approx(closed_form.goodput(job), rel=0.01)
+    assert outcome.ledger.resizes > 0 or spares == 8
+
+
+@pytest.mark.parametrize("policy", rates.POLICIES)
+def test_the_ledger_adds_up(policy: str) -> None:
+    ledger = simulate(replace(JOB, policy=policy, spare_nodes=1), seed=3).ledger
+    parts = (ledger.useful_s, ledger.checkpoint_s, ledger.lost_s, ledger.down_s, ledger.waiting_s, ledger.shrunken_s)
+    assert math.fsum(parts) == pytest.approx(ledger.elapsed_s, rel=1e-9)
+
+
+def test_a_seed_gives_the_same_again() -> None:
+    assert simulate(JOB, seed=7) == simulate(JOB, seed=7)
+    assert simulate(JOB, seed=7).goodput != simulate(JOB, seed=8).goodput
+
+
+@given(servers=st.integers(0, 12), load=st.floats(0.01, 20))
+def test_erlang_b_is_its_definition(servers: int, load: float) -> None:
+    terms = [load**k / math.factorial(k) for k in range(servers + 1)]
+    assert closed_form.erlang_b(servers, load) == pytest.approx(terms[-1] / sum(terms), rel=1e-9)
+
+
+def test_best_spares_is_the_best_of_all_tried() -> None:
+    job = replace(JOB, policy="wait", repair_s=24 * HOUR_S)
+    best = closed_form.best_spares(job)
+    values = [closed_form.goodput_per_reserved_gpu(replace(job, spare_nodes=spares)) for spares in range(150)]
+    assert values[best] == max(values)
+    assert 6 < best < 25  # one failure in 3.1 h, 78 % of them for 24 h: 6 nodes are in repair on average
+    assert closed_form.best_spares(replace(job, policy="restart")) == 0
+
+
+def test_profiles_are_the_published_rates() -> None:
+    """Rates that anchors give by hand: % per GPU-month 1.44, 2.4, 0.9, 5.2, 8."""
+    found = {name: 100 * profile.rate_per_gpu_month for name, profile in rates.profiles().items()}
+    assert found == {
+        "llama3": pytest.approx(1.44, abs=0.005),
+        "rsc1": pytest.approx(2.47, abs=0.01),
+        "rsc2": pytest.approx(0.89, abs=0.01),
+        "opt175b": pytest.approx(5.29, abs=0.01),
+        "deck": 8.0,
+    }
+    assert sum(count for _, count in rates.llama3_causes()) == 419
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"num_gpus": 0}, "--gpus 0"),
+        ({"rate_per_gpu_month": 0.0}, "--rate-per-gpu-month 0"),
+        ({"rate_per_gpu_month": math.nan}, "--rate-per-gpu-month nan"),
+        ({"restart_s": -1.0}, "--restart-s -1"),
+        ({"interval_s": 0.0}, "--interval 0"),
+        ({"spare_nodes": -1}, "--spares -1"),
+        ({"policy": "pray"}, "--policy pray"),
+        ({"hardware_share": 1.5}, "--hardware-share 1.5"),
+        ({"policy": "shrink", "num_gpus": 8}, "--replica-gpus 128"),
+    ],
+)
+def test_impossible_jobs_are_named(change: dict, word: str) -> None:
+    with pytest.raises(UserError, match=word.replace("-", r"\-")):
+        replace(JOB, **change)
+
+
+def test_unknown_profile() -> None:
+    with pytest.raises(UserError, match="llama3, rsc1"):
+        rates.find_profile("rsc3")
