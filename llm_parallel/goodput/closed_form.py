@@ -86,7 +86,7 @@ def goodput(job: Job) -> float:
 
 
 def _shares_of_nodes_out(job: Job) -> list[float]:
-    """Share of time with 0, 1, 2 … nodes in repair: failures in proportion to the nodes at work, repairs to those out."""
+    """Share of time with 0, 1, 2 … nodes in repair; failures are in proportion to the nodes at work."""
     weights, heaviest = [1.0], 1.0
     per_node_s = job.failures_per_s * job.hardware_share / job.num_nodes
     for nodes_out in range(job.num_nodes + job.spare_nodes):

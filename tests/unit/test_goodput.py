@@ -1,4 +1,4 @@
-"""Goodput: closed forms against brute force, limits and published arithmetic; the simulation against the closed form."""
+"""Goodput: closed forms against brute force, limits and published arithmetic; simulation against closed form."""
 
 from __future__ import annotations
 
