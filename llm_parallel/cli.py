@@ -190,6 +190,44 @@ def quickstart(
     raise typer.Exit(quickstart_command(Path(folder), context.args))
 
 
+@app.command()
+def goodput(
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the job; without it only the table of sizes.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Fleet whose failure rate is taken: llama3, rsc1, rsc2, opt175b or deck.")
+    ] = None,
+    rate_per_gpu_month: Annotated[float | None, typer.Option(help="Or: failures per GPU and month, in %.")] = None,
+    detect_s: Annotated[float, typer.Option(help="Seconds until a failure is known.")] = 60.0,
+    restart_s: Annotated[float, typer.Option(help="Seconds from there until training goes on.")] = 300.0,
+    checkpoint_write_s: Annotated[float, typer.Option(help="Seconds for which a checkpoint stops training.")] = 30.0,
+    interval: Annotated[str, typer.Option(help="Seconds between checkpoints, or auto for the best.")] = "auto",
+    spares: Annotated[int | None, typer.Option(help="Spare nodes; the best number if not given.")] = None,
+    policy: Annotated[
+        str, typer.Option(help="Without a spare: restart on the same nodes, wait for repair, or shrink.")
+    ] = "restart",
+    repair_h: Annotated[float, typer.Option(help="Mean hours until a broken node is back.")] = 24.0,
+    hardware_share: Annotated[
+        float | None, typer.Option(help="Share of failures that take a node out; the profile's if not given.")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    replica_gpus: Annotated[int | None, typer.Option(help="GPUs of one model replica, for shrink; one node's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 0,
+    out: Annotated[str | None, typer.Option(help="Prefix of the JSON and PNG files.")] = None,
+    claims: Annotated[bool, typer.Option("--claims", help="Recompute well-known claims about failing GPUs.")] = False,
+    validate: Annotated[bool, typer.Option("--validate", help="Hold the formulas against published figures.")] = False,
+) -> None:
+    """What failures cost: goodput by formula and by simulation, best checkpoint interval, spares worth having."""
+    from llm_parallel.goodput.command import Request, claims_command, goodput_command, validate_command
+
+    if claims or validate:
+        raise typer.Exit(claims_command() if claims else validate_command())
+    request = Request(
+        gpus, profile, rate_per_gpu_month, detect_s, restart_s, checkpoint_write_s, interval, spares, policy,
+        repair_h, hardware_share, gpus_per_node, replica_gpus, seed, out,
+    )  # fmt: skip
+    raise typer.Exit(goodput_command(request))
+
+
 @bench.command("kernels")
 def bench_kernels(
     op: Annotated[list[str] | None, typer.Option(help="Operator; may be given several times. All if none.")] = None,
