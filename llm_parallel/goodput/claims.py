@@ -67,8 +67,8 @@ def _realistic() -> Claim:
         "pessimistic for fleets of today, near an early cluster",
         "published failures of all causes per GPU and month: "
         + ", ".join(f"{name} {rate:.1%}" for name, rate in rates.items())
-        + f"; 8 % is {DECK_RATE / max(modern):.0f} to {DECK_RATE / min(modern):.0f} times the fleets after OPT-175B's. At"
-        f" llama3's rate {DECK_GPUS:,} GPUs fail {llama_daily:.2f} times a day, and a day sees one with"
+        + f"; 8 % is {DECK_RATE / max(modern):.0f} to {DECK_RATE / min(modern):.0f} times the fleets after OPT-175B's."
+        f" At llama3's rate {DECK_GPUS:,} GPUs fail {llama_daily:.2f} times a day, and a day sees one with"
         f" {-math.expm1(-llama_daily):.0%} probability.",
         -math.expm1(-llama_daily),
     )
@@ -91,7 +91,7 @@ def _years() -> Claim:
         "Llama 2's 1,720,320 GPU-hours are 196 years on one A100",
         "the arithmetic holds; the meaning needs a footnote",
         f"1,720,320 h / 8,766 h = {years:.1f} years, for the 70B alone (all four models:"
-        f" {LLAMA2_ALL_HOURS * HOUR_S / YEAR_S:.1f}); it is time on a cluster at that cluster's efficiency, and one A100"
-        f" cannot hold the 70B's training state; 2,000 GPUs would take {LLAMA2_70B_HOURS / 2000 / 24:.1f} days.",
+        f" {LLAMA2_ALL_HOURS * HOUR_S / YEAR_S:.1f}); it is time on a cluster at that cluster's efficiency, and one"
+        f" A100 cannot hold the 70B's training state; 2,000 GPUs would take {LLAMA2_70B_HOURS / 2000 / 24:.1f} days.",
         years,
     )

@@ -17,6 +17,8 @@ from llm_parallel.goodput.rates import HOUR_S, MONTH_S, POLICIES, Job, find_prof
 from llm_parallel.goodput.simulate import simulate
 from llm_parallel.goodput.validate import bounds, checks, without_inputs
 
+WIDTH = 120
+"""Columns of the output where it is no terminal."""
 SIZES = tuple(2**exponent for exponent in range(4, 18))
 
 
@@ -44,7 +46,7 @@ class Request:
 
 def goodput_command(request: Request) -> int:
     """Prints the job's goodput, where the time goes, spares and the table of sizes. Raises UserError on bad input."""
-    console = Console()
+    console = _console()
     base, source = _job(request, request.gpus or 1024)
     console.print(f"Failure rate: {100 * base.rate_per_gpu_month:.3g} % per GPU and month, {source}.")
     console.print(
@@ -66,7 +68,7 @@ def goodput_command(request: Request) -> int:
 
 def claims_command() -> int:
     """Prints the well-known claims and what holds of each."""
-    console = Console()
+    console = _console()
     for claim in deck_claims():
         console.print(f"[bold]{claim.claim}[/bold]: {claim.verdict}.\n    {claim.sentence}", highlight=False)
     return 0
@@ -74,9 +76,10 @@ def claims_command() -> int:
 
 def validate_command() -> int:
     """Prints published figures beside our prediction, the bounds, and what could not be predicted."""
-    console, table = Console(), Table(title="Published figures that give enough inputs", title_justify="left")
+    console, table = _console(), Table(title="Published figures that give enough inputs", title_justify="left")
     for name in ("source", "figure", "published", "predicted", "error", "kind", "inputs"):
-        table.add_column(name, justify="right" if name in ("published", "predicted", "error") else "left")
+        number = name in ("published", "predicted", "error")
+        table.add_column(name, justify="right" if number else "left", no_wrap=number)
     found = checks()
     for check in found:
         table.add_row(
@@ -84,8 +87,12 @@ def validate_command() -> int:
             *(f"{check.error:+.1%}", check.kind, check.inputs),
         )
     console.print(table)
-    mean = sum(abs(check.error) for check in found) / len(found)
-    console.print(f"{len(found)} figures, mean absolute error {mean:.1%}; no constant of ours was fitted to them.")
+    for name, group in (
+        ("mean times between failures", [check for check in found if check.unit != "%" and check.kind == "measured"]),
+        ("shares of time or steps", [check for check in found if check.unit == "%"]),
+    ):
+        mean = sum(abs(check.error) for check in group) / len(group)
+        console.print(f"{len(group)} measured {name}: mean absolute error {mean:.1%}; nothing was fitted to them.")
     console.print(
         "The rate in proportion to GPUs is optimistic at both ends: small jobs die of other causes too, and at 98,000"
         " GPUs failures come three times as often as at 32,000 would say."
@@ -95,6 +102,11 @@ def validate_command() -> int:
     for line in without_inputs():
         console.print(f"no failure rate given, not predicted: {line}", highlight=False)
     return 0
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 def _job(request: Request, gpus: int) -> tuple[Job, str]:
@@ -110,9 +122,17 @@ def _job(request: Request, gpus: int) -> tuple[Job, str]:
     if replica < 1 or request.gpus_per_node < 1:
         raise UserError(f"--replica-gpus {replica} and --gpus-per-node {request.gpus_per_node} must be at least 1")
     job = Job(
-        *(gpus, rate, share if request.hardware_share is None else request.hardware_share),
-        *(request.detect_s, request.restart_s, request.write_s, 1.0, request.policy, request.spares or 0),
-        *(request.gpus_per_node, -(-replica // request.gpus_per_node), request.repair_h * HOUR_S),
+        num_gpus=gpus,
+        rate_per_gpu_month=rate,
+        hardware_share=share if request.hardware_share is None else request.hardware_share,
+        detect_s=request.detect_s,
+        restart_s=request.restart_s,
+        write_s=request.write_s,
+        policy=request.policy,
+        spare_nodes=request.spares or 0,
+        gpus_per_node=request.gpus_per_node,
+        replica_nodes=-(-replica // request.gpus_per_node),
+        repair_s=request.repair_h * HOUR_S,
     )
     job = replace(job, interval_s=_interval_s(request.interval, job))
     if request.spares is None:
@@ -219,7 +239,7 @@ def _size_row(request: Request, gpus: int) -> dict[str, Any]:
 
 def _print_sizes(console: Console, rows: list[dict[str, Any]], job: Job) -> None:
     table = Table(title="By size", title_justify="left")
-    for name in ("GPUs", "MTBF", "interval", "spares", "formula", "simulated", "± s.e.", "Kokolis", "per reserved GPU"):
+    for name in ("GPUs", "MTBF", "interval", "spares", "formula", "simulated", "± s.e.", "Kokolis", "per reserved"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(

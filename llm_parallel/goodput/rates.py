@@ -162,10 +162,11 @@ def profiles() -> dict[str, Profile]:
 
 def _node_days(name: str, system: str) -> Profile:
     row = published(system, "node_failure_rate")
+    fleet = f"{system}, ~{int(row['scale_gpus']) // 1000}K A100"
     per_gpu_s = float(row["value"]) / 1000 / DAY_S / 8
     return Profile(
         *(name, per_gpu_s * MONTH_S, 1.0),
-        f"{system}, ~{int(row['scale_gpus']) // 1000}K A100: {row['value']} failures per 1000 node-days (arXiv 2410.21680)",
+        f"{fleet}: {row['value']} failures per 1000 node-days (arXiv 2410.21680)",
     )
 
 

@@ -89,8 +89,8 @@ def bounds() -> list[str]:
     return [
         f"Llama 3 405B, over 90 %: {interruptions} interruptions in {days:g} days allow at most {minutes:.1f} min each,"
         " lost work and checkpoints included; the paper gives neither interval nor restart time",
-        f"MegaScale, over 90 %: 100 repairs in 21 days (the paper says several weeks) allow at most {mega:.1f} min each;"
-        " it gives under 10 min to detect and diagnose and under 15 min to catch up, 25 min together",
+        f"MegaScale, over 90 %: 100 repairs in 21 days (the paper says several weeks) allow at most {mega:.1f} min"
+        " each; it gives under 10 min to detect and diagnose and under 15 min to catch up, 25 min together",
     ]
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
-from llm_parallel.goodput import closed_form, rates
+from llm_parallel.goodput import claims, closed_form, rates, validate
+from llm_parallel.goodput.command import Request, goodput_command
 from llm_parallel.goodput.rates import HOUR_S, Job
 from llm_parallel.goodput.simulate import simulate
 
@@ -148,3 +151,67 @@ def test_impossible_jobs_are_named(change: dict, word: str) -> None:
 def test_unknown_profile() -> None:
     with pytest.raises(UserError, match="llama3, rsc1"):
         rates.find_profile("rsc3")
+
+
+def test_claims_give_the_arithmetic_of_the_anchors() -> None:
+    """Literals worked out by hand, and the thresholds by trying the neighbours."""
+    year, day, realistic, speedup, years = claims.deck_claims()
+    assert year.value == pytest.approx(0.632, abs=5e-4) and "63.2%" in year.sentence and "8.75%" in year.sentence
+    assert day.value == pytest.approx(0.995, abs=5e-4) and "99.5%" in day.sentence and "1,122 GPUs" in day.sentence
+    assert 1 - (1 - 0.08 / 30) ** 1121 < 0.95 <= 1 - (1 - 0.08 / 30) ** 1122
+    assert realistic.value == pytest.approx(0.61, abs=0.005) and "0.95 times a day" in realistic.sentence
+    assert speedup.value == 0.5 and "72.7 %" in speedup.sentence
+    assert years.value == pytest.approx(1_720_320 / 24 / 365.25) and "196.2 years" in years.sentence
+    assert "377.8" in years.sentence and "35.8 days" in years.sentence
+
+
+def test_published_figures_are_predicted_as_worked_out_by_hand() -> None:
+    found = {(check.system, check.figure): (check.published, check.predicted) for check in validate.checks()}
+    expected = {
+        ("Meta RSC", "MTTF at 1,024 GPUs"): (7.9, 24 / (128 * 0.0065)),
+        ("Meta RSC", "MTTF at 16,384 GPUs"): (1.8, 1.803),
+        ("Meta RSC", "MTTF at 131,072 GPUs"): (0.23, 0.2254),
+        ("Meta FT-HSDP", "MTBF at 98,000 GPUs"): (18, 51.1),
+        ("Meta FT-HSDP", "effective training time sync"): (44, 100 * 8 / 18),
+        ("Meta FT-HSDP", "effective training time elastic"): (80, 100 * 15 / 18),
+        ("torchft", "run1 step efficiency"): (82.3, 83.39),
+        ("torchft", "run1 training efficiency"): (81.2, 83.39 * 29.6 / 30),
+        ("torchft", "run2 step efficiency"): (30.2, 35.67),
+        ("torchft", "run2 training efficiency"): (13.4, 35.67 * 18.9 / 30 * 10.9 / 15.46),
+    }
+    assert found.keys() == expected.keys()
+    for name, (published, predicted) in expected.items():
+        assert found[name] == (published, pytest.approx(predicted, rel=1e-3)), name
+    assert [line.split(",")[0] for line in validate.bounds()] == ["Llama 3 405B", "MegaScale"]
+    assert any("ByteRobust" in line for line in validate.without_inputs())
+
+
+def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By formula and simulated alike in every row; the best interval is that of the formula."""
+    status = goodput_command(Request(gpus=1024, policy="wait", out=str(tmp_path / "good"), seed=5))
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert "1,024 GPUs" in printed and "131,072" in printed and "419" in printed
+    rows = json.loads((tmp_path / "good.json").read_text())["rows"]
+    assert [row["gpus"] for row in rows] == [2**exponent for exponent in range(4, 18)]
+    for row in rows:
+        assert row["goodput_simulated"] == pytest.approx(row["goodput_formula"], rel=0.015)
+    assert (tmp_path / "good.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("request_", "word"),
+    [
+        (Request(profile="rsc9"), "--profile rsc9"),
+        (Request(profile="rsc1", rate_per_gpu_month=1.0), "keep one"),
+        (Request(interval="often"), "--interval often"),
+        (Request(interval="-3"), "--interval -3"),
+        (Request(write_s=0.0), "--checkpoint-write-s 0"),
+        (Request(gpus=-8), "--gpus -8"),
+        (Request(gpus_per_node=0), "--gpus-per-node 0"),
+        (Request(gpus=64, policy="shrink", replica_gpus=128), "--replica-gpus 128"),
+    ],
+)
+def test_bad_requests_are_named(request_: Request, word: str) -> None:
+    with pytest.raises(UserError, match=word.replace("-", r"\-")):
+        goodput_command(request_)
