@@ -253,6 +253,27 @@ def bench_kernels(
     raise typer.Exit(bench_command(request))
 
 
+@bench.command("comm")
+def bench_comm(
+    ops: Annotated[str, typer.Option(help="With commas: all_reduce, all_gather, reduce_scatter, all_to_all …")] = "",
+    sizes: Annotated[str | None, typer.Option(help="As 8K,1M or from:to:factor, 8K:1G:4.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Processes here; one per GPU, or 2, if not given.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu (gloo) or cuda (NCCL).")] = "auto",
+    rounds: Annotated[int, typer.Option(help="Times that each operation and size is measured.")] = 11,
+    out: Annotated[str | None, typer.Option(help="Prefix of the JSON and CSV files.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="JSON of an earlier run to hold this one against.")] = None,
+    min_ratio: Annotated[float, typer.Option(help="Least speed relative to the baseline.")] = 0.95,
+) -> None:
+    """Time collectives and point to point by size; bandwidths as nccl-tests define them. Also under torchrun or srun."""
+    from llm_parallel.bench.comm import Request, comm_command
+
+    names = [name for name in ops.split(",") if name]
+    command = " ".join(["llm-parallel", *sys.argv[1:]])
+    raise typer.Exit(
+        comm_command(Request(names, sizes, processes, device, rounds, out, baseline, min_ratio, command=command))
+    )
+
+
 @bench.command("step", context_settings=WITH_OVERRIDES)
 def bench_step(
     arguments: Annotated[list[str] | None, typer.Argument(help="Run file, and section.field=value overrides.")] = None,
