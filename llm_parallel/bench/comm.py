@@ -111,7 +111,7 @@ def parse_sizes(text: str) -> list[int]:
         ends = part.split(":")
         if len(ends) not in (1, 3):
             raise UserError(f"--sizes {part} is neither a size as 8K nor a range as 8K:64M:4")
-        first, last = _size(ends[0]), _size(ends[-2])
+        first, last = _size(ends[0]), _size(ends[len(ends) // 2])
         factor = _size(ends[2]) if len(ends) == 3 else 2
         if factor < 2 or last < first:
             raise UserError(f"--sizes {part} must grow: a factor of at least 2, and the last size not below the first")
