@@ -64,6 +64,7 @@ def submit(
     nodes: Annotated[int, typer.Option(help="Nodes that work.")],
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node; 0 where there are none.")] = 8,
     spares: Annotated[int, typer.Option(help="Nodes on top of --nodes that wait to replace a failed one.")] = 0,
+    min_nodes: Annotated[int | None, typer.Option(help="Fewest nodes to start with; --nodes if not given.")] = None,
     time: Annotated[str | None, typer.Option(help="Time limit, as 3-00:00:00.")] = None,
     partition: Annotated[str | None, typer.Option(help="SLURM partition.")] = None,
     account: Annotated[str | None, typer.Option(help="SLURM account.")] = None,
@@ -79,7 +80,7 @@ def submit(
     from llm_parallel.train.launch import submit_command
 
     request = SubmitRequest(
-        nodes, gpus_per_node, spares, time, partition, account, qos, name, warning_s, sbatch or (), template
+        nodes, gpus_per_node, spares, time, partition, account, qos, name, warning_s, sbatch or (), template, min_nodes
     )
     raise typer.Exit(submit_command(run_file, context.args, request, dry_run))
 
@@ -264,7 +265,7 @@ def bench_comm(
     baseline: Annotated[str | None, typer.Option(help="JSON of an earlier run to hold this one against.")] = None,
     min_ratio: Annotated[float, typer.Option(help="Least speed relative to the baseline.")] = 0.95,
 ) -> None:
-    """Time collectives and point to point by size; bandwidths as nccl-tests define them. Also under torchrun or srun."""
+    """Time collectives and point to point by size; bandwidths as nccl-tests define them. Under torchrun too."""
     from llm_parallel.bench.comm import Request, comm_command
 
     names = [name for name in ops.split(",") if name]

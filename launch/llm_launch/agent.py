@@ -143,11 +143,13 @@ class Agent:
             return
         while True:
             await asyncio.sleep(RESCUE_S * (1.0 + random.random()))
-            with contextlib.suppress(SlurmError):
+            try:
                 dead = await asyncio.to_thread(job.batch_host_is_dead)
                 if dead and await asyncio.to_thread(job.is_this_run):
                     self._log("the node of the batch script is dead; putting the job back into the queue")
                     await asyncio.to_thread(job.requeue)
+            except SlurmError as error:
+                self._log(f"SLURM: {error}")
 
     async def _try_controllers(self, deadline: float, rescue: asyncio.Task[None] | None) -> wire.Channel | None:
         while time.monotonic() < deadline or (rescue is not None and not rescue.done()):
@@ -176,6 +178,7 @@ class Agent:
                 message = None
             if message is None:
                 # Whoever leads now makes a new plan; what runs without one must not go on.
+                self._log("the controller is gone; ending the workers here")
                 self._kill_all()
                 return 1
             self.heard_s = time.monotonic()
@@ -347,7 +350,12 @@ class Agent:
             _kill(worker.pid)
 
     def _log(self, text: str) -> None:
-        print(f"agent {self.settings.node}: {text}", file=sys.stderr, flush=True)
+        """To the terminal, and to a file: the terminal of a SLURM step is gone with the batch script's node."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):
+            print(f"agent {self.settings.node}: {text}", file=sys.stderr, flush=True)
+            with (self.settings.run_dir / "logs" / "agents.log").open("a") as log:
+                log.write(f"{stamp} {self.settings.node}: {text}\n")
 
 
 def _process_state(pid: int) -> str:
@@ -418,6 +426,7 @@ def main() -> None:
     agent = Agent(_settings(arguments, os.environ["LLM_PARALLEL_SECRET"]))
 
     async def serve() -> int:
+        # The controller says when to end; SLURM's TERM of a requeue comes while the last agent puts the job back.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
         return await agent.run()
 

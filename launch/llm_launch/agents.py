@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from llm_launch.slurm import SlurmError, SlurmJob
+from llm_launch.slurm import WORKING_STATES, SlurmError, SlurmJob
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
@@ -172,17 +172,17 @@ class SlurmAgents:
     def _keep_starting(self, node: str) -> None:
         while not self._ended.is_set():
             began = time.monotonic()
-            with contextlib.suppress(SlurmError):
-                # A step on a node that SLURM has not missed yet would wait for minutes.
+            # SLURM misses a crashed node after half a minute; until then a step on it fails.
+            with contextlib.suppress(SlurmError, subprocess.TimeoutExpired):
                 if self._usable(node):
-                    self._waiting.discard(node)
-                    self._start([node])
-                    return
-            self._ended.wait(max(0.0, RETRY_S - (time.monotonic() - began)))
+                    self._start([node]).wait(RETRY_S)
+            if time.monotonic() - began >= RETRY_S:
+                break  # it runs
+            self._ended.wait(RETRY_S - (time.monotonic() - began))
+        self._waiting.discard(node)
 
     def _usable(self, node: str) -> bool:
-        state = self.job.node_states().get(node, "")
-        return state in ("allocated", "mixed", "idle", "draining")
+        return self.job.node_states().get(node, "") in WORKING_STATES
 
     def condemn(self, node: str, reason: str) -> None:
         """Drains the node, in the background; where that is not permitted it is kept out when the job is requeued."""

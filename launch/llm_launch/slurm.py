@@ -8,7 +8,6 @@ slurmctld is away raises SlurmError, which callers survive.
 from __future__ import annotations
 
 import re
-import signal
 import socket
 import subprocess
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 CALL_S = 10.0
 REQUEUE_TRIES = 3
+WORKING_STATES = ("allocated", "mixed", "idle", "draining")
 _FIELD = re.compile(r"(?:^| )([A-Za-z:/_]+)=")
 
 
@@ -128,21 +128,21 @@ class SlurmJob:
         if not exclude:
             self._call(["scontrol", "requeue", self.job_id])
             return
-        # The requeue ends this very process, unless it ignores TERM, and scontrol's children with it.
-        ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._call(["scontrol", "requeuehold", self.job_id])
         try:
-            self._call(["scontrol", "requeuehold", self.job_id])
-            for attempt in range(REQUEUE_TRIES):
-                try:
-                    self._call(["scontrol", "update", f"jobid={self.job_id}", f"ExcNodeList={','.join(exclude)}"])
-                    break
-                except SlurmError:
-                    if attempt == REQUEUE_TRIES - 1:
-                        raise
-                    time.sleep(1.0)
+            self._insist(["scontrol", "update", f"jobid={self.job_id}", f"ExcNodeList={','.join(exclude)}"])
         finally:
-            self._call(["scontrol", "release", self.job_id])
-            signal.signal(signal.SIGTERM, ignored)
+            self._insist(["scontrol", "release", self.job_id])
+
+    def _insist(self, argv: Sequence[str]) -> None:
+        for attempt in range(REQUEUE_TRIES):
+            try:
+                self._call(argv)
+                return
+            except SlurmError:
+                if attempt == REQUEUE_TRIES - 1:
+                    raise
+                time.sleep(1.0)
 
     def drain(self, node: str, reason: str) -> bool:
         """Asks that ``node`` gets no new jobs; False if this user may not."""

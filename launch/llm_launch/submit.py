@@ -23,7 +23,8 @@ _NAME = re.compile(r"[A-Za-z0-9._,@+-]+")
 
 @dataclass(frozen=True)
 class SubmitRequest:
-    """What SLURM is asked for. nodes: those that work; spares: nodes on top that wait; gpus_per_node: 0 on clusters
+    """What SLURM is asked for. nodes: those that work; spares: nodes on top that wait; min_nodes: the fewest to start
+    with (``nodes`` if None), as after the loss of the batch script's own node; gpus_per_node: 0 on clusters
     without GPUs; time: SLURM's [days-]hours:minutes:seconds; warning_s: seconds before the limit at which the run
     saves and goes back to the queue; options: further lines for #SBATCH, such as ``--constraint=h100``; template: file
     with {options} and {command} to use instead of ours."""
@@ -39,6 +40,7 @@ class SubmitRequest:
     warning_s: int = 180
     options: Sequence[str] = ()
     template: str | None = None
+    min_nodes: int | None = None
 
 
 def check_request(request: SubmitRequest, config: RunConfig) -> None:
@@ -49,14 +51,16 @@ def check_request(request: SubmitRequest, config: RunConfig) -> None:
     ):  # fmt: skip
         if value < least:
             raise UserError(f"--{name} {value} must be at least {least}")
+    if request.min_nodes is not None and not 1 <= request.min_nodes <= request.nodes:
+        raise UserError(f"--min-nodes {request.min_nodes} must be at least 1 and at most --nodes {request.nodes}")
     if request.time is not None:
         seconds = parse_time(request.time)
         if seconds is None or seconds <= 0:
             raise UserError(f"--time {request.time} is no time limit; write days-hours:minutes:seconds, as 3-00:00:00")
         if seconds <= request.warning_s:
             raise UserError(
-                f"--time {request.time} leaves no time before the warning {request.warning_s} s earlier; give more time "
-                "or a smaller --warning-s"
+                f"--time {request.time} leaves no time before the warning {request.warning_s} s earlier; give more "
+                "time or a smaller --warning-s"
             )
     for name in ("partition", "account", "qos", "name"):
         text = getattr(request, name)
@@ -91,13 +95,14 @@ def batch_file(request: SubmitRequest, config: RunConfig, run_file: Path, overri
 
 def _options(request: SubmitRequest, run_dir: Path) -> str:
     name = request.name or run_dir.name
-    spares = f", {request.spares} of them spares" if request.spares else ""
+    fewest, most = request.min_nodes or request.nodes, request.nodes + request.spares
+    nodes = str(most) if fewest == most else f"{fewest}-{most}"
+    spares = f", {request.spares} of {most} as spares" if request.spares else ""
     gpus = [f"#SBATCH --gpus-per-node={request.gpus_per_node}"] if request.gpus_per_node else []
     named = {"partition": request.partition, "account": request.account, "qos": request.qos, "time": request.time}
     lines = [
         f"#SBATCH --job-name={name}",
-        f"#SBATCH --nodes={request.nodes + request.spares}    # {request.nodes + request.spares} nodes{spares}",
-        "#SBATCH --ntasks-per-node=1    # one agent, which starts a worker per device",
+        f"#SBATCH --nodes={nodes}    # the launcher takes what it gets{spares}",
         *gpus,
         "#SBATCH --exclusive",
         *(f"#SBATCH --{option}={value}" for option, value in named.items() if value is not None),

@@ -1,0 +1,216 @@
+"""Runs under a real Slurm of four nodes on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from llm_launch.drill import read_lines
+from llm_launch.slurm import SlurmJob
+from tests.integration.commands import Corpus, write_run_file
+from tests.slurm.cluster import Cluster, until, why_not
+
+pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """A folder that Slurm's daemons may enter."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Four idle nodes with two GPUs each that are none."""
+    began = time.monotonic()
+    with Cluster(folder / request.node.name, gpus=2) as slurm:
+        assert time.monotonic() - began < 15.0
+        yield slurm
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path) -> Corpus:
+    """Token files of the repository's own documents."""
+    documents = [str(path) for path in (Path("README.md"), Path("DECISIONS.md"))]
+    command = [sys.executable, "-m", "llm_parallel.cli", "prepare", *documents, "--out", str(folder / "docs")]
+    done = subprocess.run([*command, "--train-vocab", "600"], capture_output=True, text=True, check=True)
+    return Corpus(folder / "docs", folder / "tokenizer.model", done.stdout)
+
+
+class Submitted:
+    """A run of four nodes that ``llm-parallel submit`` handed to Slurm."""
+
+    def __init__(self, cluster: Cluster, corpus: Corpus, steps: int, *options: str) -> None:
+        self.cluster = cluster
+        self.folder = cluster.folder
+        run_file = write_run_file(
+            corpus, self.folder, parallel={"dp": 4}, train={"steps": steps, "global_batch_size": 8}
+        )
+        command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(run_file), "--nodes", "4"]
+        command += ["--gpus-per-node", "0", *options]
+        env = {**cluster.env, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.job = done.stdout.split()[1].rstrip(";")
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.folder / "run"
+
+    def steps(self) -> list[int]:
+        """Every step that was made, in order, those made again too."""
+        return [record["step"] for record in read_lines(self.run / "metrics.jsonl") if "train/loss" in record]
+
+    def reach(self, step: int) -> None:
+        """Waits for a step."""
+        until(lambda: max(self.steps(), default=0) >= step, 120, f"step {step}:\n{self.log()}")
+
+    def log(self) -> str:
+        """End of what the job printed."""
+        path = self.run / "logs" / f"slurm-{self.job}.out"
+        return path.read_text(errors="replace")[-3000:] if path.exists() else ""
+
+    def finish(self, timeout_s: float = 200.0) -> dict[str, str]:
+        """Waits for the end; the job's record."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
+        try:
+            until(lambda: self.cluster.job(self.job)["JobState"] in over, timeout_s, "the job's end")
+        except TimeoutError as error:
+            raise AssertionError(f"{error}: {self.cluster.job(self.job)}\n{self.log()}") from None
+        return self.cluster.job(self.job)
+
+    def events(self, kind: str) -> list[dict[str, object]]:
+        """Events of one kind."""
+        return [record for record in read_lines(self.run / "events.jsonl") if record["event"] == kind]
+
+
+def test_a_crashed_node_does_not_end_the_job(cluster: Cluster, corpus: Corpus) -> None:
+    """Long before Slurm misses the node the run goes on with three; every step is made, at most one twice."""
+    submitted = Submitted(cluster, corpus, 60)
+    submitted.reach(8)
+    cluster.crash("n3")
+    job = submitted.finish()
+    assert job["JobState"] == "COMPLETED" and job["Restarts"] == "0", submitted.log()
+    steps = submitted.steps()
+    assert sorted(set(steps)) == list(range(1, 61)) and len(steps) <= 61
+    formed = submitted.events("form")
+    assert [form["world_size"] for form in formed] == [4, 3] and formed[1]["cause"] == "memory"
+
+
+def test_the_time_limits_warning_saves_and_requeues(cluster: Cluster, corpus: Corpus) -> None:
+    """USR1 for the batch script, which Slurm sends before the time limit: the job comes back and finishes the run."""
+    submitted = Submitted(cluster, corpus, 40)
+    submitted.reach(8)
+    cluster.run(["scancel", "--signal=USR1", "--batch", submitted.job])
+    job = submitted.finish()
+    assert job["JobState"] == "COMPLETED" and job["Restarts"] == "1", submitted.log()
+    assert submitted.steps() == list(range(1, 41))
+    assert [record["event"] for record in submitted.events("requeue")] == ["requeue"]
+
+
+def test_the_batch_scripts_node_may_be_lost(cluster: Cluster, corpus: Corpus) -> None:
+    """Nobody leads the job then. An agent puts it back into the queue when Slurm has given the node up, and the run
+    goes on from the copies in memory, on three nodes, without a checkpoint ever written."""
+    submitted = Submitted(cluster, corpus, 30, "--min-nodes", "3")
+    submitted.reach(8)
+    batch_host = cluster.job(submitted.job)["BatchHost"]
+    cluster.crash(batch_host)
+    job = submitted.finish()
+    assert job["JobState"] == "COMPLETED" and job["Restarts"] == "1", submitted.log()
+    steps = submitted.steps()
+    assert sorted(set(steps)) == list(range(1, 31)) and len(steps) <= 31
+    restarted = submitted.events("form")[1]
+    assert restarted["cause"] == "memory" and int(str(restarted["step"])) >= 7
+
+
+def in_job(cluster: Cluster, script: str, *options: str) -> dict[str, object]:
+    """Runs Python in a batch job and returns the JSON that it printed last."""
+    path = cluster.folder / "job.sh"
+    out = cluster.folder / "job.out"
+    path.write_text(f"#!/bin/bash\n{sys.executable} - <<'END'\n{script}\nEND\n")
+    env_command = ["sbatch", "--parsable", "--no-kill", "--requeue", "--open-mode=append", f"--output={out}", *options]
+    job = cluster.run([*env_command, str(path)])
+    until(lambda: cluster.job(job)["JobState"] == "COMPLETED", 60, f"end of the job: {out}")
+    return json.loads(out.read_text().strip().splitlines()[-1])
+
+
+PRELUDE = "import json, os\nfrom llm_launch.slurm import SlurmJob\njob = SlurmJob.from_environment(os.environ)\n"
+
+
+def test_what_a_job_knows(cluster: Cluster) -> None:
+    found = in_job(
+        cluster,
+        PRELUDE + "print(json.dumps([job.nodes(), job.gpus_per_node, job.is_batch_shell, job.is_this_run(), "
+        "job.seconds_left(), job.node_states(), job.addresses(job.nodes()[:1]), job.batch_host_is_dead()]))",
+        "--nodes=3", "--time=30", "--gpus-per-node=2",
+    )  # fmt: skip
+    nodes, gpus, batch, current, left, states, addresses, dead = found  # type: ignore[misc]
+    assert nodes == ["n1", "n2", "n3"] and gpus == 2 and batch and current and not dead
+    assert 1500 < left <= 1800 and set(states) == set(nodes) and addresses == {"n1": "127.0.0.1"}
+
+
+def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
+    script = PRELUDE + (
+        "import time\n"
+        "if job.restart_count == 0:\n"
+        "    assert job.drain('n2', 'a test')\n"
+        "    job.requeue(['n2'])\n"
+        "    time.sleep(60)\n"
+        "print(json.dumps([job.nodes(), job.restart_count]))"
+    )
+    nodes, restarts = in_job(cluster, script, "--nodes=2")  # type: ignore[misc]
+    assert nodes == ["n1", "n3"] and restarts == 1
+    assert cluster.states()["n2"] == "drained"
+
+
+def test_the_batch_file_is_one(cluster: Cluster, corpus: Corpus) -> None:
+    """With GPUs, spares and a time limit, as sbatch itself reads it."""
+    folder = cluster.folder
+    run_file = write_run_file(corpus, folder, parallel={"dp": 4}, train={"global_batch_size": 8})
+    tree = yaml.safe_load(run_file.read_text())
+    run_file.write_text(yaml.safe_dump({**tree, "device": "auto"}))
+    command = [
+        sys.executable,
+        "-m",
+        "llm_parallel.cli",
+        "submit",
+        str(run_file),
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "2",
+    ]
+    command += ["--spares", "1", "--time", "1:00:00", "--partition", "main", "--sbatch=--comment=x", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    path = folder / "run.sbatch"
+    path.write_text(done.stdout)
+    tested = subprocess.run(["sbatch", "--test-only", str(path)], env=cluster.env, capture_output=True, text=True)
+    assert tested.returncode == 0 and "to start at" in tested.stderr, tested.stderr
+    assert "on nodes n[1-3]" in tested.stderr
+
+
+def test_down_leaves_nothing(folder: Path) -> None:
+    with Cluster(folder / "brief", nodes=2) as slurm:
+        conf = str(slurm.conf)
+        assert SlurmJob.from_environment(os.environ) is None
+    alive = []
+    for process in psutil.process_iter():
+        try:
+            alive += [process] if process.environ().get("SLURM_CONF") == conf else []
+        except psutil.Error:
+            continue
+    assert alive == []
