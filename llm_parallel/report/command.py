@@ -1,0 +1,69 @@
+"""``llm-parallel report``: one HTML page of runs and sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from llm_parallel.bench.environment import commit
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+from llm_parallel.report.figures import Picture
+from llm_parallel.report.page import Section, render
+from llm_parallel.report.runs import read_runs
+from llm_parallel.report.scaling import read_sweep, sentence
+from llm_parallel.report.sections import runs_sections, scaling_section
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to report: run folders, CSVs of sweeps, the page to write, and a folder for PNGs of its figures."""
+
+    runs: Sequence[str] = ()
+    sweeps: Sequence[str] = ()
+    out: str = "report.html"
+    png: str | None = None
+    title: str = ""
+
+
+def report_command(request: Request) -> int:
+    """Writes the page, prints where it is and what a sweep gives. Raises UserError on bad input, writing nothing."""
+    if not request.runs and not request.sweeps:
+        raise UserError("report needs a run folder, or --csv with a sweep")
+    runs = read_runs(request.runs)
+    sweeps = [series for path in request.sweeps for series in read_sweep(path)]
+    sections: list[Section] = []
+    pictures: list[Picture] = []
+    if runs:
+        sections += runs_sections(runs, pictures)
+    if sweeps:
+        sections.append(scaling_section(sweeps, pictures))
+    title = request.title or _title([run.name for run in runs], [series.name for series in sweeps])
+    moment = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    sources = [*(str(run.folder) for run in runs), *(str(Path(path).resolve()) for path in request.sweeps)]
+    made = f"Made {moment} by llm-parallel report, commit {commit()}, from {', '.join(sources)}."
+    try:
+        with atomic_write(request.out) as handle:
+            handle.write(render(title, made, sections))
+        for picture in pictures if request.png else ():
+            with atomic_write(Path(request.png or "") / f"{picture.name}.png", "wb") as handle:
+                handle.write(picture.png())
+    except OSError as error:
+        raise UserError(f"--out {request.out} cannot be written ({error.strerror}); name another file") from None
+    for series in sweeps:
+        print(sentence(series))
+        for point in series.best:
+            for flag in series.flags(point):
+                print(f"  {point.world_size} processes: {flag}")
+    size = Path(request.out).stat().st_size
+    print(f"report: {request.out} ({size / 1024:,.0f} KiB, {len(pictures)} figures)")
+    if request.png:
+        print(f"figures: {', '.join(f'{request.png}/{picture.name}.png' for picture in pictures)}")
+    return 0
+
+
+def _title(runs: Sequence[str], series: Sequence[str]) -> str:
+    names = [*runs, *series]
+    return f"Report on {names[0]}" if len(names) == 1 else f"Report on {', '.join(names[:3])}{' …' * (len(names) > 3)}"

@@ -1,0 +1,271 @@
+"""The report's pictures: matplotlib figures, and how they become SVG inside a page."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llm_parallel.metrics.plots import smooth
+from llm_parallel.report.recovery import Life
+from llm_parallel.report.runs import TIME_PARTS, Run, time_split
+from llm_parallel.report.scaling import Series
+
+# Okabe and Ito's colours, which colour-blind people can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+PART_COLOURS = dict(zip(TIME_PARTS, ("#56B4E9", "#CC79A7", "#E69F00", "#D55E00", "#BBBBBB")))
+SPAN_COLOURS = {
+    "starting": "#56B4E9",
+    "training": "#009E73",
+    "recovering": "#D55E00",
+    "waiting": "#E69F00",
+    "stopped": "#DDDDDD",
+}
+MOST_POINTS = 1200
+"""Of a curve, so that a long run does not make a page of many megabytes."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with its name (for files) and what it shows (for who can't see it)."""
+
+    name: str
+    caption: str
+    figure: Any
+
+    def svg(self) -> str:
+        """The figure as an ``svg`` element: as wide as the page, text as text, identifiers its own."""
+        import matplotlib
+
+        # Text as text can be searched and read aloud; the salt makes the same figure the same bytes.
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
+            buffer = io.StringIO()
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+        text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+        used = set(re.findall(r"#([\w-]+)", text))
+        text = re.sub(r' id="([\w-]+)"', lambda match: match.group() if match.group(1) in used else "", text)
+        # Several figures share one page; so must not the names that their clip paths and markers go by.
+        text = re.sub(r'id="([\w-]+)"', rf'id="{self.name}-\1"', text)
+        text = re.sub(r'(url\(#|href="#)([\w-]+)', rf"\1{self.name}-\2", text)
+        return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.caption)}"', 1)
+
+    def png(self) -> bytes:
+        """The figure as a PNG file."""
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=130)
+        return buffer.getvalue()
+
+
+def new_figure(height: float = 3.6, panels: int = 1) -> tuple[Any, Any]:
+    """A figure as wide as the page, and its panels' axes (one, or an array)."""
+    from matplotlib.figure import Figure  # it costs 0.4 s to import
+
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots(panels, 1)
+    for panel in np.atleast_1d(axes):
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def thin(*columns: np.ndarray) -> list[np.ndarray]:
+    """The columns at no more than about MOST_POINTS indices, the last among them."""
+    count = len(columns[0])
+    if count <= MOST_POINTS:
+        return list(columns)
+    index = np.unique(np.linspace(0, count - 1, MOST_POINTS).astype(int))
+    return [column[index] for column in columns]
+
+
+def run_pictures(runs: Sequence[Run]) -> list[Picture]:
+    """Loss, throughput, MFU where it is known, memory and time split of the runs, together."""
+    found = [_loss(runs), _curve(runs, "throughput", "perf/tokens_per_s_per_gpu", f"tokens/s/{runs[0].history.unit}")]
+    if any(np.isfinite(run.history.column("perf/mfu")).any() for run in runs):
+        found.append(_curve(runs, "mfu", "perf/mfu", "MFU, share of the peak"))
+    found.append(_curve(runs, "memory", "memory/allocated_gib", "GiB, peak of rank 0"))
+    return [*found, _split(runs)]
+
+
+def _colour(index: int) -> tuple[str, str]:
+    """Colour and line style of the run of that number."""
+    return COLOURS[index % len(COLOURS)], ("-", "--", ":", "-.")[index // len(COLOURS) % 4]
+
+
+def _loss(runs: Sequence[Run]) -> Picture:
+    figure, axes = new_figure(4.0)
+    for index, run in enumerate(runs):
+        colour, style = _colour(index)
+        tokens, loss = run.history.column("train/tokens"), run.history.column("train/loss")
+        mean = smooth(loss, max(1, len(loss) // 20))
+        axes.plot(*thin(tokens, loss), color=colour, alpha=0.25, linewidth=0.7)
+        axes.plot(*thin(tokens, mean), color=colour, linestyle=style, linewidth=1.6, label=f"{run.name} (smoothed)")
+        if run.history.evals:
+            at = np.interp(run.history.eval_column("step"), run.history.column("step"), tokens)
+            losses = run.history.eval_column("eval/loss")
+            axes.plot(at, losses, "o", color=colour, markeredgecolor="white", label=f"{run.name} held out")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss, nats per token")
+    axes.xaxis.set_major_formatter(_engineering())
+    axes.legend(frameon=False)
+    return Picture("loss", "Training loss by tokens: each step thin, smoothed thick", figure)
+
+
+def _curve(runs: Sequence[Run], name: str, column: str, unit: str) -> Picture:
+    figure, axes = new_figure(3.2)
+    highest = 0.0
+    for index, run in enumerate(runs):
+        colour, style = _colour(index)
+        steps, values = thin(run.history.column("step"), run.history.column(column))
+        if not np.isfinite(values).any():
+            continue
+        median = float(np.nanmedian(values))
+        label = f"{run.name}: median {median:.1%}" if name == "mfu" else f"{run.name}: median {median:,.4g}"
+        axes.plot(steps, values, color=colour, linestyle=style, linewidth=0.9, label=label)
+        highest = max(highest, float(np.nanpercentile(values, 99)))
+    axes.set_ylim(0, 1.15 * highest if highest else 1)
+    axes.set_xlabel("steps")
+    axes.set_ylabel(unit)
+    if name != "mfu":
+        axes.yaxis.set_major_formatter(_engineering())
+    axes.legend(frameon=False, loc="lower right")
+    return Picture(name, f"{unit} by step", figure)
+
+
+def _split(runs: Sequence[Run]) -> Picture:
+    figure, axes = new_figure(1.3 + 0.45 * len(runs))
+    splits = [time_split(run.history) for run in runs]
+    left = np.zeros(len(runs))
+    for part in TIME_PARTS:
+        widths = np.array([1e3 * split[part] for split in splits])
+        if not widths.any():
+            continue
+        bars = axes.barh(range(len(runs)), widths, left=left, color=PART_COLOURS[part], label=part, height=0.6)
+        totals = [1e3 * sum(split.values()) for split in splits]
+        shares = [f"{w / total:.0%}" if w > 0.06 * max(totals) else "" for w, total in zip(widths, totals)]
+        axes.bar_label(bars, shares, label_type="center", fontsize=8)
+        left = left + widths
+    axes.set_yticks(range(len(runs)), [run.name for run in runs])
+    axes.invert_yaxis()
+    axes.set_xlabel("mean milliseconds of a step, on rank 0")
+    axes.grid(axis="y", visible=False)
+    figure.legend(*axes.get_legend_handles_labels(), ncols=5, frameon=False, loc="outside upper center")
+    return Picture("time_split", "Where the time of a step goes", figure)
+
+
+def life_picture(run: Run, life: Life, number: int) -> Picture:
+    """Spans of an elastic run as a bar, faults as marks, and the processes that trained below."""
+    from matplotlib.patches import Patch
+
+    figure, (bar, processes) = new_figure(3.4, panels=2)
+    bar.sharex(processes)
+    for span in life.spans:
+        width = span.end_s - span.begin_s
+        bar.barh(0, width, left=span.begin_s, color=SPAN_COLOURS[span.kind], height=0.8, linewidth=0)
+    for index, recovery in enumerate(life.recoveries, start=1):
+        bar.annotate(str(index), (recovery.at_s, 0.45), ha="center", va="bottom", fontsize=8, color="#444444")
+        bar.plot([recovery.at_s] * 2, [-0.45, 0.45], color="#222222", linewidth=0.8)
+    bar.set_yticks([])
+    bar.set_ylim(-0.5, 0.9)
+    bar.spines["left"].set_visible(False)
+    bar.grid(visible=False)
+    bar.tick_params(labelbottom=False)
+    edges = [edge for span in life.spans for edge in (span.begin_s, span.end_s)]
+    counts = [count for span in life.spans for count in (span.processes, span.processes)]
+    processes.fill_between(edges, counts, color="#009E73", alpha=0.3, linewidth=0)
+    processes.plot(edges, counts, color="#009E73", linewidth=1.2)
+    processes.set_ylim(0, 1.2 * max([1, *counts]))
+    processes.yaxis.get_major_locator().set_params(integer=True)
+    processes.set_ylabel("training\nprocesses")
+    processes.set_xlabel("seconds since the start")
+    kinds = dict.fromkeys(span.kind for span in life.spans)
+    patches = [Patch(color=SPAN_COLOURS[kind], label=f"{kind} {life.seconds(kind):,.1f} s") for kind in kinds]
+    figure.legend(handles=patches, ncols=5, frameon=False, loc="outside upper center")
+    return Picture(f"life_{number}", f"Life of {run.name}: numbers are the faults of the table", figure)
+
+
+def scaling_pictures(series: Sequence[Series]) -> list[Picture]:
+    """Efficiency of all series against size, measured and predicted; and for each series what was lost to what."""
+    figure, axes = new_figure(4.0)
+    for index, one in enumerate(series):
+        colour, style = _colour(index)
+        sizes = [point.world_size for point in one.best]
+        measured = [one.efficiency(point) for point in one.best]
+        noise = [measured[i] * (point.spread or 0.0) / 2 for i, point in enumerate(one.best)]
+        label = f"{one.name}: {one.mode}, measured"
+        axes.errorbar(sizes, measured, noise, color=colour, linestyle=style, marker="o", capsize=3, label=label)
+        others = [point for point in one.points if point not in one.best]
+        axes.plot(*([p.world_size for p in others], [one.efficiency(p) for p in others], "x"), color=colour, alpha=0.5)
+        predicted = [one.predicted(point) for point in one.best]
+        if any(value is not None for value in predicted):
+            values = [np.nan if value is None else value for value in predicted]
+            axes.plot(sizes, values, color=colour, linestyle=":", marker=".", label=f"{one.name}: predicted")
+        for point in one.best:
+            if any(flag.startswith(("superlinear", "noisy")) for flag in one.flags(point)):
+                at = (point.world_size, one.efficiency(point))
+                axes.annotate("?", at, xytext=(6, 6), textcoords="offset points", color=colour, fontsize=12)
+    axes.axhline(1.0, color="#888888", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    sizes = sorted({point.world_size for one in series for point in one.points})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_ylim(0, None)
+    axes.set_xlabel("processes")
+    axes.set_ylabel("speed per process / baseline's")
+    axes.legend(frameon=False, loc="lower left")
+    caption = "Scaling efficiency, fastest layout of each size; crosses are other layouts, ? is doubtful"
+    return [Picture("scaling", caption, figure), *(_lost(one, n) for n, one in enumerate(series) if _has_parts(one))]
+
+
+def _has_parts(series: Series) -> bool:
+    return len(series.best) > 1 and all(series.lost(point) for point in series.best[1:])
+
+
+def _lost(series: Series, number: int) -> Picture:
+    figure, axes = new_figure(3.2)
+    names = list(dict.fromkeys(name for point in series.best for name in series.lost(point)))
+    up, down = np.zeros(len(series.best)), np.zeros(len(series.best))
+    for index, name in enumerate(names):
+        values = np.array([1e3 * series.lost(point).get(name, 0.0) for point in series.best])
+        base = np.where(values >= 0, up, down)
+        axes.bar(range(len(values)), values, bottom=base, color=_colour(index)[0], label=name, width=0.6)
+        up, down = up + np.maximum(values, 0), down + np.minimum(values, 0)
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    axes.set_xticks(range(len(series.best)), [f"{point.world_size:,}" for point in series.best])
+    axes.set_xlabel("processes")
+    axes.set_ylabel("ms per step over ideal")
+    axes.legend(frameon=False, loc="upper left")
+    return Picture(
+        f"lost_{number}", f"{series.name}: what each step takes over the ideally scaled baseline, by cause", figure
+    )
+
+
+def layout_map(series: Series, number: int) -> Picture | None:
+    """Speed of the layouts of the size that has most of them; None if none has three."""
+    by_size: dict[int, list[Any]] = {}
+    for point in series.points:
+        by_size.setdefault(point.world_size, []).append(point)
+    size, points = max(by_size.items(), key=lambda item: len(item[1]))
+    if len(points) < 3:
+        return None
+    figure, axes = new_figure(1.2 + 0.3 * len(points))
+    rates = [point.rate for point in points]
+    bars = axes.barh(range(len(points)), rates, color=[COLOURS[0], *["#9ecae1"] * (len(points) - 1)], height=0.7)
+    axes.bar_label(bars, [f" {rate / rates[0]:.0%}" for rate in rates], fontsize=8)
+    axes.set_yticks(range(len(points)), [point.layout or "layout not given" for point in points], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"samples/s per process on {size} processes")
+    return Picture(f"layouts_{number}", f"{series.name}: layouts on {size} processes, fastest first", figure)
+
+
+def _engineering() -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")

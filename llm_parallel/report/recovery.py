@@ -1,0 +1,132 @@
+"""The life of an elastic run from its events: when it trained, when it recovered, and from what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+KINDS = ("starting", "training", "recovering", "waiting", "stopped")
+
+
+@dataclass
+class Span:
+    """A stretch of one kind, in seconds since the first event."""
+
+    kind: str
+    begin_s: float
+    end_s: float
+    processes: int = 0
+    """That train in it; 0 in every other kind."""
+
+
+@dataclass
+class Recovery:
+    """One fault, from its detection until training went on."""
+
+    at_s: float
+    step: int
+    cause: str
+    verdict: str = ""
+    removed: list[str] = field(default_factory=list)
+    resumed_s: float | None = None
+    """When training went on; None if it did not."""
+    resumed_step: int | None = None
+    processes: int | None = None
+    layout: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """From detection until training went on."""
+        return None if self.resumed_s is None else self.resumed_s - self.at_s
+
+    @property
+    def lost_steps(self) -> int | None:
+        """Steps that had been made and were made again."""
+        return None if self.resumed_step is None else max(0, self.step - self.resumed_step)
+
+
+@dataclass
+class Life:
+    """Spans that fill the time from the first event to the last, and the recoveries in it."""
+
+    spans: list[Span]
+    recoveries: list[Recovery]
+
+    def seconds(self, kind: str) -> float:
+        """Time spent in spans of ``kind``."""
+        return sum(span.end_s - span.begin_s for span in self.spans if span.kind == kind)
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time, stops left out, in which the run trained; work made again counts as trained."""
+        alive = sum(self.seconds(kind) for kind in KINDS if kind != "stopped")
+        return self.seconds("training") / alive if alive else 0.0
+
+
+def life_of(events: Sequence[dict[str, Any]], last_step_time: str | None = None) -> Life | None:
+    """The life that ``events`` tell, or None if no launcher wrote them (no ``form`` among them).
+
+    ``last_step_time`` (ISO 8601) is that of the last record of a step: a run that was killed wrote no end.
+    """
+    known = [(_seconds(event["time"]), event) for event in events if "event" in event and "time" in event]
+    if not any(event["event"] == "form" for _, event in known):
+        return None
+    first_s = known[0][0]
+    story = _Story()
+    for at_s, event in known:
+        story.take(at_s - first_s, event)
+    end_s = known[-1][0] - first_s
+    if last_step_time is not None and story.kind == "training":
+        end_s = max(end_s, _seconds(last_step_time) - first_s)
+    story.close(end_s)
+    return Life(story.spans, story.recoveries)
+
+
+def _seconds(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+@dataclass
+class _Story:
+    kind: str = "starting"
+    since_s: float = 0.0
+    processes: int = 0
+    spans: list[Span] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
+
+    def take(self, at_s: float, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        recovery = self.recoveries[-1] if self.recoveries and self.recoveries[-1].resumed_s is None else None
+        if kind == "detect":
+            self.recoveries.append(Recovery(at_s, event.get("step", 0), event.get("cause", "")))
+            self._enter("recovering", at_s)
+        elif kind == "wait":
+            self._enter("waiting", at_s)
+        elif kind == "form":
+            self._enter("recovering" if recovery else "starting", at_s)
+            if recovery:
+                recovery.layout = event.get("layout", "")
+        elif kind == "resume":
+            self._enter("training", at_s, event.get("world_size", 0))
+            if recovery:
+                recovery.resumed_s, recovery.resumed_step = at_s, event.get("step")
+                recovery.processes = event.get("world_size")
+        elif kind in ("end", "fail", "requeue"):
+            self._enter("stopped", at_s)
+        elif kind == "join" and self.kind == "stopped":
+            self._enter("starting", at_s)
+        elif recovery and kind == "blame":
+            recovery.verdict = f"{event.get('fault', '')}: {event.get('cause', '')}"
+        elif recovery and kind == "remove":
+            recovery.removed.append(f"{event.get('node')}/{event.get('device')}")
+
+    def _enter(self, kind: str, at_s: float, processes: int = 0) -> None:
+        self.close(at_s)
+        self.kind, self.processes = kind, processes
+
+    def close(self, at_s: float) -> None:
+        if at_s > self.since_s:
+            self.spans.append(Span(self.kind, self.since_s, at_s, self.processes))
+        self.since_s = at_s

@@ -1,0 +1,201 @@
+"""What a report says of a run: read from its folder, summed up, compared with others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from llm_parallel.errors import UserError
+from llm_parallel.metrics.history import History, read_history
+from llm_parallel.metrics.jsonlines import read_jsonlines
+
+WORK = (
+    "model",
+    "data.seq_length_tokens",
+    "train.global_batch_size",
+    "train.precision",
+)
+"""Parts of the configuration that are the work of a step: speeds are compared where they are the same."""
+UNWORK = ("model.init_std", "model.preset", "model.norm_epsilon", "model.rope_base", "model.max_seq_length_tokens")
+"""Within them, what is not."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as it was read."""
+
+    name: str
+    folder: Path
+    history: History
+    config: dict[str, Any]
+    """Merged configuration by field, ``{"model.num_layers": 2, …}``; empty if the folder has none."""
+    events: tuple[dict[str, Any], ...]
+    """Lines of events.jsonl, oldest first; empty if there are none."""
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """The runs in ``folders``. Raises UserError where one has no metrics, no step, or is given twice."""
+    resolved = [Path(folder).resolve() for folder in folders]
+    for folder in resolved:
+        if resolved.count(folder) > 1:
+            raise UserError(f"run {folder} is given twice; name each run once")
+    bare = [folder.name for folder in resolved]
+    return [
+        _read_run(folder, folder.name if bare.count(folder.name) == 1 else f"{folder.parent.name}/{folder.name}")
+        for folder in resolved
+    ]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    history = read_history(folder)
+    if not history.steps:
+        raise UserError(f"run {folder} has made no step yet; its metrics.jsonl holds none")
+    config: Any = {}
+    if (folder / "config.yaml").is_file():
+        try:
+            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{folder / 'config.yaml'} cannot be read ({type(error).__name__}); mend or remove it"
+            ) from None
+    events = tuple(read_jsonlines(folder / "events.jsonl")) if (folder / "events.jsonl").is_file() else ()
+    return Run(name, folder, history, flat(config), events)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as one mapping of dotted names; lists stay whole."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One run in numbers; NaN and empty where the run does not say."""
+
+    steps: int
+    tokens: float
+    loss: float
+    """Mean over the last twentieth of the steps, nats per token."""
+    eval_loss: float
+    sizes: tuple[int, ...]
+    """Numbers of processes it ran on, in turn."""
+    layouts: tuple[str, ...]
+    device: str
+    unit: str
+    step_s: float
+    """Median over steps but the first after each start; so are those that follow."""
+    step_low_s: float
+    """10th percentile of the step time."""
+    step_high_s: float
+    """90th percentile of the step time."""
+    tokens_per_s_per_gpu: float
+    mfu: float
+    memory_gib: float
+    """Largest of any step."""
+    skipped: int
+
+
+def steady(history: History) -> np.ndarray:
+    """Which steps are not the first after a start, bool [number of steps]: those pay for allocation and warming up."""
+    steps = history.column("step")
+    if len(steps) == 1:
+        return np.ones(1, bool)
+    firsts = {start["step"] + 1 for start in history.starts} | {steps[0]}
+    kept = ~np.isin(steps, list(firsts))
+    return kept if kept.any() else np.ones(len(steps), bool)
+
+
+def summarize(run: Run) -> Summary:
+    """The run in numbers."""
+    history, kept = run.history, steady(run.history)
+    loss = history.column("train/loss")
+    last = loss[-max(1, len(loss) // 20) :]
+    step_s = history.column("perf/step_time")[kept]
+    starts = history.starts
+    return Summary(
+        steps=int(history.steps[-1]["step"]),
+        tokens=float(history.column("train/tokens")[-1]),
+        loss=_mean(last),
+        eval_loss=float(history.eval_column("eval/loss")[-1]) if history.evals else float("nan"),
+        sizes=tuple(_in_turn([start.get("size") for start in starts])),
+        layouts=tuple(_in_turn([start.get("layout") for start in starts])),
+        device=str(starts[-1].get("device_name", "")) if starts else "",
+        unit=history.unit,
+        step_s=_quantile(step_s, 0.5),
+        step_low_s=_quantile(step_s, 0.1),
+        step_high_s=_quantile(step_s, 0.9),
+        tokens_per_s_per_gpu=_quantile(history.column("perf/tokens_per_s_per_gpu")[kept], 0.5),
+        mfu=_quantile(history.column("perf/mfu")[kept], 0.5),
+        memory_gib=_quantile(history.column("memory/allocated_gib"), 1.0),
+        skipped=int(np.nansum(history.column("train/skipped"))),
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def _quantile(values: np.ndarray, share: float) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.quantile(finite, share)) if len(finite) else float("nan")
+
+
+def _in_turn(values: Sequence[Any]) -> list[Any]:
+    """Values without repetitions in a row, and without None."""
+    found: list[Any] = []
+    for value in values:
+        if value is not None and found[-1:] != [value]:
+            found.append(value)
+    return found
+
+
+TIME_PARTS = ("forward and backward", "exposed communication", "optimizer", "waiting for data", "other")
+
+
+def time_split(history: History) -> dict[str, float]:
+    """Mean seconds of a steady step by part; they add up to the mean step time."""
+    kept = steady(history)
+
+    def mean(name: str) -> float:
+        return _mean(np.nan_to_num(history.column(name)[kept]))
+
+    exposed = min(mean("perf/communication_time"), mean("perf/forward_backward_time"))
+    parts = {
+        "forward and backward": mean("perf/forward_backward_time") - exposed,
+        "exposed communication": exposed,
+        "optimizer": mean("perf/optimizer_time"),
+        "waiting for data": mean("perf/data_time"),
+    }
+    parts["other"] = max(0.0, mean("perf/step_time") - sum(parts.values()))
+    return parts
+
+
+def differing_fields(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Configuration fields that are not the same in all runs, with each run's value."""
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    return [
+        (name, [str(run.config.get(name, "—")) for run in runs])
+        for name in names
+        if len({str(run.config.get(name)) for run in runs}) > 1 and name != "run_dir"
+    ]
+
+
+def different_work(first: Run, second: Run) -> list[str]:
+    """Fields of the work of a step in which two runs differ; they then have no common speed."""
+    if not first.config or not second.config:
+        return ["config.yaml is missing"]
+    return [
+        name
+        for name, _ in differing_fields([first, second])
+        if name not in UNWORK and any(name == part or name.startswith(part + ".") for part in WORK)
+    ]

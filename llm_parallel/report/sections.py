@@ -1,0 +1,225 @@
+"""What the report says, section by section."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from llm_parallel.model.flops import CONVENTIONS
+from llm_parallel.report.figures import Picture, layout_map, life_picture, run_pictures, scaling_pictures
+from llm_parallel.report.page import Section
+from llm_parallel.report.recovery import Life, Recovery, life_of
+from llm_parallel.report.runs import Run, Summary, different_work, differing_fields, summarize, time_split
+from llm_parallel.report.scaling import Series, sentence
+
+
+def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> list[Section]:
+    """Summary, curves, comparison and recoveries of the runs; their figures are added to ``pictures``."""
+    summaries = [summarize(run) for run in runs]
+    sections = [_summary(runs, summaries)]
+    curves = Section("curves", "Curves")
+    for picture in run_pictures(runs):
+        pictures.append(picture)
+        curves.picture(picture)
+        if picture.name == "time_split":
+            _split_table(curves, runs)
+    sections.append(curves)
+    if len(runs) > 1:
+        sections.append(_comparison(runs, summaries))
+    lives = [(run, life_of(run.events, run.history.steps[-1].get("time"))) for run in runs]
+    recovery = Section("recovery", "Failures and recovery")
+    for number, (run, life) in enumerate(lives):
+        if life is not None:
+            _life(recovery, run, life, number, pictures)
+    return [*sections, recovery] if recovery.blocks else sections
+
+
+def _summary(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
+    section = Section("summary", "Summary")
+    unit = summaries[0].unit
+    head = [
+        *("run", "steps", "tokens", "loss", "held out", f"{unit}s", "layout", "device", "step", "10 to 90 %"),
+        *(f"tokens/s/{unit}", "MFU", "memory", "skipped"),
+    ]
+    rows = []
+    for run, one in zip(runs, summaries):
+        rows.append(
+            (
+                *(
+                    run.name,
+                    f"{one.steps:,}",
+                    _big(one.tokens),
+                    _number(one.loss, ".4f"),
+                    _number(one.eval_loss, ".4f"),
+                ),
+                *(" → ".join(map(str, one.sizes)), " → ".join(one.layouts), one.device, _time(one.step_s)),
+                f"{_time(one.step_low_s)} to {_time(one.step_high_s)}",
+                *(_number(one.tokens_per_s_per_gpu, ",.0f"), _number(one.mfu, ".1%")),
+                *(_number(one.memory_gib, ".2f", " GiB"), str(one.skipped)),
+            )
+        )
+    section.table(head, rows, words=(0, 6, 7))
+    section.text(
+        "Loss: mean over the last twentieth of the steps, nats per token. Step time, tokens/s and MFU: medians over all"
+        " steps but the first after each start. Memory: the largest peak of rank 0"
+        + ("." if unit == "GPU" else ", on a CPU the resident set of the process."),
+        "faint",
+    )
+    if any(math.isfinite(one.mfu) for one in summaries):
+        section.text(
+            f"MFU: {CONVENTIONS['model']}; divided by the peak that the run's configuration or chip has.", "faint"
+        )
+    return section
+
+
+def _split_table(section: Section, runs: Sequence[Run]) -> None:
+    splits = [time_split(run.history) for run in runs]
+    parts = [part for part in splits[0] if any(split[part] for split in splits)]
+    rows = [
+        (run.name, *(f"{_time(split[part])} ({split[part] / sum(split.values()):.0%})" for part in parts))
+        for run, split in zip(runs, splits)
+    ]
+    section.table(("run", *parts), rows)
+
+
+def _comparison(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
+    section = Section("comparison", "Comparison")
+    base, first = runs[0], summaries[0]
+    section.text(f"Baseline: {base.name}. A speed is compared only where a step is the same work.")
+    rows, refused = [], []
+    for run, one in zip(runs[1:], summaries[1:]):
+        differing = different_work(base, run)
+        if differing:
+            refused.append(f"{run.name} is not compared in speed: {', '.join(differing[:6])} differ from {base.name}'s")
+            continue
+        rows.append(
+            (
+                *(run.name, f"{first.step_s / one.step_s:.3f}"),
+                f"{one.tokens_per_s_per_gpu / first.tokens_per_s_per_gpu:.3f}",
+                *(_number(one.memory_gib / first.memory_gib, ".3f"), _number(one.loss - first.loss, "+.4f")),
+                "yes" if _ranges_overlap(first, one) else "no",
+            )
+        )
+    if rows:
+        head = ("run", "speed", f"speed per {first.unit}", "memory", "loss", "10 to 90 % ranges of step time overlap")
+        section.table(head, rows)
+        section.text("Ratios to the baseline, over 1 is faster or more; loss as a difference.", "faint")
+    section.list(refused, "flag")
+    fields = differing_fields(runs)
+    if fields:
+        section.heading("Configuration that differs")
+        section.table(
+            ("field", *(run.name for run in runs)),
+            [(name, *values) for name, values in fields],
+            words=range(len(runs) + 1),
+        )
+    return section
+
+
+def _ranges_overlap(first: Summary, second: Summary) -> bool:
+    return first.step_low_s <= second.step_high_s and second.step_low_s <= first.step_high_s
+
+
+def _life(section: Section, run: Run, life: Life, number: int, pictures: list[Picture]) -> None:
+    section.heading(run.name)
+    done = [recovery for recovery in life.recoveries if recovery.seconds is not None]
+    text = f"Trained {life.goodput:.1%} of the time from its first event to its last, stops left out"
+    if life.recoveries:
+        text += f"; {len(life.recoveries)} faults, {len(done)} recovered from"
+    if done:
+        seconds = sorted(recovery.seconds or 0.0 for recovery in done)
+        lost = sum(recovery.lost_steps or 0 for recovery in done)
+        text += f" in {seconds[len(seconds) // 2]:.1f} s (median), {seconds[-1]:.1f} s at most; {lost} steps made again"
+    section.text(text + ".")
+    picture = life_picture(run, life, number)
+    pictures.append(picture)
+    section.picture(picture)
+    if life.recoveries:
+        head = ("#", "at", "step", "cause", "verdict", "removed", "recovered in", "steps again", "goes on with")
+        rows = [_recovery_row(index, recovery) for index, recovery in enumerate(life.recoveries, start=1)]
+        section.table(head, rows, words=(3, 4, 5, 8))
+
+
+def _recovery_row(index: int, recovery: Recovery) -> tuple[str, ...]:
+    seconds = recovery.seconds
+    return (
+        *(str(index), f"{recovery.at_s:.1f} s", str(recovery.step), _short(recovery.cause), _short(recovery.verdict)),
+        *(", ".join(recovery.removed), "not recovered" if seconds is None else f"{seconds:.2f} s"),
+        *("" if recovery.lost_steps is None else str(recovery.lost_steps), recovery.layout),
+    )
+
+
+def _short(text: str, most: int = 160) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def scaling_section(sweeps: Sequence[Series], pictures: list[Picture]) -> Section:
+    """Efficiency with its baseline, what is doubtful, and what was lost to what."""
+    section = Section("scaling", "Scaling efficiency")
+    drawn = scaling_pictures(sweeps)
+    section.picture(drawn[0])
+    pictures += drawn
+    lost = {picture.name: picture for picture in drawn[1:]}
+    for number, series in enumerate(sweeps):
+        section.heading(series.name)
+        section.text(sentence(series))
+        if series.work:
+            section.text("Work: " + ", ".join(f"{name} {value}" for name, value in series.work.items()) + ".", "faint")
+        section.table(*_scaling_table(series), words=(1,))
+        flags = [f"{point.world_size} processes: {flag}" for point in series.best for flag in series.flags(point)]
+        section.list(flags, "flag")
+        if f"lost_{number}" in lost:
+            section.picture(lost[f"lost_{number}"])
+            section.text(_largest_loss(series))
+        layouts = layout_map(series, number)
+        if layouts is not None:
+            pictures.append(layouts)
+            section.picture(layouts)
+    return section
+
+
+def _scaling_table(series: Series) -> tuple[Sequence[str], list[Sequence[str]]]:
+    head = ("processes", "layout", "step", "spread", "samples/s", "speed-up", "efficiency", "predicted", "gap")
+    rows: list[Sequence[str]] = []
+    for point in series.best:
+        efficiency, predicted = series.efficiency(point), series.predicted(point)
+        rows.append(
+            (
+                *(f"{point.world_size:,}", point.layout or "—", _time(point.step_s)),
+                *("—" if point.spread is None else f"{point.spread:.1%}", f"{point.batch / point.step_s:,.4g}"),
+                *(f"{efficiency * point.world_size / series.baseline.world_size:.2f}", f"{efficiency:.1%}"),
+                "—" if predicted is None else f"{predicted:.1%}",
+                "—" if predicted is None else f"{100 * (efficiency - predicted):+.1f} points",
+            )
+        )
+    return head, rows
+
+
+def _largest_loss(series: Series) -> str:
+    last = series.best[-1]
+    lost = series.lost(last)
+    name, seconds = max(lost.items(), key=lambda item: item[1])
+    total = sum(lost.values())
+    return (
+        f"On {last.world_size} processes a step takes {_time(total)} more than the ideally scaled baseline; the largest"
+        f" part is {name} with {_time(seconds)}."
+    )
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    return f"{value:{form}}{unit}" if math.isfinite(value) else "—"
+
+
+def _big(value: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.4g} {letter}"
+    return f"{value:g}"
+
+
+def _time(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "—"
+    if abs(seconds) >= 1.0:
+        return f"{seconds:.3g} s"
+    return f"{1e3 * seconds:.3g} ms"
