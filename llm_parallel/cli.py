@@ -171,6 +171,20 @@ def plot(run_dirs: Annotated[list[str], typer.Argument(help="Run folders; severa
 
 
 @app.command()
+def report(
+    run_dirs: Annotated[list[str] | None, typer.Argument(help="Run folders, shown together.")] = None,
+    csv: Annotated[list[str] | None, typer.Option(help="CSV of a scaling sweep; may be given several times.")] = None,
+    out: Annotated[str, typer.Option(help="Page to write.")] = "report.html",
+    png: Annotated[str | None, typer.Option(help="Folder for PNGs of the figures.")] = None,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
+) -> None:
+    """One HTML page of runs and sweeps: curves, time split, recoveries, scaling efficiency. It needs no network."""
+    from llm_parallel.report.command import Request, report_command
+
+    raise typer.Exit(report_command(Request(run_dirs or [], csv or [], out, png, title)))
+
+
+@app.command()
 def fields(section: Annotated[str, typer.Argument(help="Show only fields that begin so.")] = "") -> None:
     """List every configuration field with its type, default and meaning."""
     from llm_parallel.config.fields import describe_fields
