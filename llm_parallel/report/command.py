@@ -56,7 +56,7 @@ def report_command(request: Request) -> int:
         print(sentence(series))
         for point in series.best:
             for flag in series.flags(point):
-                print(f"  {point.world_size} processes: {flag}")
+                print(f"  on {point.world_size}: {flag}")
     size = Path(request.out).stat().st_size
     print(f"report: {request.out} ({size / 1024:,.0f} KiB, {len(pictures)} figures)")
     if request.png:

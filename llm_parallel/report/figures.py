@@ -96,8 +96,8 @@ def run_pictures(runs: Sequence[Run]) -> list[Picture]:
 
 
 def _colour(index: int) -> tuple[str, str]:
-    """Colour and line style of the run of that number."""
-    return COLOURS[index % len(COLOURS)], ("-", "--", ":", "-.")[index // len(COLOURS) % 4]
+    """Colour and line style of the run of that number; the styles show curves that lie on each other."""
+    return COLOURS[index % len(COLOURS)], ("-", "--", ":", "-.")[index % 4]
 
 
 def _loss(runs: Sequence[Run]) -> Picture:
@@ -107,7 +107,7 @@ def _loss(runs: Sequence[Run]) -> Picture:
         tokens, loss = run.history.column("train/tokens"), run.history.column("train/loss")
         mean = smooth(loss, max(1, len(loss) // 20))
         axes.plot(*thin(tokens, loss), color=colour, alpha=0.25, linewidth=0.7)
-        axes.plot(*thin(tokens, mean), color=colour, linestyle=style, linewidth=1.6, label=f"{run.name} (smoothed)")
+        axes.plot(*thin(tokens, mean), color=colour, linestyle=style, linewidth=1.8, label=f"{run.name} (smoothed)")
         if run.history.evals:
             at = np.interp(run.history.eval_column("step"), run.history.column("step"), tokens)
             losses = run.history.eval_column("eval/loss")
@@ -123,21 +123,21 @@ def _curve(runs: Sequence[Run], name: str, column: str, unit: str) -> Picture:
     figure, axes = new_figure(3.2)
     highest = 0.0
     for index, run in enumerate(runs):
-        colour, style = _colour(index)
+        colour, _ = _colour(index)
         steps, values = thin(run.history.column("step"), run.history.column(column))
         if not np.isfinite(values).any():
             continue
         median = float(np.nanmedian(values))
         label = f"{run.name}: median {median:.1%}" if name == "mfu" else f"{run.name}: median {median:,.4g}"
-        axes.plot(steps, values, color=colour, linestyle=style, linewidth=0.9, label=label)
+        axes.plot(steps, values, color=colour, linewidth=0.9, label=label)
         highest = max(highest, float(np.nanpercentile(values, 99)))
     axes.set_ylim(0, 1.15 * highest if highest else 1)
     axes.set_xlabel("steps")
     axes.set_ylabel(unit)
-    if name != "mfu":
+    if name == "throughput":
         axes.yaxis.set_major_formatter(_engineering())
     axes.legend(frameon=False, loc="lower right")
-    return Picture(name, f"{unit} by step", figure)
+    return Picture(name, f"{unit[:1].upper() + unit[1:]} by step", figure)
 
 
 def _split(runs: Sequence[Run]) -> Picture:
@@ -196,18 +196,18 @@ def scaling_pictures(series: Sequence[Series]) -> list[Picture]:
     """Efficiency of all series against size, measured and predicted; and for each series what was lost to what."""
     figure, axes = new_figure(4.0)
     for index, one in enumerate(series):
-        colour, style = _colour(index)
+        colour, _ = _colour(index)
         sizes = [point.world_size for point in one.best]
         measured = [one.efficiency(point) for point in one.best]
         noise = [measured[i] * (point.spread or 0.0) / 2 for i, point in enumerate(one.best)]
-        label = f"{one.name}: {one.mode}, measured"
-        axes.errorbar(sizes, measured, noise, color=colour, linestyle=style, marker="o", capsize=3, label=label)
+        label = f"{one.name}, measured" if one.mode in one.name else f"{one.name}: {one.mode}, measured"
+        axes.errorbar(sizes, measured, noise, color=colour, marker="o", capsize=3, label=label)
         others = [point for point in one.points if point not in one.best]
         axes.plot(*([p.world_size for p in others], [one.efficiency(p) for p in others], "x"), color=colour, alpha=0.5)
         predicted = [one.predicted(point) for point in one.best]
         if any(value is not None for value in predicted):
             values = [np.nan if value is None else value for value in predicted]
-            axes.plot(sizes, values, color=colour, linestyle=":", marker=".", label=f"{one.name}: predicted")
+            axes.plot(sizes, values, color=colour, linestyle=":", marker=".", label=f"{one.name}, predicted")
         for point in one.best:
             if any(flag.startswith(("superlinear", "noisy")) for flag in one.flags(point)):
                 at = (point.world_size, one.efficiency(point))
@@ -230,7 +230,7 @@ def _has_parts(series: Series) -> bool:
 
 def _lost(series: Series, number: int) -> Picture:
     figure, axes = new_figure(3.2)
-    names = list(dict.fromkeys(name for point in series.best for name in series.lost(point)))
+    names = list(dict.fromkeys(name for p in series.best for name, lost in series.lost(p).items() if abs(lost) > 1e-6))
     up, down = np.zeros(len(series.best)), np.zeros(len(series.best))
     for index, name in enumerate(names):
         values = np.array([1e3 * series.lost(point).get(name, 0.0) for point in series.best])
@@ -258,7 +258,8 @@ def layout_map(series: Series, number: int) -> Picture | None:
     figure, axes = new_figure(1.2 + 0.3 * len(points))
     rates = [point.rate for point in points]
     bars = axes.barh(range(len(points)), rates, color=[COLOURS[0], *["#9ecae1"] * (len(points) - 1)], height=0.7)
-    axes.bar_label(bars, [f" {rate / rates[0]:.0%}" for rate in rates], fontsize=8)
+    axes.bar_label(bars, [f"{rate / rates[0]:.0%}" for rate in rates], fontsize=8, padding=4)
+    axes.margins(x=0.1)
     axes.set_yticks(range(len(points)), [point.layout or "layout not given" for point in points], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(f"samples/s per process on {size} processes")

@@ -220,9 +220,11 @@ def sentence(series: Series) -> str:
     """Efficiency of the largest size with its baseline named."""
     base, last = series.baseline, series.best[-1]
     growth = last.world_size / base.world_size
+    prefix = "" if series.name == series.mode else f"{series.name}: "
+    number = f"{base.world_size} process{'' if base.world_size == 1 else 'es'}"
     return (
-        f"{series.name}: {series.mode} scaling from {base.world_size} to {last.world_size} processes keeps"
+        f"{prefix}{series.mode} scaling from {base.world_size} to {last.world_size} processes keeps"
         f" {series.efficiency(last):.1%} of the baseline's speed per process, a speed-up of"
-        f" {series.efficiency(last) * growth:.2f} on {growth:g} times the processes. Baseline: {base.world_size}"
-        f" processes{', ' + base.layout if base.layout else ''}, {base.step_s:.4g} s per step of {base.batch} samples."
+        f" {series.efficiency(last) * growth:.2f} on {growth:g} times the processes. Baseline: {number}"
+        f"{', ' + base.layout if base.layout else ''}, {base.step_s:.4g} s per step of {base.batch} samples."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from llm_parallel.model.flops import CONVENTIONS
@@ -37,28 +38,23 @@ def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> list[Section]
 def _summary(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
     section = Section("summary", "Summary")
     unit = summaries[0].unit
-    head = [
-        *("run", "steps", "tokens", "loss", "held out", f"{unit}s", "layout", "device", "step", "10 to 90 %"),
-        *(f"tokens/s/{unit}", "MFU", "memory", "skipped"),
-    ]
-    rows = []
-    for run, one in zip(runs, summaries):
-        rows.append(
-            (
-                *(
-                    run.name,
-                    f"{one.steps:,}",
-                    _big(one.tokens),
-                    _number(one.loss, ".4f"),
-                    _number(one.eval_loss, ".4f"),
-                ),
-                *(" → ".join(map(str, one.sizes)), " → ".join(one.layouts), one.device, _time(one.step_s)),
-                f"{_time(one.step_low_s)} to {_time(one.step_high_s)}",
-                *(_number(one.tokens_per_s_per_gpu, ",.0f"), _number(one.mfu, ".1%")),
-                *(_number(one.memory_gib, ".2f", " GiB"), str(one.skipped)),
-            )
-        )
-    section.table(head, rows, words=(0, 6, 7))
+    lines = {
+        "steps": [f"{one.steps:,}" for one in summaries],
+        "tokens": [_big(one.tokens) for one in summaries],
+        "loss": [_number(one.loss, ".4f") for one in summaries],
+        "held-out loss": [_number(one.eval_loss, ".4f") for one in summaries],
+        "device": [one.device or "—" for one in summaries],
+        _plural(unit): [" → ".join(map(str, one.sizes)) or "—" for one in summaries],
+        "layout": [" → ".join(map(_unbroken, one.layouts)) or "—" for one in summaries],
+        "step time": [_time(one.step_s) for one in summaries],
+        "10 to 90 % of steps": [f"{_time(one.step_low_s)} to {_time(one.step_high_s)}" for one in summaries],
+        f"tokens/s/{unit}": [_number(one.tokens_per_s_per_gpu, ",.0f") for one in summaries],
+        "MFU": [_number(one.mfu, ".1%") for one in summaries],
+        "memory": [_number(one.memory_gib, ".2f", " GiB") for one in summaries],
+        "skipped steps": [str(one.skipped) for one in summaries],
+    }
+    known = {name: values for name, values in lines.items() if set(values) != {"—"}}
+    section.table(("", *(run.name for run in runs)), [(name, *values) for name, values in known.items()])
     section.text(
         "Loss: mean over the last twentieth of the steps, nats per token. Step time, tokens/s and MFU: medians over all"
         " steps but the first after each start. Memory: the largest peak of rank 0"
@@ -125,11 +121,12 @@ def _life(section: Section, run: Run, life: Life, number: int, pictures: list[Pi
     done = [recovery for recovery in life.recoveries if recovery.seconds is not None]
     text = f"Trained {life.goodput:.1%} of the time from its first event to its last, stops left out"
     if life.recoveries:
-        text += f"; {len(life.recoveries)} faults, {len(done)} recovered from"
+        text += f"; {_count(len(life.recoveries), 'fault')}, {len(done)} recovered from"
     if done:
-        seconds = sorted(recovery.seconds or 0.0 for recovery in done)
+        seconds = [recovery.seconds or 0.0 for recovery in done]
         lost = sum(recovery.lost_steps or 0 for recovery in done)
-        text += f" in {seconds[len(seconds) // 2]:.1f} s (median), {seconds[-1]:.1f} s at most; {lost} steps made again"
+        text += f" in {statistics.median(seconds):.1f} s (median), {max(seconds):.1f} s at most"
+        text += f"; {_count(lost, 'step')} made again"
     section.text(text + ".")
     picture = life_picture(run, life, number)
     pictures.append(picture)
@@ -145,7 +142,7 @@ def _recovery_row(index: int, recovery: Recovery) -> tuple[str, ...]:
     return (
         *(str(index), f"{recovery.at_s:.1f} s", str(recovery.step), _short(recovery.cause), _short(recovery.verdict)),
         *(", ".join(recovery.removed), "not recovered" if seconds is None else f"{seconds:.2f} s"),
-        *("" if recovery.lost_steps is None else str(recovery.lost_steps), recovery.layout),
+        *("" if recovery.lost_steps is None else str(recovery.lost_steps), _unbroken(recovery.layout)),
     )
 
 
@@ -166,7 +163,9 @@ def scaling_section(sweeps: Sequence[Series], pictures: list[Picture]) -> Sectio
         if series.work:
             section.text("Work: " + ", ".join(f"{name} {value}" for name, value in series.work.items()) + ".", "faint")
         section.table(*_scaling_table(series), words=(1,))
-        flags = [f"{point.world_size} processes: {flag}" for point in series.best for flag in series.flags(point)]
+        flags = [
+            f"{_count(point.world_size, 'process')}: {flag}" for point in series.best for flag in series.flags(point)
+        ]
         section.list(flags, "flag")
         if f"lost_{number}" in lost:
             section.picture(lost[f"lost_{number}"])
@@ -185,7 +184,7 @@ def _scaling_table(series: Series) -> tuple[Sequence[str], list[Sequence[str]]]:
         efficiency, predicted = series.efficiency(point), series.predicted(point)
         rows.append(
             (
-                *(f"{point.world_size:,}", point.layout or "—", _time(point.step_s)),
+                *(f"{point.world_size:,}", _unbroken(point.layout) or "—", _time(point.step_s)),
                 *("—" if point.spread is None else f"{point.spread:.1%}", f"{point.batch / point.step_s:,.4g}"),
                 *(f"{efficiency * point.world_size / series.baseline.world_size:.2f}", f"{efficiency:.1%}"),
                 "—" if predicted is None else f"{predicted:.1%}",
@@ -201,9 +200,22 @@ def _largest_loss(series: Series) -> str:
     name, seconds = max(lost.items(), key=lambda item: item[1])
     total = sum(lost.values())
     return (
-        f"On {last.world_size} processes a step takes {_time(total)} more than the ideally scaled baseline; the largest"
-        f" part is {name} with {_time(seconds)}."
+        f"On {_count(last.world_size, 'process')} a step takes {_time(total)} more than the ideally scaled baseline; the"
+        f" largest part is {name} with {_time(seconds)}."
     )
+
+
+def _plural(noun: str) -> str:
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun if number == 1 else _plural(noun)}"
+
+
+def _unbroken(layout: str) -> str:
+    """A layout that no line break takes apart."""
+    return layout.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _number(value: float, form: str, unit: str = "") -> str:
