@@ -51,11 +51,11 @@ class Picture:
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
         text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-        used = set(re.findall(r"#([\w-]+)", text))
-        text = re.sub(r' id="([\w-]+)"', lambda match: match.group() if match.group(1) in used else "", text)
+        used = set(re.findall(r"#([\w.-]+)", text))
+        text = re.sub(r' id="([\w.-]+)"', lambda match: match.group() if match.group(1) in used else "", text)
         # Several figures share one page; so must not the names that their clip paths and markers go by.
-        text = re.sub(r'id="([\w-]+)"', rf'id="{self.name}-\1"', text)
-        text = re.sub(r'(url\(#|href="#)([\w-]+)', rf"\1{self.name}-\2", text)
+        text = re.sub(r'id="([\w.-]+)"', rf'id="{self.name}-\1"', text)
+        text = re.sub(r'(url\(#|href="#)([\w.-]+)', rf"\1{self.name}-\2", text)
         return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.caption)}"', 1)
 
     def png(self) -> bytes:

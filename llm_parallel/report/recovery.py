@@ -28,7 +28,9 @@ class Recovery:
     at_s: float
     step: int
     cause: str
-    verdict: str = ""
+    """What was seen; once it has been judged, the verdict's words."""
+    fault: str = ""
+    """What the verdict lays it to: device, node, user …"""
     removed: list[str] = field(default_factory=list)
     resumed_s: float | None = None
     """When training went on; None if it did not."""
@@ -118,7 +120,7 @@ class _Story:
         elif kind == "join" and self.kind == "stopped":
             self._enter("starting", at_s)
         elif recovery and kind == "blame":
-            recovery.verdict = f"{event.get('fault', '')}: {event.get('cause', '')}"
+            recovery.fault, recovery.cause = event.get("fault", ""), event.get("cause", recovery.cause)
         elif recovery and kind == "remove":
             recovery.removed.append(f"{event.get('node')}/{event.get('device')}")
 
@@ -127,6 +129,9 @@ class _Story:
         self.kind, self.processes = kind, processes
 
     def close(self, at_s: float) -> None:
-        if at_s > self.since_s:
+        last = self.spans[-1] if self.spans else None
+        if last is not None and (last.kind, last.processes) == (self.kind, self.processes):
+            last.end_s = at_s
+        elif at_s > self.since_s:
             self.spans.append(Span(self.kind, self.since_s, at_s, self.processes))
         self.since_s = at_s

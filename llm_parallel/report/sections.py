@@ -132,7 +132,7 @@ def _life(section: Section, run: Run, life: Life, number: int, pictures: list[Pi
     pictures.append(picture)
     section.picture(picture)
     if life.recoveries:
-        head = ("#", "at", "step", "cause", "verdict", "removed", "recovered in", "steps again", "goes on with")
+        head = ("#", "at", "step", "fault", "cause", "removed", "recovered in", "steps again", "goes on with")
         rows = [_recovery_row(index, recovery) for index, recovery in enumerate(life.recoveries, start=1)]
         section.table(head, rows, words=(3, 4, 5, 8))
 
@@ -140,7 +140,7 @@ def _life(section: Section, run: Run, life: Life, number: int, pictures: list[Pi
 def _recovery_row(index: int, recovery: Recovery) -> tuple[str, ...]:
     seconds = recovery.seconds
     return (
-        *(str(index), f"{recovery.at_s:.1f} s", str(recovery.step), _short(recovery.cause), _short(recovery.verdict)),
+        *(str(index), f"{recovery.at_s:.1f} s", str(recovery.step), recovery.fault, _short(recovery.cause)),
         *(", ".join(recovery.removed), "not recovered" if seconds is None else f"{seconds:.2f} s"),
         *("" if recovery.lost_steps is None else str(recovery.lost_steps), _unbroken(recovery.layout)),
     )
@@ -200,8 +200,8 @@ def _largest_loss(series: Series) -> str:
     name, seconds = max(lost.items(), key=lambda item: item[1])
     total = sum(lost.values())
     return (
-        f"On {_count(last.world_size, 'process')} a step takes {_time(total)} more than the ideally scaled baseline; the"
-        f" largest part is {name} with {_time(seconds)}."
+        f"On {_count(last.world_size, 'process')} a step takes {_time(total)} more than the ideally scaled baseline;"
+        f" the largest part is {name} with {_time(seconds)}."
     )
 
 

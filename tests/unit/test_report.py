@@ -1,0 +1,214 @@
+"""The report's numbers against numbers worked out by hand, and its page against what a page must not have."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_parallel.errors import UserError
+from llm_parallel.report.command import Request, report_command
+from llm_parallel.report.recovery import KINDS, life_of
+from llm_parallel.report.runs import different_work, read_runs, summarize, time_split
+from llm_parallel.report.scaling import read_sweep, sentence
+from tests.unit.report_helpers import CONFIG, EVENTS, SWEEP, at, write_run, write_sweep
+
+
+def test_summary_is_the_arithmetic_of_the_records(tmp_path: Path) -> None:
+    """The first step, ten times slower, counts neither in medians nor in the split."""
+    (run,) = read_runs([write_run(tmp_path / "one", peak_tflops=1.0)])
+    one = summarize(run)
+    assert (one.steps, one.tokens, one.sizes, one.layouts) == (40, 40 * 8 * 64, (4,), ("TP 1 x PP 1 x DP 4",))
+    assert one.loss == pytest.approx(6 - 39.5 / 20) and one.eval_loss == 4.25
+    assert one.step_s == one.step_low_s == one.step_high_s == pytest.approx(0.1)
+    assert one.tokens_per_s_per_gpu == pytest.approx(8 * 64 / 0.1 / 4)
+    assert one.mfu == pytest.approx(8 * 64 / 0.1 / 4 * 1e6 / 1e12)
+    assert one.memory_gib == pytest.approx(0.9) and one.unit == "process"
+    split = time_split(run.history)
+    assert split["forward and backward"] == pytest.approx(0.07) and split["optimizer"] == pytest.approx(0.02)
+    assert split["waiting for data"] == pytest.approx(0.005) and split["other"] == pytest.approx(0.005)
+    assert sum(split.values()) == pytest.approx(0.1)
+
+
+def test_life_is_what_the_events_say() -> None:
+    life = life_of(EVENTS)
+    assert life is not None
+    assert [(span.kind, span.begin_s, span.end_s) for span in life.spans] == [
+        *(("starting", 0, 10), ("training", 10, 20), ("recovering", 20, 20.5), ("waiting", 20.5, 23)),
+        *(("recovering", 23, 24), ("training", 24, 44), ("stopped", 44, 100), ("starting", 100, 102)),
+        *(("training", 102, 110), ("recovering", 110, 111)),
+    ]
+    assert [span.processes for span in life.spans if span.kind == "training"] == [4, 3, 4]
+    assert life.goodput == pytest.approx(38 / 55)
+    first, second = life.recoveries
+    assert (first.seconds, first.lost_steps, first.removed, first.fault) == (4, 2, ["n2/2"], "device")
+    assert (first.layout, first.cause) == ("TP 1 x PP 1 x DP 3", "n2/2 hangs in all_reduce")
+    assert (second.seconds, second.lost_steps, second.step) == (None, None, 45)
+
+
+def test_a_killed_launcher_leaves_its_last_step_as_the_end() -> None:
+    life = life_of(EVENTS[:3], at(31))
+    assert life is not None and life.seconds("training") == 21
+    assert life_of([{"event": "run_start", "time": at(0)}]) is None
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["join", "form", "resume", "detect", "wait", "end", "blame"]), st.floats(0, 9)))
+)
+def test_spans_fill_the_time_whatever_comes(steps: list[tuple[str, float]]) -> None:
+    """Events in any order: spans follow on each other without gap or overlap."""
+    now, events = 0.0, [{"event": "form", "time": at(0)}]
+    for kind, seconds in steps:
+        now += seconds
+        events.append({"event": kind, "time": at(now)})
+    life = life_of(events)
+    assert life is not None
+    assert sum(life.seconds(kind) for kind in KINDS) == pytest.approx(now, abs=0.002 * len(events))
+    for before, after in zip(life.spans, life.spans[1:]):
+        assert before.end_s == after.begin_s and before.end_s > before.begin_s
+
+
+def test_efficiency_is_the_ratio_of_rates(tmp_path: Path) -> None:
+    (series,) = read_sweep(write_sweep(tmp_path / "s.csv", SWEEP))
+    assert series.mode == "weak" and series.baseline.world_size == 1
+    assert [series.efficiency(point) for point in series.best] == pytest.approx([1, 0.9, 0.75])
+    assert [point.layout for point in series.best] == ["TP 1 x DP 1", "TP 1 x DP 2", "TP 1 x DP 4"]
+    assert len(series.points) == 5
+    assert series.lost(series.best[-1]) == pytest.approx({"dp": 0.3, "other": 0.03})
+    text = sentence(series)
+    assert (
+        "keeps 75.0%" in text and "speed-up of 3.00 on 4 times" in text and "Baseline: 1 process, TP 1 x DP 1" in text
+    )
+
+
+def test_strong_scaling_divides_the_ideal(tmp_path: Path) -> None:
+    rows = [
+        {"world_size": size, "global_batch_size": 8, "step_time_s": step, "time_all_s": step}
+        for size, step in ((2, 1.0), (4, 0.6), (8, 0.4))
+    ]
+    (series,) = read_sweep(write_sweep(tmp_path / "s.csv", rows))
+    assert series.mode == "strong"
+    assert [series.efficiency(point) for point in series.best] == pytest.approx([1, 1 / 1.2, 1 / 1.6])
+    assert [series.lost(point)["all"] for point in series.best] == pytest.approx([0, 0.1, 0.15])
+    assert "from 2 to 8" in sentence(series) and "speed-up of 2.50 on 4 times" in sentence(series)
+
+
+@given(order=st.randoms(use_true_random=False))
+def test_the_order_of_rows_does_not_matter(order: random.Random, tmp_path_factory: pytest.TempPathFactory) -> None:
+    rows = list(SWEEP)
+    order.shuffle(rows)
+    (series,) = read_sweep(write_sweep(tmp_path_factory.mktemp("order") / "s.csv", rows))
+    assert [series.efficiency(point) for point in series.best] == pytest.approx([1, 0.9, 0.75])
+
+
+def _rows(*measured: tuple[int, float, float, float]) -> list[dict[str, Any]]:
+    names = ("world_size", "step_time_s", "step_time_min_s", "step_time_max_s")
+    return [{**dict(zip(names, values)), "global_batch_size": 8 * values[0]} for values in measured]
+
+
+def test_doubtful_points_are_flagged(tmp_path: Path) -> None:
+    path = write_sweep(
+        tmp_path / "s.csv", _rows((1, 1, 1, 1), (2, 0.9, 0.9, 0.9), (4, 1, 0.9, 1), (8, 0.99, 0.99, 0.99))
+    )
+    (series,) = read_sweep(path)
+    flags = [series.flags(point) for point in series.best]
+    assert flags[0] == [] and flags[3] == []  # 1 % over linear is within the allowance
+    assert len(flags[1]) == 1 and flags[1][0].startswith("superlinear by 11%")
+    assert len(flags[2]) == 1 and flags[2][0].startswith("noisy") and "10%" in flags[2][0]
+    (alone,) = read_sweep(write_sweep(tmp_path / "t.csv", SWEEP))
+    assert alone.flags(alone.best[1]) == ["measured once: its noise is not known"]
+
+
+def test_repetitions_give_median_and_spread(tmp_path: Path) -> None:
+    rows = [{"world_size": 1, "global_batch_size": 8, "step_time_s": step} for step in (1.0, 1.1, 1.3)]
+    rows += [{"world_size": 2, "global_batch_size": 16, "step_time_s": 2.2}]
+    (series,) = read_sweep(write_sweep(tmp_path / "s.csv", rows))
+    assert series.best[0].step_s == 1.1 and series.best[0].spread == pytest.approx(0.3 / 1.1)
+    assert series.efficiency(series.best[1]) == pytest.approx(0.5)
+
+
+def test_predictions_are_compared(tmp_path: Path) -> None:
+    rows = [{**row, "predicted_step_time_s": 1.0 + 0.05 * row["world_size"]} for row in SWEEP[:3]]
+    (series,) = read_sweep(write_sweep(tmp_path / "s.csv", rows))
+    assert [series.predicted(point) for point in series.best] == pytest.approx([1, 1.05 / 1.1, 1.05 / 1.2])
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"world_size": 1, "step_time_s": 1.0}], "lacks the column global_batch_size"),
+        ([{**row, "model": f"m{row['dp']}"} for row in SWEEP], "model is m1 in line 2 and m2 in line 3"),
+        ([{**row, "mfu_convention": row["dp"]} for row in SWEEP], "mfu_convention is 1 in line 2"),
+        ([{**row, "global_batch_size": 8 + row["world_size"] ** 2} for row in SWEEP], "global_batch_size is 9 on 1"),
+        (SWEEP[:1], "has world_size 1 alone"),
+        ([{**SWEEP[0], "step_time_s": "fast"}, SWEEP[1]], "line 2: step_time_s 'fast'"),
+        ([{**SWEEP[0], "step_time_s": -1}, SWEEP[1]], "line 2: step_time_s '-1'"),
+        ([{**SWEEP[0], "world_size": 1.5}, SWEEP[1]], "world_size 1.5 is not a whole number"),
+        ([SWEEP[0], {**SWEEP[1], "time_dp_s": "nan"}], "line 3: time_dp_s 'nan'"),
+    ],
+)
+def test_sweeps_that_cannot_be_compared_are_refused(tmp_path: Path, rows: list[dict[str, Any]], words: str) -> None:
+    page = tmp_path / "r.html"
+    with pytest.raises(UserError, match=re.escape(words)):
+        report_command(Request(sweeps=[str(write_sweep(tmp_path / "s.csv", rows))], out=str(page)))
+    assert not page.exists()
+
+
+def test_other_bad_requests_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "one")
+    (tmp_path / "empty.csv").write_text("world_size,global_batch_size,step_time_s\n")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "metrics.jsonl").write_text("")
+    for request, words in (
+        (Request(), "needs a run folder"),
+        (Request([str(tmp_path / "nowhere")]), "nowhere"),
+        (Request([str(tmp_path / "none")]), "no step yet"),
+        (Request([str(run), str(run)]), "given twice"),
+        (Request(sweeps=[str(tmp_path / "empty.csv")]), "empty sweep"),
+        (Request(sweeps=[str(tmp_path / "gone.csv")]), "gone.csv"),
+        (Request([str(run)], out=str(run / "metrics.jsonl" / "r.html")), "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=words):
+            report_command(request)
+
+
+def test_runs_of_different_work_have_no_common_speed(tmp_path: Path) -> None:
+    other = {**CONFIG, "model": {**CONFIG["model"], "num_layers": 4}}
+    moved = {**CONFIG, "parallel": {"tp": 2, "dp": 2}, "model": {**CONFIG["model"], "preset": None}}
+    folders = [write_run(tmp_path / name, config=config) for name, config in zip("abc", (CONFIG, other, moved))]
+    first, second, third = read_runs(folders)
+    assert different_work(first, second) == ["model.num_layers"]
+    assert different_work(first, third) == []
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    """No address to fetch, no script, unique identifiers, no reference into nothing, foreign text escaped."""
+    folders = [
+        write_run(tmp_path / "<b>one", events=EVENTS, peak_tflops=1e-3),
+        write_run(tmp_path / "two", step_s=[0.2] * 3000),
+    ]
+    sweep = write_sweep(tmp_path / "sweep.csv", SWEEP)
+    page = tmp_path / "out" / "r.html"
+    assert report_command(Request([str(f) for f in folders], [str(sweep)], str(page), str(tmp_path / "png"))) == 0
+    text = page.read_text()
+    assert not re.search(r"<script|<link(?! rel=\"icon\" href=\"data:)|<b>one|n1 <lost>", text)
+    addresses = set(re.findall(r"https?://[^\s\"'<)]+", text))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, addresses
+    identifiers = re.findall(r'\bid="([^"]+)"', text)
+    assert len(identifiers) == len(set(identifiers))
+    references = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+    assert references <= set(identifiers)
+    assert len(text) < 1_500_000  # 3,000 steps were thinned
+    names = re.findall(r'<figure id="figure-([^"]+)"', text)
+    assert names == [
+        *("loss", "throughput", "mfu", "memory", "time_split", "life_0", "scaling", "lost_0", "layouts_0"),
+    ]
+    assert sorted(path.stem for path in (tmp_path / "png").iterdir()) == sorted(names)
+    for words in ("&lt;b&gt;one", "n1 &lt;lost&gt;", "2 steps made again", "Baseline: 1 process", "measured once"):
+        assert words in text, words
+    assert "tokens/s/process" in text and "causal (half) attention" in text
