@@ -1,0 +1,124 @@
+"""The report in a real browser: what a reader sees, that nothing is fetched, that nothing complains."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_parallel.report.command import Request, report_command
+from tests.unit.report_helpers import EVENTS, SWEEP, write_run, write_sweep
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")
+WIDTH = 1100
+
+# Measures the page and writes what it found into the page itself, which --dump-dom prints.
+PROBE = """<script>addEventListener("load", () => {
+const boxes = (selector) => [...document.querySelectorAll(selector)].map((element) => {
+  const box = element.getBoundingClientRect();
+  return {name: element.id || element.closest("figure")?.id || element.textContent, left: box.left, right: box.right,
+          top: box.top, width: box.width, height: box.height};
+});
+const svg = [...document.querySelectorAll("figure svg")].map((element) => {
+  const frame = element.getBoundingClientRect();
+  const out = [...element.querySelectorAll("text")].filter((text) => {
+    const box = text.getBoundingClientRect();
+    return box.left < frame.left - 4 || box.right > frame.right + 4 || box.top < frame.top - 4
+      || box.bottom > frame.bottom + 4;
+  });
+  return out.map((text) => text.textContent);
+}).flat();
+const found = {text: document.body.innerText, figures: boxes("figure svg"), tables: boxes("table"), outside: svg,
+  page: document.documentElement.scrollWidth};
+const pre = document.createElement("pre");
+pre.id = "found";
+pre.textContent = JSON.stringify(found);
+document.body.append(pre);
+});</script>"""
+
+
+def _browse(page: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    assert BROWSER is not None
+    return subprocess.run(
+        [
+            *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
+            *("--enable-logging=stderr", f"--window-size={WIDTH},1400", f"--user-data-dir={folder / 'profile'}"),
+            *(*options, page.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def _complaints(page: Path, folder: Path) -> list[str]:
+    """What the console of the browser says of the page: errors, warnings, and what its policy refused."""
+    result = _browse(page, folder, "--dump-dom")
+    assert result.returncode == 0, result.stderr
+    return [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+def _look(page: Path, folder: Path) -> dict[str, Any]:
+    """Text and boxes of the page as the browser laid it out."""
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    probed = folder / "probed.html"
+    probed.write_text(text.replace("</body>", PROBE + "</body>"))
+    result = _browse(probed, folder, "--dump-dom", "--virtual-time-budget=5000")
+    match = re.search(r'<pre id="found">(.*?)</pre>', result.stdout, re.DOTALL)
+    assert match is not None, result.stderr[-2000:]
+    return json.loads(unescape(match.group(1)))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    runs = [
+        write_run(folder / "first", events=EVENTS, peak_tflops=1e-3),
+        write_run(folder / "second", step_s=[0.15] * 200),
+    ]
+    sweep = write_sweep(folder / "sweep.csv", SWEEP)
+    assert report_command(Request([str(run) for run in runs], [str(sweep)], str(folder / "r.html"))) == 0
+    return folder / "r.html"
+
+
+def test_a_reader_sees_text_and_figures(page: Path, tmp_path: Path) -> None:
+    """Headings, numbers and figure labels are text; every figure lies within the page, its labels within it."""
+    seen = _look(page, tmp_path)
+    for words in (
+        *("Report on first, second, sweep", "Summary", "Failures and recovery", "Scaling efficiency", "held-out loss"),
+        *("keeps 75.0% of the baseline's speed per process", "Baseline: 1 process", "n2/2 hangs in all_reduce"),
+        *("loss, nats per token", "forward and backward", "seconds since the start", "speed per process"),
+    ):
+        assert words in seen["text"], words
+    assert len(seen["figures"]) == 9
+    for figure in seen["figures"]:
+        assert 850 < figure["width"] <= WIDTH and 0.1 < figure["height"] / figure["width"] < 0.7, figure
+        assert figure["left"] >= 0 and figure["right"] <= WIDTH, figure
+    tops = [figure["top"] for figure in seen["figures"]]
+    assert tops == sorted(tops) and len(set(tops)) == len(tops)
+    assert seen["page"] <= WIDTH, "the page scrolls sideways"
+    assert seen["outside"] == []
+
+
+def test_the_console_stays_empty(page: Path, tmp_path: Path) -> None:
+    """Nothing was fetched and no script run: the page's own policy refuses both, and a refusal is a complaint."""
+    assert _complaints(page, tmp_path) == []
+
+
+def test_the_checks_see_what_they_look_for(page: Path, tmp_path: Path) -> None:
+    """A page with a script, an image from elsewhere and a label beside its figure is found out."""
+    text = page.read_text()
+    bad = tmp_path / "bad.html"
+    bad.write_text(text.replace("</body>", '<script>null.x</script><img src="missing.png"></body>'))
+    complaints = " ".join(_complaints(bad, tmp_path))
+    assert "script" in complaints and "missing.png" in complaints
+    bad.write_text(text.replace("</svg>", '<text x="5000" y="9">far</text></svg>', 1))
+    assert _look(bad, tmp_path)["outside"] == ["far"]
