@@ -1,36 +1,50 @@
 """Time from a fault to the next optimizer step of a real training run, by kind of fault, with the steps that it cost.
 
-    python benchmarks/recovery.py [--rounds 3] [--save]
+    python benchmarks/recovery.py [--rounds 3] [--torchrun] [--save]
 
 Four agents of one machine with one process each train a small Llama; faults come one after the other in one run, and
 the losses are held against an undisturbed run's. On two cores the processes share what four devices would each have.
+With --torchrun the same training runs under four agents of torchrun too, turn by turn: elastic mode, tuned for fast
+detection, its state in a checkpoint of every step; every fault there meets a fresh job, since a node that is lost does
+not come back.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from llm_launch.drill import LiveRun, unix_time
+from llm_launch.drill import LiveRun, read_lines, unix_time
+from llm_parallel.config.load import load_config
+from llm_parallel.train.command import save_config
 
 RUNS = {
     "DP 4": ["parallel.dp=4"],
     "TP 2 x DP 2": ["parallel.tp=2", "parallel.dp=2"],
     "PP 2 x DP 2": ["parallel.pp=2", "parallel.dp=2"],
 }
-KINDS = ("kill", "stop", "agent", "node")
+KINDS = ("kill", "stop", "agent", "node", "store")
+"""Faults of ours: ``store`` is the node of rank 0, which serves the generation's store."""
+TORCHRUN_KINDS = ("kill", "node", "agent", "stop")
+TORCHRUN_LIMIT_S = 60.0
+# Detection after two lost heartbeats of a second, and a round that closes a second after the last node came.
+RENDEZVOUS = "join_timeout=60,last_call_timeout=1,close_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=2"
 
 
 def prepare(folder: Path) -> Path:
@@ -48,7 +62,7 @@ def prepare(folder: Path) -> Path:
             "seq_length_tokens": 64,
             "eval_fraction": 0,
         },
-        "train": {"global_batch_size": 8, "threads_per_process": 1},
+        "train": {"global_batch_size": 12, "threads_per_process": 1},
         "optim": {"lr": 3e-3, "min_lr": 3e-3, "schedule": "constant"},
         "log": {"tensorboard": False, "plots": False},
         "elastic": {"strikes": 1000},
@@ -73,7 +87,7 @@ def drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict[str, Any
             )
             run.reach(run.steps()[-1]["step"] + 6)
             before = run.steps()[-1]["step"]
-            fault_s = run.cause(kind, 1 + number % 3)
+            fault_s = run.cause("node", 0) if kind == "store" else run.cause(kind, 1 + number % 3)
             step = run.first_step_after(fault_s)
             detected = next(e for e in run.events("detect") if unix_time(e) >= fault_s - 0.01)
             made = [record for record in run.steps() if record["step"] >= step["step"]]
@@ -93,12 +107,109 @@ def drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict[str, Any
         run.close()
 
 
+class Torchrun:
+    """Four torchrun agents with one process each, which are four nodes to it."""
+
+    def __init__(self, run_file: Path, folder: Path, overrides: list[str]) -> None:
+        self.folder = folder
+        folder.mkdir()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        config = load_config(run_file, [*overrides, f"run_dir={folder}", "train.steps=100000",
+                                        "checkpoint.interval_steps=1", "checkpoint.keep_last=2"])  # fmt: skip
+        save_config(config, folder / "config.yaml")
+        command = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1:4", "--nproc-per-node=1"]
+        command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--max-restarts=10"]
+        command += ["--monitor-interval=0.05"]
+        training = ["-m", "llm_parallel.train", str(folder / "config.yaml")]
+        # Without this variable torchrun 2.13 does not recover: its shared store keeps the lost world's addresses.
+        env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        self.agents = []
+        for number in range(4):
+            rendezvous = f"--rdzv-conf={RENDEZVOUS},is_host={int(number == 0)}"
+            with (folder / f"agent{number}.log").open("w") as log:
+                argv = [*command, rendezvous, *training]
+                self.agents.append(subprocess.Popen(argv, env=env, stdout=log, stderr=log))
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Step records."""
+        return [record for record in read_lines(self.folder / "metrics.jsonl") if "train/grad_norm" in record]
+
+    def workers(self, number: int) -> list[psutil.Process]:
+        """Processes of one agent."""
+        return psutil.Process(self.agents[number].pid).children(recursive=True)
+
+    def recover_s(self, kind: str) -> float | None:
+        """Seconds from the fault to the next step of a world formed after it; None if that takes too long."""
+        self._until(lambda: len(self.steps()) >= 8, 120.0)
+        # Not the agent that serves torchrun's store: with that the job ends.
+        victims = self.workers(2)
+        if kind in ("node", "agent"):
+            victims = [psutil.Process(self.agents[2].pid), *(victims if kind == "node" else [])]
+        fault_s = time.time()
+        for process in victims:
+            process.suspend() if kind == "stop" else process.kill()
+
+        def recovered() -> bool:
+            starts = [unix_time(e) for e in read_lines(self.folder / "events.jsonl") if e["event"] == "run_start"]
+            return starts[-1] > fault_s and unix_time(self.steps()[-1]) > starts[-1]
+
+        if not self._until(recovered, TORCHRUN_LIMIT_S):
+            return None
+        start = max(unix_time(e) for e in read_lines(self.folder / "events.jsonl") if e["event"] == "run_start")
+        return next(unix_time(r) for r in self.steps() if unix_time(r) > start) - fault_s
+
+    def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            time.sleep(0.05)
+        return False
+
+    def close(self) -> None:
+        """Ends every process."""
+        found = [process for number in range(4) for process in self._all(number)]
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for agent in self.agents:
+            agent.wait()
+
+    def _all(self, number: int) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [*self.workers(number), psutil.Process(self.agents[number].pid)]
+        marker = str(self.folder / "config.yaml")
+        return [p for p in psutil.process_iter(["cmdline"]) if marker in (p.info["cmdline"] or [])]
+
+
+def torchrun_drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict[str, list[float | None]]:
+    """Recovery times of torchrun; faults that it does not notice are tried once."""
+    found: dict[str, list[float | None]] = {}
+    # A world of three has no place for TP 2 or PP 2.
+    kinds = TORCHRUN_KINDS if name == "DP 4" else ("kill",)
+    overrides = [text for text in RUNS[name] if not text.startswith("parallel.dp=")]
+    for kind in kinds:
+        found[kind] = []
+        for number in range(rounds if kind in ("kill", "node") else 1):
+            job = Torchrun(run_file, folder / f"torchrun-{name}-{kind}-{number}", overrides)
+            try:
+                found[kind].append(job.recover_s(kind))
+            finally:
+                job.close()
+        shown = ", ".join(f"{x:.1f}" if x is not None else f"not within {TORCHRUN_LIMIT_S:.0f}" for x in found[kind])
+        print(f"torchrun, {name}, {kind}: next step after {shown} s", flush=True)
+    return found
+
+
 def main() -> None:
     """Drills, prints a table, and saves it where results are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/recovery_cpu_DATE.json")
     parser.add_argument("--layout", action="append", choices=list(RUNS))
+    parser.add_argument("--torchrun", action="store_true", help="drill torchrun's elastic mode too")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     results: dict[str, Any] = {}
@@ -118,6 +229,13 @@ def main() -> None:
                 print(f"| {kind} | {statistics.median(row['detected_s'] for row in rows):.2f} |"
                       f" {statistics.median(nexts):.2f} ({', '.join(f'{x:.2f}' for x in nexts)}) |"
                       f" {max(row['steps_lost'] for row in rows)} |", flush=True)  # fmt: skip
+            if arguments.torchrun:
+                found["torchrun_s"] = torchrun_drill(run_file, folder, layout, arguments.rounds)
+                for kind, theirs in found["torchrun_s"].items():
+                    if None in theirs:
+                        continue
+                    ours = statistics.median(row["next_step_s"] for row in found["faults"][kind])
+                    print(f"{layout}, {kind}: ours is {statistics.median(theirs) / ours:.1f} times as fast", flush=True)
     if arguments.save:
         record = {
             "command": " ".join(["python", *sys.argv]),

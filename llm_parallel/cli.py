@@ -86,6 +86,21 @@ def submit(
 
 
 @app.command()
+def drill(
+    run_file: Annotated[str, typer.Argument(help="YAML run file of a small model whose data is here.")],
+    folder: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/drill",
+    blame: Annotated[int, typer.Option(help="Short runs with one random fault each, whose culprit is known.")] = 10,
+    soak_s: Annotated[float, typer.Option(help="Seconds of one run with faults all the time; 0: none.")] = 0.0,
+    every_s: Annotated[float, typer.Option(help="Mean seconds between the faults of the soak.")] = 20.0,
+    seed: Annotated[int, typer.Option(help="Seed of what fails, where and when.")] = 0,
+) -> None:
+    """Break real runs of four processes on this machine in random ways, and see that they go on and blame rightly."""
+    from llm_launch.drills import drill_command
+
+    raise typer.Exit(drill_command(Path(run_file), Path(folder), blame, soak_s, every_s, seed))
+
+
+@app.command()
 def status(run_dir: Annotated[str, typer.Argument(help="Folder of a run that `launch` started.")]) -> None:
     """Show an elastic run's state, nodes, excluded devices and goodput."""
     from rich.console import Console

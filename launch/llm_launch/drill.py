@@ -111,7 +111,7 @@ class LiveRun:
         """Causes one fault at the device of ``rank``; the Unix time of it.
 
         kinds: kill, stop (the worker's process), agent (its agent), node (agent and all its processes at once), and
-        nan, flip, slow, raise inside the worker.
+        nan, flip, raise inside the worker.
         """
         node, index, pid = self.worker(rank)
         entry = next(item for item in self.status()["nodes"] if item["name"] == node)
@@ -143,6 +143,10 @@ class LiveRun:
             return next((record for record in self.steps() if unix_time(record) > formed[0]), None)
 
         return self.until(found, timeout_s, "a step after the fault")
+
+    def stop(self) -> None:
+        """Asks the run to save and end."""
+        self.process.send_signal(signal.SIGTERM)
 
     def wait(self, timeout_s: float = 300.0) -> int:
         """Exit status of the run."""

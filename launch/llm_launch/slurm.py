@@ -8,6 +8,7 @@ slurmctld is away raises SlurmError, which callers survive.
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -121,18 +122,22 @@ class SlurmJob:
         return {name: value for name, value in self.environment.items() if name not in stale}
 
     def requeue(self, exclude: Sequence[str] = ()) -> None:
-        """Puts the job back into the queue, never to run on the nodes ``exclude``. SLURM ends this run of it.
+        """Puts the job back into the queue, never to run on the nodes ``exclude``; SLURM ends this run of it. With
+        ``exclude`` to be called in the main thread.
 
         Raises SlurmError if it can't be done, as for jobs submitted with --no-requeue.
         """
         if not exclude:
             self._call(["scontrol", "requeue", self.job_id])
             return
+        # SLURM sends TERM to all of this run at once, and KILL some seconds later.
+        ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._call(["scontrol", "requeuehold", self.job_id])
         try:
             self._insist(["scontrol", "update", f"jobid={self.job_id}", f"ExcNodeList={','.join(exclude)}"])
         finally:
             self._insist(["scontrol", "release", self.job_id])
+            signal.signal(signal.SIGTERM, ignored)
 
     def _insist(self, argv: Sequence[str]) -> None:
         for attempt in range(REQUEUE_TRIES):

@@ -19,6 +19,7 @@ import sys
 from typing import Any
 
 from llm_launch import wire
+from llm_parallel.quiet import quiet_libraries
 
 PR_SET_PDEATHSIG = 1
 
@@ -122,6 +123,7 @@ def main() -> None:
     die_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    quiet_libraries()
     raise SystemExit(run_zygote(socket.socket(fileno=int(sys.argv[1]))))
 
 

@@ -10,10 +10,10 @@ from llm_launch.slurm import SlurmJob
 from llm_launch.submit import SubmitRequest, batch_file, check_request, submit
 from llm_parallel.checkpoint.folders import latest_checkpoint, step_of
 from llm_parallel.config.load import load_config
-from llm_parallel.config.rules import check_inputs, num_processes
+from llm_parallel.config.rules import num_processes
 from llm_parallel.parallel.platform import resolve_device
 from llm_parallel.train.command import CONFIG_NAME, save_config, show_mixture
-from llm_parallel.train.preflight import preflight
+from llm_parallel.train.preflight import check_data, preflight
 
 
 def launch_command(
@@ -50,7 +50,7 @@ def submit_command(run_file: str, overrides: Sequence[str], request: SubmitReque
     prints the batch file instead."""
     config = load_config(run_file, overrides, notice=print)
     check_request(request, config)
-    check_inputs(config)
+    check_data(config)
     text = batch_file(request, config, Path(run_file).resolve(), overrides)
     if dry_run:
         print(text, end="")

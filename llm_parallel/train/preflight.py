@@ -39,6 +39,11 @@ def preflight(config: RunConfig, world_size: int | None = None) -> RunConfig:
     device = expected_device(config)
     check_config(config, processes, device)  # type: ignore[arg-type]
     check_kernels(config, device)
+    return check_data(config)
+
+
+def check_data(config: RunConfig) -> RunConfig:
+    """The configuration with its vocabulary, after every check of tokenizer and token files. Raises UserError."""
     check_inputs(config)
     config = with_vocabulary(config)
     assert config.model.vocab_size is not None

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -54,10 +54,9 @@ class Submitted:
 
     def __init__(self, cluster: Cluster, corpus: Corpus, steps: int, *options: str) -> None:
         self.cluster = cluster
-        self.folder = cluster.folder
-        run_file = write_run_file(
-            corpus, self.folder, parallel={"dp": 4}, train={"steps": steps, "global_batch_size": 8}
-        )
+        self.folder = cluster.folder / "job"
+        train, data = {"steps": steps, "global_batch_size": 8}, {"eval_fraction": 0.0}
+        run_file = write_run_file(corpus, self.folder, parallel={"dp": 4}, train=train, data=data)
         command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(run_file), "--nodes", "4"]
         command += ["--gpus-per-node", "0", *options]
         env = {**cluster.env, "OMP_NUM_THREADS": "1"}
@@ -76,7 +75,16 @@ class Submitted:
 
     def reach(self, step: int) -> None:
         """Waits for a step."""
-        until(lambda: max(self.steps(), default=0) >= step, 120, f"step {step}:\n{self.log()}")
+        self._until(lambda: max(self.steps(), default=0) >= step, 120, f"step {step}")
+
+    def _until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        over = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            job = self.cluster.job(self.job)
+            done = job["JobState"] in over and not condition()
+            assert not done and time.monotonic() < deadline, f"{what} did not happen: {job}\n{self.log()}"
+            time.sleep(0.1)
 
     def log(self) -> str:
         """End of what the job printed."""
@@ -85,11 +93,7 @@ class Submitted:
 
     def finish(self, timeout_s: float = 200.0) -> dict[str, str]:
         """Waits for the end; the job's record."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
-        try:
-            until(lambda: self.cluster.job(self.job)["JobState"] in over, timeout_s, "the job's end")
-        except TimeoutError as error:
-            raise AssertionError(f"{error}: {self.cluster.job(self.job)}\n{self.log()}") from None
+        self._until(lambda: self.cluster.job(self.job)["JobState"] == "COMPLETED", timeout_s, "the job's end")
         return self.cluster.job(self.job)
 
     def events(self, kind: str) -> list[dict[str, object]]:
@@ -179,7 +183,8 @@ def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
 def test_the_batch_file_is_one(cluster: Cluster, corpus: Corpus) -> None:
     """With GPUs, spares and a time limit, as sbatch itself reads it."""
     folder = cluster.folder
-    run_file = write_run_file(corpus, folder, parallel={"dp": 4}, train={"global_batch_size": 8})
+    train, data = {"global_batch_size": 8}, {"eval_fraction": 0.0}
+    run_file = write_run_file(corpus, folder / "job", parallel={"dp": 4}, train=train, data=data)
     tree = yaml.safe_load(run_file.read_text())
     run_file.write_text(yaml.safe_dump({**tree, "device": "auto"}))
     command = [
