@@ -1,0 +1,133 @@
+"""Bytes of one GPU by kind, in closed form.
+
+Weights, gradients and optimizer state as our trainer and Megatron-LM keep them; activations after Korthikanti et al.
+2022 (arXiv 2205.05198), generalized to gated MLPs, grouped queries, flash attention and context parallelism; micro
+batches in flight as 1F1B and interleaved 1F1B hold them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm_parallel.planner.shapes import Shape, Strategy
+
+GIB = 2.0**30
+# CUDA context, NCCL's buffers, cuBLAS workspaces: what a process takes before the first tensor, and what the allocator
+# cannot use. Beside torch's own figures only the second counts.
+CONTEXT_BYTES = 3.0 * GIB
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest GPU. temporary: the largest of what lives only within one layer or at the loss."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    temporary: float
+
+    @property
+    def total(self) -> float:
+        """Tensors, without context and fragmentation."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.temporary
+
+    def by_kind(self) -> dict[str, float]:
+        """Bytes by kind."""
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "temporary")
+        return {name: getattr(self, name) for name in names}
+
+
+def stage_layers(shape: Shape, strategy: Strategy) -> list[list[int]]:
+    """Layers of [stage][chunk]; the first ones take what does not divide."""
+    total = strategy.pp * strategy.vpp
+    chunks = strategy.stage_layers or tuple(
+        shape.layers // total + (number < shape.layers % total) for number in range(total)
+    )
+    return [[chunks[chunk * strategy.pp + stage] for chunk in range(strategy.vpp)] for stage in range(strategy.pp)]
+
+
+def parameters_of_stage(shape: Shape, strategy: Strategy, stage: int) -> float:
+    """Weights that one GPU of a stage holds, all tensor-parallel shards of a kind being equal; norms are whole."""
+    layers = sum(stage_layers(shape, strategy)[stage])
+    held = layers * (shape.layer_matrices / strategy.tp + 2 * shape.hidden)
+    table = shape.vocab * shape.hidden / strategy.tp
+    first, last = stage == 0, stage == strategy.pp - 1
+    tables = int(first) + int(last) - int(shape.tied and first and last)
+    return held + tables * table + (shape.hidden if last else 0)
+
+
+def in_flight(strategy: Strategy, stage: int) -> int:
+    """Chunks of micro batches whose activations a stage holds at most."""
+    total = strategy.micro_batches * strategy.vpp
+    ahead = strategy.pp - stage - 1
+    warm = ahead if strategy.vpp == 1 else 2 * ahead + (strategy.vpp - 1) * strategy.pp
+    return min(total, warm + 1)
+
+
+def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = None) -> float:
+    """Bytes that one layer keeps for the backward of one micro batch."""
+    kept = recompute or strategy.recompute
+    size = 4 if strategy.precision == "fp32" else 2
+    tokens, tp = strategy.tokens, strategy.tp
+    whole = tp if strategy.sequence_parallel else 1  # what sequence parallelism divides
+    if kept == "full":
+        return size * tokens * shape.hidden / whole
+    if kept == "ops":
+        products = shape.channels * (2 * shape.heads + 2 * shape.groups) + (2 * shape.ffn if shape.gated else shape.ffn)
+        rows = 2 * shape.hidden / whole + (products / 2 + shape.heads * shape.channels) / tp
+        return size * tokens * rows
+    # Inputs of two norms, of QKV and of the first MLP matrix.
+    rows = 4 * size * shape.hidden + (2 * shape.hidden if shape.dropout else 0)
+    attention = size * shape.channels * (2 * shape.heads + 2 * shape.groups)  # q, k, v, and what the projection reads
+    mlp = size * shape.ffn * (3 if shape.gated else 2)
+    found = tokens * (rows / whole + (attention + mlp) / tp)
+    if not strategy.flash and kept != "selective":
+        per_score = 2 * size + (1 if shape.dropout else 0)  # softmax, its dropout, and the mask
+        found += per_score * tokens * strategy.seq * shape.heads / tp
+    elif strategy.flash:
+        found += 4 * tokens * shape.heads / tp  # logarithms of the sums, fp32
+    return found
+
+
+def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
+    """Bytes of one GPU of a stage."""
+    parameters = parameters_of_stage(shape, strategy, stage)
+    size = 4 if strategy.precision == "fp32" else 2
+    replicas = strategy.dp * strategy.cp
+    shards = replicas if strategy.zero >= 1 else 1
+    whole = replicas if strategy.zero == 3 else 1
+    states = 8 if strategy.precision == "fp32" else 12
+    layers = stage_layers(shape, strategy)[stage]
+    per_layer = layer_activations(shape, strategy)
+    chunk_layers = sum(layers) / strategy.vpp
+    activations = in_flight(strategy, stage) * chunk_layers * per_layer
+    last = stage == strategy.pp - 1
+    tokens = strategy.tokens
+    logits = 0.0
+    if last:
+        # Input of the norm and of the output projection, and the logits; ours writes their gradient over them.
+        rows = 2 * size * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
+        logits = tokens * (rows + max(size, strategy.logit_bytes) * shape.vocab / strategy.tp)
+    # Backward of a recomputed layer holds all that it would have kept; every backward the gradient of one MLP.
+    again = layer_activations(shape, strategy, "none") if strategy.recompute in ("full", "ops") else 0.0
+    gradient = size * tokens * shape.ffn * (2 if shape.gated else 1) / strategy.tp
+    gathered = size * tokens * shape.hidden if strategy.sequence_parallel and strategy.tp > 1 else 0.0
+    full_layer = 2 * size * shape.layer_parameters / strategy.tp if strategy.zero == 3 else 0.0
+    return Memory(
+        stage=stage,
+        weights=size * parameters / whole,
+        gradients=strategy.grad_bytes * parameters / whole,
+        optimizer=states * parameters / shards,
+        activations=activations,
+        logits=logits,
+        temporary=again + gradient + gathered + full_layer,
+    )
+
+
+def memory(shape: Shape, strategy: Strategy) -> Memory:
+    """Bytes of the fullest GPU."""
+    stages = {0, strategy.pp - 1, min(1, strategy.pp - 1)}
+    return max((memory_of_stage(shape, strategy, stage) for stage in sorted(stages)), key=lambda found: found.total)

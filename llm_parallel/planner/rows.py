@@ -1,0 +1,249 @@
+"""Published training throughput as rows that can be predicted: one convention, blanks filled or the row refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llm_parallel.errors import UserError
+from llm_parallel.planner.hardware import DATA
+from llm_parallel.planner.shapes import Shape, Strategy
+
+COLUMNS = (
+    "source", "model", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "gpus", "chip", "precision",
+    "tp", "pp", "vpp", "cp", "dp_or_ep", "micro_batch", "global_batch", "recompute", "tflops_per_gpu",
+    "tokens_per_s_per_gpu", "step_time_s", "mfu_pct", "note",
+)  # fmt: skip
+DEFAULT_VOCAB = 51200
+"""GPT-2's vocabulary padded for TP 8, which the papers without a figure use."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a source's software does, as its own text says. gpt: GELU, dropout, learned positions and biases."""
+
+    gpt: bool = False
+    flash: bool = True
+    zero: int = 1
+    sequence_parallel: bool = True
+    overlap_tp: bool = False
+    overlap_dp: bool = True
+    overlap_pp: bool = True
+    grad_bytes: int = 4
+    te: bool = False
+    recompute: str = "none"
+    logit_bytes: int = 8
+    convention: str = "full"
+    """FLOPs of printed TFLOP/s and MFU: full (square attention), causal, hardware (recompute counted), six_n."""
+
+
+_MEGATRON_2021 = Family(
+    gpt=True, flash=False, zero=0, sequence_parallel=False, overlap_dp=False, overlap_pp=False, grad_bytes=2,
+    recompute="full", convention="hardware",
+)  # fmt: skip
+_FAMILIES: tuple[tuple[str, Family], ...] = (
+    (r"Megatron SC21|Megatron-LM README \(Sep 2020\)|MT-NLG|stas00", _MEGATRON_2021),
+    (r"vTrain", replace(_MEGATRON_2021, convention="full")),
+    (r"Korthikanti", replace(_MEGATRON_2021, overlap_pp=True, convention="full")),
+    (r"MegaScale", Family(gpt=True, flash=False, recompute="selective")),
+    (r"Megatron-LM README\.md", Family(gpt=True, overlap_tp=True, te=True)),
+    (r"Megatron-Bridge", Family(overlap_tp=True, te=True, convention="causal")),
+    (r"maxtext", Family(zero=3, te=True)),
+    (r"dgxc-benchmarking", Family(overlap_tp=True, te=True)),
+    (r"mosaicml", Family(gpt=True, zero=3, grad_bytes=2)),
+    (r"torchtitan", Family(zero=3)),
+    (r"nanotron", Family(overlap_dp=False)),
+)
+_MOE = re.compile(r"MoE|8x|_a3B|A3B|OSS|DeepSeek|Mixtral|ep=", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement that can be predicted. tokens_per_s: of one GPU; memory_gib: as printed, if it was."""
+
+    number: int
+    source: str
+    model: str
+    chip: str
+    cluster: str
+    shape: Shape
+    strategy: Strategy
+    open_micro_batch: bool
+    tokens_per_s: float
+    memory_gib: float | None
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.strategy.global_batch * self.strategy.seq / (self.tokens_per_s * self.strategy.gpus)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that can't be predicted, and why."""
+
+    number: int
+    source: str
+    reason: str
+
+
+def read_rows(path: str | None = None) -> tuple[list[Row], list[Refused]]:
+    """Rows of a CSV with the columns of the package's own, or of that. Blank fields are allowed.
+
+    Raises UserError if the file can't be read or lacks a column."""
+    if path is None:
+        text = (DATA / "published_throughput.csv").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--rows {path} cannot be read: {error}") from None
+    reader = csv.DictReader(io.StringIO(text))
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise UserError(f"--rows {path or ''} has no column {missing[0]}; it needs {', '.join(COLUMNS)}")
+    rows, refused = [], []
+    for number, record in enumerate(reader, start=2):
+        try:
+            rows.append(_row(number, record))
+        except _CannotSay as why:
+            refused.append(Refused(number, short(record["source"]), str(why)))
+    return rows, refused
+
+
+def short(source: str) -> str:
+    """A source's name without commits and addresses."""
+    text = re.sub(r"\(arXiv.*|@\S+|\[|\]|\(.*", " ", source)
+    return re.sub(r"\s+", " ", text).strip(" ;,.")[:60]
+
+
+class _CannotSay(Exception):
+    pass
+
+
+def _number(record: Mapping[str, str], name: str) -> int:
+    text = (record[name] or "").strip()
+    try:
+        return int(float(text))
+    except ValueError:
+        raise _CannotSay(f"{name} is not stated" if not text else f"{name} is {text!r}") from None
+
+
+def _optional(record: Mapping[str, str], name: str, default: int) -> int:
+    return _number(record, name) if (record[name] or "").strip() else default
+
+
+def _row(number: int, record: Mapping[str, str]) -> Row:
+    source, note = record["source"], record["note"] or ""
+    if _MOE.search(record["model"] + " " + record["dp_or_ep"]):
+        raise _CannotSay("mixture of experts")
+    if re.search(r"LoRA|SFT|fine-tun", record["model"] + note):
+        raise _CannotSay("fine-tuning, whose packing is not stated")
+    if "MegaScale)" in record["model"]:
+        raise _CannotSay("parallel block and sliding-window attention")
+    if "ZeRO-3" in record["model"]:
+        raise _CannotSay("DeepSpeed's ZeRO-3 without overlap")
+    family = next((found for pattern, found in _FAMILIES if re.search(pattern, source)), Family())
+    chip, cluster = _chip(record["chip"])
+    shape = _shape(record, family)
+    strategy = _strategy(record, family, note)
+    tokens = _tokens_per_s(record, family, shape, strategy)
+    found = re.search(r"mem_gi?b=([\d.]+)", note)
+    unit = 1.0 if found and "mem_gib" in found.group(0) else 1e9 / 2**30
+    return Row(
+        number, short(source), record["model"], chip, cluster, shape, strategy,
+        not (record["micro_batch"] or "").strip(), tokens, float(found.group(1)) * unit if found else None,
+    )  # fmt: skip
+
+
+def _chip(text: str) -> tuple[str, str]:
+    if "H200" in text:
+        return "H200", "dgx-h200"
+    if "500W" in text or "low-TDP" in text:
+        return "H100", "dgx-h100-500w"
+    if "H100" in text:
+        return "H100", "dgx-h100"
+    if "A100" in text:
+        return "A100", "dgx-a100-40" if "40GB" in text else "dgx-a100"
+    raise _CannotSay(f"chip {text or 'not stated'}")
+
+
+def _shape(record: Mapping[str, str], family: Family) -> Shape:
+    hidden, heads = _number(record, "hidden"), _number(record, "heads")
+    llama = bool(re.search(r"llama", record["model"], re.IGNORECASE))
+    gpt = family.gpt or not llama
+    return Shape(
+        layers=_number(record, "layers"),
+        hidden=hidden,
+        heads=heads,
+        groups=_optional(record, "kv_heads", heads),
+        ffn=_optional(record, "ffn", 4 * hidden),
+        vocab=_optional(record, "vocab", DEFAULT_VOCAB),
+        gated=llama,
+        dropout=gpt and not family.flash,
+        tied=gpt,
+        rotary=not gpt,
+    )
+
+
+def _strategy(record: Mapping[str, str], family: Family, note: str) -> Strategy:
+    gpus, seq = _number(record, "gpus"), _number(record, "seq")
+    tp, pp, cp = _number(record, "tp"), _number(record, "pp"), _optional(record, "cp", 1)
+    if gpus % (tp * pp * cp):
+        raise _CannotSay(f"{gpus} GPUs are no multiple of TP {tp} x PP {pp} x CP {cp}")
+    replicas = gpus // (tp * pp * cp)
+    micro = _optional(record, "micro_batch", 1)
+    local = re.search(r"local batch (\d+)", note)
+    batch = _optional(record, "global_batch", (int(local.group(1)) if local else micro) * replicas)
+    recompute = (record["recompute"] or family.recompute).strip()
+    layers = _number(record, "layers")
+    vpp = _optional(record, "vpp", 1)
+    if layers < pp * vpp:
+        raise _CannotSay(f"{layers} layers on PP {pp} x VPP {vpp}")
+    precision = "fp8" if "fp8" in record["precision"] else "bf16"
+    zero = 1 if "ZeRO-1" in note else family.zero
+    zero = 3 if re.search(r"\bFSDP=", note) else zero
+    asynchronous = "async tp" in note.lower() or "asynctp" in note.lower()
+    sequence = family.sequence_parallel or "sequence_parallel" in recompute
+    return Strategy(
+        gpus=gpus, global_batch=batch, micro_batch=micro, seq=seq, tp=tp, pp=pp, cp=cp, vpp=vpp,
+        recompute=_recompute(recompute, record["source"]),  # type: ignore[arg-type]
+        sequence_parallel=sequence and tp > 1, zero=zero, precision=precision, flash=family.flash,  # type: ignore[arg-type]
+        overlap_tp=family.overlap_tp or asynchronous, overlap_dp=family.overlap_dp, overlap_pp=family.overlap_pp,
+        grad_bytes=family.grad_bytes, te=family.te, logit_bytes=family.logit_bytes, fused="torchtitan" not in record["source"] or "compile" in note,
+    )  # fmt: skip
+
+
+def _recompute(text: str, source: str) -> str:
+    if text.startswith("full"):
+        return "full"
+    if "selective" not in text:
+        return "none"
+    return "ops" if "torchtitan" in source else "selective"
+
+
+def _tokens_per_s(record: Mapping[str, Any], family: Family, shape: Shape, strategy: Strategy) -> float:
+    """Step time first, then tokens/s, then TFLOP/s or MFU by the source's convention."""
+    if record["step_time_s"]:
+        return strategy.global_batch * strategy.seq / float(record["step_time_s"]) / strategy.gpus
+    if record["tokens_per_s_per_gpu"]:
+        return float(record["tokens_per_s_per_gpu"])
+    flops = {
+        "full": shape.flops_per_token(strategy.seq),
+        "causal": shape.flops_per_token(strategy.seq, causal=True),
+        # Recomputation adds a third to the layers' FLOPs.
+        "hardware": shape.flops_per_token(strategy.seq)
+        + (shape.flops_per_token(strategy.seq) - 6.0 * shape.vocab * shape.hidden) / 3.0,
+        "six_n": 6.0 * shape.parameters,
+    }[family.convention]
+    if record["tflops_per_gpu"]:
+        return 1e12 * float(record["tflops_per_gpu"]) / flops
+    if record["mfu_pct"]:
+        peak = 312e12 if "A100" in record["chip"] else 989.4e12 * (2 if strategy.precision == "fp8" else 1)
+        return float(record["mfu_pct"]) / 100 * peak / flops
+    raise _CannotSay("no figure of throughput")

@@ -1,0 +1,293 @@
+"""Time of a training step: what one GPU computes, moves and sends, and what of it is not hidden.
+
+A micro batch's layer is its matrix products, its attention, its elementwise traffic and its tensor-parallel
+communication; a pipeline is as fast as its slowest stage; what data parallelism sends after or during backward counts
+where it is not hidden. The constants are those of the chip (hardware.py), fitted on published rows (fit.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from llm_parallel.planner.hardware import Cluster
+from llm_parallel.planner.memory import parameters_of_stage, stage_layers
+from llm_parallel.planner.schedule import Timeline, simulate
+from llm_parallel.planner.shapes import Shape, Strategy
+
+BACKWARD_FLASH = 2.5 / 0.8
+"""Flash attention's backward: five products for two, at four fifths of the rate."""
+UNFUSED = 2.5
+"""Traffic of norms, rotation and activation run operator by operator, relative to fused ones."""
+ADAM_BYTES = 30
+"""Bytes that AdamW reads and writes for a parameter: fp32 weight, two moments and gradient, and a bf16 copy."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by what they go to; they add up to ``total``. compute: products and attention; elementwise:
+    all that is bound by memory; bubble: waiting in the pipeline; host: launches; waiting: for the slowest
+    of many nodes."""
+
+    compute: float
+    elementwise: float
+    recompute: float
+    tp: float
+    cp: float
+    pp: float
+    bubble: float
+    dp: float
+    optimizer: float
+    host: float
+    waiting: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of a step."""
+        return sum(self.parts().values())
+
+    @property
+    def exposed_communication(self) -> float:
+        """Seconds of communication that nothing hides."""
+        return self.tp + self.cp + self.pp + self.dp
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by name."""
+        names = ("compute", "elementwise", "recompute", "tp", "cp", "pp", "bubble", "dp", "optimizer", "host",
+                 "waiting")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One direction of one layer, or of the output, for one micro batch on one GPU, in seconds."""
+
+    compute: float = 0.0
+    elementwise: float = 0.0
+    tp: float = 0.0
+    cp: float = 0.0
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return self.compute + self.elementwise + self.tp + self.cp + self.host
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(*(getattr(self, name) + getattr(other, name) for name in _PASS))
+
+    def times(self, factor: float) -> Pass:
+        """All of it ``factor`` times."""
+        return Pass(*(factor * getattr(self, name) for name in _PASS))
+
+
+_PASS = ("compute", "elementwise", "tp", "cp", "host")
+
+
+class Model:
+    """Times of one shape under one strategy on one cluster."""
+
+    def __init__(self, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
+        self.shape, self.strategy, self.cluster = shape, strategy, cluster
+        self.chip, self.constants = cluster.chip, cluster.chip.constants
+
+    def _products(self, flops: float) -> float:
+        rate = self.chip.peak_flops * self.constants.gemm
+        if self.strategy.precision == "fp8":
+            rate = self.chip.peak_fp8_flops * self.constants.gemm_fp8
+        elif self.strategy.precision == "fp32":
+            rate /= 2.0
+        return flops / rate
+
+    def _move(self, size: float) -> float:
+        return size / (self.chip.memory_bytes_per_s * self.constants.memory)
+
+    def group_rate(self, members: int, span: int) -> tuple[float, float]:
+        """Bytes/s of one GPU in a collective of ``members``, ``span`` apart in rank, and the latency of a message.
+
+        Members on one node talk over NVLink; on several, all of a node's members use their own NICs together.
+        """
+        if members * span <= self.cluster.gpus_per_node:
+            return self.cluster.nvlink_bytes_per_s * self.constants.nvlink, self.cluster.nvlink_latency_s
+        beside = max(1, self.cluster.gpus_per_node // span)
+        nics = self.cluster.nic_bytes_per_s * self.constants.nic * beside
+        return min(nics, self.cluster.nvlink_bytes_per_s * self.constants.nvlink), self.cluster.nic_latency_s
+
+    def _collective(self, size: float, members: int, span: int, rounds: int = 1) -> float:
+        """Seconds of an all-gather or reduce-scatter (rounds 1) or all-reduce (2) of ``size`` bytes over a ring."""
+        if members == 1:
+            return 0.0
+        rate, latency = self.group_rate(members, span)
+        return rounds * ((members - 1) / members * size / rate + latency * min(members - 1, 32))
+
+    def layer(self, backward: bool) -> Pass:
+        """One layer of one micro batch."""
+        shape, strategy = self.shape, self.strategy
+        tokens, tp = strategy.tokens, strategy.tp
+        flops = 2.0 * tokens * shape.layer_matrices / tp
+        compute = self._products(flops * (2 if backward else 1))
+        attention, traffic = self._attention(backward)
+        elementwise = self._move(traffic) + self._move(self._elementwise_bytes() * (2 if backward else 1))
+        size = 2.0 * tokens * shape.hidden
+        # Two all-reduces, or two pairs of gather and scatter, each way.
+        sent = self._collective(size, tp, 1, rounds=4)
+        if strategy.overlap_tp:
+            sent *= 1.0 - self.constants.tp_hidden
+        return Pass(compute + attention, elementwise, sent, self._ring(attention, backward), self._host())
+
+    def _host(self) -> float:
+        return self.constants.layer_us * 1e-6
+
+    def _attention(self, backward: bool) -> tuple[float, float]:
+        """Seconds of attention's products, and bytes of scores that it moves."""
+        shape, strategy = self.shape, self.strategy
+        # Causal flash attention skips half; rings and zigzags share it out evenly.
+        pairs = strategy.tokens * strategy.seq * (0.5 if strategy.flash else 1.0)
+        flops = 4.0 * pairs * shape.heads * shape.channels / strategy.tp
+        if strategy.flash:
+            share = self.constants.flash_te if strategy.te else self.constants.flash
+            rate = self.chip.peak_flops * share
+            return flops / rate * (BACKWARD_FLASH if backward else 1.0), 0.0
+        scores = pairs * shape.heads / strategy.tp
+        per_score = 13 if shape.dropout else 10
+        rate = self.chip.peak_flops * self.constants.gemm
+        return flops / rate * (2 if backward else 1), per_score * scores * (1.5 if backward else 1.0)
+
+    def _elementwise_bytes(self) -> float:
+        """Bytes that norms, residuals, rotation and activation move in one forward of one layer."""
+        shape, strategy = self.shape, self.strategy
+        rows = (22 if shape.dropout else 16) * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
+        rotary = 4 * (shape.heads + shape.groups) * shape.channels if shape.rotary else 0
+        activation = (6 if shape.gated else 4) * shape.ffn
+        factor = 1.0 if strategy.fused else UNFUSED
+        cast = 0.0
+        if strategy.precision == "fp8":  # every product's input is read and written in both orders
+            cast = 4.0 * (2 * shape.hidden + (shape.heads * shape.channels + shape.ffn) / strategy.tp)
+        return strategy.tokens * (factor * (rows + (rotary + activation) / strategy.tp) + cast)
+
+    def _ring(self, attention: float, backward: bool) -> float:
+        """Context parallelism's keys and values, sent around while attention runs."""
+        strategy, shape = self.strategy, self.shape
+        if strategy.cp == 1:
+            return 0.0
+        size = 4.0 * strategy.tokens * shape.groups * shape.channels / strategy.tp * (2 if backward else 1)
+        rate, latency = self.group_rate(strategy.cp, strategy.tp)
+        return max(0.0, (strategy.cp - 1) * (size / rate + latency) - attention)
+
+    def output(self, backward: bool) -> Pass:
+        """Output projection and loss of one micro batch on the last stage."""
+        flops = 2.0 * self.strategy.tokens * self.shape.vocab * self.shape.hidden / self.strategy.tp
+        logits = self.strategy.tokens * self.shape.vocab / self.strategy.tp
+        # The head stays in 16 bits where the layers are in 8.
+        rate = self.chip.peak_flops * self.constants.gemm
+        return Pass(flops * (2 if backward else 1) / rate, self._move(logits * 8))
+
+    def stage(self, stage: int, backward: bool) -> Pass:
+        """All layers of a stage for one micro batch, without recomputation."""
+        found = self.layer(backward).times(sum(stage_layers(self.shape, self.strategy)[stage]))
+        return found + self.output(backward) if stage == self.strategy.pp - 1 else found
+
+    def again(self) -> Pass:
+        """What backward computes a second time in one layer."""
+        if self.strategy.recompute == "full":
+            return self.layer(False)
+        if self.strategy.recompute == "selective" and not self.strategy.flash:
+            products, traffic = self._attention(False)
+            return Pass(products, self._move(traffic))
+        return Pass()
+
+    def _sharded_exposed(self, compute: float) -> float:
+        """FSDP's gathers and scatters of a step that ``compute`` does not hide."""
+        strategy = self.strategy
+        if strategy.zero != 3:
+            return 0.0
+        size = 2.0 * sum(stage_layers(self.shape, strategy)[0]) * self.shape.layer_parameters / strategy.tp
+        members = strategy.dp * strategy.cp
+        # Backward gathers anew; recomputation runs on what it gathered.
+        gathers = 2
+        once = self._collective(size, members, strategy.tp, rounds=gathers)
+        once += self._collective(size * strategy.grad_bytes / 2, members, strategy.tp)
+        # With a pipeline the gathered weights are kept for the step's other micro batches.
+        sent = once * (strategy.micro_batches if strategy.pp == 1 else 1)
+        return max(sent - compute, sent * (1.0 - self.constants.fsdp_hidden))
+
+    def _replicas_exposed(self, parameters: float, backward: float) -> float:
+        """The gradient's reduction and the weights' gathering that the last backward and first forward do not hide."""
+        strategy = self.strategy
+        members = strategy.dp * strategy.cp
+        if members == 1 or strategy.zero == 3:
+            return 0.0
+        span = strategy.tp
+        if strategy.zero == 1:
+            sent = self._collective(strategy.grad_bytes * parameters, members, span)
+            sent += self._collective(2.0 * parameters, members, span)
+        else:
+            sent = self._collective(strategy.grad_bytes * parameters, members, span, rounds=2)
+        if not strategy.overlap_dp:
+            return sent
+        hidden = min(self.constants.dp_hidden * sent, backward)
+        return sent - hidden
+
+    def step(self) -> StepTime:
+        """Seconds of a whole step."""
+        strategy = self.strategy
+        stages = range(strategy.pp)
+        again = [self.again().times(sum(layers)) for layers in stage_layers(self.shape, strategy)]
+        both = [self.stage(stage, False) + self.stage(stage, True) for stage in stages]
+        totals = [one.total + other.total for one, other in zip(both, again)]
+        slowest = max(stages, key=lambda stage: totals[stage])
+        count = strategy.micro_batches
+        send = self._send()
+        # The slowest stage never waits but for the pipeline's filling and emptying around it.
+        bubble = (sum(totals) - totals[slowest]) / strategy.vpp + 2.0 * (strategy.pp - 1) * send
+        steady = 0.0 if strategy.overlap_pp or strategy.pp == 1 else 2.0 * count * strategy.vpp * send
+        parameters = max(parameters_of_stage(self.shape, strategy, stage) for stage in {0, strategy.pp - 1})
+        mine, second = both[slowest].times(count), again[slowest].times(count)
+        backward = self.stage(slowest, True).total * count
+        updated = parameters / (strategy.dp * strategy.cp if strategy.zero else 1)
+        found = StepTime(
+            compute=mine.compute,
+            elementwise=mine.elementwise,
+            recompute=second.total,
+            tp=mine.tp,
+            cp=mine.cp,
+            pp=steady,
+            bubble=bubble,
+            dp=self._replicas_exposed(parameters, backward) + self._sharded_exposed(mine.total + second.total),
+            optimizer=self._move(ADAM_BYTES * updated),
+            host=mine.host,
+            waiting=0.0,
+        )
+        doublings = math.log2(max(1.0, strategy.gpus / self.cluster.gpus_per_node))
+        return replace(found, waiting=found.total * self.constants.jitter * doublings)
+
+    def _send(self) -> float:
+        """Seconds of an activation's way to the next stage."""
+        strategy = self.strategy
+        if strategy.pp == 1:
+            return 0.0
+        size = 2.0 * strategy.tokens * self.shape.hidden / strategy.tp
+        within = strategy.tp * strategy.cp * strategy.dp * 2 <= self.cluster.gpus_per_node
+        rate = self.cluster.nvlink_bytes_per_s * self.constants.nvlink
+        if not within:
+            rate = self.cluster.nic_bytes_per_s * self.constants.nic
+        return size / rate + (self.cluster.nvlink_latency_s if within else self.cluster.nic_latency_s)
+
+    def timeline(self, micro_batches: int | None = None) -> Timeline:
+        """The step's pipeline, event by event."""
+        strategy = self.strategy
+        again = self.again()
+        layers = stage_layers(self.shape, strategy)
+        forward, backward = [], []
+        for stage in range(strategy.pp):
+            one, other = self.layer(False).total, self.layer(True).total + again.total
+            forward.append([one * count for count in layers[stage]])
+            backward.append([other * count for count in layers[stage]])
+        forward[-1][-1] += self.output(False).total
+        backward[-1][-1] += self.output(True).total
+        return simulate(forward, backward, micro_batches or strategy.micro_batches, self._send())
+
+
+def step_time(shape: Shape, strategy: Strategy, cluster: Cluster) -> StepTime:
+    """Seconds of a step by what they go to."""
+    return Model(shape, strategy, cluster).step()

@@ -1,0 +1,254 @@
+"""How good the planner's predictions are, on rows that no constant was fitted to: by source and chip, as rankings, as
+trends of weak scaling, and for memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from llm_parallel.planner.fit import clusters_with, family_of, is_fitted, predict
+from llm_parallel.planner.hardware import load_constants
+from llm_parallel.planner.memory import GIB, memory
+from llm_parallel.planner.rows import Refused, Row, read_rows
+
+CHIPS = ("A100", "H100")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row with its prediction. fitted: whether a constant saw it."""
+
+    row: Row
+    predicted_s: float
+    fitted: bool
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured step time, less one."""
+        return self.predicted_s / self.row.step_s - 1.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """Errors of some rows: mean absolute, mean, and the worst with its row."""
+
+    rows: int
+    mape: float
+    bias: float
+    worst: float
+    worst_row: int
+
+
+def score_of(scored: Sequence[Scored]) -> Score:
+    """Of at least one row."""
+    worst = max(scored, key=lambda item: abs(item.error))
+    errors = [item.error for item in scored]
+    mape = statistics.fmean(abs(error) for error in errors)
+    return Score(len(scored), mape, statistics.fmean(errors), worst.error, worst.row.number)
+
+
+def score_rows(path: str | None = None) -> tuple[list[Scored], list[Refused]]:
+    """Predictions of all rows that can be predicted. Rows of a user's file are all held out."""
+    rows, refused = read_rows(path)
+    clusters = clusters_with({})
+    half = is_fitted(rows) if path is None else {}
+    return [Scored(row, predict(row, clusters[row.cluster]), half.get(row.number, False)) for row in rows], refused
+
+
+@lru_cache(maxsize=4)
+def expected_error(chip: str) -> float:
+    """Mean absolute error of a step time on the chip's held-out rows."""
+    scored, _ = score_rows()
+    return score_of([s for s in scored if not s.fitted and family_of(s.row.chip) == family_of(chip)]).mape
+
+
+def by_source(scored: Sequence[Scored]) -> dict[tuple[str, str], list[Scored]]:
+    """Rows of each source and chip, in their order."""
+    found: dict[tuple[str, str], list[Scored]] = {}
+    for item in scored:
+        found.setdefault((item.row.source, item.row.chip), []).append(item)
+    return found
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Layouts of one model on one cluster: how close the one predicted best is to the measured best, and the rank
+    correlation (Spearman) of all."""
+
+    name: str
+    layouts: int
+    regret: float
+    correlation: float
+
+
+def rankings(scored: Sequence[Scored], fewest: int = 5) -> list[Ranking]:
+    """Of every model, GPU count and batch with at least ``fewest`` measured layouts that differ."""
+    sets: dict[str, list[Scored]] = {}
+    for item in scored:
+        s = item.row.strategy
+        same = f"{item.row.source}: {item.row.model}, {s.gpus} GPUs, batch {s.global_batch}, {s.precision}"
+        sets.setdefault(same, []).append(item)
+    found = []
+    for name, items in sets.items():
+        if len({item.row.strategy for item in items}) < fewest:
+            continue
+        best = min(item.row.step_s for item in items)
+        chosen = min(items, key=lambda item: item.predicted_s)
+        correlation = spearman([item.predicted_s for item in items], [item.row.step_s for item in items])
+        found.append(Ranking(name, len(items), chosen.row.step_s / best - 1.0, correlation))
+    return found
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Rank correlation; ties share their mean rank."""
+    x, y = _ranks(a), _ranks(b)
+    return statistics.correlation(x, y) if len(set(x)) > 1 and len(set(y)) > 1 else float("nan")
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [(ordered.index(value) + len(ordered) - 1 - ordered[::-1].index(value)) / 2 for value in values]
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Weak scaling of one series: throughput of one GPU at the most GPUs over that at the fewest."""
+
+    name: str
+    fewest: int
+    most: int
+    measured: float
+    predicted: float
+
+
+def trends(scored: Sequence[Scored]) -> list[Trend]:
+    """Series of rows that differ only in GPUs, with the batch in proportion."""
+    series: dict[str, list[Scored]] = {}
+    for item in scored:
+        s = item.row.strategy
+        layout = s.tp, s.pp, s.cp, s.vpp, s.zero, s.micro_batch, s.recompute, s.fused
+        same = item.row.source, item.row.model, s.precision, s.seq, layout, round(s.global_batch / s.gpus, 6)
+        series.setdefault(" ".join(map(str, same)), []).append(item)
+    found = []
+    for items in series.values():
+        items.sort(key=lambda item: item.row.strategy.gpus)
+        first, last = items[0], items[-1]
+        if last.row.strategy.gpus < 4 * first.row.strategy.gpus:
+            continue
+        name = f"{first.row.source}: {first.row.model}, {first.row.strategy.precision}"
+        measured = last.row.tokens_per_s / first.row.tokens_per_s
+        found.append(
+            Trend(name, first.row.strategy.gpus, last.row.strategy.gpus, measured, first.predicted_s / last.predicted_s)
+        )
+    return found
+
+
+def memory_errors(scored: Sequence[Scored]) -> list[tuple[Row, float]]:
+    """(row, predicted over printed peak memory, less one) where a row prints it."""
+    return [
+        (item.row, memory(item.row.shape, item.row.strategy).total / GIB / item.row.memory_gib - 1.0)
+        for item in scored
+        if item.row.memory_gib
+    ]
+
+
+def report(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Prints the whole validation as Markdown; the same as data."""
+    scored, refused = score_rows(path)
+    if not scored:
+        say("No row could be predicted.")
+    say("| source | chip | rows | fitted | held-out MAPE | bias | worst (row) |\n|" + " --- |" * 7)
+    for (source, chip), items in by_source(scored).items():
+        held = [item for item in items if not item.fitted]
+        fitted = len(items) - len(held)
+        say(f"| {source} | {chip} | {len(items)} | {fitted} | {_cells(held)} |")
+    for chip in CHIPS:
+        held = [s for s in scored if not s.fitted and family_of(s.row.chip) == chip]
+        of = [s for s in scored if family_of(s.row.chip) == chip]
+        say(f"| **all** | {chip} | {len(of)} | {len(of) - len(held)} | {_cells(held)} |")
+    held = [item for item in scored if not item.fitted]
+    say(f"| **all** | | {len(scored)} | {len(scored) - len(held)} | {_cells(held)} |")
+    _say_rankings(rankings(scored), trends(scored), say)
+    _say_memory(memory_errors(scored), say)
+    _say_refused(refused, say)
+    if path is None:
+        _say_constants(say)
+    return {
+        "overall": asdict(score_of(held)) if held else None,
+        "sources": {
+            f"{source} ({chip})": asdict(score_of(some))
+            for (source, chip), items in by_source(scored).items()
+            if (some := [item for item in items if not item.fitted])
+        },
+        "refused": [asdict(item) for item in refused],
+    }
+
+
+def _cells(held: Sequence[Scored]) -> str:
+    if not held:
+        return "none held out | | "
+    score = score_of(held)
+    return f"{score.mape:.1%} | {score.bias:+.1%} | {score.worst:+.0%} ({score.worst_row})"
+
+
+def _say_rankings(ranked: Sequence[Ranking], trended: Sequence[Trend], say: Callable[[str], None]) -> None:
+    if ranked:
+        say("\n| layouts of | number | predicted best against measured best | rank correlation |\n|" + " --- |" * 4)
+        for item in ranked:
+            say(f"| {item.name} | {item.layouts} | {item.regret:+.1%} | {item.correlation:.2f} |")
+    if trended:
+        say("\n| weak scaling of | GPUs | measured efficiency | predicted | points apart |\n|" + " --- |" * 5)
+        for trend in trended:
+            apart = 100 * (trend.predicted - trend.measured)
+            say(
+                f"| {trend.name} | {trend.fewest} to {trend.most} | {trend.measured:.1%} | {trend.predicted:.1%} | "
+                f"{apart:+.1f} |"
+            )
+
+
+def _say_memory(errors: Sequence[tuple[Row, float]], say: Callable[[str], None]) -> None:
+    if not errors:
+        return
+    mean = statistics.fmean(abs(error) for _, error in errors)
+    say(f"\nPeak memory where a row prints it ({len(errors)} rows, nothing fitted): mean error {mean:.1%}")
+    for row, error in errors:
+        say(f"- row {row.number}, {row.model}, {row.strategy.describe()}: {row.memory_gib:.1f} GiB, {error:+.0%}")
+
+
+def _say_refused(refused: Sequence[Refused], say: Callable[[str], None]) -> None:
+    counts: dict[tuple[str, str], list[int]] = {}
+    for item in refused:
+        counts.setdefault((item.source, item.reason), []).append(item.number)
+    say(f"\nNot predicted: {len(refused)} rows")
+    for (source, reason), numbers in counts.items():
+        shown = ", ".join(map(str, numbers[:12])) + (" …" if len(numbers) > 12 else "")
+        say(f"- {source}: {reason} (rows {shown})")
+
+
+def _say_constants(say: Callable[[str], None]) -> None:
+    scored, _ = score_rows()
+    for chip in CHIPS:
+        fitted = [item.row.number for item in scored if item.fitted and family_of(item.row.chip) == chip]
+        values = ", ".join(f"{name} {value:g}" for name, value in asdict(load_constants(chip)).items())
+        say(f"\n{chip}, 12 constants: {values}; from rows {_ranges(fitted)}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """1, 3, 5 to 9: runs with an even step are shortened."""
+    found: list[str] = []
+    left = sorted(numbers)
+    while left:
+        length = 1
+        step = left[1] - left[0] if len(left) > 1 else 0
+        while length < len(left) and left[length] - left[length - 1] == step:
+            length += 1
+        if length >= 3:
+            found.append(f"{left[0]} to {left[length - 1]}" + (f" by {step}" if step > 1 else ""))
+        else:
+            length = 1
+            found.append(str(left[0]))
+        left = left[length:]
+    return ", ".join(found)

@@ -1,0 +1,119 @@
+"""Memory of a GPU against Korthikanti et al. 2022 (arXiv 2205.05198), equations 1, 2, 4 and 6 and figure 1."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_parallel.planner.memory import (
+    in_flight,
+    layer_activations,
+    memory,
+    memory_of_stage,
+    parameters_of_stage,
+    stage_layers,
+)
+from llm_parallel.planner.schedule import simulate
+from llm_parallel.planner.shapes import Shape, Strategy
+
+GPT_175B = Shape(96, 12288, 96, 96, 4 * 12288, 51200, gated=False, dropout=True, tied=True, rotary=False)
+LLAMA_70B = Shape(80, 8192, 64, 8, 28672, 32000)
+
+
+def unfused(**changes: object) -> Strategy:
+    """GPT's training of 2022: no flash attention."""
+    fields = {"gpus": 64, "global_batch": 64, "micro_batch": 1, "seq": 2048, "flash": False, "precision": "fp16"}
+    return Strategy(**(fields | changes))  # type: ignore[arg-type]
+
+
+@given(
+    tp=st.sampled_from([1, 2, 4, 8]),
+    micro_batch=st.integers(1, 4),
+    heads=st.sampled_from([16, 32, 64]),
+    width=st.sampled_from([64, 128]),
+    seq=st.sampled_from([512, 2048, 8192]),
+)
+def test_layer_activations_are_korthikantis(tp: int, micro_batch: int, heads: int, width: int, seq: int) -> None:
+    hidden = heads * width
+    shape = Shape(24, hidden, heads, heads, 4 * hidden, 51200, gated=False, dropout=True, rotary=False)
+    sbh = seq * micro_batch * hidden
+    scores = 5 * heads * seq / hidden
+
+    def found(**changes: object) -> float:
+        return layer_activations(shape, unfused(tp=tp, micro_batch=micro_batch, seq=seq, **changes))
+
+    assert found(sequence_parallel=False) == pytest.approx(sbh * (10 + 24 / tp + scores / tp))
+    assert found() == pytest.approx(sbh * (34 + scores) / tp)
+    assert found(recompute="selective") == pytest.approx(sbh * 34 / tp)
+    assert found(recompute="full", sequence_parallel=False) == pytest.approx(2 * sbh)
+
+
+def test_gated_mlp_and_grouped_queries_of_llama_by_hand() -> None:
+    # Kept per token and layer, in bf16: 2 norms' inputs and outputs, q and attention's output (8192 each), k and v
+    # (1024 each), gate, up and their product (28672 each), and 64 heads' fp32 logsumexp.
+    by_hand = 2 * (4 * 8192 + 2 * 8192 + 2 * 1024 + 3 * 28672) + 4 * 64
+    strategy = Strategy(gpus=8, global_batch=8, micro_batch=1, seq=4096)
+    assert layer_activations(LLAMA_70B, strategy) == 4096 * by_hand
+
+
+@given(pp=st.sampled_from([2, 4, 8]), vpp=st.sampled_from([1, 2, 3]), groups=st.integers(1, 4))
+def test_micro_batches_in_flight_are_what_the_schedule_holds(pp: int, vpp: int, groups: int) -> None:
+    strategy = unfused(gpus=pp, global_batch=groups * pp, pp=pp, vpp=vpp)
+    line = simulate([[1.0] * vpp] * pp, [[2.0] * vpp] * pp, groups * pp)
+    for stage in range(pp):
+        held = most = 0
+        mine = [event for event in line.events if event.stage == stage]
+        for event in sorted(mine, key=lambda event: event.begin):
+            held += -1 if event.backward else 1
+            most = max(most, held)
+        assert in_flight(strategy, stage) == most
+
+
+def test_megatron_interleaving_costs_what_korthikanti_says() -> None:
+    """Section 4.2.3: the first stage of an interleaved schedule holds L (1 + (p - 1) / (p m)) layers."""
+    strategy = unfused(gpus=64, tp=8, pp=8, vpp=3, recompute="selective")
+    found = memory_of_stage(GPT_175B, strategy, 0).activations
+    expected = 96 * (1 + 7 / (8 * 3)) * 2048 * 12288 * 34 / 8
+    assert found == pytest.approx(expected)
+
+
+def test_parameters_of_all_stages_are_the_model() -> None:
+    for pp, vpp in ((1, 1), (4, 1), (8, 2)):
+        strategy = Strategy(gpus=pp, global_batch=64, micro_batch=1, seq=4096, pp=pp, vpp=vpp)
+        held = sum(parameters_of_stage(LLAMA_70B, strategy, stage) for stage in range(pp))
+        assert held == LLAMA_70B.parameters == 68_976_648_192
+
+
+def test_states_are_eighteen_bytes_and_are_sharded() -> None:
+    whole = memory(LLAMA_70B, Strategy(gpus=8, global_batch=8, micro_batch=1, seq=4096, zero=0))
+    states = whole.weights + whole.gradients + whole.optimizer
+    assert states == 18 * LLAMA_70B.parameters  # 2 + 4 + 12: Megatron-LM's bytes per parameter
+    zero1 = memory(LLAMA_70B, Strategy(gpus=8, global_batch=8, micro_batch=1, seq=4096))
+    assert zero1.optimizer == 12 * LLAMA_70B.parameters / 8
+    zero3 = memory(LLAMA_70B, Strategy(gpus=8, global_batch=8, micro_batch=1, seq=4096, zero=3))
+    assert zero3.weights + zero3.gradients + zero3.optimizer == pytest.approx(18 * LLAMA_70B.parameters / 8)
+
+
+def test_tied_matrix_is_on_both_ends_of_a_pipeline() -> None:
+    strategy = unfused(gpus=4, pp=4)
+    table = 51200 * 12288
+    layers = 24 * GPT_175B.layer_parameters
+    assert parameters_of_stage(GPT_175B, strategy, 0) == table + layers
+    assert parameters_of_stage(GPT_175B, strategy, 3) == table + layers + 12288
+    alone = parameters_of_stage(GPT_175B, unfused(gpus=1), 0)
+    assert alone == table + 4 * layers + 12288
+
+
+def test_layers_that_do_not_divide_and_given_ones() -> None:
+    shape = Shape(7, 64, 4, 4, 256, 100)
+    assert stage_layers(shape, unfused(gpus=2, pp=2)) == [[4], [3]]
+    given_ones = unfused(gpus=2, pp=2, vpp=2, stage_layers=(1, 2, 3, 1))
+    assert stage_layers(shape, given_ones) == [[1, 3], [2, 1]]
+
+
+def test_context_parallelism_divides_activations() -> None:
+    one = Strategy(gpus=8, global_batch=8, micro_batch=1, seq=8192)
+    four = Strategy(gpus=8, global_batch=8, micro_batch=1, seq=8192, cp=4)
+    assert layer_activations(LLAMA_70B, four) == layer_activations(LLAMA_70B, one) / 4
+    assert memory(LLAMA_70B, four).optimizer == memory(LLAMA_70B, one).optimizer
