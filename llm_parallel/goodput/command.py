@@ -47,7 +47,7 @@ class Request:
 def goodput_command(request: Request) -> int:
     """Prints the job's goodput, where the time goes, spares and the table of sizes. Raises UserError on bad input."""
     console = _console()
-    base, source = _job(request, request.gpus or 1024)
+    base, source = _job(request, 1024 if request.gpus is None else request.gpus)
     console.print(f"Failure rate: {100 * base.rate_per_gpu_month:.3g} % per GPU and month, {source}.")
     console.print(
         f"Detection {base.detect_s:g} s, restart {base.restart_s:g} s, a checkpoint stops training for"
@@ -155,7 +155,8 @@ def _interval_s(text: str, job: Job) -> float:
 
 
 def _fits(request: Request, gpus: int) -> bool:
-    return request.policy != "shrink" or gpus >= (request.replica_gpus or request.gpus_per_node)
+    replica_nodes = -(-(request.replica_gpus or request.gpus_per_node) // request.gpus_per_node)
+    return request.policy != "shrink" or -(-gpus // request.gpus_per_node) % replica_nodes == 0
 
 
 def _print_job(console: Console, job: Job, request: Request) -> None:
@@ -193,8 +194,9 @@ def _best_interval(job: Job) -> str:
 
 
 def _with_policy(job: Job, policy: str) -> Job:
-    """The same job under another policy; one that cannot shrink by a replica gives up everything instead."""
-    return replace(job, policy=policy, replica_nodes=min(job.replica_nodes, job.num_nodes))
+    """The same job under another policy; one that is not made of whole replicas counts as a single one."""
+    whole = job.num_nodes % job.replica_nodes == 0
+    return replace(job, policy=policy, replica_nodes=job.replica_nodes if whole else job.num_nodes)
 
 
 def _print_spares(console: Console, job: Job) -> None:

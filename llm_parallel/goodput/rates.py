@@ -75,10 +75,10 @@ class Job:
             raise UserError(f"--hardware-share {self.hardware_share:g} must lie between 0 and 1")
         if self.policy not in POLICIES:
             raise UserError(f"--policy {self.policy} is unknown; take {', '.join(POLICIES)}")
-        if self.policy == "shrink" and not 1 <= self.replica_nodes <= self.num_nodes:
+        if self.policy == "shrink" and (self.replica_nodes < 1 or self.num_nodes % self.replica_nodes):
             raise UserError(
-                f"--replica-gpus {self.replica_nodes * self.gpus_per_node} is more than --gpus {self.num_gpus}; to"
-                " shrink, a replica must fit into the job"
+                f"--replica-gpus {self.replica_nodes * self.gpus_per_node} does not divide --gpus {self.num_gpus}; to"
+                " shrink, the job must be made of whole replicas"
             )
 
     @property

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
@@ -48,15 +50,14 @@ def test_best_interval_tends_to_youngs(mtbf_h: float, write_share: float) -> Non
     write_s=st.floats(0.1, 300),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 def test_simulation_agrees_with_kokolis_where_its_assumptions_hold(
     gpus: int, rate: float, down_s: float, write_s: float, seed: int
 ) -> None:
     """Within 1 % wherever no more than a tenth of the time is lost to a failure's down time and half an interval."""
     job = Job(gpus, rate, detect_s=down_s / 3, restart_s=down_s * 2 / 3, write_s=write_s)
     job = replace(job, interval_s=closed_form.best_interval_s(job.mtbf_s, write_s))
-    if (down_s + job.interval_s / 2 + write_s) / job.mtbf_s > 0.1:
-        return
+    assume((down_s + job.interval_s / 2 + write_s) / job.mtbf_s < 0.1)
     kokolis = closed_form.kokolis_ettr(job.mtbf_s, down_s, job.interval_s, write_s)
     assert simulate(job, seed).goodput == pytest.approx(kokolis, rel=0.01)
 
@@ -141,6 +142,7 @@ def test_profiles_are_the_published_rates() -> None:
         ({"policy": "pray"}, "--policy pray"),
         ({"hardware_share": 1.5}, "--hardware-share 1.5"),
         ({"policy": "shrink", "num_gpus": 8}, "--replica-gpus 128"),
+        ({"policy": "shrink", "num_gpus": 16384 - 64}, "--replica-gpus 128"),
     ],
 )
 def test_impossible_jobs_are_named(change: dict, word: str) -> None:
@@ -215,3 +217,13 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
 def test_bad_requests_are_named(request_: Request, word: str) -> None:
     with pytest.raises(UserError, match=word.replace("-", r"\-")):
         goodput_command(request_)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("goodput", "--gpus", "0"), "--gpus 0"), (("report", "nowhere"), "nowhere"), (("report",), "needs a run folder")],
+)
+def test_the_command_line_says_it_in_one_sentence(arguments: tuple[str, ...], words: str) -> None:
+    result = subprocess.run([sys.executable, "-m", "llm_parallel.cli", *arguments], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and words in result.stderr
