@@ -22,6 +22,7 @@ PART_COLOURS = dict(zip(TIME_PARTS, ("#56B4E9", "#CC79A7", "#E69F00", "#D55E00",
 SPAN_COLOURS = {
     "starting": "#56B4E9",
     "training": "#009E73",
+    "fault unseen": "#CC79A7",
     "recovering": "#D55E00",
     "waiting": "#E69F00",
     "stopped": "#DDDDDD",
@@ -188,7 +189,7 @@ def life_picture(run: Run, life: Life, number: int) -> Picture:
     processes.set_xlabel("seconds since the start")
     kinds = dict.fromkeys(span.kind for span in life.spans)
     patches = [Patch(color=SPAN_COLOURS[kind], label=f"{kind} {life.seconds(kind):,.1f} s") for kind in kinds]
-    figure.legend(handles=patches, ncols=5, frameon=False, loc="outside upper center")
+    figure.legend(handles=patches, ncols=6, frameon=False, loc="outside upper center")
     return Picture(f"life_{number}", f"Life of {run.name}: numbers are the faults of the table", figure)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-KINDS = ("starting", "training", "recovering", "waiting", "stopped")
+KINDS = ("starting", "training", "fault unseen", "recovering", "waiting", "stopped")
+"""``fault unseen`` is the time from the last step that was finished until a fault was detected."""
 
 
 @dataclass
@@ -67,21 +69,22 @@ class Life:
         return self.seconds("training") / alive if alive else 0.0
 
 
-def life_of(events: Sequence[dict[str, Any]], last_step_time: str | None = None) -> Life | None:
+def life_of(events: Sequence[dict[str, Any]], step_times: Sequence[str] = ()) -> Life | None:
     """The life that ``events`` tell, or None if no launcher wrote them (no ``form`` among them).
 
-    ``last_step_time`` (ISO 8601) is that of the last record of a step: a run that was killed wrote no end.
+    ``step_times`` (ISO 8601) are those at which steps were finished: between the last one and a fault's detection, or
+    the next start of a launcher that was killed and wrote no end, nothing trained.
     """
     known = [(_seconds(event["time"]), event) for event in events if "event" in event and "time" in event]
     if not any(event["event"] == "form" for _, event in known):
         return None
     first_s = known[0][0]
-    story = _Story()
+    story = _Story(sorted(_seconds(text) - first_s for text in step_times))
     for at_s, event in known:
         story.take(at_s - first_s, event)
     end_s = known[-1][0] - first_s
-    if last_step_time is not None and story.kind == "training":
-        end_s = max(end_s, _seconds(last_step_time) - first_s)
+    if story.kind == "training" and story.step_times_s:
+        end_s = max(story.since_s, story.step_times_s[-1])
     story.close(end_s)
     return Life(story.spans, story.recoveries)
 
@@ -92,21 +95,26 @@ def _seconds(text: str) -> float:
 
 @dataclass
 class _Story:
+    step_times_s: list[float]
     kind: str = "starting"
     since_s: float = 0.0
     processes: int = 0
     spans: list[Span] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
+    joined_s: list[float] = field(default_factory=list)
+    """When nodes joined since training went on."""
 
     def take(self, at_s: float, event: dict[str, Any]) -> None:
         kind = event["event"]
         recovery = self.recoveries[-1] if self.recoveries and self.recoveries[-1].resumed_s is None else None
         if kind == "detect":
             self.recoveries.append(Recovery(at_s, event.get("step", 0), event.get("cause", "")))
+            self._stop_training("fault unseen", at_s)
             self._enter("recovering", at_s)
         elif kind == "wait":
             self._enter("waiting", at_s)
         elif kind == "form":
+            self._stop_training("starting", at_s)
             self._enter("recovering" if recovery else "starting", at_s)
             if recovery:
                 recovery.layout = event.get("layout", "")
@@ -117,15 +125,30 @@ class _Story:
                 recovery.processes = event.get("world_size")
         elif kind in ("end", "fail", "requeue"):
             self._enter("stopped", at_s)
-        elif kind == "join" and self.kind == "stopped":
-            self._enter("starting", at_s)
+        elif kind == "join":
+            self.joined_s.append(at_s)
+            if self.kind == "stopped":
+                self._enter("starting", at_s)
         elif recovery and kind == "blame":
             recovery.fault, recovery.cause = event.get("fault", ""), event.get("cause", recovery.cause)
         elif recovery and kind == "remove":
             recovery.removed.append(f"{event.get('node')}/{event.get('device')}")
 
+    def _stop_training(self, after: str, at_s: float) -> None:
+        """Training ended with the last step that was finished; what followed until now was ``after``."""
+        if self.kind != "training" or not self.step_times_s:
+            return
+        number = bisect.bisect_right(self.step_times_s, at_s)
+        last_s = max(self.since_s, self.step_times_s[number - 1] if number else 0.0)
+        joined_s = [joined for joined in self.joined_s if joined > last_s]
+        if after == "starting" and joined_s:  # nodes came and no step did: the launcher before was gone
+            self._enter("stopped", last_s)
+            last_s = joined_s[0]
+        self._enter(after, last_s)
+
     def _enter(self, kind: str, at_s: float, processes: int = 0) -> None:
         self.close(at_s)
+        self.joined_s = [] if kind == "training" else self.joined_s
         self.kind, self.processes = kind, processes
 
     def close(self, at_s: float) -> None:

@@ -36,6 +36,8 @@ class Run:
     """Merged configuration by field, ``{"model.num_layers": 2, …}``; empty if the folder has none."""
     events: tuple[dict[str, Any], ...]
     """Lines of events.jsonl, oldest first; empty if there are none."""
+    step_times: tuple[str, ...] = ()
+    """When each step was finished, ISO 8601, those made again included."""
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -64,7 +66,9 @@ def _read_run(folder: Path, name: str) -> Run:
                 f"{folder / 'config.yaml'} cannot be read ({type(error).__name__}); mend or remove it"
             ) from None
     events = tuple(read_jsonlines(folder / "events.jsonl")) if (folder / "events.jsonl").is_file() else ()
-    return Run(name, folder, history, flat(config), events)
+    records = read_jsonlines(folder / "metrics.jsonl")
+    times = tuple(record["time"] for record in records if "train/loss" in record and "time" in record)
+    return Run(name, folder, history, flat(config), events, times)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

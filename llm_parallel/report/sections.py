@@ -27,7 +27,7 @@ def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> list[Section]
     sections.append(curves)
     if len(runs) > 1:
         sections.append(_comparison(runs, summaries))
-    lives = [(run, life_of(run.events, run.history.steps[-1].get("time"))) for run in runs]
+    lives = [(run, life_of(run.events, run.step_times)) for run in runs]
     recovery = Section("recovery", "Failures and recovery")
     for number, (run, life) in enumerate(lives):
         if life is not None:

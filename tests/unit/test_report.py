@@ -52,21 +52,29 @@ def test_life_is_what_the_events_say() -> None:
 
 
 def test_a_killed_launcher_leaves_its_last_step_as_the_end() -> None:
-    life = life_of(EVENTS[:3], at(31))
+    life = life_of(EVENTS[:3], [at(12), at(31)])
     assert life is not None and life.seconds("training") == 21
+    life = life_of((*EVENTS[:3], *EVENTS[10:]), [at(12), at(31), at(103)])
+    assert life is not None
+    assert [(span.kind, span.begin_s, span.end_s) for span in life.spans] == [
+        *(("starting", 0, 10), ("training", 10, 31), ("stopped", 31, 100), ("starting", 100, 102)),
+        *(("training", 102, 103), ("fault unseen", 103, 110), ("recovering", 110, 111)),
+    ]
     assert life_of([{"event": "run_start", "time": at(0)}]) is None
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["join", "form", "resume", "detect", "wait", "end", "blame"]), st.floats(0, 9)))
+    st.lists(st.tuples(st.sampled_from(["join", "form", "resume", "detect", "wait", "end", "blame"]), st.floats(0, 9))),
+    st.lists(st.integers(0, 60)),
 )
-def test_spans_fill_the_time_whatever_comes(steps: list[tuple[str, float]]) -> None:
+def test_spans_fill_the_time_whatever_comes(steps: list[tuple[str, float]], finished: list[int]) -> None:
     """Events in any order: spans follow on each other without gap or overlap."""
     now, events = 0.0, [{"event": "form", "time": at(0)}]
     for kind, seconds in steps:
         now += seconds
         events.append({"event": kind, "time": at(now)})
-    life = life_of(events)
+    events.append({"event": "end", "time": at(now)})
+    life = life_of(events, [at(seconds) for seconds in finished])
     assert life is not None
     assert sum(life.seconds(kind) for kind in KINDS) == pytest.approx(now, abs=0.002 * len(events))
     for before, after in zip(life.spans, life.spans[1:]):
