@@ -79,7 +79,9 @@ def agents_here(
     return LocalAgents(config, run_file, local_nodes(processes, nodes), secret, environment)
 
 
-def agents_of_job(config: RunConfig, run_file: Path, job: SlurmJob, environment: Mapping[str, str]) -> Agents:
+def agents_of_job(
+    config: RunConfig, run_file: Path, job: SlurmJob, device: Literal["cpu", "cuda"], environment: Mapping[str, str]
+) -> Agents:
     """Agents on the nodes of a SLURM job. Raises UserError if SLURM does not answer, or this is no place to start."""
     if not job.is_batch_shell:
         raise UserError("llm-parallel launch is in a step of a SLURM job; start it in the batch script, without srun")
@@ -88,7 +90,7 @@ def agents_of_job(config: RunConfig, run_file: Path, job: SlurmJob, environment:
         address = job.addresses([job.node])[job.node]
     except (SlurmError, KeyError, OSError) as error:
         raise UserError(f"SLURM does not say which nodes job {job.job_id} has: {error}") from None
-    per_node = job.gpus_per_node
+    per_node = job.gpus_per_node if device == "cuda" else 0
     if not per_node:
         active = max(1, len(names) - config.elastic.spare_nodes)
         per_node = math.ceil(num_processes(config) / active)

@@ -40,12 +40,17 @@ class Memory:
         return {name: getattr(self, name) for name in names}
 
 
+def spread(layers: int, chunks: int) -> tuple[int, ...]:
+    """Layers of each chunk, as even as can be; the last chunk, which has the output, and the first, which has the
+    embedding, are spared first."""
+    least, rest = divmod(layers, chunks)
+    spared = sorted(range(chunks), key=lambda number: (number != chunks - 1, number))[: chunks - rest]
+    return tuple(least + (number not in spared) for number in range(chunks))
+
+
 def stage_layers(shape: Shape, strategy: Strategy) -> list[list[int]]:
-    """Layers of [stage][chunk]; the first ones take what does not divide."""
-    total = strategy.pp * strategy.vpp
-    chunks = strategy.stage_layers or tuple(
-        shape.layers // total + (number < shape.layers % total) for number in range(total)
-    )
+    """Layers of [stage][chunk]."""
+    chunks = strategy.stage_layers or spread(shape.layers, strategy.pp * strategy.vpp)
     return [[chunks[chunk * strategy.pp + stage] for chunk in range(strategy.vpp)] for stage in range(strategy.pp)]
 
 

@@ -63,8 +63,9 @@ class Shape:
 class Strategy:
     """How a model is trained on ``gpus``. zero: 0 (DDP), 1 (sharded optimizer) or 3 (FSDP); flash: attention never
     writes its scores; te: with Transformer Engine's kernels; fused: elementwise operators are, by hand or by a
-    compiler; logit_bytes: what a logit takes at the loss, gradient and copies counted; the overlaps say whether that communication runs beside compute; stage_layers: layers of each chunk where
-    they are not even, in the order of virtual stages."""
+    compiler; logit_bytes: what a logit takes at the loss, with its gradient and copies; the overlaps say whether that
+    communication runs beside compute; stage_layers: layers of each chunk where they are not even, in the order of
+    virtual stages."""
 
     gpus: int
     global_batch: int

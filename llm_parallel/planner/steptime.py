@@ -17,6 +17,10 @@ from llm_parallel.planner.shapes import Shape, Strategy
 
 BACKWARD_FLASH = 2.5 / 0.8
 """Flash attention's backward: five products for two, at four fifths of the rate."""
+GEMM_ROWS = 128
+"""Tokens at which a product runs at half its rate: one tile's rows."""
+FLASH_ROWS = 256
+"""Tokens at which flash attention runs at half its rate: two tiles' rows."""
 UNFUSED = 2.5
 """Traffic of norms, rotation and activation run operator by operator, relative to fused ones."""
 ADAM_BYTES = 30
@@ -92,6 +96,8 @@ class Model:
         self.chip, self.constants = cluster.chip, cluster.chip.constants
 
     def _products(self, flops: float) -> float:
+        """A layer's matrix products of so many FLOPs; few tokens fill their tiles badly."""
+        flops *= 1.0 + GEMM_ROWS / self.strategy.tokens
         rate = self.chip.peak_flops * self.constants.gemm
         if self.strategy.precision == "fp8":
             rate = self.chip.peak_fp8_flops * self.constants.gemm_fp8
@@ -146,7 +152,9 @@ class Model:
         flops = 4.0 * pairs * shape.heads * shape.channels / strategy.tp
         if strategy.flash:
             share = self.constants.flash_te if strategy.te else self.constants.flash
-            rate = self.chip.peak_flops * share
+            # A ring works on pieces, two of each rank.
+            length = strategy.seq if strategy.cp == 1 else strategy.seq / (2 * strategy.cp)
+            rate = self.chip.peak_flops * share / (1.0 + FLASH_ROWS / length)
             return flops / rate * (BACKWARD_FLASH if backward else 1.0), 0.0
         scores = pairs * shape.heads / strategy.tp
         per_score = 13 if shape.dropout else 10

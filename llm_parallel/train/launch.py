@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from llm_launch.launch import agents_here, agents_of_job, launch_elastic
 from llm_launch.slurm import SlurmJob
@@ -28,15 +29,15 @@ def launch_command(
     saved = (Path(config.run_dir) / CONFIG_NAME).resolve()
     save_config(config, saved)
     show_mixture(config)
+    device: Literal["cpu", "cuda"] = "cuda" if resolve_device(config.device) == "cuda" else "cpu"
     job = SlurmJob.from_environment(environment) if processes is None and nodes is None else None
     if job is not None:
-        agents = agents_of_job(config, saved, job, environment)
+        agents = agents_of_job(config, saved, job, device, environment)
     else:
         agents = agents_here(config, saved, processes or num_processes(config), nodes or 1, environment)
     newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
     disk_step = (step_of(newest) or 0) if newest is not None else 0
-    kind = resolve_device(config.device)
-    status = launch_elastic(config, agents, "cuda" if kind == "cuda" else "cpu", disk_step, job)
+    status = launch_elastic(config, agents, device, disk_step, job)
     if status == 0 and config.log.plots:
         from llm_parallel.metrics.plots import plot_run
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from llm_launch.drill import read_lines
+from llm_launch.show import timeline
 from llm_launch.slurm import SlurmJob
 from tests.integration.commands import Corpus, write_run_file
 from tests.slurm.cluster import Cluster, until, why_not
@@ -111,7 +112,8 @@ def test_a_crashed_node_does_not_end_the_job(cluster: Cluster, corpus: Corpus) -
     steps = submitted.steps()
     assert sorted(set(steps)) == list(range(1, 61)) and len(steps) <= 61
     formed = submitted.events("form")
-    assert [form["world_size"] for form in formed] == [4, 3] and formed[1]["cause"] == "memory"
+    assert [form["world_size"] for form in formed] == [4, 3], "\n".join(timeline(submitted.run))
+    assert formed[1]["cause"] == "memory"
 
 
 def test_the_time_limits_warning_saves_and_requeues(cluster: Cluster, corpus: Corpus) -> None:
@@ -176,7 +178,7 @@ def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
         "print(json.dumps([job.nodes(), job.restart_count]))"
     )
     nodes, restarts = in_job(cluster, script, "--nodes=2")  # type: ignore[misc]
-    assert nodes == ["n1", "n3"] and restarts == 1
+    assert len(nodes) == 2 and "n2" not in nodes and restarts == 1
     assert cluster.states()["n2"] == "drained"
 
 

@@ -1,0 +1,139 @@
+"""All legal layouts of a model on a cluster, the best first."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llm_parallel.planner.hardware import Cluster
+from llm_parallel.planner.memory import CONTEXT_BYTES, Memory, memory, spread
+from llm_parallel.planner.shapes import Recompute, Shape, Strategy
+from llm_parallel.planner.steptime import Model, StepTime
+
+ALLOWANCE = 1.04
+"""Memory that the allocator needs over what the tensors take."""
+MICRO_BATCHES = (1, 2, 4, 8)
+RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with what it takes. bubble: part of the step that the pipeline waits."""
+
+    strategy: Strategy
+    time: StepTime
+    memory: Memory
+
+    @property
+    def bubble(self) -> float:
+        """Part of the step."""
+        return self.time.bubble / self.time.total
+
+    def tokens_per_s(self) -> float:
+        """Of one GPU."""
+        strategy = self.strategy
+        return strategy.global_batch * strategy.seq / self.time.total / strategy.gpus
+
+    def mfu(self, shape: Shape, cluster: Cluster, causal: bool) -> float:
+        """Model FLOPs over the 16-bit peak (8-bit where the layers are), attention counted half or in full."""
+        flops = shape.flops_per_token(self.strategy.seq, causal) * self.tokens_per_s()
+        fp8 = self.strategy.precision == "fp8"
+        return flops / (cluster.chip.peak_fp8_flops if fp8 else cluster.chip.peak_flops)
+
+
+def fits(found: Memory, cluster: Cluster) -> bool:
+    """Whether it fits into the chip's memory beside context and fragmentation."""
+    return found.total * ALLOWANCE + CONTEXT_BYTES <= cluster.chip.memory_bytes
+
+
+def _powers(most: int) -> Iterator[int]:
+    size = 1
+    while size <= most:
+        yield size
+        size *= 2
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [size for size in range(1, min(number, most) + 1) if number % size == 0]
+
+
+def layouts(shape: Shape, base: Strategy, cluster: Cluster) -> Iterator[Strategy]:
+    """Every legal layout of ``base``'s GPUs, batch and sequence.
+
+    TP divides the heads and, unless the queries are grouped into fewer, the groups, and stays within a node; PP need
+    not divide the layers; VPP does, or leaves a layer or two out at the ends, as Llama 3 405B's 126 layers do; CP is a
+    power of two and cuts the sequence in 2 CP pieces; the batch divides into whole micro batches.
+    """
+    gpus = base.gpus
+    for tp in _divisors(shape.heads, cluster.gpus_per_node):
+        if gpus % tp or (shape.groups % tp and tp % shape.groups):
+            continue
+        for cp in _powers(16):
+            if gpus % (tp * cp) or base.seq % (2 * cp * tp):
+                continue
+            for pp in _divisors(gpus // (tp * cp), min(shape.layers, 64)):
+                dp = gpus // (tp * cp * pp)
+                if base.global_batch % dp:
+                    continue
+                for micro in MICRO_BATCHES:
+                    if base.global_batch // dp % micro:
+                        continue
+                    yield from _variants(shape, replace(
+                        base, tp=tp, cp=cp, pp=pp, micro_batch=micro, sequence_parallel=tp > 1
+                    ))  # fmt: skip
+
+
+def _variants(shape: Shape, strategy: Strategy) -> Iterator[Strategy]:
+    """With each way to interleave and to recompute."""
+    pp = strategy.pp
+    chunks = [1]
+    if pp > 1 and strategy.micro_batches % pp == 0:
+        chunks += [v for v in range(2, min(shape.layers // pp, 16) + 1) if _worth(shape.layers, pp * v)]
+    for vpp in chunks:
+        for recompute in RECOMPUTES:
+            yield replace(strategy, vpp=vpp, recompute=recompute)
+
+
+def _worth(layers: int, chunks: int) -> bool:
+    """Whether so many chunks are even, or lack only a layer or two at the ends."""
+    return layers % chunks == 0 or chunks - layers % chunks <= 2
+
+
+def evaluate(shape: Shape, strategy: Strategy, cluster: Cluster) -> Candidate:
+    """One layout."""
+    return Candidate(strategy, Model(shape, strategy, cluster).step(), memory(shape, strategy))
+
+
+def best_layouts(shape: Shape, base: Strategy, cluster: Cluster, top: int) -> tuple[list[Candidate], int, int]:
+    """The ``top`` fastest layouts that fit, how many were looked at, and how many fit."""
+    looked = fitting = 0
+    found: list[tuple[float, int, Candidate]] = []
+    for strategy in layouts(shape, base, cluster):
+        looked += 1
+        needed = memory(shape, strategy)
+        if not fits(needed, cluster):
+            continue
+        fitting += 1
+        # Without recomputation is faster wherever it fits, so the other need not be timed.
+        if strategy.recompute == "full" and fits(memory(shape, replace(strategy, recompute="none")), cluster):
+            continue
+        time = Model(shape, strategy, cluster).step()
+        item = (-time.total, looked, Candidate(strategy, time, needed))
+        if len(found) < top:
+            heapq.heappush(found, item)
+        else:
+            heapq.heappushpop(found, item)
+    return [item[2] for item in sorted(found, key=lambda item: -item[0])], looked, fitting
+
+
+def as_run_fields(shape: Shape, candidate: Candidate) -> dict[str, dict[str, Any]]:
+    """Sections ``parallel`` and ``train`` of a run file."""
+    s = candidate.strategy
+    parallel: dict[str, Any] = {"dp": s.dp, "tp": s.tp, "pp": s.pp, "cp": s.cp, "vpp": s.vpp, "recompute": s.recompute}
+    layers = spread(shape.layers, s.pp * s.vpp)
+    if len(set(layers)) > 1:
+        parallel["stage_layers"] = list(layers)
+    train = {"global_batch_size": s.global_batch, "micro_batch_size": s.micro_batch, "precision": "bf16"}
+    return {"parallel": parallel, "train": train}
