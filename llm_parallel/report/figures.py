@@ -15,6 +15,7 @@ from llm_parallel.metrics.plots import smooth
 from llm_parallel.report.recovery import Life
 from llm_parallel.report.runs import TIME_PARTS, Run, time_split
 from llm_parallel.report.scaling import Series
+from llm_parallel.report.schedule import Schedule
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -166,7 +167,7 @@ def life_picture(run: Run, life: Life, number: int) -> Picture:
     """Spans of an elastic run as a bar, faults as marks, and the processes that trained below."""
     from matplotlib.patches import Patch
 
-    figure, (bar, processes) = new_figure(3.4, panels=2)
+    figure, (bar, processes) = new_figure(3.7, panels=2)
     bar.sharex(processes)
     for span in life.spans:
         width = span.end_s - span.begin_s
@@ -189,8 +190,32 @@ def life_picture(run: Run, life: Life, number: int) -> Picture:
     processes.set_xlabel("seconds since the start")
     kinds = dict.fromkeys(span.kind for span in life.spans)
     patches = [Patch(color=SPAN_COLOURS[kind], label=f"{kind} {life.seconds(kind):,.1f} s") for kind in kinds]
-    figure.legend(handles=patches, ncols=6, frameon=False, loc="outside upper center")
+    figure.legend(handles=patches, ncols=3, frameon=False, loc="outside upper center")
     return Picture(f"life_{number}", f"Life of {run.name}: numbers are the faults of the table", figure)
+
+
+def schedule_picture(run: Run, schedule: Schedule, number: int) -> Picture:
+    """Forwards and backwards of every stage over one step, darker for later chunks of layers."""
+    figure, axes = new_figure(1.2 + 0.32 * schedule.stages)
+    for event in schedule.timeline.events:
+        light = 1.0 - 0.45 * event.chunk / max(1, schedule.chunks)
+        colour = "#D9A441" if event.backward else "#56B4E9"
+        span = [(1e3 * event.begin, 1e3 * (event.end - event.begin))]
+        axes.broken_barh(
+            span, (event.stage - 0.42, 0.84), facecolor=colour, alpha=light, edgecolor="white", linewidth=0.4
+        )
+    axes.set_yticks(range(schedule.stages), [f"stage {stage}" for stage in range(schedule.stages)])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1e3 * schedule.timeline.makespan)
+    axes.set_xlabel("milliseconds")
+    axes.grid(axis="y", visible=False)
+    kind = "1F1B" if schedule.chunks == 1 else f"interleaved 1F1B with {schedule.chunks} chunks"
+    caption = (
+        f"Pipeline of {run.name}: {schedule.stages} stages, {schedule.micro_batches} micro batches, {kind}; forward"
+        " blue, backward ochre. Simulated with equal stages and a backward of two forwards, scaled to the measured"
+        f" {1e3 * schedule.timeline.makespan:.3g} ms of forward and backward; bubble {schedule.timeline.bubble:.1%}"
+    )
+    return Picture(f"schedule_{number}", caption, figure)
 
 
 def scaling_pictures(series: Sequence[Series]) -> list[Picture]:

@@ -7,11 +7,19 @@ import statistics
 from collections.abc import Sequence
 
 from llm_parallel.model.flops import CONVENTIONS
-from llm_parallel.report.figures import Picture, layout_map, life_picture, run_pictures, scaling_pictures
+from llm_parallel.report.figures import (
+    Picture,
+    layout_map,
+    life_picture,
+    run_pictures,
+    scaling_pictures,
+    schedule_picture,
+)
 from llm_parallel.report.page import Section
 from llm_parallel.report.recovery import Life, Recovery, life_of
 from llm_parallel.report.runs import Run, Summary, different_work, differing_fields, summarize, time_split
 from llm_parallel.report.scaling import Series, sentence
+from llm_parallel.report.schedule import schedule_of
 
 
 def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> list[Section]:
@@ -25,6 +33,15 @@ def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> list[Section]
         if picture.name == "time_split":
             _split_table(curves, runs)
     sections.append(curves)
+    pipelines = Section("pipeline", "Pipeline schedule")
+    for number, run in enumerate(runs):
+        schedule = schedule_of(run)
+        if schedule is not None:
+            drawn = schedule_picture(run, schedule, number)
+            pictures.append(drawn)
+            pipelines.picture(drawn)
+    if pipelines.blocks:
+        sections.append(pipelines)
     if len(runs) > 1:
         sections.append(_comparison(runs, summaries))
     lives = [(run, life_of(run.events, run.step_times)) for run in runs]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llm_parallel.report.command import Request, report_command
-from tests.unit.report_helpers import EVENTS, SWEEP, write_run, write_sweep
+from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, write_run, write_sweep
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")
@@ -82,7 +82,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     runs = [
         write_run(folder / "first", events=EVENTS, peak_tflops=1e-3),
-        write_run(folder / "second", step_s=[0.15] * 200),
+        write_run(folder / "second", step_s=[0.15] * 200, config={**CONFIG, **PIPELINE}),
     ]
     sweep = write_sweep(folder / "sweep.csv", SWEEP)
     assert report_command(Request([str(run) for run in runs], [str(sweep)], str(folder / "r.html"))) == 0
@@ -95,10 +95,17 @@ def test_a_reader_sees_text_and_figures(page: Path, tmp_path: Path) -> None:
     for words in (
         *("Report on first, second, sweep", "Summary", "Failures and recovery", "Scaling efficiency", "held-out loss"),
         *("keeps 75.0% of the baseline's speed per process", "Baseline: 1 process", "n2/2 hangs in all_reduce"),
-        *("loss, nats per token", "forward and backward", "seconds since the start", "speed per process"),
+        *(
+            "loss, nats per token",
+            "forward and backward",
+            "seconds since the start",
+            "speed per process",
+            "stage 1",
+            "bubble 11.1%",
+        ),
     ):
         assert words in seen["text"], words
-    assert len(seen["figures"]) == 9
+    assert len(seen["figures"]) == 10
     for figure in seen["figures"]:
         assert 850 < figure["width"] <= WIDTH and 0.1 < figure["height"] / figure["width"] < 0.7, figure
         assert figure["left"] >= 0 and figure["right"] <= WIDTH, figure

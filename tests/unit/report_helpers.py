@@ -14,12 +14,17 @@ import yaml
 from llm_parallel.metrics.record import Basis, StepMeasurement, derive, scalars
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model": {"num_layers": 2, "hidden_size": 64, "preset": "debug"},
     "data": {"seq_length_tokens": 64},
     "parallel": {"tp": 1, "dp": 4},
     "train": {"global_batch_size": 8, "precision": "fp32"},
 }
+PIPELINE: dict[str, Any] = {
+    "parallel": {"tp": 2, "cp": 1, "pp": 2, "vpp": 1},
+    "train": {"global_batch_size": 8, "micro_batch_size": 1, "precision": "fp32"},
+}
+"""Two stages and eight micro batches on the four processes of ``write_run``."""
 
 
 def at(seconds: float) -> str:

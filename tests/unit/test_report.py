@@ -16,7 +16,8 @@ from llm_parallel.report.command import Request, report_command
 from llm_parallel.report.recovery import KINDS, life_of
 from llm_parallel.report.runs import different_work, read_runs, summarize, time_split
 from llm_parallel.report.scaling import read_sweep, sentence
-from tests.unit.report_helpers import CONFIG, EVENTS, SWEEP, at, write_run, write_sweep
+from llm_parallel.report.schedule import schedule_of
+from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_run, write_sweep
 
 
 def test_summary_is_the_arithmetic_of_the_records(tmp_path: Path) -> None:
@@ -194,11 +195,25 @@ def test_runs_of_different_work_have_no_common_speed(tmp_path: Path) -> None:
     assert different_work(first, third) == []
 
 
+@pytest.mark.parametrize(("chunks", "bubble"), [(1, 1 / 9), (2, 1 / 17)])
+def test_a_pipeline_has_the_bubble_of_the_formula(tmp_path: Path, chunks: int, bubble: float) -> None:
+    """(p - 1) / (v m + p - 1) of Narayanan et al. 2021, with p = 2 stages, m = 8 micro batches and v chunks."""
+    config = {**CONFIG, **PIPELINE, "parallel": {**PIPELINE["parallel"], "vpp": chunks}}
+    (run,) = read_runs([write_run(tmp_path / "p", config=config)])
+    schedule = schedule_of(run)
+    assert schedule is not None and (schedule.stages, schedule.micro_batches) == (2, 8)
+    assert schedule.timeline.bubble == pytest.approx(bubble)
+    assert schedule.timeline.makespan == pytest.approx(0.07)
+    assert len(schedule.timeline.events) == 2 * 2 * 8 * chunks
+    (without,) = read_runs([write_run(tmp_path / "q")])
+    assert schedule_of(without) is None
+
+
 def test_the_page_stands_alone(tmp_path: Path) -> None:
     """No address to fetch, no script, unique identifiers, no reference into nothing, foreign text escaped."""
     folders = [
         write_run(tmp_path / "<b>one", events=EVENTS, peak_tflops=1e-3),
-        write_run(tmp_path / "two", step_s=[0.2] * 3000),
+        write_run(tmp_path / "two", step_s=[0.2] * 3000, config={**CONFIG, **PIPELINE}),
     ]
     sweep = write_sweep(tmp_path / "sweep.csv", SWEEP)
     page = tmp_path / "out" / "r.html"
@@ -214,7 +229,18 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert len(text) < 1_500_000  # 3,000 steps were thinned
     names = re.findall(r'<figure id="figure-([^"]+)"', text)
     assert names == [
-        *("loss", "throughput", "mfu", "memory", "time_split", "life_0", "scaling", "lost_0", "layouts_0"),
+        *(
+            "loss",
+            "throughput",
+            "mfu",
+            "memory",
+            "time_split",
+            "schedule_1",
+            "life_0",
+            "scaling",
+            "lost_0",
+            "layouts_0",
+        ),
     ]
     assert sorted(path.stem for path in (tmp_path / "png").iterdir()) == sorted(names)
     for words in ("&lt;b&gt;one", "n1 &lt;lost&gt;", "2 steps made again", "Baseline: 1 process", "measured once"):
