@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_parallel.metrics.plots import smooth
 from llm_parallel.report.recovery import Life
-from llm_parallel.report.runs import TIME_PARTS, Run, time_split
+from llm_parallel.report.runs import TIME_PARTS, Run, steady, time_split
 from llm_parallel.report.scaling import Series
 from llm_parallel.report.schedule import Schedule
 
@@ -129,7 +129,7 @@ def _curve(runs: Sequence[Run], name: str, column: str, unit: str) -> Picture:
         steps, values = thin(run.history.column("step"), run.history.column(column))
         if not np.isfinite(values).any():
             continue
-        median = float(np.nanmedian(values))
+        median = float(np.nanmedian(run.history.column(column)[steady(run.history)]))
         label = f"{run.name}: median {median:.1%}" if name == "mfu" else f"{run.name}: median {median:,.4g}"
         axes.plot(steps, values, color=colour, linewidth=0.9, label=label)
         highest = max(highest, float(np.nanpercentile(values, 99)))

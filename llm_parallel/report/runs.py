@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,14 +122,12 @@ def steady(history: History) -> np.ndarray:
 def summarize(run: Run) -> Summary:
     """The run in numbers."""
     history, kept = run.history, steady(run.history)
-    loss = history.column("train/loss")
-    last = loss[-max(1, len(loss) // 20) :]
     step_s = history.column("perf/step_time")[kept]
     starts = history.starts
     return Summary(
         steps=int(history.steps[-1]["step"]),
         tokens=float(history.column("train/tokens")[-1]),
-        loss=_mean(last),
+        loss=loss_at(run, math.inf),
         eval_loss=float(history.eval_column("eval/loss")[-1]) if history.evals else float("nan"),
         sizes=tuple(_in_turn([start.get("size") for start in starts])),
         layouts=tuple(_in_turn([start.get("layout") for start in starts])),
@@ -161,6 +160,12 @@ def _in_turn(values: Sequence[Any]) -> list[Any]:
         if value is not None and found[-1:] != [value]:
             found.append(value)
     return found
+
+
+def loss_at(run: Run, tokens: float) -> float:
+    """Loss when ``tokens`` had been consumed: the mean over the twentieth of the steps before."""
+    loss = run.history.column("train/loss")[run.history.column("train/tokens") <= tokens]
+    return _mean(loss[-max(1, len(loss) // 20) :])
 
 
 TIME_PARTS = ("forward and backward", "exposed communication", "optimizer", "waiting for data", "other")

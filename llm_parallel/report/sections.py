@@ -17,7 +17,7 @@ from llm_parallel.report.figures import (
 )
 from llm_parallel.report.page import Section
 from llm_parallel.report.recovery import Life, Recovery, life_of
-from llm_parallel.report.runs import Run, Summary, different_work, differing_fields, summarize, time_split
+from llm_parallel.report.runs import Run, Summary, different_work, differing_fields, loss_at, summarize, time_split
 from llm_parallel.report.scaling import Series, sentence
 from llm_parallel.report.schedule import schedule_of
 
@@ -109,14 +109,18 @@ def _comparison(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
             (
                 *(run.name, f"{first.step_s / one.step_s:.3f}"),
                 f"{one.tokens_per_s_per_gpu / first.tokens_per_s_per_gpu:.3f}",
-                *(_number(one.memory_gib / first.memory_gib, ".3f"), _number(one.loss - first.loss, "+.4f")),
+                *(_number(one.memory_gib / first.memory_gib, ".3f"), _loss_difference(base, run)),
                 "yes" if _ranges_overlap(first, one) else "no",
             )
         )
     if rows:
         head = ("run", "speed", f"speed per {first.unit}", "memory", "loss", "10 to 90 % ranges of step time overlap")
         section.table(head, rows)
-        section.text("Ratios to the baseline, over 1 is faster or more; loss as a difference.", "faint")
+        section.text(
+            "Ratios to the baseline, over 1 is faster or more. Loss is the difference at the last token count that both"
+            " reached.",
+            "faint",
+        )
     section.list(refused, "flag")
     fields = differing_fields(runs)
     if fields:
@@ -127,6 +131,11 @@ def _comparison(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
             words=range(len(runs) + 1),
         )
     return section
+
+
+def _loss_difference(base: Run, run: Run) -> str:
+    tokens = min(float(one.history.column("train/tokens")[-1]) for one in (base, run))
+    return _number(loss_at(run, tokens) - loss_at(base, tokens), "+.4f")
 
 
 def _ranges_overlap(first: Summary, second: Summary) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llm_parallel.errors import UserError
 from llm_parallel.report.command import Request, report_command
 from llm_parallel.report.recovery import KINDS, life_of
-from llm_parallel.report.runs import different_work, read_runs, summarize, time_split
+from llm_parallel.report.runs import different_work, loss_at, read_runs, summarize, time_split
 from llm_parallel.report.scaling import read_sweep, sentence
 from llm_parallel.report.schedule import schedule_of
 from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_run, write_sweep
@@ -184,6 +184,16 @@ def test_other_bad_requests_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             report_command(request)
+
+
+def test_losses_are_compared_at_the_same_tokens(tmp_path: Path) -> None:
+    """The longer run's loss at the shorter one's end is the shorter one's, as both fall alike."""
+    short, long = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", step_s=[0.1] * 200)])
+    tokens = 40 * 8 * 64
+    assert loss_at(long, tokens) == pytest.approx(loss_at(short, tokens)) == pytest.approx(6 - 39.5 / 20)
+    page = tmp_path / "r.html"
+    report_command(Request([str(short.folder), str(long.folder)], out=str(page)))
+    assert "+0.0000" in page.read_text() or "-0.0000" in page.read_text()
 
 
 def test_runs_of_different_work_have_no_common_speed(tmp_path: Path) -> None:
