@@ -86,6 +86,42 @@ def submit(
 
 
 @app.command()
+def plan(
+    model: Annotated[str | None, typer.Option(help="Model preset, as llama2-70b.")] = None,
+    cluster: Annotated[
+        str, typer.Option(help="dgx-a100, dgx-h100, dgx-h200 …, or a YAML file like theirs.")
+    ] = "dgx-h100",
+    gpus: Annotated[int, typer.Option(help="GPUs to use.")] = 8,
+    global_batch: Annotated[int, typer.Option(help="Samples of a step.")] = 1024,
+    seq: Annotated[int, typer.Option(help="Tokens of a sample.")] = 4096,
+    top: Annotated[int, typer.Option(help="Layouts to show.")] = 5,
+    precision: Annotated[str, typer.Option(help="bf16, or fp8 for a what-if.")] = "bf16",
+    tokens: Annotated[float | None, typer.Option(help="Tokens of the whole run, for days, GPU-hours and cost.")] = None,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(help="Price of a GPU for an hour.")] = None,
+    explain: Annotated[str | None, typer.Option(help="One layout in detail, as tp=8,pp=4,mbs=1.")] = None,
+    write: Annotated[str | None, typer.Option(help="Run file to make of the best layout.")] = None,
+    json: Annotated[str | None, typer.Option(help="Write the layouts, or the validation, as JSON.")] = None,
+    validate: Annotated[bool, typer.Option("--validate", help="Score predictions against published rows.")] = False,
+    rows: Annotated[str | None, typer.Option(help="With --validate: CSV of your own rows.")] = None,
+    refit: Annotated[str | None, typer.Option(help="Fit the constants anew and write them to this JSON file.")] = None,
+) -> None:
+    """Predict step time, memory and cost of every layout of a model on a cluster; the best first."""
+    from llm_parallel.errors import UserError
+    from llm_parallel.planner import command as planner
+
+    if validate:
+        raise typer.Exit(planner.validate_command(rows, json))
+    if refit:
+        raise typer.Exit(planner.refit_command(refit))
+    if model is None:
+        raise UserError("plan needs --model, as llama2-70b, or --validate")
+    request = planner.Request(
+        model, cluster, gpus, global_batch, seq, top, precision, tokens, price_per_gpu_hour, explain, write, json
+    )
+    raise typer.Exit(planner.plan_command(request))
+
+
+@app.command()
 def drill(
     run_file: Annotated[str, typer.Argument(help="YAML run file of a small model whose data is here.")],
     folder: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/drill",

@@ -18,7 +18,9 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.train.preflight import mixture, preflight, rank_table, state_bytes
+from llm_parallel.planner.memory import CONTEXT_BYTES, memory
+from llm_parallel.planner.shapes import shape_of, strategy_of
+from llm_parallel.train.preflight import mixture, preflight, rank_table
 
 CONFIG_NAME = "config.yaml"
 
@@ -74,16 +76,17 @@ def show_mixture(config: RunConfig) -> None:
 
 
 def show_plan(config: RunConfig, world_size: int | None) -> None:
-    """What a dry run prints: configuration, ranks, mixture and memory of model state."""
+    """What a dry run prints: configuration, ranks, mixture and memory."""
     layout = Layout.from_config(config, world_size or num_processes(config))
     print(dump_config(config))
     print(layout.describe())
     print("\n".join(rank_table(layout)))
     show_mixture(config)
-    parts = state_bytes(config, layout)
-    named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items())
+    found = memory(shape_of(config.model), strategy_of(config, layout.world_size))
+    named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in found.by_kind().items())
     print(
-        f"model state of the fullest process: {sum(parts.values()) / 2**30:.2f} GiB ({named}); activations not counted"
+        f"predicted memory of the fullest process: {found.total / 2**30:.2f} GiB of tensors ({named}), and about "
+        f"{CONTEXT_BYTES / 2**30:.0f} GiB of context on a GPU"
     )
 
 

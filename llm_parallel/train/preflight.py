@@ -10,7 +10,6 @@ from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import check_vocabulary, load_tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.model.flops import parameter_count
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.train.schedule import total_samples
 
@@ -99,27 +98,3 @@ def rank_table(layout: Layout) -> list[str]:
     if layout.world_size > 64:
         lines.append(f"… and {layout.world_size - 64} more")
     return lines
-
-
-def state_bytes(config: RunConfig, layout: Layout) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer state on the fullest process, without activations.
-
-    Per parameter: weights 2 (bf16) or 4, main gradients 4, two fp32 moments and, for bf16, the fp32 master weight;
-    moments and master weights are divided over DP and CP by the distributed optimizer.
-    """
-    count = parameter_count(config.model)
-    per_stage = [
-        sum(layout.stage_layers[chunk] for chunk in range(stage, layout.pp * layout.vpp, layout.pp))
-        for stage in range(layout.pp)
-    ]
-    held = [layers * count.per_layer for layers in per_stage]
-    held[0] += count.embedding
-    held[-1] += count.output if not (config.model.tie_embeddings and layout.pp > 1) else count.embedding
-    parameters = max(held) / layout.tp
-    bf16 = config.train.precision == "bf16"
-    shards = layout.dp * layout.cp if config.parallel.distributed_optimizer else 1
-    return {
-        "weights": parameters * (2 if bf16 else 4),
-        "gradients": parameters * 4,
-        "optimizer": parameters * (12 if bf16 else 8) / shards,
-    }

@@ -22,7 +22,7 @@ def test_dry_run_shows_all_and_starts_nothing(corpus: Corpus, tmp_path: Path) ->
         str(corpus.prefix),
     ):
         assert words in result.stdout
-    assert "model state of the fullest process" in result.stdout
+    assert "predicted memory of the fullest process" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
 

@@ -1,8 +1,7 @@
 """A real Slurm of several nodes on this machine, for tests: every daemon is Slurm's own.
 
 ``Cluster`` runs all nodes on the loopback interface. A node that crashes there closes its connections, which is what a
-killed process does; ``partition`` and ``heal`` need ``Namespaces``, where every node has a network, a process list and
-a /dev/shm of its own, and a node can fall silent as a broken switch makes it.
+killed process does; ``tests.slurm.namespaces`` has nodes that fall silent.
 """
 
 from __future__ import annotations
@@ -94,14 +93,23 @@ class Cluster:
     def up(self) -> None:
         """Starts every daemon and waits until all nodes are idle."""
         self._write_files()
+        self._start_controller()
+        for name in self.nodes:
+            self._start_node(name)
+        self.wait_for_nodes(len(self.nodes), ("idle",))
+
+    def _start_controller(self) -> None:
         munge = ("munge.sock", "munge.key", "munged.log", "munged.pid", "munged.seed")
         kinds = ("socket", "key-file", "log-file", "pid-file", "seed-file")
         self.run(["munged", *(f"--{kind}={self.folder / name}" for kind, name in zip(kinds, munge))])
         self.run(["slurmctld", "-f", str(self.conf)])
-        until(lambda: _listens(self.port), UP_S, "slurmctld's start")
-        for name in self.nodes:
-            self.run(["slurmd", "-f", str(self.conf), "-N", name])
-        self.wait_for_nodes(len(self.nodes), ("idle",))
+        until(self._controller_listens, UP_S, "slurmctld's start")
+
+    def _controller_listens(self) -> bool:
+        return _listens(self.port)
+
+    def _start_node(self, node: str) -> None:
+        self.run(["slurmd", "-f", str(self.conf), "-N", node])
 
     def _write_files(self) -> None:
         for name in ("run", "log", "state", "gpu", *(f"spool-{node}" for node in self.nodes)):
@@ -167,15 +175,17 @@ class Cluster:
                     parent = process.parent()
                     is_step = parent is not None and parent.name() == "slurmstepd"
                     victims += [parent, process] if is_step and parent is not None else [process]
-        for victim in victims:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victim.kill()
+        # All at once, as a crash is: srun's shepherd would end the whole step if it outlived srun by a moment.
+        for end in (psutil.Process.suspend, psutil.Process.kill):
+            for victim in victims:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    end(victim)
 
     def boot(self, node: str) -> None:
         """Starts a crashed node again."""
         # A node that is back before Slurm missed it would leave its job in COMPLETING.
         self.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=crashed"])
-        self.run(["slurmd", "-f", str(self.conf), "-N", node])
+        self._start_node(node)
         self.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False)
 
     def _is_slurmd(self, process: psutil.Process, node: str) -> bool:

@@ -6,30 +6,21 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from llm_launch.drill import read_lines
 from llm_launch.show import timeline
 from llm_launch.slurm import SlurmJob
 from tests.integration.commands import Corpus, write_run_file
 from tests.slurm.cluster import Cluster, until, why_not
+from tests.slurm.submitted import Submitted
 
 pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """A folder that Slurm's daemons may enter."""
-    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
 
 
 @pytest.fixture
@@ -39,67 +30,6 @@ def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with Cluster(folder / request.node.name, gpus=2) as slurm:
         assert time.monotonic() - began < 15.0
         yield slurm
-
-
-@pytest.fixture(scope="module")
-def corpus(folder: Path) -> Corpus:
-    """Token files of the repository's own documents."""
-    documents = [str(path) for path in (Path("README.md"), Path("DECISIONS.md"))]
-    command = [sys.executable, "-m", "llm_parallel.cli", "prepare", *documents, "--out", str(folder / "docs")]
-    done = subprocess.run([*command, "--train-vocab", "600"], capture_output=True, text=True, check=True)
-    return Corpus(folder / "docs", folder / "tokenizer.model", done.stdout)
-
-
-class Submitted:
-    """A run of four nodes that ``llm-parallel submit`` handed to Slurm."""
-
-    def __init__(self, cluster: Cluster, corpus: Corpus, steps: int, *options: str) -> None:
-        self.cluster = cluster
-        self.folder = cluster.folder / "job"
-        train, data = {"steps": steps, "global_batch_size": 8}, {"eval_fraction": 0.0}
-        run_file = write_run_file(corpus, self.folder, parallel={"dp": 4}, train=train, data=data)
-        command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(run_file), "--nodes", "4"]
-        command += ["--gpus-per-node", "0", *options]
-        env = {**cluster.env, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.job = done.stdout.split()[1].rstrip(";")
-
-    @property
-    def run(self) -> Path:
-        """The run folder."""
-        return self.folder / "run"
-
-    def steps(self) -> list[int]:
-        """Every step that was made, in order, those made again too."""
-        return [record["step"] for record in read_lines(self.run / "metrics.jsonl") if "train/loss" in record]
-
-    def reach(self, step: int) -> None:
-        """Waits for a step."""
-        self._until(lambda: max(self.steps(), default=0) >= step, 120, f"step {step}")
-
-    def _until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-        over = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            job = self.cluster.job(self.job)
-            done = job["JobState"] in over and not condition()
-            assert not done and time.monotonic() < deadline, f"{what} did not happen: {job}\n{self.log()}"
-            time.sleep(0.1)
-
-    def log(self) -> str:
-        """End of what the job printed."""
-        path = self.run / "logs" / f"slurm-{self.job}.out"
-        return path.read_text(errors="replace")[-3000:] if path.exists() else ""
-
-    def finish(self, timeout_s: float = 200.0) -> dict[str, str]:
-        """Waits for the end; the job's record."""
-        self._until(lambda: self.cluster.job(self.job)["JobState"] == "COMPLETED", timeout_s, "the job's end")
-        return self.cluster.job(self.job)
-
-    def events(self, kind: str) -> list[dict[str, object]]:
-        """Events of one kind."""
-        return [record for record in read_lines(self.run / "events.jsonl") if record["event"] == kind]
 
 
 def test_a_crashed_node_does_not_end_the_job(cluster: Cluster, corpus: Corpus) -> None:

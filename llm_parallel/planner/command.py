@@ -1,0 +1,259 @@
+"""``llm-parallel plan``: which layout to run, what it will take, and how far to trust that."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm_parallel.config.presets import MODEL_PRESETS
+from llm_parallel.config.rules import find_problems
+from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+from llm_parallel.planner import validate
+from llm_parallel.planner.hardware import Cluster, load_cluster
+from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
+from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
+from llm_parallel.planner.shapes import Shape, Strategy, shape_of
+from llm_parallel.planner.steptime import Model
+
+HOUR_S = 3600.0
+DEFAULT_VOCAB = 32000
+_SIZES = {"tp": "tp", "pp": "pp", "cp": "cp", "vpp": "vpp", "mbs": "micro_batch", "recompute": "recompute", "dp": "dp"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked. model: a preset; tokens: of the whole run; explain: sizes of one layout, as
+    ``tp=8,pp=4,mbs=1``; write: a run file to make of the best layout (or the explained one)."""
+
+    model: str
+    cluster: str
+    gpus: int
+    global_batch: int
+    seq: int
+    top: int = 5
+    precision: str = "bf16"
+    tokens: float | None = None
+    price_per_gpu_hour: float | None = None
+    explain: str | None = None
+    write: str | None = None
+    json: str | None = None
+
+
+def plan_command(request: Request) -> int:
+    """Prints the best layouts; 1 if none fits. Raises UserError for what can't be planned."""
+    shape, cluster = _shape(request.model), load_cluster(request.cluster)
+    base = _base(request, cluster)
+    began = time.monotonic()
+    if request.explain is not None:
+        strategy = _explained(request.explain, base)
+        found = [evaluate(shape, strategy, cluster)]
+        _explain(found[0], shape, cluster, print)
+    else:
+        found, looked, fitting = best_layouts(shape, base, cluster, request.top)
+        print(
+            f"{request.model}, {shape.parameters / 1e9:.1f} B parameters, on {request.gpus} GPUs of {cluster.name}: "
+            f"{looked} layouts in {time.monotonic() - began:.1f} s, {fitting} fit into "
+            f"{cluster.chip.memory_bytes / GIB:.0f} GiB"
+        )
+        if not found:
+            print("None fits; use more GPUs, a smaller batch of tokens, or a larger chip.")
+            return 1
+        print(_table(found, shape, cluster))
+    error = validate.expected_error(cluster.chip.name.partition("-")[0])
+    print(
+        f"\nPredicted, not measured. Expected error of the step time: {error:.1%}, mean on the published rows of this "
+        "kind of chip that no constant was fitted to (llm-parallel plan --validate)."
+    )
+    _say_run(request, found[0], cluster)
+    if request.write:
+        write_run_file(request, shape, found[0], cluster)
+    if request.json:
+        with atomic_write(request.json) as handle:
+            json.dump([as_data(item, shape, cluster) for item in found], handle, indent=1)
+    return 0
+
+
+def _shape(name: str) -> Shape:
+    if name not in MODEL_PRESETS:
+        raise UserError(f"--model {name} is unknown; there are {', '.join(MODEL_PRESETS)}")
+    fields = {"vocab_size": DEFAULT_VOCAB, **MODEL_PRESETS[name]}
+    return shape_of(ModelConfig(**fields))
+
+
+def _base(request: Request, cluster: Cluster) -> Strategy:
+    for name in ("gpus", "global_batch", "seq", "top"):
+        value = getattr(request, name)
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if request.gpus > cluster.gpus_per_node and request.gpus % cluster.gpus_per_node:
+        whole = request.gpus // cluster.gpus_per_node * cluster.gpus_per_node
+        raise UserError(
+            f"--gpus {request.gpus} is no whole number of nodes of {cluster.gpus_per_node}; take {whole} or "
+            f"{whole + cluster.gpus_per_node}"
+        )
+    if request.precision not in ("bf16", "fp8"):
+        raise UserError(f"--precision {request.precision} is not bf16 or fp8")
+    if request.precision == "fp8" and cluster.chip.peak_fp8_flops <= cluster.chip.peak_flops:
+        raise UserError(f"--precision fp8: {cluster.chip.name} has no 8-bit products; use bf16")
+    return Strategy(
+        gpus=request.gpus, global_batch=request.global_batch, micro_batch=1, seq=request.seq,
+        precision=request.precision, te=True, overlap_tp=True,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _explained(text: str, base: Strategy) -> Strategy:
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in _SIZES or not value:
+            raise UserError(f"--explain {text}: {part!r} is not one of {', '.join(_SIZES)} with a value, as tp=8")
+        if name == "recompute":
+            if value not in ("none", "selective", "full"):
+                raise UserError(f"--explain {text}: recompute is none, selective or full, not {value}")
+            sizes["recompute"] = value
+        elif not value.isdecimal() or int(value) < 1:
+            raise UserError(f"--explain {text}: {name}={value} must be a whole number of at least 1")
+        else:
+            sizes[_SIZES[name]] = int(value)
+    dp = sizes.pop("dp", None)
+    found = replace(base, **sizes, sequence_parallel=sizes.get("tp", 1) > 1)
+    product = found.tp * found.pp * found.cp
+    if base.gpus % product or (dp is not None and dp * product != base.gpus):
+        raise UserError(f"--explain {text}: its sizes do not make up the {base.gpus} GPUs of --gpus")
+    if base.global_batch % (found.dp * found.micro_batch):
+        raise UserError(
+            f"--explain {text}: --global-batch {base.global_batch} does not divide into micro batches of "
+            f"{found.micro_batch} on {found.dp} replicas"
+        )
+    return found
+
+
+def _table(found: Sequence[Candidate], shape: Shape, cluster: Cluster) -> str:
+    lines = [
+        "| layout | step s | tokens/s/GPU | MFU full | MFU causal | bubble | exposed comm. | memory GiB |",
+        "|" + " --- |" * 8,
+    ]
+    for item in found:
+        memory = item.memory.total / GIB
+        lines.append(
+            f"| {item.strategy.describe()} | {item.time.total:.3f} | {item.tokens_per_s():,.0f} | "
+            f"{item.mfu(shape, cluster, False):.1%} | {item.mfu(shape, cluster, True):.1%} | {item.bubble:.1%} | "
+            f"{item.time.exposed_communication / item.time.total:.1%} | {memory:.1f} |"
+        )
+    lines.append(
+        "MFU full counts square attention (Megatron-LM's papers), causal half of it; memory without CUDA context"
+    )
+    return "\n".join(lines)
+
+
+def _explain(item: Candidate, shape: Shape, cluster: Cluster, say: Any) -> None:
+    strategy, time_ = item.strategy, item.time
+    say(f"{strategy.describe()}, {strategy.micro_batches} micro batches of {strategy.micro_batch} x {strategy.seq}")
+    say(f"step {time_.total:.3f} s, {item.tokens_per_s():,.0f} tokens/s/GPU")
+    say(f"MFU {item.mfu(shape, cluster, False):.1%} (full attention), {item.mfu(shape, cluster, True):.1%} (causal)")
+    say("| time | s | share |\n| --- | --- | --- |")
+    for name, value in time_.parts().items():
+        say(f"| {name} | {value:.4f} | {value / time_.total:.1%} |")
+    if strategy.pp > 1:
+        few = min(strategy.micro_batches, 4 * strategy.pp) // strategy.pp * strategy.pp or strategy.micro_batches
+        simulated = Model(shape, strategy, cluster).timeline(few)
+        say(f"bubble of {few} micro batches, simulated event by event: {simulated.bubble:.1%}")
+    say(f"\nfullest GPU: stage {item.memory.stage}\n| memory | GiB |\n| --- | --- |")
+    for name, value in item.memory.by_kind().items():
+        say(f"| {name} | {value / GIB:.2f} |")
+    room = cluster.chip.memory_bytes / GIB
+    verdict = "fits" if fits(item.memory, cluster) else "does not fit"
+    say(
+        f"{item.memory.total / GIB:.1f} GiB of tensors; with {CONTEXT_BYTES / GIB:.0f} GiB of context and 4 % for the "
+        f"allocator it {verdict} into {room:.1f} GiB"
+    )
+
+
+def _say_run(request: Request, best: Candidate, cluster: Cluster) -> None:
+    if request.tokens is None:
+        return
+    if request.tokens <= 0:
+        raise UserError(f"--tokens {request.tokens:g} must be over 0, as 2e12")
+    seconds = request.tokens / (best.tokens_per_s() * request.gpus)
+    hours = seconds / HOUR_S * request.gpus
+    print(
+        f"{request.tokens:.3g} tokens: {seconds / HOUR_S / 24:.1f} days, {hours:,.0f} GPU-hours, without failures",
+        end="",
+    )
+    price = request.price_per_gpu_hour or cluster.price_per_gpu_hour
+    print(f"; at {price:g} per GPU-hour {hours * price:,.0f}" if price else "")
+
+
+def write_run_file(request: Request, shape: Shape, best: Candidate, cluster: Cluster) -> None:
+    """A run file that ``pretrain`` takes when its data is filled in. Raises UserError if our trainer can't run it."""
+    fields = as_run_fields(shape, best)
+    fields["train"]["steps"] = max(1, round((request.tokens or 1e12) / (request.global_batch * request.seq)))
+    model: dict[str, Any] = {"preset": request.model}
+    if "vocab_size" not in MODEL_PRESETS[request.model]:
+        model["vocab_size"] = DEFAULT_VOCAB
+    if request.seq > MODEL_PRESETS[request.model].get("max_seq_length_tokens", request.seq):
+        model["max_seq_length_tokens"] = request.seq
+    tree: dict[str, Any] = {
+        "run_dir": f"runs/{request.model}-{cluster.name}x{request.gpus}",
+        "model": model,
+        "data": {"seq_length_tokens": request.seq},
+        **fields,
+    }
+    whole = {"vocab_size": DEFAULT_VOCAB, **MODEL_PRESETS[request.model], **model}
+    config = RunConfig.model_validate({**tree, "model": whole})
+    problems = find_problems(config, request.gpus, "cuda")
+    if problems:
+        raise UserError(f"--write: our trainer refuses this layout: {problems[0].message}")
+    header = (
+        f"# llm-parallel plan --model {request.model} --cluster {request.cluster} --gpus {request.gpus} --global-batch "
+        f"{request.global_batch} --seq {request.seq}\n# predicted: {best.time.total:.3f} s a step, "
+        f"{best.tokens_per_s():,.0f} tokens/s/GPU, {best.memory.total / GIB:.1f} GiB\n"
+    )
+    with atomic_write(Path(request.write or "run.yaml")) as handle:
+        handle.write(header + yaml.safe_dump(tree, sort_keys=False))
+    print(f"written: {request.write}; add data.train and data.tokenizer, or give them as overrides")
+
+
+def as_data(item: Candidate, shape: Shape, cluster: Cluster) -> dict[str, Any]:
+    """One candidate for JSON."""
+    s = item.strategy
+    return {
+        "layout": {"tp": s.tp, "pp": s.pp, "dp": s.dp, "cp": s.cp, "vpp": s.vpp, "micro_batch": s.micro_batch,
+                   "recompute": s.recompute, "precision": s.precision},
+        "step_s": item.time.total,
+        "tokens_per_s_per_gpu": item.tokens_per_s(),
+        "mfu_full": item.mfu(shape, cluster, False),
+        "mfu_causal": item.mfu(shape, cluster, True),
+        "time_s": item.time.parts(),
+        "memory_bytes": item.memory.by_kind(),
+    }  # fmt: skip
+
+
+def validate_command(rows: str | None, out: str | None) -> int:
+    """``plan --validate``: prints how good the predictions are."""
+    found = validate.report(rows, print)
+    if out:
+        with atomic_write(out) as handle:
+            json.dump(found, handle, indent=1)
+    return 0
+
+
+def refit_command(target: str) -> int:
+    """``plan --refit``: fits the constants anew on the declared half and writes them."""
+    from llm_parallel.planner.fit import as_record, fit_chip
+    from llm_parallel.planner.rows import read_rows
+
+    rows, _ = read_rows()
+    records = {chip: as_record(fit_chip(chip, rows), rows, chip) for chip in validate.CHIPS}
+    with atomic_write(target) as handle:
+        json.dump(records, handle, indent=1)
+    print(f"written: {target}")
+    return 0

@@ -1,0 +1,112 @@
+"""``llm-parallel plan`` as its users call it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.commands import Corpus, assert_refused, llm_parallel
+
+CLUSTER = ("--model", "llama2-70b", "--cluster", "dgx-h100", "--gpus", "256", "--global-batch", "1024", "--seq", "4096")
+
+
+def test_the_best_layouts(tmp_path: Path) -> None:
+    """Both conventions of MFU, cost by hand, and a run file that the trainer takes as it is."""
+    done = llm_parallel(
+        "plan", *CLUSTER, "--tokens", "2e12", "--price-per-gpu-hour", "2", "--top", "4",
+        "--json", tmp_path / "plan.json", "--write", tmp_path / "run.yaml",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert len(found) == 4 and [item["step_s"] for item in found] == sorted(item["step_s"] for item in found)
+    best = found[0]
+    rate = best["tokens_per_s_per_gpu"]
+    assert rate == pytest.approx(1024 * 4096 / best["step_s"] / 256)
+    # 6 x the matrices' weights, and 12 x sequence x layers x width of square attention, by hand.
+    matrices = 80 * (8192 * 128 * (2 * 64 + 2 * 8) + 3 * 8192 * 28672) + 32000 * 8192
+    square = 12 * 4096 * 80 * 8192
+    assert best["mfu_full"] == pytest.approx(rate * (6 * matrices + square) / 989.4e12)
+    assert best["mfu_causal"] == pytest.approx(rate * (6 * matrices + square / 2) / 989.4e12)
+    hours = 2e12 / rate / 3600
+    assert f"{hours:,.0f} GPU-hours" in done.stdout and f"{2 * hours:,.0f}" in done.stdout
+    assert "Predicted, not measured. Expected error of the step time:" in done.stdout
+    written = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert written["parallel"]["tp"] == best["layout"]["tp"] and written["train"]["global_batch_size"] == 1024
+    assert written["train"]["steps"] == round(2e12 / (1024 * 4096))
+
+
+def test_the_written_run_file_passes_the_dry_run(tmp_path: Path, corpus: Corpus) -> None:
+    done = llm_parallel("plan", "--model", "llama3-405b", "--gpus", "1024", "--global-batch", "512", "--seq", "8192",
+                        "--tokens", "1e10", "--write", tmp_path / "run.yaml")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dry = llm_parallel(
+        "pretrain", tmp_path / "run.yaml", f"data.train=[{corpus.prefix}]", "data.eval_fraction=0", "--dry-run"
+    )
+    assert dry.returncode == 0, dry.stderr
+    assert "predicted memory of the fullest process" in dry.stdout and "rank  63:" in dry.stdout
+
+
+def test_one_layout_in_detail() -> None:
+    """What the parts of time and of memory add up to is what is said of the whole."""
+    done = llm_parallel("plan", *CLUSTER, "--explain", "tp=4,pp=4,vpp=5,mbs=1")
+    assert done.returncode == 0, done.stderr
+    assert "simulated event by event" in done.stdout and "it fits into 79.1 GiB" in done.stdout
+    assert "| recompute | 0.0000 | 0.0% |" in done.stdout
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")]
+    seconds = [float(row[2]) for row in rows if len(row) == 5 and row[3].strip().endswith("%")]
+    total = float(done.stdout.split("step ")[1].split(" s")[0])
+    assert sum(seconds) == pytest.approx(total, abs=2e-3)
+
+
+def test_the_users_cluster(tmp_path: Path) -> None:
+    """A file of one's own with a measured constant: twice the rate of products is less time."""
+    from llm_parallel.planner.hardware import DATA
+
+    text = (DATA / "template.yaml").read_text()
+    steps = []
+    for gemm in (0.35, 0.7):
+        path = tmp_path / f"{gemm}.yaml"
+        path.write_text(text + f"measured: {{gemm: {gemm}}}\n")
+        done = llm_parallel("plan", "--model", "llama3-8b", "--cluster", path, "--gpus", "8", "--global-batch", "64",
+                            "--json", tmp_path / "out.json")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        steps.append(json.loads((tmp_path / "out.json").read_text())[0]["step_s"])
+    assert steps[1] < steps[0] < 2 * steps[1]
+
+
+def test_validation_of_the_users_rows(tmp_path: Path) -> None:
+    """A CSV with blanks: what can be predicted is, what can't is named."""
+    from llm_parallel.planner.rows import COLUMNS
+
+    known = {
+        "source": "our cluster", "model": "Llama 3 8B", "layers": "32", "hidden": "4096", "heads": "32",
+        "kv_heads": "8", "ffn": "14336", "vocab": "128256", "seq": "8192", "gpus": "8", "chip": "H100", "tp": "1",
+        "pp": "1", "precision": "bf16", "micro_batch": "1", "global_batch": "128", "tokens_per_s_per_gpu": "9000",
+    }  # fmt: skip
+    lines = [",".join(COLUMNS)]
+    for changes in ({}, {"tp": ""}, {"tokens_per_s_per_gpu": ""}):
+        lines.append(",".join({**known, **changes}.get(name, "") for name in COLUMNS))
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join(lines))
+    done = llm_parallel("plan", "--validate", "--rows", path)
+    assert done.returncode == 0, done.stderr
+    assert "| our cluster | H100 | 1 | 0 |" in done.stdout
+    assert "tp is not stated (rows 3)" in done.stdout and "no figure of throughput (rows 4)" in done.stdout
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    assert_refused(llm_parallel("plan"), "plan needs --model")
+    assert_refused(llm_parallel("plan", "--model", "llama5"), "--model llama5 is unknown")
+    assert_refused(llm_parallel("plan", "--model", "llama3-8b", "--cluster", "dgx-x"), "--cluster dgx-x is unknown")
+    assert_refused(llm_parallel("plan", "--model", "llama3-8b", "--gpus", "12"), "no whole number of nodes of 8")
+    assert_refused(llm_parallel("plan", *CLUSTER, "--explain", "tp=3"), "do not make up the 256 GPUs")
+    assert_refused(llm_parallel("plan", *CLUSTER, "--explain", "dq=3"), "'dq=3' is not one of tp, pp")
+    assert_refused(
+        llm_parallel("plan", *CLUSTER, "--precision", "fp8", "--cluster", "dgx-a100"), "has no 8-bit products"
+    )
+    path = tmp_path / "rows.csv"
+    path.write_text("source,model\nx,y\n")
+    assert_refused(llm_parallel("plan", "--validate", "--rows", path), "has no column layers")

@@ -1,0 +1,30 @@
+"""What the tests under Slurm share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.commands import Corpus
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """A folder that Slurm's daemons may enter."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path) -> Corpus:
+    """Token files of the repository's own documents."""
+    documents = [str(path) for path in (Path("README.md"), Path("DECISIONS.md"))]
+    command = [sys.executable, "-m", "llm_parallel.cli", "prepare", *documents, "--out", str(folder / "docs")]
+    done = subprocess.run([*command, "--train-vocab", "600"], capture_output=True, text=True, check=True)
+    return Corpus(folder / "docs", folder / "tokenizer.model", done.stdout)

@@ -1,0 +1,159 @@
+"""A Slurm cluster whose nodes are cut off and switched off as real ones are.
+
+Every node has Linux namespaces of its own: network (one end of a cable to a bridge), processes, /dev/shm and host name.
+All of them live inside outer namespaces, so nothing of this machine's network is touched, clusters can run beside each
+other, and the end of one process is the end of them all.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from tests.slurm import cluster
+from tests.slurm.cluster import Cluster, until
+
+PROGRAMS = ("ip", "unshare", "nsenter", "hostname", "mount")
+NETWORK = "10.77.0"
+CONTROLLER = f"{NETWORK}.254"
+SPACES = ("--net", "--mount", "--pid", "--ipc", "--uts")
+# The first process of a namespace has to reap the orphans of all others.
+INIT = ["bash", "-c", "while :; do sleep 1 & wait $!; done"]
+
+
+def why_not() -> str | None:
+    """What this machine lacks for a cluster of namespaces."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed (Debian: iproute2, util-linux and hostname)"
+    reason = cluster.why_not()
+    if reason is None and subprocess.run(["unshare", *SPACES, "--fork", "true"], capture_output=True).returncode:
+        reason = "the kernel allows no namespaces here"
+    if reason is None and subprocess.run(["unshare", "--net", *_BRIDGE], capture_output=True).returncode:
+        reason = "the kernel has no network bridges"
+    return reason
+
+
+_BRIDGE = ("ip", "link", "add", "br0", "type", "bridge", "forward_delay", "0")
+
+
+class Namespaces(Cluster):
+    """Slurm with nodes n1 to n<nodes> at 10.77.0.1 and on; slurmctld, sbatch and all of ``run`` at 10.77.0.254."""
+
+    def __init__(self, folder: Path, nodes: int = 4, gpus: int = 0) -> None:
+        super().__init__(folder, nodes, gpus)
+        self._outer: subprocess.Popen[bytes] | None = None
+        self._inits: dict[str, psutil.Process] = {}
+
+    def run(self, argv: Sequence[str], timeout_s: float = 30.0, check: bool = True) -> str:
+        """Output of a command on the machine of slurmctld."""
+        return super().run(self.inside("", argv), timeout_s, check)
+
+    def inside(self, node: str, argv: Sequence[str]) -> list[str]:
+        """The command that runs ``argv`` on a node, "" for the machine of slurmctld, in the cluster's folder."""
+        target = str(self._inits[node].pid)
+        return ["nsenter", "-t", target, *SPACES, "--", "env", "-C", str(self.folder), *argv]
+
+    def _network(self, *argv: str) -> None:
+        """Runs ``ip`` on the machine of slurmctld, with this machine's process ids."""
+        command = ["nsenter", "-t", str(self._inits[""].pid), "--net", "--", "ip", *argv]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def _begin(self, name: str, enter: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Makes namespaces inside of those that ``enter`` enters; their first process is then known by ``name``."""
+        command = [*enter, "unshare", *SPACES, "--fork", "--kill-child", "--mount-proc", *INIT]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+        def first() -> list[psutil.Process]:
+            return [p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline() == INIT]
+
+        until(lambda: len(first()) == 1, cluster.UP_S, f"start of the namespaces {name}")
+        self._inits[name] = first()[0]
+        return process
+
+    def up(self) -> None:
+        """Starts every daemon and waits until all nodes are idle."""
+        self._write_files()
+        addresses = [f"{NETWORK}.{number} {name}" for number, name in enumerate(self.nodes, 1)]
+        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{CONTROLLER} control", *addresses, ""]))
+        self._outer = self._begin("", ())
+        for command in (
+            ["hostname", "control"],
+            ["mount", "--bind", str(self.folder / "hosts"), "/etc/hosts"],
+            ["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"],
+            ["ip", "link", "set", "lo", "up"],
+            list(_BRIDGE),
+            ["ip", "address", "add", f"{CONTROLLER}/24", "dev", "br0"],
+            ["ip", "link", "set", "br0", "up"],
+        ):
+            self.run(command)
+        self._start_controller()
+        for name in self.nodes:
+            self._start_node(name)
+        self.wait_for_nodes(len(self.nodes), ("idle",))
+
+    def _controller_listens(self) -> bool:
+        probe = f"import socket; socket.create_connection(({CONTROLLER!r}, {self.port})).close()"
+        return subprocess.run(self.inside("", [sys.executable, "-c", probe]), capture_output=True).returncode == 0
+
+    def _controller(self) -> str:
+        return f"control({CONTROLLER})"
+
+    def _node_lines(self, gres: str) -> str:
+        return (
+            f"SlurmctldPort={self.port}\nSlurmdPort={self.port + 1}\n"
+            f"NodeName={self._all()} NodeAddr={NETWORK}.[1-{len(self.nodes)}] CPUs=8 RealMemory=4000{gres} "
+            "State=UNKNOWN\n"
+        )
+
+    def _start_node(self, node: str) -> None:
+        self._begin(node, self.inside("", ()))
+        number = node.removeprefix("n")
+        self._network("link", "add", f"v{node}", "type", "veth", "peer", "name", "eth0", "netns", self._pid(node))
+        self._network("link", "set", f"v{node}", "master", "br0", "up")
+        for command in (
+            ["hostname", node],
+            ["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"],
+            ["ip", "link", "set", "lo", "up"],
+            ["ip", "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0"],
+            ["ip", "link", "set", "eth0", "up"],
+            ["slurmd", "-f", str(self.conf), "-N", node],
+        ):
+            Cluster.run(self, self.inside(node, command))
+
+    def _pid(self, node: str) -> str:
+        return str(self._inits[node].pid)
+
+    def crash(self, node: str) -> None:
+        """Every process of the node dies at once; the kernel closes their connections."""
+        self._inits.pop(node).kill()
+
+    def power_off(self, node: str) -> None:
+        """The node and all that it runs is gone without a word to anyone."""
+        self.partition(node)
+        self.crash(node)
+
+    def partition(self, node: str) -> None:
+        """Pulls the node's cable; what runs there goes on."""
+        self._network("link", "set", f"v{node}", "down")
+
+    def heal(self, node: str) -> None:
+        """Puts the cable back."""
+        self._network("link", "set", f"v{node}", "up")
+
+    def down(self) -> None:
+        """Ends every process of the cluster."""
+        if self._outer is None:
+            return
+        init = self._inits.get("")
+        inside = [] if init is None else [init, *init.children(recursive=True)]
+        for process in (self._outer, *inside[:1]):
+            process.kill()
+        self._outer.wait(10)
+        psutil.wait_procs(inside, timeout=10)
+        self._outer, self._inits = None, {}
