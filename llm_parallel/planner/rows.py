@@ -177,7 +177,7 @@ def _shape(record: Mapping[str, str], family: Family) -> Shape:
     hidden, heads = _number(record, "hidden"), _number(record, "heads")
     llama = bool(re.search(r"llama", record["model"], re.IGNORECASE))
     gpt = family.gpt or not llama
-    return Shape(
+    untied = Shape(
         layers=_number(record, "layers"),
         hidden=hidden,
         heads=heads,
@@ -186,9 +186,14 @@ def _shape(record: Mapping[str, str], family: Family) -> Shape:
         vocab=_optional(record, "vocab", DEFAULT_VOCAB),
         gated=llama,
         dropout=gpt and not family.flash,
-        tied=gpt,
         rotary=not gpt,
     )
+    tied = replace(untied, tied=True)
+    printed = (record.get("n_params_b") or "").strip()
+    if not printed or "PROXY" in record["model"]:  # a proxy's row prints the whole model's
+        return tied if gpt else untied
+    positions = hidden * _number(record, "seq") if gpt else 0  # learned ones, which printed numbers count
+    return min(tied, untied, key=lambda shape: abs(shape.parameters + positions - 1e9 * float(printed)))
 
 
 def _strategy(record: Mapping[str, str], family: Family, note: str) -> Strategy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +43,7 @@ def test_nothing_runs_early_twice_or_at_once(stages: int, count: int, data: st.D
             assert event.begin >= ends[event.stage, event.micro_batch, False]
     for stage in range(stages):
         mine = sorted((event for event in line.events if event.stage == stage), key=lambda event: event.begin)
-        assert all(one.end <= other.begin + 1e-12 for one, other in zip(mine, mine[1:]))
+        assert all(one.end <= other.begin + 1e-12 for one, other in pairwise(mine))
     # No stage can be done before its own work, nor before the first micro batch has been through all.
     least = max(count * (one[0] + other[0]) for one, other in zip(forward, backward))
     assert line.makespan >= least

@@ -1,0 +1,134 @@
+"""Published rows as predictable ones: conventions of FLOPs by hand, blanks, refusals, bad files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+
+from llm_parallel.errors import UserError
+from llm_parallel.planner.hardware import DATA
+from llm_parallel.planner.rows import COLUMNS, Row, read_rows
+
+
+def records() -> list[dict[str, str]]:
+    """The package's CSV."""
+    return list(csv.DictReader(io.StringIO((DATA / "published_throughput.csv").read_text(encoding="utf-8"))))
+
+
+def write(folder: Path, *rows: dict[str, str], columns: tuple[str, ...] = COLUMNS) -> str:
+    """A user's file with these rows; what they do not give is blank."""
+    path = folder / "mine.csv"
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+LLAMA_8B = {
+    "source": "our cluster", "model": "Llama 3 8B", "layers": "32", "hidden": "4096", "heads": "32", "kv_heads": "8",
+    "ffn": "14336", "vocab": "128256", "seq": "8192", "gpus": "8", "chip": "H100", "precision": "bf16", "tp": "1",
+    "pp": "1", "micro_batch": "1", "global_batch": "128",
+}  # fmt: skip
+
+
+def only(path: str) -> Row:
+    rows, refused = read_rows(path)
+    assert not refused
+    return rows[0]
+
+
+def test_every_row_is_predicted_or_refused_with_a_reason() -> None:
+    rows, refused = read_rows()
+    assert sorted(item.number for item in (*rows, *refused)) == list(range(2, len(records()) + 2))
+    assert all(item.reason for item in refused)
+    # All mixtures of experts and nothing that has a layout, a chip, a length and a time without a reason.
+    assert len(rows) > 370
+
+
+def test_parameters_agree_with_the_printed_ones() -> None:
+    """Dimensions, gating and tying give what the source prints (a proxy's row prints the whole model's)."""
+    printed = dict(enumerate(records(), 2))
+    off = {}
+    for row in read_rows()[0]:
+        text = printed[row.number]["n_params_b"]
+        if text and "PROXY" not in row.model:
+            positions = 0 if row.shape.rotary else row.strategy.seq * row.shape.hidden
+            error = (row.shape.parameters + positions) / (1e9 * float(text)) - 1.0
+            if abs(error) > 0.05:
+                off[row.number] = (row.model, round(error, 3))
+    # GPT-2 1B and others without their position table stay below a twentieth, and so do all the rest.
+    assert not off
+
+
+def test_hardware_flops_of_sc21_are_its_equation_three() -> None:
+    row = next(row for row in read_rows()[0] if row.source.startswith("Megatron SC21") and row.model == "GPT 530B")
+    batch, s, layers, h, vocab = 2520, 2048, 105, 20480, 51200
+    flops = 96 * batch * s * layers * h**2 * (1 + s / (6 * h) + vocab / (16 * layers * h))
+    assert row.step_s == pytest.approx(flops / (163e12 * 2520), rel=1e-6)
+
+
+def test_korthikantis_printed_step_and_mfu_are_one_convention() -> None:
+    """Table 5 prints both; model FLOPs with full attention join them (72 B s L h^2 (1 + s/6h + V/12hL))."""
+    row = next(row for row in read_rows()[0] if row.source.startswith("Korthikanti") and row.step_s == 13.75)
+    assert row.shape.flops_per_token(2048) * 64 * 2048 / (13.75 * 64 * 312e12) == pytest.approx(0.514, abs=0.005)
+
+
+def test_causal_tflops_of_megatron_bridge_agree_with_its_tokens() -> None:
+    checked = 0
+    for number, record in enumerate(records(), 2):
+        if record["source"].startswith("Megatron-Bridge") and record["layers"]:
+            row = next(row for row in read_rows()[0] if row.number == number)
+            tflops = row.shape.flops_per_token(row.strategy.seq, causal=True) * row.tokens_per_s / 1e12
+            assert tflops == pytest.approx(float(record["tflops_per_gpu"]), rel=0.02)
+            checked += 1
+    assert checked >= 5
+
+
+def test_step_time_comes_before_tokens_and_tokens_before_tflops(tmp_path: Path) -> None:
+    tokens = 128 * 8192
+    figures = {"step_time_s": "12.0", "tokens_per_s_per_gpu": "9999", "tflops_per_gpu": "400"}
+    assert only(write(tmp_path, LLAMA_8B | figures)).step_s == pytest.approx(12.0)
+    figures.pop("step_time_s")
+    assert only(write(tmp_path, LLAMA_8B | figures)).step_s == pytest.approx(tokens / 8 / 9999)
+    figures.pop("tokens_per_s_per_gpu")
+    # 8.03e9 parameters; 2 FLOPs each but for the embedding's, and 4 s h a layer for attention; three passes.
+    weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 128256 * 4096
+    flops = 3 * (2 * weights + 32 * 4 * 8192 * 4096)
+    assert only(write(tmp_path, LLAMA_8B | figures)).step_s == pytest.approx(tokens * flops / (8 * 400e12))
+
+
+def test_a_users_blanks_get_the_usual_values(tmp_path: Path) -> None:
+    row = only(write(tmp_path, LLAMA_8B | {"kv_heads": "", "cp": "", "micro_batch": "", "step_time_s": "12"}))
+    assert row.shape.groups == 32
+    assert (row.strategy.cp, row.strategy.vpp, row.open_micro_batch) == (1, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden": ""}, "hidden is not stated"),
+        ({"gpus": "many"}, "gpus is 'many'"),
+        ({"gpus": "12", "tp": "8"}, "12 GPUs are no multiple"),
+        ({"chip": "TPU v5p"}, "chip TPU v5p"),
+        ({"step_time_s": ""}, "no figure of throughput"),
+        ({"model": "Mixtral 8x7B"}, "mixture of experts"),
+        ({"pp": "8", "vpp": "8"}, "32 layers on PP 8 x VPP 8"),
+    ],
+)
+def test_what_cannot_be_predicted_is_named(tmp_path: Path, change: dict[str, str], reason: str) -> None:
+    rows, refused = read_rows(write(tmp_path, LLAMA_8B | {"step_time_s": "12"} | change))
+    assert not rows
+    assert reason in refused[0].reason
+    assert refused[0].number == 2
+
+
+def test_a_missing_column_or_file_is_one_sentence(tmp_path: Path) -> None:
+    path = write(tmp_path, LLAMA_8B, columns=tuple(name for name in COLUMNS if name != "heads"))
+    with pytest.raises(UserError, match="has no column heads"):
+        read_rows(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_rows(str(tmp_path / "none.csv"))

@@ -1,0 +1,86 @@
+"""How good the predictions are, held to the targets; and that the scores themselves are computed rightly."""
+
+from __future__ import annotations
+
+import statistics
+from functools import cache
+
+import pytest
+
+from llm_parallel.planner.fit import PRIORS, is_fitted
+from llm_parallel.planner.hardware import load_constants
+from llm_parallel.planner.validate import Scored, rankings, report, score_of, score_rows, spearman, trends
+
+
+@cache
+def scored() -> list[Scored]:
+    return score_rows()[0]
+
+
+def held_out(source: str = "") -> list[Scored]:
+    return [item for item in scored() if not item.fitted and item.row.source.startswith(source)]
+
+
+def test_held_out_rows_meet_the_targets() -> None:
+    assert score_of(held_out()).mape < 0.10
+    assert score_of(held_out("Korthikanti")).mape < 0.04
+    assert score_of(held_out("vTrain")).mape < 0.12
+    assert len(held_out()) > 180
+
+
+def test_no_layout_chosen_is_far_from_the_measured_best() -> None:
+    found = [item for item in rankings(scored()) if item.name.startswith("vTrain")]
+    assert [item.layouts for item in found] == [26, 21]
+    assert all(item.regret < 0.05 and item.correlation > 0.8 for item in found)
+
+
+def test_large_models_scale_as_measured() -> None:
+    """Weak scaling within 2 points: the series of models of 8 billion parameters and more on at least 128 GPUs."""
+    found = [item for item in trends(scored()) if any(name in item.name for name in ("405B", "Nemotron4", "3.1 8B"))]
+    assert len(found) >= 8
+    assert max(abs(item.predicted - item.measured) for item in found) < 0.02
+
+
+def test_constants_are_twelve_within_bounds_and_from_fitted_rows() -> None:
+    half = is_fitted([item.row for item in scored()])
+    assert all(item.fitted == half[item.row.number] for item in scored())
+    for chip, priors in PRIORS.items():
+        constants = load_constants(chip)
+        assert len(priors) == 12
+        for name, (_, least, most, _) in priors.items():
+            assert least <= getattr(constants, name) <= most, (chip, name)
+
+
+def test_a_wrong_constant_is_seen() -> None:
+    """The targets can fail: with products a third faster they do."""
+    from dataclasses import replace
+
+    from llm_parallel.planner.fit import log_errors
+
+    rows = [item.row for item in held_out("vTrain")]
+    good = statistics.fmean(abs(error) for error in log_errors(rows, {}))
+    chips = {"A100": replace(load_constants("A100"), gemm=0.98)}
+    assert statistics.fmean(abs(error) for error in log_errors(rows, chips)) > good + 0.03
+
+
+def test_spearman_and_scores_by_hand() -> None:
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
+    assert spearman([1, 2, 3, 4], [40, 30, 20, 10]) == pytest.approx(-1.0)
+    # 1 - 6 sum(d^2) / (n (n^2 - 1)) with d = (0, 1, 1, 0) and n = 4.
+    assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    # Ties share their mean rank: (1, 2.5, 2.5, 4) against (1, 2, 3, 4) correlate as Pearson does, 4.5 / sqrt(4.5 5).
+    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    row = scored()[0].row
+    items = [Scored(row, row.step_s * factor, False) for factor in (1.1, 0.8)]
+    found = score_of(items)
+    assert (found.mape, found.bias, found.worst) == (pytest.approx(0.15), pytest.approx(-0.05), pytest.approx(-0.2))
+
+
+def test_report_names_what_it_refused_and_fitted() -> None:
+    lines: list[str] = []
+    data = report(None, lines.append)
+    text = "\n".join(lines)
+    assert "mixture of experts" in text
+    assert text.count("12 constants") == 2
+    assert data["overall"]["mape"] == pytest.approx(score_of(held_out()).mape)
+    assert len(data["refused"]) + len(scored()) == 469
