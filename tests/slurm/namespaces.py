@@ -18,7 +18,7 @@ import psutil
 from tests.slurm import cluster
 from tests.slurm.cluster import Cluster, until
 
-PROGRAMS = ("ip", "unshare", "nsenter", "hostname", "mount")
+PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "hostname", "mount")
 NETWORK = "10.77.0"
 CONTROLLER = f"{NETWORK}.254"
 SPACES = ("--net", "--mount", "--pid", "--ipc", "--uts")
@@ -47,7 +47,7 @@ class Namespaces(Cluster):
 
     def __init__(self, folder: Path, nodes: int = 4, gpus: int = 0) -> None:
         super().__init__(folder, nodes, gpus)
-        self._outer: subprocess.Popen[bytes] | None = None
+        self._makers: list[subprocess.Popen[bytes]] = []
         self._inits: dict[str, psutil.Process] = {}
 
     def run(self, argv: Sequence[str], timeout_s: float = 30.0, check: bool = True) -> str:
@@ -59,29 +59,38 @@ class Namespaces(Cluster):
         target = str(self._inits[node].pid)
         return ["nsenter", "-t", target, *SPACES, "--", "env", "-C", str(self.folder), *argv]
 
-    def _network(self, *argv: str) -> None:
+    def processes(self, node: str) -> list[psutil.Process]:
+        """What runs on a node, its first process apart."""
+        space = f"/proc/{self._inits[node].pid}/ns/net"
+        found = self._inits[node].children(recursive=True)
+        return [process for process in found if _same(space, f"/proc/{process.pid}/ns/net")]
+
+    def _network(self, *argv: str, check: bool = True) -> None:
         """Runs ``ip`` on the machine of slurmctld, with this machine's process ids."""
         command = ["nsenter", "-t", str(self._inits[""].pid), "--net", "--", "ip", *argv]
-        subprocess.run(command, check=True, capture_output=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
 
-    def _begin(self, name: str, enter: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _begin(self, name: str, enter: Sequence[str]) -> None:
         """Makes namespaces inside of those that ``enter`` enters; their first process is then known by ``name``."""
         command = [*enter, "unshare", *SPACES, "--fork", "--kill-child", "--mount-proc", *INIT]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        with (self.folder / "log" / f"namespaces{name}.log").open("a") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._makers.append(process)
 
         def first() -> list[psutil.Process]:
             return [p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline() == INIT]
 
         until(lambda: len(first()) == 1, cluster.UP_S, f"start of the namespaces {name}")
         self._inits[name] = first()[0]
-        return process
 
     def up(self) -> None:
         """Starts every daemon and waits until all nodes are idle."""
         self._write_files()
         addresses = [f"{NETWORK}.{number} {name}" for number, name in enumerate(self.nodes, 1)]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{CONTROLLER} control", *addresses, ""]))
-        self._outer = self._begin("", ())
+        self._begin("", ("setpriv", "--pdeathsig", "KILL"))
         for command in (
             ["hostname", "control"],
             ["mount", "--bind", str(self.folder / "hosts"), "/etc/hosts"],
@@ -114,6 +123,8 @@ class Namespaces(Cluster):
     def _start_node(self, node: str) -> None:
         self._begin(node, self.inside("", ()))
         number = node.removeprefix("n")
+        # The kernel takes its time to remove the cable of a node that died.
+        self._network("link", "delete", f"v{node}", check=False)
         self._network("link", "add", f"v{node}", "type", "veth", "peer", "name", "eth0", "netns", self._pid(node))
         self._network("link", "set", f"v{node}", "master", "br0", "up")
         for command in (
@@ -148,12 +159,17 @@ class Namespaces(Cluster):
 
     def down(self) -> None:
         """Ends every process of the cluster."""
-        if self._outer is None:
-            return
-        init = self._inits.get("")
-        inside = [] if init is None else [init, *init.children(recursive=True)]
-        for process in (self._outer, *inside[:1]):
-            process.kill()
-        self._outer.wait(10)
+        inside = [child for init in self._inits.values() for child in (init, *init.children(recursive=True))]
+        if "" in self._inits:
+            self._inits[""].kill()
+        for maker in self._makers:
+            maker.wait(10)
         psutil.wait_procs(inside, timeout=10)
-        self._outer, self._inits = None, {}
+        self._makers, self._inits = [], {}
+
+
+def _same(first: str, second: str) -> bool:
+    try:
+        return Path(first).readlink() == Path(second).readlink()
+    except OSError:  # it has ended
+        return False

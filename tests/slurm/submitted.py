@@ -22,7 +22,7 @@ class Submitted:
         run_file = write_run_file(corpus, self.folder, parallel={"dp": 4}, train=train, data=data)
         command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(run_file), "--nodes", "4"]
         command += ["--gpus-per-node", "0", *options]
-        printed = cluster.run(["env", f"PYTHONPATH={Path.cwd()}", "OMP_NUM_THREADS=1", *command], timeout_s=60)
+        printed = cluster.run(["env", "OMP_NUM_THREADS=1", *command], timeout_s=60)
         self.job = printed.split()[1].rstrip(";")
 
     @property

@@ -1,0 +1,99 @@
+"""Nodes that fall silent, under a real Slurm: what a killed process never shows, since its kernel says goodbye."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llm_launch.show import timeline
+from tests.integration.commands import Corpus
+from tests.slurm.cluster import until
+from tests.slurm.namespaces import Namespaces, why_not
+from tests.slurm.submitted import Submitted
+
+pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.slow]
+
+
+@pytest.fixture
+def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[Namespaces]:
+    """Four idle nodes."""
+    began = time.monotonic()
+    with Namespaces(folder / request.node.name) as slurm:
+        assert time.monotonic() - began < 15.0
+        yield slurm
+
+
+def reaches(cluster: Namespaces, node: str) -> bool:
+    """Whether the machine of slurmctld gets an answer from the node's slurmd."""
+    return bool(cluster.run(["bash", "-c", f"timeout 1 bash -c '</dev/tcp/{node}/{cluster.port + 1}' && echo yes"],
+                            check=False))  # fmt: skip
+
+
+def workers(cluster: Namespaces, node: str) -> list[psutil.Process]:
+    """Processes on the node that train or wait to."""
+    return [p for p in cluster.processes(node) if "llm_launch" in " ".join(p.cmdline())]
+
+
+def test_nodes_have_names_addresses_and_memory_of_their_own(cluster: Namespaces) -> None:
+    told = cluster.run(["srun", "-N4", "-l", "bash", "-c", "touch /dev/shm/$(hostname); echo $(hostname) /dev/shm/*"])
+    assert sorted(told.splitlines()) == [f"{rank}: n{rank + 1} /dev/shm/n{rank + 1}" for rank in range(4)]
+    assert not any(Path("/dev/shm", name).exists() for name in cluster.nodes)
+
+
+def test_a_cut_node_lives_and_a_switched_off_one_does_not(cluster: Namespaces) -> None:
+    assert reaches(cluster, "n2") and reaches(cluster, "n3")
+    cluster.partition("n2")
+    cluster.power_off("n3")
+    assert not reaches(cluster, "n2") and not reaches(cluster, "n3") and reaches(cluster, "n4")
+    assert [p.name() for p in cluster.processes("n2")].count("slurmd") == 1
+    cluster.heal("n2")
+    cluster.boot("n3")
+    assert reaches(cluster, "n2") and reaches(cluster, "n3")
+    cluster.wait_for_nodes(4, ("idle",), 30)
+    assert len(cluster.run(["srun", "-N4", "hostname"]).split()) == 4
+
+
+def test_down_leaves_nothing(folder: Path) -> None:
+    with Namespaces(folder / "brief", nodes=2) as slurm:
+        every = [process for name in ("", "n1", "n2") for process in slurm.processes(name)]
+        assert sorted(p.name() for p in every if "slurm" in p.name()) == [
+            "slurmctld",
+            "slurmd",
+            "slurmd",
+            "slurmscriptd",
+        ]
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in every)
+
+
+def test_a_node_cut_off_and_back_does_not_split_the_run(cluster: Namespaces, corpus: Corpus) -> None:
+    """The other three go on. The lone node makes no step; its workers end by themselves."""
+    submitted = Submitted(cluster, corpus, 60)
+    submitted.reach(8)
+    batch_host = cluster.job(submitted.job)["BatchHost"]
+    cut = next(node for node in reversed(cluster.nodes) if node != batch_host)
+    cluster.partition(cut)
+    until(lambda: len(submitted.events("form")) == 2, 60, "a new world")
+    until(lambda: not workers(cluster, cut), 60, "the end of what trained on the node that was cut off")
+    cluster.heal(cut)
+    job = submitted.finish()
+    assert job["Restarts"] == "0"
+    steps = submitted.steps()
+    assert sorted(set(steps)) == list(range(1, 61)) and len(steps) <= 61
+    assert submitted.events("form")[1]["world_size"] == 3, "\n".join(timeline(submitted.run))
+    assert submitted.events("form")[1]["cause"] == "memory"
+
+
+def test_a_node_switched_off_does_not_end_the_run(cluster: Namespaces, corpus: Corpus) -> None:
+    submitted = Submitted(cluster, corpus, 60)
+    submitted.reach(8)
+    batch_host = cluster.job(submitted.job)["BatchHost"]
+    cluster.power_off(next(node for node in reversed(cluster.nodes) if node != batch_host))
+    job = submitted.finish()
+    assert job["Restarts"] == "0"
+    steps = submitted.steps()
+    assert sorted(set(steps)) == list(range(1, 61)) and len(steps) <= 61
+    assert [form["world_size"] for form in submitted.events("form")][:2] == [4, 3], "\n".join(timeline(submitted.run))
