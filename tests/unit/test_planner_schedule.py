@@ -46,7 +46,7 @@ def test_nothing_runs_early_twice_or_at_once(stages: int, count: int, data: st.D
         assert all(one.end <= other.begin + 1e-12 for one, other in pairwise(mine))
     # No stage can be done before its own work, nor before the first micro batch has been through all.
     least = max(count * (one[0] + other[0]) for one, other in zip(forward, backward))
-    assert line.makespan >= least
+    assert line.makespan >= least - 1e-9
 
 
 def test_order_is_megatrons_for_two_stages_and_two_chunks() -> None:
