@@ -151,14 +151,15 @@ class Torchrun:
         for process in victims:
             process.suspend() if kind == "stop" else process.kill()
 
-        def recovered() -> bool:
-            starts = [unix_time(e) for e in read_lines(self.folder / "events.jsonl") if e["event"] == "run_start"]
-            return starts[-1] > fault_s and unix_time(self.steps()[-1]) > starts[-1]
+        def next_step() -> float | None:
+            records = read_lines(self.folder / "metrics.jsonl")
+            start = max((unix_time(r) for r in records if r.get("event") == "run_start"), default=0.0)
+            made = (unix_time(r) for r in self.steps() if unix_time(r) > start)
+            return next(made, None) if start > fault_s else None
 
-        if not self._until(recovered, TORCHRUN_LIMIT_S):
-            return None
-        start = max(unix_time(e) for e in read_lines(self.folder / "events.jsonl") if e["event"] == "run_start")
-        return next(unix_time(r) for r in self.steps() if unix_time(r) > start) - fault_s
+        self._until(lambda: next_step() is not None, TORCHRUN_LIMIT_S)
+        found = next_step()
+        return None if found is None else found - fault_s
 
     def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s

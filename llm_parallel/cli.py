@@ -319,6 +319,24 @@ def bench_kernels(
     raise typer.Exit(bench_command(request))
 
 
+@bench.command("scaling")
+def bench_scaling(
+    sweep: Annotated[str, typer.Argument(help="YAML file with a base run file and series of overrides.")],
+    out: Annotated[str | None, typer.Option(help="CSV to add to; beside the sweep if not given.")] = None,
+    index: Annotated[int | None, typer.Option(help="Make only this run, as $SLURM_ARRAY_TASK_ID.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would run.")] = False,
+    cluster: Annotated[str | None, typer.Option(help="Cluster or YAML file that the planner predicts with.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="JSON of an earlier sweep to hold this one against.")] = None,
+    min_ratio: Annotated[float, typer.Option(help="Least speed relative to the baseline.")] = 0.95,
+) -> None:
+    """Time real training runs over world sizes and layouts; goes on where it was cut off."""
+    from llm_parallel.bench.scaling import Request, scaling_command
+
+    raise typer.Exit(
+        scaling_command(Request(sweep, dict(os.environ), out, index, dry_run, cluster, baseline, min_ratio))
+    )
+
+
 @bench.command("comm")
 def bench_comm(
     ops: Annotated[str, typer.Option(help="With commas: all_reduce, all_gather, reduce_scatter, all_to_all …")] = "",

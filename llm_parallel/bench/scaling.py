@@ -1,0 +1,261 @@
+"""``llm-parallel bench scaling``: real training runs of a few steps over world sizes and layouts, one CSV row each.
+
+A sweep is a YAML file beside a run file:
+
+    base: run.yaml              # relative to the sweep
+    steps: 12                   # of each run
+    warmup: 4                   # steps that are not counted
+    repeats: 2
+    series:
+      weak dp:                  # rows of one series must be the same work, or grow it with the processes
+        - {parallel.dp: 1, train.global_batch_size: 8}
+        - {parallel.dp: 2, train.global_batch_size: 16}
+
+Started again it makes only the rows that its CSV lacks; several may write one CSV at a time, as the tasks of a SLURM
+array with ``--index``.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm_launch.slurm import SlurmJob
+from llm_parallel.bench.environment import environment
+from llm_parallel.bench.gate import load_result, slower_than
+from llm_parallel.bench.step import label
+from llm_parallel.config.load import load_config
+from llm_parallel.config.rules import num_processes
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+from llm_parallel.metrics.jsonlines import read_jsonlines
+from llm_parallel.planner.hardware import load_cluster
+from llm_parallel.planner.shapes import shape_of, strategy_of
+from llm_parallel.planner.steptime import step_time
+from llm_parallel.train.preflight import with_vocabulary
+
+KEYS = {"base", "steps", "warmup", "repeats", "series"}
+QUIET = ("log.tensorboard=false", "log.plots=false", "data.eval_fraction=0", "elastic.replicate_every_steps=0")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run. index: only this row (from 0), as a task of an array; out: the CSV; cluster: description that the
+    planner predicts with; environment: of the process, which says whether it is a SLURM job."""
+
+    sweep: str
+    environment: Mapping[str, str]
+    out: str | None = None
+    index: int | None = None
+    dry_run: bool = False
+    cluster: str | None = None
+    baseline: str | None = None
+    min_ratio: float = 0.95
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of a sweep."""
+
+    series: str
+    repeat: int
+    overrides: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def key(self) -> str:
+        """Tells whether a CSV has this run already."""
+        text = json.dumps([self.series, self.repeat, self.config.model_dump(mode="json")], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file. warmup: steps of each run that are not counted."""
+
+    base: Path
+    warmup: int
+    entries: tuple[Entry, ...]
+
+
+def read_sweep_file(path: str) -> Sweep:
+    """Raises UserError for what is missing or wrong in it, and for every run that could not start."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"sweep {path} cannot be read as YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("series"), dict) or "base" not in tree:
+        raise UserError(f"sweep {path} must have `base`, a run file, and `series`, lists of overrides by name")
+    unknown = set(tree) - KEYS
+    if unknown:
+        raise UserError(f"sweep {path}: {sorted(unknown)[0]} is unknown; there are {', '.join(sorted(KEYS))}")
+    steps, warmup, repeats = (
+        int(tree.get(name, value)) for name, value in (("steps", 12), ("warmup", 4), ("repeats", 2))
+    )
+    if not 0 <= warmup < steps or repeats < 1:
+        raise UserError(f"sweep {path}: warmup {warmup} must be under steps {steps}, and repeats {repeats} at least 1")
+    base = (Path(path).parent / str(tree["base"])).resolve()
+    entries = []
+    for series, rows in tree["series"].items():
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"sweep {path}: series {series} is empty; give a list of {{section.field: value}}")
+        for row in rows:
+            overrides = tuple(f"{name}={json.dumps(value)}" for name, value in row.items())
+            config = with_vocabulary(load_config(base, [*overrides, f"train.steps={steps}", *QUIET], notice=_silent))
+            entries += [Entry(str(series), repeat, overrides, config) for repeat in range(repeats)]
+    return Sweep(base, warmup, tuple(entries))
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def scaling_command(request: Request) -> int:
+    """Runs what is missing; exit status 1 if a run failed or is slower than the baseline allows."""
+    sweep = read_sweep_file(request.sweep)
+    out = Path(request.out or Path(request.sweep).with_suffix(".csv"))
+    if request.baseline:
+        load_result(request.baseline)
+    if request.index is not None and not 0 <= request.index < len(sweep.entries):
+        raise UserError(f"--index {request.index} is not one of the sweep's {len(sweep.entries)} runs, 0 to "
+                        f"{len(sweep.entries) - 1}")  # fmt: skip
+    chosen = sweep.entries if request.index is None else [sweep.entries[request.index]]
+    done = {row["key"] for row in read_csv(out)}
+    failed = 0
+    for number, entry in enumerate(chosen):
+        size = num_processes(entry.config)
+        name = f"{entry.series}, {size} processes, repeat {entry.repeat}: {' '.join(entry.overrides)}"
+        if entry.key in done:
+            print(f"{number + 1}/{len(chosen)} {name}: already in {out}")
+            continue
+        print(f"{number + 1}/{len(chosen)} {name}", flush=True)
+        if not request.dry_run:
+            failed += not _run(entry, sweep, out, request)
+    if request.dry_run:
+        return 0
+    if request.baseline:
+        failed += slower_than(request.baseline, _as_result(read_csv(out)), request.min_ratio)
+    with atomic_write(out.with_suffix(".json")) as handle:
+        json.dump(_as_result(read_csv(out)), handle, indent=1)
+    return int(failed > 0)
+
+
+def _run(entry: Entry, sweep: Sweep, out: Path, request: Request) -> bool:
+    """Makes one row; whether that worked. A run that fails leaves no row, so that it is tried again."""
+    # On a shared disk, where all nodes of a job see it.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.stem}-", dir=out.parent))
+    word = "launch" if SlurmJob.from_environment(request.environment) else "pretrain"
+    steps = f"train.steps={entry.config.train.steps}"
+    command = [sys.executable, "-m", "llm_parallel.cli", word, str(sweep.base), *entry.overrides, steps, *QUIET]
+    try:
+        ended = subprocess.run(
+            [*command, f"run_dir={folder / 'run'}"], env=dict(request.environment), capture_output=True, text=True
+        )
+        records = list(read_jsonlines(folder / "run" / "metrics.jsonl")) if ended.returncode == 0 else []
+        measured = [record for record in records if record.get("step", 0) > sweep.warmup and "perf/step_time" in record]
+        if not measured:
+            print(f"  failed with status {ended.returncode}: {(ended.stderr or ended.stdout).strip()[-500:]}")
+            return False
+        start = next(record for record in records if record.get("event") == "run_start")
+        append_csv(out, as_row(entry, measured, start, request))
+        return True
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def as_row(
+    entry: Entry, measured: Sequence[Mapping[str, Any]], start: Mapping[str, Any], request: Request
+) -> dict[str, Any]:
+    """Everything about one run: work, layout, times (medians over its steps), environment, whole configuration."""
+    config, model, parallel = entry.config, entry.config.model, entry.config.parallel
+    size = int(start["size"])
+    times = [float(record["perf/step_time"]) for record in measured]
+    median = statistics.median(times)
+    parts = {
+        name: statistics.median(float(record[f"perf/{name}_time"]) for record in measured)
+        for name in ("data", "forward_backward", "optimizer")
+    }
+    last = measured[-1]
+    found = environment()
+    predicted: float | str = ""
+    if request.cluster:
+        predicted = step_time(shape_of(model), strategy_of(config, size), load_cluster(request.cluster)).total
+    replicas = size // (parallel.tp * parallel.pp * parallel.cp)
+    return {
+        "key": entry.key, "series": entry.series, "repeat": entry.repeat, "world_size": size,
+        "global_batch_size": config.train.global_batch_size, "step_time_s": median, "step_time_min_s": min(times),
+        "step_time_max_s": max(times), "predicted_step_time_s": predicted,
+        "tokens_per_s_per_gpu": statistics.median(float(r["perf/tokens_per_s_per_gpu"]) for r in measured),
+        "mfu": last.get("perf/mfu", ""), "mfu_convention": "model", "memory_gib": last["memory/allocated_gib"],
+        "loss": last["train/loss"], **{f"time_{name}_s": value for name, value in parts.items()},
+        "time_other_s": max(0.0, median - sum(parts.values())),
+        "dp": replicas, "tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "vpp": parallel.vpp,
+        "micro_batch_size": config.train.micro_batch_size, "recompute": parallel.recompute,
+        "model": label(config).split(" s")[0], "num_layers": model.num_layers, "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size, "num_attention_heads": model.num_attention_heads,
+        "num_kv_heads": model.num_query_groups, "vocab_size": model.vocab_size,
+        "seq_length_tokens": config.data.seq_length_tokens, "precision": config.train.precision,
+        "device_name": found["chip"], "backend": "nccl" if start["is_cuda"] else "gloo", "date": found["date"],
+        "commit": found["commit"], "load_average_1_min": found["load_average_1_min"],
+        "versions": json.dumps(start["versions"]), "config": json.dumps(config.model_dump(mode="json")),
+    }  # fmt: skip
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a sweep's CSV; none if there is no file yet. Raises UserError if it is of something else."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    if rows and "key" not in rows[0]:
+        raise UserError(f"--out {path} is not a sweep's CSV: it has no column key; name another file")
+    return rows
+
+
+def append_csv(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds a row in one write under a lock, with the header if the file is new."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(row))
+    with path.open("a", newline="", encoding="utf-8") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if handle.seek(0, io.SEEK_END) == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        handle.write(text.getvalue())
+        handle.flush()
+
+
+def _as_result(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Rows in the format that ``bench.gate`` compares, the median of a run's repeats each."""
+    return {"environment": environment(), "rows": list(_gate_rows(rows))}
+
+
+def _gate_rows(rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        layout = " ".join(f"{name}{row[name]}" for name in ("dp", "tp", "pp", "cp", "vpp"))
+        shape = (
+            f"{row['model']} s{row['seq_length_tokens']} b{row['global_batch_size']}/{row['micro_batch_size']} {layout}"
+        )
+        groups.setdefault((row["series"], shape, row["precision"]), []).append(float(row["step_time_s"]))
+    for (series, shape, precision), times in groups.items():
+        yield {
+            "operator": "scaling", "shape": shape, "dtype": precision, "mode": series, "provider": "ours",
+            "median_ms": 1e3 * statistics.median(times),
+        }  # fmt: skip
