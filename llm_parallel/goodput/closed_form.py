@@ -78,11 +78,34 @@ def goodput(job: Job) -> float:
         capacity = job.capacity(nodes_out)
         if capacity == 0.0:
             continue
-        ettr = exact_ettr(job.mtbf_s / capacity, job.down_s, job.interval_s, job.write_s)
-        if nodes_out > job.spare_nodes:
-            ettr *= max(0.0, 1.0 - nodes_out / job.repair_s * job.restart_s)
-        total += share * capacity * ettr
+        grows = job.returns_to_grow(nodes_out) == 1
+        total += share * capacity * _resizing_ettr(job, capacity, nodes_out / job.repair_s if grows else 0.0)
     return total
+
+
+def _resizing_ettr(job: Job, capacity: float, returns_per_s: float) -> float:
+    """Share of time that trains at ``capacity`` while nodes come back that let the job grow.
+
+    A span begins with a restart and ends with a failure, or with the first checkpoint after a return, which is when
+    the job grows. Failures come at a constant rate, so that a span's mean time is its chance of failing over that rate.
+    """
+    rate = job.failures_per_s * capacity
+    cycle_s = job.interval_s + job.write_s
+    unfailed, unreturned = math.exp(-rate * cycle_s), math.exp(-returns_per_s * cycle_s)
+
+    def span(start_s: float) -> tuple[float, float]:
+        """Expected cycles that are kept, and the chance that it ends by growing."""
+        first = math.exp(-rate * start_s) * unfailed
+        still = math.exp(-returns_per_s * start_s) * unreturned
+        more = still * unfailed / -math.expm1(-(rate + returns_per_s) * cycle_s)
+        return first * (1.0 + more), first * (1.0 - still + more * (1.0 - unreturned))
+
+    kept_after_failure, grows_after_failure = span(job.down_s)
+    kept_after_growth, grows_after_growth = span(job.restart_s)
+    after_failure, after_growth = 1.0 - grows_after_growth, grows_after_failure  # how often each kind comes
+    kept = after_failure * kept_after_failure + after_growth * kept_after_growth
+    failed = after_failure * (1.0 - grows_after_failure) + after_growth * (1.0 - grows_after_growth)
+    return job.interval_s * kept * rate / failed
 
 
 def _shares_of_nodes_out(job: Job) -> list[float]:

@@ -111,6 +111,11 @@ class Job:
         replicas = self.num_nodes // self.replica_nodes - math.ceil(missing / self.replica_nodes)
         return max(0, replicas) * self.replica_nodes
 
+    def returns_to_grow(self, nodes_out: int) -> int:
+        """Nodes that must come back before more of them can train; 0 if all of the job's do."""
+        missing = max(0, nodes_out - self.spare_nodes)
+        return (missing - 1) % self.replica_nodes + 1 if missing else 0
+
     def capacity(self, nodes_out: int) -> float:
         """Speed relative to the full job, 0 to 1, while ``nodes_out`` are in repair."""
         return self.nodes_at_work(nodes_out) / self.num_nodes

@@ -79,8 +79,9 @@ class _Cluster:
         ledger.down_s += start_s
         up_s = self.now_s + start_s
         cycle_s = job.interval_s + job.write_s
-        if capacity < 1.0:  # the next node that comes back is taken in after the checkpoint that follows
-            cycles = max(1, math.ceil((self.returns_s[0] - up_s) / cycle_s))
+        if capacity < 1.0:  # once enough nodes are back, they are taken in after the checkpoint that follows
+            enough = heapq.nsmallest(job.returns_to_grow(len(self.returns_s)), self.returns_s)
+            cycles = max(1, math.ceil((enough[-1] - up_s) / cycle_s))
             if up_s + cycles * cycle_s < failure_s:
                 self._keep(cycles, capacity)
                 self.now_s = up_s + cycles * cycle_s

@@ -68,7 +68,7 @@ def test_simulation_agrees_with_the_exact_form_everywhere(gpus: int, rate: float
     """Also where half of all recoveries are hit by the next failure, which Kokolis's form does not count."""
     job = Job(gpus, rate, interval_s=600.0, detect_s=30.0, restart_s=120.0, write_s=20.0)
     exact = closed_form.exact_ettr(job.mtbf_s, 150.0, 600.0, 20.0)
-    outcome = simulate(job, seed=gpus, relative_error=0.0015)
+    outcome = simulate(job, seed=gpus, relative_error=0.0025)
     assert outcome.goodput == pytest.approx(exact, rel=0.01)
     assert outcome.goodput == pytest.approx(exact, abs=4.5 * outcome.standard_error + 1e-6)
 
@@ -81,13 +81,16 @@ def test_waiting_is_erlangs_loss(spares: int) -> None:
     assert outcome.goodput == pytest.approx(closed_form.goodput(job), rel=0.01)
 
 
-@pytest.mark.parametrize("spares", [0, 2, 8])
-@pytest.mark.parametrize("repair_h", [2.0, 24.0])
-def test_shrinking_agrees(spares: int, repair_h: float) -> None:
-    job = replace(JOB, policy="shrink", spare_nodes=spares, repair_s=repair_h * HOUR_S, interval_s=300.0, write_s=5.0)
+@pytest.mark.parametrize("gpus", [1024, 16384, 131072])
+@pytest.mark.parametrize("replica_nodes", [1, 16])
+@pytest.mark.parametrize("spares", [0, 8])
+def test_shrinking_agrees(gpus: int, replica_nodes: int, spares: int) -> None:
+    """Also on 131,072 GPUs, where a node comes back every half an hour and half the time is lost."""
+    job = replace(JOB, num_gpus=gpus, policy="shrink", spare_nodes=spares, replica_nodes=replica_nodes)
+    job = replace(job, interval_s=closed_form.best_interval_s(job.mtbf_s, job.write_s))
     outcome = simulate(job, seed=spares)
     assert outcome.goodput == pytest.approx(closed_form.goodput(job), rel=0.01)
-    assert outcome.ledger.resizes > 0 or spares == 8
+    assert outcome.ledger.resizes > 0 or spares > 0
 
 
 @pytest.mark.parametrize("policy", rates.POLICIES)
@@ -199,6 +202,22 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     for row in rows:
         assert row["goodput_simulated"] == pytest.approx(row["goodput_formula"], rel=0.015)
     assert (tmp_path / "good.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("request_", "sizes"),
+    [
+        (Request(policy="shrink", gpus=512, replica_gpus=64, spares=1), 12),  # from 64 GPUs on
+        (Request(rate_per_gpu_month=2.0, interval="600", write_s=0.0), 14),
+        (Request(profile="opt175b", policy="wait", gpus=992, spares=9, repair_h=2.0), 14),
+    ],
+)
+def test_formula_and_simulation_agree_in_every_row(request_: Request, sizes: int, tmp_path: Path) -> None:
+    assert goodput_command(replace(request_, out=str(tmp_path / "x"))) == 0
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert len(rows) == sizes
+    for row in rows:
+        assert row["goodput_simulated"] == pytest.approx(row["goodput_formula"], rel=0.015), row["gpus"]
 
 
 @pytest.mark.parametrize(
