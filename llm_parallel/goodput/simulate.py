@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from llm_parallel.goodput.rates import Job
 
-BATCH_FAILURES = 1000
+BATCH_FAILURES = 200
 
 
 @dataclass
