@@ -17,13 +17,14 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from llm_launch import wire
+from llm_launch.health import GpuHealth, HostHealth, open_nvml
 from llm_launch.local import worker_defaults
 from llm_launch.progress import ProgressPage
 from llm_launch.replicas import ReplicaServer
@@ -36,6 +37,7 @@ PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "
 SLOTS = 256
 CONNECT_S = 60.0
 RECONNECT_S = 0.2
+HEALTH_S = 30.0
 RESCUE_S = 3.0
 """Time between looks of an agent without controller whether SLURM has missed the batch script's node."""
 
@@ -110,6 +112,7 @@ class Agent:
         """Serves until the controller says end; 0 then, 1 when it is gone."""
         await self._start_zygote()
         self._spawn(self._beat())
+        self._spawn(self._watch_health())
         status = 1
         while not self._ending:
             channel = await self._find_controller()
@@ -240,6 +243,16 @@ class Agent:
                 marked = now - seen.marked_s
                 progress[worker.device] = [seen.generation, seen.step, age, seen.step_s, seen.probe_s, marked]
             self._tell({"is": "beat", "progress": progress})
+
+    async def _watch_health(self) -> None:
+        nvml = await asyncio.to_thread(open_nvml)
+        watched: list[GpuHealth | HostHealth] = [HostHealth([self.settings.run_dir, self.settings.replica_root])]
+        watched += [GpuHealth(nvml, device) for device in self.settings.devices] if nvml is not None else []
+        while True:
+            for item in watched:
+                for finding in await asyncio.to_thread(item.look):
+                    self._tell({"is": "health", **asdict(finding)})
+            await asyncio.sleep(HEALTH_S)
 
     async def _start_zygote(self) -> None:
         ours, theirs = socket.socketpair()

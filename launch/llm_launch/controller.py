@@ -109,7 +109,7 @@ class Controller:
 
     def _usable(self) -> list[Device]:
         """Devices with a worker that is ready, without those removed; in the order of the nodes' arrival."""
-        removed = set(self.ledger.removed)
+        removed = {*self.ledger.removed, *self.fleet.unfit}
         return [
             device
             for node in self.fleet.roster.alive()

@@ -38,6 +38,8 @@ class Fleet:
         self.evidence: list[Evidence] = []
         self.doubted: dict[int, set[Device]] = {}
         """Devices on which the loss of a step was not finite."""
+        self.unfit: dict[Device, str] = {}
+        """Devices that their driver has called broken."""
         self.to_restart: set[str] = set()
         """Nodes whose agent has to be started again."""
         self.step = 0
@@ -107,6 +109,9 @@ class Fleet:
         if kind == "inventory":
             node.inventory = message["entries"]
             return
+        if kind == "health":
+            self._on_health(node, message)
+            return
         device = Device(node.name, message["device"])
         if kind == "worker":
             node.workers[device.number] = Worker(device, message["pid"], message["store_port"])
@@ -127,6 +132,19 @@ class Fleet:
             self._on_left(device, message)
         elif kind in ("seen", "state"):
             self.looks.setdefault(device, {}).update(message)
+
+    def _on_health(self, node: Node, message: wire.Message) -> None:
+        """What the driver or the system says. A fatal finding ends the generation if the device is in it; one that
+        waits as a spare is never used."""
+        self.journal.event("health", node=node.name, device=message["device"], cause=message["message"])
+        if not message["fatal"] or message["device"] is None:
+            return
+        device = Device(node.name, message["device"])
+        self.unfit[device] = message["message"]
+        if self.rank(device) is not None and self.phase in (Phase.FORMING, Phase.TRAINING, Phase.PAUSING):
+            self.evidence.append(
+                Evidence(Kind.UNHEALTHY, node.name, device, self.rank(device), message=message["message"])
+            )
 
     def _on_left(self, device: Device, message: wire.Message) -> None:
         if message["outcome"] != Outcome.FAILED.value:

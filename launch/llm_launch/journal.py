@@ -18,6 +18,25 @@ from llm_parallel.metrics.jsonlines import JsonLines
 QUIET = {"join", "status"}
 
 
+def as_prometheus(status: dict[str, Any]) -> str:
+    """The state in Prometheus' text format, for node_exporter's textfile collector (or any that reads a file)."""
+    numbers = {
+        "step": ("gauge", "last finished optimizer step", status["step"]),
+        "generation": ("gauge", "times that the run's processes were put together", status["generation"]),
+        "world_size": ("gauge", "processes that train", status["world_size"]),
+        "recoveries_total": ("counter", "faults recovered from since the start", status["recoveries"]),
+        "lost_steps_total": ("counter", "steps made again since the start", status["lost_steps"]),
+        "excluded_devices": ("gauge", "devices removed for good", len(status["excluded"])),
+        "goodput": ("gauge", "part of the time since the start not spent recovering", status["goodput"]["fraction"]),
+        "training": ("gauge", "whether steps are made", int(status["state"] == "training")),
+    }
+    lines = []
+    for name, (kind, text, value) in numbers.items():
+        full = f"llm_parallel_elastic_{name}"
+        lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}", f"{full} {value}"]
+    return "\n".join(lines) + "\n"
+
+
 class Journal:
     """events.jsonl, elastic.json and elastic_memory.json of one run folder, and the terminal."""
 
@@ -101,6 +120,8 @@ class Journal:
         }
         with contextlib.suppress(OSError), atomic_write(self._run_dir / "elastic.json") as handle:
             json.dump(status, handle)
+        with contextlib.suppress(OSError), atomic_write(self._run_dir / "elastic.prom") as handle:
+            handle.write(as_prometheus(status))
 
     def remember(self, ledger: dict[str, Any]) -> None:
         """Keeps strikes and removals for the next start."""
