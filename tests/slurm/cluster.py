@@ -213,7 +213,7 @@ class Cluster:
         with contextlib.suppress(psutil.Error, OSError):
             if any(str(self.folder) in part for part in process.cmdline()):
                 return process.name() in ("munged", "slurmctld", "slurmd")
-            return process.name() != "python" and process.environ().get("SLURM_CONF") == str(self.conf)
+            return process.environ().get("SLURM_CONF") == str(self.conf)
         return False
 
     def __enter__(self) -> Cluster:
