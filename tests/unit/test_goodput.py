@@ -64,12 +64,12 @@ def test_simulation_agrees_with_kokolis_where_its_assumptions_hold(
 
 
 @pytest.mark.parametrize("gpus", [16, 1024, 16384, 65536, 131072])
-@pytest.mark.parametrize("rate", [0.005, 0.0144, 0.08])
+@pytest.mark.parametrize("rate", [0.005, 0.0144, 0.05])
 def test_simulation_agrees_with_the_exact_form_everywhere(gpus: int, rate: float) -> None:
     """Also where half of all recoveries are hit by the next failure, which Kokolis's form does not count."""
     job = Job(gpus, rate, interval_s=600.0, detect_s=30.0, restart_s=120.0, write_s=20.0)
     exact = closed_form.exact_ettr(job.mtbf_s, 150.0, 600.0, 20.0)
-    outcome = simulate(job, seed=gpus, relative_error=0.0015)
+    outcome = simulate(job, seed=gpus, relative_error=0.002)
     assert outcome.goodput == pytest.approx(exact, rel=0.01)
     assert outcome.goodput == pytest.approx(exact, abs=4.5 * outcome.standard_error + 1e-6)
 
@@ -210,7 +210,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (Request(policy="shrink", gpus=512, replica_gpus=64, spares=1), 12),  # from 64 GPUs on
         (Request(rate_per_gpu_month=2.0, interval="600", write_s=0.0), 14),
-        (Request(profile="opt175b", policy="wait", gpus=992, spares=9, repair_h=2.0), 14),
+        (Request(profile="rsc2", policy="wait", gpus=992, spares=30, repair_h=4.0), 14),
     ],
 )
 def test_formula_and_simulation_agree_in_every_row(request_: Request, sizes: int, tmp_path: Path) -> None:
