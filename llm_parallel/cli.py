@@ -73,6 +73,7 @@ def submit(
     warning_s: Annotated[int, typer.Option(help="Seconds before the time limit at which the run saves.")] = 180,
     sbatch: Annotated[list[str] | None, typer.Option(help="Further option of sbatch; may be given often.")] = None,
     template: Annotated[str | None, typer.Option(help="Batch file of your own with {options} and {command}.")] = None,
+    array: Annotated[str | None, typer.Option(help="One run for each value of a field, as optim.lr=1e-4,3e-4.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the batch file; submit nothing.")] = False,
 ) -> None:
     """Hand a run to SLURM: it survives failing GPUs and nodes, and goes back to the queue at its time limit."""
@@ -80,8 +81,9 @@ def submit(
     from llm_parallel.train.launch import submit_command
 
     request = SubmitRequest(
-        nodes, gpus_per_node, spares, time, partition, account, qos, name, warning_s, sbatch or (), template, min_nodes
-    )
+        nodes, gpus_per_node, spares, time, partition, account, qos, name, warning_s, sbatch or (), template, min_nodes,
+        array,
+    )  # fmt: skip
     raise typer.Exit(submit_command(run_file, context.args, request, dry_run))
 
 

@@ -40,6 +40,9 @@ class SlurmJob:
         job_id = environment.get("SLURM_JOB_ID")
         if not job_id:
             return None
+        if environment.get("SLURM_ARRAY_TASK_ID"):
+            # The number of an array's last task is that of the whole array too: a requeue would be one of all tasks.
+            job_id = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
         restarts = int(environment.get("SLURM_RESTART_COUNT") or 0)
         node = environment.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
         return cls(job_id, restarts, node, environment)

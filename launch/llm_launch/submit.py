@@ -27,7 +27,8 @@ class SubmitRequest:
     with (``nodes`` if None), as after the loss of the batch script's own node; gpus_per_node: 0 on clusters
     without GPUs; time: SLURM's [days-]hours:minutes:seconds; warning_s: seconds before the limit at which the run
     saves and goes back to the queue; options: further lines for #SBATCH, such as ``--constraint=h100``; template: file
-    with {options} and {command} to use instead of ours."""
+    with {options} and {command} to use instead of ours, and {values} if there is an array; array: a field and the
+    values that it has in one run each, as ``optim.lr=1e-4,3e-4``."""
 
     nodes: int
     gpus_per_node: int = 8
@@ -41,6 +42,21 @@ class SubmitRequest:
     options: Sequence[str] = ()
     template: str | None = None
     min_nodes: int | None = None
+    array: str | None = None
+
+    @property
+    def sweep(self) -> list[str]:
+        """The override of each run of ``array``; empty if there is one run.
+
+        Raises UserError for what is no field with values."""
+        if self.array is None:
+            return []
+        field, equals, values = self.array.partition("=")
+        if not (equals and field and all(values.split(","))):
+            raise UserError(f"--array {self.array!r} is no field with values; write it as optim.lr=1e-4,3e-4")
+        if field == "run_dir":
+            raise UserError("--array run_dir gives nothing to compare; every run of an array has its own folder anyway")
+        return [f"{field}={value}" for value in values.split(",")]
 
 
 def check_request(request: SubmitRequest, config: RunConfig) -> None:
@@ -75,22 +91,29 @@ def check_request(request: SubmitRequest, config: RunConfig) -> None:
 
 def batch_file(request: SubmitRequest, config: RunConfig, run_file: Path, overrides: Sequence[str]) -> str:
     """Text of the batch file. Raises UserError if the user's template lacks a placeholder."""
+    run_dir = Path(config.run_dir).resolve()
     command = " ".join(
         shlex.quote(part)
         for part in (sys.executable, "-m", "llm_parallel.cli", "launch", str(run_file), *overrides,
                      f"elastic.spare_nodes={request.spares}")
     )  # fmt: skip
-    options = _options(request, Path(config.run_dir).resolve())
+    values = ""
+    if request.sweep:
+        values = f"values=({' '.join(map(shlex.quote, request.sweep))})"
+        command += f' "${{values[$SLURM_ARRAY_TASK_ID]}}" run_dir={shlex.quote(str(run_dir))}/"$SLURM_ARRAY_TASK_ID"'
+    options = _options(request, run_dir)
     if request.template is None:
-        return _TEXT.format(options=options, command=command, starts=" ".join(map(str, range(1, STARTS + 1))))
+        starts = " ".join(map(str, range(1, STARTS + 1)))
+        sweep = f"# What differs between the runs of the array.\n{values}\n\n" if values else ""
+        return _TEXT.format(options=options, command=command, starts=starts, sweep=sweep)
     try:
         text = Path(request.template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--template {request.template} cannot be read: {error}") from None
-    for name in ("{options}", "{command}"):
+    for name in ("{options}", "{command}", *(("{values}",) if values else ())):
         if name not in text:
             raise UserError(f"--template {request.template} has no {name}; it stands for what submit fills in")
-    return text.replace("{options}", options).replace("{command}", command)
+    return text.replace("{options}", options).replace("{values}", values).replace("{command}", command)
 
 
 def _options(request: SubmitRequest, run_dir: Path) -> str:
@@ -100,8 +123,11 @@ def _options(request: SubmitRequest, run_dir: Path) -> str:
     spares = f", {request.spares} of {most} as spares" if request.spares else ""
     gpus = [f"#SBATCH --gpus-per-node={request.gpus_per_node}"] if request.gpus_per_node else []
     named = {"partition": request.partition, "account": request.account, "qos": request.qos, "time": request.time}
+    sweep = request.sweep
+    array = [f"#SBATCH --array=0-{len(sweep) - 1}    # one run for each value, in folders 0, 1, …"] if sweep else []
     lines = [
         f"#SBATCH --job-name={name}",
+        *array,
         f"#SBATCH --nodes={nodes}    # the launcher takes what it gets{spares}",
         *gpus,
         "#SBATCH --exclusive",
@@ -109,7 +135,7 @@ def _options(request: SubmitRequest, run_dir: Path) -> str:
         "#SBATCH --no-kill    # the loss of a node is the run's matter, not the end of the job",
         "#SBATCH --requeue    # it comes back after a node of its own died, and after its time limit",
         "#SBATCH --open-mode=append    # the log of every start in one file",
-        f"#SBATCH --output={run_dir}/logs/slurm-%j.out",
+        f"#SBATCH --output={run_dir}/logs/slurm-{'%A_%a' if sweep else '%j'}.out",
         f"#SBATCH --signal=B:USR1@{request.warning_s}    # before the time limit: save, requeue, go on later",
         *(f"#SBATCH {option}" for option in request.options),
     ]
@@ -120,7 +146,7 @@ _TEXT = """\
 #!/bin/bash
 {options}
 
-# The launcher runs here, on the job's first node, and starts an agent on every node by srun.
+{sweep}# The launcher runs here, on the job's first node, and starts an agent on every node by srun.
 # Signals for this script are meant for it.
 trap 'kill -USR1 "$launcher"' USR1
 trap 'kill -TERM "$launcher"' TERM

@@ -50,8 +50,10 @@ def submit_command(run_file: str, overrides: Sequence[str], request: SubmitReque
     """Exit status of ``llm-parallel submit``: checks the run as ``launch`` will, then hands it to SLURM; ``dry_run``
     prints the batch file instead."""
     config = load_config(run_file, overrides, notice=print)
-    check_request(request, config)
-    check_data(config)
+    for differs in [[override] for override in request.sweep] or [[]]:
+        one = load_config(run_file, [*overrides, *differs])
+        check_request(request, one)
+        check_data(one)
     text = batch_file(request, config, Path(run_file).resolve(), overrides)
     if dry_run:
         print(text, end="")

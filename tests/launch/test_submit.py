@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,26 @@ def test_template(tmp_path: Path) -> None:
         batch_file(request, CONFIG, Path("run.yaml"), [])
 
 
+def test_array(tmp_path: Path) -> None:
+    """Each task of the array, as bash reads the file, launches with its value and in a folder of its own."""
+    request = SubmitRequest(2, 0, array="optim.lr=1e-4,3e-4,a b")
+    text = batch_file(request, CONFIG, Path("run.yaml"), ["optim.lr=1e-3"])
+    assert "--array=0-2" in options_of(text)
+    run_dir = Path("runs/llama").resolve()
+    assert f"--output={run_dir}/logs/slurm-%A_%a.out" in options_of(text)
+    told = text.replace(sys.executable, "printf '%s\\n'")
+    done = subprocess.run(["bash", "-c", told], env={"SLURM_ARRAY_TASK_ID": "2", "PATH": os.environ["PATH"]},
+                          capture_output=True, text=True, timeout=30)  # fmt: skip
+    assert done.stdout.splitlines()[-2:] == ["optim.lr=a b", f"run_dir={run_dir}/2"]
+    mine = tmp_path / "mine.sbatch"
+    mine.write_text("{options}\n{command}")
+    with pytest.raises(UserError, match=r"has no \{values\}"):
+        batch_file(replace(request, template=str(mine)), CONFIG, Path("run.yaml"), [])
+    for array in ("optim.lr", "optim.lr=", "optim.lr=1,,2", "=1", "run_dir=a,b"):
+        with pytest.raises(UserError, match="--array"):
+            batch_file(replace(request, array=array), CONFIG, Path("run.yaml"), [])
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
@@ -127,6 +150,8 @@ def test_the_environment_tells_where_we_are() -> None:
     batch = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "SLURM_PROCID": "0", "SLURM_RESTART_COUNT": "2"}
     job = SlurmJob.from_environment(batch)
     assert job is not None and job.is_batch_shell and job.restart_count == 2 and job.node == "n1"
+    task = SlurmJob.from_environment({**batch, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"})
+    assert task is not None and task.job_id == "7_3"
     step = SlurmJob.from_environment({**batch, "SLURM_STEP_ID": "0"})
     assert step is not None and not step.is_batch_shell
 

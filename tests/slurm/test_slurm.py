@@ -112,6 +112,28 @@ def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
     assert cluster.states()["n2"] == "drained"
 
 
+def test_a_task_of_an_array_speaks_for_itself_alone(cluster: Cluster) -> None:
+    """The last task, whose number is the array's too, goes back to the queue; the others do not."""
+    path, out = cluster.folder / "job.sh", cluster.folder / "job-%a.out"
+    script = PRELUDE + (
+        "import time\n"
+        "last = os.environ['SLURM_ARRAY_TASK_ID'] == '2'\n"
+        "if last and job.restart_count == 0:\n"
+        "    job.requeue()\n"
+        "    time.sleep(60)\n"
+        "time.sleep(0 if last else 20)\n"
+        "print(json.dumps([job.nodes(), job.restart_count, job.seconds_left() > 1000, job.is_this_run()]))"
+    )
+    path.write_text(f"#!/bin/bash\n{sys.executable} - <<'END'\n{script}\nEND\n")
+    options = ["--array=0-2", "--time=30", "--nodes=1", "--exclusive", "--requeue", "--open-mode=append"]
+    cluster.run(["sbatch", *options, f"--output={out}", str(path)])
+    files = [cluster.folder / f"job-{task}.out" for task in range(3)]
+    until(lambda: all(file.exists() and file.read_text().endswith("]\n") for file in files), 90, "the array's end")
+    told = [json.loads(file.read_text().splitlines()[-1]) for file in files]
+    assert [task[1:] for task in told] == [[0, True, True], [0, True, True], [1, True, True]]
+    assert all(len(task[0]) == 1 for task in told) and told[0][0] != told[1][0]
+
+
 def test_the_batch_file_is_one(cluster: Cluster, corpus: Corpus) -> None:
     """With GPUs, spares and a time limit, as sbatch itself reads it."""
     folder = cluster.folder
