@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -198,19 +197,21 @@ class Cluster:
 
     def down(self) -> None:
         """Ends every process of the cluster, whatever state it is in."""
-        mine = [p for p in psutil.process_iter(["pid"]) if self._is_mine(p)]
-        with contextlib.suppress(psutil.Error):
-            parents = {parent for p in mine if (parent := p.parent()) is not None}
-            mine += [parent for parent in parents if parent.name() == "slurmstepd"]
-        for process in mine:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(mine, timeout=10)
+        # What is killed may have started another a moment before.
+        while mine := [p for p in psutil.process_iter(["pid"]) if self._is_mine(p)]:
+            for process in mine:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(mine, timeout=10)
 
     def _is_mine(self, process: psutil.Process) -> bool:
         if process.pid == os.getpid():
             return False
         with contextlib.suppress(psutil.Error, OSError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            if process.name() == "slurmstepd":  # it clears its environment
+                return Path(process.cwd()).is_relative_to(self.folder)
             if any(str(self.folder) in part for part in process.cmdline()):
                 return process.name() in ("munged", "slurmctld", "slurmd")
             return process.environ().get("SLURM_CONF") == str(self.conf)

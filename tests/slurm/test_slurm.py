@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -163,13 +164,20 @@ def test_the_batch_file_is_one(cluster: Cluster, corpus: Corpus) -> None:
 
 
 def test_down_leaves_nothing(folder: Path) -> None:
+    """Though a job runs: no daemon, no task, and none of slurmstepd's, which live on without slurmd."""
     with Cluster(folder / "brief", nodes=2) as slurm:
-        conf = str(slurm.conf)
         assert SlurmJob.from_environment(os.environ) is None
-    alive = []
+        slurm.run(["sbatch", "--nodes=2", "--output=/dev/null", "--wrap", "srun sleep 600"])
+        until(lambda: {"slurmctld", "slurmd", "slurmstepd", "sleep"} <= names_of_all(slurm), 20, "the step's start")
+    assert names_of_all(slurm) == set()
+
+
+def names_of_all(cluster: Cluster) -> set[str]:
+    """Names of the living processes with anything of the cluster about them."""
+    found = set()
     for process in psutil.process_iter():
-        try:
-            alive += [process] if process.environ().get("SLURM_CONF") == conf else []
-        except psutil.Error:
-            continue
-    assert alive == []
+        with contextlib.suppress(psutil.Error):
+            about = [process.cwd(), *process.cmdline(), process.environ().get("SLURM_CONF", "")]
+            if any(str(cluster.folder) in text for text in about):
+                found.add(process.name())
+    return found
