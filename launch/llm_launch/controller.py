@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, bla
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
-from llm_launch.plan import Placement, fingerprint, place, recoverable_step
+from llm_launch.plan import Placement, Trained, fingerprint, place, recoverable_step
 from llm_launch.states import EXIT_TOO_FEW, Outcome, Phase, check_transition
 from llm_parallel.config.tree import RunConfig
 
@@ -51,10 +52,10 @@ class Controller:
         remembered = self.journal.remembered()
         self.ledger = Ledger.from_json(remembered, config.elastic.strikes)
         self.fleet = Fleet(config.elastic, agents.secret, self.journal)
-        # Generation and world size of those that copied state; an earlier start's copies may have outlived it.
+        # Generations that copied state; an earlier start's copies may have outlived it.
         self._model = fingerprint(config)
         mine = remembered.get("model") == self._model
-        self._trained = [(int(g), int(w)) for g, w in remembered.get("trained", [])] if mine else []
+        self._trained = [Trained.read(item) for item in remembered.get("trained", [])] if mine else []
         self._disk_step = disk_step
         self._started_s = time.monotonic()
         self._stop = False
@@ -182,25 +183,26 @@ class Controller:
             node.send({"is": "inventory"})
         await self.fleet.until(lambda: all(node.inventory is not None for node in self.fleet.roster.alive()), LEAVE_S)
         held = {node.name: node.inventory for node in self.fleet.roster.alive() if node.inventory is not None}
-        for generation, world_size in reversed(self._trained):
-            found = recoverable_step(world_size, generation, held)
+        for trained in reversed(self._trained):
+            found = recoverable_step(trained.world_size, trained.generation, held)
             if found is not None:
                 step, holders = found
                 if step < self._disk_step:
                     break
                 self.journal.lost_steps += max(0, self.fleet.step - step)
                 self.fleet.step = step
-                return {"step": step, "generation": generation, "holders": holders}
+                return {"step": step, "trained": trained, "holders": holders}
         return None
 
     def _assign(self, placement: Placement, restore: dict[str, Any] | None) -> None:
         names = list(dict.fromkeys(device.node for device in placement.devices))
+        after = {name: self.fleet.roster.nodes[following] for name, following in zip(names, names[1:] + names[:1])}
         first = placement.devices[0]
         first_node = self.fleet.roster.nodes[first.node]
         store = [first_node.host, first_node.workers[first.number].store_port]
+        needed = restore["trained"].needed_by(placement.layout) if restore else []
         for rank, device in enumerate(placement.devices):
             node = self.fleet.roster.nodes[device.node]
-            partner = self.fleet.roster.nodes[names[(names.index(device.node) + 1) % len(names)]]
             worker = node.workers[device.number]
             worker.begin(self.fleet.generation)
             node.send(
@@ -213,23 +215,20 @@ class Controller:
                     "local_rank": device.number,
                     "store": store,
                     "overrides": list(placement.overrides),
-                    "restore": self._sources(restore, device.node),
-                    "partner": list(partner.replicas) if len(names) > 1 else None,
-                    "ranks": [list(device) for device in placement.devices] if placement else [],
-                    "controller": self.fleet.address,
+                    "restore": self._sources(restore, needed[rank], device.node) if restore else None,
+                    "partner": list(after[device.node].replicas) if len(names) > 1 else None,
                     "elapsed_s": time.monotonic() - self._started_s,
                     "believe": sorted(self._believe),
                 }
             )
 
-    def _sources(self, restore: dict[str, Any] | None, here: str) -> dict[str, Any] | None:
-        if restore is None:
-            return None
+    def _sources(self, restore: dict[str, Any], ranks: Sequence[int], here: str) -> dict[str, Any]:
         sources = []
-        for rank, (name, kind) in sorted(restore["holders"].items()):
+        for rank in ranks:
+            name, kind = restore["holders"][rank]
             host, port = ("", 0) if name == here else self.fleet.roster.nodes[name].replicas
             sources.append([rank, kind, host, port])
-        return {"step": restore["step"], "generation": restore["generation"], "sources": sources}
+        return {"step": restore["step"], "generation": restore["trained"].generation, "sources": sources}
 
     async def _train(self) -> None:
         """Watches one generation to its end. Raises Stopped when it was the last."""
@@ -245,7 +244,7 @@ class Controller:
         if not self.fleet.evidence:
             self._enter(Phase.TRAINING)
             if self.config.elastic.replicate_every_steps:
-                self._trained.append((self.fleet.generation, world))
+                self._trained.append(Trained.of(self.fleet.generation, self.fleet.placement.layout))
                 self._remember()
             self.journal.event("resume", generation=self.fleet.generation, step=self.fleet.step, world_size=world)
         paused = False
@@ -263,7 +262,7 @@ class Controller:
                 self._enter(Phase.PAUSING)
                 for node in self.fleet.roster.alive():
                     node.send({"is": "pause", "generation": self.fleet.generation})
-            await self.fleet.until(lambda: bool(self.fleet.evidence), TICK_S)
+            await self.fleet.until(lambda: bool(self.fleet.evidence), self.fleet.tick_s)
             await self._look_for_hangs()
             self.fleet.evidence += find_slow(self.fleet.members(), self._slow, self.config.elastic.slow_ratio, world)
         await self._recover()
@@ -363,7 +362,9 @@ class Controller:
 
     def _remember(self) -> None:
         """Keeps for the next start what it must know: strikes, removals, and which copies of state to look for."""
-        self.journal.remember({**self.ledger.to_json(), "model": self._model, "trained": self._trained})
+        self.journal.remember(
+            {**self.ledger.to_json(), "model": self._model, "trained": [t.as_list() for t in self._trained]}
+        )
 
     def used_up(self) -> dict[str, str]:
         """Nodes whose every device was removed, with the reason of the first: they are of no more use to anybody."""
@@ -377,7 +378,7 @@ class Controller:
     async def _tick(self) -> None:
         elastic, last_beat, last_status = self.config.elastic, 0.0, 0.0
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(self.fleet.tick_s)
             now = time.monotonic()
             if self.fleet.phase in (Phase.TRAINING, Phase.WAITING):  # a start takes the time that a recovery needs
                 while self.fleet.to_restart:
@@ -393,7 +394,7 @@ class Controller:
                     self.fleet.lost(node, Kind.NODE_SILENT)
                     if channel is not None:
                         channel.close()
-            if now - last_status >= 1.0:
+            if now - last_status >= max(1.0, 20.0 * self.fleet.tick_s):
                 last_status = now
                 self.journal.write_status(self.status())
 
@@ -402,7 +403,7 @@ class Controller:
         if (
             self.fleet.phase is Phase.TRAINING
             and len(self._trained) > 1
-            and self._trained[-1][0] == self.fleet.generation
+            and self._trained[-1].generation == self.fleet.generation
         ):
             first = min((worker.step for worker in self.fleet.members()), default=0)
             if first > self._resumed_at() + 1:
@@ -416,7 +417,7 @@ class Controller:
     def status(self) -> dict[str, Any]:
         """What elastic.json holds."""
         placement = self.fleet.placement
-        assigned = set(placement.devices) if placement else set()
+        active = {device.node for device in placement.devices} if placement else set()
         return {
             "state": self.fleet.phase.value,
             "generation": self.fleet.generation,
@@ -426,9 +427,7 @@ class Controller:
             "nodes": [
                 {
                     "name": node.name,
-                    "state": "lost"
-                    if node.channel is None
-                    else ("active" if any(d.node == node.name for d in assigned) else "spare"),
+                    "state": "lost" if node.channel is None else ("active" if node.name in active else "spare"),
                     "devices": list(node.devices),
                     "agent_pid": node.pid,
                     "workers": {str(index): worker.pid for index, worker in node.workers.items()},

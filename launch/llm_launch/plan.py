@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from llm_launch.blame import Device
@@ -25,10 +27,49 @@ class Placement:
     overrides: tuple[str, ...]
     """Fields of the configuration that make the layout."""
 
-    @property
+    @cached_property
     def ranks(self) -> dict[Device, int]:
         """Rank of every device."""
         return {device: rank for rank, device in enumerate(self.devices)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A generation whose workers copied their state. cut: how the model was divided, TP, CP, PP, VPP and the layers of
+    the chunks, without the number of replicas."""
+
+    generation: int
+    world_size: int
+    cut: tuple[int, ...]
+
+    @classmethod
+    def of(cls, generation: int, layout: Layout) -> Trained:
+        """For a layout."""
+        cut = (layout.tp, layout.cp, layout.pp, layout.vpp, *layout.stage_layers)
+        return cls(generation, layout.world_size, cut)
+
+    @classmethod
+    def read(cls, item: Sequence[Any]) -> Trained:
+        """From ``as_list``."""
+        return cls(int(item[0]), int(item[1]), tuple(int(size) for size in item[2]))
+
+    def as_list(self) -> list[Any]:
+        """For JSON."""
+        return [self.generation, self.world_size, list(self.cut)]
+
+    def needed_by(self, layout: Layout) -> list[list[int]]:
+        """Ranks of this generation whose copies each rank of ``layout`` reads. Where the model is divided as before,
+        those that held the same part of it, so that nobody asks the whole job; else all."""
+        if Trained.of(0, layout).cut != self.cut:
+            everyone = list(range(self.world_size))
+            return [everyone] * layout.world_size
+        before = replace(layout, dp=self.world_size // (layout.tp * layout.cp * layout.pp))
+        groups: dict[tuple[int, int], list[int]] = {}
+        for rank in range(self.world_size):
+            at = before.coordinates(rank)
+            groups.setdefault((at.tp, at.pp), []).append(rank)
+        places = (layout.coordinates(rank) for rank in range(layout.world_size))
+        return [groups[at.tp, at.pp] for at in places]
 
 
 def fingerprint(config: RunConfig) -> str:
@@ -144,7 +185,8 @@ def _tensor_groups(layout: Layout, devices: Sequence[Device], kept: Mapping[Devi
     for item in devices:
         free.setdefault(item.node, []).append(item)
     groups: list[tuple[Device, ...] | None] = [None] * (layout.world_size // tp)
-    by_rank = {rank: item for item, rank in kept.items() if item in set(devices)}
+    here_now = set(devices)
+    by_rank = {rank: item for item, rank in kept.items() if item in here_now}
     for number in range(len(groups)):
         members = [by_rank.get(rank) for rank in range(number * tp, (number + 1) * tp)]
         whole = tuple(member for member in members if member is not None)
@@ -152,12 +194,12 @@ def _tensor_groups(layout: Layout, devices: Sequence[Device], kept: Mapping[Devi
             groups[number] = whole
             for member in whole:
                 free[member.node].remove(member)
-    whole_groups = [
+    whole_groups = deque(
         tuple(here[start : start + tp]) for here in free.values() for start in range(0, len(here) - tp + 1, tp)
-    ]
+    )
     for number in range(len(groups)):
         if groups[number] is None and whole_groups:
-            groups[number] = whole_groups.pop(0)
+            groups[number] = whole_groups.popleft()
             for member in groups[number] or ():
                 free[member.node].remove(member)
     rest = [item for here in free.values() for item in here]
