@@ -33,6 +33,7 @@ import torch
 from llm_launch.drill import LiveRun, read_lines, unix_time
 from llm_parallel.config.load import load_config
 from llm_parallel.train.command import save_config
+from llm_parallel.train.preflight import with_vocabulary
 
 RUNS = {
     "DP 4": ["parallel.dp=4"],
@@ -118,7 +119,7 @@ class Torchrun:
             port = probe.getsockname()[1]
         config = load_config(run_file, [*overrides, f"run_dir={folder}", "train.steps=100000",
                                         "checkpoint.interval_steps=1", "checkpoint.keep_last=2"])  # fmt: skip
-        save_config(config, folder / "config.yaml")
+        save_config(with_vocabulary(config), folder / "config.yaml")
         command = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1:4", "--nproc-per-node=1"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--max-restarts=10"]
         command += ["--monitor-interval=0.05"]

@@ -41,6 +41,7 @@ MEGATRON_FILES = {
     "llm_parallel/parallel/wrap.py": "data parallelism and the optimizer",
     "llm_parallel/parallel/platform.py": "the places that name CUDA",
     "llm_parallel/train/step.py": "the pipeline schedules",
+    "llm_parallel/bench/contenders.py": "the peer that ours is measured beside",
 }
 MEGATRON_FOLDERS = ("llm_parallel/checkpoint/",)
 
