@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt
 from llm_parallel.files import atomic_write
 
 _MODES = ("forward", "backward")
+MOST_SHAPES = 8
+"""Of an operator in one panel of bars."""
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -29,12 +31,17 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def plot_bars(result: dict[str, Any], path: Path) -> None:
-    """One row of panels per operator, forward and backward: fraction of what the card does at most, by shape and
-    provider."""
+    """One row of panels per operator, forward and backward: fraction of what the card does at most, by provider and,
+    as far as they can be told apart, shape; the table has all."""
     rows = [row for row in result["rows"] if row["median_ms"] is not None and row["mode"] in _MODES]
     operators = list(dict.fromkeys(row["operator"] for row in rows))
+    shown = {
+        operator: list(dict.fromkeys(row["shape"] for row in rows if row["operator"] == operator))[:MOST_SHAPES]
+        for operator in operators
+    }
+    rows = [row for row in rows if row["shape"] in shown[row["operator"]]]
     providers = list(dict.fromkeys(row["provider"] for row in rows))
-    colors = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(providers)}
+    colors = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(providers)}
     figure, axes = plt.subplots(
         max(len(operators), 1), 2, figsize=(15, 3.2 * max(len(operators), 1)), squeeze=False, constrained_layout=True
     )

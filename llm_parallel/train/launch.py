@@ -53,7 +53,8 @@ def submit_command(run_file: str, overrides: Sequence[str], request: SubmitReque
     for differs in [[override] for override in request.sweep] or [[]]:
         one = load_config(run_file, [*overrides, *differs])
         check_request(request, one)
-        check_data(one)
+        if not dry_run:
+            check_data(one)
     text = batch_file(request, config, Path(run_file).resolve(), overrides)
     if dry_run:
         print(text, end="")
