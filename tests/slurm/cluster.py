@@ -21,6 +21,7 @@ import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 UP_S = 15.0
+ROUNDS = 10
 # Slurm of Debian 12 (22.05) refuses to run without a cgroup plugin; this one is loaded and not used.
 CGROUP = "CgroupPlugin=cgroup/v1\n"
 CONFIGURATION = """\
@@ -198,11 +199,15 @@ class Cluster:
     def down(self) -> None:
         """Ends every process of the cluster, whatever state it is in."""
         # What is killed may have started another a moment before.
-        while mine := [p for p in psutil.process_iter(["pid"]) if self._is_mine(p)]:
+        for _ in range(ROUNDS):
+            mine = [p for p in psutil.process_iter(["pid"]) if self._is_mine(p)]
+            if not mine:
+                return
             for process in mine:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(mine, timeout=10)
+        raise RuntimeError(f"{mine} will not end")
 
     def _is_mine(self, process: psutil.Process) -> bool:
         if process.pid == os.getpid():
@@ -212,8 +217,8 @@ class Cluster:
                 return False
             if process.name() == "slurmstepd":  # it clears its environment
                 return Path(process.cwd()).is_relative_to(self.folder)
-            if any(str(self.folder) in part for part in process.cmdline()):
-                return process.name() in ("munged", "slurmctld", "slurmd")
+            if process.name() in ("munged", "slurmctld", "slurmd"):
+                return any(str(self.folder) in part for part in process.cmdline())
             return process.environ().get("SLURM_CONF") == str(self.conf)
         return False
 
