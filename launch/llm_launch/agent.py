@@ -21,11 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from llm_launch import wire
 from llm_launch.health import GpuHealth, HostHealth, open_nvml
 from llm_launch.local import worker_defaults
+from llm_launch.network import interface_of, own_address
 from llm_launch.progress import ProgressPage
 from llm_launch.replicas import ReplicaServer
 from llm_launch.slurm import SlurmError, SlurmJob
@@ -38,6 +37,8 @@ SLOTS = 256
 CONNECT_S = 60.0
 RECONNECT_S = 0.2
 HEALTH_S = 30.0
+RESCUE_LIMIT_S = 1800.0
+"""Time for SLURM to notice that the batch script's node is dead; by default it takes it five minutes."""
 RESCUE_S = 3.0
 """Time between looks of an agent without controller whether SLURM has missed the batch script's node."""
 
@@ -133,7 +134,7 @@ class Agent:
         deadline = time.monotonic() + CONNECT_S
         rescue = asyncio.get_running_loop().create_task(self._rescue()) if self.settings.rescue else None
         try:
-            return await self._try_controllers(deadline, rescue)
+            return await self._try_controllers(deadline + (RESCUE_LIMIT_S if rescue is not None else 0.0))
         finally:
             if rescue is not None:
                 rescue.cancel()
@@ -154,8 +155,8 @@ class Agent:
             except SlurmError as error:
                 self._log(f"SLURM: {error}")
 
-    async def _try_controllers(self, deadline: float, rescue: asyncio.Task[None] | None) -> wire.Channel | None:
-        while time.monotonic() < deadline or (rescue is not None and not rescue.done()):
+    async def _try_controllers(self, deadline: float) -> wire.Channel | None:
+        while time.monotonic() < deadline:
             for host, port in self.settings.controllers:
                 with contextlib.suppress(ConnectionError):
                     return await wire.connect(host, port, self.settings.secret)
@@ -270,7 +271,7 @@ class Agent:
         self._spawn(self._watch_zygote(channel))
 
     def _environment(self) -> dict[str, str]:
-        interface = _interface_of(self.settings.host)
+        interface = interface_of(self.settings.host)
         named = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
         defaults = {**worker_defaults(os.environ, len(self.settings.devices)), **named}
         return {name: value for name, value in defaults.items() if name not in os.environ}
@@ -385,14 +386,6 @@ def _kill(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _interface_of(address: str) -> str | None:
-    """Network interface that has ``address``; gloo and NCCL must not choose another."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(item.address.split("%")[0] == address for item in addresses):
-            return name
-    return None
-
-
 def _settings(arguments: argparse.Namespace, secret: str) -> AgentSettings:
     controllers = []
     for text in arguments.controller.split(","):
@@ -403,7 +396,7 @@ def _settings(arguments: argparse.Namespace, secret: str) -> AgentSettings:
         node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
     return AgentSettings(
         node=node,
-        host=_own_address(controllers[0]) if arguments.host == "auto" else arguments.host,
+        host=own_address(controllers[0]) if arguments.host == "auto" else arguments.host,
         controllers=tuple(controllers),
         devices=tuple(int(device) for device in arguments.devices.split(",")),
         run_dir=Path(arguments.run_dir),
@@ -414,13 +407,6 @@ def _settings(arguments: argparse.Namespace, secret: str) -> AgentSettings:
         secret=secret,
         rescue=arguments.rescue,
     )
-
-
-def _own_address(towards: tuple[str, int]) -> str:
-    """Address of this node on the way to the controller; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(towards)
-        return probe.getsockname()[0]
 
 
 def main() -> None:

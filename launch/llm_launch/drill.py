@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
+from llm_launch.zygote import die_with_parent
 
 POLL_S = 0.02
 
@@ -63,6 +65,7 @@ class LiveRun:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=partial(die_with_parent, os.getpid()),  # a run that nobody watches would go on for ever
             )
         return cls(run_dir, process, secret)
 

@@ -1,0 +1,22 @@
+"""Addresses of this node."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil
+
+
+def interface_of(address: str) -> str | None:
+    """Network interface that has ``address``; gloo and NCCL must not choose another."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(item.address.split("%")[0] == address for item in addresses):
+            return name
+    return None
+
+
+def own_address(towards: tuple[str, int]) -> str:
+    """Address of this node on the way to the controller; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(towards)
+        return probe.getsockname()[0]
