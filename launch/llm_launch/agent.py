@@ -37,6 +37,7 @@ SLOTS = 256
 CONNECT_S = 60.0
 RECONNECT_S = 0.2
 HEALTH_S = 30.0
+CLAIM_S = 60.0
 RESCUE_LIMIT_S = 1800.0
 """Time for SLURM to notice that the batch script's node is dead; by default it takes it five minutes."""
 RESCUE_S = 3.0
@@ -149,11 +150,24 @@ class Agent:
             await asyncio.sleep(RESCUE_S * (1.0 + random.random()))
             try:
                 dead = await asyncio.to_thread(job.batch_host_is_dead)
-                if dead and await asyncio.to_thread(job.is_this_run):
+                if dead and await asyncio.to_thread(job.is_this_run) and self._claims(job):
                     self._log("the node of the batch script is dead; putting the job back into the queue")
                     await asyncio.to_thread(job.requeue)
             except SlurmError as error:
                 self._log(f"SLURM: {error}")
+
+    def _claims(self, job: SlurmJob) -> bool:
+        """Whether this agent is the one to requeue: of two, the second would requeue the next start. A claim that led
+        to nothing for a minute is void."""
+        claim = self.settings.run_dir / "logs" / f"requeue-{job.job_id}-{job.restart_count}"
+        with contextlib.suppress(OSError):
+            if time.time() - claim.stat().st_mtime > CLAIM_S:
+                claim.unlink()
+        try:
+            claim.touch(exist_ok=False)
+        except OSError:
+            return False
+        return True
 
     async def _try_controllers(self, deadline: float) -> wire.Channel | None:
         while time.monotonic() < deadline:
