@@ -16,6 +16,8 @@ from llm_parallel.config.rules import find_problems
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.goodput.closed_form import best_interval_s, goodput
+from llm_parallel.goodput.rates import Job, find_profile
 from llm_parallel.planner import validate
 from llm_parallel.planner.hardware import Cluster, load_cluster
 from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
@@ -183,13 +185,23 @@ def _say_run(request: Request, best: Candidate, cluster: Cluster) -> None:
     if request.tokens <= 0:
         raise UserError(f"--tokens {request.tokens:g} must be over 0, as 2e12")
     seconds = request.tokens / (best.tokens_per_s() * request.gpus)
-    hours = seconds / HOUR_S * request.gpus
-    print(
-        f"{request.tokens:.3g} tokens: {seconds / HOUR_S / 24:.1f} days, {hours:,.0f} GPU-hours, without failures",
-        end="",
-    )
     price = request.price_per_gpu_hour or cluster.price_per_gpu_hour
-    print(f"; at {price:g} per GPU-hour {hours * price:,.0f}" if price else "")
+    print(f"{request.tokens:.3g} tokens without a failure: {_bill(seconds, request.gpus, price)}")
+    profile = find_profile("llama3")
+    job = Job(request.gpus, profile.rate_per_gpu_month, profile.hardware_share, gpus_per_node=cluster.gpus_per_node)
+    job = replace(job, interval_s=best_interval_s(1.0 / job.failures_per_s, job.write_s))
+    share = goodput(job)
+    print(
+        f"with Llama 3's failure rate, {job.detect_s:.0f} s to notice, {job.restart_s:.0f} s to restart and a "
+        f"checkpoint of {job.write_s:.0f} s every {job.interval_s / 60:.0f} min, goodput is {share:.1%}: "
+        f"{_bill(seconds / share, request.gpus, price)} (llm-parallel goodput for other rates)"
+    )
+
+
+def _bill(seconds: float, gpus: int, price: float | None) -> str:
+    hours = seconds / HOUR_S * gpus
+    cost = f", {hours * price:,.0f} at {price:g} per GPU-hour" if price else ""
+    return f"{seconds / HOUR_S / 24:.1f} days, {hours:,.0f} GPU-hours{cost}"
 
 
 def write_run_file(request: Request, shape: Shape, best: Candidate, cluster: Cluster) -> None:

@@ -31,7 +31,10 @@ def test_the_best_layouts(tmp_path: Path) -> None:
     assert best["mfu_full"] == pytest.approx(rate * (6 * matrices + square) / 989.4e12)
     assert best["mfu_causal"] == pytest.approx(rate * (6 * matrices + square / 2) / 989.4e12)
     hours = 2e12 / rate / 3600
-    assert f"{hours:,.0f} GPU-hours" in done.stdout and f"{2 * hours:,.0f}" in done.stdout
+    assert f"{hours:,.0f} GPU-hours, {2 * hours:,.0f} at 2 per GPU-hour" in done.stdout
+    share = float(done.stdout.split("goodput is ")[1].split("%")[0]) / 100
+    days = float(done.stdout.split("goodput is ")[1].split(": ")[1].split(" days")[0])
+    assert 0.9 < share < 1 and days == pytest.approx(hours / 256 / 24 / share, rel=2e-3)
     assert "Predicted, not measured. Expected error of the step time:" in done.stdout
     written = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert written["parallel"]["tp"] == best["layout"]["tp"] and written["train"]["global_batch_size"] == 1024
