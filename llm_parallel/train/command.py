@@ -83,11 +83,15 @@ def show_plan(config: RunConfig, world_size: int | None) -> None:
     print("\n".join(rank_table(layout)))
     show_mixture(config)
     found = memory(shape_of(config.model), strategy_of(config, layout.world_size))
-    named = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in found.by_kind().items())
+    named = ", ".join(f"{name} {_size(size)}" for name, size in found.by_kind().items())
     print(
-        f"predicted memory of the fullest process: {found.total / 2**30:.2f} GiB of tensors ({named}), and about "
-        f"{CONTEXT_BYTES / 2**30:.0f} GiB of context on a GPU"
+        f"predicted memory of the fullest process: {_size(found.total)} of tensors ({named}), and about "
+        f"{_size(CONTEXT_BYTES)} of context on a GPU"
     )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _notice(text: str) -> None:
