@@ -210,8 +210,10 @@ class CheckpointStore:
     def _explained(self, error: BaseException) -> Exception:
         text = f"{error} {getattr(error, 'failures', '')}"
         free = shutil.disk_usage(self.folder).free
-        # Of a failed write of common.pt torch says only "iostream error".
-        full = "No space left" in text or (isinstance(error, RuntimeError) and free < SPARE_BYTES)
+        # Of a failed write of common.pt torch says only "iostream error"; of a short one, "unexpected pos", and by then
+        # another writer's file may have been removed.
+        full = "No space left" in text or "unexpected pos" in text
+        full = full or (isinstance(error, RuntimeError) and free < SPARE_BYTES)
         if getattr(error, "errno", None) == errno.ENOSPC or full:
             return UserError(
                 f"the disk of {self.folder} became full while a checkpoint was saved ({free / 2**20:.0f} MiB free); "
