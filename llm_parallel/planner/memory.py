@@ -79,7 +79,7 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
     tokens, tp = strategy.tokens, strategy.tp
     whole = tp if strategy.sequence_parallel else 1  # what sequence parallelism divides
     if kept == "full":
-        return size * tokens * shape.hidden / whole
+        return size * tokens * shape.hidden / whole  # its input
     if kept == "ops":
         products = shape.channels * (2 * shape.heads + 2 * shape.groups) + (2 * shape.ffn if shape.gated else shape.ffn)
         rows = 2 * shape.hidden / whole + (products / 2 + shape.heads * shape.channels) / tp
@@ -94,7 +94,26 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
         found += per_score * tokens * strategy.seq * shape.heads / tp
     elif strategy.flash:
         found += 4 * tokens * shape.heads / tp  # logarithms of the sums, fp32
+    if strategy.cp > 1 and not strategy.te:
+        found += _gathered_attention(shape, strategy)
     return found
+
+
+def _gathered_attention(shape: Shape, strategy: Strategy) -> float:
+    """What our context parallelism keeps more than a ring: keys and values of the whole sample, and the outputs of the
+    rank's two pieces beside the two as one."""
+    size = 4 if strategy.precision == "fp32" else 2
+    others = strategy.tokens * (strategy.cp - 1)
+    keys_values = 2 * max(shape.groups / strategy.tp, 1) * shape.channels * others
+    return size * (keys_values + strategy.tokens * shape.heads * shape.channels / strategy.tp)
+
+
+def recomputed_activations(shape: Shape, strategy: Strategy) -> float:
+    """Bytes that the backward of one recomputed layer holds beside what it kept."""
+    if strategy.recompute not in ("full", "ops"):
+        return 0.0
+    again = layer_activations(shape, strategy, "none")
+    return again - layer_activations(shape, strategy, "full") if strategy.recompute == "full" else again
 
 
 def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
@@ -116,8 +135,9 @@ def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
         # Input of the norm and of the output projection, and the logits; ours writes their gradient over them.
         rows = 2 * size * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
         logits = tokens * (rows + max(size, strategy.logit_bytes) * shape.vocab / strategy.tp)
-    # Backward of a recomputed layer holds all that it would have kept; every backward the gradient of one MLP.
-    again = layer_activations(shape, strategy, "none") if strategy.recompute in ("full", "ops") else 0.0
+    # Backward of a recomputed layer holds all that it would have kept (its input is kept already); every backward the
+    # gradient of one MLP.
+    again = recomputed_activations(shape, strategy)
     gradient = size * tokens * shape.ffn * (2 if shape.gated else 1) / strategy.tp
     gathered = size * tokens * shape.hidden if strategy.sequence_parallel and strategy.tp > 1 else 0.0
     full_layer = 2 * size * shape.layer_parameters / strategy.tp if strategy.zero == 3 else 0.0
