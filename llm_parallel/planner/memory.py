@@ -94,7 +94,7 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
         found += per_score * tokens * strategy.seq * shape.heads / tp
     elif strategy.flash:
         found += 4 * tokens * shape.heads / tp  # logarithms of the sums, fp32
-    if strategy.cp > 1 and not strategy.te:
+    if strategy.cp > 1 and strategy.cp_gathers:
         found += _gathered_attention(shape, strategy)
     return found
 

@@ -220,7 +220,8 @@ def _strategy(record: Mapping[str, str], family: Family, note: str) -> Strategy:
         recompute=_recompute(recompute, record["source"]),  # type: ignore[arg-type]
         sequence_parallel=sequence and tp > 1, zero=zero, precision=precision, flash=family.flash,  # type: ignore[arg-type]
         overlap_tp=family.overlap_tp or asynchronous, overlap_dp=family.overlap_dp, overlap_pp=family.overlap_pp,
-        grad_bytes=family.grad_bytes, te=family.te, logit_bytes=family.logit_bytes,
+        grad_bytes=family.grad_bytes, te=family.te, cp_gathers=not family.te,
+        logit_bytes=family.logit_bytes,
         fused="torchtitan" not in record["source"] or "compile" in note,
     )  # fmt: skip
 

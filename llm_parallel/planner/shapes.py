@@ -65,7 +65,8 @@ class Strategy:
     writes its scores; te: with Transformer Engine's kernels; fused: elementwise operators are, by hand or by a
     compiler; logit_bytes: what a logit takes at the loss, with its gradient and copies; the overlaps say whether that
     communication runs beside compute; stage_layers: layers of each chunk where they are not even, in the order of
-    virtual stages."""
+    virtual stages; cp_gathers: context parallelism keeps the whole sample's keys and values, as ours does, not a
+    ring's."""
 
     gpus: int
     global_batch: int
@@ -81,6 +82,7 @@ class Strategy:
     precision: Precision = "bf16"
     flash: bool = True
     te: bool = False
+    cp_gathers: bool = True
     fused: bool = True
     overlap_tp: bool = False
     overlap_dp: bool = True

@@ -116,9 +116,9 @@ def test_layers_that_do_not_divide_and_given_ones() -> None:
 
 def test_context_parallelism_divides_activations() -> None:
     one = Strategy(gpus=8, global_batch=8, micro_batch=1, seq=8192)
-    four = Strategy(gpus=8, global_batch=8, micro_batch=1, seq=8192, cp=4, te=True)
+    four = Strategy(gpus=8, global_batch=8, micro_batch=1, seq=8192, cp=4, cp_gathers=False)
     assert layer_activations(LLAMA_70B, four) == layer_activations(LLAMA_70B, one) / 4
     # Ours gathers the other ranks' keys and values (8 groups of 128), and keeps attention's output twice (64 heads).
-    ours = layer_activations(LLAMA_70B, replace(four, te=False)) - layer_activations(LLAMA_70B, four)
+    ours = layer_activations(LLAMA_70B, replace(four, cp_gathers=True)) - layer_activations(LLAMA_70B, four)
     assert ours == 2 * 128 * (2 * 8 * (8192 - 2048) + 64 * 2048)
     assert memory(LLAMA_70B, four).optimizer == memory(LLAMA_70B, one).optimizer

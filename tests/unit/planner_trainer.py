@@ -1,0 +1,130 @@
+"""What one rank of our trainer really holds, by kind, for tests of the planner's memory model."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+
+from llm_parallel.config.tree import DataConfig, KernelsConfig, ModelConfig, RunConfig, TrainConfig
+from tests.distributed.job import changed, open_engine
+
+KERNELS = ("rms_norm", "rope", "attention", "swiglu", "cross_entropy")
+SEQ, BATCH = 32, 2
+
+
+def base_config() -> RunConfig:
+    """Small, but with widths that differ from each other, so that no term can stand in for another."""
+    return RunConfig(
+        device="cpu",
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=256,
+            ffn_hidden_size=704,
+            num_attention_heads=8,
+            num_query_groups=4,
+            vocab_size=1024,
+            max_seq_length_tokens=SEQ,
+        ),
+        data=DataConfig(seq_length_tokens=SEQ),
+        train=TrainConfig(global_batch_size=BATCH, steps=1, precision="bf16"),
+        kernels=KernelsConfig(**dict.fromkeys(KERNELS, "triton")),
+    )
+
+
+class Saved:
+    """Bytes of all storages that autograd holds for backward, now and at most; weights and given ones not counted."""
+
+    def __init__(self, excluded: set[int]) -> None:
+        self.excluded, self.holders = excluded, Counter[int]()
+        self.now = self.most = 0
+        self.shapes: dict[int, str] = {}
+        self.at_most: list[str] = []
+
+    def pack(self, x: torch.Tensor) -> Held:
+        """Counts a saved tensor until autograd lets go of it."""
+        return Held(self, x)
+
+    def add(self, x: torch.Tensor) -> None:
+        """One more holder of a storage."""
+        number = x.untyped_storage().data_ptr()
+        self.holders[number] += 1
+        if self.holders[number] == 1 and number not in self.excluded:
+            self.now += x.untyped_storage().nbytes()
+            self.shapes[number] = f"{tuple(x.shape)} {x.dtype}"
+            if self.now > self.most:
+                self.most, self.at_most = self.now, list(self.shapes.values())
+
+    def drop(self, x: torch.Tensor) -> None:
+        """One holder less."""
+        number = x.untyped_storage().data_ptr()
+        self.holders[number] -= 1
+        if not self.holders[number] and number not in self.excluded:
+            self.now -= x.untyped_storage().nbytes()
+            self.shapes.pop(number)
+
+
+class Held:
+    """A tensor as autograd keeps it."""
+
+    def __init__(self, saved: Saved, x: torch.Tensor) -> None:
+        self.saved, self.x = saved, x
+        saved.add(x)
+
+    def __del__(self) -> None:
+        self.saved.drop(self.x)
+
+
+def nbytes(tensors: Any) -> int:
+    """Bytes of some tensors."""
+    return sum(x.nbytes for x in tensors)
+
+
+def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of this rank by kind, after one step; its pipeline rank."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from llm_parallel.data.loader import Batch
+    from llm_parallel.parallel.groups import close_groups
+    from llm_parallel.train.step import apply_gradient, forward_backward
+
+    config = changed(base_config(), changes)
+    engine = open_engine(config, rank, world_size)
+    buffers = [buffer for chunk in engine.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    weights = {p.untyped_storage().data_ptr() for m in engine.models for p in m.parameters()}
+    generator = torch.Generator().manual_seed(0)
+    size = config.train.micro_batch_size
+
+    def batch() -> Batch:
+        tokens = torch.randint(0, 1000, (size, SEQ + 1), generator=generator)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, SEQ), None)
+
+    layout = engine.groups.layout
+    batches = [batch() for _ in range(layout.num_micro_batches(config.train.global_batch_size))]
+    given = {x.untyped_storage().data_ptr() for item in batches for x in (item.tokens, item.labels, item.loss_mask)}
+    saved = Saved(weights | given)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.x):
+        outcome = forward_backward(engine, batches)
+    apply_gradient(engine, outcome, 1e-3, 1.0)
+    found = {
+        "weights": nbytes(p for m in engine.models for p in m.parameters()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "optimizer": _optimizer_bytes(engine, weights),
+        "saved": saved.most,
+        "shapes": Counter(saved.at_most),
+        "pp": engine.groups.at.pp,
+    }
+    close_groups(world=False)
+    return found
+
+
+def _optimizer_bytes(engine: Any, weights: set[int]) -> int:
+    """Moments, and the fp32 master weights."""
+    total = 0
+    for part in engine.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            total += nbytes(p for p in group["params"] if p.untyped_storage().data_ptr() not in weights)
+        for state in part.optimizer.state.values():
+            total += nbytes(x for x in state.values() if isinstance(x, torch.Tensor) and x.numel() > 1)
+    return total

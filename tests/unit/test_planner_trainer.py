@@ -1,0 +1,61 @@
+"""The memory model against what our trainer really allocates: 15 layouts, by kind, on every rank.
+
+Triton's interpreter runs the kernels that a GPU would, so autograd holds what it would hold there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm_parallel.planner.memory import memory_of_stage, recomputed_activations
+from llm_parallel.planner.shapes import shape_of, strategy_of
+from tests.harness import run_ranks
+from tests.unit.planner_trainer import base_config, changed, measure
+
+TOLERANCE = 0.03
+STATES = ("weights", "gradients", "optimizer")
+
+pytestmark = [pytest.mark.gloo, pytest.mark.slow]
+pytest.importorskip("triton", reason="the kernels need triton")
+
+
+def _p(**parallel: Any) -> dict[str, Any]:
+    return {f"parallel.{name}": value for name, value in parallel.items()}
+
+
+LAYERS = {"model.num_layers": 4}
+ROWS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "micro batch 2, tied": (1, {"train.micro_batch_size": 2, "model.tie_embeddings": True}),
+    "fp32": (1, {"train.precision": "fp32"}),
+    "full recompute": (1, _p(recompute="full") | LAYERS),
+    "multi-head attention": (1, {"model.num_query_groups": 8}),
+    "TP2": (2, _p(tp=2)),
+    "TP2 without SP": (2, _p(tp=2, sequence_parallel=False)),
+    "DP2": (2, _p(dp=2)),
+    "DP2, optimizer not sharded": (2, _p(dp=2, distributed_optimizer=False)),
+    "CP2": (2, _p(cp=2)),
+    "TP2 CP2": (4, _p(tp=2, cp=2)),
+    "PP2": (2, _p(pp=2)),
+    "PP2, tied": (2, _p(pp=2) | {"model.tie_embeddings": True}),
+    "PP2 VPP2": (2, _p(pp=2, vpp=2) | LAYERS),
+    "TP2 PP2": (4, _p(tp=2, pp=2)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_kind_is_what_the_trainer_holds(name: str) -> None:
+    world, changes = ROWS[name]
+    config = changed(base_config(), changes)
+    shape, strategy = shape_of(config.model), strategy_of(config, world)
+    for found in run_ranks(measure, world, changes, timeout_s=280.0):
+        expected = memory_of_stage(shape, strategy, found["pp"])
+        again = recomputed_activations(shape, strategy)
+        saved = expected.activations + max(expected.logits, again)  # the loss is over before a layer is run again
+        errors = [f"{getattr(expected, kind) / found[kind] - 1:+.2%}" for kind in STATES]
+        print(f"| {name} | {found['pp']} | {' | '.join(errors)} | {saved / found['saved'] - 1:+.2%} |")
+        for kind in STATES:
+            assert getattr(expected, kind) == pytest.approx(found[kind], rel=TOLERANCE), kind
+        assert saved == pytest.approx(found["saved"], rel=TOLERANCE), found["shapes"]
