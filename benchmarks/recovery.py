@@ -40,8 +40,9 @@ RUNS = {
     "TP 2 x DP 2": ["parallel.tp=2", "parallel.dp=2"],
     "PP 2 x DP 2": ["parallel.pp=2", "parallel.dp=2"],
 }
-KINDS = ("kill", "stop", "agent", "node", "store")
-"""Faults of ours: ``store`` is the node of rank 0, which serves the generation's store."""
+KINDS = ("kill", "stop", "agent", "node", "store", "two", "during", "nan")
+"""Faults of ours: ``store`` is the node of rank 0, which serves the generation's store; ``two`` kills a worker and
+loses another node at once; ``during`` kills a second worker while the first one's fault is being mended."""
 TORCHRUN_KINDS = ("kill", "node", "agent", "stop")
 TORCHRUN_LIMIT_S = 60.0
 # Detection after two lost heartbeats of a second, and a round that closes a second after the last node came.
@@ -73,6 +74,19 @@ def prepare(folder: Path) -> Path:
     return path
 
 
+def strike(run: LiveRun, kind: str, rank: int) -> float:
+    """Causes one fault; its Unix time."""
+    other = rank % 3 + 1
+    if kind == "store":
+        return run.cause("node", 0)
+    if kind in ("two", "during"):
+        began = run.cause("kill", rank)
+        time.sleep(0.15 if kind == "during" else 0.0)
+        run.cause("node" if kind == "two" else "kill", other)
+        return began
+    return run.cause(kind, rank, **({"left": 1} if kind == "nan" else {}))
+
+
 def drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict[str, Any]:
     """All kinds of faults in one run of one layout."""
     reference = LiveRun.start(run_file, [*RUNS[name], "train.steps=60"], folder / f"{name}-undisturbed", 4, 4)
@@ -88,7 +102,7 @@ def drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict[str, Any
             )
             run.reach(run.steps()[-1]["step"] + 6)
             before = run.steps()[-1]["step"]
-            fault_s = run.cause("node", 0) if kind == "store" else run.cause(kind, 1 + number % 3)
+            fault_s = strike(run, kind, 1 + number % 3)
             step = run.first_step_after(fault_s)
             detected = next(e for e in run.events("detect") if unix_time(e) >= fault_s - 0.01)
             made = [record for record in run.steps() if record["step"] >= step["step"]]
@@ -187,14 +201,14 @@ class Torchrun:
 
 
 def torchrun_drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict[str, list[float | None]]:
-    """Recovery times of torchrun; faults that it does not notice are tried once."""
+    """Recovery times of torchrun; None where it took longer than TORCHRUN_LIMIT_S."""
     found: dict[str, list[float | None]] = {}
     # A world of three has no place for TP 2 or PP 2.
     kinds = TORCHRUN_KINDS if name == "DP 4" else ("kill",)
     overrides = [text for text in RUNS[name] if not text.startswith("parallel.dp=")]
     for kind in kinds:
         found[kind] = []
-        for number in range(rounds if kind in ("kill", "node") else 1):
+        for number in range(rounds):
             job = Torchrun(run_file, folder / f"torchrun-{name}-{kind}-{number}", overrides)
             try:
                 found[kind].append(job.recover_s(kind))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -13,6 +14,7 @@ import torch
 
 if importlib.util.find_spec("hypothesis") is None:  # a lent GPU machine may have pytest and no more
     absent = types.ModuleType("hypothesis")
+    absent.__spec__ = importlib.machinery.ModuleSpec("hypothesis", None)  # torch looks for it when it is imported
     absent.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")  # type: ignore[attr-defined]
     absent.settings = lambda *_, **__: lambda test: test  # type: ignore[attr-defined]
     absent.strategies = absent.HealthCheck = MagicMock()  # type: ignore[attr-defined]

@@ -380,7 +380,9 @@ class Controller:
         while True:
             await asyncio.sleep(self.fleet.tick_s)
             now = time.monotonic()
-            if self.fleet.phase in (Phase.TRAINING, Phase.WAITING):  # a start takes the time that a recovery needs
+            # A start takes time that a recovery, and the first step after it, need.
+            recovered = self.fleet.phase is Phase.TRAINING and self.fleet.step > self.journal.resumed_step
+            if recovered or self.fleet.phase is Phase.WAITING:
                 while self.fleet.to_restart:
                     self.agents.start(self.fleet.to_restart.pop())
             if now - last_beat >= elastic.heartbeat_s:
