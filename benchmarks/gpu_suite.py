@@ -87,7 +87,7 @@ def tests(seconds: float) -> dict[str, Any]:
     """The kernels' own tests on this machine."""
     report = Path(os.environ["SUITE_OUT"]) / "tests.xml"
     command = [
-        sys.executable, "-m", "pytest", str(ROOT / "kernels"), "-q", "-p", "no:cacheprovider", "-k",
+        sys.executable, "-m", "pytest", str(ROOT / "kernels"), "-v", "-p", "no:cacheprovider", "-k",
         "not every_configuration", f"--junitxml={report}", "--tb=line",
     ]  # fmt: skip
     try:
@@ -95,9 +95,17 @@ def tests(seconds: float) -> dict[str, Any]:
         output, code = done.stdout, done.returncode
     except subprocess.TimeoutExpired as error:
         output, code = (error.stdout or b"").decode(errors="replace"), None
-    counts = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|skipped|error)", output)}
-    failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.M)
-    return {"exit": code, "counts": counts, "failures": failures[:60], "tail": output[-4000:]}
+    return {"exit": code, **outcomes(output), "tail": output[-4000:]}
+
+
+def outcomes(output: str) -> dict[str, Any]:
+    """How each test of pytest's verbose output ended; what was not reached in time is counted too."""
+    ended = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.M)
+    counts = {kind.lower(): sum(k == kind for _, k in ended) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    selected = re.search(r"\bcollected (\d+) items?(?: / (\d+) deselected)?", output, re.M)
+    if selected:
+        counts["not reached"] = int(selected[1]) - int(selected[2] or 0) - len(ended)
+    return {"counts": counts, "failures": [name for name, kind in ended if kind in ("FAILED", "ERROR")][:60]}
 
 
 def kernels(seconds: float) -> dict[str, Any]:
@@ -295,7 +303,8 @@ def summary(out: Path) -> str:
         if problem:
             lines.append(f"\n**{name} is wrong**: {problem}")
     tested = found["tests"].get("result", {})
-    lines.append(f"\nKernel tests: {tested.get('counts')}")
+    counts = ", ".join(f"{count} {name}" for name, count in tested.get("counts", {}).items())
+    lines.append(f"\nKernel tests: {counts or 'none ran'}")
     lines += [f"- {failure}" for failure in tested.get("failures", [])]
     measured = found["kernels"].get("result") or _read(out / "kernels.partial.json") or {}
     if measured.get("rows"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_suite import BUDGET_S, ROOT, STAGES, summary
+from benchmarks.gpu_suite import BUDGET_S, ROOT, STAGES, outcomes, summary
 
 
 def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,3 +70,24 @@ def test_summary_of_partial_results(tmp_path: Path) -> None:
     assert "| 1b | ours |" in text and "no time left" in text
     assert "| ours | 1,000 |" in text
     assert sum(STAGES.values()) < BUDGET_S
+
+
+def test_tests_that_were_cut_off_are_counted(tmp_path: Path) -> None:
+    """A real pytest run, killed in its third of five tests."""
+    (tmp_path / "test_them.py").write_text(
+        "import time, pytest\n"
+        "def test_good(): pass\n"
+        "@pytest.mark.parametrize('name', ['two words'])\n"
+        "def test_bad(name): assert False\n"
+        "def test_long(): time.sleep(60)\n"
+        "def test_never(): pass\n"
+        "def test_left_out(): pass\n"
+    )
+    command = [sys.executable, "-u", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", "not left_out", "."]
+    try:
+        output = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=20).stdout
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+    found = outcomes(output.decode())
+    assert found["counts"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 0, "not reached": 2}
+    assert len(found["failures"]) == 1 and "test_bad[two words]" in found["failures"][0]
