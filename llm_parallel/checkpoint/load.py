@@ -21,11 +21,13 @@ from llm_parallel.checkpoint.content import (
     training_state,
 )
 from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.checkpoint.integrity import damage
 from llm_parallel.checkpoint.optimizer import allocate_moments, distributed_parts, load_optimizer_state
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
+from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.wrap import Engine
 
 # CheckpointException, in which every process learns of another's failure, is no Exception.
@@ -67,6 +69,14 @@ def load_weights(path: str | Path, models: Sequence[Any]) -> None:
     folder = find_checkpoint(path)
     check_same_architecture(folder, read_config(folder).model, models[0].run_config.model)
     load_models(models, _load(folder, model_state(models, models[0].groups)))
+
+
+def refuse_damaged(path: str | Path, groups: Groups) -> None:
+    """Raises UserError, in every process of the job, if files of a checkpoint are not as they were written."""
+    folder = find_checkpoint(path)
+    wrong = damage(folder, groups)
+    if wrong is not None:
+        raise UserError(f"{folder} is damaged ({wrong}); give another checkpoint")
 
 
 def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:

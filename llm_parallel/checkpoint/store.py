@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.content import metadata, training_state, write_config
 from llm_parallel.checkpoint.folders import LATEST_NAME, complete_checkpoints, folder_name, latest_checkpoint, step_of
+from llm_parallel.checkpoint.integrity import damage, seal_folder
 from llm_parallel.checkpoint.optimizer import allocate_moments
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.writer import in_one_process, use_forked_results
@@ -53,9 +54,51 @@ class CheckpointStore:
         self._queue = AsyncCallsQueue()
         self._saving: Path | None = None
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None. What killed saves left is not looked at."""
-        return latest_checkpoint(self.folder)
+    def latest(self) -> tuple[Path | None, list[str]]:
+        """The newest complete checkpoint whose files are as they were written, or None if there never was one, and what
+        was passed over, in words: a damaged one is renamed, so that its step can be saved again.
+
+        What killed saves left is not looked at. Raises UserError if every checkpoint is damaged."""
+        passed_over: list[str] = []
+        while (newest := self._agreed_latest()) is not None:
+            wrong = damage(newest, self.groups) if self.settings.verify else None
+            if wrong is None:
+                return newest, passed_over
+            problem: Exception | None = None
+            if self.groups.is_first_rank:
+                try:
+                    self._set_aside(newest)
+                except OSError as error:
+                    problem = UserError(
+                        f"{newest} is damaged ({wrong}) and cannot be renamed ({error.strerror}); remove it"
+                    )
+            try:
+                self._agree(problem)
+            except CheckpointException as error:
+                raise UserError(f"{newest} is damaged and cannot be renamed; rank 0 says why") from error
+            passed_over.append(f"{newest.name} is damaged ({wrong}) and was set aside")
+        if passed_over:
+            raise UserError(
+                f"no checkpoint of {self.folder} is left: {'; '.join(passed_over)}; give another run_dir, or remove "
+                "the folder to begin anew"
+            )
+        return None, []
+
+    def _agreed_latest(self) -> Path | None:
+        """What rank 0 sees as the newest: others may see an older folder."""
+        newest = latest_checkpoint(self.folder) if self.groups.is_first_rank else None
+        (number,) = self.groups.sum_over_world(float((step_of(newest) or 0) + 1) if newest else 0.0)
+        return self.folder / folder_name(int(number) - 1) if number else None
+
+    def _set_aside(self, damaged: Path) -> None:
+        """Renames a damaged checkpoint and makes the one before it the latest."""
+        number = len(list(self.folder.glob(f"{damaged.name}.damaged*")))
+        damaged.rename(self.folder / f"{damaged.name}.damaged{number or ''}")
+        fsync_dir(self.folder)
+        before = complete_checkpoints(self.folder)
+        if before:
+            with atomic_write(self.folder / LATEST_NAME) as handle:
+                handle.write(str(step_of(before[-1])))
 
     def save(self, engine: Engine, state: TrainState, *, blocking: bool = False) -> None:
         """Saves weights, optimizer and counters. In the background (``checkpoint.asynchronous``) this returns when the
@@ -171,6 +214,7 @@ class CheckpointStore:
 
     def _rename(self, saving: Path, final: Path) -> None:
         save_config(CheckpointingConfig("torch_dist", 1), str(saving))
+        seal_folder(saving)
         for path in [*saving.rglob("*"), saving]:
             if path.is_dir():
                 fsync_dir(path)

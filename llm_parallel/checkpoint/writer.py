@@ -8,10 +8,13 @@ import queue
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from llm_parallel.checkpoint.integrity import seal_file
 
 LENGTH = struct.Struct("<Q")
 
@@ -81,5 +84,10 @@ def _write(transforms: list[Any], _rank: int, buckets: list[Any], results: Forke
                 FileSystemWriterAsync.write_preloaded_data, transforms, number, bucket, outcomes, unfinished, True
             )
     written = dict(outcomes.get_nowait() for _ in buckets)
+    try:
+        for path, *_ in buckets:
+            seal_file(Path(path))
+    except OSError as error:
+        written[-1] = error
     failed = [outcome for outcome in written.values() if isinstance(outcome, Exception)]
     results.put(failed[0] if failed else written)

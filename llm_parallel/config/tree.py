@@ -255,6 +255,9 @@ class CheckpointConfig(Node):
     none of its own; any layout."""
     load_optimizer: bool = True
     """Take optimizer state and the sample counter from ``load`` too; false starts a new schedule from its weights."""
+    verify: bool = True
+    """Compare every file's checksum before a checkpoint is loaded, for which the processes together read it once more;
+    a damaged one of the run's own is set aside and the one before it taken."""
 
 
 class LogConfig(Node):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from llm_parallel.checkpoint.load import load_checkpoint
+from llm_parallel.checkpoint.load import load_checkpoint, refuse_damaged
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.rules import check_config
@@ -146,9 +146,9 @@ def resume(config: RunConfig, engine: Engine, store: CheckpointStore) -> tuple[T
     """Loads the run's newest checkpoint, else ``checkpoint.load`` (ours or a Hugging Face folder), else nothing.
 
     Returns the state to go on from, and in words where it came from."""
-    latest = store.latest()
+    latest, passed_over = store.latest()
     if latest is not None:
-        return load_checkpoint(latest, engine, config), f"resumed from {latest}"
+        return load_checkpoint(latest, engine, config), "; ".join([f"resumed from {latest}", *passed_over])
     if config.checkpoint.load is None:
         return TrainState(), "new run"
     if is_hf_folder(config.checkpoint.load):
@@ -156,6 +156,8 @@ def resume(config: RunConfig, engine: Engine, store: CheckpointStore) -> tuple[T
         engine.optimizer.reload_model_params()
         return TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}"
     with_optimizer = config.checkpoint.load_optimizer
+    if config.checkpoint.verify:
+        refuse_damaged(config.checkpoint.load, engine.groups)
     state = load_checkpoint(config.checkpoint.load, engine, config, load_optimizer=with_optimizer)
     return state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}"
 

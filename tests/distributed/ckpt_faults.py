@@ -250,7 +250,8 @@ def kept_job(rank: int, world_size: int, folder: str) -> list[tuple[list[str], i
     store, found = open_store(engine, config, folder), []
 
     def note() -> None:
-        latest = store.latest()
+        latest, passed_over = store.latest()
+        assert not passed_over
         assert latest is not None
         state = TrainState.read(latest)
         found.append((sorted(path.name for path in Path(folder).glob("iter_*")), state.step, state.num_skipped))
