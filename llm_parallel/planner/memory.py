@@ -87,7 +87,7 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
     # Inputs of two norms, of QKV and of the first MLP matrix.
     rows = 4 * size * shape.hidden + (2 * shape.hidden if shape.dropout else 0)
     attention = size * shape.channels * (2 * shape.heads + 2 * shape.groups)  # q, k, v, and what the projection reads
-    mlp = size * shape.ffn * (3 if shape.gated else 2)
+    mlp = size * shape.ffn * (2 + shape.gated + (shape.gated and strategy.keeps_gate))
     found = tokens * (rows / whole + (attention + mlp) / tp)
     if not strategy.flash and kept != "selective":
         per_score = 2 * size + (1 if shape.dropout else 0)  # softmax, its dropout, and the mask
@@ -118,38 +118,79 @@ def recomputed_activations(shape: Shape, strategy: Strategy) -> float:
 
 def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
     """Bytes of one GPU of a stage."""
+    weights, gradients, optimizer = _states(shape, strategy, stage)
+    layers = stage_layers(shape, strategy)[stage]
+    chunk_layers = sum(layers) / strategy.vpp
+    activations = in_flight(strategy, stage) * chunk_layers * layer_activations(shape, strategy)
+    return Memory(
+        stage=stage,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        logits=_logits(shape, strategy) if stage == strategy.pp - 1 else 0.0,
+        temporary=_temporary(shape, strategy) + _received(shape, strategy, stage),
+    )
+
+
+def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer state.
+
+    Fully sharded data parallelism (FSDP2) keeps fp32 weights, gradients and two moments, 16 bytes, in shards. Under a
+    pipeline (torch.distributed.pipelining) a stage's weights stay gathered, and its gradients are summed whole, in
+    fp32, until the last micro batch's backward; of several chunks one at a time."""
     parameters = parameters_of_stage(shape, strategy, stage)
     size = 4 if strategy.precision == "fp32" else 2
     replicas = strategy.dp * strategy.cp
-    shards = replicas if strategy.zero >= 1 else 1
-    whole = replicas if strategy.zero == 3 else 1
+    if strategy.zero == 3:
+        shard = 4.0 * parameters / replicas
+        gathered = parameters if strategy.pp > 1 else 0.0
+        return shard + size * gathered, shard + 4 * gathered / strategy.vpp, 2 * shard
     states = 8 if strategy.precision == "fp32" else 12
-    layers = stage_layers(shape, strategy)[stage]
-    per_layer = layer_activations(shape, strategy)
-    chunk_layers = sum(layers) / strategy.vpp
-    activations = in_flight(strategy, stage) * chunk_layers * per_layer
-    last = stage == strategy.pp - 1
-    tokens = strategy.tokens
-    logits = 0.0
-    if last:
-        # Input of the norm and of the output projection, and the logits; ours writes their gradient over them.
-        rows = 2 * size * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
-        logits = tokens * (rows + max(size, strategy.logit_bytes) * shape.vocab / strategy.tp)
-    # Backward of a recomputed layer holds all that it would have kept (its input is kept already); every backward the
-    # gradient of one MLP.
-    again = recomputed_activations(shape, strategy)
-    gradient = size * tokens * shape.ffn * (2 if shape.gated else 1) / strategy.tp
-    gathered = size * tokens * shape.hidden if strategy.sequence_parallel and strategy.tp > 1 else 0.0
-    full_layer = 2 * size * shape.layer_parameters / strategy.tp if strategy.zero == 3 else 0.0
-    return Memory(
-        stage=stage,
-        weights=size * parameters / whole,
-        gradients=strategy.grad_bytes * parameters / whole,
-        optimizer=states * parameters / shards,
-        activations=activations,
-        logits=logits,
-        temporary=again + gradient + gathered + full_layer,
-    )
+    held = strategy.grad_bytes + strategy.copied_grad_bytes
+    return size * parameters, held * parameters, states * parameters / (replicas if strategy.zero == 1 else 1)
+
+
+def _logits(shape: Shape, strategy: Strategy) -> float:
+    """Input of the last norm and of the output projection, and the logits with what the loss makes of them; ours writes
+    their gradient over them. torch.distributed.pipelining returns every micro batch's logits."""
+    size = 4 if strategy.precision == "fp32" else 2
+    rows = 2 * size * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
+    if strategy.zero == 3:  # only layers are compiled there: the last norm keeps its input and result in fp32
+        rows *= 3
+    width = max(size, strategy.logit_bytes)
+    if strategy.zero == 3 and strategy.pp > 1:
+        width += size * strategy.micro_batches
+    return strategy.tokens * (rows + width * shape.vocab / strategy.tp)
+
+
+def _temporary(shape: Shape, strategy: Strategy) -> float:
+    """What lives within one layer's backward: all that a recomputed layer would have kept (its input is kept already),
+    the gradient of one MLP, tensor parallelism's gathered input, and FSDP's whole weights and gradients."""
+    size = 4 if strategy.precision == "fp32" else 2
+    found = recomputed_activations(shape, strategy)
+    found += size * strategy.tokens * shape.ffn * (2 if shape.gated else 1) / strategy.tp
+    if not strategy.fused:  # norms' inputs and results in fp32, and the activated gate
+        found += strategy.tokens * (16 * shape.hidden + size * shape.ffn * shape.gated / strategy.tp)
+    if strategy.sequence_parallel and strategy.tp > 1:
+        # DTensor keeps both gathered inputs of a layer and that of the output; asynchronous ones are in NVLink's
+        # symmetric memory, which the allocator does not count.
+        both = 1 if strategy.zero != 3 else 1 + 2 * (not strategy.overlap_tp)
+        found += both * size * strategy.tokens * shape.hidden
+    if strategy.zero == 3:
+        # Two layers' weights (one runs, one is gathered ahead), one's gradient, and its fp32 copy on its way.
+        found += (2 * size + size + 4) * shape.layer_parameters / strategy.tp
+        if strategy.pp == 1:  # the ends stay gathered from forward to backward
+            found += size * shape.vocab * shape.hidden * (1 if shape.tied else 2) / strategy.tp
+    return found
+
+
+def _received(shape: Shape, strategy: Strategy, stage: int) -> float:
+    """torch.distributed.pipelining's buffers: of every micro batch's input, and of its output's gradient."""
+    if strategy.zero != 3 or strategy.pp == 1:
+        return 0.0
+    sides = (stage > 0) + (stage < strategy.pp - 1)
+    return sides * strategy.micro_batches * strategy.vpp * layer_activations(shape, strategy, "full")
 
 
 def memory(shape: Shape, strategy: Strategy) -> Memory:

@@ -38,6 +38,12 @@ class Family:
     te: bool = False
     recompute: str = "none"
     logit_bytes: int = 8
+    copied_grad_bytes: int = 0
+    keeps_gate: bool = False
+    memory_of: str = "not stated"
+    """What its printed peak counts: allocated (tensors) or reserved (what the allocator took from the device)."""
+    memory_of_first: bool = False
+    """Whether it printed the first stage's peak, not the fullest one's."""
     convention: str = "full"
     """FLOPs of printed TFLOP/s and MFU: full (square attention), causal, hardware (recompute counted), six_n."""
 
@@ -56,15 +62,21 @@ _FAMILIES: tuple[tuple[str, Family], ...] = (
     (r"maxtext", Family(zero=3, te=True)),
     (r"dgxc-benchmarking", Family(overlap_tp=True, te=True)),
     (r"mosaicml", Family(gpt=True, zero=3, grad_bytes=2)),
-    (r"torchtitan", Family(zero=3)),
-    (r"nanotron", Family(overlap_dp=False)),
+    # torchtitan/metrics.py: reserved_bytes.all.peak. Its loss in 2024 was not compiled: fp32 logits, log-softmax and
+    # gradient; in the run of 2025 it was: bf16 logits and their gradient.
+    (r"torchtitan.*202412", Family(zero=3, logit_bytes=12, memory_of="reserved")),
+    (r"torchtitan", Family(zero=3, logit_bytes=4, memory_of="reserved", recompute="selective")),
+    # nanotron at 2411b022a: DDP copies bf16 gradients into buckets before fp32 ones; silu's output is kept; logits in
+    # bf16, in fp32, less their maximum, and the bf16 gradient. Rank 0 writes the peak (helpers.py).
+    (r"nanotron", Family(overlap_dp=False, copied_grad_bytes=4, keeps_gate=True, logit_bytes=12, memory_of_first=True)),
 )
 _MOE = re.compile(r"MoE|8x|_a3B|A3B|OSS|DeepSeek|Mixtral|ep=", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement that can be predicted. tokens_per_s: of one GPU; memory_gib: as printed, if it was."""
+    """One measurement that can be predicted. tokens_per_s: of one GPU; memory_gib: as printed, if it was, and whether
+    memory_of means allocated or reserved; memory_of_first: of the first stage, not of the fullest."""
 
     number: int
     source: str
@@ -76,6 +88,8 @@ class Row:
     open_micro_batch: bool
     tokens_per_s: float
     memory_gib: float | None
+    memory_of: str = "not stated"
+    memory_of_first: bool = False
 
     @property
     def step_s(self) -> float:
@@ -154,10 +168,12 @@ def _row(number: int, record: Mapping[str, str]) -> Row:
     strategy = _strategy(record, family, note)
     tokens = _tokens_per_s(record, family, shape, strategy)
     found = re.search(r"mem_gi?b=([\d.]+)", note)
-    unit = 1.0 if found and "mem_gib" in found.group(0) else 1e9 / 2**30
+    # nanotron's "GB" are GiB too: helpers.py divides by 1024**3.
+    unit = 1.0 if found and ("mem_gib" in found.group(0) or "nanotron" in source) else 1e9 / 2**30
     return Row(
         number, short(source), record["model"], chip, cluster, shape, strategy,
-        not (record["micro_batch"] or "").strip(), tokens, float(found.group(1)) * unit if found else None,
+        _open(record, family), tokens, float(found.group(1)) * unit if found else None, family.memory_of,
+        family.memory_of_first,
     )  # fmt: skip
 
 
@@ -202,16 +218,17 @@ def _strategy(record: Mapping[str, str], family: Family, note: str) -> Strategy:
     if gpus % (tp * pp * cp):
         raise _CannotSay(f"{gpus} GPUs are no multiple of TP {tp} x PP {pp} x CP {cp}")
     replicas = gpus // (tp * pp * cp)
-    micro = _optional(record, "micro_batch", 1)
-    local = re.search(r"local batch (\d+)", note)
-    batch = _optional(record, "global_batch", (int(local.group(1)) if local else micro) * replicas)
+    local = _local_batch(note)
+    micro = _optional(record, "micro_batch", local // pp if local else 1)
+    batch = _optional(record, "global_batch", (local or micro) * replicas)
     recompute = (record["recompute"] or family.recompute).strip()
     layers = _number(record, "layers")
-    vpp = _optional(record, "vpp", 1)
+    vpp = _optional(record, "vpp", 2 if "Interleaved" in note else 1)
     if layers < pp * vpp:
         raise _CannotSay(f"{layers} layers on PP {pp} x VPP {vpp}")
     precision = "fp8" if "fp8" in record["precision"] else "bf16"
-    zero = 1 if "ZeRO-1" in note else family.zero
+    stated = re.search(r"ZeRO-([01])", note)
+    zero = int(stated.group(1)) if stated else family.zero
     zero = 3 if re.search(r"\bFSDP=", note) else zero
     asynchronous = "async tp" in note.lower() or "asynctp" in note.lower()
     sequence = family.sequence_parallel or "sequence_parallel" in recompute
@@ -221,9 +238,45 @@ def _strategy(record: Mapping[str, str], family: Family, note: str) -> Strategy:
         sequence_parallel=sequence and tp > 1, zero=zero, precision=precision, flash=family.flash,  # type: ignore[arg-type]
         overlap_tp=family.overlap_tp or asynchronous, overlap_dp=family.overlap_dp, overlap_pp=family.overlap_pp,
         grad_bytes=family.grad_bytes, te=family.te, cp_gathers=not family.te,
-        logit_bytes=family.logit_bytes,
+        logit_bytes=_logit_bytes(family, tp), copied_grad_bytes=family.copied_grad_bytes, keeps_gate=family.keeps_gate,
+        stage_layers=_stage_layers(record, pp, vpp),
         fused="torchtitan" not in record["source"] or "compile" in note,
     )  # fmt: skip
+
+
+def _local_batch(note: str) -> int:
+    """Of a rank; torchtitan's pipelines split it into as many micro batches as they have stages (pipelining_utils.py at
+    9dec370)."""
+    found = re.search(r"local batch (\d+)", note)
+    return int(found.group(1)) if found else 0
+
+
+def _open(record: Mapping[str, str], family: Family) -> bool:
+    """Whether the source says no micro batch."""
+    return not (record["micro_batch"] or "").strip() and not _local_batch(record["note"] or "")
+
+
+def _logit_bytes(family: Family, tp: int) -> int:
+    """torchtitan's loss under tensor parallelism is DTensor's: fp32 log-softmax, zeros, exponentials and their sum."""
+    return 16 if family.zero == 3 and family.logit_bytes == 12 and tp > 1 else family.logit_bytes
+
+
+def _stage_layers(record: Mapping[str, str], pp: int, vpp: int) -> tuple[int, ...] | None:
+    """Layers of each chunk where a source's software does not spread them evenly."""
+    layers = _number(record, "layers")
+    if pp == 1:
+        return None
+    if "torchtitan" in record["source"]:  # generate_split_points: only middle stages get one more
+        least, rest = divmod(layers, pp * vpp)
+        chunks = [least + (0 < number <= rest) for number in range(pp * vpp)]
+        return (*chunks[:-1], layers - sum(chunks[:-1]))
+    if "nanotron" in record["source"]:  # build_model: a stage ends with the block that exceeds its share of products
+        hidden, ffn = _number(record, "hidden"), _number(record, "ffn")
+        layer = 4 * hidden**2 + 3 * hidden * ffn
+        whole = layers * layer + hidden * _number(record, "vocab")
+        ends = [min(layers, int(whole * (stage + 1) / pp / layer) + 1) for stage in range(pp - 1)] + [layers]
+        return tuple(end - begin for begin, end in zip([0, *ends], ends))
+    return None
 
 
 def _recompute(text: str, source: str) -> str:

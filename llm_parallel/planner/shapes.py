@@ -63,10 +63,11 @@ class Shape:
 class Strategy:
     """How a model is trained on ``gpus``. zero: 0 (DDP), 1 (sharded optimizer) or 3 (FSDP); flash: attention never
     writes its scores; te: with Transformer Engine's kernels; fused: elementwise operators are, by hand or by a
-    compiler; logit_bytes: what a logit takes at the loss, with its gradient and copies; the overlaps say whether that
-    communication runs beside compute; stage_layers: layers of each chunk where they are not even, in the order of
-    virtual stages; cp_gathers: context parallelism keeps the whole sample's keys and values, as ours does, not a
-    ring's."""
+    compiler; logit_bytes: what a logit takes at the loss, with its gradient and copies; copied_grad_bytes: of a
+    parameter, gradients beside those that are summed (a backward's own, buckets); keeps_gate: the activated gate of a
+    SwiGLU is kept beside the product; the overlaps say whether that communication runs beside compute; stage_layers:
+    layers of each chunk where they are not even, in the order of virtual stages; cp_gathers: context parallelism keeps
+    the whole sample's keys and values, as ours does, not a ring's."""
 
     gpus: int
     global_batch: int
@@ -89,6 +90,8 @@ class Strategy:
     overlap_pp: bool = True
     grad_bytes: int = 4
     logit_bytes: int = 2
+    copied_grad_bytes: int = 0
+    keeps_gate: bool = False
     stage_layers: tuple[int, ...] | None = None
 
     @property

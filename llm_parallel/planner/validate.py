@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_parallel.planner.fit import clusters_with, family_of, is_fitted, predict
 from llm_parallel.planner.hardware import load_constants
-from llm_parallel.planner.memory import GIB, memory
+from llm_parallel.planner.memory import GIB, Memory, memory, memory_of_stage
 from llm_parallel.planner.rows import Refused, Row, read_rows
 
 CHIPS = ("A100", "H100")
@@ -146,13 +146,15 @@ def trends(scored: Sequence[Scored]) -> list[Trend]:
     return found
 
 
+def memory_of_row(row: Row) -> Memory:
+    """Bytes of the GPU whose peak the row's source prints."""
+    return memory_of_stage(row.shape, row.strategy, 0) if row.memory_of_first else memory(row.shape, row.strategy)
+
+
 def memory_errors(scored: Sequence[Scored]) -> list[tuple[Row, float]]:
     """(row, predicted over printed peak memory, less one) where a row prints it."""
-    return [
-        (item.row, memory(item.row.shape, item.row.strategy).total / GIB / item.row.memory_gib - 1.0)
-        for item in scored
-        if item.row.memory_gib
-    ]
+    rows = [item.row for item in scored]
+    return [(row, memory_of_row(row).total / GIB / row.memory_gib - 1.0) for row in rows if row.memory_gib]
 
 
 def report(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
@@ -212,8 +214,15 @@ def _say_rankings(ranked: Sequence[Ranking], trended: Sequence[Trend], say: Call
 def _say_memory(errors: Sequence[tuple[Row, float]], say: Callable[[str], None]) -> None:
     if not errors:
         return
-    mean = statistics.fmean(abs(error) for _, error in errors)
-    say(f"\nPeak memory where a row prints it ({len(errors)} rows, nothing fitted): mean error {mean:.1%}")
+    say("\n| peak memory that rows print (nothing fitted) | counts | rows | mean error | bias | worst (row) |")
+    say("|" + " --- |" * 6)
+    by_source: dict[tuple[str, str], list[tuple[Row, float]]] = {}
+    for row, error in errors:
+        by_source.setdefault((row.source, row.memory_of), []).append((row, error))
+    for (source, counts), some in [*by_source.items(), (("**all**", ""), list(errors))]:
+        worst, most = max(some, key=lambda item: abs(item[1]))
+        mean, bias = statistics.fmean(abs(error) for _, error in some), statistics.fmean(error for _, error in some)
+        say(f"| {source} | {counts} | {len(some)} | {mean:.1%} | {bias:+.1%} | {most:+.0%} ({worst.number}) |")
     for row, error in errors:
         say(f"- row {row.number}, {row.model}, {row.strategy.describe()}: {row.memory_gib:.1f} GiB, {error:+.0%}")
 

@@ -94,7 +94,10 @@ def test_states_are_eighteen_bytes_and_are_sharded() -> None:
     zero1 = memory(LLAMA_70B, Strategy(gpus=8, global_batch=8, micro_batch=1, seq=4096))
     assert zero1.optimizer == 12 * LLAMA_70B.parameters / 8
     zero3 = memory(LLAMA_70B, Strategy(gpus=8, global_batch=8, micro_batch=1, seq=4096, zero=3))
-    assert zero3.weights + zero3.gradients + zero3.optimizer == pytest.approx(18 * LLAMA_70B.parameters / 8)
+    # FSDP2 updates its fp32 shards: weight, gradient, two moments.
+    assert zero3.weights + zero3.gradients + zero3.optimizer == pytest.approx(16 * LLAMA_70B.parameters / 8)
+    buckets = memory(LLAMA_70B, Strategy(gpus=8, global_batch=8, micro_batch=1, seq=4096, copied_grad_bytes=4))
+    assert buckets.gradients - zero1.gradients == 4 * LLAMA_70B.parameters
 
 
 def test_tied_matrix_is_on_both_ends_of_a_pipeline() -> None:
@@ -122,3 +125,34 @@ def test_context_parallelism_divides_activations() -> None:
     ours = layer_activations(LLAMA_70B, replace(four, cp_gathers=True)) - layer_activations(LLAMA_70B, four)
     assert ours == 2 * 128 * (2 * 8 * (8192 - 2048) + 64 * 2048)
     assert memory(LLAMA_70B, four).optimizer == memory(LLAMA_70B, one).optimizer
+
+
+def test_fsdp_under_a_pipeline_keeps_whole_weights_and_gradients() -> None:
+    """Weights in bf16 and summed gradients in fp32 of a stage, whole; of two chunks one's gradients at a time; and what
+    pipelining keeps for the caller: logits of all 8 micro batches."""
+    fields = {"gpus": 16, "global_batch": 32, "micro_batch": 1, "seq": 4096, "pp": 4, "zero": 3}
+    one, two = Strategy(**fields), Strategy(**fields, vpp=2)  # type: ignore[arg-type]
+    for stage in range(4):
+        held = parameters_of_stage(LLAMA_70B, one, stage)
+        found = memory_of_stage(LLAMA_70B, one, stage)
+        assert found.weights == held * (4 / 4 + 2)
+        assert found.gradients == held * (4 / 4 + 4)
+        chunks = memory_of_stage(LLAMA_70B, two, stage)
+        assert chunks.gradients == parameters_of_stage(LLAMA_70B, two, stage) * (4 / 4 + 4 / 2)
+    alone = memory_of_stage(LLAMA_70B, replace(one, global_batch=4), 3).logits
+    assert memory_of_stage(LLAMA_70B, one, 3).logits - alone == 7 * 2 * 4096 * 32000
+
+
+def test_memory_in_8b_runs_of_torchtitan_by_hand() -> None:
+    """Its published run on 128 GPUs (61.8 to 62 GiB): selective operators, micro batch 2 of 8192."""
+    shape = Shape(32, 4096, 32, 8, 14336, 128256)
+    strategy = Strategy(
+        gpus=128, global_batch=256, micro_batch=2, seq=8192, recompute="ops", zero=3, logit_bytes=12
+    )  # fmt: skip
+    found = memory(shape, strategy)
+    tokens = 2 * 8192
+    # Kept per layer: input, q, v, attention and its projection's input, gate, and the last product, in 2 bytes.
+    by_hand = 32 * tokens * 2 * (4 * 4096 + 1024 + 14336)
+    assert found.activations == pytest.approx(by_hand, rel=0.05)
+    assert found.logits == tokens * (12 * 128256 + 12 * 4096)
+    assert 0.97 < found.total / 2**30 / 62.0 < 1.03

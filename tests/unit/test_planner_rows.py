@@ -132,3 +132,27 @@ def test_a_missing_column_or_file_is_one_sentence(tmp_path: Path) -> None:
         read_rows(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_rows(str(tmp_path / "none.csv"))
+
+
+def test_stages_of_nanotron_and_torchtitan_are_split_as_their_code_does() -> None:
+    """nanotron puts blocks on a stage until its share of the products is exceeded: 28 layers and an output worth 3.56
+    make 16 and 12. torchtitan gives 126 layers on 8 stages as 15, six times 16, 15."""
+    rows = {row.number: row for row in read_rows()[0]}
+    assert rows[111].strategy.stage_layers == (16, 12)
+    assert rows[81].strategy.stage_layers == (15, 16, 16, 16, 16, 16, 16, 15)
+    assert rows[82].strategy.stage_layers == (7, *[8] * 14, 7) and rows[82].strategy.vpp == 2
+    assert rows[36].strategy.stage_layers is None
+
+
+def test_a_local_batch_of_torchtitan_is_split_into_as_many_micro_batches_as_stages() -> None:
+    rows = {row.number: row for row in read_rows()[0]}
+    assert (rows[81].strategy.micro_batch, rows[81].strategy.micro_batches) == (4, 8)
+    assert (rows[83].strategy.micro_batch, rows[83].strategy.micro_batches) == (1, 8)
+    assert not rows[81].open_micro_batch
+
+
+def test_zero_stage_and_unit_of_memory_are_the_sources() -> None:
+    rows = {row.number: row for row in read_rows()[0]}
+    assert [rows[number].strategy.zero for number in (105, 106)] == [1, 0]
+    assert rows[106].memory_gib == 19.57  # "GB" of helpers.py are bytes / 1024**3
+    assert (rows[106].memory_of, rows[70].memory_of) == ("not stated", "reserved")
