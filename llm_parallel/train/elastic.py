@@ -91,6 +91,7 @@ class ElasticWatch(Watch):
                 self.member.secret,
             )
             self.memory.start(run.state)
+            self.survives_failed_saves = True
         self.member.marker.begin(self.assignment.generation, run.state.step)
         self.member.send({"is": "training", "step": run.state.step})
 

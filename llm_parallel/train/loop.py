@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.rules import check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.loader import Batch, MicroBatchLoader
+from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis, EvalRecord, StepMeasurement, derive
 from llm_parallel.metrics.run import MetricsLike, World, open_metrics
@@ -253,7 +255,8 @@ def advance(run: Run, size: int, outcome: StepOutcome) -> None:
 def after_step(run: Run, stopping: bool) -> None:
     """Evaluation and checkpoint that are due after this step; the last ones are ``finish``'s."""
     step, last = run.state.step, run.state.step >= run.config.train.steps
-    run.store.poll()
+    with going_on(run):
+        run.store.poll()
     if last or stopping:
         return
     interval = run.config.train.eval_interval_steps
@@ -262,9 +265,22 @@ def after_step(run: Run, stopping: bool) -> None:
             run_evaluation(run)
     interval = run.config.checkpoint.interval_steps
     if interval and step % interval == 0:
-        with run.watch.long():
+        with run.watch.long(), going_on(run):
             run.store.save(run.engine, run.state)
-        run.metrics.event("save", step=step)
+            run.metrics.event("save", step=step)
+
+
+@contextmanager
+def going_on(run: Run) -> Iterator[None]:
+    """A checkpoint that could not be saved ends a run that has no other copy of its state, and is said in one that
+    has; the next is tried as ever."""
+    try:
+        yield
+    except UserError as error:  # every process has one: they agree about it
+        if not run.watch.survives_failed_saves:
+            raise
+        run.metrics.message(f"step {run.state.step}: {error}; training goes on, the state is copied in memory")
+        run.metrics.event("save_failed", step=run.state.step, cause=str(error))
 
 
 def run_evaluation(run: Run) -> float:

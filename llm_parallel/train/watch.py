@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Watch:
     """Does nothing. What differs in an elastic run overrides these."""
 
+    survives_failed_saves = False
+    """Whether to go on without a checkpoint that could not be saved, the disk being full for example."""
     uneven = False
     """Whether replicas may have different numbers of micro batches."""
 

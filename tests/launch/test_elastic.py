@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llm_launch.drill import LiveRun
+from tests.disks import grow, small_disk_at
 from tests.integration.commands import Corpus, environment, write_run_file
 from tests.integration.conftest import corpus  # noqa: F401  (a fixture)
 
@@ -146,6 +147,21 @@ def test_the_same_mistake_everywhere_stops_the_run_and_evicts_nothing(start: Sta
     log = (run.run_dir / "launch.log").read_text()
     assert "DrillError: the same mistake in every process" in log and "Traceback" in log
     assert run.events("fail")[0]["fault"] == "program"
+
+
+def test_a_full_disk_does_not_end_a_run_whose_state_is_in_memory(start: Start, tmp_path: Path) -> None:
+    losses = undisturbed(start, "parallel.dp=4")
+    with small_disk_at(tmp_path / "full" / "checkpoints", "1m") as disk:
+        run = start("parallel.dp=4", "checkpoint.interval_steps=4", name="full")
+        run.reach(14)
+        assert not list(disk.glob("iter_*")), "there was room after all"
+        grow(disk, "64m")
+        assert_goes_on(run, losses, 0.0)
+        failed, saved = (run.events(kind) for kind in ("save_failed", "save"))
+        assert failed[0]["step"] == 4 and len(failed) >= 3 and "make room" in failed[0]["cause"]
+        assert [event["step"] for event in saved][-1] == 36 and saved[0]["step"] > failed[-1]["step"]
+        assert not run.events("detect")
+        assert (disk / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(start: Start) -> None:
