@@ -255,8 +255,8 @@ class Agent:
             for worker in self.workers.values():
                 seen = self.page.read(worker.number % SLOTS)
                 age = -1.0 if seen.stepped_s < 0 else now - seen.stepped_s
-                marked = now - seen.marked_s
-                progress[worker.device] = [seen.generation, seen.step, age, seen.step_s, seen.probe_s, marked]
+                times = [age, seen.step_s, seen.probe_s, now - seen.marked_s, seen.own_s]
+                progress[worker.device] = [seen.generation, seen.step, *times]
             self._tell({"is": "beat", "progress": progress})
 
     async def _watch_health(self) -> None:

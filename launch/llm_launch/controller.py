@@ -247,7 +247,8 @@ class Controller:
                 self._trained.append(Trained.of(self.fleet.generation, self.fleet.placement.layout))
                 self._remember()
             self.journal.event("resume", generation=self.fleet.generation, step=self.fleet.step, world_size=world)
-        paused = False
+        paused, layout = False, self.fleet.placement.layout
+        alone = layout.tp * layout.cp * layout.pp == 1
         while not self.fleet.evidence:
             outcomes = [worker.outcome for worker in self.fleet.members()]
             if len(outcomes) == world and all(outcomes):
@@ -264,7 +265,7 @@ class Controller:
                     node.send({"is": "pause", "generation": self.fleet.generation})
             await self.fleet.until(lambda: bool(self.fleet.evidence), self.fleet.tick_s)
             await self._look_for_hangs()
-            self.fleet.evidence += find_slow(self.fleet.members(), self._slow, self.config.elastic.slow_ratio, world)
+            self.fleet.evidence += find_slow(self.fleet.members(), self._slow, self.config.elastic.slow_ratio, alone)
         await self._recover()
 
     def _better_layout_now(self) -> bool:

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,14 +114,16 @@ class LiveRun:
     def cause(self, kind: str, rank: int, **details: Any) -> float:
         """Causes one fault at the device of ``rank``; the Unix time of it.
 
-        kinds: kill, stop (the worker's process), agent (its agent), node (agent and all its processes at once), and
-        nan, flip, raise inside the worker.
+        kinds: kill, stop (the worker's process), slow (it runs a fifth of the time, or a ``factor``-th), agent (its
+        agent), node (agent and all its processes at once), and nan, flip, raise inside the worker.
         """
         node, index, pid = self.worker(rank)
         entry = next(item for item in self.status()["nodes"] if item["name"] == node)
         now = time.time()
         if kind in ("kill", "stop"):
             os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+        elif kind == "slow":
+            threading.Thread(target=_throttle, args=(pid, details.get("factor", 5.0)), daemon=True).start()
         elif kind == "agent":
             os.kill(entry["agent_pid"], signal.SIGKILL)
         elif kind == "node":
@@ -165,3 +168,13 @@ class LiveRun:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+def _throttle(pid: int, factor: float) -> None:
+    """Lets a process run one in ``factor`` slices of 10 ms until it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.01 * (factor - 1))
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.01)

@@ -76,6 +76,7 @@ SCENARIOS: dict[str, Act] = {
     "one loss NaN": _once("nan", left=1),
     "killed twice on one device": _again,
     "bit flipped": _bad("flip", left=1),
+    "a fifth of the speed": _bad("slow"),
     "same mistake everywhere": _everywhere,
 }
 
@@ -86,7 +87,8 @@ def blame_drill(run_file: Path, folder: Path, number: int, rng: random.Random) -
     rank, step = rng.randrange(DEVICES), rng.randrange(6, 16)
     finding = Finding(f"{number}: {name} at rank {rank} after step {step}")
     began = time.monotonic()
-    overrides = ["parallel.dp=4", f"train.steps={BLAME_STEPS}", "elastic.checksum_every_steps=1"]
+    overrides = ["parallel.dp=4", f"train.steps={BLAME_STEPS}", "elastic.checksum_every_steps=1",
+                 "elastic.probe_every_steps=2"]  # fmt: skip
     run = LiveRun.start(run_file, overrides, folder / f"blame-{number}", DEVICES, DEVICES)
     try:
         run.reach(step, START_S)

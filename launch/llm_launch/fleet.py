@@ -178,7 +178,7 @@ class Fleet:
             step = int(seen[1])
             if step > worker.step > 0 and seen[3] > 0:
                 self.pace.add(seen[3])
-            worker.step, worker.age_s, worker.probe_s = step, seen[2], seen[4]
+            worker.step, worker.age_s, worker.probe_s, worker.own_s = step, seen[2], seen[4], seen[6]
             if step > self.step:
                 self.step, self.fruitless = step, 0
 

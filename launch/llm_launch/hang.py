@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,27 +40,44 @@ def _waits(stack: str) -> bool:
     return any(name in stack for name in ("distributed_c10d.py", "_wait", "work.wait", "p2p_communication"))
 
 
-def find_slow(members: Sequence[Worker], slow: dict[Device, int], ratio: float, world_size: int) -> list[Evidence]:
-    """Devices whose probe took ``ratio`` times the median of all, several times in a row. ``slow`` counts.
+def find_slow(members: Sequence[Worker], slow: dict[Device, int], ratio: float, whole_replicas: bool) -> list[Evidence]:
+    """Devices that were slow several times in a row: their probe took ``ratio`` times the median of all, or their part
+    of a step that of the others. ``slow`` counts.
 
-    A device is only given up if the others alone are faster: with n devices that wait for one which takes r times as
-    long, that is r > n / (n - 1).
+    A step's own part tells of what a short probe misses: a throttled process, slow reading, a busy host. It is compared
+    where each device is a whole replica (``whole_replicas``): others wait for each other inside theirs, too. A device
+    is only given up if the others alone are faster: with n devices that wait for one which takes r times as long, that
+    is r > n / (n - 1).
     """
     probes = {worker.device: worker.probe_s for worker in members if worker.probe_s > 0}
-    if len(probes) < max(2, len(members)) or len(members) < world_size:
+    if len(probes) < max(2, len(members)):
         return []
-    median = statistics.median(probes.values())
+    own = sorted(worker.own_s for worker in members if worker.own_s > 0) if whole_replicas else []
+    median, worth = statistics.median(probes.values()), len(members) / (len(members) - 1)
     found = []
     for worker in members:
         if worker.probe_s == worker.judged_probe_s:
             continue
         worker.judged_probe_s = worker.probe_s
-        if worker.probe_s > ratio * median and worker.probe_s / median > world_size / (world_size - 1):
+        by_probe = worker.probe_s / median
+        by_steps = worker.own_s / _median_of_others(own, worker.own_s) if len(own) > 1 else 0.0
+        if max(by_probe, by_steps) > max(ratio, worth):
             slow[worker.device] = slow.get(worker.device, 0) + 1
         else:
             slow.pop(worker.device, None)
         if slow.get(worker.device, 0) >= CONSECUTIVE:
             del slow[worker.device]
-            text = f"its probe takes {worker.probe_s / median:.1f} times the median of {len(probes)} devices"
+            text = f"its probe takes {by_probe:.1f} times the median of {len(probes)} devices"
+            if by_steps > by_probe:
+                text = f"its part of a step takes {by_steps:.1f} times that of {len(own) - 1} other replicas"
             found.append(Evidence(Kind.SLOW, worker.device.node, worker.device, message=text))
     return found
+
+
+def _median_of_others(ordered: Sequence[float], value: float) -> float:
+    """Median of sorted numbers without one that is ``value``; not a new sort for each of thousands."""
+    if not value:
+        return statistics.median(ordered)
+    at, count = bisect_left(ordered, value), len(ordered) - 1
+    low, high = (ordered[k + (k >= at)] for k in ((count - 1) // 2, count // 2))
+    return (low + high) / 2

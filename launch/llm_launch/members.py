@@ -26,11 +26,12 @@ class Worker:
     age_s: float = 0.0
     probe_s: float = 0.0
     judged_probe_s: float = 0.0
+    own_s: float = 0.0
 
     def begin(self, generation: int) -> None:
         """It has an assignment."""
         self.generation, self.outcome, self.training, self.killed = generation, None, False, False
-        self.step, self.age_s, self.probe_s = 0, 0.0, 0.0
+        self.step, self.age_s, self.probe_s, self.own_s = 0, 0.0, 0.0, 0.0
 
 
 @dataclass

@@ -14,9 +14,10 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-RECORD = struct.Struct("<QQQdddd")
+RECORD = struct.Struct("<QQQddddd")
 """generation, step, marks, time of the last mark (CLOCK_MONOTONIC, one for all processes of a machine), seconds of the
-last step, seconds of the device probe, time of the last step's end (negative: busy with something longer)."""
+last step, seconds of the device probe, time of the last step's end (negative: busy with something longer), seconds of a
+micro batch without waiting for other replicas."""
 SLOT_BYTES = 64
 
 
@@ -31,6 +32,7 @@ class Progress:
     step_s: float = 0.0
     probe_s: float = 0.0
     stepped_s: float = 0.0
+    own_s: float = 0.0
 
 
 class ProgressPage:
@@ -60,6 +62,7 @@ class ProgressPage:
             progress.step_s,
             progress.probe_s,
             progress.stepped_s,
+            progress.own_s,
         )
 
 
@@ -75,6 +78,7 @@ class Marker:
     step_s: float = 0.0
     probe_s: float = 0.0
     stepped_s: float = 0.0
+    own_s: float = 0.0
 
     def begin(self, generation: int, step: int) -> None:
         """A new generation goes on from ``step``."""
@@ -85,8 +89,8 @@ class Marker:
         """Shows that the worker is alive."""
         self.marks += 1
         now = time.monotonic()
-        record = Progress(self.generation, self.step, self.marks, now, self.step_s, self.probe_s, self.stepped_s)
-        self.page.write(self.slot, record)
+        seen = (self.generation, self.step, self.marks, now, self.step_s, self.probe_s, self.stepped_s, self.own_s)
+        self.page.write(self.slot, Progress(*seen))
 
     def busy(self, busy: bool) -> None:
         """Something longer than a step begins or ends: no hang is looked for meanwhile."""

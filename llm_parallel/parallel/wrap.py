@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class Engine:
     """One process's part of a model in training.
 
     chunks: the wrapped model chunks that the schedule runs; models: the same without wrappers; optimizer:
-    megatron-core's (chained) optimizer; overlap: whether communication overlaps compute.
+    megatron-core's (chained) optimizer; overlap: whether communication overlaps compute; before_reduction: called when
+    this process has computed its gradient and is about to wait for the other replicas.
     """
 
     chunks: list[Any]
@@ -36,6 +37,7 @@ class Engine:
     optimizer: Any
     groups: Groups
     overlap: bool
+    before_reduction: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def config(self) -> Any:
@@ -121,8 +123,9 @@ def wrap(models: Sequence[nn.Module], config: RunConfig, groups: Groups, overlap
         for number, model in enumerate(models)
     ]
     optimizer = _build_optimizer(chunks, config.optim, bf16, overlap and sharded, groups)
-    _attach_schedule_hooks(model_config, chunks, overlap, sharded, groups)
-    return Engine(chunks, list(models), optimizer, groups, overlap)
+    engine = Engine(chunks, list(models), optimizer, groups, overlap)
+    _attach_schedule_hooks(engine, model_config, sharded)
+    return engine
 
 
 def _build_optimizer(chunks: list[Any], optim: OptimConfig, bf16: bool, overlap_gather: bool, groups: Groups) -> Any:
@@ -212,12 +215,16 @@ def _no_second_copy(parts: Sequence[Any]) -> Iterator[None]:
             del part._copy_main_params_to_model_params  # the class's own is back
 
 
-def _attach_schedule_hooks(model_config: Any, chunks: list[Any], overlap: bool, sharded: bool, groups: Groups) -> None:
+def _attach_schedule_hooks(engine: Engine, model_config: Any, sharded: bool) -> None:
     def finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **_: Any) -> None:
-        finalize_model_grads(model, num_tokens, pg_collection=groups.collection)
+        for hook in engine.before_reduction:
+            hook()
+        finalize_model_grads(model, num_tokens, pg_collection=engine.groups.collection)
+
+    chunks = engine.chunks
 
     model_config.finalize_model_grads_func = finalize
-    if not overlap:
+    if not engine.overlap:
         return
     several = len(chunks) > 1
     model_config.no_sync_func = [chunk.no_sync for chunk in chunks] if several else chunks[0].no_sync

@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,8 @@ from llm_parallel.errors import UserError
 from llm_parallel.parallel.wrap import Engine
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.train.loop import Place, Run, pretrain
-from llm_parallel.train.probe import DeviceProbe, Suspect, odd_one_out, weights_checksum
+from llm_parallel.train.probe import DeviceProbe, Stopwatch, Suspect, odd_one_out, weights_checksum
+from llm_parallel.train.schedule import global_batch_size
 from llm_parallel.train.step import StepOutcome
 from llm_parallel.train.watch import Watch
 
@@ -51,7 +51,7 @@ class ElasticWatch(Watch):
         self._config: Any = None
         self._probe: DeviceProbe | None = None
         self._own_loss = 0.0
-        self._began_cpu_s = 0.0
+        self._stopwatch: Any = None
 
     def restore(self, engine: Engine) -> tuple[TrainState, str] | None:
         """From the memory of the nodes that the assignment names."""
@@ -82,6 +82,8 @@ class ElasticWatch(Watch):
         self._config = run.config.elastic
         self._probe = DeviceProbe(run.engine.groups.platform.device) if self._config.probe_every_steps else None
         self.member.describe_collectives = _collectives
+        self._stopwatch = Stopwatch(run.engine.groups.platform.device)
+        run.engine.before_reduction.append(self._stopwatch.stop)
         if self._config.replicate_every_steps:
             self.memory = MemoryCheckpoint(
                 run.engine,
@@ -104,7 +106,10 @@ class ElasticWatch(Watch):
             self._compare(run, step)
         if self._probe is not None and step % config.probe_every_steps == 0:
             self.member.marker.probe_s = self._probe.run()
-        self._began_cpu_s = time.thread_time()
+            self.member.marker.own_s = self._stopwatch.mean_s()
+        layout, at = run.engine.groups.layout, run.engine.groups.at
+        size = global_batch_size(run.config.train, run.state.consumed_samples)
+        self._stopwatch.start(layout.num_micro_batches(size, at.dp))
 
     def _compare(self, run: Run, step: int) -> None:
         groups = run.engine.groups
@@ -124,7 +129,6 @@ class ElasticWatch(Watch):
 
     def before_agreement(self, own_loss: float) -> None:
         """The copy of the last step is complete before anyone can finish this one."""
-        self._slow_down()
         self._own_loss = own_loss
         if self.memory is not None:
             self.memory.finish()
@@ -177,13 +181,6 @@ class ElasticWatch(Watch):
         from llm_parallel.train import faults
 
         faults.before_step(self.member.faults(), run)
-
-    def _slow_down(self) -> None:
-        for fault in self.member.faults() if self._config.drills else ():
-            if fault["kind"] == "slow":
-                time.sleep((time.thread_time() - self._began_cpu_s) * (fault["factor"] - 1))
-                if self._probe is not None:
-                    self._probe.factor = fault["factor"]
 
 
 def _collectives() -> dict[str, Any]:

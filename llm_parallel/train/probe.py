@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,6 @@ class DeviceProbe:
         self._b = ((rows[:, None] + rows[None, :] * 5) % 7 - 3).to(dtype)
         a, b = self._a.cpu().double(), self._b.cpu().double()
         self._answer = (a[:64] @ b).to(device)
-        self.factor = 1.0
-        """Greater than 1 in a drill that plays a slow device."""
 
     def run(self) -> float:
         """Seconds of the fastest of a few. Raises Suspect if the result is wrong."""
@@ -53,11 +52,56 @@ class DeviceProbe:
         wrong = int((product[:64].double() - self._answer).abs().gt(self._answer.abs() / 128).sum())
         if wrong or not bool(torch.isfinite(product).all()):
             raise Suspect("unhealthy", f"a matmul with a known answer had {wrong} wrong numbers")
-        return best * self.factor
+        return best
 
     def _wait(self) -> None:
         if self._a.is_cuda:
             torch.cuda.synchronize(self._a.device)
+
+
+class Stopwatch:
+    """Seconds that this process takes for a micro batch before it waits for the other replicas, on average: reading,
+    forward, backward. On a GPU it is the device's time, read a step later so that nothing waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began: Any = None
+        self._running: list[tuple[Any, Any, int]] = []
+        self._seconds, self._micro_batches, self._steps = 0.0, 0, 0
+
+    def start(self, micro_batches: int) -> None:
+        """A step of so many micro batches begins."""
+        self._read()
+        self._began = (self._now(), micro_batches)
+
+    def stop(self) -> None:
+        """Its gradient is computed. Evaluations, which nobody started, are not counted."""
+        if self._began is not None:
+            self._running.append((self._began[0], self._now(), self._began[1]))
+            self._began = None
+
+    def mean_s(self) -> float:
+        """Seconds of a micro batch since the last call; 0 if none was timed. The first step, which allocates and
+        compiles, is left out."""
+        self._read()
+        mean = self._seconds / self._micro_batches if self._micro_batches else 0.0
+        self._seconds, self._micro_batches = 0.0, 0
+        return mean
+
+    def _read(self) -> None:
+        for began, ended, micro_batches in self._running:
+            self._steps += 1
+            if self._steps > 1:
+                self._seconds += began.elapsed_time(ended) / 1e3 if self._device.type == "cuda" else ended - began
+                self._micro_batches += micro_batches
+        self._running.clear()
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def weights_checksum(engine: Engine) -> Tensor:

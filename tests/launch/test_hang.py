@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llm_launch.blame import Device, Kind
-from llm_launch.hang import find_hung, find_slow
+from llm_launch.hang import _median_of_others, find_hung, find_slow
 from llm_launch.members import Worker
 from llm_launch.progress import Marker, Pace, Progress, ProgressPage
 
@@ -47,12 +50,12 @@ def workers(*probes: float) -> list[Worker]:
 def test_slow_only_when_slow_several_times_in_a_row() -> None:
     slow: dict[Device, int] = {}
     for probes in ((1.0, 5.0, 1.0), (1.1, 5.1, 1.1)):
-        assert find_slow(workers(*probes), slow, 2.0, 3) == []
-    found = find_slow(workers(1.2, 5.2, 1.2), slow, 2.0, 3)
+        assert find_slow(workers(*probes), slow, 2.0, True) == []
+    found = find_slow(workers(1.2, 5.2, 1.2), slow, 2.0, True)
     assert [(item.kind, item.device) for item in found] == [(Kind.SLOW, B)]
     slow.clear()
     for probes in ((1.0, 5.0, 1.0), (1.1, 1.1, 1.1), (1.2, 5.2, 1.2), (1.3, 5.3, 1.3)):
-        assert find_slow(workers(*probes), slow, 2.0, 3) == []
+        assert find_slow(workers(*probes), slow, 2.0, True) == []
 
 
 def test_a_slow_device_stays_when_the_rest_would_be_no_faster() -> None:
@@ -62,7 +65,32 @@ def test_a_slow_device_stays_when_the_rest_would_be_no_faster() -> None:
     for number in range(5):
         for worker in pair:
             worker.probe_s += 1e-6 * number
-        assert find_slow(pair, slow, 1.2, 2) == []
+        assert find_slow(pair, slow, 1.2, True) == []
+
+
+def slow_by_steps(own: tuple[float, ...], whole_replicas: bool) -> list[Device | None]:
+    slow: dict[Device, int] = {}
+    found = []
+    for number in range(3):
+        members = workers(*(1.0 + 0.01 * number,) * 3)
+        for worker, seconds in zip(members, own):
+            worker.own_s = seconds
+        found += find_slow(members, slow, 2.0, whole_replicas)
+    return [item.device for item in found]
+
+
+def test_a_throttled_process_is_slow_though_its_probe_is_not() -> None:
+    assert slow_by_steps((0.1, 0.5, 0.11), True) == [B]
+    assert slow_by_steps((0.5, 0.1, 0.0), True) == [A], "of two that were timed the slower"
+    assert slow_by_steps((0.1, 0.19, 0.1), True) == []
+    assert slow_by_steps((0.1, 0.5, 0.11), False) == [], "inside a replica it may have waited for another"
+
+
+@given(st.lists(st.floats(0.01, 10.0), min_size=2, max_size=30), st.data())
+def test_median_of_the_others(values: list[float], data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(values) - 1))
+    others = values[:at] + values[at + 1 :]
+    assert _median_of_others(sorted(values), values[at]) == pytest.approx(statistics.median(others))
 
 
 def test_pace_by_hand() -> None:
