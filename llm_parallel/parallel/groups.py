@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import distributed_c10d
 
 from llm_parallel.parallel.layout import Coordinates, Layout
 from llm_parallel.parallel.platform import Platform, seed_everything
@@ -79,5 +80,11 @@ def open_groups(
 def close_groups(world: bool = True) -> None:
     """Forgets the groups of the layout, so that another can be opened; with ``world`` torch.distributed ends too."""
     parallel_state.destroy_model_parallel()
-    if world and dist.is_initialized():
+    if not world:
+        return
+    if dist.is_initialized():
         dist.destroy_process_group()
+    else:
+        # torch counts a group that could not be formed, and calls the next one by another name than a process does
+        # that was not there: the two would wait for each other for ever.
+        distributed_c10d._world.group_count = 0
