@@ -52,7 +52,7 @@ class Speaker:
         tell({"is": "hello", "host": "127.0.0.1", "devices": list(range(self.devices)), "replicas": ["127.0.0.1", 1],
               "pid": 0})  # fmt: skip
         for device in range(self.devices):
-            tell({"is": "worker", "device": device, "pid": 1, "store_port": 1, "generation": 0})
+            tell({"is": "worker", "device": device, "pid": 1, "number": 0, "store_port": 1, "generation": 0})
         beat = asyncio.create_task(self._beat(tell))
         try:
             while (message := await channel.receive()) is not None:

@@ -32,6 +32,7 @@ import torch
 
 from llm_launch.drill import LiveRun, read_lines, unix_time
 from llm_parallel.config.load import load_config
+from llm_parallel.files import atomic_write
 from llm_parallel.train.command import save_config
 from llm_parallel.train.preflight import with_vocabulary
 
@@ -223,17 +224,17 @@ def main() -> None:
     """Drills, prints a table, and saves it where results are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/recovery_cpu_DATE.json")
+    parser.add_argument("--save", action="store_true", help="keep it in benchmarks/results/recovery_cpu_DATE.json")
     parser.add_argument("--layout", action="append", choices=list(RUNS))
     parser.add_argument("--torchrun", action="store_true", help="drill torchrun's elastic mode too")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     results: dict[str, Any] = {}
-    started, load = time.time(), os.getloadavg()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_file = prepare(folder)
         for layout in arguments.layout or RUNS:
+            started, load = time.time(), os.getloadavg()
             results[layout] = drill(run_file, folder, layout, arguments.rounds)
             found = results[layout]
             print(f"\n{layout}: step {found['median_step_s']:.3f} s; worst loss difference in the first 60 steps "
@@ -252,23 +253,26 @@ def main() -> None:
                         continue
                     ours = statistics.median(row["next_step_s"] for row in found["faults"][kind])
                     print(f"{layout}, {kind}: ours is {statistics.median(theirs) / ours:.1f} times as fast", flush=True)
-    if arguments.save:
-        record = {
-            "command": " ".join(["python", *sys.argv]),
-            "chip": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load_before": load,
-            "date": date.today().isoformat(),
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-            ).stdout.strip(),
-            "torch": torch.__version__,
-            "seconds": time.time() - started,
-            "results": results,
-        }
-        path = Path(__file__).parent / "results" / f"recovery_cpu_{date.today().isoformat()}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(path)
+            if arguments.save:
+                save(layout, {**found, "seconds": time.time() - started, "load_before": load})
+
+
+def save(layout: str, found: dict[str, Any]) -> None:
+    """Puts one layout's drills into the day's result file, beside those of the others."""
+    path = Path(__file__).parent / "results" / f"recovery_cpu_{date.today().isoformat()}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"results": {}}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    record |= {
+        "chip": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+    }
+    command = " ".join(["python", *sys.argv])
+    record["results"][layout] = {"command": command, "commit": commit, **found}
+    with atomic_write(path) as handle:
+        handle.write(json.dumps(record, indent=1) + "\n")
+    print(path.name, flush=True)
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ class Agent:
     def _on_controller(self, message: wire.Message) -> None:
         kind = message["is"]
         if kind in ("assign", "inject", "look", "pardon"):
-            worker = self._by_device(message["device"])
+            worker = self._by_device(message["device"], message.get("number"))
             if worker is not None:
                 if kind == "assign":
                     worker.generation, worker.ready = message["generation"], False
@@ -217,17 +217,14 @@ class Agent:
         elif kind in ("abort", "pause", "stop"):
             for worker in self.workers.values():
                 worker.channel.send(message)
-        elif kind == "kill":
-            worker = self._by_device(message["device"])
-            if worker is not None:
-                _kill(worker.pid)
         elif kind == "inventory":
             self._tell({"is": "inventory", "entries": inventory(self.settings.replica_dir)})
         elif kind == "forget":
             forget_before(self.settings.replica_dir, message["generation"])
-        elif kind == "retire":
-            self.wanted.discard(message["device"])
-            worker = self._by_device(message["device"])
+        elif kind in ("kill", "retire"):
+            if kind == "retire":
+                self.wanted.discard(message["device"])
+            worker = self._by_device(message["device"], message.get("number"))
             if worker is not None:
                 _kill(worker.pid)
         elif kind == "end":
@@ -235,8 +232,9 @@ class Agent:
             for worker in self.workers.values():
                 worker.channel.send({"is": "end"})
 
-    def _by_device(self, device: int) -> Worker | None:
-        return next((worker for worker in self.workers.values() if worker.device == device), None)
+    def _by_device(self, device: int, number: int | None = None) -> Worker | None:
+        # What was meant for a process that has died must not reach its replacement.
+        return next((w for w in self.workers.values() if w.device == device and number in (None, w.number)), None)
 
     def _tell(self, message: wire.Message) -> None:
         if self.controller is not None:
@@ -354,14 +352,15 @@ class Agent:
             if message["is"] in ("ready", "left"):
                 worker.store_port, worker.ready = message["store_port"], True
             if message["is"] == "ready":
+                worker.pid = message["pid"]  # the zygote may say it later
                 self._announce(worker)
             else:
                 self._tell({**message, "device": device})
 
     def _announce(self, worker: Worker) -> None:
         if worker.ready:
-            message = {"is": "worker", "device": worker.device, "pid": worker.pid, "store_port": worker.store_port}
-            self._tell({**message, "generation": worker.generation})
+            message = {"is": "worker", "device": worker.device, "pid": worker.pid, "number": worker.number}
+            self._tell({**message, "store_port": worker.store_port, "generation": worker.generation})
 
     def _on_exit(self, pid: int, status: int) -> None:
         worker = next((worker for worker in self.workers.values() if worker.pid == pid), None)

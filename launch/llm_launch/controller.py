@@ -148,6 +148,8 @@ class Controller:
             if placement is None:
                 raise Stopped(EXIT_TOO_FEW, Phase.FAILED)
         restore = await self._restore_from()
+        if any(self.fleet.roster.worker(device) is None for device in placement.devices):
+            return await self._form()  # one died meanwhile
         before = self.fleet.placement.layout if self.fleet.placement is not None else None
         if before is not None and before != placement.layout:
             self.fleet.new_pace()
@@ -209,6 +211,7 @@ class Controller:
                 {
                     "is": "assign",
                     "device": device.number,
+                    "number": worker.number,
                     "generation": self.fleet.generation,
                     "rank": rank,
                     "world_size": placement.layout.world_size,

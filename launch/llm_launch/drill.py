@@ -120,6 +120,7 @@ class LiveRun:
         node, index, pid = self.worker(rank)
         entry = next(item for item in self.status()["nodes"] if item["name"] == node)
         now = time.time()
+        assert pid > 0, "0 would be this process's own group"
         if kind in ("kill", "stop"):
             os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
         elif kind == "slow":

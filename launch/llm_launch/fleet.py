@@ -115,7 +115,7 @@ class Fleet:
             return
         device = Device(node.name, message["device"])
         if kind == "worker":
-            node.workers[device.number] = Worker(device, message["pid"], message["store_port"])
+            node.workers[device.number] = Worker(device, message["pid"], message["store_port"], message["number"])
             return
         worker = node.workers.get(device.number)
         if worker is None:
@@ -215,7 +215,8 @@ class Fleet:
         """Has their agents end them."""
         for worker in workers:
             worker.killed = True
-            self.roster.nodes[worker.device.node].send({"is": "kill", "device": worker.device.number})
+            kill = {"is": "kill", "device": worker.device.number, "number": worker.number}
+            self.roster.nodes[worker.device.node].send(kill)
 
     async def find_hung(self, members: list[Device]) -> dict[Device, str]:
         """Who holds the others up. A process that is stopped is known at once; else all are asked twice, and if any of

@@ -87,7 +87,7 @@ class Member:
 
     def start(self) -> None:
         """Registers with the agent and listens to it."""
-        self.send({"is": "ready", "store_port": self._open_listener()})
+        self.send({"is": "ready", "pid": os.getpid(), "store_port": self._open_listener()})
         threading.Thread(target=self._listen, name="control", daemon=True).start()
 
     def send(self, message: dict[str, Any]) -> None:

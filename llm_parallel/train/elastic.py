@@ -10,11 +10,13 @@ import datetime
 import gc
 import math
 import os
+import queue
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +213,23 @@ def _store(member: Member, assignment: Assignment) -> dist.Store:
     if assignment.rank == 0:
         listener = member.take_listener()
         return dist.TCPStore(host, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener)
-    return dist.TCPStore(host, port, None, False, timeout=timeout)
+    # The client tries again until its time is up, whatever happens to its sockets: a thread of its own may do that.
+    made: queue.Queue[Any] = queue.Queue()
+
+    def connect() -> None:
+        try:
+            made.put(dist.TCPStore(host, port, None, False, timeout=timeout))
+        except Exception as error:
+            made.put(error)
+
+    threading.Thread(target=connect, name="store", daemon=True).start()
+    while not member.aborted:
+        with suppress(queue.Empty):
+            found = made.get(timeout=0.05)
+            if isinstance(found, Exception):
+                raise found
+            return found
+    raise ConnectionError("the generation was given up before its store answered")
 
 
 def _log_to(run_dir: Path, rank: int, terminal: int) -> None:

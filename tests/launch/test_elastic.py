@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,24 @@ def test_killed_and_stopped_workers_are_replaced_and_nothing_changes(start: Star
     assert "is stopped" in run.events("blame")[1]["cause"]
     assert not run.events("remove"), "a device is not removed for one fault"
     assert {event["layout"] for event in run.events("form")} == {"TP 1 x PP 1 x DP 4"}
+
+
+def test_faults_that_meet_a_recovery(start: Start) -> None:
+    """A second worker dies while the first one's fault is being mended, at whatever point of it."""
+    run = start("parallel.pp=2", "parallel.dp=2", "train.steps=100000", "elastic.strikes=1000")
+    run.reach(3)
+    for number in range(6):
+        fault_s = run.cause("kill", number % 4)
+        time.sleep(0.05 + 0.06 * number)
+        with suppress(KeyError):  # it has just no process there
+            run.cause("kill", (number + 1) % 4)
+        run.first_step_after(fault_s, 30)
+        run.reach(run.steps()[-1]["step"] + 2)
+    run.stop()
+    assert run.wait() == 0 and not run.events("remove")
+    made = [record["step"] for record in run.steps()]
+    assert made == sorted(made) and set(made) == set(range(1, max(made) + 1))
+    assert all(record["train/samples"] == 8 * record["step"] for record in run.steps())
 
 
 def test_a_lost_node_shrinks_the_run_and_comes_back(start: Start) -> None:
