@@ -8,15 +8,19 @@ made from the right samples. Both print what happened and give exit status 1 if 
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from llm_launch.drill import LiveRun, unix_time
 from llm_launch.show import timeline
 from llm_parallel.errors import UserError
+from llm_parallel.goodput.rates import MONTH_S, Job
+from llm_parallel.goodput.simulate import simulate
 
 DEVICES = 4
 START_S = 180.0
@@ -142,6 +146,11 @@ class Soak:
     steps: int
     seconds: float
     goodput: float
+    """Share of the time that the launcher did not spend recovering, by its own count."""
+    useful: float
+    """Share of the time that the steps that were kept would have taken without any fault."""
+    simulated: float
+    """What the goodput simulator gives for as many interruptions of that length."""
     recover_s: list[float]
     finding: Finding
 
@@ -182,7 +191,32 @@ def soak(run_file: Path, folder: Path, seconds: float, every_s: float, rng: rand
     finding.seconds = time.monotonic() - began
     recover = [event["seconds_since_detection"] for event in run.events("resume") if "seconds_since_detection" in event]
     goodput = run.status().get("goodput", {}).get("fraction", 0.0)
-    return Soak(faults, len({r["step"] for r in run.steps()}), finding.seconds, goodput, recover, finding)
+    useful, simulated = goodput_beside_simulation(run, recover)
+    steps = len({r["step"] for r in run.steps()})
+    return Soak(faults, steps, finding.seconds, goodput, useful, simulated, recover, finding)
+
+
+def goodput_beside_simulation(run: LiveRun, recover_s: list[float]) -> tuple[float, float]:
+    """Share of a run's time that kept steps would have taken undisturbed, and the simulator's goodput for its
+    interruptions: their number, mean time to detection and mean time from there, losing half a step each on average."""
+    steps = run.steps()
+    times = [unix_time(record) for record in steps]
+    elapsed = times[-1] - times[0]
+    step_s = statistics.median(after - before for before, after in pairwise(times))
+    useful = step_s * (len({record["step"] for record in steps}) - 1) / elapsed
+    detected = [unix_time(event) for event in run.events("detect")]
+    waits = [min((d - fault for d in detected if d >= fault), default=0.0) for fault, _ in run.faults]
+    if not recover_s or not waits:
+        return useful, 1.0
+    job = Job(
+        num_gpus=DEVICES,
+        rate_per_gpu_month=len(recover_s) / elapsed * MONTH_S / DEVICES,
+        detect_s=statistics.mean(waits),
+        restart_s=statistics.mean(recover_s),
+        write_s=0.0,
+        interval_s=step_s,
+    )
+    return useful, simulate(job).goodput
 
 
 def _sleep_or_end(run: LiveRun, seconds: float, left_s: float) -> bool:
@@ -231,8 +265,9 @@ def drill_command(run_file: Path, folder: Path, blame: int, soak_s: float, every
         mean = sum(result.recover_s) / max(len(result.recover_s), 1)
         print(
             f"{result.finding.scenario}: {sum(result.faults.values())} faults {result.faults}, {result.steps} steps in "
-            f"{result.seconds:.0f} s, {len(result.recover_s)} recoveries of {mean:.2f} s on average, goodput "
-            f"{result.goodput:.1%}: {'; '.join(result.finding.wrong) or 'ended right'}",
+            f"{result.seconds:.0f} s, {len(result.recover_s)} recoveries of {mean:.2f} s on average; not recovering "
+            f"{result.goodput:.1%} of the time, steps kept are worth {result.useful:.1%} of it, the simulator says "
+            f"{result.simulated:.1%} for such interruptions: {'; '.join(result.finding.wrong) or 'ended right'}",
             flush=True,
         )
     return int(failed > 0)
