@@ -91,8 +91,8 @@ def submit(
 def plan(
     model: Annotated[str | None, typer.Option(help="Model preset, as llama2-70b.")] = None,
     cluster: Annotated[
-        str, typer.Option(help="dgx-a100, dgx-h100, dgx-h200 …, or a YAML file like theirs.")
-    ] = "dgx-h100",
+        str | None, typer.Option(help="dgx-a100, dgx-h100 (the default), dgx-h200 …, or a YAML file like theirs.")
+    ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs to use.")] = 8,
     global_batch: Annotated[int, typer.Option(help="Samples of a step.")] = 1024,
     seq: Annotated[int, typer.Option(help="Tokens of a sample.")] = 4096,
@@ -106,6 +106,12 @@ def plan(
     validate: Annotated[bool, typer.Option("--validate", help="Score predictions against published rows.")] = False,
     rows: Annotated[str | None, typer.Option(help="With --validate: CSV of your own rows.")] = None,
     refit: Annotated[str | None, typer.Option(help="Fit the constants anew and write them to this JSON file.")] = None,
+    calibrate: Annotated[
+        list[str] | None, typer.Option(help="JSON of bench comm, kernels or step on your cluster; several times.")
+    ] = None,
+    cluster_out: Annotated[
+        str, typer.Option(help="With --calibrate: description to write, for --cluster.")
+    ] = "my-cluster.yaml",
 ) -> None:
     """Predict step time, memory and cost of every layout of a model on a cluster; the best first."""
     from llm_parallel.errors import UserError
@@ -115,10 +121,25 @@ def plan(
         raise typer.Exit(planner.validate_command(rows, json))
     if refit:
         raise typer.Exit(planner.refit_command(refit))
+    if calibrate:
+        from llm_parallel.planner.calibrate import calibrate_command
+
+        raise typer.Exit(calibrate_command(calibrate, cluster, cluster_out))
     if model is None:
-        raise UserError("plan needs --model, as llama2-70b, or --validate")
+        raise UserError("plan needs --model, as llama2-70b, --validate, or --calibrate")
     request = planner.Request(
-        model, cluster, gpus, global_batch, seq, top, precision, tokens, price_per_gpu_hour, explain, write, json
+        model,
+        cluster or "dgx-h100",
+        gpus,
+        global_batch,
+        seq,
+        top,
+        precision,
+        tokens,
+        price_per_gpu_hour,
+        explain,
+        write,
+        json,
     )
     raise typer.Exit(planner.plan_command(request))
 
