@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from llm_parallel.errors import UserError
+from llm_parallel.planner.host import Host, host_of
 
 DATA = resources.files("llm_parallel.planner") / "data"
 
@@ -66,6 +67,8 @@ class Cluster:
     nvlink_latency_s: float = 3e-6
     nic_latency_s: float = 1e-5
     price_per_gpu_hour: float | None = None
+    host: Host | None = None
+    """Where processes on a CPU take the place of GPUs; then the rates above are not used."""
 
 
 def load_constants(name: str) -> Constants:
@@ -103,7 +106,11 @@ def load_cluster(name: str, constants: Mapping[str, Constants] | None = None) ->
 
 def _cluster(tree: dict[str, Any], constants: Mapping[str, Constants]) -> Cluster:
     chip = tree["chip"]
-    known = constants.get(chip["constants"]) or load_constants(chip["constants"])
+    host = host_of(tree["host"]) if "host" in tree else None
+    if host is not None:
+        known = Constants(**dict.fromkeys((field.name for field in fields(Constants)), 1.0))
+    else:
+        known = constants.get(chip["constants"]) or load_constants(chip["constants"])
     changed = {name: float(value) for name, value in (tree.get("measured") or {}).items()}
     unknown = set(changed) - {field.name for field in fields(Constants)}
     if unknown:
@@ -124,6 +131,7 @@ def _cluster(tree: dict[str, Any], constants: Mapping[str, Constants]) -> Cluste
         nvlink_latency_s=1e-6 * float(tree.get("nvlink_latency_us", 3.0)),
         nic_latency_s=1e-6 * float(tree.get("nic_latency_us", 10.0)),
         price_per_gpu_hour=tree.get("price_per_gpu_hour"),
+        host=host,
     )
 
 

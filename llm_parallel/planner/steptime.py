@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from llm_parallel.planner.hardware import Cluster
+from llm_parallel.planner.host import host_step
 from llm_parallel.planner.memory import parameters_of_stage, stage_layers
 from llm_parallel.planner.schedule import Timeline, simulate
 from llm_parallel.planner.shapes import Shape, Strategy
@@ -238,6 +239,8 @@ class Model:
 
     def step(self) -> StepTime:
         """Seconds of a whole step."""
+        if self.cluster.host is not None:
+            return StepTime(**host_step(self.shape, self.strategy, self.cluster.host))
         strategy = self.strategy
         stages = range(strategy.pp)
         again = [self.again().times(sum(layers)) for layers in stage_layers(self.shape, strategy)]
