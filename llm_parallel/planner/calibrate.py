@@ -9,16 +9,16 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.planner.calibrate_host import host_description
 from llm_parallel.planner.hardware import DATA, Chip, Cluster, load_cluster
+from llm_parallel.planner.results import Measured, field, read_results, step_config, step_seconds
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.planner.steptime import step_time
 
@@ -27,66 +27,6 @@ BASES = {"H200": "dgx-h200", "H100": "dgx-h100", "A100-SXM4-40": "dgx-a100-40", 
 COMPUTE = ("gemm", "gemm_te", "gemm_fp8", "flash", "flash_te", "memory")
 """Constants that a measured step changes by one factor: it can't tell them apart."""
 WIDE = ("all_reduce", "all_gather", "reduce_scatter")
-KINDS = {"comm": "fits", "kernels": "card", "step": "mfu"}
-"""What only a result of that kind holds."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One result file. kind: comm, kernels or step."""
-
-    path: str
-    kind: str
-    tree: Mapping[str, Any]
-
-    @property
-    def chip(self) -> str:
-        """What it was measured on."""
-        return str(self.tree["environment"]["chip"])
-
-    @property
-    def source(self) -> str:
-        """Where a figure came from, for a comment."""
-        where = self.tree["environment"]
-        return f"bench {self.kind}, {Path(self.path).name}, {where['date']}, commit {where['commit']}"
-
-
-def read_results(paths: Sequence[str]) -> list[Measured]:
-    """Raises UserError for a file that is no such result, and if they are of several chips."""
-    found = [_read(path) for path in paths]
-    chips = sorted({result.chip for result in found})
-    if len(chips) > 1:
-        raise UserError(
-            f"--calibrate: the results are of {' and of '.join(chips)}; give those of one kind of chip at a time"
-        )
-    return found
-
-
-def _read(path: str) -> Measured:
-    try:
-        tree = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"--calibrate {path} cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise UserError(f"--calibrate {path} is not JSON; give what bench --out wrote, PREFIX.json") from None
-    kinds = [kind for kind, field in KINDS.items() if isinstance(tree, dict) and field in tree]
-    if len(kinds) != 1:
-        raise UserError(f"--calibrate {path} is no result of bench comm, bench kernels or bench step")
-    for name in ("chip", "date", "commit"):
-        if name not in (tree.get("environment") or {}):
-            raise UserError(f"--calibrate {path} lacks environment.{name}; measure it anew with bench {kinds[0]} --out")
-    return Measured(path, kinds[0], tree)
-
-
-def field(result: Measured, *names: str) -> Any:
-    """A value of a result by its path. Raises UserError if it is missing."""
-    found: Any = result.tree
-    for name in names:
-        if not isinstance(found, Mapping) or name not in found:
-            raise UserError(f"--calibrate {result.path} lacks {'.'.join(names)}; measure it anew with bench "
-                            f"{result.kind} --out")  # fmt: skip
-        found = found[name]
-    return found
 
 
 def calibrate_command(paths: Sequence[str], cluster: str | None, out: str) -> int:
@@ -97,7 +37,7 @@ def calibrate_command(paths: Sequence[str], cluster: str | None, out: str) -> in
     if Path(out).suffix not in (".yaml", ".yml"):
         raise UserError(f"--cluster-out {out} must end in .yaml, as plan --cluster takes it")
     results = read_results(paths)
-    text = gpu_description(results, cluster)
+    text = host_description(results) if _on_cpu(results) else gpu_description(results, cluster)
     with atomic_write(out) as handle:
         handle.write(text)
     found = load_cluster(out)
@@ -112,22 +52,12 @@ def calibrate_command(paths: Sequence[str], cluster: str | None, out: str) -> in
     return 0
 
 
-def step_seconds(result: Measured) -> float:
-    """Median seconds of our step. Raises UserError if it failed."""
-    rows = [row for row in field(result, "rows") if row.get("provider") == "ours"]
-    if not rows or not rows[0].get("median_ms"):
-        raise UserError(f"--calibrate {result.path} has no time of provider ours; run bench step --provider ours")
-    return float(rows[0]["median_ms"]) / 1e3
-
-
-def step_config(result: Measured) -> RunConfig:
-    """What was stepped. Raises UserError if this version can't read it."""
-    try:
-        return RunConfig.model_validate(field(result, "config"))
-    except ValueError as error:
-        raise UserError(
-            f"--calibrate {result.path}: its config is not one of this version: {str(error).splitlines()[0]}"
-        ) from None
+def _on_cpu(results: Sequence[Measured]) -> bool:
+    """Whether processes on a CPU are described: steps on one, or gloo on a chip that is no GPU we know."""
+    if any(result.kind == "step" and field(result, "config").get("device") == "cpu" for result in results):
+        return True
+    known = any(part in results[0].chip.replace(" ", "-") for part in BASES)
+    return not known and any(result.kind == "comm" and field(result, "backend") == "gloo" for result in results)
 
 
 def predict_step(result: Measured, cluster: Cluster) -> float:
