@@ -3,8 +3,8 @@
     python benchmarks/cpu_truth.py [--folder runs/cpu_truth] [--save]
 
 ``bench comm`` (2 and 4 processes over gloo) and one-process ``bench step`` runs calibrate a description of this machine
-(``plan --calibrate``); then every layout of ``LAYOUTS`` is predicted, and run by ``bench scaling``, one after the other.
-No time of a layout enters the calibration. What is already in the folder is not measured again.
+(``plan --calibrate``); then every layout of ``LAYOUTS`` is predicted, and run by ``bench scaling``, one by one. No time
+of a layout enters the calibration. What is already in the folder is not measured again.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def compare(folder: Path, alone: Sequence[Path], rows: Sequence[dict[str, str]])
         "command": " ".join(["python", "benchmarks/cpu_truth.py", *sys.argv[1:]]),
         "model": {**MODEL, "vocab_size": WORDS},
         "work": {"global_batch": BATCH, "micro_batch": 1, "seq": SEQ, "precision": "fp32", "threads_per_process": 1},
-        "measured": f"median step of {STEPS - WARMUP} after {WARMUP}, real pretrain runs over gloo, one after the other",
+        "measured": f"median step of {STEPS - WARMUP} after {WARMUP}, real pretrain runs over gloo, one by one",
         "calibrated_on": "bench comm of 2 and 4 processes and one-process bench steps; of no layout",
         "description": yaml.safe_load(description.read_text()),
         "layouts": found,

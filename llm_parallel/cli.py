@@ -112,6 +112,10 @@ def plan(
     cluster_out: Annotated[
         str, typer.Option(help="With --calibrate: description to write, for --cluster.")
     ] = "my-cluster.yaml",
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(help="A case to set beside: gpus=512, cluster=dgx-h200, seq=131072 …; several times."),
+    ] = None,
 ) -> None:
     """Predict step time, memory and cost of every layout of a model on a cluster; the best first."""
     from llm_parallel.errors import UserError

@@ -28,12 +28,14 @@ from llm_parallel.planner.steptime import Model
 HOUR_S = 3600.0
 DEFAULT_VOCAB = 32000
 _SIZES = {"tp": "tp", "pp": "pp", "cp": "cp", "vpp": "vpp", "mbs": "micro_batch", "recompute": "recompute", "dp": "dp"}
+_WHAT_IF = ("cluster", "gpus", "global_batch", "seq", "precision")
 
 
 @dataclass(frozen=True)
 class Request:
     """What the user asked. model: a preset; tokens: of the whole run; explain: sizes of one layout, as
-    ``tp=8,pp=4,mbs=1``; write: a run file to make of the best layout (or the explained one)."""
+    ``tp=8,pp=4,mbs=1``; write: a run file to make of the best layout (or the explained one); what_if: changes of the
+    request to set beside it, each as ``gpus=512`` or ``cluster=dgx-h200,seq=131072``."""
 
     model: str
     cluster: str
@@ -47,10 +49,13 @@ class Request:
     explain: str | None = None
     write: str | None = None
     json: str | None = None
+    what_if: Sequence[str] = ()
 
 
 def plan_command(request: Request) -> int:
     """Prints the best layouts; 1 if none fits. Raises UserError for what can't be planned."""
+    if request.what_if:
+        return what_if_command(request)
     shape, cluster = _shape(request.model), load_cluster(request.cluster)
     base = _base(request, cluster)
     began = time.monotonic()
@@ -69,11 +74,7 @@ def plan_command(request: Request) -> int:
             print("None fits; use more GPUs, a smaller batch of tokens, or a larger chip.")
             return 1
         print(_table(found, shape, cluster))
-    error = validate.expected_error(cluster.chip.name.partition("-")[0])
-    print(
-        f"\nPredicted, not measured. Expected error of the step time: {error:.1%}, mean on the published rows of this "
-        "kind of chip that no constant was fitted to (llm-parallel plan --validate)."
-    )
+    print(f"\nPredicted, not measured. {_trust(cluster)}")
     _say_run(request, found[0], cluster)
     if request.write:
         write_run_file(request, shape, found[0], cluster)
@@ -81,6 +82,75 @@ def plan_command(request: Request) -> int:
         with atomic_write(request.json) as handle:
             json.dump([as_data(item, shape, cluster) for item in found], handle, indent=1)
     return 0
+
+
+def _trust(cluster: Cluster) -> str:
+    """How far predictions for a cluster have been off."""
+    if cluster.host is not None:
+        return "How far such predictions are off on a CPU is measured by benchmarks/cpu_truth.py."
+    error = validate.expected_error(cluster.chip.name.partition("-")[0])
+    return (
+        f"Expected error of the step time: {error:.1%}, mean on the published rows of this kind of chip that no "
+        "constant was fitted to (llm-parallel plan --validate)."
+    )
+
+
+def what_if_command(request: Request) -> int:
+    """Prints the best layout as asked and under each change, in one table; 1 if none fits anywhere."""
+    if request.explain or request.write:
+        name = "explain" if request.explain else "write"
+        raise UserError(f"--what-if compares the best layouts; leave out --{name}, or plan each case by itself")
+    shape = _shape(request.model)
+    cases = [("as asked", request), *((text, changed(request, text)) for text in request.what_if)]
+    rows, records, clusters = [], [], {}
+    for name, case in cases:
+        cluster = load_cluster(case.cluster)
+        clusters[cluster.chip.name] = cluster
+        found, _, _ = best_layouts(shape, _base(case, cluster), cluster, 1)
+        rows.append(_what_if_row(name, case, found, shape, cluster))
+        best = as_data(found[0], shape, cluster) if found else None
+        records.append({"case": name, "cluster": cluster.name, "gpus": case.gpus, "seq": case.seq,
+                        "global_batch": case.global_batch, "best": best})  # fmt: skip
+    days = "days, GPU-hours" if request.tokens else "tokens/s in all"
+    heads = ["what if", "cluster", "GPUs", "batch", "seq", "best layout", "step s", "tokens/s/GPU", "MFU full",
+             "memory GiB", days]  # fmt: skip
+    print(f"{request.model}, {shape.parameters / 1e9:.1f} B parameters; the best layout of each case")
+    print("\n".join(["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), *rows]))
+    for name, cluster in clusters.items():
+        print(f"{name}: predicted, not measured. {_trust(cluster)}")
+    if request.json:
+        with atomic_write(request.json) as handle:
+            json.dump(records, handle, indent=1)
+    return 0 if any(record["best"] for record in records) else 1
+
+
+def changed(request: Request, text: str) -> Request:
+    """The request with ``name=value`` changes, comma between. Raises UserError."""
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        name = name.replace("-", "_")
+        if name not in _WHAT_IF or not value:
+            raise UserError(f"--what-if {text}: {part!r} is not one of {', '.join(_WHAT_IF)} with a value, as gpus=512")
+        if name in ("cluster", "precision"):
+            changes[name] = value
+        elif not value.isdecimal():
+            raise UserError(f"--what-if {text}: {name}={value} must be a whole number of at least 1")
+        else:
+            changes[name] = int(value)
+    return replace(request, **changes)
+
+
+def _what_if_row(name: str, case: Request, found: Sequence[Candidate], shape: Shape, cluster: Cluster) -> str:
+    cells = [name, cluster.name, f"{case.gpus:,}", f"{case.global_batch:,}", f"{case.seq:,}"]
+    if not found:
+        return "| " + " | ".join([*cells, "none fits", "", "", "", "", ""]) + " |"
+    best = found[0]
+    rate = best.tokens_per_s() * case.gpus
+    last = _bill(case.tokens / rate, case.gpus, None) if case.tokens else f"{rate:,.0f}"
+    cells += [best.strategy.describe(), f"{best.time.total:.3f}", f"{best.tokens_per_s():,.0f}",
+              f"{best.mfu(shape, cluster, False):.1%}", f"{best.memory.total / GIB:.1f}", last]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
 
 
 def _shape(name: str) -> Shape:
@@ -107,7 +177,8 @@ def _base(request: Request, cluster: Cluster) -> Strategy:
         raise UserError(f"--precision fp8: {cluster.chip.name} has no 8-bit products; use bf16")
     return Strategy(
         gpus=request.gpus, global_batch=request.global_batch, micro_batch=1, seq=request.seq,
-        precision=request.precision, te=True, overlap_tp=True,  # type: ignore[arg-type]
+        precision="fp32" if cluster.host else request.precision,  # type: ignore[arg-type]
+        te=True, overlap_tp=True,
     )  # fmt: skip
 
 
@@ -164,7 +235,7 @@ def _explain(item: Candidate, shape: Shape, cluster: Cluster, say: Any) -> None:
     say("| time | s | share |\n| --- | --- | --- |")
     for name, value in time_.parts().items():
         say(f"| {name} | {value:.4f} | {value / time_.total:.1%} |")
-    if strategy.pp > 1:
+    if strategy.pp > 1 and cluster.host is None:
         few = min(strategy.micro_batches, 4 * strategy.pp) // strategy.pp * strategy.pp or strategy.micro_batches
         simulated = Model(shape, strategy, cluster).timeline(few)
         say(f"bubble of {few} micro batches, simulated event by event: {simulated.bubble:.1%}")
