@@ -10,9 +10,11 @@ A sweep is a YAML file beside a run file:
       weak dp:                  # rows of one series must be the same work, or grow it with the processes
         - {parallel.dp: 1, train.global_batch_size: 8}
         - {parallel.dp: 2, train.global_batch_size: 16}
+    cluster: dgx-h100           # optional: what the planner predicts with, as --cluster
 
-Started again it makes only the rows that its CSV lacks; several may write one CSV at a time, as the tasks of a SLURM
-array with ``--index``.
+A run may name what others published for it, ``reference`` (suite.py says what stands in one); benchmarks/suites has
+such sweeps. Started again it makes only the rows that its CSV lacks; several may write one CSV at a time, as the tasks
+of a SLURM array with ``--index``.
 """
 
 from __future__ import annotations
@@ -38,18 +40,28 @@ from llm_launch.slurm import SlurmJob
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than
 from llm_parallel.bench.step import label
+from llm_parallel.bench.suite import (
+    Line,
+    Reference,
+    check_layout,
+    measured_rate,
+    predicted,
+    print_table,
+    reference_of,
+    slower_than_published,
+)
 from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.metrics.jsonlines import read_jsonlines
-from llm_parallel.planner.hardware import load_cluster
+from llm_parallel.planner.hardware import Cluster, load_cluster
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.planner.steptime import step_time
 from llm_parallel.train.preflight import with_vocabulary
 
-KEYS = {"base", "steps", "warmup", "repeats", "series"}
+KEYS = {"base", "steps", "warmup", "repeats", "series", "cluster"}
 QUIET = ("log.tensorboard=false", "log.plots=false", "data.eval_fraction=0", "elastic.replicate_every_steps=0")
 
 
@@ -76,6 +88,7 @@ class Entry:
     repeat: int
     overrides: tuple[str, ...]
     config: RunConfig
+    reference: Reference | None = None
 
     @property
     def key(self) -> str:
@@ -86,11 +99,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file. warmup: steps of each run that are not counted."""
+    """A sweep file. warmup: steps of each run that are not counted; cluster: what the planner predicts with."""
 
     base: Path
     warmup: int
     entries: tuple[Entry, ...]
+    cluster: str | None = None
 
 
 def read_sweep_file(path: str) -> Sweep:
@@ -115,10 +129,13 @@ def read_sweep_file(path: str) -> Sweep:
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"sweep {path}: series {series} is empty; give a list of {{section.field: value}}")
         for row in rows:
-            overrides = tuple(f"{name}={json.dumps(value)}" for name, value in row.items())
+            where = f"sweep {path}: series {series}"
+            reference = reference_of(row["reference"], where) if "reference" in row else None
+            overrides = tuple(f"{name}={json.dumps(value)}" for name, value in row.items() if name != "reference")
             config = with_vocabulary(load_config(base, [*overrides, f"train.steps={steps}", *QUIET], notice=_silent))
-            entries += [Entry(str(series), repeat, overrides, config) for repeat in range(repeats)]
-    return Sweep(base, warmup, tuple(entries))
+            entries += [Entry(str(series), repeat, overrides, config, reference) for repeat in range(repeats)]
+    cluster = tree.get("cluster")
+    return Sweep(base, warmup, tuple(entries), None if cluster is None else str(cluster))
 
 
 def _silent(_: str) -> None:
@@ -126,28 +143,28 @@ def _silent(_: str) -> None:
 
 
 def scaling_command(request: Request) -> int:
-    """Runs what is missing; exit status 1 if a run failed or is slower than the baseline allows."""
+    """Runs what is missing; exit status 1 if a run failed, or is slower than the baseline or the published figure
+    allows."""
     sweep = read_sweep_file(request.sweep)
+    cluster = load_cluster(name) if (name := request.cluster or sweep.cluster) else None
     out = Path(request.out or Path(request.sweep).with_suffix(".csv"))
+    if not 0.0 < request.min_ratio <= 10.0:
+        raise UserError(f"--min-ratio {request.min_ratio} is not over 0 and at most 10; 0.95 allows 5 % loss")
     if request.baseline:
         load_result(request.baseline)
     if request.index is not None and not 0 <= request.index < len(sweep.entries):
         raise UserError(f"--index {request.index} is not one of the sweep's {len(sweep.entries)} runs, 0 to "
                         f"{len(sweep.entries) - 1}")  # fmt: skip
-    chosen = sweep.entries if request.index is None else [sweep.entries[request.index]]
-    done = {row["key"] for row in read_csv(out)}
-    failed = 0
-    for number, entry in enumerate(chosen):
-        size = num_processes(entry.config)
-        name = f"{entry.series}, {size} processes, repeat {entry.repeat}: {' '.join(entry.overrides)}"
-        if entry.key in done:
-            print(f"{number + 1}/{len(chosen)} {name}: already in {out}")
-            continue
-        print(f"{number + 1}/{len(chosen)} {name}", flush=True)
-        if not request.dry_run:
-            failed += not _run(entry, sweep, out, request)
+    chosen = range(len(sweep.entries)) if request.index is None else [request.index]
+    for index in chosen if request.dry_run else []:
+        check_layout(sweep.entries[index].config)
+    failed = _run_missing(sweep, chosen, out, cluster, request)
+    lines = _lines(sweep, chosen, read_csv(out), cluster)
+    if request.dry_run or any(line.reference for line in lines):
+        print_table(lines, cluster, request.min_ratio)
     if request.dry_run:
         return 0
+    failed += slower_than_published(lines, request.min_ratio)
     if request.baseline:
         failed += slower_than(request.baseline, _as_result(read_csv(out)), request.min_ratio)
     with atomic_write(out.with_suffix(".json")) as handle:
@@ -155,17 +172,49 @@ def scaling_command(request: Request) -> int:
     return int(failed > 0)
 
 
-def _run(entry: Entry, sweep: Sweep, out: Path, request: Request) -> bool:
+def _run_missing(sweep: Sweep, chosen: Sequence[int], out: Path, cluster: Cluster | None, request: Request) -> int:
+    """Says and, but for a dry run, makes every chosen run that the CSV lacks; how many failed."""
+    done = {row["key"] for row in read_csv(out)}
+    failed = 0
+    for index in chosen:
+        entry = sweep.entries[index]
+        name = f"{entry.series}, {num_processes(entry.config)} processes, repeat {entry.repeat}"
+        # Lists, as of stage_layers, would fill the screen.
+        overrides = " ".join(text if len(text) < 60 else f"{text[:56]} …" for text in entry.overrides)
+        there = f": already in {out}" if entry.key in done else ""
+        print(f"--index {index}: {name}: {overrides}{there}", flush=True)
+        if not there and not request.dry_run:
+            failed += not _run(entry, sweep, out, cluster, request.environment)
+    return failed
+
+
+def _lines(
+    sweep: Sweep, chosen: Sequence[int], rows: Sequence[Mapping[str, str]], cluster: Cluster | None
+) -> list[Line]:
+    """One for each configuration of the chosen runs."""
+    groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for index in chosen:
+        groups.setdefault((sweep.entries[index].series, sweep.entries[index].overrides), []).append(index)
+    lines = []
+    for indices in groups.values():
+        entry = sweep.entries[indices[0]]
+        forecast = predicted(entry.config, cluster) if cluster and entry.config.model.vocab_size else None
+        rate = measured_rate(rows, [sweep.entries[index].key for index in indices])
+        lines.append(Line(indices[0], entry.series, entry.config, entry.reference, forecast, rate))
+    return lines
+
+
+def _run(entry: Entry, sweep: Sweep, out: Path, cluster: Cluster | None, environ: Mapping[str, str]) -> bool:
     """Makes one row; whether that worked. A run that fails leaves no row, so that it is tried again."""
     # On a shared disk, where all nodes of a job see it.
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.stem}-", dir=out.parent))
-    word = "launch" if SlurmJob.from_environment(request.environment) else "pretrain"
+    word = "launch" if SlurmJob.from_environment(environ) else "pretrain"
     steps = f"train.steps={entry.config.train.steps}"
     command = [sys.executable, "-m", "llm_parallel.cli", word, str(sweep.base), *entry.overrides, steps, *QUIET]
     try:
         ended = subprocess.run(
-            [*command, f"run_dir={folder / 'run'}"], env=dict(request.environment), capture_output=True, text=True
+            [*command, f"run_dir={folder / 'run'}"], env=dict(environ), capture_output=True, text=True
         )
         records = list(read_jsonlines(folder / "run" / "metrics.jsonl")) if ended.returncode == 0 else []
         measured = [record for record in records if record.get("step", 0) > sweep.warmup and "perf/step_time" in record]
@@ -173,14 +222,14 @@ def _run(entry: Entry, sweep: Sweep, out: Path, request: Request) -> bool:
             print(f"  failed with status {ended.returncode}: {(ended.stderr or ended.stdout).strip()[-500:]}")
             return False
         start = next(record for record in records if record.get("event") == "run_start")
-        append_csv(out, as_row(entry, measured, start, request))
+        append_csv(out, as_row(entry, measured, start, cluster))
         return True
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def as_row(
-    entry: Entry, measured: Sequence[Mapping[str, Any]], start: Mapping[str, Any], request: Request
+    entry: Entry, measured: Sequence[Mapping[str, Any]], start: Mapping[str, Any], cluster: Cluster | None
 ) -> dict[str, Any]:
     """Everything about one run: work, layout, times (medians over its steps), environment, whole configuration."""
     config, model, parallel = entry.config, entry.config.model, entry.config.parallel
@@ -193,14 +242,12 @@ def as_row(
     }
     last = measured[-1]
     found = environment()
-    predicted: float | str = ""
-    if request.cluster:
-        predicted = step_time(shape_of(model), strategy_of(config, size), load_cluster(request.cluster)).total
+    forecast = step_time(shape_of(model), strategy_of(config, size), cluster).total if cluster else ""
     replicas = size // (parallel.tp * parallel.pp * parallel.cp)
     return {
         "key": entry.key, "series": entry.series, "repeat": entry.repeat, "world_size": size,
         "global_batch_size": config.train.global_batch_size, "step_time_s": median, "step_time_min_s": min(times),
-        "step_time_max_s": max(times), "predicted_step_time_s": predicted,
+        "step_time_max_s": max(times), "predicted_step_time_s": forecast,
         "tokens_per_s_per_gpu": statistics.median(float(r["perf/tokens_per_s_per_gpu"]) for r in measured),
         "mfu": last.get("perf/mfu", ""), "mfu_convention": "model", "memory_gib": last["memory/allocated_gib"],
         "loss": last["train/loss"], **{f"time_{name}_s": value for name, value in parts.items()},

@@ -1,0 +1,179 @@
+"""Published figures that the runs of a sweep are held against, and the table of measured, predicted and published."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llm_parallel.config.rules import check_config, num_processes
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.errors import UserError
+from llm_parallel.planner.hardware import Cluster
+from llm_parallel.planner.memory import memory
+from llm_parallel.planner.search import Candidate, fits
+from llm_parallel.planner.shapes import shape_of, strategy_of
+from llm_parallel.planner.steptime import step_time
+
+NONE = "none published"
+CONVENTIONS = ("full", "causal", "six_n", "hardware")
+LAYOUTS = ("published", "ours")
+WIDTH = 160
+"""Columns of the table where the output is no terminal."""
+_FIGURES = ("tokens_per_s_per_gpu", "step_time_s", "mfu_pct")
+_FIELDS = ("row", "source", *_FIGURES, "mfu_convention", "layout")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a source printed for a configuration. row: line of the package's published_throughput.csv; layout:
+    ``published`` where the run has the source's layout, ``ours`` where only the work is the same."""
+
+    row: int
+    source: str
+    layout: str
+    tokens_per_s_per_gpu: float | None = None
+    step_time_s: float | None = None
+    mfu_pct: float | None = None
+    mfu_convention: str | None = None
+
+    def tokens_per_s(self, config: RunConfig) -> float:
+        """Of one GPU; from the step time, which has fewer roundings, where the layout is the source's."""
+        if self.step_time_s is not None and self.layout == "published":
+            tokens = config.train.global_batch_size * config.data.seq_length_tokens
+            return tokens / self.step_time_s / num_processes(config)
+        assert self.tokens_per_s_per_gpu is not None
+        return self.tokens_per_s_per_gpu
+
+
+def reference_of(tree: Any, where: str) -> Reference | None:
+    """A run's ``reference``; None for ``none published``. ``where`` begins the message of the UserError for what is
+    missing, unknown or no positive number in it."""
+    if tree == NONE:
+        return None
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: reference {tree!r} must be `{NONE}` or a mapping of {', '.join(_FIELDS)}")
+    unknown = [str(name) for name in tree if name not in _FIELDS]
+    if unknown:
+        raise UserError(f"{where}: reference.{unknown[0]} is unknown; there are {', '.join(_FIELDS)}")
+    for name in ("row", "source", "layout"):
+        if name not in tree:
+            raise UserError(f"{where}: reference lacks {name}")
+    if tree["layout"] not in LAYOUTS:
+        raise UserError(f"{where}: reference.layout {tree['layout']!r} must be {' or '.join(LAYOUTS)}")
+    for name in ("row", *_FIGURES):
+        value = tree.get(name, 1)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            raise UserError(f"{where}: reference.{name} {value!r} must be a number over 0")
+    if "tokens_per_s_per_gpu" not in tree and not ("step_time_s" in tree and tree["layout"] == "published"):
+        raise UserError(f"{where}: reference needs tokens_per_s_per_gpu, or step_time_s of the published layout")
+    convention = tree.get("mfu_convention")
+    if ("mfu_pct" in tree) != (convention is not None) or convention not in (None, *CONVENTIONS):
+        raise UserError(
+            f"{where}: reference.mfu_convention {convention!r} must go with mfu_pct and be one of"
+            f" {', '.join(CONVENTIONS)}"
+        )
+    return Reference(**tree)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One configuration of a suite. number: ``--index`` of its first run; measured: tokens/s of one GPU, the median of
+    its repeats, None before it ran."""
+
+    number: int
+    series: str
+    config: RunConfig
+    reference: Reference | None
+    predicted: Candidate | None
+    measured: float | None = None
+
+    @property
+    def published(self) -> float | None:
+        """Tokens/s of one GPU."""
+        return self.reference.tokens_per_s(self.config) if self.reference else None
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured over published speed."""
+        return self.measured / self.published if self.measured and self.published else None
+
+
+def predicted(config: RunConfig, cluster: Cluster) -> Candidate:
+    """What the planner says of a configuration."""
+    shape, strategy = shape_of(config.model), strategy_of(config, num_processes(config))
+    return Candidate(strategy, step_time(shape, strategy, cluster), memory(shape, strategy))
+
+
+def check_layout(config: RunConfig) -> None:
+    """Raises UserError if the run breaks a rule of the configuration, which no cluster would change."""
+    check_config(config, num_processes(config), "cpu" if config.device == "cpu" else "cuda")
+
+
+def measured_rate(rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> float | None:
+    """Median tokens/s of one GPU over the rows of a sweep's CSV with these keys; None without any."""
+    found = [float(row["tokens_per_s_per_gpu"]) for row in rows if row["key"] in keys]
+    return statistics.median(found) if found else None
+
+
+def print_table(lines: Sequence[Line], cluster: Cluster | None, min_ratio: float) -> None:
+    """Measured, predicted and published, with the verdict where there are measured and published figures."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=WIDTH)
+    table = Table(title="tokens/s/GPU (step time) and MFU with square attention", title_justify="left")
+    for name in ("--index", "series", "GPUs", "layout", "GiB", "measured", "predicted", "published", "row", "verdict"):
+        table.add_column(name, justify="left" if name in ("series", "layout", "verdict") else "right")
+    for line in lines:
+        table.add_row(*_cells(line, cluster, min_ratio))
+    console.print(table)
+    said = f"predicted by the planner for {cluster.name}" if cluster else "not predicted: the sweep names no cluster"
+    console.print(
+        f"GiB and predicted: {said}; published: as printed by the source in that row of published_throughput.csv."
+        " MFU in other conventions is marked. A row marked * has the source's work in a layout of ours.",
+        highlight=False,
+    )
+
+
+def _cells(line: Line, cluster: Cluster | None, min_ratio: float) -> list[str]:
+    config, reference, found = line.config, line.reference, line.predicted
+    strategy = strategy_of(config, num_processes(config))
+    layout = strategy.describe().replace(",", " ").replace("recompute=", "").replace(" none", "")
+    memory_gib = forecast = "—"
+    if found is not None and cluster is not None:
+        memory_gib = f"{found.memory.total / 2**30:.0f}"
+        if cluster.host is None and not fits(found.memory, cluster):
+            memory_gib += f" of {cluster.chip.memory_bytes / 2**30:.0f}: does not fit"
+        share = found.mfu(shape_of(config.model), cluster, causal=False)
+        forecast = f"{found.tokens_per_s():,.0f} ({found.time.total:.3g} s) {share:.1%}"
+    printed, row = NONE, ""
+    if reference is not None:
+        rate = reference.tokens_per_s(config)
+        step = f" ({reference.step_time_s:.4g} s)" if reference.step_time_s and reference.layout == "published" else ""
+        printed = f"{rate:,.0f}{step}"
+        if reference.mfu_pct is not None:
+            printed += f" {reference.mfu_pct:g}%"
+            printed += "" if reference.mfu_convention == "full" else f" {reference.mfu_convention}"
+        row = f"{reference.row}{'' if reference.layout == 'published' else '*'}"
+    now = f"{line.measured:,.0f}" if line.measured else "not run"
+    return [
+        *(str(line.number), line.series, str(num_processes(config)), layout, memory_gib, now, forecast, printed, row),
+        verdict(line, min_ratio),
+    ]
+
+
+def verdict(line: Line, min_ratio: float) -> str:
+    """Pass or fail against ``min_ratio`` of the published speed; empty where one of the two is missing."""
+    if line.ratio is None:
+        return ""
+    return f"{'pass' if line.ratio >= min_ratio else 'FAIL'} {line.ratio:.2f}"
+
+
+def slower_than_published(lines: Sequence[Line], min_ratio: float) -> int:
+    """1 if a measured line is under ``min_ratio`` of its published speed, else 0."""
+    return int(any(line.ratio is not None and line.ratio < min_ratio for line in lines))

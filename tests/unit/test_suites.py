@@ -1,0 +1,187 @@
+"""The ready suites: every run is legal and fits its chip, every reference is its row, slow runs fail."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm_parallel.bench.scaling import Entry, Request, append_csv, read_sweep_file, scaling_command
+from llm_parallel.bench.suite import Line, check_layout, predicted, reference_of, slower_than_published, verdict
+from llm_parallel.config.rules import num_processes
+from llm_parallel.errors import UserError
+from llm_parallel.planner.hardware import DATA, load_cluster
+from llm_parallel.planner.search import fits
+from llm_parallel.planner.shapes import shape_of
+
+SUITES = Path(__file__).parents[2] / "benchmarks" / "suites"
+FILES = ("a100", "h100")
+MODELS = {"llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "llama3-70b", "llama3-405b", "gpt3-175b"}
+PUBLISHED = dict(enumerate(csv.DictReader((DATA / "published_throughput.csv").open(encoding="utf-8")), start=2))
+"""Rows by their line."""
+GOOD = {"row": 5, "source": "s", "layout": "published", "step_time_s": 2.0}
+
+
+def entries(name: str) -> list[Entry]:
+    """Each configuration of a suite once."""
+    return [entry for entry in read_sweep_file(str(SUITES / f"{name}.yaml")).entries if entry.repeat == 0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_run_is_legal_and_fits(name: str) -> None:
+    sweep = read_sweep_file(str(SUITES / f"{name}.yaml"))
+    assert sweep.cluster is not None
+    cluster = load_cluster(sweep.cluster)
+    assert cluster.chip.name.startswith(name.upper())
+    found = entries(name)
+    assert {entry.series.split(" ")[0].replace("3.1", "3") for entry in found} == MODELS
+    for entry in found:
+        check_layout(entry.config)
+        size = num_processes(entry.config)
+        assert size % cluster.gpus_per_node == 0, entry.overrides
+        assert fits(predicted(entry.config, cluster).memory, cluster), entry.overrides
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_reference_is_its_row(name: str) -> None:
+    """Figures are the CSV's; the work is the row's; with a published layout the layout is, too."""
+    held = [entry for entry in entries(name) if entry.reference]
+    assert len(held) >= 9
+    for entry in held:
+        reference, config = entry.reference, entry.config
+        assert reference is not None
+        row = PUBLISHED[reference.row]
+        assert reference.source == row["source"] and name.upper() in row["chip"]
+        for figure in ("tokens_per_s_per_gpu", "step_time_s", "mfu_pct"):
+            assert getattr(reference, figure) == (float(row[figure]) if row[figure] else None), (reference.row, figure)
+        assert "fp8" not in row["precision"] and int(row["seq"]) == config.data.seq_length_tokens
+        same = {"layers": "num_layers", "hidden": "hidden_size", "heads": "num_attention_heads", "vocab": "vocab_size"}
+        for column, field in same.items():
+            assert not row[column] or int(row[column]) == getattr(config.model, field), (reference.row, column)
+        if row["gpus"]:
+            assert int(row["gpus"]) == num_processes(config)
+            assert int(row["global_batch"]) == config.train.global_batch_size
+        if reference.layout == "published":
+            ours = config.parallel
+            layout = [ours.tp, ours.pp, ours.vpp, ours.cp, ours.dp]
+            assert [int(row[column] or 1) for column in ("tp", "pp", "vpp", "cp", "dp_or_ep")] == layout, reference.row
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_printed_mfu_follows_from_printed_speed(name: str) -> None:
+    """Which is what the convention beside it says: within a point, since GPT-3's embeddings differ a little."""
+    peak = {"a100": 312e12, "h100": 989.4e12}[name]
+    checked = 0
+    for entry in entries(name):
+        reference = entry.reference
+        if reference is None or reference.mfu_pct is None:
+            continue
+        shape = shape_of(entry.config.model)
+        flops = {
+            "full": shape.flops_per_token(entry.config.data.seq_length_tokens),
+            "causal": shape.flops_per_token(entry.config.data.seq_length_tokens, causal=True),
+            "six_n": 6.0 * shape.parameters,
+        }[str(reference.mfu_convention)]
+        assert 100 * flops * reference.tokens_per_s(entry.config) / peak == pytest.approx(reference.mfu_pct, abs=1.0)
+        checked += 1
+    assert checked >= 8
+
+
+def test_gpt3s_stand_in_has_its_parameters() -> None:
+    """A layer of 12 hidden^2, as GPT-3's own (attention 4, two matrices of 4), hence its FLOPs."""
+    (config,) = {entry.config for entry in entries("a100") if entry.series == "gpt3-175b full recompute"}
+    shape = shape_of(config.model)
+    assert shape.layer_matrices == 12 * 12288**2
+    assert shape.layers * shape.layer_matrices == pytest.approx(173.9e9, rel=1e-3)  # 0.6e9 more are embeddings
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"row": -1}, "reference.row -1 must be a number over 0"),
+        ({"step_time_s": "2 s"}, "reference.step_time_s '2 s' must be a number"),
+        ({"step_time_s": float("nan")}, "reference.step_time_s nan must be a number"),
+        ({"layout": "theirs"}, "reference.layout 'theirs' must be published or ours"),
+        ({"layout": "ours"}, "needs tokens_per_s_per_gpu"),
+        ({"mfu_pct": 40.0}, "reference.mfu_convention None must go with mfu_pct"),
+        ({"mfu_pct": 40.0, "mfu_convention": "mixed"}, "be one of full, causal"),
+        ({"speed": 3}, "reference.speed is unknown"),
+    ],
+)
+def test_bad_references_are_named(change: dict[str, object], words: str) -> None:
+    assert reference_of(GOOD, "x") is not None and reference_of("none published", "x") is None
+    with pytest.raises(UserError) as caught:
+        reference_of({**GOOD, **change}, "sweep s: series a")
+    assert str(caught.value).startswith("sweep s: series a: ") and words in str(caught.value)
+
+
+def test_verdicts() -> None:
+    """512 GPUs, 1,024 samples of 4,096 tokens in 2 s are 4,096 tokens/s of one GPU."""
+    entry = next(entry for entry in entries("h100") if num_processes(entry.config) == 512)
+    reference = reference_of({**GOOD, "tokens_per_s_per_gpu": 1.0}, "x")
+    assert reference is not None
+    tokens = entry.config.train.global_batch_size * entry.config.data.seq_length_tokens / 2.0 / 512
+    assert reference.tokens_per_s(entry.config) == pytest.approx(tokens)
+    for share, words, status in ((0.96, "pass 0.96", 0), (0.94, "FAIL 0.94", 1)):
+        line = Line(0, "a", entry.config, reference, None, share * tokens)
+        assert (verdict(line, 0.95), slower_than_published([line], 0.95)) == (words, status)
+    unheld = Line(0, "a", entry.config, None, None, 1.0)
+    assert (verdict(unheld, 0.95), slower_than_published([unheld], 0.95)) == ("", 0)
+
+
+def suite_of_one(folder: Path, **run: object) -> Path:
+    (folder / "base.yaml").write_text((SUITES / "base.yaml").read_text())
+    row = {"model.preset": "llama2-7b", "parallel.dp": 8, "train.global_batch_size": 64, **run}
+    tree = {"base": "base.yaml", "repeats": 1, "cluster": "dgx-h100", "series": {"one": [row]}}
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize(("rate", "status"), [(960.0, 0), (940.0, 1)])
+def test_a_finished_suite_is_held_against_what_was_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rate: float, status: int
+) -> None:
+    reference = {"row": 5, "source": "s", "layout": "ours", "tokens_per_s_per_gpu": 1000}
+    path = suite_of_one(tmp_path, reference=reference)
+    (entry,) = read_sweep_file(str(path)).entries
+    layout = {"dp": 8, "tp": 1, "pp": 1, "cp": 1, "vpp": 1, "micro_batch_size": 1, "global_batch_size": 64}
+    work = {"model": "llama2-7b", "seq_length_tokens": 256, "precision": "bf16", "series": "one"}
+    append_csv(
+        tmp_path / "suite.csv", {"key": entry.key, "tokens_per_s_per_gpu": rate, "step_time_s": 1, **layout, **work}
+    )
+    assert scaling_command(Request(str(path), {})) == status
+    shown = capsys.readouterr().out
+    assert "already in" in shown and ("FAIL 0.94" if status else "pass 0.96") in shown
+    assert scaling_command(Request(str(path), {}, min_ratio=0.9)) == 0
+
+
+def test_a_dry_run_shows_predicted_beside_published(capsys: pytest.CaptureFixture[str]) -> None:
+    assert scaling_command(Request(str(SUITES / "h100.yaml"), {}, dry_run=True)) == 0
+    shown = capsys.readouterr().out
+    for words in ("--index 0: llama2-7b, 32 processes", "none published", "10,656 (12.3 s)", "not run", "predicted"):
+        assert words in shown, words
+    assert not (SUITES / "h100.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ({"parallel.tp": 3}, "parallel.tp"),
+        ({"model.preset": "llama9"}, "llama9"),
+        ({"reference": 3}, "reference 3 must be"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(tmp_path: Path, run: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        scaling_command(Request(str(suite_of_one(tmp_path, **run)), {}, dry_run=True))
+
+
+def test_unknown_cluster_and_ratio_are_refused(tmp_path: Path) -> None:
+    path = str(suite_of_one(tmp_path))
+    with pytest.raises(UserError, match="--cluster dgx-b900 is unknown"):
+        scaling_command(Request(path, {}, cluster="dgx-b900", dry_run=True))
+    with pytest.raises(UserError, match="--min-ratio"):
+        scaling_command(Request(path, {}, min_ratio=0.0, dry_run=True))
