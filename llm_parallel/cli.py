@@ -144,6 +144,7 @@ def plan(
         explain,
         write,
         json,
+        what_if or (),
     )
     raise typer.Exit(planner.plan_command(request))
 
