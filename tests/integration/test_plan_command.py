@@ -113,3 +113,50 @@ def test_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("source,model\nx,y\n")
     assert_refused(llm_parallel("plan", "--validate", "--rows", path), "has no column layers")
+
+
+def test_what_if(tmp_path: Path) -> None:
+    """Each case is what planning it by itself finds, and the cases stand in one table."""
+    cases = ("gpus=512", "cluster=dgx-a100", "seq=131072,global-batch=32")
+    done = llm_parallel(
+        "plan", *CLUSTER, *(word for case in cases for word in ("--what-if", case)), "--tokens", "2e12",
+        "--json", tmp_path / "cases.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "cases.json").read_text())
+    assert [case["case"] for case in found] == ["as asked", *cases]
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 6 and all(case in row for case, row in zip(("as asked", *cases), rows[2:]))
+    assert "H100-SXM-80GB: predicted, not measured" in done.stdout and "A100-SXM-80GB: predicted" in done.stdout
+    alone = llm_parallel("plan", *CLUSTER, "--gpus", "512", "--top", "1", "--json", tmp_path / "alone.json")
+    assert alone.returncode == 0, alone.stderr
+    assert found[1]["best"] == json.loads((tmp_path / "alone.json").read_text())[0]
+    steps = [case["best"]["step_s"] for case in found]
+    assert steps[1] < steps[0] < steps[2]
+    assert found[3]["best"]["mfu_full"] > found[3]["best"]["mfu_causal"]
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("nodes=4", "'nodes=4' is not one of cluster, gpus"),
+        ("gpus=many", "gpus=many must be a whole number"),
+        ("gpus=100", "is no whole number of nodes"),
+        ("cluster=dgx-x", "--cluster dgx-x is unknown"),
+    ],
+)
+def test_a_wrong_case(case: str, said: str) -> None:
+    assert_refused(llm_parallel("plan", *CLUSTER, "--what-if", case), said)
+
+
+def test_calibrate(tmp_path: Path) -> None:
+    """A measured card makes a description that plan takes; a file that is none is refused."""
+    card = {"name": "NVIDIA H100 80GB HBM3", "copy_bytes_per_s": 3.0e12, "matmul_flops_per_s": 7.0e14}
+    where = {"chip": card["name"], "date": "2026-11-23", "commit": "abc1234"}
+    (tmp_path / "card.json").write_text(json.dumps({"environment": where, "card": card, "rows": []}))
+    made = llm_parallel("plan", "--calibrate", tmp_path / "card.json", "--cluster-out", tmp_path / "mine.yaml")
+    assert made.returncode == 0, made.stderr
+    assert "what training reaches of the chip's rates is not calibrated" in made.stdout
+    done = llm_parallel("plan", "--model", "llama3-8b", "--cluster", tmp_path / "mine.yaml", "--global-batch", "64")
+    assert done.returncode == 0 and "dgx-h100-calibrated" in done.stdout, done.stderr
+    assert_refused(llm_parallel("plan", "--calibrate", tmp_path / "mine.yaml"), "is not JSON")
