@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ from llm_parallel.files import atomic_write
 from llm_parallel.metrics.jsonlines import read_jsonlines
 from llm_parallel.planner.hardware import Cluster, load_cluster
 from llm_parallel.planner.shapes import shape_of, strategy_of
-from llm_parallel.planner.steptime import step_time
+from llm_parallel.planner.steptime import StepTime, step_time
 from llm_parallel.train.preflight import with_vocabulary
 
 KEYS = {"base", "steps", "warmup", "repeats", "series", "cluster"}
@@ -242,16 +242,18 @@ def as_row(
     }
     last = measured[-1]
     found = environment()
-    forecast = step_time(shape_of(model), strategy_of(config, size), cluster).total if cluster else ""
+    forecast = step_time(shape_of(model), strategy_of(config, size), cluster) if cluster else None
+    causes = forecast.parts() if forecast else dict.fromkeys((field.name for field in fields(StepTime)), "")
     replicas = size // (parallel.tp * parallel.pp * parallel.cp)
     return {
         "key": entry.key, "series": entry.series, "repeat": entry.repeat, "world_size": size,
         "global_batch_size": config.train.global_batch_size, "step_time_s": median, "step_time_min_s": min(times),
-        "step_time_max_s": max(times), "predicted_step_time_s": forecast,
+        "step_time_max_s": max(times), "predicted_step_time_s": forecast.total if forecast else "",
         "tokens_per_s_per_gpu": statistics.median(float(r["perf/tokens_per_s_per_gpu"]) for r in measured),
         "mfu": last.get("perf/mfu", ""), "mfu_convention": "model", "memory_gib": last["memory/allocated_gib"],
         "loss": last["train/loss"], **{f"time_{name}_s": value for name, value in parts.items()},
         "time_other_s": max(0.0, median - sum(parts.values())),
+        **{f"predicted/{name}_s": value for name, value in causes.items()}, "cluster": cluster.name if cluster else "",
         "dp": replicas, "tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "vpp": parallel.vpp,
         "micro_batch_size": config.train.micro_batch_size, "recompute": parallel.recompute,
         "model": label(config).split(" s")[0], "num_layers": model.num_layers, "hidden_size": model.hidden_size,
@@ -276,12 +278,16 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def append_csv(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds a row in one write under a lock, with the header if the file is new."""
+    """Adds a row in one write under a lock, with the header if the file is new; else in the columns that it has, since
+    an older version's may lack some."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(row))
-    with path.open("a", newline="", encoding="utf-8") as handle:
+    with path.open("a+", newline="", encoding="utf-8") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        if handle.seek(0, io.SEEK_END) == 0:
+        handle.seek(0)
+        there = next(csv.reader(handle), None)
+        handle.seek(0, io.SEEK_END)
+        writer = csv.DictWriter(text, there or list(row), extrasaction="ignore")
+        if there is None:
             writer.writeheader()
         writer.writerow(row)
         handle.write(text.getvalue())

@@ -22,6 +22,10 @@ SUPERLINEAR = 0.02
 NOISY = 0.05
 PART = "time_"
 """Columns of parts of the step time begin so, ``time_optimizer_s``."""
+CAUSE = "time/"
+"""Columns of the step time by cause begin so, ``time/bubble_s``; where a sweep has them they replace parts."""
+PREDICTED = "predicted/"
+"""Columns of the predicted step time by cause begin so, with the names of ``planner.steptime.StepTime``."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,14 @@ class Point:
     predicted_s: float | None
     parts_s: Mapping[str, float]
     """Parts of the step time by name; empty where the sweep has none."""
+    predicted_parts_s: Mapping[str, float] = field(default_factory=dict)
+    """The planner's, by its names."""
+    tp: int | None = None
+    pp: int | None = None
+    config: str = ""
+    """The run's whole configuration as JSON, where the sweep has it."""
+    cluster: str = ""
+    """What was predicted with."""
 
     @property
     def rate(self) -> float:
@@ -93,11 +105,17 @@ class Series:
 
         Ideal is the baseline's part unchanged under weak scaling, and divided by the growth under strong scaling.
         """
+        return self._lost(point, self.baseline.parts_s, point.parts_s)
+
+    def predicted_lost(self, point: Point) -> dict[str, float]:
+        """As ``lost``, of the planner's prediction."""
+        return self._lost(point, self.baseline.predicted_parts_s, point.predicted_parts_s)
+
+    def _lost(self, point: Point, before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
         growth = 1.0 if self.mode == "weak" else point.world_size / self.baseline.world_size
-        names = dict.fromkeys([*self.baseline.parts_s, *point.parts_s])
-        if not self.baseline.parts_s or not point.parts_s:
+        if not before or not now:
             return {}
-        return {name: point.parts_s.get(name, 0.0) - self.baseline.parts_s.get(name, 0.0) / growth for name in names}
+        return {name: now.get(name, 0.0) - before.get(name, 0.0) / growth for name in dict.fromkeys([*before, *now])}
 
 
 def read_sweep(path: str | Path) -> list[Series]:
@@ -181,15 +199,25 @@ def _point(path: str, size: int, layout: str, batch: int, rows: Sequence[tuple[i
             ranged = True
     line, row = rows[0]
     predicted = _number(path, line, row, "predicted_step_time_s") if row.get("predicted_step_time_s") else None
-    names = [name for name in row if name.startswith(PART) and name.endswith("_s")]
-    parts = {
-        name.removeprefix(PART).removesuffix("_s").replace("_", " "): statistics.median(
+    parts = _parts(path, rows, CAUSE) or _parts(path, rows, PART)
+    spread = (high - low) / median if ranged else None
+    tp, pp = (_whole(path, line, row, name) if row.get(name) else None for name in ("tp", "pp"))
+    return Point(
+        size, layout, batch, median, spread, predicted, parts, _parts(path, rows, PREDICTED), tp, pp,
+        row.get("config", ""), row.get("cluster", ""),
+    )  # fmt: skip
+
+
+def _parts(path: str, rows: Sequence[tuple[int, dict[str, str]]], prefix: str) -> dict[str, float]:
+    """Medians of the columns that begin so and that every row has; seconds."""
+    names = [name for name in rows[0][1] if name.startswith(prefix) and name.endswith("_s")]
+    return {
+        name.removeprefix(prefix).removesuffix("_s").replace("_", " "): statistics.median(
             _number(path, number, values, name, least=0.0) for number, values in rows
         )
         for name in names
         if all(values.get(name) for _, values in rows)
     }
-    return Point(size, layout, batch, median, (high - low) / median if ranged else None, predicted, parts)
 
 
 def _layout(row: Mapping[str, str]) -> str:
@@ -206,7 +234,8 @@ def _number(path: str, line: int, row: Mapping[str, str], column: str, least: fl
             return value
     except (ValueError, KeyError):
         pass
-    raise UserError(f"--csv {path} line {line}: {column} {row.get(column)!r} is not a positive number")
+    bound = "over 0" if least is None else f"of at least {least:g}"
+    raise UserError(f"--csv {path} line {line}: {column} {row.get(column)!r} is not a number {bound}")
 
 
 def _whole(path: str, line: int, row: Mapping[str, str], column: str) -> int:

@@ -15,6 +15,8 @@ from llm_parallel.report.figures import (
     scaling_pictures,
     schedule_picture,
 )
+from llm_parallel.report.gap import causes_of, explained
+from llm_parallel.report.heatmap import heat_map
 from llm_parallel.report.page import Section
 from llm_parallel.report.recovery import Life, Recovery, life_of
 from llm_parallel.report.runs import Run, Summary, different_work, differing_fields, loss_at, summarize, time_split
@@ -196,6 +198,11 @@ def scaling_section(sweeps: Sequence[Series], pictures: list[Picture]) -> Sectio
         if f"lost_{number}" in lost:
             section.picture(lost[f"lost_{number}"])
             section.text(_largest_loss(series))
+        _gap(section, series)
+        heat = heat_map(series, number)
+        if heat is not None:
+            pictures.append(heat)
+            section.picture(heat)
         layouts = layout_map(series, number)
         if layouts is not None:
             pictures.append(layouts)
@@ -220,15 +227,37 @@ def _scaling_table(series: Series) -> tuple[Sequence[str], list[Sequence[str]]]:
     return head, rows
 
 
-def _largest_loss(series: Series) -> str:
+def _gap(section: Section, series: Series) -> None:
+    """Measured against predicted losses of the largest size by cause, where the sweep has a prediction by cause."""
     last = series.best[-1]
-    lost = series.lost(last)
-    name, seconds = max(lost.items(), key=lambda item: item[1])
-    total = sum(lost.values())
-    return (
-        f"On {_count(last.world_size, 'process')} a step takes {_time(total)} more than the ideally scaled baseline;"
-        f" the largest part is {name} with {_time(seconds)}."
+    causes = causes_of(series, last)
+    if not causes:
+        return
+    section.table(
+        (f"lost per step on {_count(last.world_size, 'process')}", "predicted", "measured", "gap"),
+        [
+            (
+                *(cause.name, "—" if cause.predicted_s is None else _time(cause.predicted_s)),
+                "not measured" if cause.measured_s is None else _time(cause.measured_s),
+                "—" if cause.gap_s is None else _time(cause.gap_s),
+            )
+            for cause in causes
+        ],
     )
+    section.text(explained(causes))
+
+
+def _largest_loss(series: Series) -> str:
+    last, base = series.best[-1], series.baseline
+    lost = series.lost(last)
+    growth = 1.0 if series.mode == "weak" else last.world_size / base.world_size
+    whole = last.step_s - base.step_s / growth
+    text = (
+        f"On {_count(last.world_size, 'process')} a step takes {_time(abs(whole))} {'more' if whole >= 0 else 'less'}"
+        " than the ideally scaled baseline"
+    )
+    name, seconds = max(lost.items(), key=lambda item: item[1])
+    return f"{text}; the largest part is {name} with {_time(seconds)}." if seconds > 0 else f"{text}; no part grew."
 
 
 def _plural(noun: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from llm_parallel.report.command import Request, report_command
 from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, write_run, write_sweep
+from tests.unit.test_report import CONFIG_OF_A_SWEEP, predicted_sweep
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")
@@ -113,6 +114,21 @@ def test_a_reader_sees_text_and_figures(page: Path, tmp_path: Path) -> None:
     assert tops == sorted(tops) and len(set(tops)) == len(tops)
     assert seen["page"] <= WIDTH, "the page scrolls sideways"
     assert seen["outside"] == []
+
+
+def test_gap_and_heat_map_are_seen(tmp_path: Path) -> None:
+    """The table of causes and the map's fields are text within their figure."""
+    rows = [{**row, "config": json.dumps(CONFIG_OF_A_SWEEP), "cluster": "dgx-a100"} for row in predicted_sweep("time/")]
+    sweep = write_sweep(tmp_path / "sweep.csv", rows)
+    assert report_command(Request([], [str(sweep)], str(tmp_path / "r.html"))) == 0
+    seen = _look(tmp_path / "r.html", tmp_path)
+    for words in ("lost per step on 4 processes", "optimizer with +250 ms", "TP 4", "PP 2", "1.6 s", "s predicted"):
+        assert words in seen["text"], words
+    assert [figure["name"] for figure in seen["figures"]] == [
+        *("figure-scaling", "figure-lost_0", "figure-heat_0", "figure-layouts_0")
+    ]
+    assert seen["outside"] == [] and seen["page"] <= WIDTH
+    assert _complaints(tmp_path / "r.html", tmp_path) == []
 
 
 def test_the_console_stays_empty(page: Path, tmp_path: Path) -> None:

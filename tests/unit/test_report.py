@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -12,7 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
+from llm_parallel.planner.hardware import load_cluster
+from llm_parallel.planner.shapes import Shape, Strategy
+from llm_parallel.planner.steptime import step_time
 from llm_parallel.report.command import Request, report_command
+from llm_parallel.report.gap import causes_of, explained
+from llm_parallel.report.heatmap import Cell, cells_of, heat_map
 from llm_parallel.report.recovery import KINDS, life_of
 from llm_parallel.report.runs import different_work, loss_at, read_runs, summarize, time_split
 from llm_parallel.report.scaling import read_sweep, sentence
@@ -217,6 +223,91 @@ def test_a_pipeline_has_the_bubble_of_the_formula(tmp_path: Path, chunks: int, b
     assert len(schedule.timeline.events) == 2 * 2 * 8 * chunks
     (without,) = read_runs([write_run(tmp_path / "q")])
     assert schedule_of(without) is None
+
+
+CONFIG_OF_A_SWEEP = {
+    "model": {"preset": "debug", "vocab_size": 512, "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 176,
+              "num_attention_heads": 4, "num_query_groups": 2},
+    "data": {"seq_length_tokens": 64},
+    "train": {"global_batch_size": 16, "precision": "bf16"},
+}  # fmt: skip
+
+
+def predicted_sweep(cause: str) -> list[dict[str, Any]]:
+    """Weak scaling from 1 to 4 processes: the step grows by 0.6 s, predicted 0.25 s, of which the optimizer's 0.05;
+    measured by ``time_`` (parts) or by ``time/`` (causes)."""
+    measured = {
+        "time_": ({"forward_backward": 0.9, "optimizer": 0.1}, {"forward_backward": 1.2, "optimizer": 0.4}),
+        "time/": ({"compute": 0.9, "optimizer": 0.1, "tp": 0.0}, {"compute": 0.95, "optimizer": 0.4, "tp": 0.25}),
+    }[cause]
+    rows = []
+    for n, tp, pp, step, parts, optimizer, tensor in (
+        *((1, 1, 1, 1.0, measured[0], 0.1, 0.0), (4, 2, 2, 1.6, measured[1], 0.15, 0.2)),
+        *((4, 4, 1, 2.0, measured[1], 0.15, 0.3), (4, 1, 4, 1.8, measured[1], 0.15, 0.1)),
+    ):
+        forecast = {"compute": 0.8, "elementwise": 0.1, "tp": tensor, "optimizer": optimizer}
+        rows.append(
+            {"world_size": n, "tp": tp, "pp": pp, "dp": 1, "global_batch_size": 4 * n, "step_time_s": step}
+            | {f"{cause}{name}_s": value for name, value in parts.items()}
+            | {f"predicted/{name}_s": value for name, value in forecast.items()}
+            | {"predicted_step_time_s": sum(forecast.values())}
+        )
+    return rows
+
+
+def test_the_gap_is_explained_by_cause(tmp_path: Path) -> None:
+    """By hand: 0.6 s lost, 0.25 predicted, gap 0.35; of it optimizer 0.3 - 0.05, tensor parallel 0.25 - 0.2."""
+    (series,) = read_sweep(write_sweep(tmp_path / "s.csv", predicted_sweep("time/")))
+    causes = {cause.name: cause for cause in causes_of(series, series.best[-1])}
+    expected = {
+        "compute": (0.0, 0.05), "tensor parallel": (0.2, 0.25), "optimizer": (0.05, 0.3), "whole step": (0.25, 0.6)
+    }  # fmt: skip
+    assert set(causes) == set(expected)
+    for name, (predicted, measured) in expected.items():
+        assert causes[name].predicted_s == pytest.approx(predicted, abs=1e-9), name
+        assert causes[name].measured_s == pytest.approx(measured, abs=1e-9), name
+        assert causes[name].gap_s == pytest.approx(measured - predicted, abs=1e-9), name
+    text = explained(list(causes.values()))
+    assert "350 ms more than predicted" in text and "optimizer with +250 ms" in text
+
+
+def test_what_was_not_measured_by_cause_is_said(tmp_path: Path) -> None:
+    """Forward and backward were measured as one: 0.3 s lost, of which 0.2 were predicted as tensor parallelism."""
+    sweep = write_sweep(tmp_path / "s.csv", predicted_sweep("time_"))
+    (series,) = read_sweep(sweep)
+    causes = {cause.name: cause for cause in causes_of(series, series.best[-1])}
+    whole = causes["forward and backward together"]
+    assert (whole.predicted_s, whole.measured_s) == (pytest.approx(0.2), pytest.approx(0.3))
+    assert causes["tensor parallel"].measured_s is None and causes["compute"].measured_s is None
+    page = tmp_path / "r.html"
+    report_command(Request(sweeps=[str(sweep)], out=str(page)))
+    assert "not measured" in page.read_text() and "Not measured: compute, tensor parallel" in page.read_text()
+
+
+def test_a_sweep_without_prediction_has_no_gap(tmp_path: Path) -> None:
+    (series,) = read_sweep(write_sweep(tmp_path / "s.csv", SWEEP))
+    assert causes_of(series, series.best[-1]) == []
+
+
+def test_the_heat_map_is_measured_first_and_predicted_else(tmp_path: Path) -> None:
+    rows = predicted_sweep("time/")
+    (series,) = read_sweep(write_sweep(tmp_path / "s.csv", rows))
+    four = [point for point in series.points if point.world_size == 4]
+    assert cells_of(four) == {(2, 2): Cell(1.6, True), (4, 1): Cell(2.0, True), (1, 4): Cell(1.8, True)}
+    config = json.dumps(CONFIG_OF_A_SWEEP)
+    (series,) = read_sweep(
+        write_sweep(tmp_path / "t.csv", [{**row, "config": config, "cluster": "dgx-a100"} for row in rows])
+    )
+    cells = cells_of([point for point in series.points if point.world_size == 4])
+    assert {key for key, cell in cells.items() if cell.is_measured} == {(2, 2), (4, 1), (1, 4)}
+    # The debug model has two layers and four heads: PP 2 and TP 4 are its largest, and each TP x PP divides 4.
+    assert {key for key, cell in cells.items() if not cell.is_measured} == {(1, 1), (1, 2), (2, 1)}
+    shape = Shape(layers=2, hidden=64, heads=4, groups=2, ffn=176, vocab=512)
+    strategy = Strategy(gpus=4, global_batch=16, micro_batch=1, seq=64, tp=2, sequence_parallel=True)
+    assert cells[2, 1].step_s == pytest.approx(step_time(shape, strategy, load_cluster("dgx-a100")).total)
+    picture = heat_map(series, 0)
+    assert picture is not None and "bold: measured; ~: the planner's prediction for dgx-a100" in picture.caption
+    assert "2 s" in picture.svg() and "predicted" in picture.svg()
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:

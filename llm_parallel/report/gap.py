@@ -1,0 +1,92 @@
+"""Why measured scaling differs from predicted: the losses over the ideally scaled baseline, cause by cause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llm_parallel.report.scaling import Point, Series
+
+CAUSES: Mapping[str, tuple[str, ...]] = {
+    "compute": ("compute", "elementwise", "recompute", "host"),
+    "pipeline bubble": ("bubble",),
+    "tensor parallel": ("tp",),
+    "context parallel": ("cp",),
+    "pipeline sends": ("pp",),
+    "data parallel": ("dp",),
+    "optimizer": ("optimizer",),
+    "data": ("data",),
+    "other": ("other", "waiting"),
+}
+"""Causes by name, with the parts of measurement and prediction that belong to each."""
+_WITHIN_FORWARD_BACKWARD = tuple(
+    part
+    for cause in (
+        "compute",
+        "pipeline bubble",
+        "tensor parallel",
+        "context parallel",
+        "pipeline sends",
+        "data parallel",
+    )
+    for part in CAUSES[cause]
+)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Seconds of a step that a point loses to one cause over the ideally scaled baseline; None: not measured, or not
+    in the prediction."""
+
+    name: str
+    predicted_s: float | None
+    measured_s: float | None
+
+    @property
+    def gap_s(self) -> float | None:
+        """Measured less predicted."""
+        if self.predicted_s is None or self.measured_s is None:
+            return None
+        return self.measured_s - self.predicted_s
+
+
+def causes_of(series: Series, point: Point) -> list[Cause]:
+    """What ``point`` loses, by cause, and in all; empty without a prediction by cause.
+
+    Where the sweep measured forward and backward as one, they are one cause and its parts are not measured."""
+    predicted, measured = series.predicted_lost(point), series.lost(point)
+    if not predicted:
+        return []
+    found = []
+    if "forward backward" in measured:
+        inside = sum(predicted.get(part, 0.0) for part in _WITHIN_FORWARD_BACKWARD)
+        found.append(Cause("forward and backward together", inside, measured["forward backward"]))
+    for name, parts in CAUSES.items():
+        ours, theirs = _sum(measured, parts), _sum(predicted, parts)
+        if ours is not None or theirs is not None:
+            found.append(Cause(name, theirs, ours))
+    growth = 1.0 if series.mode == "weak" else point.world_size / series.baseline.world_size
+    whole = point.step_s - series.baseline.step_s / growth
+    return [*found, Cause("whole step", sum(predicted.values()), whole)]
+
+
+def _sum(seconds: Mapping[str, float], parts: tuple[str, ...]) -> float | None:
+    known = [seconds[part] for part in parts if part in seconds]
+    return sum(known) if known else None
+
+
+def explained(causes: list[Cause]) -> str:
+    """What the gap is made of, in a sentence."""
+    whole = causes[-1].gap_s
+    assert whole is not None
+    known = [cause for cause in causes[:-1] if cause.gap_s is not None]
+    sign = "more" if whole >= 0 else "less"
+    text = f"The step loses {1e3 * abs(whole):.3g} ms {sign} than predicted"
+    if not known:
+        return f"{text}; no part of it was measured by cause."
+    largest = max(known, key=lambda cause: abs(cause.gap_s or 0.0))
+    rest = whole - sum(cause.gap_s or 0.0 for cause in known)
+    missing = [cause.name for cause in causes if cause.measured_s is None]
+    text += f"; the largest known part is {largest.name} with {1e3 * (largest.gap_s or 0.0):+.3g} ms, and"
+    text += f" {1e3 * rest:+.3g} ms are in no cause that was both measured and predicted"
+    return text + (f". Not measured: {', '.join(missing)}." if missing else ".")
