@@ -106,6 +106,7 @@ def quiet(made: Sequence[Path], *commands: Sequence[str]) -> None:
     for attempt in range(TRIES):
         share = run(*commands)
         print(f"{made[0].name}: others used {share:.0%} of the cores", flush=True)
+        made[0].with_suffix(".others").write_text(f"{share:.3f}")
         if share <= MOST_FOREIGN:
             return
         if attempt < TRIES - 1:
@@ -183,13 +184,14 @@ def compare(folder: Path, alone: Sequence[Path], rows: Sequence[dict[str, str]])
     calibrate_command([str(path) for path in alone], None, str(description))
     cluster = load_cluster(str(description))
     found = []
-    for name, row in zip(LAYOUTS, rows, strict=True):
+    for index, (name, row) in enumerate(zip(LAYOUTS, rows, strict=True)):
         config = RunConfig.model_validate_json(row["config"])
         time_ = step_time(shape_of(config.model), strategy_of(config, int(row["world_size"])), cluster)
         measured = float(row["step_time_s"])
         found.append({
             "layout": name, "processes": int(row["world_size"]), "predicted_s": time_.total, "measured_s": measured,
             "measured_min_s": float(row["step_time_min_s"]), "measured_max_s": float(row["step_time_max_s"]),
+            "others_share_of_cores": float((folder / f"layout_{index}.others").read_text()),
             "error": time_.total / measured - 1, "predicted_parts_s": time_.parts(),
         })  # fmt: skip
     several = [item for item in found if item["processes"] > 1]
@@ -217,12 +219,13 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{where['chip']}, {where['cores']} cores, {where['date']}, commit {where['commit']}; {result['measured']}",
         f"calibrated on {result['calibrated_on']}",
-        "| layout | processes | predicted s | measured s (min to max) | error |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| layout | processes | predicted s | measured s (min to max) | error | others' share of cores |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
         f"| {item['layout']} | {item['processes']} | {item['predicted_s']:.3f} | {item['measured_s']:.3f} "
-        f"({item['measured_min_s']:.3f} to {item['measured_max_s']:.3f}) | {item['error']:+.1%} |"
+        f"({item['measured_min_s']:.3f} to {item['measured_max_s']:.3f}) | {item['error']:+.1%} | "
+        f"{item['others_share_of_cores']:.0%} |"
         for item in result["layouts"]
     ]
     lines.append(
