@@ -13,9 +13,10 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.goodput import closed_form
 from llm_parallel.goodput.claims import deck_claims
+from llm_parallel.goodput.elastic import RECOVERIES_S, Worth, elastic_job, worth
 from llm_parallel.goodput.rates import HOUR_S, MONTH_S, POLICIES, Job, find_profile, llama3_causes
 from llm_parallel.goodput.simulate import simulate
-from llm_parallel.goodput.validate import bounds, checks, without_inputs
+from llm_parallel.goodput.validate import TOLERANCE, agreements, bounds, checks, without_inputs
 
 WIDTH = 120
 """Columns of the output where it is no terminal."""
@@ -42,12 +43,15 @@ class Request:
     replica_gpus: int | None = None
     seed: int = 0
     out: str | None = None
+    step_s: float = 10.0
+    """Of a training step, which is what an elastic job loses at most."""
 
 
 def goodput_command(request: Request) -> int:
     """Prints the job's goodput, where the time goes, spares and the table of sizes. Raises UserError on bad input."""
     console = _console()
     base, source = _job(request, 1024 if request.gpus is None else request.gpus)
+    elastic_job(base, request.step_s, RECOVERIES_S[0])  # a bad --step-s is named before anything is printed
     console.print(f"Failure rate: {100 * base.rate_per_gpu_month:.3g} % per GPU and month, {source}.")
     console.print(
         f"Detection {base.detect_s:g} s, restart {base.restart_s:g} s, a checkpoint stops training for"
@@ -61,6 +65,10 @@ def goodput_command(request: Request) -> int:
             _print_causes(console, base)
     rows = [_size_row(request, gpus) for gpus in SIZES if _fits(request, gpus)]
     _print_sizes(console, rows, base)
+    gains = worth([_job(request, row["gpus"])[0] for row in rows], request.step_s, request.seed)
+    _print_worth(console, gains, request.step_s)
+    for row, gain in zip(rows, gains):
+        row["goodput_elastic"] = dict(zip((f"{seconds:g} s" for seconds in RECOVERIES_S), gain.elastic))
     if request.out:
         _write(request, rows, source)
     return 0
@@ -75,7 +83,10 @@ def claims_command() -> int:
 
 
 def validate_command() -> int:
-    """Prints published figures beside our prediction, the bounds, and what could not be predicted."""
+    """Prints formula beside simulation, published figures beside our prediction, the bounds, and what could not be
+    predicted; exit status 1 if formula and simulation differ by more than they may."""
+    agreed = agreements()
+    worst = max(agreed, key=lambda one: abs(one.difference))
     console, table = _console(), Table(title="Published figures that give enough inputs", title_justify="left")
     for name in ("source", "figure", "published", "predicted", "error", "kind", "inputs"):
         number = name in ("published", "predicted", "error")
@@ -101,7 +112,18 @@ def validate_command() -> int:
         console.print(f"bound: {line}", highlight=False)
     for line in without_inputs():
         console.print(f"no failure rate given, not predicted: {line}", highlight=False)
-    return 0
+    for one in agreed:
+        console.print(
+            f"formula {one.formula:.2%}, simulated {one.simulated:.2%} ({one.difference:+.2%}): {one.name}",
+            highlight=False,
+        )
+    holds = abs(worst.difference) <= TOLERANCE
+    console.print(
+        f"formula and simulation {'agree' if holds else 'DISAGREE'} within {TOLERANCE:.0%} in {len(agreed)} jobs; the"
+        f" largest difference is {abs(worst.difference):.2%} ({worst.name}).",
+        highlight=False,
+    )
+    return int(not holds)
 
 
 def _console() -> Console:
@@ -250,6 +272,24 @@ def _print_sizes(console: Console, rows: list[dict[str, Any]], job: Job) -> None
             *(f"{row['kokolis_ettr']:.2%}", f"{row['goodput_per_reserved_gpu']:.2%}"),
         )
     console.print(table)
+
+
+def _print_worth(console: Console, gains: list[Worth], step_s: float) -> None:
+    title = f"Restart from checkpoints against elastic recovery, which loses at most a step of {step_s:g} s"
+    table = Table(title=title, title_justify="left")
+    elastic = [f"elastic {seconds:g} s" for seconds in RECOVERIES_S]
+    for name in ("GPUs", "restart", *elastic, *(f"{name} simulated" for name in elastic), "GPUs won"):
+        table.add_column(name, justify="right")
+    for gain in gains:
+        shares = (gain.restart, *gain.elastic, *gain.simulated)
+        table.add_row(f"{gain.gpus:,}", *(f"{share:.2%}" for share in shares), f"{gain.gpus_won:,.1f}")
+    console.print(table)
+    console.print(
+        f"Elastic: state copied after every step without stopping, {RECOVERIES_S[0]:g} or {RECOVERIES_S[1]:g} s from"
+        " the failure until training goes on, lost nodes replaced in both columns; these are assumptions of the comparison,"
+        " not measured on GPUs. GPUs won: training of so many GPUs more, by the slower recovery.",
+        highlight=False,
+    )
 
 
 def _time(seconds: float) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from llm_parallel.goodput import closed_form
 from llm_parallel.goodput.closed_form import kokolis_ettr
-from llm_parallel.goodput.rates import published, published_rows
+from llm_parallel.goodput.elastic import elastic_job
+from llm_parallel.goodput.rates import POLICIES, Job, find_profile, published, published_rows
+from llm_parallel.goodput.simulate import simulate
 
 GOODPUT_METRICS = ("ettr", "effective_training_time", "goodput", "downtime", "efficiency")
 
@@ -28,6 +31,39 @@ class Check:
     def error(self) -> float:
         """Relative to the published figure."""
         return self.predicted / self.published - 1.0
+
+
+TOLERANCE = 0.01
+"""Largest difference allowed between formula and simulation, relative."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Goodput of one job by formula and simulated."""
+
+    name: str
+    formula: float
+    simulated: float
+
+    @property
+    def difference(self) -> float:
+        """Relative to the formula."""
+        return self.simulated / self.formula - 1.0
+
+
+def agreements(seed: int = 0) -> list[Agreement]:
+    """Every policy, and elastic recovery, at 16 to 131,072 GPUs of Llama 3's failure rate with the best interval."""
+    profile = find_profile("llama3")
+    found = []
+    for gpus in (16, 1024, 16384, 131072):
+        job = Job(gpus, profile.rate_per_gpu_month, profile.hardware_share, spare_nodes=2)
+        job = replace(job, interval_s=closed_form.best_interval_s(job.mtbf_s, job.write_s))
+        jobs = {policy: replace(job, policy=policy) for policy in POLICIES}
+        jobs["elastic, 3 s"] = elastic_job(job, 10.0, 3.0)
+        for name, one in jobs.items():
+            outcome = simulate(one, seed, relative_error=0.0015)
+            found.append(Agreement(f"{gpus:,} GPUs, {name}", closed_form.goodput(one), outcome.goodput))
+    return found
 
 
 def checks() -> list[Check]:
