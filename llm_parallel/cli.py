@@ -307,6 +307,7 @@ def goodput(
     replica_gpus: Annotated[int | None, typer.Option(help="GPUs of one model replica, for shrink; one node's.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 0,
     out: Annotated[str | None, typer.Option(help="Prefix of the JSON and PNG files.")] = None,
+    step_s: Annotated[float, typer.Option(help="Seconds of a step, which an elastic job loses at most.")] = 10.0,
     claims: Annotated[bool, typer.Option("--claims", help="Recompute well-known claims about failing GPUs.")] = False,
     validate: Annotated[bool, typer.Option("--validate", help="Hold the formulas against published figures.")] = False,
 ) -> None:
@@ -317,7 +318,7 @@ def goodput(
         raise typer.Exit(claims_command() if claims else validate_command())
     request = Request(
         gpus, profile, rate_per_gpu_month, detect_s, restart_s, checkpoint_write_s, interval, spares, policy,
-        repair_h, hardware_share, gpus_per_node, replica_gpus, seed, out,
+        repair_h, hardware_share, gpus_per_node, replica_gpus, seed, out, step_s,
     )  # fmt: skip
     raise typer.Exit(goodput_command(request))
 
@@ -355,7 +356,7 @@ def bench_scaling(
     dry_run: Annotated[bool, typer.Option(help="Say what would run.")] = False,
     cluster: Annotated[str | None, typer.Option(help="Cluster or YAML file that the planner predicts with.")] = None,
     baseline: Annotated[str | None, typer.Option(help="JSON of an earlier sweep to hold this one against.")] = None,
-    min_ratio: Annotated[float, typer.Option(help="Least speed relative to the baseline.")] = 0.95,
+    min_ratio: Annotated[float, typer.Option(help="Least speed relative to the baseline or published figure.")] = 0.95,
 ) -> None:
     """Time real training runs over world sizes and layouts; goes on where it was cut off."""
     from llm_parallel.bench.scaling import Request, scaling_command
