@@ -118,9 +118,12 @@ def read_sweep_file(path: str) -> Sweep:
     unknown = set(tree) - KEYS
     if unknown:
         raise UserError(f"sweep {path}: {sorted(unknown)[0]} is unknown; there are {', '.join(sorted(KEYS))}")
-    steps, warmup, repeats = (
-        int(tree.get(name, value)) for name, value in (("steps", 12), ("warmup", 4), ("repeats", 2))
-    )
+    if not tree["series"]:
+        raise UserError(f"sweep {path} is empty: series names no run; give lists of {{section.field: value}} by name")
+    steps, warmup, repeats = (tree.get(name, value) for name, value in (("steps", 12), ("warmup", 4), ("repeats", 2)))
+    for name, value in (("steps", steps), ("warmup", warmup), ("repeats", repeats)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"sweep {path}: {name} {value!r} must be a whole number")
     if not 0 <= warmup < steps or repeats < 1:
         raise UserError(f"sweep {path}: warmup {warmup} must be under steps {steps}, and repeats {repeats} at least 1")
     base = (Path(path).parent / str(tree["base"])).resolve()

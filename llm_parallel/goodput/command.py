@@ -286,8 +286,8 @@ def _print_worth(console: Console, gains: list[Worth], step_s: float) -> None:
     console.print(table)
     console.print(
         f"Elastic: state copied after every step without stopping, {RECOVERIES_S[0]:g} or {RECOVERIES_S[1]:g} s from"
-        " the failure until training goes on, lost nodes replaced in both columns; these are assumptions of the comparison,"
-        " not measured on GPUs. GPUs won: training of so many GPUs more, by the slower recovery.",
+        " the failure until training goes on, lost nodes replaced in both columns; these are assumptions of the"
+        " comparison, not measured on GPUs. GPUs won: training of so many GPUs more, by the slower recovery.",
         highlight=False,
     )
 

@@ -185,3 +185,32 @@ def test_unknown_cluster_and_ratio_are_refused(tmp_path: Path) -> None:
         scaling_command(Request(path, {}, cluster="dgx-b900", dry_run=True))
     with pytest.raises(UserError, match="--min-ratio"):
         scaling_command(Request(path, {}, min_ratio=0.0, dry_run=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"series": {}}, "is empty: series names no run"),
+        ({"series": {"a": []}}, "series a is empty"),
+        ({"steps": "many"}, "steps 'many' must be a whole number"),
+        ({"repeats": [1]}, r"repeats \[1\] must be a whole number"),
+        ({"warmup": 12}, "warmup 12 must be under steps 12"),
+        ({"gpus": 8}, "gpus is unknown"),
+    ],
+)
+def test_bad_sweeps_are_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    path = suite_of_one(tmp_path)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
+    with pytest.raises(UserError, match=words):
+        read_sweep_file(str(path))
+
+
+def test_rows_fit_the_columns_of_an_older_csv(tmp_path: Path) -> None:
+    """A column that the file lacks is left out and one that the row lacks is blank: no value moves."""
+    path = tmp_path / "old.csv"
+    path.write_text("key,gone,step_time_s\nk0,1,2\n")
+    append_csv(path, {"key": "k1", "new": 7, "step_time_s": 3})
+    assert list(csv.DictReader(path.open())) == [
+        {"key": "k0", "gone": "1", "step_time_s": "2"},
+        {"key": "k1", "gone": "", "step_time_s": "3"},
+    ]
