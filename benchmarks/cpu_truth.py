@@ -198,7 +198,7 @@ def compare(folder: Path, alone: Sequence[Path], rows: Sequence[dict[str, str]])
     errors = [item["error"] for item in several]
     return {
         "environment": environment(),
-        "command": " ".join(["python", "benchmarks/cpu_truth.py", *sys.argv[1:]]),
+        "command": "python benchmarks/cpu_truth.py --save",
         "model": {**MODEL, "vocab_size": WORDS},
         "work": {"global_batch": BATCH, "micro_batch": 1, "seq": SEQ, "precision": "fp32", "threads_per_process": 1},
         "measured": f"median step of {STEPS - WARMUP} after {WARMUP}, real pretrain runs over gloo, one by one",
