@@ -20,16 +20,16 @@ MICRO_BATCHES = (1, 2, 4, 8)
 # large product was measured to reach (stas00/ml-engineering: A100 86.9 %, H100 80.3 % of the data sheet, fp8 70.9 %).
 PRIORS: dict[str, dict[str, tuple[float, float, float, float]]] = {
     "A100": {
-        "gemm": (0.82, 0.5, 0.92, 4), "gemm_fp8": (0.82, 0.5, 0.92, 4), "flash": (0.50, 0.25, 0.75, 2),
-        "flash_te": (0.55, 0.25, 0.8, 2), "memory": (0.75, 0.3, 0.95, 2), "nvlink": (0.70, 0.4, 0.95, 2),
-        "nic": (0.75, 0.3, 0.98, 2), "tp_hidden": (0.5, 0.0, 0.95, 2), "dp_hidden": (0.85, 0.0, 1.0, 2),
-        "fsdp_hidden": (0.95, 0.3, 1.0, 2), "layer_us": (30.0, 0.0, 400.0, 1), "jitter": (0.006, 0.0, 0.03, 2),
+        "gemm": (0.82, 0.5, 0.92, 4), "gemm_te": (0.82, 0.5, 0.92, 4), "gemm_fp8": (0.82, 0.5, 0.92, 4),
+        "flash": (0.50, 0.25, 0.75, 2), "flash_te": (0.55, 0.25, 0.8, 2), "memory": (0.75, 0.3, 0.95, 2),
+        "nvlink": (0.70, 0.4, 0.95, 2), "nic": (0.75, 0.3, 0.98, 2), "tp_hidden": (0.5, 0.0, 0.95, 2),
+        "dp_hidden": (0.9, 0.0, 1.0, 2), "layer_us": (30.0, 0.0, 400.0, 1), "jitter": (0.006, 0.0, 0.03, 1),
     },
     "H100": {
-        "gemm": (0.72, 0.4, 0.85, 4), "gemm_fp8": (0.60, 0.3, 0.75, 4), "flash": (0.35, 0.15, 0.70, 2),
-        "flash_te": (0.5, 0.2, 0.8, 2), "memory": (0.75, 0.3, 0.95, 2), "nvlink": (0.75, 0.4, 0.95, 2),
-        "nic": (0.85, 0.3, 0.98, 2), "tp_hidden": (0.6, 0.0, 0.95, 2), "dp_hidden": (0.9, 0.0, 1.0, 2),
-        "fsdp_hidden": (0.95, 0.3, 1.0, 2), "layer_us": (20.0, 0.0, 400.0, 1), "jitter": (0.006, 0.0, 0.03, 2),
+        "gemm": (0.72, 0.4, 0.85, 4), "gemm_te": (0.72, 0.4, 0.85, 4), "gemm_fp8": (0.60, 0.3, 0.75, 4),
+        "flash": (0.35, 0.15, 0.70, 2), "flash_te": (0.5, 0.2, 0.8, 2), "memory": (0.75, 0.3, 0.95, 2),
+        "nvlink": (0.75, 0.4, 0.95, 2), "nic": (0.85, 0.3, 0.98, 2), "tp_hidden": (0.6, 0.0, 0.95, 2),
+        "dp_hidden": (0.9, 0.0, 1.0, 2), "layer_us": (20.0, 0.0, 400.0, 1), "jitter": (0.006, 0.0, 0.03, 1),
     },
 }  # fmt: skip
 SPREAD = 0.25
@@ -52,12 +52,16 @@ def is_fitted(rows: Sequence[Row]) -> dict[int, bool]:
 
 
 def predict(row: Row, cluster: Cluster) -> float:
-    """Seconds of a step; an open micro batch is the best of the usual ones."""
+    """Seconds of a step; an open micro batch, or number of chunks, is the best of those that fit."""
     choices = [row.strategy]
     if row.open_micro_batch:
         most = row.strategy.global_batch // row.strategy.dp
-        choices = [replace(row.strategy, micro_batch=m) for m in MICRO_BATCHES if m <= most and most % m == 0]
-    return min(step_time(row.shape, choice, cluster).total for choice in choices or [row.strategy])
+        fitting = [m for m in MICRO_BATCHES if m <= most and most % m == 0]
+        choices = [replace(row.strategy, micro_batch=m) for m in fitting] or choices
+    if row.open_vpp:
+        layers = row.shape.layers // row.strategy.pp
+        choices = [replace(c, vpp=v) for c in choices for v in range(1, layers + 1) if layers % v == 0]
+    return min(step_time(row.shape, choice, cluster).total for choice in choices)
 
 
 def clusters_with(constants: Mapping[str, Constants]) -> dict[str, Cluster]:

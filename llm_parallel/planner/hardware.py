@@ -21,14 +21,17 @@ DATA = resources.files("llm_parallel.planner") / "data"
 class Constants:
     """What is fitted for a chip, each a plain physical quantity.
 
-    gemm, gemm_fp8: share of the peak of a large matrix product; flash, flash_te: share of the peak of a causal flash
+    gemm, gemm_te, gemm_fp8: share of the peak of a matrix product's arithmetic, in PyTorch, in NVIDIA's own stack
+    (Transformer Engine, JAX in its containers), and in 8 bits; flash, flash_te: share of the peak of a causal flash
     attention forward, open source (FlashAttention 1 and 2, SDPA) and Transformer Engine's (cuDNN); memory: share of the
     bandwidth of elementwise operators; nvlink, nic: share of the line rate of collectives; tp_hidden, dp_hidden: part
-    of that communication that overlapped code hides; fsdp_hidden: the same of FSDP; layer_us: host time of a layer's
-    forward or backward that is not hidden; jitter: part of a step lost to the slowest node for every doubling of nodes.
+    of that communication that overlapped code hides, dp_hidden with FSDP's; layer_us: host time of a layer's forward
+    or backward that is not hidden; jitter: part of a step lost to the slowest for every doubling of replicas, or of
+    nodes if they are fewer.
     """
 
     gemm: float
+    gemm_te: float
     gemm_fp8: float
     flash: float
     flash_te: float
@@ -37,7 +40,6 @@ class Constants:
     nic: float
     tp_hidden: float
     dp_hidden: float
-    fsdp_hidden: float
     layer_us: float
     jitter: float
 

@@ -78,8 +78,9 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
     size = 4 if strategy.precision == "fp32" else 2
     tokens, tp = strategy.tokens, strategy.tp
     whole = tp if strategy.sequence_parallel else 1  # what sequence parallelism divides
-    if kept == "full":
-        return size * tokens * shape.hidden / whole  # its input
+    if kept in ("full", "qkv"):  # its input
+        projected = shape.channels * (shape.heads + 2 * shape.groups) / tp if kept == "qkv" else 0.0
+        return size * tokens * (shape.hidden / whole + projected)
     if kept == "ops":
         products = shape.channels * (2 * shape.heads + 2 * shape.groups) + (2 * shape.ffn if shape.gated else shape.ffn)
         rows = 2 * shape.hidden / whole + (products / 2 + shape.heads * shape.channels) / tp
@@ -110,10 +111,10 @@ def _gathered_attention(shape: Shape, strategy: Strategy) -> float:
 
 def recomputed_activations(shape: Shape, strategy: Strategy) -> float:
     """Bytes that the backward of one recomputed layer holds beside what it kept."""
-    if strategy.recompute not in ("full", "ops"):
+    if strategy.recompute not in ("full", "qkv", "ops"):
         return 0.0
     again = layer_activations(shape, strategy, "none")
-    return again - layer_activations(shape, strategy, "full") if strategy.recompute == "full" else again
+    return again if strategy.recompute == "ops" else again - layer_activations(shape, strategy)
 
 
 def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:

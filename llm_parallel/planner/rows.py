@@ -34,12 +34,17 @@ class Family:
     overlap_tp: bool = False
     overlap_dp: bool = True
     overlap_pp: bool = True
+    interleaves: bool = False
+    """Pipelines have several chunks on a stage, though the rows do not say how many."""
     grad_bytes: int = 4
     te: bool = False
     recompute: str = "none"
+    early_stop: bool = False
     logit_bytes: int = 8
     copied_grad_bytes: int = 0
     keeps_gate: bool = False
+    tensors_of_layer: int = 0
+    """Tensors whose gradients are reduced one by one; 0: in buckets."""
     memory_of: str = "not stated"
     """What its printed peak counts: allocated (tensors) or reserved (what the allocator took from the device)."""
     memory_of_first: bool = False
@@ -53,22 +58,37 @@ _MEGATRON_2021 = Family(
     recompute="full", convention="hardware",
 )  # fmt: skip
 _FAMILIES: tuple[tuple[str, Family], ...] = (
-    (r"Megatron SC21|Megatron-LM README \(Sep 2020\)|MT-NLG|stas00", _MEGATRON_2021),
+    (r"Megatron SC21|MT-NLG|stas00", _MEGATRON_2021),
+    # Its text: torch's DistributedDataParallel, whose all-reduces run beside backward, is what large models use.
+    (r"Megatron-LM README \(Sep 2020\)", replace(_MEGATRON_2021, overlap_dp=True)),
     (r"vTrain", replace(_MEGATRON_2021, convention="full")),
     (r"Korthikanti", replace(_MEGATRON_2021, overlap_pp=True, convention="full")),
     (r"MegaScale", Family(gpt=True, flash=False, recompute="selective")),
-    (r"Megatron-LM README\.md", Family(gpt=True, overlap_tp=True, te=True)),
+    # Its text: pipeline communication is overlapped by default, which Megatron-Core does only where it interleaves.
+    (r"Megatron-LM README\.md", Family(gpt=True, overlap_tp=True, te=True, interleaves=True)),
     (r"Megatron-Bridge", Family(overlap_tp=True, te=True, convention="causal")),
-    (r"maxtext", Family(zero=3, te=True)),
+    # configure.sh: remat_policy save_qkv_proj; XLA drops what backward does not read.
+    (r"maxtext", Family(zero=3, te=True, recompute="qkv", early_stop=True)),
     (r"dgxc-benchmarking", Family(overlap_tp=True, te=True)),
-    (r"mosaicml", Family(gpt=True, zero=3, grad_bytes=2)),
+    (r"mosaicml", Family(gpt=True, zero=3, grad_bytes=2, early_stop=True)),
     # torchtitan/metrics.py: reserved_bytes.all.peak. Its loss in 2024 was not compiled: fp32 logits, log-softmax and
     # gradient; in the run of 2025 it was: bf16 logits and their gradient.
-    (r"torchtitan.*202412", Family(zero=3, logit_bytes=12, memory_of="reserved")),
-    (r"torchtitan", Family(zero=3, logit_bytes=4, memory_of="reserved", recompute="selective")),
+    (r"torchtitan.*202412", Family(zero=3, logit_bytes=12, memory_of="reserved", early_stop=True)),
+    (r"torchtitan", Family(zero=3, logit_bytes=4, memory_of="reserved", recompute="selective", early_stop=True)),
     # nanotron at 2411b022a: DDP copies bf16 gradients into buckets before fp32 ones; silu's output is kept; logits in
     # bf16, in fp32, less their maximum, and the bf16 gradient. Rank 0 writes the peak (helpers.py).
-    (r"nanotron", Family(overlap_dp=False, copied_grad_bytes=4, keeps_gate=True, logit_bytes=12, memory_of_first=True)),
+    # Its sharded optimizer reduces and gathers tensor by tensor (gradient_accumulator.py, zero.py).
+    (
+        r"nanotron",
+        Family(
+            overlap_dp=False,
+            copied_grad_bytes=4,
+            keeps_gate=True,
+            logit_bytes=12,
+            memory_of_first=True,
+            tensors_of_layer=6,
+        ),
+    ),
 )
 _MOE = re.compile(r"MoE|8x|_a3B|A3B|OSS|DeepSeek|Mixtral|ep=", re.IGNORECASE)
 
@@ -86,6 +106,7 @@ class Row:
     shape: Shape
     strategy: Strategy
     open_micro_batch: bool
+    open_vpp: bool
     tokens_per_s: float
     memory_gib: float | None
     memory_of: str = "not stated"
@@ -172,7 +193,8 @@ def _row(number: int, record: Mapping[str, str]) -> Row:
     unit = 1.0 if found and ("mem_gib" in found.group(0) or "nanotron" in source) else 1e9 / 2**30
     return Row(
         number, short(source), record["model"], chip, cluster, shape, strategy,
-        _open(record, family), tokens, float(found.group(1)) * unit if found else None, family.memory_of,
+        _open(record, family), family.interleaves and strategy.pp > 1 and not record["vpp"],
+        tokens, float(found.group(1)) * unit if found else None, family.memory_of,
         family.memory_of_first,
     )  # fmt: skip
 
@@ -238,8 +260,9 @@ def _strategy(record: Mapping[str, str], family: Family, note: str) -> Strategy:
         sequence_parallel=sequence and tp > 1, zero=zero, precision=precision, flash=family.flash,  # type: ignore[arg-type]
         overlap_tp=family.overlap_tp or asynchronous, overlap_dp=family.overlap_dp, overlap_pp=family.overlap_pp,
         grad_bytes=family.grad_bytes, te=family.te, cp_gathers=not family.te,
-        logit_bytes=_logit_bytes(family, tp), copied_grad_bytes=family.copied_grad_bytes, keeps_gate=family.keeps_gate,
-        stage_layers=_stage_layers(record, pp, vpp),
+        early_stop=family.early_stop, logit_bytes=_logit_bytes(family, tp),
+        copied_grad_bytes=family.copied_grad_bytes, keeps_gate=family.keeps_gate,
+        stage_layers=_stage_layers(record, pp, vpp), dp_collectives=family.tensors_of_layer * -(-layers // pp),
         fused="torchtitan" not in record["source"] or "compile" in note,
     )  # fmt: skip
 
@@ -280,8 +303,8 @@ def _stage_layers(record: Mapping[str, str], pp: int, vpp: int) -> tuple[int, ..
 
 
 def _recompute(text: str, source: str) -> str:
-    if text.startswith("full"):
-        return "full"
+    if text.startswith("full") or text == "qkv":
+        return text[:4]
     if "selective" not in text:
         return "none"
     return "ops" if "torchtitan" in source else "selective"

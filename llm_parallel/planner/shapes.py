@@ -7,9 +7,9 @@ from typing import Literal
 
 from llm_parallel.config.tree import ModelConfig, RunConfig
 
-Recompute = Literal["none", "selective", "ops", "full"]
+Recompute = Literal["none", "selective", "ops", "qkv", "full"]
 """none; selective: attention's scores; ops: all but attention and every second product (torch's selective operator
-checkpointing); full: whole layers."""
+checkpointing); qkv: all but queries, keys and values (MaxText's save_qkv_proj); full: whole layers."""
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 
 
@@ -64,7 +64,9 @@ class Strategy:
     """How a model is trained on ``gpus``. zero: 0 (DDP), 1 (sharded optimizer) or 3 (FSDP); flash: attention never
     writes its scores; te: with Transformer Engine's kernels; fused: elementwise operators are, by hand or by a
     compiler; logit_bytes: what a logit takes at the loss, with its gradient and copies; copied_grad_bytes: of a
-    parameter, gradients beside those that are summed (a backward's own, buckets); keeps_gate: the activated gate of a
+    parameter, gradients beside those that are summed (a backward's own, buckets); dp_collectives: calls
+    that reduce a sharded optimizer's gradients, 0 for Megatron-Core's buckets; early_stop:
+    recomputing ends before a layer's last product; keeps_gate: the activated gate of a
     SwiGLU is kept beside the product; the overlaps say whether that communication runs beside compute; stage_layers:
     layers of each chunk where they are not even, in the order of virtual stages; cp_gathers: context parallelism keeps
     the whole sample's keys and values, as ours does, not a ring's."""
@@ -91,6 +93,8 @@ class Strategy:
     grad_bytes: int = 4
     logit_bytes: int = 2
     copied_grad_bytes: int = 0
+    dp_collectives: int = 0
+    early_stop: bool = False
     keeps_gate: bool = False
     stage_layers: tuple[int, ...] | None = None
 

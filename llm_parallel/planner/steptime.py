@@ -8,6 +8,7 @@ where it is not hidden. The constants are those of the chip (hardware.py), fitte
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from llm_parallel.planner.hardware import Cluster
@@ -18,12 +19,12 @@ from llm_parallel.planner.shapes import Shape, Strategy
 
 BACKWARD_FLASH = 2.5 / 0.8
 """Flash attention's backward: five products for two, at four fifths of the rate."""
-GEMM_ROWS = 128
-"""Tokens at which a product runs at half its rate: one tile's rows."""
-FLASH_ROWS = 256
+FLASH_ROWS = 512
 """Tokens at which flash attention runs at half its rate: two tiles' rows."""
 UNFUSED = 2.5
 """Traffic of norms, rotation and activation run operator by operator, relative to fused ones."""
+BUCKET, BUCKET_OF_RANK = 40e6, 1e6
+"""Parameters that Megatron-Core's distributed optimizer reduces at once: so many, or so many for every replica."""
 ADAM_BYTES = 30
 """Bytes that AdamW reads and writes for a parameter: fp32 weight, two moments and gradient, and a bf16 copy."""
 
@@ -96,15 +97,35 @@ class Model:
         self.shape, self.strategy, self.cluster = shape, strategy, cluster
         self.chip, self.constants = cluster.chip, cluster.chip.constants
 
-    def _products(self, flops: float) -> float:
-        """A layer's matrix products of so many FLOPs; few tokens fill their tiles badly."""
-        flops *= 1.0 + GEMM_ROWS / self.strategy.tokens
-        rate = self.chip.peak_flops * self.constants.gemm
-        if self.strategy.precision == "fp8":
-            rate = self.chip.peak_fp8_flops * self.constants.gemm_fp8
-        elif self.strategy.precision == "fp32":
-            rate /= 2.0
-        return flops / rate
+    def _matrices(self) -> dict[str, tuple[float, float]]:
+        """(inputs, outputs) of a layer's matrices on one GPU."""
+        shape, tp = self.shape, self.strategy.tp
+        wide, gate = shape.heads * shape.channels / tp, 2 if shape.gated else 1
+        return {
+            "qkv": (shape.hidden, wide * (1 + 2 * shape.groups / shape.heads)),
+            "out": (wide, shape.hidden),
+            "up": (shape.hidden, gate * shape.ffn / tp),
+            "down": (shape.ffn / tp, shape.hidden),
+        }
+
+    def _products(self, matrices: Iterable[tuple[float, float]]) -> float:
+        """Seconds of a micro batch's products with these matrices: arithmetic, and the traffic of operands and results,
+        which narrow products do not hide."""
+        strategy, size = self.strategy, 2.0
+        rate = self._gemm_rate()
+        if strategy.precision == "fp8":
+            rate, size = self.chip.peak_fp8_flops * self.constants.gemm_fp8, 1.0
+        elif strategy.precision == "fp32":
+            rate, size = rate / 2.0, 4.0
+        tokens, found = strategy.tokens, 0.0
+        for inputs, outputs in matrices:
+            traffic = size * (tokens * inputs + inputs * outputs) + max(size, 2.0) * tokens * outputs
+            found += 2.0 * tokens * inputs * outputs / rate + self._move(traffic)
+        return found
+
+    def _gemm_rate(self) -> float:
+        """FLOP/s of a product in 16 bits."""
+        return self.chip.peak_flops * (self.constants.gemm_te if self.strategy.te else self.constants.gemm)
 
     def _move(self, size: float) -> float:
         return size / (self.chip.memory_bytes_per_s * self.constants.memory)
@@ -120,24 +141,33 @@ class Model:
         nics = self.cluster.nic_bytes_per_s * self.constants.nic * beside
         return min(nics, self.cluster.nvlink_bytes_per_s * self.constants.nvlink), self.cluster.nic_latency_s
 
-    def _collective(self, size: float, members: int, span: int, rounds: int = 1) -> float:
-        """Seconds of an all-gather or reduce-scatter (rounds 1) or all-reduce (2) of ``size`` bytes over a ring."""
+    def _collective(self, size: float, members: int, span: int, rounds: int = 1, count: int = 1) -> float:
+        """Seconds of all-gathers or reduce-scatters (rounds 1) or all-reduces (2) of ``size`` bytes in all, in
+        ``count`` equal calls, over rings; NCCL's all-reduce of many nodes may go over a tree, whose way is shorter."""
         if members == 1:
             return 0.0
-        rate, latency = self.group_rate(members, span)
-        return rounds * ((members - 1) / members * size / rate + latency * min(members - 1, 32))
+        rate, _ = self.group_rate(members, span)
+        nodes = -(-members * span // self.cluster.gpus_per_node)
+        near, far = self.cluster.nvlink_latency_s, self.cluster.nic_latency_s
+        if members * span <= self.cluster.gpus_per_node:
+            way = (members - 1) * near
+        else:
+            nodes = min(members, nodes)
+            way = nodes * far + (members - nodes) * near
+            if rounds == 2:
+                way = min(way, math.log2(2 * nodes) * far + members / nodes * near)
+        return rounds * ((members - 1) / members * size / rate + count * way)
 
     def layer(self, backward: bool) -> Pass:
         """One layer of one micro batch."""
         shape, strategy = self.shape, self.strategy
         tokens, tp = strategy.tokens, strategy.tp
-        flops = 2.0 * tokens * shape.layer_matrices / tp
-        compute = self._products(flops * (2 if backward else 1))
+        compute = self._products(self._matrices().values()) * (2 if backward else 1)
         attention, traffic = self._attention(backward)
         elementwise = self._move(traffic) + self._move(self._elementwise_bytes() * (2 if backward else 1))
         size = 2.0 * tokens * shape.hidden
         # Two all-reduces, or two pairs of gather and scatter, each way.
-        sent = self._collective(size, tp, 1, rounds=4)
+        sent = 2.0 * self._collective(size, tp, 1, rounds=2)
         if strategy.overlap_tp:
             sent *= 1.0 - self.constants.tp_hidden
         return Pass(compute + attention, elementwise, sent, self._ring(attention, backward), self._host())
@@ -159,7 +189,7 @@ class Model:
             return flops / rate * (BACKWARD_FLASH if backward else 1.0), 0.0
         scores = pairs * shape.heads / strategy.tp
         per_score = 13 if shape.dropout else 10
-        rate = self.chip.peak_flops * self.constants.gemm
+        rate = self._gemm_rate()
         return flops / rate * (2 if backward else 1), per_score * scores * (1.5 if backward else 1.0)
 
     def _elementwise_bytes(self) -> float:
@@ -188,7 +218,7 @@ class Model:
         flops = 2.0 * self.strategy.tokens * self.shape.vocab * self.shape.hidden / self.strategy.tp
         logits = self.strategy.tokens * self.shape.vocab / self.strategy.tp
         # The head stays in 16 bits where the layers are in 8.
-        rate = self.chip.peak_flops * self.constants.gemm
+        rate = self._gemm_rate()
         return Pass(flops * (2 if backward else 1) / rate, self._move(logits * 8))
 
     def stage(self, stage: int, backward: bool) -> Pass:
@@ -198,9 +228,20 @@ class Model:
 
     def again(self) -> Pass:
         """What backward computes a second time in one layer."""
-        if self.strategy.recompute == "full":
-            return self.layer(False)
-        if self.strategy.recompute == "selective" and not self.strategy.flash:
+        kept, flash = self.strategy.recompute, self.strategy.flash
+        if kept in ("full", "qkv"):
+            found, matrices = self.layer(False), self._matrices()
+            spared = ["qkv"] if kept == "qkv" else []
+            if self.strategy.early_stop:  # backward does not read what the last product makes
+                spared.append("down")
+                found = replace(found, tp=found.tp / 2)
+            return replace(found, compute=found.compute - self._products(matrices[name] for name in spared))
+        if kept == "ops":  # of q, k, v, out, gate, up and down every second one; the last is not read
+            shape, tp = self.shape, self.strategy.tp
+            columns = (shape.hidden, shape.groups * shape.channels / tp), (shape.hidden, shape.ffn / tp)
+            products = self._products([columns[0], self._matrices()["out"], *columns[1:][: int(shape.gated)]])
+            return Pass(products, self._move(self._elementwise_bytes()))
+        if kept == "selective" and not flash:
             products, traffic = self._attention(False)
             return Pass(products, self._move(traffic))
         return Pass()
@@ -214,11 +255,12 @@ class Model:
         members = strategy.dp * strategy.cp
         # Backward gathers anew; recomputation runs on what it gathered.
         gathers = 2
-        once = self._collective(size, members, strategy.tp, rounds=gathers)
-        once += self._collective(size * strategy.grad_bytes / 2, members, strategy.tp)
+        layers = sum(stage_layers(self.shape, strategy)[0])
+        once = gathers * self._collective(size, members, strategy.tp, count=layers)
+        once += self._collective(size * strategy.grad_bytes / 2, members, strategy.tp, count=layers)
         # With a pipeline the gathered weights are kept for the step's other micro batches.
         sent = once * (strategy.micro_batches if strategy.pp == 1 else 1)
-        return max(sent - compute, sent * (1.0 - self.constants.fsdp_hidden))
+        return max(sent - compute, sent * (1.0 - self.constants.dp_hidden))
 
     def _replicas_exposed(self, parameters: float, backward: float) -> float:
         """The gradient's reduction and the weights' gathering that the last backward and first forward do not hide."""
@@ -228,8 +270,9 @@ class Model:
             return 0.0
         span = strategy.tp
         if strategy.zero == 1:
-            sent = self._collective(strategy.grad_bytes * parameters, members, span)
-            sent += self._collective(2.0 * parameters, members, span)
+            count = strategy.dp_collectives or max(1, round(parameters / max(BUCKET, BUCKET_OF_RANK * members)))
+            sent = self._collective(strategy.grad_bytes * parameters, members, span, count=count)
+            sent += self._collective(2.0 * parameters, members, span, count=count)
         else:
             sent = self._collective(strategy.grad_bytes * parameters, members, span, rounds=2)
         if not strategy.overlap_dp:
@@ -269,7 +312,9 @@ class Model:
             host=mine.host,
             waiting=0.0,
         )
-        doublings = math.log2(max(1.0, strategy.gpus / self.cluster.gpus_per_node))
+        # A step waits for the slowest replica; a pipeline's stages wait for one another anyhow.
+        nodes = strategy.gpus / self.cluster.gpus_per_node
+        doublings = math.log2(max(1.0, min(nodes, strategy.dp * strategy.cp)))
         return replace(found, waiting=found.total * self.constants.jitter * doublings)
 
     def _send(self) -> float:

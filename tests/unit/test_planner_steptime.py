@@ -17,8 +17,8 @@ LLAMA_70B = Shape(80, 8192, 64, 8, 28672, 32000)
 H100 = load_cluster("dgx-h100")
 ONE = Strategy(gpus=8, global_batch=64, micro_batch=1, seq=8192, tp=8, flash=True)
 PERFECT = Constants(
-    gemm=1.0, gemm_fp8=1.0, flash=1.0, flash_te=1.0, memory=1.0, nvlink=1.0, nic=1.0, tp_hidden=1.0, dp_hidden=1.0,
-    fsdp_hidden=1.0, layer_us=0.0, jitter=0.0,
+    gemm=1.0, gemm_te=1.0, gemm_fp8=1.0, flash=1.0, flash_te=1.0, memory=1.0, nvlink=1.0, nic=1.0, tp_hidden=1.0,
+    dp_hidden=1.0, layer_us=0.0, jitter=0.0,
 )  # fmt: skip
 LAYOUTS = st.builds(
     lambda tp, pp, micro, recompute, batches: Strategy(
@@ -80,7 +80,7 @@ def test_full_recomputation_costs_up_to_a_forward() -> None:
 def test_tensor_parallelism_over_nodes_is_slower() -> None:
     within = step_time(LLAMA_70B, replace(ONE, gpus=16, tp=8), H100)
     across = step_time(LLAMA_70B, replace(ONE, gpus=16, tp=16), H100)
-    assert across.tp / 64 > 1.2 * within.tp / 32  # one micro batch's
+    assert across.tp / 64 > 1.1 * within.tp / 32  # one micro batch's; eight NICs together are nearly as fast as NVLink
 
 
 def test_bubble_is_the_closed_forms() -> None:
@@ -113,3 +113,33 @@ def test_zero_three_gathers_every_micro_batch() -> None:
     twice = replace(sharded, global_batch=128)
     one, two = step_time(LLAMA_70B, sharded, H100), step_time(LLAMA_70B, twice, H100)
     assert two.dp == pytest.approx(2 * one.dp, rel=0.05)
+
+
+def test_products_are_arithmetic_and_traffic_by_hand() -> None:
+    """One layer of GPT 175B on TP 8, 2048 tokens: 2 m n k FLOPs and 2 (m k + k n + m n) bytes of four products."""
+    gpt = Shape(96, 12288, 96, 96, 49152, 51200, gated=False, dropout=True, rotary=False)
+    perfect = replace(H100, chip=replace(H100.chip, constants=PERFECT))
+    model = Model(gpt, Strategy(gpus=8, global_batch=8, micro_batch=1, seq=2048, tp=8), perfect)
+    matrices = [(12288, 4608), (1536, 12288), (12288, 6144), (6144, 12288)]
+    flops = sum(2 * 2048 * a * b for a, b in matrices)
+    traffic = sum(2 * (2048 * a + a * b + 2048 * b) for a, b in matrices)
+    by_hand = flops / H100.chip.peak_flops + traffic / H100.chip.memory_bytes_per_s
+    assert model._products(model._matrices().values()) == pytest.approx(by_hand)
+
+
+def test_recomputation_stops_where_backward_reads_no_more() -> None:
+    full = Strategy(gpus=8, global_batch=8, micro_batch=1, seq=4096, recompute="full")
+    model = Model(LLAMA_70B, full, H100)
+    assert model.again() == model.layer(False)
+    down = model._products([model._matrices()["down"]])
+    early = Model(LLAMA_70B, replace(full, early_stop=True), H100).again()
+    assert early.compute == pytest.approx(model.again().compute - down)
+    kept = Model(LLAMA_70B, replace(full, early_stop=True, recompute="qkv"), H100).again()
+    assert kept.compute == pytest.approx(early.compute - model._products([model._matrices()["qkv"]]))
+
+
+def test_a_ring_over_many_ranks_is_as_late_as_its_hops() -> None:
+    """No bytes: 128 ranks, four of them beside one another on a node, are 32 hops over NICs and 96 over NVLink."""
+    model = Model(LLAMA_70B, ONE, H100)
+    hops = 32 * H100.nic_latency_s + 96 * H100.nvlink_latency_s
+    assert model._collective(0.0, 128, 2, count=3) == pytest.approx(3 * hops)

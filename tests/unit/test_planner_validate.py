@@ -31,7 +31,7 @@ def held_out(source: str = "") -> list[Scored]:
 
 
 def test_held_out_rows_meet_the_targets() -> None:
-    assert score_of(held_out()).mape < 0.10
+    assert score_of(held_out()).mape < 0.06
     assert score_of(held_out("Korthikanti")).mape < 0.04
     assert score_of(held_out("vTrain")).mape < 0.12
     assert len(held_out()) > 180
@@ -70,7 +70,7 @@ def test_constants_are_twelve_within_bounds_and_from_fitted_rows() -> None:
 
 
 def test_a_wrong_constant_is_seen() -> None:
-    """The targets can fail: with products a third faster they do."""
+    """The targets can fail: with products a quarter faster they do."""
     from dataclasses import replace
 
     from llm_parallel.planner.fit import log_errors
@@ -78,7 +78,7 @@ def test_a_wrong_constant_is_seen() -> None:
     rows = [item.row for item in held_out("vTrain")]
     good = statistics.fmean(abs(error) for error in log_errors(rows, {}))
     chips = {"A100": replace(load_constants("A100"), gemm=0.98)}
-    assert statistics.fmean(abs(error) for error in log_errors(rows, chips)) > good + 0.03
+    assert statistics.fmean(abs(error) for error in log_errors(rows, chips)) > good + 0.02
 
 
 def test_spearman_and_scores_by_hand() -> None:
@@ -101,4 +101,4 @@ def test_report_names_what_it_refused_and_fitted() -> None:
     assert "mixture of experts" in text
     assert text.count("12 constants") == 2
     assert data["overall"]["mape"] == pytest.approx(score_of(held_out()).mape)
-    assert len(data["refused"]) + len(scored()) == 469
+    assert len(data["refused"]) + len(scored()) == 473
