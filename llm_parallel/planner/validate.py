@@ -11,7 +11,8 @@ from typing import Any
 
 from llm_parallel.planner.fit import clusters_with, family_of, is_fitted, predict
 from llm_parallel.planner.hardware import load_constants
-from llm_parallel.planner.memory import GIB, Memory, memory, memory_of_stage
+from llm_parallel.planner.memory import GIB
+from llm_parallel.planner.peers import memory_of_row, say_peers
 from llm_parallel.planner.rows import Refused, Row, read_rows
 
 CHIPS = ("A100", "H100")
@@ -146,11 +147,6 @@ def trends(scored: Sequence[Scored]) -> list[Trend]:
     return found
 
 
-def memory_of_row(row: Row) -> Memory:
-    """Bytes of the GPU whose peak the row's source prints."""
-    return memory_of_stage(row.shape, row.strategy, 0) if row.memory_of_first else memory(row.shape, row.strategy)
-
-
 def memory_errors(scored: Sequence[Scored]) -> list[tuple[Row, float]]:
     """(row, predicted over printed peak memory, less one) where a row prints it."""
     rows = [item.row for item in scored]
@@ -175,6 +171,8 @@ def report(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"| **all** | | {len(scored)} | {len(scored) - len(held)} | {_cells(held)} |")
     _say_rankings(rankings(scored), trends(scored), say)
     _say_memory(memory_errors(scored), say)
+    if path is None:
+        say_peers([(item.row, item.predicted_s, item.fitted) for item in scored], say)
     _say_refused(refused, say)
     if path is None:
         _say_constants(say)
@@ -205,10 +203,14 @@ def _say_rankings(ranked: Sequence[Ranking], trended: Sequence[Trend], say: Call
         say("\n| weak scaling of | GPUs | measured efficiency | predicted | points apart |\n|" + " --- |" * 5)
         for trend in trended:
             apart = 100 * (trend.predicted - trend.measured)
+            noise = " (superlinear: noise, not counted)" if trend.measured > 1.0 else ""
             say(
                 f"| {trend.name} | {trend.fewest} to {trend.most} | {trend.measured:.1%} | {trend.predicted:.1%} | "
-                f"{apart:+.1f} |"
+                f"{apart:+.1f}{noise} |"
             )
+        counted = [trend for trend in trended if trend.measured <= 1.0]
+        near = sum(abs(trend.predicted - trend.measured) <= 0.02 for trend in counted)
+        say(f"\nWithin 2 points: {near} of {len(counted)} series; {len(trended) - len(counted)} superlinear ones apart")
 
 
 def _say_memory(errors: Sequence[tuple[Row, float]], say: Callable[[str], None]) -> None:
