@@ -113,10 +113,8 @@ def say_peers(rows: Sequence[tuple[Row, float, bool]], say: Callable[[str], None
     for source, pairs in by_source.items():
         cells = [f"{_mean([pair[of] for pair in pairs])}" for of in (0, 1)]
         say(f"| {source} | {len(pairs)} | {cells[0]} | {cells[1]} |")
-    say(
-        "\n| Korthikanti et al. 2022 (computed there, not measured) | figures | ours: mean error, bias | Calculon: mean error, bias |\n|"
-        + " --- |" * 4
-    )
+    head = "Korthikanti et al. 2022 (computed there, not measured)"
+    say(f"\n| {head} | figures | ours: mean error, bias | Calculon: mean error, bias |\n|" + " --- |" * 4)
     for quantity in ("states_gib", "activations_gib", "activations_pct"):
         some = [figure for figure in figures() if figure.quantity == quantity]
         ours = _mean([figure.ours / figure.published - 1.0 for figure in some])
