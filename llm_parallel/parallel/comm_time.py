@@ -1,0 +1,279 @@
+"""Time that a process waits in communication, by the axis of the layout that it is for.
+
+Every collective and message of torch.distributed, under whatever name megatron-core imported its function, ends in a
+method of ``ProcessGroup`` and in ``Work.wait``. ``CommTime.recording`` puts a clock around these methods and nothing
+else, and takes it away again; without it nothing is touched.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm_parallel.parallel.groups import Groups
+
+METHODS = (
+    "_allgather_base", "_end_coalescing", "_reduce_scatter_base", "all_gather_single", "all_gather_single_coalesced",
+    "all_to_all_single", "allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "allreduce",
+    "allreduce_coalesced", "alltoall", "alltoall_base", "barrier", "broadcast", "gather", "monitored_barrier", "recv",
+    "recv_anysource", "reduce", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced", "scatter", "send",
+)  # fmt: skip
+"""What of ``ProcessGroup`` communicates; a torch version may lack some."""
+
+AXES = ("tp", "cp", "dp", "pp")
+DATA, FORWARD_BACKWARD, OPTIMIZER, OUTSIDE = "data", "forward_backward", "optimizer", ""
+PHASES = (DATA, FORWARD_BACKWARD, OPTIMIZER)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Time of one message between neighbouring pipeline stages that are both ready."""
+
+    latency_s: float = 0.0
+    s_per_byte: float = 0.0
+
+    def transfer_s(self, size_bytes: int) -> float:
+        """Seconds for ``size_bytes``."""
+        return self.latency_s + size_bytes * self.s_per_byte
+
+
+@dataclass(frozen=True)
+class TimeSplit:
+    """Seconds of one step of one process; they add up to the step.
+
+    tp, cp, dp: waiting in collectives of the group, for its slowest member too. dp holds the gradient's reduction and
+    the parameters' gathering over data and context parallel ranks, as far as nothing hides them.
+    pp and bubble: waiting for messages between stages and in what all stages do together (tied embeddings, and the sum
+    of losses that ends the schedule and where the stages that are done wait for the others). Of each such wait pp is at
+    most what a message of its size takes when both sides are ready (``Link``, measured before the first step); bubble
+    is the rest, in which the other side had not sent. So an uneven split of the layers, a slow replica that the sum of
+    losses waits for, and the schedule's own idle time are all in the bubble.
+    optimizer, data: the update and waiting for data, less the communication in them. compute: forward, backward and
+    gradient norm, less the communication in them. other: the rest, as communication over other groups.
+    """
+
+    tp: float = 0.0
+    cp: float = 0.0
+    dp: float = 0.0
+    pp: float = 0.0
+    bubble: float = 0.0
+    optimizer: float = 0.0
+    data: float = 0.0
+    compute: float = 0.0
+    other: float = 0.0
+
+    @property
+    def communication_s(self) -> float:
+        """Seconds of communication that nothing hides, the bubble left out."""
+        return self.tp + self.cp + self.dp + self.pp
+
+
+@dataclass
+class _Call:
+    """One collective or message. left_s: what of its transfer was not waited for yet."""
+
+    axis: str
+    left_s: float = 0.0
+
+
+class CommTime:
+    """Collects waiting by phase of the step and axis. ``axes``: name of a process group → axis, "self" for a group of
+    one. ``annotate``: names every call in a torch.profiler trace.
+
+    On a CPU a wait is wall time of the call and of ``Work.wait``. On a GPU it is the time that the current stream is
+    held up, by events around the same calls, read in ``take``.
+    """
+
+    def __init__(self, axes: Mapping[str, str], cuda: bool, link: Link = Link(), annotate: bool = False) -> None:
+        self._axes, self._cuda, self._link = axes, cuda, link
+        self._annotate = annotate
+        self._thread = threading.get_ident()
+        self._works: dict[int, _Call] = {}
+        self._coalesced: dict[str, int] = defaultdict(int)
+        self._seconds: dict[tuple[str, str], float] = defaultdict(float)
+        self._events: list[tuple[str, _Call, Any, Any]] = []
+        self.calls: Counter[tuple[str, str]] = Counter()
+        """Calls by axis and method since the beginning; "other" is every group that is no axis."""
+        self.phase = OUTSIDE
+        """Part of the step that is going on."""
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Counts communication inside to ``phase``."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While inside, communication is timed. Not to be nested: two would count twice."""
+        found = [(dist.ProcessGroup, name) for name in METHODS if hasattr(dist.ProcessGroup, name)]
+        # What getattr gives of a pybind11 class does not bind when it is put back; what the class holds does.
+        originals = [(owner, name, vars(owner)[name]) for owner, name in [*found, (dist.Work, "wait")]]
+        assert not any(hasattr(original, "times_communication") for *_, original in originals)
+        for owner, name, original in originals:
+            method = getattr(owner, name)
+            timed = self._timed_wait(method) if owner is dist.Work else self._timed_call(name, method)
+            timed.times_communication = True  # type: ignore[attr-defined]
+            setattr(owner, name, timed)
+        try:
+            yield
+        finally:
+            for owner, name, original in originals:
+                setattr(owner, name, original)
+
+    def _counts(self, axis: str) -> bool:
+        # Copies of the state travel over groups of their own in other threads, beside the step; autograd's thread,
+        # which runs backward on a GPU, uses the layout's groups.
+        return axis in AXES or threading.get_ident() == self._thread
+
+    def _timed_call(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+            axis = self._axes.get(group.group_name, "other")
+            if not self._counts(axis):
+                return original(group, *args, **kwargs)
+            size = _size_bytes(args[0]) if axis == "pp" and args else 0
+            if name == "_end_coalescing":
+                size = self._coalesced.pop(group.group_name, 0)
+            elif size:
+                self._coalesced[group.group_name] += size
+            self.calls[axis, name] += 1
+            made = _Call(axis, self._link.transfer_s(size))
+            with self._clock(made, name):
+                work = original(group, *args, **kwargs)
+            if work is not None:
+                self._works[id(work)] = made
+            return work
+
+        return call
+
+    def _timed_wait(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
+            made = self._works.pop(id(work), None)
+            if made is None or not self._counts(made.axis):
+                return original(work, *args, **kwargs)
+            with self._clock(made, "wait"):
+                return original(work, *args, **kwargs)
+
+        return wait
+
+    @contextmanager
+    def _clock(self, made: _Call, name: str) -> Iterator[None]:
+        """Books the time inside, also of a call that fails."""
+        named: AbstractContextManager[Any] = nullcontext()
+        if self._annotate:
+            named = torch.profiler.record_function(f"{made.axis}: {name}")
+        start = self._now()
+        try:
+            with named:
+                yield
+        finally:
+            if self._cuda:
+                self._events.append((self.phase, made, start, self._now()))
+            else:
+                self._book(self.phase, made, time.perf_counter() - start)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _book(self, phase: str, made: _Call, seconds: float) -> None:
+        if made.axis == "pp":
+            transfer = min(seconds, made.left_s)
+            made.left_s -= transfer
+            self._seconds[phase, "bubble"] += seconds - transfer
+            seconds = transfer
+        self._seconds[phase, made.axis] += seconds
+
+    def take(self, step_s: float, phases_s: Mapping[str, float]) -> TimeSplit:
+        """The split of a step that took ``step_s``, of which ``phases_s`` by phase; forgets it.
+
+        On a GPU the device must have done the step's work (``Platform.synchronize``)."""
+        for phase, made, start, end in self._events:
+            self._book(phase, made, start.elapsed_time(end) / 1e3)
+        self._events.clear()
+        self._coalesced.clear()
+        found, self._seconds = self._seconds, defaultdict(float)
+        waited = {axis: sum(found.get((phase, axis), 0.0) for phase in PHASES) for axis in (*AXES, "bubble")}
+        own = {
+            phase: phases_s[phase] - sum(value for (at, axis), value in found.items() if at == phase and axis != "self")
+            for phase in PHASES
+        }
+        other = step_s - sum(waited.values()) - sum(own.values())
+        return TimeSplit(**waited, optimizer=own[OPTIMIZER], data=own[DATA], compute=own[FORWARD_BACKWARD], other=other)
+
+
+def _size_bytes(what: Any) -> int:
+    """Bytes of the tensors that a method of ProcessGroup was given first."""
+    if isinstance(what, Tensor):
+        return what.nbytes
+    return sum(part.nbytes for part in what if isinstance(part, Tensor)) if isinstance(what, list) else 0
+
+
+def axes_of(groups: Groups) -> dict[str, str]:
+    """Name of every group of a layout → axis. With a pipeline the world counts to it, since in the sum of losses the
+    stages that are done wait for those that are not."""
+    collection, found = groups.collection, {}
+    members = {
+        "tp": ("tp",),
+        "cp": ("cp",),
+        "dp": ("dp", "dp_cp", "intra_dp_cp"),
+        "pp": ("pp", "embd", "pos_embd"),
+    }
+    if groups.layout.pp > 1:
+        found[dist.group.WORLD.group_name] = "pp"
+    for axis, names in members.items():
+        for name in names:
+            group = getattr(collection, name, None)
+            if isinstance(group, dist.ProcessGroup):
+                found[group.group_name] = axis if group.size() > 1 else "self"
+    return found
+
+
+def open_comm_time(groups: Groups, message_bytes: int, annotate: bool = False) -> CommTime:
+    """For the groups of a layout; every process of it calls this. ``message_bytes``: size of an activation between two
+    stages."""
+    link = Link()
+    if groups.layout.pp > 1:
+        link = measure_link(groups.collection.pp, groups.platform, message_bytes)
+    return CommTime(axes_of(groups), groups.platform.is_cuda, link, annotate)
+
+
+def measure_link(group: Any, platform: Any, message_bytes: int, rounds: int = 7) -> Link:
+    """Times messages of 8 bytes and of ``message_bytes`` from every stage to the next at once, as in the steady part of
+    the schedule; medians over ``rounds``, after one that is not counted. Every process of ``group`` calls this."""
+    rank, size = group.rank(), group.size()
+    after = dist.get_global_rank(group, (rank + 1) % size)
+    before = dist.get_global_rank(group, (rank - 1) % size)
+    medians = []
+    for size_bytes in (8, message_bytes):
+        sent = torch.zeros(size_bytes, dtype=torch.uint8, device=platform.device)
+        got, times = torch.empty_like(sent), []
+        for _ in range(rounds + 1):
+            dist.barrier(group=group)
+            platform.synchronize()
+            started = time.perf_counter()
+            messages = [dist.P2POp(dist.isend, sent, after, group), dist.P2POp(dist.irecv, got, before, group)]
+            for request in dist.batch_isend_irecv(messages):
+                request.wait()
+            platform.synchronize()
+            times.append(time.perf_counter() - started)
+        medians.append(statistics.median(times[1:]))
+    latency_s, long_s = medians
+    return Link(latency_s, max(0.0, long_s - latency_s) / max(message_bytes - 8, 1))
