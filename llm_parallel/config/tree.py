@@ -275,6 +275,8 @@ class LogConfig(Node):
     """Dense bf16 peak of one device in TFLOP/s that MFU divides by; the device's data sheet if not given."""
     plots: bool = True
     """Draw plots (PNG) at the end of the run."""
+    comm_time: bool = True
+    """Split each step's time by what it was spent on: communication by axis, pipeline bubble, optimizer, data."""
 
 
 class ElasticConfig(Node):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 
@@ -33,7 +33,10 @@ class StepMeasurement:
     optimizer_time_s: float
     """Gradient reduction that is left, clipping, update, and parameter gathering."""
     communication_time_s: float | None = None
-    """Communication that nothing hides, where it can be told apart."""
+    """Communication in forward and backward that nothing hides, where it can be told apart."""
+    split_s: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of the step by ``tp``, ``cp``, … (``parallel.comm_time.TimeSplit``), where they can be told apart; with
+    ``_mean`` and ``_max`` behind the name over all processes."""
     memory_allocated_gib: float = 0.0
     """Peak memory in tensors, in GiB; on CPU the resident set of the process."""
     memory_reserved_gib: float = 0.0
@@ -76,6 +79,7 @@ class StepRecord:
     forward_backward_time_s: float
     optimizer_time_s: float
     communication_time_s: float | None
+    split_s: Mapping[str, float]
     tokens_per_s: float
     tokens_per_s_per_gpu: float
     tflops_per_gpu: float
@@ -128,6 +132,7 @@ def derive(measured: StepMeasurement, basis: Basis, recent_step_times_s: Sequenc
         forward_backward_time_s=measured.forward_backward_time_s,
         optimizer_time_s=measured.optimizer_time_s,
         communication_time_s=measured.communication_time_s,
+        split_s=measured.split_s,
         tokens_per_s=tokens_per_s,
         tokens_per_s_per_gpu=per_gpu,
         tflops_per_gpu=tflops,
@@ -163,7 +168,8 @@ STEP_NAMES = {
     "memory/reserved_gib": "memory_reserved_gib",
     "time/eta_s": "eta_s",
 }
-"""Name of a logged number → field of StepRecord. ``perf/mfu`` is a fraction, times are seconds."""
+"""Name of a logged number → field of StepRecord. ``perf/mfu`` is a fraction, times are seconds. The parts of
+``split_s`` are logged as ``time/tp_s``, ``time/bubble_max_s`` and so on."""
 
 EVAL_NAMES = {"eval/loss": "loss", "eval/ppl": "perplexity", "eval/samples": "samples", "eval/tokens": "tokens"}
 """Name of a logged number → field of EvalRecord."""
@@ -172,7 +178,9 @@ EVAL_NAMES = {"eval/loss": "loss", "eval/ppl": "perplexity", "eval/samples": "sa
 def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
     """Logged numbers of ``record`` by name, without those that are not known. NaN and infinity stay as they are."""
     names = STEP_NAMES if isinstance(record, StepRecord) else EVAL_NAMES
-    values = {name: getattr(record, field) for name, field in names.items()}
+    values = {name: getattr(record, attribute) for name, attribute in names.items()}
+    if isinstance(record, StepRecord):
+        values |= {f"time/{name}_s": seconds for name, seconds in record.split_s.items()}
     return {
         name: int(value) if isinstance(value, bool) else value for name, value in values.items() if value is not None
     }

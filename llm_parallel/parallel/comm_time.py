@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +87,23 @@ class _Call:
     left_s: float = 0.0
 
 
-class CommTime:
+class Untimed:
+    """Communication is not timed. The same calls as ``CommTime``, which do nothing."""
+
+    def during(self, phase: str) -> AbstractContextManager[None]:
+        """Nothing."""
+        return nullcontext()
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Nothing is touched."""
+        return nullcontext()
+
+    def take(self, step_s: float, phases_s: Mapping[str, float]) -> TimeSplit | None:
+        """Not known."""
+        return None
+
+
+class CommTime(Untimed):
     """Collects waiting by phase of the step and axis. ``axes``: name of a process group → axis, "self" for a group of
     one. ``annotate``: names every call in a torch.profiler trace.
 
@@ -124,7 +140,7 @@ class CommTime:
         # What getattr gives of a pybind11 class does not bind when it is put back; what the class holds does.
         originals = [(owner, name, vars(owner)[name]) for owner, name in [*found, (dist.Work, "wait")]]
         assert not any(hasattr(original, "times_communication") for *_, original in originals)
-        for owner, name, original in originals:
+        for owner, name, _ in originals:
             method = getattr(owner, name)
             timed = self._timed_wait(method) if owner is dist.Work else self._timed_call(name, method)
             timed.times_communication = True  # type: ignore[attr-defined]
@@ -224,6 +240,15 @@ def _size_bytes(what: Any) -> int:
     if isinstance(what, Tensor):
         return what.nbytes
     return sum(part.nbytes for part in what if isinstance(part, Tensor)) if isinstance(what, list) else 0
+
+
+def sum_and_max(values: Sequence[float], device: torch.device) -> tuple[list[float], list[float]]:
+    """Of fp64 scalars over all processes, element by element; every process calls this."""
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    largest = sums.clone()
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return sums.tolist(), largest.tolist()
 
 
 def axes_of(groups: Groups) -> dict[str, str]:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,7 +25,8 @@ from llm_parallel.metrics.run import MetricsLike, World, open_metrics
 from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
 from llm_parallel.model.gpt import build_chunks
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights
-from llm_parallel.model.mcore_config import overlap_enabled
+from llm_parallel.model.mcore_config import compute_dtype, overlap_enabled
+from llm_parallel.parallel import comm_time
 from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, set_deterministic
@@ -53,12 +54,23 @@ class Run:
     asked_to_stop: Callable[[], bool]
     started_s: float
     watch: Watch
+    comm: comm_time.Untimed
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
     def wants_to_stop(self) -> bool:
         """Whether this process was asked to stop, or its time is up."""
         limit = self.config.train.time_limit_s
         return self.asked_to_stop() or (limit is not None and time.monotonic() - self.started_s > limit)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Wall seconds of one step on this process, and of its parts."""
+
+    step_s: float
+    data_s: float
+    forward_backward_s: float
+    optimizer_s: float
 
 
 @dataclass(frozen=True)
@@ -88,14 +100,15 @@ def pretrain(
     try:
         run = open_run(config, place, asked_to_stop, watch)
         try:
-            while run.state.step < config.train.steps:
-                outcome = train_step(run)
-                if outcome.stop:
-                    run.metrics.message(f"stopping after step {run.state.step}: asked to, or out of time; saving")
-                    run.metrics.event("stop", step=run.state.step)
-                    break
-                if outcome.pause:
-                    return run.state
+            with run.comm.recording():
+                while run.state.step < config.train.steps:
+                    outcome = train_step(run)
+                    if outcome.stop:
+                        run.metrics.message(f"stopping after step {run.state.step}: asked to, or out of time; saving")
+                        run.metrics.event("stop", step=run.state.step)
+                        break
+                    if outcome.pause:
+                        return run.state
             with watch.long():
                 finish(run)
             return run.state
@@ -139,9 +152,19 @@ def open_run(config: RunConfig, place: Place, asked_to_stop: Callable[[], bool],
         place.rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
     )
     metrics.start(describe(config, groups, origin, peak))
-    run = Run(config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop, started_s, watch)
+    comm = open_comm_time(config, groups) if config.log.comm_time else comm_time.Untimed()
+    run = Run(
+        config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop, started_s, watch, comm
+    )
     watch.opened(run)
     return run
+
+
+def open_comm_time(config: RunConfig, groups: Groups) -> comm_time.CommTime:
+    """Measures a message of the size that pipeline stages exchange; every process calls this."""
+    shards = groups.layout.cp * (groups.layout.tp if groups.layout.sequence_parallel else 1)
+    rows = config.train.micro_batch_size * config.data.seq_length_tokens // shards
+    return comm_time.open_comm_time(groups, rows * config.model.hidden_size * compute_dtype(config).itemsize)
 
 
 def resume(config: RunConfig, engine: Engine, store: CheckpointStore) -> tuple[TrainState, str]:
@@ -181,21 +204,45 @@ def train_step(run: Run) -> StepOutcome:
     """One step of the run: data, gradient, guard, update, records, evaluation and checkpoint where due."""
     config, state, groups = run.config, run.state, run.engine.groups
     started = time.perf_counter()
-    run.watch.before_step(run)
-    size = global_batch_size(config.train, state.consumed_samples)
-    batches = [next(run.loader) for _ in range(groups.layout.num_micro_batches(size, groups.at.dp))]
+    with run.comm.during(comm_time.DATA):
+        run.watch.before_step(run)
+        size = global_batch_size(config.train, state.consumed_samples)
+        batches = [next(run.loader) for _ in range(groups.layout.num_micro_batches(size, groups.at.dp))]
     data_s = time.perf_counter() - started
     wishes = Wishes(run.wants_to_stop(), run.watch.wants_to_pause(), run.watch.before_agreement)
-    outcome = forward_backward(run.engine, batches, wishes)
+    with run.comm.during(comm_time.FORWARD_BACKWARD):
+        outcome = forward_backward(run.engine, batches, wishes)
     run.watch.judged(run, outcome, size)
     lr = learning_rate(config.optim, config.train.steps, state.step + 1)
     reason = judge(run, outcome, size)
     applied = time.perf_counter()
     if reason is None:
-        apply_gradient(run.engine, outcome, lr, config.optim.clip_grad)
-        groups.platform.synchronize()
-    ended = time.perf_counter()
+        with run.comm.during(comm_time.OPTIMIZER):
+            apply_gradient(run.engine, outcome, lr, config.optim.clip_grad)
+            groups.platform.synchronize()
+    times = StepTimes(time.perf_counter() - started, data_s, outcome.forward_backward_s, time.perf_counter() - applied)
     advance(run, size, outcome)
+    record_step(run, outcome, times, size, lr, reason)
+    run.watch.after_step(run)
+    after_step(run, outcome.stop)
+    return outcome
+
+
+def record_step(run: Run, outcome: StepOutcome, times: StepTimes, size: int, lr: float, reason: str | None) -> None:
+    """Logs a step that was counted, if its turn has come. Every process of a run calls this."""
+    config, state, groups = run.config, run.state, run.engine.groups
+    run.step_times_s.append(times.step_s)
+    due = state.step % config.log.interval_steps == 0 or state.step == config.train.steps or reason is not None
+    split = run.comm.take(
+        times.step_s,
+        {
+            comm_time.DATA: times.data_s,
+            comm_time.FORWARD_BACKWARD: times.forward_backward_s,
+            comm_time.OPTIMIZER: times.optimizer_s,
+        },
+    )
+    if not due:
+        return
     allocated, reserved = groups.platform.memory_gib()
     measured = StepMeasurement(
         step=state.step,
@@ -204,21 +251,30 @@ def train_step(run: Run) -> StepOutcome:
         loss=outcome.loss,
         grad_norm=outcome.grad_norm,
         lr=lr,
-        step_time_s=ended - started,
-        data_time_s=data_s,
-        forward_backward_time_s=outcome.forward_backward_s,
-        optimizer_time_s=ended - applied,
+        step_time_s=times.step_s,
+        data_time_s=times.data_s,
+        forward_backward_time_s=times.forward_backward_s,
+        optimizer_time_s=times.optimizer_s,
+        communication_time_s=max(0.0, times.forward_backward_s - split.compute - split.bubble) if split else None,
+        split_s=named_split(split, groups, everywhere=not run.watch.uneven) if split else {},
         memory_allocated_gib=allocated,
         memory_reserved_gib=reserved,
         skip_reason=reason,
         num_skipped=state.num_skipped,
     )
-    run.step_times_s.append(measured.step_time_s)
-    if state.step % config.log.interval_steps == 0 or state.step == config.train.steps or reason is not None:
-        run.metrics.step(derive(measured, run.basis, run.step_times_s))
-    run.watch.after_step(run)
-    after_step(run, outcome.stop)
-    return outcome
+    run.metrics.step(derive(measured, run.basis, run.step_times_s))
+
+
+def named_split(split: comm_time.TimeSplit, groups: Groups, everywhere: bool) -> dict[str, float]:
+    """Seconds by name, and with ``everywhere`` their mean and largest over all processes, which then all call this.
+
+    In an elastic run every process keeps its own: one that died here would leave others a step ahead."""
+    own = asdict(split)
+    if not everywhere or groups.layout.world_size == 1:
+        return own
+    sums, largest = comm_time.sum_and_max(list(own.values()), groups.platform.device)
+    means = {f"{name}_mean": total / groups.layout.world_size for name, total in zip(own, sums)}
+    return own | means | {f"{name}_max": seconds for name, seconds in zip(own, largest)}
 
 
 def judge(run: Run, outcome: StepOutcome, size: int) -> str | None:

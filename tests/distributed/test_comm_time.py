@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.distributed.job import GLOBAL_BATCH, base_config, changed, make_batch, open_engine
 from tests.harness import run_ranks
+from tests.integration.commands import Corpus, read_records, train_in_ranks, write_run_file
+from tests.unit.data_helpers import write_token_file
 
 pytestmark = pytest.mark.gloo
 
@@ -84,3 +90,94 @@ def test_every_call_is_seen(name: str) -> None:
         assert seen == {PROFILED[event]: count for event, count in events.items()}
         assert sum(seen.values()) >= 5
     assert axes == AXES[name]
+
+
+PARTS = ("tp", "cp", "dp", "pp", "bubble", "optimizer", "data", "compute", "other")
+DELAY_S, MICRO_BATCHES = 0.04, 4
+
+
+def train(
+    folder: Path, processes: int, layout: dict[str, Any], prepare: Any = None, comm_time: bool = True
+) -> list[dict[str, float]]:
+    """Records of six steps, of which the first two are left out."""
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, 400, 600, dtype=np.int32) for _ in range(8)]
+    prefix = Path(write_token_file(folder / "tokens", documents))
+    size = MICRO_BATCHES * layout.get("dp", 1)
+    path = write_run_file(
+        Corpus(prefix, prefix, ""),
+        folder,
+        model={"vocab_size": 400},
+        data={"tokenizer": None, "eval_fraction": 0.0},
+        parallel=layout,
+        train={"global_batch_size": size, "steps": 6},
+        log={"comm_time": comm_time},
+    )
+    train_in_ranks(path, processes, prepare=prepare)
+    return [found for found in read_records(folder / "run" / "metrics.jsonl") if found.get("step", 0) > 2]
+
+
+def slow_forward(slow_rank: int, rank: int, loop: Any) -> bool:
+    """One rank sleeps before each forward pass."""
+    original = loop.wrap
+
+    def wrap(*arguments: Any, **named: Any) -> Any:
+        engine = original(*arguments, **named)
+        engine.models[0].register_forward_pre_hook(lambda *_: time.sleep(DELAY_S))
+        return engine
+
+    if rank == slow_rank:
+        loop.wrap = wrap
+    return True
+
+
+def slow_update(rank: int, loop: Any) -> bool:
+    """Every rank sleeps before the update."""
+    original = loop.apply_gradient
+
+    def apply_gradient(*arguments: Any) -> None:
+        time.sleep(MICRO_BATCHES * DELAY_S)
+        original(*arguments)
+
+    loop.apply_gradient = apply_gradient
+    return True
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes", "prepare", "column"),
+    [
+        ({"tp": 2}, 2, partial(slow_forward, 1), "tp"),
+        ({"cp": 2}, 2, partial(slow_forward, 1), "cp"),
+        ({"dp": 2}, 2, partial(slow_forward, 1), "dp"),
+        ({"pp": 2}, 2, partial(slow_forward, 1), "bubble"),
+        ({"tp": 2}, 2, partial(slow_forward, 0), "compute"),
+        ({"pp": 2}, 2, slow_update, "optimizer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_delay_shows_in_its_column(
+    tmp_path: Path, layout: dict[str, Any], processes: int, prepare: Any, column: str
+) -> None:
+    """Rank 0's step holds four delays; what else it does takes some milliseconds."""
+    records = train(tmp_path, processes, layout, prepare)
+    typical = {name: float(np.median([record[f"time/{name}_s"] for record in records])) for name in PARTS}
+    delay_s = MICRO_BATCHES * DELAY_S
+    assert typical[column] > 0.95 * delay_s, typical
+    assert max(seconds for name, seconds in typical.items() if name != column) < 0.6 * delay_s, typical
+    for record in records:
+        parts = [record[f"time/{name}_s"] for name in PARTS]
+        assert sum(parts) == pytest.approx(record["perf/step_time"], rel=1e-6)
+        assert min(parts) > -0.02 * record["perf/step_time"], "communication was booked to a phase it was not in"
+        for name in PARTS:
+            mean, largest = record[f"time/{name}_mean_s"], record[f"time/{name}_max_s"]
+            assert mean <= largest + 1e-9 and record[f"time/{name}_s"] <= largest + 1e-9
+
+
+def test_without_it_nothing_is_recorded(tmp_path: Path) -> None:
+    layout = {"dp": 2}
+    with_it = train(tmp_path / "on", 2, layout)
+    without = train(tmp_path / "off", 2, layout, comm_time=False)
+    assert any(name.startswith("time/tp") for record in with_it for name in record)
+    assert {name for record in without for name in record if name.startswith("time/")} == {"time/eta_s"}
+    assert [record["train/loss"] for record in with_it] == [record["train/loss"] for record in without]
