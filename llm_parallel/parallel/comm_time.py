@@ -79,12 +79,16 @@ class TimeSplit:
         return self.tp + self.cp + self.dp + self.pp
 
 
-@dataclass
 class _Call:
     """One collective or message. left_s: what of its transfer was not waited for yet."""
 
-    axis: str
-    left_s: float = 0.0
+    __slots__ = ("axis", "left_s")
+
+    def __init__(self, axis: str, left_s: float) -> None:
+        self.axis, self.left_s = axis, left_s
+
+
+_NO_NAME: AbstractContextManager[None] = nullcontext()
 
 
 class Untimed:
@@ -157,50 +161,60 @@ class CommTime(Untimed):
         return axis in AXES or threading.get_ident() == self._thread
 
     def _timed_call(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        axes, calls, works, now, finish = self._axes, self.calls, self._works, self._now, self._finish
+        ends_many = name == "_end_coalescing"
+
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
-            axis = self._axes.get(group.group_name, "other")
+            axis = axes.get(group.group_name, "other")
             if not self._counts(axis):
                 return original(group, *args, **kwargs)
-            size = _size_bytes(args[0]) if axis == "pp" and args else 0
-            if name == "_end_coalescing":
-                size = self._coalesced.pop(group.group_name, 0)
-            elif size:
-                self._coalesced[group.group_name] += size
-            self.calls[axis, name] += 1
-            made = _Call(axis, self._link.transfer_s(size))
-            with self._clock(made, name):
-                work = original(group, *args, **kwargs)
+            made = _Call(axis, self._transfer_s(group, args, ends_many) if axis == "pp" else 0.0)
+            calls[axis, name] += 1
+            start = now()
+            try:
+                with self._named(axis, name):
+                    work = original(group, *args, **kwargs)
+            finally:
+                finish(made, start)
             if work is not None:
-                self._works[id(work)] = made
+                works[id(work)] = made
             return work
 
         return call
 
     def _timed_wait(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        works, now, finish = self._works, self._now, self._finish
+
         def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
-            made = self._works.pop(id(work), None)
+            made = works.pop(id(work), None)
             if made is None or not self._counts(made.axis):
                 return original(work, *args, **kwargs)
-            with self._clock(made, "wait"):
-                return original(work, *args, **kwargs)
+            start = now()
+            try:
+                with self._named(made.axis, "wait"):
+                    return original(work, *args, **kwargs)
+            finally:
+                finish(made, start)
 
         return wait
 
-    @contextmanager
-    def _clock(self, made: _Call, name: str) -> Iterator[None]:
-        """Books the time inside, also of a call that fails."""
-        named: AbstractContextManager[Any] = nullcontext()
-        if self._annotate:
-            named = torch.profiler.record_function(f"{made.axis}: {name}")
-        start = self._now()
-        try:
-            with named:
-                yield
-        finally:
-            if self._cuda:
-                self._events.append((self.phase, made, start, self._now()))
-            else:
-                self._book(self.phase, made, time.perf_counter() - start)
+    def _transfer_s(self, group: Any, args: Sequence[Any], ends_many: bool) -> float:
+        """What the link takes for a message, or for all that were put together since the last that ended many."""
+        if ends_many:
+            return self._link.transfer_s(self._coalesced.pop(group.group_name, 0))
+        size = _size_bytes(args[0]) if args else 0
+        self._coalesced[group.group_name] += size
+        return self._link.transfer_s(size)
+
+    def _named(self, axis: str, name: str) -> AbstractContextManager[Any]:
+        return torch.profiler.record_function(f"{axis}: {name}") if self._annotate else _NO_NAME
+
+    def _finish(self, made: _Call, start: Any) -> None:
+        """Books the time since ``start``, of a call that failed too."""
+        if self._cuda:
+            self._events.append((self.phase, made, start, self._now()))
+        else:
+            self._book(self.phase, made, time.perf_counter() - start)
 
     def _now(self) -> Any:
         if not self._cuda:
