@@ -94,6 +94,9 @@ _NO_NAME: AbstractContextManager[None] = nullcontext()
 class Untimed:
     """Communication is not timed. The same calls as ``CommTime``, which do nothing."""
 
+    annotate = False
+    """Whether calls are named in a torch.profiler trace."""
+
     def during(self, phase: str) -> AbstractContextManager[None]:
         """Nothing."""
         return nullcontext()
@@ -109,15 +112,14 @@ class Untimed:
 
 class CommTime(Untimed):
     """Collects waiting by phase of the step and axis. ``axes``: name of a process group → axis, "self" for a group of
-    one. ``annotate``: names every call in a torch.profiler trace.
+    one.
 
     On a CPU a wait is wall time of the call and of ``Work.wait``. On a GPU it is the time that the current stream is
     held up, by events around the same calls, read in ``take``.
     """
 
-    def __init__(self, axes: Mapping[str, str], cuda: bool, link: Link = Link(), annotate: bool = False) -> None:
+    def __init__(self, axes: Mapping[str, str], cuda: bool, link: Link = Link()) -> None:
         self._axes, self._cuda, self._link = axes, cuda, link
-        self._annotate = annotate
         self._thread = threading.get_ident()
         self._works: dict[int, _Call] = {}
         self._coalesced: dict[str, int] = defaultdict(int)
@@ -207,7 +209,7 @@ class CommTime(Untimed):
         return self._link.transfer_s(size)
 
     def _named(self, axis: str, name: str) -> AbstractContextManager[Any]:
-        return torch.profiler.record_function(f"{axis}: {name}") if self._annotate else _NO_NAME
+        return torch.profiler.record_function(f"{axis}: {name}") if self.annotate else _NO_NAME
 
     def _finish(self, made: _Call, start: Any) -> None:
         """Books the time since ``start``, of a call that failed too."""
@@ -285,13 +287,13 @@ def axes_of(groups: Groups) -> dict[str, str]:
     return found
 
 
-def open_comm_time(groups: Groups, message_bytes: int, annotate: bool = False) -> CommTime:
+def open_comm_time(groups: Groups, message_bytes: int) -> CommTime:
     """For the groups of a layout; every process of it calls this. ``message_bytes``: size of an activation between two
     stages."""
     link = Link()
     if groups.layout.pp > 1:
         link = measure_link(groups.collection.pp, groups.platform, message_bytes)
-    return CommTime(axes_of(groups), groups.platform.is_cuda, link, annotate)
+    return CommTime(axes_of(groups), groups.platform.is_cuda, link)
 
 
 def measure_link(group: Any, platform: Any, message_bytes: int, rounds: int = 7) -> Link:

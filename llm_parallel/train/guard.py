@@ -1,7 +1,8 @@
 """Decides whether a step's gradient may reach the weights.
 
 Not finite: skipped always. Spike: loss or gradient norm far above the recent median in robust standard deviations
-(median absolute deviation; Hampel 1974). All processes see the same numbers and so decide alike.
+(median absolute deviation; Hampel 1974). A spike that one batch after another shows lies in the weights: as a skipped
+step does not change them, it is applied in the end. All processes see the same numbers and so decide alike.
 """
 
 from __future__ import annotations
@@ -32,6 +33,14 @@ def robust_zscore(value: float, window: list[float]) -> float:
     return (value - median) / max(spread, MIN_RELATIVE_SPREAD * abs(median), 1e-12)
 
 
+def not_finite(loss: float, grad_norm: float) -> str | None:
+    """Which of the two is NaN or infinite, or None."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            return f"{name} {value}"
+    return None
+
+
 @dataclass
 class Guard:
     """Keeps windows of applied steps; ``state`` and ``restore`` carry them through a checkpoint."""
@@ -47,12 +56,15 @@ class Guard:
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """Why this step must be skipped, or None; remembers applied steps. Raises TooManySkips."""
-        reason = self._reason(loss, grad_norm)
+        reason = not_finite(loss, grad_norm)
         if reason is None:
-            self.losses.append(loss)
-            self.grad_norms.append(grad_norm)
-            self.consecutive_skips = 0
-            return None
+            reason = self._spike(loss, grad_norm)
+            if reason is None:
+                self.consecutive_skips = 0
+            if reason is None or self.consecutive_skips >= self.config.max_spike_skips:
+                self.losses.append(loss)
+                self.grad_norms.append(grad_norm)
+                return None
         self.consecutive_skips += 1
         if self.consecutive_skips >= self.config.max_consecutive_skips:
             raise TooManySkips(
@@ -62,10 +74,7 @@ class Guard:
             )
         return reason
 
-    def _reason(self, loss: float, grad_norm: float) -> str | None:
-        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-            if not math.isfinite(value):
-                return f"{name} {value}"
+    def _spike(self, loss: float, grad_norm: float) -> str | None:
         limit = self.config.spike_zscore
         if limit is None or len(self.losses) < self.config.spike_min_steps:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,8 +25,11 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def corpus(folder: Path) -> Corpus:
-    """Token files of the repository's own documents."""
-    documents = [str(path) for path in (Path("README.md"), Path("DECISIONS.md"))]
+    """Token files of a few modules of Python's library."""
+    documents = []
+    for name in ("argparse", "ast", "bdb"):
+        documents.append(str(folder / f"{name}.txt"))
+        shutil.copy(Path(os.__file__).parent / f"{name}.py", documents[-1])
     command = [sys.executable, "-m", "llm_parallel.cli", "prepare", *documents, "--out", str(folder / "docs")]
     done = subprocess.run([*command, "--train-vocab", "600"], capture_output=True, text=True, check=True)
     return Corpus(folder / "docs", folder / "tokenizer.model", done.stdout)

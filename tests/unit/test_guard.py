@@ -64,6 +64,15 @@ def test_too_many_in_a_row_stop_the_run() -> None:
         guard.judge(math.nan, 1.0)
 
 
+def test_a_spike_that_outlasts_the_batches_is_applied_until_it_ends() -> None:
+    """Skipped steps leave the weights where the gradient is steep: without this the run would stand still and end."""
+    guard = filled(max_spike_skips=2)
+    assert [guard.judge(3.0, 50.0) is None for _ in range(14)] == [False, False] + 12 * [True]
+    assert guard.judge(3.0, math.nan) is not None, "NaN is never applied"
+    assert guard.judge(3.0, 1.0) is None
+    assert guard.judge(3.0, 50.0) is not None, "a good step begins the count anew"
+
+
 def test_state_carries_the_decision_through_a_restart() -> None:
     guard = filled()
     resumed = Guard(GuardConfig())
