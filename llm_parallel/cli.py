@@ -116,6 +116,9 @@ def plan(
         list[str] | None,
         typer.Option(help="A case to set beside: gpus=512, cluster=dgx-h200, seq=131072 …; several times."),
     ] = None,
+    software: Annotated[
+        str, typer.Option(help="What trains: ours, or nvidia (Megatron-Core with Transformer Engine).")
+    ] = "ours",
 ) -> None:
     """Predict step time, memory and cost of every layout of a model on a cluster; the best first."""
     from llm_parallel.errors import UserError
@@ -145,6 +148,7 @@ def plan(
         write,
         json,
         what_if or (),
+        software,
     )
     raise typer.Exit(planner.plan_command(request))
 
@@ -394,19 +398,32 @@ def bench_step(
     providers: Annotated[str, typer.Option(help="With commas: ours, ours-torch, megatron-core, transformers …")] = "",
     rounds: Annotated[int, typer.Option(help="Times that each contender is measured.")] = 5,
     steps: Annotated[int, typer.Option(help="Steps of one measurement.")] = 2,
+    processes: Annotated[int | None, typer.Option(help="Of a layout; as parallel says if not given.")] = None,
     trace: Annotated[str | None, typer.Option(help="Folder for Chrome traces of one step of each.")] = None,
     out: Annotated[str | None, typer.Option(help="Prefix of the JSON and CSV files.")] = None,
     baseline: Annotated[str | None, typer.Option(help="JSON of an earlier run to hold this one against.")] = None,
     min_ratio: Annotated[float, typer.Option(help="Least speed relative to the baseline.")] = 0.95,
 ) -> None:
-    """Time a training step on one device beside megatron-core's and transformers', same weights and tokens."""
+    """Time a training step: of one device beside its peers, or of a whole layout, split by tp, cp, dp, bubble …"""
     from llm_parallel.bench.step import Request, step_command
 
     names = [name for name in providers.split(",") if name]
     command = " ".join(["llm-parallel", *sys.argv[1:]])
     raise typer.Exit(
         step_command(
-            Request(arguments or [], model, names, rounds, steps, trace, out, baseline, min_ratio, command=command)
+            Request(
+                arguments or [],
+                model,
+                names,
+                rounds,
+                steps,
+                trace,
+                out,
+                baseline,
+                min_ratio,
+                processes,
+                command=command,
+            )
         )
     )
 

@@ -39,6 +39,7 @@ import yaml
 from llm_launch.slurm import SlurmJob
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than
+from llm_parallel.bench.layout_step import typical_split
 from llm_parallel.bench.step import label
 from llm_parallel.bench.suite import (
     Line,
@@ -256,6 +257,7 @@ def as_row(
         "mfu": last.get("perf/mfu", ""), "mfu_convention": "model", "memory_gib": last["memory/allocated_gib"],
         "loss": last["train/loss"], **{f"time_{name}_s": value for name, value in parts.items()},
         "time_other_s": max(0.0, median - sum(parts.values())),
+        **{f"time/{name}_s": max(0.0, mean) for name, (mean, _) in typical_split(measured).items()},
         **{f"predicted/{name}_s": value for name, value in causes.items()}, "cluster": cluster.name if cluster else "",
         "dp": replicas, "tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "vpp": parallel.vpp,
         "micro_batch_size": config.train.micro_batch_size, "recompute": parallel.recompute,

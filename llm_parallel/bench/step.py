@@ -1,4 +1,4 @@
-"""``llm-parallel bench step``: one training step on one device, beside its peers.
+"""``llm-parallel bench step``: one training step on one device, beside its peers; of several, layout_step.py.
 
 Each contender lives in its own process (megatron-core on a CPU needs a function mode that would slow the others, and
 peaks of memory stay apart). On a CPU they take turns: every round times each of them once, in rotated order, so that
@@ -43,8 +43,9 @@ MEMORY = {
 @dataclass(frozen=True)
 class Request:
     """What to measure. arguments: at most one run file, and overrides; providers: all if empty; rounds of ``steps``
-    timed steps each; trace: folder for a Chrome trace of each contender; out: prefix of the JSON and CSV files;
-    baseline: JSON of an earlier run."""
+    timed steps each; trace: folder for a Chrome trace of each contender, or process; out: prefix of the JSON and CSV
+    files; baseline: JSON of an earlier run; processes: of a layout (layout_step.py), as the configuration says if None.
+    """
 
     arguments: Sequence[str] = ()
     model: str | None = None
@@ -55,6 +56,7 @@ class Request:
     out: str | None = None
     baseline: str | None = None
     min_ratio: float = 0.95
+    processes: int | None = None
     command: str = field(default="llm-parallel bench step", compare=False)
 
 
@@ -63,6 +65,12 @@ def step_command(request: Request) -> int:
     a contender failed. Raises UserError for what can't be measured."""
     if request.rounds < 1 or request.steps < 1:
         raise UserError(f"--rounds {request.rounds} and --steps {request.steps} must both be at least 1")
+    if request.processes is not None and request.processes < 1:
+        raise UserError(f"--processes {request.processes} must be at least 1")
+    if request.processes != 1 and (request.processes or num_processes(read_request(request))) > 1:
+        from llm_parallel.bench.layout_step import layout_command
+
+        return layout_command(request)
     if request.baseline:
         load_result(request.baseline)
     config = one_process_config(request)
@@ -96,8 +104,8 @@ def step_command(request: Request) -> int:
     return failed
 
 
-def one_process_config(request: Request) -> RunConfig:
-    """The checked configuration, with device and vocabulary filled in. Raises UserError."""
+def read_request(request: Request) -> RunConfig:
+    """The configuration that a request names, with its vocabulary. Raises UserError."""
     files = [text for text in request.arguments if "=" not in text and not text.startswith("--")]
     overrides = [text for text in request.arguments if text not in files]
     if len(files) > 1:
@@ -109,10 +117,16 @@ def one_process_config(request: Request) -> RunConfig:
     config = with_vocabulary(load_config(files[0] if files else None, overrides))
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size is not set and no tokenizer gives it; add model.vocab_size=32000")
+    return config
+
+
+def one_process_config(request: Request) -> RunConfig:
+    """The checked configuration of one process, with device and vocabulary filled in. Raises UserError."""
+    config = read_request(request)
     if num_processes(config) != 1:
         raise UserError(
-            f"parallel describes {num_processes(config)} processes; bench step measures one device: set parallel.tp=1 "
-            "parallel.pp=1 parallel.cp=1 parallel.dp=1"
+            f"parallel describes {num_processes(config)} processes and --processes is 1; set parallel.tp=1 "
+            "parallel.pp=1 parallel.cp=1 parallel.dp=1, or leave --processes out"
         )
     device = expected_device(config)
     check_config(config, 1, device)  # type: ignore[arg-type]

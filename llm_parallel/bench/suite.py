@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from rich.console import Console
@@ -14,16 +15,16 @@ from rich.table import Table
 from llm_parallel.config.rules import check_config, num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
+from llm_parallel.planner.fit import clusters_with, predict
 from llm_parallel.planner.hardware import Cluster
-from llm_parallel.planner.memory import memory
-from llm_parallel.planner.search import Candidate, fits
-from llm_parallel.planner.shapes import shape_of, strategy_of
-from llm_parallel.planner.steptime import step_time
+from llm_parallel.planner.rows import Row, read_rows
+from llm_parallel.planner.search import Candidate, evaluate, fits
+from llm_parallel.planner.shapes import SOFTWARE_NAMES, shape_of, strategy_of
 
 NONE = "none published"
 CONVENTIONS = ("full", "causal", "six_n", "hardware")
 LAYOUTS = ("published", "ours")
-WIDTH = 160
+WIDTH = 180
 """Columns of the table where the output is no terminal."""
 _FIGURES = ("tokens_per_s_per_gpu", "step_time_s", "mfu_pct")
 _FIELDS = ("row", "source", *_FIGURES, "mfu_convention", "layout")
@@ -106,9 +107,37 @@ class Line:
 
 
 def predicted(config: RunConfig, cluster: Cluster) -> Candidate:
-    """What the planner says of a configuration."""
-    shape, strategy = shape_of(config.model), strategy_of(config, num_processes(config))
-    return Candidate(strategy, step_time(shape, strategy, cluster), memory(shape, strategy))
+    """What the planner says of a configuration under our trainer."""
+    return evaluate(shape_of(config.model), strategy_of(config, num_processes(config)), cluster)
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A published row as the planner predicts it: the source's own software, layout and cluster. tokens_per_s: of one
+    GPU."""
+
+    software: str
+    tokens_per_s: float
+    published: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over published speed, less one."""
+        return self.tokens_per_s / self.published - 1.0
+
+
+@lru_cache(maxsize=1)
+def _published_rows() -> dict[int, Row]:
+    return {row.number: row for row in read_rows()[0]}
+
+
+def recalled(reference: Reference) -> Recalled | None:
+    """None where the row leaves out what a prediction needs, as Llama 2's do."""
+    row = _published_rows().get(reference.row)
+    if row is None:
+        return None
+    seconds = predict(row, clusters_with({})[row.cluster])
+    return Recalled(row.software, row.tokens_per_s * row.step_s / seconds, row.tokens_per_s)
 
 
 def check_layout(config: RunConfig) -> None:
@@ -127,44 +156,62 @@ def print_table(lines: Sequence[Line], cluster: Cluster | None, min_ratio: float
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     table = Table(title="tokens/s/GPU (step time) and MFU with square attention", title_justify="left")
-    for name in ("--index", "series", "GPUs", "layout", "GiB", "measured", "predicted", "published", "row", "verdict"):
+    names = ("--index", "series", "GPUs", "layout", "GiB", "measured", "our trainer, predicted", "published", "row",
+             "its software, predicted", "verdict")  # fmt: skip
+    for name in names:
         table.add_column(name, justify="left" if name in ("series", "layout", "verdict") else "right")
     for line in lines:
         table.add_row(*_cells(line, cluster, min_ratio))
     console.print(table)
-    said = f"predicted by the planner for {cluster.name}" if cluster else "not predicted: the sweep names no cluster"
-    console.print(
-        f"GiB and predicted: {said}; published: as printed by the source in that row of published_throughput.csv."
-        " MFU in other conventions is marked. A row marked * has the source's work in a layout of ours.",
-        highlight=False,
+    console.print(_legend(cluster), highlight=False)
+
+
+def _legend(cluster: Cluster | None) -> str:
+    said = f"the planner's for {SOFTWARE_NAMES['ours']} in this layout on {cluster.name}" if cluster else ""
+    return (
+        f"GiB and `our trainer, predicted`: {said or 'not there, since the sweep names no cluster'}. `published`: as "
+        "printed by the source in that row of published_throughput.csv; MFU in other conventions is marked. `its "
+        "software, predicted`: the planner's for that row, with the source's own software, layout and cluster, and how "
+        "far it is from the published figure: that is the planner's error; the rest of the way to our trainer's is the "
+        "software's, of which no GPU measurement was at hand: it is counted as open PyTorch code was measured. A row marked * has the source's work in a layout of ours."
     )
 
 
 def _cells(line: Line, cluster: Cluster | None, min_ratio: float) -> list[str]:
-    config, reference, found = line.config, line.reference, line.predicted
+    config, reference = line.config, line.reference
     strategy = strategy_of(config, num_processes(config))
     layout = strategy.describe().replace(",", " ").replace("recompute=", "").replace(" none", "")
-    memory_gib = forecast = "—"
-    if found is not None and cluster is not None:
-        memory_gib = f"{found.memory.total / 2**30:.0f}"
-        if cluster.host is None and not fits(found.memory, cluster):
-            memory_gib += f" of {cluster.chip.memory_bytes / 2**30:.0f}: does not fit"
-        share = found.mfu(shape_of(config.model), cluster, causal=False)
-        forecast = f"{found.tokens_per_s():,.0f} ({found.time.total:.3g} s) {share:.1%}"
-    printed, row = NONE, ""
-    if reference is not None:
-        rate = reference.tokens_per_s(config)
-        step = f" ({reference.step_time_s:.4g} s)" if reference.step_time_s and reference.layout == "published" else ""
-        printed = f"{rate:,.0f}{step}"
-        if reference.mfu_pct is not None:
-            printed += f" {reference.mfu_pct:g}%"
-            printed += "" if reference.mfu_convention == "full" else f" {reference.mfu_convention}"
-        row = f"{reference.row}{'' if reference.layout == 'published' else '*'}"
     now = f"{line.measured:,.0f}" if line.measured else "not run"
     return [
-        *(str(line.number), line.series, str(num_processes(config)), layout, memory_gib, now, forecast, printed, row),
+        *(str(line.number), line.series, str(num_processes(config)), layout, *_forecast(line, cluster, now)),
+        *(_published(reference, config) if reference else (NONE, "", "")),
         verdict(line, min_ratio),
     ]
+
+
+def _forecast(line: Line, cluster: Cluster | None, now: str) -> tuple[str, str, str]:
+    """Memory, measured speed, and speed predicted for our trainer."""
+    found = line.predicted
+    if found is None or cluster is None:
+        return "—", now, "—"
+    memory_gib = f"{found.memory.total / 2**30:.0f}"
+    if cluster.host is None and not fits(found.memory, cluster):
+        memory_gib += f" of {cluster.chip.memory_bytes / 2**30:.0f}: does not fit"
+    share = found.mfu(shape_of(line.config.model), cluster, causal=False)
+    return memory_gib, now, f"{found.tokens_per_s():,.0f} ({found.time.total:.3g} s) {share:.1%}"
+
+
+def _published(reference: Reference, config: RunConfig) -> tuple[str, str, str]:
+    """The source's figure, its row, and what the planner says of that row."""
+    step = f" ({reference.step_time_s:.4g} s)" if reference.step_time_s and reference.layout == "published" else ""
+    printed = f"{reference.tokens_per_s(config):,.0f}{step}"
+    if reference.mfu_pct is not None:
+        printed += f" {reference.mfu_pct:g}%"
+        printed += "" if reference.mfu_convention == "full" else f" {reference.mfu_convention}"
+    row = f"{reference.row}{'' if reference.layout == 'published' else '*'}"
+    own = recalled(reference)
+    said = f"{own.software} {own.tokens_per_s:,.0f} ({own.error:+.0%})" if own else "layout not stated"
+    return printed, row, said
 
 
 def verdict(line: Line, min_ratio: float) -> str:

@@ -180,8 +180,8 @@ class GuardConfig(Node):
     spike_min_steps: PositiveInt = 32
     """Applied steps before spike detection begins."""
     max_spike_skips: PositiveInt = 3
-    """At most so many steps in a row are skipped for a spike. One that outlasts them lies in the weights, which a skipped
-    step leaves as they are, not in a batch: the step is applied, with its gradient clipped as ever (optim.clip_grad)."""
+    """At most so many steps in a row are skipped for a spike. One that outlasts them lies in the weights, not in a
+    batch, and skipping leaves the weights as they are: it is applied, clipped as ever (optim.clip_grad)."""
     max_consecutive_skips: PositiveInt = 10
     """That many skipped steps in a row stop the run with exit status 1."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llm_parallel.bench.layout_step import PARTS
 from llm_parallel.bench.scaling import append_csv, read_csv, read_sweep_file
 from llm_parallel.errors import UserError
 from tests.integration.commands import Corpus, assert_refused, llm_parallel, write_run_file
@@ -48,6 +49,9 @@ def test_a_sweep(corpus: Corpus, tmp_path: Path) -> None:
         assert 0 < low <= median <= high
         parts = sum(float(row[f"time_{name}_s"]) for name in ("data", "forward_backward", "optimizer", "other"))
         assert parts == pytest.approx(median, rel=0.25)
+        causes = {name: float(row[f"time/{name}_s"]) for name in PARTS}
+        assert sum(causes.values()) == pytest.approx(median, rel=0.25) and causes["compute"] > 0.0
+        assert (causes["dp"] > 0.0) == (row["dp"] == "2") and causes["tp"] == causes["bubble"] == 0.0
         tokens = int(row["global_batch_size"]) * int(row["seq_length_tokens"]) / int(row["world_size"])
         assert tokens / high <= float(row["tokens_per_s_per_gpu"]) * 1.01 and float(row["loss"]) < 7
         assert json.loads(row["config"])["train"]["global_batch_size"] == int(row["global_batch_size"])
