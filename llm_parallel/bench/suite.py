@@ -173,7 +173,8 @@ def _legend(cluster: Cluster | None) -> str:
         "printed by the source in that row of published_throughput.csv; MFU in other conventions is marked. `its "
         "software, predicted`: the planner's for that row, with the source's own software, layout and cluster, and how "
         "far it is from the published figure: that is the planner's error; the rest of the way to our trainer's is the "
-        "software's, of which no GPU measurement was at hand: it is counted as open PyTorch code was measured. A row marked * has the source's work in a layout of ours."
+        "software's, of which no GPU measurement was at hand: it is counted as open PyTorch code was "
+        "measured. A row marked * has the source's work in a layout of ours."
     )
 
 

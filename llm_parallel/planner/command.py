@@ -22,20 +22,21 @@ from llm_parallel.planner import validate
 from llm_parallel.planner.hardware import Cluster, load_cluster
 from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
 from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
-from llm_parallel.planner.shapes import Shape, Strategy, shape_of
+from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, shape_of, with_software
 from llm_parallel.planner.steptime import Model
 
 HOUR_S = 3600.0
 DEFAULT_VOCAB = 32000
 _SIZES = {"tp": "tp", "pp": "pp", "cp": "cp", "vpp": "vpp", "mbs": "micro_batch", "recompute": "recompute", "dp": "dp"}
-_WHAT_IF = ("cluster", "gpus", "global_batch", "seq", "precision")
+_WHAT_IF = ("cluster", "gpus", "global_batch", "seq", "precision", "software")
 
 
 @dataclass(frozen=True)
 class Request:
     """What the user asked. model: a preset; tokens: of the whole run; explain: sizes of one layout, as
     ``tp=8,pp=4,mbs=1``; write: a run file to make of the best layout (or the explained one); what_if: changes of the
-    request to set beside it, each as ``gpus=512`` or ``cluster=dgx-h200,seq=131072``."""
+    request to set beside it, each as ``gpus=512`` or ``cluster=dgx-h200,seq=131072``; software: what trains, see
+    shapes.SOFTWARE."""
 
     model: str
     cluster: str
@@ -50,6 +51,7 @@ class Request:
     write: str | None = None
     json: str | None = None
     what_if: Sequence[str] = ()
+    software: str = "ours"
 
 
 def plan_command(request: Request) -> int:
@@ -74,7 +76,7 @@ def plan_command(request: Request) -> int:
             print("None fits; use more GPUs, a smaller batch of tokens, or a larger chip.")
             return 1
         print(_table(found, shape, cluster))
-    print(f"\nPredicted, not measured. {_trust(cluster)}")
+    print(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, request.software)}")
     _say_run(request, found[0], cluster)
     if request.write:
         write_run_file(request, shape, found[0], cluster)
@@ -84,14 +86,14 @@ def plan_command(request: Request) -> int:
     return 0
 
 
-def _trust(cluster: Cluster) -> str:
+def _trust(cluster: Cluster, software: str) -> str:
     """How far predictions for a cluster have been off."""
     if cluster.host is not None:
         return "How far such predictions are off on a CPU is measured by benchmarks/cpu_truth.py."
-    error = validate.expected_error(cluster.chip.name.partition("-")[0])
+    error, rows, of = validate.expected_error(cluster.chip.name.partition("-")[0], software == "nvidia")
     return (
-        f"Expected error of the step time: {error:.1%}, mean on the published rows of this kind of chip that no "
-        "constant was fitted to (llm-parallel plan --validate)."
+        f"Expected error of the step time: {error:.1%}, mean on the {rows} published rows of this kind of chip {of} "
+        "that no constant was fitted to (llm-parallel plan --validate)."
     )
 
 
@@ -102,10 +104,11 @@ def what_if_command(request: Request) -> int:
         raise UserError(f"--what-if compares the best layouts; leave out --{name}, or plan each case by itself")
     shape = _shape(request.model)
     cases = [("as asked", request), *((text, changed(request, text)) for text in request.what_if)]
-    rows, records, clusters = [], [], {}
+    rows, records = [], []
+    trusted: dict[tuple[str, str], Cluster] = {}
     for name, case in cases:
         cluster = load_cluster(case.cluster)
-        clusters[cluster.chip.name] = cluster
+        trusted[cluster.chip.name, case.software] = cluster
         found, _, _ = best_layouts(shape, _base(case, cluster), cluster, 1)
         rows.append(_what_if_row(name, case, found, shape, cluster))
         best = as_data(found[0], shape, cluster) if found else None
@@ -116,8 +119,9 @@ def what_if_command(request: Request) -> int:
              "memory GiB", days]  # fmt: skip
     print(f"{request.model}, {shape.parameters / 1e9:.1f} B parameters; the best layout of each case")
     print("\n".join(["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), *rows]))
-    for name, cluster in clusters.items():
-        print(f"{name}: predicted, not measured. {_trust(cluster)}")
+    for (name, software), cluster in trusted.items():
+        said = f"{name}: predicted for {SOFTWARE_NAMES[software]}, not measured."
+        print(f"{said} {_trust(cluster, software)}")
     if request.json:
         with atomic_write(request.json) as handle:
             json.dump(records, handle, indent=1)
@@ -132,7 +136,7 @@ def changed(request: Request, text: str) -> Request:
         name = name.replace("-", "_")
         if name not in _WHAT_IF or not value:
             raise UserError(f"--what-if {text}: {part!r} is not one of {', '.join(_WHAT_IF)} with a value, as gpus=512")
-        if name in ("cluster", "precision"):
+        if name in ("cluster", "precision", "software"):
             changes[name] = value
         elif not value.isdecimal():
             raise UserError(f"--what-if {text}: {name}={value} must be a whole number of at least 1")
@@ -175,11 +179,11 @@ def _base(request: Request, cluster: Cluster) -> Strategy:
         raise UserError(f"--precision {request.precision} is not bf16 or fp8")
     if request.precision == "fp8" and cluster.chip.peak_fp8_flops <= cluster.chip.peak_flops:
         raise UserError(f"--precision fp8: {cluster.chip.name} has no 8-bit products; use bf16")
-    return Strategy(
+    plain = Strategy(
         gpus=request.gpus, global_batch=request.global_batch, micro_batch=1, seq=request.seq,
         precision="fp32" if cluster.host else request.precision,  # type: ignore[arg-type]
-        te=True, overlap_tp=True,
     )  # fmt: skip
+    return with_software(plain, request.software)
 
 
 def _explained(text: str, base: Strategy) -> Strategy:
@@ -197,7 +201,7 @@ def _explained(text: str, base: Strategy) -> Strategy:
         else:
             sizes[_SIZES[name]] = int(value)
     dp = sizes.pop("dp", None)
-    found = replace(base, **sizes, sequence_parallel=sizes.get("tp", 1) > 1)
+    found = replace(base, **sizes, sequence_parallel=sizes.get("tp", 1) > 1, overlap_pp=sizes.get("vpp", 1) > 1)
     product = found.tp * found.pp * found.cp
     if base.gpus % product or (dp is not None and dp * product != base.gpus):
         raise UserError(f"--explain {text}: its sizes do not make up the {base.gpus} GPUs of --gpus")

@@ -25,8 +25,10 @@ DEFAULT_VOCAB = 51200
 
 @dataclass(frozen=True)
 class Family:
-    """What a source's software does, as its own text says. gpt: GELU, dropout, learned positions and biases."""
+    """What a source's software does, as its own text says. software: its name; gpt: GELU, dropout, learned positions
+    and biases."""
 
+    software: str = "not stated"
     gpt: bool = False
     flash: bool = True
     zero: int = 1
@@ -54,8 +56,8 @@ class Family:
 
 
 _MEGATRON_2021 = Family(
-    gpt=True, flash=False, zero=0, sequence_parallel=False, overlap_dp=False, overlap_pp=False, grad_bytes=2,
-    recompute="full", convention="hardware",
+    software="Megatron-LM", gpt=True, flash=False, zero=0, sequence_parallel=False, overlap_dp=False, overlap_pp=False,
+    grad_bytes=2, recompute="full", convention="hardware",
 )  # fmt: skip
 _FAMILIES: tuple[tuple[str, Family], ...] = (
     (r"Megatron SC21|MT-NLG|stas00", _MEGATRON_2021),
@@ -63,24 +65,36 @@ _FAMILIES: tuple[tuple[str, Family], ...] = (
     (r"Megatron-LM README \(Sep 2020\)", replace(_MEGATRON_2021, overlap_dp=True)),
     (r"vTrain", replace(_MEGATRON_2021, convention="full")),
     (r"Korthikanti", replace(_MEGATRON_2021, overlap_pp=True, convention="full")),
-    (r"MegaScale", Family(gpt=True, flash=False, recompute="selective")),
+    (r"MegaScale", Family(software="Megatron-LM", gpt=True, flash=False, recompute="selective")),
     # Its text: pipeline communication is overlapped by default, which Megatron-Core does only where it interleaves.
-    (r"Megatron-LM README\.md", Family(gpt=True, overlap_tp=True, te=True, interleaves=True)),
-    (r"Megatron-Bridge", Family(overlap_tp=True, te=True, convention="causal")),
+    (
+        r"Megatron-LM README\.md",
+        Family(software="Megatron-Core, TE", gpt=True, overlap_tp=True, te=True, interleaves=True),
+    ),
+    (r"Megatron-Bridge", Family(software="Megatron-Core, TE", overlap_tp=True, te=True, convention="causal")),
     # configure.sh: remat_policy save_qkv_proj; XLA drops what backward does not read.
-    (r"maxtext", Family(zero=3, te=True, recompute="qkv", early_stop=True)),
-    (r"dgxc-benchmarking", Family(overlap_tp=True, te=True)),
-    (r"mosaicml", Family(gpt=True, zero=3, grad_bytes=2, early_stop=True)),
+    (r"maxtext", Family(software="MaxText", zero=3, te=True, recompute="qkv", early_stop=True)),
+    (r"dgxc-benchmarking", Family(software="NeMo, TE", overlap_tp=True, te=True)),
+    (r"mosaicml", Family(software="llm-foundry", gpt=True, zero=3, grad_bytes=2, early_stop=True)),
     # torchtitan/metrics.py: reserved_bytes.all.peak. Its loss in 2024 was not compiled: fp32 logits, log-softmax and
     # gradient; in the run of 2025 it was: bf16 logits and their gradient.
-    (r"torchtitan.*202412", Family(zero=3, logit_bytes=12, memory_of="reserved", early_stop=True)),
-    (r"torchtitan", Family(zero=3, logit_bytes=4, memory_of="reserved", recompute="selective", early_stop=True)),
+    (
+        r"torchtitan.*202412",
+        Family(software="torchtitan", zero=3, logit_bytes=12, memory_of="reserved", early_stop=True),
+    ),
+    (
+        r"torchtitan",
+        Family(
+            software="torchtitan", zero=3, logit_bytes=4, memory_of="reserved", recompute="selective", early_stop=True
+        ),
+    ),
     # nanotron at 2411b022a: DDP copies bf16 gradients into buckets before fp32 ones; silu's output is kept; logits in
     # bf16, in fp32, less their maximum, and the bf16 gradient. Rank 0 writes the peak (helpers.py).
     # Its sharded optimizer reduces and gathers tensor by tensor (gradient_accumulator.py, zero.py).
     (
         r"nanotron",
         Family(
+            software="nanotron",
             overlap_dp=False,
             copied_grad_bytes=4,
             keeps_gate=True,
@@ -111,6 +125,7 @@ class Row:
     memory_gib: float | None
     memory_of: str = "not stated"
     memory_of_first: bool = False
+    software: str = "not stated"
 
     @property
     def step_s(self) -> float:
@@ -195,7 +210,7 @@ def _row(number: int, record: Mapping[str, str]) -> Row:
         number, short(source), record["model"], chip, cluster, shape, strategy,
         _open(record, family), family.interleaves and strategy.pp > 1 and not record["vpp"],
         tokens, float(found.group(1)) * unit if found else None, family.memory_of,
-        family.memory_of_first,
+        family.memory_of_first, family.software,
     )  # fmt: skip
 
 

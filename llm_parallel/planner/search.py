@@ -93,7 +93,8 @@ def _variants(shape: Shape, strategy: Strategy) -> Iterator[Strategy]:
         chunks += [v for v in range(2, min(shape.layers // pp, 16) + 1) if _worth(shape.layers, pp * v)]
     for vpp in chunks:
         for recompute in RECOMPUTES:
-            yield replace(strategy, vpp=vpp, recompute=recompute)
+            # Megatron-Core's schedules send beside compute only where they interleave.
+            yield replace(strategy, vpp=vpp, recompute=recompute, overlap_pp=vpp > 1)
 
 
 def _worth(layers: int, chunks: int) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.errors import UserError
 
 Recompute = Literal["none", "selective", "ops", "qkv", "full"]
 """none; selective: attention's scores; ops: all but attention and every second product (torch's selective operator
@@ -121,6 +123,23 @@ class Strategy:
         return ",".join([*parts, f"mbs={self.micro_batch}", f"recompute={self.recompute}"])
 
 
+SOFTWARE: Mapping[str, Mapping[str, Any]] = {
+    "ours": {"te": False, "overlap_tp": False, "cp_gathers": True, "logit_bytes": 2},
+    "nvidia": {"te": True, "overlap_tp": True, "cp_gathers": False, "logit_bytes": 8},
+}
+"""What is predicted: our trainer, whose products and attention take what open PyTorch code was measured to take, or
+Megatron-Core with Transformer Engine, as NVIDIA's recipes run it: cuDNN's attention, tensor parallelism's communication
+beside its products, and logits, as published rows of NeMo and Megatron-LM are counted, in 8 bytes."""
+SOFTWARE_NAMES = {"ours": "our trainer", "nvidia": "NVIDIA's stack (Megatron-Core with Transformer Engine)"}
+
+
+def with_software(strategy: Strategy, name: str) -> Strategy:
+    """The same layout under ``ours`` or ``nvidia``. Raises UserError for another name."""
+    if name not in SOFTWARE:
+        raise UserError(f"--software {name} is not one of {', '.join(SOFTWARE)}")
+    return replace(strategy, **SOFTWARE[name])
+
+
 def shape_of(model: ModelConfig) -> Shape:
     """Dimensions of one of our models, with a vocabulary."""
     assert model.vocab_size is not None
@@ -137,7 +156,7 @@ def shape_of(model: ModelConfig) -> Shape:
 
 
 def strategy_of(config: RunConfig, gpus: int) -> Strategy:
-    """How a run file lays its model out over ``gpus``."""
+    """How a run file lays its model out over ``gpus``, and what our trainer makes of it."""
     parallel, train = config.parallel, config.train
     sequence = parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
     return Strategy(
@@ -153,5 +172,7 @@ def strategy_of(config: RunConfig, gpus: int) -> Strategy:
         sequence_parallel=sequence and parallel.tp > 1,
         zero=1 if parallel.distributed_optimizer else 0,
         precision=train.precision,
+        overlap_dp=parallel.overlap is not False,
+        overlap_pp=parallel.vpp > 1,
         stage_layers=parallel.stage_layers,
     )

@@ -60,10 +60,15 @@ def score_rows(path: str | None = None) -> tuple[list[Scored], list[Refused]]:
 
 
 @lru_cache(maxsize=4)
-def expected_error(chip: str) -> float:
-    """Mean absolute error of a step time on the chip's held-out rows."""
+def expected_error(chip: str, nvidia: bool) -> tuple[float, int, str]:
+    """Mean absolute error of a step time on the chip's held-out rows of NVIDIA's stack or of open software, their
+    number, and what they are; of all software where the chip has fewer than five of that kind."""
     scored, _ = score_rows()
-    return score_of([s for s in scored if not s.fitted and family_of(s.row.chip) == family_of(chip)]).mape
+    held = [s for s in scored if not s.fitted and family_of(s.row.chip) == family_of(chip)]
+    same = [s for s in held if s.row.strategy.te == nvidia]
+    if len(same) < 5:
+        return score_of(held).mape, len(held), "of all software"
+    return score_of(same).mape, len(same), "of NVIDIA's stack" if nvidia else "of open software"
 
 
 def by_source(scored: Sequence[Scored]) -> dict[tuple[str, str], list[Scored]]:

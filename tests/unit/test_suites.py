@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from llm_parallel.bench.scaling import Entry, Request, append_csv, read_sweep_file, scaling_command
-from llm_parallel.bench.suite import Line, check_layout, predicted, reference_of, slower_than_published, verdict
+from llm_parallel.bench.suite import (
+    Line,
+    check_layout,
+    predicted,
+    recalled,
+    reference_of,
+    slower_than_published,
+    verdict,
+)
 from llm_parallel.config.rules import num_processes
 from llm_parallel.errors import UserError
+from llm_parallel.planner.command import Request as PlanRequest
+from llm_parallel.planner.command import plan_command
 from llm_parallel.planner.hardware import DATA, load_cluster
 from llm_parallel.planner.search import fits
 from llm_parallel.planner.shapes import shape_of
@@ -89,6 +100,48 @@ def test_printed_mfu_follows_from_printed_speed(name: str) -> None:
     assert checked >= 8
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_suite_predicts_what_plan_says_of_its_layout(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same model, layout, cluster and software through both commands' own code: the same step time and memory."""
+    checked = 0
+    for entry in entries(name):
+        preset = next((text.split('"')[1] for text in entry.overrides if text.startswith("model.preset")), None)
+        if preset is None:
+            continue
+        config, size, sweep = entry.config, num_processes(entry.config), read_sweep_file(str(SUITES / f"{name}.yaml"))
+        s = config.parallel
+        layout = f"tp={s.tp},pp={s.pp},cp={s.cp},vpp={s.vpp},mbs={config.train.micro_batch_size},dp={s.dp}"
+        asked = PlanRequest(
+            preset, str(sweep.cluster), size, config.train.global_batch_size, config.data.seq_length_tokens,
+            explain=f"{layout},recompute={s.recompute}", json=str(tmp_path / "plan.json"),
+        )  # fmt: skip
+        assert plan_command(asked) == 0
+        (planned,) = json.loads((tmp_path / "plan.json").read_text())
+        found = predicted(config, load_cluster(str(sweep.cluster)))
+        assert planned["step_s"] == pytest.approx(found.time.total, rel=1e-9), entry.overrides
+        assert planned["memory_bytes"] == pytest.approx(found.memory.by_kind()), entry.overrides
+        checked += 1
+    assert checked >= 6
+    capsys.readouterr()
+
+
+def test_published_rows_are_predicted_with_their_own_software() -> None:
+    """Rows of NVIDIA's stack within the error that the planner states, while our trainer's differ by more; a row that
+    leaves out its layout is not guessed."""
+    for entry in entries("h100"):
+        if entry.reference is None:
+            continue
+        own = recalled(entry.reference)
+        assert own is not None and own.published == pytest.approx(entry.reference.tokens_per_s(entry.config), rel=3e-3)
+        assert own.software in ("NeMo, TE", "MaxText") and abs(own.error) < 0.1, entry.reference.row
+        ours = predicted(entry.config, load_cluster("dgx-h100")).tokens_per_s()
+        assert ours < 0.9 * own.tokens_per_s
+    llama2 = next(entry for entry in entries("a100") if entry.series == "llama2-7b")
+    assert llama2.reference is not None and recalled(llama2.reference) is None
+
+
 def test_gpt3s_stand_in_has_its_parameters() -> None:
     """A layer of 12 hidden^2, as GPT-3's own (attention 4, two matrices of 4), hence its FLOPs."""
     (config,) = {entry.config for entry in entries("a100") if entry.series == "gpt3-175b full recompute"}
@@ -161,7 +214,14 @@ def test_a_finished_suite_is_held_against_what_was_published(
 def test_a_dry_run_shows_predicted_beside_published(capsys: pytest.CaptureFixture[str]) -> None:
     assert scaling_command(Request(str(SUITES / "h100.yaml"), {}, dry_run=True)) == 0
     shown = capsys.readouterr().out
-    for words in ("--index 0: llama2-7b, 32 processes", "none published", "10,656 (12.3 s)", "not run", "predicted"):
+    for words in (
+        "--index 0: llama2-7b, 32 processes",
+        "none published",
+        "10,656 (12.3 s)",
+        "not run",
+        "NeMo, TE",
+        "its software",
+    ):
         assert words in shown, words
     assert not (SUITES / "h100.csv").exists()
 
