@@ -19,7 +19,14 @@ from llm_parallel.report.schedule import Schedule
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-PART_COLOURS = dict(zip(TIME_PARTS, ("#56B4E9", "#CC79A7", "#E69F00", "#D55E00", "#BBBBBB")))
+PART_COLOURS = dict(
+    zip(
+        TIME_PARTS,
+        ("#56B4E9", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#F0E442", "#882255", "#E69F00", "#D55E00",
+         "#BBBBBB"),
+        strict=True,
+    )
+)  # fmt: skip
 SPAN_COLOURS = {
     "starting": "#56B4E9",
     "training": "#009E73",
@@ -147,7 +154,7 @@ def _split(runs: Sequence[Run]) -> Picture:
     splits = [time_split(run.history) for run in runs]
     left = np.zeros(len(runs))
     for part in TIME_PARTS:
-        widths = np.array([1e3 * split[part] for split in splits])
+        widths = np.array([1e3 * split.get(part, 0.0) for split in splits])
         if not widths.any():
             continue
         bars = axes.barh(range(len(runs)), widths, left=left, color=PART_COLOURS[part], label=part, height=0.6)
@@ -157,9 +164,9 @@ def _split(runs: Sequence[Run]) -> Picture:
         left = left + widths
     axes.set_yticks(range(len(runs)), [run.name for run in runs])
     axes.invert_yaxis()
-    axes.set_xlabel("mean milliseconds of a step, on rank 0")
+    axes.set_xlabel("mean milliseconds of a step: over all processes where the run recorded them, else of rank 0")
     axes.grid(axis="y", visible=False)
-    figure.legend(*axes.get_legend_handles_labels(), ncols=5, frameon=False, loc="outside upper center")
+    figure.legend(*axes.get_legend_handles_labels(), ncols=6, frameon=False, loc="outside upper center")
     return Picture("time_split", "Where the time of a step goes", figure)
 
 

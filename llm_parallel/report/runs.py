@@ -168,16 +168,34 @@ def loss_at(run: Run, tokens: float) -> float:
     return _mean(loss[-max(1, len(loss) // 20) :])
 
 
-TIME_PARTS = ("forward and backward", "exposed communication", "optimizer", "waiting for data", "other")
+BY_AXIS = {
+    "compute": "compute",
+    "tensor parallel": "tp",
+    "context parallel": "cp",
+    "data parallel": "dp",
+    "pipeline sends": "pp",
+    "pipeline bubble": "bubble",
+    "optimizer": "optimizer",
+    "waiting for data": "data",
+    "other": "other",
+}
+"""Parts of a step of a run that told them apart (log.comm_time), and their names in its metrics, ``time/tp_s``."""
+TIME_PARTS = ("forward and backward", "exposed communication", *BY_AXIS)
 
 
 def time_split(history: History) -> dict[str, float]:
-    """Mean seconds of a steady step by part; they add up to the mean step time."""
+    """Mean seconds of a steady step by part; they add up to the mean step time. Means over all processes where the run
+    recorded them, else of rank 0."""
     kept = steady(history)
 
     def mean(name: str) -> float:
         return _mean(np.nan_to_num(history.column(name)[kept]))
 
+    step_s = mean("perf/step_time")
+    if mean("time/compute_s") > 0.0:
+        kind = "_mean_s" if mean("time/compute_mean_s") > 0.0 else "_s"
+        parts = {part: max(0.0, mean(f"time/{name}{kind}")) for part, name in BY_AXIS.items()}
+        return {part: seconds for part, seconds in parts.items() if seconds >= 1e-3 * step_s}
     exposed = min(mean("perf/communication_time"), mean("perf/forward_backward_time"))
     parts = {
         "forward and backward": mean("perf/forward_backward_time") - exposed,
@@ -185,7 +203,7 @@ def time_split(history: History) -> dict[str, float]:
         "optimizer": mean("perf/optimizer_time"),
         "waiting for data": mean("perf/data_time"),
     }
-    parts["other"] = max(0.0, mean("perf/step_time") - sum(parts.values()))
+    parts["other"] = max(0.0, step_s - sum(parts.values()))
     return parts
 
 

@@ -19,7 +19,16 @@ from llm_parallel.report.gap import causes_of, explained
 from llm_parallel.report.heatmap import heat_map
 from llm_parallel.report.page import Section
 from llm_parallel.report.recovery import Life, Recovery, life_of
-from llm_parallel.report.runs import Run, Summary, different_work, differing_fields, loss_at, summarize, time_split
+from llm_parallel.report.runs import (
+    TIME_PARTS,
+    Run,
+    Summary,
+    different_work,
+    differing_fields,
+    loss_at,
+    summarize,
+    time_split,
+)
 from llm_parallel.report.scaling import Series, sentence
 from llm_parallel.report.schedule import schedule_of
 
@@ -89,9 +98,12 @@ def _summary(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
 
 def _split_table(section: Section, runs: Sequence[Run]) -> None:
     splits = [time_split(run.history) for run in runs]
-    parts = [part for part in splits[0] if any(split[part] for split in splits)]
+    parts = [part for part in TIME_PARTS if any(split.get(part) for split in splits)]
     rows = [
-        (run.name, *(f"{_time(split[part])} ({split[part] / sum(split.values()):.0%})" for part in parts))
+        (
+            run.name,
+            *(f"{_time(split.get(part, 0.0))} ({split.get(part, 0.0) / sum(split.values()):.0%})" for part in parts),
+        )
         for run, split in zip(runs, splits)
     ]
     section.table(("run", *parts), rows)

@@ -45,9 +45,10 @@ def write_run(
     peak_tflops: float | None = None,
     config: Mapping[str, Any] = CONFIG,
     events: Sequence[Mapping[str, Any]] = (),
+    split: Mapping[str, float] | None = None,
 ) -> Path:
     """A run of one step for each of ``step_s``: loss 6 - step/20, 70 % forward and backward, 20 % optimizer, 5 % data
-    and held-out loss 4.25."""
+    and held-out loss 4.25. split: shares of a step by part, as log.comm_time has them recorded."""
     basis = Basis(4, 64, 1_000_000, peak_tflops, len(step_s))
     records: list[Mapping[str, Any]] = [
         {
@@ -63,6 +64,7 @@ def write_run(
         measured = StepMeasurement(
             *(step, 8 * step, 8, 6.0 - step / 20, 1.0, 1e-3, seconds, 0.05 * seconds, 0.7 * seconds, 0.2 * seconds),
             memory_allocated_gib=0.5 + step / 100,
+            split_s={name: share * seconds for name, share in (split or {}).items()},
         )
         records.append({"step": step, **scalars(derive(measured, basis)), "time": at(12 + step)})
     records.append({"step": len(step_s), "eval/loss": 4.25, "time": at(100)})

@@ -42,6 +42,21 @@ def test_summary_is_the_arithmetic_of_the_records(tmp_path: Path) -> None:
     assert sum(split.values()) == pytest.approx(0.1)
 
 
+def test_split_by_axis(tmp_path: Path) -> None:
+    """Where the run recorded all processes' parts their means are taken, else rank 0's; nothing is shown of nothing."""
+    parts = ("compute", "tp", "cp", "dp", "pp", "bubble", "optimizer", "data", "other")
+    own = dict(zip(parts, (0.5, 0.2, 0.0, 0.05, 0.05, 0.1, 0.06, 0.0, 0.04)))
+    means = dict(zip(parts, (0.4, 0.3, 0.0, 0.05, 0.05, 0.1, 0.06, 0.0, 0.04)))
+    both = own | {f"{name}_mean": share for name, share in means.items()}
+    for recorded, expected in ((own, own), (both, means)):
+        (run,) = read_runs([write_run(tmp_path / str(len(recorded)), split=recorded)])
+        split = time_split(run.history)
+        assert "forward and backward" not in split and "context parallel" not in split
+        assert split["compute"] == pytest.approx(0.1 * expected["compute"])
+        assert split["tensor parallel"] == pytest.approx(0.1 * expected["tp"])
+        assert split["pipeline bubble"] == pytest.approx(0.01) and sum(split.values()) == pytest.approx(0.1)
+
+
 def test_life_is_what_the_events_say() -> None:
     life = life_of(EVENTS)
     assert life is not None
