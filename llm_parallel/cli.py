@@ -109,16 +109,12 @@ def plan(
     calibrate: Annotated[
         list[str] | None, typer.Option(help="JSON of bench comm, kernels or step on your cluster; several times.")
     ] = None,
-    cluster_out: Annotated[
-        str, typer.Option(help="With --calibrate: description to write, for --cluster.")
-    ] = "my-cluster.yaml",
+    cluster_out: Annotated[str, typer.Option(help="With --calibrate: description to write.")] = "my-cluster.yaml",
     what_if: Annotated[
         list[str] | None,
         typer.Option(help="A case to set beside: gpus=512, cluster=dgx-h200, seq=131072 …; several times."),
     ] = None,
-    software: Annotated[
-        str, typer.Option(help="What trains: ours, or nvidia (Megatron-Core with Transformer Engine).")
-    ] = "ours",
+    software: Annotated[str, typer.Option(help="ours, or nvidia: Megatron-Core, Transformer Engine.")] = "ours",
 ) -> None:
     """Predict step time, memory and cost of every layout of a model on a cluster; the best first."""
     from llm_parallel.errors import UserError
