@@ -122,6 +122,7 @@ class CommTime(Untimed):
         self._axes, self._cuda, self._link = axes, cuda, link
         self._thread = threading.get_ident()
         self._works: dict[int, _Call] = {}
+        self._works_of_last_step: dict[int, _Call] = {}
         self._coalesced: dict[str, int] = defaultdict(int)
         self._seconds: dict[tuple[str, str], float] = defaultdict(float)
         self._events: list[tuple[str, _Call, Any, Any]] = []
@@ -163,7 +164,7 @@ class CommTime(Untimed):
         return axis in AXES or threading.get_ident() == self._thread
 
     def _timed_call(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        axes, calls, works, now, finish = self._axes, self.calls, self._works, self._now, self._finish
+        axes, calls, now, finish = self._axes, self.calls, self._now, self._finish
         ends_many = name == "_end_coalescing"
 
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
@@ -179,16 +180,16 @@ class CommTime(Untimed):
             finally:
                 finish(made, start)
             if work is not None:
-                works[id(work)] = made
+                self._works[id(work)] = made
             return work
 
         return call
 
     def _timed_wait(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        works, now, finish = self._works, self._now, self._finish
+        now, finish = self._now, self._finish
 
         def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
-            made = works.pop(id(work), None)
+            made = self._works.pop(id(work), None) or self._works_of_last_step.pop(id(work), None)
             if made is None or not self._counts(made.axis):
                 return original(work, *args, **kwargs)
             start = now()
@@ -241,6 +242,8 @@ class CommTime(Untimed):
             self._book(phase, made, start.elapsed_time(end) / 1e3)
         self._events.clear()
         self._coalesced.clear()
+        # A gather may be waited for in the next step; what nobody waits for at all must not pile up.
+        self._works_of_last_step, self._works = self._works, {}
         found, self._seconds = self._seconds, defaultdict(float)
         waited = {axis: sum(found.get((phase, axis), 0.0) for phase in PHASES) for axis in (*AXES, "bubble")}
         own = {

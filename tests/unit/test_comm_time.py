@@ -146,3 +146,20 @@ def test_a_call_that_fails_is_booked_and_raised(alone: None, monkeypatch: pytest
             dist.all_reduce(torch.ones(1))
     assert comm.phase == comm_time.OUTSIDE
     assert comm.take(1.0, {"data": 0.0, "forward_backward": 1.0, "optimizer": 0.0}).dp >= 0.02
+
+
+def test_works_that_nobody_waits_for_do_not_pile_up(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gather may end in the next step; after that it is forgotten."""
+    works: list[dist.Work] = []
+    monkeypatch.setattr(dist.ProcessGroup, "allreduce", lambda *_, **__: works.append(dist.Work()) or works[-1])
+    monkeypatch.setattr(dist.Work, "wait", lambda *_, **__: time.sleep(0.02))
+    comm = CommTime({world_name(): "dp"}, cuda=False)
+    times = {"data": 0.0, "forward_backward": 1.0, "optimizer": 0.0}
+    waited = []
+    with comm.recording(), comm.during(comm_time.FORWARD_BACKWARD):
+        for _ in range(3):
+            dist.group.WORLD.allreduce([torch.ones(1)])  # type: ignore[union-attr]
+        for work in works:
+            work.wait()
+            waited.append(comm.take(1.0, times).dp)
+    assert waited[0] >= 0.02 and waited[1] >= 0.02 and waited[2] < 0.02
