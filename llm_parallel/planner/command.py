@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from llm_parallel.files import atomic_write
 from llm_parallel.goodput.closed_form import best_interval_s, goodput
 from llm_parallel.goodput.rates import Job, find_profile
 from llm_parallel.planner import validate
-from llm_parallel.planner.hardware import Cluster, load_cluster
+from llm_parallel.planner.hardware import Cluster, cluster_names, load_cluster
 from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
 from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
 from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, shape_of, with_software
@@ -27,6 +27,8 @@ from llm_parallel.planner.steptime import Model
 
 HOUR_S = 3600.0
 DEFAULT_VOCAB = 32000
+DEFAULT_GPUS = 8
+"""Of ``--gpus``."""
 _SIZES = {"tp": "tp", "pp": "pp", "cp": "cp", "vpp": "vpp", "mbs": "micro_batch", "recompute": "recompute", "dp": "dp"}
 _WHAT_IF = ("cluster", "gpus", "global_batch", "seq", "precision", "software")
 
@@ -56,6 +58,7 @@ class Request:
 
 def plan_command(request: Request) -> int:
     """Prints the best layouts; 1 if none fits. Raises UserError for what can't be planned."""
+    request = _sized(request)
     if request.what_if:
         return what_if_command(request)
     shape, cluster = _shape(request.model), load_cluster(request.cluster)
@@ -63,6 +66,7 @@ def plan_command(request: Request) -> int:
     began = time.monotonic()
     if request.explain is not None:
         strategy = _explained(request.explain, base)
+        _check_explained(request, shape, strategy, cluster)
         found = [evaluate(shape, strategy, cluster)]
         _explain(found[0], shape, cluster, print)
     else:
@@ -142,6 +146,9 @@ def changed(request: Request, text: str) -> Request:
             raise UserError(f"--what-if {text}: {name}={value} must be a whole number of at least 1")
         else:
             changes[name] = int(value)
+    if "cluster" in changes and "gpus" not in changes:
+        sized = _sized(replace(request, cluster=changes["cluster"], gpus=DEFAULT_GPUS))
+        changes |= {"cluster": sized.cluster} | ({"gpus": sized.gpus} if sized.cluster != changes["cluster"] else {})
     return replace(request, **changes)
 
 
@@ -192,6 +199,8 @@ def _explained(text: str, base: Strategy) -> Strategy:
         name, _, value = part.strip().partition("=")
         if name not in _SIZES or not value:
             raise UserError(f"--explain {text}: {part!r} is not one of {', '.join(_SIZES)} with a value, as tp=8")
+        if _SIZES[name] in sizes:
+            raise UserError(f"--explain {text}: {name} is given twice; give it once")
         if name == "recompute":
             if value not in ("none", "selective", "full"):
                 raise UserError(f"--explain {text}: recompute is none, selective or full, not {value}")
@@ -203,14 +212,48 @@ def _explained(text: str, base: Strategy) -> Strategy:
     dp = sizes.pop("dp", None)
     found = replace(base, **sizes, sequence_parallel=sizes.get("tp", 1) > 1, overlap_pp=sizes.get("vpp", 1) > 1)
     product = found.tp * found.pp * found.cp
-    if base.gpus % product or (dp is not None and dp * product != base.gpus):
-        raise UserError(f"--explain {text}: its sizes do not make up the {base.gpus} GPUs of --gpus")
+    made = f"tp={found.tp} x pp={found.pp} x cp={found.cp}"
+    if base.gpus % product:
+        raise UserError(f"--explain {text}: {made} is {product}, which does not divide --gpus {base.gpus}")
+    if dp is not None and dp * product != base.gpus:
+        raise UserError(
+            f"--explain {text}: {made} x dp={dp} is {dp * product}, not --gpus {base.gpus}; use dp={found.dp}"
+        )
     if base.global_batch % (found.dp * found.micro_batch):
         raise UserError(
             f"--explain {text}: --global-batch {base.global_batch} does not divide into micro batches of "
             f"{found.micro_batch} on {found.dp} replicas"
         )
     return found
+
+
+def _check_explained(request: Request, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
+    """Raises UserError with the first rule of our trainer that an explained layout breaks; Megatron-Core's are these
+    rules too."""
+    config = RunConfig.model_validate(_run_tree(request, shape, strategy, cluster, whole=True))
+    problems = find_problems(config, request.gpus, "cpu" if cluster.host else "cuda")
+    if problems:
+        named = {"parallel.": "", "train.micro_batch_size": "mbs", "train.global_batch_size": "--global-batch"}
+        fix = {name: value for name, value in problems[0].fix.items() if name != "parallel.stage_layers"}
+        use = " and ".join(f"{_renamed(name, named)}={value}" for name, value in fix.items())
+        more = f"; {len(problems) - 1} more of its sizes do not fit" if len(problems) > 1 else ""
+        raise UserError(f"--explain {request.explain}: {problems[0].statement}; use {use}{more}")
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    for old, new in names.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _sized(request: Request) -> Request:
+    """``dgx-h100x256`` is 256 GPUs of dgx-h100. Raises UserError where --gpus says another number."""
+    name, _, number = request.cluster.rpartition("x")
+    if name not in cluster_names() or not number.isdecimal():
+        return request
+    if request.gpus not in (DEFAULT_GPUS, int(number)):
+        raise UserError(f"--cluster {request.cluster} has {number} GPUs and --gpus says {request.gpus}; give one")
+    return replace(request, cluster=name, gpus=int(number))
 
 
 def _table(found: Sequence[Candidate], shape: Shape, cluster: Cluster) -> str:
@@ -279,26 +322,31 @@ def _bill(seconds: float, gpus: int, price: float | None) -> str:
     return f"{seconds / HOUR_S / 24:.1f} days, {hours:,.0f} GPU-hours{cost}"
 
 
-def write_run_file(request: Request, shape: Shape, best: Candidate, cluster: Cluster) -> None:
-    """A run file that ``pretrain`` takes when its data is filled in. Raises UserError if our trainer can't run it."""
-    fields = as_run_fields(shape, best)
+def _run_tree(request: Request, shape: Shape, strategy: Strategy, cluster: Cluster, whole: bool) -> dict[str, Any]:
+    """Sections of a run file; ``whole``: with the preset's fields in its place, as they are checked."""
+    fields = as_run_fields(shape, strategy)
     fields["train"]["steps"] = max(1, round((request.tokens or 1e12) / (request.global_batch * request.seq)))
+    preset = MODEL_PRESETS[request.model]
     model: dict[str, Any] = {"preset": request.model}
-    if "vocab_size" not in MODEL_PRESETS[request.model]:
+    if "vocab_size" not in preset:
         model["vocab_size"] = DEFAULT_VOCAB
-    if request.seq > MODEL_PRESETS[request.model].get("max_seq_length_tokens", request.seq):
+    if request.seq > preset.get("max_seq_length_tokens", request.seq):
         model["max_seq_length_tokens"] = request.seq
-    tree: dict[str, Any] = {
+    return {
         "run_dir": f"runs/{request.model}-{cluster.name}x{request.gpus}",
-        "model": model,
+        "model": {"vocab_size": DEFAULT_VOCAB, **preset, **model} if whole else model,
         "data": {"seq_length_tokens": request.seq},
         **fields,
     }
-    whole = {"vocab_size": DEFAULT_VOCAB, **MODEL_PRESETS[request.model], **model}
-    config = RunConfig.model_validate({**tree, "model": whole})
+
+
+def write_run_file(request: Request, shape: Shape, best: Candidate, cluster: Cluster) -> None:
+    """A run file that ``pretrain`` takes when its data is filled in. Raises UserError if our trainer can't run it."""
+    config = RunConfig.model_validate(_run_tree(request, shape, best.strategy, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cuda")
     if problems:
         raise UserError(f"--write: our trainer refuses this layout: {problems[0].message}")
+    tree = _run_tree(request, shape, best.strategy, cluster, whole=False)
     header = (
         f"# llm-parallel plan --model {request.model} --cluster {request.cluster} --gpus {request.gpus} --global-batch "
         f"{request.global_batch} --seq {request.seq}\n# predicted: {best.time.total:.3f} s a step, "

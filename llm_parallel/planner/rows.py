@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ COLUMNS = (
     "tp", "pp", "vpp", "cp", "dp_or_ep", "micro_batch", "global_batch", "recompute", "tflops_per_gpu",
     "tokens_per_s_per_gpu", "step_time_s", "mfu_pct", "note",
 )  # fmt: skip
+_MORE = ("n_params_b", "mfu_convention")
+"""Columns that a file may lack."""
+MOST_LAYERS = 10_000
 DEFAULT_VOCAB = 51200
 """GPT-2's vocabulary padded for TP 8, which the papers without a figure use."""
 
@@ -104,6 +107,14 @@ _FAMILIES: tuple[tuple[str, Family], ...] = (
         ),
     ),
 )
+CONVENTIONS = ("full", "causal", "hardware", "six_n")
+_SAID = (
+    (r"HFU|with[ _-]recompute", "hardware"),
+    (r"non-causal|full attention", "full"),
+    (r"causal", "causal"),
+    (r"\b6 ?N\b", "six_n"),
+)
+"""What a note says of its convention, where there is no column mfu_convention."""
 _MOE = re.compile(r"MoE|8x|_a3B|A3B|OSS|DeepSeek|Mixtral|ep=", re.IGNORECASE)
 
 
@@ -143,9 +154,12 @@ class Refused:
 
 
 def read_rows(path: str | None = None) -> tuple[list[Row], list[Refused]]:
-    """Rows of a CSV with the columns of the package's own, or of that. Blank fields are allowed.
+    """Rows of a CSV with the columns of the package's own, or of that. Blank fields are allowed. A column more,
+    ``mfu_convention``, may say which FLOPs TFLOP/s and MFU count (else the note may); it counts where a row has neither
+    step time nor tokens/s.
 
-    Raises UserError if the file can't be read or lacks a column."""
+    Raises UserError if the file can't be read, lacks a column or a row, names an unknown convention, or if rows of one
+    source on one chip count by different ones."""
     if path is None:
         text = (DATA / "published_throughput.csv").read_text(encoding="utf-8")
     else:
@@ -154,16 +168,52 @@ def read_rows(path: str | None = None) -> tuple[list[Row], list[Refused]]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--rows {path} cannot be read: {error}") from None
     reader = csv.DictReader(io.StringIO(text))
+    if not reader.fieldnames:
+        raise UserError(f"--rows {path} is empty; it needs a line of columns and a row for each measured run")
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise UserError(f"--rows {path or ''} has no column {missing[0]}; it needs {', '.join(COLUMNS)}")
+    records = [{name: (record.get(name) or "").strip() for name in (*COLUMNS, *_MORE)} for record in reader]
+    if not records:
+        raise UserError(f"--rows {path} is empty; give a row for each measured run below the columns' names")
+    _check_conventions(records, f"--rows {path or ''}".strip())
     rows, refused = [], []
-    for number, record in enumerate(reader, start=2):
+    for number, record in enumerate(records, start=2):
         try:
             rows.append(_row(number, record))
         except _CannotSay as why:
             refused.append(Refused(number, short(record["source"]), str(why)))
     return rows, refused
+
+
+def _check_conventions(records: Sequence[Mapping[str, str]], where: str) -> None:
+    """Of rows whose speed follows from TFLOP/s or MFU."""
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    for number, record in enumerate(records, start=2):
+        text = record["mfu_convention"]
+        if text and text not in CONVENTIONS:
+            raise UserError(f"{where}: row {number}: mfu_convention {text!r} is not one of {', '.join(CONVENTIONS)}")
+        if record["step_time_s"] or record["tokens_per_s_per_gpu"]:
+            continue
+        if not record["tflops_per_gpu"] and not record["mfu_pct"]:
+            continue
+        convention = _convention(record, _family(record["source"]))
+        before, other = first.setdefault((record["source"], record["chip"]), (number, convention))
+        if other != convention:
+            raise UserError(
+                f"{where}: rows {before} and {number}, both of {short(record['source'])} on {record['chip']}, count "
+                f"MFU as {other} and as {convention}; give both in one convention, or tokens_per_s_per_gpu instead"
+            )
+
+
+def _convention(record: Mapping[str, str], family: Family) -> str:
+    """FLOPs that a row's TFLOP/s and MFU count: as its column says, its note, or what is known of its source."""
+    said = (found for pattern, found in _SAID if re.search(pattern, record["note"], re.IGNORECASE))
+    return record["mfu_convention"] or next(said, family.convention)
+
+
+def _family(source: str) -> Family:
+    return next((found for pattern, found in _FAMILIES if re.search(pattern, source)), Family())
 
 
 def short(source: str) -> str:
@@ -177,19 +227,31 @@ class _CannotSay(Exception):
 
 
 def _number(record: Mapping[str, str], name: str) -> int:
-    text = (record[name] or "").strip()
+    text = record[name]
+    if not text:
+        raise _CannotSay(f"{name} is not stated")
+    found = _positive(record, name)
+    if found != int(found):
+        raise _CannotSay(f"{name} is {text!r}, no whole number")
+    return int(found)
+
+
+def _positive(record: Mapping[str, str], name: str) -> float:
     try:
-        return int(float(text))
+        found = float(record[name])
     except ValueError:
-        raise _CannotSay(f"{name} is not stated" if not text else f"{name} is {text!r}") from None
+        raise _CannotSay(f"{name} is {record[name]!r}, no number") from None
+    if not 0 < found < 1e18:
+        raise _CannotSay(f"{name} is {record[name]}, which must be over 0")
+    return found
 
 
 def _optional(record: Mapping[str, str], name: str, default: int) -> int:
-    return _number(record, name) if (record[name] or "").strip() else default
+    return _number(record, name) if record[name] else default
 
 
 def _row(number: int, record: Mapping[str, str]) -> Row:
-    source, note = record["source"], record["note"] or ""
+    source, note = record["source"], record["note"]
     if _MOE.search(record["model"] + " " + record["dp_or_ep"]):
         raise _CannotSay("mixture of experts")
     if re.search(r"LoRA|SFT|fine-tun", record["model"] + note):
@@ -198,12 +260,12 @@ def _row(number: int, record: Mapping[str, str]) -> Row:
         raise _CannotSay("parallel block and sliding-window attention")
     if "ZeRO-3" in record["model"]:
         raise _CannotSay("DeepSpeed's ZeRO-3 without overlap")
-    family = next((found for pattern, found in _FAMILIES if re.search(pattern, source)), Family())
+    family = _family(source)
     chip, cluster = _chip(record["chip"])
     shape = _shape(record, family)
     strategy = _strategy(record, family, note)
     tokens = _tokens_per_s(record, family, shape, strategy)
-    found = re.search(r"mem_gi?b=([\d.]+)", note)
+    found = re.search(r"mem_gi?b=(\d+(?:\.\d+)?)", note)
     # nanotron's "GB" are GiB too: helpers.py divides by 1024**3.
     unit = 1.0 if found and ("mem_gib" in found.group(0) or "nanotron" in source) else 1e9 / 2**30
     return Row(
@@ -223,13 +285,15 @@ def _chip(text: str) -> tuple[str, str]:
         return "H100", "dgx-h100"
     if "A100" in text:
         return "A100", "dgx-a100-40" if "40GB" in text else "dgx-a100"
-    raise _CannotSay(f"chip {text or 'not stated'}")
+    raise _CannotSay(f"chip {text or 'not stated'} is none of A100, H100 and H200")
 
 
 def _shape(record: Mapping[str, str], family: Family) -> Shape:
     hidden, heads = _number(record, "hidden"), _number(record, "heads")
     llama = bool(re.search(r"llama", record["model"], re.IGNORECASE))
     gpt = family.gpt or not llama
+    if heads > hidden or _number(record, "layers") > MOST_LAYERS:
+        raise _CannotSay(f"{record['layers']} layers of {hidden} with {heads} heads are no model")
     untied = Shape(
         layers=_number(record, "layers"),
         hidden=hidden,
@@ -242,11 +306,12 @@ def _shape(record: Mapping[str, str], family: Family) -> Shape:
         rotary=not gpt,
     )
     tied = replace(untied, tied=True)
-    printed = (record.get("n_params_b") or "").strip()
-    if not printed or "PROXY" in record["model"]:  # a proxy's row prints the whole model's
+    if not record["n_params_b"] or "PROXY" in record["model"]:  # a proxy's row prints the whole model's
         return tied if gpt else untied
     positions = hidden * _number(record, "seq") if gpt else 0  # learned ones, which printed numbers count
-    return min(tied, untied, key=lambda shape: abs(shape.parameters + positions - 1e9 * float(printed)))
+    return min(
+        tied, untied, key=lambda shape: abs(shape.parameters + positions - 1e9 * _positive(record, "n_params_b"))
+    )
 
 
 def _strategy(record: Mapping[str, str], family: Family, note: str) -> Strategy:
@@ -258,7 +323,7 @@ def _strategy(record: Mapping[str, str], family: Family, note: str) -> Strategy:
     local = _local_batch(note)
     micro = _optional(record, "micro_batch", local // pp if local else 1)
     batch = _optional(record, "global_batch", (local or micro) * replicas)
-    recompute = (record["recompute"] or family.recompute).strip()
+    recompute = record["recompute"] or family.recompute
     layers = _number(record, "layers")
     vpp = _optional(record, "vpp", 2 if "Interleaved" in note else 1)
     if layers < pp * vpp:
@@ -291,7 +356,7 @@ def _local_batch(note: str) -> int:
 
 def _open(record: Mapping[str, str], family: Family) -> bool:
     """Whether the source says no micro batch."""
-    return not (record["micro_batch"] or "").strip() and not _local_batch(record["note"] or "")
+    return not record["micro_batch"] and not _local_batch(record["note"])
 
 
 def _logit_bytes(family: Family, tp: int) -> int:
@@ -328,9 +393,9 @@ def _recompute(text: str, source: str) -> str:
 def _tokens_per_s(record: Mapping[str, Any], family: Family, shape: Shape, strategy: Strategy) -> float:
     """Step time first, then tokens/s, then TFLOP/s or MFU by the source's convention."""
     if record["step_time_s"]:
-        return strategy.global_batch * strategy.seq / float(record["step_time_s"]) / strategy.gpus
+        return strategy.global_batch * strategy.seq / _positive(record, "step_time_s") / strategy.gpus
     if record["tokens_per_s_per_gpu"]:
-        return float(record["tokens_per_s_per_gpu"])
+        return _positive(record, "tokens_per_s_per_gpu")
     flops = {
         "full": shape.flops_per_token(strategy.seq),
         "causal": shape.flops_per_token(strategy.seq, causal=True),
@@ -338,10 +403,10 @@ def _tokens_per_s(record: Mapping[str, Any], family: Family, shape: Shape, strat
         "hardware": shape.flops_per_token(strategy.seq)
         + (shape.flops_per_token(strategy.seq) - 6.0 * shape.vocab * shape.hidden) / 3.0,
         "six_n": 6.0 * shape.parameters,
-    }[family.convention]
+    }[_convention(record, family)]
     if record["tflops_per_gpu"]:
-        return 1e12 * float(record["tflops_per_gpu"]) / flops
+        return 1e12 * _positive(record, "tflops_per_gpu") / flops
     if record["mfu_pct"]:
         peak = 312e12 if "A100" in record["chip"] else 989.4e12 * (2 if strategy.precision == "fp8" else 1)
-        return float(record["mfu_pct"]) / 100 * peak / flops
+        return _positive(record, "mfu_pct") / 100 * peak / flops
     raise _CannotSay("no figure of throughput")

@@ -129,12 +129,11 @@ def best_layouts(shape: Shape, base: Strategy, cluster: Cluster, top: int) -> tu
     return [item[2] for item in sorted(found, key=lambda item: -item[0])], looked, fitting
 
 
-def as_run_fields(shape: Shape, candidate: Candidate) -> dict[str, dict[str, Any]]:
+def as_run_fields(shape: Shape, s: Strategy) -> dict[str, dict[str, Any]]:
     """Sections ``parallel`` and ``train`` of a run file."""
-    s = candidate.strategy
     parallel: dict[str, Any] = {"dp": s.dp, "tp": s.tp, "pp": s.pp, "cp": s.cp, "vpp": s.vpp, "recompute": s.recompute}
     layers = spread(shape.layers, s.pp * s.vpp)
-    if len(set(layers)) > 1:
+    if len(set(layers)) > 1 and min(layers):
         parallel["stage_layers"] = list(layers)
     train = {"global_batch_size": s.global_batch, "micro_batch_size": s.micro_batch, "precision": "bf16"}
     return {"parallel": parallel, "train": train}

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+from llm_parallel.errors import UserError
 from llm_parallel.planner.fit import clusters_with, family_of, is_fitted, predict
 from llm_parallel.planner.hardware import load_constants
 from llm_parallel.planner.memory import GIB
@@ -159,10 +160,13 @@ def memory_errors(scored: Sequence[Scored]) -> list[tuple[Row, float]]:
 
 
 def report(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Prints the whole validation as Markdown; the same as data."""
+    """Prints the whole validation as Markdown; the same as data. Raises UserError if no row can be predicted."""
     scored, refused = score_rows(path)
     if not scored:
-        say("No row could be predicted.")
+        first = refused[0]
+        raise UserError(
+            f"--rows {path}: none of its {len(refused)} rows can be predicted; row {first.number}: {first.reason}"
+        )
     say("| source | chip | rows | fitted | held-out MAPE | bias | worst (row) |\n|" + " --- |" * 7)
     for (source, chip), items in by_source(scored).items():
         held = [item for item in items if not item.fitted]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llm_parallel.errors import UserError
+from llm_parallel.planner.command import Request, plan_command
 from tests.integration.commands import Corpus, assert_refused, llm_parallel
 
 CLUSTER = ("--model", "llama2-70b", "--cluster", "dgx-h100", "--gpus", "256", "--global-batch", "1024", "--seq", "4096")
@@ -107,7 +109,7 @@ def test_bad_input(tmp_path: Path) -> None:
     assert_refused(llm_parallel("plan", "--model", "llama3-8b", "--cluster", "dgx-x"), "--cluster dgx-x is unknown")
     assert_refused(llm_parallel("plan", "--model", "llama3-8b", "--gpus", "12"), "no whole number of nodes of 8")
     assert_refused(llm_parallel("plan", *CLUSTER, "--software", "deepspeed"), "--software deepspeed is not one of ours")
-    assert_refused(llm_parallel("plan", *CLUSTER, "--explain", "tp=3"), "do not make up the 256 GPUs")
+    assert_refused(llm_parallel("plan", *CLUSTER, "--explain", "tp=3"), "is 3, which does not divide --gpus 256")
     assert_refused(llm_parallel("plan", *CLUSTER, "--explain", "dq=3"), "'dq=3' is not one of tp, pp")
     assert_refused(
         llm_parallel("plan", *CLUSTER, "--precision", "fp8", "--cluster", "dgx-a100"), "has no 8-bit products"
@@ -115,6 +117,42 @@ def test_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("source,model\nx,y\n")
     assert_refused(llm_parallel("plan", "--validate", "--rows", path), "has no column layers")
+    path.write_text("")
+    assert_refused(llm_parallel("plan", "--validate", "--rows", path), "is empty")
+    assert_refused(llm_parallel("plan", "--validate", "--rows", tmp_path / "none.csv"), "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("tp=3,pp=7,cp=5", "tp=3 x pp=7 x cp=5 is 105, which does not divide --gpus 256"),
+        ("tp=4,pp=4,dp=3", "tp=4 x pp=4 x cp=1 x dp=3 is 48, not --gpus 256; use dp=16"),
+        ("tp=128", "parallel.tp = 128 does not divide model.num_attention_heads = 64; use tp=64"),
+        ("pp=128,vpp=7", "model.num_layers = 80 is less than parallel.pp = 128 times parallel.vpp = 7 model chunks"),
+        ("vpp=4", "parallel.vpp = 4 interleaves the chunks of a pipeline, and parallel.pp = 1; use vpp=1"),
+        ("tp=128,vpp=2", "use tp=64; 1 more of its sizes do not fit"),
+        ("tp=8,mbs=3", "does not divide into micro batches of 3 on 32 replicas"),
+        ("tp=8,tp=4", "tp is given twice"),
+        ("tp=0", "tp=0 must be a whole number of at least 1"),
+        ("recompute=some", "recompute is none, selective or full, not some"),
+        ("tp=1e9", "must be a whole number"),
+    ],
+)
+def test_an_impossible_layout_is_one_sentence(layout: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it breaks several rules."""
+    asked = Request("llama2-70b", "dgx-h100x256", 8, 1024, 4096, explain=layout)
+    with pytest.raises(UserError) as caught:
+        plan_command(asked)
+    text = str(caught.value)
+    assert said in text and text.startswith(f"--explain {layout}: ") and "\n" not in text
+    assert capsys.readouterr().out == ""
+
+
+def test_gpus_in_the_clusters_name() -> None:
+    whole = llm_parallel("plan", "--model", "llama2-7b", "--cluster", "dgx-h100x16")
+    assert whole.returncode == 0 and "on 16 GPUs of dgx-h100:" in whole.stdout, whole.stderr
+    assert_refused(llm_parallel("plan", "--model", "llama2-7b", "--cluster", "dgx-h100x16", "--gpus", "32"),
+                   "--cluster dgx-h100x16 has 16 GPUs and --gpus says 32")  # fmt: skip
 
 
 def test_what_if(tmp_path: Path) -> None:

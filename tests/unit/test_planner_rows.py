@@ -7,10 +7,13 @@ import io
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
 from llm_parallel.planner.hardware import DATA
 from llm_parallel.planner.rows import COLUMNS, Row, read_rows
+from llm_parallel.planner.validate import report, score_rows
 
 
 def records() -> list[dict[str, str]]:
@@ -156,3 +159,65 @@ def test_zero_stage_and_unit_of_memory_are_the_sources() -> None:
     assert [rows[number].strategy.zero for number in (105, 106)] == [1, 0]
     assert rows[106].memory_gib == 19.57  # "GB" of helpers.py are bytes / 1024**3
     assert (rows[106].memory_of, rows[70].memory_of) == ("not stated", "reserved")
+
+
+HFU = {**LLAMA_8B, "source": "theirs", "tflops_per_gpu": "400"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([{"mfu_convention": "full"}, {"mfu_convention": "causal"}], "rows 2 and 3, both of theirs on H100, count MFU"),
+        ([{}, {"mfu_convention": "hardware"}], "as full and as hardware"),
+        ([{"note": "HFU convention"}, {"note": "causal attention"}], "as hardware and as causal"),
+        ([{"note": "non-causal attention"}, {"note": "MFU is 6N"}], "as full and as six_n"),
+        ([{"mfu_convention": "model"}], "row 2: mfu_convention 'model' is not one of full, causal"),
+        ([], "is empty; give a row"),
+    ],
+)
+def test_mixed_conventions_are_one_sentence(tmp_path: Path, changes: list[dict[str, str]], words: str) -> None:
+    path = write(tmp_path, *({**HFU, **change} for change in changes), columns=(*COLUMNS, "mfu_convention"))
+    with pytest.raises(UserError) as caught:
+        read_rows(path)
+    text = str(caught.value)
+    assert words in text and text.startswith(f"--rows {path}") and "\n" not in text
+
+
+def test_conventions_may_differ_where_they_do_not_count(tmp_path: Path) -> None:
+    """Of another source or chip, and beside a step time."""
+    rows = [HFU, {**HFU, "chip": "A100", "mfu_convention": "causal"}, {**HFU, "source": "c", "mfu_convention": "six_n"},
+            {**HFU, "step_time_s": "9", "mfu_convention": "causal"}]  # fmt: skip
+    found, refused = read_rows(write(tmp_path, *rows, columns=(*COLUMNS, "mfu_convention")))
+    assert len(found) == 4 and not refused
+    # 400 TFLOP/s over a token's FLOPs, by hand: 8.03e9 weights less the embedding's, and attention of 32 x 4096.
+    matrices = 32 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336) + 128256 * 4096
+    square = 12 * 8192 * 32 * 4096
+    expected = [400e12 / (6 * matrices + square), 400e12 / (6 * matrices + square / 2),
+                400e12 / (6 * (matrices + 128256 * 4096)), 128 * 8192 / 9 / 8]  # fmt: skip
+    assert [row.tokens_per_s for row in found] == pytest.approx(expected, rel=2e-4)  # six_n: norms are weights, too
+
+
+def test_a_file_of_which_no_row_can_be_predicted_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {**HFU, "chip": "B300"}, {**HFU, "tp": ""})
+    with pytest.raises(UserError, match="none of its 2 rows can be predicted; row 2: chip B300 is none of A100, H100"):
+        report(path, print)
+
+
+NUMBERS = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "gpus", "tp", "pp", "vpp",
+           "cp", "micro_batch", "global_batch", "tflops_per_gpu", "tokens_per_s_per_gpu", "step_time_s",
+           "mfu_pct")  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(
+        st.sampled_from(NUMBERS), st.sampled_from(["", "0", "-1", "x", "nan", "inf", "1e300", "1.5", "3", "64", "1e6"]),
+        min_size=1, max_size=4,
+    ),
+    note=st.sampled_from(["", "mem_gib=1.2.3", "local batch 0", "causal", "mem_gib=."]),
+)  # fmt: skip
+def test_whatever_stands_in_a_row_is_predicted_or_refused(tmp_path: Path, changes: dict[str, str], note: str) -> None:
+    path = write(tmp_path, {**LLAMA_8B, "step_time_s": "9", "note": note, **changes})
+    scored, refused = score_rows(path)
+    assert len(scored) + len(refused) == 1
+    assert all(item.predicted_s > 0 and item.row.step_s > 0 for item in scored)
