@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +78,7 @@ def plan_command(request: Request) -> int:
             f"{cluster.chip.memory_bytes / GIB:.0f} GiB"
         )
         if not found:
-            print("None fits; use more GPUs, a smaller batch of tokens, or a larger chip.")
+            print(_why_none(request, looked))
             return 1
         print(_table(found, shape, cluster))
     print(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, request.software)}")
@@ -88,6 +89,15 @@ def plan_command(request: Request) -> int:
         with atomic_write(request.json) as handle:
             json.dump([as_data(item, shape, cluster) for item in found], handle, indent=1)
     return 0
+
+
+def _why_none(request: Request, looked: int) -> str:
+    if looked:
+        return "None fits; use more GPUs, a smaller batch of tokens, or a larger chip."
+    return (
+        f"No layout divides --global-batch {request.global_batch} and --seq {request.seq} over {request.gpus} GPUs; "
+        "use a sequence that is a multiple of 2, and a batch that has a sample for each replica."
+    )
 
 
 def _trust(cluster: Cluster, software: str) -> str:
@@ -176,6 +186,10 @@ def _base(request: Request, cluster: Cluster) -> Strategy:
         value = getattr(request, name)
         if value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    for name in ("tokens", "price_per_gpu_hour"):
+        amount = getattr(request, name)
+        if amount is not None and not 0 < amount < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {amount:g} must be over 0 and finite, as 2e12 and 2.5")
     if request.gpus > cluster.gpus_per_node and request.gpus % cluster.gpus_per_node:
         whole = request.gpus // cluster.gpus_per_node * cluster.gpus_per_node
         raise UserError(
@@ -300,8 +314,6 @@ def _explain(item: Candidate, shape: Shape, cluster: Cluster, say: Any) -> None:
 def _say_run(request: Request, best: Candidate, cluster: Cluster) -> None:
     if request.tokens is None:
         return
-    if request.tokens <= 0:
-        raise UserError(f"--tokens {request.tokens:g} must be over 0, as 2e12")
     seconds = request.tokens / (best.tokens_per_s() * request.gpus)
     price = request.price_per_gpu_hour or cluster.price_per_gpu_hour
     print(f"{request.tokens:.3g} tokens without a failure: {_bill(seconds, request.gpus, price)}")

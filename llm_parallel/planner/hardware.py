@@ -74,8 +74,10 @@ class Cluster:
 
 
 def load_constants(name: str) -> Constants:
-    """Committed constants of a chip."""
+    """Committed constants of a chip. Raises ValueError if there are none."""
     stored = json.loads((DATA / "constants.json").read_text())
+    if name not in stored:
+        raise ValueError(f"chip.constants {name!r} is none of {', '.join(stored)}")
     return Constants(**stored[name]["constants"])
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from llm_parallel.errors import UserError
 from llm_parallel.planner.command import Request, plan_command
+from llm_parallel.planner.hardware import DATA
 from tests.integration.commands import Corpus, assert_refused, llm_parallel
 
 CLUSTER = ("--model", "llama2-70b", "--cluster", "dgx-h100", "--gpus", "256", "--global-batch", "1024", "--seq", "4096")
@@ -69,8 +70,6 @@ def test_one_layout_in_detail() -> None:
 
 def test_the_users_cluster(tmp_path: Path) -> None:
     """A file of one's own with a measured constant: twice the rate of products is less time."""
-    from llm_parallel.planner.hardware import DATA
-
     text = (DATA / "template.yaml").read_text()
     steps = []
     for gemm in (0.35, 0.7):
@@ -114,6 +113,15 @@ def test_bad_input(tmp_path: Path) -> None:
     assert_refused(
         llm_parallel("plan", *CLUSTER, "--precision", "fp8", "--cluster", "dgx-a100"), "has no 8-bit products"
     )
+    with pytest.raises(UserError, match="--tokens nan must be over 0"):
+        plan_command(Request("llama2-7b", "dgx-h100", 8, 64, 4096, tokens=float("nan")))
+    with pytest.raises(UserError, match="--price-per-gpu-hour -3 must be over 0"):
+        plan_command(Request("llama2-7b", "dgx-h100", 8, 64, 4096, price_per_gpu_hour=-3.0))
+    unknown = tmp_path / "cluster.yaml"
+    unknown.write_text((DATA / "dgx-h100.yaml").read_text().replace("constants: H100", "constants: B300"))
+    with pytest.raises(UserError, match=r"chip\.constants 'B300' is none of A100, H100"):
+        plan_command(Request("llama2-7b", str(unknown), 8, 64, 4096))
+    assert plan_command(Request("llama2-7b", "dgx-h100", 8, 64, 4097)) == 1  # no half of it for a ring
     path = tmp_path / "rows.csv"
     path.write_text("source,model\nx,y\n")
     assert_refused(llm_parallel("plan", "--validate", "--rows", path), "has no column layers")
