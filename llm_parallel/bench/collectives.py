@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_launch.worker import WorkerEnv, report_error, worker_environment
+from llm_launch.worker import WorkerEnv
+from llm_parallel.bench.rank import run_plan
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 
@@ -181,23 +180,13 @@ def run_rank(plan: dict[str, Any], place: WorkerEnv) -> list[Sample]:
         dist.destroy_process_group()
 
 
-def main() -> None:
-    """Measures as one rank; rank 0 leaves the samples beside the plan."""
-    path = Path(sys.argv[1])
-    place = worker_environment()
-    assert place is not None, "started by bench comm"
-    try:
-        samples = run_rank(json.loads(path.read_text()), place)
-        if place.rank == 0:
-            with atomic_write(path.with_name("samples.json")) as handle:
-                json.dump([vars(sample) for sample in samples], handle)
-        status = 0
-    except Exception as error:
-        status = report_error(path.parent / "logs", place.rank, error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # after a failure other ranks may hang in a collective
+def measure_rank(plan: dict[str, Any], place: WorkerEnv, folder: Path) -> None:
+    """As one rank; rank 0 leaves the samples beside the plan."""
+    samples = run_rank(plan, place)
+    if place.rank == 0:
+        with atomic_write(folder / "samples.json") as handle:
+            json.dump([vars(sample) for sample in samples], handle)
 
 
 if __name__ == "__main__":
-    main()
+    run_plan(measure_rank)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from llm_launch.worker import WorkerEnv, report_error, worker_environment
+from llm_launch.worker import WorkerEnv
+from llm_parallel.bench.rank import run_plan
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.train.loop import Place, Run, pretrain
@@ -56,30 +54,15 @@ class BenchWatch(Watch):
             self._profiler.export_chrome_trace(str(self._trace / f"rank_{run.engine.groups.rank:04d}.json"))
 
 
-def train(plan: dict[str, Any], place: WorkerEnv) -> None:
-    """plan: the configuration, the steps and the folder of traces."""
+def train(plan: dict[str, Any], place: WorkerEnv, folder: Path) -> None:
+    """plan: the configuration, the steps and the folder of traces. The launcher's terminal is for the result."""
+    quiet_libraries()
     place.export()
     config = RunConfig.model_validate(plan["config"])
     watch = BenchWatch(plan["steps"], Path(plan["trace"]) if plan["trace"] else None)
-    pretrain(config, Place(place.rank, place.world_size, place.local_rank), watch=watch)
-
-
-def main() -> None:
-    """Trains as one rank; the launcher's terminal is for the result."""
-    quiet_libraries()
-    path = Path(sys.argv[1])
-    place = worker_environment()
-    assert place is not None, "started by bench step"
-    try:
-        with (path.parent / f"output_{place.rank}.log").open("w") as log, contextlib.redirect_stdout(log):
-            train(json.loads(path.read_text()), place)
-        status = 0
-    except Exception as error:
-        status = report_error(path.parent / "logs", place.rank, error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # after a failure other ranks may hang in a collective
+    with (folder / f"output_{place.rank}.log").open("w") as log, contextlib.redirect_stdout(log):
+        pretrain(config, Place(place.rank, place.world_size, place.local_rank), watch=watch)
 
 
 if __name__ == "__main__":
-    main()
+    run_plan(train)
