@@ -72,8 +72,8 @@ def _summary(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
         "loss": [_number(one.loss, ".4f") for one in summaries],
         "held-out loss": [_number(one.eval_loss, ".4f") for one in summaries],
         "device": [one.device or "—" for one in summaries],
-        _plural(unit): [" → ".join(map(str, one.sizes)) or "—" for one in summaries],
-        "layout": [" → ".join(map(_unbroken, one.layouts)) or "—" for one in summaries],
+        _plural(unit): [_changes(list(map(str, one.sizes))) for one in summaries],
+        "layout": [_changes(one.layouts) for one in summaries],
         "step time": [_time(one.step_s) for one in summaries],
         "10 to 90 % of steps": [f"{_time(one.step_low_s)} to {_time(one.step_high_s)}" for one in summaries],
         f"tokens/s/{unit}": [_number(one.tokens_per_s_per_gpu, ",.0f") for one in summaries],
@@ -283,6 +283,13 @@ def _count(number: int, noun: str) -> str:
 def _unbroken(layout: str) -> str:
     """A layout that no line break takes apart."""
     return layout.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _changes(values: Sequence[str]) -> str:
+    """One after the other; of many the first, the last and how often it changed."""
+    shown = values if len(values) <= 4 else (values[0], "…", values[-1])
+    text = " → ".join(map(_unbroken, shown)) or "—"
+    return text if len(values) <= 4 else f"{text} ({len(values) - 1} changes)"
 
 
 def _number(value: float, form: str, unit: str = "") -> str:

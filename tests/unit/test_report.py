@@ -23,6 +23,7 @@ from llm_parallel.report.recovery import KINDS, life_of
 from llm_parallel.report.runs import different_work, loss_at, read_runs, summarize, time_split
 from llm_parallel.report.scaling import read_sweep, sentence
 from llm_parallel.report.schedule import schedule_of
+from llm_parallel.report.sections import _changes
 from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_run, write_sweep
 
 
@@ -40,6 +41,11 @@ def test_summary_is_the_arithmetic_of_the_records(tmp_path: Path) -> None:
     assert split["forward and backward"] == pytest.approx(0.07) and split["optimizer"] == pytest.approx(0.02)
     assert split["waiting for data"] == pytest.approx(0.005) and split["other"] == pytest.approx(0.005)
     assert sum(split.values()) == pytest.approx(0.1)
+
+
+def test_many_changes_of_layout_are_counted() -> None:
+    assert _changes(["A", "B", "A", "B"]) == "A → B → A → B" and _changes([]) == "—"
+    assert _changes(["A", "B"] * 20) == "A → … → B (39 changes)"
 
 
 def test_split_by_axis(tmp_path: Path) -> None:
