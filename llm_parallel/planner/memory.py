@@ -15,6 +15,10 @@ GIB = 2.0**30
 # CUDA context, NCCL's buffers, cuBLAS workspaces: what a process takes before the first tensor, and what the allocator
 # cannot use. Beside torch's own figures only the second counts.
 CONTEXT_BYTES = 3.0 * GIB
+ALLOWANCE = 1.04
+"""What PyTorch's caching allocator reserves over what the tensors take: whole blocks of 2 MiB (of 20 MiB for requests
+of 1 to 10 MiB), and freed ones that suit no later request. Ours, not fitted; STAlloc (arXiv 2507.16274) saw more, up to
+43 %, where interleaving and recomputation mix lifetimes."""
 
 
 @dataclass(frozen=True)

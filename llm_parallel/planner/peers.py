@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llm_parallel.planner.hardware import DATA
-from llm_parallel.planner.memory import GIB, Memory, layer_activations, memory, memory_of_stage
+from llm_parallel.planner.memory import ALLOWANCE, GIB, Memory, layer_activations, memory, memory_of_stage
 from llm_parallel.planner.rows import Row
 from llm_parallel.planner.shapes import Shape, Strategy
 
@@ -80,6 +80,11 @@ def memory_of_row(row: Row) -> Memory:
     return memory_of_stage(row.shape, row.strategy, 0) if row.memory_of_first else memory(row.shape, row.strategy)
 
 
+def printed_bytes(row: Row) -> float:
+    """What the row's source would print of its peak: the tensors', or with what the allocator reserved beside them."""
+    return memory_of_row(row).total * (ALLOWANCE if row.memory_of == "reserved" else 1.0)
+
+
 def megatron_memory(shape: Shape, strategy: Strategy) -> float:
     """Bytes of the fullest GPU by Megatron-LM's theoretical_memory_usage.py, as its text describes it: 18 bytes for a
     parameter of the first stage, or 6 + 12 / DP with the distributed optimizer; activations of s b h (18 + 4 ffn / h)
@@ -124,7 +129,7 @@ def say_peers(rows: Sequence[tuple[Row, float, bool]], say: Callable[[str], None
     printed = [row for row, _, _ in rows if row.memory_gib and row.strategy.zero != 3]
     if printed:
         say("\n| printed peak memory | rows | ours: mean error, bias | Megatron-LM's formula |\n|" + " --- |" * 4)
-        ours = _mean([memory_of_row(row).total / GIB / (row.memory_gib or 1.0) - 1.0 for row in printed])
+        ours = _mean([printed_bytes(row) / GIB / (row.memory_gib or 1.0) - 1.0 for row in printed])
         formula = [megatron_memory(row.shape, row.strategy) / GIB / (row.memory_gib or 1.0) - 1.0 for row in printed]
         say(f"| {printed[0].source} | {len(printed)} | {ours} | {_mean(formula)} |")
 

@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_parallel.planner.hardware import Cluster
-from llm_parallel.planner.memory import CONTEXT_BYTES, Memory, memory, spread
+from llm_parallel.planner.memory import ALLOWANCE, CONTEXT_BYTES, Memory, memory, spread
 from llm_parallel.planner.shapes import Recompute, Shape, Strategy
 from llm_parallel.planner.steptime import Model, StepTime
 
-ALLOWANCE = 1.04
-"""Memory that the allocator needs over what the tensors take."""
 MICRO_BATCHES = (1, 2, 4, 8)
 RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
 

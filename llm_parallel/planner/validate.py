@@ -13,7 +13,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.planner.fit import clusters_with, family_of, is_fitted, predict
 from llm_parallel.planner.hardware import load_constants
 from llm_parallel.planner.memory import GIB
-from llm_parallel.planner.peers import memory_of_row, say_peers
+from llm_parallel.planner.peers import printed_bytes, say_peers
 from llm_parallel.planner.rows import Refused, Row, read_rows
 
 CHIPS = ("A100", "H100")
@@ -154,9 +154,10 @@ def trends(scored: Sequence[Scored]) -> list[Trend]:
 
 
 def memory_errors(scored: Sequence[Scored]) -> list[tuple[Row, float]]:
-    """(row, predicted over printed peak memory, less one) where a row prints it."""
+    """(row, predicted over printed peak memory, less one) where a row prints it; reserved memory with the allowance for
+    the allocator that a layout must leave to fit."""
     rows = [item.row for item in scored]
-    return [(row, memory_of_row(row).total / GIB / row.memory_gib - 1.0) for row in rows if row.memory_gib]
+    return [(row, printed_bytes(row) / GIB / row.memory_gib - 1.0) for row in rows if row.memory_gib]
 
 
 def report(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:

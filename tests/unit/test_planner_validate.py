@@ -9,6 +9,8 @@ import pytest
 
 from llm_parallel.planner.fit import PRIORS, is_fitted
 from llm_parallel.planner.hardware import load_constants
+from llm_parallel.planner.memory import ALLOWANCE, GIB
+from llm_parallel.planner.peers import memory_of_row
 from llm_parallel.planner.validate import (
     Scored,
     memory_errors,
@@ -38,11 +40,15 @@ def test_held_out_rows_meet_the_targets() -> None:
 
 
 def test_printed_peaks_of_memory_are_met() -> None:
-    """34 rows that no constant saw. 5.0 % in the mean; 16 % at most (nanotron, micro batch 8, whose layers should take
-    no more than in its other rows)."""
+    """34 rows that no constant saw. Under 5 % in the mean; 16 % at most (nanotron, micro batch 8, whose layers should
+    take no more than in its other rows). Rows of reserved memory hold the allowance for the allocator, too."""
     errors = {row.number: error for row, error in memory_errors(scored())}
     assert len(errors) == 34
-    assert statistics.fmean(abs(error) for error in errors.values()) < 0.051
+    assert statistics.fmean(abs(error) for error in errors.values()) < 0.05
+    reserved = [row for row, _ in memory_errors(scored()) if row.memory_of == "reserved"]
+    tensors = [memory_of_row(row).total * ALLOWANCE / GIB / (row.memory_gib or 0.0) - 1.0 for row in reserved]
+    assert [errors[row.number] for row in reserved] == pytest.approx(tensors) and len(reserved) == 20
+    assert abs(statistics.fmean(tensors)) < 0.02
     assert max(abs(error) for error in errors.values()) < 0.17
 
 
