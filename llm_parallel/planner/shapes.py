@@ -71,7 +71,8 @@ class Strategy:
     recomputing ends before a layer's last product; keeps_gate: the activated gate of a
     SwiGLU is kept beside the product; the overlaps say whether that communication runs beside compute; stage_layers:
     layers of each chunk where they are not even, in the order of virtual stages; cp_gathers: context parallelism keeps
-    the whole sample's keys and values, as ours does, not a ring's."""
+    the whole sample's keys and values, as ours does, not a ring's; prefetches: FSDP gathers a layer's weights beside
+    the backward of the layer before it, else after that."""
 
     gpus: int
     global_batch: int
@@ -92,6 +93,7 @@ class Strategy:
     overlap_tp: bool = False
     overlap_dp: bool = True
     overlap_pp: bool = True
+    prefetches: bool = True
     grad_bytes: int = 4
     logit_bytes: int = 2
     copied_grad_bytes: int = 0

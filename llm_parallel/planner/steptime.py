@@ -253,14 +253,15 @@ class Model:
             return 0.0
         size = 2.0 * sum(stage_layers(self.shape, strategy)[0]) * self.shape.layer_parameters / strategy.tp
         members = strategy.dp * strategy.cp
-        # Backward gathers anew; recomputation runs on what it gathered.
-        gathers = 2
         layers = sum(stage_layers(self.shape, strategy)[0])
-        once = gathers * self._collective(size, members, strategy.tp, count=layers)
-        once += self._collective(size * strategy.grad_bytes / 2, members, strategy.tp, count=layers)
+        gather = self._collective(size, members, strategy.tp, count=layers)
+        scatter = self._collective(size * strategy.grad_bytes / 2, members, strategy.tp, count=layers)
         # With a pipeline the gathered weights are kept for the step's other micro batches.
-        sent = once * (strategy.micro_batches if strategy.pp == 1 else 1)
-        return max(sent - compute, sent * (1.0 - self.constants.dp_hidden))
+        times = strategy.micro_batches if strategy.pp == 1 else 1
+        # Backward gathers anew; recomputation runs on what it gathered.
+        alone, beside = (0.0, 2.0 * gather + scatter) if strategy.prefetches else (gather, gather + scatter)
+        sent = times * beside
+        return times * alone + max(sent - compute, sent * (1.0 - self.constants.dp_hidden))
 
     def _replicas_exposed(self, parameters: float, backward: float) -> float:
         """The gradient's reduction and the weights' gathering that the last backward and first forward do not hide."""

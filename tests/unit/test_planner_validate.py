@@ -33,7 +33,7 @@ def held_out(source: str = "") -> list[Scored]:
 
 
 def test_held_out_rows_meet_the_targets() -> None:
-    assert score_of(held_out()).mape < 0.06
+    assert score_of(held_out()).mape < 0.05
     assert score_of(held_out("Korthikanti")).mape < 0.04
     assert score_of(held_out("vTrain")).mape < 0.12
     assert len(held_out()) > 180
@@ -58,11 +58,15 @@ def test_no_layout_chosen_is_far_from_the_measured_best() -> None:
     assert all(item.regret < 0.05 and item.correlation > 0.8 for item in found)
 
 
-def test_large_models_scale_as_measured() -> None:
-    """Weak scaling within 2 points: the series of models of 8 billion parameters and more on at least 128 GPUs."""
-    found = [item for item in trends(scored()) if any(name in item.name for name in ("405B", "Nemotron4", "3.1 8B"))]
-    assert len(found) >= 8
-    assert max(abs(item.predicted - item.measured) for item in found) < 0.02
+def test_weak_scaling_is_as_measured() -> None:
+    """Within 2 points: the series of 8 billion parameters and more of NVIDIA's and torchtitan's, and 26 of all 29 that
+    are not superlinear; within 4 points all."""
+    found = [item for item in trends(scored()) if item.measured <= 1.0]
+    large = [item for item in found if any(name in item.name for name in ("405B", "Nemotron4", "3.1 8B"))]
+    assert len(large) >= 8 and len(found) == 29
+    assert max(abs(item.predicted - item.measured) for item in large) < 0.02
+    assert sum(abs(item.predicted - item.measured) <= 0.02 for item in found) >= 26
+    assert max(abs(item.predicted - item.measured) for item in found) < 0.04
 
 
 def test_constants_are_twelve_within_bounds_and_from_fitted_rows() -> None:
