@@ -68,7 +68,7 @@ def expected_error(chip: str, nvidia: bool) -> tuple[float, int, str]:
     held = [s for s in scored if not s.fitted and family_of(s.row.chip) == family_of(chip)]
     same = [s for s in held if s.row.strategy.te == nvidia]
     if len(same) < 5:
-        return score_of(held).mape, len(held), "of all software"
+        return score_of(held).mape, len(held), f"of all software ({len(same)} of the kind that is predicted)"
     return score_of(same).mape, len(same), "of NVIDIA's stack" if nvidia else "of open software"
 
 

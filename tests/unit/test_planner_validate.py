@@ -7,12 +7,13 @@ from functools import cache
 
 import pytest
 
-from llm_parallel.planner.fit import PRIORS, is_fitted
+from llm_parallel.planner.fit import PRIORS, family_of, is_fitted
 from llm_parallel.planner.hardware import load_constants
 from llm_parallel.planner.memory import ALLOWANCE, GIB
 from llm_parallel.planner.peers import memory_of_row
 from llm_parallel.planner.validate import (
     Scored,
+    expected_error,
     memory_errors,
     rankings,
     report,
@@ -89,6 +90,16 @@ def test_a_wrong_constant_is_seen() -> None:
     good = statistics.fmean(abs(error) for error in log_errors(rows, {}))
     chips = {"A100": replace(load_constants("A100"), gemm=0.98)}
     assert statistics.fmean(abs(error) for error in log_errors(rows, chips)) > good + 0.02
+
+
+def test_expected_error_is_of_the_same_software() -> None:
+    """Of NVIDIA's stack on A100 no row is known, and that is said."""
+    for chip, nvidia in (("H100", True), ("H100", False), ("A100", False)):
+        same = [s for s in held_out() if family_of(s.row.chip) == chip and s.row.strategy.te == nvidia]
+        error, rows, of = expected_error(chip, nvidia)
+        assert rows == len(same) > 30 and error == pytest.approx(statistics.fmean(abs(s.error) for s in same))
+        assert ("NVIDIA" in of) == nvidia
+    assert expected_error("A100", True)[2] == "of all software (0 of the kind that is predicted)"
 
 
 def test_spearman_and_scores_by_hand() -> None:
