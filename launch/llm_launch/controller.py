@@ -133,7 +133,7 @@ class Controller:
         def replaced() -> bool:
             return all(
                 Device(node.name, index) in removed or index in node.workers
-                for node in self.fleet.roster.alive()
+                for node in self.fleet.roster.warm()
                 for index in node.devices
             )
 

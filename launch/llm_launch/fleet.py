@@ -116,6 +116,7 @@ class Fleet:
         device = Device(node.name, message["device"])
         if kind == "worker":
             node.workers[device.number] = Worker(device, message["pid"], message["store_port"], message["number"])
+            node.warm = True
             return
         worker = node.workers.get(device.number)
         if worker is None:

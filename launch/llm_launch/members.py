@@ -48,6 +48,8 @@ class Node:
     pid: int = 0
     heard_s: float = field(default_factory=time.monotonic)
     workers: dict[int, Worker] = field(default_factory=dict)
+    warm: bool = False
+    """Whether it has had a worker: from then on another is forked in milliseconds; before, it imports for seconds."""
     inventory: list[dict[str, Any]] | None = None
 
     def send(self, message: wire.Message) -> None:
@@ -75,6 +77,10 @@ class Roster:
     def alive(self) -> list[Node]:
         """Nodes whose agent is connected."""
         return [node for node in self.nodes.values() if node.channel is not None]
+
+    def warm(self) -> list[Node]:
+        """Those of them whose missing workers will be there in milliseconds."""
+        return [node for node in self.alive() if node.warm]
 
     def worker(self, device: Device) -> Worker | None:
         """The process on a device, if there is one."""
