@@ -26,14 +26,14 @@ from llm_parallel.bench.environment import chip_name, commit
 from llm_parallel.config.tree import RunConfig
 
 SPEAKERS = 2
-HEARTBEAT_S = 5.0
 
 
 class Speaker:
     """One agent without processes."""
 
-    def __init__(self, number: int, devices: int, secret: str, counts: Counter[str]) -> None:
+    def __init__(self, number: int, devices: int, secret: str, heartbeat_s: float, counts: Counter[str]) -> None:
         self.number, self.devices, self.secret, self.counts = number, devices, secret, counts
+        self.heartbeat_s = heartbeat_s
         self.ranks: dict[int, int] = {}
         self.before: list[tuple[int, int]] = []
         self.generation = 0
@@ -89,18 +89,18 @@ class Speaker:
     async def _beat(self, tell: Any) -> None:
         step = 1
         while True:
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(self.heartbeat_s)
             step += 1
-            progress = {device: [self.generation, step, 0.1, 1.0, 0.0, 0.1] for device in self.ranks}
+            progress = {device: [self.generation, step, 0.1, 1.0, 0.0, 0.1, 1.0] for device in self.ranks}
             tell({"is": "beat", "progress": progress})
 
 
-def speak(first: int, count: int, devices: int, secret: str, port: int, results: Any) -> None:
+def speak(numbers: range, devices: int, secret: str, heartbeat_s: float, port: int, results: Any) -> None:
     """A process of many agents."""
 
     async def all_of_them() -> None:
         counts: Counter[str] = Counter()
-        speakers = [Speaker(first + number, devices, secret, counts) for number in range(count)]
+        speakers = [Speaker(number, devices, secret, heartbeat_s, counts) for number in numbers]
         await asyncio.gather(*(speaker.run(port) for speaker in speakers))
         results.put(dict(counts))
 
@@ -129,7 +129,7 @@ class Given:
         """Nothing."""
 
 
-async def drill(controller: Controller, nodes: int) -> dict[str, float]:
+async def drill(controller: Controller, nodes: int, heartbeat_s: float) -> dict[str, float]:
     """Seconds to a whole first assignment, and from a node's loss to the next."""
     running = asyncio.create_task(controller.run())
     fleet = controller.fleet
@@ -143,7 +143,7 @@ async def drill(controller: Controller, nodes: int) -> dict[str, float]:
 
     arrived = await until(lambda: controller._all_expected_ready(), "agents")
     trained = await until(lambda: fleet.phase.value == "training", "training")
-    await asyncio.sleep(3 * HEARTBEAT_S)
+    await asyncio.sleep(3 * heartbeat_s)
     lost = fleet.roster.nodes[f"n{nodes // 2:05d}"]
     began = time.monotonic()
     assert lost.channel is not None
@@ -163,11 +163,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2048)
     parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--heartbeat-s", type=float, default=5.0)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/controller_scale_DATE.json")
     arguments = parser.parse_args()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    nodes, devices = arguments.nodes, arguments.devices
+    nodes, devices, beat_s = arguments.nodes, arguments.devices, arguments.heartbeat_s
     world = nodes * devices
     config = RunConfig.model_validate({
         "model": {"preset": "llama3-405b", "num_layers": 126, "hidden_size": 16384, "ffn_hidden_size": 53248,
@@ -177,7 +178,7 @@ def main() -> None:
         "parallel": {"tp": 8, "pp": 16 if world >= 256 else 2,
                      "stage_layers": [8] * 14 + [7] * 2 if world >= 256 else None},
         "train": {"global_batch_size": world, "precision": "bf16"},
-        "elastic": {"heartbeat_s": HEARTBEAT_S, "lost_after_s": 120.0, "wait_s": 600.0},
+        "elastic": {"heartbeat_s": beat_s, "lost_after_s": 120.0, "wait_s": 600.0},
     })  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         agents = Given(nodes, devices)
@@ -189,13 +190,14 @@ def main() -> None:
             share = -(-nodes // SPEAKERS)
             processes = [
                 multiprocessing.get_context("spawn").Process(
-                    target=speak, args=(first, min(share, nodes - first), devices, agents.secret, port, results)
+                    target=speak,
+                    args=(range(first, min(first + share, nodes)), devices, agents.secret, beat_s, port, results),
                 )
                 for first in range(0, nodes, share)
             ]
             for process in processes:
                 process.start()
-            times = await drill(controller, nodes)
+            times = await drill(controller, nodes, beat_s)
             controller.close()
             total: Counter[str] = Counter()
             for _ in processes:
@@ -208,7 +210,7 @@ def main() -> None:
         times, counts = asyncio.run(simulate())
     per_agent = {name: value / nodes for name, value in counts.items()}
     print(f"{nodes} agents with {devices} devices each, {world} ranks, on {chip_name()}:")
-    print(", ".join(f"{name} {value:.2f}" for name, value in times.items()))
+    print(", ".join(f"{name} {value:.3f}" for name, value in times.items()))
     print("per agent over the whole run: " + ", ".join(f"{name} {value:,.0f}" for name, value in per_agent.items()))
     if arguments.save:
         record = {"command": "python benchmarks/controller_scale.py", "chip": chip_name(), "commit": commit(),

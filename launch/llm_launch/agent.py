@@ -6,12 +6,10 @@ when one ends, and ends them all when it is cut off.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
-from llm_launch.health import GpuHealth, HostHealth, open_nvml
+from llm_launch.agent_settings import AgentSettings
+from llm_launch.health import GpuHealth, HostHealth, MemoryKills, open_nvml
 from llm_launch.local import worker_defaults
-from llm_launch.network import interface_of, own_address
+from llm_launch.network import interface_of
 from llm_launch.progress import ProgressPage
 from llm_launch.replicas import ReplicaServer
 from llm_launch.slurm import SlurmError, SlurmJob
-from llm_launch.vault import forget_before, inventory
-from llm_launch.zygote import die_with_parent
+from llm_launch.vault import forget, forget_all_but, forget_stale, inventory, keep_alive
 
 WORKER_MODULE = "llm_parallel.train.elastic"
 PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "megatron.core.optimizer")
@@ -57,35 +55,6 @@ class Worker:
     ready: bool = False
 
 
-@dataclass(frozen=True)
-class AgentSettings:
-    """What an agent is told on its command line."""
-
-    node: str
-    host: str
-    """Address of this node for the others."""
-    controllers: tuple[tuple[str, int], ...]
-    devices: tuple[int, ...]
-    run_dir: Path
-    run_file: str
-    replica_root: Path
-    heartbeat_s: float
-    lost_after_s: float
-    secret: str
-    rescue: bool = False
-    """Whether to put the SLURM job back into the queue when the node of its batch script is dead."""
-
-    @property
-    def replica_dir(self) -> Path:
-        """This node's folder for copies; nodes that share a memory file system have one each."""
-        return self.replica_root / f"llm-parallel-{os.getuid()}" / self.run_id / self.node
-
-    @property
-    def run_id(self) -> str:
-        """Tells runs on one machine apart."""
-        return self.run_dir.resolve().as_posix().strip("/").replace("/", "-")[-80:]
-
-
 class Agent:
     """State and tasks of one agent."""
 
@@ -96,8 +65,13 @@ class Agent:
         self.wanted = set(settings.devices)
         self.controller: wire.Channel | None = None
         self.heard_s = time.monotonic()
+        self.memory_kills = MemoryKills()
         self.replicas = ReplicaServer(settings.host, settings.replica_dir, settings.secret)
         self._number = 0
+        # Opened once: the run folder's file system may keep one waiting, and an agent that waits counts as lost.
+        (settings.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        log = settings.run_dir / "logs" / f"{settings.node}.log"
+        self._workers_log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._zygote: subprocess.Popen[bytes] | None = None
         self._zygote_socket: socket.socket | None = None
         self._warm = False
@@ -113,6 +87,7 @@ class Agent:
     async def run(self) -> int:
         """Serves until the controller says end; 0 then, 1 when it is gone."""
         await self._start_zygote()
+        self._spawn(asyncio.to_thread(forget_stale, self.settings.replica_dir))
         self._spawn(self._beat())
         self._spawn(self._watch_health())
         status = 1
@@ -128,7 +103,7 @@ class Agent:
             self.controller = None
         self._kill_all()
         if not self._keep:
-            shutil.rmtree(self.settings.replica_dir, ignore_errors=True)
+            forget(self.settings.replica_dir)
         return status
 
     async def _find_controller(self) -> wire.Channel | None:
@@ -220,7 +195,7 @@ class Agent:
         elif kind == "inventory":
             self._tell({"is": "inventory", "entries": inventory(self.settings.replica_dir)})
         elif kind == "forget":
-            forget_before(self.settings.replica_dir, message["generation"])
+            self._spawn(asyncio.to_thread(forget_all_but, self.settings.replica_dir, message["keep"]))
         elif kind in ("kill", "retire"):
             if kind == "retire":
                 self.wanted.discard(message["device"])
@@ -256,6 +231,7 @@ class Agent:
                 times = [age, seen.step_s, seen.probe_s, now - seen.marked_s, seen.own_s]
                 progress[worker.device] = [seen.generation, seen.step, *times]
             self._tell({"is": "beat", "progress": progress})
+            self.memory_kills.look()
 
     async def _watch_health(self) -> None:
         nvml = await asyncio.to_thread(open_nvml)
@@ -265,6 +241,8 @@ class Agent:
             for item in watched:
                 for finding in await asyncio.to_thread(item.look):
                     self._tell({"is": "health", **asdict(finding)})
+            with contextlib.suppress(OSError):
+                keep_alive(self.settings.replica_dir)
             await asyncio.sleep(HEALTH_S)
 
     async def _start_zygote(self) -> None:
@@ -321,8 +299,6 @@ class Agent:
         number = self._number
         ours, theirs = socket.socketpair()
         settings = self.settings
-        (settings.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        log = os.open(settings.run_dir / "logs" / f"{settings.node}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         environment = {
             "LLM_PARALLEL_RUN_DIR": str(settings.run_dir),
             "LLM_PARALLEL_RUN_FILE": settings.run_file,
@@ -333,9 +309,8 @@ class Agent:
             "LLM_PARALLEL_SLOT": str(number % SLOTS),
         }
         request = wire.encode({"is": "fork", "worker": number, "module": WORKER_MODULE, "environment": environment})
-        socket.send_fds(self._zygote_socket, [request], [theirs.fileno(), log])
+        socket.send_fds(self._zygote_socket, [request], [theirs.fileno(), self._workers_log])
         theirs.close()
-        os.close(log)
         self._spawn(self._serve_worker(number, device, ours))
 
     async def _serve_worker(self, number: int, device: int, control: socket.socket) -> None:
@@ -368,7 +343,9 @@ class Agent:
             return
         del self.workers[worker.number]
         worker.channel.close()
-        self._tell({"is": "exit", "device": worker.device, "status": status, "generation": worker.generation})
+        starved = status == -signal.SIGKILL and self.memory_kills.look()
+        message = {"is": "exit", "device": worker.device, "status": status, "generation": worker.generation}
+        self._tell({**message, "host_memory": starved})
         if worker.device in self.wanted:
             self._fork(worker.device)
 
@@ -399,43 +376,10 @@ def _kill(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _settings(arguments: argparse.Namespace, secret: str) -> AgentSettings:
-    controllers = []
-    for text in arguments.controller.split(","):
-        host, _, port = text.rpartition(":")
-        controllers.append((host.strip("[]"), int(port)))
-    node = arguments.node
-    if node == "auto":
-        node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-    return AgentSettings(
-        node=node,
-        host=own_address(controllers[0]) if arguments.host == "auto" else arguments.host,
-        controllers=tuple(controllers),
-        devices=tuple(int(device) for device in arguments.devices.split(",")),
-        run_dir=Path(arguments.run_dir),
-        run_file=arguments.run_file,
-        replica_root=Path(arguments.replica_dir),
-        heartbeat_s=arguments.heartbeat_s,
-        lost_after_s=arguments.lost_after_s,
-        secret=secret,
-        rescue=arguments.rescue,
-    )
-
-
 def main() -> None:
     """Runs one agent until the run is over or the controller is gone."""
-    parser = argparse.ArgumentParser(prog="llm_launch.agent", description=__doc__)
-    for name in ("controller", "node", "host", "devices", "run-dir", "run-file", "replica-dir"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--heartbeat-s", type=float, required=True)
-    parser.add_argument("--lost-after-s", type=float, required=True)
-    parser.add_argument("--die-with-parent", action="store_true")
-    parser.add_argument("--rescue", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.die_with_parent:
-        die_with_parent(os.getppid())
+    agent = Agent(AgentSettings.parse())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    agent = Agent(_settings(arguments, os.environ["LLM_PARALLEL_SECRET"]))
 
     async def serve() -> int:
         # The controller says when to end; SLURM's TERM of a requeue comes while the last agent puts the job back.

@@ -20,11 +20,13 @@ from llm_parallel.errors import UserError
 LOOPBACK = "127.0.0.1"
 RETRY_S = 10.0
 END_S = 10.0
+MAX_BEATS_PER_S = 1000.0
 
 
 class Agents(Protocol):
     """Starts agents and ends them. secret: what they prove to know; host: where the controller listens."""
 
+    config: RunConfig
     secret: str
     host: str
 
@@ -200,6 +202,16 @@ class SlurmAgents:
             except subprocess.TimeoutExpired:
                 step.kill()
                 step.wait()
+
+
+def paced(config: RunConfig, nodes: int) -> RunConfig:
+    """``config`` with no more than a thousand signs of life a second at the controller, and a node's silence as many of
+    them long: from 250 nodes on fewer than the default."""
+    elastic = config.elastic
+    heartbeat_s = max(elastic.heartbeat_s, nodes / MAX_BEATS_PER_S)
+    lost_after_s = max(elastic.lost_after_s, heartbeat_s * elastic.lost_after_s / elastic.heartbeat_s)
+    changed = elastic.model_copy(update={"heartbeat_s": heartbeat_s, "lost_after_s": lost_after_s})
+    return config.model_copy(update={"elastic": changed})
 
 
 def local_nodes(num_devices: int, num_nodes: int) -> dict[str, list[int]]:

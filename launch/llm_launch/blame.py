@@ -46,8 +46,8 @@ class Kind(Enum):
     """A replica's weights differ from those of most others."""
     UNHEALTHY = "unhealthy"
     """The driver or the known-answer test says that the device is broken."""
-    HOST = "host"
-    """Disk full, memory full."""
+    HOST_MEMORY = "host memory"
+    """The system ended a process because its node ran out of memory."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Fault(Enum):
     USER = "user"
     PROGRAM = "program"
     OUT_OF_MEMORY = "out of memory"
+    HOST_MEMORY = "host memory"
     DEVICE = "device"
     NODE = "node"
     AGENT = "agent"
@@ -153,12 +154,6 @@ def _user(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
     return None
 
 
-def _host(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
-    for item in _of(evidence, Kind.HOST):
-        return Verdict(Fault.OUT_OF_MEMORY, f"{item.node}: {item.message}", evidence=(item,))
-    return None
-
-
 def _out_of_memory(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
     for item in _of(evidence, Kind.RAISED):
         if classify_error(item.error, item.message) == "memory":
@@ -201,6 +196,15 @@ def _broken_device(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | No
     return Verdict(Fault.DEVICE, reason, broken, certain=True, evidence=tuple(items))
 
 
+def _host_memory(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
+    items = _of(evidence, Kind.HOST_MEMORY)
+    if not items:
+        return None
+    ended = ", ".join(f"rank {item.rank} of {item.node}" for item in items)
+    reason = f"the system ended {ended} because the node had no memory left (the host's, not a GPU's)"
+    return Verdict(Fault.HOST_MEMORY, reason, evidence=tuple(items))
+
+
 def _whole_node(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
     silent = tuple(sorted({item.node for item in _of(evidence, Kind.NODE_SILENT)}))
     gone = tuple(sorted({item.node for item in _of(evidence, Kind.AGENT_LOST)} - set(silent)))
@@ -217,6 +221,14 @@ def _whole_node(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict |
                 Fault.NODE, f"all {len(here)} processes of {node} died", nodes=(node,), evidence=tuple(evidence)
             )
     return None
+
+
+def _all_stand_still(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
+    hung = {item.device for item in _of(evidence, Kind.HANG)}
+    if len(devices) < 2 or not devices <= hung:
+        return None
+    reason = f"all {len(devices)} processes stand still, and nothing tells them apart"
+    return Verdict(Fault.NETWORK, reason, evidence=tuple(evidence))
 
 
 def _single_devices(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
@@ -245,14 +257,15 @@ def _how(item: Evidence) -> str:
 RULES = (
     _user,
     _out_of_memory,
-    _host,
     _broken_device,
+    _host_memory,
     _whole_node,
     _same_error_in_several_places,
+    _all_stand_still,
     _single_devices,
 )
-"""In order: a user's mistake; memory of a device; memory or disk of a host; hard evidence against a device; a silent
-node, a dead agent, all processes of one node; the same error in several places; single devices."""
+"""In order: a user's mistake; memory of a device; hard evidence against a device; memory of a host; a silent node, a
+dead agent, all processes of one node; the same error in several places; a standstill of all; single devices."""
 
 
 @dataclass

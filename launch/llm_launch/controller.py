@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from llm_launch.agents import Agents
 from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame
+from llm_launch.copies import Copies, Restore
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
-from llm_launch.plan import Placement, Trained, fingerprint, place, recoverable_step
+from llm_launch.plan import Placement, Trained, fingerprint, place
 from llm_launch.states import EXIT_TOO_FEW, Outcome, Phase, check_transition
 from llm_parallel.config.tree import RunConfig
 
@@ -52,11 +52,10 @@ class Controller:
         remembered = self.journal.remembered()
         self.ledger = Ledger.from_json(remembered, config.elastic.strikes)
         self.fleet = Fleet(config.elastic, agents.secret, self.journal)
-        # Generations that copied state; an earlier start's copies may have outlived it.
         self._model = fingerprint(config)
         mine = remembered.get("model") == self._model
-        self._trained = [Trained.read(item) for item in remembered.get("trained", [])] if mine else []
-        self._disk_step = disk_step
+        trained = [Trained.read(item) for item in remembered.get("trained", [])] if mine else []
+        self.copies = Copies(self.fleet, self.journal, trained, disk_step)
         self._started_s = time.monotonic()
         self._stop = False
         self._turn = False
@@ -147,9 +146,10 @@ class Controller:
             placement = self._choose()
             if placement is None:
                 raise Stopped(EXIT_TOO_FEW, Phase.FAILED)
-        restore = await self._restore_from()
+        restore = await self.copies.find()
         if any(self.fleet.roster.worker(device) is None for device in placement.devices):
             return await self._form()  # one died meanwhile
+        self.copies.go_on_from(restore)
         before = self.fleet.placement.layout if self.fleet.placement is not None else None
         if before is not None and before != placement.layout:
             self.fleet.new_pace()
@@ -164,7 +164,7 @@ class Controller:
             generation=self.fleet.generation,
             world_size=placement.layout.world_size,
             layout=placement.layout.describe(),
-            step=restore["step"] if restore else None,
+            step=restore.step if restore else None,
             cause="memory" if restore else "checkpoint or new run",
             seconds=time.monotonic() - began,
         )
@@ -175,34 +175,13 @@ class Controller:
             return None
         return place(self.config, self._active(usable), self.device, self.fleet.placement, self._turn)
 
-    async def _restore_from(self) -> dict[str, Any] | None:
-        """The newest state that memory holds, for the workers of each node; None if it must come from disk."""
-        if not self._trained:
-            return None
-        nodes = self.fleet.roster.alive()
-        for node in nodes:
-            node.inventory = None
-            node.send({"is": "inventory"})
-        await self.fleet.until(lambda: all(node.inventory is not None for node in self.fleet.roster.alive()), LEAVE_S)
-        held = {node.name: node.inventory for node in self.fleet.roster.alive() if node.inventory is not None}
-        for trained in reversed(self._trained):
-            found = recoverable_step(trained.world_size, trained.generation, held)
-            if found is not None:
-                step, holders = found
-                if step < self._disk_step:
-                    break
-                self.journal.lost_steps += max(0, self.fleet.step - step)
-                self.fleet.step = step
-                return {"step": step, "trained": trained, "holders": holders}
-        return None
-
-    def _assign(self, placement: Placement, restore: dict[str, Any] | None) -> None:
+    def _assign(self, placement: Placement, restore: Restore | None) -> None:
         names = list(dict.fromkeys(device.node for device in placement.devices))
         after = {name: self.fleet.roster.nodes[following] for name, following in zip(names, names[1:] + names[:1])}
         first = placement.devices[0]
         first_node = self.fleet.roster.nodes[first.node]
         store = [first_node.host, first_node.workers[first.number].store_port]
-        needed = restore["trained"].needed_by(placement.layout) if restore else []
+        sources = self.copies.sources(restore, placement)
         for rank, device in enumerate(placement.devices):
             node = self.fleet.roster.nodes[device.node]
             worker = node.workers[device.number]
@@ -218,20 +197,12 @@ class Controller:
                     "local_rank": device.number,
                     "store": store,
                     "overrides": list(placement.overrides),
-                    "restore": self._sources(restore, needed[rank], device.node) if restore else None,
+                    "restore": sources[rank],
                     "partner": list(after[device.node].replicas) if len(names) > 1 else None,
                     "elapsed_s": time.monotonic() - self._started_s,
                     "believe": sorted(self._believe),
                 }
             )
-
-    def _sources(self, restore: dict[str, Any], ranks: Sequence[int], here: str) -> dict[str, Any]:
-        sources = []
-        for rank in ranks:
-            name, kind = restore["holders"][rank]
-            host, port = ("", 0) if name == here else self.fleet.roster.nodes[name].replicas
-            sources.append([rank, kind, host, port])
-        return {"step": restore["step"], "generation": restore["trained"].generation, "sources": sources}
 
     async def _train(self) -> None:
         """Watches one generation to its end. Raises Stopped when it was the last."""
@@ -247,7 +218,7 @@ class Controller:
         if not self.fleet.evidence:
             self._enter(Phase.TRAINING)
             if self.config.elastic.replicate_every_steps:
-                self._trained.append(Trained.of(self.fleet.generation, self.fleet.placement.layout))
+                self.copies.begin(self.fleet.placement)
                 self._remember()
             self.journal.event("resume", generation=self.fleet.generation, step=self.fleet.step, world_size=world)
         paused, layout = False, self.fleet.placement.layout
@@ -367,7 +338,7 @@ class Controller:
     def _remember(self) -> None:
         """Keeps for the next start what it must know: strikes, removals, and which copies of state to look for."""
         self.journal.remember(
-            {**self.ledger.to_json(), "model": self._model, "trained": [t.as_list() for t in self._trained]}
+            {**self.ledger.to_json(), "model": self._model, "trained": [t.as_list() for t in self.copies.trained]}
         )
 
     def used_up(self) -> dict[str, str]:
@@ -380,10 +351,14 @@ class Controller:
         return found
 
     async def _tick(self) -> None:
-        elastic, last_beat, last_status = self.config.elastic, 0.0, 0.0
+        elastic, last_beat, last_status, last_look = self.config.elastic, 0.0, 0.0, time.monotonic()
         while True:
             await asyncio.sleep(self.fleet.tick_s)
             now = time.monotonic()
+            if now - last_look > elastic.lost_after_s / 2:
+                for node in self.fleet.roster.alive():
+                    node.heard_s = now  # this process was held up itself, and has not listened
+            last_look = now
             # A start takes time that a recovery, and the first step after it, need.
             recovered = self.fleet.phase is Phase.TRAINING and self.fleet.step > self.journal.resumed_step
             if recovered or self.fleet.phase is Phase.WAITING:
@@ -393,7 +368,7 @@ class Controller:
                 last_beat = now
                 for node in self.fleet.roster.alive():
                     node.send({"is": "beat"})
-                self._forget_old()
+                self.copies.forget_older()
             for node in self.fleet.roster.alive():
                 if now - node.heard_s > elastic.lost_after_s:
                     channel = node.channel
@@ -403,22 +378,6 @@ class Controller:
             if now - last_status >= max(1.0, 20.0 * self.fleet.tick_s):
                 last_status = now
                 self.journal.write_status(self.status())
-
-    def _forget_old(self) -> None:
-        """Copies of older generations go when every worker has made a step of this one."""
-        if (
-            self.fleet.phase is Phase.TRAINING
-            and len(self._trained) > 1
-            and self._trained[-1].generation == self.fleet.generation
-        ):
-            first = min((worker.step for worker in self.fleet.members()), default=0)
-            if first > self._resumed_at() + 1:
-                self._trained = self._trained[-1:]
-                for node in self.fleet.roster.alive():
-                    node.send({"is": "forget", "generation": self.fleet.generation})
-
-    def _resumed_at(self) -> int:
-        return self.journal.resumed_step
 
     def status(self) -> dict[str, Any]:
         """What elastic.json holds."""

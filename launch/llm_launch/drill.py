@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
+from llm_launch.vault import run_folder
 from llm_launch.zygote import die_with_parent
+from llm_parallel.config.tree import ElasticConfig
 
 POLL_S = 0.02
 
@@ -165,10 +168,11 @@ class LiveRun:
             ) from None
 
     def close(self) -> None:
-        """Ends the run if it still lives."""
+        """Ends the run if it still lives, and removes its copies from memory: nobody will go on from them."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        shutil.rmtree(run_folder(Path(ElasticConfig().replica_dir), self.run_dir), ignore_errors=True)
 
 
 def _throttle(pid: int, factor: float) -> None:

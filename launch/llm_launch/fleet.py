@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_launch import wire
 from llm_launch.blame import Device, Evidence, Kind, classify_error
-from llm_launch.hang import find_hung
+from llm_launch.hang import find_hung, waits_for_files
 from llm_launch.journal import Journal
 from llm_launch.members import Node, Roster, Worker
 from llm_launch.plan import Placement
@@ -47,6 +47,8 @@ class Fleet:
         self.fruitless = 0
         """Recoveries since the last finished step."""
         self.looks: dict[Device, dict[str, Any]] = {}
+        self.stalled = (0, 0)
+        """Generation and step at which processes were last seen waiting for files."""
         self.address: list[Any] = []
         self.changed = asyncio.Event()
         self.new_pace()
@@ -70,6 +72,7 @@ class Fleet:
                     self._on_drill(message)
                 elif message["is"] == "hello":
                     node = self.roster.join(message, channel)
+                    self.to_restart.discard(node.name)  # it was only cut off: a second start would end this one
                     self.journal.event("join", node=node.name, generation=self.generation)
                 elif node is not None and node.channel is channel:
                     node.heard_s = time.monotonic()
@@ -103,18 +106,18 @@ class Fleet:
         self.changed.set()
 
     def _on_agent(self, node: Node, message: wire.Message) -> None:
-        kind = message["is"]
-        if kind == "beat":
+        said = message["is"]
+        if said == "beat":
             self._on_beat(node, message["progress"])
             return
-        if kind == "inventory":
+        if said == "inventory":
             node.inventory = message["entries"]
             return
-        if kind == "health":
+        if said == "health":
             self._on_health(node, message)
             return
         device = Device(node.name, message["device"])
-        if kind == "worker":
+        if said == "worker":
             node.workers[device.number] = Worker(device, message["pid"], message["store_port"], message["number"])
             node.warm = True
             return
@@ -122,17 +125,17 @@ class Fleet:
         if worker is None:
             return
         mine = worker.generation == self.generation
-        if kind == "exit":
+        if said == "exit":
             del node.workers[device.number]
             if mine and not worker.killed and worker.outcome is None:
-                rank = self.rank(device)
-                self.evidence.append(Evidence(Kind.EXIT, node.name, device, rank, status=message["status"]))
-        elif kind == "training" and mine:
+                kind = Kind.HOST_MEMORY if message["host_memory"] else Kind.EXIT
+                self.evidence.append(Evidence(kind, node.name, device, self.rank(device), status=message["status"]))
+        elif said == "training" and mine:
             worker.training = True
-        elif kind == "left" and mine:
+        elif said == "left" and mine:
             worker.outcome, worker.store_port = Outcome(message["outcome"]), message["store_port"]
             self._on_left(device, message)
-        elif kind in ("seen", "state"):
+        elif said in ("seen", "state"):
             self.looks.setdefault(device, {}).update(message)
 
     def _on_health(self, node: Node, message: wire.Message) -> None:
@@ -232,8 +235,14 @@ class Fleet:
         moved = any(
             look["collectives"] != first.get(device, {}).get("collectives") for device, look in answered.items()
         )
-        if moved or self.evidence:
-            self.pace.add(max(worker.age_s for worker in self.members()))
+        longest = max((worker.age_s for worker in self.members()), default=0.0)
+        waiting = waits_for_files(answered) if longest < self.elastic.first_step_limit_s else []
+        if waiting and self.stalled != (self.generation, self.step):
+            self.stalled = (self.generation, self.step)
+            names = ", ".join(map(str, waiting[:3])) + (f" and {len(waiting) - 3} more" if len(waiting) > 3 else "")
+            self.journal.event("stall", step=self.step, cause=f"{names}: waiting for files", seconds=longest)
+        if moved or waiting or self.evidence:
+            self.pace.add(longest)
             return {}
         return find_hung(members, answered)
 

@@ -11,6 +11,8 @@ from llm_launch.blame import Device, Evidence, Kind
 from llm_launch.members import Worker
 
 CONSECUTIVE = 3
+FILE_CODE = ("/llm_parallel/metrics/", "/llm_parallel/data/loader.py", "/llm_parallel/checkpoint/store.py")
+"""Modules in which a main thread waits only for files."""
 
 
 def find_hung(members: Sequence[Device], looks: Mapping[Device, Mapping[str, Any]]) -> dict[Device, str]:
@@ -34,6 +36,12 @@ def find_hung(members: Sequence[Device], looks: Mapping[Device, Mapping[str, Any
     # Who waits inside a collective for somebody else may itself be missing elsewhere; who does not wait is the cause.
     causes = {device: why for device, why in behind.items() if not _waits(looks[device]["stack"])}
     return causes or behind or dict.fromkeys(members, "makes no progress, as all others")
+
+
+def waits_for_files(looks: Mapping[Device, Mapping[str, Any]]) -> list[Device]:
+    """Devices whose process stands in reading or writing files, while the others wait for it: a shared file system that
+    stalls is no device's fault, and another process would wait as long."""
+    return [device for device, look in looks.items() if any(name in look["stack"] for name in FILE_CODE)]
 
 
 def _waits(stack: str) -> bool:

@@ -6,7 +6,9 @@ is fatal where the GPU can't be trusted any more; then it is removed at once, by
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ PCIE_REPLAYS = 100
 """Replays since the agent's start that are worth a warning."""
 FREE_DISK_BYTES = 1 << 30
 FREE_MEMORY = 0.02
+KILL_S = 5.0
+"""Time between the kernel's choice of a process and that process's end."""
 
 
 @dataclass(frozen=True)
@@ -173,3 +177,27 @@ class HostHealth:
         memory = psutil.virtual_memory()
         if memory.available < FREE_MEMORY * memory.total:
             yield Finding("memory", False, None, f"{memory.available / 2**20:.0f} MiB of memory are left")
+
+
+class MemoryKills:
+    """Whether the system has just ended a process of this node for lack of memory, by the kernel's own count
+    (``oom_kill`` in /proc/vmstat; control groups' limits count too)."""
+
+    def __init__(self, counters: Path = Path("/proc/vmstat")) -> None:
+        self._counters = counters
+        self._count = self._read()
+        self._rose_s = -math.inf
+
+    def _read(self) -> int:
+        try:
+            lines = self._counters.read_text().splitlines()
+        except OSError:
+            return 0
+        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+    def look(self) -> bool:
+        """Whether the count rose in the last seconds, looks before this one included."""
+        count = self._read()
+        if count > self._count:
+            self._count, self._rose_s = count, time.monotonic()
+        return time.monotonic() - self._rose_s < KILL_S

@@ -6,12 +6,18 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llm_launch.blame import Device, Verdict
 from llm_parallel.config.tree import ElasticConfig
+from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.metrics.jsonlines import JsonLines
 
@@ -38,12 +44,19 @@ def as_prometheus(status: dict[str, Any]) -> str:
 
 
 class Journal:
-    """events.jsonl, elastic.json and elastic_memory.json of one run folder, and the terminal."""
+    """events.jsonl, elastic.json and elastic_memory.json of one run folder, and the terminal.
+
+    A thread of its own does the writing, in order: the run folder is on a shared file system, which may keep a writer
+    waiting for longer than agents wait for a sign of life of the controller.
+    """
 
     def __init__(self, run_dir: Path, elastic: ElasticConfig, secret: str) -> None:
         self._run_dir, self._elastic, self._secret = run_dir, elastic, secret
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         self._events = JsonLines(run_dir / "events.jsonl")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._newest: dict[str, Any] | None = None
+        self._lock = threading.Lock()
         self._hooks: list[subprocess.Popen[bytes]] = []
         self._faulted_s: float | None = None
         self._down_s = 0.0
@@ -51,6 +64,15 @@ class Journal:
         self.recoveries = 0
         self.lost_steps = 0
         self.resumed_step = 0
+
+    def _later(self, work: Callable[[], None]) -> None:
+        def done() -> None:
+            try:
+                work()
+            except (OSError, UserError) as error:
+                self.say(f"what happens cannot be recorded: {error}")
+
+        self._writer.submit(done)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Records, prints, and hands to the user's hook."""
@@ -66,20 +88,19 @@ class Journal:
                 self._faulted_s = None
         fields = {name: round(value, 3) if isinstance(value, float) else value for name, value in fields.items()}
         record = {"event": kind, **{name: value for name, value in fields.items() if value is not None}}
-        self._events.append(record)
+        self._later(partial(self._events.append, record, datetime.now(timezone.utc)))
         if kind not in QUIET:
             self.say(kind + ": " + ", ".join(f"{name} {value}" for name, value in record.items() if name != "event"))
-        self._hook(record)
-
-    def _hook(self, record: dict[str, Any]) -> None:
-        self._hooks = [hook for hook in self._hooks if hook.poll() is None]
         if self._elastic.on_event:
-            with contextlib.suppress(OSError):
-                hook = subprocess.Popen(self._elastic.on_event, shell=True, stdin=subprocess.PIPE)
-                assert hook.stdin is not None
-                hook.stdin.write(json.dumps(record).encode())
-                hook.stdin.close()
-                self._hooks.append(hook)
+            self._later(partial(self._hook, self._elastic.on_event, record))
+
+    def _hook(self, command: str, record: dict[str, Any]) -> None:
+        self._hooks = [hook for hook in self._hooks if hook.poll() is None]
+        hook = subprocess.Popen(command, shell=True, stdin=subprocess.PIPE)
+        assert hook.stdin is not None
+        with contextlib.suppress(BrokenPipeError), hook.stdin:
+            hook.stdin.write(json.dumps(record).encode())
+        self._hooks.append(hook)
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
@@ -87,46 +108,57 @@ class Journal:
 
     def fail(self, verdict: Verdict) -> None:
         """The run cannot go on: why, with the first traceback."""
-        self._events.append({"event": "fail", "fault": verdict.fault.value, "cause": verdict.reason})
+        record = {"event": "fail", "fault": verdict.fault.value, "cause": verdict.reason}
+        self._later(partial(self._events.append, record, datetime.now(timezone.utc)))
+        if verdict.fault.value != "user":
+            self._later(self._print_first_traceback)
+        self._writer.submit(print, verdict.reason, file=sys.stderr, flush=True)
+
+    def _print_first_traceback(self) -> None:
         traces = sorted(self._run_dir.glob("logs/traceback_*.txt"), key=lambda path: path.stat().st_mtime)
-        if traces and verdict.fault.value != "user":
+        if traces:
             print(traces[0].read_text(), file=sys.stderr)
-        print(verdict.reason, file=sys.stderr, flush=True)
 
     def keep_traceback(self, device: Device, generation: int, text: str) -> None:
         """A worker's traceback, in the logs."""
-        with contextlib.suppress(OSError):
-            (self._run_dir / "logs" / f"traceback_g{generation}_{device.node}_{device.number}.txt").write_text(text)
+        path = self._run_dir / "logs" / f"traceback_g{generation}_{device.node}_{device.number}.txt"
+        self._later(partial(_replace, path, text))
 
     def keep_stacks(self, generation: int, looks: dict[str, Any]) -> None:
         """Stacks and collectives of all workers at a hang."""
-        with contextlib.suppress(OSError), atomic_write(self._run_dir / "logs" / f"hang_g{generation}.json") as handle:
-            json.dump(looks, handle, indent=1)
+        self._later(partial(_replace, self._run_dir / "logs" / f"hang_g{generation}.json", json.dumps(looks, indent=1)))
 
     def write_status(self, status: dict[str, Any]) -> None:
-        """Replaces elastic.json."""
+        """Replaces elastic.json. Of several states that wait to be written, the newest counts."""
         elapsed = time.monotonic() - self._started_s
         down = self._down_s + (time.monotonic() - self._faulted_s if self._faulted_s is not None else 0.0)
-        status = {
-            **status,
-            "recoveries": self.recoveries,
-            "lost_steps": self.lost_steps,
-            "goodput": {
-                "elapsed_s": round(elapsed, 1),
-                "down_s": round(down, 3),
-                "fraction": round(1 - down / max(elapsed, 1e-9), 4),
+        waiting, self._newest = (
+            self._newest,
+            {
+                **status,
+                "recoveries": self.recoveries,
+                "lost_steps": self.lost_steps,
+                "goodput": {
+                    "elapsed_s": round(elapsed, 1),
+                    "down_s": round(down, 3),
+                    "fraction": round(1 - down / max(elapsed, 1e-9), 4),
+                },
+                "updated": time.time(),
             },
-            "updated": time.time(),
-        }
-        with contextlib.suppress(OSError), atomic_write(self._run_dir / "elastic.json") as handle:
-            json.dump(status, handle)
-        with contextlib.suppress(OSError), atomic_write(self._run_dir / "elastic.prom") as handle:
-            handle.write(as_prometheus(status))
+        )
+        if waiting is None:
+            self._later(self._write_newest)
+
+    def _write_newest(self) -> None:
+        with self._lock:
+            status, self._newest = self._newest, None
+        assert status is not None
+        _replace(self._run_dir / "elastic.json", json.dumps(status))
+        _replace(self._run_dir / "elastic.prom", as_prometheus(status))
 
     def remember(self, ledger: dict[str, Any]) -> None:
         """Keeps strikes and removals for the next start."""
-        with atomic_write(self._run_dir / "elastic_memory.json") as handle:
-            json.dump(ledger, handle)
+        self._later(partial(_replace, self._run_dir / "elastic_memory.json", json.dumps(ledger)))
 
     def remembered(self) -> dict[str, Any]:
         """What an earlier start kept; empty if there was none."""
@@ -143,5 +175,11 @@ class Journal:
             return 0
 
     def close(self) -> None:
-        """Closes the files."""
+        """Writes what is left and closes the files."""
+        self._writer.shutdown(wait=True)
         self._events.close()
+
+
+def _replace(path: Path, text: str) -> None:
+    with atomic_write(path) as handle:
+        handle.write(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_launch import wire
-from llm_launch.agents import Agents, LocalAgents, SlurmAgents, local_nodes
+from llm_launch.agents import Agents, LocalAgents, SlurmAgents, local_nodes, paced
 from llm_launch.controller import Controller
 from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.states import EXIT_TOO_FEW
@@ -23,7 +23,7 @@ SECRET = "LLM_PARALLEL_SECRET"
 
 
 def launch_elastic(
-    config: RunConfig, agents: Agents, device: Literal["cpu", "cuda"], disk_step: int, slurm: SlurmJob | None = None
+    agents: Agents, device: Literal["cpu", "cuda"], disk_step: int, slurm: SlurmJob | None = None
 ) -> int:
     """Runs the training that ``agents`` know; the exit status. ``disk_step``: step of the newest checkpoint, 0 if none.
 
@@ -33,7 +33,7 @@ def launch_elastic(
     """
     if not agents.expected or not all(agents.expected.values()):
         raise UserError("there is no device to train on; give --processes 1 or more")
-    controller = Controller(config, Path(config.run_dir), agents, device, disk_step)
+    controller = Controller(agents.config, Path(agents.config.run_dir), agents, device, disk_step)
     signals: list[int] = []
     try:
         status = asyncio.run(_control(controller, agents, signals))
@@ -76,7 +76,7 @@ def agents_here(
 ) -> Agents:
     """Agents on this machine."""
     secret = environment.get(SECRET) or wire.new_secret()
-    return LocalAgents(config, run_file, local_nodes(processes, nodes), secret, environment)
+    return LocalAgents(paced(config, nodes), run_file, local_nodes(processes, nodes), secret, environment)
 
 
 def agents_of_job(
@@ -99,4 +99,4 @@ def agents_of_job(
         f"elastic | SLURM job {job.job_id}, start {job.restart_count + 1}: {len(names)} nodes with {per_node} devices",
         file=sys.stderr,
     )
-    return SlurmAgents(config, run_file, job, names, list(range(per_node)), secret, address)
+    return SlurmAgents(paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address)

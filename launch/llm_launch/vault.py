@@ -10,10 +10,14 @@ the file outlives the worker. The agent of a partner node keeps a second copy, w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
+import shutil
 import struct
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,16 @@ MAGIC = b"LLMVAULT1\n"
 PAGE = 4096
 STATE_BYTES = 1 << 20
 PLANES = 3
+STALE_S = 3600.0
+"""Age from which on the copies of a run that nobody keeps alive here are removed when another run begins."""
 SLOT_HEAD = struct.Struct("<QQ")
 HEAD = struct.Struct(f"<{len(MAGIC)}sQ")
+
+
+def run_folder(root: Path, run_dir: Path) -> Path:
+    """Folder of a run's copies in the memory file system ``root``, which runs of several users may share."""
+    run_id = run_dir.resolve().as_posix().strip("/").replace("/", "-")[-80:]
+    return root / f"llm-parallel-{os.getuid()}" / run_id
 
 
 def vault_name(generation: int, rank: int) -> str:
@@ -152,9 +164,31 @@ def inventory(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def forget_before(folder: Path, generation: int) -> None:
-    """Removes what older generations left."""
+def forget_all_but(folder: Path, kept: Collection[int]) -> None:
+    """Removes the copies of other generations."""
     for path in folder.glob("*/g*_r*"):
         parsed = parse_vault_name(path.name)
-        if parsed is not None and parsed[0] < generation:
+        if parsed is not None and parsed[0] not in kept:
             path.unlink(missing_ok=True)
+
+
+def keep_alive(folder: Path) -> None:
+    """Says that the agent of this node's ``folder`` lives; more often than every ``STALE_S``."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.utime(folder)
+
+
+def forget_stale(folder: Path) -> None:
+    """Removes what other runs of this user left beside the run of ``folder``: those that were killed and never came
+    back would hold the node's memory for ever."""
+    for other in folder.parent.parent.glob("*/*"):
+        with contextlib.suppress(OSError):
+            if other.parent != folder.parent and time.time() - other.stat().st_mtime > STALE_S:
+                forget(other)
+
+
+def forget(folder: Path) -> None:
+    """Removes a node's folder, and its run's when that is the last one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()

@@ -9,6 +9,7 @@ safe, and the slot of step s - 1 may go.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -130,9 +131,13 @@ class Source(Protocol):
     """One process's share in some node's memory."""
 
     index: list[Piece]
+    state: dict[str, Any]
 
     def read(self, at: int, count: int) -> np.ndarray:
         """fp32 [3, count]: numbers from ``at`` on of each plane."""
+
+    def close(self) -> None:
+        """Ends the connection, if there is one."""
 
 
 class LocalSource:
@@ -187,17 +192,34 @@ class RemoteSource:
 
 
 class Assembler:
-    """Finds pieces of one layout in the pieces of another."""
+    """Finds pieces of one layout in the pieces of another. A source is opened when those before it do not hold what is
+    wanted: of a hundred replicas' shares a process needs its own, or two others' after a change of their number."""
 
-    def __init__(self, sources: list[Any]) -> None:
+    def __init__(self, openers: Sequence[Callable[[], Source]]) -> None:
+        self._unopened = list(reversed(openers))
+        self.opened: list[Source] = []
         self._by_key: dict[str, dict[tuple, list[tuple[Source, Piece]]]] = defaultdict(lambda: defaultdict(list))
-        for source in sources:
-            for piece in source.index:
-                self._by_key[piece.key][piece.box].append((source, piece))
+
+    def _open_until_held(self, wanted: Piece) -> None:
+        while self._unopened and not _covers(self._by_key[wanted.key].get(wanted.box, ()), wanted):
+            self._open_next()
+
+    def _open_next(self) -> None:
+        source = self._unopened.pop()()
+        self.opened.append(source)
+        for piece in source.index:
+            self._by_key[piece.key][piece.box].append((source, piece))
+
+    def state(self) -> dict[str, Any]:
+        """What every source has beside its numbers; a process may hold none of them."""
+        if not self.opened:
+            self._open_next()
+        return self.opened[0].state
 
     def read(self, wanted: Piece) -> np.ndarray:
         """fp32 [3, stop - start]. Raises ReplicaLost if part of it is in no source."""
-        boxes = self._by_key.get(wanted.key, {})
+        self._open_until_held(wanted)
+        boxes = self._by_key[wanted.key]
         same = boxes.get(wanted.box)
         if same is not None:
             numbers = _range_of(same, wanted.start, wanted.stop)
@@ -224,6 +246,15 @@ class Assembler:
         return whole.reshape(PLANES, -1)[:, wanted.start : wanted.stop]
 
 
+def _covers(parts: Sequence[tuple[Source, Piece]], wanted: Piece) -> bool:
+    """Whether ranges of the same box hold all of ``wanted``."""
+    reached = wanted.start
+    for start, stop in sorted((piece.start, piece.stop) for _, piece in parts):
+        if start <= reached:
+            reached = max(reached, stop)
+    return reached >= wanted.stop
+
+
 def _range_of(parts: list[tuple[Source, Piece]], start: int, stop: int) -> np.ndarray:
     """fp32 [3, stop - start] of a box from those of its ranges that are there; NaN where none is."""
     numbers = np.full((PLANES, stop - start), np.nan, dtype=np.float32)
@@ -235,17 +266,22 @@ def _range_of(parts: list[tuple[Source, Piece]], start: int, stop: int) -> np.nd
 
 
 @torch.no_grad()
-def restore(engine: Engine, sources: list[Any]) -> TrainState:
-    """Puts the state that ``sources`` hold together into a freshly built engine, whatever layout saved it.
+def restore(engine: Engine, openers: Sequence[Callable[[], Source]]) -> TrainState:
+    """Puts the state that sources hold together into a freshly built engine, whatever layout saved it. They are opened
+    in order, as far as they are needed, and closed.
 
     Every process of the job calls this. Raises ReplicaLost if something is missing.
     """
     allocate_moments(engine)
-    assembler = Assembler(sources)
-    for piece, planes in held_pieces(engine, divided=False):
-        for plane, numbers in zip(planes, assembler.read(piece)):
-            plane.copy_(torch.from_numpy(np.ascontiguousarray(numbers)))
-    weights_follow(engine)
-    record = sources[0].state
+    assembler = Assembler(openers)
+    try:
+        for piece, planes in held_pieces(engine, divided=False):
+            for plane, numbers in zip(planes, assembler.read(piece)):
+                plane.copy_(torch.from_numpy(np.ascontiguousarray(numbers)))
+        weights_follow(engine)
+        record = assembler.state()
+    finally:
+        for source in assembler.opened:
+            source.close()
     set_optimizer_steps(engine, record["optimizer_steps"])
     return TrainState(**record["train"])

@@ -298,9 +298,10 @@ class ElasticConfig(Node):
     strikes: PositiveInt = 2
     """Faults after which a device that passes its test is removed for good; hard evidence removes at once."""
     heartbeat_s: PositiveFloat = 0.25
-    """Time between signs of life of an agent."""
+    """Time between signs of life of an agent; at least a millisecond per node of the run."""
     lost_after_s: PositiveFloat = 2.0
-    """Silence after which a node counts as lost; an agent cut off that long ends its workers."""
+    """Silence after which a node counts as lost; an agent cut off that long ends its workers. Grows with heartbeat_s in
+    runs of more than 250 nodes."""
     hang_deviations: PositiveFloat = 8.0
     """A step that takes the median plus this many robust deviations (1.4826 MAD), and at least three medians, plus a
     second, is a hang."""

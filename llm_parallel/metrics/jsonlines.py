@@ -32,9 +32,10 @@ class JsonLines:
         except OSError as error:
             raise self._user_error(error) from error
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Writes ``record`` with the time of writing; numbers that JSON lacks (NaN, infinity) become null."""
-        record = {**record, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
+    def append(self, record: dict[str, Any], at: datetime | None = None) -> None:
+        """Writes ``record`` with its time, by default now; numbers that JSON lacks (NaN, infinity) become null."""
+        time = at or datetime.now(timezone.utc)
+        record = {**record, "time": time.isoformat(timespec="milliseconds")}
         line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
         try:
             written = os.write(self._fd, line)

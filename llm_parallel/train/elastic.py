@@ -15,8 +15,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.distributed import distributed_c10d
 from llm_launch.member import Assignment, Member
 from llm_launch.progress import Marker, ProgressPage
 from llm_launch.states import Outcome
-from llm_parallel.checkpoint.memory import LocalSource, MemoryCheckpoint, RemoteSource, ReplicaLost, restore
+from llm_parallel.checkpoint.memory import LocalSource, MemoryCheckpoint, RemoteSource, ReplicaLost, Source, restore
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.load import load_config
 from llm_parallel.errors import UserError
@@ -60,24 +61,24 @@ class ElasticWatch(Watch):
         wanted = self.assignment.restore
         if wanted is None:
             return None
-        sources = self._sources(wanted)
-        try:
-            state = restore(engine, sources)
-        finally:
-            for source in sources:
-                source.close()
+        groups = engine.groups
+        layout, at = groups.layout, groups.at
+        state = restore(engine, self._sources(wanted, (at.dp * layout.cp + at.cp + 0.5) / (layout.dp * layout.cp)))
         return state, f"step {state.step} from memory"
 
-    def _sources(self, wanted: dict[str, Any]) -> list[Any]:
-        found: list[Any] = []
+    def _sources(self, wanted: dict[str, Any], place: float) -> list[Callable[[], Source]]:
+        """Shares of those that held the same part of the model, the likeliest first. ``place``: of this process among
+        its replicas, from 0 to 1; shares are dealt in that order, whatever the number of replicas."""
         step, generation = wanted["step"], wanted["generation"]
+        found: list[Callable[[], Source]] = []
         for rank, kind, host, port in wanted["sources"]:
             if host:
-                found.append(RemoteSource((host, port), self.member.secret, kind, generation, rank, step))
+                found.append(partial(RemoteSource, (host, port), self.member.secret, kind, generation, rank, step))
             else:
                 name = f"{kind}/g{generation:06d}_r{rank:06d}"
-                found.append(LocalSource(Path(self.member.replica_dir) / name, step))
-        return found
+                found.append(partial(LocalSource, Path(self.member.replica_dir) / name, step))
+        nearest = sorted(range(len(found)), key=lambda number: abs((number + 0.5) / len(found) - place))
+        return [found[number] for number in nearest]
 
     def opened(self, run: Run) -> None:
         """Makes the first copy of this generation while its first step runs."""
@@ -101,11 +102,12 @@ class ElasticWatch(Watch):
 
     def before_step(self, run: Run) -> None:
         """Compares the replicas and tests the device where due."""
-        self._inject(run)
+        self._inject(run, "raise", "flip")
         step, config = run.state.step + 1, self._config
         if config.checksum_every_steps and step % config.checksum_every_steps == 0:
             run.engine.parameters_up_to_date()
             self._compare(run, step)
+        self._inject(run, "nan")  # arises in this step's products: no comparison of weights has seen it
         if self._probe is not None and step % config.probe_every_steps == 0:
             self.member.marker.probe_s = self._probe.run()
             self.member.marker.own_s = self._stopwatch.mean_s()
@@ -176,13 +178,13 @@ class ElasticWatch(Watch):
         if self.memory is not None:
             self.memory.close()
 
-    def _inject(self, run: Run) -> None:
+    def _inject(self, run: Run, *kinds: str) -> None:
         """Faults of a drill that only the process itself can have."""
         if not self._config.drills:
             return
         from llm_parallel.train import faults
 
-        faults.before_step(self.member.faults(), run)
+        faults.before_step([fault for fault in self.member.faults() if fault["kind"] in kinds], run)
 
 
 def _collectives() -> dict[str, Any]:

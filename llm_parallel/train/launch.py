@@ -37,7 +37,7 @@ def launch_command(
         agents = agents_here(config, saved, processes or num_processes(config), nodes or 1, environment)
     newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
     disk_step = (step_of(newest) or 0) if newest is not None else 0
-    status = launch_elastic(config, agents, device, disk_step, job)
+    status = launch_elastic(agents, device, disk_step, job)
     if status == 0 and config.log.plots:
         from llm_parallel.metrics.plots import plot_run
 

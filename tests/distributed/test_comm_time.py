@@ -93,7 +93,7 @@ def test_every_call_is_seen(name: str) -> None:
 
 
 PARTS = ("tp", "cp", "dp", "pp", "bubble", "optimizer", "data", "compute", "other")
-DELAY_S, MICRO_BATCHES = 0.1, 4
+DELAY_S, MICRO_BATCHES = 0.15, 4
 
 
 def train(
@@ -163,8 +163,8 @@ def test_a_delay_shows_in_its_column(
     records = train(tmp_path, processes, layout, prepare)
     least = {name: min(record[f"time/{name}_s"] for record in records) for name in PARTS}
     delay_s = MICRO_BATCHES * DELAY_S
-    assert least[column] > 0.7 * delay_s, least
-    assert max(seconds for name, seconds in least.items() if name != column) < 0.7 * delay_s, least
+    assert least[column] > 0.9 * delay_s, least
+    assert max(seconds for name, seconds in least.items() if name != column) < 0.9 * least[column], least
     for record in records:
         parts = [record[f"time/{name}_s"] for name in PARTS]
         assert sum(parts) == pytest.approx(record["perf/step_time"], rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def load_job(rank: int, world_size: int, changes: dict[str, Any], saved: int, fo
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
     if remote is None:
-        sources: list[Any] = [LocalSource(Path(folder) / "own" / vault_name(7, r), 3) for r in range(saved)]
+        sources: list[Any] = [partial(LocalSource, Path(folder) / "own" / vault_name(7, r), 3) for r in range(saved)]
     else:
-        sources = [RemoteSource(remote, SECRET, "kept", 7, r, 3) for r in range(saved)]
+        sources = [partial(RemoteSource, remote, SECRET, "kept", 7, r, 3) for r in range(saved)]
     state = restore(engine, sources)
     assert (state.step, state.consumed_samples) == (3, 24)
     return train_steps(engine, config, state.step, 2)
@@ -76,3 +77,25 @@ def test_a_missing_share_is_named(tmp_path: Path) -> None:
     run_ranks(save_job, 2, _p(dp=2), str(tmp_path), None)
     with pytest.raises(AssertionError, match=r"is in no copy"):
         run_ranks(load_job, 1, {}, 1, str(tmp_path), None)
+
+
+def opened_job(rank: int, world_size: int, folder: str, saved: int) -> list[int]:
+    """Shares that each process opens when it takes the nearest first."""
+    from llm_launch.vault import vault_name
+    from llm_parallel.checkpoint.memory import Assembler, LocalSource
+    from llm_parallel.checkpoint.optimizer import allocate_moments
+    from llm_parallel.checkpoint.pieces import held_pieces
+
+    engine = open_engine(changed(base_config(), _p(dp=world_size)), rank, world_size)
+    allocate_moments(engine)
+    order = sorted(range(saved), key=lambda r: abs((r + 0.5) / saved - (rank + 0.5) / world_size))
+    assembler = Assembler([partial(LocalSource, Path(folder) / "own" / vault_name(7, r), 3) for r in order])
+    for piece, _ in held_pieces(engine, divided=False):
+        assembler.read(piece)
+    return [len(assembler.opened)]
+
+
+def test_a_process_opens_the_shares_that_it_needs_and_no_others(tmp_path: Path) -> None:
+    run_ranks(save_job, 4, _p(dp=4), str(tmp_path), None)
+    assert run_ranks(opened_job, 4, str(tmp_path), 4) == [[1]] * 4, "the own share is all of it"
+    assert all(1 < opened <= 3 for (opened,) in run_ranks(opened_job, 2, str(tmp_path), 4))

@@ -26,7 +26,8 @@ def died(device: Device, status: int = -9) -> Evidence:
             [raised(WORLD[1], "OutOfMemoryError", "CUDA out of memory")], Fault.OUT_OF_MEMORY, (), (), id="GPU memory"
         ),
         pytest.param(
-            [Evidence(Kind.HOST, "a", message="disk full")], Fault.OUT_OF_MEMORY, (), (), id="host memory or disk"
+            [Evidence(Kind.HOST_MEMORY, "a", WORLD[0], 0), died(WORLD[2]), Evidence(Kind.AGENT_LOST, "b")],
+            Fault.HOST_MEMORY, (), (), id="host memory",
         ),
         pytest.param(
             [raised(device, "ValueError", "bug") for device in WORLD], Fault.PROGRAM, (), (), id="same error everywhere"
@@ -44,6 +45,9 @@ def died(device: Device, status: int = -9) -> Evidence:
         pytest.param([Evidence(Kind.NODE_SILENT, "b")], Fault.NODE, (), ("b",), id="no heartbeat"),
         pytest.param([Evidence(Kind.AGENT_LOST, "b"), died(WORLD[2])], Fault.AGENT, (), ("b",), id="agent gone"),
         pytest.param([Evidence(Kind.HANG, "a", WORLD[0], 0)], Fault.DEVICE, (WORLD[0],), (), id="hang"),
+        pytest.param(
+            [Evidence(Kind.HANG, device.node, device, 0) for device in WORLD], Fault.NETWORK, (), (), id="all hang"
+        ),
         pytest.param([Evidence(Kind.SLOW, "a", WORLD[0], 0)], Fault.DEVICE, (WORLD[0],), (), id="slow"),
         pytest.param([Evidence(Kind.NOT_FINITE, "a", WORLD[1], 1)], Fault.DEVICE, (WORLD[1],), (), id="NaN"),
         pytest.param(
@@ -96,7 +100,7 @@ def test_the_same_error_on_another_device_is_the_programs() -> None:
 
 def test_faults_of_program_user_and_memory_never_strike() -> None:
     ledger = Ledger(strikes=1)
-    for fault in (Fault.USER, Fault.PROGRAM, Fault.OUT_OF_MEMORY, Fault.NETWORK, Fault.AGENT):
+    for fault in (Fault.USER, Fault.PROGRAM, Fault.OUT_OF_MEMORY, Fault.HOST_MEMORY, Fault.NETWORK, Fault.AGENT):
         ledger.judge(Verdict(fault, "x", (WORLD[0],), certain=True))
     assert not ledger.removed and not ledger.counts
 

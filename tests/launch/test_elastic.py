@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -197,6 +199,47 @@ def test_a_full_disk_does_not_end_a_run_whose_state_is_in_memory(start: Start, t
         assert [event["step"] for event in saved][-1] == 36 and saved[0]["step"] > failed[-1]["step"]
         assert not run.events("detect")
         assert (disk / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+
+
+def test_a_file_system_that_stalls_is_waited_for(start: Start, tmp_path: Path) -> None:
+    """Rank 0 writes its records into a pipe that holds two of them and is not read for a while."""
+    losses = undisturbed(start, "parallel.dp=4")
+    pipe = tmp_path / "stalled" / "metrics.jsonl"
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)
+    run = start("parallel.dp=4", "log.plots=false", name="stalled")
+    with pipe.open("rb", buffering=0) as records:
+        fcntl.fcntl(records, fcntl.F_SETPIPE_SZ, 4096)
+        text = b""
+        while text.count(b"\n") < FAULT_AT:
+            text += records.read(1024)
+        run.until(lambda: run.events("stall"), 60.0, "a wait for files")
+        time.sleep(3.0)
+        while part := records.read(1 << 16):
+            text += part
+    assert run.wait() == 0
+    made = [json.loads(line) for line in text.splitlines()]
+    assert {record["step"]: record["train/loss"] for record in made if "train/grad_norm" in record} == losses
+    assert not run.events("detect", "blame", "remove")
+    node, device = run.status()["ranks"][0]
+    assert run.events("stall")[0]["cause"] == f"{node}/{device}: waiting for files"
+
+
+def test_a_controller_that_stalls_costs_one_recovery(start: Start) -> None:
+    """Its agents end their workers and come back; none of them is started a second time for it."""
+    run = start("parallel.dp=4", "train.steps=150")
+    run.reach(FAULT_AT)
+    agents = {node["agent_pid"] for node in run.status()["nodes"]}
+    os.kill(run.process.pid, signal.SIGSTOP)
+    time.sleep(4.0)
+    os.kill(run.process.pid, signal.SIGCONT)
+    run.until(lambda: run.events("detect"), 60.0, "a recovery")
+    run.reach(run.steps()[-1]["step"] + 5)
+    assert {node["agent_pid"] for node in run.status()["nodes"]} == agents
+    assert run.wait() == 0
+    assert len(run.events("detect")) == 1 and not run.events("remove")
+    made = [record["step"] for record in run.steps()]
+    assert made == sorted(made) and set(made) == set(range(1, 151)) and len(made) <= 151
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(start: Start) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_launch.blame import Device, Kind
-from llm_launch.hang import _median_of_others, find_hung, find_slow
+from llm_launch.hang import _median_of_others, find_hung, find_slow, waits_for_files
 from llm_launch.members import Worker
 from llm_launch.progress import Marker, Pace, Progress, ProgressPage
+from llm_parallel.metrics.jsonlines import JsonLines
 
 A, B, C = (Device("n", index) for index in range(3))
 WAITING = 'File "torch/distributed/distributed_c10d.py", line 1, in all_reduce'
@@ -38,6 +46,34 @@ def test_who_waits_for_the_missing_one_elsewhere_is_not_to_blame() -> None:
     """B waits in its tensor-parallel group for C and is therefore missing in the data-parallel one."""
     looks = {A: look(WAITING, dp=5), B: look(WAITING, dp=4, tp=9), C: look(COMPUTING, tp=8)}
     assert list(find_hung([A, B, C], looks)) == [C]
+
+
+def test_who_waits_for_files_is_told_by_its_real_stack(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")  # a pipe that nobody reads is a file system that stalls
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    writing = threading.Thread(target=lines.append, args=({"step": 7, "text": "x" * 200_000},))
+    writing.start()
+
+    def stack_when_it_waits() -> str:
+        for _ in range(1000):
+            time.sleep(0.01)
+            stack = "".join(traceback.format_stack(sys._current_frames()[writing.ident or 0]))
+            if "os.write" in stack:
+                return stack
+        raise AssertionError("it never wrote")
+
+    stack = stack_when_it_waits()
+    reader = os.open(tmp_path / "metrics.jsonl", os.O_RDONLY)
+    received = b""
+    while not received.endswith(b"\n"):
+        received += os.read(reader, 1 << 16)
+    writing.join(10)
+    os.close(reader)
+    lines.close()
+    assert json.loads(received)["step"] == 7
+    looks = {A: look(stack, dp=4), B: look(WAITING, dp=5), C: look(WAITING, dp=5)}
+    assert waits_for_files(looks) == [A]
+    assert waits_for_files({A: look(COMPUTING, dp=4), B: look(WAITING, dp=5)}) == []
 
 
 def workers(*probes: float) -> list[Worker]:

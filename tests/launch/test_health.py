@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llm_launch import health
-from llm_launch.health import GpuHealth, HostHealth
+from llm_launch.health import GpuHealth, HostHealth, MemoryKills
 from llm_launch.journal import as_prometheus
 
 
@@ -124,3 +124,19 @@ def test_prometheus_text() -> None:
     assert samples["llm_parallel_elastic_step"] == 7 and samples["llm_parallel_elastic_goodput"] == 0.98
     assert samples["llm_parallel_elastic_recoveries_total"] == 1 and samples["llm_parallel_elastic_training"] == 1
     assert not re.search(r"nan", text)
+
+
+def test_the_systems_own_count_of_processes_that_it_ended_for_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(health.time, "monotonic", lambda: now[0])
+    counters = tmp_path / "vmstat"
+    counters.write_text("pgfault 12345\noom_kill 3\noom_kill_other 9\n")
+    kills = MemoryKills(counters)
+    assert not kills.look(), "those were before"
+    counters.write_text("pgfault 12345\noom_kill 4\n")
+    assert kills.look() and kills.look()
+    now[0] += 2 * health.KILL_S
+    assert not kills.look(), "a process that ends now was ended by something else"
+    assert not MemoryKills(tmp_path / "nothing").look()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from llm_launch import wire
 from llm_launch.replicas import RemoteReplica, ReplicaSender, ReplicaServer
-from llm_launch.vault import VaultFile, forget_before, inventory, vault_name
+from llm_launch.vault import VaultFile, forget_all_but, forget_stale, inventory, keep_alive, run_folder, vault_name
 from llm_parallel.errors import UserError
 
 
@@ -78,11 +79,24 @@ def test_a_slot_counts_only_when_committed(tmp_path: Path) -> None:
     assert VaultFile.open(file.path).steps() == {}
 
 
-def test_older_generations_are_forgotten(tmp_path: Path) -> None:
-    for generation in (1, 2, 3):
+def test_other_generations_are_forgotten(tmp_path: Path) -> None:
+    for generation in (1, 2, 3, 4):
         make(tmp_path, generation).commit(0, 4, {})
-    forget_before(tmp_path, 3)
-    assert [entry["generation"] for entry in inventory(tmp_path)] == [3]
+    forget_all_but(tmp_path, [2, 4])
+    assert [entry["generation"] for entry in inventory(tmp_path)] == [2, 4]
+    forget_all_but(tmp_path, [])
+    assert not list(tmp_path.glob("*/g*"))
+
+
+def test_what_a_dead_run_left_in_memory_is_removed_by_the_next(tmp_path: Path) -> None:
+    mine, theirs, dead = (run_folder(tmp_path, Path(f"/runs/{name}")) / "n1" for name in ("mine", "theirs", "dead"))
+    for folder in (mine, theirs, dead):
+        make(folder).commit(0, 4, {})
+        os.utime(folder, (0, 0))
+    keep_alive(theirs)
+    forget_stale(mine)
+    assert inventory(mine) and inventory(theirs), "one's own copies are what a requeue goes on from"
+    assert not dead.parent.exists()
 
 
 def test_no_room_is_one_sentence(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""What an agent is told on its command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_launch.network import own_address
+from llm_launch.vault import run_folder
+from llm_launch.zygote import die_with_parent
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """What an agent is told on its command line."""
+
+    node: str
+    host: str
+    """Address of this node for the others."""
+    controllers: tuple[tuple[str, int], ...]
+    devices: tuple[int, ...]
+    run_dir: Path
+    run_file: str
+    replica_root: Path
+    heartbeat_s: float
+    lost_after_s: float
+    secret: str
+    rescue: bool = False
+    """Whether to put the SLURM job back into the queue when the node of its batch script is dead."""
+
+    @property
+    def replica_dir(self) -> Path:
+        """This node's folder for copies; nodes that share a memory file system have one each."""
+        return run_folder(self.replica_root, self.run_dir) / self.node
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str] | None = None) -> AgentSettings:
+        """From the command line; the run's secret from the environment. Has asked for an end with its parent, if so
+        told."""
+        parser = argparse.ArgumentParser(prog="llm_launch.agent", description="One agent of a run on this node.")
+        for name in ("controller", "node", "host", "devices", "run-dir", "run-file", "replica-dir"):
+            parser.add_argument(f"--{name}", required=True)
+        parser.add_argument("--heartbeat-s", type=float, required=True)
+        parser.add_argument("--lost-after-s", type=float, required=True)
+        parser.add_argument("--die-with-parent", action="store_true")
+        parser.add_argument("--rescue", action="store_true")
+        told = parser.parse_args(arguments)
+        if told.die_with_parent:
+            die_with_parent(os.getppid())
+        controllers = []
+        for text in told.controller.split(","):
+            host, _, port = text.rpartition(":")
+            controllers.append((host.strip("[]"), int(port)))
+        node = told.node
+        if node == "auto":
+            node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+        return cls(
+            node=node,
+            host=own_address(controllers[0]) if told.host == "auto" else told.host,
+            controllers=tuple(controllers),
+            devices=tuple(int(device) for device in told.devices.split(",")),
+            run_dir=Path(told.run_dir),
+            run_file=told.run_file,
+            replica_root=Path(told.replica_dir),
+            heartbeat_s=told.heartbeat_s,
+            lost_after_s=told.lost_after_s,
+            secret=os.environ["LLM_PARALLEL_SECRET"],
+            rescue=told.rescue,
+        )

@@ -1,0 +1,89 @@
+"""Which copies of the training state the nodes' memory holds, which of them a new generation starts from, and which are
+of no more use. Two generations' copies at most are in memory at once, however many recoveries fail in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_launch.fleet import Fleet
+from llm_launch.journal import Journal
+from llm_launch.plan import Placement, Trained, recoverable_step
+from llm_launch.states import Phase
+
+ANSWER_S = 1.0
+"""Time for the nodes to say what they hold."""
+
+
+@dataclass(frozen=True)
+class Restore:
+    """A step that memory holds. holders: by rank of the generation that made it, a node and "own" or "kept"."""
+
+    step: int
+    trained: Trained
+    holders: Mapping[int, tuple[str, str]]
+
+
+class Copies:
+    """The controller's knowledge of them. ``trained``: generations that copied state, of an earlier start too, whose
+    copies may have outlived it; ``disk_step``: newest step on disk."""
+
+    def __init__(self, fleet: Fleet, journal: Journal, trained: list[Trained], disk_step: int) -> None:
+        self.fleet, self.journal, self.trained, self._disk_step = fleet, journal, trained, disk_step
+
+    async def find(self) -> Restore | None:
+        """The newest state that memory holds; None if it must come from disk."""
+        if not self.trained:
+            return None
+        for node in self.fleet.roster.alive():
+            node.inventory = None
+            node.send({"is": "inventory"})
+        await self.fleet.until(lambda: all(node.inventory is not None for node in self.fleet.roster.alive()), ANSWER_S)
+        held = {node.name: node.inventory for node in self.fleet.roster.alive() if node.inventory is not None}
+        for trained in reversed(self.trained):
+            found = recoverable_step(trained.world_size, trained.generation, held)
+            if found is not None:
+                return Restore(found[0], trained, found[1]) if found[0] >= self._disk_step else None
+        return None
+
+    def go_on_from(self, restore: Restore | None) -> None:
+        """The decision: what else is in memory makes room for the copies of the generation to come."""
+        if restore is not None:
+            self.journal.lost_steps += max(0, self.fleet.step - restore.step)
+            self.fleet.step = restore.step
+        self._forget_all_but([restore.trained] if restore else [])
+
+    def sources(self, restore: Restore | None, placement: Placement) -> list[dict[str, Any] | None]:
+        """Where each rank of ``placement`` reads its state: ``[rank, kind, host, port]`` of every share, without
+        host where it is in the node's own memory."""
+        if restore is None:
+            return [None] * len(placement.devices)
+        needed = restore.trained.needed_by(placement.layout)
+        origin = {"step": restore.step, "generation": restore.trained.generation}
+        return [
+            {**origin, "sources": [self._source(restore.holders[rank], rank, device.node) for rank in ranks]}
+            for ranks, device in zip(needed, placement.devices)
+        ]
+
+    def _source(self, holder: tuple[str, str], rank: int, here: str) -> Sequence[Any]:
+        name, kind = holder
+        host, port = ("", 0) if name == here else self.fleet.roster.nodes[name].replicas
+        return [rank, kind, host, port]
+
+    def begin(self, placement: Placement) -> None:
+        """The present generation makes its first copy."""
+        self.trained.append(Trained.of(self.fleet.generation, placement.layout))
+
+    def forget_older(self) -> None:
+        """Copies of older generations go when every worker has made a step of the present one."""
+        mine = self.trained and self.trained[-1].generation == self.fleet.generation
+        if self.fleet.phase is Phase.TRAINING and mine and len(self.trained) > 1:
+            first = min((worker.step for worker in self.fleet.members()), default=0)
+            if first > self.journal.resumed_step + 1:
+                self._forget_all_but(self.trained[-1:])
+
+    def _forget_all_but(self, kept: list[Trained]) -> None:
+        self.trained = kept
+        for node in self.fleet.roster.alive():
+            node.send({"is": "forget", "keep": [trained.generation for trained in kept]})
