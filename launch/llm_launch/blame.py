@@ -251,7 +251,8 @@ def _how(item: Evidence) -> str:
         return f"rank {item.rank} ended with " + (
             f"signal {-item.status}" if item.status < 0 else f"status {item.status}"
         )
-    return f"rank {item.rank} {item.kind.value}" + (f", {_said(item)}" if _said(item) else "")
+    who = f"rank {item.rank} " if item.rank is not None else ""
+    return f"{who}{item.kind.value}" + (f", {_said(item)}" if _said(item) else "")
 
 
 RULES = (

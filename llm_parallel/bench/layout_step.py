@@ -154,19 +154,24 @@ def as_result(
 
 
 def typical_split(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Seconds of a step by part, medians over steps: mean over the processes, and of the one that spent most; where
-    records hold but one process's, its own. Empty if they hold none, as with log.comm_time=false."""
+    """Seconds of the median step by part: mean over the processes, and of the one that spent most; where records hold
+    but one process's, its own. Empty if they hold none, as with log.comm_time=false.
+
+    Medians over steps of each part, all scaled by one factor so that the means add up to the median step: medians by
+    themselves do not where steps differ (30 % too much over four steps of a busy machine)."""
     found = {}
     for part in PARTS:
         own = f"time/{part}_s"
         if not all(own in record for record in records):
             return {}
         mean, most = (
-            statistics.median(float(record.get(f"time/{part}_{kind}_s", record[own])) for record in records)
+            max(0.0, statistics.median(float(record.get(f"time/{part}_{kind}_s", record[own])) for record in records))
             for kind in ("mean", "max")
         )
         found[part] = (mean, most)
-    return found
+    whole = sum(mean for mean, _ in found.values())
+    scale = statistics.median(float(record["perf/step_time"]) for record in records) / whole
+    return {part: (mean * scale, most * scale) for part, (mean, most) in found.items()}
 
 
 def layout_table(result: Mapping[str, Any]) -> str:

