@@ -88,6 +88,28 @@ def strike(run: LiveRun, kind: str, rank: int) -> float:
     return run.cause(kind, rank, **({"left": 1} if kind == "nan" else {}))
 
 
+def timings(run: LiveRun, fault_s: float) -> dict[str, float]:
+    """Seconds from a fault to its detection, to a verdict, and to the next optimizer step; steps made again."""
+    step = run.first_step_after(fault_s)
+    detected, blamed = (
+        next((unix_time(e) for e in run.events(kind) if unix_time(e) >= fault_s - 0.01), float("nan"))
+        for kind in ("detect", "blame")
+    )
+    made = [record for record in run.steps() if record["step"] >= step["step"]]
+    return {
+        "detected_s": detected - fault_s,
+        "blamed_s": blamed - fault_s,
+        "next_step_s": unix_time(step) - fault_s,
+        "steps_lost": sum(unix_time(r) < unix_time(step) for r in made),
+    }
+
+
+def worst_difference(reference: LiveRun, run: LiveRun) -> float:
+    """Largest difference of a loss from the undisturbed run's, over the steps that both made."""
+    expected = reference.losses()
+    return max(abs(expected[step] - loss) for step, loss in run.losses().items() if step in expected)
+
+
 def drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict[str, Any]:
     """All kinds of faults in one run of one layout."""
     reference = LiveRun.start(run_file, [*RUNS[name], "train.steps=60"], folder / f"{name}-undisturbed", 4, 4)
@@ -104,19 +126,8 @@ def drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict[str, Any
             run.reach(run.steps()[-1]["step"] + 6)
             before = run.steps()[-1]["step"]
             fault_s = strike(run, kind, 1 + number % 3)
-            step = run.first_step_after(fault_s)
-            detected = next(e for e in run.events("detect") if unix_time(e) >= fault_s - 0.01)
-            made = [record for record in run.steps() if record["step"] >= step["step"]]
-            rows[kind].append(
-                {
-                    "detected_s": unix_time(detected) - fault_s,
-                    "next_step_s": unix_time(step) - fault_s,
-                    "steps_lost": sum(unix_time(r) < unix_time(step) for r in made),
-                    "step_before": before,
-                }
-            )
-        pairs = [(reference.losses()[step], loss) for step, loss in run.losses().items() if step in reference.losses()]
-        worst = max(abs(a - b) for a, b in pairs)
+            rows[kind].append({**timings(run, fault_s), "step_before": before})
+        worst = worst_difference(reference, run)
         times = [r["perf/step_time"] for r in run.steps()]
         return {"faults": rows, "worst_loss_difference": worst, "median_step_s": statistics.median(times)}
     finally:
@@ -239,11 +250,12 @@ def main() -> None:
             found = results[layout]
             print(f"\n{layout}: step {found['median_step_s']:.3f} s; worst loss difference in the first 60 steps "
                   f"{found['worst_loss_difference']:.1e}")  # fmt: skip
-            print("| fault | detected, median s | next step, median s (all) | steps made again, most |")
-            print("| --- | --- | --- | --- |")
+            print("| fault | detected, median s | blamed | next step, median s (all) | steps made again, most |")
+            print("| --- | --- | --- | --- | --- |")
             for kind, rows in results[layout]["faults"].items():
                 nexts = [row["next_step_s"] for row in rows]
                 print(f"| {kind} | {statistics.median(row['detected_s'] for row in rows):.2f} |"
+                      f" {statistics.median(row['blamed_s'] for row in rows):.2f} |"
                       f" {statistics.median(nexts):.2f} ({', '.join(f'{x:.2f}' for x in nexts)}) |"
                       f" {max(row['steps_lost'] for row in rows)} |", flush=True)  # fmt: skip
             if arguments.torchrun:

@@ -92,7 +92,7 @@ def blame_drill(run_file: Path, folder: Path, number: int, rng: random.Random) -
     finding = Finding(f"{number}: {name} at rank {rank} after step {step}")
     began = time.monotonic()
     overrides = ["parallel.dp=4", f"train.steps={BLAME_STEPS}", "elastic.checksum_every_steps=1",
-                 "elastic.probe_every_steps=2"]  # fmt: skip
+                 "elastic.probe_every_steps=2", "elastic.strikes=2"]  # fmt: skip
     run = LiveRun.start(run_file, overrides, folder / f"blame-{number}", DEVICES, DEVICES)
     try:
         run.reach(step, START_S)
