@@ -9,6 +9,9 @@ warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
+
+import llm_parallel  # noqa: E402, F401  (before megatron-core, as everywhere)
 
 torch.set_num_threads(1)
 

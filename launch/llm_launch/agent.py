@@ -30,7 +30,8 @@ from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.vault import forget, forget_all_but, forget_stale, inventory, keep_alive
 
 WORKER_MODULE = "llm_parallel.train.elastic"
-PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "megatron.core.optimizer")
+PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "torch._dynamo")
+"""torch._dynamo, because torch's optimizers load it."""
 SLOTS = 256
 CONNECT_S = 60.0
 RECONNECT_S = 0.2
