@@ -148,8 +148,26 @@ def _build_optimizer(chunks: list[Any], optim: OptimConfig, bf16: bool, overlap_
         use_gloo_process_groups=groups.platform.is_cuda,
     )
     for part in optimizer.chained_optimizers:
+        _detach_shards(part)
         _choose_adamw(part, optim, groups.platform.is_cuda)
     return optimizer
+
+
+def _detach_shards(part: Any) -> None:
+    """Takes the graph from megatron-core's shards of fp32 parameters, which are slices that autograd records. It holds
+    the parameters' gradient accumulators, and through the hooks of DDP on these the model, the optimizer and the
+    process groups with their threads: no generation of an elastic run would ever be freed."""
+    if not isinstance(part, DistributedOptimizer):
+        return
+    leaves: dict[int, torch.Tensor] = {}
+    for shards in part.shard_fp32_groups:
+        for number, shard in enumerate(shards):
+            leaf = leaves[id(shard)] = shard.detach()
+            leaf.__dict__.update(shard.__dict__)
+            shards[number] = leaf
+    for group in part.optimizer.param_groups:
+        # In place: megatron-core holds the same lists a second time.
+        group["params"][:] = [leaves.get(id(shard), shard) for shard in group["params"]]
 
 
 def _choose_adamw(part: Any, optim: OptimConfig, on_cuda: bool) -> None:
