@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from llm_launch.drill import LiveRun
@@ -88,6 +89,7 @@ def test_faults_that_meet_a_recovery(start: Start) -> None:
     """A second worker dies while the first one's fault is being mended, at whatever point of it."""
     run = start("parallel.pp=2", "parallel.dp=2", "train.steps=100000", "elastic.strikes=1000")
     run.reach(3)
+    threads = max(psutil.Process(run.worker(rank)[2]).num_threads() for rank in range(4))
     for number in range(6):
         fault_s = run.cause("kill", number % 4)
         time.sleep(0.05 + 0.06 * number)
@@ -95,6 +97,9 @@ def test_faults_that_meet_a_recovery(start: Start) -> None:
             run.cause("kill", (number + 1) % 4)
         run.first_step_after(fault_s, 30)
         run.reach(run.steps()[-1]["step"] + 2)
+    run.until(lambda: run.status()["world_size"] == 4, 60, "all ranks")
+    after = [psutil.Process(run.worker(rank)[2]).num_threads() for rank in range(4)]
+    assert max(after) < 1.5 * threads, "survivors hold what earlier generations had"
     run.stop()
     assert run.wait() == 0 and not run.events("remove")
     made = [record["step"] for record in run.steps()]
