@@ -36,10 +36,11 @@ Row = dict[str, Any]
 
 def removed(kind: str, overrides: tuple[str, ...], start: Start, reference: LiveRun, rank: int) -> Row:
     """A fault whose device has to go."""
-    run = start(LAYOUT, "train.steps=100000", *overrides)
+    run = start(LAYOUT, "train.steps=100000", "elastic.strikes=2", *overrides)
     run.reach(FAULT_AT)
     device = list(run.worker(rank)[:2])
     found = timings(run, run.cause(kind, rank, **({"left": 1} if kind == "flip" else {})))
+    run.until(lambda: run.events("remove"), 120.0, "the removal")
     run.reach(STEPS, 300.0)
     run.stop()
     status = run.wait()
