@@ -70,7 +70,7 @@ def second_start(how: str, start: Start, reference: LiveRun, rank: int) -> Row:
     run = start(LAYOUT, *disk, *limit)
     ended_s = 0.0
     if how == "damaged":
-        run.until(lambda: any(e["step"] == FAULT_AT for e in run.events("save")), 120.0, "a checkpoint")
+        run.until((run.run_dir / "checkpoints" / f"iter_{FAULT_AT:07d}").exists, 120.0, "a second checkpoint")
         run.process.kill()
         run.process.wait()
         damage(max((run.run_dir / "checkpoints").glob("iter_???????")))
