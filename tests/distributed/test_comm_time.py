@@ -159,12 +159,14 @@ def slow_update(rank: int, loop: Any) -> bool:
 def test_a_delay_shows_in_its_column(
     tmp_path: Path, layout: dict[str, Any], processes: int, prepare: Any, column: str
 ) -> None:
-    """Rank 0's step holds four delays; what else it does takes some milliseconds, on a busy machine more."""
+    """Rank 0's step holds four delays; what else it does takes some milliseconds, on a busy machine more, and then it
+    waits less for the delayed one: of the four steps the one with the longest wait counts."""
     records = train(tmp_path, processes, layout, prepare)
     least = {name: min(record[f"time/{name}_s"] for record in records) for name in PARTS}
+    longest = max(record[f"time/{column}_s"] for record in records)
     delay_s = MICRO_BATCHES * DELAY_S
-    assert least[column] > 0.9 * delay_s, least
-    assert max(seconds for name, seconds in least.items() if name != column) < 0.9 * least[column], least
+    assert longest > 0.9 * delay_s, (longest, least)
+    assert max(seconds for name, seconds in least.items() if name != column) < 0.9 * longest, (longest, least)
     for record in records:
         parts = [record[f"time/{name}_s"] for name in PARTS]
         assert sum(parts) == pytest.approx(record["perf/step_time"], rel=1e-6)
