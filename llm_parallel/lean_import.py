@@ -2,7 +2,8 @@
 
 ``import megatron.core`` decorates functions with ``torch.compile``, which loads the whole compiler though it is
 switched off on a CPU (``parallel/platform.py``), and loads wandb if that is installed. That is 3.7 of the 10.3 s of
-processor time that a training process needs to begin (one run each, beside other work), and 44 MB. With a CUDA build of torch nothing is touched.
+processor time that a training process needs to begin, and 44 MB (one run each, beside other work). With a CUDA build
+of torch nothing is touched.
 """
 
 from __future__ import annotations
