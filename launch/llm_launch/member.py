@@ -8,6 +8,7 @@ one.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import queue
 import socket
@@ -24,6 +25,10 @@ from llm_launch import wire
 from llm_launch.progress import Marker
 from llm_launch.states import Outcome
 
+SLOW_TO_LEAVE_S = 0.6
+"""From when on the log says what keeps this process in a generation that was given up, for which it will be killed."""
+READING_ONLY_S = 0.5
+"""So long only the reading ends of sockets are shut, and the writing ends stay open."""
 ABORT_EVERY_S = 0.02
 """A thread that is just connecting opens sockets after they were looked for: they are looked for again."""
 
@@ -83,6 +88,8 @@ class Member:
     _pause: int = 0
     _inside: bool = False
     _kept: set[int] = field(default_factory=set)
+    _shut: dict[tuple[int, int], socket.socket] = field(default_factory=dict)
+    """Second descriptors of what was shut, by inode and ends."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
@@ -122,6 +129,7 @@ class Member:
             assignment = self.assignments.get()
             if assignment is None or assignment.generation > self._aborted:
                 if assignment is not None:
+                    self._let_go()
                     self._generation, self._inside = assignment.generation, True
                     self._kept = _sockets()
                 return assignment
@@ -173,11 +181,55 @@ class Member:
         os._exit(1)  # the agent is gone: nobody would know what this process does
 
     def _break_out(self) -> None:
-        while self._inside and self.aborted:
+        """Ends what the main thread waits for by an end of file on every socket of the generation.
+
+        gloo then gives up all buffers that wait, but those that it could not write (`Pair::signalException` passes over
+        them): a write must not fail. So only the reading ends are shut, and a second descriptor keeps each connection
+        from being closed, which would make the others' writes fail, until all have left. What blocks in a write itself
+        is ended later.
+        """
+        generation, kept, began, said = self._generation, self._kept, time.monotonic(), False
+        while True:
+            found = _sockets() - kept
+            if not (self._inside and self.aborted and self._generation == generation):
+                return
             self.abort_collectives()
-            for fd in _sockets() - self._kept:
-                _shut_down(fd)
+            passed_s = time.monotonic() - began
+            how = socket.SHUT_RD if passed_s < READING_ONLY_S else socket.SHUT_RDWR
+            for inode in found:
+                if (inode, how) not in self._shut:
+                    self._shut_down(inode, how)
+            if not said and passed_s > SLOW_TO_LEAVE_S:
+                said = True
+                print(f"still in generation {generation}, which was given up; where its threads are:",
+                      file=sys.stderr, flush=True)  # fmt: skip
+                faulthandler.dump_traceback(all_threads=True)
             time.sleep(ABORT_EVERY_S)
+
+    def _shut_down(self, inode: int, how: int) -> None:
+        """Shuts the ends ``how`` of a connected TCP socket of this process; one that listens is left alone: gloo ends
+        the process when its listener fails."""
+        for entry in os.scandir("/proc/self/fd"):
+            with contextlib.suppress(OSError, ValueError):
+                if Path(entry.path).readlink().name != f"socket:[{inode}]":
+                    continue
+                handle = socket.socket(fileno=os.dup(int(entry.name)))
+                tcp = handle.family in (socket.AF_INET, socket.AF_INET6)
+                if not tcp or handle.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    handle.close()
+                    return
+                try:
+                    handle.shutdown(how)
+                except OSError:  # not connected yet, or not any more
+                    handle.close()
+                    return
+                self._shut[inode, how] = handle
+                return
+
+    def _let_go(self) -> None:
+        """Closes the connections of a generation that all have left."""
+        while self._shut:
+            self._shut.popitem()[1].close()
 
     def _look(self) -> dict[str, Any]:
         """Where every thread stands, and how far every group's collectives are."""
@@ -196,18 +248,3 @@ def _sockets() -> set[int]:
             if target.startswith("socket:["):
                 found.add(int(target[8:-1]))
     return found
-
-
-def _shut_down(inode: int) -> None:
-    """Shuts a connected TCP socket of this process down; one that listens is left alone: gloo ends the process when its
-    listener fails."""
-    for entry in os.scandir("/proc/self/fd"):
-        with contextlib.suppress(OSError, ValueError):
-            if Path(entry.path).readlink().name != f"socket:[{inode}]":
-                continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as handle:
-                if handle.family not in (socket.AF_INET, socket.AF_INET6):
-                    return
-                if not handle.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    handle.shutdown(socket.SHUT_RDWR)
-            return

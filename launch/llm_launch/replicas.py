@@ -107,7 +107,7 @@ class ReplicaSender:
 
     def _run(self) -> None:
         try:
-            with wire.connect_blocking(*self._address, self._secret) as connection:
+            with wire.connect_blocking(*self._address, self._secret) as connection, self._file.path.open("rb") as file:
                 wire.send(connection, {"do": "put", "header": self._file.header})
                 if wire.receive(connection) is None:
                     raise wire.WireError("the partner node has no room for the copy")
@@ -118,7 +118,9 @@ class ReplicaSender:
                             return
                         (step, slot), self._next = self._next, None
                     wire.send(connection, {"slot": slot, "step": step, "state": self._file.state(slot)})
-                    connection.sendall(self._file.data(slot))
+                    if self._file.data_bytes:
+                        # The memory file's own pages: a copy into the socket would cost the step its cores.
+                        connection.sendfile(file, self._file.data_offset(slot), self._file.data_bytes)
                     if wire.receive(connection) is None:
                         raise wire.WireError("the partner node ended the connection")
                     with self._wanted:

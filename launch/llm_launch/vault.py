@@ -58,7 +58,8 @@ class VaultFile:
     def __init__(self, path: Path, header: dict[str, Any], header_bytes: int, writable: bool) -> None:
         self.path, self.header, self.header_bytes = path, header, header_bytes
         self.numbers: int = header["numbers"]
-        self.slot_bytes = _aligned(PLANES * 4 * self.numbers)
+        self.data_bytes = PLANES * 4 * self.numbers
+        self.slot_bytes = _aligned(self.data_bytes)
         with path.open("r+b" if writable else "rb") as handle:
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self.map = mmap.mmap(handle.fileno(), self.size(header_bytes, self.numbers), access=access)
@@ -122,7 +123,7 @@ class VaultFile:
     def data(self, slot: int) -> memoryview:
         """The numbers of ``slot`` as bytes."""
         offset = self.data_offset(slot)
-        return memoryview(self.map)[offset : offset + PLANES * 4 * self.numbers]
+        return memoryview(self.map)[offset : offset + self.data_bytes]
 
     def state(self, slot: int) -> dict[str, Any]:
         """What was committed beside the numbers of ``slot``."""

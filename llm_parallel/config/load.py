@@ -40,8 +40,8 @@ NULL_TAG = "tag:yaml.org,2002:null"
 TEXT_TAG = "tag:yaml.org,2002:str"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are 1.2's: ``3e-4`` is a number, not text as in 1.1."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML, read by libyaml where PyYAML has it, whose numbers are 1.2's: ``3e-4`` is a number, not text as in 1.1."""
 
 
 _Loader.add_implicit_resolver(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,6 +68,9 @@ class MicroBatchLoader(Iterator[Batch]):
     def close(self) -> None:
         """Ends the reading thread. Closing twice does no harm."""
         self._stop.set()
+        with suppress(queue.Empty):
+            while True:  # room for what the thread is about to put: it need not wait until it looks again
+                self._ready.get_nowait()
         self._thread.join()
 
     def __enter__(self) -> MicroBatchLoader:

@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from llm_parallel.errors import UserError
+from llm_parallel.parallel.gloo_device import share_gloo_device
 
 CPU = torch.device("cpu")
 
@@ -68,6 +69,7 @@ def resolve_device(choice: str) -> str:
 def open_platform(choice: str, local_rank: int = 0, threads: int | None = None) -> Platform:
     """Takes the device of ``local_rank`` and makes megatron-core run on it. Call once, before building anything."""
     kind = resolve_device(choice)
+    share_gloo_device()
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(

@@ -28,8 +28,9 @@ class Engine:
     """One process's part of a model in training.
 
     chunks: the wrapped model chunks that the schedule runs; models: the same without wrappers; optimizer:
-    megatron-core's (chained) optimizer; overlap: whether communication overlaps compute; before_reduction: called when
-    this process has computed its gradient and is about to wait for the other replicas.
+    megatron-core's (chained) optimizer; overlap: whether communication overlaps compute; before_micro_batch: called
+    before each forward; before_reduction: called when this process has computed its gradient and is about to wait for
+    the other replicas.
     """
 
     chunks: list[Any]
@@ -37,6 +38,7 @@ class Engine:
     optimizer: Any
     groups: Groups
     overlap: bool
+    before_micro_batch: list[Callable[[], None]] = field(default_factory=list)
     before_reduction: list[Callable[[], None]] = field(default_factory=list)
 
     @property

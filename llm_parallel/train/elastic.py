@@ -87,6 +87,7 @@ class ElasticWatch(Watch):
         self.member.describe_collectives = _collectives
         self._stopwatch = Stopwatch(run.engine.groups.platform.device)
         run.engine.before_reduction.append(self._stopwatch.stop)
+        run.engine.before_micro_batch.append(self._leave_if_given_up)
         if self._config.replicate_every_steps:
             self.memory = MemoryCheckpoint(
                 run.engine,
@@ -99,6 +100,11 @@ class ElasticWatch(Watch):
             self.survives_failed_saves = True
         self.member.marker.begin(self.assignment.generation, run.state.step)
         self.member.send({"is": "training", "step": run.state.step})
+
+    def _leave_if_given_up(self) -> None:
+        """What a generation that was given up still had to compute would keep the others waiting."""
+        if self.member.aborted:
+            raise ConnectionError("the generation was given up")
 
     def before_step(self, run: Run) -> None:
         """Compares the replicas and tests the device where due."""

@@ -75,6 +75,13 @@ def _forward(iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
     return output, partial(_token_loss, batch.loss_mask)
 
 
+def _micro_batches(engine: Engine, batches: Sequence[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        for look in engine.before_micro_batch:
+            look()
+        yield batch
+
+
 def run_schedule(
     engine: Engine, batches: Sequence[Batch], forward_only: bool, wishes: Wishes = NO_WISHES
 ) -> list[float]:
@@ -88,7 +95,7 @@ def run_schedule(
     rows, tokens = batches[0].tokens.shape
     results = get_forward_backward_func()(
         forward_step_func=_forward,
-        data_iterator=[iter(sharded) for _ in engine.chunks],
+        data_iterator=[_micro_batches(engine, sharded) for _ in engine.chunks],
         model=engine.chunks,
         num_microbatches=len(sharded),
         seq_length=tokens,
