@@ -236,7 +236,9 @@ class Fleet:
             look["collectives"] != first.get(device, {}).get("collectives") for device, look in answered.items()
         )
         longest = max((worker.age_s for worker in self.members()), default=0.0)
-        waiting = waits_for_files(answered) if longest < self.elastic.first_step_limit_s else []
+        # One that waited at the first look may have gone on just before the second, and is not to blame either.
+        waiting = waits_for_files([*first.items(), *answered.items()])
+        waiting = waiting if longest < self.elastic.first_step_limit_s else []
         if waiting and self.stalled != (self.generation, self.step):
             self.stalled = (self.generation, self.step)
             names = ", ".join(map(str, waiting[:3])) + (f" and {len(waiting) - 3} more" if len(waiting) > 3 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llm_launch.blame import Device, Evidence, Kind
@@ -38,10 +38,11 @@ def find_hung(members: Sequence[Device], looks: Mapping[Device, Mapping[str, Any
     return causes or behind or dict.fromkeys(members, "makes no progress, as all others")
 
 
-def waits_for_files(looks: Mapping[Device, Mapping[str, Any]]) -> list[Device]:
-    """Devices whose process stands in reading or writing files, while the others wait for it: a shared file system that
-    stalls is no device's fault, and another process would wait as long."""
-    return [device for device, look in looks.items() if any(name in look["stack"] for name in FILE_CODE)]
+def waits_for_files(looks: Iterable[tuple[Device, Mapping[str, Any]]]) -> list[Device]:
+    """Devices whose process stands in reading or writing files at some look, while the others wait for it: a shared
+    file system that stalls is no device's fault, and another process would wait as long."""
+    found = [device for device, look in looks if any(name in look.get("stack", "") for name in FILE_CODE)]
+    return list(dict.fromkeys(found))
 
 
 def _waits(stack: str) -> bool:

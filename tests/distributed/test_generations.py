@@ -1,4 +1,5 @@
-"""What a generation of an elastic run held is free when the next one begins: weights, optimizer, groups, threads."""
+"""What a generation of an elastic run held is free when the next one begins: weights, optimizer, groups, threads; the
+gloo device alone stays."""
 
 from __future__ import annotations
 
@@ -14,20 +15,27 @@ from tests.harness import run_ranks
 pytestmark = pytest.mark.gloo
 
 
-def generations_job(rank: int, world_size: int, changes: dict[str, Any], folder: str) -> list[tuple[int, int, int]]:
-    """Of each generation: its weights and gradients that still live after it, and threads while it ran and after it."""
+def generations_job(rank: int, world_size: int, changes: dict[str, Any], folder: str) -> list[tuple[int, ...]]:
+    """Of each generation: its weights and gradients that still live after it, threads while it ran and after it, and
+    threads of gloo devices while it ran."""
     import gc
     import time
     import weakref
 
     import torch.distributed as dist
 
+    from llm_parallel.parallel.gloo_device import share_gloo_device
     from llm_parallel.parallel.groups import close_groups
 
     def threads() -> int:
         return sum(1 for _ in Path("/proc/self/task").iterdir())
 
+    def devices() -> int:
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        return sum(name.startswith("gloo_tcp_loop") for name in names)
+
     dist.destroy_process_group()
+    share_gloo_device()  # as open_platform does before a worker's first group
     config, found = changed(base_config(), changes), []
     for generation in range(3):
         store = dist.FileStore(f"{folder}/{generation}", world_size)
@@ -36,14 +44,14 @@ def generations_job(rank: int, world_size: int, changes: dict[str, Any], folder:
         train_steps(engine, config, 0, 2)
         held = [weakref.ref(p) for model in engine.models for p in model.parameters()]
         held += [weakref.ref(buffer.grad_data) for chunk in engine.chunks for buffer in chunk.buffers]
-        during = threads()
+        during, looping = threads(), devices()
         close_groups()
         del engine
         gc.collect()
         deadline = time.monotonic() + 10.0
         while threads() > during / 2 and time.monotonic() < deadline:
             time.sleep(0.1)
-        found.append((sum(reference() is not None for reference in held), during, threads()))
+        found.append((sum(reference() is not None for reference in held), during, threads(), looping))
     return found
 
 
@@ -59,6 +67,6 @@ def generations_job(rank: int, world_size: int, changes: dict[str, Any], folder:
 )
 def test_nothing_of_a_generation_outlives_it(changes: dict[str, Any], processes: int, tmp_path: Path) -> None:
     for first, *later in run_ranks(generations_job, processes, changes, str(tmp_path)):
-        assert all(alive == 0 for alive, _, _ in (first, *later))
-        assert all(during == first[1] for _, during, _ in later) and first[2] < first[1] / 2
+        assert all(alive == 0 and looping == 1 for alive, _, _, looping in (first, *later))
+        assert all(during == first[1] for _, during, _, _ in later) and first[2] < first[1] / 2
         assert later[-1][2] <= first[2] + 2

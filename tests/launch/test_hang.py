@@ -72,8 +72,11 @@ def test_who_waits_for_files_is_told_by_its_real_stack(tmp_path: Path) -> None:
     lines.close()
     assert json.loads(received)["step"] == 7
     looks = {A: look(stack, dp=4), B: look(WAITING, dp=5), C: look(WAITING, dp=5)}
-    assert waits_for_files(looks) == [A]
-    assert waits_for_files({A: look(COMPUTING, dp=4), B: look(WAITING, dp=5)}) == []
+    assert waits_for_files(looks.items()) == [A]
+    gone_on = {A: look(COMPUTING, dp=4), B: look(WAITING, dp=5)}
+    assert waits_for_files(gone_on.items()) == []
+    assert waits_for_files([*looks.items(), *gone_on.items()]) == [A], "it has just gone on"
+    assert waits_for_files([(A, {"state": "T"})]) == [], "it does not answer"
 
 
 def workers(*probes: float) -> list[Worker]:
