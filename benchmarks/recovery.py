@@ -38,8 +38,8 @@ from llm_parallel.train.preflight import with_vocabulary
 
 RUNS = {
     "DP 4": ["parallel.dp=4"],
-    # Larger micro batches, as anyone takes for TP: with one sample each, most of a step is waiting for one's turn on a core
-    # to exchange activations (0.7 to 0.9 s of steps, which no recovery can be faster than).
+    # Larger micro batches, as anyone takes for TP: with one sample each, most of a step (0.7 to 0.9 s of it, which no
+    # recovery can be faster than) is waiting for one's turn on a core to exchange activations.
     "TP 2 x DP 2": ["parallel.tp=2", "parallel.dp=2", "train.micro_batch_size=3"],
     "PP 2 x DP 2": ["parallel.pp=2", "parallel.dp=2"],
 }

@@ -8,32 +8,26 @@ from __future__ import annotations
 
 import datetime
 import functools
-import os
 from typing import Any
 
-from torch.distributed import distributed_c10d
+from torch.distributed import HashStore, distributed_c10d
 
 _Gloo: Any = distributed_c10d.ProcessGroupGloo
-THREADS_PER_DEVICE = 2
-"""As torch's own constructor has it."""
 
 
 @functools.cache
-def _devices() -> list[Any]:
-    """On the interfaces that GLOO_SOCKET_IFNAME names, as torch reads it, else on the host's name."""
-    names = os.environ.get("GLOO_SOCKET_IFNAME")
-    if names:
-        return [_Gloo.create_device(interface=name) for name in names.split(",")]
-    return [_Gloo.create_default_device()]
+def _as_torch_opens_them() -> Any:
+    """Options of a group of this process alone: devices on the interfaces that GLOO_SOCKET_IFNAME names, else on the
+    host's name, and threads for them."""
+    return _Gloo(HashStore(), 0, 1, datetime.timedelta(seconds=1)).options
 
 
 class _OnOneDevice(_Gloo):
     """torch's gloo backend on the process's device."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
-        options = _Gloo._Options()
-        options._devices, options._timeout = _devices(), timeout
-        options._threads = THREADS_PER_DEVICE * len(options._devices)
+        first, options = _as_torch_opens_them(), _Gloo._Options()
+        options._devices, options._threads, options._timeout = first._devices, first._threads, timeout
         super().__init__(store, rank, size, options)
 
 
