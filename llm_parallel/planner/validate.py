@@ -122,9 +122,11 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Trend:
-    """Weak scaling of one series: throughput of one GPU at the most GPUs over that at the fewest."""
+    """Weak scaling of one series: throughput of one GPU at the most GPUs over that at the fewest. family: its source,
+    and so its software, and its chip."""
 
     name: str
+    family: str
     fewest: int
     most: int
     measured: float
@@ -147,10 +149,19 @@ def trends(scored: Sequence[Scored]) -> list[Trend]:
             continue
         name = f"{first.row.source}: {first.row.model}, {first.row.strategy.precision}"
         measured = last.row.tokens_per_s / first.row.tokens_per_s
-        found.append(
-            Trend(name, first.row.strategy.gpus, last.row.strategy.gpus, measured, first.predicted_s / last.predicted_s)
-        )
+        predicted = first.predicted_s / last.predicted_s
+        gpus = first.row.strategy.gpus, last.row.strategy.gpus
+        found.append(Trend(name, f"{first.row.source}, {first.row.chip}", *gpus, measured, predicted))
     return found
+
+
+def family_trends(trended: Sequence[Trend]) -> dict[str, tuple[int, float]]:
+    """Of each family: series that are not superlinear, and the mean of predicted less measured efficiency."""
+    families: dict[str, list[float]] = {}
+    for trend in trended:
+        if trend.measured <= 1.0:
+            families.setdefault(trend.family, []).append(trend.predicted - trend.measured)
+    return {name: (len(apart), statistics.fmean(apart)) for name, apart in families.items()}
 
 
 def memory_errors(scored: Sequence[Scored]) -> list[tuple[Row, float]]:
@@ -221,6 +232,12 @@ def _say_rankings(ranked: Sequence[Ranking], trended: Sequence[Trend], say: Call
         counted = [trend for trend in trended if trend.measured <= 1.0]
         near = sum(abs(trend.predicted - trend.measured) <= 0.02 for trend in counted)
         say(f"\nWithin 2 points: {near} of {len(counted)} series; {len(trended) - len(counted)} superlinear ones apart")
+        families = family_trends(trended)
+        say("\n| weak scaling of a source's software on a chip | series | mean points apart |\n|" + " --- |" * 3)
+        for name, (series, apart) in families.items():
+            say(f"| {name} | {series} | {100 * apart:+.1f} |")
+        near = sum(abs(apart) <= 0.02 for _, apart in families.values())
+        say(f"\nWithin 2 points: {near} of {len(families)} families")
 
 
 def _say_memory(errors: Sequence[tuple[Row, float]], say: Callable[[str], None]) -> None:

@@ -13,7 +13,9 @@ from llm_parallel.planner.memory import ALLOWANCE, GIB
 from llm_parallel.planner.peers import memory_of_row
 from llm_parallel.planner.validate import (
     Scored,
+    Trend,
     expected_error,
+    family_trends,
     memory_errors,
     rankings,
     report,
@@ -68,6 +70,16 @@ def test_weak_scaling_is_as_measured() -> None:
     assert max(abs(item.predicted - item.measured) for item in large) < 0.02
     assert sum(abs(item.predicted - item.measured) <= 0.02 for item in found) >= 26
     assert max(abs(item.predicted - item.measured) for item in found) < 0.04
+    families = family_trends(trends(scored()))
+    assert len(families) == 9 and sum(series for series, _ in families.values()) == 29
+    assert max(abs(apart) for _, apart in families.values()) < 0.02
+
+
+def test_a_family_is_the_mean_of_its_series_without_superlinear_ones() -> None:
+    series = [Trend(str(n), family, 8, 64, measured, 0.9)
+              for n, (family, measured) in enumerate([("a", 0.86), ("a", 0.92), ("b", 1.02), ("c", 1.0)])]  # fmt: skip
+    found = family_trends(series)
+    assert found == {"a": (2, pytest.approx(0.01)), "c": (1, pytest.approx(-0.1))}
 
 
 def test_constants_are_twelve_within_bounds_and_from_fitted_rows() -> None:
