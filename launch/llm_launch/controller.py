@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,10 @@ SETTLE_S = 0.05
 """Time between the first sign of a fault and the verdict, for other signs of the same fault."""
 REPLACE_S = 3.0
 """Time for a killed worker's replacement to be forked before the plan is made without its device."""
+
+
+def _last_multiple(step: int, interval: int | None) -> int:
+    return step // interval * interval if interval else 0
 
 
 class Stopped(Exception):
@@ -147,6 +152,8 @@ class Controller:
             if placement is None:
                 raise Stopped(EXIT_TOO_FEW, Phase.FAILED)
         restore = await self.copies.find()
+        if restore is None and await self._wait_for_copies():
+            return await self._form()
         if any(self.fleet.roster.worker(device) is None for device in placement.devices):
             return await self._form()  # one died meanwhile
         self.copies.go_on_from(restore)
@@ -168,6 +175,33 @@ class Controller:
             cause="memory" if restore else "checkpoint or new run",
             seconds=time.monotonic() - began,
         )
+
+    async def _wait_for_copies(self) -> bool:
+        """Whether nodes came back with the copies that went with them: an agent that died left its node's memory as it
+        was. They are waited for as long as it would take to make the steps since the newest checkpoint again."""
+        elastic, step = self.config.elastic, self.fleet.step
+        saved = max(self.copies.disk_step, _last_multiple(step, self.config.checkpoint.interval_steps))
+        seconds = min(elastic.wait_s, (step - saved) * self.fleet.pace.median_s())
+        gone = {node.name for node in self.fleet.roster.nodes.values()} - self._alive()
+        if not self.copies.trained or not gone or seconds < TICK_S:
+            return False
+        self._enter(Phase.WAITING)
+        self.journal.event("wait", step=step, cause=f"copies of the state went with {', '.join(sorted(gone))}",
+                           seconds=seconds)  # fmt: skip
+        deadline = time.monotonic() + seconds
+        while gone and not self._stop and (left := deadline - time.monotonic()) > 0:
+            await self.fleet.until(partial(self._asked_or_back, gone), left)
+            gone -= self._alive()
+            if await self.copies.find() is not None:
+                return True
+        return False
+
+    def _asked_or_back(self, gone: set[str]) -> bool:
+        """Whether the run shall end, or one of these nodes is there again."""
+        return self._stop or bool(gone & self._alive())
+
+    def _alive(self) -> set[str]:
+        return {node.name for node in self.fleet.roster.alive()}
 
     def _choose(self) -> Placement | None:
         usable = self._usable()

@@ -30,7 +30,7 @@ class Copies:
     copies may have outlived it; ``disk_step``: newest step on disk."""
 
     def __init__(self, fleet: Fleet, journal: Journal, trained: list[Trained], disk_step: int) -> None:
-        self.fleet, self.journal, self.trained, self._disk_step = fleet, journal, trained, disk_step
+        self.fleet, self.journal, self.trained, self.disk_step = fleet, journal, trained, disk_step
 
     async def find(self) -> Restore | None:
         """The newest state that memory holds; None if it must come from disk."""
@@ -44,7 +44,7 @@ class Copies:
         for trained in reversed(self.trained):
             found = recoverable_step(trained.world_size, trained.generation, held)
             if found is not None:
-                return Restore(found[0], trained, found[1]) if found[0] >= self._disk_step else None
+                return Restore(found[0], trained, found[1]) if found[0] >= self.disk_step else None
         return None
 
     def go_on_from(self, restore: Restore | None) -> None:

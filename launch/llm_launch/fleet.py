@@ -51,11 +51,12 @@ class Fleet:
         """Generation and step at which processes were last seen waiting for files."""
         self.address: list[Any] = []
         self.changed = asyncio.Event()
-        self.new_pace()
+        self.pace = Pace(elastic.hang_deviations, first_s=elastic.first_step_limit_s)
 
     def new_pace(self) -> None:
         """Forgets how long steps took, for a layout whose steps take another time."""
-        self.pace = Pace(self.elastic.hang_deviations, first_s=self.elastic.first_step_limit_s)
+        usual_s = self.pace.median_s()
+        self.pace = Pace(self.elastic.hang_deviations, first_s=self.elastic.first_step_limit_s, usual_s=usual_s)
 
     async def listen(self, host: str, port: int = 0) -> int:
         """Begins to accept agents; the port."""

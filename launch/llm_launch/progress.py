@@ -116,11 +116,17 @@ class Pace:
     factor: float = 3.0
     floor_s: float = 0.5
     first_s: float = 600.0
+    usual_s: float = 0.0
+    """Seconds of a step of the layout before, or 0."""
     times_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
     def add(self, seconds: float) -> None:
         """Takes in the time of one step."""
         self.times_s.append(seconds)
+
+    def median_s(self) -> float:
+        """Seconds of a step, before the first one as under the layout before; 0 if nothing is known."""
+        return statistics.median(self.times_s) if self.times_s else self.usual_s
 
     def limit_s(self) -> float:
         """Seconds without progress after which a step counts as hung."""
@@ -128,6 +134,6 @@ class Pace:
             return self.first_s
         if len(self.times_s) < 3:
             return 10 * max(self.times_s) + 2 * self.floor_s
-        median = statistics.median(self.times_s)
+        median = self.median_s()
         spread = 1.4826 * statistics.median(abs(x - median) for x in self.times_s)
         return max(median + self.deviations * spread, self.factor * median) + self.floor_s

@@ -107,6 +107,23 @@ def test_faults_that_meet_a_recovery(start: Start) -> None:
     assert all(record["train/samples"] == 8 * record["step"] for record in run.steps())
 
 
+def test_two_nodes_that_hold_each_others_copies_are_waited_for(start: Start) -> None:
+    """Neither of them has the first one's share any more, but its agent is started again and finds it in memory."""
+    losses = undisturbed(start, "parallel.dp=4", "train.steps=140")
+    run = start("parallel.dp=4", "train.steps=140")
+    run.reach(100)  # making 100 steps again takes longer than an agent's start
+    run.cause("node", 1)
+    fault_s = run.cause("node", 2)
+    run.first_step_after(fault_s)
+    assert run.wait() == 0
+    waited = next(event for event in run.events("wait"))
+    assert waited["cause"].startswith("copies of the state went with ") and waited["step"] >= 100
+    assert run.status()["lost_steps"] <= 1 and not run.events("remove")
+    made = [record["step"] for record in run.steps()]
+    assert made == sorted(made) and set(made) == set(range(1, 141))
+    assert max(abs(loss - losses[step]) for step, loss in run.losses().items()) <= 1e-4
+
+
 def test_a_lost_node_shrinks_the_run_and_comes_back(start: Start) -> None:
     layout = ("parallel.tp=2", "parallel.dp=2", "optim.schedule=constant")
     losses = undisturbed(start, *layout)
