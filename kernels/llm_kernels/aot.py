@@ -1,7 +1,7 @@
 """Compiles kernels for sm_80 and sm_90 without a GPU and reads what ptxas made of them.
 
-Registers and shared memory come from the cubin, spills from a second run of ptxas, instructions from the disassembly;
-all three programs are part of the Triton wheel. Counts of instructions are not cycles. Must run in a process without
+Registers and shared memory come from the cubin, spills from what ptxas says, instructions from the disassembly; all three
+programs are part of the Triton wheel. Counts of instructions are not cycles. Must run in a process without
 TRITON_INTERPRET.
 """
 
@@ -16,9 +16,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def inspect(case: AotCase, arch: int, dump: Path | None = None) -> Report:
     report = Report(case.name, arch, case.num_warps)
     start = time.perf_counter()
     try:
-        with _silent_stderr():
+        with _silent_stderr(), redirect_stdout(StringIO()) as said:
             compiled = _compile(case, arch)
     except Exception as error:  # any pass of the compiler may fail in its own way
         report.problems.append(f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}")
@@ -93,7 +94,9 @@ def inspect(case: AotCase, arch: int, dump: Path | None = None) -> Report:
     instructions, labels = _parse(listing)
     report.num_warps = compiled.metadata.num_warps
     report.registers, report.shared_bytes = usage, compiled.metadata.shared
-    report.spill_bytes = _spills(compiled.asm["ptx"])
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said.getvalue())
+    assert spilled, f"ptxas does not say what it spilled: {said.getvalue()!r}"
+    report.spill_bytes = sum(map(int, spilled))
     report.occupancy = occupancy(arch, report.registers, report.num_warps, report.shared_bytes)
     report.instructions = _mix(instructions)
     report.loop_length, report.loop = _steady_loop(instructions, labels)
@@ -160,6 +163,7 @@ def _compile(case: AotCase, arch: int) -> Any:
 
         source_class = GluonASTSource
     triton.knobs.compilation.always_compile = True  # the table has compile times
+    triton.knobs.nvidia.dump_ptxas_log = True  # to standard output: the cubin itself does not tell of spills
     options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if case.maxnreg is not None:
         options["maxnreg"] = case.maxnreg
@@ -212,18 +216,6 @@ def _disassemble(cubin: bytes) -> tuple[str, int]:
     match = re.search(r"REG:(\d+)", usage)
     assert match, usage
     return listing, int(match.group(1))
-
-
-def _spills(ptx: str) -> int:
-    """Bytes that ptxas stores and loads because registers ran out; the cubin itself does not say."""
-    target = re.search(r"^\.target (\w+)", ptx, re.M)
-    assert target
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [_tool("ptxas"), "-v", "--gpu-name", target.group(1), str(path), "-o", str(path) + ".o"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
 
 
 def _parse(listing: str) -> tuple[list[tuple[int, str, str]], dict[str, int]]:

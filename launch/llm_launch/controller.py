@@ -161,9 +161,8 @@ class Controller:
         if before is not None and before != placement.layout:
             self.fleet.new_pace()
             self.journal.event("reshape", before=before.describe(), after=placement.layout.describe())
-        self.fleet.generation += 1
-        self.fleet.placement, self._turn, self.fleet.evidence = placement, False, []
-        self.fleet.looks.clear()
+        self._turn = False
+        self.fleet.begin(placement)
         self._assign(placement, restore)
         self._enter(Phase.FORMING)
         self.journal.event(

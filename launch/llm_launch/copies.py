@@ -49,9 +49,6 @@ class Copies:
 
     def go_on_from(self, restore: Restore | None) -> None:
         """The decision: what else is in memory makes room for the copies of the generation to come."""
-        if restore is not None:
-            self.journal.lost_steps += max(0, self.fleet.step - restore.step)
-            self.fleet.step = restore.step
         self._forget_all_but([restore.trained] if restore else [])
 
     def sources(self, restore: Restore | None, placement: Placement) -> list[dict[str, Any] | None]:

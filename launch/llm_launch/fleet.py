@@ -44,6 +44,8 @@ class Fleet:
         self.to_restart: set[str] = set()
         """Nodes whose agent has to be started again."""
         self.step = 0
+        self.start_step: int | None = None
+        """Step from which the present generation went on; None until one of its workers has said so."""
         self.fruitless = 0
         """Recoveries since the last finished step."""
         self.looks: dict[Device, dict[str, Any]] = {}
@@ -52,6 +54,12 @@ class Fleet:
         self.address: list[Any] = []
         self.changed = asyncio.Event()
         self.pace = Pace(elastic.hang_deviations, first_s=elastic.first_step_limit_s)
+
+    def begin(self, placement: Placement) -> None:
+        """The next generation."""
+        self.generation += 1
+        self.placement, self.evidence, self.start_step = placement, [], None
+        self.looks.clear()
 
     def new_pace(self) -> None:
         """Forgets how long steps took, for a layout whose steps take another time."""
@@ -133,6 +141,10 @@ class Fleet:
                 self.evidence.append(Evidence(kind, node.name, device, self.rank(device), status=message["status"]))
         elif said == "training" and mine:
             worker.training = True
+            if self.start_step is None:
+                self.start_step = message["step"]
+                self.journal.lost_steps += max(0, self.step - self.start_step)
+                self.step = self.start_step
         elif said == "left" and mine:
             worker.outcome, worker.store_port = Outcome(message["outcome"]), message["store_port"]
             self._on_left(device, message)

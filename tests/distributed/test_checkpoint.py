@@ -36,16 +36,19 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "saved", "processes", "loads"), PAIRS, ids=[pair[0] for pair in PAIRS])
-@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+# Both ways of saving write the same plan; what differs is who waits for it, which these three show.
+SYNCHRONOUS = ("TP2 PP2 DP2", "TP1", "bf16 our AdamW DP2")
+CASES = [pytest.param(*pair, True, id=f"async-{pair[0]}") for pair in PAIRS]
+CASES += [pytest.param(*pair, False, id=f"sync-{pair[0]}") for pair in PAIRS if pair[0] in SYNCHRONOUS]
+
+
+@pytest.mark.parametrize(("name", "saved", "processes", "loads", "asynchronous"), CASES)
 def test_any_layout_goes_on_as_the_undisturbed_run(
     name: str, saved: dict[str, Any], processes: int, loads: list[Any], asynchronous: bool, tmp_path: Path
 ) -> None:
-    if not asynchronous and name not in ("TP2 PP2 DP2", "TP1"):
-        loads = loads[:1]
     changes = saved | {"checkpoint.asynchronous": asynchronous}
     undisturbed = run_ranks(save_job, processes, changes, str(tmp_path))[0]
-    for target, layout, ranks in loads:
+    for target, layout, ranks in loads if asynchronous else loads[:1]:
         resumed = run_ranks(load_job, ranks, layout, str(tmp_path))[0]
         worst = max(abs(a - b) for (a, _), (b, _) in zip(undisturbed, resumed))
         print(f"| {name} -> {target} | {worst:.1e} |")

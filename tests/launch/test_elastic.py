@@ -107,6 +107,20 @@ def test_faults_that_meet_a_recovery(start: Start) -> None:
     assert all(record["train/samples"] == 8 * record["step"] for record in run.steps())
 
 
+def test_without_copies_in_memory_it_goes_on_from_the_newest_checkpoint(start: Start) -> None:
+    losses = undisturbed(start, "parallel.dp=4")
+    run = start("parallel.dp=4", "elastic.replicate_every_steps=0", "checkpoint.interval_steps=10")
+    newest = run.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    run.until(lambda: newest.exists() and newest.read_text() == "20", 60, "a checkpoint")
+    run.reach(23)
+    run.first_step_after(run.cause("kill", 2))
+    assert run.wait() == 0 and run.losses().keys() == losses.keys()
+    assert max(abs(loss - losses[step]) for step, loss in run.losses().items()) <= 1e-5
+    reached = run.events("detect")[0]["step"]
+    assert [event["step"] for event in run.events("resume")] == [0, 20]
+    assert 3 <= reached - 20 <= run.status()["lost_steps"] <= reached - 19, "a step may end after the first sign"
+
+
 def test_two_nodes_that_hold_each_others_copies_are_waited_for(start: Start) -> None:
     """Neither of them has the first one's share any more, but its agent is started again and finds it in memory."""
     losses = undisturbed(start, "parallel.dp=4", "train.steps=140")
