@@ -1,7 +1,7 @@
 """Compiles kernels for sm_80 and sm_90 without a GPU and reads what ptxas made of them.
 
-Registers and shared memory come from the cubin, spills from what ptxas says, instructions from the disassembly; all three
-programs are part of the Triton wheel. Counts of instructions are not cycles. Must run in a process without
+Registers and shared memory come from the cubin, spills from what ptxas says, instructions from the disassembly; all
+three programs are part of the Triton wheel. Counts of instructions are not cycles. Must run in a process without
 TRITON_INTERPRET.
 """
 
