@@ -15,10 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import sysconfig
 import tempfile
 import time
@@ -30,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from llm_parallel.bench.environment import environment
 
 SEQ_LENGTH = 2048
 MEAN_DOCUMENT = 1000
@@ -239,20 +238,6 @@ def forget_peak() -> int:
     return memory_bytes("VmRSS")
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    packages = ("sentencepiece", "megatron-core", "numpy")
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
-
-
 def main() -> None:
     """Measures, prints, and saves to benchmarks/results/data_cpu_DATE.json if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,7 +247,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     result = {
-        "machine": machine(),
+        "machine": environment() | {name: version(name) for name in ("sentencepiece", "numpy")},
         "tokens": measure_tokens(args.rounds, args.megabytes),
         "index": measure_index(args.rounds, args.samples),
     }

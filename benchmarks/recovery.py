@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ import psutil
 import torch
 
 from llm_launch.drill import LiveRun, read_lines, unix_time
+from llm_parallel.bench.environment import chip_name, commit
 from llm_parallel.config.load import load_config
 from llm_parallel.files import atomic_write
 from llm_parallel.train.command import save_config
@@ -275,15 +275,14 @@ def save(layout: str, found: dict[str, Any]) -> None:
     """Puts one layout's drills into the day's result file, beside those of the others."""
     path = Path(__file__).parent / "results" / f"recovery_cpu_{date.today().isoformat()}.json"
     record = json.loads(path.read_text()) if path.exists() else {"results": {}}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     record |= {
-        "chip": platform.processor() or platform.machine(),
+        "chip": chip_name(),
         "cores": os.cpu_count(),
         "date": date.today().isoformat(),
         "torch": torch.__version__,
     }
     command = " ".join(["python", *sys.argv])
-    record["results"][layout] = {"command": command, "commit": commit, **found}
+    record["results"][layout] = {"command": command, "commit": commit(), **found}
     with atomic_write(path) as handle:
         handle.write(json.dumps(record, indent=1) + "\n")
     print(path.name, flush=True)
