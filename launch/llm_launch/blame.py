@@ -128,6 +128,11 @@ def classify_error(error: str, message: str) -> str:
     return "program"
 
 
+def few(texts: Sequence[str], between: str = ", ", most: int = 8) -> str:
+    """The first of ``texts``, and how many more there are: a part of a cluster may fail at once."""
+    return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
 def blame(evidence: Sequence[Evidence], world: Iterable[Device]) -> Verdict:
     """Who is at fault, by the first rule of ``RULES`` that applies. ``world``: devices of the generation."""
     devices = set(world)
@@ -192,7 +197,7 @@ def _broken_device(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | No
     broken = tuple(sorted({item.device for item in items if item.device is not None}))
     if not broken:
         return None
-    reason = "; ".join(sorted({f"{item.device}: {item.kind.value}, {_said(item)}" for item in items}))
+    reason = few(sorted({f"{item.device}: {item.kind.value}, {_said(item)}" for item in items}), "; ")
     return Verdict(Fault.DEVICE, reason, broken, certain=True, evidence=tuple(items))
 
 
@@ -200,7 +205,7 @@ def _host_memory(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None
     items = _of(evidence, Kind.HOST_MEMORY)
     if not items:
         return None
-    ended = ", ".join(f"rank {item.rank} of {item.node}" for item in items)
+    ended = few([f"rank {item.rank} of {item.node}" for item in items])
     reason = f"the system ended {ended} because the node had no memory left (the host's, not a GPU's)"
     return Verdict(Fault.HOST_MEMORY, reason, evidence=tuple(items))
 
@@ -209,9 +214,9 @@ def _whole_node(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict |
     silent = tuple(sorted({item.node for item in _of(evidence, Kind.NODE_SILENT)}))
     gone = tuple(sorted({item.node for item in _of(evidence, Kind.AGENT_LOST)} - set(silent)))
     if silent:
-        return Verdict(Fault.NODE, f"no heartbeat from {', '.join(silent)}", nodes=silent, evidence=tuple(evidence))
+        return Verdict(Fault.NODE, f"no heartbeat from {few(silent)}", nodes=silent, evidence=tuple(evidence))
     if gone:
-        reason = f"the agent of {', '.join(gone)} is gone"
+        reason = f"the agent of {few(gone)} is gone"
         return Verdict(Fault.AGENT, reason, nodes=gone, evidence=tuple(evidence))
     dead = {item.device for item in _of(evidence, Kind.EXIT) if item.device is not None}
     for node in sorted({device.node for device in dead}):
@@ -242,7 +247,7 @@ def _single_devices(evidence: Sequence[Evidence], devices: set[Device]) -> Verdi
     if not items:
         return None
     suspects = tuple(sorted({item.device for item in items if item.device is not None}))
-    what = "; ".join(f"{item.device}: {_how(item)}" for item in items)
+    what = few([f"{item.device}: {_how(item)}" for item in items], "; ")
     return Verdict(Fault.DEVICE, what, suspects, evidence=tuple(items))
 
 

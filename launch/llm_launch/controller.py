@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_launch.agents import Agents
-from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame
+from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame, few
 from llm_launch.copies import Copies, Restore
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
@@ -185,7 +185,7 @@ class Controller:
         if not self.copies.trained or not gone or seconds < TICK_S:
             return False
         self._enter(Phase.WAITING)
-        self.journal.event("wait", step=step, cause=f"copies of the state went with {', '.join(sorted(gone))}",
+        self.journal.event("wait", step=step, cause=f"copies of the state went with {few(sorted(gone))}",
                            seconds=seconds)  # fmt: skip
         deadline = time.monotonic() + seconds
         while gone and not self._stop and (left := deadline - time.monotonic()) > 0:
@@ -231,6 +231,7 @@ class Controller:
                     "store": store,
                     "overrides": list(placement.overrides),
                     "restore": sources[rank],
+                    "here": list(node.replicas),
                     "partner": list(after[device.node].replicas) if len(names) > 1 else None,
                     "elapsed_s": time.monotonic() - self._started_s,
                     "believe": sorted(self._believe),
@@ -315,8 +316,8 @@ class Controller:
             "detect",
             generation=self.fleet.generation,
             step=self.fleet.step,
-            cause="; ".join(
-                f"{e.device or e.node}: {e.kind.value} {e.message[:200]}".strip() for e in self.fleet.evidence
+            cause=few(
+                [f"{e.device or e.node}: {e.kind.value} {e.message[:200]}".strip() for e in self.fleet.evidence], "; "
             ),
         )
         self._enter(Phase.ABORTING)

@@ -3,6 +3,7 @@ of no more use. Two generations' copies at most are in memory at once, however m
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,22 +52,28 @@ class Copies:
         """The decision: what else is in memory makes room for the copies of the generation to come."""
         self._forget_all_but([restore.trained] if restore else [])
 
-    def sources(self, restore: Restore | None, placement: Placement) -> list[dict[str, Any] | None]:
-        """Where each rank of ``placement`` reads its state: ``[rank, kind, host, port]`` of every share, without
-        host where it is in the node's own memory."""
+    def sources(self, restore: Restore | None, placement: Placement) -> list[str | None]:
+        """Where each rank of ``placement`` reads its state, as JSON that all ranks with the same part of the model
+        share: step, generation, and ``[rank, kind, host, port]`` of every share that it may need."""
         if restore is None:
             return [None] * len(placement.devices)
-        needed = restore.trained.needed_by(placement.layout)
-        origin = {"step": restore.step, "generation": restore.trained.generation}
-        return [
-            {**origin, "sources": [self._source(restore.holders[rank], rank, device.node) for rank in ranks]}
-            for ranks, device in zip(needed, placement.devices)
+        groups, needed = restore.trained.needed_by(placement.layout)
+        texts = [
+            json.dumps(
+                {
+                    "step": restore.step,
+                    "generation": restore.trained.generation,
+                    "sources": [self._source(restore.holders[rank], rank) for rank in ranks],
+                },
+                separators=(",", ":"),
+            )
+            for ranks in groups
         ]
+        return [texts[number] for number in needed]
 
-    def _source(self, holder: tuple[str, str], rank: int, here: str) -> Sequence[Any]:
+    def _source(self, holder: tuple[str, str], rank: int) -> Sequence[Any]:
         name, kind = holder
-        host, port = ("", 0) if name == here else self.fleet.roster.nodes[name].replicas
-        return [rank, kind, host, port]
+        return [rank, kind, *self.fleet.roster.nodes[name].replicas]
 
     def begin(self, placement: Placement) -> None:
         """The present generation makes its first copy."""

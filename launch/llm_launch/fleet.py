@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_launch import wire
-from llm_launch.blame import Device, Evidence, Kind, classify_error
+from llm_launch.blame import Device, Evidence, Kind, classify_error, few
 from llm_launch.hang import find_hung, waits_for_files
 from llm_launch.journal import Journal
 from llm_launch.members import Node, Roster, Worker
@@ -254,7 +254,7 @@ class Fleet:
         waiting = waiting if longest < self.elastic.first_step_limit_s else []
         if waiting and self.stalled != (self.generation, self.step):
             self.stalled = (self.generation, self.step)
-            names = ", ".join(map(str, waiting[:3])) + (f" and {len(waiting) - 3} more" if len(waiting) > 3 else "")
+            names = few([str(device) for device in waiting])
             self.journal.event("stall", step=self.step, cause=f"{names}: waiting for files", seconds=longest)
         if moved or waiting or self.evidence:
             self.pace.add(longest)

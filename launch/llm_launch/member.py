@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import os
 import queue
 import socket
@@ -46,8 +47,9 @@ class Assignment:
     overrides: tuple[str, ...]
     """Configuration fields that differ from the run file's: the layout."""
     restore: dict[str, Any] | None
-    """``{"step", "generation", "sources": [[rank, kind, host, port], …]}`` (host empty: this node); None: newest
-    checkpoint on disk."""
+    """``{"step", "generation", "sources": [[rank, kind, host, port], …]}``; None: newest checkpoint on disk."""
+    here: tuple[str, int]
+    """Address under which a source is this node itself."""
     partner: tuple[str, int] | None
     elapsed_s: float
     """Seconds since the run was started."""
@@ -58,8 +60,9 @@ class Assignment:
     def read(cls, message: dict[str, Any]) -> Assignment:
         """From a message of the agent."""
         values = {name: message[name] for name in cls.__dataclass_fields__}
-        for name in ("store", "partner"):
+        for name in ("store", "partner", "here"):
             values[name] = tuple(values[name]) if values[name] else None
+        values["restore"] = json.loads(values["restore"]) if values["restore"] else None
         values["overrides"], values["believe"] = tuple(values["overrides"]), tuple(values["believe"])
         return cls(**values)
 

@@ -57,19 +57,19 @@ class Trained:
         """For JSON."""
         return [self.generation, self.world_size, list(self.cut)]
 
-    def needed_by(self, layout: Layout) -> list[list[int]]:
-        """Ranks of this generation whose copies each rank of ``layout`` reads. Where the model is divided as before,
-        those that held the same part of it, so that nobody asks the whole job; else all."""
+    def needed_by(self, layout: Layout) -> tuple[list[list[int]], list[int]]:
+        """Groups of ranks of this generation, and for each rank of ``layout`` the number of the group whose copies it
+        reads. Where the model is divided as before, those that held the same part of it, so that nobody asks the whole
+        job; else all."""
         if Trained.of(0, layout).cut != self.cut:
-            everyone = list(range(self.world_size))
-            return [everyone] * layout.world_size
+            return [list(range(self.world_size))], [0] * layout.world_size
         before = replace(layout, dp=self.world_size // (layout.tp * layout.cp * layout.pp))
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: list[list[int]] = [[] for _ in range(layout.tp * layout.pp)]
         for rank in range(self.world_size):
             at = before.coordinates(rank)
-            groups.setdefault((at.tp, at.pp), []).append(rank)
+            groups[at.pp * layout.tp + at.tp].append(rank)
         places = (layout.coordinates(rank) for rank in range(layout.world_size))
-        return [groups[at.tp, at.pp] for at in places]
+        return groups, [at.pp * layout.tp + at.tp for at in places]
 
 
 def fingerprint(config: RunConfig) -> str:

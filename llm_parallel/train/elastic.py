@@ -72,7 +72,7 @@ class ElasticWatch(Watch):
         step, generation = wanted["step"], wanted["generation"]
         found: list[Callable[[], Source]] = []
         for rank, kind, host, port in wanted["sources"]:
-            if host:
+            if (host, port) != self.assignment.here:
                 found.append(partial(RemoteSource, (host, port), self.member.secret, kind, generation, rank, step))
             else:
                 name = f"{kind}/g{generation:06d}_r{rank:06d}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame, classify_error
+from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame, classify_error, few
 
 WORLD = [Device(node, index) for node in ("a", "b") for index in (0, 1)]
 GONE = "[pair.cc:553] Connection closed by peer [127.0.0.1]:1"
@@ -119,3 +119,12 @@ def test_faults_of_program_user_and_memory_never_strike() -> None:
 )
 def test_errors_are_told_apart(error: str, message: str, kind: str) -> None:
     assert classify_error(error, message) == kind
+
+
+def test_thousands_of_lost_nodes_fit_one_line() -> None:
+    names = [f"n{number}" for number in range(2000)]
+    lost = [Evidence(Kind.NODE_SILENT, name) for name in names]
+    verdict = blame(lost, [Device(name, 0) for name in names])
+    assert set(verdict.nodes) == set(names)
+    assert verdict.reason == "no heartbeat from n0, n1, n10, n100, n1000, n1001, n1002, n1003 and 1992 more"
+    assert few(["a", "b"]) == "a, b"

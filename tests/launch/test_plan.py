@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_launch.blame import Device
-from llm_launch.plan import place, recoverable_step
+from llm_launch.plan import Trained, place, recoverable_step
 from llm_parallel.config.tree import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llm_parallel.parallel.layout import Layout
 
@@ -101,3 +101,21 @@ def test_the_newest_step_that_every_rank_has_somewhere() -> None:
     assert recoverable_step(2, 3, {"a": held["a"]}) == (4, {0: ("a", "own"), 1: ("a", "kept")})
     assert recoverable_step(3, 3, held) is None
     assert recoverable_step(2, 4, held) is None
+
+
+@given(*[st.integers(1, 4)] * 5)
+def test_each_rank_reads_from_those_that_held_its_part_of_the_model(
+    tp: int, cp: int, pp: int, dp: int, now: int
+) -> None:
+    """In megatron-core's order of ranks a tensor-parallel place is a rank modulo TP, a stage one of PP equal blocks."""
+    before, after = (Layout(tp=tp, cp=cp, pp=pp, dp=size, stage_layers=(1,) * pp) for size in (dp, now))
+    groups, needed = Trained.of(3, before).needed_by(after)
+    assert sorted(rank for group in groups for rank in group) == list(range(before.world_size))
+    for rank, number in enumerate(needed):
+        here = (rank % tp, rank // (tp * cp * now))
+        assert {(other % tp, other // (tp * cp * dp)) for other in groups[number]} == {here}
+
+
+def test_under_another_cut_everyone_may_be_asked() -> None:
+    before, after = Layout(tp=2, dp=2), Layout(dp=3)
+    assert Trained.of(3, before).needed_by(after) == ([[0, 1, 2, 3]], [0, 0, 0])
