@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -147,16 +147,19 @@ def open_run(config: RunConfig, place: Place, asked_to_stop: Callable[[], bool],
     )
     world = World(place.world_size, layout.describe(), platform.device_name, platform.is_cuda)
     held_out = evaluation_batches(config, groups)
-    loader = open_training_data(config, groups, state.consumed_samples)
-    metrics = open_metrics(
-        place.rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
-    )
-    metrics.start(describe(config, groups, origin, peak))
-    comm = open_comm_time(config, groups) if config.log.comm_time else comm_time.Untimed()
-    run = Run(
-        config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop, started_s, watch, comm
-    )
-    watch.opened(run)
+    with ExitStack() as opened:  # what runs in threads must end if the rest of this fails
+        loader = opened.enter_context(open_training_data(config, groups, state.consumed_samples))
+        metrics = open_metrics(
+            place.rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
+        )
+        opened.callback(metrics.close)
+        metrics.start(describe(config, groups, origin, peak))
+        comm = open_comm_time(config, groups) if config.log.comm_time else comm_time.Untimed()
+        run = Run(
+            config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop, started_s, watch, comm
+        )
+        watch.opened(run)
+        opened.pop_all()
     return run
 
 
