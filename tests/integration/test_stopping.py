@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.harness import run_ranks
 from tests.integration.commands import (
     COMMAND,
     TIMEOUT_S,
@@ -71,3 +73,26 @@ def test_the_time_limit_saves_and_ends_the_run(corpus: Corpus, tmp_path: Path) -
     assert (run_dir / "checkpoints" / f"iter_{stopped:07d}").is_dir()
     assert train_in_ranks(run_file, 1, f"train.steps={stopped + 2}") == [stopped + 2]
     assert list(losses(run_dir)) == list(range(1, stopped + 3))
+
+
+def threads_of_a_failed_start(rank: int, world_size: int, run_file: str) -> list[str]:
+    """Threads that are left when a start fails after the first of them began."""
+    from llm_parallel.config.load import load_config
+    from llm_parallel.train import loop
+    from llm_parallel.train.preflight import preflight
+
+    def fails(*_: object) -> None:
+        assert "micro-batches" in {thread.name for thread in threading.enumerate()}
+        raise ConnectionError("a peer is gone")
+
+    loop.open_comm_time = fails
+    before = set(threading.enumerate())
+    with pytest.raises(ConnectionError, match="a peer is gone"):
+        loop.pretrain(preflight(load_config(run_file, notice=lambda _: None), world_size), loop.Place(rank, 1, rank))
+    return [thread.name for thread in set(threading.enumerate()) - before]
+
+
+def test_a_start_that_fails_leaves_no_thread(corpus: Corpus, tmp_path: Path) -> None:
+    """A survivor of a recovery would hold the groups of every generation that it could not enter."""
+    run_file = write_run_file(corpus, tmp_path, log={"tensorboard": True})
+    assert run_ranks(threads_of_a_failed_start, 1, str(run_file)) == [[]]
