@@ -28,8 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from llm_parallel.bench.environment import environment
-
 SEQ_LENGTH = 2048
 MEAN_DOCUMENT = 1000
 VOCABULARY = 8192
@@ -246,6 +244,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10**8)
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
+    from llm_parallel.bench.environment import environment  # brings torch, which what is measured must not hold
+
     result = {
         "machine": environment() | {name: version(name) for name in ("sentencepiece", "numpy")},
         "tokens": measure_tokens(args.rounds, args.megabytes),

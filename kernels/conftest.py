@@ -62,3 +62,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.section("kernel errors against fp64, relative to the largest value")
         for line in SUMMARY.lines():
             terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def traffic(checked: Traffic | None) -> Traffic:
+    """Counts of the bytes that a test's launches move. Skips on a GPU: only the interpreter sees every access, and the
+    kernels that it runs are the same."""
+    if checked is None:
+        pytest.skip("bytes are counted where Triton's interpreter runs the kernels, not on a GPU or without Triton")
+    return checked

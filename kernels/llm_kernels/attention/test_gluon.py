@@ -273,13 +273,13 @@ def test_strides_that_tma_cannot_read_are_refused(monkeypatch: pytest.MonkeyPatc
             attention(q, broken, v, backend="gluon")
 
 
-@pytest.mark.skipif(HOPPER, reason="broken kernels belong in the simulator")
+@pytest.mark.skipif(HOPPER, reason="the proof finds a GPU here, and passes")
 def test_proof_says_what_is_wrong() -> None:
     """Here there is no GPU, which the process of the proof finds."""
     assert "CUDA" in (gluon_fault() or "")
 
 
-@pytest.mark.skipif(HOPPER, reason="this GPU can")
+@pytest.mark.skipif(HOPPER, reason="this machine's GPU takes the kernels that others are refused")
 def test_other_machines_are_refused() -> None:
     with pytest.raises(ValueError, match=f"compute capability 9.0 .*, {DEVICE} is none"):
         attention(*inputs_of(8, 8, 1, 1, 1, 64), backend="gluon")
@@ -416,7 +416,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(HOPPER, reason="broken kernels belong in the simulator")
+@pytest.mark.skipif(HOPPER, reason="a broken barrier would hang the GPU; the simulator finds it")
 @pytest.mark.parametrize(("old", "new", "message"), MUTANTS.values(), ids=MUTANTS.keys())
 def test_every_way_to_break_the_kernel_is_found(old: str, new: str, message: str, tmp_path: Path) -> None:
     source = Path(gluon_forward.__file__).read_text()

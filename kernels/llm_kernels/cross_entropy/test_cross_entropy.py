@@ -206,26 +206,22 @@ def test_extremes(backend: str) -> None:
     assert logits.grad[1].tolist() == pytest.approx([0.0, -0.5, 0.5])
 
 
-def test_moves_the_least_bytes(checked: Traffic | None) -> None:
-    if checked is None:
-        pytest.skip("bytes are counted by the interpreter")
+def test_moves_the_least_bytes(traffic: Traffic) -> None:
     shape = BENCHMARK.small
     logits, labels = BENCHMARK.make(shape, torch.bfloat16, default_device())
     losses = BENCHMARK.providers["ours"]()(logits, labels)
     least = BENCHMARK.bytes_moved(shape, torch.bfloat16)  # type: ignore[misc]
-    forward = checked.bytes_loaded + checked.bytes_stored
+    forward = traffic.bytes_loaded + traffic.bytes_stored
     losses.backward(torch.ones_like(losses))
-    backward = checked.bytes_loaded + checked.bytes_stored - forward
+    backward = traffic.bytes_loaded + traffic.bytes_stored - forward
     print(f"cross_entropy: forward {forward / least.forward:.3f}, backward {backward / least.backward:.3f}")
     assert forward <= 1.03 * least.forward and backward <= 1.03 * least.backward
 
 
-def test_ignored_tokens_are_not_read(checked: Traffic | None) -> None:
-    if checked is None:
-        pytest.skip("bytes are counted by the interpreter")
+def test_ignored_tokens_are_not_read(traffic: Traffic) -> None:
     logits = random(32, 1024, dtype=torch.float32)
     cross_entropy(logits, torch.full((32,), -100), backend="triton").sum().backward()  # type: ignore[union-attr]
-    assert checked.bytes_loaded < 32 * 64 and logits.grad is not None and not logits.grad.any()
+    assert traffic.bytes_loaded < 32 * 64 and logits.grad is not None and not logits.grad.any()
 
 
 def test_bad_input_is_named() -> None:

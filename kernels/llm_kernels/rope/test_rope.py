@@ -186,27 +186,23 @@ def test_reference_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda x: ref.rope_table(x, table, interleaved), (x,))  # noqa: B023
 
 
-def test_moves_the_least_bytes(checked: Traffic | None) -> None:
-    if checked is None:
-        pytest.skip("bytes are counted by the interpreter")
+def test_moves_the_least_bytes(traffic: Traffic) -> None:
     inputs = BENCHMARK.make(BENCHMARK.small, torch.bfloat16, default_device())
     out = BENCHMARK.providers["ours"]()(*inputs)
-    forward = checked.bytes_loaded + checked.bytes_stored
+    forward = traffic.bytes_loaded + traffic.bytes_stored
     torch.autograd.grad(out, inputs, [torch.ones_like(x) for x in out])
-    backward = checked.bytes_loaded + checked.bytes_stored - forward
+    backward = traffic.bytes_loaded + traffic.bytes_stored - forward
     least = BENCHMARK.bytes_moved(BENCHMARK.small, torch.bfloat16)  # type: ignore[misc]
     print(f"rope: forward {forward / least.forward:.3f}, backward {backward / least.backward:.3f}")
     assert forward <= 1.03 * least.forward and backward <= 1.03 * least.backward
 
 
-def test_packed_moves_no_value(checked: Traffic | None) -> None:
-    if checked is None:
-        pytest.skip("bytes are counted by the interpreter")
+def test_packed_moves_no_value(traffic: Traffic) -> None:
     tokens, groups, queries, dim = 4, 2, 4, 128
     qkv = random(tokens, 1, groups * (queries + 2) * dim, dtype=torch.bfloat16).detach()
     rope_qkv_(qkv, make_table(tokens, dim), num_groups=groups, head_dim=dim, backend="triton")
     least = tokens * (2 * groups * (queries + 1) * dim * 2 + 4 * dim)
-    assert checked.bytes_loaded + checked.bytes_stored == least
+    assert traffic.bytes_loaded + traffic.bytes_stored == least
 
 
 def test_bad_input_is_named() -> None:
