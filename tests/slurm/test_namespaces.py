@@ -29,7 +29,7 @@ def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[Namespaces
 
 def reaches(cluster: Namespaces, node: str) -> bool:
     """Whether the machine of slurmctld gets an answer from the node's slurmd."""
-    return bool(cluster.run(["bash", "-c", f"timeout 1 bash -c '</dev/tcp/{node}/{cluster.port + 1}' && echo yes"],
+    return bool(cluster.run(["bash", "-c", f"timeout 3 bash -c '</dev/tcp/{node}/{cluster.port + 1}' && echo yes"],
                             check=False))  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_a_cut_node_lives_and_a_switched_off_one_does_not(cluster: Namespaces) -
     assert [p.name() for p in cluster.processes("n2")].count("slurmd") == 1
     cluster.heal("n2")
     cluster.boot("n3")
-    assert reaches(cluster, "n2") and reaches(cluster, "n3")
+    until(lambda: reaches(cluster, "n2") and reaches(cluster, "n3"), 30, "an answer of both nodes")
     cluster.wait_for_nodes(4, ("idle",), 30)
     assert len(cluster.run(["srun", "-N4", "hostname"]).split()) == 4
 
