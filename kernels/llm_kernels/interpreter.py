@@ -2,11 +2,14 @@
 
 Triton 3.6 to 3.9 keep bf16 as 16-bit integers and hand those to numpy as they are: arithmetic and dot products of bf16
 are silently wrong, and fp32 to bf16 truncates where a GPU rounds to nearest even. Version 3.6 also fails with numpy 2.4
-and newer wherever a loop bound is known only at run time. Importing this module changes nothing; ``install`` does.
+and newer wherever a loop bound is known only at run time. All of them prepare the whole language anew at each call of a
+device function, look for integer overflows in nine operations whose outcome they drop, and describe the shape of every
+value anew: two thirds of a small model's step. Importing this module changes nothing; ``install`` does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +47,10 @@ def install() -> None:
     _repair_scalars(interpreter)
     if triton.__version__.startswith("3.6."):
         _repair_loop_bounds(interpreter)
+    _prepare_once_a_launch(interpreter)
+    _look_types_up(interpreter)
+    _check_overflows(interpreter.interpreter_semantic)
+    _share_shapes()
 
 
 def _is_bf16(handle: Any) -> bool:
@@ -137,3 +144,91 @@ def _repair_loop_bounds(interpreter: Any) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))
 
     interpreter._patch_lang_tensor = patch
+
+
+def _prepare_once_a_launch(interpreter: Any) -> None:
+    """``_patch_lang`` puts the interpreter behind every builtin of the modules that a function sees, tl and tl.core. It
+    is called for the kernel, whose scope undoes it after the launch, and by each call of a device function again."""
+    import triton.language as tl
+
+    original = interpreter._patch_lang
+    prepared: set[str] = set()
+
+    def patch(fn):
+        seen = {module.__name__ for module in fn.__globals__.values() if module is tl or module is tl.core}
+        if prepared and seen <= prepared:
+            return None  # nobody undoes what a device function asks for
+        scope, launch = original(fn), not prepared
+        prepared.update(seen)
+        if launch:
+            undo = scope.restore
+
+            def restore():
+                prepared.clear()
+                undo()
+
+            scope.restore = restore
+        return scope
+
+    interpreter._patch_lang = patch
+
+
+def _look_types_up(interpreter: Any) -> None:
+    """``_get_np_dtype`` writes its table of types anew for every value that is made."""
+    import triton.language as tl
+
+    original = interpreter._get_np_dtype
+    known: dict[str, np.dtype] = {}
+
+    def numpy_type(tt_dtype):
+        scalar = tt_dtype.scalar
+        if isinstance(scalar, tl.pointer_type):
+            return np.dtype(np.uint64)
+        if scalar.name not in known:
+            known[scalar.name] = original(scalar)
+        return known[scalar.name]
+
+    interpreter._get_np_dtype = numpy_type
+
+
+def _check_overflows(semantic: Any) -> None:
+    """Sums, differences and products of integers that do not fit in their type are errors, as in a debug build."""
+    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check(lhs, rhs, binary_op):
+        scalar = lhs.type.scalar
+        if scalar.int_bitwidth >= 64:
+            return
+        exact = operations[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        low, high = scalar.get_int_min_value(), scalar.get_int_max_value()
+        if exact.size and not low <= exact.min() <= exact.max() <= high:
+            raise OverflowError(f"{binary_op.__name__} of {scalar} gives {exact.min()} to {exact.max()}")
+
+    semantic.binary_op_sanitize_overflow_impl = check
+
+
+def _share_shapes() -> None:
+    """Values of the same shape share its description, as they do numbers of the same type."""
+    from triton.language import core
+
+    block = core.block_type.__init__
+    blocks: dict[tuple, dict[str, Any]] = {}
+    shapes: dict[tuple, tuple[Any, Any]] = {}
+
+    def block_type(self, element_ty, shape):
+        if type(element_ty) is not core.dtype:  # a pointer, of which each launch has its own
+            return block(self, element_ty, shape)
+        key = (element_ty.name, *(core._unwrap_if_constexpr(size) for size in shape))
+        if key not in blocks:
+            block(self, element_ty, shape)
+            blocks[key] = dict(self.__dict__)
+        self.__dict__.update(blocks[key])
+
+    def tensor(self, handle, type):
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in shapes:
+            shapes[shape] = core.tuple([core.constexpr(size) for size in shape]), core.constexpr(math.prod(shape))
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[shape]
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor

@@ -58,6 +58,17 @@ def _order_kernel(counter_ptr, out_ptr):
     tl.store(out_ptr + tl.atomic_add(counter_ptr, 1), tl.program_id(0))
 
 
+@triton.jit
+def _shifted(at, by):
+    return at + by
+
+
+@triton.jit
+def _device_function_kernel(out_ptr, by, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, _shifted(at, by) * 3 - tl.max(at, 0))
+
+
 def bits(seed: int, count: int) -> torch.Tensor:
     """bf16 numbers of all magnitudes and both signs, with values next to a rounding carry."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,6 +101,23 @@ def test_loop_bound_known_at_run_time() -> None:
     out = torch.zeros(5, dtype=torch.int32)
     _loop_kernel[(1,)](out, 5)
     assert out.tolist() == [0, 1, 2, 3, 4]
+
+
+@interpreted
+def test_device_functions_work_in_every_launch_and_the_language_is_as_before_after_it() -> None:
+    before = {name: value for name, value in vars(tl).items() if name not in ("core", "standard")}
+    for by in (1, 10):
+        out = torch.empty(4, dtype=torch.int32)
+        _device_function_kernel[(1,)](out, by, N=4)
+        assert out.tolist() == [3 * (at + by) - 3 for at in range(4)]
+        assert {name: value for name, value in vars(tl).items() if name in before} == before
+
+
+@interpreted
+@pytest.mark.parametrize("by", [2**31 - 3, -(2**31), 2**30])
+def test_an_integer_that_does_not_fit_is_an_error(by: int) -> None:
+    with pytest.raises(Exception, match=r"OverflowError\('(add|mul) of int32 gives"):
+        _device_function_kernel[(1,)](torch.empty(4, dtype=torch.int32), by, N=4)
 
 
 @interpreted
