@@ -5,8 +5,8 @@ undisturbed run's.
 
 What ``recovery.py`` causes again and again in one run leaves the devices in place. Here each fault has runs of its own
 (DP 4, four agents of one machine): a flipped bit and a device at a fifth of its speed, which are removed; the same
-exception in every process, which ends the run; SIGTERM, the time limit, and a lost launcher and memory with a damaged
-newest checkpoint on the disk, after each of which a second start goes on.
+exception in every process, which ends the run; SIGTERM, the time limit, and a lost launcher with a damaged newest
+checkpoint on the disk, without and with the loss of memory, after each of which a second start goes on.
 """
 
 from __future__ import annotations
@@ -65,17 +65,18 @@ def mistake(start: Start, reference: LiveRun, rank: int) -> Row:
 
 def second_start(how: str, start: Start, reference: LiveRun, rank: int) -> Row:
     """An end of the first start after which the next one goes on."""
-    disk = ["checkpoint.interval_steps=10"] if how == "damaged" else []
+    damaged = how.startswith("damaged")
+    disk = ["checkpoint.interval_steps=10"] if damaged else []
     limit = ["train.time_limit_s=20", "train.steps=100000"] if how == "time limit" else []
     run = start(LAYOUT, *disk, *limit)
     ended: Row = {}  # how long an end took is known where it was asked for
-    if how == "damaged":
+    if damaged:
         run.until((run.run_dir / "checkpoints" / f"iter_{FAULT_AT:07d}").exists, 120.0, "a second checkpoint")
         run.process.kill()
         run.process.wait()
         damage(max((run.run_dir / "checkpoints").glob("iter_???????")))
-        # Nothing but the disk is left, as after a power cut of all nodes.
-        shutil.rmtree(run_folder(Path(ElasticConfig().replica_dir), run.run_dir), ignore_errors=True)
+        if how == "damaged, memory lost":  # as after a power cut of all nodes
+            shutil.rmtree(run_folder(Path(ElasticConfig().replica_dir), run.run_dir))
     else:
         if how == "SIGTERM":
             run.reach(FAULT_AT)
@@ -109,6 +110,7 @@ KINDS: dict[str, Callable[[Start, LiveRun, int], Row]] = {
     "SIGTERM": partial(second_start, "SIGTERM"),
     "time limit": partial(second_start, "time limit"),
     "damaged": partial(second_start, "damaged"),
+    "damaged, memory lost": partial(second_start, "damaged, memory lost"),
 }
 
 

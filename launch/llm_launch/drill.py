@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +52,7 @@ class LiveRun:
     process: subprocess.Popen[bytes]
     secret: str
     faults: list[tuple[float, str]] = field(default_factory=list)
+    throttles: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @classmethod
     def start(cls, run_file: Path, overrides: Sequence[str], run_dir: Path, nodes: int, processes: int) -> LiveRun:
@@ -127,7 +127,8 @@ class LiveRun:
         if kind in ("kill", "stop"):
             os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
         elif kind == "slow":
-            threading.Thread(target=_throttle, args=(pid, details.get("factor", 5.0)), daemon=True).start()
+            command = [sys.executable, "-m", "llm_launch.throttle", str(pid), str(details.get("factor", 5.0))]
+            self.throttles.append(subprocess.Popen(command))
         elif kind == "agent":
             os.kill(entry["agent_pid"], signal.SIGKILL)
         elif kind == "node":
@@ -172,17 +173,7 @@ class LiveRun:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        for throttle in self.throttles:
+            throttle.kill()
+            throttle.wait()
         shutil.rmtree(run_folder(Path(ElasticConfig().replica_dir), self.run_dir), ignore_errors=True)
-
-
-def _throttle(pid: int, factor: float) -> None:
-    """Lets a process run one part in ``factor`` of the time until it is gone. Slices of 2 ms, shorter than what a step
-    computes between two collectives; on a busy machine a slice lasts longer, and so does the pause after it."""
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.kill(pid, signal.SIGCONT)
-            began = time.monotonic()
-            time.sleep(0.002)
-            ran_s = time.monotonic() - began
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(ran_s * (factor - 1))

@@ -31,7 +31,7 @@ Start = Callable[..., LiveRun]
 
 @pytest.fixture
 def start(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:  # noqa: F811
-    """Starts a run on four devices of as many agents; ends it with the test."""
+    """Starts a run on four devices of one or more agents, each of which imports torch; ends it with the test."""
     runs: list[LiveRun] = []
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -39,7 +39,7 @@ def start(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         corpus, tmp_path, train={"global_batch_size": 8, "steps": STEPS}, data={"eval_fraction": 0.0}
     )
 
-    def starting(*overrides: str, nodes: int = 4, name: str = "run") -> LiveRun:
+    def starting(*overrides: str, nodes: int = 2, name: str = "run") -> LiveRun:
         runs.append(LiveRun.start(run_file, overrides, tmp_path / name, nodes, 4))
         return runs[-1]
 
@@ -54,7 +54,7 @@ _undisturbed: dict[tuple[str, ...], dict[int, float]] = {}
 def undisturbed(start: Start, *overrides: str) -> dict[int, float]:
     """Losses of the run that nothing happens to; made once for all tests, whose corpus is the same."""
     if overrides not in _undisturbed:
-        run = start(*overrides, name="undisturbed")
+        run = start(*overrides, nodes=1, name="undisturbed")
         assert run.wait() == 0
         _undisturbed[overrides] = run.losses()
     return _undisturbed[overrides]
@@ -87,7 +87,7 @@ def test_killed_and_stopped_workers_are_replaced_and_nothing_changes(start: Star
 
 def test_faults_that_meet_a_recovery(start: Start) -> None:
     """A second worker dies while the first one's fault is being mended, at whatever point of it."""
-    run = start("parallel.pp=2", "parallel.dp=2", "train.steps=100000", "elastic.strikes=1000")
+    run = start("parallel.pp=2", "parallel.dp=2", "train.steps=100000", "elastic.strikes=1000", nodes=4)
     run.reach(3)
     threads = max(psutil.Process(run.worker(rank)[2]).num_threads() for rank in range(4))
     for number in range(6):
@@ -124,7 +124,7 @@ def test_without_copies_in_memory_it_goes_on_from_the_newest_checkpoint(start: S
 def test_two_nodes_that_hold_each_others_copies_are_waited_for(start: Start) -> None:
     """Neither of them has the first one's share any more, but its agent is started again and finds it in memory."""
     losses = undisturbed(start, "parallel.dp=4", "train.steps=140")
-    run = start("parallel.dp=4", "train.steps=140")
+    run = start("parallel.dp=4", "train.steps=140", nodes=4)
     run.reach(100)  # making 100 steps again takes longer than an agent's start
     run.cause("node", 1)
     fault_s = run.cause("node", 2)
@@ -141,7 +141,7 @@ def test_two_nodes_that_hold_each_others_copies_are_waited_for(start: Start) -> 
 def test_a_lost_node_shrinks_the_run_and_comes_back(start: Start) -> None:
     layout = ("parallel.tp=2", "parallel.dp=2", "optim.schedule=constant")
     losses = undisturbed(start, *layout)
-    run = start(*layout, "train.steps=100000")  # however long the node takes to come back
+    run = start(*layout, "train.steps=100000", nodes=4)  # however long the node takes to come back
     run.reach(FAULT_AT)
     run.first_step_after(run.cause("node", 3))
     forms = run.until(lambda: run.events("form")[2:], 180, "the node's return")

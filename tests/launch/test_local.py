@@ -138,7 +138,7 @@ def test_rank_0_sees_a_terminal(tmp_path):
     controller, terminal = pty.openpty()
     try:
         with launcher(tmp_path, 2, "ready(); print(sys.stdout.isatty(), rank)", stdout=terminal) as process:
-            assert process.wait(10) == 0
+            assert process.wait(30) == 0
         assert os.read(controller, 100) == b"True 0\r\n"
         assert (tmp_path / "logs/rank_1.log").read_text() == "False 1\n"
     finally:
@@ -284,7 +284,7 @@ time.sleep(60)
 def test_request_to_end_reaches_every_worker_and_a_clean_end_is_status_0(tmp_path, number):
     with launcher(tmp_path, 2, SAVES) as process:
         process.send_signal(number)
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
     assert len(list(tmp_path.glob("saved_*"))) == 2
 
 
@@ -292,7 +292,7 @@ def test_saving_may_take_longer_than_the_grace_period(tmp_path):
     """The grace period (0.5 s here) is for failures; a save after SIGTERM has the time it needs."""
     with launcher(tmp_path, 2, SAVES.replace("0.3", "1.5")) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
     assert len(list(tmp_path.glob("saved_*"))) == 2
 
 
@@ -301,7 +301,7 @@ def test_workers_that_cannot_handle_sigterm_yet_give_status_143(tmp_path):
     body = "if rank == 0: signal.signal(signal.SIGTERM, signal.SIG_IGN)\nready()\ntime.sleep(60)"
     with launcher(tmp_path, 2, body, stderr=subprocess.PIPE, text=True) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.wait(30) == 128 + signal.SIGTERM
         assert process.stderr.read() == "ended by SIGTERM before all processes could finish\n"
         assert not any(is_alive(pid) for pid in pids(tmp_path))
 
@@ -313,7 +313,7 @@ def test_second_interrupt_kills(tmp_path):
         time.sleep(0.3)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 128 + signal.SIGINT
+        assert process.wait(30) == 128 + signal.SIGINT
         assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 

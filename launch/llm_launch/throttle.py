@@ -1,0 +1,37 @@
+"""A process that slows another one down, for drills: ``python -m llm_launch.throttle PID FACTOR``.
+
+A process of its own, since a thread would wait for the interpreter lock of one that reads logs: slices as long as a step
+slow nothing down, for all of a step then fits between two pauses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+
+SLICE_S = 0.002
+"""Shorter than what a step computes between two collectives."""
+
+
+def main() -> None:
+    """Lets the process run one part in FACTOR of the time until it, or the parent of this process, is gone. On a busy
+    machine a slice lasts longer, and so does the pause after it."""
+    pid, factor, parent = int(sys.argv[1]), float(sys.argv[2]), os.getppid()
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
+    with contextlib.suppress(ProcessLookupError):
+        while os.getppid() == parent:
+            os.kill(pid, signal.SIGCONT)
+            began = time.monotonic()
+            time.sleep(SLICE_S)
+            ran_s = time.monotonic() - began
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(ran_s * (factor - 1))
+        os.kill(pid, signal.SIGCONT)
+
+
+if __name__ == "__main__":
+    main()
