@@ -1,7 +1,7 @@
 """A process that slows another one down, for drills: ``python -m llm_launch.throttle PID FACTOR``.
 
-A process of its own: a thread would wait for the interpreter lock of one that reads logs, and slices that last as long as
-a step slow nothing down, for the whole step fits between two pauses.
+A process of its own: a thread would wait for the interpreter lock of one that reads logs, and slices as long as a step
+slow nothing down, for the whole step fits between two pauses.
 """
 
 from __future__ import annotations
