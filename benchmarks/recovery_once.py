@@ -149,7 +149,7 @@ def main() -> None:
                   f" {max(row['loss_difference'] for row in rows[kind]):.1e} | {_right(kind, rows[kind])} |",
                   flush=True)  # fmt: skip
     if arguments.save:
-        save("one fault a run, DP 4", {"faults": rows})
+        save(f"one fault a run, DP 4: {', '.join(rows)}", {"faults": rows})
 
 
 def _medians(rows: list[Row]) -> str:
