@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import socket
 import statistics
 import subprocess
@@ -281,7 +282,7 @@ def save(layout: str, found: dict[str, Any]) -> None:
         "date": date.today().isoformat(),
         "torch": torch.__version__,
     }
-    command = " ".join(["python", *sys.argv])
+    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     record["results"][layout] = {"command": command, "commit": commit(), **found}
     with atomic_write(path) as handle:
         handle.write(json.dumps(record, indent=1) + "\n")
