@@ -2,7 +2,7 @@
 
 Triton 3.6 to 3.9 keep bf16 as 16-bit integers and hand those to numpy as they are: arithmetic and dot products of bf16
 are silently wrong, and fp32 to bf16 truncates where a GPU rounds to nearest even. Version 3.6 also fails with numpy 2.4
-and newer wherever a loop bound is known only at run time. All of them prepare the whole language anew at each call of a
+and newer wherever a loop bound is known only at run time. 3.6 and 3.7 prepare the whole language anew at each call of a
 device function, look for integer overflows in nine operations whose outcome they drop, and describe the shape of every
 value anew: two thirds of a small model's step. Importing this module changes nothing; ``install`` does.
 """

@@ -128,7 +128,7 @@ class LiveRun:
             os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
         elif kind == "slow":
             command = [sys.executable, "-m", "llm_launch.throttle", str(pid), str(details.get("factor", 5.0))]
-            self.throttles.append(subprocess.Popen(command))
+            self.throttles.append(subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid())))
         elif kind == "agent":
             os.kill(entry["agent_pid"], signal.SIGKILL)
         elif kind == "node":

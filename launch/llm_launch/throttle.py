@@ -1,7 +1,7 @@
 """A process that slows another one down, for drills: ``python -m llm_launch.throttle PID FACTOR``.
 
-A process of its own: a thread would wait for the interpreter lock of one that reads logs, and slices as long as a step
-slow nothing down, for the whole step fits between two pauses.
+A process of its own, at the highest priority it may have: a thread of the process that reads the logs slowed nothing
+down where tests kept both cores busy.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ SLICE_S = 0.002
 
 
 def main() -> None:
-    """Lets the process run one part in FACTOR of the time until it, or the parent of this process, is gone. On a busy
-    machine a slice lasts longer, and so does the pause after it."""
-    pid, factor, parent = int(sys.argv[1]), float(sys.argv[2]), os.getppid()
+    """Lets the process run one part in FACTOR of the time until it is gone. On a busy machine a slice lasts longer, and
+    so does the pause after it."""
+    pid, factor = int(sys.argv[1]), float(sys.argv[2])
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, -20)
     with contextlib.suppress(ProcessLookupError):
-        while os.getppid() == parent:
+        while True:
             os.kill(pid, signal.SIGCONT)
             began = time.monotonic()
             time.sleep(SLICE_S)
             ran_s = time.monotonic() - began
             os.kill(pid, signal.SIGSTOP)
             time.sleep(ran_s * (factor - 1))
-        os.kill(pid, signal.SIGCONT)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ CONFIGURATIONS = {
 @pytest.mark.parametrize(("overrides", "words"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 def test_a_configuration_that_cannot_run_is_refused(run_file: Path, overrides: list[str], words: list[str]) -> None:
     if "device=cuda" in overrides and Path("/dev/nvidia0").exists():
-        pytest.skip("this machine has a GPU")
+        pytest.skip("device=cuda is refused only where there is no GPU")
     assert_refused(llm_parallel("pretrain", run_file, *overrides), *words)
     assert not (run_file.parent / "run").exists()
 
