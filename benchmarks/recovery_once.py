@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 from benchmarks.recovery import prepare, save, timings, worst_difference
 from llm_launch.drill import LiveRun, unix_time
-from llm_launch.vault import run_folder
+from llm_launch.vault import forget_run
 from llm_parallel.config.tree import ElasticConfig
 
 STEPS = 60
@@ -76,7 +75,7 @@ def second_start(how: str, start: Start, reference: LiveRun, rank: int) -> Row:
         run.process.wait()
         damage(max((run.run_dir / "checkpoints").glob("iter_???????")))
         if how == "damaged, memory lost":  # as after a power cut of all nodes
-            shutil.rmtree(run_folder(Path(ElasticConfig().replica_dir), run.run_dir))
+            forget_run(Path(ElasticConfig().replica_dir), run.run_dir)
     else:
         if how == "SIGTERM":
             run.reach(FAULT_AT)

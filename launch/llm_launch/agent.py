@@ -28,6 +28,7 @@ from llm_launch.progress import ProgressPage
 from llm_launch.replicas import ReplicaServer
 from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.vault import forget, forget_all_but, forget_stale, inventory, keep_alive
+from llm_parallel.errors import UserError
 
 WORKER_MODULE = "llm_parallel.train.elastic"
 PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "torch._dynamo")
@@ -242,7 +243,7 @@ class Agent:
             for item in watched:
                 for finding in await asyncio.to_thread(item.look):
                     self._tell({"is": "health", **asdict(finding)})
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UserError):  # a worker that makes its first copy says what is wrong
                 keep_alive(self.settings.replica_dir)
             await asyncio.sleep(HEALTH_S)
 

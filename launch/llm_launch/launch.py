@@ -15,6 +15,7 @@ from llm_launch.agents import Agents, LocalAgents, SlurmAgents, local_nodes, pac
 from llm_launch.controller import Controller
 from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.states import EXIT_TOO_FEW
+from llm_launch.vault import make_run_folder
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
@@ -33,6 +34,8 @@ def launch_elastic(
     """
     if not agents.expected or not all(agents.expected.values()):
         raise UserError("there is no device to train on; give --processes 1 or more")
+    if agents.config.elastic.replicate_every_steps:
+        make_run_folder(Path(agents.config.elastic.replica_dir), Path(agents.config.run_dir))
     controller = Controller(agents.config, Path(agents.config.run_dir), agents, device, disk_step)
     signals: list[int] = []
     try:

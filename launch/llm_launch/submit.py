@@ -14,7 +14,7 @@ from llm_launch.slurm import parse_time
 from llm_parallel.config.rules import check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, refuse_strangers
 
 FILE_NAME = "submit.sbatch"
 STARTS = 3
@@ -171,6 +171,7 @@ def submit(text: str, run_dir: Path) -> str:
     path = run_dir / FILE_NAME
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        refuse_strangers(run_dir, run_dir.stat())
         with atomic_write(path) as handle:
             handle.write(text)
     except OSError as error:

@@ -15,7 +15,7 @@ from llm_parallel.config.load import dump_config, load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, refuse_strangers
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.planner.memory import CONTEXT_BYTES, memory
@@ -53,8 +53,11 @@ def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = Fa
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes the merged configuration into the run folder. Raises UserError if that cannot be written."""
+    """Writes the merged configuration into the run folder. Raises UserError if that cannot be written, or another user
+    made it in a folder that everyone may write to."""
     try:
+        if path.parent.exists():
+            refuse_strangers(path.parent, path.parent.stat())
         with atomic_write(path) as handle:
             handle.write(dump_config(config))
     except OSError as error:
