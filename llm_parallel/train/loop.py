@@ -35,7 +35,7 @@ from llm_parallel.train.data import evaluation_batches, open_training_data
 from llm_parallel.train.guard import Guard, TooManySkips
 from llm_parallel.train.schedule import global_batch_size, learning_rate
 from llm_parallel.train.step import StepOutcome, Wishes, apply_gradient, evaluate, forward_backward
-from llm_parallel.train.watch import Watch
+from llm_parallel.train.watch import Resumed, Watch
 
 
 @dataclass
@@ -134,7 +134,8 @@ def open_run(config: RunConfig, place: Place, asked_to_stop: Callable[[], bool],
     engine = wrap(build_chunks(config, groups), config, groups, overlap_enabled(config, platform))
     run_dir = Path(config.run_dir)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
-    state, origin = watch.restore(engine) or resume(config, engine, store)
+    resumed = watch.restore(engine) or resume(config, engine, store)
+    state = resumed.state
     guard = Guard(config.train.guard)
     guard.restore(state.guard, state.consecutive_skips)
     peak = find_peak(platform.device_name, config.log.peak_tflops)
@@ -153,7 +154,9 @@ def open_run(config: RunConfig, place: Place, asked_to_stop: Callable[[], bool],
             place.rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
         )
         opened.callback(metrics.close)
-        metrics.start(describe(config, groups, origin, peak))
+        metrics.start(describe(config, groups, resumed, peak))
+        if resumed.changed:
+            metrics.event("settings_changed", step=state.step, changed=resumed.changed)
         comm = open_comm_time(config, groups) if config.log.comm_time else comm_time.Untimed()
         run = Run(
             config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop, started_s, watch, comm
@@ -170,35 +173,39 @@ def open_comm_time(config: RunConfig, groups: Groups) -> comm_time.CommTime:
     return comm_time.open_comm_time(groups, rows * config.model.hidden_size * compute_dtype(config).itemsize)
 
 
-def resume(config: RunConfig, engine: Engine, store: CheckpointStore) -> tuple[TrainState, str]:
-    """Loads the run's newest checkpoint, else ``checkpoint.load`` (ours or a Hugging Face folder), else nothing.
-
-    Returns the state to go on from, and in words where it came from."""
+def resume(config: RunConfig, engine: Engine, store: CheckpointStore) -> Resumed:
+    """Loads the run's newest checkpoint, else ``checkpoint.load`` (ours or a Hugging Face folder), else nothing."""
     latest, passed_over = store.latest()
+    changed: list[str] = []
     if latest is not None:
-        return load_checkpoint(latest, engine, config), "; ".join([f"resumed from {latest}", *passed_over])
+        state = load_checkpoint(latest, engine, config, changed=changed.extend)
+        return Resumed(state, "; ".join([f"resumed from {latest}", *passed_over]), changed)
     if config.checkpoint.load is None:
-        return TrainState(), "new run"
+        return Resumed(TrainState(), "new run")
     if is_hf_folder(config.checkpoint.load):
         load_hf_weights(config.checkpoint.load, engine.models)
         engine.optimizer.reload_model_params()
-        return TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}"
+        return Resumed(TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}")
     with_optimizer = config.checkpoint.load_optimizer
     if config.checkpoint.verify:
         refuse_damaged(config.checkpoint.load, engine.groups)
-    state = load_checkpoint(config.checkpoint.load, engine, config, load_optimizer=with_optimizer)
-    return state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}"
+    state = load_checkpoint(
+        config.checkpoint.load, engine, config, load_optimizer=with_optimizer, changed=changed.extend
+    )
+    return Resumed(state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}", changed)
 
 
-def describe(config: RunConfig, groups: Groups, origin: str, peak: Peak) -> list[str]:
+def describe(config: RunConfig, groups: Groups, resumed: Resumed, peak: Peak) -> list[str]:
     """What the console says before the first step."""
+    differs = [f"changed since the state was saved, as configured now: {', '.join(resumed.changed)}"]
     count = parameter_count(config.model)
     platform, train = groups.platform, config.train
     tokens = train.global_batch_size * config.data.seq_length_tokens
     return [
         f"{groups.layout.world_size} x {platform.device_name} ({platform.backend}), {groups.layout.describe()}",
         f"{count.total / 1e6:,.1f} M parameters, {train.precision}, vocabulary {config.model.vocab_size}",
-        f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {origin}",
+        f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {resumed.origin}",
+        *(differs if resumed.changed else []),
         f"run folder {config.run_dir}; MFU ({CONVENTIONS['model']}): {peak.describe()}",
     ]
 
