@@ -25,6 +25,7 @@ from benchmarks.recovery import prepare, save, timings, worst_difference
 from llm_launch.drill import LiveRun, unix_time
 from llm_launch.vault import forget_run
 from llm_parallel.config.tree import ElasticConfig
+from llm_parallel.errors import EXIT_STOPPED
 
 STEPS = 60
 FAULT_AT = 20
@@ -81,7 +82,7 @@ def second_start(how: str, start: Start, reference: LiveRun, rank: int) -> Row:
             run.reach(FAULT_AT)
             run.stop()
         began = time.time()
-        assert run.wait() == 0
+        assert run.wait() == EXIT_STOPPED
         ended = {"ended_s": time.time() - began} if how == "SIGTERM" else {}
     before, began = run.steps()[-1]["step"], time.time()
     again = start(LAYOUT, *disk, f"train.steps={max(STEPS, before + 20)}", name=run.run_dir.name)

@@ -47,9 +47,9 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def locked(path: Path, held: str) -> Iterator[None]:
-    """Keeps other processes out of the body by the lock file ``path``, which stays: deleting it would let a process that
-    has it open and one that makes it anew both in. Raises UserError with the text ``held`` if another is inside, and if
-    a stranger laid a link or a file of his there."""
+    """Keeps other processes out of the body by the lock file ``path``, which stays: deleting it would let in both a
+    process that has it open and one that makes it anew. Raises UserError with the text ``held`` if another is inside,
+    and if a stranger laid a link or a file of his there."""
     fd = open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         try:

@@ -213,6 +213,10 @@ class Agent:
         # What was meant for a process that has died must not reach its replacement.
         return next((w for w in self.workers.values() if w.device == device and number in (None, w.number)), None)
 
+    def tell_of_term(self) -> None:
+        """Somebody wants the run to end."""
+        self._tell({"is": "terminated"})
+
     def _tell(self, message: wire.Message) -> None:
         if self.controller is not None:
             self.controller.send({**message, "node": self.settings.node})
@@ -384,8 +388,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def serve() -> int:
-        # The controller says when to end; SLURM's TERM of a requeue comes while the last agent puts the job back.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
+        # The controller says when to end, and is told: SLURM's TERM of a preemption comes to this step alone.
+        # That of a requeue comes while the last agent puts the job back.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, agent.tell_of_term)
         return await agent.run()
 
     raise SystemExit(asyncio.run(serve()))

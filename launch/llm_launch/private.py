@@ -21,8 +21,8 @@ _FILE = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def check_root(root: Path) -> None:
-    """Raises UserError if another user could replace folders that are made in ``root``: a folder that everyone may write
-    to and that has no sticky bit, or one that a stranger made in such a folder."""
+    """Raises UserError if another user could replace folders that are made in ``root``: because everyone may write to it,
+    or to one that it is in, without the sticky bit, or because a stranger made it."""
     field = "elastic.replica_dir"
     resolved = root.resolve()
     shared = False
@@ -107,6 +107,12 @@ def open_own_file(path: Path, flags: int) -> int:
     return fd
 
 
+def names_in(folder: int) -> list[str]:
+    """What is in an open folder."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
 def remove_below(parent: int, name: str) -> None:
     """Removes ``name`` in the folder ``parent``, and what is in it if it is a folder. A link is removed, and what it
     points to stays. What cannot be removed is left."""
@@ -116,7 +122,7 @@ def remove_below(parent: int, name: str) -> None:
             return
         fd = os.open(name, _FOLDER, dir_fd=parent)
         try:
-            for inner in os.listdir(fd):
+            for inner in names_in(fd):
                 remove_below(fd, inner)
         finally:
             os.close(fd)

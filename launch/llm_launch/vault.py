@@ -27,7 +27,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llm_launch.private import open_own_file, private_folder, remove_below
+from llm_launch.private import names_in, open_own_file, private_folder, remove_below
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 
@@ -240,7 +240,7 @@ def inventory(folder: Path) -> list[dict[str, Any]]:
 def _names_in(folder: Path) -> list[str]:
     """What a private folder holds, in order; nothing if there is none, or it is not private."""
     with contextlib.suppress(OSError, UserError), _opened(folder) as fd:
-        return sorted(os.listdir(fd))
+        return sorted(names_in(fd))
     return []
 
 
@@ -248,7 +248,7 @@ def forget_all_but(folder: Path, kept: Collection[int]) -> None:
     """Removes the copies of other generations."""
     for kind in ("own", "kept"):
         with contextlib.suppress(OSError, UserError), _opened(folder / kind) as fd:
-            for name in os.listdir(fd):
+            for name in names_in(fd):
                 parsed = parse_vault_name(name)
                 if parsed is not None and parsed[0] not in kept:
                     remove_below(fd, name)
@@ -271,19 +271,17 @@ def forget_stale(folder: Path) -> None:
     """Removes what other runs of this user left beside the run of ``folder``: those that were killed and never came
     back would hold the node's memory for ever. What is not certainly this user's own is left alone."""
     root = folder.parents[1]
-    for run in [name for name in _names_in_root(root) if name.startswith(_prefix())]:
+    try:
+        runs = [folder.name for folder in root.iterdir() if folder.name.startswith(_prefix())]
+    except OSError:
+        return
+    for run in runs:
         with contextlib.suppress(OSError, UserError), private_folder(root, run, make=False) as fd:
-            for node in os.listdir(fd):
+            for node in names_in(fd):
                 age_s = time.time() - os.stat(node, dir_fd=fd, follow_symlinks=False).st_mtime
                 if run != folder.parent.name and age_s > STALE_S:
                     remove_below(fd, node)
         _remove_if_empty(root, run)
-
-
-def _names_in_root(root: Path) -> list[str]:
-    with contextlib.suppress(OSError):
-        return os.listdir(root)
-    return []
 
 
 def forget(folder: Path) -> None:

@@ -93,8 +93,8 @@ def settings_in_use(engine: Engine) -> dict[str, float]:
 
 
 def apply_configured_settings(engine: Engine) -> None:
-    """Gives every parameter group the settings that its optimizer was built with, which are the configuration's: loading
-    replaces the groups by those that were saved. The learning rate is set before every step anyway."""
+    """Gives every parameter group the settings that its optimizer was built with, which are the configuration's, where
+    loading has put those that were saved. The learning rate is set before every step anyway."""
     for part in engine.optimizer.chained_optimizers:
         configured = {name: value for name, value in part.optimizer.defaults.items() if name != "lr"}
         for group in part.optimizer.param_groups:

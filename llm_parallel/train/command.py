@@ -14,7 +14,7 @@ from llm_launch.worker import worker_environment
 from llm_parallel.config.load import dump_config, load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.errors import UserError
+from llm_parallel.errors import EXIT_STOPPED, UserError
 from llm_parallel.files import atomic_write, refuse_strangers
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.parallel.layout import Layout
@@ -46,7 +46,7 @@ def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = Fa
     else:
         arguments = ["-m", "llm_parallel.train", str(saved)]
         status = launch_local(num_processes(config), arguments, Path(config.run_dir) / "logs")
-    if first and status == 0 and config.log.plots:
+    if first and status in (0, EXIT_STOPPED) and config.log.plots:
         for picture in plot_run(Path(config.run_dir)):
             print(f"plot: {picture}")
     return status

@@ -18,7 +18,7 @@ from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.rules import check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.loader import Batch, MicroBatchLoader
-from llm_parallel.errors import UserError
+from llm_parallel.errors import EXIT_STOPPED, UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis, EvalRecord, StepMeasurement, derive
 from llm_parallel.metrics.run import MetricsLike, World, open_metrics
@@ -104,7 +104,7 @@ def pretrain(
                 while run.state.step < config.train.steps:
                     outcome = train_step(run)
                     if outcome.stop:
-                        run.metrics.message(f"stopping after step {run.state.step}: asked to, or out of time; saving")
+                        run.metrics.message(stopping(run))
                         run.metrics.event("stop", step=run.state.step)
                         break
                     if outcome.pause:
@@ -120,6 +120,13 @@ def pretrain(
             run.metrics.close()
     finally:
         close_groups()
+
+
+def stopping(run: Run) -> str:
+    """What the console says when the run ends before its last step."""
+    made, wanted = run.state.step, run.config.train.steps
+    goes_on = f"the same command goes on (exit status {EXIT_STOPPED})" if made < wanted else "all steps are done"
+    return f"stopping after step {made} of {wanted}: asked to, or out of time; saving; {goes_on}"
 
 
 def open_run(config: RunConfig, place: Place, asked_to_stop: Callable[[], bool], watch: Watch) -> Run:

@@ -39,8 +39,8 @@ def save_job(rank: int, world_size: int, changes: dict[str, Any], folder: str) -
 
 
 def shards(engine: Any) -> list[tuple[Any, Any, float]]:
-    """Every fp32 weight tensor that this process updates, its AdamW state, and 1 or 0: whether it decays, by the shape of
-    the parameter that it is of."""
+    """Every fp32 weight tensor that this process updates, its AdamW state, and whether it decays (1 or 0), by the shape
+    of the parameter that it is of."""
     from llm_parallel.checkpoint.pieces import _shards
 
     return [(s.main, s.inner.state[s.main], float(s.parameter.dim() > 1)) for s in _shards(engine)]

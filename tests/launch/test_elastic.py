@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from llm_launch.drill import LiveRun
+from llm_parallel.errors import EXIT_STOPPED
 from tests.disks import grow, small_disk_at
 from tests.integration.commands import Corpus, environment, write_run_file
 from tests.integration.conftest import corpus  # noqa: F401  (a fixture)
@@ -101,7 +102,7 @@ def test_faults_that_meet_a_recovery(start: Start) -> None:
     after = [psutil.Process(run.worker(rank)[2]).num_threads() for rank in range(4)]
     assert max(after) < 1.5 * threads, "survivors hold what earlier generations had"
     run.stop()
-    assert run.wait() == 0 and not run.events("remove")
+    assert run.wait() == EXIT_STOPPED and not run.events("remove")
     made = [record["step"] for record in run.steps()]
     assert made == sorted(made) and set(made) == set(range(1, max(made) + 1))
     assert all(record["train/samples"] == 8 * record["step"] for record in run.steps())
@@ -185,7 +186,7 @@ def test_a_throttled_worker_is_found_and_removed(start: Start) -> None:
     assert "its part of a step takes" in cause or "its probe takes" in cause
     run.reach(run.steps()[-1]["step"] + 3)
     run.stop()
-    assert run.wait() == 0 and run.status()["lost_steps"] <= 1
+    assert run.wait() == EXIT_STOPPED and run.status()["lost_steps"] <= 1
     assert losses[1] == run.losses()[1]
 
 
@@ -285,8 +286,8 @@ def test_sigterm_saves_and_the_next_start_goes_on(start: Start) -> None:
     run = start("parallel.dp=4")
     run.reach(FAULT_AT)
     os.kill(run.process.pid, signal.SIGTERM)
-    assert run.wait() == 0
-    assert max(run.losses()) < STEPS
+    assert run.wait() == EXIT_STOPPED
+    assert max(run.losses()) < STEPS and run.status()["state"] == "stopped"
     again = start("parallel.dp=4")
     assert again.wait() == 0
     assert again.losses() == losses

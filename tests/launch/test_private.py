@@ -177,10 +177,10 @@ def test_the_launcher_refuses_in_one_sentence(shm: Path, tmp_path: Path) -> None
     run = run_folder(shm, tmp_path / "run")
     assert as_stranger(f"umask 0; mkdir {run}").returncode == 0
     program = (
-        "from pathlib import Path; from llm_launch.agents import LocalAgents; from llm_launch.launch import launch_elastic;"
+        "from llm_launch.agents import LocalAgents; from llm_launch.launch import StopRequests, launch_elastic;"
         "from llm_parallel.config.tree import ElasticConfig, RunConfig;"
         f"config = RunConfig(run_dir={str(tmp_path / 'run')!r}, elastic=ElasticConfig(replica_dir={str(shm)!r}));"
-        "launch_elastic(LocalAgents(config, Path('x'), {'n1': [0]}, 'secret', {}), 'cpu', 0)"
+        "launch_elastic(LocalAgents(config, None, {'n1': [0]}, 'secret', {}), 'cpu', StopRequests())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode and f"UserError: {run} belongs to user {STRANGER}" in done.stderr.splitlines()[-1]
@@ -210,7 +210,7 @@ def test_a_copy_of_another_run_is_not_opened(shm: Path, tmp_path: Path) -> None:
     assert inventory(mine) and inventory(theirs) == []
     with pytest.raises(ValueError, match="is a copy of another run"):
         VaultFile.open(theirs / "own" / file.path.name)
-    with pytest.raises(ValueError, match="a copy of the run .* is not kept in"):
+    with pytest.raises(ValueError, match=r"a copy of the run .* is not kept in"):
         VaultFile.create(theirs / "kept" / file.path.name, dict(file.header))
 
 
