@@ -33,8 +33,8 @@ AGAIN_S = 2.0
 
 
 class StopRequests:
-    """Signals that ask the run to end, from the moment on that the command begins. ``already``: the name of one that the
-    batch script got before."""
+    """Signals that ask the run to end, from the command's beginning on. ``already``: the name of one that the batch
+    script got before."""
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 

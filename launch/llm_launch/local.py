@@ -125,8 +125,8 @@ def launch_local(
     and its log (status 1). SIGTERM, SIGHUP and the first SIGINT are passed on as SIGTERM, so that the workers save; the
     next SIGINT kills. If this process dies, the workers die too (Linux).
 
-    Returns 0 if all processes did; ``EXIT_STOPPED`` if some ended with that and the others with 0; 128 plus the signal's
-    number if they were ended on request without finishing.
+    Returns 0 if all processes did; ``EXIT_STOPPED`` if some ended with that and the others with 0; 128 plus the
+    signal's number if they were ended on request without finishing.
     Raises UserError if ``log_dir`` cannot be written or ``MASTER_PORT`` is in use.
     """
     assert num_processes > 0

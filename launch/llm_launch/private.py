@@ -21,8 +21,8 @@ _FILE = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def check_root(root: Path) -> None:
-    """Raises UserError if another user could replace folders that are made in ``root``: because everyone may write to it,
-    or to one that it is in, without the sticky bit, or because a stranger made it."""
+    """Raises UserError if another user could replace folders that are made in ``root``: because everyone may write to
+    it, or to one that it is in, without the sticky bit, or because a stranger made it."""
     field = "elastic.replica_dir"
     resolved = root.resolve()
     shared = False
