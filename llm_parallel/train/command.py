@@ -31,7 +31,7 @@ def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = Fa
     world_size = environment.world_size if environment else None
     first = environment is None or environment.rank == 0
     config = load_config(run_file, overrides, notice=_notice if first else _silent)
-    config = preflight(config, world_size)
+    config = preflight(config, world_size, _notice if first else _silent)
     if dry_run:
         show_plan(config, world_size)
         return 0

@@ -30,7 +30,7 @@ def launch_command(
     """
     requests = StopRequests(environment.get(ASKED))
     requests.catch()
-    config = preflight(load_config(run_file, overrides, notice=print), None)
+    config = preflight(load_config(run_file, overrides, notice=print), None, print)
     saved = (Path(config.run_dir) / CONFIG_NAME).resolve()
     save_config(config, saved)
     show_mixture(config)
@@ -63,7 +63,7 @@ def submit_command(run_file: str, overrides: Sequence[str], request: SubmitReque
         one = load_config(run_file, [*overrides, *differs])
         check_request(request, one)
         if not dry_run:
-            check_data(one)
+            check_data(one, print)
     text = batch_file(request, config, Path(run_file).resolve(), overrides)
     if dry_run:
         print(text, end="")

@@ -1,4 +1,4 @@
-"""What SLURM says of a job in the end, under a real Slurm: a cancelled one stays cancelled, a preempted one comes back."""
+"""What a real Slurm says of a job in the end: a cancelled one stays cancelled, a preempted one comes back."""
 
 from __future__ import annotations
 
@@ -56,14 +56,12 @@ def test_a_cancelled_job_stays_cancelled(when: str, cluster: Cluster, corpus: Co
         assert submitted.events("stopped")
 
 
-@pytest.mark.parametrize("signal", ["TERM", "INT"])
-def test_a_stop_that_a_user_asked_for_is_not_completed(signal: str, cluster: Cluster, corpus: Corpus) -> None:
-    """It saves; who waits for the model with afterok goes on waiting."""
+@pytest.mark.parametrize("whom", ["--full", "--batch"])
+def test_a_stop_that_a_user_asked_for_is_not_completed(whom: str, cluster: Cluster, corpus: Corpus) -> None:
+    """By TERM for all of the job or for its script alone. It saves; who waits for the model with afterok waits on."""
     submitted = Submitted(cluster, corpus, 100_000)
     submitted.reach(3)
-    cluster.run(["scancel", f"--signal={signal}", "--full" if signal == "TERM" else "--batch", submitted.job])
-    if signal == "INT":  # a shell's background job ignores Ctrl-C: TERM for its script
-        cluster.run(["scancel", "--signal=TERM", "--batch", submitted.job])
+    cluster.run(["scancel", "--signal=TERM", whom, submitted.job])
     until(lambda: cluster.job(submitted.job)["JobState"] not in ("RUNNING", "COMPLETING"), 60, "the end")
     job = cluster.job(submitted.job)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "3:0", "0"), submitted.log()

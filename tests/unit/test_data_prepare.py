@@ -486,7 +486,7 @@ def test_preparing_the_python_corpus(
 
 def test_model_vocabulary_must_hold_what_the_files_were_prepared_with(tmp_path: Path, tokenizer: str) -> None:
     run(tmp_path / "ours", tokenizer, write_jsonl(tmp_path / "x.jsonl", TEXTS[:2]))
-    elsewhere = Source(path=write_token_file(tmp_path / "elsewhere", [np.array([5000], np.int32)]))
+    elsewhere = Source(path=write_token_file(tmp_path / "elsewhere", [np.array([500], np.int32)]))
     for data in (
         DataConfig(train=(elsewhere, Source(path=str(tmp_path / "ours")))),
         DataConfig(train=(elsewhere,), eval=(Source(path=str(tmp_path / "ours")),)),
