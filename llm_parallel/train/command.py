@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from llm_launch.lease import Lease
 from llm_launch.local import launch_local
-from llm_launch.worker import worker_environment
+from llm_launch.worker import WorkerEnv, worker_environment
 from llm_parallel.config.load import dump_config, load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, UserError
-from llm_parallel.files import atomic_write, refuse_strangers
+from llm_parallel.files import atomic_write
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.planner.memory import CONTEXT_BYTES, memory
@@ -35,6 +37,12 @@ def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = Fa
     if dry_run:
         show_plan(config, world_size)
         return 0
+    with Lease(Path(config.run_dir)) if first else nullcontext():
+        return _pretrain(config, run_file, overrides, environment)
+
+
+def _pretrain(config: RunConfig, run_file: str, overrides: Sequence[str], environment: WorkerEnv | None) -> int:
+    first = environment is None or environment.rank == 0
     saved = Path(config.run_dir) / CONFIG_NAME
     if first:
         save_config(config, saved)
@@ -53,11 +61,8 @@ def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = Fa
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes the merged configuration into the run folder. Raises UserError if that cannot be written, or another user
-    made it in a folder that everyone may write to."""
+    """Writes the merged configuration into the run folder. Raises UserError if that cannot be written."""
     try:
-        if path.parent.exists():
-            refuse_strangers(path.parent, path.parent.stat())
         with atomic_write(path) as handle:
             handle.write(dump_config(config))
     except OSError as error:

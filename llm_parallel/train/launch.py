@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from llm_launch.launch import ASKED, StopRequests, agents_here, agents_of_job, launch_elastic
+from llm_launch.lease import Lease
 from llm_launch.slurm import SlurmJob
 from llm_launch.submit import SubmitRequest, batch_file, check_request, submit
 from llm_parallel.checkpoint.folders import latest_checkpoint, step_of
@@ -31,6 +32,17 @@ def launch_command(
     requests = StopRequests(environment.get(ASKED))
     requests.catch()
     config = preflight(load_config(run_file, overrides, notice=print), None, print)
+    with Lease(Path(config.run_dir), environment):
+        return _launch(config, requests, processes, nodes, environment)
+
+
+def _launch(
+    config: RunConfig,
+    requests: StopRequests,
+    processes: int | None,
+    nodes: int | None,
+    environment: Mapping[str, str],
+) -> int:
     saved = (Path(config.run_dir) / CONFIG_NAME).resolve()
     save_config(config, saved)
     show_mixture(config)
