@@ -18,6 +18,8 @@ import psutil
 import pytest
 
 from llm_launch.drill import LiveRun
+from llm_launch.vault import run_folder
+from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import EXIT_STOPPED
 from tests.disks import grow, small_disk_at
 from tests.integration.commands import Corpus, environment, write_run_file
@@ -291,6 +293,40 @@ def test_sigterm_saves_and_the_next_start_goes_on(start: Start) -> None:
     again = start("parallel.dp=4")
     assert again.wait() == 0
     assert again.losses() == losses
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop"])
+def test_a_stop_survives_a_recovery(kind: str, start: Start) -> None:
+    """SIGTERM together with a killed or a stopped worker: the run recovers, saves and ends; nothing is made again but
+    the step under way."""
+    losses = undisturbed(start, "parallel.dp=4")
+    run = start("parallel.dp=4")
+    run.reach(FAULT_AT)
+    run.cause(kind, 1)
+    run.stop()
+    assert run.wait() == EXIT_STOPPED, (run.run_dir / "launch.log").read_text()[-3000:]
+    saved = max(run.losses())
+    assert (run.run_dir / "checkpoints" / f"iter_{saved:07d}").is_dir() and FAULT_AT <= saved < STEPS
+    again = start("parallel.dp=4")
+    assert_goes_on(again, losses, 0.0)
+
+
+def test_copies_outlive_every_end_but_a_saved_one(start: Start) -> None:
+    """A mistake of the program ends the run before any checkpoint was written. The next start loses one step at most.
+    When the run is done, memory is free."""
+    losses = undisturbed(start, "parallel.dp=4")
+    run = start("parallel.dp=4")
+    run.reach(FAULT_AT)
+    for rank in range(4):
+        run.cause("raise", rank, from_step=FAULT_AT + 8)
+    assert run.wait(60) == 1
+    copies = run_folder(Path(ElasticConfig().replica_dir), run.run_dir)
+    assert copies.is_dir() and not list((run.run_dir / "checkpoints").glob("iter_*"))
+    again = start("parallel.dp=4")
+    assert_goes_on(again, losses, 0.0)
+    restored = again.events("form")[-1]
+    assert restored["cause"] == "memory" and restored["step"] >= FAULT_AT + 6
+    assert not copies.exists()
 
 
 def test_a_users_mistake_is_one_sentence_and_status_2(start: Start, tmp_path: Path) -> None:

@@ -225,6 +225,19 @@ def _write(path: Path) -> None:
 
 
 @needs_root
+def test_a_link_laid_at_the_very_name_of_a_temporary_file(
+    shm: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it has a random number in it."""
+    victim = home / "thesis" / "chapter1"
+    monkeypatch.setattr("secrets.token_hex", lambda *_: "0")
+    assert as_stranger(f"ln -s {victim} {shm}/.corpus.{os.getpid()}.0.tmp").returncode == 0
+    with pytest.raises(FileExistsError):
+        _write(shm / "corpus")
+    assert victim.read_text() == "years of work" and (shm / f".corpus.{os.getpid()}.0.tmp").is_symlink()
+
+
+@needs_root
 @pytest.mark.parametrize(("do", "refused"), [(_lock, True), (_write, False)])
 def test_links_laid_where_files_of_ours_are_written(
     do: Callable[[Path], None], refused: bool, shm: Path, home: Path

@@ -13,7 +13,7 @@ import pytest
 from llm_launch import launch as launch_module
 from llm_launch import wire
 from llm_launch.agents import Agents
-from llm_launch.controller import Controller
+from llm_launch.controller import Controller, Stopped
 from llm_launch.journal import Journal
 from llm_launch.launch import StopRequests, launch_elastic, settle
 from llm_launch.slurm import Fate, SlurmAway, SlurmError, SlurmJob
@@ -121,6 +121,23 @@ def test_a_stop_while_it_waits_or_forms(devices: int, needed: int, phase: str, t
     finally:
         controller.close()
     assert heard[-1] == "end"
+
+
+@pytest.mark.parametrize(("on_disk", "keep"), [(7, False), (6, True)])
+@pytest.mark.parametrize(("done", "status"), [(True, 0), (False, EXIT_STOPPED)])
+def test_copies_go_only_when_the_last_step_is_on_disk(
+    done: bool, status: int, on_disk: int, keep: bool, tmp_path: Path
+) -> None:
+    """All workers have said that they saved; what counts is what is there."""
+    config = config_of(tmp_path)
+    controller = Controller(config, Path(config.run_dir), NoAgents(config), "cpu", lambda: on_disk)
+    controller.fleet.step = 7
+    try:
+        with pytest.raises(Stopped) as end:
+            asyncio.run(controller._end(done))
+    finally:
+        controller.close()
+    assert (end.value.status, end.value.keep) == (status, keep)
 
 
 class Job(SlurmJob):
