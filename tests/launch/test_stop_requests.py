@@ -117,7 +117,8 @@ def test_a_stop_while_it_waits_or_forms(devices: int, needed: int, phase: str, t
     controller = Controller(config, Path(config.run_dir), agents, "cpu")
     heard: list[str] = []
     try:
-        assert asyncio.run(with_an_agent(controller, devices, phase, heard, term)) == EXIT_STOPPED
+        ending = asyncio.wait_for(with_an_agent(controller, devices, phase, heard, term), 30)
+        assert asyncio.run(ending) == EXIT_STOPPED
     finally:
         controller.close()
     assert heard[-1] == "end"
