@@ -17,6 +17,7 @@ from llm_launch.worker import WorkerEnv, report_error, worker_environment
 from llm_parallel.config.load import load_config
 from llm_parallel.errors import EXIT_STOPPED, UserError
 from llm_parallel.quiet import quiet_libraries
+from llm_parallel.versions import refuse_unsupported
 
 SINGLE = WorkerEnv(rank=0, local_rank=0, world_size=1, local_world_size=1, master_addr="127.0.0.1", master_port=0)
 
@@ -30,6 +31,7 @@ def run_worker(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
     log_dir = Path("logs")
     try:
+        refuse_unsupported()
         config = load_config(arguments[0], arguments[1:], notice=lambda _: None)
         log_dir = Path(config.run_dir) / "logs"
         if environment is not SINGLE:
