@@ -16,9 +16,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
     number per row; the weight's gradient is summed in a fixed order. Raises ValueError if shapes do not match.
     """
     _check(x, weight)
-    if dispatch.backend_for(x, backend) == "torch" or x.shape[-1] > 65536:
+    if dispatch.backend_for(x, backend, weight) == "torch" or x.shape[-1] > 65536:
         return ref.rms_norm(x, weight, eps)
-    return torch.ops.llm_kernels.rms_norm(x, weight, eps)[0]
+    return _rms_norm(x, weight, eps)[0]
 
 
 def add_rms_norm(
@@ -33,9 +33,9 @@ def add_rms_norm(
     _check(x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, x is {x.dtype} {tuple(x.shape)}")
-    if dispatch.backend_for(x, backend) == "torch" or x.shape[-1] > 65536:
+    if dispatch.backend_for(x, backend, residual, weight) == "torch" or x.shape[-1] > 65536:
         return ref.add_rms_norm(x, residual, weight, eps)
-    return torch.ops.llm_kernels.add_rms_norm(x, residual, weight, eps)[:2]
+    return _add_rms_norm(x, residual, weight, eps)[:2]
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -90,7 +90,7 @@ dispatch.define(
     _add_forward,
     lambda x, residual, weight, eps: (_fresh(x), _fresh(x), _rstd(x)),
 )
-dispatch.define(
+_rms_norm_backward = dispatch.define(
     "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
     _backward,
     lambda dy, dsum, x, weight, rstd: (_fresh(x), torch.empty_like(weight)),
@@ -105,7 +105,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _gradients(ctx, dy, _):
     x, weight, rstd = ctx.saved_tensors
-    return *torch.ops.llm_kernels.rms_norm_backward(dy, None, x, weight, rstd), None
+    return *_rms_norm_backward(dy, None, x, weight, rstd), None
 
 
 def _add_setup(ctx, inputs, output) -> None:
@@ -119,11 +119,9 @@ def _add_gradients(ctx, dy, dsum, _):
     total, weight, rstd = ctx.saved_tensors
     if dy is None:  # the normed value was not used
         return dsum, dsum, None, None
-    dx, dweight = torch.ops.llm_kernels.rms_norm_backward(dy, dsum, total, weight, rstd)
+    dx, dweight = _rms_norm_backward(dy, dsum, total, weight, rstd)
     return dx, dx, dweight, None
 
 
-torch.library.register_autograd("llm_kernels::rms_norm", _gradients, setup_context=_setup, lib=dispatch.LIBRARY)
-torch.library.register_autograd(
-    "llm_kernels::add_rms_norm", _add_gradients, setup_context=_add_setup, lib=dispatch.LIBRARY
-)
+_rms_norm = dispatch.differentiable("rms_norm", _setup, _gradients)
+_add_rms_norm = dispatch.differentiable("add_rms_norm", _add_setup, _add_gradients)

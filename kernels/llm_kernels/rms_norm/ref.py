@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_kernels import dispatch
+
 
 class _RmsNorm(torch.autograd.Function):
     """Saves x and one number per row; the normed row is computed again in backward."""
@@ -18,6 +20,7 @@ class _RmsNorm(torch.autograd.Function):
         return (x_wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
+    @dispatch.first_derivative_only("rms_norm")
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         weight_wide = _wide(weight)

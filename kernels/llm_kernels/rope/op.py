@@ -26,7 +26,7 @@ def rope(
     if dispatch.backend_for(q, backend) == "torch":
         return ref.rope_table(q, table, interleaved), ref.rope_table(k, table, interleaved)
     tensors = table.cos, table.sin, table.token_positions
-    return torch.ops.llm_kernels.rope(q, k, *tensors, table.offset, interleaved, False)
+    return _turn(q, k, *tensors, table.offset, interleaved, False)
 
 
 def rope_qkv_(
@@ -46,10 +46,10 @@ def rope_qkv_(
         )
     if qkv.stride(2) != 1:
         raise ValueError(f"qkv has strides {qkv.stride()}; its last dim must be contiguous")
-    if any(stride == 0 and size > 1 for stride, size in zip(qkv.stride(), qkv.shape)):
-        raise ValueError("qkv is rotated in place, but its elements share memory (it is expanded)")
+    dispatch.check_writable(qkv, "qkv", "rope_qkv_")
     _check(_heads(qkv, head_dim), table)
-    return _RotatePacked.apply(qkv, table, num_groups, head_dim, interleaved, dispatch.backend_for(qkv, backend))
+    settings = table, num_groups, head_dim, interleaved, dispatch.backend_for(qkv, backend)
+    return _RotatePacked.apply(qkv, settings, False)
 
 
 def _check(q: Tensor, table: RopeTable) -> None:
@@ -80,25 +80,31 @@ def _heads(qkv: Tensor, head_dim: int) -> Tensor:
     return qkv.unflatten(2, (-1, head_dim))
 
 
+_Settings = tuple[RopeTable, int, int, bool, str]  # table, groups, width of a head, interleaved, back end
+
+
 class _RotatePacked(torch.autograd.Function):
     """In place both ways; takes the flat projection, since autograd copies gradients of views changed in place."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, table: RopeTable, num_groups: int, head_dim: int, interleaved: bool, backend: str):
-        ctx.settings = (table, num_groups, head_dim, interleaved, backend)
+    def forward(ctx, qkv: Tensor, settings: _Settings, inverse: bool) -> Tensor:
+        ctx.settings, ctx.inverse = settings, inverse
         ctx.mark_dirty(qkv)
-        _rotate_packed(qkv, *ctx.settings, inverse=False)
+        _rotate_packed(qkv, *settings, inverse)
         return qkv
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a gradient that will be differentiated
+            copy = grad.clone(memory_format=torch.contiguous_format)
+            return _RotatePacked.apply(copy, ctx.settings, not ctx.inverse), None, None
         grad = grad.contiguous()
-        _rotate_packed(grad, *ctx.settings, inverse=True)
-        return grad, None, None, None, None, None
+        _rotate_packed(grad, *ctx.settings, not ctx.inverse)
+        return grad, None, None
 
 
 def _rotate_packed(
-    qkv: Tensor, table: RopeTable, num_groups: int, head_dim: int, interleaved: bool, backend: str, *, inverse: bool
+    qkv: Tensor, table: RopeTable, num_groups: int, head_dim: int, interleaved: bool, backend: str, inverse: bool
 ) -> None:
     if backend == "torch":
         packed = qkv.unflatten(2, (num_groups, -1, head_dim))
@@ -107,7 +113,8 @@ def _rotate_packed(
         return
     tensors = table.cos, table.sin, table.token_positions
     group = qkv.shape[2] // (num_groups * head_dim)
-    torch.ops.llm_kernels.rope_qkv_(qkv, *tensors, table.offset, group, head_dim, interleaved, inverse)
+    _turn_packed_(qkv, *tensors, table.offset, group, head_dim, interleaved, inverse)
+    torch.autograd.graph.increment_version(qkv)
 
 
 def _table(cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> RopeTable:
@@ -143,7 +150,7 @@ dispatch.define(
     _rope,
     _rope_fake,
 )
-dispatch.define(
+_turn_packed_ = dispatch.define(
     "rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, int offset, int group, int head_dim, "
     "bool interleaved, bool inverse) -> ()",
     _rope_qkv_,
@@ -157,8 +164,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, dq: Tensor, dk: Tensor):
-    dq, dk = torch.ops.llm_kernels.rope(dq, dk, *ctx.saved_tensors, ctx.offset, ctx.interleaved, not ctx.inverse)
-    return dq, dk, None, None, None, None, None, None
+    return *_turn(dq, dk, *ctx.saved_tensors, ctx.offset, ctx.interleaved, not ctx.inverse), *(None,) * 6
 
 
-torch.library.register_autograd("llm_kernels::rope", _gradients, setup_context=_setup, lib=dispatch.LIBRARY)
+_turn = dispatch.differentiable("rope", _setup, _gradients, linear=True)
