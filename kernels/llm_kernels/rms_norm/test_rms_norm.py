@@ -67,6 +67,23 @@ def test_kernel_with_residual(shape: tuple[int, ...], dtype: torch.dtype) -> Non
     compare("rms_norm/residual", lambda *a: add_rms_norm(*a, EPS, backend="triton"), peer, exact, inputs)
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_weight_of_another_dtype(weight_dtype: torch.dtype) -> None:
+    """An fp32 weight beside bf16 activations, as mixed precision keeps it, and the other way round."""
+    dtype = torch.bfloat16 if weight_dtype == torch.float32 else torch.float32
+    x, weight = random(5, 64, dtype=dtype), random(64, dtype=weight_dtype, seed=1)
+    y = ours(x, weight)
+    dy = torch.ones_like(y)
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = truth(*wide)
+    wanted = torch.autograd.grad(exact, wide, dy.double())
+    assert (y.dtype, dx.dtype, dweight.dtype) == (dtype, dtype, weight_dtype)
+    for found, right in zip((y, dx, dweight), (exact.detach(), *wanted)):
+        limit = torch.finfo(found.dtype).eps * right.abs().max().item() * (2 if found.dtype == torch.float32 else 0.51)
+        assert (found.double() - right).abs().max() <= limit
+
+
 @settings(max_examples=15)
 @given(
     rows=st.integers(1, 20),

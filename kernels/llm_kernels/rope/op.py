@@ -90,7 +90,7 @@ class _RotatePacked(torch.autograd.Function):
     def forward(ctx, qkv: Tensor, settings: _Settings, inverse: bool) -> Tensor:
         ctx.settings, ctx.inverse = settings, inverse
         ctx.mark_dirty(qkv)
-        _rotate_packed(qkv, *settings, inverse)
+        _rotate_packed(qkv, settings, inverse)
         return qkv
 
     @staticmethod
@@ -99,13 +99,12 @@ class _RotatePacked(torch.autograd.Function):
             copy = grad.clone(memory_format=torch.contiguous_format)
             return _RotatePacked.apply(copy, ctx.settings, not ctx.inverse), None, None
         grad = grad.contiguous()
-        _rotate_packed(grad, *ctx.settings, not ctx.inverse)
+        _rotate_packed(grad, ctx.settings, not ctx.inverse)
         return grad, None, None
 
 
-def _rotate_packed(
-    qkv: Tensor, table: RopeTable, num_groups: int, head_dim: int, interleaved: bool, backend: str, inverse: bool
-) -> None:
+def _rotate_packed(qkv: Tensor, settings: _Settings, inverse: bool) -> None:
+    table, num_groups, head_dim, interleaved, backend = settings
     if backend == "torch":
         packed = qkv.unflatten(2, (num_groups, -1, head_dim))
         for part in (packed[:, :, :, :-2], packed[:, :, :, -2:-1]):
