@@ -48,6 +48,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(norm of ``x + residual``, ``x + residual``), both in x's dtype."""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
+    """(norm of ``x + residual`` in x's dtype, ``x + residual`` in the residual's)."""
+    total = (x + residual).to(residual.dtype)
+    wide = total.to(torch.promote_types(x.dtype, total.dtype))
+    return rms_norm(wide, weight, eps).to(x.dtype), total

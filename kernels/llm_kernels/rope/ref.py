@@ -80,7 +80,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_table(x: Tensor, table: RopeTable, interleaved: bool) -> Tensor:
-    """``rope`` of x [s, b, heads, d] by a table; interleaved rotates pairs (2i, 2i + 1)."""
+    """``rope`` of x [s, b, heads, d] by a table; interleaved rotates pairs (2i, 2i + 1). Dims that the table does not
+    reach stay."""
+    rotated = 2 * table.cos.shape[1]
+    if rotated < x.shape[-1]:
+        return torch.cat((rope_table(x[..., :rotated], table, interleaved), x[..., rotated:]), dim=-1)
     cos, sin = table.full(x.shape[0])
     if not interleaved:
         return rope(x, cos, sin)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llm_kernels import dispatch
+from llm_kernels.rows import fresh
 from llm_kernels.swiglu import ref
 
 
@@ -17,7 +18,7 @@ def swiglu(x: Tensor, *, inplace_backward: bool = False, backend: str = "auto") 
     it a second time raises RuntimeError. Raises ValueError if the last dim is odd, or if x is to be overwritten and is
     a leaf that requires a gradient or an expanded tensor.
     """
-    if x.ndim == 0 or x.shape[-1] % 2:
+    if x.ndim == 0 or x.size(-1) % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dim holds gate and up and must be even")
     if inplace_backward:
         dispatch.check_writable(x, "x", "inplace_backward=True")
@@ -26,33 +27,24 @@ def swiglu(x: Tensor, *, inplace_backward: bool = False, backend: str = "auto") 
     return _swiglu(x, inplace_backward)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[M, N] with contiguous columns, a view wherever the layout allows one."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 def _forward(x: Tensor, inplace: bool) -> Tensor:
     from llm_kernels.swiglu import kernel
 
-    return kernel.forward(_rows(x)).view(*x.shape[:-1], x.shape[-1] // 2)
+    return kernel.forward(x)
 
 
 def _backward(dy: Tensor, x: Tensor) -> Tensor:
     from llm_kernels.swiglu import kernel
 
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernel.backward(_rows(dy), _rows(x), out.view(-1, x.shape[-1]))
+    out = fresh(x)
+    kernel.backward(dy, x, out)
     return out
 
 
 def _backward_(dy: Tensor, x: Tensor) -> None:
     from llm_kernels.swiglu import kernel
 
-    rows = _rows(x)
-    kernel.backward(_rows(dy), rows, rows)
-    if rows.data_ptr() != x.data_ptr():  # x could not be seen as rows without a copy
-        x.copy_(rows.view(x.shape))
+    kernel.backward(dy, x, x)
 
 
 dispatch.define(
@@ -63,7 +55,7 @@ dispatch.define(
 _swiglu_backward = dispatch.define(
     "swiglu_backward(Tensor dy, Tensor x) -> Tensor",
     _backward,
-    lambda dy, x: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    lambda dy, x: fresh(x),
 )
 _swiglu_backward_ = dispatch.define("swiglu_backward_(Tensor dy, Tensor(a!) x) -> ()", _backward_, lambda dy, x: None)
 
