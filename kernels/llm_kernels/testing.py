@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,6 +44,16 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0, device: str | torch.d
     """Standard normal leaf tensor that wants a gradient, the same numbers on every device."""
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return values.to(device=device or default_device(), dtype=dtype).requires_grad_()
+
+
+def far_apart(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, folder: Path) -> Tensor:
+    """Standard normal numbers in a tensor whose rows lie gigabytes apart, in a sparse file of ``folder``: no memory but
+    what is touched. Offsets into it do not fit in 32 bits, which Triton's interpreter raises for (interpreter.py)."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    path = folder / f"{elements}-{len(list(folder.iterdir()))}"
+    storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=elements * dtype.itemsize)
+    out = torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), tuple(strides))
+    return out.copy_(random(*shape, dtype=dtype).detach())
 
 
 def default_device() -> torch.device:
