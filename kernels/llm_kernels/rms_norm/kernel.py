@@ -224,7 +224,9 @@ def tile(columns: int, direction: str) -> Tile:
     found = []
     for warps, most in _MOST_PIECES[direction].items():
         block_n, count = 256 * warps, -(-columns // (256 * warps))
-        if 1 < count <= most or warps == 32:
+        # Four pieces of 8 warps leave no register for the mask of a row that does not fill them.
+        spills = direction == "backward" and count == 4 and columns % block_n
+        if (1 < count <= most and not spills) or warps == 32:
             taste = abs(count - 2) if direction == "forward" else abs(warps - 8)
             found.append((count * block_n, taste, Tile(1, count, block_n, warps, 32)))
     best = min(found)[2]
