@@ -1,9 +1,9 @@
 """Host time of operators: microseconds of Python and torch in one call, with the kernels replaced by nothing.
 
 ``python -m llm_kernels.host_time`` (on a CPU with TRITON_INTERPRET=1): every operator forward and with backward, beside
-a plain autograd function with as many inputs that only allocates, in one process and in interleaved rounds. Times are of
-processor time, so that other processes on the machine do not count. The launches' own time (Triton looks up the compiled
-kernel, CUDA launches it) is not in it; where there is a GPU, ``--launch`` leaves the kernels in.
+a plain autograd function with as many inputs that only allocates, in one process and in interleaved rounds. Times are
+of processor time, so that other processes on the machine do not count. The launches' own time (Triton looks up the
+compiled kernel, CUDA launches it) is not in it; where there is a GPU, ``--launch`` leaves the kernels in.
 """
 
 from __future__ import annotations

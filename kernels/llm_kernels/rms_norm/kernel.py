@@ -145,7 +145,7 @@ def _rms_norm_bwd_kernel(
             dw = dw + (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     # Tiles are dealt out in turn, so that all programs read neighbouring rows at any moment.
     for start in tl.range(program * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
-        rows = start + tl.arange(0, BLOCK_M)
+        rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         live = rows < M
         rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)[:, None]
         normed, wdy, new_dw = (), (), ()
