@@ -14,9 +14,12 @@ from torch import Tensor
 from llm_kernels.cross_entropy import ref
 from llm_kernels.cross_entropy.bench import BENCHMARK
 from llm_kernels.cross_entropy.op import cross_entropy
-from llm_kernels.cross_entropy.ref import Terms, vocab_parallel_cross_entropy
+from llm_kernels.cross_entropy.ref import Terms
 from llm_kernels.guard import Traffic
 from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, random
+
+# numpy, which runs the interpreter, says so where a difference from the lowest number becomes -inf, as it should.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 
 def labels_of(shape: tuple[int, ...], words: int, ignored: bool = False) -> Tensor:
@@ -48,13 +51,10 @@ def ours(labels: Tensor, words: int, smoothing: float = 0.0, z_loss: float = 0.0
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("columns", "words"), [(50, 50), (64, 50), (1, 1), (8, 3)])
-def test_references_match_fp64(columns: int, words: int, dtype: torch.dtype) -> None:
+def test_reference_matches_fp64(columns: int, words: int, dtype: torch.dtype) -> None:
     labels = labels_of((5, 3), words)
-    for op in (
-        lambda x: vocab_parallel_cross_entropy(x, labels, words),
-        lambda x: ref.cross_entropy(x, labels, Terms(0, words))[0],
-    ):
-        assert_matches(op, peer(labels, words), [random(5, 3, columns, dtype=dtype)])
+    run = lambda x: ref.cross_entropy(x, labels, Terms(0, words))[0]  # noqa: E731
+    assert_matches(run, peer(labels, words), [random(5, 3, columns, dtype=dtype)])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -188,7 +188,7 @@ def test_parts_of_a_vocabulary_join_to_the_whole(tokens: int) -> None:
     wanted = ref.forward(logits.double(), labels, whole)
     for x, y in zip(found, wanted, strict=True):
         kept = labels != -100
-        torch.testing.assert_close(x[kept].double(), y[kept], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(x[..., kept].double(), y[..., kept], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

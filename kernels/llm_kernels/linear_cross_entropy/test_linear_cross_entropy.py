@@ -114,7 +114,7 @@ def test_reference_gradcheck() -> None:
     labels = labels_of((4,), 5, ignored=True)
     inputs = inputs_of((4,), 3, 6, torch.float64)
     terms = Terms(0, 5, label_smoothing=0.1, z_loss=1e-2)
-    assert torch.autograd.gradcheck(lambda x, w: ref.linear_cross_entropy(x, w, labels, terms), inputs)
+    assert torch.autograd.gradcheck(lambda x, w: ref.linear_cross_entropy(x, w, None, labels, terms), inputs)
     assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, labels), inputs)
 
 
