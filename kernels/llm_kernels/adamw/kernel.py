@@ -78,9 +78,9 @@ def _adamw_kernel(
         v = tl.load(v_ptr + at, mask=mask, other=0.0)
         p = tl.load(p_ptr + at, mask=mask, other=0.0)
         m += one_minus_beta1 * (g - m)
-        v = v * beta2 + one_minus_beta2 * (g * g)
+        v = v * beta2 + one_minus_beta2 * g * g  # from the left: g^2 overflows where this does not
         denominator = tl.sqrt_rn(v) / root_correction + eps
-        p = p * decay - step_size * (m / denominator)
+        p = p * decay - step_size * m / denominator
         tl.store(m_ptr + at, m, mask=mask)
         tl.store(v_ptr + at, v, mask=mask)
         tl.store(p_ptr + at, p, mask=mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +17,16 @@ class Addresses:
     """Remembers where tensors lie, so that the table goes to the device only when one has moved."""
 
     def __init__(self) -> None:
-        self._key: tuple[int, ...] = ()
+        self._key: list[Any] = []
         self._table: list[Tensor] = []
         self._aligned = False
 
-    def of(self, columns: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], bool]:
-        """The table's tensors, and whether all is aligned to 16."""
+    def of(self, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> tuple[list[Tensor], bool]:
+        """The table's tensors, and whether all is aligned to 16. ``sizes``: elements of each tensor of a column."""
         from llm_kernels.adamw import kernel
 
         # With sizes: views of different lengths may begin at one address.
-        key = (*(x.data_ptr() for column in columns for x in column), *(x.numel() for x in columns[0]))
+        key: list[Any] = [sizes, *([x.data_ptr() for x in column] for column in columns)]
         if key != self._key:
             table = kernel.make_table(columns)
             self._table = [table.addresses, table.sizes, table.chunk_tensor, table.chunk_number]
@@ -48,39 +49,60 @@ def adamw_(
 ) -> None:
     """One AdamW step in place, in one launch for all tensors; bit for bit the same however they are grouped.
 
-    params, exp_avgs, exp_avg_sqs: fp32, contiguous, on one device; grads: fp32 or bf16; low: bf16 or fp16 copies of the
-    parameters that are written with the step, or none. scale: fp32 scalar on the device that gradients are multiplied
-    by (one over the loss scale, times the clip factor: no value goes through the host); skip: scalar on the device,
-    nothing is changed if it is not 0. addresses: kept by a caller that steps the same tensors again and again. Raises
-    ValueError if lists or shapes do not match.
+    params, exp_avgs, exp_avg_sqs: fp32, contiguous, on one device; grads: fp32, bf16 or fp16; low: bf16 or fp16 copies
+    of the parameters that are written with the step, or none. scale: fp32 scalar on the device that gradients are
+    multiplied by (one over the loss scale, times the clip factor: no value goes through the host); skip: scalar on the
+    device, nothing is changed if it is not 0. addresses: kept by a caller that steps the same tensors again and again.
+    fp64, of parameters and moments or of gradients, runs the reference. Parameters that require a gradient are written
+    under torch.no_grad() only, as by any optimizer. Raises ValueError if lists, shapes or dtypes do not fit.
     """
     columns = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), *([list(low)] if low else [])]
     if not columns[0]:
         return
-    _check(columns)
-    if dispatch.backend_for(columns[0][0], backend) == "torch":
+    sizes = _check(columns)
+    if dispatch.backend_for(columns[0][0], backend, columns[1][0], *(columns[4][:1] if low else ())) == "torch":
         ref.adamw_(params, grads, exp_avgs, exp_avg_sqs, low, numbers, scale, skip)
         return
-    table, aligned = (addresses or Addresses()).of(columns)
+    table, aligned = (addresses or Addresses()).of(columns, sizes)
     scalars = [
         numbers.decay, numbers.beta2, 1.0 - numbers.beta1, 1.0 - numbers.beta2, numbers.step_size,
         numbers.root_correction, numbers.eps,
     ]  # fmt: skip
-    torch.ops.llm_kernels.adamw_(*columns[:4], list(low), scale, skip, table, aligned, scalars)
+    _run(*columns[:4], list(low), scale, skip, table, aligned, scalars)
 
 
-def _check(columns: Sequence[Sequence[Tensor]]) -> None:
+def _check(columns: Sequence[list[Tensor]]) -> list[int]:
+    """Elements of each parameter. Raises ValueError for what does not fit together."""
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "low")
+    params = columns[0]
+    sizes, device, state = [p.numel() for p in params], params[0].device, params[0].dtype
+    devices = [params[0].get_device()] * len(params)
+    if state not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"params[0] is {state}; AdamW steps float32 (by torch also float64) parameters, and writes their bf16 or "
+            "fp16 copies, which are passed as low"
+        )
     for name, column in zip(names, columns):
-        if len(column) != len(columns[0]):
-            raise ValueError(f"{name} has {len(column)} tensors, params has {len(columns[0])}")
-        for index, (x, p) in enumerate(zip(column, columns[0])):
-            if x.numel() != p.numel() or not x.is_contiguous() or x.device != p.device:
-                raise ValueError(f"{name}[{index}] is {tuple(x.shape)} on {x.device}; it must match params, contiguous")
-            if name not in ("grads", "low") and x.dtype != torch.float32:
-                raise ValueError(f"{name}[{index}] is {x.dtype}; it must be float32")
-            if x.dtype != column[0].dtype:
-                raise ValueError(f"{name} mixes {column[0].dtype} and {x.dtype}; one call takes one of them")
+        if len(column) != len(params):
+            raise ValueError(f"{name} has {len(column)} tensors, params has {len(params)}")
+        # Whole lists first: with hundreds of tensors, loops in Python would cost more than the launch.
+        if [x.numel() for x in column] != sizes or not all([x.is_contiguous() for x in column]):
+            index = next(i for i, x in enumerate(column) if x.numel() != sizes[i] or not x.is_contiguous())
+            raise ValueError(
+                f"{name}[{index}] is {tuple(column[index].shape)} with strides {column[index].stride()}; it must be "
+                f"contiguous and have as many elements as params[{index}], {tuple(params[index].shape)}"
+            )
+        if [x.get_device() for x in column] != devices:
+            index = next(i for i, x in enumerate(column) if x.device != device)
+            raise ValueError(f"{name}[{index}] is on {column[index].device}, params[0] on {device}")
+        dtypes = {x.dtype for x in column}
+        if len(dtypes) > 1:
+            raise ValueError(f"{name} mixes {' and '.join(sorted(map(str, dtypes)))}; one call takes one of them")
+        if name in ("exp_avgs", "exp_avg_sqs") and dtypes != {state}:
+            raise ValueError(f"{name}[0] is {column[0].dtype}; it must be {state} as the parameters are")
+        if name != "grads" and torch.is_grad_enabled() and any([x.requires_grad for x in column]):
+            raise ValueError(f"{name} requires a gradient and would be written in place; call adamw_ in torch.no_grad()")
+    return sizes
 
 
 def _step(params, grads, exp_avgs, exp_avg_sqs, low, scale, skip, table, aligned, scalars) -> None:
@@ -89,6 +111,8 @@ def _step(params, grads, exp_avgs, exp_avg_sqs, low, scale, skip, table, aligned
     addresses, sizes, owners, numbers = table
     dtypes = grads[0].dtype, low[0].dtype if low else None
     kernel.launch(kernel.Table(addresses, sizes, owners, numbers, aligned), dtypes, scale, skip, scalars)
+    # Autograd refuses a backward that saved what is no more.
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *low])
 
 
 dispatch.define(
@@ -97,3 +121,9 @@ dispatch.define(
     _step,
     lambda *_: None,
 )
+
+
+def _run(*arguments: Any) -> None:
+    """Around the registration in a plain eager call: handing over a thousand tensors costs a millisecond there."""
+    plain = not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+    (_step if plain else torch.ops.llm_kernels.adamw_.default)(*arguments)
