@@ -28,7 +28,9 @@ FIELDS = 5
 def _pointer(addresses_ptr, field: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = tl.load(addresses_ptr + field).to(tl.pointer_type(dtype))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
+        # Four elements a thread for every dtype. With 16 bytes of a 2-byte type a thread would own eight, and each fp32
+        # store would go through shared memory to another layout, with two barriers.
+        pointer = tl.multiple_of(pointer, 4 * dtype.primitive_bitwidth // 8)
     return pointer
 
 
