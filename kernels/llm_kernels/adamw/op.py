@@ -63,12 +63,14 @@ def adamw_(
     if dispatch.backend_for(columns[0][0], backend, columns[1][0], *(columns[4][:1] if low else ())) == "torch":
         ref.adamw_(params, grads, exp_avgs, exp_avg_sqs, low, numbers, scale, skip)
         return
-    table, aligned = (addresses or Addresses()).of(columns, sizes)
     scalars = [
         numbers.decay, numbers.beta2, 1.0 - numbers.beta1, 1.0 - numbers.beta2, numbers.step_size,
         numbers.root_correction, numbers.eps,
     ]  # fmt: skip
-    _run(*columns[:4], list(low), scale, skip, table, aligned, scalars)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        torch.ops.llm_kernels.adamw_(*columns[:4], list(low), scale, skip, scalars)
+    else:  # around the registration: to hand over a thousand tensors costs a millisecond there
+        _launch(columns, (addresses or Addresses()).of(columns, sizes), scale, skip, scalars)
 
 
 def _check(columns: Sequence[list[Tensor]]) -> list[int]:
@@ -105,25 +107,37 @@ def _check(columns: Sequence[list[Tensor]]) -> list[int]:
     return sizes
 
 
-def _step(params, grads, exp_avgs, exp_avg_sqs, low, scale, skip, table, aligned, scalars) -> None:
+def _launch(
+    columns: Sequence[list[Tensor]],
+    found: tuple[list[Tensor], bool],
+    scale: Tensor | None,
+    skip: Tensor | None,
+    scalars: Sequence[float],
+) -> None:
     from llm_kernels.adamw import kernel
 
-    addresses, sizes, owners, numbers = table
-    dtypes = grads[0].dtype, low[0].dtype if low else None
-    kernel.launch(kernel.Table(addresses, sizes, owners, numbers, aligned), dtypes, scale, skip, scalars)
+    dtypes = columns[1][0].dtype, columns[4][0].dtype if len(columns) > 4 else None
+    kernel.launch(kernel.Table(*found[0], aligned=found[1]), dtypes, scale, skip, scalars)
     # Autograd refuses a backward that saved what is no more.
-    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *low])
+    torch.autograd.graph.increment_version([x for i, column in enumerate(columns) if i != 1 for x in column])
+
+
+# Tables of calls that come without one, which is all that a compiled graph can: by first address and number of tensors.
+_REMEMBERED = 64
+_tables: dict[tuple[int, int], Addresses] = {}
+
+
+def _step(params, grads, exp_avgs, exp_avg_sqs, low, scale, skip, scalars) -> None:
+    columns = [params, grads, exp_avgs, exp_avg_sqs, *([low] if low else [])]
+    if len(_tables) >= _REMEMBERED:
+        _tables.clear()
+    addresses = _tables.setdefault((params[0].data_ptr(), len(params)), Addresses())
+    _launch(columns, addresses.of(columns, [p.numel() for p in params]), scale, skip, scalars)
 
 
 dispatch.define(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] low, "
-    "Tensor? scale, Tensor? skip, Tensor[] table, bool aligned, float[] scalars) -> ()",
+    "Tensor? scale, Tensor? skip, float[] scalars) -> ()",
     _step,
     lambda *_: None,
 )
-
-
-def _run(*arguments: Any) -> None:
-    """Around the registration in a plain eager call: handing over a thousand tensors costs a millisecond there."""
-    plain = not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
-    (_step if plain else torch.ops.llm_kernels.adamw_.default)(*arguments)

@@ -126,13 +126,14 @@ def test_scale_is_folded_in(checked: Traffic | None) -> None:
     assert torch.equal(scaled[0][0], plain[0][0])
 
 
-def test_skip_changes_nothing(checked: Traffic | None) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_skip_changes_nothing(checked: Traffic | None, backend: str) -> None:
     columns = tensors([1000])
     before = copy.deepcopy(columns)
     reach(checked, columns)
-    step_ours(columns, skip=torch.tensor(1.0, device=default_device()))
+    adamw_(*columns, NUMBERS, skip=torch.tensor(1.0, device=default_device()), backend=backend)
     assert all(torch.equal(x, y) for a, b in zip(columns, before) for x, y in zip(a, b))
-    step_ours(columns, skip=torch.tensor(0.0, device=default_device()))
+    adamw_(*columns, NUMBERS, skip=torch.tensor(0.0, device=default_device()), backend=backend)
     assert not torch.equal(columns[0][0], before[0][0])
 
 

@@ -18,8 +18,8 @@ from llm_kernels.cross_entropy.ref import Terms
 from llm_kernels.guard import Traffic
 from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, random
 
-# numpy, which runs the interpreter, says so where a difference from the lowest number becomes -inf, as it should.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+# numpy, which runs the interpreter, says so where a difference from the lowest number becomes infinite, as it should.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 
 def labels_of(shape: tuple[int, ...], words: int, ignored: bool = False) -> Tensor:
@@ -112,6 +112,24 @@ def test_kernel_terms(
     arguments = labels, words, smoothing, z_loss
     run = ours(*arguments), peer(*arguments), peer(*arguments)
     compare("cross_entropy/smoothing, z-loss, ignored", *run, [random(tokens, columns, dtype=dtype)])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_soft_cap(dtype: torch.dtype) -> None:
+    """A cap of Gemma's size (30) that bends the largest logits, and one that bends all; rows as whole tiles and parts."""
+    pytest.importorskip("triton", reason="the kernels need triton")
+    labels = labels_of((6,), 9000, ignored=True)
+    for cap, scale in ((30.0, 10.0), (1.0, 1.0)):
+        both = peer(labels, 9000, 0.1, 1e-2)
+
+        def theirs(x: Tensor) -> Tensor:
+            return both(cap * (x * scale / cap).tanh())  # noqa: B023
+
+        def found(x: Tensor) -> Tensor:
+            options = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": cap, "num_valid": 9000}  # noqa: B023
+            return cross_entropy(x * scale, labels, **options, backend="triton")  # type: ignore  # noqa: B023
+
+        compare("cross_entropy/soft cap", found, theirs, theirs, [random(6, 9008, dtype=dtype)])
 
 
 @settings(max_examples=15, deadline=None)
@@ -232,6 +250,9 @@ def test_bad_input_is_named() -> None:
         cross_entropy(logits, torch.zeros(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="num_valid = 5"):
         cross_entropy(logits, torch.zeros(2, dtype=torch.int64), num_valid=5)
+    for option, value in (("label_smoothing", 1.5), ("softcap", -30.0), ("softcap", torch.inf)):
+        with pytest.raises(ValueError, match=f"{option} = {value}"):
+            cross_entropy(logits, torch.zeros(2, dtype=torch.int64), **{option: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="inplace_backward"):
         cross_entropy(logits, torch.zeros(2, dtype=torch.int64), inplace_backward=True)
 
