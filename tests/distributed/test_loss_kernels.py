@@ -23,8 +23,7 @@ OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": CAP}
 
 
 def problem(words: int, parts: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """(hidden, weight and bias of the whole vocabulary, labels with ignored ones, token weights), the same everywhere.
-    """
+    """(hidden, whole vocabulary's weight and bias, labels with ignored ones, token weights), the same everywhere."""
     generator = torch.Generator().manual_seed(words)
     hidden = torch.randn(2, TOKENS // 2, HIDDEN, generator=generator)
     weight = torch.randn(COLUMNS * parts, HIDDEN, generator=generator) * 0.3
@@ -45,9 +44,7 @@ def fused(hidden, weight, bias, labels, token_weights, **options) -> torch.Tenso
 
 def weighted(hidden, weight, bias, labels, token_weights, **options) -> torch.Tensor:
     """The sum; its gradients are those of losses times token weights."""
-    return weighted_linear_cross_entropy(
-        hidden, weight, labels, token_weights, bias=bias, chunk_tokens=4, **options
-    )[0]
+    return weighted_linear_cross_entropy(hidden, weight, labels, token_weights, bias=bias, chunk_tokens=4, **options)[0]
 
 
 WAYS = {"unfused": unfused, "fused": fused, "weighted": weighted}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,26 +12,26 @@ from llm_kernels import dispatch
 from llm_kernels.adamw import ref
 from llm_kernels.adamw.ref import AdamWStep
 
+if TYPE_CHECKING:  # the kernel imports Triton
+    from llm_kernels.adamw.kernel import Table
+
 
 class Addresses:
     """Remembers where tensors lie, so that the table goes to the device only when one has moved."""
 
     def __init__(self) -> None:
         self._key: list[Any] = []
-        self._table: list[Tensor] = []
-        self._aligned = False
+        self._table: Table | None = None
 
-    def of(self, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> tuple[list[Tensor], bool]:
-        """The table's tensors, and whether all is aligned to 16. ``sizes``: elements of each tensor of a column."""
+    def of(self, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> Table:
+        """The kernel's table. ``sizes``: elements of each tensor of a column."""
         from llm_kernels.adamw import kernel
 
         # With sizes: views of different lengths may begin at one address.
         key: list[Any] = [sizes, *([x.data_ptr() for x in column] for column in columns)]
-        if key != self._key:
-            table = kernel.make_table(columns)
-            self._table = [table.addresses, table.sizes, table.chunk_tensor, table.chunk_number]
-            self._key, self._aligned = key, table.aligned
-        return self._table, self._aligned
+        if self._table is None or key != self._key:
+            self._key, self._table = key, kernel.make_table(columns)
+        return self._table
 
 
 def adamw_(
@@ -88,7 +88,7 @@ def _check(columns: Sequence[list[Tensor]]) -> list[int]:
         if len(column) != len(params):
             raise ValueError(f"{name} has {len(column)} tensors, params has {len(params)}")
         # Whole lists first: with hundreds of tensors, loops in Python would cost more than the launch.
-        if [x.numel() for x in column] != sizes or not all([x.is_contiguous() for x in column]):
+        if [x.numel() for x in column] != sizes or not all(map(Tensor.is_contiguous, column)):
             index = next(i for i, x in enumerate(column) if x.numel() != sizes[i] or not x.is_contiguous())
             raise ValueError(
                 f"{name}[{index}] is {tuple(column[index].shape)} with strides {column[index].stride()}; it must be "
@@ -102,14 +102,16 @@ def _check(columns: Sequence[list[Tensor]]) -> list[int]:
             raise ValueError(f"{name} mixes {' and '.join(sorted(map(str, dtypes)))}; one call takes one of them")
         if name in ("exp_avgs", "exp_avg_sqs") and dtypes != {state}:
             raise ValueError(f"{name}[0] is {column[0].dtype}; it must be {state} as the parameters are")
-        if name != "grads" and torch.is_grad_enabled() and any([x.requires_grad for x in column]):
-            raise ValueError(f"{name} requires a gradient and would be written in place; call adamw_ in torch.no_grad()")
+        if name != "grads" and torch.is_grad_enabled() and any(x.requires_grad for x in column):
+            raise ValueError(
+                f"{name} requires a gradient and would be written in place; call adamw_ in torch.no_grad()"
+            )
     return sizes
 
 
 def _launch(
     columns: Sequence[list[Tensor]],
-    found: tuple[list[Tensor], bool],
+    table: Table,
     scale: Tensor | None,
     skip: Tensor | None,
     scalars: Sequence[float],
@@ -117,7 +119,7 @@ def _launch(
     from llm_kernels.adamw import kernel
 
     dtypes = columns[1][0].dtype, columns[4][0].dtype if len(columns) > 4 else None
-    kernel.launch(kernel.Table(*found[0], aligned=found[1]), dtypes, scale, skip, scalars)
+    kernel.launch(table, dtypes, scale, skip, scalars)
     # Autograd refuses a backward that saved what is no more.
     torch.autograd.graph.increment_version([x for i, column in enumerate(columns) if i != 1 for x in column])
 

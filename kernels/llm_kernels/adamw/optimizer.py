@@ -77,16 +77,17 @@ class FusedAdamW(torch.optim.Optimizer):
         )
         beta1, beta2 = group["betas"]
         for kind in dict.fromkeys(kinds):
+            launch = (number, *kind[1:])
             rows = [i for i, other in enumerate(kinds) if other == kind]
             adamw_(
                 [params[i] for i in rows],
-                [grads[i] for i in rows],  # type: ignore[misc]
+                [grads[i] for i in rows],
                 [states[i]["exp_avg"] for i in rows],
                 [states[i]["exp_avg_sq"] for i in rows],
                 AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], int(kind[0]) + 1),
-                low=() if kind[2] is None else [low[i] for i in rows],  # type: ignore[misc]
+                low=() if kind[2] is None else [low[i] for i in rows],
                 scale=self.scale,
-                addresses=self._addresses[number, *kind[1:]],
+                addresses=self._addresses[launch],
                 backend=self.backend,
             )
         steps += 1.0

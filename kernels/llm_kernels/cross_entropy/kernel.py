@@ -217,9 +217,7 @@ def _join_kernel(
             at += M
         top = higher
     ignored = tl.load(labels_ptr + rows, mask=mask, other=ignore_index) == ignore_index
-    loss, lse, top, total, share = _loss(
-        top, total, target, gaps, count, ignored, label_smoothing, z_loss, SMOOTH
-    )
+    loss, lse, top, total, share = _loss(top, total, target, gaps, count, ignored, label_smoothing, z_loss, SMOOTH)
     tl.store(losses_ptr + rows, loss, mask=mask)
     tl.store(lse_ptr + rows, lse, mask=mask)
     tl.store(saved_ptr + rows, top, mask=mask)

@@ -103,7 +103,9 @@ def _check_inplace(logits: Tensor) -> None:
         raise ValueError("inplace_backward=True writes over logits, which must be contiguous")
     base = logits._base
     if base is not None and base.is_leaf and base.requires_grad:
-        raise ValueError("inplace_backward=True writes over logits, which are a view of a leaf that requires a gradient")
+        raise ValueError(
+            "inplace_backward=True writes over logits, which are a view of a leaf that requires a gradient"
+        )
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def test_kernel_terms(
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_soft_cap(dtype: torch.dtype) -> None:
-    """A cap of Gemma's size (30) that bends the largest logits, and one that bends all; rows as whole tiles and parts."""
+    """A cap of Gemma's size (30) that bends the largest logits, and one that bends all; rows of tiles and a part."""
     pytest.importorskip("triton", reason="the kernels need triton")
     labels = labels_of((6,), 9000, ignored=True)
     for cap, scale in ((30.0, 10.0), (1.0, 1.0)):

@@ -97,7 +97,9 @@ def hold(case: str, dtype: torch.dtype, names: list[str], pairs: list[tuple[Tens
     worst = (0.0, "", 0.0, 0.0)
     for what, (ours, theirs, right) in zip(("loss", "gradient"), pairs):
         roundings = torch.finfo(torch.float32 if what == "loss" else dtype).eps
-        for name, found, torchs, exact in zip(names, *(x.double().reshape(len(names), -1) for x in (ours, theirs, right))):
+        for name, found, torchs, exact in zip(
+            names, *(x.double().reshape(len(names), -1) for x in (ours, theirs, right))
+        ):
             label = f"{case}, {dtype}, {what} of '{name}'"
             sure = exact.isfinite() & (exact.abs() < torch.finfo(torch.float32).max) & torchs.isfinite()
             assert found[sure].isfinite().all(), f"{label}: {found[sure & ~found.isfinite()]}, torch has {torchs[sure]}"

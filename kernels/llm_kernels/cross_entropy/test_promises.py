@@ -116,7 +116,7 @@ def test_what_may_not_be_written_over_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             cross_entropy(logits, labels, inplace_backward=True, backend="triton")
     hidden, weight = leaf(3, 4), leaf(9, 4, seed=1)
-    with pytest.raises(ValueError, match="weight_grad .* must not require a gradient"):
+    with pytest.raises(ValueError, match=r"weight_grad .* must not require a gradient"):
         linear_cross_entropy(hidden, weight, labels, weight_grad=torch.zeros_like(weight).requires_grad_())
 
 

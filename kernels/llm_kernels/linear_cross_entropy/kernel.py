@@ -106,7 +106,7 @@ def losses_and_gradients(
     """Losses [T], and for upstream gradients known before: dhidden in its dtype and summed over the group, dweight and
     dbias in fp32."""
     hidden, weight, bias = of
-    out, saved = _per_token(hidden, plan)
+    out, _ = _per_token(hidden, plan)
     buffer = hidden.new_empty(plan.chunk_tokens * weight.shape[0])
     dhidden = torch.empty_like(hidden) if wants[0] else None
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wants[1] else None

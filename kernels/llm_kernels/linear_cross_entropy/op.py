@@ -212,9 +212,7 @@ def _recomputing_backward(dlosses, hidden, weight, bias, labels, saved, weight_g
 
 def _recomputing_backward_fake(dlosses, hidden, weight, bias, labels, saved, weight_grad, *rest):
     wants = rest[-3], rest[-2] and weight_grad is None, rest[-1]
-    return _or_empty(
-        hidden, *(torch.empty_like(x) if want else None for x, want in zip((hidden, weight, bias), wants))
-    )
+    return _or_empty(hidden, *(torch.empty_like(x) if want else None for x, want in zip((hidden, weight, bias), wants)))
 
 
 def _weighted_forward(hidden, weight, bias, labels, token_weights, weight_grad, *rest):
@@ -281,7 +279,7 @@ def _recomputing_gradients(ctx, dlosses, _):
 
 
 def _weighted_setup(ctx, inputs, output) -> None:
-    _, weight, bias, _, _, ctx.weight_grad, *rest = inputs
+    _, weight, _, _, _, ctx.weight_grad, *rest = inputs
     ctx.wants, ctx.weight_dtype = rest[-3:], weight.dtype
     ctx.num_inputs = len(inputs)
     _, losses, *found = output

@@ -230,7 +230,7 @@ def test_bad_input_is_named() -> None:
         linear_cross_entropy(hidden, weight, labels, num_valid=9)
     with pytest.raises(ValueError, match=r"bias is torch.float32 \(7,\), not torch.float32 \(8,\)"):
         linear_cross_entropy(hidden, weight, labels, bias=torch.ones(7))
-    with pytest.raises(ValueError, match="softcap = -1.0"):
+    with pytest.raises(ValueError, match=r"softcap = -1\.0"):
         linear_cross_entropy(hidden, weight, labels, softcap=-1.0)
     with pytest.raises(ValueError, match="weight_grad is"):
         linear_cross_entropy(hidden, weight, labels, weight_grad=weight.bfloat16())
