@@ -164,6 +164,35 @@ def test_a_group_in_several_launches(checked: Traffic | None) -> None:
         torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_loss_scaling_in_fp16(checked: Traffic | None, backend: str) -> None:
+    """As apex is used: fp16 gradients and copies; a step whose gradients have overflowed is skipped and leaves no NaN,
+    the next one steps as if it had not been."""
+    data = whole((torch.float32, torch.float16))
+    right = [[x.double() for x in column] for column in data]
+    low = [torch.zeros(20, dtype=torch.float16, device=data[0][0].device)]
+    if checked is not None:
+        checked.reachable = lambda: [*overflown, *low, *(x for column in data for x in column)]
+    overflown = [torch.full_like(data[1][0], torch.inf)]
+    options = {"scale": torch.tensor(2.0**-10, device=low[0].device), "low": low, "backend": backend}
+    skip = overflown[0].isinf().any().float()
+    adamw_(data[0], overflown, data[2], data[3], NUMBERS, skip=skip, **options)  # type: ignore[arg-type]
+    assert not low[0].any() and torch.equal(data[0][0].double(), right[0][0])
+    adamw_(*data, NUMBERS, skip=skip * 0, **options)  # type: ignore[arg-type]
+    ref.adamw_(right[0], [right[1][0] * 2.0**-10], right[2], right[3], [], NUMBERS)
+    for which in (0, 2, 3):
+        torch.testing.assert_close(data[which][0].double(), right[which][0], rtol=1e-6, atol=1e-7)
+    assert torch.equal(low[0], data[0][0].half())
+
+
+def test_a_frozen_model_steps_nothing() -> None:
+    """As in apex's: no parameter has a gradient."""
+    p = torch.ones(5, device=default_device(), requires_grad=True)
+    optimizer = FusedAdamW([p], backend="triton")
+    optimizer.step()
+    assert not optimizer.state and torch.equal(p.detach(), torch.ones_like(p))
+
+
 def test_a_chunk_behind_two_thousand_million_elements(checked: Traffic | None) -> None:
     """Offsets into a tensor are int64. The tensors that the table tells of begin 8 GiB before the few numbers that
     exist, where the chunk begins that the one program steps."""

@@ -82,10 +82,11 @@ def gradient(
 ) -> Tensor:
     """Gradient of the logits, in their dtype; ``saved`` as from ``forward``."""
     top, total = saved[0], saved[1]
-    keep = (labels != terms.ignore_index).to(top.dtype)
+    ignored = labels == terms.ignore_index
     zero = torch.zeros_like(top)
-    upstream = zero if dlosses is None else dlosses * keep
-    along = zero if dlse is None else dlse * keep
+    # Filled, not multiplied: a mean over no token at all hands down NaN.
+    upstream = zero if dlosses is None else dlosses.masked_fill(ignored, 0.0)
+    along = zero if dlse is None else dlse.masked_fill(ignored, 0.0)
     along = along + (upstream * (1.0 + 2.0 * terms.z_loss * (top + total.log())) if terms.z_loss else upstream)
     wide, bent = _capped(logits, terms)
     out = (wide - top.unsqueeze(-1)).exp_().mul_((along / total).unsqueeze(-1))

@@ -192,6 +192,45 @@ def test_gradient_over_the_logits(dtype: torch.dtype) -> None:
         losses.sum().backward()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("ignore_index", [0, 5])
+def test_ignored_label_may_be_a_word(ignore_index: int, backend: str) -> None:
+    """As in Liger's cases: padding that has a number of the vocabulary, which stays a word of other tokens' losses."""
+    labels = labels_of((30,), 8)
+    assert (labels == ignore_index).any()
+
+    def ours(x: Tensor) -> Tensor:
+        return cross_entropy(x, labels, ignore_index=ignore_index, label_smoothing=0.1, backend=backend)  # type: ignore
+
+    def theirs(x: Tensor) -> Tensor:
+        return F.cross_entropy(x, labels, ignore_index=ignore_index, label_smoothing=0.1, reduction="none")
+
+    compare("cross_entropy/ignored word", ours, theirs, theirs, [random(30, 8, dtype=torch.float32)])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_mean_over_no_token(backend: str) -> None:
+    """As in Transformer Engine's: where all are ignored the mean is 0/0, and no NaN of it may reach the weights."""
+    logits, labels = random(4, 40, dtype=torch.float32), torch.full((4,), -100, device=default_device())
+    losses = cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-3, backend=backend)
+    mean = losses.sum() / (labels != -100).sum()  # type: ignore[union-attr]
+    mean.backward()
+    assert mean.isnan() and logits.grad is not None and not logits.grad.any()
+
+
+def test_largest_vocabulary_and_turned_rows() -> None:
+    """As in QuACK's and Transformer Engine's: Gemma's 262,144 words, and logits [S, B, V] read as [B, S, V]."""
+    pytest.importorskip("triton", reason="the kernels need triton")
+    for shape, words in (((1, 1), 262144), ((3, 2), 1000)):
+        labels = labels_of(shape[::-1], words)
+
+        def turned(op: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda x: op(x.transpose(0, 1))
+
+        run = map(turned, (ours(labels, words), peer(labels, words), peer(labels, words)))
+        compare("cross_entropy/turned", *run, [random(*shape, words, dtype=torch.bfloat16)])
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_parts_of_a_vocabulary_join_to_the_whole(tokens: int) -> None:
     """What four processes do, without them: the statistics of each, joined; the last has padding alone."""
