@@ -3,19 +3,16 @@ in place are noticed, one graph without a break, offsets of 64 bits."""
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
-from types import SimpleNamespace
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from llm_kernels import guard
 from llm_kernels.cross_entropy.op import cross_entropy
 from llm_kernels.linear_cross_entropy.op import linear_cross_entropy, weighted_linear_cross_entropy
-from llm_kernels.testing import default_device, random
+from llm_kernels.testing import default_device, far_apart, random
 
 pytest.importorskip("triton", reason="the kernels need triton")
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, of the interpreter
@@ -143,36 +140,12 @@ def test_fp64_is_the_references(name: str) -> None:
         op("triton", *inputs)
 
 
-class Notes:
-    """The memory checker's notes on a storage of gigabytes, of which a few elements are touched."""
-
-    def __init__(self) -> None:
-        self.of: dict[int, int] = {}
-
-    def __getitem__(self, slots: np.ndarray) -> np.ndarray:
-        return np.array([self.of.get(int(slot), -1) for slot in slots])
-
-    def __setitem__(self, slots: np.ndarray, programs: np.ndarray) -> None:
-        self.of.update(zip(slots.tolist(), programs.tolist()))
-
-
-def test_rows_that_lie_two_thousand_million_elements_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A view into memory that is reserved and, but for three rows, never touched."""
-
-    def allocation(start: int, end: int) -> SimpleNamespace:
-        return SimpleNamespace(start=start, end=end, stored=Notes(), loaded=Notes(), updated=Notes())
-
-    monkeypatch.setattr(guard, "_Allocation", allocation)
-    stride, columns = 2**30 + 8, 40
-    assert 2 * stride > 2**31
-    bytes_reserved = 2 * (2 * stride + columns)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    memory = torch.frombuffer(mmap.mmap(-1, bytes_reserved, flags=flags), dtype=torch.bfloat16)
-    logits = memory.as_strided((3, columns), (stride, 1))
-    logits.copy_(leaf(3, columns).detach())
-    packed = logits.clone().requires_grad_()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a sparse file stands for memory where no GPU has to hold it")
+def test_rows_that_lie_two_thousand_million_elements_apart(tmp_path: Path) -> None:
+    logits = far_apart((3, 40), (2**30 + 8, 1), torch.bfloat16, tmp_path).requires_grad_()
+    packed, labels = logits.detach().clone().requires_grad_(), LABELS.cpu()
     results = []
-    for x in (logits.requires_grad_(), packed):
-        losses = cross_entropy(x, LABELS.cpu(), label_smoothing=0.1, backend="triton")
+    for x in (logits, packed):
+        losses = cross_entropy(x, labels, label_smoothing=0.1, backend="triton")
         results.append((losses.detach(), torch.autograd.grad(losses.sum(), x)[0]))  # type: ignore[union-attr]
     assert all(torch.equal(found, wanted) for found, wanted in zip(*results))
