@@ -18,31 +18,33 @@ pytestmark = pytest.mark.gloo
 TOKENS, HIDDEN, COLUMNS = 10, 16, 320  # columns of one process
 # Words of two processes: all, the last columns padding, and a process of padding alone.
 WORDS = (640, 600, 300)
-OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-2}
+CAP = 4.0
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": CAP}
 
 
 def problem(words: int, parts: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """(hidden, weight of the whole vocabulary, labels with ignored ones, token weights), the same everywhere."""
+    """(hidden, whole vocabulary's weight and bias, labels with ignored ones, token weights), the same everywhere."""
     generator = torch.Generator().manual_seed(words)
     hidden = torch.randn(2, TOKENS // 2, HIDDEN, generator=generator)
     weight = torch.randn(COLUMNS * parts, HIDDEN, generator=generator) * 0.3
+    bias = torch.randn(COLUMNS * parts, generator=generator)
     labels = torch.randint(0, words, (2, TOKENS // 2), generator=generator)
     labels[0, 1] = -100
     token_weights = torch.rand(2, TOKENS // 2, generator=generator)
-    return hidden.to(dtype), weight.to(dtype), labels, token_weights
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), labels, token_weights
 
 
-def unfused(hidden, weight, labels, token_weights, **options) -> torch.Tensor:
-    return cross_entropy(hidden @ weight.t(), labels, **options)  # type: ignore[return-value]
+def unfused(hidden, weight, bias, labels, token_weights, **options) -> torch.Tensor:
+    return cross_entropy(hidden @ weight.t() + bias, labels, **options)  # type: ignore[return-value]
 
 
-def fused(hidden, weight, labels, token_weights, **options) -> torch.Tensor:
-    return linear_cross_entropy(hidden, weight, labels, chunk_tokens=4, **options)
+def fused(hidden, weight, bias, labels, token_weights, **options) -> torch.Tensor:
+    return linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_tokens=4, **options)
 
 
-def weighted(hidden, weight, labels, token_weights, **options) -> torch.Tensor:
+def weighted(hidden, weight, bias, labels, token_weights, **options) -> torch.Tensor:
     """The sum; its gradients are those of losses times token weights."""
-    return weighted_linear_cross_entropy(hidden, weight, labels, token_weights, chunk_tokens=4, **options)[0]
+    return weighted_linear_cross_entropy(hidden, weight, labels, token_weights, bias=bias, chunk_tokens=4, **options)[0]
 
 
 WAYS = {"unfused": unfused, "fused": fused, "weighted": weighted}
@@ -50,8 +52,8 @@ WAYS = {"unfused": unfused, "fused": fused, "weighted": weighted}
 
 def run(rank: int, parts: int, way: str, words: int, backend: str, dtype: torch.dtype) -> dict[str, Any]:
     """Loss and gradients on one of ``parts`` processes, and how many collectives forward and backward had."""
-    hidden, weight, labels, token_weights = problem(words, parts, dtype)
-    own = weight[rank * COLUMNS : (rank + 1) * COLUMNS].clone().requires_grad_()
+    hidden, weight, bias, labels, token_weights = problem(words, parts, dtype)
+    own, own_bias = (x[rank * COLUMNS : (rank + 1) * COLUMNS].clone().requires_grad_() for x in (weight, bias))
     hidden.requires_grad_()
     group = dist.group.WORLD if parts > 1 else None
     num_valid = min(max(words - rank * COLUMNS, 0), COLUMNS)
@@ -60,29 +62,31 @@ def run(rank: int, parts: int, way: str, words: int, backend: str, dtype: torch.
     originals = {name: getattr(dist, name) for name in names}
     for name, original in originals.items():
         setattr(dist, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
-    out = WAYS[way](hidden, own, labels, token_weights, num_valid=num_valid, group=group, backend=backend, **OPTIONS)
+    options = {"num_valid": num_valid, "group": group, "backend": backend, **OPTIONS}
+    out = WAYS[way](hidden, own, own_bias, labels, token_weights, **options)
     (out if way == "weighted" else out * token_weights).sum().backward()
     for name, original in originals.items():
         setattr(dist, name, original)
-    assert hidden.grad is not None and own.grad is not None
+    assert hidden.grad is not None and own.grad is not None and own_bias.grad is not None
     if way == "unfused" and group is not None:  # the caller's linear layer does this
         dist.all_reduce(hidden.grad, group=group)
-    numbers = {"out": out, "hidden": hidden.grad, "weight": own.grad}
+    numbers = {"out": out, "hidden": hidden.grad, "weight": own.grad, "bias": own_bias.grad}
     return {name: x.detach().float().numpy() for name, x in numbers.items()} | {"calls": calls}
 
 
 def expected(way: str, words: int, parts: int) -> dict[str, np.ndarray]:
     """In fp64, on one process, by torch's own operators."""
-    hidden, weight, labels, token_weights = problem(words, parts, torch.float32)
-    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    logits = (hidden @ weight.t())[..., :words].flatten(0, 1)
+    hidden, weight, bias, labels, token_weights = problem(words, parts, torch.float32)
+    hidden, weight, bias = (x.double().requires_grad_() for x in (hidden, weight, bias))
+    logits = CAP * ((hidden @ weight.t() + bias)[..., :words].flatten(0, 1) / CAP).tanh()
     losses = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none", label_smoothing=0.1)
     losses = losses + 1e-2 * logits.logsumexp(-1).square() * (labels.flatten() != -100)
     total = (losses.view(labels.shape) * token_weights).sum()
     total.backward()
-    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad is not None and weight.grad is not None and bias.grad is not None
     out = total if way == "weighted" else losses.view(labels.shape)
-    return {"out": out.detach().numpy(), "hidden": hidden.grad.numpy(), "weight": weight.grad.numpy()}
+    gradients = {"hidden": hidden.grad.numpy(), "weight": weight.grad.numpy(), "bias": bias.grad.numpy()}
+    return {"out": out.detach().numpy(), **gradients}
 
 
 @pytest.mark.parametrize("words", WORDS)
@@ -95,12 +99,12 @@ def test_two_processes_equal_one(way: str, backend: str, words: int) -> None:
     whole = {
         "out": found[0]["out"],
         "hidden": found[1]["hidden"],
-        "weight": np.concatenate([x["weight"] for x in found]),
+        **{name: np.concatenate([x[name] for x in found]) for name in ("weight", "bias")},
     }
     for name, right in wanted.items():
         error = np.abs(whole[name] - right).max() / np.abs(right).max()
         assert error < 2e-6, (name, error)
-    assert not whole["weight"][words:].any(), "padding has no gradient"
+    assert not whole["weight"][words:].any() and not whole["bias"][words:].any(), "padding has no gradient"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ FIELDS = 5
 def _pointer(addresses_ptr, field: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = tl.load(addresses_ptr + field).to(tl.pointer_type(dtype))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
+        # Four elements a thread for every dtype. With 16 bytes of a 2-byte type a thread would own eight, and each fp32
+        # store would go through shared memory to another layout, with two barriers.
+        pointer = tl.multiple_of(pointer, 4 * dtype.primitive_bitwidth // 8)
     return pointer
 
 
@@ -78,9 +80,9 @@ def _adamw_kernel(
         v = tl.load(v_ptr + at, mask=mask, other=0.0)
         p = tl.load(p_ptr + at, mask=mask, other=0.0)
         m += one_minus_beta1 * (g - m)
-        v = v * beta2 + one_minus_beta2 * (g * g)
+        v = v * beta2 + one_minus_beta2 * g * g  # from the left: g^2 overflows where this does not
         denominator = tl.sqrt_rn(v) / root_correction + eps
-        p = p * decay - step_size * (m / denominator)
+        p = p * decay - step_size * m / denominator
         tl.store(m_ptr + at, m, mask=mask)
         tl.store(v_ptr + at, v, mask=mask)
         tl.store(p_ptr + at, p, mask=mask)

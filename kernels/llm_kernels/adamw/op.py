@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,26 +12,26 @@ from llm_kernels import dispatch
 from llm_kernels.adamw import ref
 from llm_kernels.adamw.ref import AdamWStep
 
+if TYPE_CHECKING:  # the kernel imports Triton
+    from llm_kernels.adamw.kernel import Table
+
 
 class Addresses:
     """Remembers where tensors lie, so that the table goes to the device only when one has moved."""
 
     def __init__(self) -> None:
-        self._key: tuple[int, ...] = ()
-        self._table: list[Tensor] = []
-        self._aligned = False
+        self._key: list[Any] = []
+        self._table: Table | None = None
 
-    def of(self, columns: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], bool]:
-        """The table's tensors, and whether all is aligned to 16."""
+    def of(self, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> Table:
+        """The kernel's table. ``sizes``: elements of each tensor of a column."""
         from llm_kernels.adamw import kernel
 
         # With sizes: views of different lengths may begin at one address.
-        key = (*(x.data_ptr() for column in columns for x in column), *(x.numel() for x in columns[0]))
-        if key != self._key:
-            table = kernel.make_table(columns)
-            self._table = [table.addresses, table.sizes, table.chunk_tensor, table.chunk_number]
-            self._key, self._aligned = key, table.aligned
-        return self._table, self._aligned
+        key: list[Any] = [sizes, *([x.data_ptr() for x in column] for column in columns)]
+        if self._table is None or key != self._key:
+            self._key, self._table = key, kernel.make_table(columns)
+        return self._table
 
 
 def adamw_(
@@ -48,52 +49,97 @@ def adamw_(
 ) -> None:
     """One AdamW step in place, in one launch for all tensors; bit for bit the same however they are grouped.
 
-    params, exp_avgs, exp_avg_sqs: fp32, contiguous, on one device; grads: fp32 or bf16; low: bf16 or fp16 copies of the
-    parameters that are written with the step, or none. scale: fp32 scalar on the device that gradients are multiplied
-    by (one over the loss scale, times the clip factor: no value goes through the host); skip: scalar on the device,
-    nothing is changed if it is not 0. addresses: kept by a caller that steps the same tensors again and again. Raises
-    ValueError if lists or shapes do not match.
+    params, exp_avgs, exp_avg_sqs: fp32, contiguous, on one device; grads: fp32, bf16 or fp16; low: bf16 or fp16 copies
+    of the parameters that are written with the step, or none. scale: fp32 scalar on the device that gradients are
+    multiplied by (one over the loss scale, times the clip factor: no value goes through the host); skip: scalar on the
+    device, nothing is changed if it is not 0. addresses: kept by a caller that steps the same tensors again and again.
+    fp64, of parameters and moments or of gradients, runs the reference. Parameters that require a gradient are written
+    under torch.no_grad() only, as by any optimizer. Raises ValueError if lists, shapes or dtypes do not fit.
     """
     columns = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), *([list(low)] if low else [])]
     if not columns[0]:
         return
-    _check(columns)
-    if dispatch.backend_for(columns[0][0], backend) == "torch":
+    sizes = _check(columns)
+    if dispatch.backend_for(columns[0][0], backend, columns[1][0], *(columns[4][:1] if low else ())) == "torch":
         ref.adamw_(params, grads, exp_avgs, exp_avg_sqs, low, numbers, scale, skip)
         return
-    table, aligned = (addresses or Addresses()).of(columns)
     scalars = [
         numbers.decay, numbers.beta2, 1.0 - numbers.beta1, 1.0 - numbers.beta2, numbers.step_size,
         numbers.root_correction, numbers.eps,
     ]  # fmt: skip
-    torch.ops.llm_kernels.adamw_(*columns[:4], list(low), scale, skip, table, aligned, scalars)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        torch.ops.llm_kernels.adamw_(*columns[:4], list(low), scale, skip, scalars)
+    else:  # around the registration: to hand over a thousand tensors costs a millisecond there
+        _launch(columns, (addresses or Addresses()).of(columns, sizes), scale, skip, scalars)
 
 
-def _check(columns: Sequence[Sequence[Tensor]]) -> None:
+def _check(columns: Sequence[list[Tensor]]) -> list[int]:
+    """Elements of each parameter. Raises ValueError for what does not fit together."""
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "low")
+    params = columns[0]
+    sizes, device, state = [p.numel() for p in params], params[0].device, params[0].dtype
+    devices = [params[0].get_device()] * len(params)
+    if state not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"params[0] is {state}; AdamW steps float32 (by torch also float64) parameters, and writes their bf16 or "
+            "fp16 copies, which are passed as low"
+        )
     for name, column in zip(names, columns):
-        if len(column) != len(columns[0]):
-            raise ValueError(f"{name} has {len(column)} tensors, params has {len(columns[0])}")
-        for index, (x, p) in enumerate(zip(column, columns[0])):
-            if x.numel() != p.numel() or not x.is_contiguous() or x.device != p.device:
-                raise ValueError(f"{name}[{index}] is {tuple(x.shape)} on {x.device}; it must match params, contiguous")
-            if name not in ("grads", "low") and x.dtype != torch.float32:
-                raise ValueError(f"{name}[{index}] is {x.dtype}; it must be float32")
-            if x.dtype != column[0].dtype:
-                raise ValueError(f"{name} mixes {column[0].dtype} and {x.dtype}; one call takes one of them")
+        if len(column) != len(params):
+            raise ValueError(f"{name} has {len(column)} tensors, params has {len(params)}")
+        # Whole lists first: with hundreds of tensors, loops in Python would cost more than the launch.
+        if [x.numel() for x in column] != sizes or not all(map(Tensor.is_contiguous, column)):
+            index = next(i for i, x in enumerate(column) if x.numel() != sizes[i] or not x.is_contiguous())
+            raise ValueError(
+                f"{name}[{index}] is {tuple(column[index].shape)} with strides {column[index].stride()}; it must be "
+                f"contiguous and have as many elements as params[{index}], {tuple(params[index].shape)}"
+            )
+        if [x.get_device() for x in column] != devices:
+            index = next(i for i, x in enumerate(column) if x.device != device)
+            raise ValueError(f"{name}[{index}] is on {column[index].device}, params[0] on {device}")
+        dtypes = {x.dtype for x in column}
+        if len(dtypes) > 1:
+            raise ValueError(f"{name} mixes {' and '.join(sorted(map(str, dtypes)))}; one call takes one of them")
+        if name in ("exp_avgs", "exp_avg_sqs") and dtypes != {state}:
+            raise ValueError(f"{name}[0] is {column[0].dtype}; it must be {state} as the parameters are")
+        if name != "grads" and torch.is_grad_enabled() and any(x.requires_grad for x in column):
+            raise ValueError(
+                f"{name} requires a gradient and would be written in place; call adamw_ in torch.no_grad()"
+            )
+    return sizes
 
 
-def _step(params, grads, exp_avgs, exp_avg_sqs, low, scale, skip, table, aligned, scalars) -> None:
+def _launch(
+    columns: Sequence[list[Tensor]],
+    table: Table,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    scalars: Sequence[float],
+) -> None:
     from llm_kernels.adamw import kernel
 
-    addresses, sizes, owners, numbers = table
-    dtypes = grads[0].dtype, low[0].dtype if low else None
-    kernel.launch(kernel.Table(addresses, sizes, owners, numbers, aligned), dtypes, scale, skip, scalars)
+    dtypes = columns[1][0].dtype, columns[4][0].dtype if len(columns) > 4 else None
+    kernel.launch(table, dtypes, scale, skip, scalars)
+    # Autograd refuses a backward that saved what is no more.
+    torch.autograd.graph.increment_version([x for i, column in enumerate(columns) if i != 1 for x in column])
+
+
+# Tables of calls that come without one, which is all that a compiled graph can: by first address and number of tensors.
+_REMEMBERED = 64
+_tables: dict[tuple[int, int], Addresses] = {}
+
+
+def _step(params, grads, exp_avgs, exp_avg_sqs, low, scale, skip, scalars) -> None:
+    columns = [params, grads, exp_avgs, exp_avg_sqs, *([low] if low else [])]
+    if len(_tables) >= _REMEMBERED:
+        _tables.clear()
+    addresses = _tables.setdefault((params[0].data_ptr(), len(params)), Addresses())
+    _launch(columns, addresses.of(columns, [p.numel() for p in params]), scale, skip, scalars)
 
 
 dispatch.define(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] low, "
-    "Tensor? scale, Tensor? skip, Tensor[] table, bool aligned, float[] scalars) -> ()",
+    "Tensor? scale, Tensor? skip, float[] scalars) -> ()",
     _step,
     lambda *_: None,
 )

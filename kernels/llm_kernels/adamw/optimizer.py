@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,6 +37,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self.scale: Tensor | None = None
         self.low: Mapping[Tensor, Tensor] = {}
         self._addresses: dict[tuple, Addresses] = defaultdict(Addresses)
+        self._steps: dict[int, tuple[list[Tensor], Tensor]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What load_state_dict ends in. Raises ValueError for options of torch's AdamW that ours has not."""
@@ -53,41 +55,60 @@ class FusedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for number, group in enumerate(self.param_groups):
-            for key, members in self._alike(group).items():
-                self._step_alike((number, *key), group, members)
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(number, group, params)
         self.scale = None
         return loss
 
-    def _alike(self, group: dict[str, Any]) -> dict[tuple, list[Tensor]]:
-        """Parameters with gradients, by what one launch must have in common: step number, dtypes, device."""
-        found: dict[tuple, list[Tensor]] = defaultdict(list)
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p) for _ in range(2))
-            if state["step"].is_cuda:  # as torch's fused AdamW leaves it; read on the host at every step
-                state["step"] = state["step"].cpu()
-            low = self.low.get(p)
-            key = (int(state["step"]), p.grad.dtype, None if low is None else low.dtype, p.device)
-            found[key].append(p)
-        return found
-
-    def _step_alike(self, key: tuple, group: dict[str, Any], members: list[Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        step = key[1] + 1
-        adamw_(
-            members,
-            [p.grad for p in members if p.grad is not None],
-            [self.state[p]["exp_avg"] for p in members],
-            [self.state[p]["exp_avg_sq"] for p in members],
-            AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], step),
-            low=[self.low[p] for p in members] if key[3] is not None else (),
-            scale=self.scale,
-            addresses=self._addresses[key[:1] + key[2:]],
-            backend=self.backend,
+    def _step_group(self, number: int, group: dict[str, Any], params: list[Tensor]) -> None:
+        """One launch for all that has step number, dtypes and device in common: as a rule the whole group."""
+        states = [self._state_of(p) for p in params]
+        steps = self._steps_of(number, states)
+        grads = [p.grad for p in params]
+        low = [self.low.get(p) for p in params] if self.low else [None] * len(params)
+        kinds = list(
+            zip(
+                steps.tolist(),
+                [g.dtype for g in grads if g is not None],
+                [None if x is None else x.dtype for x in low],
+                [p.get_device() for p in params],
+            )
         )
-        for p in members:
-            self.state[p]["step"] += 1
+        beta1, beta2 = group["betas"]
+        for kind in dict.fromkeys(kinds):
+            launch = (number, *kind[1:])
+            rows = [i for i, other in enumerate(kinds) if other == kind]
+            adamw_(
+                [params[i] for i in rows],
+                [grads[i] for i in rows],
+                [states[i]["exp_avg"] for i in rows],
+                [states[i]["exp_avg_sq"] for i in rows],
+                AdamWStep(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], int(kind[0]) + 1),
+                low=() if kind[2] is None else [low[i] for i in rows],
+                scale=self.scale,
+                addresses=self._addresses[launch],
+                backend=self.backend,
+            )
+        steps += 1.0
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        state = self.state[p]
+        if "exp_avg" not in state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p) for _ in range(2))
+        return state
+
+    def _steps_of(self, number: int, states: list[dict[str, Any]]) -> Tensor:
+        """Step numbers of a group in one tensor on the host, of which the states' ``step`` are views from then on: to
+        read or add to each would cost a microsecond a parameter."""
+        found = [state["step"] for state in states]
+        views, steps = self._steps.get(number, ([], torch.empty(0)))
+        if len(views) != len(found) or not all(map(operator.is_, views, found)):
+            # On a GPU is where torch's fused AdamW leaves them.
+            steps = torch.stack([x.detach().cpu().float().view(()) for x in found])
+            views = list(steps.unbind())
+            for state, view in zip(states, views):
+                state["step"] = view
+            self._steps[number] = views, steps
+        return steps

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -47,9 +48,9 @@ def adamw_(
     skip: Tensor | None = None,
 ) -> None:
     """One step on every tensor, in place; see op.adamw_ for shapes and meanings."""
-    if skip is not None and bool(skip != 0):
-        return
     for index, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        # Chosen on the device, as ``skip`` may not go through the host.
+        kept = [] if skip is None else [(x, x.clone()) for x in (p, m, v, *low[index : index + 1])]
         g = g.to(p.dtype)
         if scale is not None:
             g = g * scale
@@ -59,3 +60,6 @@ def adamw_(
         p.mul_(numbers.decay).addcdiv_(m, denominator, value=-numbers.step_size)
         if low:
             low[index].copy_(p)
+        for x, old in kept:
+            assert skip is not None
+            x.copy_(torch.where(skip != 0, old, x))

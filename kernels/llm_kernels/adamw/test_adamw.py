@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -123,13 +126,14 @@ def test_scale_is_folded_in(checked: Traffic | None) -> None:
     assert torch.equal(scaled[0][0], plain[0][0])
 
 
-def test_skip_changes_nothing(checked: Traffic | None) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_skip_changes_nothing(checked: Traffic | None, backend: str) -> None:
     columns = tensors([1000])
     before = copy.deepcopy(columns)
     reach(checked, columns)
-    step_ours(columns, skip=torch.tensor(1.0, device=default_device()))
+    adamw_(*columns, NUMBERS, skip=torch.tensor(1.0, device=default_device()), backend=backend)
     assert all(torch.equal(x, y) for a, b in zip(columns, before) for x, y in zip(a, b))
-    step_ours(columns, skip=torch.tensor(0.0, device=default_device()))
+    adamw_(*columns, NUMBERS, skip=torch.tensor(0.0, device=default_device()), backend=backend)
     assert not torch.equal(columns[0][0], before[0][0])
 
 
@@ -225,9 +229,34 @@ def test_moves_the_least_bytes(traffic: Traffic, low: bool) -> None:
     assert moved <= 1.03 * least
 
 
+NO_EXCHANGE = """
+from llm_kernels.adamw.bench import aot_cases
+from llm_kernels.aot import inspect
+for arch in (80, 90):
+    for report in [inspect(case, arch) for case in aot_cases(arch)]:
+        assert not report.problems and not report.shared_bytes, (report.name, report.shared_bytes, report.problems)
+"""
+
+
+@pytest.mark.slow
+def test_no_thread_waits_for_another() -> None:
+    """An element is its own: shared memory would mean that layouts differ between 2-byte and 4-byte tensors."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", NO_EXCHANGE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_bad_input_is_named() -> None:
     columns = tensors([8, 8])
     with pytest.raises(ValueError, match="grads has 1 tensors"):
         adamw_(columns[0], columns[1][:1], columns[2], columns[3], NUMBERS)
     with pytest.raises(ValueError, match=r"exp_avgs\[0\] is torch.bfloat16"):
         adamw_(columns[0], columns[1], [x.bfloat16() for x in columns[2]], columns[3], NUMBERS)
+    with pytest.raises(ValueError, match=r"params\[0\] is torch.bfloat16; AdamW steps float32"):
+        adamw_([x.bfloat16() for x in columns[0]], *columns[1:], NUMBERS)
+    with pytest.raises(ValueError, match=r"grads mixes torch.bfloat16 and torch.float32"):
+        adamw_(columns[0], [columns[1][0], columns[1][1].bfloat16()], *columns[2:], NUMBERS)
+    with pytest.raises(ValueError, match=r"grads\[1\] is \(8,\) with strides \(2,\); it must be contiguous"):
+        adamw_(columns[0], [columns[1][0], columns[1][1].repeat(2)[::2]], *columns[2:], NUMBERS)
+    with pytest.raises(ValueError, match=r"exp_avg_sqs\[0\] is \(4,\).* as many elements as params\[0\], \(8,\)"):
+        adamw_(*columns[:3], [x[:4] for x in columns[3]], NUMBERS)

@@ -22,9 +22,10 @@ def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 
 
 def _bytes(shape: Shape, dtype: torch.dtype) -> Work:
-    """Labels (8), loss and log-sum-exp (4 each) per token besides the logits; backward also the upstream gradient."""
+    """Labels (8), loss, log-sum-exp, maximum and sum (4 each) per token besides the logits; backward labels, upstream
+    gradient, maximum and sum."""
     tokens, logits = shape["tokens"], shape["tokens"] * shape["words"] * dtype.itemsize
-    return Work(logits + 16 * tokens, 2 * logits + 16 * tokens)
+    return Work(logits + 24 * tokens, 2 * logits + 20 * tokens)
 
 
 def _ours() -> Callable[..., Any]:
@@ -87,40 +88,47 @@ def aot_cases(arch: int, compiled: Sequence[tuple[int, int, str]] = _COMPILED) -
         _cross_entropy_bwd_kernel,
         _cross_entropy_fwd_kernel,
         _join_kernel,
-        tile,
     )
+    from llm_kernels.cross_entropy.tiles import tile
 
-    terms = {"first": "i64", "ignore_index": -100, "label_smoothing": "fp32", "z_loss": "fp32", "labels_ptr": "*i64"}
+    terms = {
+        "first": "i64", "ignore_index": -100, "labels_ptr": "*i64", "saved_ptr": "*fp32",
+        **dict.fromkeys(("label_smoothing", "z_loss", "softcap", "inverse_cap"), "fp32"),
+    }  # fmt: skip
     cases = []
     for columns, words, dtype in compiled:
         lanes, vec, warps = tile(columns, 2 if dtype == "bf16" else 4, columns % 16 == 0, arch)
         wants = frozenset({"wide"}) if columns % 16 == 0 else frozenset()
         shared: dict[str, Any] = {
-            **terms, "logits_ptr": f"*{dtype}", "lse_ptr": "*fp32", "share_ptr": "*fp32", "V": columns,
+            **terms, "logits_ptr": f"*{dtype}", "lse_ptr": "*fp32", "V": columns, "M": 8192,
             "row_stride": columns, "num_valid": words,
         }  # fmt: skip
-        for smooth in (False, True):
-            tail = f"V={columns} {dtype}{' smoothed' if smooth else ''}"
+        variants = [(False, False), (True, False), *([(False, True)] if words == 128256 else [])]
+        for smooth, cap in variants:
+            tail = f"V={columns} {dtype}{' smoothed' if smooth else ''}{' capped' if cap else ''}"
             split = -(-columns // (lanes * vec)) * lanes * vec
             forward = {
-                **shared, "stats_ptr": "*fp32", "losses_ptr": "*fp32", "M": 8192, "split_columns": split,
-                "LANES": lanes, "VEC": vec, "SMOOTH": smooth, "FINISH": True,
+                **shared, "stats_ptr": None, "losses_ptr": "*fp32", "split_columns": split,
+                "LANES": lanes, "VEC": vec, "SMOOTH": smooth, "CAP": cap, "FINISH": True,
             }  # fmt: skip
             backward = {
                 **shared, "dlosses_ptr": "*fp32", "dlse_ptr": None, "out_ptr": f"*{dtype}", "out_row_stride": columns,
-                "BLOCK": lanes * vec, "SMOOTH": smooth, "HAS_DLOSSES": True, "HAS_DLSE": False,
+                "BLOCK": lanes * vec, "SMOOTH": smooth, "CAP": cap, "HAS_DLOSSES": True, "HAS_DLSE": False,
             }  # fmt: skip
-            cases.append(AotCase(f"cross_entropy forward {tail}", _cross_entropy_fwd_kernel, forward, warps, 2, wants))
+            # Label and its logit are read, four or five numbers written, 7 of a row in all.
+            case = AotCase(f"cross_entropy forward {tail}", _cross_entropy_fwd_kernel, forward, warps, 2, wants)
+            cases.append(replace(case, narrow_allowed=7))
             cases.append(
                 AotCase(f"cross_entropy backward {tail}", _cross_entropy_bwd_kernel, backward, warps, 2, wants)
             )
             if words == 128256:
-                parts = {**forward, "FINISH": False, "M": "i32"}
+                outputs = dict.fromkeys(("losses_ptr", "lse_ptr", "saved_ptr"))
+                parts = {**forward, **outputs, "stats_ptr": "*fp32", "FINISH": False, "M": "i32"}
                 case = AotCase(f"cross_entropy statistics {tail}", _cross_entropy_fwd_kernel, parts, warps, 2, wants)
                 cases.append(replace(case, narrow_allowed=7))
     for smooth in (False, True):
         join = {
-            **terms, "stats_ptr": "*fp32", "losses_ptr": "*fp32", "lse_ptr": "*fp32", "share_ptr": "*fp32", "M": "i32",
+            **terms, "stats_ptr": "*fp32", "losses_ptr": "*fp32", "lse_ptr": "*fp32", "M": "i32",
             "parts": "i32", "BLOCK_M": 128, "SMOOTH": smooth,
         }  # fmt: skip
         cases.append(AotCase(f"cross_entropy join{' smoothed' if smooth else ''}", _join_kernel, join, 4))

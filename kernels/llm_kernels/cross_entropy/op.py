@@ -22,6 +22,7 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float = 0.0,
     inplace_backward: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
@@ -31,23 +32,26 @@ def cross_entropy(
     logits: [..., v] fp32, bf16 or fp16; labels: int64 [...]. Over a ``group``, logits are this process's columns: rank
     r has words r v to r v + v - 1, of which the first ``num_valid`` (default all, may be 0) are words and the rest
     padding, which takes no part and gets gradient 0. Labels count from 0 over the whole vocabulary; a label outside it
-    gives an infinite loss. Mean and smoothing are over the words of all processes, as in torch's cross_entropy.
+    gives an infinite loss. Mean and smoothing are over the words of all processes, as in torch's cross_entropy. With
+    ``softcap`` (0: none) x is ``softcap tanh(logits / softcap)``, as in Gemma 2; the gradient is of the logits.
 
     Returns fp32 losses [...], equal on every process; 0 where the label is ignore_index. With return_lse also the
-    log-sum-exp (0 for ignored tokens); both are differentiable. One all-gather of 3 (5 with smoothing) numbers per
-    token where the group has more than one process, none otherwise.
+    log-sum-exp (0 for ignored tokens); both are differentiable, once. One all-gather of 3 (5 with smoothing) numbers
+    per token where the group has more than one process, none otherwise.
 
-    Backward keeps the logits and one number per token (two with smoothing). inplace_backward writes the gradient over
-    the logits, which then must be contiguous, no leaf, and read by nothing else later; backward works only once.
+    Backward keeps the logits and two numbers per token (three with smoothing). inplace_backward writes the gradient
+    over the logits, which then must be contiguous, no leaf, and read by nothing else later; backward works only once.
     fp64 runs the reference. Raises ValueError for inputs that do not fit.
     """
     columns = logits.shape[-1] if logits.ndim else 0
-    words = columns if num_valid is None else num_valid
-    _check(logits, labels, words)
-    if inplace_backward and ((logits.is_leaf and logits.requires_grad) or not logits.is_contiguous()):
-        raise ValueError("inplace_backward needs contiguous logits that are the result of a computation")
-    terms = Terms(ref.first_word(columns, group), words, ignore_index, label_smoothing, z_loss)
-    if dispatch.backend_for(logits, backend) == "torch" or logits.dtype == torch.float64:
+    terms = Terms(
+        ref.first_word(columns, group), columns if num_valid is None else num_valid, ignore_index, label_smoothing,
+        z_loss, softcap,
+    )  # fmt: skip
+    _check(logits, labels, terms)
+    if inplace_backward:
+        _check_inplace(logits)
+    if dispatch.backend_for(logits, backend) == "torch":
         losses, lse = ref.cross_entropy(logits, labels, terms, group)
     else:
         losses, lse, _ = forward(logits, labels, terms, group, inplace_backward)
@@ -57,49 +61,70 @@ def cross_entropy(
 def forward(
     logits: Tensor, labels: Tensor, terms: Terms, group: dist.ProcessGroup | None, inplace: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The registered operator: (losses, lse, share), differentiable."""
-    name = "" if group is None or group.size() == 1 else group.group_name
-    return torch.ops.llm_kernels.cross_entropy(logits, labels, *terms, name, inplace)
+    """The operator: (losses, lse, saved [2 or 3, tokens]), differentiable."""
+    return _cross_entropy(logits, labels, *terms, group_name(group), inplace)
 
 
 def gradient_(
-    dlosses: Tensor | None,
-    dlse: Tensor | None,
-    logits: Tensor,
-    labels: Tensor,
-    saved: tuple[Tensor, Tensor],
-    terms: Terms,
+    dlosses: Tensor | None, dlse: Tensor | None, logits: Tensor, labels: Tensor, saved: Tensor, terms: Terms
 ) -> Tensor:
     """The gradient of contiguous logits, written over them."""
-    torch.ops.llm_kernels.cross_entropy_backward_(dlosses, dlse, logits, labels, *saved, *terms)
+    _cross_entropy_backward_(dlosses, dlse, logits, labels, saved, *terms)
     return logits
 
 
-def _check(logits: Tensor, labels: Tensor, num_valid: int) -> None:
+def group_name(group: dist.ProcessGroup | None) -> str:
+    """What an operator's schema can carry of a group; empty where there is nobody to talk to."""
+    return "" if group is None or group.size() == 1 else group.group_name
+
+
+def check_terms(terms: Terms, columns: int, what: str) -> None:
+    """Raises ValueError for options that make no loss; ``what`` the columns are of."""
+    if not 0 <= terms.num_valid <= columns:
+        raise ValueError(f"num_valid = {terms.num_valid} is not between 0 and the {columns} {what}")
+    if not 0.0 <= terms.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing = {terms.label_smoothing} is not between 0 and 1")
+    if not 0.0 <= terms.softcap < float("inf"):
+        raise ValueError(f"softcap = {terms.softcap} is not a positive number, or 0 for no cap")
+
+
+def _check(logits: Tensor, labels: Tensor, terms: Terms) -> None:
     if logits.ndim == 0 or labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels are {labels.dtype} {tuple(labels.shape)}; logits {tuple(logits.shape)} want int64 of all dims but "
             "the last"
         )
-    if not 0 <= num_valid <= logits.shape[-1]:
-        raise ValueError(f"num_valid = {num_valid} is not between 0 and the {logits.shape[-1]} columns of the logits")
+    check_terms(terms, logits.shape[-1], "columns of the logits")
+
+
+def _check_inplace(logits: Tensor) -> None:
+    dispatch.check_writable(logits, "logits", "inplace_backward=True")
+    if not logits.is_contiguous():
+        raise ValueError("inplace_backward=True writes over logits, which must be contiguous")
+    base = logits._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise ValueError(
+            "inplace_backward=True writes over logits, which are a view of a leaf that requires a gradient"
+        )
 
 
 def _rows(x: Tensor) -> Tensor:
     """[M, V] with contiguous columns, a view wherever the layout allows one."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1).contiguous()
+def _flat(x: Tensor) -> Tensor:
+    """[M], contiguous."""
+    return x if x.ndim == 1 and x.is_contiguous() else x.reshape(-1).contiguous()
 
 
-def _forward(logits, labels, first, num_valid, ignore_index, label_smoothing, z_loss, group, inplace):
+def _forward(logits, labels, *rest) -> Any:
     from llm_kernels.cross_entropy import kernel
 
-    terms = Terms(first, num_valid, ignore_index, label_smoothing, z_loss)
-    flat = labels.reshape(-1).contiguous()
+    *numbers, group, _ = rest
+    terms = Terms(*numbers)
+    flat = _flat(labels)
     outputs: Any = kernel.forward(_rows(logits), flat, terms, whole=not group)
     if group:
         process_group = dist.distributed_c10d._resolve_process_group(group)
@@ -107,55 +132,52 @@ def _forward(logits, labels, first, num_valid, ignore_index, label_smoothing, z_
         stats = outputs.new_empty(parts * outputs.shape[0], *outputs.shape[1:])
         dist.all_gather_into_tensor(stats.view(-1), outputs.view(-1), group=process_group)
         outputs = kernel.join(stats, flat, terms)
-    losses, lse, share = outputs
-    return losses.view(labels.shape), lse.view(labels.shape), share
+    if labels.ndim == 1:
+        return outputs
+    losses, lse, saved = outputs
+    return losses.view(labels.shape), lse.view(labels.shape), saved
 
 
-def _forward_fake(logits, labels, first, num_valid, ignore_index, label_smoothing, z_loss, group, inplace):
+def _forward_fake(logits, labels, first, num_valid, ignore_index, label_smoothing, *rest):
     losses, lse = (torch.empty(labels.shape, dtype=torch.float32, device=logits.device) for _ in range(2))
-    return losses, lse, lse.new_empty(labels.numel() if label_smoothing else 0)
+    return losses, lse, lse.new_empty(3 if label_smoothing else 2, labels.numel())
 
 
-def _launch_backward(dlosses, dlse, logits, labels, lse, share, terms, out) -> None:
+def _launch_backward(dlosses, dlse, logits, labels, saved, terms, out) -> None:
     from llm_kernels.cross_entropy import kernel
 
-    saved = (lse.reshape(-1), share)
-    kernel.backward(
-        _flat(dlosses),
-        _flat(dlse),
-        _rows(logits),
-        labels.reshape(-1).contiguous(),
-        saved,
-        terms,
-        out.view(-1, out.shape[-1]),
-    )
+    dlosses, dlse = (None if x is None else _flat(x) for x in (dlosses, dlse))
+    kernel.backward(dlosses, dlse, _rows(logits), _flat(labels), saved, Terms(*terms), out.view(-1, out.shape[-1]))
 
 
-def _backward(dlosses, dlse, logits, labels, lse, share, *terms) -> Tensor:
+def _backward(dlosses, dlse, logits, labels, saved, *terms) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _launch_backward(dlosses, dlse, logits, labels, lse, share, Terms(*terms), out)
+    _launch_backward(dlosses, dlse, logits, labels, saved, terms, out)
     return out
 
 
-def _backward_(dlosses, dlse, logits, labels, lse, share, *terms) -> None:
+def _backward_(dlosses, dlse, logits, labels, saved, *terms) -> None:
     assert logits.is_contiguous()
-    _launch_backward(dlosses, dlse, logits, labels, lse, share, Terms(*terms), logits)
+    _launch_backward(dlosses, dlse, logits, labels, saved, terms, logits)
+    # A second backward would take the gradient for the logits: autograd refuses once the version has changed.
+    torch.autograd.graph.increment_version(logits)
 
 
-_TERMS = "int first, int num_valid, int ignore_index, float label_smoothing, float z_loss"
-_SAVED = "Tensor labels, Tensor lse, Tensor share"
+TERMS = "int first, int num_valid, int ignore_index, float label_smoothing, float z_loss, float softcap"
 dispatch.define(
-    f"cross_entropy(Tensor logits, Tensor labels, {_TERMS}, str group, bool inplace) -> (Tensor, Tensor, Tensor)",
+    f"cross_entropy(Tensor logits, Tensor labels, {TERMS}, str group, bool inplace) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-dispatch.define(
-    f"cross_entropy_backward(Tensor? dlosses, Tensor? dlse, Tensor logits, {_SAVED}, {_TERMS}) -> Tensor",
+_cross_entropy_backward = dispatch.define(
+    "cross_entropy_backward(Tensor? dlosses, Tensor? dlse, Tensor logits, Tensor labels, Tensor saved, "
+    f"{TERMS}) -> Tensor",
     _backward,
     lambda dlosses, dlse, logits, *rest: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
 )
-dispatch.define(
-    f"cross_entropy_backward_(Tensor? dlosses, Tensor? dlse, Tensor(a!) logits, {_SAVED}, {_TERMS}) -> ()",
+_cross_entropy_backward_ = dispatch.define(
+    "cross_entropy_backward_(Tensor? dlosses, Tensor? dlse, Tensor(a!) logits, Tensor labels, Tensor saved, "
+    f"{TERMS}) -> ()",
     _backward_,
     lambda *arguments: None,
 )
@@ -163,26 +185,21 @@ dispatch.define(
 
 def _setup(ctx, inputs, output) -> None:
     logits, labels, *terms, _, inplace = inputs
-    _, lse, share = output
-    ctx.save_for_backward(logits, labels, lse, share)
-    ctx.terms, ctx.inplace = Terms(*terms), inplace
-    ctx.mark_non_differentiable(share)
+    ctx.save_for_backward(logits, labels, output[2])
+    ctx.terms, ctx.inplace = terms, inplace
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dlosses, dlse, _):
-    rest = (None,) * 8
+    rest = (None,) * 9
     if dlosses is None and dlse is None:
         return None, *rest
-    logits, labels, lse, share = ctx.saved_tensors
+    logits, labels, saved = ctx.saved_tensors
     if not ctx.inplace:
-        return torch.ops.llm_kernels.cross_entropy_backward(
-            dlosses, dlse, logits, labels, lse, share, *ctx.terms
-        ), *rest
-    gradient_(dlosses, dlse, logits, labels, (lse, share), ctx.terms)
-    # A second backward would take the gradient for the logits: autograd refuses once the version has changed.
-    torch.autograd.graph.increment_version(logits)
+        return _cross_entropy_backward(dlosses, dlse, logits, labels, saved, *ctx.terms), *rest
+    _cross_entropy_backward_(dlosses, dlse, logits, labels, saved, *ctx.terms)
     return logits.detach(), *rest
 
 
-torch.library.register_autograd("llm_kernels::cross_entropy", _gradients, setup_context=_setup, lib=dispatch.LIBRARY)
+_cross_entropy = dispatch.differentiable("cross_entropy", _setup, _gradients)

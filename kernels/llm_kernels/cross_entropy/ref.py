@@ -8,65 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Saves exp(logits - row maximum) in the logits' dtype, in place of the logits, so that backward is one pass."""
-
-    @staticmethod
-    def forward(ctx, logits, labels, num_valid, group):
-        parts = 1 if group is None else group.size()
-        first = 0 if group is None else group.rank() * logits.shape[-1]
-        valid = logits[..., :num_valid].float()
-        if num_valid:
-            top = valid.amax(dim=-1)
-            exponentials = (valid - top.unsqueeze(-1)).exp_()
-            log_sum = exponentials.sum(dim=-1).log_().add_(top)
-        else:  # a process whose columns are all padding
-            top = log_sum = torch.full(labels.shape, -torch.inf, device=logits.device)
-            exponentials = valid
-        if parts > 1:
-            gathered = torch.empty(parts, *labels.shape, device=logits.device)
-            dist.all_gather_into_tensor(gathered.view(-1), log_sum.view(-1), group=group)
-            log_sum = torch.logsumexp(gathered, dim=0)
-        local = labels - first
-        here = (local >= 0) & (local < num_valid)
-        local = local.clamp(0, max(num_valid - 1, 0))
-        target = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).float().masked_fill_(~here, 0.0)
-        if parts > 1:
-            dist.all_reduce(target, group=group)
-        ctx.save_for_backward(exponentials.to(logits.dtype), (top - log_sum).exp_(), local, here)
-        ctx.columns = logits.shape[-1]
-        return log_sum - target
-
-    @staticmethod
-    def backward(ctx, grad):
-        exponentials, scale, local, here = ctx.saved_tensors
-        num_valid = exponentials.shape[-1]
-        if num_valid < ctx.columns:
-            out = exponentials.new_zeros(*grad.shape, ctx.columns)
-            torch.mul(exponentials, (grad * scale).unsqueeze(-1), out=out[..., :num_valid])
-        else:
-            out = (exponentials * (grad * scale).unsqueeze(-1)).to(exponentials.dtype)
-        out.scatter_add_(-1, local.unsqueeze(-1), -(grad * here).unsqueeze(-1).to(out.dtype))
-        return out, None, None, None
-
-
-def vocab_parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, num_valid: int, group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """Negative log-likelihood of each label.
-
-    logits: [..., v], this process's columns of the vocabulary, which is divided evenly over ``group``; labels: [...] of
-    global word numbers; num_valid: columns here that are words, the others are padding and take no part. Returns fp32
-    [...], the same on every process of the group.
-    """
-    return _VocabParallelCrossEntropy.apply(logits, labels, num_valid, group)
+from llm_kernels.dispatch import first_derivative_only
 
 
 class Terms(NamedTuple):
     """What a loss is made of, for the columns of one process (or a slice of them).
 
-    first: number of the word in column 0; num_valid: columns that are words, the rest are padding.
+    first: number of the word in column 0; num_valid: columns that are words, the rest are padding; softcap: 0 for none.
     """
 
     first: int
@@ -74,6 +22,7 @@ class Terms(NamedTuple):
     ignore_index: int = -100
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    softcap: float = 0.0
 
 
 def first_word(columns: int, group: dist.ProcessGroup | None) -> int:
@@ -84,62 +33,83 @@ def first_word(columns: int, group: dist.ProcessGroup | None) -> int:
 def forward(
     logits: Tensor, labels: Tensor, terms: Terms, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, log-sum-exp, smoothing share of a word; empty without smoothing), each [...], fp32 or fp64.
+    """(losses [...], log-sum-exp [...], saved [2 or 3, ...]), fp32 or fp64.
 
-    One collective: all-gather of (log-sum-exp of the columns here, label's logit, sum of logits, number of words).
+    ``saved``: the maximum, the sum of exponentials relative to it and, with smoothing, the share of a word. Apart, as
+    their log-sum-exp in one number would round off what an offset common to all logits has no part in.
+    One collective: all-gather of (maximum here, sum, label's logit, sum of distances from the maximum, words).
     """
-    wide = _wide(logits[..., : terms.num_valid])
+    lowest = torch.finfo(torch.float64 if logits.dtype == torch.float64 else torch.float32).min
+    wide, _ = _capped(logits, terms)
     ignored = labels == terms.ignore_index
     local, here = _local(labels, terms)
+    smooth = terms.label_smoothing != 0.0
     if terms.num_valid:
         target = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~here, -torch.inf)
-        lse = wide.logsumexp(-1)
-    else:
-        lse = target = wide.new_full(labels.shape, -torch.inf)
-    count = torch.full_like(lse, terms.num_valid)
-    parts = torch.stack([lse, target, wide.sum(-1), count] if terms.label_smoothing else [lse, target])
+        # Where every word here is masked by -inf: a difference from it would be NaN.
+        top = wide.amax(-1).clamp_min_(lowest)
+        shifted = wide - top.unsqueeze(-1)
+        gaps = -shifted.sum(-1) if smooth else top
+        total = shifted.exp_().sum(-1)
+    else:  # a process whose columns are all padding
+        top = wide.new_full(labels.shape, lowest)
+        target, total, gaps = top - torch.inf, top * 0.0, top * 0.0
+    words = torch.full_like(top, terms.num_valid)
     if group is not None and group.size() > 1:
+        parts = torch.stack([top, total, target, *((gaps, words) if smooth else ())])
         gathered = parts.new_empty(group.size(), *parts.shape)
         dist.all_gather_into_tensor(gathered.view(-1), parts.view(-1), group=group)
-        lse, target = gathered[:, 0].logsumexp(0), gathered[:, 1].amax(0)
-        parts = torch.stack([lse, target, *gathered[:, 2:].sum(0)])
-    losses = (1.0 - terms.label_smoothing) * (lse - target)
+        top, target = gathered[:, 0].amax(0), gathered[:, 2].amax(0)
+        below = top - gathered[:, 0]
+        total = (gathered[:, 1] * (-below).exp()).sum(0)
+        if smooth:
+            counts = gathered[:, 4]
+            gaps = (gathered[:, 3] + (counts * below).masked_fill(counts == 0, 0.0)).sum(0)
+            words = counts.sum(0)
+    log_total = total.log()
+    lse = top + log_total
+    losses = log_total + (1.0 - terms.label_smoothing) * (top - target)
     if terms.z_loss:
-        losses = losses + terms.z_loss * lse.square()
-    share = lse.new_empty(0)
-    if terms.label_smoothing:
-        share = terms.label_smoothing / parts[3]
-        losses = losses + terms.label_smoothing * (lse - parts[2] / parts[3])
-    return losses.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0), share
+        losses = losses + terms.z_loss * lse * lse
+    saved = torch.stack([top, total, *([terms.label_smoothing / words] if smooth else ())])
+    if smooth:
+        losses = losses + saved[2] * gaps
+    return losses.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0), saved
 
 
 def gradient(
-    dlosses: Tensor | None,
-    dlse: Tensor | None,
-    logits: Tensor,
-    labels: Tensor,
-    saved: tuple[Tensor, Tensor],
-    terms: Terms,
+    dlosses: Tensor | None, dlse: Tensor | None, logits: Tensor, labels: Tensor, saved: Tensor, terms: Terms
 ) -> Tensor:
-    """Gradient of the logits, in their dtype; ``saved`` is (log-sum-exp, share) as from ``forward``."""
-    lse, share = saved
-    keep = (labels != terms.ignore_index).to(lse.dtype)
-    zero = torch.zeros_like(lse)
-    upstream = zero if dlosses is None else dlosses * keep
-    along = upstream * (1.0 + 2.0 * terms.z_loss * lse) + (zero if dlse is None else dlse * keep)
-    out = (_wide(logits[..., : terms.num_valid]) - lse.unsqueeze(-1)).exp_().mul_(along.unsqueeze(-1))
+    """Gradient of the logits, in their dtype; ``saved`` as from ``forward``."""
+    top, total = saved[0], saved[1]
+    ignored = labels == terms.ignore_index
+    zero = torch.zeros_like(top)
+    # Filled, not multiplied: a mean over no token at all hands down NaN.
+    upstream = zero if dlosses is None else dlosses.masked_fill(ignored, 0.0)
+    along = zero if dlse is None else dlse.masked_fill(ignored, 0.0)
+    along = along + (upstream * (1.0 + 2.0 * terms.z_loss * (top + total.log())) if terms.z_loss else upstream)
+    wide, bent = _capped(logits, terms)
+    out = (wide - top.unsqueeze(-1)).exp_().mul_((along / total).unsqueeze(-1))
     if terms.num_valid:
         local, here = _local(labels, terms)
         push = (upstream * here).mul_(terms.label_smoothing - 1.0)
         out.scatter_add_(-1, local.unsqueeze(-1), push.unsqueeze(-1))
     if terms.label_smoothing:
-        out.sub_((upstream * share).unsqueeze(-1))
+        out.sub_((upstream * saved[2]).unsqueeze(-1))
+    if bent is not None:
+        out.mul_(1.0 - bent.square_())
     padding = logits.shape[-1] - terms.num_valid
     return torch.nn.functional.pad(out.to(logits.dtype), (0, padding)) if padding else out.to(logits.dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _capped(logits: Tensor, terms: Terms) -> tuple[Tensor, Tensor | None]:
+    """The words' logits in fp32 or fp64, capped if there is a cap, and the tanh that did it."""
+    words = logits[..., : terms.num_valid]
+    wide = words if words.dtype == torch.float64 else words.float()
+    if not terms.softcap:
+        return wide, None
+    bent = (wide / terms.softcap).tanh_()
+    return bent * terms.softcap, bent
 
 
 def _local(labels: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -150,22 +120,23 @@ def _local(labels: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Saves the logits and one or two numbers per token."""
+    """Saves the logits and two or three numbers per token."""
 
     @staticmethod
     def forward(ctx, logits, labels, terms, group):
-        losses, lse, share = forward(logits, labels, terms, group)
-        ctx.save_for_backward(logits, labels, lse, share)
+        losses, lse, saved = forward(logits, labels, terms, group)
+        ctx.save_for_backward(logits, labels, saved)
         ctx.terms = terms
         ctx.set_materialize_grads(False)
         return losses, lse
 
     @staticmethod
+    @first_derivative_only("cross_entropy")
     def backward(ctx, dlosses, dlse):
-        logits, labels, lse, share = ctx.saved_tensors
+        logits, labels, saved = ctx.saved_tensors
         if dlosses is None and dlse is None:
             return None, None, None, None
-        return gradient(dlosses, dlse, logits, labels, (lse, share), ctx.terms), None, None, None
+        return gradient(dlosses, dlse, logits, labels, saved, ctx.terms), None, None, None
 
 
 def cross_entropy(

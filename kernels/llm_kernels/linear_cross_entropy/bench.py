@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 from llm_kernels.aot import AotCase
 from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 from llm_kernels.cross_entropy import bench as cross_entropy_bench
+from llm_kernels.linear_cross_entropy import op
 
 LLAMA3_8B = {"name": "llama3-8b", "tokens": 8192, "hidden": 4096, "words": 128256}
 
@@ -98,15 +99,25 @@ class Watch(TorchDispatchMode):
     """Bytes of all storages that operators made and that are still alive: now, at most, and of the largest one; and the
     FLOPs of matrix products (torch's own counter fails on products with out_dtype).
 
-    Sees what operators return, not what they use inside; of any device, ``meta`` too.
+    Sees what operators return, not what they use inside, except of the operators that this file is about; of any
+    device, ``meta`` too.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.largest = self.flops = 0
         self._seen: set[int] = set()
+        own = torch.ops.llm_kernels
+        self._opened: dict[Any, Callable[..., Any]] = {
+            own.linear_cross_entropy.default: op._recomputing_forward,
+            own.linear_cross_entropy_backward.default: op._recomputing_backward,
+            own.weighted_linear_cross_entropy.default: op._weighted_forward,
+        }
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self._opened:
+            with self:
+                return self._opened[func](*args)
         out = func(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_iter(out):

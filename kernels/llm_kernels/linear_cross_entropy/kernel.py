@@ -9,6 +9,8 @@ chunks of tokens it would be dweight, which at 128,256 x 4,096 is 2.1 GB in fp32
 Three products.
 ``losses_and_gradients``: chunks of c tokens; both gradients while a chunk's logits are there. Three products for all,
 but dweight does add up over chunks: 4vh bytes held, 8vh moved for each.
+
+A bias [v] is added by the product that makes logits; its gradient is the sum over tokens of the logits', in fp32.
 """
 
 from __future__ import annotations
@@ -23,51 +25,64 @@ from llm_kernels.cross_entropy.op import forward, gradient_
 from llm_kernels.cross_entropy.ref import Terms
 
 
+class Projection(NamedTuple):
+    """What makes logits: hidden [T, h], weight [v, h], bias [v] or none, of one dtype."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 class Plan(NamedTuple):
     """Loss terms, process group, tokens of a chunk, and fp32 [v, h] to which dweight is added instead of returned."""
 
     terms: Terms
     group: dist.ProcessGroup | None
     chunk_tokens: int
-    weight_grad: Tensor | None
+    weight_grad: Tensor | None = None
 
 
-def losses(hidden: Tensor, weight: Tensor, labels: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [T, h], weight [v, h], labels [T] → (losses, lse, share), as cross_entropy's operator has them."""
-    out = _per_token(hidden, plan)
-    buffer = hidden.new_empty(plan.chunk_tokens * weight.shape[0])
-    for start in range(0, hidden.shape[0], plan.chunk_tokens):
+class Gradients(NamedTuple):
+    """Each None where it is not wanted, or, of the weight, where it was added to ``weight_grad``."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def losses(of: Projection, labels: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """labels [T] → losses [T] and saved [2 or 3, T], as cross_entropy's operator has them."""
+    out, saved = _per_token(of.hidden, plan)
+    buffer = of.hidden.new_empty(plan.chunk_tokens * of.weight.shape[0])
+    for start in range(0, of.hidden.shape[0], plan.chunk_tokens):
         rows = slice(start, start + plan.chunk_tokens)
-        logits = _product(hidden[rows], weight.t(), buffer)
-        for whole, part in zip(out, forward(logits, labels[rows], plan.terms, plan.group)):
-            whole[rows] = part
-    return out
+        logits = _logits(of.hidden[rows], of.weight, of.bias, buffer)
+        out[rows], _, saved[:, rows] = forward(logits, labels[rows], plan.terms, plan.group)
+    return out, saved
 
 
 def gradients(
-    dlosses: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    saved: tuple[Tensor, Tensor],
-    plan: Plan,
-    wants: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dhidden summed over the group, dweight), each None where not wanted; ``saved`` is (lse, share)."""
+    dlosses: Tensor, of: Projection, labels: Tensor, saved: Tensor, plan: Plan, wants: tuple[bool, bool, bool]
+) -> Gradients:
+    """Of hidden (summed over the group), weight and bias, as far as wanted."""
+    hidden, weight, bias = of
     tokens, columns = hidden.shape[0], weight.shape[0]
     width = slice_columns(tokens, columns, plan.chunk_tokens)
     dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wants[0] else None
     dweight = torch.empty_like(weight) if wants[1] and plan.weight_grad is None else None
+    dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
     buffer = hidden.new_empty(tokens * width)
     for start in range(0, columns, width):
         part = slice(start, min(start + width, columns))
         valid = min(max(plan.terms.num_valid - start, 0), part.stop - start)
         if not valid:  # padding alone
-            if dweight is not None:
-                dweight[part] = 0
+            for out in (dweight, dbias):
+                if out is not None:
+                    out[part] = 0
             continue
         terms = plan.terms._replace(first=plan.terms.first + start, num_valid=valid)
-        dlogits = gradient_(dlosses, None, _product(hidden, weight[part].t(), buffer), labels, saved, terms)
+        logits = _logits(hidden, weight[part], None if bias is None else bias[part], buffer)
+        dlogits = gradient_(dlosses, None, logits, labels, saved, terms)
         if dhidden is not None:
             _add_product(dhidden, dlogits, weight[part])
         if dweight is not None:
@@ -75,41 +90,46 @@ def gradients(
         elif wants[1]:
             assert plan.weight_grad is not None
             _add_product(plan.weight_grad[part], dlogits.t(), hidden)
+        if dbias is not None:
+            dbias[part] = dlogits.sum(0, dtype=torch.float32)
     if dhidden is None:
-        return None, dweight
+        return Gradients(None, dweight, dbias)
     narrow = dhidden.to(hidden.dtype)
     if plan.group is not None and plan.group.size() > 1:
         dist.all_reduce(narrow, group=plan.group)
-    return narrow, dweight
+    return Gradients(narrow, dweight, dbias)
 
 
 def losses_and_gradients(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, plan: Plan, wants: tuple[bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(losses, dhidden in its dtype and summed over the group, dweight in fp32) for upstream gradients known before."""
-    out = _per_token(hidden, plan)
+    of: Projection, labels: Tensor, token_weights: Tensor, plan: Plan, wants: tuple[bool, bool, bool]
+) -> tuple[Tensor, Gradients]:
+    """Losses [T], and for upstream gradients known before: dhidden in its dtype and summed over the group, dweight and
+    dbias in fp32."""
+    hidden, weight, bias = of
+    out, _ = _per_token(hidden, plan)
     buffer = hidden.new_empty(plan.chunk_tokens * weight.shape[0])
     dhidden = torch.empty_like(hidden) if wants[0] else None
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wants[1] else None
+    dbias = bias.new_zeros(bias.shape, dtype=torch.float32) if wants[2] and bias is not None else None
     pending = []
     for start in range(0, hidden.shape[0], plan.chunk_tokens):
         rows = slice(start, start + plan.chunk_tokens)
-        logits = _product(hidden[rows], weight.t(), buffer)
-        found = forward(logits, labels[rows], plan.terms, plan.group)
-        for whole, part in zip(out, found):
-            whole[rows] = part
-        if wants == (False, False):
+        logits = _logits(hidden[rows], weight, bias, buffer)
+        out[rows], _, known = forward(logits, labels[rows], plan.terms, plan.group)
+        if not any(wants):
             continue
-        dlogits = gradient_(token_weights[rows], None, logits, labels[rows], found[1:], plan.terms)
+        dlogits = gradient_(token_weights[rows], None, logits, labels[rows], known, plan.terms)
         if dhidden is not None:
             torch.mm(dlogits, weight, out=dhidden[rows])
             if plan.group is not None and plan.group.size() > 1:  # sums while the next chunk computes
                 pending.append(dist.all_reduce(dhidden[rows], group=plan.group, async_op=True))
         if dweight is not None:
             _add_product(dweight, dlogits.t(), hidden[rows])
+        if dbias is not None:
+            dbias += dlogits.sum(0, dtype=torch.float32)
     for work in pending:
         work.wait()
-    return out[0], dhidden, dweight
+    return out, Gradients(dhidden, dweight, dbias)
 
 
 def slice_columns(tokens: int, columns: int, chunk_tokens: int) -> int:
@@ -117,15 +137,17 @@ def slice_columns(tokens: int, columns: int, chunk_tokens: int) -> int:
     return min(columns, max(128, chunk_tokens * columns // max(tokens, 1) // 128 * 128))
 
 
-def _per_token(hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse = (torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device) for _ in range(2))
-    return out, lse, torch.empty_like(lse if plan.terms.label_smoothing else lse[:0])
+def _per_token(hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    tokens, numbers = hidden.shape[0], 3 if plan.terms.label_smoothing else 2
+    out = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+    return out, torch.empty(numbers, tokens, dtype=torch.float32, device=hidden.device)
 
 
-def _product(a: Tensor, b: Tensor, buffer: Tensor) -> Tensor:
-    """a @ b at the beginning of the buffer, so that chunks take turns in one piece of memory."""
-    shape = a.shape[0], b.shape[1]
-    return torch.mm(a, b, out=buffer[: shape[0] * shape[1]].view(shape))
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """hidden @ weight.T + bias at the beginning of the buffer, so that chunks take turns in one piece of memory."""
+    shape = hidden.shape[0], weight.shape[0]
+    out = buffer[: shape[0] * shape[1]].view(shape)
+    return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

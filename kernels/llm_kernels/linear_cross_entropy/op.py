@@ -10,11 +10,14 @@ number: scaling by it is exact.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llm_kernels import dispatch
+from llm_kernels.cross_entropy.op import TERMS, check_terms, group_name
 from llm_kernels.cross_entropy.ref import Terms, first_word
 from llm_kernels.linear_cross_entropy import ref
 
@@ -30,34 +33,39 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    bias: Tensor | None = None,
     num_valid: int | None = None,
     group: dist.ProcessGroup | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float = 0.0,
     weight_grad: Tensor | None = None,
     chunk_tokens: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Cross entropy of ``hidden @ weight.T`` (see cross_entropy) of every token, fp32 [...].
+    """Cross entropy of ``hidden @ weight.T + bias`` (see cross_entropy) of every token, fp32 [...].
 
-    hidden: [..., h]; weight: [v, h] of the same dtype, under a ``group`` this process's rows of the vocabulary; labels:
-    int64 [...]. hidden is the same on every process (with sequence parallelism the caller gathers it) and its gradient
-    is summed over the group. ``weight_grad``, fp32 [v, h]: the weight's gradient is added there in backward, without
-    rounding, and autograd gets none. ``chunk_tokens``: rows of logits that exist at once (default 256 MiB of them);
-    backward takes slices of the vocabulary of the same size.
+    hidden: [..., h]; weight: [v, h] and bias: [v] of the same dtype, under a ``group`` this process's rows of the
+    vocabulary; labels: int64 [...]. hidden is the same on every process (with sequence parallelism the caller gathers
+    it) and its gradient is summed over the group. ``weight_grad``, fp32 [v, h]: the weight's gradient is added there in
+    backward, without rounding, and autograd gets none. ``chunk_tokens``: rows of logits that exist at once (default 256
+    MiB of them); backward takes slices of the vocabulary of the same size.
 
-    Saves hidden, weight and one number per token (two with smoothing). 2Thv FLOPs forward, 6Thv backward (unfused: 4).
-    One all-gather per chunk in forward, one all-reduce of dhidden in backward. fp64 and the torch backend run unfused.
+    Saves hidden, weight and two numbers per token (three with smoothing). 2Thv FLOPs forward, 6Thv backward (unfused:
+    4). One all-gather per chunk in forward, one all-reduce of dhidden in backward. Differentiable once. fp64 and the
+    torch backend run unfused.
     """
-    _check(hidden, weight, labels, weight_grad)
-    terms = _terms(weight, num_valid, group, (ignore_index, label_smoothing, z_loss))
-    if dispatch.backend_for(hidden, backend) == "torch" or hidden.dtype == torch.float64:
-        return ref.linear_cross_entropy(hidden, _redirect(weight, weight_grad), labels, terms, group)
+    _check(hidden, weight, labels, bias, weight_grad)
+    terms = _terms(weight, num_valid, group, (ignore_index, label_smoothing, z_loss, softcap))
+    if dispatch.backend_for(hidden, backend) == "torch":
+        return ref.linear_cross_entropy(hidden, _redirect(weight, weight_grad), bias, labels, terms, group)
     chunk = chunk_tokens or max(128, CHUNK_BYTES // (weight.shape[0] * weight.element_size()) // 128 * 128)
     tokens = labels.reshape(-1)
-    options = (terms, group, min(chunk, max(len(tokens), 1)), weight_grad)
-    return _Recompute.apply(hidden.reshape(-1, hidden.shape[-1]), weight, tokens, options).view(labels.shape)
+    chunk = min(chunk, max(tokens.shape[0], 1))
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    losses, _ = _recomputing(flat, weight, bias, tokens, weight_grad, *terms, group_name(group), chunk)
+    return losses.view(labels.shape)
 
 
 def weighted_linear_cross_entropy(
@@ -66,61 +74,83 @@ def weighted_linear_cross_entropy(
     labels: Tensor,
     token_weights: Tensor,
     *,
+    bias: Tensor | None = None,
     num_valid: int | None = None,
     group: dist.ProcessGroup | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float = 0.0,
     weight_grad: Tensor | None = None,
     chunk_tokens: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(sum of token_weights times losses, losses without gradient) of ``hidden @ weight.T``: both gradients in forward.
+    """(sum of token_weights times losses, losses without gradient) of ``hidden @ weight.T + bias``: all gradients in
+    forward.
 
     token_weights: fp32 [...], constants; all else as in linear_cross_entropy. 6Thv FLOPs, all in forward and only if a
     gradient is wanted; between forward and backward dhidden (in its dtype) and dweight (fp32) are held. Backward scales
     them. ``chunk_tokens`` is 4,096 or more by default, as dweight is read and written for each chunk.
     """
-    _check(hidden, weight, labels, weight_grad)
+    _check(hidden, weight, labels, bias, weight_grad)
+    terms = _terms(weight, num_valid, group, (ignore_index, label_smoothing, z_loss, softcap))
     if token_weights.shape != labels.shape or token_weights.requires_grad:
         raise ValueError(
             f"token_weights must be constants of shape {tuple(labels.shape)}: {tuple(token_weights.shape)}"
         )
-    terms = _terms(weight, num_valid, group, (ignore_index, label_smoothing, z_loss))
-    if dispatch.backend_for(hidden, backend) == "torch" or hidden.dtype == torch.float64:
-        losses = ref.linear_cross_entropy(hidden, _redirect(weight, weight_grad), labels, terms, group)
+    if dispatch.backend_for(hidden, backend) == "torch":
+        losses = ref.linear_cross_entropy(hidden, _redirect(weight, weight_grad), bias, labels, terms, group)
         return (losses * token_weights).sum(), losses.detach()
     chunk = chunk_tokens or max(WEIGHTED_CHUNK_TOKENS, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
     tokens = labels.reshape(-1)
-    options = (terms, group, min(chunk, max(len(tokens), 1)), weight_grad)
-    wants = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    chunk = min(chunk, max(tokens.shape[0], 1))
+    wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     known = token_weights.reshape(-1).float()
     flat = hidden.reshape(-1, hidden.shape[-1])
-    total, losses = _Weighted.apply(flat, weight, tokens, known, options, wants)
+    total, losses, *_ = _weighted(
+        flat, weight, bias, tokens, known, weight_grad, *terms, group_name(group), chunk, *wants
+    )
     return total, losses.view(labels.shape)
 
 
 def _terms(
-    weight: Tensor, num_valid: int | None, group: dist.ProcessGroup | None, rest: tuple[int, float, float]
+    weight: Tensor,
+    num_valid: int | None,
+    group: dist.ProcessGroup | None,
+    rest: tuple[int, float, float, float],
 ) -> Terms:
     columns = weight.shape[0]
-    words = columns if num_valid is None else num_valid
-    if not 0 <= words <= columns:
-        raise ValueError(f"num_valid = {words} is not between 0 and the {columns} rows of the weight")
-    return Terms(first_word(columns, group), words, *rest)
+    terms = Terms(first_word(columns, group), columns if num_valid is None else num_valid, *rest)
+    check_terms(terms, columns, "rows of the weight")
+    return terms
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor, weight_grad: Tensor | None) -> None:
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, weight_grad: Tensor | None) -> None:
     if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden is {hidden.dtype} {tuple(hidden.shape)}, weight {weight.dtype} {tuple(weight.shape)}: last dims "
             "and dtypes must match"
         )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, not {weight.dtype} {tuple(weight.shape[:1])}")
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, not int64 {tuple(hidden.shape[:-1])}")
-    if weight_grad is not None and (weight_grad.shape != weight.shape or weight_grad.dtype != torch.float32):
+    if weight_grad is None:
+        return
+    if weight_grad.shape != weight.shape or weight_grad.dtype != torch.float32:
         raise ValueError(
             f"weight_grad is {weight_grad.dtype} {tuple(weight_grad.shape)}, not fp32 {tuple(weight.shape)}"
+        )
+    if weight_grad.requires_grad:
+        raise ValueError("weight_grad is written in place in backward and must not require a gradient itself")
+
+
+def _refuse_graph(name: str) -> None:
+    """Raises RuntimeError where backward was asked for a graph of itself (create_graph=True)."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} can be differentiated once only: its backward adds up or scales gradients that have no graph, "
+            "so create_graph=True is refused; compute the loss with plain torch functions instead"
         )
 
 
@@ -134,6 +164,7 @@ class _Redirect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _refuse_graph("linear_cross_entropy with weight_grad")
         ctx.into.add_(grad)
         return None, None
 
@@ -142,50 +173,139 @@ def _redirect(weight: Tensor, weight_grad: Tensor | None) -> Tensor:
     return weight if weight_grad is None else _Redirect.apply(weight, weight_grad)
 
 
-class _Recompute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, options):
-        from llm_kernels.linear_cross_entropy import kernel
+def _plan(numbers: Any, group: str, chunk: int, weight_grad: Tensor | None = None) -> Any:
+    from llm_kernels.linear_cross_entropy.kernel import Plan
 
-        ctx.plan = kernel.Plan(*options)
-        losses, lse, share = kernel.losses(hidden, weight, labels, ctx.plan)
-        ctx.save_for_backward(hidden, weight, labels, lse, share)
-        return losses
-
-    @staticmethod
-    def backward(ctx, dlosses):
-        from llm_kernels.linear_cross_entropy import kernel
-
-        hidden, weight, labels, *saved = ctx.saved_tensors
-        found = kernel.gradients(dlosses, hidden, weight, labels, tuple(saved), ctx.plan, ctx.needs_input_grad[:2])
-        return *found, None, None
+    process_group = dist.distributed_c10d._resolve_process_group(group) if group else None
+    return Plan(Terms(*numbers), process_group, chunk, weight_grad)
 
 
-class _Weighted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weights, options, wants):
-        from llm_kernels.linear_cross_entropy import kernel
+def _or_empty(like: Tensor, *found: Tensor | None) -> tuple[Tensor, ...]:
+    """What an operator returns where there is nothing: its schema has no optional results."""
+    return tuple(like.new_empty(0) if x is None else x for x in found)
 
-        plan = kernel.Plan(*options)
-        losses, dhidden, dweight = kernel.losses_and_gradients(hidden, weight, labels, token_weights, plan, wants)
-        ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_grad, ctx.weight_dtype = plan.weight_grad, weight.dtype
-        ctx.mark_non_differentiable(losses)
-        ctx.set_materialize_grads(False)
-        return torch.dot(losses, token_weights), losses
 
-    @staticmethod
-    def backward(ctx, dtotal, _):
-        rest = (None,) * 4
-        if dtotal is None:
-            return None, None, *rest
-        dhidden, dweight = ctx.saved_tensors
-        if dhidden is not None:
-            dhidden = torch.mul(dhidden, dtotal, out=torch.empty_like(dhidden))
-        if dweight is None:
-            return dhidden, None, *rest
-        if ctx.weight_grad is not None:
+def _recomputing_forward(hidden, weight, bias, labels, weight_grad, *rest):
+    from llm_kernels.linear_cross_entropy import kernel
+
+    *numbers, group, chunk = rest
+    return kernel.losses(kernel.Projection(hidden, weight, bias), labels, _plan(numbers, group, chunk))
+
+
+def _recomputing_fake(hidden, weight, bias, labels, weight_grad, first, num_valid, ignore_index, smoothing, *rest):
+    tokens = labels.shape[0]
+    numbers = 3 if smoothing else 2
+    return hidden.new_empty(tokens, dtype=torch.float32), hidden.new_empty(numbers, tokens, dtype=torch.float32)
+
+
+def _recomputing_backward(dlosses, hidden, weight, bias, labels, saved, weight_grad, *rest):
+    from llm_kernels.linear_cross_entropy import kernel
+
+    *numbers, group, chunk, wants_hidden, wants_weight, wants_bias = rest
+    plan = _plan(numbers, group, chunk, weight_grad)
+    wants = wants_hidden, wants_weight, wants_bias
+    found = kernel.gradients(dlosses, kernel.Projection(hidden, weight, bias), labels, saved, plan, wants)
+    if weight_grad is not None and wants_weight:
+        torch.autograd.graph.increment_version(weight_grad)
+    return _or_empty(hidden, *found)
+
+
+def _recomputing_backward_fake(dlosses, hidden, weight, bias, labels, saved, weight_grad, *rest):
+    wants = rest[-3], rest[-2] and weight_grad is None, rest[-1]
+    return _or_empty(hidden, *(torch.empty_like(x) if want else None for x, want in zip((hidden, weight, bias), wants)))
+
+
+def _weighted_forward(hidden, weight, bias, labels, token_weights, weight_grad, *rest):
+    from llm_kernels.linear_cross_entropy import kernel
+
+    *numbers, group, chunk, wants_hidden, wants_weight, wants_bias = rest
+    wants = wants_hidden, wants_weight, wants_bias
+    losses, found = kernel.losses_and_gradients(
+        kernel.Projection(hidden, weight, bias), labels, token_weights, _plan(numbers, group, chunk), wants
+    )
+    return torch.dot(losses, token_weights), losses, *_or_empty(hidden, *found)
+
+
+def _weighted_fake(hidden, weight, bias, labels, token_weights, weight_grad, *rest):
+    wide = [None if x is None else torch.empty_like(x, dtype=torch.float32) for x in (weight, bias)]
+    found = [x if want else None for x, want in zip((torch.empty_like(hidden), *wide), rest[-3:])]
+    losses = torch.empty_like(token_weights)
+    return losses.new_empty(()), losses, *_or_empty(hidden, *found)
+
+
+dispatch.define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? weight_grad, "
+    f"{TERMS}, str group, int chunk_tokens) -> (Tensor, Tensor)",
+    _recomputing_forward,
+    _recomputing_fake,
+)
+_gradients_of = dispatch.define(
+    "linear_cross_entropy_backward(Tensor dlosses, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    f"Tensor saved, Tensor(a!)? weight_grad, {TERMS}, str group, int chunk_tokens, bool wants_hidden, "
+    "bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor)",
+    _recomputing_backward,
+    _recomputing_backward_fake,
+)
+dispatch.define(
+    "weighted_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor token_weights, "
+    f"Tensor? weight_grad, {TERMS}, str group, int chunk_tokens, bool wants_hidden, bool wants_weight, "
+    "bool wants_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _weighted_forward,
+    _weighted_fake,
+)
+
+
+def _setup(ctx, inputs, output) -> None:
+    hidden, weight, bias, labels, weight_grad, *rest = inputs
+    ctx.save_for_backward(hidden, weight, bias, labels, output[1])
+    # Not as a saved tensor: it is written by every backward, and autograd would refuse the next one.
+    ctx.weight_grad, ctx.rest = weight_grad, rest
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _recomputing_gradients(ctx, dlosses, _):
+    none = (None,) * (2 + len(ctx.rest))
+    if dlosses is None:
+        return None, None, None, *none
+    hidden, weight, bias, labels, saved = ctx.saved_tensors
+    wants = ctx.needs_input_grad[:3]
+    if ctx.weight_grad is not None:
+        _refuse_graph("linear_cross_entropy with weight_grad")
+    arguments = dlosses, hidden, weight, bias, labels, saved, ctx.weight_grad, *ctx.rest, *wants
+    dhidden, dweight, dbias = _gradients_of(*arguments)
+    wants_weight = wants[1] and ctx.weight_grad is None
+    return dhidden if wants[0] else None, dweight if wants_weight else None, dbias if wants[2] else None, *none
+
+
+def _weighted_setup(ctx, inputs, output) -> None:
+    _, weight, _, _, _, ctx.weight_grad, *rest = inputs
+    ctx.wants, ctx.weight_dtype = rest[-3:], weight.dtype
+    ctx.num_inputs = len(inputs)
+    _, losses, *found = output
+    ctx.save_for_backward(*found)
+    ctx.mark_non_differentiable(losses, *found)
+    ctx.set_materialize_grads(False)
+
+
+def _weighted_gradients(ctx, dtotal, *_):
+    out: list[Tensor | None] = [None] * ctx.num_inputs
+    if dtotal is None:
+        return tuple(out)
+    _refuse_graph("weighted_linear_cross_entropy")
+    dhidden, dweight, dbias = ctx.saved_tensors
+    if ctx.wants[0]:
+        out[0] = torch.mul(dhidden, dtotal, out=torch.empty_like(dhidden))
+    for index, (wide, wanted) in enumerate(zip((dweight, dbias), ctx.wants[1:]), start=1):
+        if not wanted:
+            continue
+        if index == 1 and ctx.weight_grad is not None:
             ctx.weight_grad.addcmul_(dweight, dtotal)
-            return dhidden, None, *rest
-        # Scaled and rounded in one pass, without an fp32 copy.
-        return dhidden, torch.mul(dweight, dtotal, out=torch.empty_like(dweight, dtype=ctx.weight_dtype)), *rest
+        else:  # scaled and rounded in one pass, without an fp32 copy
+            out[index] = torch.mul(wide, dtotal, out=torch.empty_like(wide, dtype=ctx.weight_dtype))
+    return tuple(out)
+
+
+_recomputing = dispatch.differentiable("linear_cross_entropy", _setup, _recomputing_gradients)
+# "linear": its backward refuses a graph of itself, as what that would hang on, hidden, is not kept.
+_weighted = dispatch.differentiable("weighted_linear_cross_entropy", _weighted_setup, _weighted_gradients, linear=True)

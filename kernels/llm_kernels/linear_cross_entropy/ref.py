@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llm_kernels.cross_entropy import ref as cross_entropy
 from llm_kernels.cross_entropy.ref import Terms
+from llm_kernels.dispatch import first_derivative_only
 
 
 class _EveryColumn(torch.autograd.Function):
@@ -19,6 +20,7 @@ class _EveryColumn(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
+    @first_derivative_only("linear_cross_entropy")
     def backward(ctx, grad):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
@@ -26,9 +28,16 @@ class _EveryColumn(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, terms: Terms, group: dist.ProcessGroup | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    terms: Terms,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Losses [...] of ``hidden @ weight.T``. hidden: [..., h], weight: [v, h] of one dtype, labels: [...] int64."""
+    """Losses [...] of ``hidden @ weight.T + bias``. hidden: [..., h], weight: [v, h], bias: [v] or none, of one dtype;
+    labels: [...] int64."""
     if group is not None and group.size() > 1:
         hidden = _EveryColumn.apply(hidden, group)
-    return cross_entropy.cross_entropy(hidden @ weight.t(), labels, terms, group)[0]
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return cross_entropy.cross_entropy(logits, labels, terms, group)[0]

@@ -16,6 +16,9 @@ from llm_kernels.linear_cross_entropy import bench, ref
 from llm_kernels.linear_cross_entropy.op import linear_cross_entropy, weighted_linear_cross_entropy
 from llm_kernels.testing import TOLERANCE, compare, default_device, random
 
+# numpy, which runs the interpreter, says so where a difference from the lowest number becomes infinite, as it should.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 Op = Callable[[Tensor, Tensor], Tensor]
 # Logits of hidden states and rows like these are about as large as a model's.
 SCALE = 0.2
@@ -90,6 +93,30 @@ def test_weighted(
     compare("linear_cross_entropy/weighted", ours, peer, peer, inputs_of(shape, hidden, columns, dtype))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bias_and_soft_cap(weighted: bool, dtype: torch.dtype) -> None:
+    """A bias is added before the cap, as in a Gemma whose head had one; a slice of padding alone; several chunks."""
+    pytest.importorskip("triton", reason="the kernels need triton")
+    labels = labels_of((9,), 500, ignored=True)
+    known = torch.rand(9, generator=torch.Generator().manual_seed(3)).to(labels.device)
+    options = {"num_valid": 500, "softcap": 3.0, "label_smoothing": 0.1, "chunk_tokens": 2, "backend": "triton"}
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...] | Tensor:
+        if weighted:
+            return weighted_linear_cross_entropy(x, weight, labels, known, bias=bias, **options)  # type: ignore
+        return linear_cross_entropy(x, weight, labels, bias=bias, **options)  # type: ignore[arg-type]
+
+    def peer(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...] | Tensor:
+        logits = 3.0 * (F.linear(x, weight, bias)[:, :500] / 3.0).tanh()
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+        losses = losses if losses.dtype == torch.float64 else losses.float()
+        return ((losses * known).sum(), losses.detach()) if weighted else losses
+
+    inputs = [*inputs_of((9,), 16, 700, dtype), random(700, dtype=dtype, seed=2)]
+    compare("linear_cross_entropy/bias and soft cap", ours, peer, peer, inputs)
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     tokens=st.integers(1, 12),
@@ -114,7 +141,7 @@ def test_reference_gradcheck() -> None:
     labels = labels_of((4,), 5, ignored=True)
     inputs = inputs_of((4,), 3, 6, torch.float64)
     terms = Terms(0, 5, label_smoothing=0.1, z_loss=1e-2)
-    assert torch.autograd.gradcheck(lambda x, w: ref.linear_cross_entropy(x, w, labels, terms), inputs)
+    assert torch.autograd.gradcheck(lambda x, w: ref.linear_cross_entropy(x, w, None, labels, terms), inputs)
     assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, labels), inputs)
 
 
@@ -201,6 +228,10 @@ def test_bad_input_is_named() -> None:
         linear_cross_entropy(hidden, weight, labels[:2])
     with pytest.raises(ValueError, match="num_valid = 9"):
         linear_cross_entropy(hidden, weight, labels, num_valid=9)
+    with pytest.raises(ValueError, match=r"bias is torch.float32 \(7,\), not torch.float32 \(8,\)"):
+        linear_cross_entropy(hidden, weight, labels, bias=torch.ones(7))
+    with pytest.raises(ValueError, match=r"softcap = -1\.0"):
+        linear_cross_entropy(hidden, weight, labels, softcap=-1.0)
     with pytest.raises(ValueError, match="weight_grad is"):
         linear_cross_entropy(hidden, weight, labels, weight_grad=weight.bfloat16())
     with pytest.raises(ValueError, match="token_weights"):
