@@ -176,9 +176,7 @@ class _Contender:
 
     def backward(self) -> None:
         """Backward alone."""
-        torch.autograd.grad(
-            self.outputs, self.leaves, self.gradients, retain_graph=self.repeatable, allow_unused=True
-        )
+        torch.autograd.grad(self.outputs, self.leaves, self.gradients, retain_graph=self.repeatable, allow_unused=True)
 
     def make_graph(self) -> None:
         """Forward with a graph."""
