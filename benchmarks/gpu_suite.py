@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the suite; exit status 0 if every stage came to its end."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.gpu import files
+    from benchmarks.gpu.plan import STAGES
     from benchmarks.gpu.suite import Suite, run_suite, stop_on_signal
 
     found = parse(arguments)
@@ -76,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
         ),
         "break": found.broken,
     }
-    suite = Suite(found.out.resolve(), work, found.budget_s, found.only, found.rehearse, options)
+    stages = [stage for stage in STAGES if stage.name in found.only]
+    suite = Suite(found.out.resolve(), work, found.budget_s, stages, found.rehearse, options)
     return run_suite(suite, found.wheels.resolve() if found.wheels else None)
 
 

@@ -44,9 +44,10 @@ def write(path: Path, value: Any) -> None:
 
 
 def records(work: Path) -> dict[str, dict[str, Any]]:
-    """Stage → its record, of those that have one."""
-    found = {name: read(work / f"{name}.json") for name in NAMES}
-    return {name: record for name, record in found.items() if isinstance(record, dict)}
+    """Stage → its record, of those that have one, in the stages' order."""
+    found = {path.stem: read(path) for path in work.glob("*.json")}
+    known = {name: record for name, record in found.items() if isinstance(record, dict) and "state" in record}
+    return {name: known[name] for name in sorted(known, key=lambda name: (*NAMES, name).index(name))}
 
 
 def take_over(work: Path, suite: Path) -> None:
@@ -58,7 +59,7 @@ def take_over(work: Path, suite: Path) -> None:
 
 def forget(work: Path) -> None:
     """Removes what an earlier run left in the work folder."""
-    for path in [*(work / f"{name}{ending}" for name in NAMES for ending in (".json", ".log")), work / "suite.json"]:
+    for path in [*(work / f"{name}.json" for name in records(work)), work / "suite.json", *work.glob("*.log")]:
         path.unlink(missing_ok=True)
     shutil.rmtree(work / DETAILS, ignore_errors=True)
 
@@ -78,7 +79,7 @@ def pack(work: Path, target: Path) -> None:
     """Archives logs and details. What would break the limit is left out, the largest first."""
     members = [*sorted(work.glob("*.log")), *sorted(p for p in (work / DETAILS).rglob("*") if p.is_file())]
     while True:
-        temporary = work / "details.tar.gz.tmp"
+        temporary = work / "archive.tmp"
         with tarfile.open(temporary, "w:gz") as archive:
             for path in members:
                 _add(archive, path, path.relative_to(work).as_posix())

@@ -78,7 +78,8 @@ def correctness(job: Job) -> dict[str, Any]:
         if is_lost(chosen):
             raise Lost(f"{name} has ended all CUDA work of the process")
         release(chosen)
-    return result
+    wrong = [row["operator"] for row in result["rows"] if row["problem"]]
+    return result | ({"problem": f"wrong: {', '.join(wrong)}"} if wrong else {})
 
 
 def operators(job: Job) -> dict[str, Any]:

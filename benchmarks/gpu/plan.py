@@ -14,8 +14,9 @@ BUDGET_S = 540.0
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds: its share of a run of BUDGET_S; what a stage leaves goes to those after it. function: "module:name" in
-    benchmarks.gpu, which takes a Job and returns the stage's result."""
+    """seconds: its share of a run of BUDGET_S; what a stage leaves goes to those after it. function: "module:name",
+    which takes a Job and returns the stage's result: with ``left_out`` where it had no time for something, and with
+    ``problem`` where what it found is wrong."""
 
     name: str
     seconds: float
@@ -23,17 +24,21 @@ class Stage:
     what: str
 
 
+def _stage(name: str, seconds: float, function: str, what: str) -> Stage:
+    return Stage(name, seconds, f"benchmarks.gpu.{function}", what)
+
+
 STAGES = (
-    Stage("environment", 20, "environment:environment", "versions, chip, clocks, what the card does at most"),
-    Stage("correctness", 45, "operators:correctness", "every operator once at a real size against fp64"),
-    Stage("operators", 110, "operators:operators", "every operator beside its peers, Llama-3 8B and 70B at TP 8"),
-    Stage("step", 75, "steps:step", "a training step: ours, ours on torch's operators, transformers"),
-    Stage("pretrain", 60, "pretrain:pretrain", "20 steps of pretrain on the GPU held to the CPU's losses"),
-    Stage("tests", 80, "kernel_tests:kernel_tests", "the kernels' own tests, small operators first"),
-    Stage("counters", 25, "counters:counters", "Nsight Compute's view of the worst kernel"),
-    Stage("gluon", 45, "operators:gluon", "proof of the Gluon attention, and its speed if it is right"),
-    Stage("compiled", 40, "compiled:compiled", "torch.compile: operators, then the training step"),
-    Stage("tuning", 30, "tuning:tuning", "other tiles and warps than the tables have"),
+    _stage("environment", 20, "environment:environment", "versions, chip, clocks, what the card does at most"),
+    _stage("correctness", 45, "operators:correctness", "every operator once at a real size against fp64"),
+    _stage("operators", 110, "operators:operators", "every operator beside its peers, Llama-3 8B and 70B at TP 8"),
+    _stage("step", 75, "steps:step", "a training step: ours, ours on torch's operators, transformers"),
+    _stage("pretrain", 60, "pretrain:pretrain", "20 steps of pretrain on the GPU held to the CPU's losses"),
+    _stage("tests", 80, "kernel_tests:kernel_tests", "the kernels' own tests, small operators first"),
+    _stage("counters", 25, "counters:counters", "Nsight Compute's view of the worst kernel"),
+    _stage("gluon", 45, "operators:gluon", "proof of the Gluon attention, and its speed if it is right"),
+    _stage("compiled", 40, "compiled:compiled", "torch.compile: operators, then the training step"),
+    _stage("tuning", 30, "tuning:tuning", "other tiles and warps than the tables have"),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 

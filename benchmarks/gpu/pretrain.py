@@ -16,8 +16,9 @@ from benchmarks.gpu.processes import Ended, finish, run, start
 
 STEPS = 20
 REHEARSED_STEPS = 3
-# Relative to the loss. bf16 rounds to 2^-8, and twenty steps let that grow a little.
-TOLERANCE = 2e-2
+# Relative to the loss: on a CPU, where the same model was run in both, bf16 was 3e-4 away from fp32 after 20 steps.
+TOLERANCE = 3e-3
+LOSS = "train/loss"
 NEEDS = ("megatron.core", "pydantic", "typer", "yaml", "psutil", "rich")
 # A model whose CPU run takes seconds, and whose shapes the GPU kernels take without padding.
 MODEL = {
@@ -117,22 +118,25 @@ def row_of(name: str, ended: Ended, run_dir: Path, steps: int) -> dict[str, Any]
     row: dict[str, Any] = {"run": name, "exit": ended.exit}
     try:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        records = [record for record in map(json.loads, lines) if "loss" in record]
-        row["losses"] = [float(record["loss"]) for record in records]
+        row["losses"] = [float(record[LOSS]) for record in map(json.loads, lines) if LOSS in record]
     except (OSError, ValueError, KeyError) as error:
         row |= {"losses": [], "problem": failure(error)}
     if ended.exit != 0 or len(row["losses"]) != steps:
         what = "its time was over" if ended.exit is None else f"exit status {ended.exit}"
-        row["problem"] = f"{what}, {len(row['losses'])} of {steps} steps: {ended.tail(1500)}"
+        said = [line for line in ended.output.splitlines() if line.strip()][-2:]
+        row["problem"] = f"{what}, {len(row['losses'])} of {steps} steps: {' '.join(said)}"[:600]
+        logs = sorted(run_dir.glob("logs/*"))
+        row["log"] = "".join(path.read_text(errors="replace")[-3000:] for path in logs)
     return row
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The largest relative difference of the two runs' losses over the steps that both did."""
     pairs = list(zip(rows[0]["losses"], rows[1]["losses"]))
-    if not pairs:
-        return {"worst_difference": None, "verdict": "not compared: a run has no losses"}
-    worst = max(abs(a - b) / abs(a) if a else float("inf") for a, b in pairs)
-    same = worst <= TOLERANCE  # a NaN is never
+    failed = [row["run"] for row in rows if row.get("problem")]
+    if failed:
+        return {"worst_difference": None, "verdict": "not compared", "problem": f"{' and '.join(failed)} failed"}
+    differences = [abs(a - b) / abs(a) for a, b in pairs]
+    same = all(difference <= TOLERANCE for difference in differences)  # a NaN is not
     text = f"{'the same' if same else 'NOT the same'} losses over {len(pairs)} steps"
-    return {"worst_difference": worst, "verdict": text}
+    return {"worst_difference": max(differences), "verdict": text} | ({} if same else {"problem": text})

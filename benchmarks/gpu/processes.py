@@ -23,20 +23,37 @@ class Ended:
         return self.output[-length:]
 
 
-def kill_group(process: subprocess.Popen) -> None:
-    """Ends a program and all that it started, and waits for it."""
+_RUNNING: set[subprocess.Popen] = set()
+
+
+def kill_group(process: subprocess.Popen, mercy_s: float = 0.0) -> None:
+    """Ends a program and all that it started, and waits for it. mercy_s: how long it may take to end what it started
+    in groups of their own, once it is asked to."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if mercy_s and process.poll() is None:
+            process.terminate()
+            process.wait(timeout=mercy_s)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    _RUNNING.discard(process)
+
+
+def kill_all() -> None:
+    """Ends every program that this process has started and not yet ended."""
+    for process in list(_RUNNING):
+        kill_group(process)
 
 
 def start(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Starts a program in its own group, both streams into ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as handle:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=handle, stderr=handle, env=env, start_new_session=True
         )
+    _RUNNING.add(process)
+    return process
 
 
 def finish(process: subprocess.Popen, log: Path, seconds: float) -> Ended:

@@ -17,12 +17,12 @@ def summary(found: Mapping[str, Record]) -> str:
     env = results.get("environment", {})
     lines = [f"# {env.get('chip', 'unknown chip')}, {env.get('date', 'no date')}", ""]
     lines += ["| stage | state | seconds | |", "| --- | --- | --- | --- |"]
-    for stage in STAGES:
-        record = found.get(stage.name, {})
+    for name in dict.fromkeys([*(stage.name for stage in STAGES), *found]):
+        record = found.get(name, {})
         left = (record.get("result") or {}).get("left_out")
         said = record.get("problem") or (f"no time for: {', '.join(left)}" if left else "")
         seconds = f"{record['seconds']:.0f}" if "seconds" in record else ""
-        lines.append(f"| {stage.name} | {record.get('state', 'did not run')} | {seconds} | {_cell(said)} |")
+        lines.append(f"| {name} | {record.get('state', 'did not run')} | {seconds} | {_cell(said)} |")
     for name, section in _SECTIONS.items():
         if results.get(name):
             lines += ["", f"## {name}", "", *section(results[name])]

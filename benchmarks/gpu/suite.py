@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.gpu import files
 from benchmarks.gpu.packages import install
-from benchmarks.gpu.plan import BUDGET_S, NAMES, ROOT, STAGES, Stage
+from benchmarks.gpu.plan import BUDGET_S, ROOT, STAGES, Stage
 from benchmarks.gpu.processes import kill_group, start
 from benchmarks.gpu.report import summary
 from benchmarks.gpu.worker import LOST
@@ -27,18 +27,17 @@ RESERVE_S = 12.0
 # A stage whose process lost its GPU goes on in a new one, but not for ever.
 MOST_TRIES = 4
 PUBLISH_S = 2.0
-FINISHED = ("done",)
 
 
 @dataclass
 class Suite:
-    """One run. stages: names of those to run; options: what the stages are told; settled: names of the stages that
-    have ended in this run."""
+    """One run. stages: those to run, in order; options: what they are told; settled: names of those that have ended in
+    this run."""
 
     out: Path
     work: Path
     budget_s: float = BUDGET_S
-    stages: Sequence[str] = NAMES
+    stages: Sequence[Stage] = STAGES
     rehearse: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     run: str = ""
@@ -49,7 +48,7 @@ class Suite:
 
     def pending(self) -> list[Stage]:
         """Stages that still have to run, in order."""
-        return [stage for stage in STAGES if stage.name in self.stages and stage.name not in self.settled]
+        return [stage for stage in self.stages if stage.name not in self.settled]
 
     def note(self, name: str, **changes: Any) -> None:
         """Changes a stage's record."""
@@ -78,8 +77,10 @@ def run_suite(suite: Suite, wheels: Path | None = None) -> int:
     suite.work.mkdir(parents=True, exist_ok=True)
     suite.run = f"{os.getpid()}-{time.time():.0f}"
     for name, record in files.records(suite.work).items():
-        if record.get("state") in FINISHED and name in suite.stages:
+        if record["state"] == "done":
             suite.settled.add(name)
+        elif record["state"] == "running":
+            files.write(suite.work / f"{name}.json", {**record, "state": "cut", "problem": "its run was cut"})
     todo = [stage.name for stage in suite.pending()]
     print(f"to run: {', '.join(todo) or 'nothing, all has been done'}", flush=True)
     if todo:
@@ -94,7 +95,7 @@ def run_suite(suite: Suite, wheels: Path | None = None) -> int:
     text = (suite.out / "summary.md").read_text() if todo else summary(files.records(suite.work))
     print(text)
     states = {name: record.get("state") for name, record in files.records(suite.work).items()}
-    return 0 if all(states.get(name) in FINISHED for name in suite.stages) else 1
+    return 0 if all(states.get(stage.name) == "done" for stage in suite.stages) else 1
 
 
 def environment(suite: Suite, site: Path) -> dict[str, str]:
@@ -107,9 +108,9 @@ def environment(suite: Suite, site: Path) -> dict[str, str]:
 
 def _one_worker(suite: Suite, when: Mapping[str, float], site: Path) -> None:
     """Starts a process for all pending stages, watches it to its end, and settles what it did."""
-    names = [stage.name for stage in suite.pending()]
+    functions = {stage.name: stage.function for stage in suite.pending()}
     settings = {
-        "work": str(suite.work), "run": suite.run, "stages": names, "deadlines": dict(when),
+        "work": str(suite.work), "run": suite.run, "stages": functions, "deadlines": dict(when),
         "rehearse": suite.rehearse, "options": suite.options,
     }  # fmt: skip
     files.write(suite.work / "settings.json", settings)
@@ -120,8 +121,8 @@ def _one_worker(suite: Suite, when: Mapping[str, float], site: Path) -> None:
     try:
         late = _watch(suite, process, when)
     finally:
-        kill_group(process)
-    _settle(suite, names, late, process.returncode, log.read_text(errors="replace")[said:][-3000:])
+        kill_group(process, mercy_s=2.0)
+    _settle(suite, list(functions), late, process.returncode, log.read_text(errors="replace")[said:][-3000:])
     suite.publish(last=True)
 
 

@@ -4,16 +4,20 @@ one process runs all of them unless a kernel ends its CUDA work or a stage hangs
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import files
-from benchmarks.gpu.plan import STAGES, Job, Lost, failure
+from benchmarks.gpu.plan import Job, Lost, failure
+from benchmarks.gpu.processes import kill_all
 
 LOST = 3
 """Exit status of a process that can't go on, though the stage it was in can."""
@@ -21,8 +25,9 @@ LOST = 3
 LEAST_S = 3.0
 
 
-def run_stage(name: str, function: Callable[[Job], Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """Runs a stage and keeps its record up to date; its last state. settings: as the suite wrote them."""
+def run_stage(name: str, function: str, settings: Mapping[str, Any]) -> str:
+    """Runs a stage and keeps its record up to date; its last state. function: "module:name"; settings: as the suite
+    wrote them."""
     work = Path(settings["work"])
     path = work / f"{name}.json"
     before = files.read(path) or {}
@@ -39,15 +44,18 @@ def run_stage(name: str, function: Callable[[Job], Mapping[str, Any]], settings:
     save(previous)
     results = {other: found.get("result") or {} for other, found in files.records(work).items() if other != name}
     job = Job(work, settings["deadlines"][name], settings["rehearse"], save, previous, results, settings["options"])
-    if name in settings["options"].get("break", ()):  # a rehearsal shows that the others stay
-        function = _broken
     try:
+        if name in settings["options"].get("break", ()):  # a rehearsal shows that the others stay
+            raise RuntimeError("this stage was made to fail (--break)")
         if job.left() < LEAST_S:
             record["state"] = "no time left"
         else:
-            result = function(job)
+            module, attribute = function.split(":")
+            result = getattr(import_module(module), attribute)(job)
             record["state"] = "partly" if result.get("left_out") else "done"
             record["result"] = dict(result)
+            if result.get("problem"):
+                record |= {"state": "failed", "problem": result["problem"]}
     except Lost as error:
         record |= {"state": "lost", "problem": str(error)}
     except Exception as error:  # a stage's failure is a result, and costs its own rows only
@@ -57,24 +65,28 @@ def run_stage(name: str, function: Callable[[Job], Mapping[str, Any]], settings:
     return record["state"]
 
 
-def _broken(job: Job) -> Mapping[str, Any]:
-    raise RuntimeError("this stage was made to fail (--break)")
-
-
 def main(settings_file: str) -> int:
     """Runs the stages named in a file of settings."""
     settings = json.loads(Path(settings_file).read_text())
-    functions = {stage.name: stage.function for stage in STAGES}
-    for name in settings["stages"]:
+    signal.signal(signal.SIGTERM, _stop)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    for name, function in settings["stages"].items():
         print(f"== {name}", flush=True)
-        module, function = functions[name].split(":")
-
-        def loaded(job: Job, module: str = module, function: str = function) -> Mapping[str, Any]:
-            return getattr(import_module(f"benchmarks.gpu.{module}"), function)(job)
-
-        if run_stage(name, loaded, settings) == "lost":
+        if run_stage(name, function, settings) == "lost":
             return LOST
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """Nobody waits for this process any more when the suite has been killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    _stop()
+
+
+def _stop(*_: Any) -> None:
+    kill_all()
+    os._exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

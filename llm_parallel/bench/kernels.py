@@ -154,19 +154,26 @@ def _measure(benchmarks: Sequence[Benchmark], request: Request, device: torch.de
         result["rows"] += measure.as_data(rows)
         failed |= int(any(row.provider == "ours" and row.median_ms is None for row in rows))
         if request.out:
-            write_result(Path(request.out), result)
+            write_data(Path(request.out), result)
+    if request.out and result["rows"]:
+        write_result(Path(request.out), result)
     return max(failed, slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0)
 
 
-def write_result(prefix: Path, result: dict[str, Any]) -> None:
-    """JSON, CSV and two pictures beside each other."""
-    from llm_parallel.bench.plots import plot_bars, plot_roofline
-
+def write_data(prefix: Path, result: dict[str, Any]) -> None:
+    """JSON and CSV beside each other."""
     with atomic_write(f"{prefix}.json") as handle:
         json.dump(result, handle, indent=1)
     with atomic_write(f"{prefix}.csv") as handle:
         writer = csv.DictWriter(handle, list(result["rows"][0]))
         writer.writeheader()
         writer.writerows(result["rows"])
+
+
+def write_result(prefix: Path, result: dict[str, Any]) -> None:
+    """JSON, CSV and two pictures beside each other."""
+    from llm_parallel.bench.plots import plot_bars, plot_roofline
+
+    write_data(prefix, result)
     plot_bars(result, Path(f"{prefix}_bars.png"))
     plot_roofline(result, Path(f"{prefix}_roofline.png"))
