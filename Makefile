@@ -1,20 +1,23 @@
 # make train: from nothing to a trained model. make test: all tests. Both create the virtual environment they need.
 
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Workers of pytest; one thread each, since many tests start several processes of their own.
 TEST_WORKERS ?= 2
-# Looked up only when a recipe uses it.
-EXTRAS = dev
+EXTRAS := dev
+# TORCH=cpu installs the build of torch without CUDA, from whatever index or folder pip is configured with.
+TORCH ?=
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help train test check bench format
+.PHONY: help train test test-versions check bench format
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train    prepare real text, pretrain a small Llama in TP 2 x PP 2, sample from it"
 	@echo "make test     run the tests (TEST_WORKERS=2)"
+	@echo "make test-versions    run the few tests that CI runs on a second Python"
 	@echo "make check    formatting, lint, types, import layers"
 	@echo "make bench    measure a training step and data preparation"
 	@echo "make format   format the code"
@@ -24,6 +27,10 @@ train: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
+
+test-versions: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) @tests/versions.txt
+	$(BIN)/llm-parallel quickstart --folder $(VENV)/quickstart train.steps=20 train.eval_interval_steps=20
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -48,5 +55,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "There is no C++ compiler; on Debian and Ubuntu: apt install g++." >&2; exit 2; }
 	@echo "Installing llm-parallel[$(EXTRAS)] into $(VENV) (once; some minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH),cpu)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==$(TORCH_VERSION)+cpu' || { echo "pip finds no torch $(TORCH_VERSION)+cpu for this Python; give it the index that has one (PIP_EXTRA_INDEX_URL=...), or leave TORCH=cpu out." >&2; exit 2; }
+else
+	@ls /dev/nvidia[0-9]* >/dev/null 2>&1 || $(BIN)/python -m pip install --disable-pip-version-check --quiet --dry-run --no-deps --report - -c constraints.txt torch 2>/dev/null | grep -qE '"(nvidia|cuda)-' || exit 0; echo "This machine shows no GPU, and the torch that pip finds for this Python brings about 5.5 GB of CUDA libraries. If your index has the build without CUDA, stop this and say: make TORCH=cpu $(MAKECMDGOALS)"
+endif
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(STAMP)

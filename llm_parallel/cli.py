@@ -11,6 +11,7 @@ import typer
 
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
 from llm_parallel.quiet import quiet_libraries
+from llm_parallel.versions import refuse_unsupported
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -428,6 +429,7 @@ def main() -> None:
     """Runs the command; what the user can mend is one sentence and exit status 2."""
     quiet_libraries()
     try:
+        refuse_unsupported()
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

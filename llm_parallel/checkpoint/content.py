@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from llm_parallel.checkpoint.optimizer import distributed_parts, padded_buckets
+from llm_parallel.checkpoint.sharded import write_common
 from llm_parallel.config.load import dump_config, load_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.tokenizer import DECLARING_NAMES, JSON_NAME, MODEL_NAME
@@ -85,7 +85,7 @@ def load_models(models: Sequence[Any], state: dict[str, Any]) -> None:
 
 def write_weights_only_parts(folder: Path) -> None:
     """Writes the small files that megatron-core expects beside tensors: the format, and that there is no optimizer."""
-    torch.save({"content_metadata": {WEIGHTS_ONLY: True}}, folder / "common.pt")
+    write_common({"content_metadata": {WEIGHTS_ONLY: True}}, folder)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 

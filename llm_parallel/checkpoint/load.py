@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -23,6 +21,7 @@ from llm_parallel.checkpoint.content import (
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.integrity import damage
 from llm_parallel.checkpoint.optimizer import allocate_moments, distributed_parts, load_optimizer_state
+from llm_parallel.checkpoint.sharded import COMMON_NAME, load_sharded, read_common
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
@@ -81,7 +80,7 @@ def refuse_damaged(path: str | Path, groups: Groups) -> None:
 
 def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(state, str(folder))
+        return load_sharded(state, folder)
     except DAMAGE as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -92,12 +91,12 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 def _content(folder: Path) -> dict[str, Any]:
     """Metadata that says what a checkpoint holds."""
     try:
-        common = torch.load(folder / "common.pt", map_location="cpu", weights_only=False)
+        common = read_common(folder)
     except DAMAGE as error:
         raise UserError(
-            f"{folder / 'common.pt'} is damaged; remove {folder} and the checkpoint before it is taken"
+            f"{folder / COMMON_NAME} is damaged; remove {folder} and the checkpoint before it is taken"
         ) from error
-    return dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    return common.get("content_metadata") or {}
 
 
 def _check_optimizer_kind(folder: Path, engine: Engine) -> None:

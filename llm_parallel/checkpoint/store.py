@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.base import AsyncSaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.content import metadata, training_state, write_config
 from llm_parallel.checkpoint.folders import LATEST_NAME, complete_checkpoints, folder_name, latest_checkpoint, step_of
 from llm_parallel.checkpoint.integrity import damage, seal_folder
 from llm_parallel.checkpoint.optimizer import allocate_moments
+from llm_parallel.checkpoint.sharded import divide, save_planner, split, write_common
 from llm_parallel.checkpoint.state import TrainState
-from llm_parallel.checkpoint.writer import in_one_process, use_forked_results
+from llm_parallel.checkpoint.writer import BackgroundWrite
 from llm_parallel.config.tree import CheckpointConfig, RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, fsync_dir
@@ -35,6 +29,15 @@ from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.wrap import Engine
 
 SPARE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save in flight: the folder that is written, the name that it gets, and the writer."""
+
+    folder: Path
+    final: Path
+    write: BackgroundWrite
 
 
 class CheckpointStore:
@@ -46,13 +49,8 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: Path, settings: CheckpointConfig, config: RunConfig, groups: Groups) -> None:
-        if importlib.util.find_spec("psutil") is None:
-            # megatron-core's writer dies without it, when the first steps have been trained.
-            raise UserError("the package psutil is missing, which saving a checkpoint needs; pip install psutil")
         self.folder, self.settings, self.config, self.groups = folder, settings, config, groups
-        use_forked_results()
-        self._queue = AsyncCallsQueue()
-        self._saving: Path | None = None
+        self._saving: _Save | None = None
 
     def latest(self) -> tuple[Path | None, list[str]]:
         """The newest complete checkpoint whose files are as they were written, or None if there never was one, and what
@@ -115,13 +113,7 @@ class CheckpointStore:
         with self._cleaning_up(saving):
             engine.parameters_up_to_date()
             allocate_moments(engine)
-            request = self._plan(saving, engine)
-            # megatron-core's last function writes metadata.json on rank 0 while the others wait in a barrier, for ever
-            # if the disk is full: _commit writes it.
-            collect, *_ = request.finalize_fns
-            finalize = [lambda: _collected(collect), lambda: self._commit(saving, final)]
-            self._queue.schedule_async_request(in_one_process(request)._replace(finalize_fns=finalize))
-        self._saving = saving
+            self._saving = _Save(saving, final, self._begin(saving, engine))
         if blocking or not self.settings.asynchronous:
             self.wait()
 
@@ -138,10 +130,22 @@ class CheckpointStore:
 
     def _finalize(self, blocking: bool) -> None:
         assert self._saving is not None
-        with self._cleaning_up(self._saving):
-            self._queue.maybe_finalize_async_calls(blocking=blocking)
-        if self._queue.get_num_unfinalized_calls() == 0:
-            self._saving = None
+        save = self._saving
+        with self._cleaning_up(save.folder):
+            if not blocking and save.write.running():
+                return
+            self._collect(save)
+            self._commit(save.folder, save.final)
+        self._saving = None
+
+    def _collect(self, save: _Save) -> None:
+        """Waits for all writers and writes the index, on rank 0."""
+        problem: Exception | None = None
+        try:
+            save.write.finish()
+        except OSError as error:
+            problem = error
+        self._agree(problem)
 
     def _prepare(self, final: Path, engine: Engine, state: TrainState) -> Path:
         """Makes an empty folder if the disk has room; all processes learn its name, or why not.
@@ -174,25 +178,21 @@ class CheckpointStore:
             )
         return self.folder / f".{final.name}.{int(shared_mark):010x}.saving"
 
-    def _plan(self, saving: Path, engine: Engine) -> Any:
-        """Writes what all processes share and divides the rest among them; returns megatron-core's request to write."""
+    def _begin(self, saving: Path, engine: Engine) -> BackgroundWrite:
+        """Writes what all processes have alike, divides the rest among them, and begins to write it."""
         described = metadata(engine, self.groups)
-        strategy: Any = get_default_save_sharded_strategy("torch_dist")
-        if self.groups.layout.dp * self.groups.layout.cp > 1:
-            strategy = FullyParallelSaveStrategyWrapper(strategy, described["dp_cp_group"])
-        strategy = _AfterAgreement(strategy, self._agree)
+        replicas = described.pop("dp_cp_group")
+        problem: Exception | None = None
         try:
-            return dist_checkpointing.save(
-                training_state(engine, loading=False),
-                str(saving),
-                strategy,
-                async_sharded_save=True,
-                content_metadata={name: value for name, value in described.items() if name != "dp_cp_group"},
-            )
+            sharded, common = split(training_state(engine, loading=False), described)
+            if self.groups.is_first_rank:
+                write_common(common, saving)
         except (OSError, RuntimeError) as error:
-            if not strategy.agreed:
-                self._agree(error)
-            raise
+            problem = error
+        self._agree(problem)  # before any process waits for another's plan
+        if self.groups.layout.dp * self.groups.layout.cp > 1:
+            divide(sharded, replicas)
+        return BackgroundWrite(saving, save_planner(sharded), self.groups)
 
     def _agree(self, error: Exception | None) -> None:
         """Raises on every process if one could not do its part; the one whose error it is raises that itself."""
@@ -272,37 +272,6 @@ class CheckpointStore:
             return RuntimeError(f"a checkpoint could not be saved in {self.folder}: {text}")
         assert isinstance(error, Exception)
         return error
-
-
-class _AfterAgreement(AsyncSaveShardedStrategy):
-    """Saves as ``base`` once all processes are there.
-
-    Rank 0 writes common.pt just before this; when it cannot, the others would wait for it in ``base``."""
-
-    def __init__(self, base: Any, agree: Callable[[Exception | None], None]) -> None:
-        super().__init__(base.backend, base.version)
-        self._base, self._agree, self.agreed = base, agree, False
-
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
-        """Agrees, then plans the save."""
-        self.agreed = True
-        self._agree(None)
-        return self._base.async_save(sharded_state_dict, checkpoint_dir)
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """As ``base``."""
-        return self._base.can_handle_sharded_objects
-
-
-def _collected(collect: Callable[[], None]) -> None:
-    """Runs megatron-core's collection of results: rank 0 writes .metadata while the others wait for its verdict in a
-    broadcast. If the disk is full it raises before that, so they are given one."""
-    try:
-        collect()
-    except OSError:
-        dist.broadcast(torch.ones(1, dtype=torch.int, device=torch.cuda.current_device()), src=0)
-        raise
 
 
 def checkpoint_bytes(engine: Engine) -> int:

@@ -1,26 +1,34 @@
-"""The background writer: one forked process for each rank, which cannot hang the rank that waits for it."""
+"""The background writer: one forked process for each rank, which cannot hang the rank that waits for it.
+
+A forked process sees the tensors as they were when it was forked, so nothing is copied on a CPU. A process that the
+kernel kills for want of memory is a failed save, which every rank learns of, and not a wait without end.
+"""
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import pickle
 import queue
 import struct
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import traceback
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.integrity import seal_file
+from llm_parallel.parallel.groups import Groups
 
 LENGTH = struct.Struct("<Q")
 
 
 class ForkedResults:
-    """One value from a forked child, in memory that both see, with the two methods of a queue that are called.
+    """One value from a forked child, in memory that both see.
 
     A pipe (``multiprocessing.Queue``) holds 64 KiB and the parent reads only when the child has ended: the child of a
     model of thirty layers would never end.
@@ -51,43 +59,89 @@ class ForkedResults:
         os.ftruncate(self._fd, 0)
         return pickle.loads(bytes(data))
 
-
-def use_forked_results() -> None:
-    """Gives megatron-core's writer ``ForkedResults`` in place of a manager process's queue.
-
-    Writers are forked, so nothing has to be pickled; the manager would be spawned, which imports the main program again
-    (5 to 15 s at the first save), and stay behind when its owner is killed.
-    """
-    if getattr(filesystem_async, "_results_queue", False) is None:
-        filesystem_async._results_queue = ForkedResults()
+    def close(self) -> None:
+        """Gives the memory back."""
+        os.close(self._fd)
 
 
-def in_one_process(request: Any) -> Any:
-    """megatron-core's request to write, done by threads of the writer.
+class BackgroundWrite:
+    """One checkpoint's tensors on their way to disk. Every process of the job makes one, asks ``running`` until it is
+    False, and then calls ``finish``; all three are collective."""
 
-    By itself the writer forks a process for each file and waits for their number to reach zero, for ever if the kernel
-    kills one for want of memory.
-    """
-    if request.async_fn is None:  # nothing to write on this rank
-        return request
-    transforms, *_ = request.async_fn.args
-    return request._replace(async_fn=partial(_write, transforms))
+    def __init__(self, folder: Path, planner: Any, groups: Groups) -> None:
+        """planner: torch's save planner, set up for what this process writes."""
+        self._groups, self._results = groups, ForkedResults()
+        # Nothing is copied ahead: a forked process must not touch CUDA.
+        self._storage = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
+        self._storage.set_up_storage_writer(groups.is_first_rank)
+        local = planner.create_local_plan()
+        plans: list[Any] = [None] * groups.layout.world_size
+        dist.gather_object(local, plans if groups.is_first_rank else None)
+        self._metadata = planner.create_global_plan(plans)[1] if groups.is_first_rank else None
+        # The storage names a file after the place of its plan in the list.
+        mine = planner.finish_plan(self._storage.prepare_global_plan([local] * (groups.rank + 1))[groups.rank])
+        self._process: Any = None
+        if not mine.items:
+            self._results.put([])
+            return
+        if groups.platform.is_cuda:
+            planner = _OnHost(planner, mine.items)
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_write, args=(self._storage, mine, planner, self._results)
+        )
+        self._process.start()
+
+    def running(self) -> bool:
+        """Whether a process is still writing."""
+        alive = self._process is not None and self._process.is_alive()
+        return bool(self._groups.sum_over_world(float(alive))[0])
+
+    def finish(self) -> None:
+        """Waits for this process's writer and writes the index ``.metadata``, on rank 0.
+
+        Raises CheckpointException on every process if a writer failed, and OSError on rank 0 if the index cannot be
+        written; the caller tells the other processes of that."""
+        if self._process is not None:
+            self._process.join()
+            self._process.close()
+        try:
+            outcome = self._results.get_nowait()
+        except queue.Empty:
+            outcome = RuntimeError("the process that writes the checkpoint was killed")
+        self._results.close()
+        outcomes: list[Any] = [None] * self._groups.layout.world_size
+        dist.gather_object(outcome, outcomes if self._groups.is_first_rank else None)
+        failed = {rank: result for rank, result in enumerate(outcomes) if isinstance(result, Exception)}
+        if any(self._groups.sum_over_world(float(bool(failed)))):
+            frames = {rank: (error, traceback.StackSummary()) for rank, error in failed.items()}
+            raise CheckpointException("write", frames)
+        if self._groups.is_first_rank:
+            self._storage.finish(self._metadata, outcomes)
 
 
-def _write(transforms: list[Any], _rank: int, buckets: list[Any], results: ForkedResults) -> None:
-    outcomes: queue.Queue[Any] = queue.Queue()
-    unfinished: queue.Queue[int] = queue.Queue()
-    with ThreadPoolExecutor(len(buckets)) as pool:
-        for number, bucket in enumerate(buckets):
-            unfinished.put(number)
-            pool.submit(
-                FileSystemWriterAsync.write_preloaded_data, transforms, number, bucket, outcomes, unfinished, True
-            )
-    written = dict(outcomes.get_nowait() for _ in buckets)
+class _OnHost:
+    """Hands out copies of tensors in host memory, made while the GPU's are as they should be."""
+
+    def __init__(self, planner: Any, items: list[Any]) -> None:
+        values = {item.index: planner.resolve_data(item) for item in items}
+        self._values = {
+            index: value.detach().to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for index, value in values.items()
+        }
+        torch.cuda.synchronize()
+
+    def resolve_data(self, item: Any) -> Any:
+        """The copy of what a plan's item names."""
+        return self._values[item.index]
+
+
+def _write(storage: FileSystemWriter, plan: Any, planner: Any, results: ForkedResults) -> None:
+    """Runs in the forked process. Objects that the parent holds on a GPU must not be collected here."""
+    gc.disable()
     try:
-        for path, *_ in buckets:
-            seal_file(Path(path))
-    except OSError as error:
-        written[-1] = error
-    failed = [outcome for outcome in written.values() if isinstance(outcome, Exception)]
-    results.put(failed[0] if failed else written)
+        written = storage.write_data(plan, planner).wait()
+        for name in {result.storage_data.relative_path for result in written}:
+            seal_file(Path(storage.path) / name)
+    except Exception as error:
+        written = error if isinstance(error, OSError) else RuntimeError(f"{type(error).__name__}: {error}")
+    results.put(written)

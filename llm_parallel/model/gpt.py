@@ -1,12 +1,16 @@
-"""The Llama-style decoder: megatron-core's GPTModel with our modules, loss and sequence information."""
+"""The Llama-style decoder: megatron-core's embedding, layers and output projection around our modules and loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from llm_kernels.cross_entropy.op import cross_entropy
@@ -19,31 +23,58 @@ from llm_parallel.model.sequence import Angles, KVCache, frequencies, sequence_i
 from llm_parallel.parallel.groups import Groups
 
 
-class LlamaModel(GPTModel):
+class LlamaModel(LanguageModule):
     """One model chunk: the layers of one virtual pipeline stage, with embedding or output where they belong."""
 
     def __init__(self, config: RunConfig, groups: Groups, virtual_stage: int = 0) -> None:
         layout, model = groups.layout, config.model
         assert model.vocab_size is not None, "the vocabulary is taken from the tokenizer before the model is built"
         layers = layout.layers(groups.at.pp, virtual_stage)
-        super().__init__(
-            config=transformer_config(config, layout, groups.platform),
-            transformer_layer_spec=block_spec(len(layers)),
-            vocab_size=padded_vocab_size(model.vocab_size, layout.tp),
-            max_sequence_length=config.data.seq_length_tokens,
-            pre_process=layers.start == 0,
-            post_process=layers.stop == model.num_layers,
-            parallel_output=True,
-            share_embeddings_and_output_weights=model.tie_embeddings,
-            position_embedding_type="none",  # positions enter in CoreAttention
-            pg_collection=groups.collection,
-            vp_stage=virtual_stage if layout.vpp > 1 else None,
-        )
+        super().__init__(transformer_config(config, layout, groups.platform), groups.collection)
         self.run_config, self.groups = config, groups
+        self.vocab_size = padded_vocab_size(model.vocab_size, layout.tp)
+        self.pre_process, self.post_process = layers.start == 0, layers.stop == model.num_layers
+        self.share_embeddings_and_output_weights = model.tie_embeddings
+        # megatron-core's schedules and optimizer look for these two.
+        self.vp_stage = virtual_stage if layout.vpp > 1 else None
+        self.model_type = ModelType.encoder_or_decoder
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                self.config,
+                self.vocab_size,
+                config.data.seq_length_tokens,
+                position_embedding_type="none",  # positions enter in CoreAttention
+                tp_group=groups.collection.tp,
+            )
+        self.decoder = TransformerBlock(
+            self.config,
+            block_spec(len(layers)),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups.collection,
+            vp_stage=self.vp_stage,
+        )
+        if self.post_process:
+            self.output_layer = ColumnParallelLinear(
+                model.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.pre_process and model.tie_embeddings,
+                tp_group=groups.collection.tp,
+            )
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
         shard = self.vocab_size // layout.tp
         self.num_valid_words = min(max(model.vocab_size - groups.at.tp * shard, 0), shard)
         self.angles = Angles(frequencies(model, groups.platform.device))
         initialize(self, model, groups, config.seed)
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        """Takes the hidden states of the stage before, as megatron-core's schedules hand them over."""
+        self.decoder.set_input_tensor(tensors[0])
 
     def forward(
         self,
@@ -66,43 +97,42 @@ class LlamaModel(GPTModel):
             ranges = (range(cache.length, cache.length + tokens.shape[1]),)
         shape = tokens.shape[0], tokens.shape[1] * layout.cp
         info = sequence_info(ranges, document_starts, self.angles, shape, cache)
-        return super().forward(tokens, None, None, labels=labels, loss_mask=loss_mask, packed_seq_params=info)
-
-    def _postprocess(
-        self,
-        hidden_states: Tensor,
-        *args: Any,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        **rest: Any,
-    ) -> Any:
-        """megatron-core's, or output projection and loss in one where that is configured."""
-        how = self.run_config.kernels.output_loss
-        if not self.post_process or labels is None or how == "separate":
-            return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **rest)
+        embedded_SBH = self.embedding(tokens, None) if self.pre_process else None
+        hidden_SBH = self.decoder(embedded_SBH, None, packed_seq_params=info)
+        if not self.post_process:
+            return hidden_SBH
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        if labels is not None and self.run_config.kernels.output_loss != "separate":
+            return self._projection_and_loss(hidden_SBH, weight, labels, loss_mask)
+        logits_SBV, _bias = self.output_layer(hidden_SBH, weight=weight)
+        return logits_SBV.transpose(0, 1).contiguous() if labels is None else self._loss(logits_SBV, labels)
+
+    def _projection_and_loss(
+        self, hidden_SBH: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Output projection and loss in one operator, which never holds all logits."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             # The loss sums the gradient over the group, so every process takes its tokens' part of it.
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=group
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=False, group=group
             )
         options: dict[str, Any] = {
             "num_valid": self.num_valid_words,
             "group": group if self.groups.layout.tp > 1 else None,
             "backend": self.run_config.kernels.cross_entropy,
         }
-        if how == "fused" and loss_mask is not None:
+        if self.run_config.kernels.output_loss == "fused" and loss_mask is not None:
             mask = loss_mask.t().contiguous()
-            total, losses_SB = weighted_linear_cross_entropy(hidden_states, weight, labels.t(), mask, **options)
+            total, losses_SB = weighted_linear_cross_entropy(hidden_SBH, weight, labels.t(), mask, **options)
             return total, losses_SB.t()
-        return linear_cross_entropy(hidden_states, weight, labels.t(), **options).t()
+        return linear_cross_entropy(hidden_SBH, weight, labels.t(), **options).t()
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [B, S], logits [S, B, V/tp] → fp32 losses [B, S]; padding of the vocabulary takes no part."""
+    def _loss(self, logits_SBV: Tensor, labels: Tensor) -> Tensor:
+        """logits [S, B, V/tp], labels [B, S] → fp32 losses [B, S]; padding of the vocabulary takes no part."""
         losses_SB: Any = cross_entropy(
-            logits,
+            logits_SBV,
             labels.t(),
             num_valid=self.num_valid_words,
             group=self.pg_collection.tp if self.groups.layout.tp > 1 else None,

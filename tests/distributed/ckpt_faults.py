@@ -71,7 +71,7 @@ def _before(owner: Any, name: str, action: Callable[..., None]) -> None:
 
 def _moments() -> dict[str, tuple[Any, str]]:
     """What happens next in a save, by name: the function that is about to be called."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint import filesystem
 
     from llm_parallel.checkpoint import store
     from llm_parallel.checkpoint.state import TrainState
@@ -79,9 +79,9 @@ def _moments() -> dict[str, tuple[Any, str]]:
     return {
         "folder made": (TrainState, "write"),
         "before common.pt": (store, "training_state"),
-        "common.pt written": (store._AfterAgreement, "async_save"),
-        "writing": (filesystem_async, "_write_item"),
-        "all written": (store, "_collected"),
+        "common.pt written": (store, "save_planner"),
+        "writing": (filesystem, "_write_item"),
+        "all written": (store.CheckpointStore, "_collect"),
         ".metadata written": (store, "save_config"),
         "before rename": (Path, "rename"),
         "before latest": (store, "atomic_write"),
@@ -269,13 +269,13 @@ def kept_job(rank: int, world_size: int, folder: str) -> list[tuple[list[str], i
 
 def writer_killed_job(rank: int, world_size: int, folder: str) -> tuple[str, list[str]]:
     """The kernel kills the writer of the last rank only, as it does when memory runs out."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint import filesystem
 
     config = changed(base_config(), {"parallel.dp": world_size})
     engine = open_engine(config, rank, world_size)
     store = open_store(engine, config, folder)
     if rank == world_size - 1:
-        _before(filesystem_async, "_write_item", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        _before(filesystem, "_write_item", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     store.save(engine, exact_state())
     try:
         store.wait()

@@ -109,14 +109,11 @@ def _children() -> set[int]:
     return found
 
 
-def left_processes_job(rank: int, world_size: int, folder: str, remedy: bool) -> int:
+def left_processes_job(rank: int, world_size: int, folder: str) -> int:
     """How many processes the first save leaves behind."""
-    from llm_parallel.checkpoint import store as module
     from llm_parallel.checkpoint.state import TrainState
 
     engine = open_engine(base_config(), rank, world_size)
-    if not remedy:
-        module.use_forked_results = lambda: None
     before = _children()
     open_store(engine, base_config(), folder).save(engine, TrainState(step=1), blocking=True)
     left = _children() - before
