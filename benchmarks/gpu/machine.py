@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.plan import failure
 from benchmarks.gpu.processes import output_of
 
 # Fields of `nvidia-smi --query-gpu` that drivers of five years know.
@@ -69,12 +70,21 @@ def properties(chosen: Any) -> dict[str, Any]:
     if chosen.type != "cuda":
         return {"chip": f"{name_of(chosen)}, no GPU: a rehearsal, whose times say nothing"}
     found = torch.cuda.get_device_properties(chosen)
-    return {
+    described: dict[str, Any] = {
         "chip": found.name, "memory_gib": found.total_memory / 2**30, "sms": found.multi_processor_count,
         "capability": [found.major, found.minor], "l2_mib": getattr(found, "L2_cache_size", 0) / 2**20,
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "cuda": torch.version.cuda,
     }  # fmt: skip
+    libraries = {
+        "cudnn": torch.backends.cudnn.version,
+        "nccl": lambda: ".".join(map(str, torch.cuda.nccl.version())),
+    }
+    for name, ask in libraries.items():
+        try:
+            described[name] = ask()
+        except Exception as error:  # one library that does not answer costs one line
+            described[name] = failure(error)
+    return described
 
 
 def profiler(rehearse: bool) -> list[str] | None:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -20,14 +21,22 @@ ROUNDS = 10
 
 @dataclass(frozen=True)
 class Table:
-    """Where a kernel's configuration is looked up: a module's attribute, a function or a constant. others: what it
-    might give instead, from what it gives; mode: what is timed."""
+    """Where a kernel's configuration is looked up: the attribute, a function or a constant, of the first of these
+    modules that has it. others: what it might give instead, from what it gives; mode: what is timed."""
 
     operator: str
-    module: str
+    modules: str
     attribute: str
     mode: str
     others: Callable[[Any], Sequence[Any]]
+
+    def owner(self) -> Any:
+        """The module. Raises LookupError."""
+        for name in self.modules.split():
+            path = f"llm_kernels.{self.operator}.{name}"
+            if find_spec(path) and hasattr(import_module(path), self.attribute):
+                return import_module(path)
+        raise LookupError(f"{self.attribute} is in no module of {self.operator}: {self.modules}")
 
 
 def _tiles(*wanted: tuple[int, int, int, int]) -> Callable[[Any], Sequence[Any]]:
@@ -45,22 +54,21 @@ def _halves(given: Any) -> Sequence[Any]:
     return [other for other in (given // 2, given * 2) if other]
 
 
-_ATTENTION = "llm_kernels.attention"
 TABLES = (
-    Table("attention", f"{_ATTENTION}.kernel", "forward_tile", "forward",
+    Table("attention", "kernel", "forward_tile", "forward",
           _tiles((128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3))),
-    Table("attention", f"{_ATTENTION}.kernel_backward", "dkdv_tile", "backward",
+    Table("attention", "kernel_backward", "dkdv_tile", "backward",
           _tiles((32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 3), (64, 64, 4, 2))),
-    Table("attention", f"{_ATTENTION}.kernel_backward", "dq_tile", "backward",
+    Table("attention", "kernel_backward", "dq_tile", "backward",
           _tiles((128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3))),
-    Table("rms_norm", "llm_kernels.rms_norm.kernel", "tile", "forward", _warps),
-    Table("rms_norm", "llm_kernels.rms_norm.kernel", "tile", "backward", _warps),
-    Table("cross_entropy", "llm_kernels.cross_entropy.kernel", "tile", "forward", _warps),
-    Table("cross_entropy", "llm_kernels.cross_entropy.kernel", "tile", "backward", _warps),
-    Table("swiglu", "llm_kernels.swiglu.kernel", "NUM_WARPS", "forward", _halves),
-    Table("swiglu", "llm_kernels.swiglu.kernel", "BLOCK", "backward", _halves),
-    Table("rope", "llm_kernels.rope.kernel", "NUM_WARPS", "forward", _halves),
-    Table("adamw", "llm_kernels.adamw.kernel", "NUM_WARPS", "forward", _halves),
+    Table("rms_norm", "kernel", "tile", "forward", _warps),
+    Table("rms_norm", "kernel", "tile", "backward", _warps),
+    Table("cross_entropy", "tiles kernel", "tile", "forward", _warps),
+    Table("cross_entropy", "tiles kernel", "tile", "backward", _warps),
+    Table("swiglu", "kernel", "NUM_WARPS", "forward", _halves),
+    Table("swiglu", "kernel", "BLOCK", "backward", _halves),
+    Table("rope", "kernel", "NUM_WARPS", "forward", _halves),
+    Table("adamw", "kernel", "NUM_WARPS", "forward", _halves),
 )  # fmt: skip
 
 
@@ -100,7 +108,7 @@ def tune(table: Table, chosen: Any, job: Job) -> list[dict[str, Any]]:
 
     benchmark = benchmark_of(table.operator)
     shape: Mapping[str, Any] = shapes_of(table.operator, job.rehearse)[0]
-    owner = import_module(table.module)
+    owner = table.owner()
     own = getattr(owner, table.attribute)
     torch.manual_seed(0)
     inputs = benchmark.make(shape, benchmark.dtypes[0], chosen)
@@ -113,6 +121,7 @@ def tune(table: Table, chosen: Any, job: Job) -> list[dict[str, Any]]:
 
         def run() -> Any:
             with mock.patch.object(owner, table.attribute, replacement):
+                _forget_plans(owner)
                 return once()
 
         return run
@@ -128,6 +137,13 @@ def tune(table: Table, chosen: Any, job: Job) -> list[dict[str, Any]]:
     return rows
 
 
+def _forget_plans(owner: Any) -> None:
+    """A launcher keeps what it has worked out of the table for a shape."""
+    for value in vars(owner).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+
+
 def _given(owner: Any, attribute: str, once: Callable[[], Any]) -> Any:
     """What a table gives for this very call."""
     given: list[Any] = []
@@ -138,6 +154,7 @@ def _given(owner: Any, attribute: str, once: Callable[[], Any]) -> Any:
         return given[-1]
 
     with mock.patch.object(owner, attribute, spy):
+        _forget_plans(owner)
         once()
     if not given:
         raise RuntimeError(f"{owner.__name__}.{attribute} is not asked by this operator any more")

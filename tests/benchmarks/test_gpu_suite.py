@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,6 +149,26 @@ def test_nvidia_smi_is_read() -> None:
     assert found["clocks.sm"] == "345 MHz" and found["power.limit"] == "700.00 W" and found["name"] == "NVIDIA H200"
     assert machine.parse_smi(None) == {} and machine.parse_smi("NVIDIA-SMI has failed") == {}
     assert set(machine.smi(rehearse=True)) == set(machine.FIELDS)
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of a card, on a stand-in for it; what one version lacks costs no other line."""
+    torch = pytest.importorskip("torch")
+    card = SimpleNamespace(
+        name="NVIDIA H200", total_memory=139 * 2**30, multi_processor_count=132, major=9, minor=0,
+        L2_cache_size=60 * 2**20,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    found = machine.properties(torch.device("cuda"))
+    assert found["chip"] == "NVIDIA H200" and found["sms"] == 132 and found["memory_gib"] == 139.0
+    assert (found["nccl"], found["cudnn"], found["l2_mib"], found["capability"]) == ("2.28.9", 91900, 60.0, [9, 0])
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: 1 / 0)
+    assert machine.properties(torch.device("cuda"))["nccl"].startswith("ZeroDivisionError")
+    with pytest.raises(RuntimeError, match="torch sees no GPU; --rehearse"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        machine.device(rehearse=False)
 
 
 NCU = """==PROF== Connected to process 812 (/opt/python3)

@@ -141,3 +141,37 @@ def test_a_lost_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     notes = [(row.provider, row.note) for row in found["first"] if row.note]
     assert notes[0] == ("ours", "failed: RuntimeError: out of memory")
     assert "measure third in a run of its own" in found["third"][0].note and len(found["third"]) == 1
+
+
+def test_a_gpu_is_asked_as_torch_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branches that only a GPU takes, on a stand-in with the names and arguments of torch.cuda."""
+    said: list[str] = []
+    memory = {"now": 100}
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing
+
+    cuda, stand_in = torch.device("cuda"), {
+        "Event": Event,
+        "synchronize": lambda device: said.append("synchronize"),
+        "empty_cache": lambda: said.append("empty_cache"),
+        "get_device_name": lambda device: "a card",
+        "memory_allocated": lambda device: memory["now"],
+        "reset_peak_memory_stats": lambda device: said.append("reset"),
+        "max_memory_allocated": lambda device: memory["now"] + 50,
+    }  # fmt: skip
+    for name, function in stand_in.items():
+        assert callable(getattr(torch.cuda, name)), "torch has it"
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert isinstance(on.event(cuda), Event) and on.name_of(cuda) == "a card"
+    assert on.peak_bytes(lambda: said.append("call"), cuda) == 50
+    assert said == ["synchronize", "reset", "call", "synchronize"]
+    on.release(cuda)
+    assert said[-1] == "empty_cache" and not on.is_lost(cuda)
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert on.is_lost(cuda)

@@ -66,8 +66,9 @@ def gluon_fault(backend: str = "gluon") -> str | None:
     return said[-1] if done.returncode else None
 
 
-def _sdpa(name: str | None) -> Callable[[], Callable[..., Any]]:
-    """Torch's attention with one of its backends, or with its own choice."""
+def _sdpa(name: str | None, repeated: bool = False) -> Callable[[], Callable[..., Any]]:
+    """Torch's attention with one of its backends, or with its own choice. repeated: keys and values are repeated for
+    the heads of their group first, for a backend that refuses groups; their bytes count in its time."""
 
     def provider() -> Callable[..., Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -76,6 +77,8 @@ def _sdpa(name: str | None) -> Callable[[], Callable[..., Any]]:
 
         def run(q, k, v):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+            if repeated:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             with chosen():
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
             return out.permute(2, 0, 1, 3)
@@ -118,6 +121,7 @@ BENCHMARK = Benchmark(
         "ours-gluon": _ours_gluon,
         "torch": _sdpa(None),
         "torch cudnn": _sdpa("CUDNN_ATTENTION"),
+        "torch cudnn, heads repeated": _sdpa("CUDNN_ATTENTION", repeated=True),
         "torch flash": _sdpa("FLASH_ATTENTION"),
         "flash-attn 2": _flash_attention,
         "flash-attn 3": _flash_attention_3,
