@@ -30,6 +30,7 @@ DEFAULT = ("rms_norm", "llama3-8b")
 
 def counters(job: Job) -> dict[str, Any]:
     """Profiles forward and backward of the worst operator on its shape."""
+    machine.device(job.rehearse)
     program = machine.profiler(job.rehearse)
     if program is None:
         return {"note": "ncu is not installed"}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import machine
 from benchmarks.gpu.packages import is_installed
 from benchmarks.gpu.plan import ROOT, Job
 from benchmarks.gpu.processes import run
@@ -20,6 +21,8 @@ LEFT_OUT = "not every_configuration"
 REHEARSED = ("kernels/llm_kernels/swiglu/test_swiglu.py", "kernels/llm_kernels/rope/test_rope.py", "-k", "bad_input")
 REPORT = "SUITE_TEST_REPORT"
 """Environment variable with the file that recorder.py, a plugin of pytest, writes a line to for every test."""
+ENDED = "SUITE_TESTS_ENDED"
+"""The same, with the names of the tests that an earlier run has seen pass, and that are left out."""
 
 
 def test_files() -> list[str]:
@@ -32,6 +35,7 @@ def test_files() -> list[str]:
 
 def kernel_tests(job: Job) -> dict[str, Any]:
     """Runs them until the time is over; says how many were not reached."""
+    machine.device(job.rehearse)
     report = job.work / "details" / "tests.jsonl"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
@@ -43,11 +47,15 @@ def kernel_tests(job: Job) -> dict[str, Any]:
         sys.executable, "-m", "pytest", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-q", "--tb=short",
         "-p", "no:cacheprovider", "-p", "benchmarks.gpu.recorder", *workers, *chosen,
     ]  # fmt: skip
-    env = {**os.environ, REPORT: str(report), "OMP_NUM_THREADS": "1"}
+    passed = list(job.previous.get("passed", []))
+    ended_file = job.work / "tests_ended.txt"
+    ended_file.write_text("\n".join(passed))
+    env = {**os.environ, REPORT: str(report), ENDED: str(ended_file), "OMP_NUM_THREADS": "1"}
     ended = run(command, job.work / "details" / "tests.log", job.left() - 3, env)
     if ended.exit not in (None, 0, 1):  # none selected, a wrong option, an error of pytest's own
         raise RuntimeError(f"pytest ended with {ended.exit}: {' '.join(ended.tail(600).split())}")
-    return {"exit": ended.exit, **outcomes(_lines(report)), "left_out": [] if ended.exit is not None else ["the rest"]}
+    left_out = [] if ended.exit is not None else ["the rest"]
+    return {"exit": ended.exit, **outcomes(_lines(report), passed), "left_out": left_out}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -61,16 +69,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def outcomes(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of outcomes, tests not reached, and the failures with their last lines."""
+def outcomes(lines: Iterable[Mapping[str, Any]], before: Sequence[str] = ()) -> dict[str, Any]:
+    """Counts of outcomes, tests not reached, the failures with their last lines, and the names of those that passed.
+    before: those that passed in an earlier run and were not selected again."""
     counts = dict.fromkeys(("passed", "failed", "skipped", "not reached"), 0)
     selected, failures = 0, []
+    passed = list(before)
     for line in lines:
         if "selected" in line:
             selected = max(selected, line["selected"])
             continue
         counts[line["outcome"]] += 1
+        if line["outcome"] == "passed":
+            passed.append(line["test"])
         if line["outcome"] == "failed":
             failures.append({"test": line["test"], "error": line["error"]})
     counts["not reached"] = max(0, selected - sum(counts.values()))
-    return {"counts": counts, "failures": failures[:60]}
+    counts["passed"] += len(before)
+    return {"counts": counts, "failures": failures[:60], "passed": passed}

@@ -24,7 +24,8 @@ TINY: dict[str, dict[str, Any]] = {
 CORRECTNESS_TOKENS = 2048
 ROUNDS = 12
 # A shape is begun only if so much time is left: compiling and timing one takes seconds.
-LEAST_S = 4.0
+LEAST_S = {"attention": 10.0, "linear_cross_entropy": 15.0}
+LEAST_OF_OTHERS_S = 6.0
 LATER = ("torch.compile", "ours-gluon")
 """Providers that have a stage of their own."""
 
@@ -59,7 +60,7 @@ def correctness(job: Job) -> dict[str, Any]:
     for name in ORDER:
         if name in done:
             continue
-        if job.left() < LEAST_S:
+        if job.left() < LEAST_OF_OTHERS_S:
             result["left_out"].append(name)
             continue
         shape = dict(shapes_of(name, job.rehearse)[0])
@@ -111,32 +112,56 @@ def measured(
     from llm_kernels import measure
     from llm_kernels.check import benchmark_of
 
-    result: dict[str, Any] = {"rows": [], "done": [], "broken": {}, **job.previous, "left_out": []}
+    result = _so_far(job.previous)
     card = measure.Card(**(job.results.get("environment", {}).get("card") or vars(measure.measure_card(chosen))))
     result["card"] = vars(card)
     for operator, shape in items:
         key = f"{operator} {shape['name']}"
         if key in result["done"]:
             continue
-        if job.left() < LEAST_S + reserve_s:
+        if job.left() < LEAST_S.get(operator, LEAST_OF_OTHERS_S) + reserve_s:
             result["left_out"].append(key)
             continue
         rows: list[measure.Row] = []
+
+        def keep(**more: Any) -> None:
+            job.save({**result, "rows": [*result["rows"], *measure.as_data(rows)], **more})  # noqa: B023 called here
+
+        keep(begun=key)
         try:
             benchmark = benchmark_of(operator)
             broken = result["broken"].get(key, [])
             kept = {n: load for n, load in benchmark.providers.items() if wanted(n) and n not in broken}
-            chosen_ones = replace(benchmark, providers=kept)
-            for row in measure.measure(chosen_ones, card, chosen, [shape], 2 if job.rehearse else ROUNDS):
+            only = replace(benchmark, providers=kept)
+            for row in measure.measure(only, card, chosen, [shape], 2 if job.rehearse else ROUNDS):
                 rows.append(row)
+                keep(begun=key)
         except measure.DeviceLost as lost:
             result["broken"].setdefault(key, []).append(lost.provider)
-            result["rows"] += measure.as_data(rows[-1:])
-            job.save(result)
+            keep()
             raise Lost(str(lost)) from lost
         except Exception as error:  # one operator's failure is a result
             rows.append(measure.Row(operator, shape["name"], "", "all", "ours", note=f"failed: {failure(error)}"))
         result["rows"] += measure.as_data(rows)
         result["done"].append(key)
         job.save(result)
+    return result
+
+
+def _so_far(previous: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier try leaves to go on from: whole items, and the rows of providers that ended their process. An
+    item in which the process died, nobody knows of what, is not tried again."""
+    result: dict[str, Any] = {"rows": [], "done": [], "broken": {}, **previous, "left_out": []}
+    begun, died = result.pop("begun", None), result.pop("died", False)
+
+    def is_whole(row: Mapping[str, Any]) -> bool:
+        key = f"{row['operator']} {row['shape']}"
+        return key in result["done"] or (row["median_ms"] is None and row["provider"] in result["broken"].get(key, []))
+
+    if died and begun:
+        result["done"] = [*result["done"], begun]
+        operator, shape = begun.split(" ", 1)
+        row = dict.fromkeys(("dtype", "median_ms")) | {"operator": operator, "shape": shape, "mode": "all"}
+        result["rows"] = [*result["rows"], row | {"provider": "any", "note": "failed: the process died in this"}]
+    result["rows"] = [row for row in result["rows"] if is_whole(row)]
     return result

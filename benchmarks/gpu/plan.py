@@ -14,7 +14,8 @@ BUDGET_S = 540.0
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds: its share of a run of BUDGET_S; what a stage leaves goes to those after it. function: "module:name",
+    """seconds: its share of a run of BUDGET_S, in proportion to all; what a stage leaves goes to those after it, so the
+    shares of the first are ample. function: "module:name",
     which takes a Job and returns the stage's result: with ``left_out`` where it had no time for something, and with
     ``problem`` where what it found is wrong."""
 
@@ -29,11 +30,11 @@ def _stage(name: str, seconds: float, function: str, what: str) -> Stage:
 
 
 STAGES = (
-    _stage("environment", 20, "environment:environment", "versions, chip, clocks, what the card does at most"),
-    _stage("correctness", 45, "operators:correctness", "every operator once at a real size against fp64"),
+    _stage("environment", 40, "environment:environment", "versions, chip, clocks, what the card does at most"),
+    _stage("correctness", 60, "operators:correctness", "every operator once at a real size against fp64"),
     _stage("operators", 110, "operators:operators", "every operator beside its peers, Llama-3 8B and 70B at TP 8"),
     _stage("step", 75, "steps:step", "a training step: ours, ours on torch's operators, transformers"),
-    _stage("pretrain", 60, "pretrain:pretrain", "20 steps of pretrain on the GPU held to the CPU's losses"),
+    _stage("pretrain", 75, "pretrain:pretrain", "20 steps of pretrain on the GPU held to the CPU's losses"),
     _stage("tests", 80, "kernel_tests:kernel_tests", "the kernels' own tests, small operators first"),
     _stage("counters", 25, "counters:counters", "Nsight Compute's view of the worst kernel"),
     _stage("gluon", 45, "operators:gluon", "proof of the Gluon attention, and its speed if it is right"),

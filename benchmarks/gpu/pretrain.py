@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import machine
 from benchmarks.gpu.plan import ROOT, Job, failure
 from benchmarks.gpu.processes import Ended, finish, run, start
 
@@ -32,6 +33,7 @@ _FIND = "import importlib.util as u, sys; print([n for n in sys.argv[1:] if not 
 
 def pretrain(job: Job) -> dict[str, Any]:
     """A row for each run, and the largest difference of their losses."""
+    machine.device(job.rehearse)
     folder = job.work / "pretrain"
     folder.mkdir(parents=True, exist_ok=True)
     missing = run([sys.executable, "-c", _FIND, *NEEDS], folder / "find.log", 30).output.strip()

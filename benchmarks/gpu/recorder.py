@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.kernel_tests import REPORT
+from benchmarks.gpu.kernel_tests import ENDED, REPORT
 
 
 def _append(line: dict[str, Any]) -> None:
@@ -21,6 +21,12 @@ def _append(line: dict[str, Any]) -> None:
 def _is_worker(config: pytest.Config) -> bool:
     """Whether this process only runs tests for another, which hears of every outcome."""
     return hasattr(config, "workerinput")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what an earlier run has seen pass."""
+    ended = set(Path(os.environ[ENDED]).read_text().splitlines())
+    items[:] = [item for item in items if item.nodeid not in ended]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -21,9 +21,9 @@ from benchmarks.gpu.report import summary
 from benchmarks.gpu.worker import LOST
 
 # A stage ends by itself at its deadline; this long after it, it is ended.
-GRACE_S = 5.0
+GRACE_S = 8.0
 # Of the whole budget: for ending the last stage and for the last files.
-RESERVE_S = 12.0
+RESERVE_S = 15.0
 # A stage whose process lost its GPU goes on in a new one, but not for ever.
 MOST_TRIES = 4
 PUBLISH_S = 2.0
@@ -160,10 +160,13 @@ def _settle(suite: Suite, names: Sequence[str], late: str | None, status: int, t
         if name == late:
             suite.note(name, state="cut", problem="its time was over", log=tail)
         elif state == "running":
-            suite.note(name, state="failed", problem=f"its process ended with {status}", log=tail)
+            result = {**(record.get("result") or {}), "died": True}
+            suite.note(name, state="failed", problem=f"its process ended with {status}", log=tail, result=result)
+            if "begun" in result and _may_try_again(suite, name):  # it knows what to leave out
+                progress = True
+                continue
         elif state == "lost":
-            suite.tries[name] = suite.tries.get(name, 1) + 1
-            if suite.tries[name] <= MOST_TRIES:
+            if _may_try_again(suite, name):
                 progress = True
                 continue
             suite.note(name, state="failed", problem=f"the GPU was lost {MOST_TRIES} times")
@@ -172,6 +175,11 @@ def _settle(suite: Suite, names: Sequence[str], late: str | None, status: int, t
     if not progress and status != LOST:
         suite.note(names[0], state="failed", problem=f"its process ended with {status} before it began", log=tail)
         suite.settled.add(names[0])
+
+
+def _may_try_again(suite: Suite, name: str) -> bool:
+    suite.tries[name] = suite.tries.get(name, 1) + 1
+    return suite.tries[name] <= MOST_TRIES
 
 
 def stop_on_signal() -> None:

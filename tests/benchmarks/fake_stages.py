@@ -32,6 +32,14 @@ def dying(job: Job) -> Mapping[str, Any]:
     os._exit(7)
 
 
+def dying_in_one(job: Job) -> Mapping[str, Any]:
+    """Its process dies in one of its things, which it leaves out when it is told."""
+    if not job.previous.get("died"):
+        job.save({"rows": ROWS, "begun": "one"})
+        os._exit(7)
+    return {"rows": [*job.previous["rows"], *ROWS]}
+
+
 def hanging(job: Job) -> Mapping[str, Any]:
     """Never ends, and neither does a program that it has started."""
     job.save({"rows": ROWS})

@@ -36,15 +36,15 @@ def states(folder: Path) -> dict[str, str]:
 
 def test_a_stage_that_fails_costs_its_own_rows(tmp_path: Path) -> None:
     """Raising, dying and losing the GPU: what was saved stays, the others run, and three files go home."""
-    names = ["raising", "good", "dying", "lost_twice", "always_lost", "without_time"]
+    names = ["raising", "good", "dying", "dying_in_one", "lost_twice", "always_lost", "without_time"]
     one = Suite(tmp_path / "out", tmp_path / "work", 120.0, stages(*names))
     assert run_suite(one) == 1
     assert states(tmp_path / "out") == {
-        "raising": "failed", "good": "done", "dying": "failed", "lost_twice": "done", "always_lost": "failed",
-        "without_time": "partly",
+        "raising": "failed", "good": "done", "dying": "failed", "dying_in_one": "done", "lost_twice": "done",
+        "always_lost": "failed", "without_time": "partly",
     }  # fmt: skip
     found = json.loads((tmp_path / "out" / "suite.json").read_text())
-    assert [len(found[name]["result"].get("rows", [])) for name in names] == [1, 1, 1, 3, 0, 1]
+    assert [len(found[name]["result"].get("rows", [])) for name in names] == [1, 1, 1, 2, 3, 0, 1]
     assert found["raising"]["problem"] == "ValueError: no such thing"
     assert found["dying"]["problem"] == "its process ended with 7"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["details.tar.gz", "suite.json", "summary.md"]
@@ -116,7 +116,7 @@ def test_time_is_dealt_by_share() -> None:
     # A second run of 4 minutes with the last stages alone gives each more than its share.
     last = deadlines(plan.STAGES[-2:], now=0.0, end=228.0)
     assert last["tuning"] == 228.0 and last["compiled"] > plan.STAGES[-2].seconds
-    assert sum(stage.seconds for stage in plan.STAGES) <= plan.BUDGET_S - suite.RESERVE_S + 2
+    assert sum(stage.seconds for stage in plan.STAGES) <= 1.1 * plan.BUDGET_S
     for stage in plan.STAGES:
         module, function = stage.function.split(":")
         assert callable(getattr(importlib.import_module(module), function))
@@ -214,7 +214,10 @@ def test_outcomes_of_a_cut_run_are_counted() -> None:
     ]  # fmt: skip
     found = kernel_tests.outcomes(lines)
     assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1, "not reached": 2}
-    assert found["failures"] == [{"test": "c", "error": "E assert 1"}]
+    assert found["failures"] == [{"test": "c", "error": "E assert 1"}] and found["passed"] == ["a"]
+    again = kernel_tests.outcomes([{"selected": 4}, lines[3], {"test": "d", "outcome": "passed"}], found["passed"])
+    assert again["counts"] == {"passed": 2, "failed": 0, "skipped": 1, "not reached": 2}
+    assert again["passed"] == ["a", "d"]
 
 
 def test_small_operators_are_tested_first() -> None:
@@ -233,6 +236,29 @@ def test_shapes_are_those_of_the_models() -> None:
     assert [s["words"] for s in operators.shapes_of("cross_entropy", False)] == [128256, 128256 // 8]
     turns = operators.in_turns(operators.ORDER, False)
     assert [name for name, _ in turns[: len(operators.ORDER)]] == list(operators.ORDER)
+
+
+def test_operators_go_on_where_they_were() -> None:
+    """Rows of items that were begun are measured anew; not those of a provider that ended its process, and not an item
+    in which the process died."""
+
+    def row(operator: str, provider: str, ms: float | None) -> dict[str, Any]:
+        return {"operator": operator, "shape": "a b", "provider": provider, "median_ms": ms, "note": ""}
+
+    rows = [
+        row("rope", "ours", 1.0),
+        row("swiglu", "ours", 1.0),
+        row("swiglu", "liger", None),
+        row("swiglu", "x", None),
+    ]
+    before = {"rows": rows, "done": ["rope a b"], "broken": {"swiglu a b": ["liger"]}, "begun": "swiglu a b",
+              "left_out": ["adamw a"]}  # fmt: skip
+    found = operators._so_far(before)
+    assert found["rows"] == [rows[0], rows[2]] and found["done"] == ["rope a b"] and found["left_out"] == []
+    died = operators._so_far({**before, "died": True})
+    assert died["done"] == ["rope a b", "swiglu a b"] and "begun" not in died and "died" not in died
+    assert [r["note"] for r in died["rows"] if r["provider"] == "any"] == ["failed: the process died in this"]
+    assert operators._so_far({})["rows"] == []
 
 
 def test_only_missing_packages_are_installed(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@ operators in plain torch, on the host's clock."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -175,3 +177,29 @@ def test_a_gpu_is_asked_as_torch_documents(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     assert on.is_lost(cuda)
+
+
+def test_a_provider_that_ends_the_process_is_left_out_of_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite's stage: what was measured is kept, the provider has its row, and a new process measures the rest."""
+    from benchmarks.gpu import machine, operators
+    from benchmarks.gpu.plan import Job, Lost
+    from llm_kernels import check
+
+    both = {"ours": lambda: torch.square, "peer": lambda: failing_at(5)}
+    monkeypatch.setattr(machine, "start_kernels", lambda rehearse: CPU)
+    monkeypatch.setattr(check, "benchmark_of", lambda name: operator(name, both))
+    saved: dict[str, Any] = {}
+    job = Job(Path(), time.monotonic() + 100, True, saved.update, results={"environment": {"card": vars(CARD)}})
+    items = [("first", SHAPE), ("second", SHAPE)]
+    monkeypatch.setattr(on, "is_lost", lambda device: True)
+    with pytest.raises(Lost, match="peer has ended all CUDA work"):
+        operators.measured(job, items, lambda name: True)
+    assert saved["broken"] == {"first small": ["peer"]} and saved["rows"][-1]["note"].startswith("failed")
+    monkeypatch.setattr(on, "is_lost", lambda device: False)
+    again = dataclasses.replace(job, previous=dict(saved))
+    found = operators.measured(again, items, lambda name: True)
+    timed = [(row["operator"], row["provider"]) for row in found["rows"] if row["median_ms"]]
+    # In the second operator the peer fails once, which costs it one mode.
+    assert timed.count(("first", "ours")) == timed.count(("second", "ours")) == 3
+    assert timed.count(("first", "peer")) == 0 and timed.count(("second", "peer")) == 2
+    assert [row["provider"] for row in found["rows"] if row["operator"] == "first" and row["note"]] == ["peer"]
