@@ -251,12 +251,13 @@ def _gluon_cases() -> list[AotCase]:
 
 def main() -> None:
     """``python -m llm_kernels.attention.bench [BACKEND]``: the Gluon kernel against torch's attention on this GPU,
-    small and at many tiles a program; raises if it is refused or wrong. On a CPU one small case."""
+    small and at many tiles a program; raises if it is refused or wrong. Another backend rehearses that on a CPU, on one
+    small case."""
     from llm_kernels.attention.op import attention
     from llm_kernels.testing import compare, default_device
 
     backend = sys.argv[1] if len(sys.argv) > 1 else "gluon"
-    device = default_device()
+    device = torch.device("cuda") if backend == "gluon" else default_device()
     real = device.type == "cuda"
     for tokens, d in ((200, 64), (1000, 128), (2048, 128), (300, 256)) if real else ((70, 64),):
         shape = {**BENCHMARK.small, "tokens": tokens, "heads": 16 if real else 2, "groups": 4 if real else 1, "d": d}
