@@ -36,7 +36,7 @@ STAGES = (
     _stage("step", 75, "steps:step", "a training step: ours, ours on torch's operators, transformers"),
     _stage("pretrain", 75, "pretrain:pretrain", "20 steps of pretrain on the GPU held to the CPU's losses"),
     _stage("tests", 80, "kernel_tests:kernel_tests", "the kernels' own tests, small operators first"),
-    _stage("counters", 25, "counters:counters", "Nsight Compute's view of the worst kernel"),
+    _stage("counters", 40, "counters:counters", "Nsight Compute's view of the worst kernel"),
     _stage("gluon", 45, "operators:gluon", "proof of the Gluon attention, and its speed if it is right"),
     _stage("compiled", 40, "compiled:compiled", "torch.compile: operators, then the training step"),
     _stage("tuning", 30, "tuning:tuning", "other tiles and warps than the tables have"),
