@@ -74,7 +74,7 @@ def measure_tokens(rounds: int, megabytes: int) -> dict[str, Any]:
     files = list(dict.fromkeys(path.resolve() for path in real_text(megabytes)))
     texts = [path.read_bytes().decode("utf-8-sig") for path in files]
     with tempfile.TemporaryDirectory() as folder:
-        model = vocabulary_from_files(files, VOCABULARY, folder)
+        model = vocabulary_from_files(files, VOCABULARY, folder, prefixes=[])
         processor = SentencePieceProcessor(model_file=str(model))
 
         def ours(number: int) -> tuple[int, float]:

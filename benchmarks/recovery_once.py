@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -24,8 +23,9 @@ from typing import Any
 
 from benchmarks.recovery import prepare, save, timings, worst_difference
 from llm_launch.drill import LiveRun, unix_time
-from llm_launch.vault import run_folder
+from llm_launch.vault import forget_run
 from llm_parallel.config.tree import ElasticConfig
+from llm_parallel.errors import EXIT_STOPPED
 
 STEPS = 60
 FAULT_AT = 20
@@ -76,13 +76,13 @@ def second_start(how: str, start: Start, reference: LiveRun, rank: int) -> Row:
         run.process.wait()
         damage(max((run.run_dir / "checkpoints").glob("iter_???????")))
         if how == "damaged, memory lost":  # as after a power cut of all nodes
-            shutil.rmtree(run_folder(Path(ElasticConfig().replica_dir), run.run_dir))
+            forget_run(Path(ElasticConfig().replica_dir), run.run_dir)
     else:
         if how == "SIGTERM":
             run.reach(FAULT_AT)
             run.stop()
         began = time.time()
-        assert run.wait() == 0
+        assert run.wait() == EXIT_STOPPED
         ended = {"ended_s": time.time() - began} if how == "SIGTERM" else {}
     before, began = run.steps()[-1]["step"], time.time()
     again = start(LAYOUT, *disk, f"train.steps={max(STEPS, before + 20)}", name=run.run_dir.name)

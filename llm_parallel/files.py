@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from llm_parallel.errors import UserError
 
 
 def fsync_dir(path: Path) -> None:
@@ -22,13 +27,15 @@ def fsync_dir(path: Path) -> None:
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a temporary neighbour of ``path``; on a clean exit it is flushed, synced and renamed over ``path``.
 
-    Whatever stood at ``path`` stays there if the body raises or the process dies. ``mode`` is "w" (UTF-8) or "wb".
+    Whatever stood at ``path`` stays there if the body raises or the process dies. ``mode`` is "w" (UTF-8) or "wb". The
+    folder may be one that everyone may write to: a link that a stranger laid in the neighbour's place is not followed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as handle:
+        with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -36,3 +43,45 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         fsync_dir(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, held: str) -> Iterator[None]:
+    """Keeps other processes out of the body by the lock file ``path``, which stays: deleting it would let in both a
+    process that has it open and one that makes it anew. Raises UserError with the text ``held`` if another is inside,
+    and if a stranger laid a link or a file of his there."""
+    fd = open_own(path, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(held) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Descriptor of ``path``, not followed if it is a link. In a folder that everyone may write to, others' files are
+    refused: raises UserError."""
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise UserError(f"{path} is a symbolic link where a file of ours belongs; remove it") from None
+        raise error
+    refuse_strangers(path, os.fstat(fd), fd)
+    return fd
+
+
+def refuse_strangers(path: Path, found: os.stat_result, fd: int | None = None) -> None:
+    """Raises UserError, after closing ``fd``, if another user made what was found at ``path`` in a folder that everyone
+    may write to: it may be laid there to be taken for ours."""
+    shared = bool(path.parent.stat().st_mode & stat.S_IWOTH)
+    if shared and found.st_uid not in (0, os.getuid()):
+        if fd is not None:
+            os.close(fd)
+        raise UserError(
+            f"{path} belongs to user {found.st_uid} and lies in a folder that everyone may write to; choose a folder of"
+            " your own"
+        )

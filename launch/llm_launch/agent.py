@@ -28,6 +28,7 @@ from llm_launch.progress import ProgressPage
 from llm_launch.replicas import ReplicaServer
 from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.vault import forget, forget_all_but, forget_stale, inventory, keep_alive
+from llm_parallel.errors import UserError
 
 WORKER_MODULE = "llm_parallel.train.elastic"
 PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "torch._dynamo")
@@ -212,6 +213,10 @@ class Agent:
         # What was meant for a process that has died must not reach its replacement.
         return next((w for w in self.workers.values() if w.device == device and number in (None, w.number)), None)
 
+    def tell_of_term(self) -> None:
+        """Somebody wants the run to end."""
+        self._tell({"is": "terminated"})
+
     def _tell(self, message: wire.Message) -> None:
         if self.controller is not None:
             self.controller.send({**message, "node": self.settings.node})
@@ -242,7 +247,7 @@ class Agent:
             for item in watched:
                 for finding in await asyncio.to_thread(item.look):
                     self._tell({"is": "health", **asdict(finding)})
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UserError):  # a worker that makes its first copy says what is wrong
                 keep_alive(self.settings.replica_dir)
             await asyncio.sleep(HEALTH_S)
 
@@ -383,8 +388,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def serve() -> int:
-        # The controller says when to end; SLURM's TERM of a requeue comes while the last agent puts the job back.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
+        # The controller says when to end, and is told: SLURM's TERM of a preemption comes to this step alone.
+        # That of a requeue comes while the last agent puts the job back.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, agent.tell_of_term)
         return await agent.run()
 
     raise SystemExit(asyncio.run(serve()))

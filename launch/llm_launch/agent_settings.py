@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_launch.network import own_address
-from llm_launch.vault import run_folder
 from llm_launch.zygote import die_with_parent
 
 
@@ -25,6 +24,8 @@ class AgentSettings:
     run_dir: Path
     run_file: str
     replica_root: Path
+    copies: str
+    """Name of the run's folder in ``replica_root``."""
     heartbeat_s: float
     lost_after_s: float
     secret: str
@@ -34,14 +35,14 @@ class AgentSettings:
     @property
     def replica_dir(self) -> Path:
         """This node's folder for copies; nodes that share a memory file system have one each."""
-        return run_folder(self.replica_root, self.run_dir) / self.node
+        return self.replica_root / self.copies / self.node
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None = None) -> AgentSettings:
         """From the command line; the run's secret from the environment. Has asked for an end with its parent, if so
         told."""
         parser = argparse.ArgumentParser(prog="llm_launch.agent", description="One agent of a run on this node.")
-        for name in ("controller", "node", "host", "devices", "run-dir", "run-file", "replica-dir"):
+        for name in ("controller", "node", "host", "devices", "run-dir", "run-file", "replica-dir", "copies"):
             parser.add_argument(f"--{name}", required=True)
         parser.add_argument("--heartbeat-s", type=float, required=True)
         parser.add_argument("--lost-after-s", type=float, required=True)
@@ -65,6 +66,7 @@ class AgentSettings:
             run_dir=Path(told.run_dir),
             run_file=told.run_file,
             replica_root=Path(told.replica_dir),
+            copies=told.copies,
             heartbeat_s=told.heartbeat_s,
             lost_after_s=told.lost_after_s,
             secret=os.environ["LLM_PARALLEL_SECRET"],

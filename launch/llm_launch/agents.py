@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llm_launch.slurm import WORKING_STATES, SlurmError, SlurmJob
+from llm_launch.vault import run_folder
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
@@ -60,6 +61,7 @@ def agent_command(
         "run-dir": config.run_dir,
         "run-file": str(run_file),
         "replica-dir": elastic.replica_dir,
+        "copies": run_folder(Path(elastic.replica_dir), Path(config.run_dir)).name,
         "heartbeat-s": str(elastic.heartbeat_s),
         "lost-after-s": str(elastic.lost_after_s),
     }

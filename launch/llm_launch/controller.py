@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llm_launch.agents import Agents
 from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame, few
@@ -19,13 +20,17 @@ from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
 from llm_launch.plan import Placement, Trained, fingerprint, place
+from llm_launch.snapshot import snapshot, used_up
 from llm_launch.states import EXIT_TOO_FEW, Outcome, Phase, check_transition
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 LEAVE_S = 1.0
 """Time for survivors to leave a generation that was given up; who has not left then is killed."""
 SETTLE_S = 0.05
 """Time between the first sign of a fault and the verdict, for other signs of the same fault."""
+STOP_WAIT_S = 10.0
+"""Time for devices to come back when the run was asked to end and its state is in memory only."""
 REPLACE_S = 3.0
 """Time for a killed worker's replacement to be forked before the plan is made without its device."""
 
@@ -35,10 +40,10 @@ def _last_multiple(step: int, interval: int | None) -> int:
 
 
 class Stopped(Exception):
-    """The run is over; ``status`` is its exit status."""
+    """The run is over. status: its exit status; keep: whether the copies in memory are needed still."""
 
-    def __init__(self, status: int, phase: Phase) -> None:
-        self.status, self.phase = status, phase
+    def __init__(self, status: int, phase: Phase, keep: bool = True) -> None:
+        self.status, self.phase, self.keep = status, phase, keep
 
 
 class Controller:
@@ -50,9 +55,10 @@ class Controller:
         run_dir: Path,
         agents: Agents,
         device: Literal["cpu", "cuda"],
-        disk_step: int = 0,
+        newest_step: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.config, self.agents, self.device = config, agents, device
+        """``newest_step``: finds the step of the newest complete checkpoint, 0 if there is none."""
+        self.config, self.agents, self.device, self._newest_step = config, agents, device, newest_step
         self.journal = Journal(run_dir, config.elastic, agents.secret)
         remembered = self.journal.remembered()
         self.ledger = Ledger.from_json(remembered, config.elastic.strikes)
@@ -60,9 +66,10 @@ class Controller:
         self._model = fingerprint(config)
         mine = remembered.get("model") == self._model
         trained = [Trained.read(item) for item in remembered.get("trained", [])] if mine else []
-        self.copies = Copies(self.fleet, self.journal, trained, disk_step)
+        self.copies = Copies(self.fleet, self.journal, trained, newest_step())
         self._started_s = time.monotonic()
         self._stop = False
+        self._trained = False
         self._turn = False
         self._believe: set[int] = set()
         self._slow: dict[Device, int] = {}
@@ -82,29 +89,37 @@ class Controller:
         except Stopped as end:
             self._enter(end.phase)
             for node in self.fleet.roster.alive():
-                node.send({"is": "end", "keep": end.status == EXIT_TOO_FEW})
+                node.send({"is": "end", "keep": end.keep})
             await asyncio.sleep(TICK_S)
             return end.status
         finally:
             ticker.cancel()
-            self.journal.write_status(self.status())
+            self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s))
 
     def close(self) -> None:
         """Closes the files."""
         self.journal.close()
 
     def stop(self) -> None:
-        """Asks the run to save and end."""
+        """Asks the run to save and end, whatever it has to recover from first."""
         self._stop = True
-        for node in self.fleet.roster.alive():
-            node.send({"is": "stop"})
+        self._pass_on_stop()
         self.fleet.changed.set()
+
+    def _pass_on_stop(self) -> None:
+        for node in self.fleet.roster.alive() if self._stop else ():
+            node.send({"is": "stop"})
+
+    @property
+    def _nothing_to_save(self) -> bool:
+        """Whether to end at once: no step was made in this start, so all is where the start found it."""
+        return self._stop and not self._trained
 
     def _enter(self, phase: Phase) -> None:
         if phase is not self.fleet.phase:
             check_transition(self.fleet.phase, phase)
             self.fleet.phase = phase
-            self.journal.write_status(self.status())
+            self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s))
 
     def _all_expected_ready(self) -> bool:
         nodes = {node.name: node for node in self.fleet.roster.alive()}
@@ -131,6 +146,8 @@ class Controller:
         return [device for device in usable if device.node not in held_back]
 
     async def _form(self) -> None:
+        if self._nothing_to_save:
+            raise Stopped(EXIT_STOPPED, Phase.STOPPED)
         config, began = self.config, time.monotonic()
         removed = set(self.ledger.removed)
 
@@ -148,7 +165,14 @@ class Controller:
             left = len(self._usable())
             self.journal.event("wait", cause=f"{left} devices are left, and the run needs {config.elastic.min_devices}")
             await self.fleet.until(lambda: self._stop or self._choose() is not None, config.elastic.wait_s)
+            if self._stop and self._trained:
+                await self.fleet.until(lambda: self._choose() is not None, STOP_WAIT_S)
             placement = self._choose()
+            if self._nothing_to_save:
+                raise Stopped(EXIT_STOPPED, Phase.STOPPED)
+            if placement is None and self._stop:
+                self.journal.say(f"asked to end, and too few devices are left to save step {self.fleet.step}")
+                raise Stopped(1, Phase.FAILED)
             if placement is None:
                 raise Stopped(EXIT_TOO_FEW, Phase.FAILED)
         restore = await self.copies.find()
@@ -164,6 +188,7 @@ class Controller:
         self._turn = False
         self.fleet.begin(placement)
         self._assign(placement, restore)
+        self._pass_on_stop()  # those that were forked since have not heard of it
         self._enter(Phase.FORMING)
         self.journal.event(
             "form",
@@ -188,16 +213,16 @@ class Controller:
         self.journal.event("wait", step=step, cause=f"copies of the state went with {few(sorted(gone))}",
                            seconds=seconds)  # fmt: skip
         deadline = time.monotonic() + seconds
-        while gone and not self._stop and (left := deadline - time.monotonic()) > 0:
-            await self.fleet.until(partial(self._asked_or_back, gone), left)
+        while gone and not self._nothing_to_save and (left := deadline - time.monotonic()) > 0:
+            await self.fleet.until(partial(self._is_back, gone), left)
             gone -= self._alive()
             if await self.copies.find() is not None:
                 return True
         return False
 
-    def _asked_or_back(self, gone: set[str]) -> bool:
-        """Whether the run shall end, or one of these nodes is there again."""
-        return self._stop or bool(gone & self._alive())
+    def _is_back(self, gone: set[str]) -> bool:
+        """Whether one of these nodes is there again, or nothing is worth the wait."""
+        return self._nothing_to_save or bool(gone & self._alive())
 
     def _alive(self) -> set[str]:
         return {node.name for node in self.fleet.roster.alive()}
@@ -245,11 +270,15 @@ class Controller:
         limit = self.config.elastic.first_step_limit_s
 
         def formed() -> bool:
-            return bool(self.fleet.evidence) or all(w.training or w.outcome for w in self.fleet.members())
+            ready = all(w.training or w.outcome for w in self.fleet.members())
+            return bool(self.fleet.evidence) or ready or self._nothing_to_save
 
         if not await self.fleet.until(formed, limit):
             self._accuse_silent("was not ready to train in time")
+        if self._nothing_to_save:
+            raise Stopped(EXIT_STOPPED, Phase.STOPPED)
         if not self.fleet.evidence:
+            self._trained = True
             self._enter(Phase.TRAINING)
             if self.config.elastic.replicate_every_steps:
                 self.copies.begin(self.fleet.placement)
@@ -263,8 +292,7 @@ class Controller:
                 if all(outcome is Outcome.PAUSED for outcome in outcomes):
                     return
                 if all(outcome in (Outcome.FINISHED, Outcome.STOPPED) for outcome in outcomes):
-                    self.journal.event("end", step=self.fleet.step)
-                    raise Stopped(0, Phase.FINISHED)
+                    await self._end(done=all(outcome is Outcome.FINISHED for outcome in outcomes))
                 break
             if not paused and self._better_layout_now():
                 paused = True
@@ -275,6 +303,15 @@ class Controller:
             await self._look_for_hangs()
             self.fleet.evidence += find_slow(self.fleet.members(), self._slow, self.config.elastic.slow_ratio, alone)
         await self._recover()
+
+    async def _end(self, done: bool) -> None:
+        """All workers have saved. The copies go when what they hold is complete on disk."""
+        saved = await asyncio.to_thread(self._newest_step)
+        keep = saved < self.fleet.step
+        self.journal.event("end" if done else "stopped", step=self.fleet.step,
+                           cause=f"the newest complete checkpoint is of step {saved}; copies in memory are kept"
+                           if keep else None)  # fmt: skip
+        raise Stopped(0 if done else EXIT_STOPPED, Phase.FINISHED if done else Phase.STOPPED, keep)
 
     def _better_layout_now(self) -> bool:
         """Whether devices that joined make a larger world."""
@@ -344,7 +381,7 @@ class Controller:
         self.fleet.fruitless += 1
         if verdict.stops_run:
             self.journal.fail(verdict)
-            raise Stopped(2 if verdict.fault is Fault.USER else 1, Phase.FAILED)
+            raise Stopped(EXIT_USER_ERROR if verdict.fault is Fault.USER else 1, Phase.FAILED)
         if self.fleet.fruitless > self.config.elastic.max_fruitless:
             self.journal.say(f"given up after {self.fleet.fruitless} recoveries without a step: {verdict.reason}")
             raise Stopped(1, Phase.FAILED)
@@ -364,25 +401,14 @@ class Controller:
                     node.send({"is": "retire", "device": device.number})
                     node.workers.pop(device.number, None)
         self._remember()
-        for name, reason in self.used_up().items():
+        for name, reason in used_up(self.fleet, self.ledger).items():
             self.agents.condemn(name, reason)
-        if self._stop:
-            raise Stopped(1, Phase.FAILED)
 
     def _remember(self) -> None:
         """Keeps for the next start what it must know: strikes, removals, and which copies of state to look for."""
         self.journal.remember(
             {**self.ledger.to_json(), "model": self._model, "trained": [t.as_list() for t in self.copies.trained]}
         )
-
-    def used_up(self) -> dict[str, str]:
-        """Nodes whose every device was removed, with the reason of the first: they are of no more use to anybody."""
-        found = {}
-        for node in self.fleet.roster.nodes.values():
-            reasons = [self.ledger.removed.get(Device(node.name, index)) for index in node.devices]
-            if all(reasons):
-                found[node.name] = str(reasons[0])
-        return found
 
     async def _tick(self) -> None:
         elastic, last_beat, last_status, last_look = self.config.elastic, 0.0, 0.0, time.monotonic()
@@ -393,6 +419,8 @@ class Controller:
                 for node in self.fleet.roster.alive():
                     node.heard_s = now  # this process was held up itself, and has not listened
             last_look = now
+            if self.fleet.asked_to_stop and not self._stop:
+                self.stop()
             # A start takes time that a recovery, and the first step after it, need.
             recovered = self.fleet.phase is Phase.TRAINING and self.fleet.step > self.journal.resumed_step
             if recovered or self.fleet.phase is Phase.WAITING:
@@ -411,33 +439,4 @@ class Controller:
                         channel.close()
             if now - last_status >= max(1.0, 20.0 * self.fleet.tick_s):
                 last_status = now
-                self.journal.write_status(self.status())
-
-    def status(self) -> dict[str, Any]:
-        """What elastic.json holds."""
-        placement = self.fleet.placement
-        active = {device.node for device in placement.devices} if placement else set()
-        return {
-            "state": self.fleet.phase.value,
-            "generation": self.fleet.generation,
-            "step": self.fleet.step,
-            "world_size": placement.layout.world_size if placement else 0,
-            "layout": placement.layout.describe() if placement else "",
-            "nodes": [
-                {
-                    "name": node.name,
-                    "state": "lost" if node.channel is None else ("active" if node.name in active else "spare"),
-                    "devices": list(node.devices),
-                    "agent_pid": node.pid,
-                    "workers": {str(index): worker.pid for index, worker in node.workers.items()},
-                }
-                for node in self.fleet.roster.nodes.values()
-            ],
-            "excluded": [
-                {"node": device.node, "device": device.number, "reason": reason, "permanent": True}
-                for device, reason in self.ledger.removed.items()
-            ],
-            "ranks": [list(device) for device in placement.devices] if placement else [],
-            "controller": self.fleet.address,
-            "elapsed_s": time.monotonic() - self._started_s,
-        }
+                self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
-from llm_launch.vault import run_folder
+from llm_launch.vault import forget_run
 from llm_launch.zygote import die_with_parent
 from llm_parallel.config.tree import ElasticConfig
 
@@ -176,4 +175,4 @@ class LiveRun:
         for throttle in self.throttles:
             throttle.kill()
             throttle.wait()
-        shutil.rmtree(run_folder(Path(ElasticConfig().replica_dir), self.run_dir), ignore_errors=True)
+        forget_run(Path(ElasticConfig().replica_dir), self.run_dir)

@@ -15,7 +15,7 @@ from llm_launch.journal import Journal
 from llm_launch.members import Node, Roster, Worker
 from llm_launch.plan import Placement
 from llm_launch.progress import Pace
-from llm_launch.states import Outcome, Phase
+from llm_launch.states import OVER, Outcome, Phase
 from llm_parallel.config.tree import ElasticConfig
 
 TICK_S = 0.05
@@ -41,6 +41,8 @@ class Fleet:
         """Devices on which the loss of a step was not finite."""
         self.unfit: dict[Device, str] = {}
         """Devices that their driver has called broken."""
+        self.asked_to_stop = False
+        """Whether an agent was asked to end, as by SLURM, whose signals for a step the launcher does not get."""
         self.to_restart: set[str] = set()
         """Nodes whose agent has to be started again."""
         self.step = 0
@@ -102,7 +104,7 @@ class Fleet:
 
     def lost(self, node: Node, kind: Kind) -> None:
         """An agent is gone, by its connection's end or by its silence."""
-        if self.phase in (Phase.FINISHED, Phase.FAILED):
+        if self.phase in OVER:
             return  # told to end
         node.channel = None
         ran = [worker for worker in node.workers.values() if worker.generation == self.generation]
@@ -121,6 +123,9 @@ class Fleet:
             return
         if said == "inventory":
             node.inventory = message["entries"]
+            return
+        if said == "terminated":
+            self.asked_to_stop = True
             return
         if said == "health":
             self._on_health(node, message)

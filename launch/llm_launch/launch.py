@@ -6,66 +6,126 @@ import asyncio
 import math
 import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from llm_launch import wire
 from llm_launch.agents import Agents, LocalAgents, SlurmAgents, local_nodes, paced
 from llm_launch.controller import Controller
-from llm_launch.slurm import SlurmError, SlurmJob
+from llm_launch.journal import Journal
+from llm_launch.slurm import Fate, SlurmAway, SlurmError, SlurmJob
+from llm_launch.snapshot import used_up
 from llm_launch.states import EXIT_TOO_FEW
+from llm_launch.vault import make_run_folder
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.errors import UserError
+from llm_parallel.errors import EXIT_STOPPED, UserError
 
 SECRET = "LLM_PARALLEL_SECRET"
+ASKED = "LLM_PARALLEL_ASKED"
+"""Variable in which the batch script says what signal it got before the launcher could."""
+REQUEUE_S = 300.0
+"""Time for a slurmctld that does not answer to come back, while a job wants to go back to the queue."""
+AGAIN_S = 2.0
+
+
+class StopRequests:
+    """Signals that ask the run to end, from the command's beginning on. ``already``: the name of one that the batch
+    script got before."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self, already: str | None = None) -> None:
+        self.received: list[int] = [signal.Signals[f"SIG{already}"]] if already else []
+        self.wanted = [number for number in self.NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+
+    def catch(self) -> None:
+        """Notes them. A second Ctrl-C before the training begins ends the command."""
+        for number in self.wanted:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in self.received:
+            raise SystemExit(128 + number)
+        self.received.append(number)
+
+    @property
+    def time_is_up(self) -> bool:
+        """Whether SLURM has announced the job's time limit."""
+        return signal.SIGUSR1 in self.received
 
 
 def launch_elastic(
-    agents: Agents, device: Literal["cpu", "cuda"], disk_step: int, slurm: SlurmJob | None = None
+    agents: Agents,
+    device: Literal["cpu", "cuda"],
+    requests: StopRequests,
+    newest_step: Callable[[], int] = lambda: 0,
+    slurm: SlurmJob | None = None,
 ) -> int:
-    """Runs the training that ``agents`` know; the exit status. ``disk_step``: step of the newest checkpoint, 0 if none.
-
-    0: finished, or saved on SIGTERM or at the time limit; 2: a mistake of the user; 75: too few devices were left for
-    too long; 1: any other end. In a SLURM job (``slurm``) USR1, which announces the time limit, and too few devices put
-    the job back into the queue, without the nodes that were condemned.
-    """
+    """Runs the training that ``agents`` know; the exit status, as launch/README.md has it. ``newest_step``: finds the
+    step of the newest complete checkpoint. In a SLURM job (``slurm``) some ends put the job back into the queue."""
     if not agents.expected or not all(agents.expected.values()):
         raise UserError("there is no device to train on; give --processes 1 or more")
-    controller = Controller(agents.config, Path(agents.config.run_dir), agents, device, disk_step)
-    signals: list[int] = []
+    if agents.config.elastic.replicate_every_steps:
+        make_run_folder(Path(agents.config.elastic.replica_dir), Path(agents.config.run_dir))
+    controller = Controller(agents.config, Path(agents.config.run_dir), agents, device, newest_step)
     try:
-        status = asyncio.run(_control(controller, agents, signals))
-        if slurm is not None and (status == EXIT_TOO_FEW or (status == 0 and signal.SIGUSR1 in signals)):
-            _requeue(slurm, controller)
+        status = asyncio.run(_control(controller, agents, requests))
+        requests.catch()  # the loop has given them up, and what follows must not be cut short
+        if slurm is not None and status in (EXIT_TOO_FEW, EXIT_STOPPED):
+            status = settle(
+                slurm, status, requests.time_is_up, used_up(controller.fleet, controller.ledger), controller.journal
+            )
     finally:
         controller.close()
     return status
 
 
-def _requeue(job: SlurmJob, controller: Controller) -> None:
-    bad = controller.used_up()
-    controller.journal.event("requeue", cause=f"without {', '.join(bad)}" if bad else None)
-    try:
-        job.requeue(list(bad))
-    except SlurmError as error:
-        controller.journal.say(f"the job could not be requeued: {error}")
+def settle(job: SlurmJob, status: int, time_is_up: bool, bad: Mapping[str, str], journal: Journal) -> int:
+    """Exit status in a SLURM job of a run that is not done: 0 once the job is back in the queue on purpose, without the
+    nodes ``bad``: at its time limit, when it is preempted, and when there were too few devices. A job that was
+    cancelled stays cancelled, and a stop that somebody asked for is one."""
+    deadline = time.monotonic() + REQUEUE_S
+    while True:
+        try:
+            fate = job.fate()
+            if fate is Fate.OVER:
+                journal.say("SLURM has ended this job already; it does not go back to the queue")
+                return EXIT_STOPPED
+            if status == EXIT_STOPPED and not time_is_up and fate is not Fate.PREEMPTED:
+                return status
+            why = "time limit" if time_is_up else ("preempted" if fate is Fate.PREEMPTED else "too few devices")
+            job.requeue(list(bad))
+            journal.event("requeue", cause=why + (f", without {', '.join(bad)}" if bad else ""))
+            return 0
+        except SlurmAway as error:
+            if time.monotonic() > deadline:
+                journal.say(f"the job could not be requeued within {REQUEUE_S:g} s: {error}")
+                return status
+            time.sleep(AGAIN_S)
+        except SlurmError as error:
+            journal.say(f"the job could not be requeued: {error}")
+            return status
 
 
-async def _control(controller: Controller, agents: Agents, signals: list[int]) -> int:
+async def _control(controller: Controller, agents: Agents, requests: StopRequests) -> int:
     loop = asyncio.get_running_loop()
 
     def stop(number: int) -> None:
-        signals.append(number)
+        requests.received.append(number)
         controller.stop()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            loop.add_signal_handler(number, stop, number)
+    for number in requests.wanted:
+        loop.add_signal_handler(number, stop, number)
+    if requests.received:
+        controller.stop()
     port = await controller.listen(agents.host)
     try:
-        agents.begin(port)
+        if not requests.received:
+            agents.begin(port)
         return await controller.run()
     finally:
         await asyncio.to_thread(agents.end)

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from llm_launch.worker import EXIT_CRASH, error_path
-from llm_parallel.errors import EXIT_USER_ERROR, UserError
+from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
 POLL_S = 0.05
 SETTLE_S = 1.0
@@ -125,7 +125,8 @@ def launch_local(
     and its log (status 1). SIGTERM, SIGHUP and the first SIGINT are passed on as SIGTERM, so that the workers save; the
     next SIGINT kills. If this process dies, the workers die too (Linux).
 
-    Returns 0 if all processes did; 128 plus the signal's number if they were ended on request without finishing.
+    Returns 0 if all processes did; ``EXIT_STOPPED`` if some ended with that and the others with 0; 128 plus the
+    signal's number if they were ended on request without finishing.
     Raises UserError if ``log_dir`` cannot be written or ``MASTER_PORT`` is in use.
     """
     assert num_processes > 0
@@ -145,8 +146,9 @@ def launch_local(
                     worker.kill()
     if failed:
         return _explain(workers, failed, log_dir)
-    if all(worker.status == 0 for worker in workers):
-        return 0
+    statuses = {worker.status for worker in workers}
+    if statuses <= {0, EXIT_STOPPED}:
+        return max(statuses)
     last = signal.Signals(signals.received[-1])
     print(f"ended by {last.name} before all processes could finish", file=sys.stderr, flush=True)
     return 128 + last
@@ -262,7 +264,7 @@ def _wait(workers: list[_Worker], signals: _Signals, grace_s: float) -> list[_Wo
             terminate_at = math.inf
             for worker in running:
                 worker.terminate()
-        ended_badly = [worker for worker in running if worker.poll() and worker.status != 0]
+        ended_badly = [worker for worker in running if worker.poll() and worker.status not in (0, EXIT_STOPPED)]
         if not signals.received:
             failed += ended_badly
         else:  # one that SIGTERM ended before it could handle it did as it was told

@@ -7,13 +7,16 @@ get   a range of bytes of a file
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import threading
 from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
+from llm_launch.private import open_own_file
 from llm_launch.vault import VaultFile, vault_name
+from llm_parallel.errors import UserError
 
 
 class ReplicaServer:
@@ -41,7 +44,7 @@ class ReplicaServer:
         self._listener.close()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError, ValueError, KeyError):
+        with connection, contextlib.suppress(OSError, ValueError, KeyError, UserError):
             wire.accept_blocking(connection, self._secret)
             while (request := wire.receive(connection)) is not None:
                 if request["do"] == "put":
@@ -107,7 +110,10 @@ class ReplicaSender:
 
     def _run(self) -> None:
         try:
-            with wire.connect_blocking(*self._address, self._secret) as connection, self._file.path.open("rb") as file:
+            with (
+                wire.connect_blocking(*self._address, self._secret) as connection,
+                os.fdopen(open_own_file(self._file.path, os.O_RDONLY), "rb") as file,
+            ):
                 wire.send(connection, {"do": "put", "header": self._file.header})
                 if wire.receive(connection) is None:
                     raise wire.WireError("the partner node has no room for the copy")

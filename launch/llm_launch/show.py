@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llm_launch.states import OVER
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.jsonlines import read_jsonlines
 
 STALE_S = 10.0
-OVER = ("finished", "failed")
 
 
 def show_status(run_dir: Path, console: Console) -> None:
@@ -28,7 +28,7 @@ def show_status(run_dir: Path, console: Console) -> None:
         raise UserError(f"{path} is missing; give the folder of a run that `llm-parallel launch` started") from None
     age = time.time() - status["updated"]
     state = status["state"]
-    if state not in OVER and age > STALE_S:
+    if state not in [phase.value for phase in OVER] and age > STALE_S:
         state += f", but nothing was written for {age:.0f} s: the launcher is gone"
     goodput = status["goodput"]
     console.print(f"{run_dir}: {state}", highlight=False)

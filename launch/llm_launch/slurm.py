@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 CALL_S = 10.0
 REQUEUE_TRIES = 3
@@ -23,6 +24,24 @@ _FIELD = re.compile(r"(?:^| )([A-Za-z:/_]+)=")
 
 class SlurmError(Exception):
     """A SLURM command failed or did not answer."""
+
+
+class SlurmAway(SlurmError):
+    """slurmctld did not answer; it may later."""
+
+
+AWAY = ("unable to contact", "timed out", "connection failure", "connection refused", "zero bytes", "not responding")
+"""What SLURM's commands say then, in lower case."""
+
+
+class Fate(Enum):
+    """What SLURM means to do with the job."""
+
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    """It runs, in the grace time before its nodes are given to another job."""
+    OVER = "over"
+    """It was cancelled, requeued or ended already, and only this start of it has not ended yet."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +102,14 @@ class SlurmJob:
 
     def is_this_run(self) -> bool:
         """Whether the job runs and was not requeued since this run of it began."""
+        return self.fate() is not Fate.OVER
+
+    def fate(self) -> Fate:
+        """See ``Fate``. Raises SlurmError."""
         job = self._show()
-        return job.get("JobState") == "RUNNING" and int(job.get("Restarts", "0")) == self.restart_count
+        if job.get("JobState") != "RUNNING" or int(job.get("Restarts", "0")) != self.restart_count:
+            return Fate.OVER
+        return Fate.RUNNING if job.get("PreemptTime", "None") in ("None", "Unknown") else Fate.PREEMPTED
 
     def batch_host_is_dead(self) -> bool:
         """Whether SLURM has given up the node that the batch script runs on."""
@@ -184,9 +209,11 @@ class SlurmJob:
         except FileNotFoundError:
             raise SlurmError(f"{argv[0]} is not installed here") from None
         except subprocess.TimeoutExpired:
-            raise SlurmError(f"{' '.join(argv)} did not answer within {CALL_S:g} s") from None
+            raise SlurmAway(f"{' '.join(argv)} did not answer within {CALL_S:g} s") from None
         if done.returncode:
-            raise SlurmError(f"{' '.join(argv)}: {(done.stderr or done.stdout).strip()[:500]}")
+            said = (done.stderr or done.stdout).strip()[:500]
+            away = any(words in said.lower() for words in AWAY)
+            raise (SlurmAway if away else SlurmError)(f"{' '.join(argv)}: {said}")
         return done.stdout.strip()
 
 

@@ -21,22 +21,24 @@ class Phase(Enum):
     """A fault was seen: survivors leave their collectives, evidence comes in."""
     PAUSING = "pausing"
     """All workers leave together after the present step, for a planned change."""
-    STOPPING = "stopping"
-    """Asked to end: workers save after the present step."""
     FINISHED = "finished"
+    """All steps are done and saved."""
+    STOPPED = "stopped"
+    """Ended on request or out of time before all steps were done, with its state saved."""
     FAILED = "failed"
 
 
 _AFTER = {
-    Phase.WAITING: {Phase.FORMING, Phase.FAILED, Phase.FINISHED, Phase.STOPPING},
-    Phase.FORMING: {Phase.TRAINING, Phase.ABORTING, Phase.STOPPING, Phase.FINISHED, Phase.FAILED},
-    Phase.TRAINING: {Phase.ABORTING, Phase.PAUSING, Phase.STOPPING, Phase.FINISHED, Phase.FAILED},
-    Phase.ABORTING: {Phase.FORMING, Phase.WAITING, Phase.STOPPING, Phase.FAILED, Phase.FINISHED},
-    Phase.PAUSING: {Phase.FORMING, Phase.ABORTING, Phase.STOPPING, Phase.FINISHED, Phase.FAILED, Phase.WAITING},
-    Phase.STOPPING: {Phase.FINISHED, Phase.FAILED, Phase.ABORTING},
+    Phase.WAITING: {Phase.FORMING, Phase.STOPPED, Phase.FAILED},
+    Phase.FORMING: {Phase.TRAINING, Phase.ABORTING, Phase.FINISHED, Phase.STOPPED, Phase.FAILED},
+    Phase.TRAINING: {Phase.ABORTING, Phase.PAUSING, Phase.FINISHED, Phase.STOPPED, Phase.FAILED},
+    Phase.ABORTING: {Phase.FORMING, Phase.WAITING, Phase.STOPPED, Phase.FAILED},
+    Phase.PAUSING: {Phase.FORMING, Phase.ABORTING, Phase.WAITING, Phase.FINISHED, Phase.STOPPED, Phase.FAILED},
     Phase.FINISHED: set(),
+    Phase.STOPPED: set(),
     Phase.FAILED: set(),
 }
+OVER = (Phase.FINISHED, Phase.STOPPED, Phase.FAILED)
 
 
 def check_transition(before: Phase, after: Phase) -> None:

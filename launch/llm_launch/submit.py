@@ -14,7 +14,7 @@ from llm_launch.slurm import parse_time
 from llm_parallel.config.rules import check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, refuse_strangers
 
 FILE_NAME = "submit.sbatch"
 STARTS = 3
@@ -148,17 +148,18 @@ _TEXT = """\
 
 {sweep}# The launcher runs here, on the job's first node, and starts an agent on every node by srun.
 # Signals for this script are meant for it.
-trap 'kill -USR1 "$launcher"' USR1
-trap 'kill -TERM "$launcher"' TERM
+trap 'asked=USR1; kill -USR1 "$launcher" 2>/dev/null' USR1
+trap 'asked=TERM; kill -TERM "$launcher" 2>/dev/null' TERM
 for start in {starts}; do
-    {command} &
+    LLM_PARALLEL_ASKED=$asked {command} &
     launcher=$!
     # A trapped signal ends `wait`.
     while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
     wait "$launcher"
     status=$?
-    # A launcher that was killed is started again, and finds the state that its workers left in memory.
-    [ "$status" -gt 128 ] || break
+    # A launcher that was killed is started again, and finds the state that its workers left in memory; not in a job
+    # that is being ended. One that the time limit's warning met before it listened hears of it now.
+    [ "$status" -gt 128 ] && [ "$asked" != TERM ] || break
 done
 exit "$status"
 """
@@ -171,6 +172,7 @@ def submit(text: str, run_dir: Path) -> str:
     path = run_dir / FILE_NAME
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        refuse_strangers(run_dir, run_dir.stat())
         with atomic_write(path) as handle:
             handle.write(text)
     except OSError as error:

@@ -1,9 +1,13 @@
 """Copies of training state in a node's memory: files of two slots each, so that one is always whole.
 
+They lie in ROOT/llm-parallel-USER-RUN-IDENTITY/NODE/own and kept, which are private to the user (private.py). Neither
+of two runs ever takes the other's: the identity is of a random number in the run folder and of the folder's place, and
+stands in every file too.
+
 A worker copies its share of the optimizer state (fp32 weights and both AdamW moments) into its own file after a step;
 the file outlives the worker. The agent of a partner node keeps a second copy, which outlives the node.
 
-    header   JSON, padded to a page: generation, rank, numbers, index (whose meaning is the worker's)
+    header   JSON, padded to a page: run, generation, rank, numbers, index (whose meaning is the worker's)
     2 slots  1 MiB of state each: step + 1 (0 while the slot is being written), length, JSON
     2 slots  3 * numbers fp32 values each: weights, first moments, second moments
 """
@@ -11,18 +15,24 @@ the file outlives the worker. The agent of a partner node keeps a second copy, w
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import mmap
 import os
-import shutil
+import re
+import secrets
 import struct
 import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from llm_launch.private import names_in, open_own_file, private_folder, remove_below
 from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
 
+RUN_ID_NAME = "run_id"
+"""File of the run folder with the run's random number."""
 MAGIC = b"LLMVAULT1\n"
 PAGE = 4096
 STATE_BYTES = 1 << 20
@@ -33,10 +43,47 @@ SLOT_HEAD = struct.Struct("<QQ")
 HEAD = struct.Struct(f"<{len(MAGIC)}sQ")
 
 
+def run_identity(run_dir: Path) -> str:
+    """What tells this run from every other, also from a copy of its folder, and from an earlier one in the same place:
+    hexadecimal digits. Writes the random number that it comes from into the run folder if there is none."""
+    path = run_dir / RUN_ID_NAME
+    number = _read_run_id(path)
+    if number is None:
+        with atomic_write(path) as handle:
+            handle.write(secrets.token_hex(16) + "\n")
+        number = _read_run_id(path)
+    return hashlib.sha256(f"{number} {run_dir.resolve()}".encode()).hexdigest()[:32]
+
+
+def _read_run_id(path: Path) -> str | None:
+    try:
+        text = path.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return text if re.fullmatch(r"[0-9a-f]{32}", text) else None
+
+
 def run_folder(root: Path, run_dir: Path) -> Path:
     """Folder of a run's copies in the memory file system ``root``, which runs of several users may share."""
-    run_id = run_dir.resolve().as_posix().strip("/").replace("/", "-")[-80:]
-    return root / f"llm-parallel-{os.getuid()}" / run_id
+    readable = re.sub(r"[^A-Za-z0-9._-]", "-", run_dir.resolve().name)[:40]
+    return root / f"{_prefix()}{readable}-{run_identity(run_dir)}"
+
+
+def make_run_folder(root: Path, run_dir: Path) -> None:
+    """Makes a run's folder on this node if it is not there. Raises UserError if it is not private to this user."""
+    with private_folder(root, run_folder(root, run_dir).name, make=True):
+        pass
+
+
+def _prefix() -> str:
+    return f"llm-parallel-{os.getuid()}-"
+
+
+def forget_run(root: Path, run_dir: Path) -> None:
+    """Removes a run's copies on all nodes that share ``root``."""
+    folder = run_folder(root, run_dir)
+    with private_folder(root, make=False) as parent:
+        remove_below(parent, folder.name)
 
 
 def vault_name(generation: int, rank: int) -> str:
@@ -60,9 +107,12 @@ class VaultFile:
         self.numbers: int = header["numbers"]
         self.data_bytes = PLANES * 4 * self.numbers
         self.slot_bytes = _aligned(self.data_bytes)
-        with path.open("r+b" if writable else "rb") as handle:
+        fd = open_own_file(path, os.O_RDWR if writable else os.O_RDONLY)
+        try:
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-            self.map = mmap.mmap(handle.fileno(), self.size(header_bytes, self.numbers), access=access)
+            self.map = mmap.mmap(fd, self.size(header_bytes, self.numbers), access=access)
+        finally:
+            os.close(fd)
 
     @staticmethod
     def size(header_bytes: int, numbers: int) -> int:
@@ -71,21 +121,27 @@ class VaultFile:
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> VaultFile:
-        """A new file whose slots are empty. ``header`` has ``numbers``.
+        """A new file whose slots are empty. ``header`` has ``numbers``; the run is that of the folder.
 
-        Raises UserError if the memory file system has no room (found now: a later write would kill the process)."""
+        Raises UserError if the memory file system has no room (found now: a later write would kill the process), or
+        another user made the folder; ValueError for a header of another run."""
+        run = _run_of(path)
+        if header.setdefault("run", run) != run:
+            raise ValueError(f"a copy of the run {header['run']} is not kept in {path}")
         data = json.dumps(header, separators=(",", ":")).encode()
         header_bytes = _aligned(HEAD.size + len(data))
         size = cls.size(header_bytes, header["numbers"])
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        root, names = path.parents[3], path.parts[-4:-1]
+        temporary = f".{path.name}.{os.getpid()}.tmp"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with temporary.open("w+b") as handle:
-                os.posix_fallocate(handle.fileno(), 0, size)
-                handle.write(HEAD.pack(MAGIC, len(data)) + data)
-            temporary.replace(path)
+            with private_folder(root, *names, make=True) as folder:
+                try:
+                    _write_new(folder, temporary, HEAD.pack(MAGIC, len(data)) + data, size)
+                    os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(temporary, dir_fd=folder)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(
                 f"elastic.replica_dir: {path.parent} has no room for {size / 2**20:.0f} MiB of in-memory replica"
                 f" ({error.strerror}); name a larger memory file system or a local disk, or set"
@@ -96,11 +152,14 @@ class VaultFile:
     @classmethod
     def open(cls, path: Path) -> VaultFile:
         """An existing file, to read. Raises OSError or ValueError if it is none."""
-        with path.open("rb") as handle:
-            magic, length = HEAD.unpack(handle.read(HEAD.size))
+        with os.fdopen(open_own_file(path, os.O_RDONLY), "rb") as handle:
+            head = handle.read(HEAD.size)
+            magic, length = HEAD.unpack(head) if len(head) == HEAD.size else (b"", 0)
             if magic != MAGIC:
                 raise ValueError(f"{path} is no replica")
             header = json.loads(handle.read(length))
+        if header.get("run") != _run_of(path):
+            raise ValueError(f"{path} is a copy of another run, {header.get('run')}")
         return cls(path, header, _aligned(HEAD.size + length), writable=False)
 
     def state_offset(self, slot: int) -> int:
@@ -148,16 +207,29 @@ def _aligned(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
+def _run_of(path: Path) -> str:
+    """Name of the run's folder, of a path RUN/NODE/own/FILE: what the header's ``run`` has to be."""
+    return path.parents[2].name
+
+
+def _write_new(folder: int, name: str, head: bytes, size: int) -> None:
+    """A new file of ``size`` bytes in ``folder``, where nothing of that name may be."""
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    with os.fdopen(fd, "w+b") as handle:
+        os.posix_fallocate(fd, 0, size)
+        handle.write(head)
+
+
 def inventory(folder: Path) -> list[dict[str, Any]]:
     """What a node's folder holds: ``[{"kind": "own"|"kept", "generation", "rank", "steps": [...]}]``."""
     found = []
     for kind in ("own", "kept"):
-        for path in sorted((folder / kind).glob("g*_r*")):
-            parsed = parse_vault_name(path.name)
+        for name in _names_in(folder / kind):
+            parsed = parse_vault_name(name)
             if parsed is None:
                 continue
             try:
-                steps = sorted(VaultFile.open(path).steps())
+                steps = sorted(VaultFile.open(folder / kind / name).steps())
             except (OSError, ValueError):
                 continue
             if steps:
@@ -165,31 +237,61 @@ def inventory(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _names_in(folder: Path) -> list[str]:
+    """What a private folder holds, in order; nothing if there is none, or it is not private."""
+    with contextlib.suppress(OSError, UserError), _opened(folder) as fd:
+        return sorted(names_in(fd))
+    return []
+
+
 def forget_all_but(folder: Path, kept: Collection[int]) -> None:
     """Removes the copies of other generations."""
-    for path in folder.glob("*/g*_r*"):
-        parsed = parse_vault_name(path.name)
-        if parsed is not None and parsed[0] not in kept:
-            path.unlink(missing_ok=True)
+    for kind in ("own", "kept"):
+        with contextlib.suppress(OSError, UserError), _opened(folder / kind) as fd:
+            for name in names_in(fd):
+                parsed = parse_vault_name(name)
+                if parsed is not None and parsed[0] not in kept:
+                    remove_below(fd, name)
+
+
+def _opened(folder: Path) -> contextlib.AbstractContextManager[int]:
+    """Descriptor of a private folder RUN/NODE or RUN/NODE/kind of a root."""
+    depth = 3 if folder.name in ("own", "kept") else 2
+    return private_folder(folder.parents[depth - 1], *folder.parts[-depth:], make=False)
 
 
 def keep_alive(folder: Path) -> None:
-    """Says that the agent of this node's ``folder`` lives; more often than every ``STALE_S``."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.utime(folder)
+    """Says that the agent of this node's ``folder`` lives; more often than every ``STALE_S``. Raises UserError if
+    another user made the folder."""
+    with private_folder(folder.parents[1], *folder.parts[-2:], make=True) as fd:
+        os.utime(fd)
 
 
 def forget_stale(folder: Path) -> None:
     """Removes what other runs of this user left beside the run of ``folder``: those that were killed and never came
-    back would hold the node's memory for ever."""
-    for other in folder.parent.parent.glob("*/*"):
-        with contextlib.suppress(OSError):
-            if other.parent != folder.parent and time.time() - other.stat().st_mtime > STALE_S:
-                forget(other)
+    back would hold the node's memory for ever. What is not certainly this user's own is left alone."""
+    root = folder.parents[1]
+    try:
+        runs = [folder.name for folder in root.iterdir() if folder.name.startswith(_prefix())]
+    except OSError:
+        return
+    for run in runs:
+        with contextlib.suppress(OSError, UserError), private_folder(root, run, make=False) as fd:
+            for node in names_in(fd):
+                age_s = time.time() - os.stat(node, dir_fd=fd, follow_symlinks=False).st_mtime
+                if run != folder.parent.name and age_s > STALE_S:
+                    remove_below(fd, node)
+        _remove_if_empty(root, run)
 
 
 def forget(folder: Path) -> None:
     """Removes a node's folder, and its run's when that is the last one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()
+    root, run, node = folder.parents[1], *folder.parts[-2:]
+    with contextlib.suppress(OSError, UserError), private_folder(root, run, make=False) as fd:
+        remove_below(fd, node)
+    _remove_if_empty(root, run)
+
+
+def _remove_if_empty(root: Path, run: str) -> None:
+    with contextlib.suppress(OSError), private_folder(root, make=False) as parent:
+        os.rmdir(run, dir_fd=parent)

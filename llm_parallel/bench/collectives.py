@@ -17,6 +17,7 @@ from llm_launch.worker import WorkerEnv
 from llm_parallel.bench.rank import run_plan
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.parallel.scatter import reduce_scatter
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv")
 ELEMENT_BYTES = 4  # float32
@@ -82,7 +83,7 @@ class Call:
         return torch.arange(1.0, self.ranks + 1).repeat_interleave(self.sent.numel())
 
     def _reduce_scatter(self) -> None:
-        dist.reduce_scatter_tensor(self.got, self.sent)
+        reduce_scatter(self.got, self.sent)  # as the trainer does it
 
     def _expected_reduce_scatter(self) -> torch.Tensor:
         return self._expected_all_reduce()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,18 @@ DAMAGE = (
 )
 
 
-def load_checkpoint(path: str | Path, engine: Engine, config: RunConfig, *, load_optimizer: bool = True) -> TrainState:
+def load_checkpoint(
+    path: str | Path,
+    engine: Engine,
+    config: RunConfig,
+    *,
+    load_optimizer: bool = True,
+    changed: Callable[[list[str]], None] = lambda _: None,
+) -> TrainState:
     """Loads weights, and optimizer state and counters unless told not to, whatever layout saved them.
 
-    path: a run's folder, its ``checkpoints`` folder (the latest is taken) or one ``iter_…`` folder. Every process of
+    path: a run's folder, its ``checkpoints`` folder (the latest is taken) or one ``iter_…`` folder; changed: is told
+    which of the optimizer's settings, as ``field old → new``, are no longer those of the checkpoint. Every process of
     the job calls this. Raises UserError if there is no checkpoint, it is of another model, or it is damaged.
     """
     folder = find_checkpoint(path)
@@ -59,7 +67,7 @@ def load_checkpoint(path: str | Path, engine: Engine, config: RunConfig, *, load
     allocate_moments(engine)
     loaded = _load(folder, training_state(engine, loading=True))
     load_models(engine.models, loaded)
-    load_optimizer_state(engine, loaded["optimizer"])
+    changed(load_optimizer_state(engine, loaded["optimizer"]))
     return TrainState.read(folder)
 
 

@@ -20,7 +20,12 @@ import torch
 
 from llm_launch.replicas import RemoteReplica, ReplicaSender
 from llm_launch.vault import PLANES, VaultFile, vault_name
-from llm_parallel.checkpoint.optimizer import allocate_moments
+from llm_parallel.checkpoint.optimizer import (
+    allocate_moments,
+    apply_configured_settings,
+    settings_changed,
+    settings_in_use,
+)
 from llm_parallel.checkpoint.pieces import (
     Piece,
     held_pieces,
@@ -73,7 +78,11 @@ class MemoryCheckpoint:
     def start(self, state: TrainState) -> None:
         """Begins the copy of the state after ``state.step``, which must not change before ``finish``."""
         self.finish()
-        record = {"train": asdict(state), "optimizer_steps": optimizer_steps(self._engine)}
+        record = {
+            "train": asdict(state),
+            "optimizer_steps": optimizer_steps(self._engine),
+            "settings": settings_in_use(self._engine),
+        }
         self._step = state.step
         device_done = None
         if self._engine.groups.platform.is_cuda:
@@ -266,9 +275,12 @@ def _range_of(parts: list[tuple[Source, Piece]], start: int, stop: int) -> np.nd
 
 
 @torch.no_grad()
-def restore(engine: Engine, openers: Sequence[Callable[[], Source]]) -> TrainState:
+def restore(
+    engine: Engine, openers: Sequence[Callable[[], Source]], changed: Callable[[list[str]], None] = lambda _: None
+) -> TrainState:
     """Puts the state that sources hold together into a freshly built engine, whatever layout saved it. They are opened
-    in order, as far as they are needed, and closed.
+    in order, as far as they are needed, and closed. The configured settings of the optimizer apply; ``changed`` is told
+    which of them, as ``field old → new``, are not those of the copies.
 
     Every process of the job calls this. Raises ReplicaLost if something is missing.
     """
@@ -284,4 +296,6 @@ def restore(engine: Engine, openers: Sequence[Callable[[], Source]]) -> TrainSta
         for source in assembler.opened:
             source.close()
     set_optimizer_steps(engine, record["optimizer_steps"])
+    apply_configured_settings(engine)
+    changed(settings_changed(record.get("settings", {}), settings_in_use(engine)))
     return TrainState(**record["train"])

@@ -6,7 +6,7 @@ each fault without its remedy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,8 +78,38 @@ def _with_padding(buffer: Any, stripped: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def load_optimizer_state(engine: Engine, state: dict[str, Any]) -> None:
-    """Loads what ``optimizer.sharded_state_dict`` described, every parameter with a ``step`` of its own.
+def settings_in_use(engine: Engine) -> dict[str, float]:
+    """What the optimizer's parameter groups say, by the name of the configuration's field; the weight decay of those
+    groups that have one."""
+    found: dict[str, float] = {}
+    for part in engine.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            found["optim.beta1"], found["optim.beta2"] = (float(beta) for beta in group["betas"])
+            found["optim.epsilon"] = float(group["eps"])
+            multiplier = group.get("wd_mult", 1.0)
+            if multiplier:
+                found["optim.weight_decay"] = float(group["weight_decay"]) / multiplier
+    return found
+
+
+def apply_configured_settings(engine: Engine) -> None:
+    """Gives every parameter group the settings that its optimizer was built with, which are the configuration's, where
+    loading has put those that were saved. The learning rate is set before every step anyway."""
+    for part in engine.optimizer.chained_optimizers:
+        configured = {name: value for name, value in part.optimizer.defaults.items() if name != "lr"}
+        for group in part.optimizer.param_groups:
+            group.update(configured)
+            group["weight_decay"] = configured["weight_decay"] * group.get("wd_mult", 1.0)
+
+
+def settings_changed(before: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
+    """``field old → new`` of each setting whose saved value is known and is not the configured one."""
+    return [f"{name} {before[name]:g} → {value:g}" for name, value in now.items() if before.get(name, value) != value]
+
+
+def load_optimizer_state(engine: Engine, state: dict[str, Any]) -> list[str]:
+    """Loads what ``optimizer.sharded_state_dict`` described, every parameter with a ``step`` of its own, and returns
+    which settings differ from those that the state was made with (the configured ones apply).
 
     megatron-core hands one ``step`` tensor to all parameters; AdamW adds 1 to it once per parameter, so training would
     go on with wrong bias corrections and no error. It also looks for ``step`` among the tensors to restore and fails.
@@ -98,3 +128,6 @@ def load_optimizer_state(engine: Engine, state: dict[str, Any]) -> None:
                 getattr(part, f"load_parameter_state_from_{kind}")(tensors)
         for parameter, step in steps.items():
             inner.state[parameter]["step"] = step
+    saved = settings_in_use(engine)
+    apply_configured_settings(engine)
+    return settings_changed(saved, settings_in_use(engine))

@@ -39,7 +39,8 @@ def prepare_command(
         assert train_vocab is not None
         print(f"training a tokenizer of {train_vocab} words", flush=True)
         with file_errors_explained(Path(out)):
-            tokenizer = str(vocabulary_from_files(find_files(inputs), train_vocab, Path(out).parent, key))
+            files, target = find_files(inputs), Path(out)
+            tokenizer = str(vocabulary_from_files(files, train_vocab, target.parent, key, prefixes=[target.name]))
     config = PrepareConfig(
         tuple(inputs),
         out,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llm_parallel.config.tree import DataConfig, Source
 from llm_parallel.data.indexed import REPORT_ENDING, TokenFile
 from llm_parallel.data.order import MixtureOrder
 from llm_parallel.data.stream import Selection, Stream, derive_key
+from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 
+REPORTED = {"vocab_size": int, "tokens": int, "tokenizer": str, "tokenizer_fingerprint": str}
+"""What a report is asked for."""
 HOLD_OUT, ORDER = 1, 2
 """What a derived key is for."""
 
@@ -38,6 +45,15 @@ class Mixture:
         ]
         self.order = MixtureOrder([source.weight for source in self.sources])
 
+    def read(self, number: int, vocab_size: int | None) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Sample ``number`` as ``Stream.read`` has it. Raises UserError if it has ids from ``vocab_size`` on."""
+        source, place = self.order.locate(number)
+        window, boundaries = self.streams[source].read(place)
+        # As unsigned numbers negative ids are large too: one pass finds both.
+        if vocab_size is not None and int(window.view(np.uint64).max()) >= vocab_size:
+            _refuse_ids(self.sources[source].path, window, vocab_size)
+        return window, boundaries
+
 
 @dataclass(frozen=True)
 class MixtureRow:
@@ -62,20 +78,76 @@ def mixture_table(data: DataConfig, seed: int, total_samples: int) -> list[Mixtu
     return rows
 
 
-def check_token_files(data: DataConfig, vocab_size: int) -> None:
-    """Raises UserError if a source was prepared with more tokens than the model has. Only ``prepare``'s own files say;
-    others are taken as they are."""
-    for source in (*data.train, *data.eval):
-        try:
-            report = json.loads(Path(source.path + REPORT_ENDING).read_text(encoding="utf-8"))
-            prepared, tokenizer = int(report["vocab_size"]), report["tokenizer"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if prepared > vocab_size:
-            raise UserError(
-                f"{source.path} was prepared with {tokenizer} of {prepared} tokens, more than model.vocab_size="
-                f"{vocab_size}; prepare it with the model's tokenizer or set model.vocab_size to {prepared} or more"
+def check_token_files(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> list[str]:
+    """Compares what the reports of all sources, for training and held out, say of their tokenizers: with ``tokenizer``,
+    and with each other where none is given. Returns notices about files that came without a report.
+
+    Raises UserError if the words of two of them, or of a source and the tokenizer, are not the same, or a source has
+    more of them than the model."""
+    reported: dict[str, dict[str, Any]] = {}
+    notices = []
+    for path in dict.fromkeys(source.path for source in (*data.train, *data.eval)):
+        report = _report_of(path)
+        if report is None:
+            notices.append(
+                f"{path} came without a report of `prepare`: whether it was made with the run's tokenizer is not known"
             )
+            _refuse_ids(path, next(iter(TokenFile(path).token_chunks())), vocab_size)
+            continue
+        reported[path] = report
+        if report["vocab_size"] > vocab_size:
+            raise UserError(
+                f"{path} was prepared with {report['tokenizer']} of {report['vocab_size']} tokens, more than "
+                f"model.vocab_size={vocab_size}; prepare it with the model's tokenizer or set model.vocab_size to "
+                f"{report['vocab_size']} or more"
+            )
+    _refuse_mixed_tokenizers(reported, tokenizer)
+    return notices
+
+
+def _refuse_mixed_tokenizers(reported: Mapping[str, Mapping[str, Any]], tokenizer: Tokenizer | None) -> None:
+    """Raises UserError if a source's tokenizer is not ``tokenizer``, or where none is given not the first source's."""
+    if not reported:
+        return
+    first, of_first = next(iter(reported.items()))
+    name = f"data.tokenizer={tokenizer.name}" if tokenizer else f"{of_first['tokenizer']}, which {first} was made with,"
+    wanted = tokenizer.fingerprint if tokenizer else of_first["tokenizer_fingerprint"]
+    for path, report in reported.items():
+        if report["tokenizer_fingerprint"] != wanted:
+            raise UserError(
+                f"{path} was prepared with another tokenizer ({report['tokenizer']}, fingerprint "
+                f"{report['tokenizer_fingerprint']}) than {name} (fingerprint {wanted}), so its numbers mean other "
+                "words; name the tokenizer that it was prepared with, or prepare it again"
+            )
+
+
+def _report_of(path: str) -> dict[str, Any] | None:
+    """What `prepare` said of a pair of token files; None for files from elsewhere. Raises UserError if the report is
+    there and is not of these files."""
+    try:
+        report = json.loads(Path(path + REPORT_ENDING).read_text(encoding="utf-8"))
+        found = {name: kind(report[name]) for name, kind in REPORTED.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}{REPORT_ENDING} is damaged ({error}); prepare {path} again, or remove it") from None
+    held = TokenFile(path).num_tokens
+    if held != found["tokens"]:
+        raise UserError(
+            f"{path}{REPORT_ENDING} is of other files: it says {found['tokens']} tokens, and {path}.bin holds {held}; "
+            "prepare them again, or remove the report"
+        )
+    return found
+
+
+def _refuse_ids(path: str, ids: NDArray[Any], vocab_size: int) -> None:
+    """Raises UserError if some of ``ids`` are no rows of the model's embedding."""
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= vocab_size:
+        raise UserError(
+            f"{path} holds the token id {least if least < 0 else most}, and model.vocab_size={vocab_size} has the ids "
+            f"0 to {vocab_size - 1}; name the tokenizer that it was made with, or set model.vocab_size"
+        )
 
 
 def _divided(data: DataConfig, seed: int, split: Literal["train", "eval"]) -> tuple[tuple[Source, ...], Selection]:

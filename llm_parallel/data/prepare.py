@@ -8,7 +8,6 @@ shards into PREFIX.bin and PREFIX.idx, the latter renamed into place last, so a 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +28,7 @@ from llm_parallel.data.inputs import Piece, find_files, plan_shards
 from llm_parallel.data.shards import ShardRecord, ShardWriter, start_worker, work
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, fsync_dir
+from llm_parallel.files import atomic_write, fsync_dir, locked, refuse_strangers
 
 FORMAT = 1
 """Raised when the same inputs would give other files than before."""
@@ -238,17 +237,12 @@ def _fingerprint(config: PrepareConfig, files: list[Path], shards: list[list[Pie
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-@contextmanager
-def _alone(parts: Path) -> Iterator[None]:
+def _alone(parts: Path) -> AbstractContextManager[None]:
     """Keeps a second ``prepare`` of the same files out while the body runs."""
-    path = parts.with_name(f".{parts.name}.lock")
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is preparing {parts.with_suffix('')}; wait for it or end it") from None
-        # The file stays: deleting it would let a process that has it open and one that makes it anew both in.
-        yield
+    return locked(
+        parts.with_name(f".{parts.name}.lock"),
+        f"another process is preparing {parts.with_suffix('')}; wait for it or end it",
+    )
 
 
 def _finished(prefix: Path, fingerprint: str) -> PrepareReport | None:
@@ -263,6 +257,10 @@ def _finished(prefix: Path, fingerprint: str) -> PrepareReport | None:
 
 def _keep_only(parts: Path, fingerprint: str) -> None:
     """Readies the folder of shards, throwing away what other inputs or options left there."""
+    if parts.is_symlink():
+        raise UserError(f"{parts} is a symbolic link where a folder of ours belongs; remove it")
+    if parts.exists():
+        refuse_strangers(parts, parts.stat())  # whose shards would be taken for ours
     mark = parts / "fingerprint"
     if not mark.is_file() or mark.read_text() != fingerprint:
         shutil.rmtree(parts, ignore_errors=True)

@@ -28,10 +28,14 @@ class SampleSource:
 
     Held-out samples come from ``data.eval`` if that is given, else from ``data.eval_fraction`` of the documents of each
     training source, which training never sees; they come in file order, starting over when all have been seen.
-    Raises UserError on missing or damaged files and on sources with too little text for one sample.
+    Raises UserError on missing or damaged files and on sources with too little text for one sample, and later for a
+    sample with ids that a model with ``vocab_size`` rows does not have.
     """
 
-    def __init__(self, data: DataConfig, seed: int, split: Literal["train", "eval"]) -> None:
+    def __init__(
+        self, data: DataConfig, seed: int, split: Literal["train", "eval"], vocab_size: int | None = None
+    ) -> None:
+        self._vocab_size = vocab_size
         self.seq_length = data.seq_length_tokens
         self.isolate = data.packing == "isolate"
         self._mixture: Mixture | None = Mixture(data, seed, split)
@@ -39,8 +43,7 @@ class SampleSource:
     def sample(self, number: int) -> Sample:
         """Sample ``number``, from 0."""
         assert self._mixture is not None, "closed"
-        source, place = self._mixture.order.locate(number)
-        window, boundaries = self._mixture.streams[source].read(place)
+        window, boundaries = self._mixture.read(number, self._vocab_size)
         mask = np.ones(self.seq_length, np.bool_)
         starts = np.zeros(1, np.int32)
         if self.isolate:

@@ -55,7 +55,7 @@ class SentencePieceTokenizer:
             self._model = SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError, TypeError):
             raise UserError(f"tokenizer {path} is not a SentencePiece model") from None
-        self.name, self.fingerprint = str(path), _fingerprint(content)
+        self.name, self.fingerprint = str(path), fingerprint_of(content)
         self.vocab_size: int = self._model.vocab_size()
         self.eod: int = self._model.eos_id()
         bos = self._model.bos_id()
@@ -94,7 +94,7 @@ class HuggingFaceTokenizer:
             raise UserError(f"tokenizer {path} is not a Hugging Face tokenizer.json") from None
         self._model.no_truncation()
         self._model.no_padding()
-        self.name, self.fingerprint = str(path), _fingerprint(path.read_bytes())
+        self.name, self.fingerprint = str(path), fingerprint_of(path.read_bytes())
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         declared = _declared_tokens(path.parent)
         self.bos = self._id_of([declared["bos_token"]])
@@ -154,10 +154,18 @@ def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, out_dir: str | Path, max_bytes: int = TRAIN_BYTES, threads: int = 2
 ) -> Path:
     """Trains a tokenizer as Llama's (BPE, byte fallback, single digits, text left as it is) on the first ``max_bytes``
-    of ``texts`` and returns the path of ``out_dir``/tokenizer.model. Ids: 0 unknown, 1 begin, 2 end.
+    of ``texts`` and returns the path of ``out_dir``/tokenizer.model, which it replaces. Ids: 0 unknown, 1 begin, 2 end.
 
     Raises UserError if the text is too little for such a vocabulary.
     """
+    path = Path(out_dir) / MODEL_NAME
+    with atomic_write(path, "wb") as handle:
+        handle.write(sentencepiece_model(texts, vocab_size, max_bytes, threads))
+    return path
+
+
+def sentencepiece_model(texts: Iterable[str], vocab_size: int, max_bytes: int = TRAIN_BYTES, threads: int = 2) -> bytes:
+    """Content of the file that ``train_sentencepiece`` writes. Raises UserError as that does."""
     from sentencepiece import SentencePieceTrainer
 
     lines = list(_lines(texts, max_bytes))
@@ -188,10 +196,7 @@ def train_sentencepiece(
         # "INTERNAL: file(line) [condition] What is wrong. What to do or what other option to set."
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2].partition(" or decrease")[0].rstrip(". ")
         raise UserError(f"a vocabulary of {vocab_size} does not fit {len(lines)} lines of text: {reason}") from None
-    path = Path(out_dir) / MODEL_NAME
-    with atomic_write(path, "wb") as handle:
-        handle.write(model.getvalue())
-    return path
+    return model.getvalue()
 
 
 def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
@@ -206,7 +211,8 @@ def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
             return
 
 
-def _fingerprint(content: bytes) -> str:
+def fingerprint_of(content: bytes) -> str:
+    """What tells one tokenizer file from another."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 

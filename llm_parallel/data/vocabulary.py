@@ -8,10 +8,13 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from llm_parallel.data.indexed import REPORT_ENDING
 from llm_parallel.data.inputs import Piece, Skipped, documents, plan_shards
-from llm_parallel.data.tokenizer import MODEL_NAME, TRAIN_BYTES, train_sentencepiece
-from llm_parallel.files import atomic_write
+from llm_parallel.data.tokenizer import MODEL_NAME, TRAIN_BYTES, fingerprint_of, sentencepiece_model
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write, locked
 
 SOURCE_NAME = "tokenizer.source.json"
 STRETCH_BYTES = 1 << 20
@@ -19,27 +22,63 @@ MAX_STRETCHES = 4096
 """Terabytes are divided into no more than this."""
 
 
-def vocabulary_from_files(files: Sequence[Path], vocab_size: int, out_dir: str | Path, key: str = "text") -> Path:
-    """``out_dir``/tokenizer.model, trained on a sample from all over ``files``; the one that is there already if it
-    came from the same files. Raises UserError as ``train_sentencepiece`` and ``inputs.documents`` do."""
+def vocabulary_from_files(
+    files: Sequence[Path], vocab_size: int, out_dir: str | Path, key: str = "text", *, prefixes: Sequence[str]
+) -> Path:
+    """``out_dir``/tokenizer.model, trained on a sample from all over ``files``, for the token files ``prefixes`` (names
+    in that folder); the one that is there already if it came from the same files or is the same.
+
+    Raises UserError as ``sentencepiece_model`` and ``inputs.documents`` do, and instead of replacing a tokenizer that
+    other token files were, or are being, made with, or that came from elsewhere."""
     out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     source = {
         "vocab_size": vocab_size,
         "inputs": hashlib.sha256(json.dumps([stats, key, TRAIN_BYTES]).encode()).hexdigest()[:32],
     }
     model, mark = out_dir / MODEL_NAME, out_dir / SOURCE_NAME
-    try:
-        if model.is_file() and json.loads(mark.read_text(encoding="utf-8")) == source:
-            return model
-    except (OSError, ValueError):
-        pass
-    # Before the model is overwritten, so that no mark is ever beside a model that it does not describe.
-    mark.unlink(missing_ok=True)
-    train_sentencepiece(_sample(files, key), vocab_size, out_dir, threads=len(os.sched_getaffinity(0)))
-    with atomic_write(mark) as handle:
-        json.dump(source, handle)
+    held = f"another process is training {model}; wait for it or end it, or give --out another folder"
+    with locked(out_dir / f".{MODEL_NAME}.lock", held):
+        known = _read(mark)
+        users = {*known.pop("prefixes", ()), *prefixes}
+        if not (model.is_file() and known == source):
+            content = sentencepiece_model(_sample(files, key), vocab_size, threads=len(os.sched_getaffinity(0)))
+            if model.exists() and fingerprint_of(model.read_bytes()) != fingerprint_of(content):
+                _refuse_to_replace(model, users - set(prefixes), prefixes, ours=bool(known))
+                users = set(prefixes)
+            # Before the model is overwritten, so that no mark is ever beside a model that it does not describe.
+            mark.unlink(missing_ok=True)
+            with atomic_write(model, "wb") as handle:
+                handle.write(content)
+        with atomic_write(mark) as handle:
+            json.dump({**source, "prefixes": sorted(users)}, handle)
     return model
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_to_replace(model: Path, others: set[str], prefixes: Sequence[str], ours: bool) -> None:
+    """Raises UserError if token files that are not made anew now have the words of ``model``. others: names of those
+    that it was trained for; ours: whether ``prepare`` trained it."""
+    fingerprint = fingerprint_of(model.read_bytes())
+    for report in sorted(model.parent.glob(f"*{REPORT_ENDING}")):
+        name = report.name.removesuffix(REPORT_ENDING)
+        if name not in prefixes and _read(report).get("tokenizer_fingerprint") == fingerprint:
+            others.add(name)
+    if ours and not others:
+        return
+    whose = f"the tokenizer of {model.parent / min(others)}" if others else "a tokenizer from elsewhere"
+    raise UserError(
+        f"{model} is {whose}, and --train-vocab would replace it by another; give --out another folder, or"
+        f" --tokenizer {model} to use this one, or remove it if nothing needs it"
+    )
 
 
 def _sample(files: Sequence[Path], key: str) -> Iterator[str]:

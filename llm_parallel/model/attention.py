@@ -21,6 +21,7 @@ from llm_kernels.rope.op import rope, rope_qkv_
 from llm_parallel.errors import UserError
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
 from llm_parallel.model.sequence import SequenceInfo
+from llm_parallel.parallel.scatter import reduce_scatter
 
 
 class LlamaAttention(SelfAttention):
@@ -124,7 +125,7 @@ class _GatherZigzag(torch.autograd.Function):
         chunks = grad.view(2, cp, -1, *grad.shape[1:])
         by_rank = torch.stack((chunks[0], chunks[1].flip(0)), dim=1).flatten(1, 2).contiguous()
         out = torch.empty_like(by_rank[0])
-        dist.reduce_scatter_tensor(out, by_rank.flatten(0, 1), group=ctx.group)
+        reduce_scatter(out, by_rank.flatten(0, 1), group=ctx.group)
         return out, None
 
 

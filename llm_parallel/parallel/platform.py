@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.gloo_device import share_gloo_device
+from llm_parallel.parallel.scatter import reduce_scatter
 
 CPU = torch.device("cpu")
 
@@ -161,6 +162,14 @@ def _keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
+def _reduce_scatter_users() -> list[Any]:
+    """Modules of megatron-core that reduce and scatter: gradients of replicas, and of sequence-parallel layers."""
+    from megatron.core.distributed import param_and_grad_buffer
+    from megatron.core.tensor_parallel import layers, mappings
+
+    return [param_and_grad_buffer, layers, mappings]
+
+
 _installed: list[_CudaLiteralsOnCpu] = []
 
 
@@ -181,6 +190,8 @@ def _install_on_cpu() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     megatron_random._CUDA_RNG_STATE_TRACKER = _cpu_rng_tracker(megatron_random)
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    for user in _reduce_scatter_users():
+        user.dist_reduce_scatter_func = reduce_scatter
     mode = _CudaLiteralsOnCpu()
     mode.__enter__()
     _installed.append(mode)

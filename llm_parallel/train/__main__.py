@@ -1,6 +1,7 @@
 """One process of a run: ``python -m llm_parallel.train CONFIG.yaml [section.field=value …]``.
 
-Started by ``llm-parallel pretrain``, torchrun or srun. SIGTERM asks the run to save and end after the current step.
+Started by ``llm-parallel pretrain``, torchrun or srun. SIGTERM asks the run to save and end after the current step. The
+exit status is 0 when all steps are done, and 3 when the run was stopped before (``EXIT_STOPPED``).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from llm_launch.worker import WorkerEnv, report_error, worker_environment
 from llm_parallel.config.load import load_config
-from llm_parallel.errors import UserError
+from llm_parallel.errors import EXIT_STOPPED, UserError
 from llm_parallel.quiet import quiet_libraries
+from llm_parallel.versions import refuse_unsupported
 
 SINGLE = WorkerEnv(rank=0, local_rank=0, world_size=1, local_world_size=1, master_addr="127.0.0.1", master_port=0)
 
@@ -29,6 +31,7 @@ def run_worker(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
     log_dir = Path("logs")
     try:
+        refuse_unsupported()
         config = load_config(arguments[0], arguments[1:], notice=lambda _: None)
         log_dir = Path(config.run_dir) / "logs"
         if environment is not SINGLE:
@@ -38,10 +41,10 @@ def run_worker(arguments: Sequence[str]) -> int:
         from llm_parallel.train.loop import Place, pretrain
 
         place = Place(environment.rank, environment.world_size, environment.local_rank)
-        pretrain(config, place, asked_to_stop=lambda: bool(requests))
+        state = pretrain(config, place, asked_to_stop=lambda: bool(requests))
     except Exception as error:
         return report_error(log_dir, environment.rank, explained(error, environment))
-    return 0
+    return 0 if state.step >= config.train.steps else EXIT_STOPPED
 
 
 def explained(error: Exception, environment: WorkerEnv) -> Exception:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from llm_launch.lease import Lease
 from llm_launch.local import launch_local
-from llm_launch.worker import worker_environment
+from llm_launch.worker import WorkerEnv, worker_environment
 from llm_parallel.config.load import dump_config, load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.errors import UserError
+from llm_parallel.errors import EXIT_STOPPED, UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.parallel.layout import Layout
@@ -31,10 +33,16 @@ def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = Fa
     world_size = environment.world_size if environment else None
     first = environment is None or environment.rank == 0
     config = load_config(run_file, overrides, notice=_notice if first else _silent)
-    config = preflight(config, world_size)
+    config = preflight(config, world_size, _notice if first else _silent)
     if dry_run:
         show_plan(config, world_size)
         return 0
+    with Lease(Path(config.run_dir)) if first else nullcontext():
+        return _pretrain(config, run_file, overrides, environment)
+
+
+def _pretrain(config: RunConfig, run_file: str, overrides: Sequence[str], environment: WorkerEnv | None) -> int:
+    first = environment is None or environment.rank == 0
     saved = Path(config.run_dir) / CONFIG_NAME
     if first:
         save_config(config, saved)
@@ -46,7 +54,7 @@ def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = Fa
     else:
         arguments = ["-m", "llm_parallel.train", str(saved)]
         status = launch_local(num_processes(config), arguments, Path(config.run_dir) / "logs")
-    if first and status == 0 and config.log.plots:
+    if first and status in (0, EXIT_STOPPED) and config.log.plots:
         for picture in plot_run(Path(config.run_dir)):
             print(f"plot: {picture}")
     return status

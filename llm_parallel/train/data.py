@@ -25,7 +25,7 @@ def training_samples(config: RunConfig, groups: Groups, consumed: int) -> Iterat
 
 def open_training_data(config: RunConfig, groups: Groups, consumed: int) -> MicroBatchLoader:
     """Loader of this replica's micro batches, reading ahead in the background."""
-    source = SampleSource(config.data, config.seed, "train")
+    source = SampleSource(config.data, config.seed, "train", config.model.vocab_size)
     numbers = training_samples(config, groups, consumed)
     return MicroBatchLoader(source, numbers, groups.platform.device, config.data.prefetch_batches)
 
@@ -40,7 +40,7 @@ def evaluation_batches(config: RunConfig, groups: Groups) -> list[Batch]:
     unit = layout.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
     filled = -(-wanted // unit) * unit
     numbers = list(layout.micro_batches(0, filled, groups.at.dp))
-    source = SampleSource(data, config.seed, "eval")
+    source = SampleSource(data, config.seed, "eval", config.model.vocab_size)
     loader = MicroBatchLoader(source, iter(numbers), groups.platform.device, data.prefetch_batches)
     try:
         batches = list(islice(loader, len(numbers)))

@@ -38,7 +38,7 @@ from llm_parallel.train.loop import Place, Run, pretrain
 from llm_parallel.train.probe import DeviceProbe, Stopwatch, Suspect, odd_one_out, weights_checksum
 from llm_parallel.train.schedule import global_batch_size
 from llm_parallel.train.step import StepOutcome
-from llm_parallel.train.watch import Watch
+from llm_parallel.train.watch import Resumed, Watch
 
 STORE_TIMEOUT_S = 300.0
 
@@ -56,15 +56,17 @@ class ElasticWatch(Watch):
         self._own_loss = 0.0
         self._stopwatch: Any = None
 
-    def restore(self, engine: Engine) -> tuple[TrainState, str] | None:
+    def restore(self, engine: Engine) -> Resumed | None:
         """From the memory of the nodes that the assignment names."""
         wanted = self.assignment.restore
         if wanted is None:
             return None
         groups = engine.groups
         layout, at = groups.layout, groups.at
-        state = restore(engine, self._sources(wanted, (at.dp * layout.cp + at.cp + 0.5) / (layout.dp * layout.cp)))
-        return state, f"step {state.step} from memory"
+        sources = self._sources(wanted, (at.dp * layout.cp + at.cp + 0.5) / (layout.dp * layout.cp))
+        changed: list[str] = []
+        state = restore(engine, sources, changed.extend)
+        return Resumed(state, f"step {state.step} from memory", changed)
 
     def _sources(self, wanted: dict[str, Any], place: float) -> list[Callable[[], Source]]:
         """Shares of those that held the same part of the model, the likeliest first. ``place``: of this process among

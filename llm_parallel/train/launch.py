@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from llm_launch.launch import agents_here, agents_of_job, launch_elastic
+from llm_launch.launch import ASKED, StopRequests, agents_here, agents_of_job, launch_elastic
+from llm_launch.lease import Lease
 from llm_launch.slurm import SlurmJob
 from llm_launch.submit import SubmitRequest, batch_file, check_request, submit
 from llm_parallel.checkpoint.folders import latest_checkpoint, step_of
 from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.errors import EXIT_STOPPED
 from llm_parallel.parallel.platform import resolve_device
 from llm_parallel.train.command import CONFIG_NAME, save_config, show_mixture
 from llm_parallel.train.preflight import check_data, preflight
@@ -25,7 +29,20 @@ def launch_command(
     ``processes``: devices to use here, more than the layout needs are spares; ``nodes``: agents that share them. Either
     keeps the run on this machine, in a SLURM job too.
     """
-    config = preflight(load_config(run_file, overrides, notice=print), None)
+    requests = StopRequests(environment.get(ASKED))
+    requests.catch()
+    config = preflight(load_config(run_file, overrides, notice=print), None, print)
+    with Lease(Path(config.run_dir), environment):
+        return _launch(config, requests, processes, nodes, environment)
+
+
+def _launch(
+    config: RunConfig,
+    requests: StopRequests,
+    processes: int | None,
+    nodes: int | None,
+    environment: Mapping[str, str],
+) -> int:
     saved = (Path(config.run_dir) / CONFIG_NAME).resolve()
     save_config(config, saved)
     show_mixture(config)
@@ -35,15 +52,19 @@ def launch_command(
         agents = agents_of_job(config, saved, job, device, environment)
     else:
         agents = agents_here(config, saved, processes or num_processes(config), nodes or 1, environment)
-    newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
-    disk_step = (step_of(newest) or 0) if newest is not None else 0
-    status = launch_elastic(agents, device, disk_step, job)
-    if status == 0 and config.log.plots:
+    status = launch_elastic(agents, device, requests, partial(newest_step, config), job)
+    if status in (0, EXIT_STOPPED) and config.log.plots:
         from llm_parallel.metrics.plots import plot_run
 
         for picture in plot_run(Path(config.run_dir)):
             print(f"plot: {picture}")
     return status
+
+
+def newest_step(config: RunConfig) -> int:
+    """Step of the run's newest complete checkpoint, 0 if there is none."""
+    newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
+    return (step_of(newest) or 0) if newest is not None else 0
 
 
 def submit_command(run_file: str, overrides: Sequence[str], request: SubmitRequest, dry_run: bool) -> int:
@@ -54,7 +75,7 @@ def submit_command(run_file: str, overrides: Sequence[str], request: SubmitReque
         one = load_config(run_file, [*overrides, *differs])
         check_request(request, one)
         if not dry_run:
-            check_data(one)
+            check_data(one, print)
     text = batch_file(request, config, Path(run_file).resolve(), overrides)
     if dry_run:
         print(text, end="")

@@ -18,7 +18,7 @@ from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.rules import check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.loader import Batch, MicroBatchLoader
-from llm_parallel.errors import UserError
+from llm_parallel.errors import EXIT_STOPPED, UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis, EvalRecord, StepMeasurement, derive
 from llm_parallel.metrics.run import MetricsLike, World, open_metrics
@@ -35,7 +35,7 @@ from llm_parallel.train.data import evaluation_batches, open_training_data
 from llm_parallel.train.guard import Guard, TooManySkips
 from llm_parallel.train.schedule import global_batch_size, learning_rate
 from llm_parallel.train.step import StepOutcome, Wishes, apply_gradient, evaluate, forward_backward
-from llm_parallel.train.watch import Watch
+from llm_parallel.train.watch import Resumed, Watch
 
 
 @dataclass
@@ -104,7 +104,7 @@ def pretrain(
                 while run.state.step < config.train.steps:
                     outcome = train_step(run)
                     if outcome.stop:
-                        run.metrics.message(f"stopping after step {run.state.step}: asked to, or out of time; saving")
+                        run.metrics.message(stopping(run))
                         run.metrics.event("stop", step=run.state.step)
                         break
                     if outcome.pause:
@@ -122,6 +122,13 @@ def pretrain(
         close_groups()
 
 
+def stopping(run: Run) -> str:
+    """What the console says when the run ends before its last step."""
+    made, wanted = run.state.step, run.config.train.steps
+    goes_on = f"the same command goes on (exit status {EXIT_STOPPED})" if made < wanted else "all steps are done"
+    return f"stopping after step {made} of {wanted}: asked to, or out of time; saving; {goes_on}"
+
+
 def open_run(config: RunConfig, place: Place, asked_to_stop: Callable[[], bool], watch: Watch) -> Run:
     """Builds model, optimizer, data and metrics, and resumes from the newest checkpoint if there is one."""
     started_s = time.monotonic() - place.elapsed_s  # building and loading count towards the time limit
@@ -134,7 +141,8 @@ def open_run(config: RunConfig, place: Place, asked_to_stop: Callable[[], bool],
     engine = wrap(build_chunks(config, groups), config, groups, overlap_enabled(config, platform))
     run_dir = Path(config.run_dir)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
-    state, origin = watch.restore(engine) or resume(config, engine, store)
+    resumed = watch.restore(engine) or resume(config, engine, store)
+    state = resumed.state
     guard = Guard(config.train.guard)
     guard.restore(state.guard, state.consecutive_skips)
     peak = find_peak(platform.device_name, config.log.peak_tflops)
@@ -153,7 +161,9 @@ def open_run(config: RunConfig, place: Place, asked_to_stop: Callable[[], bool],
             place.rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
         )
         opened.callback(metrics.close)
-        metrics.start(describe(config, groups, origin, peak))
+        metrics.start(describe(config, groups, resumed, peak))
+        if resumed.changed:
+            metrics.event("settings_changed", step=state.step, changed=resumed.changed)
         comm = open_comm_time(config, groups) if config.log.comm_time else comm_time.Untimed()
         run = Run(
             config, engine, store, state, guard, loader, held_out, metrics, basis, asked_to_stop, started_s, watch, comm
@@ -170,35 +180,39 @@ def open_comm_time(config: RunConfig, groups: Groups) -> comm_time.CommTime:
     return comm_time.open_comm_time(groups, rows * config.model.hidden_size * compute_dtype(config).itemsize)
 
 
-def resume(config: RunConfig, engine: Engine, store: CheckpointStore) -> tuple[TrainState, str]:
-    """Loads the run's newest checkpoint, else ``checkpoint.load`` (ours or a Hugging Face folder), else nothing.
-
-    Returns the state to go on from, and in words where it came from."""
+def resume(config: RunConfig, engine: Engine, store: CheckpointStore) -> Resumed:
+    """Loads the run's newest checkpoint, else ``checkpoint.load`` (ours or a Hugging Face folder), else nothing."""
     latest, passed_over = store.latest()
+    changed: list[str] = []
     if latest is not None:
-        return load_checkpoint(latest, engine, config), "; ".join([f"resumed from {latest}", *passed_over])
+        state = load_checkpoint(latest, engine, config, changed=changed.extend)
+        return Resumed(state, "; ".join([f"resumed from {latest}", *passed_over]), changed)
     if config.checkpoint.load is None:
-        return TrainState(), "new run"
+        return Resumed(TrainState(), "new run")
     if is_hf_folder(config.checkpoint.load):
         load_hf_weights(config.checkpoint.load, engine.models)
         engine.optimizer.reload_model_params()
-        return TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}"
+        return Resumed(TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}")
     with_optimizer = config.checkpoint.load_optimizer
     if config.checkpoint.verify:
         refuse_damaged(config.checkpoint.load, engine.groups)
-    state = load_checkpoint(config.checkpoint.load, engine, config, load_optimizer=with_optimizer)
-    return state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}"
+    state = load_checkpoint(
+        config.checkpoint.load, engine, config, load_optimizer=with_optimizer, changed=changed.extend
+    )
+    return Resumed(state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}", changed)
 
 
-def describe(config: RunConfig, groups: Groups, origin: str, peak: Peak) -> list[str]:
+def describe(config: RunConfig, groups: Groups, resumed: Resumed, peak: Peak) -> list[str]:
     """What the console says before the first step."""
+    differs = [f"changed since the state was saved, as configured now: {', '.join(resumed.changed)}"]
     count = parameter_count(config.model)
     platform, train = groups.platform, config.train
     tokens = train.global_batch_size * config.data.seq_length_tokens
     return [
         f"{groups.layout.world_size} x {platform.device_name} ({platform.backend}), {groups.layout.describe()}",
         f"{count.total / 1e6:,.1f} M parameters, {train.precision}, vocabulary {config.model.vocab_size}",
-        f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {origin}",
+        f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {resumed.origin}",
+        *(differs if resumed.changed else []),
         f"run folder {config.run_dir}; MFU ({CONVENTIONS['model']}): {peak.describe()}",
     ]
 

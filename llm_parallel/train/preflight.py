@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from llm_parallel.config.rules import check_config, check_inputs, num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
 from llm_parallel.data.samples import SampleSource
-from llm_parallel.data.tokenizer import check_vocabulary, load_tokenizer
+from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.train.schedule import total_samples
@@ -29,24 +30,29 @@ def expected_device(config: RunConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def preflight(config: RunConfig, world_size: int | None = None) -> RunConfig:
+def preflight(
+    config: RunConfig, world_size: int | None = None, notice: Callable[[str], None] = lambda _: None
+) -> RunConfig:
     """The configuration with the vocabulary filled in from the tokenizer, after every check that needs no process.
 
-    ``world_size``: number of processes if they are already started. Raises UserError.
+    ``world_size``: number of processes if they are already started; ``notice`` is told what could not be checked.
+    Raises UserError.
     """
     processes = world_size or num_processes(config)
     device = expected_device(config)
     check_config(config, processes, device)  # type: ignore[arg-type]
     check_kernels(config, device)
-    return check_data(config)
+    return check_data(config, notice)
 
 
-def check_data(config: RunConfig) -> RunConfig:
+def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
     """The configuration with its vocabulary, after every check of tokenizer and token files. Raises UserError."""
     check_inputs(config)
-    config = with_vocabulary(config)
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
+    config = with_vocabulary(config, tokenizer)
     assert config.model.vocab_size is not None
-    check_token_files(config.data, config.model.vocab_size)
+    for text in check_token_files(config.data, config.model.vocab_size, tokenizer):
+        notice(text)
     SampleSource(config.data, config.seed, "train").close()
     if config.data.eval or config.data.eval_fraction:
         SampleSource(config.data, config.seed, "eval").close()
@@ -70,12 +76,13 @@ def check_kernels(config: RunConfig, device: str) -> None:
         )
 
 
-def with_vocabulary(config: RunConfig) -> RunConfig:
-    """Takes ``model.vocab_size`` from the tokenizer where it is not given; ``check_config`` demands one of them.
+def with_vocabulary(config: RunConfig, tokenizer: Tokenizer | None = None) -> RunConfig:
+    """Takes ``model.vocab_size`` from the tokenizer (``tokenizer`` if it is open already) where it is not given;
+    ``check_config`` demands one of them.
 
     Raises UserError if they do not fit."""
     if config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
         size = config.model.vocab_size or tokenizer.vocab_size
         check_vocabulary(tokenizer, size)
         return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})

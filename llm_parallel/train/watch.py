@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llm_parallel.checkpoint.state import TrainState
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
     from llm_parallel.train.step import StepOutcome
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """State to go on from, where it came from in words, and which of the optimizer's settings are no longer those that
+    it was made with, as ``field old → new``."""
+
+    state: TrainState
+    origin: str
+    changed: list[str] = field(default_factory=list)
+
+
 class Watch:
     """Does nothing. What differs in an elastic run overrides these."""
 
@@ -23,9 +34,8 @@ class Watch:
     uneven = False
     """Whether replicas may have different numbers of micro batches."""
 
-    def restore(self, engine: Engine) -> tuple[TrainState, str] | None:
-        """State to go on from that is nearer than the newest checkpoint, and where it came from; None if there is
-        none."""
+    def restore(self, engine: Engine) -> Resumed | None:
+        """State to go on from that is nearer than the newest checkpoint; None if there is none."""
         return None
 
     def opened(self, run: Run) -> None:

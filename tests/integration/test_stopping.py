@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_parallel.errors import EXIT_STOPPED
 from tests.harness import run_ranks
 from tests.integration.commands import (
     COMMAND,
@@ -50,7 +51,7 @@ def test_sigterm_saves_and_the_next_start_continues_exactly(corpus: Corpus, tmp_
             output, errors = launcher.communicate(timeout=TIMEOUT_S)
         finally:
             launcher.kill()
-    assert launcher.returncode == 0, output + errors
+    assert launcher.returncode == EXIT_STOPPED, output + errors
     assert errors == ""
     assert "stopping after step" in output
     stopped = max(losses(run_dir))

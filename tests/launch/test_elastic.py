@@ -18,6 +18,9 @@ import psutil
 import pytest
 
 from llm_launch.drill import LiveRun
+from llm_launch.vault import run_folder
+from llm_parallel.config.tree import ElasticConfig
+from llm_parallel.errors import EXIT_STOPPED
 from tests.disks import grow, small_disk_at
 from tests.integration.commands import Corpus, environment, write_run_file
 from tests.integration.conftest import corpus  # noqa: F401  (a fixture)
@@ -101,7 +104,7 @@ def test_faults_that_meet_a_recovery(start: Start) -> None:
     after = [psutil.Process(run.worker(rank)[2]).num_threads() for rank in range(4)]
     assert max(after) < 1.5 * threads, "survivors hold what earlier generations had"
     run.stop()
-    assert run.wait() == 0 and not run.events("remove")
+    assert run.wait() == EXIT_STOPPED and not run.events("remove")
     made = [record["step"] for record in run.steps()]
     assert made == sorted(made) and set(made) == set(range(1, max(made) + 1))
     assert all(record["train/samples"] == 8 * record["step"] for record in run.steps())
@@ -185,7 +188,7 @@ def test_a_throttled_worker_is_found_and_removed(start: Start) -> None:
     assert "its part of a step takes" in cause or "its probe takes" in cause
     run.reach(run.steps()[-1]["step"] + 3)
     run.stop()
-    assert run.wait() == 0 and run.status()["lost_steps"] <= 1
+    assert run.wait() == EXIT_STOPPED and run.status()["lost_steps"] <= 1
     assert losses[1] == run.losses()[1]
 
 
@@ -285,11 +288,45 @@ def test_sigterm_saves_and_the_next_start_goes_on(start: Start) -> None:
     run = start("parallel.dp=4")
     run.reach(FAULT_AT)
     os.kill(run.process.pid, signal.SIGTERM)
-    assert run.wait() == 0
-    assert max(run.losses()) < STEPS
+    assert run.wait() == EXIT_STOPPED
+    assert max(run.losses()) < STEPS and run.status()["state"] == "stopped"
     again = start("parallel.dp=4")
     assert again.wait() == 0
     assert again.losses() == losses
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop"])
+def test_a_stop_survives_a_recovery(kind: str, start: Start) -> None:
+    """SIGTERM together with a killed or a stopped worker: the run recovers, saves and ends; nothing is made again but
+    the step under way."""
+    losses = undisturbed(start, "parallel.dp=4")
+    run = start("parallel.dp=4")
+    run.reach(FAULT_AT)
+    run.cause(kind, 1)
+    run.stop()
+    assert run.wait() == EXIT_STOPPED, (run.run_dir / "launch.log").read_text()[-3000:]
+    saved = max(run.losses())
+    assert (run.run_dir / "checkpoints" / f"iter_{saved:07d}").is_dir() and FAULT_AT <= saved < STEPS
+    again = start("parallel.dp=4")
+    assert_goes_on(again, losses, 0.0)
+
+
+def test_copies_outlive_every_end_but_a_saved_one(start: Start) -> None:
+    """A mistake of the program ends the run before any checkpoint was written. The next start loses one step at most.
+    When the run is done, memory is free."""
+    losses = undisturbed(start, "parallel.dp=4")
+    run = start("parallel.dp=4")
+    run.reach(FAULT_AT)
+    for rank in range(4):
+        run.cause("raise", rank, from_step=FAULT_AT + 8)
+    assert run.wait(60) == 1
+    copies = run_folder(Path(ElasticConfig().replica_dir), run.run_dir)
+    assert copies.is_dir() and not list((run.run_dir / "checkpoints").glob("iter_*"))
+    again = start("parallel.dp=4")
+    assert_goes_on(again, losses, 0.0)
+    restored = again.events("form")[-1]
+    assert restored["cause"] == "memory" and restored["step"] >= FAULT_AT + 6
+    assert not copies.exists()
 
 
 def test_a_users_mistake_is_one_sentence_and_status_2(start: Start, tmp_path: Path) -> None:

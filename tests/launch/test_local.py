@@ -390,3 +390,10 @@ def test_signal_handlers_are_put_back(tmp_path):
 def test_launcher_does_not_import_torch():
     code = "import sys, llm_launch; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0
+
+
+@pytest.mark.parametrize(("statuses", "expected"), [((3, 3), 3), ((0, 3), 3), ((0, 0), 0), ((3, 1), 1)])
+def test_a_run_that_was_stopped_is_neither_done_nor_failed(
+    statuses: tuple[int, int], expected: int, tmp_path: Path
+) -> None:
+    assert run(tmp_path, 2, f"sys.exit({statuses}[rank])\n") == expected

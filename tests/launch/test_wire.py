@@ -89,7 +89,9 @@ def test_other_generations_are_forgotten(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_run_left_in_memory_is_removed_by_the_next(tmp_path: Path) -> None:
-    mine, theirs, dead = (run_folder(tmp_path, Path(f"/runs/{name}")) / "n1" for name in ("mine", "theirs", "dead"))
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    mine, theirs, dead = (run_folder(shm, tmp_path / name) / "n1" for name in ("mine", "theirs", "dead"))
     for folder in (mine, theirs, dead):
         make(folder).commit(0, 4, {})
         os.utime(folder, (0, 0))

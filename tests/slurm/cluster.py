@@ -76,10 +76,10 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
 
 
 class Cluster:
-    """Slurm with nodes n1 to n<nodes> on the loopback interface."""
+    """Slurm with nodes n1 to n<nodes> on the loopback interface; ``more``: further lines for its configuration."""
 
-    def __init__(self, folder: Path, nodes: int = 4, gpus: int = 0) -> None:
-        self.folder, self.gpus = folder, gpus
+    def __init__(self, folder: Path, nodes: int = 4, gpus: int = 0, more: str = "") -> None:
+        self.folder, self.gpus, self.more = folder, gpus, more
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.port = _free_ports(nodes + 1)
         self.conf = folder / "slurm.conf"
@@ -127,7 +127,7 @@ class Cluster:
             listed = f"NodeName={self._all()} Name=gpu File={self.folder}/gpu/nvidia[0-{self.gpus - 1}]\n"
         (self.folder / "gres.conf").write_text(listed)
         common = CONFIGURATION.format(folder=self.folder, controller=self._controller())
-        self.conf.write_text(common + self._node_lines(gres))
+        self.conf.write_text(common + self._node_lines(gres) + self.more)
 
     def _all(self) -> str:
         return f"n[1-{len(self.nodes)}]"

@@ -262,12 +262,23 @@ def fail_with(error: Exception) -> Callable[..., None]:
     return fail
 
 
-def test_full_disk_is_one_sentence_and_loses_no_shard(tmp_path: Path, tokenizer: str) -> None:
+def test_full_disk_is_one_sentence_and_loses_no_shard(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, out = write_jsonl(tmp_path / "x.jsonl", TEXTS[:5]), tmp_path / "out"
-    # Where the joined tokens are first written, every write now fails as on a full disk.
-    (tmp_path / f".out.bin.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"no space left on the disk.*run the same command again"):
-        run(out, tokenizer, source)
+    opened = os.open
+
+    def on_a_full_disk(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if Path(path).name.startswith(".out.bin."):  # where the joined tokens are first written
+            (tmp_path / "full").symlink_to(path)
+            return opened("/dev/full", os.O_WRONLY)
+        return opened(path, flags, *more, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.open", on_a_full_disk)
+        with pytest.raises(UserError, match=r"no space left on the disk.*run the same command again"):
+            run(out, tokenizer, source)
+    assert (tmp_path / "full").is_symlink()
     with pytest.raises(UserError, match=r"out\.idx does not exist"):
         TokenFile(out)
     report = run(out, tokenizer, source)
@@ -475,7 +486,7 @@ def test_preparing_the_python_corpus(
 
 def test_model_vocabulary_must_hold_what_the_files_were_prepared_with(tmp_path: Path, tokenizer: str) -> None:
     run(tmp_path / "ours", tokenizer, write_jsonl(tmp_path / "x.jsonl", TEXTS[:2]))
-    elsewhere = Source(path=write_token_file(tmp_path / "elsewhere", [np.array([5000], np.int32)]))
+    elsewhere = Source(path=write_token_file(tmp_path / "elsewhere", [np.array([500], np.int32)]))
     for data in (
         DataConfig(train=(elsewhere, Source(path=str(tmp_path / "ours")))),
         DataConfig(train=(elsewhere,), eval=(Source(path=str(tmp_path / "ours")),)),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
 
 from llm_parallel.errors import UserError
-from llm_parallel.parallel.platform import open_platform, resolve_device
+from llm_parallel.parallel.platform import _reduce_scatter_users, open_platform, resolve_device
+from llm_parallel.parallel.scatter import reduce_scatter
 from tests.harness import run_ranks
 
 
@@ -24,6 +28,48 @@ def test_answered_names_exist_in_megatron_core() -> None:
         "_MODEL_PARALLEL_RNG_TRACKER_NAME",
     ):
         assert hasattr(megatron_random, name), name
+
+
+def test_modules_that_reduce_and_scatter_take_the_function_from_where_it_is_replaced() -> None:
+    users = _reduce_scatter_users()
+    assert len(users) == 3 and all(callable(user.dist_reduce_scatter_func) for user in users)
+
+
+def scattered(rank: int, world_size: int, dtype: torch.dtype) -> list[Any]:
+    """What each way of asking gives for the same tensors, and torch's own answer."""
+    generator = torch.Generator().manual_seed(rank)
+    whole = torch.randn(world_size * 3, 5, generator=generator).to(dtype)
+    found = []
+    for ask in ("blocking", "asynchronous", "maximum", "coalesced"):
+        out, before = torch.empty(3, 5, dtype=dtype), whole.clone()
+        if ask == "blocking":
+            reduce_scatter(out, whole)
+        elif ask == "asynchronous":
+            reduce_scatter(out, whole, async_op=True).wait()
+        elif ask == "maximum":
+            reduce_scatter(out, whole, op=dist.ReduceOp.MAX)
+        else:
+            with dist._coalescing_manager(None, async_ops=True) as manager:
+                reduce_scatter(out, whole, async_op=True, group=dist.group.WORLD)
+            manager.wait()
+        assert torch.equal(whole, before), "the input is as it was"
+        found.append(out.float().numpy())
+    inside = whole.clone()
+    reduce_scatter(inside.chunk(world_size)[rank], inside)  # the output is a part of the input, as in megatron-core
+    everybody = [torch.empty_like(whole) for _ in range(world_size)]
+    dist.all_gather(everybody, whole)
+    stack = torch.stack(everybody).double()[:, 3 * rank : 3 * rank + 3]
+    return [found, inside.chunk(world_size)[rank].float().numpy(), stack.sum(0).numpy(), stack.amax(0).numpy()]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("world_size", "dtype", "tolerance"), [(2, torch.float32, 1e-6), (3, torch.bfloat16, 2e-2)])
+def test_reduce_scatter_is_torchs(world_size: int, dtype: torch.dtype, tolerance: float) -> None:
+    for found, inside, total, greatest in run_ranks(scattered, world_size, dtype):
+        blocking, asynchronous, maximum, coalesced = found
+        for answer in (blocking, asynchronous, coalesced, inside):
+            np.testing.assert_allclose(answer, total, atol=tolerance, rtol=tolerance)
+        np.testing.assert_array_equal(maximum, greatest)
 
 
 def test_cuda_that_is_not_there_is_refused() -> None:

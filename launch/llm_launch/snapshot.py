@@ -1,0 +1,49 @@
+"""What elastic.json holds: the state of a run as the controller sees it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from llm_launch.blame import Device, Ledger
+from llm_launch.fleet import Fleet
+
+
+def snapshot(fleet: Fleet, ledger: Ledger, started_s: float) -> dict[str, Any]:
+    """Phase, step, layout, nodes and what is excluded. ``started_s``: monotonic time of the launcher's start."""
+    placement = fleet.placement
+    active = {device.node for device in placement.devices} if placement else set()
+    return {
+        "state": fleet.phase.value,
+        "generation": fleet.generation,
+        "step": fleet.step,
+        "world_size": placement.layout.world_size if placement else 0,
+        "layout": placement.layout.describe() if placement else "",
+        "nodes": [
+            {
+                "name": node.name,
+                "state": "lost" if node.channel is None else ("active" if node.name in active else "spare"),
+                "devices": list(node.devices),
+                "agent_pid": node.pid,
+                "workers": {str(index): worker.pid for index, worker in node.workers.items()},
+            }
+            for node in fleet.roster.nodes.values()
+        ],
+        "excluded": [
+            {"node": device.node, "device": device.number, "reason": reason, "permanent": True}
+            for device, reason in ledger.removed.items()
+        ],
+        "ranks": [list(device) for device in placement.devices] if placement else [],
+        "controller": fleet.address,
+        "elapsed_s": time.monotonic() - started_s,
+    }
+
+
+def used_up(fleet: Fleet, ledger: Ledger) -> dict[str, str]:
+    """Nodes whose every device was removed, with the reason of the first: they are of no more use to anybody."""
+    found = {}
+    for node in fleet.roster.nodes.values():
+        reasons = [ledger.removed.get(Device(node.name, index)) for index in node.devices]
+        if all(reasons):
+            found[node.name] = str(reasons[0])
+    return found

@@ -1,0 +1,213 @@
+"""A run that is asked to end ends with the status that says so, whenever that comes, and under SLURM only what was not
+asked for goes back to the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_launch import launch as launch_module
+from llm_launch import wire
+from llm_launch.agents import Agents
+from llm_launch.controller import Controller, Stopped
+from llm_launch.journal import Journal
+from llm_launch.launch import StopRequests, launch_elastic, settle
+from llm_launch.slurm import Fate, SlurmAway, SlurmError, SlurmJob
+from llm_launch.states import EXIT_TOO_FEW
+from llm_parallel.config.tree import ElasticConfig, ModelConfig, RunConfig
+from llm_parallel.errors import EXIT_STOPPED
+
+SECRET = "of this test"
+
+
+def config_of(folder: Path, **elastic: Any) -> RunConfig:
+    """A run that copies nothing."""
+    return RunConfig(
+        run_dir=str(folder / "run"),
+        model=ModelConfig(vocab_size=100),
+        elastic=ElasticConfig(replicate_every_steps=0, **elastic),
+    )
+
+
+class NoAgents:
+    """Agents that are expected; ``begin`` is where a test acts."""
+
+    secret, host = SECRET, "127.0.0.1"
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.expected, self.begun = config, {"n1": 1}, False
+
+    def begin(self, port: int) -> None:
+        """Asks the launcher to end as soon as it listens."""
+        self.begun = True
+        signal.raise_signal(signal.SIGTERM)
+
+    def start(self, node: str) -> None:
+        """Never."""
+
+    def condemn(self, node: str, reason: str) -> None:
+        """Never."""
+
+    def end(self) -> None:
+        """Nothing to end."""
+
+
+def test_a_stop_before_any_agent_is_there(tmp_path: Path) -> None:
+    """With an hour to wait for devices."""
+    agents = NoAgents(config_of(tmp_path, wait_s=3600.0))
+    assert launch_elastic(agents, "cpu", StopRequests()) == EXIT_STOPPED
+    assert agents.begun
+
+
+@pytest.mark.parametrize("already", ["TERM", "USR1"])
+def test_a_stop_before_the_launcher_listened(already: str, tmp_path: Path) -> None:
+    """As the batch script hands it on: nothing is started."""
+    agents = NoAgents(config_of(tmp_path, wait_s=3600.0))
+    requests = StopRequests(already)
+    assert launch_elastic(agents, "cpu", requests) == EXIT_STOPPED
+    assert not agents.begun and requests.time_is_up == (already == "USR1")
+
+
+def test_without_a_stop_it_is_too_few_devices(tmp_path: Path) -> None:
+    class Silent(NoAgents):
+        def begin(self, port: int) -> None:
+            """Nobody comes."""
+
+    agents = Silent(config_of(tmp_path, wait_s=0.05))
+    assert launch_elastic(agents, "cpu", StopRequests()) == EXIT_TOO_FEW
+
+
+async def with_an_agent(controller: Controller, devices: int, phase: str, hear: list[str], term: bool) -> int:
+    """Exit status of a run with one agent that is asked to end in a phase."""
+    port = await controller.listen("127.0.0.1")
+    running = asyncio.create_task(controller.run())
+    channel = await wire.connect("127.0.0.1", port, SECRET)
+    hello = {"is": "hello", "node": "n1", "host": "127.0.0.1", "devices": [0], "replicas": ["127.0.0.1", 1], "pid": 1}
+    channel.send(hello)
+    for device in range(devices):
+        channel.send({"is": "worker", "device": device, "pid": 1, "number": device, "store_port": 1, "generation": 0})
+    while controller.fleet.phase.value != phase or not controller.fleet.roster.nodes:
+        await asyncio.sleep(0.01)
+    if term:
+        channel.send({"is": "terminated"})
+    else:
+        controller.stop()
+    while (message := await channel.receive()) is not None:
+        hear.append(message["is"])
+        if message["is"] == "end":
+            assert message["keep"], "copies of an earlier start are not on disk perhaps"
+            break
+    return await running
+
+
+@pytest.mark.parametrize("term", [False, True], ids=["asked", "an agent got TERM"])
+@pytest.mark.parametrize(
+    ("devices", "needed", "phase"),
+    [(0, 1, "waiting"), (1, 2, "waiting"), (1, 1, "forming")],
+    ids=["waiting for workers", "waiting for devices", "forming"],
+)
+def test_a_stop_while_it_waits_or_forms(devices: int, needed: int, phase: str, term: bool, tmp_path: Path) -> None:
+    """Nothing was trained, so nothing is waited for. TERM reaches agents alone when SLURM preempts a job."""
+    config = config_of(tmp_path, wait_s=3600.0, min_devices=needed)
+    agents: Agents = NoAgents(config)
+    controller = Controller(config, Path(config.run_dir), agents, "cpu")
+    heard: list[str] = []
+    try:
+        ending = asyncio.wait_for(with_an_agent(controller, devices, phase, heard, term), 30)
+        assert asyncio.run(ending) == EXIT_STOPPED
+    finally:
+        controller.close()
+    assert heard[-1] == "end"
+
+
+@pytest.mark.parametrize(("on_disk", "keep"), [(7, False), (6, True)])
+@pytest.mark.parametrize(("done", "status"), [(True, 0), (False, EXIT_STOPPED)])
+def test_copies_go_only_when_the_last_step_is_on_disk(
+    done: bool, status: int, on_disk: int, keep: bool, tmp_path: Path
+) -> None:
+    """All workers have said that they saved; what counts is what is there."""
+    config = config_of(tmp_path)
+    controller = Controller(config, Path(config.run_dir), NoAgents(config), "cpu", lambda: on_disk)
+    controller.fleet.step = 7
+    try:
+        with pytest.raises(Stopped) as end:
+            asyncio.run(controller._end(done))
+    finally:
+        controller.close()
+    assert (end.value.status, end.value.keep) == (status, keep)
+
+
+class Job(SlurmJob):
+    """A job whose fate is given, one after the other; the last stays."""
+
+    def __init__(self, *fates: Fate | SlurmError, refusal: SlurmError | None = None) -> None:
+        super().__init__("7", 0, "n1", {})
+        self.__dict__.update(fates=list(fates), refusal=refusal, requeued=[])
+
+    def fate(self) -> Fate:
+        """The next one."""
+        fates = self.__dict__["fates"]
+        found = fates.pop(0) if len(fates) > 1 else fates[0]
+        if isinstance(found, SlurmError):
+            raise found
+        return found
+
+    def requeue(self, exclude: Any = ()) -> None:
+        """Notes it."""
+        if self.__dict__["refusal"]:
+            raise self.__dict__["refusal"]
+        self.__dict__["requeued"].append(list(exclude))
+
+
+AWAY, REFUSED = SlurmAway("no answer"), SlurmError("Requested operation is presently disabled")
+ENDS = {
+    "stopped by its user": (EXIT_STOPPED, False, Job(Fate.RUNNING), EXIT_STOPPED, 0),
+    "cancelled while it trained": (EXIT_STOPPED, False, Job(Fate.OVER), EXIT_STOPPED, 0),
+    "cancelled while it waited": (EXIT_TOO_FEW, False, Job(Fate.OVER), EXIT_STOPPED, 0),
+    "cancelled after the warning": (EXIT_STOPPED, True, Job(Fate.OVER), EXIT_STOPPED, 0),
+    "time limit": (EXIT_STOPPED, True, Job(Fate.RUNNING), 0, 1),
+    "preempted with a grace time": (EXIT_STOPPED, False, Job(Fate.PREEMPTED), 0, 1),
+    "too few devices": (EXIT_TOO_FEW, False, Job(Fate.RUNNING), 0, 1),
+    "slurmctld away for a while": (EXIT_STOPPED, True, Job(AWAY, AWAY, Fate.RUNNING), 0, 1),
+    "slurmctld away for good": (EXIT_STOPPED, True, Job(AWAY), EXIT_STOPPED, 0),
+    "a job that may not be requeued": (EXIT_STOPPED, True, Job(Fate.RUNNING, refusal=REFUSED), EXIT_STOPPED, 0),
+    "the same with too few devices": (EXIT_TOO_FEW, False, Job(Fate.RUNNING, refusal=REFUSED), EXIT_TOO_FEW, 0),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_a_job_ends_with(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 only where the job is in the queue again; nobody's cancelled job is."""
+    monkeypatch.setattr(launch_module, "REQUEUE_S", 0.05)
+    monkeypatch.setattr(launch_module, "AGAIN_S", 0.01)
+    status, time_is_up, job, expected, requeues = ENDS[name]
+    journal = Journal(tmp_path, ElasticConfig(), SECRET)
+    try:
+        assert settle(job, status, time_is_up, {"n3": "ECC"}, journal) == expected
+    finally:
+        journal.close()
+    assert job.__dict__["requeued"] == [["n3"]] * requeues
+
+
+RUNNING = "JobId=7 JobState=RUNNING Reason=None Restarts=0 PreemptTime=None"
+
+
+@pytest.mark.parametrize(
+    ("record", "fate"),
+    [
+        (RUNNING, Fate.RUNNING),
+        (RUNNING.replace("PreemptTime=None", "PreemptTime=2026-11-29T18:00:00"), Fate.PREEMPTED),
+        (RUNNING.replace("RUNNING", "CANCELLED"), Fate.OVER),
+        (RUNNING.replace("RUNNING", "COMPLETING"), Fate.OVER),
+        (RUNNING.replace("Restarts=0", "Restarts=1"), Fate.OVER),
+    ],
+)
+def test_what_slurm_says_of_a_job(record: str, fate: Fate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho '{record}'\n")
+    scontrol.chmod(0o755)
+    assert SlurmJob("7", 0, "n1", {"PATH": f"{tmp_path}:/bin:/usr/bin"}).fate() is fate

@@ -1,0 +1,204 @@
+"""Tokenizer and token files that do not belong together are never trained on without a word."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_parallel.config.tree import DataConfig, Source
+from llm_parallel.data.command import prepare_command
+from llm_parallel.data.mix import check_token_files
+from llm_parallel.data.samples import SampleSource
+from llm_parallel.data.tokenizer import load_tokenizer, train_sentencepiece
+from llm_parallel.errors import UserError
+from llm_parallel.files import locked
+from tests.integration.commands import Corpus, assert_refused, llm_parallel, write_run_file
+from tests.unit.data_helpers import write_token_file
+
+WORDS = {"a": "the quick brown fox jumps over the lazy dog", "b": "zwölf boxkämpfer jagen viktor quer über den sylter"}
+
+
+def text_of(name: str, folder: Path) -> Path:
+    """A text file whose words are those of a corpus."""
+    words = WORDS[name].split()
+    rng = np.random.default_rng(0)
+    path = folder / f"{name}.txt"
+    path.write_text("\n".join(" ".join(rng.choice(words, 8)) for _ in range(300)), encoding="utf-8")
+    return path
+
+
+def prepare(name: str, folder: Path, out: str, vocab: int | None = 300, tokenizer: str | None = None) -> None:
+    """``llm-parallel prepare`` of a corpus into ``folder/out``."""
+    prepare_command(
+        [str(text_of(name, folder))], str(folder / "set" / out), train_vocab=vocab, tokenizer=tokenizer, workers=1
+    )
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A folder with corpus a and the tokenizer that was trained on it."""
+    prepare("a", tmp_path, "a")
+    return tmp_path / "set"
+
+
+def test_a_second_corpus_does_not_replace_the_firsts_tokenizer(made: Path, tmp_path: Path) -> None:
+    before = (made / "tokenizer.model").read_bytes()
+    with pytest.raises(
+        UserError, match=r"tokenizer\.model is the tokenizer of .*set/a, and --train-vocab would replace"
+    ):
+        prepare("b", tmp_path, "b")
+    assert (made / "tokenizer.model").read_bytes() == before and not (made / "b.idx").exists()
+    prepare("b", tmp_path, "b", None, str(made / "tokenizer.model"))
+    with pytest.raises(UserError, match=r"is the tokenizer of .*set/b"):
+        prepare("b", tmp_path, "a")  # its own corpus would be made anew, but b was prepared with it too
+    assert (made / "tokenizer.model").read_bytes() == before
+
+
+def test_the_same_tokenizer_is_no_other(made: Path, tmp_path: Path) -> None:
+    """From files that look new, since they were copied or touched."""
+    before = (made / "tokenizer.model").read_bytes()
+    prepare("a", tmp_path, "again")
+    assert (made / "tokenizer.model").read_bytes() == before and (made / "again.idx").exists()
+    for other in ("a", "again"):
+        with pytest.raises(UserError, match="would replace"):
+            prepare("b", tmp_path, other)
+
+
+def test_ones_own_corpus_may_be_made_anew(made: Path, tmp_path: Path) -> None:
+    before = (made / "tokenizer.model").read_bytes()
+    prepare("b", tmp_path, "a")
+    assert (made / "tokenizer.model").read_bytes() != before
+    tokenizer = load_tokenizer(made / "tokenizer.model")
+    assert json.loads((made / "a.report.json").read_text())["tokenizer_fingerprint"] == tokenizer.fingerprint
+
+
+def test_a_tokenizer_from_elsewhere_is_not_replaced(tmp_path: Path) -> None:
+    theirs = train_sentencepiece([WORDS["b"]] * 50, 290, tmp_path / "set").read_bytes()
+    with pytest.raises(UserError, match=r"tokenizer\.model is a tokenizer from elsewhere, and --train-vocab"):
+        prepare("a", tmp_path, "a")
+    assert (tmp_path / "set" / "tokenizer.model").read_bytes() == theirs
+
+
+def test_a_corpus_that_is_being_made_counts_too(tmp_path: Path) -> None:
+    """It has no report yet, and reads the tokenizer until it has."""
+    prepare("a", tmp_path, "a")
+    for path in (tmp_path / "set").glob("a.*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"is the tokenizer of .*set/a"):
+        prepare("b", tmp_path, "b")
+
+
+def _held(path: Path, said: str) -> None:
+    with pytest.raises(UserError, match=said), locked(path, "held"):
+        pass
+
+
+def test_two_are_not_trained_at_once(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    with locked(tmp_path / "set" / ".tokenizer.model.lock", "held"):
+        child = multiprocessing.get_context("fork").Process(
+            target=_held, args=(tmp_path / "set" / ".tokenizer.model.lock", "held")
+        )
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+        with pytest.raises(UserError, match=r"another process is training .*tokenizer\.model"):
+            prepare("a", tmp_path, "a")
+
+
+def data_of(*train: Path, held_out: Sequence[Path] = ()) -> DataConfig:
+    """Sources of a run."""
+    return DataConfig(
+        train=tuple(Source(path=str(path)) for path in train),
+        eval=tuple(Source(path=str(path)) for path in held_out),
+        seq_length_tokens=16,
+    )
+
+
+def test_every_source_is_compared(made: Path, tmp_path: Path) -> None:
+    """With the run's tokenizer, and with each other where it names none; training and held-out."""
+    (tmp_path / "b").mkdir()
+    prepare("b", tmp_path / "b", "b")
+    a, b = made / "a", tmp_path / "b" / "set" / "b"
+    ours, theirs = load_tokenizer(made), load_tokenizer(b.parent)
+    assert check_token_files(data_of(a), 300, ours) == check_token_files(data_of(a, a), 300) == []
+    for data, tokenizer in (
+        (data_of(a), theirs),
+        (data_of(a, b), ours),
+        (data_of(a, held_out=[b]), ours),
+        (data_of(a, b), None),
+        (data_of(a, held_out=[b]), None),
+    ):
+        with pytest.raises(
+            UserError, match=r"was prepared with another tokenizer \(.*numbers mean other words"
+        ) as found:
+            check_token_files(data, 300, tokenizer)
+        assert ours.fingerprint in str(found.value) and theirs.fingerprint in str(found.value)
+
+
+def test_files_from_elsewhere_are_named(made: Path) -> None:
+    elsewhere = Path(write_token_file(made / "elsewhere", [np.arange(300, dtype=np.int32)]))
+    (notice,) = check_token_files(data_of(made / "a", held_out=[elsewhere]), 300, load_tokenizer(made))
+    assert notice.startswith(f"{elsewhere} came without a report") and "is not known" in notice
+
+
+@pytest.mark.parametrize("wrong", [300, -1, 70000])
+def test_ids_that_the_model_does_not_have(wrong: int, made: Path) -> None:
+    """At the start if they are near a file's beginning, else in the sample that holds them."""
+    ids = np.arange(200, dtype=np.int32)
+    ids[100] = wrong
+    elsewhere = Path(write_token_file(made / "elsewhere", [ids]))
+    said = f"elsewhere holds the token id {wrong}, and model.vocab_size=300 has the ids 0 to 299"
+    with pytest.raises(UserError, match=said):
+        check_token_files(data_of(elsewhere), 300)
+    for split in ("train", "eval"):
+        data = data_of(elsewhere, held_out=[elsewhere])
+        source = SampleSource(data, 1, split, 300)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=said):
+            for number in range(12):
+                source.sample(number)
+
+
+def test_a_report_of_other_files_is_refused(made: Path) -> None:
+    write_token_file(made / "other", [np.arange(50, dtype=np.uint16)], np.uint16)
+    for ending in ("bin", "idx"):
+        shutil.copy(made / f"other.{ending}", made / f"a.{ending}")
+    with pytest.raises(
+        UserError, match=r"a\.report\.json is of other files: it says \d+ tokens, and .*a\.bin holds 50"
+    ):
+        check_token_files(data_of(made / "a"), 300)
+    (made / "a.report.json").write_text("{")
+    with pytest.raises(UserError, match=r"a\.report\.json is damaged"):
+        check_token_files(data_of(made / "a"), 300)
+
+
+def test_the_commands_say_it(made: Path, tmp_path: Path) -> None:
+    """Files from elsewhere; a tokenizer that was replaced by hand."""
+    model = {"vocab_size": 300}
+    run_file = write_run_file(Corpus(made / "a", made / "tokenizer.model", ""), tmp_path, model=model)
+    foreign = write_token_file(made / "foreign", [np.arange(290, dtype=np.int32) % 290] * 10)
+    said = llm_parallel("pretrain", run_file, f"data.train=[{{path: {foreign}}}]", "data.eval_fraction=0", "--dry-run")
+    assert said.returncode == 0 and "foreign came without a report of `prepare`" in said.stderr, said.stderr
+    train_sentencepiece([WORDS["b"]] * 50, 290, made)
+    assert_refused(llm_parallel("pretrain", run_file, "--dry-run"), "a was prepared with another tokenizer")
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("tp", [1, 2])
+def test_ids_deep_in_a_foreign_file_end_a_run_with_one_sentence(tp: int, made: Path, tmp_path: Path) -> None:
+    """Behind the 16 million tokens that the check at the start looks at; half of all samples have some."""
+    half = 1 << 24
+    ids = np.repeat(np.array([7, 305], np.uint16), half)
+    foreign = Path(write_token_file(made / "foreign", [ids[:half], ids[half:]], np.uint16))
+    data = {"eval_fraction": 0.0}
+    corpus = Corpus(foreign, made / "tokenizer.model", "")
+    run_file = write_run_file(corpus, tmp_path, model={"vocab_size": 300}, data=data, parallel={"tp": tp})
+    done = llm_parallel("pretrain", run_file)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "foreign holds the token id 305, and model.vocab_size=300 has" in done.stderr.splitlines()[-1]
