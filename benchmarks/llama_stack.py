@@ -47,7 +47,7 @@ class Shape:
 
 SHAPES = {
     "1b": Shape(16, 2048, 8192, 32, 8, 128256),
-    "7b, 2 layers": Shape(2, 4096, 11008, 32, 32, 32000),
+    "llama3-8b, 4 layers": Shape(4, 4096, 14336, 32, 8, 128256),
     "debug": Shape(2, 64, 176, 4, 2, 256),
 }
 

@@ -36,12 +36,14 @@ TENSOR_PARALLEL = (1, 2, 4, 8)
 
 def sharded(shape_of: Callable[[Llama, int], Shape]) -> list[Shape]:
     """What one tensor-parallel process of each published model has to do, each different shape once, named after the
-    model and TP size that it comes from first; the shapes of TP 1 come first."""
-    found: dict[tuple[Any, ...], Shape] = {}
+    model and TP size that it comes from first; ``models`` lists all that it comes from. The shapes of TP 1 come first.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for tp in TENSOR_PARALLEL:
         for name, llama in LLAMAS.items():
-            shape = shape_of(llama, tp)
-            found.setdefault(tuple(shape.values()), {"name": name if tp == 1 else f"{name} tp{tp}", **shape})
+            shape, label = shape_of(llama, tp), name if tp == 1 else f"{name} tp{tp}"
+            entry = found.setdefault(tuple(shape.values()), {"name": label, "models": [], **shape})
+            entry["models"].append(label)
     return list(found.values())
 
 

@@ -17,8 +17,9 @@ import torch
 
 from llm_kernels import dispatch
 from llm_kernels.aot import OPERATORS
-from llm_kernels.benchmark import Benchmark
+from llm_kernels.benchmark import Benchmark, Shape
 from llm_kernels.guard import Traffic, guard
+from llm_kernels.measure import said
 from llm_kernels.testing import compare, default_device
 
 
@@ -27,22 +28,23 @@ def benchmark_of(operator: str) -> Benchmark:
     return import_module(f"llm_kernels.{operator}.bench").BENCHMARK
 
 
-def check(operator: str) -> str | None:
-    """Compares an operator with torch's in the same dtype against fp64; None if it is right, else what is wrong."""
-    benchmark, device = benchmark_of(operator), default_device()
-    dispatch.backend_for(torch.empty(0, device=device), "triton")
-    ours, peer = benchmark.providers["ours"](), benchmark.providers["torch"]()
+def check(operator: str, shape: Shape | None = None) -> str | None:
+    """Compares an operator with torch's in the same dtype against fp64, on its small shape if none is given; None if it
+    is right, else what is wrong."""
     try:
+        benchmark, device = benchmark_of(operator), default_device()
+        dispatch.backend_for(torch.empty(0, device=device), "triton")
+        ours, peer = benchmark.providers["ours"](), benchmark.providers["torch"]()
         for dtype in benchmark.dtypes:
             torch.manual_seed(0)
-            inputs = benchmark.make(benchmark.small, dtype, device)
+            inputs = benchmark.make(shape or benchmark.small, dtype, device)
             with nullcontext() if device.type == "cuda" else guard() as traffic:
                 if benchmark.inplace:
                     _compare_inplace(ours, peer, inputs, traffic)
                 else:
                     compare(f"{operator}/check", ours, peer, peer, inputs)
     except Exception as error:  # whatever went wrong, the operator is not to be timed
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return said(error)
     return None
 
 

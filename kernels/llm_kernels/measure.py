@@ -1,26 +1,42 @@
 """Times operators of several providers on one GPU, beside what that very card can do at most.
 
 Providers take turns, round by round in rotated order, so that all see the same clocks and temperature; before every
-run the L2 cache is flushed. Backward is timed alone, on a graph that is kept. Bytes and FLOPs are the minimum that the
-operator cannot do without (llm_kernels.benchmark), so a fraction of the card's measured copy bandwidth or matrix
-product rate says how much is left to win. A provider that is not installed, or fails, is a row that says so.
+run the L2 cache is flushed, for so long that the host has queued the whole call before the GPU begins it: the time is
+the GPU's, and the host's own is given beside it. Backward is timed alone, on a graph that is kept or, where backward
+writes over what forward left, made anew before every run. Bytes and FLOPs are the minimum that the operator cannot do
+without (llm_kernels.benchmark), so a fraction of the card's measured copy bandwidth or matrix product rate says how
+much is left to win. A provider that is not installed, or fails anywhere, is a row that says so and costs no other row.
+
+On a CPU the same code runs on the host's clock: a rehearsal, whose times say nothing about a GPU.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llm_kernels import device as on
 from llm_kernels.benchmark import Benchmark, Shape
 
 MODES = ("forward", "backward", "both")
-_GIB = 1 << 30
+_MIB = 1 << 20
+# The flush keeps an H200 busy for about a millisecond, longer than any operator's host time (0.36 ms at most).
+_FLUSHES = 16
+
+
+class DeviceLost(RuntimeError):
+    """A provider's kernel has ended all CUDA work of this process, so nothing more can be measured in it."""
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(f"{provider} has ended all CUDA work of this process")
+        self.provider = provider
 
 
 @dataclass(frozen=True)
@@ -34,8 +50,9 @@ class Card:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. Times are of one call in ms: median and the 20th and 80th percentile over rounds. ``fraction``
-    is of the card's measured copy bandwidth where ``bound`` is memory, of its matrix product rate where it is compute.
+    """One measurement. Times are of one call in ms: median and the 20th and 80th percentile over rounds; ``host_us``
+    is the median that the host took to queue it. ``fraction`` is of the card's measured copy bandwidth where ``bound``
+    is memory, of its matrix product rate where it is compute.
     """
 
     operator: str
@@ -46,6 +63,7 @@ class Row:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
+    host_us: float | None = None
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
     fraction: float | None = None
@@ -55,58 +73,96 @@ class Row:
 
 
 def measure_card(device: torch.device) -> Card:
-    """Copy bandwidth of 1 GiB and rate of an 8192^3 bf16 product, medians of 20."""
-    source = torch.empty(_GIB, dtype=torch.uint8, device=device)
+    """Copy bandwidth of 1 GiB and rate of an 8192^3 bf16 product, medians of 20; on a CPU of next to nothing."""
+    size, side, rounds = (1 << 30, 8192, 20) if device.type == "cuda" else (1 << 16, 64, 2)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_ms = statistics.median(Timer(device).rounds([partial(target.copy_, source)], 20)[0])
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
-    product_ms = statistics.median(Timer(device).rounds([partial(torch.matmul, a, b)], 20)[0])
-    name = torch.cuda.get_device_name(device)
-    return Card(name, 2 * _GIB / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3)
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    copy, product = Timer(device).rounds([partial(target.copy_, source), partial(torch.matmul, a, b)], rounds)
+    for timed in (copy, product):
+        if timed.problem:
+            raise RuntimeError(f"the card cannot be measured: {timed.problem}")
+    copy_ms, product_ms = (statistics.median(timed.ms) for timed in (copy, product))
+    return Card(on.name_of(device), 2 * size / copy_ms * 1e3, 2 * side**3 / product_ms * 1e3)
+
+
+@dataclass
+class Timed:
+    """Times of one call, or what went wrong with it."""
+
+    ms: list[float] = field(default_factory=list)
+    host_us: list[float] = field(default_factory=list)
+    problem: str | None = None
 
 
 class Timer:
-    """CUDA events around single calls, with the L2 cache flushed before each."""
+    """Events around single calls, with the L2 cache flushed before each."""
 
     def __init__(self, device: torch.device) -> None:
-        # Twice the 50 MB of an H100's L2 and more; zeroing it evicts whatever the call before left.
-        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+        self.device = device
+        # Over four times the 50 or 60 MB of an H100's and H200's L2; zeroing it evicts whatever the call before left.
+        size = 256 * _MIB if device.type == "cuda" else 1024
+        self._flush = torch.empty(size, dtype=torch.uint8, device=device)
+        self.lost_by: int | None = None
+        """Which call has ended all CUDA work of this process, if one has."""
 
     def rounds(
         self, calls: Sequence[Callable[[], Any]], rounds: int, prepare: Sequence[Callable[[], Any]] | None = None
-    ) -> list[list[float]]:
-        """Times of each call in ms, ``rounds`` of each, interleaved; ``prepare`` runs untimed before its call."""
-        for index, call in enumerate(calls):
-            for _ in range(3):
-                if prepare:
-                    prepare[index]()
-                call()
-        torch.cuda.synchronize()
-        events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
-        for turn in range(rounds):
-            for step in range(len(calls)):
-                index = (turn + step) % len(calls)
-                if prepare:
-                    prepare[index]()
-                self._flush.zero_()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                calls[index]()
-                end.record()
-                events[index].append((start, end))
-        torch.cuda.synchronize()
-        return [[start.elapsed_time(end) for start, end in pairs] for pairs in events]
+    ) -> list[Timed]:
+        """Times of each call, ``rounds`` of each, interleaved; ``prepare`` runs untimed before its call. A call that
+        fails is left out from then on."""
+        before = prepare or [_nothing] * len(calls)
+        found = [Timed() for _ in calls]
+        warmup = 3 if self.device.type == "cuda" else 1
+        order = [index for index in range(len(calls)) for _ in range(warmup)]
+        order += [(turn + step) % len(calls) for turn in range(rounds) for step in range(len(calls))]
+        for number, index in enumerate(order):
+            timed = found[index]
+            if timed.problem is not None:
+                continue
+            try:
+                ms, host_us = self._once(before[index], calls[index])
+            except Exception as error:  # a peer's failure is a result, not the end of the benchmark
+                timed.problem = said(error)
+                if on.is_lost(self.device):
+                    self.lost_by = index
+                    break
+                continue
+            if number >= warmup * len(calls):
+                timed.ms.append(ms)
+                timed.host_us.append(host_us)
+        return found
+
+    def _once(self, prepare: Callable[[], Any], call: Callable[[], Any]) -> tuple[float, float]:
+        prepare()
+        on.synchronize(self.device)
+        for _ in range(_FLUSHES):
+            self._flush.zero_()
+        start, end = on.event(self.device), on.event(self.device)
+        start.record()
+        began = time.perf_counter()
+        call()
+        host_us = (time.perf_counter() - began) * 1e6
+        end.record()
+        on.synchronize(self.device)
+        return start.elapsed_time(end), host_us
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass
 class _Contender:
-    """One provider on one shape: its callable and its own copy of the inputs."""
+    """One provider on one shape: its callable and its own copy of the inputs. repeatable: backward may run again on
+    the graph of one forward."""
 
     provider: str
     call: Callable[..., Any]
     inputs: tuple[Tensor, ...]
-    outputs: list[Tensor]
-    gradients: list[Tensor]
+    outputs: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    repeatable: bool = True
 
     def forward(self) -> Any:
         """Forward alone, without a graph."""
@@ -120,7 +176,30 @@ class _Contender:
 
     def backward(self) -> None:
         """Backward alone."""
-        torch.autograd.grad(self.outputs, self.leaves, self.gradients, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(self.outputs, self.leaves, self.gradients, retain_graph=self.repeatable, allow_unused=True)
+
+    def make_graph(self) -> None:
+        """Forward with a graph."""
+        self.outputs = _differentiable(self.call(*self.inputs))
+
+    def ready(self) -> None:
+        """What backward needs each time: a new graph where backward writes over what forward kept."""
+        if not self.repeatable:
+            self.make_graph()
+
+    def start(self, device: torch.device) -> None:
+        """Runs everything once, and finds out whether backward may run twice."""
+        self.make_graph()
+        self.gradients = [torch.randn_like(x) for x in self.outputs]
+        self.backward()
+        on.synchronize(device)
+        try:
+            self.backward()
+        except RuntimeError:
+            self.repeatable = False
+            self.make_graph()
+            self.backward()
+        on.synchronize(device)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -136,42 +215,67 @@ def _differentiable(out: Any) -> list[Tensor]:
 def measure(
     benchmark: Benchmark, card: Card, device: torch.device, shapes: Sequence[Shape], rounds: int = 20
 ) -> Iterator[Row]:
-    """Rows of all providers on the given shapes, in every mode that the operator has."""
+    """Rows of all providers on the given shapes, in every mode that the operator has.
+
+    Raises DeviceLost, after the row of the provider that did it, if the process can't go on."""
     for shape in shapes:
         for dtype in benchmark.dtypes:
-            contenders, missing = _contenders(benchmark, shape, dtype, device)
-            for provider, reason in missing:
-                yield Row(benchmark.name, shape["name"], _name(dtype), "all", provider, note=reason)
+            contenders: list[_Contender] = []
+            for provider, load in benchmark.providers.items():
+                contender, problem = _contender(benchmark, provider, load, (shape, dtype, device))
+                if contender is not None:
+                    contenders.append(contender)
+                    continue
+                yield Row(benchmark.name, shape["name"], _name(dtype), "all", provider, note=problem)
+                if on.is_lost(device):
+                    raise DeviceLost(provider)
             for mode in MODES if benchmark.has_backward else ("forward",):
                 yield from _measure_mode(benchmark, card, device, (shape, dtype, mode), contenders, rounds)
-            del contenders
-            torch.cuda.empty_cache()
+            contenders.clear()
+            on.release(device)
 
 
-def _contenders(
-    benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: torch.device
-) -> tuple[list[_Contender], list[tuple[str, str]]]:
-    """Providers that run, and those that don't with the reason."""
-    running, missing = [], []
-    for provider, load in benchmark.providers.items():
+def measure_all(
+    benchmarks: Sequence[Benchmark], card: Card, device: torch.device, rounds: int = 20
+) -> Iterator[tuple[str, list[Row]]]:
+    """(operator, its rows) for each. An operator that can't be measured has a row with the reason; if one ends all CUDA
+    work of this process, so have those after it."""
+    lost: DeviceLost | None = None
+    for benchmark in benchmarks:
+        rows: list[Row] = []
         try:
-            call = load()
-            torch.manual_seed(0)
-            inputs = benchmark.make(shape, dtype, device)
-            outputs = _differentiable(call(*inputs)) if benchmark.has_backward else []
-            gradients = [torch.randn_like(x) for x in outputs]
-            contender = _Contender(provider, call, inputs, outputs, gradients)
-            if benchmark.has_backward:
-                contender.backward()
-            torch.cuda.synchronize()
-            running.append(contender)
-        except ImportError as error:
-            missing.append((provider, f"not installed ({error.name or error})"))
-        except Exception as error:  # a peer's failure is a result, not the end of the benchmark
-            missing.append((provider, f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"))
-            if provider == "ours":
-                raise
-    return running, missing
+            if lost is not None:
+                raise lost
+            for row in measure(benchmark, card, device, benchmark.shapes, rounds):
+                rows.append(row)
+        except DeviceLost as error:
+            lost = error
+            note = f"not measured{' further' if rows else ''}: {error}; measure {benchmark.name} in a run of its own"
+            rows.append(Row(benchmark.name, "", "", "all", "ours", note=note))
+        except Exception as error:  # an operator's failure is a result, not the end of the benchmark
+            rows.append(Row(benchmark.name, "", "", "all", "ours", note=f"failed: {said(error)}"))
+        yield benchmark.name, rows
+
+
+def _contender(
+    benchmark: Benchmark, provider: str, load: Callable[[], Callable[..., Any]], what: tuple[Any, ...]
+) -> tuple[_Contender | None, str]:
+    """A provider that has run once, or None and why it could not."""
+    device = what[2]
+    try:
+        call = load()
+        torch.manual_seed(0)
+        contender = _Contender(provider, call, benchmark.make(*what))
+        if benchmark.has_backward:
+            contender.start(device)
+        else:
+            contender.forward()
+            on.synchronize(device)
+    except ImportError as error:
+        return None, f"not installed ({error.name or error})"
+    except Exception as error:  # a peer's failure is a result, not the end of the benchmark
+        return None, f"failed: {said(error)}"
+    return contender, ""
 
 
 def _measure_mode(
@@ -183,15 +287,36 @@ def _measure_mode(
     rounds: int,
 ) -> Iterator[Row]:
     shape, dtype, mode = what
-    times = Timer(device).rounds([getattr(contender, mode) for contender in contenders], rounds)
-    for contender, found in zip(contenders, times):
-        peak = _peak_mib(getattr(contender, mode), device)
-        low, middle, high = (statistics.quantiles(found, n=10)[i] for i in (1, 4, 7))
+    calls = [getattr(contender, mode) for contender in contenders]
+    prepare = [contender.ready if mode == "backward" else _nothing for contender in contenders]
+    timer = Timer(device)
+    times = timer.rounds(calls, rounds, prepare)
+    if timer.lost_by is not None:
+        provider = contenders[timer.lost_by].provider
+        problem = f"failed: {times[timer.lost_by].problem}"
+        yield Row(benchmark.name, shape["name"], _name(dtype), mode, provider, note=problem)
+        raise DeviceLost(provider)
+    for contender, call, ready, timed in zip(contenders, calls, prepare, times):
+        about = Row(benchmark.name, shape["name"], _name(dtype), mode, contender.provider)
+        if timed.problem is None:
+            try:
+                ready()
+                peak = on.peak_bytes(call, device) / _MIB
+            except Exception as error:  # as above
+                timed.problem = said(error)
+        if timed.problem is not None:
+            yield _with(about, note=f"failed: {timed.problem}")
+            if on.is_lost(device):
+                raise DeviceLost(contender.provider)
+            continue
+        low, middle, high = (statistics.quantiles(timed.ms, n=10, method="inclusive")[i] for i in (1, 4, 7))
         rates = _rates(benchmark, card, shape, dtype, mode, middle)
-        yield Row(
-            benchmark.name, shape["name"], _name(dtype), mode, contender.provider, middle, low, high,
-            peak_mib=peak, **rates,
-        )  # fmt: skip
+        host_us = statistics.median(timed.host_us)
+        yield _with(about, median_ms=middle, p20_ms=low, p80_ms=high, host_us=host_us, peak_mib=peak, **rates)
+
+
+def _with(row: Row, **found: Any) -> Row:
+    return Row(**asdict(row) | found)
 
 
 def _rates(benchmark: Benchmark, card: Card, shape: Shape, dtype: torch.dtype, mode: str, ms: float) -> dict[str, Any]:
@@ -206,14 +331,10 @@ def _rates(benchmark: Benchmark, card: Card, shape: Shape, dtype: torch.dtype, m
     return {key: rate / scale, "fraction": rate / most, "bound": "compute" if benchmark.flops else "memory"}
 
 
-def _peak_mib(call: Callable[[], Any], device: torch.device) -> float:
-    """Memory that one call allocates above what was there, in MiB."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated(device) - before) / (1 << 20)
+def said(error: Exception) -> str:
+    """An exception as one short line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -222,17 +343,18 @@ def _name(dtype: torch.dtype) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| operator | shape | mode | provider | ms (p20 to p80) | rate | of measured peak | peak MiB |"]
-    lines.append("|" + " --- |" * 8)
+    lines = ["| operator | shape | mode | provider | ms (p20 to p80) | rate | of measured peak | peak MiB | host µs |"]
+    lines.append("|" + " --- |" * 9)
     for row in rows:
         head = f"| {row.operator} | {row.shape} | {row.mode} | {row.provider} |"
         if row.median_ms is None:
-            lines.append(f"{head} {row.note} | | | |")
+            lines.append(f"{head} {row.note} | | | | |")
             continue
         rate = f"{row.gb_per_s:.0f} GB/s" if row.gb_per_s is not None else f"{row.tflop_per_s:.0f} TFLOP/s"
+        host = "" if row.host_us is None else f"{row.host_us:.0f}"
         lines.append(
             f"{head} {row.median_ms:.4f} ({row.p20_ms:.4f} to {row.p80_ms:.4f}) | {rate} | {row.fraction:.0%} | "
-            f"{row.peak_mib:.0f} |"
+            f"{row.peak_mib:.0f} | {host} |"
         )
     return "\n".join(lines)
 

@@ -98,7 +98,8 @@ def bench_command(request: Request) -> int:
         print("\nThere is no GPU here, so nothing is timed. On one, this would be measured, forward and backward:")
         print(_plan(benchmarks))
         return 1 if any(wrong.values()) else 0
-    return max(_measure([b for b in benchmarks if wrong[b.name] is None], request), int(any(wrong.values())))
+    right = [benchmark for benchmark in benchmarks if wrong[benchmark.name] is None]
+    return max(_measure(right, request, torch.device("cuda")), int(any(wrong.values())))
 
 
 def check_all(operators: Sequence[str], environment: Mapping[str, str]) -> dict[str, str | None]:
@@ -136,33 +137,43 @@ def _plan(benchmarks: Sequence[Benchmark]) -> str:
     return "\n".join(lines)
 
 
-def _measure(benchmarks: Sequence[Benchmark], request: Request) -> int:
+def _measure(benchmarks: Sequence[Benchmark], request: Request, device: torch.device) -> int:
+    """Prints and writes each operator's rows as soon as they are there. Exit status 1 if one of ours has no time, or is
+    slower than the baseline allows."""
     from llm_kernels import measure
 
-    device = torch.device("cuda")
     card = measure.measure_card(device)
     print(
         f"{card.name}: copy {card.copy_bytes_per_s / 1e9:.0f} GB/s, bf16 product {card.matmul_flops_per_s / 1e12:.0f} "
         "TFLOP/s, both measured here now"
     )
-    rows = [row for b in benchmarks for row in measure.measure(b, card, device, b.shapes, request.rounds)]
-    print(measure.table(rows))
-    found = measure.as_data(rows)
-    result = {"environment": environment(), "card": vars(card), "rows": found}
-    if request.out:
+    result: dict[str, Any] = {"environment": environment(), "card": vars(card), "rows": []}
+    failed = 0
+    for _, rows in measure.measure_all(benchmarks, card, device, request.rounds):
+        print(f"{measure.table(rows)}\n", flush=True)
+        result["rows"] += measure.as_data(rows)
+        failed |= int(any(row.provider == "ours" and row.median_ms is None for row in rows))
+        if request.out:
+            write_data(Path(request.out), result)
+    if request.out and result["rows"]:
         write_result(Path(request.out), result)
-    return slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0
+    return max(failed, slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0)
 
 
-def write_result(prefix: Path, result: dict[str, Any]) -> None:
-    """JSON, CSV and two pictures beside each other."""
-    from llm_parallel.bench.plots import plot_bars, plot_roofline
-
+def write_data(prefix: Path, result: dict[str, Any]) -> None:
+    """JSON and CSV beside each other."""
     with atomic_write(f"{prefix}.json") as handle:
         json.dump(result, handle, indent=1)
     with atomic_write(f"{prefix}.csv") as handle:
         writer = csv.DictWriter(handle, list(result["rows"][0]))
         writer.writeheader()
         writer.writerows(result["rows"])
+
+
+def write_result(prefix: Path, result: dict[str, Any]) -> None:
+    """JSON, CSV and two pictures beside each other."""
+    from llm_parallel.bench.plots import plot_bars, plot_roofline
+
+    write_data(prefix, result)
     plot_bars(result, Path(f"{prefix}_bars.png"))
     plot_roofline(result, Path(f"{prefix}_roofline.png"))
