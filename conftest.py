@@ -1,8 +1,13 @@
 """Before anything imports Triton: without a GPU, its kernels run in the interpreter, in every process of the tests."""
 
 import os
+import signal
 
 import torch
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts what runs in its background so, and tests that interrupt a command of ours would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -44,7 +44,7 @@ def pipeline_logits(models: Sequence[LlamaModel], tokens: Tensor, cache: KVCache
             device=groups.platform.device,
         )
         dist.recv(hidden, group=pipeline, group_src=groups.at.pp - 1)
-        model.set_input_tensor(hidden)
+        model.set_input_tensor([hidden])
     output = model(tokens, cache=cache)
     if cache is not None:
         cache.advance(length)
