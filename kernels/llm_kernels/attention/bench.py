@@ -123,7 +123,7 @@ BENCHMARK = Benchmark(
 )
 
 
-def _arguments(kernel: Any, d: int, tile: Any, dtype: str, features: dict[str, bool]) -> dict[str, Any]:
+def _arguments(kernel: Any, d: int, tile: Any, dtype: str, features: dict[str, Any]) -> dict[str, Any]:
     """What the launchers pass for 32 heads in 8 groups of 8192 tokens, packed as megatron does."""
     group, groups, batch = 4, 8, 1
     width = groups * (group + 2) * d
@@ -146,12 +146,12 @@ def _arguments(kernel: Any, d: int, tile: Any, dtype: str, features: dict[str, b
     return arguments
 
 
-_PLAIN = {"LEFT": False, "RIGHT": True, "SOFTCAP": False, "DROPOUT": False}
+_PLAIN = {"LEFT": False, "RIGHT": True, "SOFTCAP": 0, "DROPOUT": False}
 _FEATURES = {
     "causal": _PLAIN,
     "full": {**_PLAIN, "RIGHT": False},
     "window": {**_PLAIN, "LEFT": True},
-    "softcap": {**_PLAIN, "SOFTCAP": True},
+    "softcap": {**_PLAIN, "SOFTCAP": 1},
     "dropout": {**_PLAIN, "DROPOUT": True},
 }
 

@@ -100,7 +100,7 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, table: Tensor, options: Options) -
     lse = torch.logsumexp(scores, -1).masked_fill(~seen, -torch.inf)
     weights = scores.softmax(-1).masked_fill(~visible, 0.0)
     if options.dropout_p > 0:
-        keep = dropout_keep(options, weights.shape, q.device)
+        keep = dropout_keep(options, table, weights.shape)
         weights = weights * keep / (1 - options.dropout_p)
     return torch.einsum("bhqk,kbhd->qbhd", weights, values).to(q.dtype), lse
 
@@ -121,29 +121,48 @@ def visibility(table: Tensor, b: int, sq: int, sk: int, options: Options) -> Ten
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """A weight is kept where 31 random bits are at least this."""
-    return int(dropout_p * 2**31)
+    """A weight is kept where 32 random bits, read as a signed number, are at least this."""
+    return int(dropout_p * 2**32) - 2**31
 
 
-def dropout_keep(options: Options, shape: Sequence[int], device: torch.device) -> Tensor:
-    """The kernels' dropout mask, bool [b, h, sq, sk], true where a weight is kept.
+def dropout_keep(options: Options, table: Tensor, shape: Sequence[int]) -> Tensor:
+    """The kernels' dropout mask, bool [b, h, sq, sk], true where a weight is kept and between segments.
 
-    Philox4x32-10 (Salmon et al. 2011, doi 10.1145/2063384.2063405) with the seed's 64 bits as key and the counter
-    (key index, query index, batch row * h + head, 0), indices being those in the tensors; the first word's upper 31
-    bits decide. So the mask depends on neither tiles nor segments.
+    Philox4x32-7 (Salmon et al. 2011, doi 10.1145/2063384.2063405) with the seed's 64 bits as key. One call decides for
+    four weights: its counter is (key, query, batch row * h + head, q_start of the segment), key and query being counted
+    from the begin of the segment and written without their bit 3, and its word 2 (query's bit 3) + (key's bit 3). So
+    the mask does not depend on tiles.
     """
     b, h, sq, sk = shape
+    keep = torch.ones(b, h, sq, sk, dtype=torch.bool, device=table.device)
+    for row, q_start, q_end, k_start, k_end in table.tolist():
+        lengths = (q_end - q_start, k_end - k_start)
+        query, key = (torch.arange(-(-length // 16) * 8, device=table.device) for length in lengths)
+        heads = row * h + torch.arange(h, device=table.device)
+        head, query, key = torch.meshgrid(heads, query, key, indexing="ij")
+        words = [
+            word.unflatten(2, (-1, 8)).unflatten(1, (-1, 8))
+            for word in _philox(options.seed, q_start, head, query, key)
+        ]
+        bits = torch.stack(words, -1).unflatten(-1, (2, 2)).permute(0, 1, 5, 2, 3, 6, 4).flatten(4, 6).flatten(1, 3)
+        part = bits[:, : lengths[0], : lengths[1]]
+        keep[row, :, q_start:q_end, k_start:k_end] = part - (part >= 2**31) * 2**32 >= dropout_threshold(
+            options.dropout_p
+        )
+    return keep
+
+
+def _philox(seed: int, last: int, head: Tensor, query: Tensor, key: Tensor) -> list[Tensor]:
+    """The four words of philox4x32-7 for counters (key, query, head, last), numbers below 2^32 in int64."""
     low = 0xFFFFFFFF
-    ranges = [torch.arange(n, device=device) for n in (b * h, sq, sk)]
-    grid = torch.meshgrid(*ranges, indexing="ij")
-    words = [grid[2], grid[1], grid[0], torch.zeros_like(grid[0])]
-    key_0, key_1 = options.seed & low, (options.seed >> 32) & low
-    for _ in range(10):
+    words = [key, query, head, torch.full_like(head, last)]
+    key_0, key_1 = seed & low, (seed >> 32) & low
+    for _ in range(7):
         high_0, low_0 = _multiply(words[0], 0xD2511F53)
         high_2, low_2 = _multiply(words[2], 0xCD9E8D57)
         words = [high_2 ^ words[1] ^ key_0, low_2, high_0 ^ words[3] ^ key_1, low_0]
         key_0, key_1 = (key_0 + 0x9E3779B9) & low, (key_1 + 0xBB67AE85) & low
-    return ((words[0] >> 1) >= dropout_threshold(options.dropout_p)).view(b, h, sq, sk)
+    return words
 
 
 def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
