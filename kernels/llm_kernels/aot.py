@@ -106,7 +106,7 @@ def inspect(case: AotCase, arch: int, dump: Path | None = None) -> Report:
     report.occupancy = occupancy(arch, report.registers, report.num_warps, report.shared_bytes)
     report.instructions = _mix(instructions)
     report.loop_length, report.loop = _steady_loop(instructions, labels)
-    report.problems = _problems(case, report)
+    report.problems = _problems(case, report) + narrow_strides(compiled.asm["source" if case.gluon else "ttir"])
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"\W+", "_", f"{case.name}_sm{arch}")
@@ -144,6 +144,19 @@ def _problems(case: AotCase, report: Report) -> list[str]:
     if "specialized" in case.wants and not counts["setmaxnreg"]:
         found.append("no setmaxnreg")
     return found
+
+
+def narrow_strides(ttir: str) -> list[str]:
+    """What is wrong with a kernel that does arithmetic with a stride of 32 bits before it has 64: a million tokens times
+    some thousand columns do not fit."""
+    narrow = {name: name for name in re.findall(r"(%\w*stride\w*): i32", ttir)}
+    for result, operation, operands in re.findall(r"(%\w+)(?::\d+)? = \"?([\w.]+)\"?(.*)", ttir):
+        used = next((narrow[name] for name in re.findall(r"%\w+", operands) if name in narrow), None)
+        if used and operation in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+            narrow[result] = used
+        elif used and operation != "arith.extsi":
+            return [f"{used[1:]} enters {operation} with 32 bits"]
+    return []
 
 
 def _compile(case: AotCase, arch: int) -> Any:

@@ -172,9 +172,9 @@ def aot_cases(arch: int) -> list[AotCase]:
     for kind, function, tile_of in kinds:
         for d, dtype, feature in variants:
             features = _FEATURES[feature]
-            plain = not (features["SOFTCAP"] or features["DROPOUT"])
-            tile = tile_of(Case(arch, d, 4 if dtype == "fp32" else 2, plain, features["RIGHT"]))
-            wants = frozenset({"any_tensor_core" if d > 128 and kind != "forward" else "tensor_core"})
+            more = (features["SOFTCAP"] > 0, features["DROPOUT"], features["RIGHT"])
+            tile = tile_of(Case(arch, d, 4 if dtype == "fp32" else 2, *more))
+            wants = frozenset({"any_tensor_core" if d > 128 and kind == "dk dv" else "tensor_core"})
             wants = wants if dtype == "bf16" else frozenset()
             arguments = _arguments(function, d, tile, dtype, features)
             name = f"attention {kind} d={d} {feature} {dtype}"

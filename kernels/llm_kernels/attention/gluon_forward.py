@@ -274,7 +274,8 @@ def _attend(
             out = gl.convert_layout(acc.to(q.dtype), store_layout)
             cols = gl.arange(0, D, gl.SliceLayout(0, store_layout))
             base = out_ptr + (q_start + first).to(gl.int64) * out_row_stride + head * D
-            gl.store(base + at[:, None] * out_row_stride + cols[None, :], out, mask=(at < len_q - first)[:, None])
+            places = base + at.to(gl.int64)[:, None] * out_row_stride + cols[None, :]
+            gl.store(places, out, mask=(at < len_q - first)[:, None])
 
 
 # Numbers that change from batch to batch must not make a kernel of their own.

@@ -319,8 +319,8 @@ def padded(d: int) -> int:
 
 def case_of(q: Tensor, options: Options, arch: int) -> Case:
     """What decides the tiles of a call."""
-    plain = options.softcap == 0 and options.dropout_p == 0
-    return Case(arch, q.shape[-1], q.element_size(), plain, options.right == 0)
+    softcap, dropout = options.softcap > 0, options.dropout_p > 0
+    return Case(arch, q.shape[-1], q.element_size(), softcap, dropout, options.right == 0)
 
 
 def forward(
