@@ -64,3 +64,41 @@ def test_interpreter_must_be_asked_for() -> None:
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_other_dtypes_are_refused_by_name() -> None:
+    pytest.importorskip("triton")
+    x = torch.ones(2, 8, dtype=torch.float64)
+    assert dispatch.backend_for(x, "auto") == dispatch.backend_for(x, "torch") == "torch"
+    for tensors in ((x,), (x.float(), x)):
+        with pytest.raises(ValueError, match=r"takes float32, bfloat16 and float16, not torch\.float64; .* by torch"):
+            dispatch.backend_for(tensors[0], "triton", *tensors[1:])
+
+
+def test_operators_compute_other_dtypes_by_torch_and_refuse_them_on_triton() -> None:
+    pytest.importorskip("triton")
+    from llm_kernels.rms_norm.op import add_rms_norm, rms_norm
+    from llm_kernels.rope.op import rope, rope_qkv_
+    from llm_kernels.rope.table import RopeTable
+    from llm_kernels.swiglu.op import swiglu
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, dtype=torch.float64, generator=generator) for size in ((4, 8), (8,)))
+    heads, table = x.view(4, 1, 1, 8), RopeTable.make(torch.ones(4), 4)
+    packed = torch.randn(4, 1, 24, dtype=torch.float64, generator=generator)
+    calls = {
+        "rms_norm": lambda b: rms_norm(x, weight, 1e-5, backend=b),
+        "rms_norm, weight": lambda b: rms_norm(x.float(), weight, 1e-5, backend=b),
+        "add_rms_norm": lambda b: add_rms_norm(x, x, weight, 1e-5, backend=b)[0],
+        "rope": lambda b: rope(heads, heads, table, backend=b)[0],
+        "rope_qkv_": lambda b: rope_qkv_(packed.clone(), table, num_groups=1, head_dim=8, backend=b),
+        "swiglu": lambda b: swiglu(x, backend=b),
+    }
+    for name, call in calls.items():
+        assert torch.equal(call("auto"), call("torch")), name
+        assert call("auto").dtype == (torch.float32 if name.endswith("weight") else torch.float64), name
+        with pytest.raises(ValueError, match="takes float32, bfloat16 and float16"):
+            call("triton")
+    # In fp64 the reference has the accuracy of fp64, not of the fp32 that the kernels compute in.
+    exact = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    torch.testing.assert_close(calls["rms_norm"]("auto"), exact, rtol=1e-14, atol=1e-14)

@@ -130,7 +130,8 @@ def aot_cases(arch: int) -> list[AotCase]:
             }  # fmt: skip
             backward = {
                 **shared, "dy_ptr": "*bf16", "dsum_ptr": pointer, "x_ptr": "*bf16", "w_ptr": "*bf16",
-                "rstd_ptr": "*fp32", "dx_ptr": "*bf16", "partial_ptr": "*fp32", "dy_row_stride": columns,
+                "rstd_ptr": "*fp32", "dx_ptr": "*bf16", "dresidual_ptr": None, "partial_ptr": "*fp32",
+                "dy_row_stride": columns,
                 "dsum_row_stride": columns if residual else 0, "HAS_DSUM": residual, "STAGES": 2,
                 "RELOAD_W": reload_weight(block_n),
             }  # fmt: skip

@@ -9,14 +9,16 @@ Bytes, e being the element size: forward e(2MN + N) + 4M, with the residual e(4M
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from llm_kernels.device import num_sms
-
-MAX_COLUMNS = 65536
+from llm_kernels.rows import as_rows, fresh
 
 
 @triton.jit
@@ -63,6 +65,7 @@ def _rms_norm_bwd_kernel(
     w_ptr,
     rstd_ptr,
     dx_ptr,
+    dresidual_ptr,
     partial_ptr,
     M,
     dy_row_stride,
@@ -75,11 +78,16 @@ def _rms_norm_bwd_kernel(
     RELOAD_W: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx = rstd (w dy - n mean(n w dy)) [+ dsum], partial = sum over this program's rows of n dy, n being x rstd."""
+    """dx = rstd (w dy - n mean(n w dy)) [+ dsum], partial = sum over this program's rows of n dy, n being x rstd.
+
+    dresidual_ptr: where dx goes a second time, in the residual's dtype, or None. partial_ptr is None where the weight
+    wants no gradient: it then costs no register.
+    """
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    dw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if partial_ptr is not None:
+        dw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # Tiles are dealt out in turn, so that all programs read neighbouring rows at any moment.
     for tile in tl.range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -88,7 +96,8 @@ def _rms_norm_bwd_kernel(
         dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
         normed = x * rstd[:, None]
-        dw += dy * normed
+        if partial_ptr is not None:
+            dw += dy * normed
         if RELOAD_W:
             w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
         wdy = w[None, :] * dy
@@ -99,7 +108,11 @@ def _rms_norm_bwd_kernel(
                 tl.float32
             )
         tl.store(dx_ptr + rows[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(partial_ptr + program * N + cols, tl.sum(dw, 0), mask=cols < N)
+        if dresidual_ptr is not None:
+            at = dresidual_ptr + rows[:, None] * N + cols[None, :]
+            tl.store(at, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + program * N + cols, tl.sum(dw, 0), mask=cols < N)
 
 
 @triton.jit
@@ -121,78 +134,93 @@ def tile(columns: int) -> tuple[int, int, int]:
     return block_m, block_n, min(max(block_m * block_n // 512, 4), 32)
 
 
-def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
-    """x, residual [M, N] with columns contiguous → (y, sum or None, rstd)."""
-    rows, columns = x.shape
-    y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(y)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block_m, block_n, warps = tile(columns)
-    if rows:
-        programs = num_programs(rows, block_m, warps, 32, num_sms(x))
-        _rms_norm_fwd_kernel[(programs,)](
-            x,
-            residual,
-            total,
-            weight,
-            y,
-            rstd,
-            rows,
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            eps,
-            N=columns,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            HAS_RESIDUAL=residual is not None,
-            num_warps=warps,
-        )
-    return y, total, rstd
-
-
 def reload_weight(block_n: int) -> bool:
     """Whether backward reads the weight for every row: from 16,384 columns on, registers can't hold it beside its
     gradient (ptxas spills 56 to 96 bytes a thread)."""
     return block_n >= 16384
 
 
-def num_programs(rows: int, block_m: int, warps: int, warps_per_sm: int, sms: int) -> int:
+class Plan(NamedTuple):
+    """How many programs a launch has, and the parameters that the kernel is compiled for."""
+
+    grid: tuple[int]
+    constants: dict[str, Any]
+
+
+# Launches of one shape share their plan: three of Triton's helpers cost as much as everything else in a launcher.
+@lru_cache(maxsize=4096)
+def plan(rows: int, columns: int, sms: int, warps_per_sm: int) -> Plan:
     """As many programs as are resident at once, never more than there are tiles."""
-    return max(1, min(triton.cdiv(rows, block_m), sms * max(1, warps_per_sm // warps)))
-
-
-def backward(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """dy, dsum, x [M, N] with columns contiguous → (dx in x's dtype, dweight in the weight's)."""
-    rows, columns = x.shape
-    dx = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    if not rows:
-        return dx, torch.zeros_like(weight)
     block_m, block_n, warps = tile(columns)
-    programs = num_programs(rows, block_m, warps, 16, num_sms(x))
-    partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device)
-    dweight = torch.empty_like(weight)
-    _rms_norm_bwd_kernel[(programs,)](
+    programs = max(1, min(triton.cdiv(rows, block_m), sms * max(1, warps_per_sm // warps)))
+    return Plan((programs,), {"N": columns, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps})
+
+
+def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x, residual [..., N] → (y, sum in the residual's dtype or None, rstd [M])."""
+    columns = x.size(-1)
+    y, total = fresh(x), None if residual is None else fresh(residual)
+    rows = y.numel() // columns if columns else 0
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        x, x_stride = as_rows(x)
+        residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
+        grid, constants = plan(rows, columns, num_sms(x), 32)
+        _rms_norm_fwd_kernel[grid](
+            x,
+            residual,
+            total,
+            weight.contiguous(),
+            y,
+            rstd,
+            rows,
+            x_stride,
+            residual_stride,
+            eps,
+            HAS_RESIDUAL=residual is not None,
+            **constants,
+        )
+    return y, total, rstd
+
+
+def backward(
+    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, wants: tuple[bool, bool]
+) -> list[Tensor]:
+    """dy, dsum, x [..., N] → [dx in dy's dtype, the same in x's dtype, the weight's gradient], the last two if wanted.
+
+    x is what was normed: where a residual was added, their sum in the residual's dtype.
+    """
+    columns, rows = x.size(-1), rstd.size(0)
+    dx = fresh(dy)
+    dresidual = fresh(x) if wants[0] else None
+    dweight = torch.empty(columns, dtype=weight.dtype, device=weight.device) if wants[1] else None
+    outputs = [t for t in (dx, dresidual, dweight) if t is not None]
+    if not rows:
+        return outputs if dweight is None else [*outputs[:-1], dweight.zero_()]
+    dy, dy_stride = as_rows(dy)
+    dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
+    x, x_stride = as_rows(x)
+    grid, constants = plan(rows, columns, num_sms(x), 16)
+    partial = None if dweight is None else torch.empty((grid[0], columns), dtype=torch.float32, device=x.device)
+    _rms_norm_bwd_kernel[grid](
         dy,
         dsum,
         x,
-        weight,
+        weight.contiguous(),
         rstd,
         dx,
+        dresidual,
         partial,
         rows,
-        dy.stride(0),
-        0 if dsum is None else dsum.stride(0),
-        x.stride(0),
-        N=columns,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        dy_stride,
+        dsum_stride,
+        x_stride,
         HAS_DSUM=dsum is not None,
-        RELOAD_W=reload_weight(block_n),
+        RELOAD_W=reload_weight(constants["BLOCK_N"]),
         STAGES=2,
-        num_warps=warps,
+        **constants,
     )
-    block = 64
-    _sum_rows_kernel[(triton.cdiv(columns, block),)](
-        partial, dweight, programs, N=columns, BLOCK_P=32, BLOCK_N=block, num_warps=4
-    )
-    return dx, dweight
+    if partial is not None:
+        grid_of_sum = (-(-columns // 64),)
+        _sum_rows_kernel[grid_of_sum](partial, dweight, grid[0], N=columns, BLOCK_P=32, BLOCK_N=64, num_warps=4)
+    return outputs

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from llm_kernels import dispatch
 from llm_kernels.rms_norm import ref
+from llm_kernels.rows import fresh
+
+MAX_COLUMNS = 65536  # wider rows do not fit into registers
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") -> Tensor:
@@ -16,9 +19,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = "auto") ->
     number per row; the weight's gradient is summed in a fixed order. Raises ValueError if shapes do not match.
     """
     _check(x, weight)
-    if dispatch.backend_for(x, backend) == "torch" or x.shape[-1] > 65536:
+    if dispatch.backend_for(x, backend, weight) == "torch" or x.size(-1) > MAX_COLUMNS:
         return ref.rms_norm(x, weight, eps)
-    return torch.ops.llm_kernels.rms_norm(x, weight, eps)[0]
+    return _rms_norm(x, weight, eps)[0]
 
 
 def add_rms_norm(
@@ -26,74 +29,74 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(norm of ``x + residual``, ``x + residual``) in one pass, where a layer's output joins the residual stream.
 
-    x, residual: [..., h] of one dtype; weight: [h]. The sum is rounded to x's dtype before it is normed. Backward reads
-    the sum, adds both gradients in one pass and returns one tensor for x and residual. Raises ValueError if shapes do
-    not match.
+    x, residual: [..., h], each fp32, bf16 or fp16; weight: [h]. The sum has the residual's dtype, so that a residual
+    stream in fp32 stays so, and is rounded to it before it is normed; the norm has x's dtype. Backward reads the sum,
+    adds both gradients in one pass and returns one tensor for x and residual (two where their dtypes differ). Raises
+    ValueError if shapes do not match.
     """
     _check(x, weight)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, x is {x.dtype} {tuple(x.shape)}")
-    if dispatch.backend_for(x, backend) == "torch" or x.shape[-1] > 65536:
+    if residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}: they must be equal")
+    if dispatch.backend_for(x, backend, residual, weight) == "torch" or x.size(-1) > MAX_COLUMNS:
         return ref.add_rms_norm(x, residual, weight, eps)
-    return torch.ops.llm_kernels.add_rms_norm(x, residual, weight, eps)[:2]
+    y, total, _ = _add_rms_norm(x, residual, weight, eps)
+    return y, total
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.ndim == 0 or weight.shape != x.shape[-1:]:
+    if not x.ndim or weight.ndim != 1 or weight.size(0) != x.size(-1):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, x has {tuple(x.shape)}: their last dims must match")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[M, N] with contiguous columns, a view wherever the layout allows one."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from llm_kernels.rms_norm import kernel
 
-    y, _, rstd = kernel.forward(_rows(x), None, weight.contiguous(), eps)
-    return y.view(x.shape), rstd
+    y, _, rstd = kernel.forward(x, None, weight, eps)
+    return y, rstd
 
 
 def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from llm_kernels.rms_norm import kernel
 
-    y, total, rstd = kernel.forward(_rows(x), _rows(residual), weight.contiguous(), eps)
+    y, total, rstd = kernel.forward(x, residual, weight, eps)
     assert total is not None
-    return y.view(x.shape), total.view(x.shape), rstd
+    return y, total, rstd
 
 
-def _backward(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(dy, dsum, x, weight, rstd, *wants) -> list[Tensor]:
     from llm_kernels.rms_norm import kernel
 
-    rows_dsum = None if dsum is None else _rows(dsum)
-    dx, dweight = kernel.backward(_rows(dy), rows_dsum, _rows(x), weight.contiguous(), rstd)
-    return dx.view(x.shape), dweight
-
-
-def _fresh(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return kernel.backward(dy, dsum, x, weight, rstd, wants)
 
 
 def _rstd(x: Tensor) -> Tensor:
     return torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
 
 
+def _backward_fake(dy, dsum, x, weight, rstd, wants_residual, wants_weight) -> list[Tensor]:
+    out = [fresh(dy)]
+    if wants_residual:
+        out.append(fresh(x))
+    if wants_weight:
+        out.append(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
+    return out
+
+
 dispatch.define(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     _forward,
-    lambda x, weight, eps: (_fresh(x), _rstd(x)),
+    lambda x, weight, eps: (fresh(x), _rstd(x)),
 )
 dispatch.define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     _add_forward,
-    lambda x, residual, weight, eps: (_fresh(x), _fresh(x), _rstd(x)),
+    lambda x, residual, weight, eps: (fresh(x), fresh(residual), _rstd(x)),
 )
-dispatch.define(
-    "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+_rms_norm_backward = dispatch.define(
+    "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, Tensor rstd, bool wants_residual, "
+    "bool wants_weight) -> Tensor[]",
     _backward,
-    lambda dy, dsum, x, weight, rstd: (_fresh(x), torch.empty_like(weight)),
+    _backward_fake,
 )
 
 
@@ -105,12 +108,16 @@ def _setup(ctx, inputs, output) -> None:
 
 def _gradients(ctx, dy, _):
     x, weight, rstd = ctx.saved_tensors
-    return *torch.ops.llm_kernels.rms_norm_backward(dy, None, x, weight, rstd), None
+    if not ctx.needs_input_grad[1]:  # a frozen weight: its gradient would be a pass over everything for nothing
+        return *_rms_norm_backward(dy, None, x, weight, rstd, False, False), None, None
+    return *_rms_norm_backward(dy, None, x, weight, rstd, False, True), None
 
 
 def _add_setup(ctx, inputs, output) -> None:
+    x, _, weight, _ = inputs
     _, total, rstd = output
-    ctx.save_for_backward(total, inputs[2], rstd)
+    ctx.save_for_backward(total, weight, rstd)
+    ctx.dtype = x.dtype
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
 
@@ -118,12 +125,11 @@ def _add_setup(ctx, inputs, output) -> None:
 def _add_gradients(ctx, dy, dsum, _):
     total, weight, rstd = ctx.saved_tensors
     if dy is None:  # the normed value was not used
-        return dsum, dsum, None, None
-    dx, dweight = torch.ops.llm_kernels.rms_norm_backward(dy, dsum, total, weight, rstd)
-    return dx, dx, dweight, None
+        return None if dsum is None else dsum.to(ctx.dtype), dsum, None, None
+    mixed = ctx.dtype != total.dtype
+    found = _rms_norm_backward(dy, dsum, total, weight, rstd, mixed, ctx.needs_input_grad[2])
+    return found[0], found[1 if mixed else 0], found[-1] if ctx.needs_input_grad[2] else None, None
 
 
-torch.library.register_autograd("llm_kernels::rms_norm", _gradients, setup_context=_setup, lib=dispatch.LIBRARY)
-torch.library.register_autograd(
-    "llm_kernels::add_rms_norm", _add_gradients, setup_context=_add_setup, lib=dispatch.LIBRARY
-)
+_rms_norm = dispatch.differentiable("rms_norm", _setup, _gradients)
+_add_rms_norm = dispatch.differentiable("add_rms_norm", _add_setup, _add_gradients)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm_kernels import dispatch
+
 
 class _RmsNorm(torch.autograd.Function):
     """Saves x and one number per row; the normed row is computed again in backward."""
@@ -18,6 +20,7 @@ class _RmsNorm(torch.autograd.Function):
         return (x_wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
+    @dispatch.first_derivative_only("rms_norm")
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         weight_wide = _wide(weight)
@@ -45,6 +48,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(norm of ``x + residual``, ``x + residual``), both in x's dtype."""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
+    """(norm of ``x + residual`` in x's dtype, ``x + residual`` in the residual's)."""
+    total = (x + residual).to(residual.dtype)
+    wide = total.to(torch.promote_types(x.dtype, total.dtype))
+    return rms_norm(wide, weight, eps).to(x.dtype), total

@@ -67,6 +67,72 @@ def test_kernel_with_residual(shape: tuple[int, ...], dtype: torch.dtype) -> Non
     compare("rms_norm/residual", lambda *a: add_rms_norm(*a, EPS, backend="triton"), peer, exact, inputs)
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_weight_of_another_dtype(weight_dtype: torch.dtype) -> None:
+    """An fp32 weight beside bf16 activations, as mixed precision keeps it, and the other way round."""
+    dtype = torch.bfloat16 if weight_dtype == torch.float32 else torch.float32
+    x, weight = random(5, 64, dtype=dtype), random(64, dtype=weight_dtype, seed=1)
+    y = ours(x, weight)
+    dy = torch.ones_like(y)
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = truth(*wide)
+    wanted = torch.autograd.grad(exact, wide, dy.double())
+    assert (y.dtype, dx.dtype, dweight.dtype) == (dtype, dtype, weight_dtype)
+    for found, right in zip((y, dx, dweight), (exact.detach(), *wanted)):
+        limit = torch.finfo(found.dtype).eps * right.abs().max().item() * (2 if found.dtype == torch.float32 else 0.51)
+        assert (found.double() - right).abs().max() <= limit
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_residual_of_another_dtype(dtype: torch.dtype, residual_dtype: torch.dtype, backend: str) -> None:
+    """The sum has the residual's dtype, as where a residual stream is kept in fp32 beside bf16 layers."""
+    x, residual, weight = (
+        random(5, 64, dtype=dtype),
+        random(5, 64, dtype=residual_dtype, seed=1),
+        random(64, dtype=dtype),
+    )
+    y, total = add_rms_norm(x, residual, weight, EPS, backend=backend)
+    assert (y.dtype, total.dtype) == (dtype, residual_dtype)
+    grads = [random(5, 64, dtype=t.dtype, seed=3 + i).detach() for i, t in enumerate((y, total))]
+    found = torch.autograd.grad([y, total], (x, residual, weight), grads)
+    # Rounded as the operator promises, everything else in fp64; the rounding passes gradients on as they are.
+    wide = [t.detach().double().requires_grad_() for t in (x, residual, weight)]
+    exact_sum = wide[0] + wide[1]
+    rounded = exact_sum + (exact_sum.to(residual_dtype).double() - exact_sum).detach()
+    exact = truth(rounded, wide[2])
+    wanted = torch.autograd.grad([exact, rounded], wide, [g.double() for g in grads])
+    for ours_, right in zip((y, total, *found), (exact.detach(), rounded.detach(), *wanted)):
+        # The kernel rounds each gradient once, to its own dtype; torch rounds x's to that of the sum before.
+        twice = backend == "torch" and ours_ is found[0]
+        roundings = 2.0 if twice else 4.0 if ours_.dtype == torch.float32 else 0.6
+        coarse = torch.bfloat16 if twice else ours_.dtype
+        limit = torch.finfo(coarse).eps * right.abs().max().item() * roundings
+        assert (ours_.double() - right).abs().max() <= limit
+    only_sum = add_rms_norm(x, residual, weight, EPS, backend=backend)[1]
+    assert [g.dtype for g in torch.autograd.grad(only_sum.sum(), (x, residual))] == [dtype, residual_dtype]
+
+
+def test_frozen_weight_costs_no_pass_for_its_gradient(traffic: Traffic) -> None:
+    rows, columns = 256, 256
+    x, weight = random(rows, columns, dtype=torch.bfloat16), random(columns, dtype=torch.bfloat16, seed=1)
+    residual = random(rows, columns, dtype=torch.bfloat16, seed=2)
+
+    def gradient(weight: Tensor, with_residual: bool) -> tuple[Tensor, int, int]:
+        y = add_rms_norm(x, residual, weight, EPS, backend="triton")[0] if with_residual else ours(x, weight)
+        launches, moved = traffic.launches, traffic.bytes_loaded + traffic.bytes_stored
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        return dx, traffic.launches - launches, traffic.bytes_loaded + traffic.bytes_stored - moved
+
+    for with_residual in (False, True):
+        trained, frozen = gradient(weight, with_residual), gradient(weight.detach(), with_residual)
+        assert torch.equal(trained[0], frozen[0]) and (trained[1], frozen[1]) == (2, 1)
+        assert frozen[2] <= 1.03 * (3 * rows * columns * 2 + 4 * rows)
+
+
 @settings(max_examples=15)
 @given(
     rows=st.integers(1, 20),
@@ -121,7 +187,7 @@ def test_moves_the_least_bytes(traffic: Traffic, residual: bool) -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="weight has shape"):
         rms_norm(torch.ones(2, 4), torch.ones(3), EPS)
-    with pytest.raises(ValueError, match="residual is"):
+    with pytest.raises(ValueError, match="residual has shape"):
         add_rms_norm(torch.ones(2, 4), torch.ones(2, 3), torch.ones(4), EPS)
     with pytest.raises(ValueError, match="backend"):
         rms_norm(torch.ones(2, 4), torch.ones(4), EPS, backend="cuda")

@@ -111,7 +111,8 @@ def aot_cases(arch: int) -> list[AotCase]:
             **strides, **pointers, "cos_ptr": "*fp32", "sin_ptr": "*fp32",
             "positions_ptr": "*i32" if packed else None, "offset": 0, "positions_token_stride": 1,
             "positions_row_stride": 0, "Q_HEADS": count, "K_HEADS": 0 if packed else groups,
-            "GROUP": group if packed else 0, "HALF": dim // 2, "BLOCK_H": block_heads(count, dim // 2),
+            "GROUP": group if packed else 0, "HALF": dim // 2, "REST": 0, "BLOCK_R": 1,
+            "BLOCK_H": block_heads(count, dim // 2),
             "BLOCK_D": triton.next_power_of_2(dim // 2), "INTERLEAVED": interleaved, "INVERSE": False,
         }  # fmt: skip
         name = f"rope {'packed' if packed else 'q, k'}{' interleaved' if interleaved else ''} d={dim} {heads}/{groups}"

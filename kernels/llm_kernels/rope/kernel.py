@@ -3,6 +3,8 @@
     half rotation (Llama): pairs (i, i + d/2); interleaved (GPT-J): pairs (2i, 2i + 1)
     (a, b) → (a cos - b sin, b cos + a sin); the inverse, which is backward, has -sin
 
+d is how many dims of a head rotate: those after them stay as they are (partial rotary embedding).
+
 A program takes one token: its table row (fp32 [d/2] twice) is read once and serves all of its heads. fp32, bf16 or
 fp16, computed in fp32; nothing is saved for backward. Bytes of a token with H heads of both kinds, e being the element
 size: 2eHd + 4d + 4.
@@ -10,13 +12,16 @@ size: 2eHd + 4d + 4.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llm_kernels.rope.table import RopeTable
-
 NUM_WARPS = 4
+# Cosine and sine fp32 [positions, d/2], the tokens' positions or None, the position of token 0 where there are none.
+Table = tuple[Tensor, Tensor, Tensor | None, int]
 
 
 @triton.jit
@@ -30,11 +35,14 @@ def _rotate_heads(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """All heads of one token; with GROUP > 0 every GROUP-th is a value and stays."""
+    """All heads of one token; with GROUP > 0 every GROUP-th is a value and stays. REST: dims after the rotated ones,
+    which are copied (0 in place)."""
     for start in range(0, HEADS, BLOCK_H):
         heads = start + tl.arange(0, BLOCK_H)
         rotated = heads < HEADS
@@ -58,6 +66,11 @@ def _rotate_heads(
             out = y_ptr + wide * y_head_stride + dims[None, :]
             tl.store(out, (first * cos - second * sin).to(y_ptr.dtype.element_ty), mask=mask)
             tl.store(out + HALF, (second * cos + first * sin).to(y_ptr.dtype.element_ty), mask=mask)
+        if REST > 0:
+            dims = tl.arange(0, BLOCK_R)
+            mask = rotated[:, None] & (dims < REST)[None, :]
+            x = tl.load(x_ptr + wide * x_head_stride + 2 * HALF + dims[None, :], mask=mask, other=0.0)
+            tl.store(y_ptr + wide * y_head_stride + 2 * HALF + dims[None, :], x, mask=mask)
 
 
 @triton.jit
@@ -88,8 +101,10 @@ def _rope_kernel(
     K_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
@@ -107,13 +122,15 @@ def _rope_kernel(
     _rotate_heads(
         q_ptr + token * q_token_stride + row * q_row_stride,
         q_out_ptr + token * q_out_token_stride + row * q_out_row_stride,
-        q_head_stride, q_out_head_stride, cos, sin, Q_HEADS, GROUP, HALF, BLOCK_H, BLOCK_D, INTERLEAVED,
+        q_head_stride, q_out_head_stride, cos, sin, Q_HEADS, GROUP, HALF, REST, BLOCK_H, BLOCK_D, BLOCK_R,
+        INTERLEAVED,
     )  # fmt: skip
     if K_HEADS > 0:
         _rotate_heads(
             k_ptr + token * k_token_stride + row * k_row_stride,
             k_out_ptr + token * k_out_token_stride + row * k_out_row_stride,
-            k_head_stride, k_out_head_stride, cos, sin, K_HEADS, 0, HALF, BLOCK_H, BLOCK_D, INTERLEAVED,
+            k_head_stride, k_out_head_stride, cos, sin, K_HEADS, 0, HALF, REST, BLOCK_H, BLOCK_D, BLOCK_R,
+            INTERLEAVED,
         )  # fmt: skip
 
 
@@ -122,50 +139,74 @@ def block_heads(heads: int, half: int) -> int:
     return min(triton.next_power_of_2(heads), max(1, 1024 // triton.next_power_of_2(half)))
 
 
-def rotate(
-    q: Tensor,
-    k: Tensor | None,
-    out: tuple[Tensor, Tensor | None],
-    table: RopeTable,
-    group: int,
-    flags: tuple[bool, bool],
-) -> None:
-    """q [s, b, h, d] and k [s, b, g, d] or None into ``out`` of the same shapes, which may be q and k themselves.
+# Launches of one shape share their constants: next_power_of_2 alone costs as much as an allocation.
+@lru_cache(maxsize=1024)
+def _constants(heads: tuple[int, int], group: int, half: int, rest: int, flags: tuple[bool, bool]) -> dict[str, Any]:
+    return {
+        "Q_HEADS": heads[0],
+        "K_HEADS": heads[1],
+        "GROUP": group,
+        "HALF": half,
+        "REST": rest,
+        "BLOCK_H": block_heads(heads[0], half),
+        "BLOCK_D": triton.next_power_of_2(half),
+        "BLOCK_R": triton.next_power_of_2(max(rest, 1)),
+        "INTERLEAVED": flags[0],
+        "INVERSE": flags[1],
+        "num_warps": NUM_WARPS,
+    }
 
-    group: with k None, q is packed and every ``group``-th head is a value that stays; 0 where all heads rotate. flags:
-    interleaved, inverse.
-    """
+
+def _position_strides(positions: Tensor | None) -> tuple[int, int]:
+    if positions is None:
+        return 0, 0
+    return positions.stride(0), positions.stride(1) if positions.ndim > 1 else 0
+
+
+def rotate(q: Tensor, k: Tensor, out: tuple[Tensor, Tensor], table: Table, flags: tuple[bool, bool]) -> None:
+    """q [s, b, h, d] and k [s, b, g, d], d contiguous, into ``out`` of the same shapes. flags: interleaved, inverse."""
     tokens, rows, heads, dim = q.shape
     if not q.numel():
         return
-    positions = table.token_positions
-    position_strides = (
-        (0, 0) if positions is None else (positions.stride(0), positions.stride(1) if positions.ndim > 1 else 0)
-    )
-    other, other_out = (q, out[0]) if k is None else (k, out[1])
-    assert other_out is not None
-    half = dim // 2
+    cos, sin, positions, offset = table
+    half = cos.size(1)
     _rope_kernel[(tokens, rows)](
         q,
-        other,
-        out[0],
-        other_out,
-        table.cos,
-        table.sin,
+        k,
+        *out,
+        cos.contiguous(),
+        sin.contiguous(),
         positions,
-        table.offset,
+        offset,
         *q.stride()[:3],
-        *other.stride()[:3],
+        *k.stride()[:3],
         *out[0].stride()[:3],
-        *other_out.stride()[:3],
-        *position_strides,
-        Q_HEADS=heads,
-        K_HEADS=0 if k is None else k.shape[2],
-        GROUP=group,
-        HALF=half,
-        BLOCK_H=block_heads(heads, half),
-        BLOCK_D=triton.next_power_of_2(half),
-        INTERLEAVED=flags[0],
-        INVERSE=flags[1],
-        num_warps=NUM_WARPS,
+        *out[1].stride()[:3],
+        *_position_strides(positions),
+        **_constants((heads, k.size(2)), 0, half, dim - 2 * half, flags),
+    )
+
+
+def rotate_packed_(qkv: Tensor, table: Table, group: int, head_dim: int, flags: tuple[bool, bool]) -> None:
+    """qkv [s, b, heads * head_dim], whose every ``group``-th head is a value and stays. flags: interleaved, inverse."""
+    tokens, rows, width = qkv.shape
+    if not qkv.numel():
+        return
+    cos, sin, positions, offset = table
+    strides = qkv.stride(0), qkv.stride(1), head_dim
+    _rope_kernel[(tokens, rows)](
+        qkv,
+        qkv,
+        qkv,
+        qkv,
+        cos.contiguous(),
+        sin.contiguous(),
+        positions,
+        offset,
+        *strides,
+        *strides,
+        *strides,
+        *strides,
+        *_position_strides(positions),
+        **_constants((width // head_dim, 0), group, cos.size(1), 0, flags),
     )

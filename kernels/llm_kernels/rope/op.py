@@ -8,54 +8,72 @@ from torch import Tensor
 from llm_kernels import dispatch
 from llm_kernels.rope import ref
 from llm_kernels.rope.table import RopeTable
+from llm_kernels.rows import fresh
 
 
 def rope(
-    q: Tensor, k: Tensor, table: RopeTable, *, interleaved: bool = False, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    table: RopeTable,
+    *,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Rotated q and k, in one launch.
 
     q: [s, b, h, d], k: [s, b, g, d], any strides with d contiguous, fp32, bf16 or fp16; computed in fp32, returned
-    contiguous in the same dtypes. interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + d/2) as in Llama.
-    Backward rotates by the opposite angles and keeps nothing but the table. Raises ValueError if shapes do not match
-    each other or the table.
+    contiguous in the same dtypes. rotary_dim: how many dims of a head rotate, the first ones, where the others stay
+    (partial rotary embedding); all by default. interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + d/2) as
+    in Llama. Backward rotates by the opposite angles and keeps nothing but the table. Raises ValueError if shapes do
+    not match each other or the table.
     """
-    _check(q, table)
-    if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+    if k.ndim != 4 or q.ndim != 4 or k.shape[:2] != q.shape[:2] or k.size(3) != q.size(3):
         raise ValueError(f"k has shape {tuple(k.shape)}, q has {tuple(q.shape)}: only the number of heads may differ")
-    if dispatch.backend_for(q, backend) == "torch":
+    _check(q, q.size(3), rotary_dim, table)
+    if dispatch.backend_for(q, backend, k) == "torch":
         return ref.rope_table(q, table, interleaved), ref.rope_table(k, table, interleaved)
-    tensors = table.cos, table.sin, table.token_positions
-    return torch.ops.llm_kernels.rope(q, k, *tensors, table.offset, interleaved, False)
+    return _turn(q, k, table.cos, table.sin, table.token_positions, table.offset, interleaved, False)
 
 
 def rope_qkv_(
-    qkv: Tensor, table: RopeTable, *, num_groups: int, head_dim: int, interleaved: bool = False, backend: str = "auto"
+    qkv: Tensor,
+    table: RopeTable,
+    *,
+    num_groups: int,
+    head_dim: int,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Rotates queries and keys where they lie in a packed projection, and returns it.
 
     qkv: [s, b, w], w = num_groups (m + 2) head_dim: for every group m query heads, a key, a value, as megatron packs
     them. It is overwritten, and so is the gradient that arrives in backward: for callers that know that nothing else
-    needs either, such as between a linear layer and attention. Raises ValueError if shapes do not match, or qkv is
-    expanded or not contiguous in w.
+    needs either, such as between a linear layer and attention. rotary_dim and interleaved: as in
+    rope. Raises ValueError if shapes do not match, or qkv is a leaf that requires a gradient, expanded or not
+    contiguous in w.
     """
-    if qkv.ndim != 3 or qkv.shape[2] % (num_groups * head_dim) or qkv.shape[2] // (num_groups * head_dim) < 3:
+    group, rest = divmod(qkv.size(-1), num_groups * head_dim)
+    if qkv.ndim != 3 or rest or group < 3:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}; its last dim must hold {num_groups} groups of three or more heads of "
             f"{head_dim}"
         )
     if qkv.stride(2) != 1:
         raise ValueError(f"qkv has strides {qkv.stride()}; its last dim must be contiguous")
-    if any(stride == 0 and size > 1 for stride, size in zip(qkv.stride(), qkv.shape)):
-        raise ValueError("qkv is rotated in place, but its elements share memory (it is expanded)")
-    _check(_heads(qkv, head_dim), table)
-    return _RotatePacked.apply(qkv, table, num_groups, head_dim, interleaved, dispatch.backend_for(qkv, backend))
+    dispatch.check_writable(qkv, "qkv", "rope_qkv_")
+    _check(qkv, head_dim, rotary_dim, table)
+    settings = table, num_groups, head_dim, interleaved, dispatch.backend_for(qkv, backend)
+    return dispatch.apply(_RotatePacked, qkv, settings, False)
 
 
-def _check(q: Tensor, table: RopeTable) -> None:
-    tokens, rows, _, dim = q.shape
-    if dim != 2 * table.cos.shape[1]:
-        raise ValueError(f"heads are {dim} wide, the table is for {2 * table.cos.shape[1]}")
+def _check(x: Tensor, dim: int, rotary_dim: int | None, table: RopeTable) -> None:
+    tokens, rows, of_table = x.size(0), x.size(1), 2 * table.cos.size(1)
+    if rotary_dim is None and of_table != dim:
+        raise ValueError(f"heads are {dim} wide, the table is for {of_table}; rotary_dim would say that some dims stay")
+    if rotary_dim is not None and not of_table == rotary_dim <= dim:
+        raise ValueError(f"rotary_dim = {rotary_dim}, but the table is for {of_table} and heads are {dim} wide")
     positions = table.token_positions
     if positions is None:
         _check_range(table.offset, table.offset + tokens - 1, table)
@@ -69,81 +87,73 @@ def _check(q: Tensor, table: RopeTable) -> None:
 
 
 def _check_range(low: int, high: int, table: RopeTable) -> None:
-    if low < 0 or high >= table.cos.shape[0]:
+    if low < 0 or high >= table.cos.size(0):
         raise ValueError(
             f"tokens reach position {low if low < 0 else high}, the table has {table.cos.shape[0]} positions"
         )
 
 
-def _heads(qkv: Tensor, head_dim: int) -> Tensor:
-    """[s, b, all heads, d] view of [s, b, w]."""
-    return qkv.unflatten(2, (-1, head_dim))
+_Settings = tuple[RopeTable, int, int, bool, str]  # table, groups, width of a head, interleaved, back end
 
 
 class _RotatePacked(torch.autograd.Function):
     """In place both ways; takes the flat projection, since autograd copies gradients of views changed in place."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, table: RopeTable, num_groups: int, head_dim: int, interleaved: bool, backend: str):
-        ctx.settings = (table, num_groups, head_dim, interleaved, backend)
+    def forward(ctx, qkv: Tensor, settings: _Settings, inverse: bool) -> Tensor:
+        ctx.settings, ctx.inverse = settings, inverse
         ctx.mark_dirty(qkv)
-        _rotate_packed(qkv, *ctx.settings, inverse=False)
+        _rotate_packed(qkv, settings, inverse)
         return qkv
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a gradient that will be differentiated
+            copy = grad.clone(memory_format=torch.contiguous_format)
+            return _RotatePacked.apply(copy, ctx.settings, not ctx.inverse), None, None
         grad = grad.contiguous()
-        _rotate_packed(grad, *ctx.settings, inverse=True)
-        return grad, None, None, None, None, None
+        _rotate_packed(grad, ctx.settings, not ctx.inverse)
+        return grad, None, None
 
 
-def _rotate_packed(
-    qkv: Tensor, table: RopeTable, num_groups: int, head_dim: int, interleaved: bool, backend: str, *, inverse: bool
-) -> None:
+def _rotate_packed(qkv: Tensor, settings: _Settings, inverse: bool) -> None:
+    table, num_groups, head_dim, interleaved, backend = settings
     if backend == "torch":
         packed = qkv.unflatten(2, (num_groups, -1, head_dim))
-        for part in (packed[:, :, :, :-2], packed[:, :, :, -2:-1]):
+        for part in (packed[..., :-2, : 2 * table.cos.size(1)], packed[..., -2:-1, : 2 * table.cos.size(1)]):
             part.copy_(ref.rotate_by(part.flatten(2, 3), table, interleaved, inverse).view(part.shape))
         return
+    group = qkv.size(2) // (num_groups * head_dim)
     tensors = table.cos, table.sin, table.token_positions
-    group = qkv.shape[2] // (num_groups * head_dim)
-    torch.ops.llm_kernels.rope_qkv_(qkv, *tensors, table.offset, group, head_dim, interleaved, inverse)
-
-
-def _table(cos: Tensor, sin: Tensor, positions: Tensor | None, offset: int) -> RopeTable:
-    return RopeTable(cos.contiguous(), sin.contiguous(), positions, offset)
+    _turn_packed_(qkv, *tensors, table.offset, group, head_dim, interleaved, inverse)
+    torch.autograd.graph.increment_version(qkv)
 
 
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _rope(q, k, cos, sin, positions, offset, interleaved, inverse) -> tuple[Tensor, Tensor]:
+def _rope(q, k, cos, sin, positions, offset, *flags) -> tuple[Tensor, Tensor]:
     from llm_kernels.rope import kernel
 
-    out = _rope_fake(q, k)
-    kernel.rotate(_dense(q), _dense(k), out, _table(cos, sin, positions, offset), 0, (interleaved, inverse))
+    out = fresh(q), fresh(k)
+    kernel.rotate(_dense(q), _dense(k), out, (cos, sin, positions, offset), flags)
     return out
 
 
-def _rope_fake(q: Tensor, k: Tensor, *_) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-
-
-def _rope_qkv_(qkv, cos, sin, positions, offset, group, head_dim, interleaved, inverse) -> None:
+def _rope_qkv_(qkv, cos, sin, positions, offset, group, head_dim, *flags) -> None:
     from llm_kernels.rope import kernel
 
-    heads = _heads(qkv, head_dim)
-    kernel.rotate(heads, None, (heads, None), _table(cos, sin, positions, offset), group, (interleaved, inverse))
+    kernel.rotate_packed_(qkv, (cos, sin, positions, offset), group, head_dim, flags)
 
 
 dispatch.define(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, int offset, bool interleaved, bool inverse) "
     "-> (Tensor, Tensor)",
     _rope,
-    _rope_fake,
+    lambda q, k, *_: (fresh(q), fresh(k)),
 )
-dispatch.define(
+_turn_packed_ = dispatch.define(
     "rope_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor? positions, int offset, int group, int head_dim, "
     "bool interleaved, bool inverse) -> ()",
     _rope_qkv_,
@@ -157,8 +167,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, dq: Tensor, dk: Tensor):
-    dq, dk = torch.ops.llm_kernels.rope(dq, dk, *ctx.saved_tensors, ctx.offset, ctx.interleaved, not ctx.inverse)
-    return dq, dk, None, None, None, None, None, None
+    return *_turn(dq, dk, *ctx.saved_tensors, ctx.offset, ctx.interleaved, not ctx.inverse), *(None,) * 6
 
 
-torch.library.register_autograd("llm_kernels::rope", _gradients, setup_context=_setup, lib=dispatch.LIBRARY)
+_turn = dispatch.differentiable("rope", _setup, _gradients, linear=True)

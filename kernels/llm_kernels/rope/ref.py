@@ -49,7 +49,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
+        return _Rotate.apply(grad, cos, -sin), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads_first: bool = False) -> Tensor:
@@ -71,11 +71,20 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads_first: bool = False) -> T
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates dims (i, i + d/2) of x [s, b, heads, d] by the angles whose cosine and sine are given, broadcastable to
     [s, b, 1, d] in fp32. Computed in fp32 (fp64 for fp64), returned in x's dtype, in memory as [b, heads, s, d]."""
+    if torch.compiler.is_compiling():  # the compiler fuses what _rotate arranges by hand
+        half = x.shape[-1] // 2
+        wide = x if x.dtype == torch.float64 else x.float()
+        first, second, cos, sin = wide[..., :half], wide[..., half:], cos[..., :half], sin[..., :half]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
     return _Rotate.apply(x, cos, sin)
 
 
 def rope_table(x: Tensor, table: RopeTable, interleaved: bool) -> Tensor:
-    """``rope`` of x [s, b, heads, d] by a table; interleaved rotates pairs (2i, 2i + 1)."""
+    """``rope`` of x [s, b, heads, d] by a table; interleaved rotates pairs (2i, 2i + 1). Dims that the table does not
+    reach stay."""
+    rotated = 2 * table.cos.shape[1]
+    if rotated < x.shape[-1]:
+        return torch.cat((rope_table(x[..., :rotated], table, interleaved), x[..., rotated:]), dim=-1)
     cos, sin = table.full(x.shape[0])
     if not interleaved:
         return rope(x, cos, sin)

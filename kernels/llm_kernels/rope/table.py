@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,18 +43,18 @@ class RopeTable:
         document = torch.searchsorted(cu_seqlens.long(), tokens, right=True) - 1
         return self.at(tokens - cu_seqlens.long()[document])
 
-    @cached_property
-    def _row_of_token(self) -> Tensor | slice:
-        return slice(self.offset, None) if self.token_positions is None else self.token_positions.long()
-
     def full(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every token, fp32 [s, 1 or b, 1, d], halves repeated; what ref.rope takes."""
+        if torch.compiler.is_compiling():  # a graph computes it where it is wanted
+            return self._spread(num_tokens)
         key = f"_full_{num_tokens}"
         if key not in self.__dict__:  # kept: every layer of a model asks for the same
-            pair = []
-            for half in (self.cos, self.sin):
-                rows = half[self._row_of_token][:num_tokens]
-                rows = rows.unsqueeze(1) if rows.ndim == 2 else rows
-                pair.append(torch.cat((rows, rows), dim=-1).unsqueeze(2))
-            self.__dict__[key] = tuple(pair)
+            self.__dict__[key] = self._spread(num_tokens)
         return self.__dict__[key]
+
+    def _spread(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        positions = self.token_positions
+        at = slice(self.offset, self.offset + num_tokens) if positions is None else positions.long()
+        rows = [half[at] for half in (self.cos, self.sin)]
+        cos, sin = (torch.cat((x, x), dim=-1).unsqueeze(2 if x.ndim == 3 else 1) for x in rows)
+        return (cos, sin) if cos.ndim == 4 else (cos.unsqueeze(1), sin.unsqueeze(1))

@@ -179,6 +179,40 @@ def test_equals_transformers(backend: str) -> None:
         torch.testing.assert_close(found, wanted.permute(2, 0, 1, 3), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize(("rotated", "dim"), [(8, 16), (4, 6), (8, 20)])  # half; fewer; rest no power of two
+def test_partial(rotated: int, dim: int, interleaved: bool, backend: str) -> None:
+    """A table for the first dims of a head (GPT-NeoX, GLM, Phi): they turn, the rest and its gradient pass."""
+    tokens, rows, groups, queries = 5, 2, 2, 3
+    table = variants(tokens, rows, rotated)["array"]
+
+    def whole(x: Tensor) -> Tensor:
+        return torch.cat((turned(x[..., :rotated], table, interleaved), x[..., rotated:].double()), dim=-1)
+
+    q, k = random(tokens, rows, 6, dim, dtype=torch.float32), random(tokens, rows, 2, dim, dtype=torch.float32, seed=1)
+    options = {"rotary_dim": rotated, "interleaved": interleaved, "backend": backend}
+    found = rope(q, k, table, **options)
+    grads = [random(*x.shape, dtype=torch.float32, seed=5).detach() for x in found]
+    gradients = torch.autograd.grad(found, (q, k), grads)
+    wanted = [whole(x) for x in (q, k)]
+    expected = torch.autograd.grad(wanted, (q, k), [g.double() for g in grads])
+    for ours, right in zip((*found, *gradients), (*wanted, *expected)):
+        torch.testing.assert_close(ours.double(), right.double(), rtol=1e-6, atol=1e-6)
+
+    flat = random(tokens, rows, groups * (queries + 2) * dim, dtype=torch.float32)
+    out = rope_qkv_(flat * 1.0, table, num_groups=groups, head_dim=dim, **options)
+    before, after = (x.view(tokens, rows, groups, queries + 2, dim) for x in (flat, out))
+    right = torch.stack([whole(before[..., i, :]) for i in range(queries + 1)], dim=-2)
+    torch.testing.assert_close(after[..., :-1, :].double(), right, rtol=1e-6, atol=1e-6)
+    assert torch.equal(after[..., -1, :], before[..., -1, :])
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.device)
+    (gradient,) = torch.autograd.grad(out, flat, upstream.clone())
+    (expected_gradient,) = torch.autograd.grad(right, flat, upstream.view(after.shape)[..., :-1, :].double())
+    expected_gradient.view(after.shape)[..., -1, :] = upstream.view(after.shape)[..., -1, :]
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-6)
+
+
 def test_reference_gradcheck() -> None:
     table = make_table(3, 8)
     for interleaved in (False, True):
@@ -221,7 +255,11 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="share memory"):
         rope_qkv_(torch.ones(2, 1, 24, device=default_device()).expand(2, 3, 24), table, num_groups=1, head_dim=8)
     with pytest.raises(ValueError, match="the table is for 8"):
-        rope(q[..., :4], q[..., :4], table)
+        rope(q[:3, ..., :4], q[:3, ..., :4], table)
+    with pytest.raises(ValueError, match="rotary_dim = 4, but the table is for 8"):
+        rope(q[:3], q[:3], table, rotary_dim=4)
+    with pytest.raises(ValueError, match=r"rotary_dim = 8, but .* heads are 4 wide"):
+        rope(q[:3, ..., :4], q[:3, ..., :4], table, rotary_dim=8)
     with pytest.raises(ValueError, match="only the number of heads"):
         rope(q[:3], q[:2], table)
     with pytest.raises(ValueError, match="three or more heads"):

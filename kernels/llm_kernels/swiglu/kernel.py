@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llm_kernels.rows import as_rows
+
 BLOCK = 1024
 NUM_WARPS = 4
 
@@ -41,26 +43,33 @@ def _swiglu_bwd_kernel(
     dy = tl.load(dy_ptr + row * dy_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    dup = dy * gate * sigmoid
+    dup = dy * (gate * sigmoid)  # in this order dy times a large gate does not overflow
     tl.store(dx_ptr + row * dx_row_stride + cols, dgate.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(dx_ptr + row * dx_row_stride + F + cols, dup.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def forward(x: Tensor) -> Tensor:
-    """x [M, 2F] with columns contiguous → [M, F]."""
-    rows, width = x.shape[0], x.shape[1] // 2
-    y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    if y.numel():
-        grid = (rows, triton.cdiv(width, BLOCK))
-        _swiglu_fwd_kernel[grid](x, y, x.stride(0), F=width, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    """x [..., 2F] → [..., F]."""
+    width = x.size(-1) // 2
+    y = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+    if elements := y.numel():
+        x, x_stride = as_rows(x)
+        grid = (elements // width, -(-width // BLOCK))
+        _swiglu_fwd_kernel[grid](x, y, x_stride, F=width, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return y
 
 
 def backward(dy: Tensor, x: Tensor, out: Tensor) -> None:
-    """Writes the gradient of x [M, 2F] into ``out``, which may be x; dy [M, F]; columns contiguous."""
-    rows, width = dy.shape
-    if dy.numel():
-        grid = (rows, triton.cdiv(width, BLOCK))
+    """Writes the gradient of x [..., 2F] into ``out``, which may be x; dy [..., F]."""
+    if elements := dy.numel():
+        width = dy.size(-1)
+        dy, dy_stride = as_rows(dy)
+        rows, x_stride = as_rows(x)
+        same = out is x
+        target, target_stride = (rows, x_stride) if same else as_rows(out)
+        grid = (elements // width, -(-width // BLOCK))
         _swiglu_bwd_kernel[grid](
-            dy, x, out, dy.stride(0), x.stride(0), out.stride(0), F=width, BLOCK=BLOCK, num_warps=NUM_WARPS
+            dy, rows, target, dy_stride, x_stride, target_stride, F=width, BLOCK=BLOCK, num_warps=NUM_WARPS
         )
+        if same and rows.data_ptr() != x.data_ptr():  # x could not be seen as rows without a copy
+            x.copy_(rows.view(x.shape))

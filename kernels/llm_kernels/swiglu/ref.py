@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm_kernels import dispatch
+
 
 class _SwiGlu(torch.autograd.Function):
     """Saves only its input; the gate's activation is computed again in backward."""
@@ -17,6 +19,7 @@ class _SwiGlu(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @dispatch.first_derivative_only("swiglu")
     def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
@@ -29,4 +32,7 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(x: Tensor) -> Tensor:
     """``silu(gate) * up`` where x [..., 2f] holds gate then up along its last dim; returns [..., f] in x's dtype."""
+    if torch.compiler.is_compiling():  # the compiler decides itself what it keeps and what it computes again
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
     return _SwiGlu.apply(x)
