@@ -300,7 +300,9 @@ def inspect_all(operators: Sequence[str], archs: Sequence[int], jobs: int, dump:
 
 def table(reports: Sequence[Report]) -> str:
     """The reports as a Markdown table."""
-    names = "kernel, sm, warps, registers, spill B, shared KiB, occupancy, 128-bit, narrower, tensor core, loop, waits, s"
+    names = (
+        "kernel, sm, warps, registers, spill B, shared KiB, occupancy, 128-bit, narrower, tensor core, loop, waits, s"
+    )
     lines = ["| " + names.replace(",", " |") + " |", "|" + " --- |" * 13]
     for r in reports:
         c = r.instructions or dict.fromkeys(_CLASSES, 0)

@@ -10,13 +10,16 @@ FLOPs: 4 d per visible (query, key) and head. Bytes, at least: q, k, v and out o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from llm_kernels.attention.ref import Options, dropout_threshold
-from llm_kernels.attention.tiles import Case, forward_tile
+from llm_kernels.attention.tiles import Case, Tile, forward_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -286,41 +289,47 @@ def _attention_fwd_kernel(
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (cols < D)[None, :])
 
 
-def by_group(q: Tensor, groups: int) -> Tensor:
-    """[s, b, h, d] as [s, b, g, m, d], a view."""
-    return q.unflatten(2, (groups, q.shape[2] // groups))
-
-
-def switches(options: Options, element_size: int) -> dict[str, object]:
-    """Arguments of all kernels that come from the options.
-
-    SOFTCAP is 1 where tanh to 2^-22 will do: its error times the cap is then below half a rounding of fp16.
-    """
-    exact = element_size == 4 or options.softcap > 512
-    return {
-        "scale": options.scale,
-        "left": max(options.left, 0),
-        "right": max(options.right, 0),
-        "softcap": options.softcap,
-        "keep_scale": 1.0 / (1.0 - options.dropout_p),
-        "seed": options.seed,
-        "threshold": dropout_threshold(options.dropout_p),
-        "LEFT": options.left >= 0,
-        "RIGHT": options.right >= 0,
-        "SOFTCAP": 0 if options.softcap == 0 else 2 if exact else 1,
-        "DROPOUT": options.dropout_p > 0,
-    }
-
-
 def padded(d: int) -> int:
     """Columns of a tile for head dim ``d``; the tensor core wants 16 at least."""
     return max(16, triton.next_power_of_2(d))
 
 
-def case_of(q: Tensor, options: Options, arch: int) -> Case:
-    """What decides the tiles of a call."""
+@lru_cache(maxsize=256)
+def settings(
+    tile_of: Callable[[Case], Tile], options: Options, d: int, element_size: int, m: int, arch: int
+) -> tuple[Tile, dict[str, object]]:
+    """Tile of a kernel, and its arguments that depend on neither tensors nor seed; made once for each kind of call,
+    because launches follow each other in microseconds. ``options`` are without a seed, ``m`` is heads of a group.
+
+    SOFTCAP is 1 where tanh to 2^-22 will do: its error times the cap is then below half a rounding of fp16.
+    """
     softcap, dropout = options.softcap > 0, options.dropout_p > 0
-    return Case(arch, q.shape[-1], q.element_size(), softcap, dropout, options.right == 0)
+    tile = tile_of(Case(arch, d, element_size, softcap, dropout, options.right == 0))
+    exact = element_size == 4 or options.softcap > 512
+    return tile, {
+        "scale": options.scale,
+        "left": max(options.left, 0),
+        "right": max(options.right, 0),
+        "softcap": options.softcap,
+        "keep_scale": 1.0 / (1.0 - options.dropout_p),
+        "threshold": dropout_threshold(options.dropout_p),
+        "GROUP": m,
+        "D": d,
+        "BLOCK_D": padded(d),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "LEFT": options.left >= 0,
+        "RIGHT": options.right >= 0,
+        "SOFTCAP": (2 if exact else 1) if softcap else 0,
+        "DROPOUT": dropout,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def without_seed(options: Options) -> Options:
+    """The options by which settings are kept."""
+    return options._replace(seed=0) if options.seed else options
 
 
 def forward(
@@ -334,13 +343,12 @@ def forward(
     lse = torch.empty(b, h, sq, dtype=torch.float32, device=q.device)
     if not covers_queries:
         lse.fill_(-torch.inf)
-    tile = forward_tile(case_of(q, options, arch))
+    tile, fixed = settings(forward_tile, without_seed(options), d, q.element_size(), m, arch)
     grid = (h * len(table), triton.cdiv(max_q, tile.block_m))
     if 0 in grid or 0 in out.shape:
         return out, lse
     _attention_fwd_kernel[grid](
         q, k, v, out, lse, table, *q.stride()[:4], *k.stride()[:3], *v.stride()[:3], b * h * d, h, sq,
-        **switches(options, q.element_size()), GROUP=m, D=d, BLOCK_D=padded(d), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        seed=options.seed, **fixed,
     )  # fmt: skip
     return out, lse

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from llm_kernels.attention.kernel import (
     LOG2E,
-    case_of,
     in_window,
     keep_tile,
     key_range,
     load_rows,
     num_tiles,
-    padded,
-    switches,
+    settings,
     tanh,
     tile_start,
+    without_seed,
 )
 from llm_kernels.attention.ref import Options
 from llm_kernels.attention.tiles import dkdv_tile, dq_tile
@@ -413,20 +412,19 @@ def backward(
     dq, dk, dv = gradients
     sq, b, groups, m, d = q.shape
     h = groups * m
-    shared = {**switches(options, q.element_size()), "GROUP": m, "D": d, "BLOCK_D": padded(d)}
+    kind = (without_seed(options), d, q.element_size(), m, arch)
     inputs = (*q.stride()[:4], *k.stride()[:3], *v.stride()[:3])
-    tile = dkdv_tile(case_of(q, options, arch))
+    tile, fixed = settings(dkdv_tile, *kind)
     grid = (groups * len(table), triton.cdiv(extents[1], tile.block_n))
     if 0 not in grid:
         _attention_bwd_dkdv_kernel[grid](
             q, k, v, dout, lse, delta, dk, dv, table, *inputs, *dk.stride()[:3], *dv.stride()[:3], b * h * d, groups,
-            sq, **shared, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            sq, seed=options.seed, **fixed,
         )  # fmt: skip
-    tile = dq_tile(case_of(q, options, arch))
+    tile, fixed = settings(dq_tile, *kind)
     grid = (h * len(table), triton.cdiv(extents[0], tile.block_m))
     if 0 not in grid:
         _attention_bwd_dq_kernel[grid](
-            q, k, v, dout, lse, delta, dq, table, *inputs, *dq.stride()[:4], b * h * d, h, sq, **shared,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            q, k, v, dout, lse, delta, dq, table, *inputs, *dq.stride()[:4], b * h * d, h, sq, seed=options.seed,
+            **fixed,
         )  # fmt: skip

@@ -1,8 +1,9 @@
 """Tiles of the attention kernels by architecture: the largest that ptxas fits without a spill, with Triton 3.6 and 3.7.
 
 On sm_90 the kernel for dk and dv loads three stages ahead: with two, ptxas can't tell its accumulators from those of
-the step before and puts a wait after every HGMMA. At head dim 256 it has only HMMA there: HGMMA needs 64 keys, whose two
-sums fill the registers unless a tile has 16 queries, and then a pair of query and key costs 2.2 times the instructions.
+the step before and puts a wait after every HGMMA. At head dim 256 it has only HMMA there: HGMMA needs 64 keys, whose
+two sums fill the registers unless a tile has 16 queries, and then a pair of query and key costs 2.2 times the
+instructions.
 Found by compiling ahead of time; ``llm-parallel bench kernels --aot --op attention`` shows registers and loops of all.
 None has been timed on a GPU yet.
 """
@@ -59,7 +60,7 @@ def dkdv_tile(case: Case) -> Tile:
     if case.d > 128:
         return Tile(64, 32, 8, 1) if case.arch >= 90 else Tile(32, 32, 8, 1)
     if case.arch >= 90:
-        return Tile(64 if case.d <= 64 and not case.dropout else 32, 128, 8, 3)
+        return Tile(64 if case.d <= 64 and case.plain else 32, 128, 8, 3)
     return Tile(64, 64, 8, 2)
 
 
