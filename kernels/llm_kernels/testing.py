@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,6 +44,16 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0, device: str | torch.d
     """Standard normal leaf tensor that wants a gradient, the same numbers on every device."""
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return values.to(device=device or default_device(), dtype=dtype).requires_grad_()
+
+
+def far_apart(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, folder: Path) -> Tensor:
+    """Standard normal numbers in a tensor whose rows lie gigabytes apart, in a sparse file of ``folder``: no memory but
+    what is touched. Offsets into it do not fit in 32 bits, which Triton's interpreter raises for (interpreter.py)."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    path = folder / f"{elements}-{len(list(folder.iterdir()))}"
+    storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=elements * dtype.itemsize)
+    out = torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), tuple(strides))
+    return out.copy_(random(*shape, dtype=dtype).detach())
 
 
 def default_device() -> torch.device:
@@ -117,6 +128,92 @@ def _hold(label: str, ours: Tensor, theirs: Tensor, right: Tensor, limits: tuple
     limit = FACTOR * of_peer_mean + floor * right.square().mean().sqrt().item() + noise
     assert mean <= limit, f"{label}: rms error {mean:.3e}, framework {of_peer_mean:.3e}, limit {limit:.3e}"
     return largest / scale, of_peer / scale
+
+
+# Magnitudes from the smallest to the largest that fp32 and bf16 hold; fp16 is cut to its own range.
+MAGNITUDES = (1e-45, 1e-40, 1e-38, 1e-30, 1e-19, 1e-10, 1e-4, 1.0, 1e2, 1e4, 1e10, 1e18, 1e25, 1e37, 3e38)
+
+
+def extreme_values(dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
+    """Kinds of numbers that are finite but extreme, each as a function of a shape (and ``seed=``): normal numbers of
+    every magnitude, small differences on a large offset, rows that are all equal, zeros, one huge among small ones."""
+    largest = torch.finfo(dtype).max
+
+    def scaled(factor: float, offset: float = 0.0) -> Callable[..., Tensor]:
+        def make(*shape: int, seed: int = 0) -> Tensor:
+            wide = random(*shape, dtype=torch.float64, seed=seed).detach() * factor + offset
+            return wide.clamp(-largest, largest).to(dtype).requires_grad_()
+
+        return make
+
+    def equal(value: float) -> Callable[..., Tensor]:
+        return lambda *shape, seed=0: torch.full(shape, value, dtype=dtype, device=default_device()).requires_grad_()
+
+    def one_huge(*shape: int, seed: int = 0) -> Tensor:
+        values = scaled(1.0)(*shape, seed=seed).detach()
+        values[..., seed % shape[-1]] = largest / 8
+        return values.requires_grad_()
+
+    kinds = {f"magnitude {size:g}": scaled(size) for size in MAGNITUDES if size < largest}
+    kinds |= {f"offset {offset:g}": scaled(1.0, offset) for offset in (30.0, -30.0, 90.0, -90.0, 1e3, -1e3, 1e4)}
+    kinds |= {f"all {value:g}": equal(value) for value in (0.0, 1.0, -1e4, largest / 2)}
+    return kinds | {"one huge": one_huge}
+
+
+def sweep_extremes(
+    operator: str,
+    dtype: torch.dtype,
+    functions: tuple[Callable, Callable, Callable],
+    make: Callable[[Callable[..., Tensor]], list[Tensor]],
+    gradients: Sequence[float] = (1.0, 1e-30, 1e30),
+) -> float:
+    """Drives an operator forward and backward over ``extreme_values`` and holds it to the rule of ``compare``: no more
+    than twice the framework's error and a rounding, and finite wherever fp64 (in that dtype) and the framework are.
+
+    functions: the operator, the framework's and the truth in fp64, of the same inputs; make(values) makes the inputs of
+    a kind of numbers; gradients: magnitudes of the gradient from upstream. Prints and returns the worst ratio of the
+    operator's error to the framework's, which counts as at least one rounding of the largest value.
+    """
+    worst, where = 0.0, "nothing"
+    for kind, values in extreme_values(dtype).items():
+        for size in gradients:
+            inputs = make(values)
+            exact = [
+                x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs
+            ]
+            copies = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+            with torch.no_grad():
+                out = functions[2](*exact)
+            shapes = [x.shape for x in (out if isinstance(out, (tuple, list)) else [out])]
+            finfo = torch.finfo(dtype)
+            weights = [
+                (random(*shape, dtype=torch.float64, seed=90 + i).detach() * size).clamp(finfo.min, finfo.max).to(dtype)
+                for i, shape in enumerate(shapes)
+            ]
+            results = [_run(f, x, weights) for f, x in zip(functions, (inputs, copies, exact))]
+            for index, (ours, theirs, right) in enumerate(zip(*(a + b for a, b in results), strict=True)):
+                label = f"{operator}, {kind}, upstream {size:g}, result {index}"
+                ratio = _extreme_ratio(label, ours, theirs, right)
+                worst, where = max((worst, where), (ratio, label))
+    print(f"{operator:24s} {str(dtype).removeprefix('torch.'):10s} worst ratio to torch's error {worst:.2f} ({where})")
+    return worst
+
+
+def _extreme_ratio(label: str, ours: Tensor, theirs: Tensor, right: Tensor) -> float:
+    """Asserts the rule of ``sweep_extremes`` for one result; error of ours over the framework's."""
+    finfo = torch.finfo(ours.dtype)
+    counts = theirs.isfinite() & right.to(ours.dtype).isfinite()
+    bad = counts & ~ours.isfinite()
+    assert not bad.any(), f"{label}: {int(bad.sum())} numbers are not finite where fp64 and torch are: {ours[bad][:3]}"
+    if not counts.any():
+        return 0.0
+    error, peer = ((x.double() - right)[counts].abs().max().item() for x in (ours, theirs))
+    scale = right[counts].abs().max().item()
+    rounding = max(finfo.eps * scale, finfo.smallest_normal * finfo.eps)
+    assert error <= FACTOR * peer + rounding, (
+        f"{label}: error {error:.3e}, torch's {peer:.3e}, one rounding of the largest value {rounding:.3e}"
+    )
+    return error / max(peer, rounding)
 
 
 def assert_matches(op: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: list[Tensor]) -> None:

@@ -14,8 +14,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x_wide = _wide(x)
-        scale = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
-        scale = scale.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+        # One number a row in fp64: the square of a row's length overflows fp32 where the length does not.
+        scale = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).double()
+        scale = scale.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_().to(x_wide.dtype)
         ctx.save_for_backward(x, weight, scale)
         return (x_wide * scale).mul_(weight).to(x.dtype)
 
