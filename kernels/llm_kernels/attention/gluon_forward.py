@@ -38,6 +38,7 @@ LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 # Where the running maximum begins, base 2: above what a masked score becomes, so that -inf - -inf never is.
 FLOOR: gl.constexpr = gl.constexpr(-(2.0**100))
+LOST: gl.constexpr = gl.constexpr(2.0**24)  # as in kernel.py
 # Queries of a consumer, which is one warpgroup, and of a program.
 HALF: gl.constexpr = gl.constexpr(64)
 BLOCK_M: gl.constexpr = gl.constexpr(128)
@@ -265,6 +266,7 @@ def _attend(
             acc, _p, at = warpgroup_mma_wait(0, [product, p, at])
             mbarrier.arrive(v_empty.index(last), count=1)
 
+            row_sum = gl.where((gl.abs(row_max) >= LOST) & (row_max > FLOOR), float("nan"), row_sum)
             nothing = row_sum == 0.0
             row_sum = gl.where(nothing, 1.0, row_sum)
             lse = gl.where(nothing, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)

@@ -3,7 +3,7 @@
 q: [sq, b, g, m, d] (m query heads of each of g groups), k, v: [sk, b, g, d], any strides with d contiguous; out [sq, b,
 g m, d] contiguous; lse fp32 [b, g m, sq]. fp32, bf16 or fp16; scores, weights and sums in fp32, weights rounded to v's
 dtype for the second product. Work is a table of segments int32 [n, 5]: (batch row, q_start, q_end, k_start, k_end).
-Formula: see ref.explicit. A program owns BLOCK_M queries of a head of a segment and goes over the keys they see, tiles
+Formula: see ref.explicit; NaN for a query whose largest score is beyond ln 2 * 2^24 = 1.2e7. A program owns BLOCK_M queries of a head of a segment and goes over the keys they see, tiles
 of edges apart from tiles that every query sees whole; tiles that no query sees are not touched.
 FLOPs: 4 d per visible (query, key) and head. Bytes, at least: q, k, v and out once, 4 per query and head.
 """
@@ -23,6 +23,9 @@ from llm_kernels.attention.tiles import Case, Tile, forward_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Scores in base 2 from here on are rounded by more than 1 where the maximum enters the FFMA of exp2's argument. Right
+# weights would cost one more instruction for every score.
+LOST: tl.constexpr = tl.constexpr(2.0**24)
 
 
 @triton.jit
@@ -278,6 +281,8 @@ def _attention_fwd_kernel(
         right, scale, softcap, seed, head, q_start, first, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP,
         DROPOUT, True,
     )  # fmt: skip
+    # NaN instead of weights that a rounding of the maximum has doubled or worse.
+    row_sum = tl.where((tl.abs(row_max) >= LOST) & (row_max != float("-inf")), float("nan"), row_sum)
     nothing = row_sum == 0.0
     row_sum = tl.where(nothing, 1.0, row_sum)
     lse = tl.where(nothing, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
