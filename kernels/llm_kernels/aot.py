@@ -1,8 +1,8 @@
 """Compiles kernels for sm_80 and sm_90 without a GPU and reads what ptxas made of them.
 
 Registers and shared memory come from the cubin, spills and serialized products from what ptxas says, instructions from
-the disassembly; all three programs are part of the Triton wheel. Counts of instructions are not cycles. Must run in a process without
-TRITON_INTERPRET.
+the disassembly; all three programs are part of the Triton wheel. Counts of instructions are not cycles. Must run in a
+process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def inspect(case: AotCase, arch: int, dump: Path | None = None) -> Report:
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said.getvalue())
     assert spilled, f"ptxas does not say what it spilled: {said.getvalue()!r}"
     report.spill_bytes = sum(map(int, spilled))
-    report.serialized = "; ".join(sorted(set(_SERIALIZED.findall(said.getvalue()))))
+    report.serialized = "; ".join(serialized(said.getvalue()))
     report.occupancy = occupancy(arch, report.registers, report.num_warps, report.shared_bytes)
     report.instructions = _mix(instructions)
     report.loop_length, report.loop = _steady_loop(instructions, labels)
@@ -146,9 +146,14 @@ def _problems(case: AotCase, report: Report) -> list[str]:
     return found
 
 
+def serialized(said: str) -> list[str]:
+    """Why ptxas put a wait after every HGMMA, from what it said; nothing if it did not."""
+    return sorted(set(_SERIALIZED.findall(said)))
+
+
 def narrow_strides(ttir: str) -> list[str]:
-    """What is wrong with a kernel that does arithmetic with a stride of 32 bits before it has 64: a million tokens times
-    some thousand columns do not fit."""
+    """What is wrong with a kernel that computes with a stride of 32 bits before it has 64: a million tokens times some
+    thousand columns do not fit."""
     narrow = {name: name for name in re.findall(r"(%\w*stride\w*): i32", ttir)}
     for result, operation, operands in re.findall(r"(%\w+)(?::\d+)? = \"?([\w.]+)\"?(.*)", ttir):
         used = next((narrow[name] for name in re.findall(r"%\w+", operands) if name in narrow), None)

@@ -3,8 +3,9 @@
 q: [sq, b, g, m, d] (m query heads of each of g groups), k, v: [sk, b, g, d], any strides with d contiguous; out [sq, b,
 g m, d] contiguous; lse fp32 [b, g m, sq]. fp32, bf16 or fp16; scores, weights and sums in fp32, weights rounded to v's
 dtype for the second product. Work is a table of segments int32 [n, 5]: (batch row, q_start, q_end, k_start, k_end).
-Formula: see ref.explicit; NaN for a query whose largest score is beyond ln 2 * 2^24 = 1.2e7. A program owns BLOCK_M queries of a head of a segment and goes over the keys they see, tiles
-of edges apart from tiles that every query sees whole; tiles that no query sees are not touched.
+Formula: see ref.explicit; NaN for a query whose largest score is beyond ln 2 * 2^24 = 1.2e7. A program owns BLOCK_M
+queries of a head of a segment and goes over the keys they see, tiles of edges apart from tiles that every query sees
+whole; tiles that no query sees are not touched.
 FLOPs: 4 d per visible (query, key) and head. Bytes, at least: q, k, v and out once, 4 per query and head.
 """
 

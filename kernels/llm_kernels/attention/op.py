@@ -70,8 +70,8 @@ class Segments:
         if any(not 0 <= x[0] < b or x[1] > x[2] or x[3] > x[4] for x in rows):
             raise ValueError(f"a segment is not (row below {b}, q_start <= q_end, k_start <= k_end)")
         known = tuple(tuple(x) for x in rows)
-        max_q = max((x[2] - x[1] for x in known), default=0)
-        max_k = max((x[4] - x[3] for x in known), default=0)
+        max_q = max([0, *(x[2] - x[1] for x in known)])
+        max_k = max([0, *(x[4] - x[3] for x in known)])
         return Segments(_table(known, torch.device(device)), max_q, max_k, covered[1], covered[0], known)
 
 

@@ -262,7 +262,7 @@ def test_dropout_is_philox_and_keeps_its_share() -> None:
     # Known answer of Random123's philox4x32-7 for counter 0 and key 0; word 2 i + j decides for (8 i, 8 j).
     known = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     zero = torch.zeros(1, dtype=torch.int64)
-    assert [int(word) for word in ref._philox(0, 0, zero, zero, zero)] == known
+    assert [int(word) for word in ref._philox(0, (zero, zero, zero, zero))] == known
     table = torch.tensor([(0, 0, 9, 0, 9)])
     for place, word in zip([(0, 0), (0, 8), (8, 0), (8, 8)], known):
         for more, kept in ((0, True), (1, False)):
@@ -295,6 +295,20 @@ def test_any_segments_window_and_tile(data: st.DataObject) -> None:
         patch.setattr(kernel_backward, "dkdv_tile", lambda *_: tiles[1])
         patch.setattr(kernel_backward, "dq_tile", lambda *_: tiles[2])
         check("property", inputs_of(max(sq, 1), max(sk, 1), 1, group, 1, 16, dtype), rows, **how)
+
+
+@pytest.mark.parametrize("case", SEGMENTS)
+def test_visibility(case: str) -> None:
+    """Written out query by query."""
+    sq, sk, rows = SEGMENTS[case]
+    options = Options(1.0, left=20, right=3)
+    expected = torch.zeros(2, sq, sk, dtype=torch.bool)
+    for row, q_start, q_end, k_start, k_end in rows:
+        for query in range(q_start, q_end):
+            level = query - q_end + k_end
+            expected[row, query, max(level - 20, k_start) : min(level + 4, k_end)] = level + 4 > k_start
+    table = torch.tensor(rows, dtype=torch.int32).view(-1, 5)
+    assert torch.equal(ref.visibility(table, 2, sq, sk, options), expected)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
