@@ -266,7 +266,7 @@ def _attend(
             acc, _p, at = warpgroup_mma_wait(0, [product, p, at])
             mbarrier.arrive(v_empty.index(last), count=1)
 
-            row_sum = gl.where((gl.abs(row_max) >= LOST) & (row_max > FLOOR), float("nan"), row_sum)
+            row_sum = gl.where((gl.maximum(row_max, 0.0 - row_max) >= LOST) & (row_max > FLOOR), float("nan"), row_sum)
             nothing = row_sum == 0.0
             row_sum = gl.where(nothing, 1.0, row_sum)
             lse = gl.where(nothing, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
