@@ -172,8 +172,8 @@ def aot_cases(arch: int) -> list[AotCase]:
     for kind, function, tile_of in kinds:
         for d, dtype, feature in variants:
             features = _FEATURES[feature]
-            more = (features["SOFTCAP"] > 0, features["DROPOUT"], features["RIGHT"])
-            tile = tile_of(Case(arch, d, 4 if dtype == "fp32" else 2, *more))
+            softcap, dropout, causal = features["SOFTCAP"] > 0, bool(features["DROPOUT"]), bool(features["RIGHT"])
+            tile = tile_of(Case(arch, d, 4 if dtype == "fp32" else 2, softcap, dropout, causal))
             wants = frozenset({"any_tensor_core" if d > 128 and kind == "dk dv" else "tensor_core"})
             wants = wants if dtype == "bf16" else frozenset()
             arguments = _arguments(function, d, tile, dtype, features)

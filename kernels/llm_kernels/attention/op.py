@@ -262,7 +262,8 @@ def _run_forward(tensors, table, max_q, max_k, covers_keys, covers_queries, *how
         from llm_kernels.attention.gluon_forward import forward
     else:
         from llm_kernels.attention.kernel import forward
-    return forward(*tensors, table, max_q, covers_queries, Options(*options), arch(tensors[0]))
+    q, k, v = tensors
+    return forward(q, k, v, table, max_q, covers_queries, Options(*options), arch(q))
 
 
 def _by_group(q: Tensor, groups: int) -> Tensor:

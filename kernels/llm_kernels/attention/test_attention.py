@@ -120,6 +120,22 @@ def test_features(feature: str, dtype: torch.dtype) -> None:
     check(feature, inputs_of(100, 140, 1, 2, 1, 32, dtype), **FEATURES[feature])
 
 
+# Shapes of FlashAttention 2's and 3's own tests that have what no case above has, each in the dtype it was made for.
+PEERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "odd lengths, three heads a group, odd head dim": ((113, 203, 1, 6, 2, 59), {}),
+    "window that ends before the first key, multi-query": ((108, 256, 1, 3, 1, 40), {"window": (17, 0)}),
+    "more queries than keys, window to both sides": ((203, 113, 1, 1, 1, 32), {"causal": False, "window": (25, 9)}),
+    "soft cap, window, head dim padded to 256": ((64, 97, 1, 2, 1, 160), {"window": (30, 0), "softcap": 15.0}),
+}
+
+
+@triton_only
+@pytest.mark.parametrize("case", PEERS)
+def test_shapes_of_peers(case: str) -> None:
+    shape, how = PEERS[case]
+    check(case, inputs_of(*shape, torch.bfloat16), **how)
+
+
 SEGMENTS: dict[str, tuple[int, int, Rows]] = {
     "documents": (150, 150, [(0, 0, 80, 0, 80), (0, 80, 81, 80, 81), (0, 81, 150, 81, 150), (1, 0, 150, 0, 150)]),
     "context shard": (60, 120, [(0, 0, 30, 0, 30), (0, 30, 60, 30, 120), (1, 0, 60, 0, 120)]),
