@@ -105,7 +105,7 @@ def check_writable(x: Tensor, name: str, what: str) -> None:
 def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     """Defines operator ``llm_kernels::<name>`` by a torch schema, one implementation for CUDA and for the interpreter,
     and what it returns for fake tensors. Returns the operator as a function that is not differentiable; its first
-    argument that is not None must be a tensor."""
+    argument, or the second where that is None, must be a tensor or a list of them."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CUDA")
@@ -158,11 +158,13 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 def _is_plain(arguments: tuple[Any, ...]) -> bool:
     """Whether nobody but autograd wants to see this call: neither torch.compile nor a subclass, a mode or functorch."""
-    return not (
-        torch.compiler.is_compiling()
-        or type(arguments[0] if arguments[0] is not None else arguments[1]) not in _PLAIN
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return False
+    first = arguments[1] if arguments[0] is None else arguments[0]
+    return (
+        type(first[0] if type(first) is list else first) in _PLAIN
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -1,15 +1,14 @@
 """Host time of operators: microseconds of Python and torch in one call, with the kernels replaced by nothing.
 
-``python -m llm_kernels.host_time``: every operator forward and with backward, beside a plain autograd function with as
-many inputs and outputs that only allocates, in one process and in interleaved rounds. Times are of processor time, so
-that other processes on the machine do not count. On a machine without a GPU the launches' own time (Triton looks up
-the compiled kernel, CUDA launches it) is not in it; where there is one, ``--launch`` leaves the kernels in.
+``python -m llm_kernels.host_time`` (on a CPU with TRITON_INTERPRET=1): every operator forward and with backward, beside
+a plain autograd function with as many inputs that only allocates, in one process and in interleaved rounds. Times are
+of processor time, so that other processes on the machine do not count. The launches' own time (Triton looks up the
+compiled kernel, CUDA launches it) is not in it; where there is a GPU, ``--launch`` leaves the kernels in.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -154,8 +153,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--launch", action="store_true", help="leave the kernels in (on a GPU)")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     torch.set_num_threads(1)
     with nullcontext() if arguments.launch else without_kernels():
         rows = calls()

@@ -76,6 +76,18 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     )
 
 
+# From QuACK's and Liger's grids: widths that 128-bit loads divide and no power of two fills; Gemma's weight from one.
+@pytest.mark.parametrize(("shape", "offset"), [((1, 760), 0.0), ((19, 1128), 0.0), ((5, 256), 1.0)], ids=str)
+def test_rms_norm_of_other_widths_and_offset(shape: tuple[int, ...], offset: float) -> None:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    agree(
+        lambda x, w: rms_norm(x, w + offset, EPS, backend="triton"),
+        lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, offset, "gemma", False),
+        [random(*shape, dtype=torch.bfloat16), random(shape[-1], dtype=torch.float32, seed=1)],
+    )
+
+
 @pytest.mark.parametrize("shape", [(2, 16, 256), (3, 7, 41)], ids=str)
 def test_add_rms_norm(shape: tuple[int, ...]) -> None:
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
@@ -91,7 +103,7 @@ def test_add_rms_norm(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 8, 2 * 64), (6, 2 * 41)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 2 * 64), (6, 2 * 41), (9, 2 * 1341)], ids=str)
 def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 

@@ -101,42 +101,33 @@ BENCHMARK = Benchmark(
 
 def aot_cases(arch: int) -> list[AotCase]:
     """Forward and backward, with and without the residual, at every model's hidden size and at an odd one."""
-    from llm_kernels.rms_norm.kernel import (
-        _rms_norm_bwd_kernel,
-        _rms_norm_fwd_kernel,
-        _sum_rows_kernel,
-        reload_weight,
-        tile,
-    )
+    from llm_kernels.rms_norm.kernel import _rms_norm_bwd_kernel, _rms_norm_fwd_kernel, _sum_rows_kernel, plan
 
     cases = []
-    for columns in (128, 1024, 4096, 5120, 8192, 16384, 4095):
-        block_m, block_n, warps = tile(columns)
+    # Hidden sizes of published models, three that are no power of two among them, and an odd one.
+    for columns in (128, 1024, 3072, 4096, 5120, 7168, 8192, 16384, 4095):
         wants = frozenset({"wide"}) if columns % 16 == 0 else frozenset()
-        shared: dict[str, Any] = {
-            "M": "i32",
-            "x_row_stride": columns,
-            "N": columns,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-        }
         for residual in (False, True):
             pointer = "*bf16" if residual else None
             tail = f"N={columns}{' +residual' if residual else ''}"
+            stride = columns if residual else 0
             forward = {
-                **shared, "x_ptr": "*bf16", "residual_ptr": pointer, "sum_ptr": pointer, "w_ptr": "*bf16",
-                "y_ptr": "*bf16", "rstd_ptr": "*fp32", "residual_row_stride": columns if residual else 0,
-                "eps": "fp32", "HAS_RESIDUAL": residual,
+                "x_ptr": "*bf16", "residual_ptr": pointer, "sum_ptr": pointer, "w_ptr": "*bf16", "y_ptr": "*bf16",
+                "rstd_ptr": "*fp32", "M": "i32", "x_row_stride": columns, "residual_row_stride": stride, "eps": "fp32",
             }  # fmt: skip
             backward = {
-                **shared, "dy_ptr": "*bf16", "dsum_ptr": pointer, "x_ptr": "*bf16", "w_ptr": "*bf16",
-                "rstd_ptr": "*fp32", "dx_ptr": "*bf16", "dresidual_ptr": None, "partial_ptr": "*fp32",
-                "dy_row_stride": columns,
-                "dsum_row_stride": columns if residual else 0, "HAS_DSUM": residual, "STAGES": 2,
-                "RELOAD_W": reload_weight(block_n),
+                "dy_ptr": "*bf16", "dsum_ptr": pointer, "x_ptr": "*bf16", "w_ptr": "*bf16", "rstd_ptr": "*fp32",
+                "dx_ptr": "*bf16", "dresidual_ptr": None, "partial_ptr": "*fp32", "M": "i32",
+                "dy_row_stride": columns, "dsum_row_stride": stride, "x_row_stride": columns,
             }  # fmt: skip
-            cases.append(AotCase(f"rms_norm forward {tail}", _rms_norm_fwd_kernel, forward, warps, wants=wants))
-            cases.append(AotCase(f"rms_norm backward {tail}", _rms_norm_bwd_kernel, backward, warps, wants=wants))
+            for direction, kernel, arguments in (
+                ("forward", _rms_norm_fwd_kernel, forward),
+                ("backward", _rms_norm_bwd_kernel, backward),
+            ):
+                constants = dict(plan(8192, columns, 132, direction, residual).constants)
+                warps, maxnreg = constants.pop("num_warps"), constants.pop("maxnreg", None)
+                name = f"rms_norm {direction} {tail}"
+                cases.append(AotCase(name, kernel, {**arguments, **constants}, warps, wants=wants, maxnreg=maxnreg))
     arguments = {"partial_ptr": "*fp32", "out_ptr": "*bf16", "P": "i32", "N": 4096, "BLOCK_P": 32, "BLOCK_N": 64}
     cases.append(AotCase("rms_norm weight gradient N=4096", _sum_rows_kernel, arguments, 4))
     return cases

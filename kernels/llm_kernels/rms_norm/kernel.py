@@ -22,6 +22,26 @@ from llm_kernels.rows import as_rows, fresh
 
 
 @triton.jit
+def _load_row(x_ptr, rows, row_stride, live, N: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tuple of the row's COUNT pieces."""
+    pieces = ()
+    for piece in tl.static_range(COUNT):
+        cols = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = live[:, None] & (cols < N)[None, :]
+        pieces = pieces + (tl.load(x_ptr + rows[:, None] * row_stride + cols[None, :], mask=mask, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return pieces
+
+
+@triton.jit
+def _load_weight(w_ptr, N: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr):
+    pieces = ()
+    for piece in tl.static_range(COUNT):
+        cols = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+        pieces = pieces + (tl.load(w_ptr + cols, mask=cols < N, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return pieces
+
+
+@triton.jit
 def _rms_norm_fwd_kernel(
     x_ptr,
     residual_ptr,
@@ -35,26 +55,59 @@ def _rms_norm_fwd_kernel(
     eps,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
-    cols = tl.arange(0, BLOCK_N)
-    w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    """y = x rstd w of x or, with a residual, of x + residual, which is stored rounded.
+
+    PREFETCH: the next tile's loads are on their way while the warps wait for each other to sum this one's squares.
+    """
     # A program keeps the weight for many rows: read anew for every row it would be half of all traffic from L2.
-    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask = (rows < M)[:, None] & (cols < N)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            at = residual_ptr + rows[:, None] * residual_row_stride + cols[None, :]
-            # The norm is of the stream as later layers will read it: rounded.
-            rounded = (x + tl.load(at, mask=mask, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + rows[:, None] * N + cols[None, :], rounded, mask=mask)
-            x = rounded.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(x * x, 1) / N + eps)
-        tl.store(rstd_ptr + rows, rstd, mask=rows < M)
-        y = x * rstd[:, None] * w[None, :]
-        tl.store(y_ptr + rows[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    w = _load_weight(w_ptr, N, COUNT, BLOCK_N)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    step = tl.num_programs(0) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    if PREFETCH:
+        next_x = _load_row(x_ptr, rows, x_row_stride, rows < M, N, COUNT, BLOCK_N)
+        if residual_ptr is not None:
+            next_residual = _load_row(residual_ptr, rows, residual_row_stride, rows < M, N, COUNT, BLOCK_N)
+    for _ in range(first, M, step):
+        live = rows < M
+        if PREFETCH:
+            x = next_x
+            following = rows + step
+            next_x = _load_row(x_ptr, following, x_row_stride, following < M, N, COUNT, BLOCK_N)
+            if residual_ptr is not None:
+                residual = next_residual
+                next_residual = _load_row(
+                    residual_ptr, following, residual_row_stride, following < M, N, COUNT, BLOCK_N
+                )
+        else:
+            x = _load_row(x_ptr, rows, x_row_stride, live, N, COUNT, BLOCK_N)
+            if residual_ptr is not None:
+                residual = _load_row(residual_ptr, rows, residual_row_stride, live, N, COUNT, BLOCK_N)
+        wide = ()
+        squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for piece in tl.static_range(COUNT):
+            cols = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+            value = x[piece].to(tl.float32)
+            if residual_ptr is not None:
+                # The norm is of the stream as later layers will read it: rounded.
+                rounded = (value + residual[piece].to(tl.float32)).to(sum_ptr.dtype.element_ty)
+                mask = live[:, None] & (cols < N)[None, :]
+                tl.store(sum_ptr + rows[:, None] * N + cols[None, :], rounded, mask=mask)
+                value = rounded.to(tl.float32)
+            squares += value * value
+            wide = wide + (value,)  # type: ignore[assignment]  # noqa: RUF005
+        rstd = tl.rsqrt(tl.sum(squares, 1) / N + eps)
+        tl.store(rstd_ptr + rows, rstd, mask=live)
+        for piece in tl.static_range(COUNT):
+            cols = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+            y = wide[piece] * rstd[:, None] * w[piece].to(tl.float32)[None, :]
+            mask = live[:, None] & (cols < N)[None, :]
+            tl.store(y_ptr + rows[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+        rows += step
 
 
 @triton.jit
@@ -73,46 +126,63 @@ def _rms_norm_bwd_kernel(
     x_row_stride,
     N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_DSUM: tl.constexpr,
     RELOAD_W: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx = rstd (w dy - n mean(n w dy)) [+ dsum], partial = sum over this program's rows of n dy, n being x rstd.
 
     dresidual_ptr: where dx goes a second time, in the residual's dtype, or None. partial_ptr is None where the weight
-    wants no gradient: it then costs no register.
+    wants no gradient: it then costs no register. RELOAD_W: registers do not hold the weight beside its gradient.
     """
     program = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK_N)
-    w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    if not RELOAD_W:
+        w = _load_weight(w_ptr, N, COUNT, BLOCK_N)
+    dw = ()
     if partial_ptr is not None:
-        dw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for _ in tl.static_range(COUNT):
+            dw = dw + (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     # Tiles are dealt out in turn, so that all programs read neighbouring rows at any moment.
-    for tile in tl.range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
-        rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mask = (rows < M)[:, None] & (cols < N)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
-        normed = x * rstd[:, None]
-        if partial_ptr is not None:
-            dw += dy * normed
-        if RELOAD_W:
-            w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        wdy = w[None, :] * dy
-        along = tl.sum(normed * wdy, 1) / N
-        dx = (wdy - normed * along[:, None]) * rstd[:, None]
-        if HAS_DSUM:
-            dx += tl.load(dsum_ptr + rows[:, None] * dsum_row_stride + cols[None, :], mask=mask, other=0.0).to(
-                tl.float32
-            )
-        tl.store(dx_ptr + rows[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if dresidual_ptr is not None:
-            at = dresidual_ptr + rows[:, None] * N + cols[None, :]
-            tl.store(at, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
+    for start in tl.range(program * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=STAGES):
+        rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        live = rows < M
+        rstd = tl.load(rstd_ptr + rows, mask=live, other=0.0)[:, None]
+        normed, wdy, new_dw = (), (), ()
+        along = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for piece in tl.static_range(COUNT):
+            cols = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = live[:, None] & (cols < N)[None, :]
+            x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            n = x * rstd
+            if partial_ptr is not None:
+                new_dw = new_dw + (dw[piece] + dy * n,)  # type: ignore[assignment]  # noqa: RUF005
+            if RELOAD_W:
+                weight = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
+            else:
+                weight = w[piece]
+            product = weight.to(tl.float32)[None, :] * dy
+            along += n * product
+            normed = normed + (n,)  # type: ignore[assignment]  # noqa: RUF005
+            wdy = wdy + (product,)  # type: ignore[assignment]  # noqa: RUF005
+        dw = new_dw
+        mean = (tl.sum(along, 1) / N)[:, None]
+        for piece in tl.static_range(COUNT):
+            cols = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = live[:, None] & (cols < N)[None, :]
+            dx = (wdy[piece] - normed[piece] * mean) * rstd
+            if dsum_ptr is not None:
+                at = dsum_ptr + rows[:, None] * dsum_row_stride + cols[None, :]
+                dx += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + rows[:, None] * N + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            if dresidual_ptr is not None:
+                at = dresidual_ptr + rows[:, None] * N + cols[None, :]
+                tl.store(at, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
     if partial_ptr is not None:
-        tl.store(partial_ptr + program * N + cols, tl.sum(dw, 0), mask=cols < N)
+        for piece in tl.static_range(COUNT):
+            cols = piece * BLOCK_N + tl.arange(0, BLOCK_N)
+            tl.store(partial_ptr + program * N + cols, tl.sum(dw[piece], 0), mask=cols < N)
 
 
 @triton.jit
@@ -127,17 +197,58 @@ def _sum_rows_kernel(partial_ptr, out_ptr, P, N: tl.constexpr, BLOCK_P: tl.const
     tl.store(out_ptr + cols, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=cols < N)
 
 
-def tile(columns: int) -> tuple[int, int, int]:
-    """(rows of a tile, its columns rounded up to a power of two, warps): two to four 128-bit loads of bf16 a thread."""
-    block_n = triton.next_power_of_2(columns)
-    block_m = max(1, 2048 // block_n)
-    return block_m, block_n, min(max(block_m * block_n // 512, 4), 32)
+class Tile(NamedTuple):
+    """How a kernel cuts rows: block_m rows, each in ``pieces`` of block_n columns; warps of a program and of an SM.
+
+    A piece is as wide as one 128-bit load of bf16 by every thread; a row that is no power of two long wastes less than
+    a piece. Pieces are summed in registers before threads and warps sum theirs, so their number costs no barrier.
+    """
+
+    block_m: int
+    pieces: int
+    block_n: int
+    warps: int
+    warps_per_sm: int
 
 
-def reload_weight(block_n: int) -> bool:
-    """Whether backward reads the weight for every row: from 16,384 columns on, registers can't hold it beside its
-    gradient (ptxas spills 56 to 96 bytes a thread)."""
-    return block_n >= 16384
+# Pieces that registers hold, by warps: a thread has 64 registers for 32 warps, 128 for 16.
+_MOST_PIECES = {"forward": {4: 5, 8: 5, 16: 4, 32: 8}, "backward": {4: 4, 8: 4, 16: 3, 32: 8}}
+
+
+def tile(columns: int, direction: str) -> Tile:
+    """The tile for rows of so many columns: as little padding as may be, then two pieces forward; backward 8 warps, of
+    which two programs fit on an SM even with four pieces."""
+    if columns <= 1024:
+        block_n = triton.next_power_of_2(columns)
+        return Tile(max(1, 2048 // block_n), 1, block_n, 4, 32 if direction == "forward" else 24)
+    found = []
+    for warps, most in _MOST_PIECES[direction].items():
+        block_n, count = 256 * warps, -(-columns // (256 * warps))
+        # Four pieces of 8 warps leave no register for the mask of a row that does not fill them.
+        spills = direction == "backward" and count == 4 and columns % block_n
+        if (1 < count <= most and not spills) or warps == 32:
+            taste = abs(count - 2) if direction == "forward" else abs(warps - 8)
+            found.append((count * block_n, taste, Tile(1, count, block_n, warps, 32)))
+    best = min(found)[2]
+    # By the registers that ptxas takes for sm_90 (bench.aot_cases): more programs than fit would wait for their turn.
+    few = {1: 32, 2: 32, 3: 24} if direction == "forward" else {1: 24, 2: 24}
+    return best._replace(warps_per_sm=few.get(best.pieces, 16))
+
+
+def prefetch(count: int, residual: bool) -> bool:
+    """Whether registers hold the next row beside this one."""
+    return count == 2 if residual else count <= 5
+
+
+def backward_options(count: int, warps: int) -> dict[str, Any]:
+    """What the backward kernel is compiled with. From four pieces on, and with 32 warps, registers do not hold the
+    weight beside its gradient (ptxas spills 80 to 96 bytes a thread); 128 of them leave room for two programs of 8
+    warps."""
+    return {
+        "RELOAD_W": count >= 4 or warps == 32,
+        "STAGES": 2,
+        "maxnreg": 128 if count >= 3 and warps <= 16 else None,
+    }
 
 
 class Plan(NamedTuple):
@@ -149,11 +260,14 @@ class Plan(NamedTuple):
 
 # Launches of one shape share their plan: three of Triton's helpers cost as much as everything else in a launcher.
 @lru_cache(maxsize=4096)
-def plan(rows: int, columns: int, sms: int, warps_per_sm: int) -> Plan:
+def plan(rows: int, columns: int, sms: int, direction: str, residual: bool) -> Plan:
     """As many programs as are resident at once, never more than there are tiles."""
-    block_m, block_n, warps = tile(columns)
-    programs = max(1, min(triton.cdiv(rows, block_m), sms * max(1, warps_per_sm // warps)))
-    return Plan((programs,), {"N": columns, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps})
+    block_m, count, block_n, warps, warps_per_sm = tile(columns, direction)
+    programs = max(1, min(-(-rows // block_m), sms * max(1, warps_per_sm // warps)))
+    constants = {"N": columns, "BLOCK_M": block_m, "COUNT": count, "BLOCK_N": block_n, "num_warps": warps}
+    if direction == "forward":
+        return Plan((programs,), {**constants, "PREFETCH": prefetch(count, residual)})
+    return Plan((programs,), {**constants, **backward_options(count, warps)})
 
 
 def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -165,7 +279,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
     if rows:
         x, x_stride = as_rows(x)
         residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
-        grid, constants = plan(rows, columns, num_sms(x), 32)
+        grid, constants = plan(rows, columns, num_sms(x), "forward", residual is not None)
         _rms_norm_fwd_kernel[grid](
             x,
             residual,
@@ -177,7 +291,6 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
             x_stride,
             residual_stride,
             eps,
-            HAS_RESIDUAL=residual is not None,
             **constants,
         )
     return y, total, rstd
@@ -200,7 +313,7 @@ def backward(
     dy, dy_stride = as_rows(dy)
     dsum, dsum_stride = (None, 0) if dsum is None else as_rows(dsum)
     x, x_stride = as_rows(x)
-    grid, constants = plan(rows, columns, num_sms(x), 16)
+    grid, constants = plan(rows, columns, num_sms(x), "backward", dsum is not None)
     partial = None if dweight is None else torch.empty((grid[0], columns), dtype=torch.float32, device=x.device)
     _rms_norm_bwd_kernel[grid](
         dy,
@@ -215,9 +328,6 @@ def backward(
         dy_stride,
         dsum_stride,
         x_stride,
-        HAS_DSUM=dsum is not None,
-        RELOAD_W=reload_weight(constants["BLOCK_N"]),
-        STAGES=2,
         **constants,
     )
     if partial is not None:

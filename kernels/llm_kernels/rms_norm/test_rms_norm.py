@@ -43,8 +43,9 @@ def test_reference_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, w: ref.rms_norm(x, w, EPS), inputs)
 
 
-# Real width; one below and one above a block; a lone element; many rows in a tile that they do not fill; no rows.
-SHAPES = [(2, 3, 4096), (9, 1000), (5, 1025), (3, 1), (37, 48), (0, 64)]
+# Real width in two pieces; one below and one above a piece; five pieces forward and three backward, which a row fills
+# or does not; a lone element; many rows in a tile that they do not fill; no rows.
+SHAPES = [(2, 3, 4096), (9, 1000), (5, 1025), (7, 5120), (2, 5003), (3, 1), (37, 48), (0, 64)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -55,7 +56,7 @@ def test_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(2, 3, 512), (9, 100), (0, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 512), (9, 100), (6, 2048), (3, 5003), (0, 64)], ids=str)
 def test_kernel_with_residual(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     def exact(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return truth(x + residual, weight), x + residual
@@ -117,7 +118,7 @@ def test_residual_of_another_dtype(dtype: torch.dtype, residual_dtype: torch.dty
 
 
 def test_frozen_weight_costs_no_pass_for_its_gradient(traffic: Traffic) -> None:
-    rows, columns = 256, 256
+    rows, columns = 512, 256
     x, weight = random(rows, columns, dtype=torch.bfloat16), random(columns, dtype=torch.bfloat16, seed=1)
     residual = random(rows, columns, dtype=torch.bfloat16, seed=2)
 
@@ -153,6 +154,21 @@ def test_any_shape_and_stride(rows: int, columns: int, padding: int, dtype: torc
 
     inputs = [random(rows, columns + 2 * padding, dtype=dtype), random(columns, dtype=dtype, seed=1)]
     compare("rms_norm/strided", view(ours), view(framework), view(truth), inputs, floor=4.0)
+
+
+def test_tiles_pad_little_and_fit_registers() -> None:
+    """Rows of every published width lose less than a fifth to padding, in as many pieces as registers hold."""
+    from llm_kernels.rms_norm.kernel import tile
+
+    for columns in (1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 12288, 14336, 16384, 65536):
+        for direction in ("forward", "backward"):
+            cut = tile(columns, direction)
+            assert columns <= cut.pieces * cut.block_n and cut.block_n == 256 * cut.warps, cut
+            allowed = 1.5 if columns < 2048 or (columns, direction) == (2560, "backward") else 1.2
+            assert cut.pieces * cut.block_n <= allowed * columns, (columns, cut)
+            assert cut.warps_per_sm >= cut.warps or cut.warps == 32
+    # A program of 8 warps shares its SM with another one where it was alone with 16.
+    assert [tile(columns, "backward").warps for columns in (5120, 8192)] == [8, 8]
 
 
 def test_only_one_output_used() -> None:
