@@ -169,8 +169,7 @@ def aot_cases(arch: int) -> list[AotCase]:
         ("dk dv", kernel_backward._attention_bwd_dkdv_kernel, dkdv_tile),
         ("dq", kernel_backward._attention_bwd_dq_kernel, dq_tile),
     ]
-    # A padded head dim has the tiles of 128, and masks besides: one architecture shows what those cost.
-    variants = [(d, "bf16", "causal") for d in ((64, 96, 128, 256) if arch >= 90 else (64, 128, 256))]
+    variants = [(d, "bf16", "causal") for d in (64, 96, 128, 256)]
     variants += [(128, "bf16", name) for name in _FEATURES if name != "causal"]
     variants += [(256, "bf16", "softcap"), (64, "fp32", "causal"), (128, "fp32", "causal")]
     cases = []

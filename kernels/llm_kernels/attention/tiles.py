@@ -50,6 +50,8 @@ def forward_tile(case: Case) -> Tile:
         return Tile(128, 64, 8, 3)
     if case.d > 128:
         return Tile(64, 64, 8, 2)
+    if 64 < case.d < 128:  # masks of padded columns want registers
+        return Tile(128, 32, 8, 3 if case.plain else 2)
     return Tile(128, 64, 8, 3 if case.d <= 64 else 2)
 
 
@@ -67,7 +69,9 @@ def dkdv_tile(case: Case) -> Tile:
 def dq_tile(case: Case) -> Tile:
     """Configuration of the kernel for dq."""
     if case.element_size == 4:
-        return Tile(32, 32, 4, 1) if case.d <= 64 else Tile(16, 32 if case.d <= 128 else 16, 8, 1)
+        if case.d <= 64:
+            return Tile(32 if case.arch >= 90 else 16, 32, 4, 1)
+        return Tile(16, 32 if case.d <= 128 else 16, 8, 1)
     if case.arch >= 90:
         if case.d > 128:
             return Tile(128, 32, 8, 2)
