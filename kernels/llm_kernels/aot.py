@@ -1,8 +1,8 @@
 """Compiles kernels for sm_80 and sm_90 without a GPU and reads what ptxas made of them.
 
-Registers and shared memory come from the cubin, spills from what ptxas says, instructions from the disassembly; all
-three programs are part of the Triton wheel. Counts of instructions are not cycles. Must run in a process without
-TRITON_INTERPRET.
+Registers and shared memory come from the cubin, spills and serialized products from what ptxas says, instructions from
+the disassembly; all three programs are part of the Triton wheel. Counts of instructions are not cycles. Must run in a
+process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ _CLASSES = {
     "wide": r"^(LDG|STG|LDGSTS)\b.*128",
     "narrow": r"^(LDG|STG|LDGSTS)\b(?!.*128)",
     "local": r"^(LDL|STL)",
+    "wait": r"^WARPGROUP\.DEPBAR",
 }
+# What ptxas says where it has put a wait after every HGMMA, so that none of them overlaps with anything.
+_SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized (due to .+?)(?: in (?:the )?function|$)", re.M)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class AotCase:
     does), "i32" or "fp32" a scalar of which nothing is known; constexpr parameters have their values. wants: "wide"
     (global accesses of 128 bits; up to ``narrow_allowed`` smaller ones for numbers per row), "tensor_core" (HMMA on
     sm_80, HGMMA on sm_90; "any_tensor_core": either), "specialized" (warps with registers of their own, setmaxnreg). No
-    spill is always wanted.
+    spill and no serialized HGMMA are always wanted.
     """
 
     name: str
@@ -63,7 +66,8 @@ class AotCase:
 
 @dataclass
 class Report:
-    """What ptxas made of one case. ``loop`` is the steady innermost loop, ``problems`` what was wanted and isn't."""
+    """What ptxas made of one case. ``loop`` is the steady innermost loop, ``problems`` what was wanted and isn't;
+    ``serialized`` is ptxas' reason for a wait after every HGMMA."""
 
     name: str
     arch: int
@@ -71,6 +75,7 @@ class Report:
     compile_s: float = 0.0
     registers: int = 0
     spill_bytes: int = 0
+    serialized: str = ""
     shared_bytes: int = 0
     occupancy: float = 0.0
     instructions: dict[str, int] = field(default_factory=dict)
@@ -97,10 +102,11 @@ def inspect(case: AotCase, arch: int, dump: Path | None = None) -> Report:
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said.getvalue())
     assert spilled, f"ptxas does not say what it spilled: {said.getvalue()!r}"
     report.spill_bytes = sum(map(int, spilled))
+    report.serialized = "; ".join(serialized(said.getvalue()))
     report.occupancy = occupancy(arch, report.registers, report.num_warps, report.shared_bytes)
     report.instructions = _mix(instructions)
     report.loop_length, report.loop = _steady_loop(instructions, labels)
-    report.problems = _problems(case, report)
+    report.problems = _problems(case, report) + narrow_strides(compiled.asm["source" if case.gluon else "ttir"])
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"\W+", "_", f"{case.name}_sm{arch}")
@@ -123,6 +129,8 @@ def _problems(case: AotCase, report: Report) -> list[str]:
     found = []
     if report.spill_bytes:
         found.append(f"spills {report.spill_bytes} bytes")
+    if report.serialized:
+        found.append(f"every HGMMA is waited for: ptxas serialized them {report.serialized}")
     if report.shared_bytes > _LIMITS[report.arch][1]:
         found.append(f"wants {report.shared_bytes} bytes of shared memory")
     counts = report.instructions
@@ -136,6 +144,24 @@ def _problems(case: AotCase, report: Report) -> list[str]:
     if "specialized" in case.wants and not counts["setmaxnreg"]:
         found.append("no setmaxnreg")
     return found
+
+
+def serialized(said: str) -> list[str]:
+    """Why ptxas put a wait after every HGMMA, from what it said; nothing if it did not."""
+    return sorted(set(_SERIALIZED.findall(said)))
+
+
+def narrow_strides(ttir: str) -> list[str]:
+    """What is wrong with a kernel that computes with a stride of 32 bits before it has 64: a million tokens times some
+    thousand columns do not fit."""
+    narrow = {name: name for name in re.findall(r"(%\w*stride\w*): i32", ttir)}
+    for result, operation, operands in re.findall(r"(%\w+)(?::\d+)? = \"?([\w.]+)\"?(.*)", ttir):
+        used = next((narrow[name] for name in re.findall(r"%\w+", operands) if name in narrow), None)
+        if used and operation in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+            narrow[result] = used
+        elif used and operation != "arith.extsi":
+            return [f"{used[1:]} enters {operation} with 32 bits"]
+    return []
 
 
 def _compile(case: AotCase, arch: int) -> Any:
@@ -279,8 +305,10 @@ def inspect_all(operators: Sequence[str], archs: Sequence[int], jobs: int, dump:
 
 def table(reports: Sequence[Report]) -> str:
     """The reports as a Markdown table."""
-    names = "kernel, sm, warps, registers, spill B, shared KiB, occupancy, 128-bit, narrower, tensor core, loop, s"
-    lines = ["| " + names.replace(",", " |") + " |", "|" + " --- |" * 12]
+    names = (
+        "kernel, sm, warps, registers, spill B, shared KiB, occupancy, 128-bit, narrower, tensor core, loop, waits, s"
+    )
+    lines = ["| " + names.replace(",", " |") + " |", "|" + " --- |" * 13]
     for r in reports:
         c = r.instructions or dict.fromkeys(_CLASSES, 0)
         core = f"{c['hgmma']} HGMMA" if c["hgmma"] else f"{c['hmma']} HMMA" if c["hmma"] else ""
@@ -288,11 +316,12 @@ def table(reports: Sequence[Report]) -> str:
             core += f", {c['setmaxnreg']} setmaxnreg"
         per_loop = r.loop.get("hgmma", 0) + r.loop.get("hmma", 0)
         loop = f"{r.loop_length}" + (f" per {per_loop}" if per_loop else "")
+        waits = f"{r.loop.get('wait', 0)} per {r.loop['hgmma']}" if r.loop.get("hgmma") else ""
         lines.append(
             f"| {r.name} | {r.arch} | {r.num_warps} | {r.registers} | {r.spill_bytes} | {r.shared_bytes / 1024:.0f} | "
-            f"{r.occupancy:.0%} | {c['wide']} | {c['narrow']} | {core} | {loop} | {r.compile_s} |"
+            f"{r.occupancy:.0%} | {c['wide']} | {c['narrow']} | {core} | {loop} | {waits} | {r.compile_s} |"
         )
-        lines += [f"|  → **{problem}** |" + " |" * 11 for problem in r.problems]
+        lines += [f"|  → **{problem}** |" + " |" * 12 for problem in r.problems]
     return "\n".join(lines)
 
 

@@ -32,6 +32,16 @@ def product(x_ptr, y_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + at)
     tl.store(y_ptr + at, tl.dot(x, x).to(y_ptr.dtype.element_ty))
 
+@triton.jit
+def chain(x_ptr, y_ptr, row_stride, steps, N: tl.constexpr, WIDE: tl.constexpr):
+    step = tl.cast(row_stride, tl.int64) if WIDE else row_stride
+    at = tl.arange(0, N)[:, None] * step + tl.arange(0, N)[None, :]
+    sum = tl.zeros([N, N], tl.float32)
+    for i in tl.range(0, steps):
+        x = tl.load(x_ptr + i * N + at)
+        sum = tl.dot(x, x, sum)
+    tl.store(y_ptr + at, sum)
+
 def problems(kernel, arguments, arch=90, **more):
     return inspect(AotCase("k", kernel, arguments, **more), arch).problems
 
@@ -47,6 +57,19 @@ if __name__ == "__main__":
     assert "spills" in problems(product, square, 80, maxnreg=128)[0]
     assert problems(copy, wide, wants=frozenset({"specialized"})) == ["no setmaxnreg"]
     assert "does not compile" in problems(copy, {**wide, "N": 1000})[0]
+    tile = {"x_ptr": "*bf16", "y_ptr": "*fp32", "row_stride": 4096, "steps": "i32", "N": 64}
+    assert problems(chain, {**tile, "WIDE": False}, num_stages=1) == ["row_stride enters arith.muli with 32 bits"]
+    assert problems(chain, {**tile, "WIDE": True}, num_stages=1) == []
+    report = inspect(AotCase("k", chain, {**tile, "WIDE": True}, num_stages=1), 90)
+    assert report.loop["wait"] >= 1 and report.loop["hgmma"] >= 4
+"""
+
+# What ptxas of CUDA 12.8 says of the kernel for dk and dv with two stages of loads.
+SERIALIZED = """
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma \
+instructions defining accumulator registers of a wgmma between start and end of the pipeline stage in the function '_k'
+ptxas info    : Compiling entry function '_k' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 """
 
 
@@ -76,6 +99,19 @@ def test_inspection_sees_what_is_wrong(tmp_path: Path) -> None:
     script.write_text(BAD_KERNELS)
     done = subprocess.run([sys.executable, str(script)], env=compiling_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_serialized_products_are_a_problem() -> None:
+    """From ptxas' own words, because which kernels it serializes changes with every version of it."""
+    (reason,) = aot.serialized(SERIALIZED)
+    assert reason.startswith("due to non wgmma instructions") and reason.endswith("pipeline stage")
+    assert aot.serialized(SERIALIZED.replace("are serialized", "are not")) == []
+    counts = {"hgmma": 20, "hmma": 0, "wide": 1, "narrow": 0, "setmaxnreg": 0}
+    report = aot.Report("k", 90, 8, serialized=reason, instructions=counts)
+    report.loop_length, report.loop = 337, {"hgmma": 20, "wait": 20}
+    report.problems = aot._problems(aot.AotCase("k", None, {}), report)
+    assert len(report.problems) == 1 and "every HGMMA is waited for" in report.problems[0]
+    assert "| 337 per 20 | 20 per 20 |" in aot.table([report])
 
 
 @pytest.mark.parametrize(

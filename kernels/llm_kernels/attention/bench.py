@@ -130,7 +130,7 @@ BENCHMARK = Benchmark(
 )
 
 
-def _arguments(kernel: Any, d: int, tile: Any, dtype: str, features: dict[str, bool]) -> dict[str, Any]:
+def _arguments(kernel: Any, d: int, tile: Any, dtype: str, features: dict[str, Any]) -> dict[str, Any]:
     """What the launchers pass for 32 heads in 8 groups of 8192 tokens, packed as megatron does."""
     group, groups, batch = 4, 8, 1
     width = groups * (group + 2) * d
@@ -153,14 +153,18 @@ def _arguments(kernel: Any, d: int, tile: Any, dtype: str, features: dict[str, b
     return arguments
 
 
-_PLAIN = {"LEFT": False, "RIGHT": True, "SOFTCAP": False, "DROPOUT": False}
+_PLAIN = {"LEFT": False, "RIGHT": True, "SOFTCAP": 0, "DROPOUT": False}
 _FEATURES = {
     "causal": _PLAIN,
     "full": {**_PLAIN, "RIGHT": False},
     "window": {**_PLAIN, "LEFT": True},
-    "softcap": {**_PLAIN, "SOFTCAP": True},
+    "softcap": {**_PLAIN, "SOFTCAP": 1},
     "dropout": {**_PLAIN, "DROPOUT": True},
 }
+
+
+# Head dim, and whether causal: a causal kernel has the loop of a full one and another.
+_GLUON_CASES = [(64, True), (128, True), (128, False), (256, True)]
 
 
 def aot_cases(arch: int) -> list[AotCase]:
@@ -179,22 +183,20 @@ def aot_cases(arch: int) -> list[AotCase]:
     for kind, function, tile_of in kinds:
         for d, dtype, feature in variants:
             features = _FEATURES[feature]
-            plain = not (features["SOFTCAP"] or features["DROPOUT"])
-            tile = tile_of(Case(arch, d, 4 if dtype == "fp32" else 2, plain, features["RIGHT"]))
-            wants = frozenset({"any_tensor_core" if d > 128 and kind != "forward" else "tensor_core"})
+            softcap, dropout, causal = features["SOFTCAP"] > 0, bool(features["DROPOUT"]), bool(features["RIGHT"])
+            tile = tile_of(Case(arch, d, 4 if dtype == "fp32" else 2, softcap, dropout, causal))
+            wants = frozenset({"any_tensor_core" if d > 128 and kind == "dk dv" else "tensor_core"})
             wants = wants if dtype == "bf16" else frozenset()
             arguments = _arguments(function, d, tile, dtype, features)
             name = f"attention {kind} d={d} {feature} {dtype}"
             cases.append(AotCase(name, function, arguments, tile.num_warps, tile.num_stages, wants))
-    for d in (64, 128):
-        arguments = {
-            "out_ptr": "*bf16", "dout_ptr": "*bf16", "lse_ptr": "*fp32", "dlse_ptr": None, "delta_ptr": "*fp32",
-            "lse2_ptr": "*fp32", "row_stride": 32 * d,
-            "S": 8192, "D": d, "BLOCK_D": d, "BLOCK_S": 64, "HAS_DLSE": False,
-        }  # fmt: skip
-        cases.append(
-            AotCase(f"attention per row d={d}", kernel_delta._per_row_kernel, arguments, wants=frozenset({"wide"}))
-        )
+    arguments = {
+        "out_ptr": "*bf16", "dout_ptr": "*bf16", "lse_ptr": "*fp32", "dlse_ptr": None, "delta_ptr": "*fp32",
+        "lse2_ptr": "*fp32", "row_stride": 32 * 128, "S": 8192, "D": 128, "BLOCK_D": 128, "BLOCK_S": 64,
+        "HAS_DLSE": False,
+    }  # fmt: skip
+    per_row = kernel_delta._per_row_kernel
+    cases.append(AotCase("attention per row d=128", per_row, arguments, wants=frozenset({"wide"})))
     return cases + (_gluon_cases() if arch == 90 else [])
 
 
@@ -214,7 +216,7 @@ def _gluon_backward_cases() -> list[AotCase]:
     from llm_kernels.attention import gluon_backward, gluon_dkdv, gluon_dq
 
     cases = []
-    for d, causal in [(d, causal) for d in (64, 128) for causal in (True, False)]:
+    for d, causal in _GLUON_CASES[:3]:
         keys = gluon_backward.keys_of_tile(d)
         strides = {"row": 48 * d, "batch": 48 * d, "group": 6 * d, "head": d}
         kinds = [
@@ -237,7 +239,7 @@ def _gluon_cases() -> list[AotCase]:
     from llm_kernels.attention import gluon_forward as gluon
 
     cases = _gluon_backward_cases()
-    for d, causal, dtype in [(d, c, "bf16") for d in (64, 128, 256) for c in (True, False)] + [(128, True, "fp16")]:
+    for d, causal, dtype in [(*case, "bf16") for case in _GLUON_CASES] + [(128, True, "fp16")]:
         settings = gluon.config(d)
         blocks = {"q": gluon.HALF.value, "k": settings.block_n, "v": settings.block_n}
         arguments = {**_gluon_arguments(blocks, d, dtype), **gluon.constants(d, 4, causal)}

@@ -42,7 +42,7 @@ def store_rows(pointer, tile, first, rows, row_stride):
     at = warpgroup_mma_wait(0, [at])
     cols = gl.arange(0, D, gl.SliceLayout(0, layout))
     base = pointer + first.to(gl.int64) * row_stride
-    gl.store(base + at[:, None] * row_stride + cols[None, :], tile, mask=(at < rows - first)[:, None])
+    gl.store(base + at.to(gl.int64)[:, None] * row_stride + cols[None, :], tile, mask=(at < rows - first)[:, None])
 
 
 @gluon.jit
@@ -188,8 +188,8 @@ def _gather_keys(
         # Read again: kept through the loop, these would be spilled.
         batch, _q_start, _len_q, k_start, len_k = segment_of(table_ptr + gl.program_id(0) // G * 5)
         first = gl.program_id(1) * BLOCK_M + WHICH * HALF
-        dk_base = dk_ptr + batch.to(gl.int64) * dk_place[1] + group * dk_place[2]
-        dv_base = dv_ptr + batch.to(gl.int64) * dv_place[1] + group * dv_place[2]
+        dk_base = dk_ptr + batch.to(gl.int64) * dk_place[1] + group.to(gl.int64) * dk_place[2]
+        dv_base = dv_ptr + batch.to(gl.int64) * dv_place[1] + group.to(gl.int64) * dv_place[2]
         store_rows(dk_base + k_start.to(gl.int64) * dk_place[0], (dk * scale).to(k.dtype), first, len_k, dk_place[0])
         store_rows(dv_base + k_start.to(gl.int64) * dv_place[0], dv.to(k.dtype), first, len_k, dv_place[0])
 

@@ -161,8 +161,8 @@ def _gather_queries(
             last = (tiles - 1) % STAGES_K
             product = warpgroup_mma(ds, k_tiles.index(last), dq, is_async=True)
             dq, _ds = warpgroup_mma_wait(0, [product, ds])
-        base = dq_ptr + batch.to(gl.int64) * dq_place[1] + h // GROUP * dq_place[2] + h % GROUP * dq_place[3]
-        base += q_start.to(gl.int64) * dq_place[0]
+        base = dq_ptr + batch.to(gl.int64) * dq_place[1] + q_start.to(gl.int64) * dq_place[0]
+        base += (h // GROUP).to(gl.int64) * dq_place[2] + (h % GROUP).to(gl.int64) * dq_place[3]
         store_rows(base, (dq * scale).to(q_tiles.dtype), first, len_q, dq_place[0])
 
 

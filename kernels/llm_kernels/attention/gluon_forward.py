@@ -38,6 +38,7 @@ LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 # Where the running maximum begins, base 2: above what a masked score becomes, so that -inf - -inf never is.
 FLOOR: gl.constexpr = gl.constexpr(-(2.0**100))
+LOST: gl.constexpr = gl.constexpr(2.0**24)  # as in kernel.py
 # Queries of a consumer, which is one warpgroup, and of a program.
 HALF: gl.constexpr = gl.constexpr(64)
 BLOCK_M: gl.constexpr = gl.constexpr(128)
@@ -265,6 +266,7 @@ def _attend(
             acc, _p, at = warpgroup_mma_wait(0, [product, p, at])
             mbarrier.arrive(v_empty.index(last), count=1)
 
+            row_sum = gl.where((gl.maximum(row_max, 0.0 - row_max) >= LOST) & (row_max > FLOOR), float("nan"), row_sum)
             nothing = row_sum == 0.0
             row_sum = gl.where(nothing, 1.0, row_sum)
             lse = gl.where(nothing, float("-inf"), (row_max + gl.log2(row_sum)) * LN2)
@@ -274,7 +276,8 @@ def _attend(
             out = gl.convert_layout(acc.to(q.dtype), store_layout)
             cols = gl.arange(0, D, gl.SliceLayout(0, store_layout))
             base = out_ptr + (q_start + first).to(gl.int64) * out_row_stride + head * D
-            gl.store(base + at[:, None] * out_row_stride + cols[None, :], out, mask=(at < len_q - first)[:, None])
+            places = base + at.to(gl.int64)[:, None] * out_row_stride + cols[None, :]
+            gl.store(places, out, mask=(at < len_q - first)[:, None])
 
 
 # Numbers that change from batch to batch must not make a kernel of their own.

@@ -3,12 +3,16 @@
 q: [sq, b, g, m, d] (m query heads of each of g groups), k, v: [sk, b, g, d], any strides with d contiguous; out [sq, b,
 g m, d] contiguous; lse fp32 [b, g m, sq]. fp32, bf16 or fp16; scores, weights and sums in fp32, weights rounded to v's
 dtype for the second product. Work is a table of segments int32 [n, 5]: (batch row, q_start, q_end, k_start, k_end).
-Formula: see ref.explicit. A program owns BLOCK_M queries of a head of a segment and goes over the keys they see, tiles
-of edges apart from tiles that every query sees whole; tiles that no query sees are not touched.
+Formula: see ref.explicit; NaN for a query whose largest score is beyond ln 2 * 2^24 = 1.2e7. A program owns BLOCK_M
+queries of a head of a segment and goes over the keys they see, tiles of edges apart from tiles that every query sees
+whole; tiles that no query sees are not touched.
 FLOPs: 4 d per visible (query, key) and head. Bytes, at least: q, k, v and out once, 4 per query and head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import triton
@@ -16,10 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from llm_kernels.attention.ref import Options, dropout_threshold
-from llm_kernels.attention.tiles import Case, forward_tile
+from llm_kernels.attention.tiles import Case, Tile, forward_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Scores in base 2 from here on are rounded by more than 1 where the maximum enters the FFMA of exp2's argument. Right
+# weights would cost one more instruction for every score.
+LOST: tl.constexpr = tl.constexpr(2.0**24)
 
 
 @triton.jit
@@ -35,24 +42,45 @@ def load_rows(base, offsets, rows, limit, cols, D: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def tanh(x):
-    """Polynomial near zero (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would cancel."""
-    z = x * x
-    near = -5.70498872745e-3 * z + 2.06390887954e-2
-    near = near * z - 5.37397155531e-2
-    near = near * z + 1.33314422036e-1
-    near = near * z - 3.33332819422e-1
-    near = near * z * x + x
-    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, near, far)
+def tanh(x, EXACT: tl.constexpr):
+    """EXACT: right to some roundings of the result. Otherwise to 2^-22 of 1 in a third of the instructions, one over y
+    being the square of the reciprocal root, which is one instruction where a division is four."""
+    grown = tl.exp2(x * (2.0 * LOG2E)) + 1.0
+    if EXACT:
+        # Polynomial near zero (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would cancel.
+        z = x * x
+        near = -5.70498872745e-3 * z + 2.06390887954e-2
+        near = near * z - 5.37397155531e-2
+        near = near * z + 1.33314422036e-1
+        near = near * z - 3.33332819422e-1
+        near = near * z * x + x
+        value = tl.where(tl.abs(x) < 0.625, near, 1.0 - 2.0 / grown)
+    else:
+        root = tl.rsqrt(grown)
+        value = 1.0 - 2.0 * (root * root)
+    return value
 
 
 @triton.jit
-def keep_weight(seed, head, query, key, threshold):
-    """ref.dropout_keep for a tile: ``query`` and ``key`` are index tensors that broadcast to it."""
-    zero = query * 0 + key * 0
-    bits, _, _, _ = tl.philox(seed, key + zero, query + zero, zero + head, zero)
-    return (bits >> 1).to(tl.int32) >= threshold
+def keep_tile(
+    seed, head, q_start, row, col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr, KEYS_FIRST: tl.constexpr
+):
+    """ref.dropout_keep for the ROWS x COLS tile at (row, col), counted from the segment's begin: queries by keys, or
+    keys by queries (KEYS_FIRST).
+
+    The four words of a call belong to elements 8 rows and 8 columns apart. In a product's result on tensor cores one
+    thread holds those, so the words are where they are wanted without a shuffle.
+    """
+    rows = row // 2 + tl.arange(0, ROWS // 2)[:, None]
+    cols = col // 2 + tl.arange(0, COLS // 2)[None, :]
+    zero = rows * 0 + cols * 0
+    key, query = (rows, cols) if KEYS_FIRST else (cols, rows)
+    w0, w1, w2, w3 = tl.philox(seed, key + zero, query + zero, zero + head, zero + q_start, n_rounds=7)
+    near, far = (w2, w1) if KEYS_FIRST else (w1, w2)
+    left = tl.join(w0.to(tl.int32, bitcast=True) >= threshold, near.to(tl.int32, bitcast=True) >= threshold)
+    right = tl.join(far.to(tl.int32, bitcast=True) >= threshold, w3.to(tl.int32, bitcast=True) >= threshold)
+    keep = tl.reshape(tl.join(left, right), [ROWS // 16, 8, COLS // 16, 8, 2, 2])  # last: column's bit 3, row's bit 3
+    return tl.reshape(tl.permute(keep, [0, 5, 1, 2, 4, 3]), [ROWS, COLS])
 
 
 @triton.jit
@@ -110,8 +138,8 @@ def _attend(
     softcap,
     seed,
     head,
-    query,
-    k_start,
+    q_start,
+    first,
     threshold,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -127,14 +155,14 @@ def _attend(
     PRECISION: tl.constexpr = "tf32x3" if q.dtype == tl.float32 else "ieee"
     cols = tl.arange(0, BLOCK_D)
     # The scale goes into the exponent's FFMA, base 2: exp2(s c - m c).
-    factor = LOG2E if SOFTCAP else scale * LOG2E
+    factor = (softcap if SOFTCAP else scale) * LOG2E
     for i in tl.range(0, num_tiles(ranges, BLOCK_N, EDGE)):
         n = tile_start(i, ranges, BLOCK_N, EDGE)
         keys = n + tl.arange(0, BLOCK_N)
         k = load_rows(k_base + n * k_step, k_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
         s = tl.dot(q, k.T, input_precision=PRECISION)
         if SOFTCAP:
-            s = softcap * tanh(s * (scale / softcap))
+            s = tanh(s * (scale / softcap), SOFTCAP == 2)
         if EDGE:
             visible = in_window(aligned[:, None], keys[None, :], left, right, LEFT, RIGHT) & (keys < len_k)[None, :]
             s = tl.where(visible, s, float("-inf"))
@@ -145,7 +173,7 @@ def _attend(
         alpha = tl.exp2(row_max - base)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(keep_weight(seed, head, query[:, None], (k_start + keys)[None, :], threshold), p, 0.0)
+            p = tl.where(keep_tile(seed, head, q_start, first, n, threshold, q.shape[0], BLOCK_N, False), p, 0.0)
         v = load_rows(v_base + n * v_step, v_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         row_max = new_max
@@ -220,18 +248,21 @@ def _attention_fwd_kernel(
     if first >= len_q:
         return
     group = (h // GROUP).to(tl.int64)
+    member = (h % GROUP).to(tl.int64)
+    q_step = tl.cast(q_row_stride, tl.int64)
     k_step = tl.cast(k_row_stride, tl.int64)
     v_step = tl.cast(v_row_stride, tl.int64)
-    q_base = q_ptr + batch * q_batch_stride + group * q_group_stride + (h % GROUP) * q_head_stride
-    q_base += (q_start + first) * tl.cast(q_row_stride, tl.int64)
+    out_step = tl.cast(out_row_stride, tl.int64)
+    q_base = q_ptr + batch * q_batch_stride + group * q_group_stride + member * q_head_stride
+    q_base += (q_start + first) * q_step
     k_base = k_ptr + batch * k_batch_stride + group * k_group_stride + k_start * k_step
     v_base = v_ptr + batch * v_batch_stride + group * v_group_stride + k_start * v_step
     cols = tl.arange(0, BLOCK_D)
     lanes = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
-    q = load_rows(q_base, rows[:, None] * q_row_stride + cols[None, :], rows, len_q - first, cols, D, BLOCK_D, True)
-    k_offsets = lanes[:, None] * k_row_stride + cols[None, :]
-    v_offsets = lanes[:, None] * v_row_stride + cols[None, :]
+    q = load_rows(q_base, rows[:, None] * q_step + cols[None, :], rows, len_q - first, cols, D, BLOCK_D, True)
+    k_offsets = lanes[:, None] * k_step + cols[None, :]
+    v_offsets = lanes[:, None] * v_step + cols[None, :]
     shift = len_k - len_q
     last = tl.minimum(first + BLOCK_M, len_q) - 1
     ranges = key_range(first, last, shift, len_k, left, right, LEFT, RIGHT, BLOCK_N)
@@ -243,45 +274,25 @@ def _attention_fwd_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_base, v_base, k_offsets, v_offsets, k_step, v_step, ranges, aligned, len_k, left,
-        right, scale, softcap, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP,
+        right, scale, softcap, seed, head, q_start, first, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP,
         DROPOUT, False,
     )  # fmt: skip
     acc, row_sum, row_max = _attend(
         acc, row_sum, row_max, q, k_base, v_base, k_offsets, v_offsets, k_step, v_step, ranges, aligned, len_k, left,
-        right, scale, softcap, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP,
+        right, scale, softcap, seed, head, q_start, first, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP,
         DROPOUT, True,
     )  # fmt: skip
+    # NaN instead of weights that a rounding of the maximum has doubled or worse.
+    row_sum = tl.where((tl.abs(row_max) >= LOST) & (row_max != float("-inf")), float("nan"), row_sum)
     nothing = row_sum == 0.0
     row_sum = tl.where(nothing, 1.0, row_sum)
     lse = tl.where(nothing, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
     acc = acc * ((keep_scale if DROPOUT else 1.0) / row_sum)[:, None]
     valid = rows < len_q - first
     tl.store(lse_ptr + (batch * H + h) * SQ + query, lse, mask=valid)
-    out_base = out_ptr + (q_start + first) * tl.cast(out_row_stride, tl.int64) + (batch * H + h) * D
-    at = out_base + rows[:, None] * out_row_stride + cols[None, :]
+    out_base = out_ptr + (q_start + first) * out_step + (batch * H + h) * D
+    at = out_base + rows[:, None] * out_step + cols[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (cols < D)[None, :])
-
-
-def by_group(q: Tensor, groups: int) -> Tensor:
-    """[s, b, h, d] as [s, b, g, m, d], a view."""
-    return q.unflatten(2, (groups, q.shape[2] // groups))
-
-
-def switches(options: Options) -> dict[str, object]:
-    """Arguments of all kernels that come from the options."""
-    return {
-        "scale": options.scale,
-        "left": max(options.left, 0),
-        "right": max(options.right, 0),
-        "softcap": options.softcap,
-        "keep_scale": 1.0 / (1.0 - options.dropout_p),
-        "seed": options.seed,
-        "threshold": dropout_threshold(options.dropout_p),
-        "LEFT": options.left >= 0,
-        "RIGHT": options.right >= 0,
-        "SOFTCAP": options.softcap > 0,
-        "DROPOUT": options.dropout_p > 0,
-    }
 
 
 def padded(d: int) -> int:
@@ -289,10 +300,42 @@ def padded(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def case_of(q: Tensor, options: Options, arch: int) -> Case:
-    """What decides the tiles of a call."""
-    plain = options.softcap == 0 and options.dropout_p == 0
-    return Case(arch, q.shape[-1], q.element_size(), plain, options.right == 0)
+@lru_cache(maxsize=256)
+def settings(
+    tile_of: Callable[[Case], Tile], options: Options, d: int, element_size: int, m: int, arch: int
+) -> tuple[Tile, dict[str, object]]:
+    """Tile of a kernel, and its arguments that depend on neither tensors nor seed; made once for each kind of call,
+    because launches follow each other in microseconds. ``options`` are without a seed, ``m`` is heads of a group.
+
+    SOFTCAP is 1 where tanh to 2^-22 will do: its error times the cap is then below half a rounding of fp16.
+    """
+    softcap, dropout = options.softcap > 0, options.dropout_p > 0
+    tile = tile_of(Case(arch, d, element_size, softcap, dropout, options.right == 0))
+    exact = element_size == 4 or options.softcap > 512
+    return tile, {
+        "scale": options.scale,
+        "left": max(options.left, 0),
+        "right": max(options.right, 0),
+        "softcap": options.softcap,
+        "keep_scale": 1.0 / (1.0 - options.dropout_p),
+        "threshold": dropout_threshold(options.dropout_p),
+        "GROUP": m,
+        "D": d,
+        "BLOCK_D": padded(d),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "LEFT": options.left >= 0,
+        "RIGHT": options.right >= 0,
+        "SOFTCAP": (2 if exact else 1) if softcap else 0,
+        "DROPOUT": dropout,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def without_seed(options: Options) -> Options:
+    """The options by which settings are kept."""
+    return options._replace(seed=0) if options.seed else options
 
 
 def forward(
@@ -306,13 +349,12 @@ def forward(
     lse = torch.empty(b, h, sq, dtype=torch.float32, device=q.device)
     if not covers_queries:
         lse.fill_(-torch.inf)
-    tile = forward_tile(case_of(q, options, arch))
+    tile, fixed = settings(forward_tile, without_seed(options), d, q.element_size(), m, arch)
     grid = (h * len(table), triton.cdiv(max_q, tile.block_m))
     if 0 in grid or 0 in out.shape:
         return out, lse
     _attention_fwd_kernel[grid](
         q, k, v, out, lse, table, *q.stride()[:4], *k.stride()[:3], *v.stride()[:3], b * h * d, h, sq,
-        **switches(options), GROUP=m, D=d, BLOCK_D=padded(d), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        seed=options.seed, **fixed,
     )  # fmt: skip
     return out, lse

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from llm_kernels.attention.kernel import (
     LOG2E,
-    case_of,
     in_window,
-    keep_weight,
+    keep_tile,
     key_range,
     load_rows,
     num_tiles,
-    padded,
-    switches,
+    settings,
     tanh,
     tile_start,
+    without_seed,
 )
 from llm_kernels.attention.ref import Options
 from llm_kernels.attention.tiles import dkdv_tile, dq_tile
@@ -48,6 +47,7 @@ def _gather_dkdv(
     dout_step,
     ranges,
     len_q,
+    first,
     keys,
     shift,
     len_k,
@@ -59,7 +59,6 @@ def _gather_dkdv(
     seed,
     head,
     q_start,
-    k_start,
     threshold,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -78,19 +77,18 @@ def _gather_dkdv(
     """
     PRECISION: tl.constexpr = "tf32x3" if q_base.dtype.element_ty == tl.float32 else "ieee"
     cols = tl.arange(0, BLOCK_D)
-    factor = LOG2E if SOFTCAP else scale * LOG2E
+    factor = (softcap if SOFTCAP else scale) * LOG2E
     tiles = num_tiles(ranges, BLOCK_M, EDGE)
     for i in tl.range(0, GROUP * tiles):
-        member = i // tiles
-        m = tile_start(i - member * tiles, ranges, BLOCK_M, EDGE)
+        member = (i // tiles).to(tl.int64)
+        m = tile_start(i % tiles, ranges, BLOCK_M, EDGE)
         rows = m + tl.arange(0, BLOCK_M)
         q = load_rows(q_base + member * q_head_stride + m * q_step, q_offsets, rows, len_q, cols, D, BLOCK_D, EDGE)
         lse_at = lse_base + member * SQ + rows
         lse = tl.load(lse_at, mask=rows < len_q, other=float("inf")) if EDGE else tl.load(lse_at)
         s = tl.dot(k, q.T, input_precision=PRECISION)
         if SOFTCAP:
-            t = tanh(s * (scale / softcap))
-            s = softcap * t
+            s = tanh(s * (scale / softcap), SOFTCAP == 2)
         p = tl.exp2(s * factor - lse[None, :])
         if EDGE:
             # Queries that are not there have weight 0 by their lse; keys that are not there are not stored.
@@ -100,15 +98,16 @@ def _gather_dkdv(
         delta_at = delta_base + member * SQ + rows
         delta = tl.load(delta_at, mask=rows < len_q, other=0.0) if EDGE else tl.load(delta_at)
         dp = tl.dot(v, dout.T, input_precision=PRECISION)
+        kept = p
         if DROPOUT:
-            keep = keep_weight(seed, head + member, (q_start + rows)[None, :], (k_start + keys)[:, None], threshold)
-            dv = tl.dot(tl.where(keep, p * keep_scale, 0.0).to(dout.dtype), dout, dv, input_precision=PRECISION)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        else:
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            number = (head + member).to(tl.int32)
+            keep = keep_tile(seed, number, q_start, first, m, threshold, k.shape[0], BLOCK_M, True)
+            kept = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp, 0.0) * keep_scale
+        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
-            ds = ds * (1.0 - t * t)
+            ds = ds * (1.0 - s * s)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -190,18 +189,22 @@ def _attention_bwd_dkdv_kernel(
     if first >= len_k:
         return
     q_step = tl.cast(q_row_stride, tl.int64)
+    k_step = tl.cast(k_row_stride, tl.int64)
+    v_step = tl.cast(v_row_stride, tl.int64)
+    dk_step = tl.cast(dk_row_stride, tl.int64)
+    dv_step = tl.cast(dv_row_stride, tl.int64)
     dout_step = tl.cast(dout_row_stride, tl.int64)
     cols = tl.arange(0, BLOCK_D)
     lanes = tl.arange(0, BLOCK_N)
     queries = tl.arange(0, BLOCK_M)
-    q_offsets = queries[:, None] * q_row_stride + cols[None, :]
-    dout_offsets = queries[:, None] * dout_row_stride + cols[None, :]
+    q_offsets = queries[:, None] * q_step + cols[None, :]
+    dout_offsets = queries[:, None] * dout_step + cols[None, :]
     key_row = (k_start + first).to(tl.int64)
-    k_base = k_ptr + batch * k_batch_stride + group * k_group_stride + key_row * k_row_stride
-    v_base = v_ptr + batch * v_batch_stride + group * v_group_stride + key_row * v_row_stride
+    k_base = k_ptr + batch * k_batch_stride + group * k_group_stride + key_row * k_step
+    v_base = v_ptr + batch * v_batch_stride + group * v_group_stride + key_row * v_step
     left_over = len_k - first
-    k = load_rows(k_base, lanes[:, None] * k_row_stride + cols[None, :], lanes, left_over, cols, D, BLOCK_D, True)
-    v = load_rows(v_base, lanes[:, None] * v_row_stride + cols[None, :], lanes, left_over, cols, D, BLOCK_D, True)
+    k = load_rows(k_base, lanes[:, None] * k_step + cols[None, :], lanes, left_over, cols, D, BLOCK_D, True)
+    v = load_rows(v_base, lanes[:, None] * v_step + cols[None, :], lanes, left_over, cols, D, BLOCK_D, True)
     shift = len_k - len_q
     last = tl.minimum(first + BLOCK_N, len_k) - 1
     ranges = query_range(first, last, shift, len_q, left, right, LEFT, RIGHT, BLOCK_M)
@@ -216,21 +219,21 @@ def _attention_bwd_dkdv_kernel(
     head = first_head.to(tl.int32)
     dk, dv = _gather_dkdv(
         dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_head_stride, SQ, q_offsets, dout_offsets, q_step,
-        dout_step, ranges, len_q, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head, q_start,
-        k_start, threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
+        dout_step, ranges, len_q, first, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head,
+        q_start, threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
     )  # fmt: skip
     dk, dv = _gather_dkdv(
         dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_head_stride, SQ, q_offsets, dout_offsets, q_step,
-        dout_step, ranges, len_q, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head, q_start,
-        k_start, threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
+        dout_step, ranges, len_q, first, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head,
+        q_start, threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
     )  # fmt: skip
     mask = (lanes < left_over)[:, None] & (cols < D)[None, :]
-    dk_base = dk_ptr + batch * dk_batch_stride + group * dk_group_stride + key_row * dk_row_stride
-    dv_base = dv_ptr + batch * dv_batch_stride + group * dv_group_stride + key_row * dv_row_stride
+    dk_base = dk_ptr + batch * dk_batch_stride + group * dk_group_stride + key_row * dk_step
+    dv_base = dv_ptr + batch * dv_batch_stride + group * dv_group_stride + key_row * dv_step
     dk = (dk * scale).to(dk_ptr.dtype.element_ty)
-    tl.store(dk_base + lanes[:, None] * dk_row_stride + cols[None, :], dk, mask=mask)
-    dv = dv.to(dv_ptr.dtype.element_ty)
-    tl.store(dv_base + lanes[:, None] * dv_row_stride + cols[None, :], dv, mask=mask)
+    tl.store(dk_base + lanes[:, None] * dk_step + cols[None, :], dk, mask=mask)
+    dv = (dv * keep_scale if DROPOUT else dv).to(dv_ptr.dtype.element_ty)
+    tl.store(dv_base + lanes[:, None] * dv_step + cols[None, :], dv, mask=mask)
 
 
 @triton.jit
@@ -256,8 +259,8 @@ def _gather_dq(
     keep_scale,
     seed,
     head,
-    query,
-    k_start,
+    q_start,
+    first,
     threshold,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -271,15 +274,14 @@ def _gather_dq(
     """Adds what keys of tiles [start, end) give."""
     PRECISION: tl.constexpr = "tf32x3" if k_base.dtype.element_ty == tl.float32 else "ieee"
     cols = tl.arange(0, BLOCK_D)
-    factor = LOG2E if SOFTCAP else scale * LOG2E
+    factor = (softcap if SOFTCAP else scale) * LOG2E
     for i in tl.range(0, num_tiles(ranges, BLOCK_N, EDGE)):
         n = tile_start(i, ranges, BLOCK_N, EDGE)
         keys = n + tl.arange(0, BLOCK_N)
         k = load_rows(k_base + n * k_step, k_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
         s = tl.dot(q, k.T, input_precision=PRECISION)
         if SOFTCAP:
-            t = tanh(s * (scale / softcap))
-            s = softcap * t
+            s = tanh(s * (scale / softcap), SOFTCAP == 2)
         p = tl.exp2(s * factor - lse[:, None])
         if EDGE:
             visible = in_window(aligned[:, None], keys[None, :], left, right, LEFT, RIGHT) & (keys < len_k)[None, :]
@@ -287,11 +289,11 @@ def _gather_dq(
         v = load_rows(v_base + n * v_step, v_offsets, keys, len_k, cols, D, BLOCK_D, EDGE)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
         if DROPOUT:
-            keep = keep_weight(seed, head, query[:, None], (k_start + keys)[None, :], threshold)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
+            keep = keep_tile(seed, head, q_start, first, n, threshold, q.shape[0], BLOCK_N, False)
+            dp = tl.where(keep, dp, 0.0) * keep_scale
         ds = p * (dp - delta[:, None])
         if SOFTCAP:
-            ds = ds * (1.0 - t * t)
+            ds = ds * (1.0 - s * s)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -352,20 +354,24 @@ def _attention_bwd_dq_kernel(
     if first >= len_q:
         return
     group = (h // GROUP).to(tl.int64)
+    member = (h % GROUP).to(tl.int64)
+    q_step = tl.cast(q_row_stride, tl.int64)
     k_step = tl.cast(k_row_stride, tl.int64)
     v_step = tl.cast(v_row_stride, tl.int64)
+    dq_step = tl.cast(dq_row_stride, tl.int64)
+    dout_step = tl.cast(dout_row_stride, tl.int64)
     query_row = (q_start + first).to(tl.int64)
-    q_base = q_ptr + batch * q_batch_stride + group * q_group_stride + (h % GROUP) * q_head_stride
-    dout_base = dout_ptr + query_row * dout_row_stride + (batch * H + h) * D
+    q_base = q_ptr + batch * q_batch_stride + group * q_group_stride + member * q_head_stride
+    dout_base = dout_ptr + query_row * dout_step + (batch * H + h) * D
     k_base = k_ptr + batch * k_batch_stride + group * k_group_stride + k_start * k_step
     v_base = v_ptr + batch * v_batch_stride + group * v_group_stride + k_start * v_step
     cols = tl.arange(0, BLOCK_D)
     lanes = tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     left_over = len_q - first
-    q_base += query_row * q_row_stride
-    q = load_rows(q_base, rows[:, None] * q_row_stride + cols[None, :], rows, left_over, cols, D, BLOCK_D, True)
-    dout_offsets = rows[:, None] * dout_row_stride + cols[None, :]
+    q_base += query_row * q_step
+    q = load_rows(q_base, rows[:, None] * q_step + cols[None, :], rows, left_over, cols, D, BLOCK_D, True)
+    dout_offsets = rows[:, None] * dout_step + cols[None, :]
     dout = load_rows(dout_base, dout_offsets, rows, left_over, cols, D, BLOCK_D, True)
     number = (batch * H + h) * SQ + query_row
     lse = tl.load(lse_ptr + number + rows, mask=rows < left_over, other=float("inf"))
@@ -374,23 +380,22 @@ def _attention_bwd_dq_kernel(
     last = tl.minimum(first + BLOCK_M, len_q) - 1
     ranges = key_range(first, last, shift, len_k, left, right, LEFT, RIGHT, BLOCK_N)
     aligned = first + rows + shift
-    query = q_start + first + rows
     head = (batch * H + h).to(tl.int32)
-    k_offsets = lanes[:, None] * k_row_stride + cols[None, :]
-    v_offsets = lanes[:, None] * v_row_stride + cols[None, :]
+    k_offsets = lanes[:, None] * k_step + cols[None, :]
+    v_offsets = lanes[:, None] * v_step + cols[None, :]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq = _gather_dq(
         dq, q, dout, lse, delta, k_base, v_base, k_offsets, v_offsets, k_step, v_step, ranges, aligned, len_k, left,
-        right, scale, softcap, keep_scale, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
+        right, scale, softcap, keep_scale, seed, head, q_start, first, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
         SOFTCAP, DROPOUT, False,
     )  # fmt: skip
     dq = _gather_dq(
         dq, q, dout, lse, delta, k_base, v_base, k_offsets, v_offsets, k_step, v_step, ranges, aligned, len_k, left,
-        right, scale, softcap, keep_scale, seed, head, query, k_start, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
+        right, scale, softcap, keep_scale, seed, head, q_start, first, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT,
         SOFTCAP, DROPOUT, True,
     )  # fmt: skip
-    dq_base = dq_ptr + batch * dq_batch_stride + group * dq_group_stride + (h % GROUP) * dq_head_stride
-    at = dq_base + query_row * dq_row_stride + rows[:, None] * dq_row_stride + cols[None, :]
+    dq_base = dq_ptr + batch * dq_batch_stride + group * dq_group_stride + member * dq_head_stride
+    at = dq_base + query_row * dq_step + rows[:, None] * dq_step + cols[None, :]
     tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=(rows < left_over)[:, None] & (cols < D)[None, :])
 
 
@@ -407,20 +412,19 @@ def backward(
     dq, dk, dv = gradients
     sq, b, groups, m, d = q.shape
     h = groups * m
-    shared = {**switches(options), "GROUP": m, "D": d, "BLOCK_D": padded(d)}
+    kind = (without_seed(options), d, q.element_size(), m, arch)
     inputs = (*q.stride()[:4], *k.stride()[:3], *v.stride()[:3])
-    tile = dkdv_tile(case_of(q, options, arch))
+    tile, fixed = settings(dkdv_tile, *kind)
     grid = (groups * len(table), triton.cdiv(extents[1], tile.block_n))
     if 0 not in grid:
         _attention_bwd_dkdv_kernel[grid](
             q, k, v, dout, lse, delta, dk, dv, table, *inputs, *dk.stride()[:3], *dv.stride()[:3], b * h * d, groups,
-            sq, **shared, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            sq, seed=options.seed, **fixed,
         )  # fmt: skip
-    tile = dq_tile(case_of(q, options, arch))
+    tile, fixed = settings(dq_tile, *kind)
     grid = (h * len(table), triton.cdiv(extents[0], tile.block_m))
     if 0 not in grid:
         _attention_bwd_dq_kernel[grid](
-            q, k, v, dout, lse, delta, dq, table, *inputs, *dq.stride()[:4], b * h * d, h, sq, **shared,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            q, k, v, dout, lse, delta, dq, table, *inputs, *dq.stride()[:4], b * h * d, h, sq, seed=options.seed,
+            **fixed,
         )  # fmt: skip

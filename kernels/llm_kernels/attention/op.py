@@ -1,7 +1,7 @@
 """Attention over segments: whole samples, packed documents, or a context shard's part of them.
 
 Online softmax after Dao (2023, arXiv 2307.08691): forward keeps q, k, v, its output and one fp32 number per query and
-head. All backward kernels sum in a fixed order, so ``deterministic=True`` is always satisfied.
+head. All kernels sum in a fixed order: the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from llm_kernels import dispatch
 from llm_kernels.attention import ref
 from llm_kernels.attention.ref import Options
 from llm_kernels.device import arch
+from llm_kernels.rows import fresh
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Segments:
 
     Ranges of queries of a row must not overlap, nor those of keys. max_q, max_k: the longest of each (an upper bound
     will do). covers_queries, covers_keys: every query (key) of every row is in a segment; where not, its output or
-    gradient is zero, at the price of a fill.
+    gradient is zero, at the price of a fill. rows: the table's rows where the host knows them; plain torch takes them
+    instead of asking the device.
     """
 
     table: Tensor
@@ -34,6 +35,7 @@ class Segments:
     max_k: int
     covers_keys: bool
     covers_queries: bool
+    rows: tuple[tuple[int, ...], ...] | None = None
 
     @staticmethod
     def dense(b: int, sq: int, sk: int, device: torch.device | str) -> Segments:
@@ -67,16 +69,23 @@ class Segments:
             covered.append(total == b * length)
         if any(not 0 <= x[0] < b or x[1] > x[2] or x[3] > x[4] for x in rows):
             raise ValueError(f"a segment is not (row below {b}, q_start <= q_end, k_start <= k_end)")
-        table = torch.tensor(list(rows), dtype=torch.int32).view(-1, 5).to(device)
-        max_q = max((x[2] - x[1] for x in rows), default=0)
-        max_k = max((x[4] - x[3] for x in rows), default=0)
-        return Segments(table, max_q, max_k, covers_keys=covered[1], covers_queries=covered[0])
+        known = tuple(tuple(x) for x in rows)
+        max_q = max([0, *(x[2] - x[1] for x in known)])
+        max_k = max([0, *(x[4] - x[3] for x in known)])
+        return Segments(_table(known, torch.device(device)), max_q, max_k, covered[1], covered[0], known)
 
 
 @lru_cache(maxsize=64)
 def _dense(b: int, sq: int, sk: int, device: torch.device) -> Segments:
-    table = torch.tensor([(row, 0, sq, 0, sk) for row in range(b)], dtype=torch.int32).view(-1, 5)
-    return Segments(table.to(device), sq, sk, True, True)
+    rows = tuple((row, 0, sq, 0, sk) for row in range(b))
+    return Segments(_table(rows, device), sq, sk, True, True, rows)
+
+
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """The rows on the device, by a copy for which the host does not wait: with packed documents there is one a micro
+    batch, and a wait would drain the queue of launches."""
+    table = torch.tensor(rows, dtype=torch.int32).view(-1, 5)
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
 def attention(
@@ -91,7 +100,6 @@ def attention(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     seed: int | None = None,
-    deterministic: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -100,22 +108,23 @@ def attention(
     q: [sq, b, h, d]; k, v: [sk, b, g, d], h a multiple of g, any strides with d contiguous; d up to 256. Causal is
     aligned at the end: the last query of a segment sees its last key. window: how many keys to the left and right of
     that alignment a query sees, -1 for all. scale: 1 / sqrt(d) by default. softcap: scores become softcap tanh(score /
-    softcap). Dropout is by counter from ``seed`` (drawn from torch's CPU generator if None): see ref.dropout_keep.
+    softcap). Dropout is by counter from ``seed`` (drawn from torch's CPU generator if None, for which torch.compile
+    breaks its graph): see ref.dropout_keep.
     Returns out [sq, b, h, d], contiguous, and on request the log-sum-exp of the scores, fp32 [b, h, sq], through which
     gradients flow. A query that sees no key has 0 and -inf. backend: as in dispatch, or ``gluon``, which refuses what
-    gluon_forward lacks.
+    gluon_forward lacks. The kernels have no second derivative and say so. Plain torch puts every score into memory for
+    what its own attention lacks, and where torch.compile traces segments that only the device knows.
     """
-    del deterministic  # see the module's docstring
     _check(q, k, v)
     options = _options(q.shape[-1], causal, scale, window, softcap, (dropout_p, seed))
     if segments is None:
         segments = Segments.dense(q.shape[1], q.shape[0], k.shape[0], q.device)
     chosen = backend_for(q, backend)
-    if chosen == "torch" or (chosen == "triton" and q.shape[-1] > 256):
+    if chosen == "torch":
         out, lse = _by_torch(q, k, v, segments, options, return_lse)
     else:
         rows = (_rows(q), _rows(k), _rows(v))
-        out, lse = torch.ops.llm_kernels.attention(*rows, *_plan(segments), *options, chosen == "gluon")
+        out, lse = _attention(*rows, *_plan(segments), *options, chosen == "gluon")
     return (out, lse) if return_lse else out
 
 
@@ -142,19 +151,24 @@ def attention_qkv(
     if segments is None:
         segments = Segments.dense(qkv.shape[1], qkv.shape[0], qkv.shape[0], qkv.device)
     chosen = backend_for(qkv, backend)
-    if chosen == "torch" or (chosen == "triton" and qkv.shape[-1] > 256):
+    if chosen == "torch":
         q, k, v = _unpack(qkv)
         return _by_torch(q.flatten(2, 3), k, v, segments, options, False)[0]
-    return torch.ops.llm_kernels.attention_qkv(_rows(qkv), *_plan(segments), *options, chosen == "gluon")[0]
+    return _attention_qkv(_rows(qkv), *_plan(segments), *options, chosen == "gluon")[0]
 
 
 def backend_for(x: Tensor, requested: str = "auto") -> str:
     """``torch``, ``triton`` or, if it is asked for by name, ``gluon`` for attention on ``x``.
 
-    Raises ValueError if ``requested`` is unknown or can't be had.
+    Raises ValueError if ``requested`` is unknown or can't be had. ``auto`` is torch beyond head dim 256.
     """
     if requested != "gluon":
-        return dispatch.backend_for(x, requested)
+        chosen = dispatch.backend_for(x, requested)
+        if chosen == "triton" and x.shape[-1] > 256:
+            if requested == "triton":
+                raise ValueError(f"backend = 'triton' takes head dims up to 256, this is {x.shape[-1]}")
+            return "torch"
+        return chosen
     if not dispatch.triton_installed():
         raise ValueError("backend = 'gluon', but triton is not installed (pip install triton)")
     return "gluon"
@@ -212,14 +226,19 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return qkv[:, :, :, :-2], qkv[:, :, :, -2], qkv[:, :, :, -1]
+    m = qkv.shape[3] - 2
+    return qkv.narrow(3, 0, m), qkv.select(3, m), qkv.select(3, m + 1)
 
 
 def _by_torch(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Torch's own attention where it can do what is asked, else every score in memory."""
-    rows = sorted(x for x in segments.table.tolist() if x[1] < x[2])
+    known = segments.rows
+    if known is None and torch.compiler.is_compiling():
+        return ref.explicit(q, k, v, segments.table, options)
+    known = segments.table.tolist() if known is None else known
+    rows = sorted(x for x in known if x[1] < x[2])
     plain = options._replace(scale=1.0, seed=0) == Options(1.0, right=0) and segments.covers_queries and not need_lse
     if not rows or not plain or any(x[2] - x[1] > x[4] - x[3] for x in rows):
         return ref.explicit(q, k, v, segments.table, options)
@@ -230,7 +249,7 @@ def _by_torch(
 
 
 def _forward(q, k, v, *how):
-    return _run_forward((q.unflatten(2, (k.shape[2], -1)), k, v), *how)
+    return _run_forward((_by_group(q, k.shape[2]), k, v), *how)
 
 
 def _qkv_forward(qkv, *how):
@@ -239,23 +258,33 @@ def _qkv_forward(qkv, *how):
 
 def _run_forward(tensors, table, max_q, max_k, covers_keys, covers_queries, *how):
     *options, gluon = how
-    module = import_module("llm_kernels.attention.gluon_forward" if gluon else "llm_kernels.attention.kernel")
-    return module.forward(*tensors, table, max_q, covers_queries, Options(*options), arch(tensors[0]))
+    if gluon:
+        from llm_kernels.attention.gluon_forward import forward
+    else:
+        from llm_kernels.attention.kernel import forward
+    q, k, v = tensors
+    return forward(q, k, v, table, max_q, covers_queries, Options(*options), arch(q))
+
+
+def _by_group(q: Tensor, groups: int) -> Tensor:
+    """[s, b, h, d] as [s, b, g, m, d]."""
+    s, b, h, d = q.shape
+    return q.view(s, b, groups, h // groups, d)
 
 
 def _fill(x: Tensor, covered: bool) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device) if covered else x.new_zeros(x.shape)
+    return fresh(x) if covered else x.new_zeros(x.shape)
 
 
 def _backward(dout, dlse, q, k, v, out, lse, table, max_q, max_k, covers_keys, covers_queries, *how):
-    from llm_kernels.attention import kernel, kernel_delta
+    from llm_kernels.attention import kernel_delta
 
     dout = dout.contiguous()
     stats = kernel_delta.per_row(out, dout, lse, None if dlse is None else dlse.contiguous())
     dq, dk, dv = _fill(q, covers_queries), _fill(k, covers_keys), _fill(v, covers_keys)
     groups = k.shape[2]
-    tensors = (kernel.by_group(q, groups), k, v, dout, *stats)
-    gradients = (kernel.by_group(dq, groups), dk, dv)
+    tensors = (_by_group(q, groups), k, v, dout, *stats)
+    gradients = (_by_group(dq, groups), dk, dv)
     _run_backward(tensors, gradients, table, (max_q, max_k), *how)
     return dq, dk, dv
 
@@ -274,9 +303,11 @@ def _qkv_backward(dout, qkv, out, lse, table, max_q, max_k, covers_keys, covers_
 def _run_backward(tensors, gradients, table, extents, *how):
     *options, gluon = how
     q = tensors[0]
-    fits = gluon and q.shape[-1] <= 128
-    module = import_module("llm_kernels.attention.gluon_backward" if fits else "llm_kernels.attention.kernel_backward")
-    module.backward(tensors, gradients, table, extents, Options(*options), arch(q))
+    if gluon and q.shape[-1] <= 128:
+        from llm_kernels.attention.gluon_backward import backward
+    else:
+        from llm_kernels.attention.kernel_backward import backward
+    backward(tensors, gradients, table, extents, Options(*options), arch(q))
 
 
 def _fake_forward(q, *_):
@@ -291,7 +322,7 @@ dispatch.define(
     _forward,
     _fake_forward,
 )
-dispatch.define(
+_attention_backward = dispatch.define(
     f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PLAN}, "
     f"{_OPTIONS}, bool gluon) -> (Tensor, Tensor, Tensor)",
     _backward,
@@ -302,7 +333,7 @@ dispatch.define(
     _qkv_forward,
     lambda qkv, *_: _fake_forward(_unpack(qkv)[0].flatten(2, 3)),
 )
-dispatch.define(
+_attention_qkv_backward = dispatch.define(
     f"attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_PLAN}, {_OPTIONS}, bool gluon) "
     "-> Tensor",
     _qkv_backward,
@@ -322,7 +353,7 @@ def _gradients(ctx, dout, dlse):
     if dout is None and dlse is None:
         return None, None, None, *nothing
     dout = torch.zeros_like(out) if dout is None else dout
-    found = torch.ops.llm_kernels.attention_backward(dout, dlse, q, k, v, out, lse, table, *ctx.plan)
+    found = _attention_backward(dout, dlse, q, k, v, out, lse, table, *ctx.plan)
     return *found, *nothing
 
 
@@ -334,12 +365,8 @@ def _qkv_setup(ctx, inputs, output) -> None:
 
 def _qkv_gradients(ctx, dout, _):
     qkv, table, out, lse = ctx.saved_tensors
-    return torch.ops.llm_kernels.attention_qkv_backward(dout, qkv, out, lse, table, *ctx.plan), *(
-        (None,) * (1 + len(ctx.plan))
-    )
+    return _attention_qkv_backward(dout, qkv, out, lse, table, *ctx.plan), *((None,) * (1 + len(ctx.plan)))
 
 
-torch.library.register_autograd("llm_kernels::attention", _gradients, setup_context=_setup, lib=dispatch.LIBRARY)
-torch.library.register_autograd(
-    "llm_kernels::attention_qkv", _qkv_gradients, setup_context=_qkv_setup, lib=dispatch.LIBRARY
-)
+_attention = dispatch.differentiable("attention", _setup, _gradients)
+_attention_qkv = dispatch.differentiable("attention_qkv", _qkv_setup, _qkv_gradients)

@@ -100,50 +100,80 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, table: Tensor, options: Options) -
     lse = torch.logsumexp(scores, -1).masked_fill(~seen, -torch.inf)
     weights = scores.softmax(-1).masked_fill(~visible, 0.0)
     if options.dropout_p > 0:
-        keep = dropout_keep(options, weights.shape, q.device)
+        keep = dropout_keep(options, table, weights.shape)
         weights = weights * keep / (1 - options.dropout_p)
     return torch.einsum("bhqk,kbhd->qbhd", weights, values).to(q.dtype), lse
 
 
 def visibility(table: Tensor, b: int, sq: int, sk: int, options: Options) -> Tensor:
-    """Which keys each query sees, bool [b, sq, sk]."""
-    visible = torch.zeros(b, sq, sk, dtype=torch.bool, device=table.device)
-    for row, q_start, q_end, k_start, k_end in table.tolist():
-        aligned = torch.arange(q_end - q_start, device=table.device) + (k_end - k_start) - (q_end - q_start)
-        distance = torch.arange(k_end - k_start, device=table.device) - aligned.unsqueeze(1)
-        part = torch.ones_like(distance, dtype=torch.bool)
-        if options.left >= 0:
-            part &= distance >= -options.left
-        if options.right >= 0:
-            part &= distance <= options.right
-        visible[row, q_start:q_end, k_start:k_end] |= part
+    """Which keys each query sees, bool [b, sq, sk]. Nothing is asked of the device."""
+    of_query, of_key, (q_start, q_end, k_start, k_end) = _places(table, b, sq, sk)
+    shift = (k_end - k_start) - (q_end - q_start) - q_start
+    aligned = torch.arange(sq, device=table.device) + shift[of_query]
+    key = torch.arange(sk, device=table.device) - k_start[of_key]
+    distance = key.unsqueeze(1) - aligned.unsqueeze(2)
+    visible = (of_query.unsqueeze(2) == of_key.unsqueeze(1)) & (of_query > 0).unsqueeze(2)
+    if options.left >= 0:
+        visible &= distance >= -options.left
+    if options.right >= 0:
+        visible &= distance <= options.right
     return visible
 
 
+def _places(table: Tensor, b: int, sq: int, sk: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Number of the segment of each query [b, sq] and of each key [b, sk], from 1, or 0 where there is none; and, by
+    that number, where its queries and keys begin and end."""
+    number = torch.arange(1, len(table) + 1, device=table.device).unsqueeze(1)
+    here = (table[:, :1] == torch.arange(b, device=table.device)) * number
+    found = []
+    for first, length in ((1, sq), (3, sk)):
+        at = torch.arange(length, device=table.device)
+        inside = (at >= table[:, first : first + 1]) & (at < table[:, first + 1 : first + 2])
+        found.append((here.double().mT @ inside.double()).long())  # integers have no product on CUDA
+    bounds = torch.cat([table.new_zeros(1, 5), table]).long()
+    return found[0], found[1], bounds.unbind(1)[1:]
+
+
 def dropout_threshold(dropout_p: float) -> int:
-    """A weight is kept where 31 random bits are at least this."""
-    return int(dropout_p * 2**31)
+    """A weight is kept where 32 random bits, read as a signed number, are at least this."""
+    return int(dropout_p * 2**32) - 2**31
 
 
-def dropout_keep(options: Options, shape: Sequence[int], device: torch.device) -> Tensor:
-    """The kernels' dropout mask, bool [b, h, sq, sk], true where a weight is kept.
+def dropout_keep(options: Options, table: Tensor, shape: Sequence[int]) -> Tensor:
+    """The kernels' dropout mask, bool [b, h, sq, sk], true where a weight is kept; between segments it means nothing.
 
-    Philox4x32-10 (Salmon et al. 2011, doi 10.1145/2063384.2063405) with the seed's 64 bits as key and the counter
-    (key index, query index, batch row * h + head, 0), indices being those in the tensors; the first word's upper 31
-    bits decide. So the mask depends on neither tiles nor segments.
+    Philox4x32-7 (Salmon et al. 2011, doi 10.1145/2063384.2063405) with the seed's 64 bits as key. One call decides for
+    four weights: its counter is (key, query, batch row * h + head, q_start of the segment), key and query being counted
+    from the begin of the segment and written without their bit 3, and its word 2 (query's bit 3) + (key's bit 3). So
+    the mask does not depend on tiles.
     """
     b, h, sq, sk = shape
+    of_query, of_key, (q_start, _q_end, k_start, _k_end) = _places(table, b, sq, sk)
+    last = q_start[of_query].view(b, 1, sq, 1)
+    query = torch.arange(sq, device=table.device).view(sq, 1) - last
+    key = (torch.arange(sk, device=table.device) - k_start[of_key]).view(b, 1, 1, sk)
+    head = torch.arange(b * h, device=table.device).view(b, h, 1, 1)
+    words = _philox(options.seed, (_without_bit_3(key), _without_bit_3(query), head, last))
+    low, high = (torch.where(key & 8 > 0, words[i + 1], words[i]) for i in (0, 2))
+    bits = torch.where(query & 8 > 0, high, low)
+    return bits - (bits >= 2**31) * 2**32 >= dropout_threshold(options.dropout_p)
+
+
+def _without_bit_3(index: Tensor) -> Tensor:
+    return (index >> 4 << 3) | (index & 7)
+
+
+def _philox(seed: int, counter: tuple[Tensor, ...]) -> list[Tensor]:
+    """The four words of philox4x32-7 for a counter of four, all of them numbers below 2^32 in int64."""
     low = 0xFFFFFFFF
-    ranges = [torch.arange(n, device=device) for n in (b * h, sq, sk)]
-    grid = torch.meshgrid(*ranges, indexing="ij")
-    words = [grid[2], grid[1], grid[0], torch.zeros_like(grid[0])]
-    key_0, key_1 = options.seed & low, (options.seed >> 32) & low
-    for _ in range(10):
+    words = list(counter)
+    key_0, key_1 = seed & low, (seed >> 32) & low
+    for _ in range(7):
         high_0, low_0 = _multiply(words[0], 0xD2511F53)
         high_2, low_2 = _multiply(words[2], 0xCD9E8D57)
         words = [high_2 ^ words[1] ^ key_0, low_2, high_0 ^ words[3] ^ key_1, low_0]
         key_0, key_1 = (key_0 + 0x9E3779B9) & low, (key_1 + 0xBB67AE85) & low
-    return ((words[0] >> 1) >= dropout_threshold(options.dropout_p)).view(b, h, sq, sk)
+    return words
 
 
 def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:

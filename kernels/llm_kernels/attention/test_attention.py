@@ -44,7 +44,7 @@ def framework(table: Tensor, options: Options) -> Callable[..., Tensor]:
             scores = options.softcap * torch.tanh(scores / options.softcap)
         weights = scores.masked_fill(~visible & seen, -torch.inf).softmax(-1).masked_fill(~visible, 0)
         if options.dropout_p > 0:
-            weights = weights * ref.dropout_keep(options, weights.shape, q.device) / (1 - options.dropout_p)
+            weights = weights * ref.dropout_keep(options, table, weights.shape) / (1 - options.dropout_p)
         return (weights @ v).permute(2, 0, 1, 3)
 
     return run
@@ -118,6 +118,22 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature: str, dtype: torch.dtype) -> None:
     check(feature, inputs_of(100, 140, 1, 2, 1, 32, dtype), **FEATURES[feature])
+
+
+# Shapes of FlashAttention 2's and 3's own tests that have what no case above has, each in the dtype it was made for.
+PEERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "odd lengths, three heads a group, odd head dim": ((113, 203, 1, 6, 2, 59), {}),
+    "window that ends before the first key, multi-query": ((108, 256, 1, 3, 1, 40), {"window": (17, 0)}),
+    "more queries than keys, window to both sides": ((203, 113, 1, 1, 1, 32), {"causal": False, "window": (25, 9)}),
+    "soft cap, window, head dim padded to 256": ((64, 97, 1, 2, 1, 160), {"window": (30, 0), "softcap": 15.0}),
+}
+
+
+@triton_only
+@pytest.mark.parametrize("case", PEERS)
+def test_shapes_of_peers(case: str) -> None:
+    shape, how = PEERS[case]
+    check(case, inputs_of(*shape, torch.bfloat16), **how)
 
 
 SEGMENTS: dict[str, tuple[int, int, Rows]] = {
@@ -244,23 +260,30 @@ def test_gradients_are_the_same_bits_every_time() -> None:
     runs = []
     for _ in range(2):
         inputs = inputs_of(100, 100, 1, 4, 2, 32, torch.bfloat16)
-        out = attention(*inputs, dropout_p=0.1, seed=5, deterministic=True, backend="triton")
+        out = attention(*inputs, dropout_p=0.1, seed=5, backend="triton")
         runs.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
     assert all(torch.equal(x, y) for x, y in zip(*runs))
 
 
 def test_dropout_is_philox_and_keeps_its_share() -> None:
-    keep = ref.dropout_keep(Options(1.0, dropout_p=0.25, seed=11), (2, 2, 64, 64), torch.device("cpu"))
+    table = torch.tensor([(row, 0, 64, 0, 64) for row in range(2)])
+    keep = ref.dropout_keep(Options(1.0, dropout_p=0.25, seed=11), table, (2, 2, 64, 64))
     assert abs(keep.float().mean().item() - 0.75) < 0.02  # 16,384 draws: 0.0034 is one standard deviation
-    rows = keep.view(4, -1).float()
-    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.07
-    other = ref.dropout_keep(Options(1.0, dropout_p=0.25, seed=11 + 2**32), (2, 2, 64, 64), torch.device("cpu"))
+    # Neither heads nor the weights that share a call of the generator know of each other.
+    calls = keep.unflatten(3, (4, 2, 8)).unflatten(2, (4, 2, 8))
+    for rows in (keep.view(4, -1), calls.permute(3, 6, 0, 1, 2, 4, 5, 7).reshape(4, -1)):
+        assert torch.corrcoef(rows.float()).fill_diagonal_(0).abs().max() < 0.07
+    other = ref.dropout_keep(Options(1.0, dropout_p=0.25, seed=11 + 2**32), table, (2, 2, 64, 64))
     assert not torch.equal(keep, other)
-    # Known answer of Random123's philox4x32-10 for counter 0 and key 0: first word 6627e8d5.
-    first = 0x6627E8D5 >> 1
-    for threshold, kept in ((first, True), (first + 1, False)):
-        options = Options(1.0, dropout_p=threshold / 2**31)
-        assert ref.dropout_keep(options, (1, 1, 1, 1), torch.device("cpu")).item() is kept
+    # Known answer of Random123's philox4x32-7 for counter 0 and key 0; word 2 i + j decides for (8 i, 8 j).
+    known = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert [int(word) for word in ref._philox(0, (zero, zero, zero, zero))] == known
+    table = torch.tensor([(0, 0, 9, 0, 9)])
+    for place, word in zip([(0, 0), (0, 8), (8, 0), (8, 8)], known):
+        for more, kept in ((0, True), (1, False)):
+            options = Options(1.0, dropout_p=(word + 2**31 + more) % 2**32 / 2**32)
+            assert ref.dropout_keep(options, table, (1, 1, 9, 9))[0, 0, place[0], place[1]].item() is kept
 
 
 @triton_only
@@ -288,6 +311,20 @@ def test_any_segments_window_and_tile(data: st.DataObject) -> None:
         patch.setattr(kernel_backward, "dkdv_tile", lambda *_: tiles[1])
         patch.setattr(kernel_backward, "dq_tile", lambda *_: tiles[2])
         check("property", inputs_of(max(sq, 1), max(sk, 1), 1, group, 1, 16, dtype), rows, **how)
+
+
+@pytest.mark.parametrize("case", SEGMENTS)
+def test_visibility(case: str) -> None:
+    """Written out query by query."""
+    sq, sk, rows = SEGMENTS[case]
+    options = Options(1.0, left=20, right=3)
+    expected = torch.zeros(2, sq, sk, dtype=torch.bool)
+    for row, q_start, q_end, k_start, k_end in rows:
+        for query in range(q_start, q_end):
+            level = query - q_end + k_end
+            expected[row, query, max(level - 20, k_start) : min(level + 4, k_end)] = level + 4 > k_start
+    table = torch.tensor(rows, dtype=torch.int32).view(-1, 5)
+    assert torch.equal(ref.visibility(table, 2, sq, sk, options), expected)
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -1,7 +1,9 @@
 """Tiles of the attention kernels by architecture: the largest that ptxas fits without a spill, with Triton 3.6 and 3.7.
 
-One exception: 128 x 128 forward on sm_90 spills 8 bytes with 3.6 (none with 3.7), outside the loop; half the tile would
-cost a third more instructions for the same work. Backward at head dim 256 on sm_90 has only HMMA that fits.
+On sm_90 the kernel for dk and dv loads three stages ahead: with two, ptxas can't tell its accumulators from those of
+the step before and puts a wait after every HGMMA. At head dim 256 it has only HMMA there: HGMMA needs 64 keys, whose
+two sums fill the registers unless a tile has 16 queries, and then a pair of query and key costs 2.2 times the
+instructions.
 Found by compiling ahead of time; ``llm-parallel bench kernels --aot --op attention`` shows registers and loops of all.
 None has been timed on a GPU yet.
 """
@@ -21,28 +23,36 @@ class Tile(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What a tile depends on. plain: no soft cap and no dropout, which want registers; causal: no key to the right."""
+    """What a tile depends on; soft cap and dropout want registers. causal: no key to the right is seen."""
 
     arch: int
     d: int
     element_size: int
-    plain: bool = True
+    softcap: bool = False
+    dropout: bool = False
     causal: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores become weights by scale and mask alone."""
+        return not (self.softcap or self.dropout)
 
 
 def forward_tile(case: Case) -> Tile:
     """Configuration of the forward kernel."""
     if case.element_size == 4:
         return Tile(32, 32, 4, 2) if case.d <= 64 else Tile(16, 32 if case.d <= 128 else 16, 4, 1)
-    if case.d > 128:
-        return Tile(128, 64, 8, 2) if case.arch >= 90 else Tile(64, 64, 8, 2)
     if case.arch >= 90:
-        if case.plain and (case.d == 64 or (case.causal and case.d == 128)):
+        if case.d > 128:
+            return Tile(128, 32 if case.dropout else 64, 8, 2)
+        if not case.dropout and (case.d <= 64 or (case.plain and case.causal and case.d == 128)):
             return Tile(128, 128, 8, 2)
-        return Tile(128, 64, 8, 3 if case.plain else 2)
-    if case.plain and case.d <= 64:
         return Tile(128, 64, 8, 3)
-    return Tile(128, 32, 8, 3 if case.plain else 2)
+    if case.d > 128:
+        return Tile(64, 64, 8, 2)
+    if 64 < case.d < 128:  # masks of padded columns want registers
+        return Tile(128, 32, 8, 3 if case.plain else 2)
+    return Tile(128, 64, 8, 3 if case.d <= 64 else 2)
 
 
 def dkdv_tile(case: Case) -> Tile:
@@ -52,18 +62,18 @@ def dkdv_tile(case: Case) -> Tile:
     if case.d > 128:
         return Tile(64, 32, 8, 1) if case.arch >= 90 else Tile(32, 32, 8, 1)
     if case.arch >= 90:
-        if not case.plain:
-            return Tile(32, 64, 8, 2)
-        return Tile(64, 128, 8, 2) if case.d <= 64 else Tile(32, 128, 8, 2)
+        return Tile(64 if case.d <= 64 and case.plain else 32, 128, 8, 3)
     return Tile(64, 64, 8, 2)
 
 
 def dq_tile(case: Case) -> Tile:
     """Configuration of the kernel for dq."""
     if case.element_size == 4:
-        return Tile(32, 32, 4, 1) if case.d <= 64 else Tile(16, 32 if case.d <= 128 else 16, 8, 1)
-    if case.d > 128:
-        return Tile(32, 32, 8, 1) if case.arch >= 90 else Tile(64, 32, 8, 1)
+        if case.d <= 64:
+            return Tile(32 if case.arch >= 90 else 16, 32, 4, 1)
+        return Tile(16, 32 if case.d <= 128 else 16, 8, 1)
     if case.arch >= 90:
-        return Tile(128, 64, 8, 2) if case.plain else Tile(128, 32, 8, 2)
-    return Tile(64, 64, 8, 2)
+        if case.d > 128:
+            return Tile(128, 32, 8, 2)
+        return Tile(128, 128 if case.d <= 64 and case.plain else 64, 8, 2)
+    return Tile(64, 32, 8, 1) if case.d > 128 else Tile(64, 64, 8, 2)
