@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import resource
@@ -155,6 +156,8 @@ async def drill(controller: Controller, nodes: int, heartbeat_s: float) -> dict[
         node.send({"is": "end", "keep": False})
     await asyncio.sleep(2.0)
     running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
     return {"first assignment_s": trained - arrived, "node lost to training_s": again - began}
 
 

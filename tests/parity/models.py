@@ -53,8 +53,8 @@ def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -
 
 
 def hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """transformers' logits [b, s, v] in fp64, so that the difference is our error alone: its own fp32 logits differ from
-    them by 6.9e-5 for SmolLM2-135M."""
+    """transformers' logits [b, s, v] in fp64, so that a difference is our error alone: its own fp32 logits are 6.9e-5
+    from them for SmolLM2-135M."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
