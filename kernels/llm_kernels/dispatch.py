@@ -12,14 +12,17 @@ plain eager call goes around the registration, straight into one autograd functi
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from functools import cache, wraps
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
+OLDEST_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = torch.library.Library("llm_kernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -27,8 +30,19 @@ _implementations: dict[str, Callable] = {}
 
 
 @cache
-def _find_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def triton_fault() -> str | None:
+    """Why the kernels cannot be had from the installed Triton, or None if they can; it is not imported for the answer.
+
+    torch 2.8 and 2.9 bring Triton 3.4 and 3.5, which lack what the kernels use."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # a build of somebody's own
+        return None
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
+        return f"triton {version} is installed, and the kernels need 3.6 or newer (torch 2.10 brings it)"
+    return None
 
 
 @cache
@@ -42,8 +56,8 @@ def _import_triton() -> bool:
 
 
 def triton_installed() -> bool:
-    """Whether Triton can be imported; it is not imported for the answer."""
-    return _find_triton()
+    """Whether there is a Triton that the kernels work with; it is not imported for the answer."""
+    return triton_fault() is None
 
 
 def interpreting() -> bool:
@@ -83,7 +97,7 @@ def backend_for(x: Tensor, requested: str = "auto", *others: Tensor) -> str:
                 "backend = 'auto' or 'torch' computes it by torch"
             )
     if not triton_installed():
-        raise ValueError("backend = 'triton', but triton is not installed (pip install triton)")
+        raise ValueError(f"backend = 'triton', but {triton_fault()}")
     if not (_prepare() or x.is_cuda):
         raise ValueError("backend = 'triton' on CPU tensors needs TRITON_INTERPRET=1 in the environment")
     return "triton"

@@ -44,6 +44,20 @@ def test_library_works_without_triton_and_megatron() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("version", "usable"), [("3.4.0", False), ("3.5.1", False), ("3.6.0", True), ("4.0+x", True)])
+def test_an_old_triton_is_none(version: str, usable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch.metadata, "version", lambda _: version)
+    dispatch.triton_fault.cache_clear()
+    try:
+        assert dispatch.triton_installed() == usable
+        if not usable:
+            with pytest.raises(ValueError, match=f"triton {version} is installed, and the kernels need 3.6"):
+                dispatch.backend_for(torch.ones(1), "triton")
+    finally:
+        dispatch.triton_fault.cache_clear()
+
+
 def test_importing_an_operator_does_not_import_triton() -> None:
     code = "import sys, llm_kernels.attention.op, llm_kernels.rms_norm.op; assert 'triton' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

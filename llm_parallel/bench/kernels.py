@@ -49,7 +49,7 @@ def aot_command(names: Sequence[str], archs: Sequence[int], jobs: int, out: str 
         if arch not in aot.ARCHS:
             raise UserError(f"--arch {arch} is not known; there are {', '.join(map(str, aot.ARCHS))}")
     if not dispatch.triton_installed():
-        raise UserError("triton is not installed, which compiles the kernels; pip install triton")
+        raise UserError(f"triton compiles the kernels, and {dispatch.triton_fault()}")
     if dispatch.interpreting():
         raise UserError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
     reports = aot.inspect_all(operators, archs or aot.ARCHS, jobs, Path(dump) if dump else None)
@@ -107,7 +107,7 @@ def check_all(operators: Sequence[str], environment: Mapping[str, str]) -> dict[
     if torch.cuda.is_available():
         return {name: check(name) for name in operators}
     if not dispatch.triton_installed():
-        print("triton is not installed: the kernels can't be checked, only their references would run")
+        print(f"{dispatch.triton_fault()}: the kernels can't be checked, only their references would run")
         return dict.fromkeys(operators)
     command = [sys.executable, "-m", "llm_kernels.check", "--op", *operators]
     interpreting = {**environment, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -41,7 +41,7 @@ def preflight(
     processes = world_size or num_processes(config)
     device = expected_device(config)
     check_config(config, processes, device)  # type: ignore[arg-type]
-    check_kernels(config, device)
+    check_kernels(config, device, notice)
     return check_data(config, notice)
 
 
@@ -59,17 +59,22 @@ def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None
     return config
 
 
-def check_kernels(config: RunConfig, device: str) -> None:
-    """Raises UserError if a kernel is asked for that can't run on ``device``."""
+def check_kernels(config: RunConfig, device: str, notice: Callable[[str], None] = lambda _: None) -> None:
+    """Raises UserError if a kernel is asked for that can't run on ``device``; ``notice`` is told if a GPU has to do
+    without those that it would take by itself."""
     wanted = [f"kernels.{name}" for name, choice in config.kernels.model_dump().items() if choice == "triton"]
     wanted += ["optim.implementation"] * (config.optim.implementation == "triton")
-    if not wanted:
+    if not wanted and (device == "cpu" or "auto" not in config.kernels.model_dump().values()):
         return
     from llm_kernels import dispatch  # imports torch, two seconds
 
-    if not dispatch.triton_installed():
-        raise UserError(f"{wanted[0]} is triton, which is not installed; pip install triton, or say torch")
-    if device == "cpu" and not dispatch.interpreting():
+    fault = dispatch.triton_fault()
+    if fault and not wanted:
+        notice(f"{fault}: torch's own operators run in place of the fused kernels")
+        return
+    if fault:
+        raise UserError(f"{wanted[0]} is triton, but {fault}; or say torch")
+    if wanted and device == "cpu" and not dispatch.interpreting():
         raise UserError(
             f"{wanted[0]} is triton, which needs a GPU; say torch or auto (TRITON_INTERPRET=1 in the environment runs "
             "the kernels slowly on a CPU, for checks)"

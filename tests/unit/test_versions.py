@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from llm_kernels import dispatch
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
+from llm_parallel.train.preflight import check_kernels
 from llm_parallel.versions import SUPPORTED, parse, refuse_unsupported
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +57,17 @@ def test_the_declared_requirements_say_the_same() -> None:
     declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for *_, requirement in SUPPORTED.values():
         assert f'"{requirement}"' in declared
+
+
+def test_a_gpu_without_the_fused_kernels_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "triton_fault", lambda: "triton 3.4.0 is installed, and the kernels need 3.6")
+    said: list[str] = []
+    check_kernels(RunConfig(), "cuda", said.append)
+    assert len(said) == 1 and "3.4.0" in said[0] and "torch's own operators run" in said[0]
+    check_kernels(RunConfig(), "cpu", said.append)
+    assert len(said) == 1, "on a CPU they would not have run anyway"
+    with pytest.raises(UserError, match=r"kernels.rope is triton, but triton 3.4.0 is installed"):
+        check_kernels(RunConfig.model_validate({"kernels": {"rope": "triton"}}), "cuda")
 
 
 def megatron_imports() -> list[tuple[str, str, str]]:

@@ -170,7 +170,7 @@ def backend_for(x: Tensor, requested: str = "auto") -> str:
             return "torch"
         return chosen
     if not dispatch.triton_installed():
-        raise ValueError("backend = 'gluon', but triton is not installed (pip install triton)")
+        raise ValueError(f"backend = 'gluon', but {dispatch.triton_fault()}")
     return "gluon"
 
 
