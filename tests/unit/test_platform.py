@@ -65,7 +65,8 @@ def scattered(rank: int, world_size: int, dtype: torch.dtype) -> list[Any]:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    ("world_size", "dtype", "tolerance"), [(2, torch.float32, 1e-6), (3, torch.float32, 1e-6), (3, torch.bfloat16, 2e-2)]
+    ("world_size", "dtype", "tolerance"),
+    [(2, torch.float32, 1e-6), (3, torch.float32, 1e-6), (3, torch.bfloat16, 2e-2)],
 )
 def test_reduce_scatter_is_torchs(world_size: int, dtype: torch.dtype, tolerance: float) -> None:
     for found, inside, total, greatest in run_ranks(scattered, world_size, dtype):
