@@ -156,7 +156,6 @@ def run_peer(
         found = [{"train/loss": a, "perf/step_time": b, **common} for a, b in zip(means.tolist(), seconds)]
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         Path(config.run_dir, f"{name}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in found))
-    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
