@@ -8,7 +8,6 @@ FSDP2 (replicas.py) run beside them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_launch.local import available_cores, launch_local, worker_defaults
+from llm_launch.local import available_cores, launch_local
 from llm_launch.worker import worker_environment
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than
@@ -127,8 +126,7 @@ def run_jobs(request: Request, config: RunConfig, layout: Layout, names: Sequenc
         layout.world_size * len(names),
         ["-m", "llm_parallel.bench.layout_worker", str(folder / "plan.json")],
         folder / "logs",
-        # Only one job computes at a time, so each has its share of the cores by its own number of processes.
-        env={**os.environ, **worker_defaults(os.environ, layout.world_size)},
+        at_once=layout.world_size,  # one job after the other
     )
 
 
@@ -193,7 +191,8 @@ def as_result(
 
 
 def as_row(name: str, config: RunConfig, layout: Layout, jobs: Mapping[str, Job], peak: Peak) -> dict[str, Any]:
-    """One provider's row. ours_over_it: ours' speed over its own, of the wall times of the same round."""
+    """One provider's row. ours_over_it: ours' speed over its own, of the wall times of the same round;
+    ours_over_it_processor: of rank 0's processor time, which a busy machine changes least."""
     job, ours = jobs[name], jobs.get("ours")
     seconds = [float(record["perf/step_time"]) for record in job.records]
     median = statistics.median(seconds)
@@ -218,9 +217,10 @@ def as_row(name: str, config: RunConfig, layout: Layout, jobs: Mapping[str, Job]
     if row["loss_difference"] > LOSS_TOLERANCE[config.train.precision]:
         return row | {"note": f"its loss is another ({row['loss_difference']:.1e}): not compared"}
     ratios = [its / mine for its, mine in zip(job.rounds_s, ours.rounds_s)]
+    processor = [its / mine for its, mine in zip(job.processor_s, ours.processor_s)]
     return row | {
         "ours_over_it": statistics.median(ratios), "ours_over_it_min": min(ratios), "ours_over_it_max": max(ratios),
-        "ours_over_it_by_round": ratios,
+        "ours_over_it_by_round": ratios, "ours_over_it_processor": statistics.median(processor),
     }  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def layout_table(result: Mapping[str, Any]) -> str:
             lines.append(
                 f"ours / {row['provider']}, tokens/s of the same round: median {row['ours_over_it']:.3f} of "
                 f"{len(row['ours_over_it_by_round'])} ({row['ours_over_it_min']:.3f} to "
-                f"{row['ours_over_it_max']:.3f}); losses differ by at most {row['loss_difference']:.1e} of theirs"
+                f"{row['ours_over_it_max']:.3f}); of processor time {row['ours_over_it_processor']:.3f}; losses differ by at most {row['loss_difference']:.1e} of theirs"
             )
         elif "note" in row:
             lines.append(f"{row['provider']}: {row['note']}")

@@ -98,7 +98,7 @@ def test_rows_of_peers() -> None:
     record = {"perf/step_time": 2.0, "memory/allocated_gib": 1.0}
     jobs = {
         "ours": Job([4.0, 3.0], [record] * 3, [1.0, 2.0, 4.0], [1.0] * 3),
-        "ddp": Job([4.0, 3.00001], [record] * 3, [2.0, 3.0, 2.0], [1.0] * 3),
+        "ddp": Job([4.0, 3.00001], [record] * 3, [2.0, 3.0, 2.0], [1.5] * 3),
         "fsdp": Job([4.0, 3.1], [record] * 3, [2.0, 3.0, 2.0], [1.0] * 3),
     }
     rows = {name: as_row(name, config(), Layout(dp=2), jobs, Peak(2.0, "a test")) for name in jobs}
@@ -111,7 +111,7 @@ def test_rows_of_peers() -> None:
         "mfu": {"convention": "c", "peak": "p"}, "rows": list(rows.values()),
     }  # fmt: skip
     text = layout_table(result)
-    assert "ours / ddp, tokens/s of the same round: median 1.500 of 3 (0.500 to 2.000)" in text
+    assert "ours / ddp, tokens/s of the same round: median 1.500 of 3 (0.500 to 2.000); of processor time 1.500" in text
     assert "fsdp: its loss is another" in text and "ours / fsdp" not in text
 
 
