@@ -267,7 +267,8 @@ def layout_table(result: Mapping[str, Any]) -> str:
             lines.append(
                 f"ours / {row['provider']}, tokens/s of the same round: median {row['ours_over_it']:.3f} of "
                 f"{len(row['ours_over_it_by_round'])} ({row['ours_over_it_min']:.3f} to "
-                f"{row['ours_over_it_max']:.3f}); of processor time {row['ours_over_it_processor']:.3f}; losses differ by at most {row['loss_difference']:.1e} of theirs"
+                f"{row['ours_over_it_max']:.3f}); of processor time {row['ours_over_it_processor']:.3f}; losses "
+                f"differ by at most {row['loss_difference']:.1e} of theirs"
             )
         elif "note" in row:
             lines.append(f"{row['provider']}: {row['note']}")
