@@ -392,7 +392,9 @@ def bench_comm(
 def bench_step(
     arguments: Annotated[list[str] | None, typer.Argument(help="Run file, and section.field=value overrides.")] = None,
     model: Annotated[str | None, typer.Option(help="Model preset, for example llama3-8b.")] = None,
-    providers: Annotated[str, typer.Option(help="With commas: ours, ours-torch, megatron-core, transformers …")] = "",
+    providers: Annotated[
+        str, typer.Option(help="With commas: ours, transformers …; of replicas: ours, ddp, fsdp.")
+    ] = "",
     rounds: Annotated[int, typer.Option(help="Times that each contender is measured.")] = 5,
     steps: Annotated[int, typer.Option(help="Steps of one measurement.")] = 2,
     processes: Annotated[int | None, typer.Option(help="Of a layout; as parallel says if not given.")] = None,

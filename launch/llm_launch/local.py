@@ -113,11 +113,13 @@ def launch_local(
     *,
     env: Mapping[str, str] | None = None,
     grace_s: float = 10.0,
+    at_once: int | None = None,
 ) -> int:
     """Runs ``python ARGV`` ``num_processes`` times as the ranks of one run, and returns the exit status for the whole.
 
     ``argv`` is what follows the interpreter, for example ``["-m", "llm_parallel.train", "--config", path]``. ``env`` is
     the environment to start from (this process's if not given); ``MASTER_PORT`` in it is used if free.
+    ``at_once``: how many compute at the same time and share the cores; all if None.
 
     Rank 0 writes its standard output to this terminal; its errors and all that the others write go to
     ``log_dir/rank_N.log`` (appended). If one process fails, the others get SIGTERM and after ``grace_s`` seconds
@@ -133,7 +135,12 @@ def launch_local(
     base = dict(os.environ if env is None else env)
     _prepare_log_dir(log_dir)
     with _held_port(base.get("MASTER_PORT")) as port:
-        common = {**base, **worker_defaults(base, num_processes), "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
+        common = {
+            **base,
+            **worker_defaults(base, at_once or num_processes),
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": str(port),
+        }
         signals = _Signals()
         workers: list[_Worker] = []
         with signals.caught():

@@ -17,7 +17,7 @@ from llm_launch.worker import WorkerEnv
 from llm_parallel.bench.rank import run_plan
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.parallel.scatter import reduce_scatter
+from llm_parallel.parallel.scatter import all_gather, reduce_scatter
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv")
 ELEMENT_BYTES = 4  # float32
@@ -77,13 +77,13 @@ class Call:
         return torch.tensor(float(self.ranks * (self.ranks + 1) // 2))
 
     def _all_gather(self) -> None:
-        dist.all_gather_into_tensor(self.got, self.sent)
+        all_gather(self.got, self.sent)  # as the trainer does it
 
     def _expected_all_gather(self) -> torch.Tensor:
         return torch.arange(1.0, self.ranks + 1).repeat_interleave(self.sent.numel())
 
     def _reduce_scatter(self) -> None:
-        reduce_scatter(self.got, self.sent)  # as the trainer does it
+        reduce_scatter(self.got, self.sent)  # likewise
 
     def _expected_reduce_scatter(self) -> torch.Tensor:
         return self._expected_all_reduce()

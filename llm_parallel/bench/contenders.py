@@ -87,7 +87,7 @@ def ours_torch(config: RunConfig) -> Contender:
     return ours(config.model_copy(update={"kernels": plain, "optim": optim}))
 
 
-class _WithLoss(nn.Module):
+class WithLoss(nn.Module):
     """transformers' model and the mean loss of its logits."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,23 +115,50 @@ def initial_hf_weights(config: RunConfig, model: nn.Module) -> None:
             found[key].copy_(value)
 
 
-def transformers(config: RunConfig, compiled: bool = False) -> Contender:
-    """Hugging Face's LlamaForCausalLM with SDPA and torch's fused AdamW."""
+def hugging_face_model(config: RunConfig, device: torch.device) -> WithLoss:
+    """Hugging Face's LlamaForCausalLM with SDPA, in fp32, and the weights that ours starts from."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    device = torch.device("cuda" if config.device == "cuda" else "cpu")
-    if config.train.threads_per_process:
-        torch.set_num_threads(config.train.threads_per_process)
     settings = model_to_hf_config(config.model, "float32", {}) | {"use_cache": False}
     with torch.device(device):
         inner = LlamaForCausalLM._from_config(LlamaConfig(**settings), attn_implementation="sdpa").float().train()
     initial_hf_weights(config, inner)
-    model = _WithLoss(inner)
-    masters = {p: p for p in model.parameters()}
-    if compute_dtype(config) is torch.bfloat16:
-        fp32 = [p.detach().clone().requires_grad_() for p in model.parameters()]
-        masters = dict(zip(model.to(torch.bfloat16).parameters(), fp32))
-    optimizer = _adamw(config, list(masters.values()))
+    return WithLoss(inner)
+
+
+class MainWeights:
+    """What the optimizer updates: a model's fp32 weights, or with ``train.precision: bf16`` fp32 copies of them, the
+    model's own becoming bf16."""
+
+    def __init__(self, config: RunConfig, model: nn.Module) -> None:
+        self._of = {p: p for p in model.parameters()}
+        if compute_dtype(config) is torch.bfloat16:
+            fp32 = [p.detach().clone().requires_grad_() for p in model.parameters()]
+            self._of = dict(zip(model.to(torch.bfloat16).parameters(), fp32))
+        self.weights: list[Tensor] = list(self._of.values())
+
+    def take_gradients(self) -> None:
+        """Moves the model's gradients to the main weights."""
+        for parameter, main in self._of.items():
+            if main is not parameter:
+                assert parameter.grad is not None
+                main.grad, parameter.grad = parameter.grad.float(), None
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Gives the model the updated weights."""
+        if any(main is not parameter for parameter, main in self._of.items()):
+            torch._foreach_copy_(list(self._of), self.weights)
+
+
+def transformers(config: RunConfig, compiled: bool = False) -> Contender:
+    """Hugging Face's LlamaForCausalLM with SDPA and torch's fused AdamW."""
+    device = torch.device("cuda" if config.device == "cuda" else "cpu")
+    if config.train.threads_per_process:
+        torch.set_num_threads(config.train.threads_per_process)
+    model = hugging_face_model(config, device)
+    mains = MainWeights(config, model)
+    optimizer = adamw(config, mains.weights)
     run: Any = torch.compile(model) if compiled else model
     batches = global_batch(config, device)
 
@@ -141,24 +168,20 @@ def transformers(config: RunConfig, compiled: bool = False) -> Contender:
             loss = run(tokens, labels) / len(batches)
             loss.backward()
             total += loss.detach()
-        for parameter, master in masters.items():
-            if master is not parameter:
-                assert parameter.grad is not None
-                master.grad, parameter.grad = parameter.grad.float(), None
+        mains.take_gradients()
         return total.item()
 
     def update() -> None:
-        nn.utils.clip_grad_norm_(list(masters.values()), config.optim.clip_grad)
+        nn.utils.clip_grad_norm_(mains.weights, config.optim.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if compute_dtype(config) is torch.bfloat16:
-            with torch.no_grad():
-                torch._foreach_copy_(list(masters), list(masters.values()))
+        mains.write_back()
 
     return Contender([run], gradient, update)
 
 
-def _adamw(config: RunConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+def adamw(config: RunConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """torch's fused AdamW as ours is set: decay of matrices only."""
     optim = config.optim
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},

@@ -1,7 +1,8 @@
 """``llm-parallel bench step --processes N``: a training step of a whole layout, and where its time goes.
 
-The processes train as ``pretrain`` does (same loop, loader, optimizer; nothing is saved). Without ``data.train`` they
-read random tokens from files made for the purpose, so that reading counts too.
+Ours train as ``pretrain`` does (same loop, loader, optimizer; nothing is saved). Without ``data.train`` they read
+random tokens from files made for the purpose, so that reading counts too. Under data parallelism alone torch's DDP and
+FSDP2 (replicas.py) run beside them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from llm_launch.local import available_cores, launch_local
 from llm_launch.worker import worker_environment
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than
-from llm_parallel.bench.step import Request, label, peak_of, read_request, write_result
+from llm_parallel.bench.replicas import chosen_in_layout
+from llm_parallel.bench.step import LOSS_TOLERANCE, Request, label, peak_of, read_request, write_result
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.indexed import write_index
@@ -50,40 +53,88 @@ def layout_command(request: Request) -> int:
     except BaseException:
         shutil.rmtree(folder)
         raise
+    names = chosen_in_layout(request.providers, config)
     layout = Layout.from_config(config, processes)
-    timed = request.rounds * request.steps
     tokens = config.train.global_batch_size * config.data.seq_length_tokens
     print(
         f"{parameter_count(config.model).total / 1e6:,.1f} M parameters, {config.train.precision}, {tokens:,} tokens a "
-        f"step; {layout.describe()} on {processes} processes; {WARMUP_STEPS} steps of warm-up, {timed} timed"
-        f"{', 1 traced' if request.trace else ''}",
+        f"step; {layout.describe()} on {processes} processes; {WARMUP_STEPS} steps of warm-up, "
+        f"{request.rounds * request.steps} timed{', 1 traced' if request.trace else ''}; {', '.join(names)}",
         flush=True,
     )
     peak = peak_of(config)
-    steps = WARMUP_STEPS + timed + bool(request.trace)
-    trace = str(Path(request.trace).resolve()) if request.trace else None
-    plan = {"config": config.model_dump(mode="json"), "steps": steps, "trace": trace}
-    (folder / "plan.json").write_text(json.dumps(plan))
-    status = launch_local(
-        processes, ["-m", "llm_parallel.bench.layout_worker", str(folder / "plan.json")], folder / "logs"
-    )
-    if status:
-        return status
-    records = [found for found in read_jsonlines(Path(config.run_dir) / "metrics.jsonl") if "perf/step_time" in found]
+    jobs: dict[str, Job] = {name: Job() for name in names}
+    for number, (together, rounds) in enumerate(passes(names, request.rounds, config.device)):
+        at = folder / f"pass_{number}"
+        status = run_jobs(request, config.model_copy(update={"run_dir": str(at)}), layout, together, rounds)
+        if status:
+            return status
+        for name in together:
+            jobs[name].add(at, name, rounds, request.steps)
     shutil.rmtree(folder)
-    result = as_result(request, config, layout, records[WARMUP_STEPS : WARMUP_STEPS + timed], peak)
+    result = as_result(request, config, layout, jobs, peak)
     print(layout_table(result))
     if request.out:
         write_result(Path(request.out), result)
     return slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0
 
 
+@dataclass
+class Job:
+    """What one provider's processes wrote. losses: of the warm-up; records: of the timed steps; rounds_s: wall seconds
+    of a step, by round; processor_s: of rank 0 likewise."""
+
+    losses: list[float] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    rounds_s: list[float] = field(default_factory=list)
+    processor_s: list[float] = field(default_factory=list)
+
+    def add(self, folder: Path, name: str, rounds: int, steps: int) -> None:
+        """Reads what a pass of ``rounds`` left."""
+        path = folder / ("metrics.jsonl" if name == "ours" else f"{name}.jsonl")
+        records = [found for found in read_jsonlines(path) if "perf/step_time" in found]
+        self.losses = self.losses or [float(found["train/loss"]) for found in records[:WARMUP_STEPS]]
+        self.records += records[WARMUP_STEPS : WARMUP_STEPS + rounds * steps]
+        wall, processor = json.loads((folder / f"turns_{name}.json").read_text())
+        self.rounds_s += wall[1 : 1 + rounds]
+        self.processor_s += processor[1 : 1 + rounds]
+
+
+def passes(names: Sequence[str], rounds: int, device: str) -> list[tuple[list[str], int]]:
+    """Jobs that live at the same time, and their rounds. On a CPU all do, and take turns. A GPU rarely holds two: there
+    one comes after the other, half of the rounds in the order given and the rest in reversed order."""
+    if device == "cpu" or len(names) == 1:
+        return [(list(names), rounds)]
+    first = (rounds + 1) // 2
+    found = [([name], first) for name in names] + [([name], rounds - first) for name in reversed(names)]
+    return [one for one in found if one[1]]
+
+
+def run_jobs(request: Request, config: RunConfig, layout: Layout, names: Sequence[str], rounds: int) -> int:
+    """Exit status of the processes of all ``names``, which leave what they find in the run folder."""
+    folder = Path(config.run_dir)
+    folder.mkdir()
+    plan = {
+        "config": config.model_dump(mode="json"),
+        "names": names,
+        "ranks": layout.world_size,
+        "phases": [WARMUP_STEPS, *[request.steps] * rounds, *([1] if request.trace else [])],
+        "trace": str(Path(request.trace).resolve()) if request.trace else None,
+    }
+    (folder / "plan.json").write_text(json.dumps(plan))
+    return launch_local(
+        layout.world_size * len(names),
+        ["-m", "llm_parallel.bench.layout_worker", str(folder / "plan.json")],
+        folder / "logs",
+        at_once=layout.world_size,  # one job after the other
+    )
+
+
 def layout_config(request: Request, folder: Path) -> tuple[int, RunConfig]:
     """Number of processes and checked configuration, with all that a measurement must not do switched off and random
     tokens in ``folder`` where no data is named. Raises UserError."""
-    if request.providers and list(request.providers) != ["ours"]:
-        raise UserError(f"--providers {','.join(request.providers)}: only ours runs in layouts of several processes")
     config = read_request(request)
+    chosen_in_layout(request.providers, config)
     if config.train.rampup is not None:
         raise UserError("train.rampup changes the batch from step to step; bench step needs train.rampup=null")
     processes = request.processes if request.processes is not None else num_processes(config)
@@ -119,38 +170,58 @@ def write_random_tokens(prefix: Path, config: RunConfig) -> Path:
 
 
 def as_result(
-    request: Request, config: RunConfig, layout: Layout, records: Sequence[Mapping[str, Any]], peak: Peak
+    request: Request, config: RunConfig, layout: Layout, jobs: Mapping[str, Job], peak: Peak
 ) -> dict[str, Any]:
-    """What is written: one row in the format that ``bench.gate`` compares, and what it was measured on."""
-    seconds = [float(record["perf/step_time"]) for record in records]
-    median = statistics.median(seconds)
-    tokens = config.train.global_batch_size * config.data.seq_length_tokens
-    rate = tokens / median
-    per_process = rate / layout.world_size
-    tflops = per_process * flops_per_token(config.model, config.data.seq_length_tokens) / 1e12
-    split = typical_split(records)
+    """What is written: a row for each provider in the format that ``bench.gate`` compares, and what it was measured
+    on."""
     cores = available_cores()
     shared = config.device == "cpu" and layout.world_size * (config.train.threads_per_process or 1) > cores
-    row: dict[str, Any] = {
-        "operator": "train_step", "shape": label(config), "dtype": config.train.precision, "provider": "ours",
-        "mode": f"{layout.world_size} processes, {layout.describe()}", "median_ms": 1e3 * median,
-        "min_ms": 1e3 * min(seconds), "max_ms": 1e3 * max(seconds), "steps": len(seconds), "tokens_per_s": rate,
-        "tokens_per_s_per_process": per_process, "tflops_per_process": tflops,
-        "mfu": tflops / peak.tflops if peak.tflops else None,
-        "peak_gib_rank_0": max(float(record["memory/allocated_gib"]) for record in records),
-        **{f"time_{part}_s": mean for part, (mean, _) in split.items()},
-        **{f"time_{part}_max_s": most for part, (_, most) in split.items()}, "seconds": seconds,
-    }  # fmt: skip
+    order = "in turns, rotated each round" if config.device == "cpu" else "one after the other, then reversed"
     return {
         "environment": environment(),
         "command": request.command,
         "processes": layout.world_size,
         "backend": "nccl" if config.device == "cuda" else "gloo",
+        "order": order if len(jobs) > 1 else "alone",
         "oversubscribed": f"{layout.world_size} processes share {cores} cores" if shared else None,
         "mfu": {"convention": CONVENTIONS["model"], "peak": peak.describe()},
         "config": config.model_dump(mode="json"),
-        "rows": [row],
+        "rows": [as_row(name, config, layout, jobs, peak) for name in jobs],
     }
+
+
+def as_row(name: str, config: RunConfig, layout: Layout, jobs: Mapping[str, Job], peak: Peak) -> dict[str, Any]:
+    """One provider's row. ours_over_it: ours' speed over its own, of the wall times of the same round;
+    ours_over_it_processor: of rank 0's processor time, which a busy machine changes least."""
+    job, ours = jobs[name], jobs.get("ours")
+    seconds = [float(record["perf/step_time"]) for record in job.records]
+    median = statistics.median(seconds)
+    rate = config.train.global_batch_size * config.data.seq_length_tokens / median
+    per_process = rate / layout.world_size
+    tflops = per_process * flops_per_token(config.model, config.data.seq_length_tokens) / 1e12
+    split = typical_split(job.records)
+    row: dict[str, Any] = {
+        "operator": "train_step", "shape": label(config), "dtype": config.train.precision, "provider": name,
+        "mode": f"{layout.world_size} processes, {layout.describe()}", "median_ms": 1e3 * median,
+        "min_ms": 1e3 * min(seconds), "max_ms": 1e3 * max(seconds), "steps": len(seconds), "tokens_per_s": rate,
+        "tokens_per_s_per_process": per_process, "tflops_per_process": tflops,
+        "mfu": tflops / peak.tflops if peak.tflops else None,
+        "peak_gib_rank_0": max(float(record["memory/allocated_gib"]) for record in job.records),
+        **{f"time_{part}_s": mean for part, (mean, _) in split.items()},
+        **{f"time_{part}_max_s": most for part, (_, most) in split.items()}, "seconds": seconds,
+        "round_seconds": job.rounds_s, "round_processor_seconds": job.processor_s, "first_losses": job.losses,
+    }  # fmt: skip
+    if name == "ours" or ours is None:
+        return row
+    row["loss_difference"] = max(abs(a - b) / abs(b) for a, b in zip(job.losses, ours.losses))
+    if row["loss_difference"] > LOSS_TOLERANCE[config.train.precision]:
+        return row | {"note": f"its loss is another ({row['loss_difference']:.1e}): not compared"}
+    ratios = [its / mine for its, mine in zip(job.rounds_s, ours.rounds_s)]
+    processor = [its / mine for its, mine in zip(job.processor_s, ours.processor_s)]
+    return row | {
+        "ours_over_it": statistics.median(ratios), "ours_over_it_min": min(ratios), "ours_over_it_max": max(ratios),
+        "ours_over_it_by_round": ratios, "ours_over_it_processor": statistics.median(processor),
+    }  # fmt: skip
 
 
 def typical_split(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -175,27 +246,44 @@ def typical_split(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
 
 
 def layout_table(result: Mapping[str, Any]) -> str:
-    """The row for a person."""
-    where, row = result["environment"], result["rows"][0]
-    mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "n/a"
+    """The rows for a person."""
+    where = result["environment"]
     lines = [
         f"\nmeasured on {result['processes']} processes over {result['backend']}; {where['chip']}, {where['date']}, "
-        f"commit {where['commit']}, load {where['load_average_1_min']}",
+        f"commit {where['commit']}, load {where['load_average_1_min']}; {result['order']}",
         f"MFU: {result['mfu']['convention']}; {result['mfu']['peak']}",
     ]
     if result["oversubscribed"]:
         lines.append(f"NOTE: {result['oversubscribed']}; waiting for a core counts as waiting for whom it delays")
-    lines += [
-        f"step {row['median_ms']:,.1f} ms (median of {row['steps']}; {row['min_ms']:,.1f} to {row['max_ms']:,.1f})"
-        f" | {row['tokens_per_s']:,.0f} tokens/s | {row['tokens_per_s_per_process']:,.0f} a process | MFU {mfu}"
-        f" | peak memory of rank 0 {row['peak_gib_rank_0']:.2f} GiB",
-        "| part | mean ms | share | most ms |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    for row in result["rows"]:
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] is not None else "n/a"
+        lines.append(
+            f"{row['provider']}: step {row['median_ms']:,.1f} ms (median of {row['steps']}; {row['min_ms']:,.1f} to "
+            f"{row['max_ms']:,.1f}) | {row['tokens_per_s']:,.0f} tokens/s | {row['tokens_per_s_per_process']:,.0f} a "
+            f"process | MFU {mfu} | peak memory of rank 0 {row['peak_gib_rank_0']:.2f} GiB"
+        )
+    for row in result["rows"]:
+        if "ours_over_it" in row:
+            lines.append(
+                f"ours / {row['provider']}, tokens/s of the same round: median {row['ours_over_it']:.3f} of "
+                f"{len(row['ours_over_it_by_round'])} ({row['ours_over_it_min']:.3f} to "
+                f"{row['ours_over_it_max']:.3f}); of processor time {row['ours_over_it_processor']:.3f}; losses "
+                f"differ by at most {row['loss_difference']:.1e} of theirs"
+            )
+        elif "note" in row:
+            lines.append(f"{row['provider']}: {row['note']}")
+        if f"time_{PARTS[0]}_s" in row:
+            lines += split_table(row)
+    return "\n".join(lines)
+
+
+def split_table(row: Mapping[str, Any]) -> list[str]:
+    """Where a step's time goes, as Markdown."""
+    lines = ["| part | mean ms | share | most ms |", "| --- | ---: | ---: | ---: |"]
     whole = sum(row[f"time_{part}_s"] for part in PARTS)
     for part in PARTS:
         seconds = row[f"time_{part}_s"]
         lines.append(
             f"| {part} | {1e3 * seconds:,.2f} | {seconds / whole:.1%} | {1e3 * row[f'time_{part}_max_s']:,.2f} |"
         )
-    return "\n".join(lines)
+    return lines

@@ -1,15 +1,21 @@
-"""One process of ``bench step`` on a layout: trains as ``pretrain`` does, but saves nothing."""
+"""One process of ``bench step`` on a layout: ours trains as ``pretrain`` does but saves nothing; or a peer's."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from llm_launch.worker import WorkerEnv
 from llm_parallel.bench.rank import run_plan
+from llm_parallel.bench.replicas import run_peer
+from llm_parallel.bench.rounds import Turns, leave_together
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.train.loop import Place, Run, pretrain
@@ -17,16 +23,19 @@ from llm_parallel.train.watch import Watch
 
 
 class BenchWatch(Watch):
-    """Leaves after the last step without a checkpoint, and traces that step into ``trace`` if a folder is given."""
+    """Leaves after the last step without a checkpoint, and traces that step into ``trace`` if a folder is given. Waits
+    for its turns between steps."""
 
-    def __init__(self, steps: int, trace: Path | None) -> None:
-        self._steps, self._trace = steps, trace
+    def __init__(self, steps: int, trace: Path | None, turns: Turns) -> None:
+        self._steps, self._trace, self._turns = steps, trace, turns
         self._done = 0
         self._profiler: Any = None
 
     def opened(self, run: Run) -> None:
-        """The count begins at the state's step."""
+        """The count begins at the state's step, with this job's first turn."""
         self._done = run.state.step
+        self._turns.barrier = dist.barrier
+        self._turns.begin()
 
     def before_step(self, run: Run) -> None:
         """Starts the trace where it is due."""
@@ -44,7 +53,7 @@ class BenchWatch(Watch):
         return self._done + 1 >= self._steps
 
     def after_step(self, run: Run) -> None:
-        """Writes the trace."""
+        """Writes the trace, and counts the step."""
         self._done = run.state.step
         if self._profiler is not None:
             assert self._trace is not None
@@ -52,16 +61,33 @@ class BenchWatch(Watch):
             run.comm.annotate = False
             self._trace.mkdir(parents=True, exist_ok=True)
             self._profiler.export_chrome_trace(str(self._trace / f"rank_{run.engine.groups.rank:04d}.json"))
+        self._turns.step_done()
 
 
 def train(plan: dict[str, Any], place: WorkerEnv, folder: Path) -> None:
-    """plan: the configuration, the steps and the folder of traces. The launcher's terminal is for the result."""
+    """plan: the configuration; the jobs' names, each of ``ranks`` processes, numbered one job after the other; the
+    steps of each phase; and the folder of traces. The launcher's terminal is for the result."""
     quiet_libraries()
-    place.export()
     config = RunConfig.model_validate(plan["config"])
-    watch = BenchWatch(plan["steps"], Path(plan["trace"]) if plan["trace"] else None)
+    names, ranks, phases = plan["names"], plan["ranks"], plan["phases"]
+    job, rank = divmod(place.rank, ranks)
+    name, steps, trace = names[job], sum(phases), Path(plan["trace"]) if plan["trace"] else None
+    where = place.master_addr, place.master_port
+    store = dist.TCPStore(*where, is_master=place.rank == 0, wait_for_workers=False, timeout=timedelta(minutes=10))
+    # A connection of its own: who waits for a turn holds the one that it waits on.
+    waiting = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=10))
+    turns = Turns(waiting, names, name, phases, first=rank == 0)
+    rendezvous = dist.PrefixStore(name, store)
+    replace(place, rank=rank, local_rank=rank, world_size=ranks, local_world_size=ranks).export()
     with (folder / f"output_{place.rank}.log").open("w") as log, contextlib.redirect_stdout(log):
-        pretrain(config, Place(place.rank, place.world_size, place.local_rank), watch=watch)
+        if name == "ours":
+            watch = BenchWatch(steps, trace, turns)
+            pretrain(config, Place(rank, ranks, rank, store=rendezvous), watch=watch)
+        else:
+            run_peer(name, config, rendezvous, (rank, ranks), turns, steps, trace)
+    if rank == 0:
+        (Path(config.run_dir) / f"turns_{name}.json").write_text(json.dumps([turns.seconds, turns.processor_seconds]))
+    leave_together(waiting, place.world_size, hosts_store=place.rank == 0)
 
 
 if __name__ == "__main__":

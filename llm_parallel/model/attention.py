@@ -21,7 +21,7 @@ from llm_kernels.rope.op import rope, rope_qkv_
 from llm_parallel.errors import UserError
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
 from llm_parallel.model.sequence import SequenceInfo
-from llm_parallel.parallel.scatter import reduce_scatter
+from llm_parallel.parallel.scatter import all_gather, reduce_scatter
 
 
 class LlamaAttention(SelfAttention):
@@ -116,7 +116,7 @@ class _GatherZigzag(torch.autograd.Function):
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         parts = x.new_empty(group.size(), 2, x.shape[0] // 2, *x.shape[1:])
-        dist.all_gather_into_tensor(parts.view(-1, *x.shape[1:]), x.contiguous(), group=group)
+        all_gather(parts.view(-1, *x.shape[1:]), x.contiguous(), group=group)
         return torch.cat((parts[:, 0], parts[:, 1].flip(0))).flatten(0, 1)
 
     @staticmethod

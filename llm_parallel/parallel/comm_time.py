@@ -262,12 +262,11 @@ def _size_bytes(what: Any) -> int:
 
 
 def sum_and_max(values: Sequence[float], device: torch.device) -> tuple[list[float], list[float]]:
-    """Of fp64 scalars over all processes, element by element; every process calls this."""
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    largest = sums.clone()
-    dist.all_reduce(sums)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return sums.tolist(), largest.tolist()
+    """Of fp64 scalars over all processes, element by element, in one collective; every process calls this."""
+    own = torch.tensor(values, dtype=torch.float64, device=device)
+    found = own.new_empty(dist.get_world_size(), len(values))
+    dist.all_gather_into_tensor(found.view(-1), own)
+    return found.sum(0).tolist(), found.amax(0).tolist()
 
 
 def axes_of(groups: Groups) -> dict[str, str]:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.gloo_device import share_gloo_device
-from llm_parallel.parallel.scatter import reduce_scatter
+from llm_parallel.parallel.scatter import all_gather, reduce_scatter
 
 CPU = torch.device("cpu")
 
@@ -162,8 +162,8 @@ def _keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def _reduce_scatter_users() -> list[Any]:
-    """Modules of megatron-core that reduce and scatter: gradients of replicas, and of sequence-parallel layers."""
+def _gather_and_scatter_users() -> list[Any]:
+    """Modules of megatron-core that gather, and that reduce and scatter: for replicas and sequence-parallel layers."""
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import layers, mappings
 
@@ -190,8 +190,8 @@ def _install_on_cpu() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     megatron_random._CUDA_RNG_STATE_TRACKER = _cpu_rng_tracker(megatron_random)
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
-    for user in _reduce_scatter_users():
-        user.dist_reduce_scatter_func = reduce_scatter
+    for user in _gather_and_scatter_users():
+        user.dist_all_gather_func, user.dist_reduce_scatter_func = all_gather, reduce_scatter
     mode = _CudaLiteralsOnCpu()
     mode.__enter__()
     _installed.append(mode)

@@ -80,7 +80,22 @@ class Engine:
             chunk.train(training)
 
 
-class SoleReplica(DistributedDataParallel):
+class Replica(DistributedDataParallel):
+    """Scales only what the optimizer reads: with the distributed optimizer that is this replica's part of the gradient,
+    and megatron-core passes over all of it."""
+
+    def scale_gradients(self, scaling_factor: float) -> None:
+        """Multiplies this replica's gradient by a factor."""
+        if not self.ddp_config.use_distributed_optimizer:
+            super().scale_gradients(scaling_factor)
+            return
+        group = self.intra_dp_cp_group
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                bucket.grad_data.view(group.size(), -1)[group.rank()].mul_(scaling_factor)
+
+
+class SoleReplica(Replica):
     """Gradient buffers of the only data-parallel replica: nothing to reduce and nothing to gather.
 
     megatron-core reduces and gathers with itself too, three copies of the model's size at every step (a tenth of the
@@ -103,7 +118,7 @@ def wrap(models: Sequence[nn.Module], config: RunConfig, groups: Groups, overlap
     sharded = config.parallel.distributed_optimizer
     sole = groups.layout.dp * groups.layout.cp == 1
     overlap = overlap and not sole
-    replica = SoleReplica if sole else DistributedDataParallel
+    replica = SoleReplica if sole else Replica
     model_config: Any = models[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

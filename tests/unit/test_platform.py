@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import random as megatron_random
 
 from llm_parallel.errors import UserError
-from llm_parallel.parallel.platform import _reduce_scatter_users, open_platform, resolve_device
-from llm_parallel.parallel.scatter import reduce_scatter
+from llm_parallel.parallel.platform import _gather_and_scatter_users, open_platform, resolve_device
+from llm_parallel.parallel.scatter import all_gather, reduce_scatter
 from tests.harness import run_ranks
 
 
@@ -30,9 +30,10 @@ def test_answered_names_exist_in_megatron_core() -> None:
         assert hasattr(megatron_random, name), name
 
 
-def test_modules_that_reduce_and_scatter_take_the_function_from_where_it_is_replaced() -> None:
-    users = _reduce_scatter_users()
-    assert len(users) == 3 and all(callable(user.dist_reduce_scatter_func) for user in users)
+def test_modules_that_gather_and_scatter_take_the_functions_from_where_they_are_replaced() -> None:
+    users = _gather_and_scatter_users()
+    assert len(users) == 3
+    assert all(callable(user.dist_all_gather_func) and callable(user.dist_reduce_scatter_func) for user in users)
 
 
 def scattered(rank: int, world_size: int, dtype: torch.dtype) -> list[Any]:
@@ -63,13 +64,55 @@ def scattered(rank: int, world_size: int, dtype: torch.dtype) -> list[Any]:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("world_size", "dtype", "tolerance"), [(2, torch.float32, 1e-6), (3, torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("world_size", "dtype", "tolerance"),
+    [(2, torch.float32, 1e-6), (3, torch.float32, 1e-6), (3, torch.bfloat16, 2e-2)],
+)
 def test_reduce_scatter_is_torchs(world_size: int, dtype: torch.dtype, tolerance: float) -> None:
     for found, inside, total, greatest in run_ranks(scattered, world_size, dtype):
         blocking, asynchronous, maximum, coalesced = found
         for answer in (blocking, asynchronous, coalesced, inside):
             np.testing.assert_allclose(answer, total, atol=tolerance, rtol=tolerance)
         np.testing.assert_array_equal(maximum, greatest)
+
+
+def gathered(rank: int, world_size: int, dtype: torch.dtype) -> list[Any]:
+    """What each way of asking gives, and torch's own answer."""
+    own = torch.randn(3, 5, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    found = []
+    for ask in ("blocking", "in place", "several at once", "coalesced"):
+        out = torch.full((world_size * 3, 5), 7.0, dtype=dtype)
+        if ask == "blocking":
+            all_gather(out, own)
+        elif ask == "in place":
+            out.chunk(world_size)[rank].copy_(own)
+            all_gather(out, out.chunk(world_size)[rank])
+        elif ask == "several at once":
+            other, small = torch.empty_like(out), torch.empty(world_size, dtype=dtype)
+            works = [
+                all_gather(other, own + 1, async_op=True),
+                all_gather(out, own, async_op=True),
+                all_gather(small, own[0, :1].clone(), async_op=True),
+            ]
+            for work in reversed(works):
+                work.wait()
+            assert torch.equal(small, out.view(world_size, -1)[:, 0])
+        else:
+            with dist._coalescing_manager(None, async_ops=True) as manager:
+                all_gather(out, own, async_op=True, group=dist.group.WORLD)
+            manager.wait()
+        found.append(out.float().numpy())
+    everybody = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(everybody, own)
+    return [found, torch.cat(everybody).float().numpy()]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("world_size", "dtype"), [(2, torch.float32), (3, torch.bfloat16)])
+def test_all_gather_is_torchs(world_size: int, dtype: torch.dtype) -> None:
+    for found, expected in run_ranks(gathered, world_size, dtype):
+        for answer in found:
+            np.testing.assert_array_equal(answer, expected)
 
 
 def test_cuda_that_is_not_there_is_refused() -> None:
