@@ -25,9 +25,12 @@ def _as_torch_opens_them() -> Any:
 class _OnOneDevice(_Gloo):
     """torch's gloo backend on the process's device."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta, **newer: Any) -> None:
+        """newer: what later versions of torch pass, each the name of one of its options (2.14: enable_reconfigure)."""
         first, options = _as_torch_opens_them(), _Gloo._Options()
         options._devices, options._threads, options._timeout = first._devices, first._threads, timeout
+        for name, value in newer.items():
+            setattr(options, name, value)
         super().__init__(store, rank, size, options)
 
 

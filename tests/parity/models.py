@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
+from llm_parallel.versions import parse
 
 RANDOM = {
     "llama-2": {"num_key_value_heads": 4},
@@ -28,6 +30,26 @@ RANDOM = {
 }
 
 
+def _as_this_version_has_it(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of transformers 5 in the words of the installed one: before 5 the rotary embedding's stood apart, and
+    before 4.46 a Llama's heads were always ``hidden_size / num_attention_heads`` wide."""
+    version, settings = parse(metadata.version("transformers")), dict(settings)
+    if version < (5,) and "rope_parameters" in settings:
+        rope = dict(settings.pop("rope_parameters"))
+        settings |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    if version < (4, 46):
+        settings.pop("head_dim", None)
+    return settings
+
+
+def load_hf(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """transformers' LlamaForCausalLM of a folder, whatever its version calls the dtype."""
+    from transformers import LlamaForCausalLM
+
+    name = "dtype" if parse(metadata.version("transformers")) >= (4, 56) else "torch_dtype"
+    return LlamaForCausalLM.from_pretrained(folder, **{name: dtype}, **options)
+
+
 def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Hugging Face folder of a random Llama with an odd vocabulary; weights large enough to tell mistakes apart."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,7 +65,7 @@ def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -
         "initializer_range": 0.15,
         "rms_norm_eps": 1e-5,
     }
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **RANDOM[kind]})).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**_as_this_version_has_it({**settings, **RANDOM[kind]}))).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -55,9 +77,7 @@ def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -
 def hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     """transformers' logits [b, s, v] in fp64, so that a difference is our error alone: its own fp32 logits are 6.9e-5
     from them for SmolLM2-135M."""
-    from transformers import LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
+    model = load_hf(folder, torch.float64, attn_implementation="sdpa").eval()
     with torch.no_grad():
         return model(torch.from_numpy(tokens)).logits.numpy()
 

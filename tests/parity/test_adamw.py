@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.harness import run_ranks
-from tests.parity.models import our_config
+from tests.parity.models import load_hf, our_config
 from tests.smollm import smollm_folder
 
 STEPS, ROWS, LENGTH = 10, 2, 32
@@ -56,9 +56,8 @@ def our_losses(rank: int, world_size: int, folder: str) -> list[float]:
 
 
 def their_losses(folder: Path) -> list[float]:
-    from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    model = load_hf(folder, torch.float32).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(

@@ -18,7 +18,7 @@ from llm_parallel.serve.export import export_to_hf
 from llm_parallel.serve.importing import import_from_hf
 from llm_parallel.serve.load import describe_folder
 from tests.harness import run_ranks
-from tests.parity.models import RANDOM, random_folder
+from tests.parity.models import RANDOM, load_hf, random_folder
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -47,16 +47,13 @@ def test_round_trip_is_bit_exact(kind: str, dtype: torch.dtype, tmp_path: Path) 
 
 
 def test_transformers_reads_the_export(tmp_path: Path) -> None:
-    from transformers import LlamaForCausalLM
 
     folder = random_folder("llama-3.1 tied", tmp_path / "hf")
     import_from_hf(folder, tmp_path / "run", describe_folder(folder))
     back = export_to_hf(tmp_path / "run", tmp_path / "back")
     tokens = torch.arange(40).unsqueeze(0)
     with torch.no_grad():
-        before, after = (
-            LlamaForCausalLM.from_pretrained(f, dtype=torch.float32)(tokens).logits for f in (folder, back)
-        )
+        before, after = (load_hf(f, torch.float32)(tokens).logits for f in (folder, back))
     assert torch.equal(before, after)
 
 
@@ -83,11 +80,10 @@ def model_logits(rank: int, world_size: int, folder: str) -> np.ndarray:
 
 @pytest.mark.gloo
 def test_a_checkpoint_of_any_layout_exports_without_padding(tmp_path: Path) -> None:
-    from transformers import LlamaForCausalLM
 
     run_ranks(trained_and_saved, 4, str(tmp_path / "checkpoints"))
     back = export_to_hf(tmp_path / "checkpoints", tmp_path / "hf")
-    model = LlamaForCausalLM.from_pretrained(back, dtype=torch.float32)
+    model = load_hf(back, torch.float32)
     assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == 101
     with torch.no_grad():
         theirs = model(torch.arange(30).unsqueeze(0)).logits.numpy()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llm_parallel.errors import UserError
 from llm_parallel.serve.sampling import Sampling, choose, filtered
 from tests.harness import run_ranks
-from tests.parity.models import open_models, our_config, random_folder
+from tests.parity.models import load_hf, open_models, our_config, random_folder
 from tests.smollm import smollm_folder
 
 PROMPTS = [
@@ -43,9 +43,8 @@ def generate_job(
 
 
 def hf_greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_hf(folder, torch.float32).eval()
     answers = []
     for prompt in prompts:
         out = model.generate(
