@@ -45,9 +45,11 @@ def _tiles(*wanted: tuple[int, int, int, int]) -> Callable[[Any], Sequence[Any]]
 
 
 def _warps(given: Any) -> Sequence[Any]:
-    """Half and twice the warps, the last number of what a table gives."""
-    *rest, warps = given
-    return [type(given)((*rest, other)) for other in (warps // 2, warps * 2) if 1 <= other <= 32]
+    """Half and twice the warps: a field of what a table gives, or its last number."""
+    named = hasattr(given, "warps")
+    warps = given.warps if named else given[-1]
+    others = [other for other in (warps // 2, warps * 2) if 1 <= other <= 32]
+    return [given._replace(warps=other) if named else (*given[:-1], other) for other in others]
 
 
 def _halves(given: Any) -> Sequence[Any]:
@@ -63,8 +65,8 @@ TABLES = (
           _tiles((128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3))),
     Table("rms_norm", "kernel", "tile", "forward", _warps),
     Table("rms_norm", "kernel", "tile", "backward", _warps),
-    Table("cross_entropy", "tiles kernel", "tile", "forward", _warps),
-    Table("cross_entropy", "tiles kernel", "tile", "backward", _warps),
+    Table("cross_entropy", "tiles", "tile", "forward", _warps),
+    Table("cross_entropy", "tiles", "tile", "backward", _warps),
     Table("swiglu", "kernel", "NUM_WARPS", "forward", _halves),
     Table("swiglu", "kernel", "BLOCK", "backward", _halves),
     Table("rope", "kernel", "NUM_WARPS", "forward", _halves),

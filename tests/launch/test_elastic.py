@@ -151,7 +151,7 @@ def test_a_lost_node_shrinks_the_run_and_comes_back(start: Start) -> None:
     forms = run.until(lambda: run.events("form")[2:], 180, "the node's return")
     run.reach(max(forms[0]["step"] + 3, STEPS))
     os.kill(run.process.pid, signal.SIGTERM)
-    assert run.wait() == 0
+    assert run.wait() == EXIT_STOPPED
     layouts = [event["layout"] for event in run.events("form")]
     assert layouts == [
         "TP 2 + SP x PP 1 x DP 2",
