@@ -30,7 +30,7 @@ test: $(STAMP)
 
 test-versions: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) @tests/versions.txt
-	$(BIN)/llm-parallel quickstart --folder $(VENV)/quickstart train.steps=20 train.eval_interval_steps=20
+	$(BIN)/llm-parallel quickstart --folder $(VENV)/quickstart train.steps=20 train.eval_interval_steps=20 optim.warmup_steps=5
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
