@@ -34,8 +34,8 @@ from llm_launch.drill import LiveRun, read_lines, unix_time
 from llm_parallel.bench.environment import chip_name, commit
 from llm_parallel.config.load import load_config
 from llm_parallel.files import atomic_write
-from llm_parallel.train.command import save_config
 from llm_parallel.train.preflight import with_vocabulary
+from llm_parallel.worker.command import save_config
 
 RUNS = {
     "DP 4": ["parallel.dp=4"],
@@ -152,7 +152,7 @@ class Torchrun:
         command = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1:4", "--nproc-per-node=1"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--max-restarts=10"]
         command += ["--monitor-interval=0.05"]
-        training = ["-m", "llm_parallel.train", str(folder / "config.yaml")]
+        training = ["-m", "llm_parallel.worker", str(folder / "config.yaml")]
         # Without this variable torchrun 2.13 does not recover: its shared store keeps the lost world's addresses.
         env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         self.agents = []

@@ -35,7 +35,7 @@ def pretrain(
     ] = False,
 ) -> None:
     """Train on next-word prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
-    from llm_parallel.train.command import pretrain_command
+    from llm_parallel.worker.command import pretrain_command
 
     raise typer.Exit(pretrain_command(run_file, context.args, dry_run))
 
@@ -53,7 +53,7 @@ def launch(
 ) -> None:
     """Train as pretrain does, and go on when a process, a device or a node fails. In a SLURM job's batch script it runs
     on all of the job's nodes."""
-    from llm_parallel.train.launch import launch_command
+    from llm_parallel.worker.launch import launch_command
 
     raise typer.Exit(launch_command(run_file, context.args, processes, nodes, os.environ))
 
@@ -79,7 +79,7 @@ def submit(
 ) -> None:
     """Hand a run to SLURM: it survives failing GPUs and nodes, and goes back to the queue at its time limit."""
     from llm_launch.submit import SubmitRequest
-    from llm_parallel.train.launch import submit_command
+    from llm_parallel.worker.launch import submit_command
 
     request = SubmitRequest(
         nodes, gpus_per_node, spares, time, partition, account, qos, name, warning_s, sbatch or (), template, min_nodes,
@@ -214,7 +214,7 @@ def convert(
     max_shard_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
 ) -> None:
     """Convert between Hugging Face Llama folders and our checkpoints, either way."""
-    from llm_parallel.serve.convert import convert_command
+    from llm_parallel.convert.command import convert_command
 
     convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb)
 
@@ -231,7 +231,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Write on from a prompt."""
-    from llm_parallel.serve.command import generate_command
+    from llm_parallel.generate.command import generate_command
 
     generate_command(
         checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,

@@ -17,10 +17,10 @@ import yaml
 from llm_parallel.config.load import load_config
 from llm_parallel.data.corpus import prepare_python_corpus
 from llm_parallel.files import atomic_write
-from llm_parallel.metrics.jsonlines import read_jsonlines
+from llm_parallel.jsonlines import read_jsonlines
 from llm_parallel.metrics.plots import plot_run
-from llm_parallel.train.command import pretrain_command
 from llm_parallel.train.preflight import NVIDIA_DEVICE
+from llm_parallel.worker.command import pretrain_command
 
 VOCABULARY = 4096
 PROMPT = "def read_lines(path):\n"
@@ -40,7 +40,7 @@ def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
         return status
     run_dir = Path(load_config(run_file, overrides).run_dir)
     report(run_dir, corpus.unigram_entropy_nats)
-    from llm_parallel.serve.command import generate_command
+    from llm_parallel.generate.command import generate_command
 
     print("\nsample (temperature 0.7):", flush=True)
     generate_command(

@@ -30,7 +30,7 @@ from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.vault import forget, forget_all_but, forget_stale, inventory, keep_alive
 from llm_parallel.errors import UserError
 
-WORKER_MODULE = "llm_parallel.train.elastic"
+WORKER_MODULE = "llm_parallel.worker.elastic"
 PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "torch._dynamo")
 """torch._dynamo, because torch's optimizers load it."""
 SLOTS = 256

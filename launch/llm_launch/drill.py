@@ -1,7 +1,7 @@
 """Causes faults in a live run of this machine and measures how it goes on.
 
 What a drill knows it reads from the run folder, as an operator would; it acts from outside, by signals, but for faults
-that only the process itself can have (``llm_parallel/train/faults.py``), which go through the controller.
+that only the process itself can have (``llm_parallel/worker/faults.py``), which go through the controller.
 """
 
 from __future__ import annotations

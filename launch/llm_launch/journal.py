@@ -19,7 +19,7 @@ from llm_launch.blame import Device, Verdict
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.metrics.jsonlines import JsonLines
+from llm_parallel.jsonlines import JsonLines
 
 QUIET = {"join", "status"}
 

@@ -117,7 +117,7 @@ def launch_local(
 ) -> int:
     """Runs ``python ARGV`` ``num_processes`` times as the ranks of one run, and returns the exit status for the whole.
 
-    ``argv`` is what follows the interpreter, for example ``["-m", "llm_parallel.train", "--config", path]``. ``env`` is
+    ``argv`` is what follows the interpreter, for example ``["-m", "llm_parallel.worker", path]``. ``env`` is
     the environment to start from (this process's if not given); ``MASTER_PORT`` in it is used if free.
     ``at_once``: how many compute at the same time and share the cores; all if None.
 

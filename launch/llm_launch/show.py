@@ -14,7 +14,7 @@ from rich.table import Table
 
 from llm_launch.states import OVER
 from llm_parallel.errors import UserError
-from llm_parallel.metrics.jsonlines import read_jsonlines
+from llm_parallel.jsonlines import read_jsonlines
 
 STALE_S = 10.0
 

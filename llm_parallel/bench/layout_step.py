@@ -28,7 +28,7 @@ from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.indexed import write_index
 from llm_parallel.errors import UserError
-from llm_parallel.metrics.jsonlines import read_jsonlines
+from llm_parallel.jsonlines import read_jsonlines
 from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
 from llm_parallel.parallel.layout import Layout

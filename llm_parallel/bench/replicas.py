@@ -25,7 +25,7 @@ from llm_parallel.data.samples import SampleSource
 from llm_parallel.errors import UserError
 from llm_parallel.model.mcore_config import compute_dtype
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.train.schedule import learning_rate
+from llm_parallel.train.step_settings import learning_rate
 
 PEERS = ("ddp", "fsdp")
 

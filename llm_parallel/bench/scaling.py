@@ -56,7 +56,7 @@ from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.metrics.jsonlines import read_jsonlines
+from llm_parallel.jsonlines import read_jsonlines
 from llm_parallel.planner.hardware import Cluster, load_cluster
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.planner.steptime import StepTime, step_time

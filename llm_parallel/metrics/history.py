@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_parallel.metrics.jsonlines import read_jsonlines
+from llm_parallel.jsonlines import read_jsonlines
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
+from llm_parallel.jsonlines import JsonLines
 from llm_parallel.metrics.console import ConsoleSink
-from llm_parallel.metrics.jsonlines import JsonLines
 from llm_parallel.metrics.record import EvalRecord, StepRecord
 from llm_parallel.metrics.sinks import JsonlSink, PrometheusSink, Sink, TensorBoardSink, WandbSink
 

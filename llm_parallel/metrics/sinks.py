@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llm_parallel.errors import UserError
-from llm_parallel.metrics.jsonlines import JsonLines
+from llm_parallel.jsonlines import JsonLines
 from llm_parallel.metrics.record import EvalRecord, StepRecord, scalars
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import yaml
 
 from llm_parallel.errors import UserError
+from llm_parallel.jsonlines import read_jsonlines
 from llm_parallel.metrics.history import History, read_history
-from llm_parallel.metrics.jsonlines import read_jsonlines
 
 WORK = (
     "model",

@@ -31,10 +31,10 @@ from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, set_deterministic
 from llm_parallel.parallel.wrap import Engine, wrap
-from llm_parallel.train.data import evaluation_batches, open_training_data
+from llm_parallel.train.feed import evaluation_batches, open_training_data
 from llm_parallel.train.guard import Guard, TooManySkips
-from llm_parallel.train.schedule import global_batch_size, learning_rate
 from llm_parallel.train.step import StepOutcome, Wishes, apply_gradient, evaluate, forward_backward
+from llm_parallel.train.step_settings import global_batch_size, learning_rate
 from llm_parallel.train.watch import Resumed, Watch
 
 

@@ -12,7 +12,7 @@ from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.train.schedule import total_samples
+from llm_parallel.train.step_settings import total_samples
 
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 

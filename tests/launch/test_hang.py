@@ -20,7 +20,7 @@ from llm_launch.blame import Device, Kind
 from llm_launch.hang import _median_of_others, find_hung, find_slow, waits_for_files
 from llm_launch.members import Worker
 from llm_launch.progress import Marker, Pace, Progress, ProgressPage
-from llm_parallel.metrics.jsonlines import JsonLines
+from llm_parallel.jsonlines import JsonLines
 
 A, B, C = (Device("n", index) for index in range(3))
 WAITING = 'File "torch/distributed/distributed_c10d.py", line 1, in all_reduce'

@@ -112,8 +112,8 @@ def logits_job(
     rank: int, world_size: int, folder: str, tokens: np.ndarray, parallel: dict[str, Any]
 ) -> np.ndarray | None:
     """Our logits [b, s, v] of a Hugging Face folder under a layout; from one rank of the last stage, None elsewhere."""
+    from llm_parallel.generate.forward import pipeline_logits
     from llm_parallel.model.hf import load_hf_weights
-    from llm_parallel.serve.forward import pipeline_logits
 
     models = open_models(our_config(folder, tokens.shape[1], **parallel), rank, world_size)
     load_hf_weights(folder, models)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.tree import ModelConfig
+from llm_parallel.convert.export import export_to_hf
+from llm_parallel.convert.importing import import_from_hf
 from llm_parallel.errors import UserError
+from llm_parallel.generate.load import describe_folder
 from llm_parallel.model.hf_config import hf_config_to_model, model_to_hf_config
-from llm_parallel.serve.export import export_to_hf
-from llm_parallel.serve.importing import import_from_hf
-from llm_parallel.serve.load import describe_folder
 from tests.harness import run_ranks
 from tests.parity.models import RANDOM, load_hf, random_folder
 
@@ -69,8 +69,8 @@ def trained_and_saved(rank: int, world_size: int, folder: str) -> None:
 
 
 def model_logits(rank: int, world_size: int, folder: str) -> np.ndarray:
-    from llm_parallel.serve.forward import pipeline_logits
-    from llm_parallel.serve.load import load_model
+    from llm_parallel.generate.forward import pipeline_logits
+    from llm_parallel.generate.load import load_model
 
     with torch.no_grad():
         logits = pipeline_logits(load_model(folder, "cpu").models, torch.arange(30).unsqueeze(0))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
-from llm_parallel.serve.sampling import Sampling, choose, filtered
+from llm_parallel.generate.sampling import Sampling, choose, filtered
 from tests.harness import run_ranks
 from tests.parity.models import load_hf, open_models, our_config, random_folder
 from tests.smollm import smollm_folder
@@ -34,8 +34,8 @@ def generate_job(
     settings: dict[str, Any],
     parallel: dict[str, Any],
 ) -> list[list[int]]:
+    from llm_parallel.generate.decode import generate
     from llm_parallel.model.hf import load_hf_weights
-    from llm_parallel.serve.generate import generate
 
     models = open_models(our_config(folder, 64, sequence_parallel=False, **parallel), rank, world_size)
     load_hf_weights(folder, models)

@@ -14,7 +14,7 @@ from llm_parallel.config.rules import check_config, check_inputs, find_problems,
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.train.schedule import global_batch_size, learning_rate
+from llm_parallel.train.step_settings import global_batch_size, learning_rate
 
 BASE = {"model": {"vocab_size": 100, "ffn_hidden_size": 192, "num_layers": 12, "num_attention_heads": 12}}
 

@@ -22,9 +22,9 @@ from rich.console import Console
 
 from llm_parallel.config.tree import LogConfig, RunConfig
 from llm_parallel.errors import UserError
+from llm_parallel.jsonlines import JsonLines
 from llm_parallel.metrics.console import ConsoleSink, duration, step_line
 from llm_parallel.metrics.history import read_history
-from llm_parallel.metrics.jsonlines import JsonLines
 from llm_parallel.metrics.record import Basis, EvalRecord, StepMeasurement, StepRecord, derive
 from llm_parallel.metrics.run import Metrics, NullMetrics, World, open_metrics
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm_parallel.config.tree import OptimConfig, RampUp, TrainConfig
-from llm_parallel.train.schedule import global_batch_size, learning_rate, total_samples
+from llm_parallel.train.step_settings import global_batch_size, learning_rate, total_samples
 
 
 def test_cosine_is_torchs() -> None:

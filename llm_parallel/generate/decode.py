@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm_parallel.errors import UserError
+from llm_parallel.generate.forward import pipeline_logits
+from llm_parallel.generate.sampling import Sampling, choose
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.sequence import KVCache
-from llm_parallel.serve.forward import pipeline_logits
-from llm_parallel.serve.sampling import Sampling, choose
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED
 from llm_parallel.parallel.platform import resolve_device
-from llm_parallel.train.command import CONFIG_NAME, save_config, show_mixture
 from llm_parallel.train.preflight import check_data, preflight
+from llm_parallel.worker.command import CONFIG_NAME, save_config, show_mixture
 
 
 def launch_command(

@@ -12,7 +12,7 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.loader import Batch, MicroBatchLoader
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.train.schedule import global_batch_size
+from llm_parallel.train.step_settings import global_batch_size
 
 
 def training_samples(config: RunConfig, groups: Groups, consumed: int) -> Iterator[range]:

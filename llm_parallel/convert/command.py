@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
+from llm_parallel.convert.export import export_to_hf
+from llm_parallel.convert.importing import import_from_hf
 from llm_parallel.errors import UserError
+from llm_parallel.generate.forward import pipeline_logits
+from llm_parallel.generate.load import describe_folder, load_model
 from llm_parallel.model.flops import parameter_count
 from llm_parallel.model.hf import is_hf_folder
 from llm_parallel.parallel.groups import close_groups
-from llm_parallel.serve.export import export_to_hf
-from llm_parallel.serve.forward import pipeline_logits
-from llm_parallel.serve.importing import import_from_hf
-from llm_parallel.serve.load import describe_folder, load_model
 
 PROBE_TOKENS = 64
 

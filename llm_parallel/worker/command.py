@@ -48,11 +48,11 @@ def _pretrain(config: RunConfig, run_file: str, overrides: Sequence[str], enviro
         save_config(config, saved)
         show_mixture(config)
     if environment is not None:
-        from llm_parallel.train.__main__ import run_worker
+        from llm_parallel.worker.__main__ import run_worker
 
         status = run_worker([run_file, *overrides, f"model.vocab_size={config.model.vocab_size}"])
     else:
-        arguments = ["-m", "llm_parallel.train", str(saved)]
+        arguments = ["-m", "llm_parallel.worker", str(saved)]
         status = launch_local(num_processes(config), arguments, Path(config.run_dir) / "logs")
     if first and status in (0, EXIT_STOPPED) and config.log.plots:
         for picture in plot_run(Path(config.run_dir)):

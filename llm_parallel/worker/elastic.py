@@ -35,10 +35,10 @@ from llm_parallel.errors import UserError
 from llm_parallel.parallel.wrap import Engine
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.train.loop import Place, Run, pretrain
-from llm_parallel.train.probe import DeviceProbe, Stopwatch, Suspect, odd_one_out, weights_checksum
-from llm_parallel.train.schedule import global_batch_size
 from llm_parallel.train.step import StepOutcome
+from llm_parallel.train.step_settings import global_batch_size
 from llm_parallel.train.watch import Resumed, Watch
+from llm_parallel.worker.probe import DeviceProbe, Stopwatch, Suspect, odd_one_out, weights_checksum
 
 STORE_TIMEOUT_S = 300.0
 
@@ -190,7 +190,7 @@ class ElasticWatch(Watch):
         """Faults of a drill that only the process itself can have."""
         if not self._config.drills:
             return
-        from llm_parallel.train import faults
+        from llm_parallel.worker import faults
 
         faults.before_step([fault for fault in self.member.faults() if fault["kind"] in kinds], run)
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_parallel.errors import UserError
+from llm_parallel.generate.decode import generate
+from llm_parallel.generate.load import load_model
+from llm_parallel.generate.sampling import Sampling
 from llm_parallel.parallel.groups import close_groups
-from llm_parallel.serve.generate import generate
-from llm_parallel.serve.load import load_model
-from llm_parallel.serve.sampling import Sampling
 
 
 def begins_with_bos(folder: str) -> bool:
