@@ -11,9 +11,8 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.transformer.module import Float16Module
 
 from llm_parallel.config.tree import OptimConfig, ParallelConfig
-from llm_parallel.parallel.gradient_buffers import Replica, SoleReplica
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.parallel.mcore_optimizer import build_optimizer, update
+from llm_parallel.parallel.mcore_optimizer import Replica, SoleReplica, build_optimizer, update
 from llm_parallel.parallel.platform import Platform
 from llm_parallel.parallel.stages import Stages
 

@@ -1,4 +1,5 @@
-"""megatron-core's optimizer from the inside: the only file that names what its documentation does not promise.
+"""megatron-core's gradient buffers and optimizer from the inside: the only file that names what its documentation does
+not promise.
 
 A (chained) optimizer of megatron-core has parts, each around one torch optimizer. The distributed one holds, for every
 parameter, the range that this data-parallel replica updates, as a slice or an fp32 copy of it, its *main* parameter.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
@@ -35,6 +37,38 @@ class Shard:
     start: int
     stop: int
     inner: torch.optim.Optimizer
+
+
+class Replica(DistributedDataParallel):
+    """Scales only what the optimizer reads: with the distributed optimizer that is this replica's part of the gradient,
+    and megatron-core passes over all of it."""
+
+    def scale_gradients(self, scaling_factor: float) -> None:
+        """Multiplies this replica's gradient by a factor."""
+        if not self.ddp_config.use_distributed_optimizer:
+            super().scale_gradients(scaling_factor)
+            return
+        group = self.intra_dp_cp_group
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                bucket.grad_data.view(group.size(), -1)[group.rank()].mul_(scaling_factor)
+
+
+class SoleReplica(Replica):
+    """Gradient buffers of the only data-parallel replica: nothing to reduce and nothing to gather.
+
+    megatron-core reduces and gathers with itself too, three copies of the model's size at every step (a tenth of the
+    step of a 17 M parameter model on two CPU cores).
+    """
+
+    def start_grad_sync(self, *_: Any) -> None:
+        """Nothing: the gradient is whole."""
+
+    def finish_grad_sync(self, *_: Any, **__: Any) -> None:
+        """Nothing: the gradient is whole."""
+
+    def start_param_sync(self, *_: Any, **__: Any) -> None:
+        """Nothing: the parameters are whole."""
 
 
 def build_optimizer(chunks: Sequence[Any], optim: OptimConfig, groups: Groups) -> Any:

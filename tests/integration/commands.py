@@ -120,8 +120,6 @@ def _worker(
     place = Place(rank, world_size, rank)
     asks = stop_at is not None and last
     state = loop.run_training(config, place, asked_to_stop=lambda: asks and next(asked) == stop_at)
-        config, place, asked_to_stop=lambda: last and stop_at is not None and next(asked) == stop_at
-    )
     return found if prepare else state.step
 
 
