@@ -60,7 +60,7 @@ def _groups(config: RunConfig) -> Groups:
 
 def ours(config: RunConfig) -> Contender:
     """Our model, engine and step, as ``pretrain`` runs them."""
-    from llm_parallel.train.open import PRETRAINING, policy_engine
+    from llm_parallel.train.open import likelihood, policy_engine
     from llm_parallel.train.step import StepOutcome, apply_gradient, forward_backward
 
     groups = _groups(config)
@@ -72,7 +72,7 @@ def ours(config: RunConfig) -> Contender:
     last: list[StepOutcome] = []
 
     def gradient() -> float:
-        last[:] = [forward_backward(engine, PRETRAINING.objective, batches)]
+        last[:] = [forward_backward(engine, likelihood(config), batches)]
         return last[0].loss
 
     return Contender(

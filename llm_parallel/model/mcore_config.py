@@ -29,6 +29,9 @@ class LlamaTransformerConfig(TransformerConfig):
     """What megatron-core hands to every module, with our choice of kernels."""
 
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    keys_to_the_left: int = -1
+    """Keys before its own that a query sees; -1: all."""
+    attention_softcap: float = 0.0
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -70,6 +73,8 @@ def transformer_config(
     dtype = numerics.dtype
     return LlamaTransformerConfig(
         kernels=numerics.kernels,
+        keys_to_the_left=-1 if model.window_tokens is None else model.window_tokens - 1,
+        attention_softcap=model.attention_softcap,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
