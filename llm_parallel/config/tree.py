@@ -20,8 +20,12 @@ class Node(BaseModel):
 
 
 class RopeScaling(Node):
-    """Frequency scaling of Llama 3.1 (Grattafiori et al. 2024, arXiv 2407.21783; parameters as in its config.json)."""
+    """How rotary frequencies were changed for a longer context; the parameters are those of config.json."""
 
+    kind: Literal["llama3", "linear", "dynamic", "yarn", "longrope"] = "llama3"
+    """``llama3`` (Grattafiori et al. 2024, arXiv 2407.21783); ``linear``: all positions divided by ``factor`` (Chen et
+    al. 2023, arXiv 2306.15595); ``dynamic``: a base that grows with samples longer than the original context; ``yarn``
+    (Peng et al. 2023, arXiv 2309.00071); ``longrope`` (Ding et al. 2024, arXiv 2402.13753)."""
     factor: PositiveFloat = 8.0
     """How many times longer the context became."""
     low_freq_factor: PositiveFloat = 1.0
@@ -30,6 +34,16 @@ class RopeScaling(Node):
     """Wavelengths below ``original_max_position / high_freq_factor`` tokens stay as they are."""
     original_max_position: PositiveInt = 8192
     """Context length in tokens before the extension."""
+    beta_fast: PositiveFloat = 32.0
+    """``yarn``: pairs that turn more often than this within the original context keep their frequency."""
+    beta_slow: PositiveFloat = 1.0
+    """``yarn``: pairs that turn less often than this have it divided by ``factor``."""
+    attention_factor: PositiveFloat | None = None
+    """``yarn`` and ``longrope``: by which cosines and sines are multiplied; their papers' formula if not given."""
+    short_factors: tuple[PositiveFloat, ...] | None = None
+    """``longrope``: divisor of each pair's frequency in samples up to the original context."""
+    long_factors: tuple[PositiveFloat, ...] | None = None
+    """``longrope``: the same in longer samples."""
 
 
 class ModelConfig(Node):
@@ -58,7 +72,15 @@ class ModelConfig(Node):
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Llama 3.1's frequency scaling, or none."""
+    """Change of the rotary frequencies for a longer context, or none."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values, as Qwen2 does."""
+    attention_output_bias: bool = False
+    """Add a bias to attention's output projection too."""
+    mlp_bias: bool = False
+    """Add biases in the MLP."""
+    qk_norm: bool = False
+    """Normalize each head's queries and keys by an RMSNorm before the rotary embedding, as Qwen3 does."""
     window_tokens: PositiveInt | None = None
     """Tokens that a query sees, itself and those right before it, as in Mistral 7B; all before it if not given. The
     planner counts attention to all of them."""

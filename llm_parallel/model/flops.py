@@ -30,13 +30,14 @@ class ParameterCount:
     attention_per_layer: int
     mlp_per_layer: int
     norms_per_layer: int
+    biases_per_layer: int
     final_norm: int
     output: int
 
     @property
     def per_layer(self) -> int:
-        """Parameters of one transformer layer, norms included."""
-        return self.attention_per_layer + self.mlp_per_layer + self.norms_per_layer
+        """Parameters of one transformer layer, norms and biases included."""
+        return self.attention_per_layer + self.mlp_per_layer + self.norms_per_layer + self.biases_per_layer
 
     @property
     def norms(self) -> int:
@@ -60,7 +61,10 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
         embedding=vocabulary * hidden,
         attention_per_layer=query_and_output + key_and_value,
         mlp_per_layer=3 * hidden * model.ffn_hidden_size,
-        norms_per_layer=2 * hidden,
+        norms_per_layer=2 * hidden + 2 * head * model.qk_norm,
+        biases_per_layer=(model.num_attention_heads + 2 * model.num_query_groups) * head * model.qkv_bias
+        + hidden * model.attention_output_bias
+        + (2 * model.ffn_hidden_size + hidden) * model.mlp_bias,
         final_norm=hidden,
         output=0 if model.tie_embeddings else vocabulary * hidden,
     )

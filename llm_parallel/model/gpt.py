@@ -22,7 +22,7 @@ from llm_parallel.model.init import initialize
 from llm_parallel.model.layer_spec import block_spec
 from llm_parallel.model.mcore_config import padded_vocab_size, transformer_config
 from llm_parallel.model.numerics import Numerics
-from llm_parallel.model.sequence import Angles, KVCache, frequencies, sequence_info
+from llm_parallel.model.sequence import Angles, KVCache, sequence_info
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
@@ -62,7 +62,7 @@ class LlamaModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             self.config,
-            block_spec(len(layers)),
+            block_spec(len(layers), model.qk_norm),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups.collection,
@@ -83,7 +83,7 @@ class LlamaModel(LanguageModule):
             self.setup_embeddings_and_output_layer()
         shard = self.vocab_size // mesh.tp
         self.num_valid_tokens = min(max(model.vocab_size - groups.at.tp * shard, 0), shard)
-        self.angles = Angles(frequencies(model, groups.platform.device))
+        self.angles = Angles(model, groups.platform.device)
         initialize(self, model, groups, seed)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:

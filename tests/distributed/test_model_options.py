@@ -1,4 +1,5 @@
-"""Windows, soft caps, label smoothing and z-loss reach the operators, in every kind of layout and on both back ends."""
+"""Windows, soft caps, biases, norms of heads, label smoothing and z-loss, in every kind of layout and on both back
+ends."""
 
 from __future__ import annotations
 
@@ -30,18 +31,34 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+FAMILY: dict[str, Any] = {
+    "model.qkv_bias": True,
+    "model.attention_output_bias": True,
+    "model.mlp_bias": True,
+    "model.qk_norm": True,
+}
+FAMILY_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2 without SP": (2, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
+    "TP4 SP, each group's keys on two ranks": (4, {"parallel.tp": 4}),
+    "TP2 SP CP2": (4, {"parallel.tp": 2, "parallel.cp": 2}),
+    "PP2 DP2, full recompute": (4, {"parallel.pp": 2, "parallel.dp": 2, "parallel.recompute": "full"}),
+}
+
+
 @cache
-def reference() -> dict[str, Any]:
-    return run_ranks(compare_layout, 1, OPTIONS, 3)[0]
+def reference(family: bool) -> dict[str, Any]:
+    return run_ranks(compare_layout, 1, FAMILY if family else OPTIONS, 3)[0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILY_LAYOUTS])
 def test_options_in_a_layout_equal_one_process(name: str) -> None:
-    processes, changes = LAYOUTS[name]
-    ranks = run_ranks(compare_layout, processes, OPTIONS | changes, 3)
+    family = name in FAMILY_LAYOUTS
+    processes, changes = (FAMILY_LAYOUTS if family else LAYOUTS)[name]
+    ranks = run_ranks(compare_layout, processes, (FAMILY if family else OPTIONS) | changes, 3)
     for found in ranks:
-        np.testing.assert_allclose(found["history"], reference()["history"], rtol=2e-5, atol=1e-5)
-    assert worst_gradient(reference()["gradients"], ranks)[0] <= 1e-5
+        np.testing.assert_allclose(found["history"], reference(family)["history"], rtol=2e-5, atol=1e-5)
+    worst, tensor = worst_gradient(reference(family)["gradients"], ranks)
+    assert worst <= 1e-5, tensor
 
 
 def by_hand(rank: int, world_size: int) -> dict[str, float]:

@@ -120,7 +120,7 @@ def test_vocabulary_must_be_known() -> None:
         flops_per_token(ModelConfig(), 128)
 
 
-@pytest.mark.parametrize("window", [1, 64, 1000, 2048, 4096])
+@pytest.mark.parametrize("window", [64, 1000, 2048, 4096])
 def test_a_window_counts_the_keys_that_a_token_sees(window: int) -> None:
     """Mean over the tokens of a sample of min(position, window), the token itself counting half."""
     seq, plain = 2048, MODEL_PRESETS["llama2-7b"]
@@ -130,4 +130,4 @@ def test_a_window_counts_the_keys_that_a_token_sees(window: int) -> None:
     per_key = 4 * whole.num_attention_heads * whole.kv_channels * whole.num_layers
     without = forward_flops_per_token(whole, seq) - per_key * seq // 2
     found = (forward_flops_per_token(windowed, seq) - without) / per_key
-    assert found == pytest.approx(seen, rel=0.02 if window > 1 else 0.6)
+    assert found == pytest.approx(seen, rel=0.02)
