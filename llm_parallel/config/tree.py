@@ -203,7 +203,8 @@ class GuardConfig(Node):
 
     spike_zscore: PositiveFloat | None = 6.0
     """A step whose loss or gradient norm lies this many robust standard deviations (1.4826 MAD) over the median of the
-    window is skipped; none switches spike detection off. NaN and infinity are always skipped."""
+    window is skipped, one deviation being at least 2 % of the median loss and 25 % of the median norm; none switches
+    spike detection off. NaN and infinity are always skipped."""
     spike_window_steps: PositiveInt = 128
     """Applied steps that the median and deviation are taken over."""
     spike_min_steps: PositiveInt = 32
