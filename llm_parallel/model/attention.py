@@ -5,7 +5,6 @@ Shapes: S tokens, B samples, H hidden, N query heads, G key/value groups, D head
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import torch
@@ -27,12 +26,6 @@ from llm_parallel.parallel.scatter import all_gather, reduce_scatter
 
 class LlamaAttention(SelfAttention):
     """megatron-core's projections around our core attention."""
-
-    def __init__(self, config: LlamaTransformerConfig, *arguments: Any, **named: Any) -> None:
-        # megatron-core has one switch for all biases but those of queries, keys and values.
-        config = copy(config)
-        config.add_bias_linear = config.attention_output_bias
-        super().__init__(config, *arguments, **named)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, info: SequenceInfo, **_: Any

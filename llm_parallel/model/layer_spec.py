@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from llm_parallel.model.attention import CoreAttention, LlamaAttention
-from llm_parallel.model.modules import LlamaLayer, LlamaMLP, RMSNorm, SwiGLU
+from llm_parallel.model.modules import AttentionOutput, LlamaLayer, MLPInput, MLPOutput, RMSNorm, SwiGLU
 
 
 def layer_spec(qk_norm: bool) -> ModuleSpec:
@@ -26,14 +26,14 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=AttentionOutput,
             q_layernorm=head_norm,
             k_layernorm=head_norm,
         ),
     )
     mlp = ModuleSpec(
-        module=LlamaMLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear),
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=MLPInput, activation_func=SwiGLU, linear_fc2=MLPOutput),
     )
     return ModuleSpec(
         module=LlamaLayer,

@@ -5,12 +5,11 @@ Shapes: S tokens, B samples, H hidden, F feed-forward width.
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import checkpoint
-from megatron.core.transformer.mlp import MLP
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -52,13 +51,26 @@ class SwiGLU(MegatronModule):
         return swiglu(x_SBF, inplace_backward=True, backend=self.config.kernels.swiglu)
 
 
-class LlamaMLP(MLP):
-    """megatron-core's MLP, with biases as the model has them."""
+class AttentionOutput(RowParallelLinear):
+    """Attention's output projection. megatron-core has one switch for all biases but those of queries, keys and values;
+    ours are the model's."""
 
-    def __init__(self, config: LlamaTransformerConfig, *arguments: Any, **named: Any) -> None:
-        config = copy(config)
-        config.add_bias_linear = config.mlp_bias
-        super().__init__(config, *arguments, **named)
+    def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:
+        super().__init__(*arguments, config=config, bias=config.attention_output_bias, **named)
+
+
+class MLPInput(ColumnParallelLinear):
+    """The MLP's first matrix, with a bias if the model has one."""
+
+    def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:
+        super().__init__(*arguments, config=config, bias=config.mlp_bias, **named)
+
+
+class MLPOutput(RowParallelLinear):
+    """The MLP's second matrix, with a bias if the model has one."""
+
+    def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:
+        super().__init__(*arguments, config=config, bias=config.mlp_bias, **named)
 
 
 class LlamaLayer(TransformerLayer):
