@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.loader import Batch
 from llm_parallel.errors import UserError
-from llm_parallel.model.hf import all_names, hf_tensors, partition_dim, pieces_of
+from llm_parallel.model.hf import hf_tensors
 from llm_parallel.model.hf_config import model_to_hf_config
 from llm_parallel.model.init import initial_rows, initialize
 from llm_parallel.model.mcore_config import compute_dtype, transformer_config
+from llm_parallel.model.tensors import Role, all_names, kind_of
 from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform
@@ -105,12 +106,13 @@ def initial_hf_weights(config: RunConfig, model: nn.Module) -> None:
     """Gives a LlamaForCausalLM of this configuration the weights that ours starts from."""
     found = model.state_dict()
     for name in all_names(config.model):
-        rows = sum(len(piece) for piece in pieces_of(name, config.model))
-        if "layernorm" in name:
+        kind = kind_of(name)
+        rows = kind.shape(config.model)[kind.piece_dim]
+        if kind.role is Role.NORM:
             whole = torch.ones(rows)
         else:
             whole = initial_rows(name, [range(rows)], config.model, config.seed)
-            whole = whole.t() if partition_dim(name) == 1 else whole
+            whole = whole.t() if kind.piece_dim == 1 else whole
         for key, value in hf_tensors(name, whole, config.model).items():
             found[key].copy_(value)
 

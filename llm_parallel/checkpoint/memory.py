@@ -34,10 +34,9 @@ from llm_parallel.checkpoint.pieces import (
     weights_follow,
 )
 from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.model.tensors import Role, kind_of
 from llm_parallel.parallel.wrap import Engine
 
-PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Parameters whose last rows only fill up the vocabulary, to a number that depends on the layout."""
 PARTNER_TIMEOUT_S = 60.0
 
 
@@ -236,7 +235,8 @@ class Assembler:
             numbers = self._from_other_boxes(boxes, wanted)
         missing = np.isnan(numbers)
         if missing.any():
-            if wanted.key not in PADDED or same is not None:
+            # The last rows of these only round the vocabulary up, to a number that depends on the layout.
+            if kind_of(wanted.key).role is not Role.VOCABULARY or same is not None:
                 raise ReplicaLost(f"part of {wanted.key} is in no copy")
             numbers = np.where(missing, np.float32(0), numbers)
         return numbers

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llm_parallel.model.tensors import is_matrix_of_layer
 from llm_parallel.train.loop import Run
 
 
@@ -52,6 +53,6 @@ def _other_share(run: Run) -> torch.Tensor | None:
         for name, parameter in model.named_parameters():
             start, stop = own.get(id(parameter), (0, 0))
             flat = parameter.detach().view(-1)
-            if "linear" in name and (start > 0 or stop < flat.numel()):
+            if is_matrix_of_layer(name) and (start > 0 or stop < flat.numel()):
                 return flat[:1] if start > 0 or stop == 0 else flat[-1:]
     return None

@@ -102,7 +102,7 @@ def train_steps(engine: Any, config: RunConfig, first_step: int, num_steps: int)
 def gradients(engine: Any) -> dict[str, torch.Tensor]:
     """This rank's shard of every gradient, by canonical name, after ``forward_backward``; whole again where the
     distributed optimizer left each rank only its part."""
-    from llm_parallel.model.init import canonical_parameters
+    from llm_parallel.model.tensors import canonical_parameters
 
     group = engine.groups.collection.dp_cp
     found = {}
