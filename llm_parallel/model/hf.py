@@ -135,8 +135,8 @@ def load_hf_weights(folder: str | Path, models: Sequence[Any]) -> None:
 
     Raises UserError if the folder's architecture is not that of the models.
     """
-    config, groups = models[0].run_config.model, models[0].groups
-    tp, tp_rank = groups.layout.tp, groups.at.tp
+    config, groups = models[0].model_config, models[0].groups
+    tp, tp_rank = groups.mesh.tp, groups.at.tp
     with HfReader(folder) as reader:
         check_same_architecture(folder, hf_config_to_model(reader.config), config)
         for chunk in models:

@@ -36,8 +36,8 @@ def normal_rows(seed: int, name: str, rows: range, width: int) -> Tensor:
 
 
 def initial_rows(name: str, rows: Sequence[range], model: ModelConfig, seed: int) -> Tensor:
-    """Initial values, fp32 [sum of rows, hidden], of those rows (columns where ranks divide columns) of a matrix: normal
-    numbers of deviation ``init_std``, divided by sqrt(2 num_layers) where the matrix writes to the residual
+    """Initial values, fp32 [sum of rows, hidden], of those rows (columns where ranks divide columns) of a matrix:
+    normal numbers of deviation ``init_std``, divided by sqrt(2 num_layers) where the matrix writes to the residual
     stream (Radford et al. 2019); zeros beyond the vocabulary."""
     role = kind_of(name).role
     values = torch.cat([normal_rows(seed, name, part, model.hidden_size) for part in rows])
@@ -51,7 +51,7 @@ def initial_rows(name: str, rows: Sequence[range], model: ModelConfig, seed: int
 @torch.no_grad()
 def initialize(chunk: nn.Module, model: ModelConfig, groups: Groups, seed: int) -> None:
     """Fills all weights of a chunk: norms with 1, matrices with ``initial_rows``."""
-    tp, tp_rank = groups.layout.tp, groups.at.tp
+    tp, tp_rank = groups.mesh.tp, groups.at.tp
     for name, parameter in canonical_parameters(chunk):
         kind = kind_of(name)
         if kind.role is Role.NORM:

@@ -98,14 +98,14 @@ def our_config(folder: str, seq_length: int, **parallel: Any) -> RunConfig:
 def open_models(config: RunConfig, rank: int, world_size: int) -> Any:
     """Model chunks of this rank."""
     from llm_parallel.config.rules import check_config
-    from llm_parallel.model.gpt import build_chunks
+    from llm_parallel.model.gpt import build_policy
     from llm_parallel.parallel.groups import open_groups
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.parallel.platform import open_platform
 
     check_config(config, world_size, "cpu")
     groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
-    return build_chunks(config, groups)
+    return build_policy(config, groups).models
 
 
 def logits_job(
