@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.data.loader import Batch
 from llm_parallel.errors import UserError
 from llm_parallel.model.hf import hf_tensors
@@ -60,7 +60,7 @@ def _groups(config: RunConfig) -> Groups:
 
 def ours(config: RunConfig) -> Contender:
     """Our model, engine and step, as ``pretrain`` runs them."""
-    from llm_parallel.train.open import PRETRAINING, policy_engine
+    from llm_parallel.train.open import likelihood, policy_engine
     from llm_parallel.train.step import StepOutcome, apply_gradient, forward_backward
 
     groups = _groups(config)
@@ -72,7 +72,7 @@ def ours(config: RunConfig) -> Contender:
     last: list[StepOutcome] = []
 
     def gradient() -> float:
-        last[:] = [forward_backward(engine, PRETRAINING.objective, batches)]
+        last[:] = [forward_backward(engine, likelihood(config), batches)]
         return last[0].loss
 
     return Contender(
@@ -103,13 +103,15 @@ class WithLoss(nn.Module):
 
 @torch.no_grad()
 def initial_hf_weights(config: RunConfig, model: nn.Module) -> None:
-    """Gives a LlamaForCausalLM of this configuration the weights that ours starts from."""
+    """Gives a transformers model of this configuration the weights that ours starts from."""
     found = model.state_dict()
     for name in all_names(config.model):
         kind = kind_of(name)
         rows = kind.shape(config.model)[kind.piece_dim]
         if kind.role is Role.NORM:
             whole = torch.ones(rows)
+        elif kind.role is Role.BIAS:
+            whole = torch.zeros(rows)
         else:
             whole = initial_rows(name, [range(rows)], config.model, config.seed)
             whole = whole.t() if kind.piece_dim == 1 else whole
@@ -118,12 +120,13 @@ def initial_hf_weights(config: RunConfig, model: nn.Module) -> None:
 
 
 def hugging_face_model(config: RunConfig, device: torch.device) -> WithLoss:
-    """Hugging Face's LlamaForCausalLM with SDPA, in fp32, and the weights that ours starts from."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Hugging Face's model of the same family with SDPA, in fp32, and the weights that ours starts from."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = model_to_hf_config(config.model, "float32", {}) | {"use_cache": False}
     with torch.device(device):
-        inner = LlamaForCausalLM._from_config(LlamaConfig(**settings), attn_implementation="sdpa").float().train()
+        described = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        inner = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa").float().train()
     initial_hf_weights(config, inner)
     return WithLoss(inner)
 
@@ -345,8 +348,12 @@ def _why_not(name: str, config: RunConfig) -> str | None:
     module, title = _NEEDS.get(name, (None, ""))
     if module and importlib.util.find_spec(module) is None:
         return f"needs {title}, which is not installed here"
-    if name.startswith("megatron-core") and config.model.rope_scaling is not None:
-        return "can't be given model.rope_scaling of this kind; leave it out or set model.rope_scaling=null"
+    if name.startswith("megatron-core"):
+        plain = ModelConfig()
+        for option in ("rope_scaling", "window_tokens", "attention_softcap", "output_softcap", "qkv_bias", "mlp_bias",
+                       "attention_output_bias", "qk_norm"):  # fmt: skip
+            if getattr(config.model, option) != getattr(plain, option):
+                return f"can't be given model.{option}; leave it out or set model.{option} to its default"
     if name == "megatron-core-te" and config.device != "cuda":
         return "needs a GPU; Transformer Engine has no CPU kernels"
     return None

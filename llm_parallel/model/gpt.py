@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -20,11 +22,13 @@ from llm_parallel.model.init import initialize
 from llm_parallel.model.layer_spec import block_spec
 from llm_parallel.model.mcore_config import padded_vocab_size, transformer_config
 from llm_parallel.model.numerics import Numerics
-from llm_parallel.model.sequence import Angles, KVCache, frequencies, sequence_info
+from llm_parallel.model.sequence import Angles, KVCache, sequence_info
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.stages import Stages
+
+NO_OPTIONS: Mapping[str, float] = {}
 
 
 class LlamaModel(LanguageModule):
@@ -58,7 +62,7 @@ class LlamaModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             self.config,
-            block_spec(len(layers)),
+            block_spec(len(layers), model.qk_norm),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups.collection,
@@ -79,7 +83,7 @@ class LlamaModel(LanguageModule):
             self.setup_embeddings_and_output_layer()
         shard = self.vocab_size // mesh.tp
         self.num_valid_tokens = min(max(model.vocab_size - groups.at.tp * shard, 0), shard)
-        self.angles = Angles(frequencies(model, groups.platform.device))
+        self.angles = Angles(model, groups.platform.device)
         initialize(self, model, groups, seed)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
@@ -93,12 +97,14 @@ class LlamaModel(LanguageModule):
         documents: Documents | None = None,
         cache: KVCache | None = None,
         weights: Tensor | None = None,
+        loss_options: Mapping[str, float] = NO_OPTIONS,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens, labels: int64 [B, S] of this process's part of each sample (zigzag under context parallelism).
 
         Last stage: fp32 losses [B, S] if labels are given, else this process's columns of the logits [B, S, V/tp]. With
         ``kernels.output_loss: fused`` and weights fp32 [B, S]: (sum of weighted losses, losses without gradient).
-        Other stages: hidden states for the next one.
+        ``loss_options``: keywords of the loss operator, as label_smoothing. Other stages: hidden states for the next
+        one.
         """
         mesh = self.groups.mesh
         if cache is None:
@@ -114,12 +120,20 @@ class LlamaModel(LanguageModule):
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         if labels is not None and self.numerics.kernels.output_loss != "separate":
-            return self._projection_and_loss(hidden_SBH, weight, labels, weights)
+            return self._projection_and_loss(hidden_SBH, weight, labels, weights, loss_options)
         logits_SBV, _bias = self.output_layer(hidden_SBH, weight=weight)
-        return logits_SBV.transpose(0, 1).contiguous() if labels is None else self._loss(logits_SBV, labels)
+        if labels is not None:
+            return self._loss(logits_SBV, labels, loss_options)
+        cap = self.model_config.output_softcap
+        return (cap * torch.tanh(logits_SBV / cap) if cap else logits_SBV).transpose(0, 1).contiguous()
 
     def _projection_and_loss(
-        self, hidden_SBH: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None
+        self,
+        hidden_SBH: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        loss_options: Mapping[str, float],
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Output projection and loss in one operator, which never holds all logits."""
         group = self.pg_collection.tp
@@ -129,6 +143,8 @@ class LlamaModel(LanguageModule):
                 hidden_SBH, tensor_parallel_output_grad=False, group=group
             )
         options: dict[str, Any] = {
+            **loss_options,
+            "softcap": self.model_config.output_softcap,
             "num_valid": self.num_valid_tokens,
             "group": group if self.groups.mesh.tp > 1 else None,
             "backend": self.numerics.kernels.cross_entropy,
@@ -139,15 +155,18 @@ class LlamaModel(LanguageModule):
             return total, losses_SB.t()
         return linear_cross_entropy(hidden_SBH, weight, labels.t(), **options).t()
 
-    def _loss(self, logits_SBV: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits_SBV: Tensor, labels: Tensor, loss_options: Mapping[str, float]) -> Tensor:
         """logits [S, B, V/tp], labels [B, S] → fp32 losses [B, S]; padding of the vocabulary takes no part."""
+        options: dict[str, Any] = dict(loss_options)
         losses_SB: Any = cross_entropy(
             logits_SBV,
             labels.t(),
             num_valid=self.num_valid_tokens,
             group=self.pg_collection.tp if self.groups.mesh.tp > 1 else None,
+            softcap=self.model_config.output_softcap,
             inplace_backward=True,  # nothing else reads the logits
             backend=self.numerics.kernels.cross_entropy,
+            **options,
         )
         return losses_SB.t()
 

@@ -50,7 +50,7 @@ def initial_rows(name: str, rows: Sequence[range], model: ModelConfig, seed: int
 
 @torch.no_grad()
 def initialize(chunk: nn.Module, model: ModelConfig, groups: Groups, seed: int) -> None:
-    """Fills all weights of a chunk: norms with 1, matrices with ``initial_rows``."""
+    """Fills all weights of a chunk: norms with 1, biases with 0, matrices with ``initial_rows``."""
     tp, tp_rank = groups.mesh.tp, groups.at.tp
     for name, parameter in canonical_parameters(chunk):
         kind = kind_of(name)
@@ -60,7 +60,10 @@ def initialize(chunk: nn.Module, model: ModelConfig, groups: Groups, seed: int) 
         dim = kind.piece_dim
         # megatron-core before 0.19 marks only shards that it initialized itself; unmarked, they drop out of the
         # gradient norm.
-        if not hasattr(parameter, "tensor_model_parallel"):
+        if kind.sharded_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+        if kind.role is Role.BIAS:
+            parameter.zero_()
+            continue
         values = initial_rows(name, kind.shard(parameter.shape[dim] * tp, tp, tp_rank), model, seed)
         parameter.copy_(values.t() if dim == 1 else values)

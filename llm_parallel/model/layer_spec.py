@@ -7,17 +7,19 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from llm_parallel.model.attention import CoreAttention, LlamaAttention
-from llm_parallel.model.modules import LlamaLayer, RMSNorm, SwiGLU
+from llm_parallel.model.modules import LlamaLayer, LlamaMLP, RMSNorm, SwiGLU
 
 
-def layer_spec() -> ModuleSpec:
-    """One Llama layer: norm, attention, residual, norm, MLP, residual."""
+def layer_spec(qk_norm: bool) -> ModuleSpec:
+    """One Llama layer: norm, attention, residual, norm, MLP, residual. ``qk_norm``: norms of each head's queries and
+    keys."""
+    head_norm = RMSNorm if qk_norm else IdentityOp
     attention = ModuleSpec(
         module=LlamaAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -25,12 +27,12 @@ def layer_spec() -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=CoreAttention,
             linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     mlp = ModuleSpec(
-        module=MLP,
+        module=LlamaMLP,
         submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear),
     )
     return ModuleSpec(
@@ -46,6 +48,6 @@ def layer_spec() -> ModuleSpec:
     )
 
 
-def block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
     """The layers of one model chunk and the norm after the last layer of the model."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(qk_norm)] * num_layers, layer_norm=RMSNorm)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from llm_parallel.config.tree import KernelsConfig, ModelConfig
 from llm_parallel.model.numerics import Numerics, Recompute
+from llm_parallel.model.rotary import attention_factor
 from llm_parallel.parallel.mesh import Mesh
 from llm_parallel.parallel.platform import Platform
 from llm_parallel.parallel.stages import Stages
@@ -29,6 +30,13 @@ class LlamaTransformerConfig(TransformerConfig):
     """What megatron-core hands to every module, with our choice of kernels."""
 
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    keys_to_the_left: int = -1
+    """Keys before its own that a query sees; -1: all."""
+    attention_softcap: float = 0.0
+    attention_scale: float | None = None
+    """Factor of the scores before the softmax; 1 / sqrt(head dim) if not given."""
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -70,6 +78,13 @@ def transformer_config(
     dtype = numerics.dtype
     return LlamaTransformerConfig(
         kernels=numerics.kernels,
+        keys_to_the_left=-1 if model.window_tokens is None else model.window_tokens - 1,
+        attention_softcap=model.attention_softcap,
+        attention_scale=attention_factor(model) ** 2 * model.kv_channels**-0.5,
+        add_qkv_bias=model.qkv_bias,
+        attention_output_bias=model.attention_output_bias,
+        mlp_bias=model.mlp_bias,
+        qk_layernorm=model.qk_norm,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,

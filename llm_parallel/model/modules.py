@@ -5,10 +5,12 @@ Shapes: S tokens, B samples, H hidden, F feed-forward width.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import checkpoint
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -50,6 +52,15 @@ class SwiGLU(MegatronModule):
         return swiglu(x_SBF, inplace_backward=True, backend=self.config.kernels.swiglu)
 
 
+class LlamaMLP(MLP):
+    """megatron-core's MLP, with biases as the model has them."""
+
+    def __init__(self, config: LlamaTransformerConfig, *arguments: Any, **named: Any) -> None:
+        config = copy(config)
+        config.add_bias_linear = config.mlp_bias
+        super().__init__(config, *arguments, **named)
+
+
 class LlamaLayer(TransformerLayer):
     """One layer: norm, attention, residual and norm in one pass, MLP, residual."""
 
@@ -62,7 +73,8 @@ class LlamaLayer(TransformerLayer):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [S, B, H], the residual stream → (the stream after this layer, no cross-attention context)."""
-        attended, _bias = self.self_attention(self.input_layernorm(hidden_states), info=packed_seq_params)
+        attended, bias = self.self_attention(self.input_layernorm(hidden_states), info=packed_seq_params)
+        attended = attended if bias is None else attended + bias
         normed, residual = self.pre_mlp_layernorm.of_sum(attended, hidden_states)
-        fed, _bias = checkpoint(self.mlp, False, normed) if self.recompute_mlp and self.training else self.mlp(normed)
-        return residual + fed, None
+        fed, bias = checkpoint(self.mlp, False, normed) if self.recompute_mlp and self.training else self.mlp(normed)
+        return residual + (fed if bias is None else fed + bias), None

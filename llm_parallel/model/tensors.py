@@ -24,6 +24,7 @@ class Role(Enum):
     NORM = "the scale of an RMSNorm"
     INPUT = "a matrix that reads the normalized residual stream"
     RESIDUAL = "a matrix whose output is added to the residual stream"
+    BIAS = "a vector that is added to a matrix's output"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class TensorKind:
 
     name: within its layer if ``in_layer``, else within the model; sharded_dim: the dimension that tensor-parallel ranks
     divide, None if each holds the whole; interleaved: matrices that stand one after the other along that dimension,
-    each of which is divided by itself; hf_names: the tensors of Hugging Face's Llama that it is made of, in order.
+    each of which is divided by itself; hf_names: the tensors of Hugging Face's Llama that it is made of, in order;
+    switch: the field of ``model`` that says whether a model has it, if not all do.
     """
 
     name: str
@@ -41,6 +43,13 @@ class TensorKind:
     hf_names: tuple[str, ...]
     interleaved: int = 1
     in_layer: bool = True
+    switch: str | None = None
+
+    def exists(self, model: ModelConfig) -> bool:
+        """Whether a model has such tensors. A tied output projection is the embedding."""
+        if self.name == "output_layer.weight" and model.tie_embeddings:
+            return False
+        return self.switch is None or bool(getattr(model, self.switch))
 
     @property
     def piece_dim(self) -> int:
@@ -63,19 +72,23 @@ class TensorKind:
     def shape(self, model: ModelConfig, vocabulary: int | None = None) -> tuple[int, ...]:
         """Shape of the whole tensor. ``vocabulary``: rows of the padded vocabulary, if not the model's own."""
         if self.role is Role.NORM:
-            return (model.hidden_size,)
+            return (model.kv_channels if self.switch == "qk_norm" else model.hidden_size,)
         if self.role is Role.VOCABULARY:
             rows = vocabulary or model.vocab_size
             assert rows is not None, "the vocabulary is taken from the tokenizer before the model is built"
             return (rows, model.hidden_size)
         heads = model.num_attention_heads * model.kv_channels
         groups = model.num_query_groups * model.kv_channels
+        if self.role is Role.BIAS and self.sharded_dim is None:
+            return (model.hidden_size,)
         along = {
-            "self_attention.linear_qkv.weight": heads + 2 * groups,
-            "self_attention.linear_proj.weight": heads,
-            "mlp.linear_fc1.weight": 2 * model.ffn_hidden_size,
-            "mlp.linear_fc2.weight": model.ffn_hidden_size,
-        }[self.name]
+            "self_attention.linear_qkv": heads + 2 * groups,
+            "self_attention.linear_proj": heads,
+            "mlp.linear_fc1": 2 * model.ffn_hidden_size,
+            "mlp.linear_fc2": model.ffn_hidden_size,
+        }[self.name.rpartition(".")[0]]
+        if self.role is Role.BIAS:
+            return (along,)
         return (model.hidden_size, along) if self.sharded_dim == 1 else (along, model.hidden_size)
 
 
@@ -89,10 +102,35 @@ TENSORS = (
         0,
         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     ),
+    TensorKind(
+        "self_attention.linear_qkv.bias",
+        Role.BIAS,
+        0,
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        switch="qkv_bias",
+    ),
+    TensorKind("self_attention.q_layernorm.weight", Role.NORM, None, ("self_attn.q_norm.weight",), switch="qk_norm"),
+    TensorKind("self_attention.k_layernorm.weight", Role.NORM, None, ("self_attn.k_norm.weight",), switch="qk_norm"),
     TensorKind("self_attention.linear_proj.weight", Role.RESIDUAL, 1, ("self_attn.o_proj.weight",)),
+    TensorKind(
+        "self_attention.linear_proj.bias",
+        Role.BIAS,
+        None,
+        ("self_attn.o_proj.bias",),
+        switch="attention_output_bias",
+    ),
     TensorKind("pre_mlp_layernorm.weight", Role.NORM, None, ("post_attention_layernorm.weight",)),
     TensorKind("mlp.linear_fc1.weight", Role.INPUT, 0, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), interleaved=2),
+    TensorKind(
+        "mlp.linear_fc1.bias",
+        Role.BIAS,
+        0,
+        ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+        interleaved=2,
+        switch="mlp_bias",
+    ),
     TensorKind("mlp.linear_fc2.weight", Role.RESIDUAL, 1, ("mlp.down_proj.weight",)),
+    TensorKind("mlp.linear_fc2.bias", Role.BIAS, None, ("mlp.down_proj.bias",), switch="mlp_bias"),
     TensorKind("decoder.final_layernorm.weight", Role.NORM, None, ("model.norm.weight",), in_layer=False),
     TensorKind("output_layer.weight", Role.VOCABULARY, 0, ("lm_head.weight",), in_layer=False),
 )
@@ -120,14 +158,13 @@ def is_matrix_of_layer(name: str) -> bool:
 
 
 def all_names(model: ModelConfig) -> Iterator[str]:
-    """Canonical names of all tensors, layer by layer. A tied output projection is the embedding."""
-    inside = [kind for kind in TENSORS if kind.in_layer]
+    """Canonical names of all tensors, layer by layer."""
+    present = [kind for kind in TENSORS if kind.exists(model)]
+    inside = [kind for kind in present if kind.in_layer]
     yield EMBEDDING.name
     for layer in range(model.num_layers):
         yield from (kind.canonical_name(layer) for kind in inside)
-    for kind in TENSORS[1:]:
-        if not kind.in_layer and not (kind is OUTPUT and model.tie_embeddings):
-            yield kind.name
+    yield from (kind.name for kind in present[1:] if not kind.in_layer)
 
 
 def canonical_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

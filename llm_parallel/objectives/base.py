@@ -51,6 +51,10 @@ class Objective(Protocol):
         """Whether the model may sum losses by the batch's weights itself, as the fused output loss does. Only where the
         gradient of each label's loss is its weight."""
 
+    @property
+    def loss_options(self) -> Mapping[str, float]:
+        """Keywords of the loss operator, as ``label_smoothing``; empty where the output must be -log p."""
+
     def prepare(self, models: Mapping[str, Any], batches: Sequence[Batch]) -> Sequence[Batch]:
         """The micro batches of a step with what has to be known of all of them before the first."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class DPO:
     reads: tuple[str, ...] = ("reference",)
     statistics: tuple[str, ...] = ("accuracy", "chosen_reward", "rejected_reward")
     weighted_in_model: bool = False
+    loss_options: Mapping[str, float] = field(default_factory=dict)
 
     def prepare(self, models: Mapping[str, Any], batches: Sequence[Batch]) -> Sequence[Batch]:
         """The batches as they are."""

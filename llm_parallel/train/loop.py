@@ -138,10 +138,10 @@ def going_on(run: Run, watch: Watch) -> Iterator[None]:
 
 
 def run_evaluation(run: Run) -> float:
-    """Held-out loss per unit of the objective (nats per token), recorded; NaN if nothing is held out."""
+    """Held-out loss in nats per token, recorded; NaN if nothing is held out."""
     if not run.held_out:
         return math.nan
-    loss, tokens = evaluate(run.engine.network, run.objective, run.held_out)
+    loss, tokens = evaluate(run.engine.network, run.evaluation, run.held_out)
     run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, run.config.train.eval_samples, tokens))
     return loss
 

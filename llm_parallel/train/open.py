@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_parallel.checkpoint.load import load_checkpoint, refuse_damaged
@@ -44,16 +44,22 @@ def policy_alone(config: RunConfig, groups: Groups) -> Models:
     return {POLICY: policy_engine(config, groups)}
 
 
+def likelihood(config: RunConfig) -> Objective:
+    """Next-token prediction as a run configuration wants it."""
+    return Likelihood(label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss)
+
+
 @dataclass(frozen=True)
 class Method:
-    """What a run trains: what a step minimises, with which models, and on what."""
+    """What a run trains: what a step minimises, with which models, on what; and how held-out data is judged."""
 
-    objective: Objective
+    objective: Callable[[RunConfig], Objective] = likelihood
+    evaluation: Objective = field(default_factory=Likelihood)
     models: Callable[[RunConfig, Groups], Models] = policy_alone
     feed: Callable[[RunConfig, Groups, int], Feed] = TokenFeed
 
 
-PRETRAINING = Method(Likelihood())
+PRETRAINING = Method()
 
 
 def open_run(
@@ -87,7 +93,8 @@ def open_run(
     with ExitStack() as opened:  # what runs in threads must end if the rest of this fails
         feed = method.feed(config, groups, state.consumed_samples)
         opened.callback(feed.close)
-        check_feed(method.objective, feed)
+        objective = method.objective(config)
+        check_feed(objective, feed)
         metrics = open_metrics(
             place.rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
         )
@@ -99,7 +106,8 @@ def open_run(
             config=config,
             layout=layout,
             models=models,
-            objective=method.objective,
+            objective=objective,
+            evaluation=method.evaluation,
             feed=feed,
             held_out=held_out,
             store=store,

@@ -40,15 +40,16 @@ class Place:
 class Run:
     """Everything that one process of a run holds.
 
-    models: by name, the trained one is ``policy``; objective, feed: what a step minimises, and on what; held_out: micro
-    batches for evaluation; asked_to_stop: whether this process was; started_s: when the run began, by the monotonic
-    clock of this process.
+    models: by name, the trained one is ``policy``; objective, feed: what a step minimises, and on what; evaluation,
+    held_out: the same for held-out data; asked_to_stop: whether this process was; started_s: when the run began, by
+    the monotonic clock of this process.
     """
 
     config: RunConfig
     layout: Layout
     models: Models
     objective: Objective
+    evaluation: Objective
     feed: Feed
     held_out: list[Batch]
     store: CheckpointStore

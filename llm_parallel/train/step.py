@@ -83,7 +83,13 @@ def _terms(objective: Objective, groups: Groups, batch: Batch, output: Output) -
 def _forward(objective: Objective, groups: Groups, iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
     batch = next(iterator)
     weights = batch.weights if objective.weighted_in_model else None
-    output = chunk(batch.tokens, labels=batch.labels, documents=batch.documents, weights=weights)
+    output = chunk(
+        batch.tokens,
+        labels=batch.labels,
+        documents=batch.documents,
+        weights=weights,
+        loss_options=objective.loss_options,
+    )
     return output, partial(_terms, objective, groups, batch)
 
 

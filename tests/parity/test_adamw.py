@@ -29,7 +29,7 @@ def our_losses(rank: int, world_size: int, folder: str) -> list[float]:
     from llm_parallel.parallel.groups import open_groups
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.parallel.platform import open_platform
-    from llm_parallel.train.open import PRETRAINING, policy_engine
+    from llm_parallel.train.open import likelihood, policy_engine
     from llm_parallel.train.step import apply_gradient, forward_backward
 
     torch.set_num_threads(2)
@@ -48,7 +48,7 @@ def our_losses(rank: int, world_size: int, folder: str) -> list[float]:
         tokens = tokens_of(step)
         rows = [tokens[row : row + 1] for row in range(ROWS)]
         batches = [Batch(row[:, :-1], row[:, 1:], torch.ones(1, LENGTH)) for row in rows]
-        outcome = forward_backward(engine, PRETRAINING.objective, batches)
+        outcome = forward_backward(engine, likelihood(config), batches)
         apply_gradient(engine, outcome, LR, CLIP)
         losses.append(outcome.loss)
     return losses
