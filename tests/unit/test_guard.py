@@ -82,7 +82,7 @@ def test_state_carries_the_decision_through_a_restart() -> None:
 
 
 def test_a_healthy_rise_after_a_smooth_window_is_no_spike() -> None:
-    """As a small model shows after 40 steps: a norm that hardly moved rises by a third. Ten times is a spike."""
+    """What a small model shows after 40 steps: a norm that hardly moved rises by a third. Ten times is a spike."""
     guard = Guard(GuardConfig())
     for step in range(40):
         guard.judge(5.0 - 0.01 * step, 1.0 + 0.002 * (step % 3))
