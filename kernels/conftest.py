@@ -22,7 +22,7 @@ if importlib.util.find_spec("hypothesis") is None:  # a lent GPU machine may hav
     sys.modules["hypothesis.strategies"] = absent.strategies
 
 from llm_kernels import dispatch
-from llm_kernels.guard import Traffic, guard
+from llm_kernels.memory_checker import Traffic, check_memory_accesses
 from llm_kernels.testing import SUMMARY
 
 
@@ -37,7 +37,7 @@ def checked() -> Iterator[Traffic | None]:
             yield None
         else:
             dispatch.backend_for(torch.empty(0), "triton")
-            with guard() as traffic:
+            with check_memory_accesses() as traffic:
                 yield traffic
     finally:
         torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])

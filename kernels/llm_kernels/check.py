@@ -18,8 +18,8 @@ import torch
 from llm_kernels import dispatch
 from llm_kernels.aot import OPERATORS
 from llm_kernels.benchmark import Benchmark, Shape
-from llm_kernels.guard import Traffic, guard
 from llm_kernels.measure import said
+from llm_kernels.memory_checker import Traffic, check_memory_accesses
 from llm_kernels.testing import compare, default_device
 
 
@@ -38,7 +38,7 @@ def check(operator: str, shape: Shape | None = None) -> str | None:
         for dtype in benchmark.dtypes:
             torch.manual_seed(0)
             inputs = benchmark.make(shape or benchmark.small, dtype, device)
-            with nullcontext() if device.type == "cuda" else guard() as traffic:
+            with nullcontext() if device.type == "cuda" else check_memory_accesses() as traffic:
                 if benchmark.inplace:
                     _compare_inplace(ours, peer, inputs, traffic)
                 else:
@@ -70,7 +70,7 @@ def traffic(operator: str) -> Iterator[tuple[str, int, int]]:
     dtype = benchmark.dtypes[0]
     inputs = benchmark.make(benchmark.small, dtype, device)
     least = benchmark.bytes_moved(benchmark.small, dtype)
-    with guard() as counted:
+    with check_memory_accesses() as counted:
         counted.reachable = lambda: inputs
         out = benchmark.providers["ours"]()(*inputs)
         forward = counted.bytes_loaded + counted.bytes_stored

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="the interpreter is triton's")
 import triton
 import triton.language as tl
 
-from llm_kernels.guard import Race, Traffic, guard
+from llm_kernels.memory_checker import Race, Traffic, check_memory_accesses
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: kernels are not interpreted")
 
@@ -123,7 +123,7 @@ def test_an_integer_that_does_not_fit_is_an_error(by: int) -> None:
 @interpreted
 def test_bytes_are_counted(checked: Traffic | None) -> None:
     x, out = torch.ones(100), torch.empty(100)
-    with guard() as traffic:
+    with check_memory_accesses() as traffic:
         _copy_kernel[(4,)](x, out, 100, SHIFT=0, BLOCK=32)
     assert torch.equal(x, out)
     assert (traffic.bytes_loaded, traffic.bytes_stored, traffic.launches) == (400, 400, 1)
@@ -160,7 +160,7 @@ def test_programs_run_in_a_random_order() -> None:
     orders = []
     for seed in range(3):
         counter, out = torch.zeros(1, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
-        with guard(seed=seed):
+        with check_memory_accesses(seed=seed):
             _order_kernel[(8,)](counter, out)
         orders.append(out.tolist())
     assert all(sorted(order) == list(range(8)) for order in orders) and len({str(order) for order in orders}) == 3

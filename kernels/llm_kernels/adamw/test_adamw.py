@@ -19,7 +19,7 @@ from llm_kernels.adamw import ref
 from llm_kernels.adamw.bench import BENCHMARK, NUMBERS
 from llm_kernels.adamw.op import Addresses, adamw_
 from llm_kernels.adamw.optimizer import FusedAdamW
-from llm_kernels.guard import Traffic
+from llm_kernels.memory_checker import Traffic
 from llm_kernels.testing import FACTOR, SUMMARY, default_device
 
 pytest.importorskip("triton", reason="the kernels need triton")

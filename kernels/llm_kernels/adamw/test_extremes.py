@@ -15,7 +15,7 @@ from llm_kernels.adamw.bench import NUMBERS
 from llm_kernels.adamw.op import adamw_
 from llm_kernels.adamw.optimizer import FusedAdamW
 from llm_kernels.adamw.ref import AdamWStep
-from llm_kernels.guard import Traffic
+from llm_kernels.memory_checker import Traffic
 from llm_kernels.testing import FACTOR, default_device
 
 pytest.importorskip("triton", reason="the kernels need triton")

@@ -15,7 +15,7 @@ from llm_kernels.cross_entropy import ref
 from llm_kernels.cross_entropy.bench import BENCHMARK
 from llm_kernels.cross_entropy.op import cross_entropy
 from llm_kernels.cross_entropy.ref import Terms
-from llm_kernels.guard import Traffic
+from llm_kernels.memory_checker import Traffic
 from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, random
 
 # numpy, which runs the interpreter, says so where a difference from the lowest number becomes infinite, as it should.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_kernels.guard import Traffic
+from llm_kernels.memory_checker import Traffic
 from llm_kernels.rms_norm import ref
 from llm_kernels.rms_norm.bench import BENCHMARK
 from llm_kernels.rms_norm.op import add_rms_norm, rms_norm

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_kernels.guard import Traffic
+from llm_kernels.memory_checker import Traffic
 from llm_kernels.rope import ref
 from llm_kernels.rope.bench import BENCHMARK
 from llm_kernels.rope.op import rope, rope_qkv_

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_kernels.guard import Traffic
+from llm_kernels.memory_checker import Traffic
 from llm_kernels.swiglu import ref
 from llm_kernels.swiglu.bench import BENCHMARK
 from llm_kernels.swiglu.op import swiglu

@@ -28,7 +28,7 @@ class Race(RuntimeError):
 
 @dataclass
 class Traffic:
-    """What the kernels under a guard moved: each masked-in element counts whenever it is touched."""
+    """What the kernels under the checker moved: each masked-in element counts whenever it is touched."""
 
     bytes_loaded: int = 0
     bytes_stored: int = 0
@@ -67,7 +67,7 @@ class _Allocation:
         self.updated = np.full(slots, _NOBODY, np.int32)
 
 
-class _Guard:
+class _Checker:
     def __init__(self, shuffle: bool, seed: int) -> None:
         self.shuffle, self.random = shuffle, random.Random(seed)
         self.traffic = Traffic()
@@ -157,7 +157,7 @@ def _tensors(arguments: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def guard(shuffle: bool = True, seed: int = 0) -> Iterator[Traffic]:
+def check_memory_accesses(shuffle: bool = True, seed: int = 0) -> Iterator[Traffic]:
     """Checks every interpreted kernel launched inside; yields the running count of what they moved.
 
     Raises MemoryFault or Race, inside Triton's InterpreterError.
@@ -165,7 +165,7 @@ def guard(shuffle: bool = True, seed: int = 0) -> Iterator[Traffic]:
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    state = _Guard(shuffle, seed)
+    state = _Checker(shuffle, seed)
     names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas", "set_grid_idx")
     saved = {name: getattr(builder, name) for name in names}
     saved_init = executor._init_args_hst
