@@ -50,7 +50,6 @@ def _gather_dkdv(
     first,
     keys,
     shift,
-    len_k,
     left,
     right,
     scale,
@@ -219,13 +218,13 @@ def _attention_bwd_dkdv_kernel(
     head = first_head.to(tl.int32)
     dk, dv = _gather_dkdv(
         dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_head_stride, SQ, q_offsets, dout_offsets, q_step,
-        dout_step, ranges, len_q, first, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head,
-        q_start, threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
+        dout_step, ranges, len_q, first, keys, shift, left, right, scale, softcap, keep_scale, seed, head, q_start,
+        threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
     )  # fmt: skip
     dk, dv = _gather_dkdv(
         dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_head_stride, SQ, q_offsets, dout_offsets, q_step,
-        dout_step, ranges, len_q, first, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head,
-        q_start, threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
+        dout_step, ranges, len_q, first, keys, shift, left, right, scale, softcap, keep_scale, seed, head, q_start,
+        threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
     )  # fmt: skip
     mask = (lanes < left_over)[:, None] & (cols < D)[None, :]
     dk_base = dk_ptr + batch * dk_batch_stride + group * dk_group_stride + key_row * dk_step
