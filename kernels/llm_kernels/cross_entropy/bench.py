@@ -1,4 +1,4 @@
-"""Cross entropy: real vocabularies, peers, minimal bytes and the configurations to compile ahead of time."""
+"""Cross entropy's benchmark: real vocabularies, peers, least bytes, and the configurations to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch import Tensor
 from llm_kernels.aot import AotCase
 from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 
-# Rows that exist after tensor parallelism: the whole vocabulary, and an eighth of Llama 3's.
-
 
 def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     labels = torch.randint(0, shape["words"], (shape["tokens"],), device=device)
@@ -22,8 +20,8 @@ def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 
 
 def _bytes(shape: Shape, dtype: torch.dtype) -> Work:
-    """Labels (8), loss, log-sum-exp, maximum and sum (4 each) per token besides the logits; backward labels, upstream
-    gradient, maximum and sum."""
+    """Least bytes. Besides the logits, forward moves per token the label (8), loss, log-sum-exp, maximum and sum (4
+    each); backward moves the label, upstream gradient, maximum and sum."""
     tokens, logits = shape["tokens"], shape["tokens"] * shape["words"] * dtype.itemsize
     return Work(logits + 24 * tokens, 2 * logits + 20 * tokens)
 
@@ -41,7 +39,7 @@ def _torch() -> Callable[..., Any]:
 def _liger() -> Callable[..., Any]:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    # Forward writes the gradient over the logits: like every peer, it needs logits of its own.
+    # Liger's forward overwrites the logits by the gradient, so it needs its own copy of them in every run.
     return lambda logits, labels: liger_cross_entropy(logits.clone(), labels, reduction="none")
 
 
@@ -70,7 +68,7 @@ BENCHMARK = Benchmark(
 )
 
 
-# (columns, words, dtype): GPT-2's vocabulary padded to 128 has a number of words that divides by nothing.
+# (columns, size of the vocabulary, dtype). 50,257 (GPT-2) is not a multiple of any vector width, padded or not.
 _COMPILED = (
     (128256, 128256, "bf16"),
     (32000, 32000, "bf16"),
@@ -83,7 +81,7 @@ _COMPILED = (
 
 
 def aot_cases(arch: int, compiled: Sequence[tuple[int, int, str]] = _COMPILED) -> list[AotCase]:
-    """Forward (alone and as one of several splits), backward and the join, for padded and for odd vocabularies."""
+    """Forward (finished by one split, or one of several), backward and the join, for padded and odd vocabularies."""
     from llm_kernels.cross_entropy.kernel import (
         _cross_entropy_bwd_kernel,
         _cross_entropy_fwd_kernel,
@@ -115,7 +113,7 @@ def aot_cases(arch: int, compiled: Sequence[tuple[int, int, str]] = _COMPILED) -
                 **shared, "dlosses_ptr": "*fp32", "dlse_ptr": None, "out_ptr": f"*{dtype}", "out_row_stride": columns,
                 "BLOCK": lanes * vec, "SMOOTH": smooth, "CAP": cap, "HAS_DLOSSES": True, "HAS_DLSE": False,
             }  # fmt: skip
-            # Label and its logit are read, four or five numbers written, 7 of a row in all.
+            # Narrow accesses, 7 of a row: the label and its logit are read, four or five numbers are written.
             case = AotCase(f"cross_entropy forward {tail}", _cross_entropy_fwd_kernel, forward, warps, 2, wants)
             cases.append(replace(case, narrow_allowed=7))
             cases.append(
