@@ -82,8 +82,8 @@ def _check(columns: Sequence[list[Tensor]]) -> list[int]:
     devices = [params[0].get_device()] * len(params)
     if state not in (torch.float32, torch.float64):
         raise ValueError(
-            f"params[0] is {state}; AdamW steps float32 (by torch also float64) parameters, and writes their bf16 or "
-            "fp16 copies, which are passed as low"
+            f"params[0] is {state}; AdamW steps float32 parameters (float64 too with the torch back end); bf16 or "
+            "fp16 copies of them are passed as low"
         )
     for name, column in zip(names, columns):
         if len(column) != len(params):
@@ -100,7 +100,7 @@ def _check(columns: Sequence[list[Tensor]]) -> list[int]:
             raise ValueError(f"{name}[{index}] is on {column[index].device}, params[0] on {device}")
         dtypes = {x.dtype for x in column}
         if len(dtypes) > 1:
-            raise ValueError(f"{name} mixes {' and '.join(sorted(map(str, dtypes)))}; one call takes one of them")
+            raise ValueError(f"{name} mixes {' and '.join(sorted(map(str, dtypes)))}; one call takes one dtype")
         if name in ("exp_avgs", "exp_avg_sqs") and dtypes != {state}:
             raise ValueError(f"{name}[0] is {column[0].dtype}; it must be {state} as the parameters are")
         if name != "grads" and torch.is_grad_enabled() and any(x.requires_grad for x in column):

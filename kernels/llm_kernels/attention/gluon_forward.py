@@ -343,14 +343,15 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, options: Options, arch: int) -> str
     and options, or None."""
     d = q.shape[-1]
     if arch != 90:
-        return f"backend = 'gluon' needs a GPU of compute capability 9.0 (H100, H200), {q.device} is none"
+        return f"backend = 'gluon' needs a GPU of compute capability 9.0 (H100, H200), {q.device} is not one"
     if d not in (64, 128, 256) or q.dtype not in (torch.bfloat16, torch.float16):
         return f"backend = 'gluon' takes bf16 and fp16 of head dim 64, 128 or 256, this is {q.dtype} of {d}"
     if options.left >= 0 or options.right > 0 or options.softcap > 0 or options.dropout_p > 0:
         return "backend = 'gluon' has no window, soft cap or dropout: use backend = 'triton'"
     if any(x.stride(-1) != 1 or _row_stride(x) == 0 or x.data_ptr() % 16 for x in (q, k, v)):
         strides = ", ".join(str(tuple(x.stride())) for x in (q, k, v))
-        return f"backend = 'gluon' wants rows apart, on 16 bytes and contiguous, q, k and v have strides {strides}"
+        wanted = "rows that do not overlap, begin at multiples of 16 bytes and are contiguous"
+        return f"backend = 'gluon' needs {wanted}; q, k and v have strides {strides}"
     return None
 
 

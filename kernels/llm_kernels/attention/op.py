@@ -65,7 +65,7 @@ class Segments:
                 ranges = sorted((x[first], x[first + 1]) for x in rows if x[0] == row and x[first] < x[first + 1])
                 for (_, end), (start, _) in zip([(0, 0), *ranges], [*ranges, (length, length)]):
                     if start < end or end > length:
-                        raise ValueError(f"{what} ranges {ranges} of row {row} overlap or leave 0..{length}")
+                        raise ValueError(f"{what} ranges {ranges} of row {row} overlap or exceed 0..{length}")
                 total += sum(end - start for start, end in ranges)
             covered.append(total == b * length)
         if any(not 0 <= x[0] < b or x[1] > x[2] or x[3] > x[4] for x in rows):
@@ -213,7 +213,9 @@ def _options(
     scale = d**-0.5 if scale is None else float(scale)
     dropout_p, seed = dropout
     if scale <= 0 or softcap < 0 or not 0 <= dropout_p < 1:
-        raise ValueError(f"scale = {scale}, softcap = {softcap}, dropout_p = {dropout_p}: need > 0, >= 0, in [0, 1)")
+        raise ValueError(
+            f"scale = {scale} must be > 0, softcap = {softcap} must be >= 0, dropout_p = {dropout_p} must be in [0, 1)"
+        )
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if dropout_p > 0 else 0
     return Options(scale, max(window[0], -1), 0 if causal else max(window[1], -1), softcap, dropout_p, seed)

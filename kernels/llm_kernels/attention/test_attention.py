@@ -379,7 +379,7 @@ def test_refuses_what_cannot_be() -> None:
         attention(q[:, :, :2], k, v, scale=0.0)
     with pytest.raises(ValueError, match="overlap"):
         Segments.from_rows([(0, 0, 3, 0, 2), (0, 2, 4, 2, 4)], 1, 4, 4, "cpu")
-    with pytest.raises(ValueError, match="overlap or leave"):
+    with pytest.raises(ValueError, match="overlap or exceed"):
         Segments.from_rows([(0, 0, 3, 0, 5)], 1, 4, 4, "cpu")
 
 

@@ -281,7 +281,7 @@ def test_proof_says_what_is_wrong() -> None:
 
 @pytest.mark.skipif(HOPPER, reason="this machine's GPU takes the kernels that others are refused")
 def test_other_machines_are_refused() -> None:
-    with pytest.raises(ValueError, match=f"compute capability 9.0 .*, {DEVICE} is none"):
+    with pytest.raises(ValueError, match=f"compute capability 9.0 .*, {DEVICE} is not one"):
         attention(*inputs_of(8, 8, 1, 1, 1, 64), backend="gluon")
 
 

@@ -93,8 +93,8 @@ def check_terms(terms: Terms, columns: int, what: str) -> None:
 def _check(logits: Tensor, labels: Tensor, terms: Terms) -> None:
     if logits.ndim == 0 or labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}; logits {tuple(logits.shape)} want int64 of all dims but "
-            "the last"
+            f"labels are {labels.dtype} {tuple(labels.shape)}; for logits {tuple(logits.shape)} they must be int64 "
+            f"{tuple(logits.shape[:-1])}"
         )
     check_terms(terms, logits.shape[-1], "columns of the logits")
 

@@ -70,7 +70,9 @@ def rope_qkv_(
 def _check(x: Tensor, dim: int, rotary_dim: int | None, table: RopeTable) -> None:
     tokens, rows, of_table = x.size(0), x.size(1), 2 * table.cos.size(1)
     if rotary_dim is None and of_table != dim:
-        raise ValueError(f"heads are {dim} wide, the table is for {of_table}; rotary_dim would say that some dims stay")
+        raise ValueError(
+            f"heads are {dim} wide, the table is for {of_table}; rotary_dim={of_table} would rotate the first dims only"
+        )
     if rotary_dim is not None and not of_table == rotary_dim <= dim:
         raise ValueError(f"rotary_dim = {rotary_dim}, but the table is for {of_table} and heads are {dim} wide")
     positions = table.token_positions
