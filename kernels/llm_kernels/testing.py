@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,37 @@ def far_apart(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, 
     storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=elements * dtype.itemsize)
     out = torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), tuple(strides))
     return out.copy_(random(*shape, dtype=dtype).detach())
+
+
+def cases_of(cases: Mapping[str, Sequence[Any]], quick: Collection[str]) -> list[Any]:
+    """pytest parameters, one set for every name, which is their id; those not in ``quick`` are marked slow."""
+    import pytest  # here, since benchmarks import this module on machines without pytest
+
+    assert set(quick) <= cases.keys(), set(quick) - cases.keys()
+    return [
+        pytest.param(*values, id=name, marks=() if name in quick else pytest.mark.slow)
+        for name, values in cases.items()
+    ]
+
+
+def grid(
+    names: Collection[str], *, bf16: Collection[str] | None = None, fp16: Collection[str] | None = None
+) -> list[Any]:
+    """pytest parameters (name, dtype) for every name in every dtype, those that repeat a proof marked slow.
+
+    Quick are all names in fp32, those of ``bf16`` (default: all) and those of ``fp16``; without ``fp16`` there are no
+    parameters in fp16. A kernel computes in fp16 as in bf16, in fp32, and differs only in the conversion where it loads
+    and stores, so one quick case in fp16 per operator is enough.
+    """
+    import pytest  # as above
+
+    quick = {torch.float32: names, torch.bfloat16: names if bf16 is None else bf16, torch.float16: fp16}
+    return [
+        pytest.param(name, dtype, id=f"{name}-{dtype}", marks=() if name in chosen else pytest.mark.slow)
+        for dtype, chosen in quick.items()
+        if chosen is not None
+        for name in names
+    ]
 
 
 def default_device() -> torch.device:
