@@ -1,4 +1,4 @@
-"""The repaired interpreter rounds and multiplies bf16 as torch does; the checker sees what it is there to see."""
+"""The repaired interpreter rounds and multiplies bf16 as torch does, and the memory checker finds faults."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _device_function_kernel(out_ptr, by, N: tl.constexpr):
 
 
 def bits(seed: int, count: int) -> torch.Tensor:
-    """bf16 numbers of all magnitudes and both signs, with values next to a rounding carry."""
+    """bf16 numbers of many magnitudes and both signs, the first of which carry into the exponent when rounded."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.randn(count, generator=generator) * 2.0 ** torch.randint(-20, 20, (count,), generator=generator)
     spread[:4] = torch.tensor([1.9921875, -1.9921875, 0.0, 255.0])
