@@ -20,7 +20,7 @@ class Llama:
     ffn: int
     heads: int
     groups: int
-    words: int
+    vocab_size: int
 
 
 LLAMAS = {

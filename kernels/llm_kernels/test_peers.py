@@ -137,11 +137,11 @@ def test_rope(heads: int, groups: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-3), (0.1, 1e-3)])
-@pytest.mark.parametrize(("tokens", "words"), [(17, 301), (8, 1024)], ids=["odd vocabulary", "power of two"])
-def test_cross_entropy(tokens: int, words: int, smoothing: float, z_loss: float) -> None:
+@pytest.mark.parametrize(("tokens", "vocab_size"), [(17, 301), (8, 1024)], ids=["odd vocabulary", "power of two"])
+def test_cross_entropy(tokens: int, vocab_size: int, smoothing: float, z_loss: float) -> None:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    labels = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(1)).to(default_device())
+    labels = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).to(default_device())
     labels[::5] = -100
     options = {"label_smoothing": smoothing, "z_loss": z_loss}
 
@@ -149,15 +149,15 @@ def test_cross_entropy(tokens: int, words: int, smoothing: float, z_loss: float)
         return LigerCrossEntropyFunction.apply(x * 1.0, labels, None, -100, z_loss, smoothing, "sum")[0]
 
     agree(lambda x: cross_entropy(x, labels, **options, backend="triton").sum(), theirs, [
-        random(tokens, words, dtype=torch.float32)
+        random(tokens, vocab_size, dtype=torch.float32)
     ])  # fmt: skip
 
 
 def test_linear_cross_entropy() -> None:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    tokens, columns, words = 24, 32, 200
-    labels = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(1)).to(default_device())
+    tokens, columns, vocab_size = 24, 32, 200
+    labels = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).to(default_device())
     labels[3] = -100
 
     def theirs(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -168,5 +168,8 @@ def test_linear_cross_entropy() -> None:
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, weight, labels, chunk_tokens=8, backend="triton").sum()
 
-    hidden, weight = random(tokens, columns, dtype=torch.float32), random(words, columns, dtype=torch.float32, seed=1)
+    hidden, weight = (
+        random(tokens, columns, dtype=torch.float32),
+        random(vocab_size, columns, dtype=torch.float32, seed=1),
+    )
     agree(ours, theirs, [hidden, weight])

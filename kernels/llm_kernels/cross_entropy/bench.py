@@ -15,14 +15,14 @@ from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 
 
 def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    labels = torch.randint(0, shape["words"], (shape["tokens"],), device=device)
-    return normal(shape["tokens"], shape["words"], dtype=dtype, device=device), labels
+    labels = torch.randint(0, shape["vocab_size"], (shape["tokens"],), device=device)
+    return normal(shape["tokens"], shape["vocab_size"], dtype=dtype, device=device), labels
 
 
 def _bytes(shape: Shape, dtype: torch.dtype) -> Work:
     """Least bytes. Besides the logits, forward moves per token the label (8), loss, log-sum-exp, maximum and sum (4
     each); backward moves the label, upstream gradient, maximum and sum."""
-    tokens, logits = shape["tokens"], shape["tokens"] * shape["words"] * dtype.itemsize
+    tokens, logits = shape["tokens"], shape["tokens"] * shape["vocab_size"] * dtype.itemsize
     return Work(logits + 24 * tokens, 2 * logits + 20 * tokens)
 
 
@@ -52,10 +52,10 @@ def _quack() -> Callable[..., Any]:
 BENCHMARK = Benchmark(
     name="cross_entropy",
     shapes=[
-        *sharded(lambda llama, tp: {"tokens": 8192, "words": llama.words // tp}),
-        {"name": "llama3, few tokens", "tokens": 64, "words": 128256},
+        *sharded(lambda llama, tp: {"tokens": 8192, "vocab_size": llama.vocab_size // tp}),
+        {"name": "llama3, few tokens", "tokens": 64, "vocab_size": 128256},
     ],
-    small={"name": "small", "tokens": 32, "words": 4096},
+    small={"name": "small", "tokens": 32, "vocab_size": 4096},
     make=_make,
     providers={
         "ours": _ours,
@@ -94,14 +94,14 @@ def aot_cases(arch: int, compiled: Sequence[tuple[int, int, str]] = _COMPILED) -
         **dict.fromkeys(("label_smoothing", "z_loss", "softcap", "inverse_cap"), "fp32"),
     }  # fmt: skip
     cases = []
-    for columns, words, dtype in compiled:
+    for columns, vocab_size, dtype in compiled:
         lanes, vec, warps = tile(columns, 2 if dtype == "bf16" else 4, columns % 16 == 0, arch)
         wants = frozenset({"wide"}) if columns % 16 == 0 else frozenset()
         shared: dict[str, Any] = {
             **terms, "logits_ptr": f"*{dtype}", "lse_ptr": "*fp32", "V": columns, "M": 8192,
-            "row_stride": columns, "num_valid": words,
+            "row_stride": columns, "num_valid": vocab_size,
         }  # fmt: skip
-        variants = [(False, False), (True, False), *([(False, True)] if words == 128256 else [])]
+        variants = [(False, False), (True, False), *([(False, True)] if vocab_size == 128256 else [])]
         for smooth, cap in variants:
             tail = f"V={columns} {dtype}{' smoothed' if smooth else ''}{' capped' if cap else ''}"
             split = -(-columns // (lanes * vec)) * lanes * vec
@@ -119,7 +119,7 @@ def aot_cases(arch: int, compiled: Sequence[tuple[int, int, str]] = _COMPILED) -
             cases.append(
                 AotCase(f"cross_entropy backward {tail}", _cross_entropy_bwd_kernel, backward, warps, 2, wants)
             )
-            if words == 128256:
+            if vocab_size == 128256:
                 outputs = dict.fromkeys(("losses_ptr", "lse_ptr", "saved_ptr"))
                 parts = {**forward, **outputs, "stats_ptr": "*fp32", "FINISH": False, "M": "i32"}
                 case = AotCase(f"cross_entropy statistics {tail}", _cross_entropy_fwd_kernel, parts, warps, 2, wants)

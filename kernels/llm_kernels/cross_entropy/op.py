@@ -47,7 +47,7 @@ def cross_entropy(
     """
     columns = logits.shape[-1] if logits.ndim else 0
     terms = Terms(
-        ref.first_word(columns, group), columns if num_valid is None else num_valid, ignore_index, label_smoothing,
+        ref.first_token_id(columns, group), columns if num_valid is None else num_valid, ignore_index, label_smoothing,
         z_loss, softcap,
     )  # fmt: skip
     _check(logits, labels, terms)

@@ -26,7 +26,7 @@ class Terms(NamedTuple):
     softcap: float = 0.0
 
 
-def first_word(columns: int, group: dist.ProcessGroup | None) -> int:
+def first_token_id(columns: int, group: dist.ProcessGroup | None) -> int:
     """The token id of this rank's first column."""
     return 0 if group is None else group.rank() * columns
 
@@ -56,9 +56,9 @@ def forward(
     else:  # a rank whose columns are all padding
         top = wide.new_full(labels.shape, lowest)
         target, total, gaps = top - torch.inf, top * 0.0, top * 0.0
-    words = torch.full_like(top, terms.num_valid)
+    columns = torch.full_like(top, terms.num_valid)
     if group is not None and group.size() > 1:
-        parts = torch.stack([top, total, target, *((gaps, words) if smooth else ())])
+        parts = torch.stack([top, total, target, *((gaps, columns) if smooth else ())])
         gathered = parts.new_empty(group.size(), *parts.shape)
         dist.all_gather_into_tensor(gathered.view(-1), parts.view(-1), group=group)
         top, target = gathered[:, 0].amax(0), gathered[:, 2].amax(0)
@@ -67,13 +67,13 @@ def forward(
         if smooth:
             counts = gathered[:, 4]
             gaps = (gathered[:, 3] + (counts * below).masked_fill(counts == 0, 0.0)).sum(0)
-            words = counts.sum(0)
+            columns = counts.sum(0)
     log_total = total.log()
     lse = top + log_total
     losses = log_total + (1.0 - terms.label_smoothing) * (top - target)
     if terms.z_loss:
         losses = losses + terms.z_loss * lse * lse
-    saved = torch.stack([top, total, *([terms.label_smoothing / words] if smooth else ())])
+    saved = torch.stack([top, total, *([terms.label_smoothing / columns] if smooth else ())])
     if smooth:
         losses = losses + saved[2] * gaps
     return losses.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0), saved
@@ -106,8 +106,8 @@ def gradient(
 
 def _capped(logits: Tensor, terms: Terms) -> tuple[Tensor, Tensor | None]:
     """The logits without padding in fp32 or fp64, capped if there is a cap; and the tanh of the cap, or None."""
-    words = logits[..., : terms.num_valid]
-    wide = words if words.dtype == torch.float64 else words.float()
+    valid = logits[..., : terms.num_valid]
+    wide = valid if valid.dtype == torch.float64 else valid.float()
     if not terms.softcap:
         return wide, None
     bent = (wide / terms.softcap).tanh_()

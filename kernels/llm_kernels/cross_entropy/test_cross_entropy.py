@@ -25,18 +25,18 @@ from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_devi
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 
-def labels_of(shape: tuple[int, ...], words: int, ignored: bool = False) -> Tensor:
-    labels = torch.randint(0, words, shape, generator=torch.Generator().manual_seed(0))
+def labels_of(shape: tuple[int, ...], vocab_size: int, ignored: bool = False) -> Tensor:
+    labels = torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(0))
     if ignored and labels.numel():
         labels.view(-1)[::3] = -100
     return labels.to(default_device())
 
 
-def peer(labels: Tensor, words: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Callable[[Tensor], Tensor]:
+def peer(labels: Tensor, vocab_size: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Callable[[Tensor], Tensor]:
     """The loss by torch's own operators; in fp64 it is the truth."""
 
     def run(logits: Tensor) -> Tensor:
-        valid = logits[..., :words].reshape(-1, words)
+        valid = logits[..., :vocab_size].reshape(-1, vocab_size)
         losses = F.cross_entropy(valid, labels.flatten(), reduction="none", label_smoothing=smoothing).view(
             labels.shape
         )
@@ -47,17 +47,17 @@ def peer(labels: Tensor, words: int, smoothing: float = 0.0, z_loss: float = 0.0
     return run
 
 
-def ours(labels: Tensor, words: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Callable[[Tensor], Tensor]:
-    options = {"num_valid": words, "label_smoothing": smoothing, "z_loss": z_loss}
+def ours(labels: Tensor, vocab_size: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Callable[[Tensor], Tensor]:
+    options = {"num_valid": vocab_size, "label_smoothing": smoothing, "z_loss": z_loss}
     return lambda logits: cross_entropy(logits, labels, **options, backend="triton")  # type: ignore[return-value,arg-type]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("columns", "words"), [(50, 50), (64, 50), (1, 1), (8, 3)])
-def test_reference_matches_fp64(columns: int, words: int, dtype: torch.dtype) -> None:
-    labels = labels_of((5, 3), words)
-    run = lambda x: ref.cross_entropy(x, labels, Terms(0, words))[0]  # noqa: E731
-    assert_matches(run, peer(labels, words), [random(5, 3, columns, dtype=dtype)])
+@pytest.mark.parametrize(("columns", "vocab_size"), [(50, 50), (64, 50), (1, 1), (8, 3)])
+def test_reference_matches_fp64(columns: int, vocab_size: int, dtype: torch.dtype) -> None:
+    labels = labels_of((5, 3), vocab_size)
+    run = lambda x: ref.cross_entropy(x, labels, Terms(0, vocab_size))[0]  # noqa: E731
+    assert_matches(run, peer(labels, vocab_size), [random(5, 3, columns, dtype=dtype)])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -97,9 +97,9 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
 @pytest.mark.parametrize(("case", "dtype"), grid(SHAPES, fp16=["padding"]))
 def test_kernel(case: str, dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
-    shape, columns, words = SHAPES[case]
-    labels = labels_of(shape, words)
-    run = ours(labels, words), peer(labels, words), peer(labels, words)
+    shape, columns, vocab_size = SHAPES[case]
+    labels = labels_of(shape, vocab_size)
+    run = ours(labels, vocab_size), peer(labels, vocab_size), peer(labels, vocab_size)
     compare("cross_entropy/plain", *run, [random(*shape, columns, dtype=dtype)])
 
 
@@ -115,9 +115,9 @@ TERMS = {
 @pytest.mark.parametrize(("case", "dtype"), grid(TERMS, bf16=["both, one split", "both, several splits"], fp16=[]))
 def test_kernel_terms(case: str, dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
-    tokens, columns, words, smoothing, z_loss = TERMS[case]
-    labels = labels_of((tokens,), words, ignored=True)
-    arguments = labels, words, smoothing, z_loss
+    tokens, columns, vocab_size, smoothing, z_loss = TERMS[case]
+    labels = labels_of((tokens,), vocab_size, ignored=True)
+    arguments = labels, vocab_size, smoothing, z_loss
     run = ours(*arguments), peer(*arguments), peer(*arguments)
     compare("cross_entropy/smoothing, z-loss, ignored", *run, [random(tokens, columns, dtype=dtype)])
 
@@ -143,24 +143,24 @@ def test_soft_cap(dtype: torch.dtype) -> None:
 @settings(max_examples=15, deadline=None)
 @given(
     tokens=st.integers(1, 20),
-    words=st.integers(8, 300),  # with fewer, all gradients may be near 0, and any rounding is large beside them
+    vocab_size=st.integers(8, 300),  # with fewer, all gradients may be near 0, and any rounding is large beside them
     padding=st.sampled_from([0, 1, 8, 300]),
     gap=st.sampled_from([0, 1, 16]),
     smoothing=st.sampled_from([0.0, 0.1]),
     dtype=st.sampled_from(list(TOLERANCE)),
 )
-def test_any_shape_and_stride(tokens: int, words: int, padding: int, gap: int, smoothing: float, dtype) -> None:
+def test_any_shape_and_stride(tokens: int, vocab_size: int, padding: int, gap: int, smoothing: float, dtype) -> None:
     """Rows may have gaps between them, and padding may hold NaN."""
     pytest.importorskip("triton", reason="the kernels need triton")
-    labels = labels_of((tokens,), words, ignored=True)
-    columns = words + padding
+    labels = labels_of((tokens,), vocab_size, ignored=True)
+    columns = vocab_size + padding
     garbage = torch.zeros(columns + gap, dtype=dtype, device=labels.device)
-    garbage[words:] = torch.nan
+    garbage[vocab_size:] = torch.nan
 
     def view(op: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: op((x + garbage.to(x.dtype))[:, :columns])
 
-    run = ours(labels, words, smoothing), peer(labels, words, smoothing), peer(labels, words, smoothing)
+    run = ours(labels, vocab_size, smoothing), peer(labels, vocab_size, smoothing), peer(labels, vocab_size, smoothing)
     compare("cross_entropy/strided", *map(view, run), [random(tokens, columns + gap, dtype=dtype)])
 
 
@@ -202,7 +202,7 @@ def test_gradient_over_the_logits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("ignore_index", [0, 5])
-def test_ignored_label_may_be_a_word(ignore_index: int, backend: str) -> None:
+def test_ignored_label_may_be_a_token_id(ignore_index: int, backend: str) -> None:
     """A case of Liger's: ignore_index is a token id of the vocabulary, which still counts in the losses of tokens with
     other labels."""
     labels = labels_of((30,), 8)
@@ -214,7 +214,7 @@ def test_ignored_label_may_be_a_word(ignore_index: int, backend: str) -> None:
     def theirs(x: Tensor) -> Tensor:
         return F.cross_entropy(x, labels, ignore_index=ignore_index, label_smoothing=0.1, reduction="none")
 
-    compare("cross_entropy/ignored word", ours, theirs, theirs, [random(30, 8, dtype=torch.float32)])
+    compare("cross_entropy/ignored token id", ours, theirs, theirs, [random(30, 8, dtype=torch.float32)])
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -231,14 +231,14 @@ def test_mean_over_no_token(backend: str) -> None:
 def test_largest_vocabulary_and_turned_rows() -> None:
     """Cases of QuACK and Transformer Engine: 262,144 columns, as Gemma has, and logits [S, B, V] read as [B, S, V]."""
     pytest.importorskip("triton", reason="the kernels need triton")
-    for shape, words in (((1, 1), 262144), ((3, 2), 1000)):
-        labels = labels_of(shape[::-1], words)
+    for shape, vocab_size in (((1, 1), 262144), ((3, 2), 1000)):
+        labels = labels_of(shape[::-1], vocab_size)
 
         def turned(op: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda x: op(x.transpose(0, 1))
 
-        run = map(turned, (ours(labels, words), peer(labels, words), peer(labels, words)))
-        compare("cross_entropy/turned", *run, [random(*shape, words, dtype=torch.bfloat16)])
+        run = map(turned, (ours(labels, vocab_size), peer(labels, vocab_size), peer(labels, vocab_size)))
+        compare("cross_entropy/turned", *run, [random(*shape, vocab_size, dtype=torch.bfloat16)])
 
 
 @pytest.mark.parametrize("tokens", [3, 40])

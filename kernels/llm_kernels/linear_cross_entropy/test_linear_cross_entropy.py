@@ -28,18 +28,18 @@ Op = Callable[[Tensor, Tensor], Tensor]
 SCALE = 0.2
 
 
-def labels_of(shape: tuple[int, ...], words: int, ignored: bool) -> Tensor:
-    labels = torch.randint(0, words, shape, generator=torch.Generator().manual_seed(0))
+def labels_of(shape: tuple[int, ...], vocab_size: int, ignored: bool) -> Tensor:
+    labels = torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(0))
     if ignored:
         labels.view(-1)[::3] = -100
     return labels.to(default_device())
 
 
-def unfused(labels: Tensor, words: int, smoothing: float, z_loss: float) -> Op:
+def unfused(labels: Tensor, vocab_size: int, smoothing: float, z_loss: float) -> Op:
     """torch's operators one after the other; in fp64 they are the truth."""
 
     def run(hidden: Tensor, weight: Tensor) -> Tensor:
-        valid = F.linear(hidden * SCALE, weight)[..., :words].reshape(-1, words)
+        valid = F.linear(hidden * SCALE, weight)[..., :vocab_size].reshape(-1, vocab_size)
         losses = F.cross_entropy(valid, labels.flatten(), reduction="none", label_smoothing=smoothing).view(
             labels.shape
         )
@@ -72,30 +72,30 @@ ALL_TERMS = [name for name in CASES if name.endswith("all terms")]
 @pytest.mark.parametrize(("case", "dtype"), grid(CASES, bf16=ALL_TERMS, fp16=["one slice, all terms"]))
 def test_recomputing(case: str, dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
-    shape, hidden, columns, words, chunk, smoothing, z_loss = CASES[case]
-    labels = labels_of(shape, words, ignored=smoothing > 0)
-    options = {"num_valid": words, "label_smoothing": smoothing, "z_loss": z_loss, "chunk_tokens": chunk}
+    shape, hidden, columns, vocab_size, chunk, smoothing, z_loss = CASES[case]
+    labels = labels_of(shape, vocab_size, ignored=smoothing > 0)
+    options = {"num_valid": vocab_size, "label_smoothing": smoothing, "z_loss": z_loss, "chunk_tokens": chunk}
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy(x * SCALE, weight, labels, **options, backend="triton")
 
-    peer = unfused(labels, words, smoothing, z_loss)
+    peer = unfused(labels, vocab_size, smoothing, z_loss)
     compare("linear_cross_entropy/recomputing", ours, peer, peer, inputs_of(shape, hidden, columns, dtype))
 
 
 @pytest.mark.parametrize(("case", "dtype"), grid(CASES, bf16=ALL_TERMS, fp16=["one slice, all terms"]))
 def test_weighted(case: str, dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
-    shape, hidden, columns, words, chunk, smoothing, z_loss = CASES[case]
-    labels = labels_of(shape, words, ignored=smoothing > 0)
+    shape, hidden, columns, vocab_size, chunk, smoothing, z_loss = CASES[case]
+    labels = labels_of(shape, vocab_size, ignored=smoothing > 0)
     weights = torch.rand(shape, generator=torch.Generator().manual_seed(3)).to(labels.device)
-    options = {"num_valid": words, "label_smoothing": smoothing, "z_loss": z_loss, "chunk_tokens": chunk}
+    options = {"num_valid": vocab_size, "label_smoothing": smoothing, "z_loss": z_loss, "chunk_tokens": chunk}
 
     def ours(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weighted_linear_cross_entropy(x * SCALE, weight, labels, weights, **options, backend="triton")
 
     def peer(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        losses = unfused(labels, words, smoothing, z_loss)(x, weight)
+        losses = unfused(labels, vocab_size, smoothing, z_loss)(x, weight)
         return (losses * weights).sum(), losses.detach()
 
     compare("linear_cross_entropy/weighted", ours, peer, peer, inputs_of(shape, hidden, columns, dtype))
@@ -128,21 +128,21 @@ def test_bias_and_soft_cap(weighted: bool, dtype: torch.dtype) -> None:
 @settings(max_examples=10, deadline=None)
 @given(
     tokens=st.integers(1, 12),
-    words=st.integers(8, 400),
+    vocab_size=st.integers(8, 400),
     padding=st.integers(0, 200),
     chunk=st.integers(1, 15),
     dtype=st.sampled_from(list(TOLERANCE)),
 )
-def test_any_chunk(tokens: int, words: int, padding: int, chunk: int, dtype: torch.dtype) -> None:
+def test_any_chunk(tokens: int, vocab_size: int, padding: int, chunk: int, dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
-    labels = labels_of((tokens,), words, ignored=False)
+    labels = labels_of((tokens,), vocab_size, ignored=False)
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
-        options = {"num_valid": words, "chunk_tokens": chunk}
+        options = {"num_valid": vocab_size, "chunk_tokens": chunk}
         return linear_cross_entropy(x * SCALE, weight, labels, **options, backend="triton")  # type: ignore[arg-type]
 
-    peer = unfused(labels, words, 0.0, 0.0)
-    compare("linear_cross_entropy/any chunk", ours, peer, peer, inputs_of((tokens,), 16, words + padding, dtype))
+    peer = unfused(labels, vocab_size, 0.0, 0.0)
+    compare("linear_cross_entropy/any chunk", ours, peer, peer, inputs_of((tokens,), 16, vocab_size + padding, dtype))
 
 
 def test_reference_gradcheck() -> None:
@@ -205,7 +205,7 @@ def _assert_as_predicted(rows: dict[str, tuple[int, int, int, int]], shape: benc
     for name, (peak, expected, _, flops) in rows.items():
         print(f"{name}: peak {peak / 1e6:.2f} MB, closed form {expected / 1e6:.2f} MB")
         assert abs(peak / expected - 1) < 0.02, (name, peak, expected)
-        product = 2 * shape["tokens"] * shape["hidden"] * shape["words"]
+        product = 2 * shape["tokens"] * shape["hidden"] * shape["vocab_size"]
         assert flops == product * (4 if name == "ours" else 3)
 
 
@@ -224,7 +224,7 @@ def test_peak_memory_with_data(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
     monkeypatch.setattr("llm_kernels.linear_cross_entropy.op.CHUNK_BYTES", 1 << 18)
     monkeypatch.setattr("llm_kernels.linear_cross_entropy.op.WEIGHTED_CHUNK_TOKENS", 128)
-    shape = {"tokens": 256, "hidden": 96, "words": 512}
+    shape = {"tokens": 256, "hidden": 96, "vocab_size": 512}
     gc.collect()
     gc.freeze()  # bench.Watch collects garbage at every large tensor: not to look at all older objects saves seconds
     try:
