@@ -305,7 +305,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 def test_compiled_loop_exponentiates_while_the_product_runs(tmp_path: Path) -> None:
     """ptxas keeps the order of the source and does not spill: all exponentials of a tile lie between the wait for its
     scores and the wait for the product of the tile before. FlashAttention 4's loop, compiled here, has 475 instructions
