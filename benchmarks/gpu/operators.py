@@ -17,8 +17,8 @@ ORDER = ("rms_norm", "swiglu", "rope", "cross_entropy", "adamw", "attention", "l
 # What a rehearsal changes of an operator's small shape so that interpreting it takes a second.
 TINY: dict[str, dict[str, Any]] = {
     "rms_norm": {"tokens": 32}, "swiglu": {"tokens": 4, "width": 256}, "rope": {"heads": 2, "groups": 1},
-    "cross_entropy": {"tokens": 4, "words": 512}, "adamw": {"parameters": 8 * 1024}, "attention": {"tokens": 32},
-    "linear_cross_entropy": {"words": 256},
+    "cross_entropy": {"tokens": 4, "vocab_size": 512}, "adamw": {"parameters": 8 * 1024}, "attention": {"tokens": 32},
+    "linear_cross_entropy": {"vocab_size": 256},
 }  # fmt: skip
 # Real sizes with fewer tokens: attention in fp64 holds its whole matrix of scores.
 CORRECTNESS_TOKENS = 2048

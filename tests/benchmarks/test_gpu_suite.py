@@ -242,7 +242,7 @@ def test_shapes_are_those_of_the_models() -> None:
     ]  # fmt: skip
     assert [(s["heads"], s["groups"]) for s in operators.shapes_of("rope", False)] == [(32, 8), (8, 1)]
     assert [s["width"] for s in operators.shapes_of("swiglu", False)] == [14336, 28672 // 8]
-    assert [s["words"] for s in operators.shapes_of("cross_entropy", False)] == [128256, 128256 // 8]
+    assert [s["vocab_size"] for s in operators.shapes_of("cross_entropy", False)] == [128256, 128256 // 8]
     turns = operators.in_turns(operators.ORDER, False)
     assert [name for name, _ in turns[: len(operators.ORDER)]] == list(operators.ORDER)
 

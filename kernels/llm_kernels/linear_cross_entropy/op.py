@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llm_kernels import dispatch
 from llm_kernels.cross_entropy.op import TERMS, check_terms, group_name
-from llm_kernels.cross_entropy.ref import Terms, first_word
+from llm_kernels.cross_entropy.ref import Terms, first_token_id
 from llm_kernels.linear_cross_entropy import ref
 
 # Bytes of logits that exist at once, where chunk_tokens is not given: a product of 1,046 x 128,256 fills a GPU.
@@ -120,7 +120,7 @@ def _terms(
     rest: tuple[int, float, float, float],
 ) -> Terms:
     columns = weight.shape[0]
-    terms = Terms(first_word(columns, group), columns if num_valid is None else num_valid, *rest)
+    terms = Terms(first_token_id(columns, group), columns if num_valid is None else num_valid, *rest)
     check_terms(terms, columns, "rows of the weight")
     return terms
 

@@ -1,4 +1,4 @@
-"""SwiGLU: real shapes, peers, minimal bytes and the configurations to compile ahead of time."""
+"""SwiGLU's benchmark: shapes of real models, peers, least bytes, and the configurations to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ BENCHMARK = Benchmark(
 
 
 def aot_cases(arch: int) -> list[AotCase]:
-    """Forward and backward at the models' widths and at an odd one."""
+    """Forward and backward at the widths of the models and at an odd one."""
     from llm_kernels.swiglu.kernel import BLOCK, NUM_WARPS, _swiglu_bwd_kernel, _swiglu_fwd_kernel
 
     cases = []

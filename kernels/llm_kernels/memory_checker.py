@@ -1,8 +1,9 @@
-"""A memory checker over Triton's interpreter: bounds, races between programs, program order, and bytes moved.
+"""Checks every memory access of interpreted kernels: bounds, races between programs, and bytes moved.
 
-Only tensors passed to a kernel (also inside tuples and descriptors) may be touched. Programs of a grid run one by one
-in an order that can be shuffled; an element that one program stores must not be loaded or stored by another, unless
-both go through atomics. Races inside a program are Triton's own business and are not seen, nor is memory ordering.
+A kernel may touch only the tensors that were passed to it (also inside tuples and descriptors). The programs of a grid
+run one after another, in a shuffled order, so that results that depend on the order show. An element that one program
+stores must not be loaded or stored by another program of the same launch, unless both use atomics. Races inside a
+program and the order of memory operations are not checked.
 """
 
 from __future__ import annotations
@@ -28,23 +29,25 @@ class Race(RuntimeError):
 
 @dataclass
 class Traffic:
-    """What the kernels under a guard moved: each masked-in element counts whenever it is touched."""
+    """What checked kernels have moved. An element counts every time it is accessed, unless the mask leaves it out."""
 
     bytes_loaded: int = 0
     bytes_stored: int = 0
     atomics: int = 0
     launches: int = 0
     reachable: Callable[[], Iterable[Any]] = tuple
-    """Tensors that kernels reach by addresses in a table instead of by arguments, asked for at every launch."""
+    """Called at every launch: the tensors that the kernel reaches by addresses in a table, not by arguments."""
 
 
-# A storage of so many bytes is one of testing.far_apart, most of which is never touched: only its bounds are checked.
+# Storages from this size on come from testing.far_apart. A table of their elements would not fit in memory, and most
+# of them are never touched, so only their bounds are checked.
 _HUGE = 1 << 30
 
 
 @dataclass
 class _Allocation:
-    """One storage: who stored, loaded or atomically updated each byte-aligned element, by program number."""
+    """One storage: the number of the program that stored, loaded or atomically updated each 2-byte slot, or _NOBODY, or
+    _SEVERAL."""
 
     start: int
     end: int
@@ -54,7 +57,7 @@ class _Allocation:
 
     @property
     def huge(self) -> bool:
-        """Whether it is too large for a table."""
+        """Whether it is too large for tables of its slots."""
         return self.end - self.start >= _HUGE
 
     def __post_init__(self) -> None:
@@ -67,7 +70,7 @@ class _Allocation:
         self.updated = np.full(slots, _NOBODY, np.int32)
 
 
-class _Guard:
+class _Checker:
     def __init__(self, shuffle: bool, seed: int) -> None:
         self.shuffle, self.random = shuffle, random.Random(seed)
         self.traffic = Traffic()
@@ -76,14 +79,14 @@ class _Guard:
         self.order: list[int] = []
 
     def begin(self, tensors: list[Any]) -> None:
-        """Before the first program of a launch."""
+        """Called before the first program of a launch, with the tensors that the launch may touch."""
         self.traffic.launches += 1
         self.order = []
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
         self.allocations = [_Allocation(start, start + size) for start, size in storages.items() if size]
 
     def enter(self, x: int, y: int, z: int, grid: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Which program runs now."""
+        """Called before program (x, y, z); returns the program that runs instead of it, another one if shuffled."""
         number = (x * grid[1] + y) * grid[2] + z
         if self.shuffle:
             if not self.order:
@@ -157,15 +160,16 @@ def _tensors(arguments: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def guard(shuffle: bool = True, seed: int = 0) -> Iterator[Traffic]:
-    """Checks every interpreted kernel launched inside; yields the running count of what they moved.
+def check_memory_accesses(shuffle: bool = True, seed: int = 0) -> Iterator[Traffic]:
+    """Checks every interpreted kernel that is launched inside the ``with`` block; yields the counts of what they move.
 
-    Raises MemoryFault or Race, inside Triton's InterpreterError.
+    shuffle: run the programs of a launch in an order drawn from ``seed``. Raises MemoryFault or Race, wrapped in
+    Triton's InterpreterError.
     """
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    state = _Guard(shuffle, seed)
+    state = _Checker(shuffle, seed)
     names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas", "set_grid_idx")
     saved = {name: getattr(builder, name) for name in names}
     saved_init = executor._init_args_hst
