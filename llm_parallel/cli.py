@@ -120,11 +120,12 @@ def plan(
     """Predict step time, memory and cost of every layout of a model on a cluster; the best first."""
     from llm_parallel.errors import UserError
     from llm_parallel.planner import command as planner
+    from llm_parallel.planner.published import command as published
 
     if validate:
-        raise typer.Exit(planner.validate_command(rows, json))
+        raise typer.Exit(published.validate_command(rows, json))
     if refit:
-        raise typer.Exit(planner.refit_command(refit))
+        raise typer.Exit(published.refit_command(refit))
     if calibrate:
         from llm_parallel.planner.calibrate import calibrate_command
 
@@ -404,7 +405,8 @@ def bench_step(
     min_ratio: Annotated[float, typer.Option(help="Least speed relative to the baseline.")] = 0.95,
 ) -> None:
     """Time a training step: of one device beside its peers, or of a whole layout, split by tp, cp, dp, bubble …"""
-    from llm_parallel.bench.step import Request, step_command
+    from llm_parallel.bench.step import step_command
+    from llm_parallel.bench.step import Request
 
     names = [name for name in providers.split(",") if name]
     command = " ".join(["llm-parallel", *sys.argv[1:]])

@@ -15,9 +15,9 @@ from rich.table import Table
 from llm_parallel.config.rules import check_config, num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
-from llm_parallel.planner.fit import clusters_with, predict
 from llm_parallel.planner.hardware import Cluster
-from llm_parallel.planner.rows import Row, read_rows
+from llm_parallel.planner.published.fit import clusters_with, predict
+from llm_parallel.planner.published.rows import Row, read_rows
 from llm_parallel.planner.search import Candidate, evaluate, fits
 from llm_parallel.planner.shapes import SOFTWARE_NAMES, shape_of, strategy_of
 

@@ -19,9 +19,9 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.goodput.closed_form import best_interval_s, goodput
 from llm_parallel.goodput.rates import Job, find_profile
-from llm_parallel.planner import validate
 from llm_parallel.planner.hardware import Cluster, cluster_names, load_cluster
 from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
+from llm_parallel.planner.published.scores import expected_error
 from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
 from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, shape_of, with_software
 from llm_parallel.planner.steptime import Model
@@ -104,7 +104,7 @@ def _trust(cluster: Cluster, software: str) -> str:
     """How far predictions for a cluster have been off."""
     if cluster.host is not None:
         return "How far such predictions are off on a CPU is measured by benchmarks/cpu_truth.py."
-    error, rows, of = validate.expected_error(cluster.chip.name.partition("-")[0], software == "nvidia")
+    error, rows, of = expected_error(cluster.chip.name.partition("-")[0], software == "nvidia")
     return (
         f"Expected error of the step time: {error:.1%}, mean on the {rows} published rows of this kind of chip {of} "
         "that no constant was fitted to (llm-parallel plan --validate)."
@@ -382,25 +382,3 @@ def as_data(item: Candidate, shape: Shape, cluster: Cluster) -> dict[str, Any]:
         "time_s": item.time.parts(),
         "memory_bytes": item.memory.by_kind(),
     }  # fmt: skip
-
-
-def validate_command(rows: str | None, out: str | None) -> int:
-    """``plan --validate``: prints how good the predictions are."""
-    found = validate.report(rows, print)
-    if out:
-        with atomic_write(out) as handle:
-            json.dump(found, handle, indent=1)
-    return 0
-
-
-def refit_command(target: str) -> int:
-    """``plan --refit``: fits the constants anew on the declared half and writes them."""
-    from llm_parallel.planner.fit import as_record, fit_chip
-    from llm_parallel.planner.rows import read_rows
-
-    rows, _ = read_rows()
-    records = {chip: as_record(fit_chip(chip, rows), rows, chip) for chip in validate.CHIPS}
-    with atomic_write(target) as handle:
-        json.dump(records, handle, indent=1)
-    print(f"written: {target}")
-    return 0

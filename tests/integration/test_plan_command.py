@@ -84,7 +84,7 @@ def test_the_users_cluster(tmp_path: Path) -> None:
 
 def test_validation_of_the_users_rows(tmp_path: Path) -> None:
     """A CSV with blanks: what can be predicted is, what can't is named."""
-    from llm_parallel.planner.rows import COLUMNS
+    from llm_parallel.planner.published.rows import COLUMNS
 
     known = {
         "source": "our cluster", "model": "Llama 3 8B", "layers": "32", "hidden": "4096", "heads": "32",

@@ -23,7 +23,8 @@ from llm_parallel.config.rules import num_processes
 from llm_parallel.errors import UserError
 from llm_parallel.planner.command import Request as PlanRequest
 from llm_parallel.planner.command import plan_command
-from llm_parallel.planner.hardware import DATA, load_cluster
+from llm_parallel.planner.hardware import load_cluster
+from llm_parallel.planner.published.rows import DATA
 from llm_parallel.planner.search import fits
 from llm_parallel.planner.shapes import shape_of
 

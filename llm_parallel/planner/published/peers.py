@@ -14,9 +14,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llm_parallel.planner.hardware import DATA
 from llm_parallel.planner.memory import ALLOWANCE, GIB, Memory, layer_activations, memory, memory_of_stage
-from llm_parallel.planner.rows import Row
+from llm_parallel.planner.published.rows import DATA, Row
 from llm_parallel.planner.shapes import Shape, Strategy
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 
 from llm_parallel.planner.hardware import Cluster, Constants, load_cluster
-from llm_parallel.planner.rows import Row
+from llm_parallel.planner.published.rows import Row
 from llm_parallel.planner.steptime import step_time
 
 MICRO_BATCHES = (1, 2, 4, 8)

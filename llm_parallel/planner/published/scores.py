@@ -10,11 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 from llm_parallel.errors import UserError
-from llm_parallel.planner.fit import clusters_with, family_of, is_fitted, predict
 from llm_parallel.planner.hardware import load_constants
 from llm_parallel.planner.memory import GIB
-from llm_parallel.planner.peers import printed_bytes, say_peers
-from llm_parallel.planner.rows import Refused, Row, read_rows
+from llm_parallel.planner.published.fit import clusters_with, family_of, is_fitted, predict
+from llm_parallel.planner.published.peers import printed_bytes, say_peers
+from llm_parallel.planner.published.rows import Refused, Row, read_rows
 
 CHIPS = ("A100", "H100")
 

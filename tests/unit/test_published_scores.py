@@ -7,11 +7,11 @@ from functools import cache
 
 import pytest
 
-from llm_parallel.planner.fit import PRIORS, family_of, is_fitted
 from llm_parallel.planner.hardware import load_constants
 from llm_parallel.planner.memory import ALLOWANCE, GIB
-from llm_parallel.planner.peers import memory_of_row
-from llm_parallel.planner.validate import (
+from llm_parallel.planner.published.fit import PRIORS, family_of, is_fitted
+from llm_parallel.planner.published.peers import memory_of_row
+from llm_parallel.planner.published.scores import (
     Scored,
     Trend,
     expected_error,
@@ -96,7 +96,7 @@ def test_a_wrong_constant_is_seen() -> None:
     """The targets can fail: with products a quarter faster they do."""
     from dataclasses import replace
 
-    from llm_parallel.planner.fit import log_errors
+    from llm_parallel.planner.published.fit import log_errors
 
     rows = [item.row for item in held_out("vTrain")]
     good = statistics.fmean(abs(error) for error in log_errors(rows, {}))

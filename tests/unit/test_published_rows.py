@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
-from llm_parallel.planner.hardware import DATA
-from llm_parallel.planner.rows import COLUMNS, Row, read_rows
-from llm_parallel.planner.validate import report, score_rows
+from llm_parallel.planner.published.rows import COLUMNS, DATA, Row, read_rows
+from llm_parallel.planner.published.scores import report, score_rows
 
 
 def records() -> list[dict[str, str]]:

@@ -7,13 +7,14 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from llm_parallel.errors import UserError
-from llm_parallel.planner.hardware import DATA
 from llm_parallel.planner.shapes import Shape, Strategy
 
+DATA = resources.files("llm_parallel.planner.published") / "data"
 COLUMNS = (
     "source", "model", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "gpus", "chip", "precision",
     "tp", "pp", "vpp", "cp", "dp_or_ep", "micro_batch", "global_batch", "recompute", "tflops_per_gpu",
