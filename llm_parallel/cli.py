@@ -406,7 +406,7 @@ def bench_step(
 ) -> None:
     """Time a training step: of one device beside its peers, or of a whole layout, split by tp, cp, dp, bubble …"""
     from llm_parallel.bench.step import step_command
-    from llm_parallel.bench.step import Request
+    from llm_parallel.bench.step_request import Request
 
     names = [name for name in providers.split(",") if name]
     command = " ".join(["llm-parallel", *sys.argv[1:]])

@@ -19,7 +19,7 @@ from llm_launch.local import available_cores, launch_local
 from llm_launch.worker import WorkerEnv, worker_environment
 from llm_parallel.bench.collectives import OPERATIONS, Sample, run_rank
 from llm_parallel.bench.environment import environment
-from llm_parallel.bench.gate import load_result, slower_than
+from llm_parallel.bench.gate import load_result, slower_than, write_result
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.platform import resolve_device
 
@@ -185,8 +185,6 @@ def report(request: Request, samples: Sequence[Sample], place: WorkerEnv, device
     }
     print(table(result))
     if request.out:
-        from llm_parallel.bench.step import write_result  # seconds of imports, which only a file needs
-
         try:
             write_result(Path(request.out), result)
         except OSError as error:

@@ -40,7 +40,7 @@ from llm_launch.slurm import SlurmJob
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than
 from llm_parallel.bench.layout_step import typical_split
-from llm_parallel.bench.step import label
+from llm_parallel.bench.step_request import label
 from llm_parallel.bench.suite import (
     Line,
     Reference,

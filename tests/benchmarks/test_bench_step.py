@@ -14,7 +14,8 @@ from torch import nn
 
 from llm_parallel.bench.clock import SplitClock
 from llm_parallel.bench.contenders import chosen, initial_hf_weights
-from llm_parallel.bench.step import Request, as_rows, label, one_process_config, table
+from llm_parallel.bench.step import as_rows, one_process_config, table
+from llm_parallel.bench.step_request import Request, label
 from llm_parallel.bench.turns import Finding
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
