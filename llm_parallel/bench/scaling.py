@@ -12,9 +12,9 @@ A sweep is a YAML file beside a run file:
         - {parallel.dp: 2, train.global_batch_size: 16}
     cluster: dgx-h100           # optional: what the planner predicts with, as --cluster
 
-A run may name what others published for it, ``reference`` (suite.py says what stands in one); benchmarks/suites has
-such sweeps. Started again it makes only the rows that its CSV lacks; several may write one CSV at a time, as the tasks
-of a SLURM array with ``--index``.
+A run may name what others published for it under ``reference``, whose fields published_references.py explains;
+benchmarks/suites has such sweeps. Started again, it makes only the rows that its CSV lacks; several processes may write
+one CSV at a time, as the tasks of a SLURM array do with ``--index``.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ from llm_launch.slurm import SlurmJob
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than
 from llm_parallel.bench.layout_step import typical_split
-from llm_parallel.bench.step_request import label
-from llm_parallel.bench.suite import (
+from llm_parallel.bench.published_references import (
     Line,
     Reference,
     check_layout,
@@ -51,6 +50,7 @@ from llm_parallel.bench.suite import (
     reference_of,
     slower_than_published,
 )
+from llm_parallel.bench.step_request import label
 from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig

@@ -13,10 +13,10 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.goodput import closed_form
 from llm_parallel.goodput.claims import deck_claims
-from llm_parallel.goodput.elastic import RECOVERIES_S, Worth, elastic_job, worth
+from llm_parallel.goodput.elastic_gain import RECOVERIES_S, Worth, elastic_job, worth
+from llm_parallel.goodput.published_checks import TOLERANCE, agreements, bounds, checks, without_inputs
 from llm_parallel.goodput.rates import HOUR_S, MONTH_S, POLICIES, Job, find_profile, llama3_causes
 from llm_parallel.goodput.simulate import simulate
-from llm_parallel.goodput.validate import TOLERANCE, agreements, bounds, checks, without_inputs
 
 WIDTH = 120
 """Columns of the output where it is no terminal."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_parallel.planner.memory import parameters_of_stage, stage_layers
-from llm_parallel.planner.schedule import order
+from llm_parallel.planner.pipeline_simulation import order
 from llm_parallel.planner.shapes import Shape, Strategy
 from llm_parallel.planner.sharing import IDLE, Op, share_cores
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from llm_parallel.planner.hardware import Cluster
 from llm_parallel.planner.host import host_step
 from llm_parallel.planner.memory import parameters_of_stage, stage_layers
-from llm_parallel.planner.schedule import Timeline, simulate
+from llm_parallel.planner.pipeline_simulation import Timeline, simulate
 from llm_parallel.planner.shapes import Shape, Strategy
 
 BACKWARD_FLASH = 2.5 / 0.8

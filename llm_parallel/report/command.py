@@ -10,10 +10,10 @@ from pathlib import Path
 from llm_parallel.bench.environment import commit
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.report.efficiency import read_sweep, sentence
 from llm_parallel.report.figures import Picture
 from llm_parallel.report.page import Section, render
 from llm_parallel.report.runs import read_runs
-from llm_parallel.report.scaling import read_sweep, sentence
 from llm_parallel.report.sections import runs_sections, scaling_section
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from llm_parallel.metrics.plots import smooth
+from llm_parallel.report.efficiency import Series
+from llm_parallel.report.pipeline_of_run import Schedule
 from llm_parallel.report.recovery import Life
 from llm_parallel.report.runs import TIME_PARTS, Run, steady, time_split
-from llm_parallel.report.scaling import Series
-from llm_parallel.report.schedule import Schedule
 
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llm_parallel.report.scaling import Point, Series
+from llm_parallel.report.efficiency import Point, Series
 
 CAUSES: Mapping[str, tuple[str, ...]] = {
     "compute": ("compute", "elementwise", "recompute", "host"),

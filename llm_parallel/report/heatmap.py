@@ -15,8 +15,8 @@ from llm_parallel.planner.memory import memory
 from llm_parallel.planner.search import fits, layouts
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.planner.steptime import step_time
+from llm_parallel.report.efficiency import Point, Series
 from llm_parallel.report.figures import Picture, new_figure
-from llm_parallel.report.scaling import Point, Series
 
 LARGEST = 8
 """Sizes of either axis that the planner fills in; measured ones are always drawn."""

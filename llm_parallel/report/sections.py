@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from llm_parallel.model.flops import CONVENTIONS
+from llm_parallel.report.efficiency import Series, sentence
 from llm_parallel.report.figures import (
     Picture,
     layout_map,
@@ -18,6 +19,7 @@ from llm_parallel.report.figures import (
 from llm_parallel.report.gap import causes_of, explained
 from llm_parallel.report.heatmap import heat_map
 from llm_parallel.report.page import Section
+from llm_parallel.report.pipeline_of_run import schedule_of
 from llm_parallel.report.recovery import Life, Recovery, life_of
 from llm_parallel.report.runs import (
     TIME_PARTS,
@@ -29,8 +31,6 @@ from llm_parallel.report.runs import (
     summarize,
     time_split,
 )
-from llm_parallel.report.scaling import Series, sentence
-from llm_parallel.report.schedule import schedule_of
 
 
 def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> list[Section]:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
-from llm_parallel.goodput import claims, closed_form, elastic, rates, validate
+from llm_parallel.goodput import claims, closed_form, elastic_gain, published_checks, rates
 from llm_parallel.goodput.command import Request, goodput_command, validate_command
 from llm_parallel.goodput.rates import HOUR_S, Job
 from llm_parallel.goodput.simulate import simulate
@@ -172,7 +172,7 @@ def test_claims_give_the_arithmetic_of_the_anchors() -> None:
 
 
 def test_published_figures_are_predicted_as_worked_out_by_hand() -> None:
-    found = {(check.system, check.figure): (check.published, check.predicted) for check in validate.checks()}
+    found = {(check.system, check.figure): (check.published, check.predicted) for check in published_checks.checks()}
     expected = {
         ("Meta RSC", "MTTF at 1,024 GPUs"): (7.9, 24 / (128 * 0.0065)),
         ("Meta RSC", "MTTF at 16,384 GPUs"): (1.8, 1.803),
@@ -188,8 +188,8 @@ def test_published_figures_are_predicted_as_worked_out_by_hand() -> None:
     assert found.keys() == expected.keys()
     for name, (published, predicted) in expected.items():
         assert found[name] == (published, pytest.approx(predicted, rel=1e-3)), name
-    assert [line.split(",")[0] for line in validate.bounds()] == ["Llama 3 405B", "MegaScale"]
-    assert any("ByteRobust" in line for line in validate.without_inputs())
+    assert [line.split(",")[0] for line in published_checks.bounds()] == ["Llama 3 405B", "MegaScale"]
+    assert any("ByteRobust" in line for line in published_checks.without_inputs())
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +265,7 @@ def test_elastic_recovery_is_the_formula_by_hand() -> None:
     job = Job(131_072, 0.0144)
     job = replace(job, interval_s=closed_form.best_interval_s(job.mtbf_s, job.write_s))
     assert job.mtbf_s == pytest.approx(1393, abs=1)
-    (gain,) = elastic.worth([job], 10.0)
+    (gain,) = elastic_gain.worth([job], 10.0)
     assert gain.elastic[1] == pytest.approx(1 - 8 / 1393, abs=1e-4)
     assert gain.elastic[0] == pytest.approx(1 - 6 / 1393, abs=1e-4)
     assert gain.simulated == pytest.approx(gain.elastic, rel=0.01)
@@ -275,13 +275,13 @@ def test_elastic_recovery_is_the_formula_by_hand() -> None:
 
 @given(gpus=st.integers(16, 131_072), step_s=st.floats(0.1, 120), recovery_s=st.floats(0.1, 60))
 def test_elastic_never_loses_more_than_a_step_and_the_recovery(gpus: int, step_s: float, recovery_s: float) -> None:
-    job = elastic.elastic_job(Job(gpus, 0.0144), step_s, recovery_s)
+    job = elastic_gain.elastic_job(Job(gpus, 0.0144), step_s, recovery_s)
     share = closed_form.goodput(job)
     assert 1 - (step_s + recovery_s) / job.mtbf_s <= share < 1 - 0.9 * recovery_s / (job.mtbf_s + recovery_s)
 
 
 def test_formula_and_simulation_agree_within_one_per_cent() -> None:
-    found = validate.agreements(seed=3)
+    found = published_checks.agreements(seed=3)
     assert len(found) == 16 and {one.name.split(", ")[1] for one in found} == {"restart", "wait", "shrink", "elastic"}
     for one in found:
         assert abs(one.difference) < 0.01, one.name
@@ -290,6 +290,6 @@ def test_formula_and_simulation_agree_within_one_per_cent() -> None:
 def test_validate_fails_where_they_differ(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert validate_command() == 0
     assert "agree within 1%" in capsys.readouterr().out
-    monkeypatch.setattr("llm_parallel.goodput.command.agreements", lambda: [validate.Agreement("x", 0.5, 0.51)])
+    monkeypatch.setattr("llm_parallel.goodput.command.agreements", lambda: [published_checks.Agreement("x", 0.5, 0.51)])
     assert validate_command() == 1
     assert "DISAGREE within 1%" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from llm_parallel.planner.memory import (
     parameters_of_stage,
     stage_layers,
 )
-from llm_parallel.planner.schedule import simulate
+from llm_parallel.planner.pipeline_simulation import simulate
 from llm_parallel.planner.shapes import Shape, Strategy
 
 GPT_175B = Shape(96, 12288, 96, 96, 4 * 12288, 51200, gated=False, dropout=True, tied=True, rotary=False)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_parallel.planner.schedule import order, simulate
+from llm_parallel.planner.pipeline_simulation import order, simulate
 from llm_parallel.planner.sharing import IDLE, Op, share_cores
 
 

@@ -17,12 +17,12 @@ from llm_parallel.planner.hardware import load_cluster
 from llm_parallel.planner.shapes import Shape, Strategy
 from llm_parallel.planner.steptime import step_time
 from llm_parallel.report.command import Request, report_command
+from llm_parallel.report.efficiency import read_sweep, sentence
 from llm_parallel.report.gap import causes_of, explained
 from llm_parallel.report.heatmap import Cell, cells_of, heat_map
+from llm_parallel.report.pipeline_of_run import schedule_of
 from llm_parallel.report.recovery import KINDS, life_of
 from llm_parallel.report.runs import different_work, loss_at, read_runs, summarize, time_split
-from llm_parallel.report.scaling import read_sweep, sentence
-from llm_parallel.report.schedule import schedule_of
 from llm_parallel.report.sections import _changes
 from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_run, write_sweep
 

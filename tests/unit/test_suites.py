@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llm_parallel.bench.scaling import Entry, Request, append_csv, read_sweep_file, scaling_command
-from llm_parallel.bench.suite import (
+from llm_parallel.bench.published_references import (
     Line,
     check_layout,
     predicted,
@@ -19,6 +18,7 @@ from llm_parallel.bench.suite import (
     slower_than_published,
     verdict,
 )
+from llm_parallel.bench.scaling import Entry, Request, append_csv, read_sweep_file, scaling_command
 from llm_parallel.config.rules import num_processes
 from llm_parallel.errors import UserError
 from llm_parallel.planner.command import Request as PlanRequest

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from llm_parallel.goodput import closed_form
 from llm_parallel.goodput.closed_form import kokolis_ettr
-from llm_parallel.goodput.elastic import elastic_job
+from llm_parallel.goodput.elastic_gain import elastic_job
 from llm_parallel.goodput.rates import POLICIES, Job, find_profile, published, published_rows
 from llm_parallel.goodput.simulate import simulate
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_parallel.planner.schedule import Timeline, simulate
+from llm_parallel.planner.pipeline_simulation import Timeline, simulate
 from llm_parallel.report.runs import Run, steady
 
 MOST_EVENTS = 3000
