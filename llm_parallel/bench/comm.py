@@ -9,7 +9,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llm_launch.worker import WorkerEnv, worker_environment
 from llm_parallel.bench.collectives import OPERATIONS, Sample, run_rank
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than, write_result
+from llm_parallel.bench.requests import CommRequest
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.platform import resolve_device
 
@@ -27,22 +28,6 @@ DEFAULT_SIZES = {"cpu": "8K:32M:8", "cuda": "8K:1G:4"}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 SAMPLE_S = 0.02
 """Seconds of calls in a row that give one time, so that the clock's reading does not count."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to measure. operations: all if empty; sizes: "8K,1M" or "8K:64M:4" (from, to, factor), the device's default
-    if None; processes: one per GPU, or 2 on a CPU, if None; out: prefix of the JSON and CSV files."""
-
-    operations: Sequence[str] = ()
-    sizes: str | None = None
-    processes: int | None = None
-    device: str = "auto"
-    rounds: int = 11
-    out: str | None = None
-    baseline: str | None = None
-    min_ratio: float = 0.95
-    command: str = field(default="llm-parallel bench comm", compare=False)
 
 
 @dataclass(frozen=True)
@@ -55,7 +40,7 @@ class Fit:
     """Mean of |fitted / measured - 1|."""
 
 
-def comm_command(request: Request) -> int:
+def comm_command(request: CommRequest) -> int:
     """Measures, prints a table, writes what was asked for. Exit status 1 if slower than the baseline allows.
 
     Under torchrun or srun this process is one of the ranks; else they are started here. Raises UserError.
@@ -88,7 +73,7 @@ def comm_command(request: Request) -> int:
     return report(request, samples, here, device)
 
 
-def plan_of(request: Request, device: str) -> dict[str, Any]:
+def plan_of(request: CommRequest, device: str) -> dict[str, Any]:
     """What the ranks are told. Raises UserError for an unknown operation, a bad size or no rounds."""
     unknown = [name for name in request.operations if name not in OPERATIONS]
     if unknown:
@@ -165,7 +150,7 @@ def _dot(first: Sequence[float], second: Sequence[float]) -> float:
     return math.fsum(one * other for one, other in zip(first, second))
 
 
-def report(request: Request, samples: Sequence[Sample], place: WorkerEnv, device: str) -> int:
+def report(request: CommRequest, samples: Sequence[Sample], place: WorkerEnv, device: str) -> int:
     """Prints, writes and gates what was measured."""
     backend = "nccl" if device == "cuda" else "gloo"
     rows = [as_row(sample, place.world_size, backend) for sample in samples]

@@ -23,7 +23,8 @@ from llm_launch.worker import worker_environment
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than, write_result
 from llm_parallel.bench.replicas import chosen_in_layout
-from llm_parallel.bench.step_request import LOSS_TOLERANCE, Request, label, peak_of, read_request
+from llm_parallel.bench.requests import StepRequest
+from llm_parallel.bench.step_request import LOSS_TOLERANCE, label, peak_of, read_request
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.indexed import write_index
@@ -40,7 +41,7 @@ SYNTHETIC_TOKENS = 1 << 22
 """At most so many random tokens are written; longer runs read them again."""
 
 
-def layout_command(request: Request) -> int:
+def layout_command(request: StepRequest) -> int:
     """Measures, prints, writes and gates. Exit status 1 if slower than the baseline allows, else that of the processes.
     Raises UserError for what can't be measured."""
     if worker_environment() is not None:
@@ -110,7 +111,7 @@ def passes(names: Sequence[str], rounds: int, device: str) -> list[tuple[list[st
     return [one for one in found if one[1]]
 
 
-def run_jobs(request: Request, config: RunConfig, layout: Layout, names: Sequence[str], rounds: int) -> int:
+def run_jobs(request: StepRequest, config: RunConfig, layout: Layout, names: Sequence[str], rounds: int) -> int:
     """Exit status of the processes of all ``names``, which leave what they find in the run folder."""
     folder = Path(config.run_dir)
     folder.mkdir()
@@ -130,7 +131,7 @@ def run_jobs(request: Request, config: RunConfig, layout: Layout, names: Sequenc
     )
 
 
-def layout_config(request: Request, folder: Path) -> tuple[int, RunConfig]:
+def layout_config(request: StepRequest, folder: Path) -> tuple[int, RunConfig]:
     """Number of processes and checked configuration, with all that a measurement must not do switched off and random
     tokens in ``folder`` where no data is named. Raises UserError."""
     config = read_request(request)
@@ -170,7 +171,7 @@ def write_random_tokens(prefix: Path, config: RunConfig) -> Path:
 
 
 def as_result(
-    request: Request, config: RunConfig, layout: Layout, jobs: Mapping[str, Job], peak: Peak
+    request: StepRequest, config: RunConfig, layout: Layout, jobs: Mapping[str, Job], peak: Peak
 ) -> dict[str, Any]:
     """What is written: a row for each provider in the format that ``bench.gate`` compares, and what it was measured
     on."""

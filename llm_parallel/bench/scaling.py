@@ -50,6 +50,7 @@ from llm_parallel.bench.published_references import (
     reference_of,
     slower_than_published,
 )
+from llm_parallel.bench.requests import ScalingRequest
 from llm_parallel.bench.step_request import label
 from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
@@ -64,21 +65,6 @@ from llm_parallel.train.preflight import with_vocabulary
 
 KEYS = {"base", "steps", "warmup", "repeats", "series", "cluster"}
 QUIET = ("log.tensorboard=false", "log.plots=false", "data.eval_fraction=0", "elastic.replicate_every_steps=0")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to run. index: only this row (from 0), as a task of an array; out: the CSV; cluster: description that the
-    planner predicts with; environment: of the process, which says whether it is a SLURM job."""
-
-    sweep: str
-    environment: Mapping[str, str]
-    out: str | None = None
-    index: int | None = None
-    dry_run: bool = False
-    cluster: str | None = None
-    baseline: str | None = None
-    min_ratio: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -146,7 +132,7 @@ def _silent(_: str) -> None:
     pass
 
 
-def scaling_command(request: Request) -> int:
+def scaling_command(request: ScalingRequest) -> int:
     """Runs what is missing; exit status 1 if a run failed, or is slower than the baseline or the published figure
     allows."""
     sweep = read_sweep_file(request.sweep)
@@ -176,7 +162,9 @@ def scaling_command(request: Request) -> int:
     return int(failed > 0)
 
 
-def _run_missing(sweep: Sweep, chosen: Sequence[int], out: Path, cluster: Cluster | None, request: Request) -> int:
+def _run_missing(
+    sweep: Sweep, chosen: Sequence[int], out: Path, cluster: Cluster | None, request: ScalingRequest
+) -> int:
     """Says and, but for a dry run, makes every chosen run that the CSV lacks; how many failed."""
     done = {row["key"] for row in read_csv(out)}
     failed = 0

@@ -17,7 +17,8 @@ from llm_parallel.bench.contenders import chosen
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than, write_result
 from llm_parallel.bench.layout_step import layout_command
-from llm_parallel.bench.step_request import LOSS_TOLERANCE, Request, label, peak_of, read_request
+from llm_parallel.bench.requests import StepRequest
+from llm_parallel.bench.step_request import LOSS_TOLERANCE, label, peak_of, read_request
 from llm_parallel.bench.turns import Finding, one_after_the_other, taking_turns
 from llm_parallel.config.rules import check_config, num_processes
 from llm_parallel.config.tree import RunConfig
@@ -33,7 +34,7 @@ MEMORY = {
 }
 
 
-def step_command(request: Request) -> int:
+def step_command(request: StepRequest) -> int:
     """Measures, prints a table, writes what was asked for. Exit status 1 if ours is slower than the baseline allows or
     a contender failed. Raises UserError for what can't be measured."""
     if request.rounds < 1 or request.steps < 1:
@@ -75,7 +76,7 @@ def step_command(request: Request) -> int:
     return failed
 
 
-def one_process_config(request: Request) -> RunConfig:
+def one_process_config(request: StepRequest) -> RunConfig:
     """The checked configuration of one process, with device and vocabulary filled in. Raises UserError."""
     config = read_request(request)
     if num_processes(config) != 1:

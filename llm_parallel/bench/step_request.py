@@ -3,11 +3,9 @@ processes) both need of it: the configuration, its label and the peak that MFU i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import torch
 
+from llm_parallel.bench.requests import StepRequest
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
@@ -18,27 +16,7 @@ from llm_parallel.train.preflight import with_vocabulary
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to measure. arguments: at most one run file, and overrides; providers: all if empty; rounds of ``steps``
-    timed steps each; trace: folder for a Chrome trace of each contender, or process; out: prefix of the JSON and CSV
-    files; baseline: JSON of an earlier run; processes: of a layout (layout_step.py), as the configuration says if None.
-    """
-
-    arguments: Sequence[str] = ()
-    model: str | None = None
-    providers: Sequence[str] = ()
-    rounds: int = 5
-    steps: int = 2
-    trace: str | None = None
-    out: str | None = None
-    baseline: str | None = None
-    min_ratio: float = 0.95
-    processes: int | None = None
-    command: str = field(default="llm-parallel bench step", compare=False)
-
-
-def read_request(request: Request) -> RunConfig:
+def read_request(request: StepRequest) -> RunConfig:
     """The configuration that a request names, with its vocabulary. Raises UserError."""
     files = [text for text in request.arguments if "=" not in text and not text.startswith("--")]
     overrides = [text for text in request.arguments if text not in files]

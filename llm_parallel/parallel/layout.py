@@ -50,7 +50,7 @@ class Layout:
         dp = parallel.dp or (world_size // model_size if world_size else 1)
         chunks = parallel.pp * parallel.vpp
         layers = parallel.stage_layers or (config.model.num_layers // chunks,) * chunks
-        sequence_parallel = parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
+        sequence_parallel = parallel.divides_sequence
         return cls(
             dp=dp,
             tp=parallel.tp,

@@ -21,7 +21,7 @@ from llm_parallel.data.loader import Batch, MicroBatchLoader
 from llm_parallel.errors import EXIT_STOPPED, UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis, EvalRecord, StepMeasurement, derive
-from llm_parallel.metrics.run import MetricsLike, World, open_metrics
+from llm_parallel.metrics.run import Metrics, World, open_metrics
 from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
 from llm_parallel.model.gpt import build_chunks
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights
@@ -49,7 +49,7 @@ class Run:
     guard: Guard
     loader: MicroBatchLoader
     held_out: list[Batch]
-    metrics: MetricsLike
+    metrics: Metrics
     basis: Basis
     asked_to_stop: Callable[[], bool]
     started_s: float

@@ -14,8 +14,9 @@ from torch import nn
 
 from llm_parallel.bench.clock import SplitClock
 from llm_parallel.bench.contenders import chosen, initial_hf_weights
+from llm_parallel.bench.requests import StepRequest
 from llm_parallel.bench.step import as_rows, one_process_config, table
-from llm_parallel.bench.step_request import Request, label
+from llm_parallel.bench.step_request import label
 from llm_parallel.bench.turns import Finding
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
@@ -28,7 +29,7 @@ SMALL = ("model.vocab_size=100", "data.seq_length_tokens=32", "train.global_batc
 
 
 def config(*overrides: str) -> RunConfig:
-    return one_process_config(Request([*SMALL, *overrides], model="debug"))
+    return one_process_config(StepRequest([*SMALL, *overrides], model="debug"))
 
 
 @pytest.mark.slow
@@ -144,14 +145,14 @@ def test_labels_tell_models_and_batches_apart() -> None:
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Request(["a.yaml", "b.yaml"]), "takes one run file"),
-        (Request(["train.steps=3"]), "needs a run file or --model"),
-        (Request(["parallel.tp=2", *SMALL], model="debug"), "parallel describes 2 processes"),
-        (Request(["device=cpu"], model="debug"), "model.vocab_size is not set"),
-        (Request(SMALL, model="llama5"), "model.preset"),
+        (StepRequest(["a.yaml", "b.yaml"]), "takes one run file"),
+        (StepRequest(["train.steps=3"]), "needs a run file or --model"),
+        (StepRequest(["parallel.tp=2", *SMALL], model="debug"), "parallel describes 2 processes"),
+        (StepRequest(["device=cpu"], model="debug"), "model.vocab_size is not set"),
+        (StepRequest(SMALL, model="llama5"), "model.preset"),
     ],
 )
-def test_bad_requests(request_: Request, words: str) -> None:
+def test_bad_requests(request_: StepRequest, words: str) -> None:
     with pytest.raises(UserError, match=words):
         one_process_config(request_)
 

@@ -10,8 +10,8 @@ import pytest
 
 from llm_parallel.bench.layout_step import PARTS, Job, as_row, layout_config, layout_table, passes, typical_split
 from llm_parallel.bench.replicas import chosen_in_layout
+from llm_parallel.bench.requests import StepRequest
 from llm_parallel.bench.rounds import order_of_turns
-from llm_parallel.bench.step_request import Request
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import flops_per_token
@@ -132,17 +132,20 @@ def test_typical_split() -> None:
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Request([*SMALL], model="debug", providers=["transformers"], processes=2), "transformers does not run in"),
+        (StepRequest([*SMALL], model="debug", providers=["transformers"], processes=2), "transformers does not run in"),
         (
-            Request([*SMALL, "parallel.tp=2"], model="debug", providers=["ddp"]),
+            StepRequest([*SMALL, "parallel.tp=2"], model="debug", providers=["ddp"]),
             "ddp knows data parallelism alone.*tp 2",
         ),
-        (Request([*SMALL, "data.packing=isolate"], model="debug", providers=["fsdp"], processes=2), "across documents"),
-        (Request([*SMALL, "parallel.tp=2"], model="debug", processes=3), "3"),
-        (Request([*SMALL, "train.rampup.start=2"], model="debug", processes=2), "rampup"),
+        (
+            StepRequest([*SMALL, "data.packing=isolate"], model="debug", providers=["fsdp"], processes=2),
+            "across documents",
+        ),
+        (StepRequest([*SMALL, "parallel.tp=2"], model="debug", processes=3), "3"),
+        (StepRequest([*SMALL, "train.rampup.start=2"], model="debug", processes=2), "rampup"),
     ],
 )
-def test_bad_requests(request_: Request, words: str, tmp_path: Path) -> None:
+def test_bad_requests(request_: StepRequest, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
         layout_config(request_, tmp_path)
 

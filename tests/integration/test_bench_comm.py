@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_parallel.bench.collectives import OPERATIONS, Call, measure, whole_size
-from llm_parallel.bench.comm import Request, bus_factor, comm_command, fit_line, parse_sizes
+from llm_parallel.bench.comm import bus_factor, comm_command, fit_line, parse_sizes
+from llm_parallel.bench.requests import CommRequest
 from llm_parallel.errors import UserError
 from tests.harness import run_ranks
 from tests.integration.commands import llm_parallel
@@ -148,13 +149,13 @@ def test_the_command_writes_and_gates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Request(["all_reduce", "gossip"]), "--ops gossip"),
-        (Request(sizes="8Q"), "--sizes '8Q'"),
-        (Request(processes=1), "--processes 1"),
-        (Request(rounds=0), "--rounds 0"),
-        (Request(baseline="nowhere.json"), "--baseline nowhere.json"),
+        (CommRequest(["all_reduce", "gossip"]), "--ops gossip"),
+        (CommRequest(sizes="8Q"), "--sizes '8Q'"),
+        (CommRequest(processes=1), "--processes 1"),
+        (CommRequest(rounds=0), "--rounds 0"),
+        (CommRequest(baseline="nowhere.json"), "--baseline nowhere.json"),
     ],
 )
-def test_bad_requests_are_named(request_: Request, words: str) -> None:
+def test_bad_requests_are_named(request_: CommRequest, words: str) -> None:
     with pytest.raises(UserError, match=words):
         comm_command(request_)

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from llm_parallel.errors import UserError
-from llm_parallel.planner.command import Request, plan_command
+from llm_parallel.planner.command import plan_command
 from llm_parallel.planner.hardware import DATA
+from llm_parallel.planner.request import PlanRequest
 from tests.integration.commands import Corpus, assert_refused, llm_parallel
 
 CLUSTER = ("--model", "llama2-70b", "--cluster", "dgx-h100", "--gpus", "256", "--global-batch", "1024", "--seq", "4096")
@@ -114,14 +115,14 @@ def test_bad_input(tmp_path: Path) -> None:
         llm_parallel("plan", *CLUSTER, "--precision", "fp8", "--cluster", "dgx-a100"), "has no 8-bit products"
     )
     with pytest.raises(UserError, match="--tokens nan must be over 0"):
-        plan_command(Request("llama2-7b", "dgx-h100", 8, 64, 4096, tokens=float("nan")))
+        plan_command(PlanRequest("llama2-7b", "dgx-h100", 8, 64, 4096, tokens=float("nan")))
     with pytest.raises(UserError, match="--price-per-gpu-hour -3 must be over 0"):
-        plan_command(Request("llama2-7b", "dgx-h100", 8, 64, 4096, price_per_gpu_hour=-3.0))
+        plan_command(PlanRequest("llama2-7b", "dgx-h100", 8, 64, 4096, price_per_gpu_hour=-3.0))
     unknown = tmp_path / "cluster.yaml"
     unknown.write_text((DATA / "dgx-h100.yaml").read_text().replace("constants: H100", "constants: B300"))
     with pytest.raises(UserError, match=r"chip\.constants 'B300' is none of A100, H100"):
-        plan_command(Request("llama2-7b", str(unknown), 8, 64, 4096))
-    assert plan_command(Request("llama2-7b", "dgx-h100", 8, 64, 4097)) == 1  # no half of it for a ring
+        plan_command(PlanRequest("llama2-7b", str(unknown), 8, 64, 4096))
+    assert plan_command(PlanRequest("llama2-7b", "dgx-h100", 8, 64, 4097)) == 1  # no half of it for a ring
     path = tmp_path / "rows.csv"
     path.write_text("source,model\nx,y\n")
     assert_refused(llm_parallel("plan", "--validate", "--rows", path), "has no column layers")
@@ -148,7 +149,7 @@ def test_bad_input(tmp_path: Path) -> None:
 )
 def test_an_impossible_layout_is_one_sentence(layout: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where it breaks several rules."""
-    asked = Request("llama2-70b", "dgx-h100x256", 8, 1024, 4096, explain=layout)
+    asked = PlanRequest("llama2-70b", "dgx-h100x256", 8, 1024, 4096, explain=layout)
     with pytest.raises(UserError) as caught:
         plan_command(asked)
     text = str(caught.value)

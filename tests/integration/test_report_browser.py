@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from llm_parallel.report.command import Request, report_command
+from llm_parallel.report.command import report_command
+from llm_parallel.report.request import ReportRequest
 from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, write_run, write_sweep
 from tests.unit.test_report import CONFIG_OF_A_SWEEP, predicted_sweep
 
@@ -86,7 +87,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_run(folder / "second", step_s=[0.15] * 200, config={**CONFIG, **PIPELINE}),
     ]
     sweep = write_sweep(folder / "sweep.csv", SWEEP)
-    assert report_command(Request([str(run) for run in runs], [str(sweep)], str(folder / "r.html"))) == 0
+    assert report_command(ReportRequest([str(run) for run in runs], [str(sweep)], str(folder / "r.html"))) == 0
     return folder / "r.html"
 
 
@@ -120,7 +121,7 @@ def test_gap_and_heat_map_are_seen(tmp_path: Path) -> None:
     """The table of causes and the map's fields are text within their figure."""
     rows = [{**row, "config": json.dumps(CONFIG_OF_A_SWEEP), "cluster": "dgx-a100"} for row in predicted_sweep("time/")]
     sweep = write_sweep(tmp_path / "sweep.csv", rows)
-    assert report_command(Request([], [str(sweep)], str(tmp_path / "r.html"))) == 0
+    assert report_command(ReportRequest([], [str(sweep)], str(tmp_path / "r.html"))) == 0
     seen = _look(tmp_path / "r.html", tmp_path)
     for words in ("lost per step on 4 processes", "optimizer with +250 ms", "TP 4", "PP 2", "1.6 s", "s predicted"):
         assert words in seen["text"], words

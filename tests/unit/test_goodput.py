@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
 from llm_parallel.goodput import claims, closed_form, elastic_gain, published_checks, rates
-from llm_parallel.goodput.command import Request, goodput_command, validate_command
+from llm_parallel.goodput.command import goodput_command, validate_command
 from llm_parallel.goodput.rates import HOUR_S, Job
+from llm_parallel.goodput.request import GoodputRequest
 from llm_parallel.goodput.simulate import simulate
 
 JOB = Job(16384, 0.0144, hardware_share=0.78, spare_nodes=4, replica_nodes=16, repair_s=6 * HOUR_S)
@@ -194,7 +195,7 @@ def test_published_figures_are_predicted_as_worked_out_by_hand() -> None:
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By formula and simulated alike in every row; the best interval is that of the formula."""
-    status = goodput_command(Request(gpus=1024, policy="wait", out=str(tmp_path / "good"), seed=5))
+    status = goodput_command(GoodputRequest(gpus=1024, policy="wait", out=str(tmp_path / "good"), seed=5))
     assert status == 0
     printed = capsys.readouterr().out
     assert "1,024 GPUs" in printed and "131,072" in printed and "419" in printed
@@ -208,12 +209,12 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("request_", "sizes"),
     [
-        (Request(policy="shrink", gpus=512, replica_gpus=64, spares=1), 12),  # from 64 GPUs on
-        (Request(rate_per_gpu_month=2.0, interval="600", write_s=0.0), 14),
-        (Request(profile="rsc2", policy="wait", gpus=992, spares=30, repair_h=4.0), 14),
+        (GoodputRequest(policy="shrink", gpus=512, replica_gpus=64, spares=1), 12),  # from 64 GPUs on
+        (GoodputRequest(rate_per_gpu_month=2.0, interval="600", write_s=0.0), 14),
+        (GoodputRequest(profile="rsc2", policy="wait", gpus=992, spares=30, repair_h=4.0), 14),
     ],
 )
-def test_formula_and_simulation_agree_in_every_row(request_: Request, sizes: int, tmp_path: Path) -> None:
+def test_formula_and_simulation_agree_in_every_row(request_: GoodputRequest, sizes: int, tmp_path: Path) -> None:
     assert goodput_command(replace(request_, out=str(tmp_path / "x"))) == 0
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert len(rows) == sizes
@@ -224,18 +225,18 @@ def test_formula_and_simulation_agree_in_every_row(request_: Request, sizes: int
 @pytest.mark.parametrize(
     ("request_", "word"),
     [
-        (Request(profile="rsc9"), "--profile rsc9"),
-        (Request(profile="rsc1", rate_per_gpu_month=1.0), "keep one"),
-        (Request(interval="often"), "--interval often"),
-        (Request(interval="-3"), "--interval -3"),
-        (Request(write_s=0.0), "--checkpoint-write-s 0"),
-        (Request(gpus=-8), "--gpus -8"),
-        (Request(step_s=0.0), "--step-s 0"),
-        (Request(gpus_per_node=0), "--gpus-per-node 0"),
-        (Request(gpus=64, policy="shrink", replica_gpus=128), "--replica-gpus 128"),
+        (GoodputRequest(profile="rsc9"), "--profile rsc9"),
+        (GoodputRequest(profile="rsc1", rate_per_gpu_month=1.0), "keep one"),
+        (GoodputRequest(interval="often"), "--interval often"),
+        (GoodputRequest(interval="-3"), "--interval -3"),
+        (GoodputRequest(write_s=0.0), "--checkpoint-write-s 0"),
+        (GoodputRequest(gpus=-8), "--gpus -8"),
+        (GoodputRequest(step_s=0.0), "--step-s 0"),
+        (GoodputRequest(gpus_per_node=0), "--gpus-per-node 0"),
+        (GoodputRequest(gpus=64, policy="shrink", replica_gpus=128), "--replica-gpus 128"),
     ],
 )
-def test_bad_requests_are_named(request_: Request, word: str) -> None:
+def test_bad_requests_are_named(request_: GoodputRequest, word: str) -> None:
     with pytest.raises(UserError, match=word.replace("-", r"\-")):
         goodput_command(request_)
 

@@ -18,13 +18,14 @@ from llm_parallel.bench.published_references import (
     slower_than_published,
     verdict,
 )
-from llm_parallel.bench.scaling import Entry, Request, append_csv, read_sweep_file, scaling_command
+from llm_parallel.bench.requests import ScalingRequest
+from llm_parallel.bench.scaling import Entry, append_csv, read_sweep_file, scaling_command
 from llm_parallel.config.rules import num_processes
 from llm_parallel.errors import UserError
-from llm_parallel.planner.command import Request as PlanRequest
 from llm_parallel.planner.command import plan_command
 from llm_parallel.planner.hardware import load_cluster
 from llm_parallel.planner.published.rows import DATA
+from llm_parallel.planner.request import PlanRequest
 from llm_parallel.planner.search import fits
 from llm_parallel.planner.shapes import shape_of
 
@@ -206,14 +207,14 @@ def test_a_finished_suite_is_held_against_what_was_published(
     append_csv(
         tmp_path / "suite.csv", {"key": entry.key, "tokens_per_s_per_gpu": rate, "step_time_s": 1, **layout, **work}
     )
-    assert scaling_command(Request(str(path), {})) == status
+    assert scaling_command(ScalingRequest(str(path), {})) == status
     shown = capsys.readouterr().out
     assert "already in" in shown and ("FAIL 0.94" if status else "pass 0.96") in shown
-    assert scaling_command(Request(str(path), {}, min_ratio=0.9)) == 0
+    assert scaling_command(ScalingRequest(str(path), {}, min_ratio=0.9)) == 0
 
 
 def test_a_dry_run_shows_predicted_beside_published(capsys: pytest.CaptureFixture[str]) -> None:
-    assert scaling_command(Request(str(SUITES / "h100.yaml"), {}, dry_run=True)) == 0
+    assert scaling_command(ScalingRequest(str(SUITES / "h100.yaml"), {}, dry_run=True)) == 0
     shown = capsys.readouterr().out
     for words in (
         "--index 0: llama2-7b, 32 processes",
@@ -237,15 +238,15 @@ def test_a_dry_run_shows_predicted_beside_published(capsys: pytest.CaptureFixtur
 )
 def test_what_cannot_run_is_refused_before_anything_runs(tmp_path: Path, run: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        scaling_command(Request(str(suite_of_one(tmp_path, **run)), {}, dry_run=True))
+        scaling_command(ScalingRequest(str(suite_of_one(tmp_path, **run)), {}, dry_run=True))
 
 
 def test_unknown_cluster_and_ratio_are_refused(tmp_path: Path) -> None:
     path = str(suite_of_one(tmp_path))
     with pytest.raises(UserError, match="--cluster dgx-b900 is unknown"):
-        scaling_command(Request(path, {}, cluster="dgx-b900", dry_run=True))
+        scaling_command(ScalingRequest(path, {}, cluster="dgx-b900", dry_run=True))
     with pytest.raises(UserError, match="--min-ratio"):
-        scaling_command(Request(path, {}, min_ratio=0.0, dry_run=True))
+        scaling_command(ScalingRequest(path, {}, min_ratio=0.0, dry_run=True))
 
 
 @pytest.mark.parametrize(
