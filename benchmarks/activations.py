@@ -83,10 +83,10 @@ def main() -> None:
     quiet_libraries()
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels are asked for on a CPU; on fake tensors none of them runs
     totals = {}
-    for kernels, words in CHOICES.items():
+    for kernels, title in CHOICES.items():
         found = saved_bytes(args.preset, args.seq, args.micro_batch, kernels)
         totals[kernels] = sum(found.values())
-        print(f"{args.preset}, one layer, {args.seq} tokens x {args.micro_batch}, bf16, {words}: ", end="")
+        print(f"{args.preset}, one layer, {args.seq} tokens x {args.micro_batch}, bf16, {title}: ", end="")
         print(f"{totals[kernels]:,} bytes ({totals[kernels] / (args.seq * args.micro_batch):,.0f} a token)")
         for what, size in found.most_common():
             print(f"    {size:>13,}  {what}")

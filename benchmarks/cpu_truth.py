@@ -38,7 +38,7 @@ MODEL = {
     "num_layers": 8, "hidden_size": 256, "ffn_hidden_size": 768, "num_attention_heads": 8, "num_query_groups": 8,
     "head_dim": 32, "max_seq_length_tokens": 256,
 }  # fmt: skip
-SEQ, BATCH, WORDS = 256, 8, 4096
+SEQ, BATCH, VOCAB = 256, 8, 4096
 STEPS, WARMUP = 9, 3
 COLLECTIVES, SIZES = "all_reduce,all_gather,reduce_scatter,send_recv", "64,4K:16M:8"
 TRIES, MOST_FOREIGN = 2, 0.05
@@ -125,11 +125,11 @@ def prepare(folder: Path) -> Path:
     text.mkdir(exist_ok=True)
     for source in sorted(Path(os.__file__).parent.glob("[a-p]*.py")):
         (text / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8", errors="ignore"))
-    run(["prepare", str(text), "--out", str(folder / "tokens"), "--train-vocab", str(WORDS), "--workers", "1"])
+    run(["prepare", str(text), "--out", str(folder / "tokens"), "--train-vocab", str(VOCAB), "--workers", "1"])
     tree = {
         "run_dir": str(folder / "run"),
         "device": "cpu",
-        "model": {**MODEL, "vocab_size": WORDS},
+        "model": {**MODEL, "vocab_size": VOCAB},
         "data": {"train": [str(folder / "tokens")], "seq_length_tokens": SEQ},
         "train": {"global_batch_size": BATCH, "micro_batch_size": 1, "steps": STEPS, "threads_per_process": 1},
         "optim": {"lr": 1e-3},
@@ -199,7 +199,7 @@ def compare(folder: Path, alone: Sequence[Path], rows: Sequence[dict[str, str]])
     return {
         "environment": environment(),
         "command": "python benchmarks/cpu_truth.py --save",
-        "model": {**MODEL, "vocab_size": WORDS},
+        "model": {**MODEL, "vocab_size": VOCAB},
         "work": {"global_batch": BATCH, "micro_batch": 1, "seq": SEQ, "precision": "fp32", "threads_per_process": 1},
         "measured": f"median step of {STEPS - WARMUP} after {WARMUP}, real pretrain runs over gloo, one by one",
         "calibrated_on": "bench comm of 2 and 4 processes and one-process bench steps; of no layout",

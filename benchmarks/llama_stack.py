@@ -31,7 +31,7 @@ class Shape:
     ffn: int
     heads: int
     groups: int
-    words: int
+    vocab: int
 
     @property
     def dim(self) -> int:
@@ -42,7 +42,7 @@ class Shape:
         """Forward and backward, matrix products only, causal attention counted by half (Megatron's formula halved)."""
         projections = self.hidden * self.dim * (2 * self.heads + 2 * self.groups) + 3 * self.hidden * self.ffn
         attention = tokens * self.heads * self.dim
-        return 6.0 * (self.layers * (projections + attention) + self.hidden * self.words)
+        return 6.0 * (self.layers * (projections + attention) + self.hidden * self.vocab)
 
 
 SHAPES = {
@@ -131,7 +131,7 @@ class LlamaStack(nn.Module):
         def matrix(rows: int, columns: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(rows, columns, device=device))
 
-        self.embedding, self.output = (matrix(shape.words, shape.hidden) for _ in range(2))
+        self.embedding, self.output = (matrix(shape.vocab, shape.hidden) for _ in range(2))
         self.final_norm = nn.Parameter(torch.ones(shape.hidden, device=device))
         self.layers = nn.ModuleList()
         for _ in range(shape.layers):
@@ -180,7 +180,7 @@ def transformers_model(shape: Shape, device: torch.device | str) -> Any:
 
     config = LlamaConfig(
         hidden_size=shape.hidden, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.groups, vocab_size=shape.words,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.groups, vocab_size=shape.vocab,
         rms_norm_eps=EPS, rope_theta=10000.0, attn_implementation="sdpa", tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device(device):

@@ -1,4 +1,4 @@
-"""The command ``llm-parallel``. Every word imports what it needs only when it is used."""
+"""The command ``llm-parallel``. Every command imports what it needs only when it is used."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst …")],
     out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
     tokenizer: Annotated[str | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")] = None,
-    train_vocab: Annotated[int | None, typer.Option(help="Train a tokenizer of that many words first.")] = None,
+    train_vocab: Annotated[int | None, typer.Option(help="Train a tokenizer of that many tokens first.")] = None,
     key: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
     workers: Annotated[int | None, typer.Option(help="Processes; all cores if not given.")] = None,
     append_eod: Annotated[bool, typer.Option(help="End every document with the end-of-document token.")] = True,
@@ -162,9 +162,9 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="Run, checkpoints, iter_… or Hugging Face folder.")],
     prompt: Annotated[list[str], typer.Option(help="Text to go on from; may be given several times.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 for the likeliest word each time (greedy).")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest words; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest words that together have this share.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 for the likeliest token each time (greedy).")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:

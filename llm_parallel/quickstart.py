@@ -84,7 +84,7 @@ def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
 
 
 def report(run_dir: Path, unigram_entropy_nats: float) -> None:
-    """Prints the last held-out loss beside what a model that knows only word frequencies would reach."""
+    """Prints the last held-out loss beside what a model that knows only how frequent each token is would reach."""
     evaluations = [record for record in read_jsonlines(run_dir / "metrics.jsonl") if "eval/loss" in record]
     loss = evaluations[-1]["eval/loss"]
     summary = {

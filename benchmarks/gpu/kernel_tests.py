@@ -39,7 +39,7 @@ def kernel_tests(job: Job) -> dict[str, Any]:
     report = job.work / "details" / "tests.jsonl"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    rehearsed = [str(ROOT / word) if word.startswith("kernels/") else word for word in REHEARSED]
+    rehearsed = [str(ROOT / part) if part.startswith("kernels/") else part for part in REHEARSED]
     chosen = rehearsed if job.rehearse else [*test_files(), "-k", LEFT_OUT]
     many = is_installed("pytest-xdist")
     workers = ["-n", str(1 if job.rehearse else WORKERS), "--maxschedchunk", "4"] if many else []

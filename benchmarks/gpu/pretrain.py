@@ -101,14 +101,14 @@ def write_tokens(prefix: Path) -> None:
 
     from llm_parallel.data.indexed import token_dtype, write_index
 
-    words = MODEL["vocab_size"]
+    vocab = MODEL["vocab_size"]
     generator = np.random.default_rng(0)
     length = 16 * SEQUENCE
-    tokens = np.empty((DOCUMENTS, length), dtype=token_dtype(words))
-    tokens[:, 0] = generator.integers(0, words, DOCUMENTS)
+    tokens = np.empty((DOCUMENTS, length), dtype=token_dtype(vocab))
+    tokens[:, 0] = generator.integers(0, vocab, DOCUMENTS)
     for place in range(1, length):
-        follows = (tokens[:, place - 1].astype(np.int64) * 17 + 5) % words
-        drawn = generator.integers(0, words, DOCUMENTS)
+        follows = (tokens[:, place - 1].astype(np.int64) * 17 + 5) % vocab
+        drawn = generator.integers(0, vocab, DOCUMENTS)
         tokens[:, place] = np.where(generator.random(DOCUMENTS) < 0.125, drawn, follows)
     tokens.tofile(f"{prefix}.bin")
     with Path(f"{prefix}.idx").open("wb") as handle:

@@ -96,7 +96,7 @@ def step_function(contender: str, shape: Any, size: tuple[int, int], chosen: Any
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, shape.words, (size[1], size[0] + 1), generator=generator).to(chosen)
+    ids = torch.randint(0, shape.vocab, (size[1], size[0] + 1), generator=generator).to(chosen)
     model, forward = _model(contender, shape, ids, backend)
     return _trainer(model, forward, contender == "ours", backend)
 

@@ -209,7 +209,7 @@ def megatron(config: RunConfig, engine: bool = False) -> Contender:
     model = GPTModel(
         theirs,
         make_spec() if engine else make_spec(normalization="RMSNorm"),
-        vocab_size=config.model.vocab_size,  # its own loss would count padding as words
+        vocab_size=config.model.vocab_size,  # its own loss would count padding as tokens
         max_sequence_length=config.data.seq_length_tokens,
         position_embedding_type="rope",
         rotary_base=int(config.model.rope_base),

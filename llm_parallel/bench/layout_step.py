@@ -159,12 +159,12 @@ def layout_config(request: StepRequest, folder: Path) -> tuple[int, RunConfig]:
 
 
 def write_random_tokens(prefix: Path, config: RunConfig) -> Path:
-    """Token files of random words in documents of a sample's length; the same for the same seed."""
+    """Token files of random tokens in documents of a sample's length; the same for the same seed."""
     assert config.model.vocab_size is not None
     length = config.data.seq_length_tokens + 1
     documents = max(2, min(config.train.global_batch_size, SYNTHETIC_TOKENS // length))
-    words = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, documents * length, dtype=np.int32)
-    words.tofile(f"{prefix}.bin")
+    tokens = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, documents * length, dtype=np.int32)
+    tokens.tofile(f"{prefix}.bin")
     with Path(f"{prefix}.idx").open("wb") as handle:
         write_index(handle.write, np.dtype(np.int32), [np.full(documents, length, np.int32)])
     return prefix

@@ -201,9 +201,9 @@ def _run(entry: Entry, sweep: Sweep, out: Path, cluster: Cluster | None, environ
     # On a shared disk, where all nodes of a job see it.
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.stem}-", dir=out.parent))
-    word = "launch" if SlurmJob.from_environment(environ) else "pretrain"
+    trainer = "launch" if SlurmJob.from_environment(environ) else "pretrain"
     steps = f"train.steps={entry.config.train.steps}"
-    command = [sys.executable, "-m", "llm_parallel.cli", word, str(sweep.base), *entry.overrides, steps, *QUIET]
+    command = [sys.executable, "-m", "llm_parallel.cli", trainer, str(sweep.base), *entry.overrides, steps, *QUIET]
     try:
         ended = subprocess.run(
             [*command, f"run_dir={folder / 'run'}"], env=dict(environ), capture_output=True, text=True

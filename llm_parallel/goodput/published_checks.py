@@ -135,7 +135,7 @@ def without_inputs() -> list[str]:
     used = {(check.system, round(check.published, 6)) for check in checks()}
     names = []
     for row in published_rows():
-        if not any(word in row["metric"] for word in GOODPUT_METRICS) or row["metric"] == "ettr_formula":
+        if not any(name in row["metric"] for name in GOODPUT_METRICS) or row["metric"] == "ettr_formula":
             continue
         try:
             known = (row["system"], round(float(row["value"]), 6)) in used

@@ -46,9 +46,9 @@ class Section:
         if items:
             self.blocks.append(Block("list", style=style, rows=items))
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> None:
-        """A table; ``words`` are the columns that hold no numbers."""
-        numbers = [index for index in range(len(head)) if index not in words]
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = (0,)) -> None:
+        """A table; ``text_columns`` are the columns that hold no numbers."""
+        numbers = [index for index in range(len(head)) if index not in text_columns]
         self.blocks.append(Block("table", head=head, rows=rows, numbers=numbers))
 
     def picture(self, picture: Picture) -> None:

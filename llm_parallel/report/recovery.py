@@ -30,7 +30,7 @@ class Recovery:
     at_s: float
     step: int
     cause: str
-    """What was seen; once it has been judged, the verdict's words."""
+    """What was seen; once it has been judged, the verdict's text."""
     fault: str = ""
     """What the verdict lays it to: device, node, user …"""
     removed: list[str] = field(default_factory=list)

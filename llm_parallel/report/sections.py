@@ -142,7 +142,7 @@ def _comparison(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
         section.table(
             ("field", *(run.name for run in runs)),
             [(name, *values) for name, values in fields],
-            words=range(len(runs) + 1),
+            text_columns=range(len(runs) + 1),
         )
     return section
 
@@ -174,7 +174,7 @@ def _life(section: Section, run: Run, life: Life, number: int, pictures: list[Pi
     if life.recoveries:
         head = ("#", "at", "step", "fault", "cause", "removed", "recovered in", "steps again", "goes on with")
         rows = [_recovery_row(index, recovery) for index, recovery in enumerate(life.recoveries, start=1)]
-        section.table(head, rows, words=(3, 4, 5, 8))
+        section.table(head, rows, text_columns=(3, 4, 5, 8))
 
 
 def _recovery_row(index: int, recovery: Recovery) -> tuple[str, ...]:
@@ -202,7 +202,7 @@ def scaling_section(sweeps: Sequence[Series], pictures: list[Picture]) -> Sectio
         section.text(sentence(series))
         if series.work:
             section.text("Work: " + ", ".join(f"{name} {value}" for name, value in series.work.items()) + ".", "faint")
-        section.table(*_scaling_table(series), words=(1,))
+        section.table(*_scaling_table(series), text_columns=(1,))
         flags = [
             f"{_count(point.world_size, 'process')}: {flag}" for point in series.best for flag in series.flags(point)
         ]

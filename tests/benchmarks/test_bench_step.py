@@ -143,7 +143,7 @@ def test_labels_tell_models_and_batches_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "message"),
     [
         (StepRequest(["a.yaml", "b.yaml"]), "takes one run file"),
         (StepRequest(["train.steps=3"]), "needs a run file or --model"),
@@ -152,8 +152,8 @@ def test_labels_tell_models_and_batches_apart() -> None:
         (StepRequest(SMALL, model="llama5"), "model.preset"),
     ],
 )
-def test_bad_requests(request_: StepRequest, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_bad_requests(request_: StepRequest, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         one_process_config(request_)
 
 

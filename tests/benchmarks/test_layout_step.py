@@ -130,7 +130,7 @@ def test_typical_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "message"),
     [
         (StepRequest([*SMALL], model="debug", providers=["transformers"], processes=2), "transformers does not run in"),
         (
@@ -145,8 +145,8 @@ def test_typical_split() -> None:
         (StepRequest([*SMALL, "train.rampup.start=2"], model="debug", processes=2), "rampup"),
     ],
 )
-def test_bad_requests(request_: StepRequest, words: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=words):
+def test_bad_requests(request_: StepRequest, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         layout_config(request_, tmp_path)
 
 

@@ -147,7 +147,7 @@ def test_the_command_writes_and_gates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "message"),
     [
         (CommRequest(["all_reduce", "gossip"]), "--ops gossip"),
         (CommRequest(sizes="8Q"), "--sizes '8Q'"),
@@ -156,6 +156,6 @@ def test_the_command_writes_and_gates(tmp_path: Path) -> None:
         (CommRequest(baseline="nowhere.json"), "--baseline nowhere.json"),
     ],
 )
-def test_bad_requests_are_named(request_: CommRequest, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_bad_requests_are_named(request_: CommRequest, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         comm_command(request_)

@@ -168,7 +168,7 @@ def test_what_if(tmp_path: Path) -> None:
     """Each case is what planning it by itself finds, and the cases stand in one table."""
     cases = ("gpus=512", "cluster=dgx-a100", "seq=131072,global-batch=32")
     done = llm_parallel(
-        "plan", *CLUSTER, *(word for case in cases for word in ("--what-if", case)), "--tokens", "2e12",
+        "plan", *CLUSTER, *(part for case in cases for part in ("--what-if", case)), "--tokens", "2e12",
         "--json", tmp_path / "cases.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

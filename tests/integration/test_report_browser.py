@@ -94,7 +94,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_reader_sees_text_and_figures(page: Path, tmp_path: Path) -> None:
     """Headings, numbers and figure labels are text; every figure lies within the page, its labels within it."""
     seen = _look(page, tmp_path)
-    for words in (
+    for message in (
         *("Report on first, second, sweep", "Summary", "Failures and recovery", "Scaling efficiency", "held-out loss"),
         *("keeps 75.0% of the baseline's speed per process", "Baseline: 1 process", "n2/2 hangs in all_reduce"),
         *(
@@ -106,7 +106,7 @@ def test_a_reader_sees_text_and_figures(page: Path, tmp_path: Path) -> None:
             "bubble 11.1%",
         ),
     ):
-        assert words in seen["text"], words
+        assert message in seen["text"], message
     assert len(seen["figures"]) == 10
     for figure in seen["figures"]:
         assert 850 < figure["width"] <= WIDTH and 0.1 < figure["height"] / figure["width"] < 0.7, figure
@@ -123,8 +123,8 @@ def test_gap_and_heat_map_are_seen(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep.csv", rows)
     assert report_command(ReportRequest([], [str(sweep)], str(tmp_path / "r.html"))) == 0
     seen = _look(tmp_path / "r.html", tmp_path)
-    for words in ("lost per step on 4 processes", "optimizer with +250 ms", "TP 4", "PP 2", "1.6 s", "s predicted"):
-        assert words in seen["text"], words
+    for message in ("lost per step on 4 processes", "optimizer with +250 ms", "TP 4", "PP 2", "1.6 s", "s predicted"):
+        assert message in seen["text"], message
     assert [figure["name"] for figure in seen["figures"]] == [
         *("figure-scaling", "figure-lost_0", "figure-heat_0", "figure-layouts_0")
     ]

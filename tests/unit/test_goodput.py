@@ -136,7 +136,7 @@ def test_profiles_are_the_published_rates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "word"),
+    ("change", "message"),
     [
         ({"num_gpus": 0}, "--gpus 0"),
         ({"rate_per_gpu_month": 0.0}, "--rate-per-gpu-month 0"),
@@ -150,8 +150,8 @@ def test_profiles_are_the_published_rates() -> None:
         ({"policy": "shrink", "num_gpus": 16384 - 64}, "--replica-gpus 128"),
     ],
 )
-def test_impossible_jobs_are_named(change: dict, word: str) -> None:
-    with pytest.raises(UserError, match=word.replace("-", r"\-")):
+def test_impossible_jobs_are_named(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("-", r"\-")):
         replace(JOB, **change)
 
 
@@ -223,7 +223,7 @@ def test_formula_and_simulation_agree_in_every_row(request_: GoodputRequest, siz
 
 
 @pytest.mark.parametrize(
-    ("request_", "word"),
+    ("request_", "message"),
     [
         (GoodputRequest(profile="rsc9"), "--profile rsc9"),
         (GoodputRequest(profile="rsc1", rate_per_gpu_month=1.0), "keep one"),
@@ -236,19 +236,19 @@ def test_formula_and_simulation_agree_in_every_row(request_: GoodputRequest, siz
         (GoodputRequest(gpus=64, policy="shrink", replica_gpus=128), "--replica-gpus 128"),
     ],
 )
-def test_bad_requests_are_named(request_: GoodputRequest, word: str) -> None:
-    with pytest.raises(UserError, match=word.replace("-", r"\-")):
+def test_bad_requests_are_named(request_: GoodputRequest, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("-", r"\-")):
         goodput_command(request_)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [(("goodput", "--gpus", "0"), "--gpus 0"), (("report", "nowhere"), "nowhere"), (("report",), "needs a run folder")],
 )
-def test_the_command_line_says_it_in_one_sentence(arguments: tuple[str, ...], words: str) -> None:
+def test_the_command_line_says_it_in_one_sentence(arguments: tuple[str, ...], message: str) -> None:
     result = subprocess.run([sys.executable, "-m", "llm_parallel.cli", *arguments], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1 and words in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and message in result.stderr
 
 
 def test_the_standard_error_is_one() -> None:

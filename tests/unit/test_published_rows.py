@@ -164,7 +164,7 @@ HFU = {**LLAMA_8B, "source": "theirs", "tflops_per_gpu": "400"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ([{"mfu_convention": "full"}, {"mfu_convention": "causal"}], "rows 2 and 3, both of theirs on H100, count MFU"),
         ([{}, {"mfu_convention": "hardware"}], "as full and as hardware"),
@@ -174,12 +174,12 @@ HFU = {**LLAMA_8B, "source": "theirs", "tflops_per_gpu": "400"}
         ([], "is empty; give a row"),
     ],
 )
-def test_mixed_conventions_are_one_sentence(tmp_path: Path, changes: list[dict[str, str]], words: str) -> None:
+def test_mixed_conventions_are_one_sentence(tmp_path: Path, changes: list[dict[str, str]], message: str) -> None:
     path = write(tmp_path, *({**HFU, **change} for change in changes), columns=(*COLUMNS, "mfu_convention"))
     with pytest.raises(UserError) as caught:
         read_rows(path)
     text = str(caught.value)
-    assert words in text and text.startswith(f"--rows {path}") and "\n" not in text
+    assert message in text and text.startswith(f"--rows {path}") and "\n" not in text
 
 
 def test_conventions_may_differ_where_they_do_not_count(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_predictions_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("rows", "message"),
     [
         ([{"world_size": 1, "step_time_s": 1.0}], "lacks the column global_batch_size"),
         ([{**row, "model": f"m{row['dp']}"} for row in SWEEP], "model is m1 in line 2 and m2 in line 3"),
@@ -189,9 +189,9 @@ def test_predictions_are_compared(tmp_path: Path) -> None:
         ([SWEEP[0], {**SWEEP[1], "time_dp_s": "nan"}], "line 3: time_dp_s 'nan'"),
     ],
 )
-def test_sweeps_that_cannot_be_compared_are_refused(tmp_path: Path, rows: list[dict[str, Any]], words: str) -> None:
+def test_sweeps_that_cannot_be_compared_are_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     page = tmp_path / "r.html"
-    with pytest.raises(UserError, match=re.escape(words)):
+    with pytest.raises(UserError, match=re.escape(message)):
         report_command(ReportRequest(sweeps=[str(write_sweep(tmp_path / "s.csv", rows))], out=str(page)))
     assert not page.exists()
 
@@ -201,7 +201,7 @@ def test_other_bad_requests_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("world_size,global_batch_size,step_time_s\n")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "metrics.jsonl").write_text("")
-    for request, words in (
+    for request, message in (
         (ReportRequest(), "needs a run folder"),
         (ReportRequest([str(tmp_path / "nowhere")]), "nowhere"),
         (ReportRequest([str(tmp_path / "none")]), "no step yet"),
@@ -210,7 +210,7 @@ def test_other_bad_requests_are_named(tmp_path: Path) -> None:
         (ReportRequest(sweeps=[str(tmp_path / "gone.csv")]), "gone.csv"),
         (ReportRequest([str(run)], out=str(run / "metrics.jsonl" / "r.html")), "cannot be written"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             report_command(request)
 
 
@@ -366,6 +366,6 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
         ),
     ]
     assert sorted(path.stem for path in (tmp_path / "png").iterdir()) == sorted(names)
-    for words in ("&lt;b&gt;one", "n1 &lt;lost&gt;", "2 steps made again", "Baseline: 1 process", "measured once"):
-        assert words in text, words
+    for message in ("&lt;b&gt;one", "n1 &lt;lost&gt;", "2 steps made again", "Baseline: 1 process", "measured once"):
+        assert message in text, message
     assert "tokens/s/process" in text and "causal (half) attention" in text

@@ -153,7 +153,7 @@ def test_gpt3s_stand_in_has_its_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"row": -1}, "reference.row -1 must be a number over 0"),
         ({"step_time_s": "2 s"}, "reference.step_time_s '2 s' must be a number"),
@@ -165,11 +165,11 @@ def test_gpt3s_stand_in_has_its_parameters() -> None:
         ({"speed": 3}, "reference.speed is unknown"),
     ],
 )
-def test_bad_references_are_named(change: dict[str, object], words: str) -> None:
+def test_bad_references_are_named(change: dict[str, object], message: str) -> None:
     assert reference_of(GOOD, "x") is not None and reference_of("none published", "x") is None
     with pytest.raises(UserError) as caught:
         reference_of({**GOOD, **change}, "sweep s: series a")
-    assert str(caught.value).startswith("sweep s: series a: ") and words in str(caught.value)
+    assert str(caught.value).startswith("sweep s: series a: ") and message in str(caught.value)
 
 
 def test_verdicts() -> None:
@@ -179,9 +179,9 @@ def test_verdicts() -> None:
     assert reference is not None
     tokens = entry.config.train.global_batch_size * entry.config.data.seq_length_tokens / 2.0 / 512
     assert reference.tokens_per_s(entry.config) == pytest.approx(tokens)
-    for share, words, status in ((0.96, "pass 0.96", 0), (0.94, "FAIL 0.94", 1)):
+    for share, message, status in ((0.96, "pass 0.96", 0), (0.94, "FAIL 0.94", 1)):
         line = Line(0, "a", entry.config, reference, None, share * tokens)
-        assert (verdict(line, 0.95), slower_than_published([line], 0.95)) == (words, status)
+        assert (verdict(line, 0.95), slower_than_published([line], 0.95)) == (message, status)
     unheld = Line(0, "a", entry.config, None, None, 1.0)
     assert (verdict(unheld, 0.95), slower_than_published([unheld], 0.95)) == ("", 0)
 
@@ -216,7 +216,7 @@ def test_a_finished_suite_is_held_against_what_was_published(
 def test_a_dry_run_shows_predicted_beside_published(capsys: pytest.CaptureFixture[str]) -> None:
     assert scaling_command(ScalingRequest(str(SUITES / "h100.yaml"), {}, dry_run=True)) == 0
     shown = capsys.readouterr().out
-    for words in (
+    for message in (
         "--index 0: llama2-7b, 32 processes",
         "none published",
         "10,656 (12.3 s)",
@@ -224,20 +224,20 @@ def test_a_dry_run_shows_predicted_beside_published(capsys: pytest.CaptureFixtur
         "NeMo, TE",
         "its software",
     ):
-        assert words in shown, words
+        assert message in shown, message
     assert not (SUITES / "h100.csv").exists()
 
 
 @pytest.mark.parametrize(
-    ("run", "words"),
+    ("run", "message"),
     [
         ({"parallel.tp": 3}, "parallel.tp"),
         ({"model.preset": "llama9"}, "llama9"),
         ({"reference": 3}, "reference 3 must be"),
     ],
 )
-def test_what_cannot_run_is_refused_before_anything_runs(tmp_path: Path, run: dict[str, object], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_what_cannot_run_is_refused_before_anything_runs(tmp_path: Path, run: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         scaling_command(ScalingRequest(str(suite_of_one(tmp_path, **run)), {}, dry_run=True))
 
 
@@ -250,7 +250,7 @@ def test_unknown_cluster_and_ratio_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"series": {}}, "is empty: series names no run"),
         ({"series": {"a": []}}, "series a is empty"),
@@ -260,10 +260,10 @@ def test_unknown_cluster_and_ratio_are_refused(tmp_path: Path) -> None:
         ({"gpus": 8}, "gpus is unknown"),
     ],
 )
-def test_bad_sweeps_are_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_bad_sweeps_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
     path = suite_of_one(tmp_path)
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         read_sweep_file(str(path))
 
 

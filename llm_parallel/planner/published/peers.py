@@ -56,7 +56,7 @@ def figures() -> list[Figure]:
 
 def _ours(record: Mapping[str, str]) -> float:
     hidden, heads, pp = int(record["hidden"]), int(record["heads"]), int(record["pp"])
-    # The paper counts layers only: no table of words.
+    # The paper counts layers only, without the embedding.
     shape = Shape(int(record["layers"]), hidden, heads, heads, 4 * hidden, 0, gated=False, dropout=True, rotary=False)
     mode = record["mode"]
     strategy = Strategy(
@@ -96,7 +96,7 @@ def megatron_memory(shape: Shape, strategy: Strategy) -> float:
     each = 6.0 + 12.0 / strategy.dp if strategy.zero else 18.0
     base = strategy.seq * strategy.micro_batch * shape.hidden
     held = base * (18.0 + 4.0 * shape.ffn / shape.hidden) * shape.layers
-    held += (8.0 * strategy.seq * strategy.micro_batch + base) * strategy.pp  # embedding: words, and its dropout
+    held += (8.0 * strategy.seq * strategy.micro_batch + base) * strategy.pp  # embedding: token ids, and its dropout
     interleaved = 1.0 + (strategy.pp - 1) / (strategy.pp * strategy.vpp)
     held *= interleaved if strategy.vpp > 1 else min(strategy.pp, strategy.micro_batches) / strategy.pp
     if strategy.pp == 1:

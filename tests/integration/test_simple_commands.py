@@ -1,4 +1,4 @@
-"""Words of the command that train nothing."""
+"""Commands that train nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def test_dry_run_shows_all_and_starts_nothing(corpus: Corpus, tmp_path: Path) ->
     run_file = write_run_file(corpus, tmp_path)
     result = llm_parallel("pretrain", run_file, "parallel.tp=2", "parallel.pp=2", "--dry-run")
     assert result.returncode == 0, result.stderr
-    for words in (
+    for part in (
         "vocab_size: 400",
         "TP 2 + SP x PP 2",
         "rank   3: tp 1 cp 0 dp 0 pp 1, layers 1-1",
         str(corpus.prefix),
     ):
-        assert words in result.stdout
+        assert part in result.stdout
     assert "predicted memory of the fullest process" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
@@ -39,15 +39,15 @@ def test_fields_are_listed_with_their_meaning() -> None:
     assert "train.guard.max_consecutive_skips: " in result.stdout and "exit status 1" in result.stdout
 
 
-def test_help_names_every_word() -> None:
+def test_help_names_every_command() -> None:
     result = llm_parallel("--help")
     assert result.returncode == 0
-    for word in ("pretrain", "prepare", "convert", "generate", "plot", "fields", "quickstart"):
-        assert word in result.stdout
-        assert llm_parallel(word, "--help").returncode == 0
+    for name in ("pretrain", "prepare", "convert", "generate", "plot", "fields", "quickstart"):
+        assert name in result.stdout
+        assert llm_parallel(name, "--help").returncode == 0
 
 
-def test_an_unknown_word_is_refused() -> None:
+def test_an_unknown_command_is_refused() -> None:
     result = llm_parallel("pretrian")
     assert result.returncode == 2
     assert "pretrian" in result.stderr and "Traceback" not in result.stderr
