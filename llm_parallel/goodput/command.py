@@ -35,7 +35,7 @@ def _goodput(request: GoodputRequest) -> int:
     """Prints the job's goodput, where the time goes, spares and the table of sizes."""
     console = _console()
     base, source = _job(request, 1024 if request.gpus is None else request.gpus)
-    elastic_job(base, request.step_s, RECOVERIES_S[0])  # a bad --step-s is named before anything is printed
+    elastic_job(base, request.step_s, RECOVERIES_S[0])  # raises for a bad --step-s before anything is printed
     console.print(f"Failure rate: {100 * base.rate_per_gpu_month:.3g} % per GPU and month, {source}.")
     console.print(
         f"Detection {base.detect_s:g} s, restart {base.restart_s:g} s, a checkpoint stops training for"
@@ -59,7 +59,7 @@ def _goodput(request: GoodputRequest) -> int:
 
 
 def claims_command() -> int:
-    """Prints the well-known claims and what holds of each."""
+    """Prints the well-known claims, and which of them hold."""
     console = _console()
     for claim in deck_claims():
         console.print(f"[bold]{claim.claim}[/bold]: {claim.verdict}.\n    {claim.sentence}", highlight=False)
@@ -67,8 +67,8 @@ def claims_command() -> int:
 
 
 def validate_command() -> int:
-    """Prints formula beside simulation, published figures beside our prediction, the bounds, and what could not be
-    predicted; exit status 1 if formula and simulation differ by more than they may."""
+    """Prints published figures with our predictions, bounds, figures that could not be predicted, and formulas with
+    simulations; exit status 1 if a formula and its simulation differ by more than ``TOLERANCE``."""
     agreed = agreements()
     worst = max(agreed, key=lambda one: abs(one.difference))
     console, table = _console(), Table(title="Published figures that give enough inputs", title_justify="left")
@@ -116,7 +116,8 @@ def _console() -> Console:
 
 
 def _job(request: GoodputRequest, gpus: int) -> tuple[Job, str]:
-    """The job and where its failure rate comes from; ``interval`` auto is the best, ``spares`` None the best number."""
+    """The job, and where its failure rate comes from. The interval is the best one if it is ``auto``, and the number of
+    spares if it is None."""
     if request.rate_per_gpu_month is not None and request.profile is not None:
         raise UserError(f"--rate-per-gpu-month and --profile {request.profile} both give a failure rate; keep one")
     if request.rate_per_gpu_month is not None:
@@ -200,7 +201,7 @@ def _best_interval(job: Job) -> str:
 
 
 def _with_policy(job: Job, policy: str) -> Job:
-    """The same job under another policy; one that is not made of whole replicas counts as a single one."""
+    """The same job under another policy; if it is not made of whole replicas, it counts as a single one."""
     whole = job.num_nodes % job.replica_nodes == 0
     return replace(job, policy=policy, replica_nodes=job.replica_nodes if whole else job.num_nodes)
 

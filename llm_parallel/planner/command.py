@@ -1,4 +1,4 @@
-"""``llm-parallel plan``: which layout to run, what it will take, and how far to trust that."""
+"""``llm-parallel plan``: the best layouts of a model, what they take, and the expected error of these predictions."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _why_none(request: PlanRequest, looked: int) -> str:
 
 
 def _trust(cluster: Cluster, software: str) -> str:
-    """How far predictions for a cluster have been off."""
+    """The error to expect of predictions for a cluster."""
     if cluster.host is not None:
         return "How far such predictions are off on a CPU is measured by benchmarks/cpu_truth.py."
     error, rows, of = expected_error(cluster.chip.name.partition("-")[0], software == "nvidia")
@@ -101,7 +101,7 @@ def _trust(cluster: Cluster, software: str) -> str:
 
 
 def what_if_command(request: PlanRequest) -> int:
-    """Prints the best layout as asked and under each change, in one table; 1 if none fits anywhere."""
+    """Prints the best layout of the request and of each change to it in one table; exit status 1 if none fits."""
     if request.explain or request.write:
         name = "explain" if request.explain else "write"
         raise UserError(f"--what-if compares the best layouts; leave out --{name}, or plan each case by itself")
@@ -132,7 +132,7 @@ def what_if_command(request: PlanRequest) -> int:
 
 
 def changed(request: PlanRequest, text: str) -> PlanRequest:
-    """The request with ``name=value`` changes, comma between. Raises UserError."""
+    """The request with changes from a text like ``gpus=512,seq=8192``. Raises UserError for what is no change."""
     changes: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
@@ -233,8 +233,8 @@ def _explained(text: str, base: Strategy) -> Strategy:
 
 
 def _check_explained(request: PlanRequest, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
-    """Raises UserError with the first rule of our trainer that an explained layout breaks; Megatron-Core's are these
-    rules too."""
+    """Raises UserError with the first rule of our trainer that an explained layout breaks. Megatron-Core has the same
+    rules."""
     config = RunConfig.model_validate(_run_tree(request, shape, strategy, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cpu" if cluster.host else "cuda")
     if problems:
@@ -252,7 +252,8 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def _sized(request: PlanRequest) -> PlanRequest:
-    """``dgx-h100x256`` is 256 GPUs of dgx-h100. Raises UserError where --gpus says another number."""
+    """The request with ``--cluster dgx-h100x256`` read as 256 GPUs of dgx-h100. Raises UserError where --gpus gives
+    another number."""
     name, _, number = request.cluster_name.rpartition("x")
     if name not in cluster_names() or not number.isdecimal():
         return request
@@ -326,7 +327,7 @@ def _bill(seconds: float, gpus: int, price: float | None) -> str:
 
 
 def _run_tree(request: PlanRequest, shape: Shape, strategy: Strategy, cluster: Cluster, whole: bool) -> dict[str, Any]:
-    """Sections of a run file; ``whole``: with the preset's fields in its place, as they are checked."""
+    """Sections of a run file; ``whole`` replaces the preset by its fields, for the rules to check."""
     fields = as_run_fields(shape, strategy)
     fields["train"]["steps"] = max(1, round((request.tokens or 1e12) / (request.global_batch * request.seq)))
     assert request.model is not None
@@ -345,7 +346,8 @@ def _run_tree(request: PlanRequest, shape: Shape, strategy: Strategy, cluster: C
 
 
 def write_run_file(request: PlanRequest, shape: Shape, best: Candidate, cluster: Cluster) -> None:
-    """A run file that ``pretrain`` takes when its data is filled in. Raises UserError if our trainer can't run it."""
+    """Writes a run file that ``pretrain`` takes once its data is filled in. Raises UserError if our trainer can't run
+    it."""
     config = RunConfig.model_validate(_run_tree(request, shape, best.strategy, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cuda")
     if problems:
@@ -362,7 +364,7 @@ def write_run_file(request: PlanRequest, shape: Shape, best: Candidate, cluster:
 
 
 def as_data(item: Candidate, shape: Shape, cluster: Cluster) -> dict[str, Any]:
-    """One candidate for JSON."""
+    """A candidate as JSON values."""
     s = item.strategy
     return {
         "layout": {"tp": s.tp, "pp": s.pp, "dp": s.dp, "cp": s.cp, "vpp": s.vpp, "micro_batch": s.micro_batch,

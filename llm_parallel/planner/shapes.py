@@ -1,4 +1,4 @@
-"""What is planned: a model's dimensions and how it is laid out over GPUs, free of any framework."""
+"""What is planned: the dimensions of a model and how it is trained on GPUs. Imports no framework."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.errors import UserError
 
 Recompute = Literal["none", "selective", "ops", "qkv", "full"]
-"""none; selective: attention's scores; ops: all but attention and every second product (torch's selective operator
-checkpointing); qkv: all but queries, keys and values (MaxText's save_qkv_proj); full: whole layers."""
+"""What backward computes again. ``none``; ``selective``: attention scores; ``ops``: everything except attention and
+every second matrix product (torch's selective activation checkpointing); ``qkv``: everything except queries, keys and
+values (MaxText's save_qkv_proj); ``full``: whole layers."""
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 
 
@@ -49,18 +50,18 @@ class Shape:
 
     @property
     def layer_matrices(self) -> int:
-        """Weights of one layer's matrices."""
+        """Number of weights in one layer's matrices."""
         attention = self.hidden * self.channels * (2 * self.heads + 2 * self.groups)
         return attention + (3 if self.gated else 2) * self.hidden * self.ffn
 
     @property
     def layer_parameters(self) -> int:
-        """All weights of one layer."""
+        """Number of all weights of one layer."""
         return self.layer_matrices + 2 * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All weights."""
+        """Number of all weights."""
         ends = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + ends + self.hidden
 
@@ -138,7 +139,7 @@ class Strategy:
 
     @property
     def micro_batches(self) -> int:
-        """Micro batches of one replica in a step; the fullest one's where they are not even."""
+        """Micro batches of one replica in a step; where replicas have different numbers, the largest."""
         return -(-self.global_batch // (self.micro_batch * self.dp))
 
     @property
@@ -158,9 +159,10 @@ SOFTWARE: Mapping[str, Mapping[str, Any]] = {
     "ours": {"te": False, "overlap_tp": False, "cp_gathers": True, "logit_bytes": 2},
     "nvidia": {"te": True, "overlap_tp": True, "cp_gathers": False, "logit_bytes": 8},
 }
-"""What is predicted: our trainer, whose products and attention take what open PyTorch code was measured to take, or
-Megatron-Core with Transformer Engine, as NVIDIA's recipes run it: cuDNN's attention, tensor parallelism's communication
-beside its products, and logits, as published rows of NeMo and Megatron-LM are counted, in 8 bytes."""
+"""Fields of ``Strategy`` for each software that can be planned. ``ours``: our trainer, whose matrix products and
+attention are taken to be as fast as published open PyTorch code. ``nvidia``: Megatron-Core with Transformer Engine as
+NVIDIA's recipes run it, with cuDNN's attention, tensor-parallel communication overlapped with matrix products, and 8
+bytes per logit, as in published rows of NeMo and Megatron-LM."""
 SOFTWARE_NAMES = {"ours": "our trainer", "nvidia": "NVIDIA's stack (Megatron-Core with Transformer Engine)"}
 
 
@@ -172,7 +174,7 @@ def with_software(strategy: Strategy, name: str) -> Strategy:
 
 
 def shape_of(model: ModelConfig) -> Shape:
-    """Dimensions of one of our models, with a vocabulary."""
+    """Dimensions of a model from its configuration, whose vocabulary size must be set."""
     assert model.vocab_size is not None
     return Shape(
         layers=model.num_layers,
@@ -187,7 +189,7 @@ def shape_of(model: ModelConfig) -> Shape:
 
 
 def strategy_of(config: RunConfig, gpus: int) -> Strategy:
-    """How a run file lays its model out over ``gpus``, and what our trainer makes of it."""
+    """How our trainer runs a configuration on ``gpus``."""
     parallel, train = config.parallel, config.train
     return Strategy(
         gpus=gpus,

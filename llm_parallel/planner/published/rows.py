@@ -1,4 +1,5 @@
-"""Published training throughput as rows that can be predicted: one convention, blanks filled or the row refused."""
+"""Reads published training throughput: brings it to one convention, fills blanks, and refuses rows that can't be
+predicted."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ COLUMNS = (
     "tokens_per_s_per_gpu", "step_time_s", "mfu_pct", "note",
 )  # fmt: skip
 _MORE = ("n_params_b", "mfu_convention")
-"""Columns that a file may lack."""
+"""Columns that a file need not have."""
 MOST_LAYERS = 10_000
 DEFAULT_VOCAB = 51200
-"""GPT-2's vocabulary padded for TP 8, which the papers without a figure use."""
+"""GPT-2's vocabulary padded for TP 8, which papers that state no figure use."""
 
 
 _SAID = (
@@ -34,7 +35,7 @@ _SAID = (
     (r"causal", "causal"),
     (r"\b6 ?N\b", "six_n"),
 )
-"""What a note says of its convention, where there is no column mfu_convention."""
+"""Patterns in a row's note, and the convention that they mean where mfu_convention is blank."""
 _MOE = re.compile(r"MoE|8x|_a3B|A3B|OSS|DeepSeek|Mixtral|ep=", re.IGNORECASE)
 
 
@@ -87,9 +88,9 @@ class Refused:
 
 
 def read_rows(path: str | None = None) -> tuple[list[Row], list[Refused]]:
-    """Rows of a CSV with the columns of the package's own, or of that. Blank fields are allowed. A column more,
-    ``mfu_convention``, may say which FLOPs TFLOP/s and MFU count (else the note may); it counts where a row has neither
-    step time nor tokens/s.
+    """Rows of a CSV with the columns of the package's own, or of the package's own if ``path`` is None. Fields may be
+    blank. The optional column ``mfu_convention`` (or else the note) says which FLOPs TFLOP/s and MFU count; this
+    matters where a row has neither step time nor tokens/s.
 
     Raises UserError if the file can't be read, lacks a column or a row, names an unknown convention, or if rows of one
     source on one chip count by different ones."""
@@ -120,7 +121,8 @@ def read_rows(path: str | None = None) -> tuple[list[Row], list[Refused]]:
 
 
 def _check_conventions(records: Sequence[Mapping[str, str]], where: str) -> None:
-    """Of rows whose speed follows from TFLOP/s or MFU."""
+    """Raises UserError where rows whose speed follows from TFLOP/s or MFU name an unknown convention, or two of one
+    source on one chip differ."""
     first: dict[tuple[str, str], tuple[int, str]] = {}
     for number, record in enumerate(records, start=2):
         text = record["mfu_convention"]
@@ -140,7 +142,7 @@ def _check_conventions(records: Sequence[Mapping[str, str]], where: str) -> None
 
 
 def _convention(record: Mapping[str, str], known: Source) -> str:
-    """FLOPs that a row's TFLOP/s and MFU count: as its column says, its note, or what is known of its source."""
+    """Which FLOPs a row's TFLOP/s and MFU count, by its column, its note, or what is known of its source."""
     said = (found for pattern, found in _SAID if re.search(pattern, record["note"], re.IGNORECASE))
     return record["mfu_convention"] or next(said, known.convention)
 
@@ -235,9 +237,13 @@ def _shape(record: Mapping[str, str], known: Source) -> Shape:
         rotary=not gpt,
     )
     tied = replace(untied, tied=True)
-    if not record["n_params_b"] or "PROXY" in record["model"]:  # a proxy's row prints the whole model's
+    if (
+        not record["n_params_b"] or "PROXY" in record["model"]
+    ):  # a proxy model's row prints the number of parameters of the whole model
         return tied if gpt else untied
-    positions = hidden * _number(record, "seq") if gpt else 0  # learned ones, which printed numbers count
+    positions = (
+        hidden * _number(record, "seq") if gpt else 0
+    )  # learned positions, which printed numbers of parameters count
     return min(
         tied, untied, key=lambda shape: abs(shape.parameters + positions - 1e9 * _positive(record, "n_params_b"))
     )
@@ -278,24 +284,25 @@ def _strategy(record: Mapping[str, str], known: Source, note: str) -> Strategy:
 
 
 def _local_batch(note: str) -> int:
-    """Of a rank; torchtitan's pipelines split it into as many micro batches as they have stages (pipelining_utils.py at
-    9dec370)."""
+    """Samples of a rank in a step, where the note says them. torchtitan's pipelines split them into as many micro
+    batches as there are stages (pipelining_utils.py at 9dec370)."""
     found = re.search(r"local batch (\d+)", note)
     return int(found.group(1)) if found else 0
 
 
 def _open(record: Mapping[str, str], known: Source) -> bool:
-    """Whether the source says no micro batch."""
+    """Whether the source does not say the micro batch."""
     return not record["micro_batch"] and not _local_batch(record["note"])
 
 
 def _logit_bytes(known: Source, tp: int) -> int:
-    """torchtitan's loss under tensor parallelism is DTensor's: fp32 log-softmax, zeros, exponentials and their sum."""
+    """Bytes of a logit at the loss. torchtitan's loss under tensor parallelism is DTensor's, which keeps four fp32
+    tensors of this size: log-softmax, zeros, exponentials and their sum."""
     return 16 if known.zero == 3 and known.logit_bytes == 12 and tp > 1 else known.logit_bytes
 
 
 def _stage_layers(record: Mapping[str, str], pp: int, vpp: int) -> tuple[int, ...] | None:
-    """Layers of each chunk where a source's software does not spread them evenly."""
+    """Layers of each model chunk where a source's software does not spread them evenly."""
     layers = _number(record, "layers")
     if pp == 1:
         return None
@@ -321,7 +328,8 @@ def _recompute(text: str, source: str) -> str:
 
 
 def _tokens_per_s(record: Mapping[str, Any], known: Source, shape: Shape, strategy: Strategy) -> float:
-    """Step time first, then tokens/s, then TFLOP/s or MFU by the source's convention."""
+    """Tokens per second and GPU: from the step time if it is given, else from tokens/s, else from TFLOP/s or MFU by the
+    source's convention."""
     if record["step_time_s"]:
         return strategy.global_batch * strategy.seq / _positive(record, "step_time_s") / strategy.gpus
     if record["tokens_per_s_per_gpu"]:
@@ -329,7 +337,7 @@ def _tokens_per_s(record: Mapping[str, Any], known: Source, shape: Shape, strate
     flops = {
         "full": shape.flops_per_token(strategy.seq),
         "causal": shape.flops_per_token(strategy.seq, causal=True),
-        # Recomputation adds a third to the layers' FLOPs.
+        # Recomputation adds another forward, a third of the layers' FLOPs.
         "hardware": shape.flops_per_token(strategy.seq)
         + (shape.flops_per_token(strategy.seq) - 6.0 * shape.vocab * shape.hidden) / 3.0,
         "six_n": 6.0 * shape.parameters,

@@ -64,19 +64,19 @@ _MEGATRON_2021 = Source(
 )  # fmt: skip
 _SOURCES: tuple[tuple[str, Source], ...] = (
     (r"Megatron SC21|MT-NLG|stas00", _MEGATRON_2021),
-    # Its text: torch's DistributedDataParallel, whose all-reduces run beside backward, is better for large models, and
-    # slower for 2.5 billion parameters with TP 2 and 1.2 billion with TP 1.
+    # Its text: torch's DistributedDataParallel, whose all-reduces overlap with backward, is better for large models,
+    # but slower for 2.5 billion parameters with TP 2 and for 1.2 billion with TP 1.
     (r"Megatron-LM README \(Sep 2020\)", replace(_MEGATRON_2021, overlap_dp=True, overlap_dp_from_tp=4)),
     (r"vTrain", replace(_MEGATRON_2021, convention="full")),
     (r"Korthikanti", replace(_MEGATRON_2021, overlap_pp=True, convention="full")),
     (r"MegaScale", Source(software="Megatron-LM", gpt=True, flash=False, recompute="selective")),
-    # Its text: pipeline communication is overlapped by default, which Megatron-Core does only where it interleaves.
+    # Its text: pipeline communication is overlapped by default; Megatron-Core does so only in the interleaved schedule.
     (
         r"Megatron-LM README\.md",
         Source(software="Megatron-Core, TE", gpt=True, overlap_tp=True, te=True, interleaves=True),
     ),
     (r"Megatron-Bridge", Source(software="Megatron-Core, TE", overlap_tp=True, te=True, convention="causal")),
-    # configure.sh: remat_policy save_qkv_proj; XLA drops what backward does not read.
+    # configure.sh: remat_policy save_qkv_proj; XLA removes what backward does not read.
     (r"maxtext", Source(software="MaxText", zero=3, te=True, recompute="qkv", early_stop=True)),
     (r"dgxc-benchmarking", Source(software="NeMo, TE", overlap_tp=True, te=True)),
     # Composer's default is BACKWARD_POST: a layer's weights are gathered after the backward before it.
