@@ -41,7 +41,7 @@ def pretrain(
         bool, typer.Option(help="Print configuration, ranks and memory of the run; start nothing.")
     ] = False,
 ) -> None:
-    """Train on next-word prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
+    """Train on next-token prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
     from llm_parallel.worker.command import pretrain_command
 
     raise typer.Exit(pretrain_command(run_file, context.args, dry_run))
@@ -268,7 +268,7 @@ def _command_line() -> str:
 
 
 def main() -> None:
-    """Runs the command; what the user can mend is one sentence and exit status 2."""
+    """Runs the command. A UserError becomes one sentence on standard error, and exit status 2."""
     quiet_libraries()
     try:
         refuse_unsupported()

@@ -1,4 +1,4 @@
-"""``llm-parallel bench kernels``: how fast the kernels are beside their peers, and what the compiler made of them."""
+"""``llm-parallel bench kernels``: how fast the kernels are compared with their peers, and what they compile to."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _measure(benchmarks: Sequence[Benchmark], request: KernelsRequest, device: t
 
 
 def write_data(prefix: Path, result: dict[str, Any]) -> None:
-    """JSON and CSV beside each other."""
+    """Writes the result as JSON and CSV."""
     with atomic_write(f"{prefix}.json") as handle:
         json.dump(result, handle, indent=1)
     with atomic_write(f"{prefix}.csv") as handle:
@@ -158,7 +158,7 @@ def write_data(prefix: Path, result: dict[str, Any]) -> None:
 
 
 def write_result(prefix: Path, result: dict[str, Any]) -> None:
-    """JSON, CSV and two pictures beside each other."""
+    """Writes the result as JSON and CSV, and draws two pictures of it."""
     from llm_parallel.bench.plots import plot_bars, plot_roofline
 
     write_data(prefix, result)

@@ -51,7 +51,7 @@ class ScalingRequest:
     index: int | None = None
     """Make only this run, as $SLURM_ARRAY_TASK_ID."""
     dry_run: bool = False
-    """Say what would run."""
+    """Print what would run; run nothing."""
     cluster: str | None = None
     """Cluster or YAML file that the planner predicts with."""
     baseline: str | None = None
@@ -93,13 +93,13 @@ class StepRequest:
     model: str | None = None
     """Model preset, for example llama3-8b."""
     providers: Sequence[str] = option((), commas=True)
-    """With commas: ours, transformers …; of replicas: ours, ddp, fsdp."""
+    """With commas: ours, transformers …; under data parallelism alone: ours, ddp, fsdp."""
     rounds: int = 5
     """Times that each contender is measured."""
     steps: int = 2
     """Steps of one measurement."""
     processes: int | None = None
-    """Of a layout; as parallel says if not given."""
+    """Processes of a layout; as the section parallel says if not given."""
     trace: str | None = None
     """Folder for Chrome traces of one step of each."""
     out: str | None = None

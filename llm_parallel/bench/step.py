@@ -1,4 +1,5 @@
-"""``llm-parallel bench step``: one training step on one device, beside its peers; of several, layout_step.py.
+"""``llm-parallel bench step``: times a training step on one device and compares it with peers. layout_step.py does so
+on several devices.
 
 Each contender lives in its own process (megatron-core on a CPU needs a function mode that would slow the others, and
 peaks of memory stay apart). On a CPU they take turns: every round times each of them once, in rotated order, so that
@@ -35,8 +36,8 @@ MEMORY = {
 
 
 def step_command(request: StepRequest) -> int:
-    """Measures, prints a table, writes what was asked for. Exit status 1 if ours is slower than the baseline allows or
-    a contender failed. Raises UserError for what can't be measured."""
+    """Measures, prints a table, and writes the files that were asked for. Exit status 1 if our trainer is slower than
+    the baseline allows, or a contender failed. Raises UserError for what can't be measured."""
     if request.rounds < 1 or request.steps < 1:
         raise UserError(f"--rounds {request.rounds} and --steps {request.steps} must both be at least 1")
     if request.processes is not None and request.processes < 1:
@@ -124,7 +125,7 @@ def as_rows(findings: Mapping[str, Finding], config: RunConfig, rounds: int, pea
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Rows as Markdown, with what they were measured on."""
+    """Rows as Markdown, and what they were measured on."""
     where, rows = result["environment"], result["rows"]
     heads = ("contender", "tokens/s (median)", "spread", "ours / it", "MFU", "peak MiB", "loss differs by", "split")
     lines = [

@@ -50,7 +50,7 @@ class PlanRequest:
     cluster_out: str = "my-cluster.yaml"
     """With --calibrate: description to write."""
     what_if: Sequence[str] = ()
-    """A case to set beside: gpus=512, cluster=dgx-h200, seq=131072 …; several times."""
+    """A case to compare with: gpus=512, cluster=dgx-h200, seq=131072 …; several times."""
     software: str = "ours"
     """ours, or nvidia: Megatron-Core, Transformer Engine."""
 
