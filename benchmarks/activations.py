@@ -1,4 +1,4 @@
-"""Bytes that one layer keeps for backward, with torch's operators and with our kernels.
+"""Counts the bytes that one layer keeps for backward with torch's operators and with our kernels.
 
     python benchmarks/activations.py [--preset llama2-7b] [--seq 4096] [--micro-batch 1] [--save]
 
@@ -23,7 +23,7 @@ CHOICES = {"torch": "plain torch operators", "triton": "our kernels"}
 
 
 def saved_bytes(preset: str, seq: int, rows: int, kernels: str) -> Counter[str]:
-    """Bytes saved for backward by one layer, by shape and dtype of what is saved."""
+    """Bytes that one layer saves for backward, by shape and dtype of the saved tensor."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -73,7 +73,7 @@ def saved_bytes(preset: str, seq: int, rows: int, kernels: str) -> Counter[str]:
 
 
 def main() -> None:
-    """Prints both counts and what they differ by."""
+    """Prints both counts and their difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llama2-7b")
     parser.add_argument("--seq", type=int, default=4096)

@@ -1,4 +1,4 @@
-"""The planner held against real runs on this machine's CPU: calibrated on one process, asked about many.
+"""Compares the planner with real runs on this machine's CPU: calibrated on one process, it predicts layouts of several.
 
     python benchmarks/cpu_truth.py [--folder runs/cpu_truth] [--save]
 
@@ -42,7 +42,7 @@ SEQ, BATCH, VOCAB = 256, 8, 4096
 STEPS, WARMUP = 9, 3
 COLLECTIVES, SIZES = "all_reduce,all_gather,reduce_scatter,send_recv", "64,4K:16M:8"
 TRIES, MOST_FOREIGN = 2, 0.05
-"""How often a measurement is made before one is kept that others took more than that share of the cores from."""
+"""How often a measurement is repeated while other programs take more than that share of the cores; then it is kept."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 process": {},
     "TP 2": {"tp": 2, "sequence_parallel": False},
@@ -66,14 +66,14 @@ ALONE: dict[str, list[str]] = {
     "short": ["data.seq_length_tokens=128"],
     "shallow": ["model.num_layers=4"],
 }
-"""One-process steps to calibrate on: products half as wide, samples half as long, half the layers. The first runs a
-second time beside itself, which says what two cores share."""
+"""One-process steps to calibrate on: matrix products half as wide, samples half as long, half the layers. Two processes
+that run the first one at the same time show how much the cores slow each other."""
 
 
 def run(*commands: Sequence[str]) -> float:
-    """Runs commands beside each other, one thread a process; ends with them if one fails.
+    """Runs commands at the same time, with one thread for each process; raises SystemExit if one fails.
 
-    Returns what share of the cores others used meanwhile."""
+    Returns the share of the cores that other programs used meanwhile."""
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     began, busy, mine = time.monotonic(), _busy_s(), _children_s()
     started = [
@@ -100,7 +100,7 @@ def _children_s() -> float:
 
 
 def quiet(made: Sequence[Path], *commands: Sequence[str]) -> None:
-    """Runs commands that make files, unless these are there, again if others took too much of the machine."""
+    """Runs commands that make files unless these exist, and again if other programs used too much of the machine."""
     if all(path.exists() for path in made):
         return
     for attempt in range(TRIES):
@@ -179,7 +179,7 @@ def measure_layouts(folder: Path) -> list[dict[str, str]]:
 
 
 def compare(folder: Path, alone: Sequence[Path], rows: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """Calibrates, predicts every layout, and sets it beside what was measured."""
+    """Calibrates, predicts every layout, and compares that with what was measured."""
     description = folder / "machine.yaml"
     calibrate_command([str(path) for path in alone], None, str(description))
     cluster = load_cluster(str(description))
@@ -214,7 +214,7 @@ def compare(folder: Path, alone: Sequence[Path], rows: Sequence[dict[str, str]])
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown."""
+    """The comparison as Markdown."""
     where = result["environment"]
     lines = [
         f"{where['chip']}, {where['cores']} cores, {where['date']}, commit {where['commit']}; {result['measured']}",
@@ -236,7 +236,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures what the folder lacks, compares, prints."""
+    """Measures what the folder lacks, compares, and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/cpu_truth"))
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/cpu_truth_DATE.json")

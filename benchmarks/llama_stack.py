@@ -24,7 +24,7 @@ from llm_kernels.swiglu.op import swiglu
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model."""
+    """Dimensions of a model."""
 
     layers: int
     hidden: int
@@ -39,7 +39,7 @@ class Shape:
         return self.hidden // self.heads
 
     def flops_per_token(self, tokens: int) -> float:
-        """Forward and backward, matrix products only, causal attention counted by half (Megatron's formula halved)."""
+        """FLOPs of forward and backward per token: matrix products only, causal attention counted by half."""
         projections = self.hidden * self.dim * (2 * self.heads + 2 * self.groups) + 3 * self.hidden * self.ffn
         attention = tokens * self.heads * self.dim
         return 6.0 * (self.layers * (projections + attention) + self.hidden * self.vocab)
@@ -54,7 +54,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Operators:
-    """One implementation of everything that is no matrix product. attend takes packed qkv [s, b, w]."""
+    """One implementation of all operators that are not matrix products. ``attend`` takes packed qkv [s, b, w]."""
 
     norm: Callable[[Tensor, Tensor], Tensor]
     add_norm: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -88,7 +88,8 @@ def ours(backend: str = "auto") -> Operators:
 
 
 def plain() -> Operators:
-    """What torch has: fused norm, scaled dot product attention, the rest eager (or for torch.compile to fuse)."""
+    """torch's operators: fused norm and scaled dot product attention; the rest runs eagerly, or torch.compile fuses
+    it."""
 
     def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         total = x + residual
@@ -121,7 +122,7 @@ def plain() -> Operators:
 
 
 class LlamaStack(nn.Module):
-    """The decoder. Tokens [s, b] (sequence first, as megatron has them) → mean loss."""
+    """The decoder: tokens [s, b], with the sequence first as in megatron-core, → mean loss."""
 
     def __init__(self, shape: Shape, operators: Operators, tokens: int, device: torch.device | str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The metrics of one run: opens what the configuration asks for and hands every record to each of them."""
+"""Opens the sinks that the configuration asks for, and passes every record of a run to each of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class World:
-    """Where a run runs; written at the top of its metrics."""
+    """The processes and devices of a run, which are written at the top of its metrics."""
 
     size: int
     """Number of processes."""
@@ -46,7 +46,7 @@ class World:
 
     @property
     def unit(self) -> str:
-        """What rates are given per."""
+        """What rates are given per: "GPU" or "process"."""
         return "GPU" if self.is_cuda else "process"
 
 
@@ -111,7 +111,7 @@ def _close(sinks: list[Sink]) -> None:
 
 @contextmanager
 def _naming(target: object) -> Iterator[None]:
-    """Turns what the system refuses (a full disk, a closed pipe) into a sentence that names ``target``."""
+    """Turns an error of the system (a full disk, a closed pipe) into a UserError that names ``target``."""
     try:
         yield
     except OSError as error:
@@ -134,7 +134,7 @@ def open_metrics(
     run_start = {"step": resumed_step, "total_steps": total_steps, **asdict(world)}
     log = config.log
     openers: list[Callable[[], Sink]] = []
-    # What can be refused comes first, so that a refusal leaves nothing behind.
+    # Those that can fail come first, so that a failure leaves no file behind.
     if log.prometheus_port:
         openers.append(lambda: PrometheusSink(log.prometheus_port or 0))
     if log.wandb_project:

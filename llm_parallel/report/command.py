@@ -18,7 +18,8 @@ from llm_parallel.report.sections import runs_sections, scaling_section
 
 
 def report_command(request: ReportRequest) -> int:
-    """Writes the page, prints where it is and what a sweep gives. Raises UserError on bad input, writing nothing."""
+    """Writes the page, and prints where it is and the efficiency of each sweep. Raises UserError for bad input, before
+    anything is written."""
     if not request.runs and not request.sweeps:
         raise UserError("report needs a run folder, or --csv with a sweep")
     runs = read_runs(request.runs)

@@ -1,4 +1,4 @@
-"""What the report says, section by section."""
+"""Writes the sections of the report."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _short(text: str, most: int = 160) -> str:
 
 
 def scaling_section(sweeps: Sequence[Series], pictures: list[Picture]) -> Section:
-    """Efficiency with its baseline, what is doubtful, and what was lost to what."""
+    """Scaling efficiency with its baseline, doubtful points, and the time lost by cause."""
     section = Section("scaling", "Scaling efficiency")
     drawn = scaling_pictures(sweeps)
     section.picture(drawn[0])
@@ -240,7 +240,8 @@ def _scaling_table(series: Series) -> tuple[Sequence[str], list[Sequence[str]]]:
 
 
 def _gap(section: Section, series: Series) -> None:
-    """Measured against predicted losses of the largest size by cause, where the sweep has a prediction by cause."""
+    """Adds a table of measured and predicted losses by cause on the most processes, if the sweep has predictions by
+    cause."""
     last = series.best[-1]
     causes = causes_of(series, last)
     if not causes:
@@ -281,12 +282,12 @@ def _count(number: int, noun: str) -> str:
 
 
 def _unbroken(layout: str) -> str:
-    """A layout that no line break takes apart."""
+    """The layout with spaces at which no line is broken."""
     return layout.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _changes(values: Sequence[str]) -> str:
-    """One after the other; of many the first, the last and how often it changed."""
+    """The values one after the other; of many only the first, the last, and the number of changes."""
     shown = values if len(values) <= 4 else (values[0], "…", values[-1])
     text = " → ".join(map(_unbroken, shown)) or "—"
     return text if len(values) <= 4 else f"{text} ({len(values) - 1} changes)"
