@@ -18,6 +18,7 @@ from llm_parallel.model.flops import flops_per_token
 from llm_parallel.parallel.layout import Layout
 from tests.benchmarks.test_bench_step import SMALL, config
 from tests.integration.commands import assert_refused, llm_parallel
+from tests.support.in_process import in_process
 
 COMMAND = ("bench", "step", "--model", "debug", *SMALL)
 
@@ -151,5 +152,5 @@ def test_bad_requests(request_: StepRequest, message: str, tmp_path: Path) -> No
 
 
 def test_bad_input_of_the_command() -> None:
-    assert_refused(llm_parallel(*COMMAND, "--processes", "0"), "--processes 0 must be at least 1")
-    assert_refused(llm_parallel(*COMMAND, "parallel.tp=2", "--processes", "1"), "parallel describes 2 processes")
+    assert_refused(in_process(*COMMAND, "--processes", "0"), "--processes 0 must be at least 1")
+    assert_refused(in_process(*COMMAND, "parallel.tp=2", "--processes", "1"), "parallel describes 2 processes")
