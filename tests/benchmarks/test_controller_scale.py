@@ -1,4 +1,5 @@
-"""The benchmark of the launcher's protocol speaks what the controller understands, and a lost node is recovered."""
+"""The simulated agents of the launcher's benchmark follow the controller's protocol, and it recovers from a lost
+node."""
 
 from __future__ import annotations
 

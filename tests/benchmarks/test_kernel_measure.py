@@ -1,5 +1,5 @@
-"""Timing operators: a provider or an operator that fails costs its own row and no other, wherever it fails. Made-up
-operators in plain torch, on the host's clock."""
+"""Timing operators: a provider or an operator that fails loses only its own row, wherever it fails. The operators are
+made up in plain torch and timed by the host's clock."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Once(torch.autograd.Function):
 
 
 def failing_at(call_number: int) -> Callable[..., torch.Tensor]:
-    """x², but for one call."""
+    """x², except in one call, which raises."""
     calls = []
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ def test_an_operator_that_fails_costs_its_own_row(tmp_path: Path, capsys: pytest
 
 
 def test_a_lost_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a kernel that ended all CUDA work, what is left says so and nothing is made up."""
+    """After a kernel broke the CUDA context, the remaining rows say so and hold no times."""
     monkeypatch.setattr(on, "is_lost", lambda device: True)
     first = operator("first", {"torch": lambda: torch.square, "ours": lambda: failing_at(5)})
     found = dict(measure.measure_all([first, three_operators()[2]], CARD, CPU, rounds=2))

@@ -26,7 +26,7 @@ COMMAND = ("bench", "step", "--model", "debug", *SMALL)
 @pytest.mark.gloo
 @pytest.mark.slow
 def test_a_layout(tmp_path: Path) -> None:
-    """Two tensor-parallel halves of two stages: parts add up to the step, rates to the work, the trace names calls."""
+    """TP 2 x PP 2: the parts add up to the step, rates agree with the work, and the trace names calls."""
     layout = ("parallel.tp=2", "parallel.pp=2", "train.micro_batch_size=1")
     out, traces = tmp_path / "step", tmp_path / "traces"
     done = llm_parallel(

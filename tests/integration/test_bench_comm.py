@@ -1,4 +1,5 @@
-"""bench comm: definitions against nccl-tests' and numpy's, results of real gloo ranks, the command and its gate."""
+"""bench comm: definitions against those of nccl-tests and numpy, results of real gloo ranks, and the command with a
+baseline."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_the_written_run_file_passes_the_dry_run(tmp_path: Path, corpus: Corpus)
 
 
 def test_one_layout_in_detail() -> None:
-    """What the parts of time and of memory add up to is what is said of the whole."""
+    """The parts of the step time add up to the printed total."""
     done = in_process("plan", *CLUSTER, "--explain", "tp=4,pp=4,vpp=5,mbs=1")
     assert done.returncode == 0, done.stderr
     assert "simulated event by event" in done.stdout and "it fits into 79.1 GiB" in done.stdout
@@ -71,7 +71,7 @@ def test_one_layout_in_detail() -> None:
 
 
 def test_the_users_cluster(tmp_path: Path) -> None:
-    """A file of one's own with a measured constant: twice the rate of products is less time."""
+    """A user's cluster file with a measured constant: twice the rate of matrix products takes less time."""
     text = (DATA / "template.yaml").read_text()
     steps = []
     for gemm in (0.35, 0.7):
@@ -85,7 +85,7 @@ def test_the_users_cluster(tmp_path: Path) -> None:
 
 
 def test_validation_of_the_users_rows(tmp_path: Path) -> None:
-    """A CSV with blanks: what can be predicted is, what can't is named."""
+    """A CSV with blanks: rows that can be predicted are scored, the others are named with the reason."""
     from llm_parallel.planner.published.rows import COLUMNS
 
     known = {
@@ -147,7 +147,7 @@ def test_bad_input(tmp_path: Path) -> None:
     ],
 )
 def test_an_impossible_layout_is_one_sentence(layout: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where it breaks several rules."""
+    """Also if it breaks several rules."""
     asked = PlanRequest("llama2-70b", "dgx-h100x256", 8, 1024, 4096, explain=layout)
     with pytest.raises(UserError) as caught:
         plan_command(asked)

@@ -1,4 +1,4 @@
-"""The report in a real browser: what a reader sees, that nothing is fetched, that nothing complains."""
+"""The report in a real browser: text and figures are visible, nothing is fetched, and the console stays empty."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def _browse(page: Path, folder: Path, *options: str) -> subprocess.CompletedProc
 
 
 def _complaints(page: Path, folder: Path) -> list[str]:
-    """What the console of the browser says of the page: errors, warnings, and what its policy refused."""
+    """Lines of the browser's console: errors, warnings, and what the page's policy refused."""
     result = _browse(page, folder, "--dump-dom")
     assert result.returncode == 0, result.stderr
     return [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
 def _look(page: Path, folder: Path) -> dict[str, Any]:
-    """Text and boxes of the page as the browser laid it out."""
+    """Text of the page, and boxes of its elements in the browser's layout."""
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
     probed = folder / "probed.html"
     probed.write_text(text.replace("</body>", PROBE + "</body>"))
@@ -133,12 +133,12 @@ def test_gap_and_heat_map_are_seen(tmp_path: Path) -> None:
 
 
 def test_the_console_stays_empty(page: Path, tmp_path: Path) -> None:
-    """Nothing was fetched and no script run: the page's own policy refuses both, and a refusal is a complaint."""
+    """Nothing was fetched and no script ran: the page's own policy refuses both, and the console would show that."""
     assert _complaints(page, tmp_path) == []
 
 
 def test_the_checks_see_what_they_look_for(page: Path, tmp_path: Path) -> None:
-    """A page with a script, an image from elsewhere and a label beside its figure is found out."""
+    """The checks find a script, a missing image, and a label outside of its figure."""
     text = page.read_text()
     bad = tmp_path / "bad.html"
     bad.write_text(text.replace("</body>", '<script>null.x</script><img src="missing.png"></body>'))

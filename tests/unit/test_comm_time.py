@@ -1,4 +1,5 @@
-"""Arithmetic of the time split, and that nothing of torch.distributed is left out or left behind."""
+"""Arithmetic of the time split; every method of torch.distributed that communicates is counted, and none stays
+patched."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def world_name() -> str:
 
 
 def test_every_method_of_a_process_group_is_known() -> None:
-    """A new version's new collective must not go uncounted."""
+    """Fails if a version of torch adds a collective that is not counted."""
     callables = {name for name in dir(dist.ProcessGroup) if not name.startswith("__")}
     callables = {name for name in callables if callable(getattr(dist.ProcessGroup, name))}
     assert callables - SILENT == {name for name in METHODS if hasattr(dist.ProcessGroup, name)}
@@ -75,7 +76,7 @@ class FakeClock:
 
 
 def booked(monkeypatch: pytest.MonkeyPatch, axis: str, link: Link, call_s: float, wait_s: float) -> Any:
-    """Split of a step of 10 s with one collective in forward and backward that holds the process up that long."""
+    """Split of a 10 s step with one collective in forward and backward, whose call and wait take these times."""
     clock = FakeClock()
     monkeypatch.setattr(comm_time, "time", clock)
 
@@ -97,7 +98,7 @@ def booked(monkeypatch: pytest.MonkeyPatch, axis: str, link: Link, call_s: float
 
 
 def test_split_of_one_wait(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wait that is repeated is nobody's: the work is done by then."""
+    """A second wait for the same work does not count, since the work is done by then."""
     split = booked(monkeypatch, "tp", Link(), call_s=0.5, wait_s=1.5)
     assert (split.tp, split.cp, split.dp, split.pp, split.bubble) == pytest.approx((2.0, 0, 0, 0, 0))
     assert (split.data, split.compute, split.optimizer, split.other) == pytest.approx((1.0, 4.0, 2.0, 1.0))
@@ -153,7 +154,7 @@ def test_a_call_that_fails_is_booked_and_raised(alone: None, monkeypatch: pytest
 
 
 def test_works_that_nobody_waits_for_do_not_pile_up(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gather may end in the next step; after that it is forgotten."""
+    """Waiting for a gather counts until the next step; after that the gather is forgotten."""
     clock = FakeClock()
     monkeypatch.setattr(comm_time, "time", clock)
     works: list[dist.Work] = []

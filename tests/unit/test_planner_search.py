@@ -1,4 +1,4 @@
-"""The search: every layout is one that the trainer accepts, the best is the best, and 16,384 GPUs are quick."""
+"""The search: the trainer accepts every layout, and the best one found is the fastest of all that fit."""
 
 from __future__ import annotations
 

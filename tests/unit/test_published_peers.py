@@ -1,4 +1,4 @@
-"""Comparison with Calculon and Megatron-LM's formula: the formulas by hand, and what was claimed of both."""
+"""Comparison with Calculon and Megatron-LM's formula: the formula against a count by hand, and the stated errors."""
 
 from __future__ import annotations
 

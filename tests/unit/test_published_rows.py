@@ -1,4 +1,4 @@
-"""Published rows as predictable ones: conventions of FLOPs by hand, blanks, refusals, bad files."""
+"""Reading published rows: conventions of FLOPs against counts by hand, blanks, refused rows, bad files."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_mixed_conventions_are_one_sentence(tmp_path: Path, changes: list[dict[s
 
 
 def test_conventions_may_differ_where_they_do_not_count(tmp_path: Path) -> None:
-    """Of another source or chip, and beside a step time."""
+    """Other conventions are allowed for another source or chip, and in rows with a step time."""
     rows = [HFU, {**HFU, "chip": "A100", "mfu_convention": "causal"}, {**HFU, "source": "c", "mfu_convention": "six_n"},
             {**HFU, "step_time_s": "9", "mfu_convention": "causal"}]  # fmt: skip
     found, refused = read_rows(write(tmp_path, *rows, columns=(*COLUMNS, "mfu_convention")))

@@ -1,4 +1,5 @@
-"""The ready suites: every run is legal and fits its chip, every reference is its row, slow runs fail."""
+"""The suites that come with the repository: every run is legal and fits its chip, every reference matches its row, and
+runs that are too slow fail."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ SUITES = Path(__file__).parents[2] / "benchmarks" / "suites"
 FILES = ("a100", "h100")
 MODELS = {"llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "llama3-70b", "llama3-405b", "gpt3-175b"}
 PUBLISHED = dict(enumerate(csv.DictReader((DATA / "published_throughput.csv").open(encoding="utf-8")), start=2))
-"""Rows by their line."""
+"""Published rows by their line in the CSV."""
 GOOD = {"row": 5, "source": "s", "layout": "published", "step_time_s": 2.0}
 
 
