@@ -1,4 +1,5 @@
-"""One training step as ours and its peers do it: same weights, same tokens, same AdamW, one process, one device.
+"""One training step by our trainer and by its peers, with the same weights, tokens and AdamW, in one process on one
+device.
 
 Every step is forward and backward over the global batch in micro batches, the gradient's global norm clipped, and
 AdamW with decay of matrices only; with ``train.precision: bf16`` all keep bf16 weights beside fp32 main weights.
@@ -30,15 +31,17 @@ from llm_parallel.parallel.platform import open_platform
 
 @dataclass(frozen=True)
 class Contender:
-    """modules: those whose forward a clock may watch; gradient: forward, backward and the gradient's norm, returns the
-    loss in nats per token; update: clips and updates the weights."""
+    """Something that can train a step."""
 
     modules: Sequence[nn.Module]
+    """Modules whose forward a clock may watch."""
     gradient: Callable[[], float]
+    """Runs forward and backward and computes the gradient's norm; returns the loss in nats per token."""
     update: Callable[[], None]
+    """Clips the gradient and updates the weights."""
 
     def step(self) -> float:
-        """One training step; the loss before it."""
+        """Runs one training step and returns the loss before it."""
         loss = self.gradient()
         self.update()
         return loss
@@ -81,7 +84,7 @@ def ours(config: RunConfig) -> Contender:
 
 
 def ours_torch(config: RunConfig) -> Contender:
-    """Ours with every operator in plain torch."""
+    """Our trainer with every operator in plain torch."""
     kernels = dict.fromkeys(("rms_norm", "rope", "attention", "swiglu", "cross_entropy"), "torch")
     plain = config.kernels.model_copy(update={**kernels, "output_loss": "separate"})
     optim = config.optim.model_copy(update={"implementation": "torch"})
@@ -132,8 +135,8 @@ def hugging_face_model(config: RunConfig, device: torch.device) -> WithLoss:
 
 
 class MainWeights:
-    """What the optimizer updates: a model's fp32 weights, or with ``train.precision: bf16`` fp32 copies of them, the
-    model's own becoming bf16."""
+    """The weights that the optimizer updates: the model's own in fp32; with ``train.precision: bf16`` fp32 copies,
+    while the model's own become bf16."""
 
     def __init__(self, config: RunConfig, model: nn.Module) -> None:
         self._of = {p: p for p in model.parameters()}
@@ -186,7 +189,7 @@ def transformers(config: RunConfig, compiled: bool = False) -> Contender:
 
 
 def adamw(config: RunConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """torch's fused AdamW as ours is set: decay of matrices only."""
+    """torch's fused AdamW with our settings: weight decay of matrices only."""
     optim = config.optim
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},
@@ -196,8 +199,8 @@ def adamw(config: RunConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimi
 
 
 def megatron(config: RunConfig, engine: bool = False) -> Contender:
-    """megatron-core's own layers, loss, DDP and distributed optimizer; on a CPU our platform lets it run. ``engine``:
-    with Transformer Engine's layers."""
+    """megatron-core's own layers, loss, DDP and distributed optimizer, which our platform makes run on a CPU too.
+    ``engine``: with Transformer Engine's layers."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -214,7 +217,7 @@ def megatron(config: RunConfig, engine: bool = False) -> Contender:
     model = GPTModel(
         theirs,
         make_spec() if engine else make_spec(normalization="RMSNorm"),
-        vocab_size=config.model.vocab_size,  # its own loss would count padding as words
+        vocab_size=config.model.vocab_size,  # its own loss would count padding as tokens
         max_sequence_length=config.data.seq_length_tokens,
         position_embedding_type="rope",
         rotary_base=int(config.model.rope_base),
@@ -236,7 +239,7 @@ def megatron(config: RunConfig, engine: bool = False) -> Contender:
 
 
 def _megatron_config(config: RunConfig, groups: Groups, engine: bool) -> Any:
-    """megatron-core's configuration of the same model, without anything of ours."""
+    """megatron-core's configuration of the same model, without our operators."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     stages = Layout.from_config(config, 1).stages

@@ -161,6 +161,11 @@ class ParallelConfig(Node):
     recompute_num_layers: PositiveInt = 1
     """See ``recompute_method``."""
 
+    @property
+    def divides_sequence(self) -> bool:
+        """``sequence_parallel`` with its default."""
+        return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
+
 
 KernelChoice = Literal["auto", "triton", "torch"]
 

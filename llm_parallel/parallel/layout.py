@@ -8,16 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llm_parallel.config.tree import ParallelConfig, RunConfig
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.parallel.mesh import AXES, Coordinates, Mesh
 from llm_parallel.parallel.stages import Stages
 
-__all__ = ["AXES", "Coordinates", "Layout", "sequence_parallel_of"]
-
-
-def sequence_parallel_of(parallel: ParallelConfig) -> bool:
-    """Whether tensor-parallel ranks divide the tokens: as configured, by default where there are several."""
-    return parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
+__all__ = ["AXES", "Coordinates", "Layout"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Layout(Mesh):
             pp=parallel.pp,
             vpp=parallel.vpp,
             cp=parallel.cp,
-            sequence_parallel=sequence_parallel_of(parallel),
+            sequence_parallel=parallel.divides_sequence,
             micro_batch_size=config.train.micro_batch_size,
             stage_layers=tuple(layers),
         )

@@ -14,7 +14,7 @@ from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.batch import Batch
 from llm_parallel.metrics.record import Basis
-from llm_parallel.metrics.run import MetricsLike
+from llm_parallel.metrics.run import Metrics
 from llm_parallel.objectives.base import Objective
 from llm_parallel.parallel import comm_time
 from llm_parallel.parallel.engine import POLICY, Engine, Models
@@ -55,7 +55,7 @@ class Run:
     store: CheckpointStore
     state: TrainState
     guard: Guard
-    metrics: MetricsLike
+    metrics: Metrics
     basis: Basis
     comm: comm_time.Untimed
     asked_to_stop: Callable[[], bool]

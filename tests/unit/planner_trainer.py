@@ -1,4 +1,4 @@
-"""What one rank of our trainer really holds, by kind, for tests of the planner's memory model."""
+"""Measures the memory of one rank of our trainer by kind, for tests of the planner's memory model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def base_config() -> RunConfig:
 
 
 class Saved:
-    """Bytes of all storages that autograd holds for backward, now and at most; weights and given ones not counted."""
+    """Bytes of all storages that autograd holds for backward, at present and at most, without those in ``excluded``."""
 
     def __init__(self, excluded: set[int]) -> None:
         self.excluded, self.holders = excluded, Counter[int]()
@@ -44,11 +44,11 @@ class Saved:
         self.at_most: list[str] = []
 
     def pack(self, x: torch.Tensor) -> Held:
-        """Counts a saved tensor until autograd lets go of it."""
+        """Counts a saved tensor until autograd releases it."""
         return Held(self, x)
 
     def add(self, x: torch.Tensor) -> None:
-        """One more holder of a storage."""
+        """Adds a holder of a storage."""
         number = x.untyped_storage().data_ptr()
         self.holders[number] += 1
         if self.holders[number] == 1 and number not in self.excluded:
@@ -58,7 +58,7 @@ class Saved:
                 self.most, self.at_most = self.now, list(self.shapes.values())
 
     def drop(self, x: torch.Tensor) -> None:
-        """One holder less."""
+        """Removes a holder of a storage."""
         number = x.untyped_storage().data_ptr()
         self.holders[number] -= 1
         if not self.holders[number] and number not in self.excluded:
@@ -67,7 +67,7 @@ class Saved:
 
 
 class Held:
-    """A tensor as autograd keeps it."""
+    """A saved tensor, which is counted while autograd holds it."""
 
     def __init__(self, saved: Saved, x: torch.Tensor) -> None:
         self.saved, self.x = saved, x

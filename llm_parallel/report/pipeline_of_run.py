@@ -1,4 +1,4 @@
-"""The pipeline schedule of a run: simulated from its layout, scaled to its measured time."""
+"""The pipeline schedule of a run, simulated from its layout and scaled to its measured time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from llm_parallel.planner.schedule import Timeline, simulate
+from llm_parallel.planner.pipeline_simulation import Timeline, simulate
 from llm_parallel.report.runs import Run, steady
 
 MOST_EVENTS = 3000
-"""Of a picture; more would be neither seen nor small."""
+"""Most events of a picture; more could not be distinguished and would make a large page."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Schedule:
 def schedule_of(run: Run) -> Schedule | None:
     """The schedule of the run's configured layout; None without a pipeline, or where the folder does not say.
 
-    Stages take the same time, a backward twice a forward, and sending none; the whole is as long as the median forward
-    and backward that was measured. It shows the order and the bubble that follows from it, not where time was lost.
-    """
+    It assumes that all stages take the same time, a backward takes two forwards and sending takes none, and has the
+    length of the measured median of forward and backward. So it shows the order and the bubble that follows from it,
+    not where time was lost."""
     sizes: list[Any] = [run.config.get(f"parallel.{name}") for name in ("tp", "cp", "pp", "vpp")]
     batches: list[Any] = [run.config.get(f"train.{name}_batch_size") for name in ("global", "micro")]
     world: Any = run.history.starts[-1].get("size") if run.history.starts else None

@@ -1,5 +1,5 @@
-"""How good the planner's predictions are, on rows that no constant was fitted to: by source and chip, as rankings, as
-trends of weak scaling, and for memory."""
+"""How far the planner's predictions are from published rows that no constant was fitted to: step times by source and
+chip, rankings of layouts, weak scaling, and memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from functools import lru_cache
 from typing import Any
 
 from llm_parallel.errors import UserError
-from llm_parallel.planner.fit import clusters_with, family_of, is_fitted, predict
 from llm_parallel.planner.hardware import load_constants
 from llm_parallel.planner.memory import GIB
-from llm_parallel.planner.peers import printed_bytes, say_peers
-from llm_parallel.planner.rows import Refused, Row, read_rows
+from llm_parallel.planner.published.fit import clusters_with, family_of, is_fitted, predict
+from llm_parallel.planner.published.peers import printed_bytes, say_peers
+from llm_parallel.planner.published.rows import Refused, Row, read_rows
 
 CHIPS = ("A100", "H100")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A row with its prediction. fitted: whether a constant saw it."""
+    """A row with its prediction, and whether constants were fitted to it."""
 
     row: Row
     predicted_s: float
@@ -45,7 +45,7 @@ class Score:
 
 
 def score_of(scored: Sequence[Scored]) -> Score:
-    """Of at least one row."""
+    """The score of at least one row."""
     worst = max(scored, key=lambda item: abs(item.error))
     errors = [item.error for item in scored]
     mape = statistics.fmean(abs(error) for error in errors)
@@ -53,7 +53,7 @@ def score_of(scored: Sequence[Scored]) -> Score:
 
 
 def score_rows(path: str | None = None) -> tuple[list[Scored], list[Refused]]:
-    """Predictions of all rows that can be predicted. Rows of a user's file are all held out."""
+    """Predictions of all rows that can be predicted, and the other rows. No constant was fitted to a user's file."""
     rows, refused = read_rows(path)
     clusters = clusters_with({})
     half = is_fitted(rows) if path is None else {}
@@ -62,8 +62,8 @@ def score_rows(path: str | None = None) -> tuple[list[Scored], list[Refused]]:
 
 @lru_cache(maxsize=4)
 def expected_error(chip: str, nvidia: bool) -> tuple[float, int, str]:
-    """Mean absolute error of a step time on the chip's held-out rows of NVIDIA's stack or of open software, their
-    number, and what they are; of all software where the chip has fewer than five of that kind."""
+    """Mean absolute error of the step time on held-out rows of this chip, their number, and what they are of: NVIDIA's
+    stack or open software, or all software if there are fewer than five rows of that kind."""
     scored, _ = score_rows()
     held = [s for s in scored if not s.fitted and family_of(s.row.chip) == family_of(chip)]
     same = [s for s in held if s.row.strategy.te == nvidia]
@@ -82,8 +82,8 @@ def by_source(scored: Sequence[Scored]) -> dict[tuple[str, str], list[Scored]]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Layouts of one model on one cluster: how close the one predicted best is to the measured best, and the rank
-    correlation (Spearman) of all."""
+    """Several layouts of one model on one cluster: how much slower than the measured best the predicted best was, and
+    the rank correlation (Spearman) of predicted with measured times."""
 
     name: str
     layouts: int
@@ -92,7 +92,7 @@ class Ranking:
 
 
 def rankings(scored: Sequence[Scored], fewest: int = 5) -> list[Ranking]:
-    """Of every model, GPU count and batch with at least ``fewest`` measured layouts that differ."""
+    """A ranking for every model, number of GPUs and batch with at least ``fewest`` different measured layouts."""
     sets: dict[str, list[Scored]] = {}
     for item in scored:
         s = item.row.strategy
@@ -122,8 +122,8 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Trend:
-    """Weak scaling of one series: throughput of one GPU at the most GPUs over that at the fewest. family: its source,
-    and so its software, and its chip."""
+    """Weak scaling of one series: throughput per GPU at the largest number of GPUs over that at the smallest.
+    ``family`` names its source, which stands for the software, and its chip."""
 
     name: str
     family: str
@@ -134,7 +134,7 @@ class Trend:
 
 
 def trends(scored: Sequence[Scored]) -> list[Trend]:
-    """Series of rows that differ only in GPUs, with the batch in proportion."""
+    """Series of rows that differ only in the number of GPUs, with the batch in proportion."""
     series: dict[str, list[Scored]] = {}
     for item in scored:
         s = item.row.strategy
@@ -156,7 +156,8 @@ def trends(scored: Sequence[Scored]) -> list[Trend]:
 
 
 def family_trends(trended: Sequence[Trend]) -> dict[str, tuple[int, float]]:
-    """Of each family: series that are not superlinear, and the mean of predicted less measured efficiency."""
+    """For each family: the number of series that are not superlinear, and the mean of predicted minus measured
+    efficiency."""
     families: dict[str, list[float]] = {}
     for trend in trended:
         if trend.measured <= 1.0:
@@ -165,8 +166,8 @@ def family_trends(trended: Sequence[Trend]) -> dict[str, tuple[int, float]]:
 
 
 def memory_errors(scored: Sequence[Scored]) -> list[tuple[Row, float]]:
-    """(row, predicted over printed peak memory, less one) where a row prints it; reserved memory with the allowance for
-    the allocator that a layout must leave to fit."""
+    """Rows that print their peak memory, with the relative error of the prediction; where they print reserved memory,
+    the prediction includes the allocator's allowance."""
     rows = [item.row for item in scored]
     return [(row, printed_bytes(row) / GIB / row.memory_gib - 1.0) for row in rows if row.memory_gib]
 
@@ -275,7 +276,7 @@ def _say_constants(say: Callable[[str], None]) -> None:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """1, 3, 5 to 9: runs with an even step are shortened."""
+    """Numbers as text, like ``1, 3, 10 to 20 by 2``: runs with an equal step are shortened."""
     found: list[str] = []
     left = sorted(numbers)
     while left:

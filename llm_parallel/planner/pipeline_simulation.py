@@ -1,4 +1,5 @@
-"""Pipeline schedules, event by event: when every chunk of every micro batch runs, what waits, where the bubble is."""
+"""Simulates a pipeline schedule event by event: when each model chunk runs on each micro batch, and how long stages
+wait."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """One forward or backward of one chunk. Times in the unit of the durations given."""
+    """One forward or backward of one model chunk on one micro batch. Times are in the unit of the given durations."""
 
     stage: int
     chunk: int
@@ -20,7 +21,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A whole step's events and their end."""
+    """All events of a step, and when the last one ends."""
 
     events: tuple[Event, ...]
     makespan: float
@@ -28,7 +29,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Part of the stages' time in which they wait."""
+        """Share of the stages' time in which they wait."""
         busy = sum(event.end - event.begin for event in self.events)
         return 1.0 - busy / (self.makespan * self.stages)
 
@@ -58,8 +59,8 @@ def order(stage: int, stages: int, chunks: int, micro_batches: int) -> list[tupl
 def simulate(
     forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]], micro_batches: int, send: float = 0.0
 ) -> Timeline:
-    """Runs a step. ``forward[stage][chunk]`` and ``backward``: durations; ``send``: time from one stage to the next,
-    beside compute."""
+    """Simulates a step. ``forward[stage][chunk]`` and ``backward`` are durations; ``send`` is the time from one stage
+    to the next, overlapped with compute."""
     stages, chunks = len(forward), len(forward[0])
     orders = [order(stage, stages, chunks, micro_batches) for stage in range(stages)]
     position, free = [0] * stages, [0.0] * stages
@@ -88,7 +89,7 @@ def _ready(
     stage: int, chunk: int, number: int, backward: bool, stages: int, chunks: int,
     done: dict[tuple[int, int, int, bool], float], send: float,
 ) -> float | None:  # fmt: skip
-    """When the input is there; None if what makes it has not run."""
+    """When the input is there; None while it has not been computed."""
     virtual = chunk * stages + stage
     if not backward:
         if virtual == 0:

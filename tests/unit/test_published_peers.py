@@ -1,4 +1,4 @@
-"""Comparison with Calculon and Megatron-LM's formula: the formulas by hand, and what was claimed of both."""
+"""Comparison with Calculon and Megatron-LM's formula: the formula against a count by hand, and the stated errors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import statistics
 
 import pytest
 
-from llm_parallel.planner.peers import calculon_steps, figures, megatron_memory, say_peers
-from llm_parallel.planner.rows import read_rows
+from llm_parallel.planner.published.peers import calculon_steps, figures, megatron_memory, say_peers
+from llm_parallel.planner.published.rows import read_rows
+from llm_parallel.planner.published.scores import score_rows
 from llm_parallel.planner.shapes import Shape, Strategy
-from llm_parallel.planner.validate import score_rows
 
 
 def error(quantity: str, ours: bool) -> float:

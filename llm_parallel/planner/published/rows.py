@@ -1,4 +1,5 @@
-"""Published training throughput as rows that can be predicted: one convention, blanks filled or the row refused."""
+"""Reads published training throughput: brings it to one convention, fills blanks, and refuses rows that can't be
+predicted."""
 
 from __future__ import annotations
 
@@ -7,144 +8,69 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from llm_parallel.errors import UserError
-from llm_parallel.planner.hardware import DATA
+from llm_parallel.planner.published.sources import CONVENTIONS, Source, source_named
 from llm_parallel.planner.shapes import Shape, Strategy
 
+DATA = resources.files("llm_parallel.planner.published") / "data"
 COLUMNS = (
     "source", "model", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "gpus", "chip", "precision",
     "tp", "pp", "vpp", "cp", "dp_or_ep", "micro_batch", "global_batch", "recompute", "tflops_per_gpu",
     "tokens_per_s_per_gpu", "step_time_s", "mfu_pct", "note",
 )  # fmt: skip
 _MORE = ("n_params_b", "mfu_convention")
-"""Columns that a file may lack."""
+"""Columns that a file need not have."""
 MOST_LAYERS = 10_000
 DEFAULT_VOCAB = 51200
-"""GPT-2's vocabulary padded for TP 8, which the papers without a figure use."""
+"""GPT-2's vocabulary padded for TP 8, which papers that state no figure use."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """What a source's software does, as its own text says. software: its name; gpt: GELU, dropout, learned positions
-    and biases."""
-
-    software: str = "not stated"
-    gpt: bool = False
-    flash: bool = True
-    zero: int = 1
-    sequence_parallel: bool = True
-    overlap_tp: bool = False
-    overlap_dp: bool = True
-    overlap_dp_from_tp: int = 1
-    """Least tensor parallelism with which it does."""
-    prefetches: bool = True
-    overlap_pp: bool = True
-    interleaves: bool = False
-    """Pipelines have several chunks on a stage, though the rows do not say how many."""
-    grad_bytes: int = 4
-    te: bool = False
-    recompute: str = "none"
-    early_stop: bool = False
-    logit_bytes: int = 8
-    copied_grad_bytes: int = 0
-    keeps_gate: bool = False
-    tensors_of_layer: int = 0
-    """Tensors whose gradients are reduced one by one; 0: in buckets."""
-    memory_of: str = "not stated"
-    """What its printed peak counts: allocated (tensors) or reserved (what the allocator took from the device)."""
-    memory_of_first: bool = False
-    """Whether it printed the first stage's peak, not the fullest one's."""
-    convention: str = "full"
-    """FLOPs of printed TFLOP/s and MFU: full (square attention), causal, hardware (recompute counted), six_n."""
-
-
-_MEGATRON_2021 = Family(
-    software="Megatron-LM", gpt=True, flash=False, zero=0, sequence_parallel=False, overlap_dp=False, overlap_pp=False,
-    grad_bytes=2, recompute="full", convention="hardware",
-)  # fmt: skip
-_FAMILIES: tuple[tuple[str, Family], ...] = (
-    (r"Megatron SC21|MT-NLG|stas00", _MEGATRON_2021),
-    # Its text: torch's DistributedDataParallel, whose all-reduces run beside backward, is better for large models, and
-    # slower for 2.5 billion parameters with TP 2 and 1.2 billion with TP 1.
-    (r"Megatron-LM README \(Sep 2020\)", replace(_MEGATRON_2021, overlap_dp=True, overlap_dp_from_tp=4)),
-    (r"vTrain", replace(_MEGATRON_2021, convention="full")),
-    (r"Korthikanti", replace(_MEGATRON_2021, overlap_pp=True, convention="full")),
-    (r"MegaScale", Family(software="Megatron-LM", gpt=True, flash=False, recompute="selective")),
-    # Its text: pipeline communication is overlapped by default, which Megatron-Core does only where it interleaves.
-    (
-        r"Megatron-LM README\.md",
-        Family(software="Megatron-Core, TE", gpt=True, overlap_tp=True, te=True, interleaves=True),
-    ),
-    (r"Megatron-Bridge", Family(software="Megatron-Core, TE", overlap_tp=True, te=True, convention="causal")),
-    # configure.sh: remat_policy save_qkv_proj; XLA drops what backward does not read.
-    (r"maxtext", Family(software="MaxText", zero=3, te=True, recompute="qkv", early_stop=True)),
-    (r"dgxc-benchmarking", Family(software="NeMo, TE", overlap_tp=True, te=True)),
-    # Composer's default is BACKWARD_POST: a layer's weights are gathered after the backward before it.
-    (
-        r"mosaicml",
-        Family(software="llm-foundry", gpt=True, zero=3, grad_bytes=2, early_stop=True, prefetches=False),
-    ),
-    # torchtitan/metrics.py: reserved_bytes.all.peak. Its loss in 2024 was not compiled: fp32 logits, log-softmax and
-    # gradient; in the run of 2025 it was: bf16 logits and their gradient.
-    (
-        r"torchtitan.*202412",
-        Family(software="torchtitan", zero=3, logit_bytes=12, memory_of="reserved", early_stop=True),
-    ),
-    (
-        r"torchtitan",
-        Family(
-            software="torchtitan", zero=3, logit_bytes=4, memory_of="reserved", recompute="selective", early_stop=True
-        ),
-    ),
-    # nanotron at 2411b022a: DDP copies bf16 gradients into buckets before fp32 ones; silu's output is kept; logits in
-    # bf16, in fp32, less their maximum, and the bf16 gradient. Rank 0 writes the peak (helpers.py).
-    # Its sharded optimizer reduces and gathers tensor by tensor (gradient_accumulator.py, zero.py).
-    (
-        r"nanotron",
-        Family(
-            software="nanotron",
-            overlap_dp=False,
-            copied_grad_bytes=4,
-            keeps_gate=True,
-            logit_bytes=12,
-            memory_of_first=True,
-            tensors_of_layer=6,
-        ),
-    ),
-)
-CONVENTIONS = ("full", "causal", "hardware", "six_n")
 _SAID = (
     (r"HFU|with[ _-]recompute", "hardware"),
     (r"non-causal|full attention", "full"),
     (r"causal", "causal"),
     (r"\b6 ?N\b", "six_n"),
 )
-"""What a note says of its convention, where there is no column mfu_convention."""
+"""Patterns in a row's note, and the convention that they mean where mfu_convention is blank."""
 _MOE = re.compile(r"MoE|8x|_a3B|A3B|OSS|DeepSeek|Mixtral|ep=", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement that can be predicted. tokens_per_s: of one GPU; memory_gib: as printed, if it was, and whether
-    memory_of means allocated or reserved; memory_of_first: of the first stage, not of the fullest."""
+    """One measurement that can be predicted."""
 
     number: int
+    """Line of the CSV; the header is line 1."""
     source: str
+    """Short name of who published it."""
     model: str
+    """Name of the model, as published."""
     chip: str
+    """A100, H100 or H200."""
     cluster: str
+    """Description of the cluster, as ``dgx-a100``."""
     shape: Shape
+    """The model's dimensions."""
     strategy: Strategy
+    """How it was trained."""
     open_micro_batch: bool
+    """Whether the source does not say the micro batch; the prediction takes the best."""
     open_vpp: bool
+    """Whether the source does not say the number of model chunks; the prediction takes the best."""
     tokens_per_s: float
+    """Tokens per second and GPU."""
     memory_gib: float | None
+    """Printed peak memory of a GPU; None if none was printed."""
     memory_of: str = "not stated"
+    """What the printed memory counts, as in ``Source``."""
     memory_of_first: bool = False
+    """Whether it is the first stage's rather than the fullest one's."""
     software: str = "not stated"
+    """What the model was trained with."""
 
     @property
     def step_s(self) -> float:
@@ -162,9 +88,9 @@ class Refused:
 
 
 def read_rows(path: str | None = None) -> tuple[list[Row], list[Refused]]:
-    """Rows of a CSV with the columns of the package's own, or of that. Blank fields are allowed. A column more,
-    ``mfu_convention``, may say which FLOPs TFLOP/s and MFU count (else the note may); it counts where a row has neither
-    step time nor tokens/s.
+    """Rows of a CSV with the columns of the package's own, or of the package's own if ``path`` is None. Fields may be
+    blank. The optional column ``mfu_convention`` (or else the note) says which FLOPs TFLOP/s and MFU count; this
+    matters where a row has neither step time nor tokens/s.
 
     Raises UserError if the file can't be read, lacks a column or a row, names an unknown convention, or if rows of one
     source on one chip count by different ones."""
@@ -195,7 +121,8 @@ def read_rows(path: str | None = None) -> tuple[list[Row], list[Refused]]:
 
 
 def _check_conventions(records: Sequence[Mapping[str, str]], where: str) -> None:
-    """Of rows whose speed follows from TFLOP/s or MFU."""
+    """Raises UserError where rows whose speed follows from TFLOP/s or MFU name an unknown convention, or two of one
+    source on one chip differ."""
     first: dict[tuple[str, str], tuple[int, str]] = {}
     for number, record in enumerate(records, start=2):
         text = record["mfu_convention"]
@@ -205,7 +132,7 @@ def _check_conventions(records: Sequence[Mapping[str, str]], where: str) -> None
             continue
         if not record["tflops_per_gpu"] and not record["mfu_pct"]:
             continue
-        convention = _convention(record, _family(record["source"]))
+        convention = _convention(record, source_named(record["source"]))
         before, other = first.setdefault((record["source"], record["chip"]), (number, convention))
         if other != convention:
             raise UserError(
@@ -214,14 +141,10 @@ def _check_conventions(records: Sequence[Mapping[str, str]], where: str) -> None
             )
 
 
-def _convention(record: Mapping[str, str], family: Family) -> str:
-    """FLOPs that a row's TFLOP/s and MFU count: as its column says, its note, or what is known of its source."""
+def _convention(record: Mapping[str, str], known: Source) -> str:
+    """Which FLOPs a row's TFLOP/s and MFU count, by its column, its note, or what is known of its source."""
     said = (found for pattern, found in _SAID if re.search(pattern, record["note"], re.IGNORECASE))
-    return record["mfu_convention"] or next(said, family.convention)
-
-
-def _family(source: str) -> Family:
-    return next((found for pattern, found in _FAMILIES if re.search(pattern, source)), Family())
+    return record["mfu_convention"] or next(said, known.convention)
 
 
 def short(source: str) -> str:
@@ -268,19 +191,19 @@ def _row(number: int, record: Mapping[str, str]) -> Row:
         raise _CannotSay("parallel block and sliding-window attention")
     if "ZeRO-3" in record["model"]:
         raise _CannotSay("DeepSpeed's ZeRO-3 without overlap")
-    family = _family(source)
+    known = source_named(source)
     chip, cluster = _chip(record["chip"])
-    shape = _shape(record, family)
-    strategy = _strategy(record, family, note)
-    tokens = _tokens_per_s(record, family, shape, strategy)
+    shape = _shape(record, known)
+    strategy = _strategy(record, known, note)
+    tokens = _tokens_per_s(record, known, shape, strategy)
     found = re.search(r"mem_gi?b=(\d+(?:\.\d+)?)", note)
     # nanotron's "GB" are GiB too: helpers.py divides by 1024**3.
     unit = 1.0 if found and ("mem_gib" in found.group(0) or "nanotron" in source) else 1e9 / 2**30
     return Row(
         number, short(source), record["model"], chip, cluster, shape, strategy,
-        _open(record, family), family.interleaves and strategy.pp > 1 and not record["vpp"],
-        tokens, float(found.group(1)) * unit if found else None, family.memory_of,
-        family.memory_of_first, family.software,
+        _open(record, known), known.interleaves and strategy.pp > 1 and not record["vpp"],
+        tokens, float(found.group(1)) * unit if found else None, known.memory_of,
+        known.memory_of_first, known.software,
     )  # fmt: skip
 
 
@@ -296,10 +219,10 @@ def _chip(text: str) -> tuple[str, str]:
     raise _CannotSay(f"chip {text or 'not stated'} is none of A100, H100 and H200")
 
 
-def _shape(record: Mapping[str, str], family: Family) -> Shape:
+def _shape(record: Mapping[str, str], known: Source) -> Shape:
     hidden, heads = _number(record, "hidden"), _number(record, "heads")
     llama = bool(re.search(r"llama", record["model"], re.IGNORECASE))
-    gpt = family.gpt or not llama
+    gpt = known.gpt or not llama
     if heads > hidden or _number(record, "layers") > MOST_LAYERS:
         raise _CannotSay(f"{record['layers']} layers of {hidden} with {heads} heads are no model")
     untied = Shape(
@@ -310,19 +233,23 @@ def _shape(record: Mapping[str, str], family: Family) -> Shape:
         ffn=_optional(record, "ffn", 4 * hidden),
         vocab=_optional(record, "vocab", DEFAULT_VOCAB),
         gated=llama,
-        dropout=gpt and not family.flash,
+        dropout=gpt and not known.flash,
         rotary=not gpt,
     )
     tied = replace(untied, tied=True)
-    if not record["n_params_b"] or "PROXY" in record["model"]:  # a proxy's row prints the whole model's
+    if (
+        not record["n_params_b"] or "PROXY" in record["model"]
+    ):  # a proxy model's row prints the number of parameters of the whole model
         return tied if gpt else untied
-    positions = hidden * _number(record, "seq") if gpt else 0  # learned ones, which printed numbers count
+    positions = (
+        hidden * _number(record, "seq") if gpt else 0
+    )  # learned positions, which printed numbers of parameters count
     return min(
         tied, untied, key=lambda shape: abs(shape.parameters + positions - 1e9 * _positive(record, "n_params_b"))
     )
 
 
-def _strategy(record: Mapping[str, str], family: Family, note: str) -> Strategy:
+def _strategy(record: Mapping[str, str], known: Source, note: str) -> Strategy:
     gpus, seq = _number(record, "gpus"), _number(record, "seq")
     tp, pp, cp = _number(record, "tp"), _number(record, "pp"), _optional(record, "cp", 1)
     if gpus % (tp * pp * cp):
@@ -331,50 +258,51 @@ def _strategy(record: Mapping[str, str], family: Family, note: str) -> Strategy:
     local = _local_batch(note)
     micro = _optional(record, "micro_batch", local // pp if local else 1)
     batch = _optional(record, "global_batch", (local or micro) * replicas)
-    recompute = record["recompute"] or family.recompute
+    recompute = record["recompute"] or known.recompute
     layers = _number(record, "layers")
     vpp = _optional(record, "vpp", 2 if "Interleaved" in note else 1)
     if layers < pp * vpp:
         raise _CannotSay(f"{layers} layers on PP {pp} x VPP {vpp}")
     precision = "fp8" if "fp8" in record["precision"] else "bf16"
     stated = re.search(r"ZeRO-([01])", note)
-    zero = int(stated.group(1)) if stated else family.zero
+    zero = int(stated.group(1)) if stated else known.zero
     zero = 3 if re.search(r"\bFSDP=", note) else zero
     asynchronous = "async tp" in note.lower() or "asynctp" in note.lower()
-    sequence = family.sequence_parallel or "sequence_parallel" in recompute
+    sequence = known.sequence_parallel or "sequence_parallel" in recompute
     return Strategy(
         gpus=gpus, global_batch=batch, micro_batch=micro, seq=seq, tp=tp, pp=pp, cp=cp, vpp=vpp,
         recompute=_recompute(recompute, record["source"]),  # type: ignore[arg-type]
-        sequence_parallel=sequence and tp > 1, zero=zero, precision=precision, flash=family.flash,  # type: ignore[arg-type]
-        overlap_tp=family.overlap_tp or asynchronous, overlap_pp=family.overlap_pp,
-        overlap_dp=family.overlap_dp and tp >= family.overlap_dp_from_tp,
-        grad_bytes=family.grad_bytes, te=family.te, cp_gathers=not family.te,
-        prefetches=family.prefetches, early_stop=family.early_stop, logit_bytes=_logit_bytes(family, tp),
-        copied_grad_bytes=family.copied_grad_bytes, keeps_gate=family.keeps_gate,
-        stage_layers=_stage_layers(record, pp, vpp), dp_collectives=family.tensors_of_layer * -(-layers // pp),
+        sequence_parallel=sequence and tp > 1, zero=zero, precision=precision, flash=known.flash,  # type: ignore[arg-type]
+        overlap_tp=known.overlap_tp or asynchronous, overlap_pp=known.overlap_pp,
+        overlap_dp=known.overlap_dp and tp >= known.overlap_dp_from_tp,
+        grad_bytes=known.grad_bytes, te=known.te, cp_gathers=not known.te,
+        prefetches=known.prefetches, early_stop=known.early_stop, logit_bytes=_logit_bytes(known, tp),
+        copied_grad_bytes=known.copied_grad_bytes, keeps_gate=known.keeps_gate,
+        stage_layers=_stage_layers(record, pp, vpp), dp_collectives=known.tensors_of_layer * -(-layers // pp),
         fused="torchtitan" not in record["source"] or "compile" in note,
     )  # fmt: skip
 
 
 def _local_batch(note: str) -> int:
-    """Of a rank; torchtitan's pipelines split it into as many micro batches as they have stages (pipelining_utils.py at
-    9dec370)."""
+    """Samples of a rank in a step, where the note says them. torchtitan's pipelines split them into as many micro
+    batches as there are stages (pipelining_utils.py at 9dec370)."""
     found = re.search(r"local batch (\d+)", note)
     return int(found.group(1)) if found else 0
 
 
-def _open(record: Mapping[str, str], family: Family) -> bool:
-    """Whether the source says no micro batch."""
+def _open(record: Mapping[str, str], known: Source) -> bool:
+    """Whether the source does not say the micro batch."""
     return not record["micro_batch"] and not _local_batch(record["note"])
 
 
-def _logit_bytes(family: Family, tp: int) -> int:
-    """torchtitan's loss under tensor parallelism is DTensor's: fp32 log-softmax, zeros, exponentials and their sum."""
-    return 16 if family.zero == 3 and family.logit_bytes == 12 and tp > 1 else family.logit_bytes
+def _logit_bytes(known: Source, tp: int) -> int:
+    """Bytes of a logit at the loss. torchtitan's loss under tensor parallelism is DTensor's, which keeps four fp32
+    tensors of this size: log-softmax, zeros, exponentials and their sum."""
+    return 16 if known.zero == 3 and known.logit_bytes == 12 and tp > 1 else known.logit_bytes
 
 
 def _stage_layers(record: Mapping[str, str], pp: int, vpp: int) -> tuple[int, ...] | None:
-    """Layers of each chunk where a source's software does not spread them evenly."""
+    """Layers of each model chunk where a source's software does not spread them evenly."""
     layers = _number(record, "layers")
     if pp == 1:
         return None
@@ -399,8 +327,9 @@ def _recompute(text: str, source: str) -> str:
     return "ops" if "torchtitan" in source else "selective"
 
 
-def _tokens_per_s(record: Mapping[str, Any], family: Family, shape: Shape, strategy: Strategy) -> float:
-    """Step time first, then tokens/s, then TFLOP/s or MFU by the source's convention."""
+def _tokens_per_s(record: Mapping[str, Any], known: Source, shape: Shape, strategy: Strategy) -> float:
+    """Tokens per second and GPU: from the step time if it is given, else from tokens/s, else from TFLOP/s or MFU by the
+    source's convention."""
     if record["step_time_s"]:
         return strategy.global_batch * strategy.seq / _positive(record, "step_time_s") / strategy.gpus
     if record["tokens_per_s_per_gpu"]:
@@ -408,11 +337,11 @@ def _tokens_per_s(record: Mapping[str, Any], family: Family, shape: Shape, strat
     flops = {
         "full": shape.flops_per_token(strategy.seq),
         "causal": shape.flops_per_token(strategy.seq, causal=True),
-        # Recomputation adds a third to the layers' FLOPs.
+        # Recomputation adds another forward, a third of the layers' FLOPs.
         "hardware": shape.flops_per_token(strategy.seq)
         + (shape.flops_per_token(strategy.seq) - 6.0 * shape.vocab * shape.hidden) / 3.0,
         "six_n": 6.0 * shape.parameters,
-    }[_convention(record, family)]
+    }[_convention(record, known)]
     if record["tflops_per_gpu"]:
         return 1e12 * _positive(record, "tflops_per_gpu") / flops
     if record["mfu_pct"]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_parallel.planner.schedule import order, simulate
+from llm_parallel.planner.pipeline_simulation import order, simulate
 
 
 @given(

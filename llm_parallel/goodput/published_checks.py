@@ -1,4 +1,5 @@
-"""Published reliability figures beside what our formulas give from the other figures of the same source."""
+"""Compares published reliability figures with what our formulas give from the other figures of the same source, and the
+formulas with the simulation."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from llm_parallel.goodput import closed_form
 from llm_parallel.goodput.closed_form import kokolis_ettr
-from llm_parallel.goodput.elastic import elastic_job
+from llm_parallel.goodput.elastic_gain import elastic_job
 from llm_parallel.goodput.rates import POLICIES, Job, find_profile, published, published_rows
 from llm_parallel.goodput.simulate import simulate
 
@@ -39,7 +40,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Agreement:
-    """Goodput of one job by formula and simulated."""
+    """Goodput of one job by formula and by simulation."""
 
     name: str
     formula: float
@@ -52,7 +53,8 @@ class Agreement:
 
 
 def agreements(seed: int = 0) -> list[Agreement]:
-    """Every policy, and elastic recovery, at 16 to 131,072 GPUs of Llama 3's failure rate with the best interval."""
+    """Formula and simulation for every policy, and for elastic recovery, on 16 to 131,072 GPUs with Llama 3's failure
+    rate and the best checkpoint interval."""
     profile = find_profile("llama3")
     found = []
     for gpus in (16, 1024, 16384, 131072):
@@ -88,7 +90,8 @@ def _mean_times() -> list[Check]:
 
 
 def _ft_hsdp() -> list[Check]:
-    """Effective time at 98,000 GPUs: a stall per failure; less than a step is lost, and no checkpoint counted."""
+    """Effective time at 98,000 GPUs, with one stall for each failure; a failure loses less than a step, and checkpoints
+    do not count."""
     mtbf = float(published("Meta FT-HSDP", "mtbf")["value"])
     stalls = [float(text) for text in published("Meta FT-HSDP", "recovery_stall")["value"].split("->")]
     found = []
@@ -101,7 +104,8 @@ def _ft_hsdp() -> list[Check]:
 
 
 def _torchft() -> list[Check]:
-    """Steps that no failure hit, exp(-step / MTBF), and what that leaves with fewer groups and slower steps."""
+    """Share of steps without a failure, exp(-step / MTBF), and the efficiency that follows with fewer groups and slower
+    steps."""
     found = []
     undisturbed_step_s, num_groups = 10.9, 30
     for run, step_s, mtbf_s, groups in (("run1", 10.9, 60.0, 29.6), ("run2", 15.46, 15.0, 18.9)):
@@ -117,7 +121,7 @@ def _torchft() -> list[Check]:
 
 
 def bounds() -> list[str]:
-    """What published bounds on goodput say of the time that one interruption may take."""
+    """The longest time that one interruption can have taken, from published bounds on goodput."""
     interruptions = int(published("Llama 3 405B", "interruptions_total")["value"])
     days = float(published("Llama 3 405B", "window")["value"])
     minutes = 0.1 * days * 24 * 60 / interruptions
@@ -131,11 +135,11 @@ def bounds() -> list[str]:
 
 
 def without_inputs() -> list[str]:
-    """Published goodput figures that no formula can be held against, because their source names no failure rate."""
+    """Published goodput figures that can't be predicted, because their source states no failure rate."""
     used = {(check.system, round(check.published, 6)) for check in checks()}
     names = []
     for row in published_rows():
-        if not any(word in row["metric"] for word in GOODPUT_METRICS) or row["metric"] == "ettr_formula":
+        if not any(name in row["metric"] for name in GOODPUT_METRICS) or row["metric"] == "ettr_formula":
             continue
         try:
             known = (row["system"], round(float(row["value"]), 6)) in used

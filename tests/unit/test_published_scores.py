@@ -1,4 +1,4 @@
-"""How good the predictions are, held to the targets; and that the scores themselves are computed rightly."""
+"""The errors of the predictions are within their targets, and the scores are computed correctly."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import cache
 
 import pytest
 
-from llm_parallel.planner.fit import PRIORS, family_of, is_fitted
 from llm_parallel.planner.hardware import load_constants
 from llm_parallel.planner.memory import ALLOWANCE, GIB
-from llm_parallel.planner.peers import memory_of_row
-from llm_parallel.planner.validate import (
+from llm_parallel.planner.published.fit import PRIORS, family_of, is_fitted
+from llm_parallel.planner.published.peers import memory_of_row
+from llm_parallel.planner.published.scores import (
     Scored,
     Trend,
     expected_error,
@@ -43,8 +43,9 @@ def test_held_out_rows_meet_the_targets() -> None:
 
 
 def test_printed_peaks_of_memory_are_met() -> None:
-    """34 rows that no constant saw. Under 5 % in the mean; 16 % at most (nanotron, micro batch 8, whose layers should
-    take no more than in its other rows). Rows of reserved memory hold the allowance for the allocator, too."""
+    """34 rows that no constant was fitted to. Under 5 % in the mean; 16 % at most (nanotron, micro batch 8, whose
+    layers should take no more than in its other rows). Rows of reserved memory hold the allowance for the allocator,
+    too."""
     errors = {row.number: error for row, error in memory_errors(scored())}
     assert len(errors) == 34
     assert statistics.fmean(abs(error) for error in errors.values()) < 0.05
@@ -93,10 +94,10 @@ def test_constants_are_twelve_within_bounds_and_from_fitted_rows() -> None:
 
 
 def test_a_wrong_constant_is_seen() -> None:
-    """The targets can fail: with products a quarter faster they do."""
+    """The targets are missed if matrix products are a quarter faster, so the check can fail."""
     from dataclasses import replace
 
-    from llm_parallel.planner.fit import log_errors
+    from llm_parallel.planner.published.fit import log_errors
 
     rows = [item.row for item in held_out("vTrain")]
     good = statistics.fmean(abs(error) for error in log_errors(rows, {}))
@@ -105,7 +106,7 @@ def test_a_wrong_constant_is_seen() -> None:
 
 
 def test_expected_error_is_of_the_same_software() -> None:
-    """Of NVIDIA's stack on A100 no row is known, and that is said."""
+    """There is no row of NVIDIA's stack on A100, and the text says so."""
     for chip, nvidia in (("H100", True), ("H100", False), ("A100", False)):
         same = [s for s in held_out() if family_of(s.row.chip) == chip and s.row.strategy.te == nvidia]
         error, rows, of = expected_error(chip, nvidia)

@@ -1,4 +1,5 @@
-"""Published figures that the runs of a sweep are held against, and the table of measured, predicted and published."""
+"""Published figures that the runs of a sweep are compared with, and the table of measured, predicted and published
+speeds."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from rich.table import Table
 from llm_parallel.config.rules import check_config, num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
-from llm_parallel.planner.fit import clusters_with, predict
 from llm_parallel.planner.hardware import Cluster
-from llm_parallel.planner.rows import Row, read_rows
+from llm_parallel.planner.published.fit import clusters_with, predict
+from llm_parallel.planner.published.rows import Row, read_rows
 from llm_parallel.planner.search import Candidate, evaluate, fits
 from llm_parallel.planner.shapes import SOFTWARE_NAMES, shape_of, strategy_of
 
@@ -25,26 +26,32 @@ NONE = "none published"
 CONVENTIONS = ("full", "causal", "six_n", "hardware")
 LAYOUTS = ("published", "ours")
 WIDTH = 180
-"""Columns of the table where the output is no terminal."""
+"""Width of the table in characters where the output is not a terminal."""
 _FIGURES = ("tokens_per_s_per_gpu", "step_time_s", "mfu_pct")
 _FIELDS = ("row", "source", *_FIGURES, "mfu_convention", "layout")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a source printed for a configuration. row: line of the package's published_throughput.csv; layout:
-    ``published`` where the run has the source's layout, ``ours`` where only the work is the same."""
+    """What a source published for a configuration."""
 
     row: int
+    """Line of the package's published_throughput.csv."""
     source: str
+    """Who published it."""
     layout: str
+    """``published`` where the run has the source's layout, ``ours`` where only the work is the same."""
     tokens_per_s_per_gpu: float | None = None
+    """As published."""
     step_time_s: float | None = None
+    """As published, in the source's layout."""
     mfu_pct: float | None = None
+    """As published."""
     mfu_convention: str | None = None
+    """Which FLOPs the MFU counts."""
 
     def tokens_per_s(self, config: RunConfig) -> float:
-        """Of one GPU; from the step time, which has fewer roundings, where the layout is the source's."""
+        """Tokens per second and GPU; where the layout is the source's, from the step time, which is rounded less."""
         if self.step_time_s is not None and self.layout == "published":
             tokens = config.train.global_batch_size * config.data.seq_length_tokens
             return tokens / self.step_time_s / num_processes(config)
@@ -53,8 +60,8 @@ class Reference:
 
 
 def reference_of(tree: Any, where: str) -> Reference | None:
-    """A run's ``reference``; None for ``none published``. ``where`` begins the message of the UserError for what is
-    missing, unknown or no positive number in it."""
+    """Reads a run's ``reference``; None for ``none published``. Raises UserError, with a message that begins with
+    ``where``, for a field that is missing, unknown or not a positive number."""
     if tree == NONE:
         return None
     if not isinstance(tree, dict):
@@ -85,19 +92,24 @@ def reference_of(tree: Any, where: str) -> Reference | None:
 
 @dataclass(frozen=True)
 class Line:
-    """One configuration of a suite. number: ``--index`` of its first run; measured: tokens/s of one GPU, the median of
-    its repeats, None before it ran."""
+    """One configuration of a sweep."""
 
     number: int
+    """``--index`` of its first run."""
     series: str
+    """Its series in the sweep."""
     config: RunConfig
+    """What is trained."""
     reference: Reference | None
+    """What was published for it."""
     predicted: Candidate | None
+    """What the planner predicts for our trainer."""
     measured: float | None = None
+    """Median tokens per second and GPU of its repeats; None before it ran."""
 
     @property
     def published(self) -> float | None:
-        """Tokens/s of one GPU."""
+        """Published tokens per second and GPU."""
         return self.reference.tokens_per_s(self.config) if self.reference else None
 
     @property
@@ -107,22 +119,24 @@ class Line:
 
 
 def predicted(config: RunConfig, cluster: Cluster) -> Candidate:
-    """What the planner says of a configuration under our trainer."""
+    """The planner's prediction of a configuration under our trainer."""
     return evaluate(shape_of(config.model), strategy_of(config, num_processes(config)), cluster)
 
 
 @dataclass(frozen=True)
 class Recalled:
-    """A published row as the planner predicts it: the source's own software, layout and cluster. tokens_per_s: of one
-    GPU."""
+    """The planner's prediction of a published row, with the source's own software, layout and cluster."""
 
     software: str
+    """The source's."""
     tokens_per_s: float
+    """Predicted tokens per second and GPU."""
     published: float
+    """Published tokens per second and GPU."""
 
     @property
     def error(self) -> float:
-        """Predicted over published speed, less one."""
+        """Relative error of the predicted speed."""
         return self.tokens_per_s / self.published - 1.0
 
 
@@ -132,7 +146,7 @@ def _published_rows() -> dict[int, Row]:
 
 
 def recalled(reference: Reference) -> Recalled | None:
-    """None where the row leaves out what a prediction needs, as Llama 2's do."""
+    """The prediction of a reference's row; None where the row lacks what a prediction needs, as Llama 2's rows do."""
     row = _published_rows().get(reference.row)
     if row is None:
         return None
@@ -141,18 +155,18 @@ def recalled(reference: Reference) -> Recalled | None:
 
 
 def check_layout(config: RunConfig) -> None:
-    """Raises UserError if the run breaks a rule of the configuration, which no cluster would change."""
+    """Raises UserError if the run breaks a rule of the configuration on any cluster."""
     check_config(config, num_processes(config), "cpu" if config.device == "cpu" else "cuda")
 
 
 def measured_rate(rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> float | None:
-    """Median tokens/s of one GPU over the rows of a sweep's CSV with these keys; None without any."""
+    """Median tokens per second and GPU over the rows of a sweep's CSV with these keys; None without such rows."""
     found = [float(row["tokens_per_s_per_gpu"]) for row in rows if row["key"] in keys]
     return statistics.median(found) if found else None
 
 
 def print_table(lines: Sequence[Line], cluster: Cluster | None, min_ratio: float) -> None:
-    """Measured, predicted and published, with the verdict where there are measured and published figures."""
+    """Prints measured, predicted and published speeds, with a verdict where there are measured and published ones."""
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
     table = Table(title="tokens/s/GPU (step time) and MFU with square attention", title_justify="left")
@@ -191,7 +205,7 @@ def _cells(line: Line, cluster: Cluster | None, min_ratio: float) -> list[str]:
 
 
 def _forecast(line: Line, cluster: Cluster | None, now: str) -> tuple[str, str, str]:
-    """Memory, measured speed, and speed predicted for our trainer."""
+    """Table cells: memory, measured speed, and the speed predicted for our trainer."""
     found = line.predicted
     if found is None or cluster is None:
         return "—", now, "—"
@@ -203,7 +217,7 @@ def _forecast(line: Line, cluster: Cluster | None, now: str) -> tuple[str, str, 
 
 
 def _published(reference: Reference, config: RunConfig) -> tuple[str, str, str]:
-    """The source's figure, its row, and what the planner says of that row."""
+    """Table cells: the source's figure, its row, and the planner's prediction of that row."""
     step = f" ({reference.step_time_s:.4g} s)" if reference.step_time_s and reference.layout == "published" else ""
     printed = f"{reference.tokens_per_s(config):,.0f}{step}"
     if reference.mfu_pct is not None:
@@ -216,7 +230,8 @@ def _published(reference: Reference, config: RunConfig) -> tuple[str, str, str]:
 
 
 def verdict(line: Line, min_ratio: float) -> str:
-    """Pass or fail against ``min_ratio`` of the published speed; empty where one of the two is missing."""
+    """``pass`` or ``FAIL`` by ``min_ratio`` of the published speed; empty where a measured or published speed is
+    missing."""
     if line.ratio is None:
         return ""
     return f"{'pass' if line.ratio >= min_ratio else 'FAIL'} {line.ratio:.2f}"

@@ -1,4 +1,5 @@
-"""Scaling efficiency from a sweep: one CSV row per measurement, the same work in every row or none of it."""
+"""Scaling efficiency from a sweep, a CSV with one row per measurement. The rows of a series must be of the same
+work."""
 
 from __future__ import annotations
 
@@ -16,16 +17,17 @@ SAME_WORK = (
     *("model", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_kv_heads", "vocab_size"),
     *("seq_length_tokens", "precision", "device_name", "backend", "mfu_convention"),
 )
-"""Columns that must hold one value throughout a series, where they are present."""
+"""Columns that must have the same value in all rows of a series, if they are present."""
 LAYOUT = ("tp", "cp", "pp", "vpp", "dp", "micro_batch_size")
 SUPERLINEAR = 0.02
 NOISY = 0.05
 PART = "time_"
-"""Columns of parts of the step time begin so, ``time_optimizer_s``."""
+"""Prefix of the columns with parts of the step time, as in ``time_optimizer_s``."""
 CAUSE = "time/"
-"""Columns of the step time by cause begin so, ``time/bubble_s``; where a sweep has them they replace parts."""
+"""Prefix of the columns with the step time by cause, as in ``time/bubble_s``; if present, they replace the parts."""
 PREDICTED = "predicted/"
-"""Columns of the predicted step time by cause begin so, with the names of ``planner.steptime.StepTime``."""
+"""Prefix of the columns with the predicted step time by cause, whose names are the fields of
+``planner.steptime.StepTime``."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,20 @@ class Point:
     batch: int
     """Samples of a step."""
     step_s: float
-    """Median over the measurements."""
+    """Median seconds of a step over the measurements."""
     spread: float | None
-    """(largest - smallest) / median; None with a single measurement that gives no range."""
+    """(largest - smallest) / median; None if there is one measurement without a range."""
     predicted_s: float | None
     parts_s: Mapping[str, float]
-    """Parts of the step time by name; empty where the sweep has none."""
+    """Seconds of each part of the step; empty if the sweep has none."""
     predicted_parts_s: Mapping[str, float] = field(default_factory=dict)
-    """The planner's, by its names."""
+    """Predicted seconds of each part, under the planner's names."""
     tp: int | None = None
     pp: int | None = None
     config: str = ""
-    """The run's whole configuration as JSON, where the sweep has it."""
+    """The run's whole configuration as JSON; empty if the sweep lacks it."""
     cluster: str = ""
-    """What was predicted with."""
+    """Cluster that the planner predicted with."""
 
     @property
     def rate(self) -> float:
@@ -60,15 +62,15 @@ class Point:
 
 @dataclass
 class Series:
-    """Points of the same work, ascending by size; the fastest layout of each size first."""
+    """Points of the same work, by ascending number of processes; of each number the fastest layout comes first."""
 
     name: str
     mode: str
-    """``weak``: the batch grows with the processes; ``strong``: it stays."""
+    """``weak``: the batch grows with the processes; ``strong``: the batch stays the same."""
     work: dict[str, str]
     points: list[Point]
     best: list[Point] = field(default_factory=list)
-    """The fastest of each size."""
+    """The fastest point of each number of processes."""
 
     @property
     def baseline(self) -> Point:
@@ -76,18 +78,18 @@ class Series:
         return self.best[0]
 
     def efficiency(self, point: Point) -> float:
-        """Rate per process relative to the baseline's; 1 is linear."""
+        """Rate per process relative to the baseline's; 1 is linear scaling."""
         return point.rate / self.baseline.rate
 
     def predicted(self, point: Point) -> float | None:
-        """Efficiency that the predicted step times of this point and the baseline give; None without them."""
+        """Efficiency by the predicted step times of this point and the baseline; None without predictions."""
         if point.predicted_s is None or self.baseline.predicted_s is None:
             return None
         own = point.batch / point.predicted_s / point.world_size
         return own / (self.baseline.batch / self.baseline.predicted_s / self.baseline.world_size)
 
     def flags(self, point: Point) -> list[str]:
-        """What to doubt about a point."""
+        """Reasons to doubt a point."""
         found = []
         excess = self.efficiency(point) - 1.0
         if point is not self.baseline and excess > max(SUPERLINEAR, (point.spread or 0.0) / 2):
@@ -101,14 +103,14 @@ class Series:
         return found
 
     def lost(self, point: Point) -> dict[str, float]:
-        """Seconds per step by cause that the point takes over the baseline scaled ideally; empty without parts.
+        """Seconds per step by part that the point takes more than ideal scaling of the baseline; empty without parts.
 
-        Ideal is the baseline's part unchanged under weak scaling, and divided by the growth under strong scaling.
-        """
+        Ideally a part stays the same under weak scaling, and is divided by the growth in processes under strong
+        scaling."""
         return self._lost(point, self.baseline.parts_s, point.parts_s)
 
     def predicted_lost(self, point: Point) -> dict[str, float]:
-        """As ``lost``, of the planner's prediction."""
+        """The same as ``lost`` for the planner's predictions."""
         return self._lost(point, self.baseline.predicted_parts_s, point.predicted_parts_s)
 
     def _lost(self, point: Point, before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
@@ -119,7 +121,7 @@ class Series:
 
 
 def read_sweep(path: str | Path) -> list[Series]:
-    """The series of a sweep, one for each value of the column ``series`` (one in all if there is none).
+    """The series of a sweep, one for each value of the column ``series``, or a single one without that column.
 
     Raises UserError for a missing file or column, a value that is no number, an empty sweep, and rows of one series
     whose work differs.
@@ -209,7 +211,7 @@ def _point(path: str, size: int, layout: str, batch: int, rows: Sequence[tuple[i
 
 
 def _parts(path: str, rows: Sequence[tuple[int, dict[str, str]]], prefix: str) -> dict[str, float]:
-    """Medians of the columns that begin so and that every row has; seconds."""
+    """Median seconds of the columns with a prefix that every row has."""
     names = [name for name in rows[0][1] if name.startswith(prefix) and name.endswith("_s")]
     return {
         name.removeprefix(prefix).removesuffix("_s").replace("_", " "): statistics.median(
@@ -227,7 +229,7 @@ def _layout(row: Mapping[str, str]) -> str:
 
 
 def _number(path: str, line: int, row: Mapping[str, str], column: str, least: float | None = None) -> float:
-    """A number over 0, or of at least ``least`` if that is given."""
+    """Reads a number over 0, or of at least ``least`` if that is given."""
     try:
         value = float(row[column])
         if math.isfinite(value) and (value > 0 if least is None else value >= least):
@@ -246,7 +248,7 @@ def _whole(path: str, line: int, row: Mapping[str, str], column: str) -> int:
 
 
 def sentence(series: Series) -> str:
-    """Efficiency of the largest size with its baseline named."""
+    """A sentence with the efficiency on the most processes, and its baseline."""
     base, last = series.baseline, series.best[-1]
     growth = last.world_size / base.world_size
     prefix = "" if series.name == series.mode else f"{series.name}: "

@@ -1,9 +1,8 @@
-"""Fits a chip's constants on a declared half of the published rows; the other half says how good the model is.
+"""Fits a chip's constants to a declared half of the published rows; errors are measured on the other half.
 
-Half: within every source, sorted by the row's number, the rows of even position. Each constant is pulled towards what
-is known of it from elsewhere (a large product's share of the peak, an NCCL ring's share of the line rate), as strongly
-as a few rows would pull, so that what the rows don't determine stays physical.
-"""
+The fitted half is, within every source and sorted by row number, each row at an even position. Each constant has a
+prior from elsewhere (such as a large matrix product's share of the peak, or an NCCL ring's share of the line rate) that
+weighs as much as a few rows, so that constants that the rows do not determine stay physical."""
 
 from __future__ import annotations
 
@@ -12,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 
 from llm_parallel.planner.hardware import Cluster, Constants, load_cluster
-from llm_parallel.planner.rows import Row
+from llm_parallel.planner.published.rows import Row
 from llm_parallel.planner.steptime import step_time
 
 MICRO_BATCHES = (1, 2, 4, 8)
-# Prior, least and most of each constant, and how many rows' pull the prior has. Those of gemm lie a little under what a
-# large product was measured to reach (stas00/ml-engineering: A100 86.9 %, H100 80.3 % of the data sheet, fp8 70.9 %).
+# Prior, smallest and largest value of each constant, and how many rows the prior weighs as much as. The priors of gemm
+# are a little under what large products were measured to reach (stas00/ml-engineering: A100 86.9 %, H100 80.3 %, fp8
+# 70.9 %).
 PRIORS: dict[str, dict[str, tuple[float, float, float, float]]] = {
     "A100": {
         "gemm": (0.82, 0.5, 0.92, 4), "gemm_te": (0.82, 0.5, 0.92, 4), "gemm_fp8": (0.82, 0.5, 0.92, 4),
@@ -33,16 +33,16 @@ PRIORS: dict[str, dict[str, tuple[float, float, float, float]]] = {
     },
 }  # fmt: skip
 SPREAD = 0.25
-"""Relative distance from the prior that costs as much as the prior's rows at 10 % error each."""
+"""Relative distance from the prior at which it costs as much as 10 % error in each of the rows that it stands for."""
 
 
 def family_of(chip: str) -> str:
-    """Whose constants a chip has; an H200 is an H100 with more and faster memory."""
+    """Name of a chip's constants; an H200 is an H100 with more and faster memory."""
     return "A100" if chip == "A100" else "H100"
 
 
 def is_fitted(rows: Sequence[Row]) -> dict[int, bool]:
-    """Which rows, by number, belong to the declared half."""
+    """Whether each row, by number, belongs to the fitted half."""
     seen: dict[str, int] = {}
     found = {}
     for row in sorted(rows, key=lambda row: row.number):
@@ -52,7 +52,8 @@ def is_fitted(rows: Sequence[Row]) -> dict[int, bool]:
 
 
 def predict(row: Row, cluster: Cluster) -> float:
-    """Seconds of a step; an open micro batch, or number of chunks, is the best of those that fit."""
+    """Predicted seconds of a step. Where the source states no micro batch or no number of model chunks, the fastest
+    counts."""
     choices = [row.strategy]
     if row.open_micro_batch:
         most = row.strategy.global_batch // row.strategy.dp
@@ -79,8 +80,8 @@ def log_errors(rows: Sequence[Row], constants: Mapping[str, Constants]) -> list[
 
 
 def fit_chip(chip: str, rows: Sequence[Row]) -> Constants:
-    """Constants of one chip family from its rows of the declared half, each source weighing as much as the square root
-    of its number of rows. Needs scipy."""
+    """Constants of one kind of chip from its rows of the fitted half. A source weighs as much as the square root of its
+    number of rows. Needs scipy."""
     from scipy.optimize import least_squares
 
     half = is_fitted(rows)
@@ -110,7 +111,7 @@ def fit_chip(chip: str, rows: Sequence[Row]) -> Constants:
 
 
 def as_record(constants: Constants, rows: Sequence[Row], chip: str) -> dict[str, object]:
-    """What constants.json keeps of a fit: the constants and the rows that they come from."""
+    """What constants.json keeps of a fit: the constants, and the rows that they were fitted to."""
     half = is_fitted(rows)
     return {
         "constants": asdict(constants),

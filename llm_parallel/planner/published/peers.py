@@ -1,10 +1,9 @@
-"""Ours beside others on the same rows: Calculon's step times and memory, and Megatron-LM's formula of memory.
+"""Compares our predictions with those of others: Calculon's step times and memory, and Megatron-LM's memory formula.
 
-data/peer_figures.csv holds what Calculon (Isaev et al., SC'23; calculon-ai/calculon at caa4b11f8, its own files of an
-A100 and an H100) gave when we ran it, and the figures of Korthikanti et al. 2022 (arXiv 2205.05198) that its
-validation lists: figure 1 (GiB of a first stage: states, activations) and figure 7 (activations of a layer in percent
-of tensor parallelism alone).
-"""
+data/peer_figures.csv holds the output of Calculon (Isaev et al., SC'23; calculon-ai/calculon at caa4b11f8, with its own
+descriptions of an A100 and an H100), which we ran, and the figures of Korthikanti et al. 2022 (arXiv 2205.05198) that
+Calculon is validated on: figure 1 (GiB of the first stage's states and activations) and figure 7 (activations of a
+layer in percent of those under tensor parallelism alone)."""
 
 from __future__ import annotations
 
@@ -14,23 +13,29 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llm_parallel.planner.hardware import DATA
 from llm_parallel.planner.memory import ALLOWANCE, GIB, Memory, layer_activations, memory, memory_of_stage
-from llm_parallel.planner.rows import Row
+from llm_parallel.planner.published.rows import DATA, Row
 from llm_parallel.planner.shapes import Shape, Strategy
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One published figure of Korthikanti et al. with Calculon's and ours, in its own unit."""
+    """One figure that Korthikanti et al. published, with Calculon's and our prediction of it."""
 
     table: str
+    """Figure of the paper."""
     model: str
+    """Name of the model."""
     mode: str
+    """What of sequence parallelism and recomputation is on."""
     quantity: str
+    """What it counts, with its unit at the end."""
     published: float
+    """As printed in the paper."""
     calculon: float
+    """As Calculon predicts it."""
     ours: float
+    """As we predict it."""
 
 
 def _records() -> list[dict[str, str]]:
@@ -38,8 +43,8 @@ def _records() -> list[dict[str, str]]:
 
 
 def calculon_steps() -> dict[int, float]:
-    """Seconds of a step that Calculon predicts, by row of published_throughput.csv. It takes GPTs only, and tensor
-    parallelism within a node only."""
+    """Seconds of a step that Calculon predicts, by row of published_throughput.csv. It supports only GPTs, and tensor
+    parallelism only within a node."""
     return {int(record["row"]): float(record["calculon"]) for record in _records() if record["table"] == "step"}
 
 
@@ -57,7 +62,7 @@ def figures() -> list[Figure]:
 
 def _ours(record: Mapping[str, str]) -> float:
     hidden, heads, pp = int(record["hidden"]), int(record["heads"]), int(record["pp"])
-    # The paper counts layers only: no table of words.
+    # The paper counts layers only, without the embedding.
     shape = Shape(int(record["layers"]), hidden, heads, heads, 4 * hidden, 0, gated=False, dropout=True, rotary=False)
     mode = record["mode"]
     strategy = Strategy(
@@ -76,28 +81,33 @@ def _ours(record: Mapping[str, str]) -> float:
 
 
 def memory_of_row(row: Row) -> Memory:
-    """Bytes of the GPU whose peak the row's source prints."""
+    """Memory of the GPU whose peak the row's source prints."""
     return memory_of_stage(row.shape, row.strategy, 0) if row.memory_of_first else memory(row.shape, row.strategy)
 
 
 def printed_bytes(row: Row) -> float:
-    """What the row's source would print of its peak: the tensors', or with what the allocator reserved beside them."""
+    """The peak memory that the row's source would print: that of the tensors, or what the allocator reserves for
+    them."""
     return memory_of_row(row).total * (ALLOWANCE if row.memory_of == "reserved" else 1.0)
 
 
 def megatron_memory(shape: Shape, strategy: Strategy) -> float:
-    """Bytes of the fullest GPU by Megatron-LM's theoretical_memory_usage.py, as its text describes it: 18 bytes for a
-    parameter of the first stage, or 6 + 12 / DP with the distributed optimizer; activations of s b h (18 + 4 ffn / h)
-    a layer under sequence parallelism and selective recomputation, over TP, times 1 + (p - 1) / (p v) in an interleaved
-    schedule, min(p, micro batches) of them in a plain one; inputs and, without a pipeline, logits. It knows no FSDP, no
-    context parallelism, no SwiGLU's activations and no whole recomputation."""
+    """Bytes of the fullest GPU by the formula of Megatron-LM's theoretical_memory_usage.py.
+
+    States take 18 bytes for a parameter of the first stage, or 6 + 12 / DP with the distributed optimizer. Activations
+    of a layer take s b h (18 + 4 ffn / h) / TP under sequence parallelism and selective recomputation; an interleaved
+    schedule multiplies them by 1 + (p - 1) / (p v), a plain one holds those of min(p, micro batches). Inputs count too,
+    and logits without a pipeline. The formula covers neither FSDP, context parallelism, SwiGLU's activations nor full
+    recomputation."""
     first = shape.layers / strategy.pp * shape.layer_parameters + shape.vocab * shape.hidden
     if strategy.pp == 1 and not shape.tied:
         first += shape.vocab * shape.hidden
     each = 6.0 + 12.0 / strategy.dp if strategy.zero else 18.0
     base = strategy.seq * strategy.micro_batch * shape.hidden
     held = base * (18.0 + 4.0 * shape.ffn / shape.hidden) * shape.layers
-    held += (8.0 * strategy.seq * strategy.micro_batch + base) * strategy.pp  # embedding: words, and its dropout
+    held += (
+        8.0 * strategy.seq * strategy.micro_batch + base
+    ) * strategy.pp  # token ids, and the dropout after the embedding
     interleaved = 1.0 + (strategy.pp - 1) / (strategy.pp * strategy.vpp)
     held *= interleaved if strategy.vpp > 1 else min(strategy.pp, strategy.micro_batches) / strategy.pp
     if strategy.pp == 1:
@@ -106,8 +116,8 @@ def megatron_memory(shape: Shape, strategy: Strategy) -> float:
 
 
 def say_peers(rows: Sequence[tuple[Row, float, bool]], say: Callable[[str], None]) -> None:
-    """Prints the comparison of (row, predicted seconds, fitted): step times with Calculon on the rows that no constant
-    of ours saw, memory with Megatron-LM's formula and Calculon."""
+    """Prints the comparison for rows of (row, predicted seconds, whether constants were fitted to it): step times with
+    Calculon on rows that no constant was fitted to, memory with Megatron-LM's formula and Calculon."""
     theirs = calculon_steps()
     say("\n| step time, rows held out | rows | ours: mean error, bias | Calculon: mean error, bias |\n|" + " --- |" * 4)
     by_source: dict[str, list[tuple[float, float]]] = {}
@@ -125,7 +135,7 @@ def say_peers(rows: Sequence[tuple[Row, float, bool]], say: Callable[[str], None
         ours = _mean([figure.ours / figure.published - 1.0 for figure in some])
         calculon = _mean([figure.calculon / figure.published - 1.0 for figure in some])
         say(f"| {some[0].table}, {quantity} | {len(some)} | {ours} | {calculon} |")
-    # FSDP is beyond the formula.
+    # The formula does not cover FSDP.
     printed = [row for row, _, _ in rows if row.memory_gib and row.strategy.zero != 3]
     if printed:
         say("\n| printed peak memory | rows | ours: mean error, bias | Megatron-LM's formula |\n|" + " --- |" * 4)

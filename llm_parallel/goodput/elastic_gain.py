@@ -1,4 +1,4 @@
-"""What elasticity is worth: the state survives in memory, so a failure costs the step in progress and a few seconds."""
+"""What elastic recovery gains: state survives in memory, so a failure costs the current step and a few seconds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from llm_parallel.goodput.rates import Job
 from llm_parallel.goodput.simulate import simulate
 
 RECOVERIES_S = (1.0, 3.0)
-"""From a failure until training goes on, detection included: best and worst case of the comparison, not measured on any
-GPU cluster."""
+"""Seconds from a failure until training goes on, detection included: the best and worst case that are compared. They
+are assumptions, not measured on a GPU cluster."""
 
 
 def elastic_job(job: Job, step_s: float, recovery_s: float) -> Job:
-    """The same job with its state copied after every step: no checkpoint stops it, and it loses at most one step.
+    """The same job with its state copied to other nodes after every step: no checkpoint stops it, and a failure loses
+    at most one step. A node that leaves is replaced, as under ``restart``.
 
-    A node that leaves is replaced, as under ``restart``. Raises UserError if the step has no positive length."""
+    Raises UserError if the step is not longer than 0 s."""
     if not 0.0 < step_s < float("inf"):
         raise UserError(f"--step-s {step_s:g} must be a number over 0")
     return replace(
@@ -28,7 +29,7 @@ def elastic_job(job: Job, step_s: float, recovery_s: float) -> Job:
 
 @dataclass(frozen=True)
 class Worth:
-    """Goodput of one size, by restart from disk and by elastic recovery, in the order of ``RECOVERIES_S``."""
+    """Goodput of a job of one size by restart from disk, and by elastic recovery in the order of ``RECOVERIES_S``."""
 
     gpus: int
     mtbf_s: float
@@ -38,12 +39,12 @@ class Worth:
 
     @property
     def gpus_won(self) -> float:
-        """GPUs' worth of training that the slowest recovery still gains."""
+        """Number of GPUs that would add as much training as the slower recovery gains."""
         return self.gpus * (min(self.elastic) - self.restart)
 
 
 def worth(jobs: Sequence[Job], step_s: float, seed: int = 0) -> list[Worth]:
-    """For each job, whose checkpoints and restart are those of the comparison."""
+    """Restart from disk and elastic recovery of each job."""
     found = []
     for job in jobs:
         plain = replace(job, policy="restart", spare_nodes=0)

@@ -1,4 +1,4 @@
-"""Published rows as predictable ones: conventions of FLOPs by hand, blanks, refusals, bad files."""
+"""Reading published rows: conventions of FLOPs against counts by hand, blanks, refused rows, bad files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
-from llm_parallel.planner.hardware import DATA
-from llm_parallel.planner.rows import COLUMNS, Row, read_rows
-from llm_parallel.planner.validate import report, score_rows
+from llm_parallel.planner.published.rows import COLUMNS, DATA, Row, read_rows
+from llm_parallel.planner.published.scores import report, score_rows
 
 
 def records() -> list[dict[str, str]]:
@@ -165,7 +164,7 @@ HFU = {**LLAMA_8B, "source": "theirs", "tflops_per_gpu": "400"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ([{"mfu_convention": "full"}, {"mfu_convention": "causal"}], "rows 2 and 3, both of theirs on H100, count MFU"),
         ([{}, {"mfu_convention": "hardware"}], "as full and as hardware"),
@@ -175,16 +174,16 @@ HFU = {**LLAMA_8B, "source": "theirs", "tflops_per_gpu": "400"}
         ([], "is empty; give a row"),
     ],
 )
-def test_mixed_conventions_are_one_sentence(tmp_path: Path, changes: list[dict[str, str]], words: str) -> None:
+def test_mixed_conventions_are_one_sentence(tmp_path: Path, changes: list[dict[str, str]], message: str) -> None:
     path = write(tmp_path, *({**HFU, **change} for change in changes), columns=(*COLUMNS, "mfu_convention"))
     with pytest.raises(UserError) as caught:
         read_rows(path)
     text = str(caught.value)
-    assert words in text and text.startswith(f"--rows {path}") and "\n" not in text
+    assert message in text and text.startswith(f"--rows {path}") and "\n" not in text
 
 
 def test_conventions_may_differ_where_they_do_not_count(tmp_path: Path) -> None:
-    """Of another source or chip, and beside a step time."""
+    """Other conventions are allowed for another source or chip, and in rows with a step time."""
     rows = [HFU, {**HFU, "chip": "A100", "mfu_convention": "causal"}, {**HFU, "source": "c", "mfu_convention": "six_n"},
             {**HFU, "step_time_s": "9", "mfu_convention": "causal"}]  # fmt: skip
     found, refused = read_rows(write(tmp_path, *rows, columns=(*COLUMNS, "mfu_convention")))
