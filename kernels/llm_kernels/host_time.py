@@ -37,7 +37,7 @@ TRITON = "triton"
 
 @dataclass(frozen=True)
 class Call:
-    """One operator on small inputs: host time does not depend on their size."""
+    """One operator on small inputs: host time does not depend on their size. Without inputs: what has no backward."""
 
     name: str
     run: Callable[..., Any]
@@ -138,7 +138,17 @@ def calls() -> list[Call]:
         Call("attention_qkv", lambda x: attention_qkv(x, segments, backend=TRITON), [heads]),
         Call("cross_entropy", lambda x: cross_entropy(x, labels, backend=TRITON), [x]),
         Call("linear_cross_entropy", lambda x, w: linear_cross_entropy(x, w, labels, backend=TRITON), [x, words]),
+        Call("FusedAdamW, a step of 300 tensors", _adamw_step(300), []),
     ]
+
+
+def _adamw_step(count: int) -> Callable[[], Any]:
+    from llm_kernels.adamw.optimizer import FusedAdamW
+
+    params = [random(8, dtype=torch.float32) for _ in range(count)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return FusedAdamW(params, backend=TRITON).step
 
 
 def forward_of(call: Call) -> Callable[[], Any]:
@@ -173,12 +183,13 @@ def measure(what: Sequence[Callable[[], Any]], rounds: int, repeats: int = 20) -
 
 
 def _measure_here(rounds: int, launch: bool) -> dict[str, list[float]]:
-    """Name of each call → microseconds forward, and with backward."""
+    """Name of each call → microseconds forward and, if it has a backward, with that."""
     torch.set_num_threads(1)
     with nullcontext() if launch else without_kernels():
         rows = calls()
-        found = measure([f for call in rows for f in (forward_of(call), both_of(call))], rounds)
-    return {call.name: [forward, both] for call, forward, both in zip(rows, found[::2], found[1::2])}
+        runs = [[forward_of(call), *([both_of(call)] if call.inputs else [])] for call in rows]
+        found = iter(measure([run for of in runs for run in of], rounds))
+    return {call.name: [next(found) for _ in of] for call, of in zip(rows, runs)}
 
 
 def _measure_there(checkout: Path, rounds: int, launch: bool) -> dict[str, list[float]]:
@@ -205,11 +216,11 @@ def _beside(other: Path, turns: int, rounds: int, launch: bool) -> None:
     print("|" + " --- |" * 7)
     for name in found[1][0]:
         cells = []
-        for direction in (0, 1):
+        for direction in range(len(found[1][0][name])):
             there, here = ([turn[name][direction] for turn in times] for times in found)
             cells += [f"{statistics.median(x):.1f} ({min(x):.1f} to {max(x):.1f})" for x in (there, here)]
             cells.append(f"{statistics.median(here) / statistics.median(there):.0%}")
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(f"| {name} | {' | '.join(cells + [''] * (6 - len(cells)))} |")
 
 
 def main() -> None:
@@ -228,8 +239,8 @@ def main() -> None:
         return print(json.dumps(found))
     print("| operator | forward, us | with backward, us |")
     print("| --- | --- | --- |")
-    for name, (forward, both) in found.items():
-        print(f"| {name} | {forward:.1f} | {both:.1f} |")
+    for name, times in found.items():
+        print(f"| {name} | {' | '.join([*(f'{x:.1f}' for x in times), ''][:2])} |")
     return None
 
 
