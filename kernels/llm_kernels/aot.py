@@ -30,7 +30,7 @@ ARCHS = (80, 90)
 OPERATORS = ("rms_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention", "adamw")
 # CUDA C++ Programming Guide, table of technical specifications: shared memory of an SM and of a block, warps, blocks.
 _LIMITS = {80: (164 * 1024, 163 * 1024, 64, 32), 90: (228 * 1024, 227 * 1024, 64, 32)}
-_CLASSES = {
+CLASSES = {
     "hgmma": r"^HGMMA",
     "hmma": r"^HMMA",
     "tma": r"^UTMALDG|^UBLKCP",
@@ -277,8 +277,7 @@ def _parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 def _mix(instructions: Sequence[Instruction]) -> dict[str, int]:
     return {
-        name: sum(1 for _, opcode, _ in instructions if re.search(pattern, opcode))
-        for name, pattern in _CLASSES.items()
+        name: sum(1 for _, opcode, _ in instructions if re.search(pattern, opcode)) for name, pattern in CLASSES.items()
     }
 
 
@@ -357,7 +356,7 @@ def table(reports: Sequence[Report]) -> str:
     )
     lines = ["| " + names.replace(",", " |") + " |", "|" + " --- |" * 13]
     for r in reports:
-        c = r.instructions or dict.fromkeys(_CLASSES, 0)
+        c = r.instructions or dict.fromkeys(CLASSES, 0)
         core = f"{c['hgmma']} HGMMA" if c["hgmma"] else f"{c['hmma']} HMMA" if c["hmma"] else ""
         if c["setmaxnreg"]:
             core += f", {c['setmaxnreg']} setmaxnreg"

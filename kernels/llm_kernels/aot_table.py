@@ -138,7 +138,9 @@ def row_of(report: Report) -> Row:
 
 def report_of(row: Row) -> Report:
     """The report that a row was made of."""
-    return Report(**{name: value for name, value in row.items() if name not in _KEYS})
+    report = Report(**{name: value for name, value in row.items() if name not in _KEYS})
+    report.instructions = {**dict.fromkeys(aot.CLASSES, 0), **report.instructions}
+    return report
 
 
 def read(table: Path = TABLE) -> list[Row]:
