@@ -85,11 +85,12 @@ def _collect(thing: Any, found: dict[str, str]) -> None:
     name = f"{python.__module__}.{python.__qualname__}"
     if name in found:
         return
-    found[name] = _plain(inspect.getsource(python))
+    tree = _without_docstrings(ast.parse(textwrap.dedent(inspect.getsource(python))))
+    found[name] = _written(tree)
     known = dict(vars(sys.modules[python.__module__])) if inspect.isclass(python) else dict(python.__globals__)
     if getattr(python, "__closure__", None):
         known |= {n: cell.cell_contents for n, cell in zip(python.__code__.co_freevars, python.__closure__)}
-    for chain in sorted(set(_names(ast.parse(found[name])))):
+    for chain in sorted(set(_names(tree))):
         value = _resolve(chain, known)
         inner = getattr(value, "fn", value)
         if inspect.isfunction(inner) or inspect.isclass(inner):
@@ -118,13 +119,21 @@ def _resolve(chain: str, known: Mapping[str, Any]) -> Any:
     return value
 
 
-def _plain(source: str) -> str:
-    """Python without comments, docstrings and layout."""
-    tree = ast.parse(textwrap.dedent(source))
+def _without_docstrings(tree: ast.AST) -> ast.AST:
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+    return tree
+
+
+def _written(node: Any) -> str:
+    """A syntax tree as text, the same in every version of Python: ast.unparse and ast.dump change with it."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_written, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    told = [(name, value) for name, value in ast.iter_fields(node) if name not in ("ctx", "kind", "type_comment")]
+    return f"{type(node).__name__}({', '.join(f'{n}={_written(v)}' for n, v in told if v is not None and v != [])})"
 
 
 def row_of(report: Report) -> Row:
