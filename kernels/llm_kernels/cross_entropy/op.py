@@ -67,6 +67,13 @@ def forward(
     return _cross_entropy(logits, labels, *terms, group_name(group), inplace)
 
 
+def chunk_forward(
+    logits: Tensor, labels: Tensor, terms: Terms, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without a derivative, for an operator that has its own."""
+    return _without_gradient(logits, labels, *terms, group_name(group), False)
+
+
 def gradient_(
     dlosses: Tensor | None, dlse: Tensor | None, logits: Tensor, labels: Tensor, saved: Tensor, terms: Terms
 ) -> Tensor:
@@ -122,8 +129,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _forward(logits, labels, *rest) -> Any:
-    from llm_kernels.cross_entropy import kernel
-
+    kernel = dispatch.launchers("cross_entropy")
     *numbers, group, _ = rest
     terms = Terms(*numbers)
     flat = _flat(labels)
@@ -146,10 +152,11 @@ def _forward_fake(logits, labels, first, num_valid, ignore_index, label_smoothin
 
 
 def _launch_backward(dlosses, dlse, logits, labels, saved, terms, out) -> None:
-    from llm_kernels.cross_entropy import kernel
-
-    dlosses, dlse = (None if x is None else _flat(x) for x in (dlosses, dlse))
-    kernel.backward(dlosses, dlse, _rows(logits), _flat(labels), saved, Terms(*terms), out.view(-1, out.shape[-1]))
+    dlosses = None if dlosses is None else _flat(dlosses)
+    dlse = None if dlse is None else _flat(dlse)
+    rows = _rows(logits)
+    target = rows if out is logits else out.view(-1, out.shape[-1])
+    dispatch.launchers("cross_entropy").backward(dlosses, dlse, rows, _flat(labels), saved, Terms(*terms), target)
 
 
 def _backward(dlosses, dlse, logits, labels, saved, *terms) -> Tensor:
@@ -166,7 +173,7 @@ def _backward_(dlosses, dlse, logits, labels, saved, *terms) -> None:
 
 
 TERMS = "int first, int num_valid, int ignore_index, float label_smoothing, float z_loss, float softcap"
-dispatch.define(
+_without_gradient = dispatch.define(
     f"cross_entropy(Tensor logits, Tensor labels, {TERMS}, str group, bool inplace) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,

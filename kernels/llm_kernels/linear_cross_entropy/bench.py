@@ -162,8 +162,8 @@ def predicted_bytes(shape: Shape, itemsize: int) -> dict[str, int]:
     of_chunk = itemsize * words * min(tokens, max(WEIGHTED_CHUNK_TOKENS, CHUNK_BYTES // (itemsize * words)))
     accumulated = 4 * words * hidden
     return {
-        # At the end, dhidden in fp32 beside its copy in the inputs' dtype.
-        "ours": dweight + sliced + 4 * tokens * hidden + (dhidden if itemsize != 4 else 0),
+        # dhidden in fp32 beside a slice of logits and then, at the end, beside its copy in the inputs' dtype.
+        "ours": dweight + 4 * tokens * hidden + max(sliced, dhidden if itemsize != 4 else 0),
         "ours, weighted": accumulated + dhidden + max(of_chunk, dweight + dhidden),
         "ours, unfused in place": logits + dhidden + dweight,
         # Log-probabilities are kept; their gradient and then the logits' are made.
