@@ -38,6 +38,8 @@ def run_training(
     try:
         run = open_run(config, place, asked_to_stop, watch, method)
         try:
+            if run.state.step >= config.train.steps:
+                run.metrics.message(nothing_to_train(run))
             with run.comm.recording():
                 while run.state.step < config.train.steps:
                     outcome = train_step(run, watch)
@@ -58,6 +60,12 @@ def run_training(
             run.metrics.close()
     finally:
         close_groups()
+
+
+def nothing_to_train(run: Run) -> str:
+    """What the console says when the loaded state has made all steps already."""
+    made, wanted = run.state.step, run.config.train.steps
+    return f"nothing to train: the state is that of step {made}, and train.steps is {wanted}; raise it to go on"
 
 
 def stopping(run: Run) -> str:

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llm_parallel.checkpoint.content import read_config
+from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import load_checkpoint, refuse_damaged
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.store import CheckpointStore
@@ -28,6 +30,7 @@ from llm_parallel.parallel.engine import POLICY, Engine, Models, build_engine
 from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, set_deterministic
+from llm_parallel.train.changes import changed_fields
 from llm_parallel.train.feed import Feed, TokenFeed, evaluation_batches
 from llm_parallel.train.guard import Guard
 from llm_parallel.train.run import Place, Run
@@ -145,6 +148,7 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
     changed: list[str] = []
     if latest is not None:
         state = load_checkpoint(latest, models, changed=changed.extend)
+        changed += changed_fields(read_config(latest), config, state.step)
         return Resumed(state, "; ".join([f"resumed from {latest}", *passed_over]), changed)
     if config.checkpoint.load is None:
         return Resumed(TrainState(), "new run")
@@ -158,12 +162,14 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
     if config.checkpoint.verify:
         refuse_damaged(config.checkpoint.load, store.groups)
     state = load_checkpoint(config.checkpoint.load, models, load_optimizer=with_optimizer, changed=changed.extend)
+    if state.step:
+        changed += changed_fields(read_config(find_checkpoint(config.checkpoint.load)), config, state.step)
     return Resumed(state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}", changed)
 
 
 def describe(config: RunConfig, layout: Layout, groups: Groups, resumed: Resumed, peak: Peak) -> list[str]:
     """What the console says before the first step."""
-    differs = [f"changed since the state was saved, as configured now: {', '.join(resumed.changed)}"]
+    differs = [f"changed since the state was saved: {change}" for change in resumed.changed]
     count = parameter_count(config.model)
     platform, train = groups.platform, config.train
     tokens = train.global_batch_size * config.data.seq_length_tokens
@@ -171,6 +177,6 @@ def describe(config: RunConfig, layout: Layout, groups: Groups, resumed: Resumed
         f"{layout.world_size} x {platform.device_name} ({platform.backend}), {layout.describe()}",
         f"{count.total / 1e6:,.1f} M parameters, {train.precision}, vocabulary {config.model.vocab_size}",
         f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {resumed.origin}",
-        *(differs if resumed.changed else []),
+        *differs,
         f"run folder {config.run_dir}; MFU ({CONVENTIONS['model']}): {peak.describe()}",
     ]

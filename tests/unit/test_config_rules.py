@@ -501,7 +501,7 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         {"model__vocab_size": None},
         None,
         "cpu",
-        "neither data.tokenizer, whose words would be counted, nor model.vocab_size is given;"
+        "neither data.tokenizer, whose tokens would be counted, nor model.vocab_size is given;"
         " use model.vocab_size=32000",
     ),
 ]

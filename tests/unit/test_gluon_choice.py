@@ -12,7 +12,14 @@ from llm_parallel.model.attention import CoreAttention
 
 def build(choice: str) -> CoreAttention:
     config = SimpleNamespace(
-        kv_channels=64, kernels=KernelsConfig(attention=choice), num_query_groups=2, tensor_model_parallel_size=1
+        kv_channels=64,
+        kernels=KernelsConfig(attention=choice),
+        num_query_groups=2,
+        tensor_model_parallel_size=1,
+        attention_scale=None,
+        attention_softcap=0.0,
+        keys_to_the_left=-1,
+        qk_layernorm=False,
     )
     return CoreAttention(config, 1, pg_collection=SimpleNamespace(cp=None))
 

@@ -1,0 +1,74 @@
+"""What a resumed run does otherwise than the run that saved its state, field by field and in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.train.step_settings import learning_rate
+
+OTHER_SAMPLES = "sample numbers now mean other tokens, so that some text is seen again and some never"
+OTHER_MODEL = "the model computes something else than what its weights were trained for"
+OTHER_HELD_OUT = "documents move between training and held-out data, so that held-out losses are not comparable"
+
+MEANINGS = {
+    "seed": OTHER_SAMPLES,
+    "data.train": OTHER_SAMPLES,
+    "data.seq_length_tokens": OTHER_SAMPLES,
+    "data.packing": "attention and positions begin anew at other places",
+    "data.eval": OTHER_HELD_OUT,
+    "data.eval_fraction": OTHER_HELD_OUT,
+    "model.rope_base": OTHER_MODEL,
+    "model.rope_scaling": OTHER_MODEL,
+    "model.norm_epsilon": OTHER_MODEL,
+    "model.window_tokens": OTHER_MODEL,
+    "model.attention_softcap": OTHER_MODEL,
+    "model.output_softcap": OTHER_MODEL,
+    "train.global_batch_size": "steps before took another number of samples",
+    "train.rampup": "steps before took another number of samples",
+    "train.precision": "losses before were rounded otherwise",
+    "train.label_smoothing": "training losses are not comparable",
+    "train.z_loss": "training losses are not comparable",
+}
+"""Fields whose change means something to a run that goes on → what. Sizes of the model are refused, the optimizer's
+betas, epsilon and weight decay are compared with its state, and the rest (layout, logging, folders) is free."""
+
+RATE = ("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps", "optim.decay_steps", "train.steps")
+"""Fields that the learning rate of a step follows from."""
+
+
+def changed_fields(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
+    """``field old → new (meaning)`` of every field that differs, for a run that goes on after ``step``."""
+    found = []
+    for name, meaning in MEANINGS.items():
+        old, new = _value(saved, name), _value(now, name)
+        if old != new:
+            found.append(f"{name} {_shown(old)} → {_shown(new)} ({meaning})")
+    before = learning_rate(saved.optim, saved.train.steps, step + 1)
+    after = learning_rate(now.optim, now.train.steps, step + 1)
+    if abs(before - after) > 1e-9 * max(before, after):
+        fields = [
+            f"{name} {_shown(_value(saved, name))} → {_shown(_value(now, name))}"
+            for name in RATE
+            if _value(saved, name) != _value(now, name)
+        ]
+        rates = f"the learning rate of step {step + 1} is {after:.3g} instead of {before:.3g}"
+        found.append(f"{', '.join(fields)} ({rates})")
+    return found
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    if name in ("data.train", "data.eval"):
+        return tuple((source.path, source.weight) for source in value)
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f"{path} x {weight:g}" for path, weight in value) + "]"
+    if hasattr(value, "model_dump"):
+        return str(value.model_dump(exclude_defaults=True))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,77 @@
+"""What a resumed run says about a run file that changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.train.changes import MEANINGS, changed_fields
+
+SAVED = RunConfig.model_validate(
+    {
+        "model": {"vocab_size": 100},
+        "data": {"train": [{"path": "a"}, {"path": "b", "weight": 2.0}], "tokenizer": "t"},
+        "train": {"steps": 40},
+        "optim": {"lr": 1e-3, "min_lr": 1e-4},
+    }
+)
+
+CHANGES = {
+    "seed": 7,
+    "data.train": [{"path": "a"}],
+    "data.seq_length_tokens": 512,
+    "data.packing": "isolate",
+    "data.eval": [{"path": "c"}],
+    "data.eval_fraction": 0.2,
+    "model.rope_base": 5e5,
+    "model.rope_scaling": {"factor": 4.0},
+    "model.norm_epsilon": 1e-6,
+    "model.window_tokens": 64,
+    "model.attention_softcap": 50.0,
+    "model.output_softcap": 30.0,
+    "train.global_batch_size": 16,
+    "train.rampup": {"start": 4, "increment": 4, "samples": 100},
+    "train.precision": "bf16",
+    "train.label_smoothing": 0.1,
+    "train.z_loss": 1e-4,
+}
+
+
+def with_field(name: str, value: object) -> RunConfig:
+    tree = SAVED.model_dump()
+    *sections, key = name.split(".")
+    node = tree
+    for section in sections:
+        node = node[section]
+    node[key] = value
+    return RunConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_field_is_named_with_its_meaning(name: str) -> None:
+    (said,) = changed_fields(SAVED, with_field(name, CHANGES[name]), 20)
+    assert said.startswith(f"{name} ") and "→" in said and said.endswith(f"({MEANINGS[name]})")
+
+
+def test_every_field_with_a_meaning_is_tried() -> None:
+    assert set(CHANGES) == set(MEANINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("run_dir", "elsewhere"), ("parallel.tp", 2), ("log.interval_steps", 5), ("checkpoint.keep_last", 9)],
+)
+def test_what_changes_no_number_is_not_said(name: str, value: object) -> None:
+    assert changed_fields(SAVED, with_field(name, value), 20) == []
+
+
+def test_a_moved_end_of_the_cosine_says_both_learning_rates() -> None:
+    """At step 41 the saved schedule has reached its end, 1e-4; over 400 steps it is still near the peak of 1e-3."""
+    (said,) = changed_fields(SAVED, with_field("train.steps", 400), 40)
+    assert said.startswith("train.steps 40 → 400 (the learning rate of step 41 is 0.000977 instead of 0.0001)")
+
+
+def test_a_schedule_that_gives_the_same_rate_is_not_said() -> None:
+    constant = SAVED.model_copy(update={"optim": SAVED.optim.model_copy(update={"schedule": "constant"})})
+    longer = constant.model_copy(update={"train": constant.train.model_copy(update={"steps": 400})})
+    assert changed_fields(constant, longer, 40) == []
