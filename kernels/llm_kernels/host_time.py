@@ -114,7 +114,7 @@ def calls() -> list[Call]:
 
     device = default_device()
     x, residual, packed = (random(4, 2, size, dtype=DTYPE) for size in (64, 64, 192))
-    weight, words = random(64, dtype=DTYPE), random(32, 64, dtype=DTYPE)
+    weight, embedding = random(64, dtype=DTYPE), random(32, 64, dtype=DTYPE)
     heads = random(4, 2, 2, 6, 64, dtype=DTYPE)
     q, k = random(4, 2, 4, 64, dtype=DTYPE), random(4, 2, 2, 64, dtype=DTYPE)
     table = RopeTable.make(inverse_frequencies(64, 10000.0, device=device), 4)
@@ -137,7 +137,7 @@ def calls() -> list[Call]:
         ),
         Call("attention_qkv", lambda x: attention_qkv(x, segments, backend=TRITON), [heads]),
         Call("cross_entropy", lambda x: cross_entropy(x, labels, backend=TRITON), [x]),
-        Call("linear_cross_entropy", lambda x, w: linear_cross_entropy(x, w, labels, backend=TRITON), [x, words]),
+        Call("linear_cross_entropy", lambda x, w: linear_cross_entropy(x, w, labels, backend=TRITON), [x, embedding]),
         Call("FusedAdamW, a step of 300 tensors", _adamw_step(300), []),
     ]
 

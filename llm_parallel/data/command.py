@@ -37,7 +37,7 @@ def prepare_command(
         raise UserError(f"--out {out!r} is not a prefix of files; give one such as data/corpus")
     if tokenizer is None:
         assert train_vocab is not None
-        print(f"training a tokenizer of {train_vocab} words", flush=True)
+        print(f"training a tokenizer of {train_vocab} tokens", flush=True)
         with file_errors_explained(Path(out)):
             files, target = find_files(inputs), Path(out)
             tokenizer = str(vocabulary_from_files(files, train_vocab, target.parent, key, prefixes=[target.name]))

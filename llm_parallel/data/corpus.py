@@ -71,7 +71,7 @@ def prepare_python_corpus(out_dir: str | Path, vocab_size: int, workers: int | N
     by_hash = sorted(python_corpus(), key=lambda path: _hash(path.relative_to(library).as_posix()))
     held_out = math.ceil(EVAL_SHARE * len(by_hash))
     parts = {"eval": sorted(by_hash[:held_out]), "train": sorted(by_hash[held_out:])}
-    print(f"training a tokenizer of {vocab_size} words on {len(parts['train'])} files", flush=True)
+    print(f"training a tokenizer of {vocab_size} tokens on {len(parts['train'])} files", flush=True)
     tokenizer = vocabulary_from_files(parts["train"], vocab_size, out, prefixes=sorted(parts))
     reports = {}
     for name, files in parts.items():

@@ -82,8 +82,8 @@ def check_token_files(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | 
     """Compares what the reports of all sources, for training and held out, say of their tokenizers: with ``tokenizer``,
     and with each other where none is given. Returns notices about files that came without a report.
 
-    Raises UserError if the words of two of them, or of a source and the tokenizer, are not the same, or a source has
-    more of them than the model."""
+    Raises UserError if the vocabularies of two of them, or of a source and the tokenizer, are not the same, or one is
+    larger than the model's."""
     reported: dict[str, dict[str, Any]] = {}
     notices = []
     for path in dict.fromkeys(source.path for source in (*data.train, *data.eval)):
@@ -117,7 +117,7 @@ def _refuse_mixed_tokenizers(reported: Mapping[str, Mapping[str, Any]], tokenize
             raise UserError(
                 f"{path} was prepared with another tokenizer ({report['tokenizer']}, fingerprint "
                 f"{report['tokenizer_fingerprint']}) than {name} (fingerprint {wanted}), so its numbers mean other "
-                "words; name the tokenizer that it was prepared with, or prepare it again"
+                "tokens; name the tokenizer that it was prepared with, or prepare it again"
             )
 
 

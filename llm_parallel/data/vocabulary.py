@@ -65,7 +65,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _refuse_to_replace(model: Path, others: set[str], prefixes: Sequence[str], ours: bool) -> None:
-    """Raises UserError if token files that are not made anew now have the words of ``model``. others: names of those
+    """Raises UserError if token files that are not made anew now have the tokens of ``model``. others: names of those
     that it was trained for; ours: whether ``prepare`` trained it."""
     fingerprint = fingerprint_of(model.read_bytes())
     for report in sorted(model.parent.glob(f"*{REPORT_ENDING}")):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.decode import generate
 from llm_parallel.generate.load import load_model
@@ -15,13 +18,33 @@ from llm_parallel.generate.sampling import Sampling
 from llm_parallel.parallel.groups import close_groups
 
 
-def begins_with_bos(folder: str) -> bool:
-    """Whether the model in ``folder`` was trained on texts that begin with the begin token, as its
-    ``tokenizer_config.json`` tells; ours are not."""
-    try:
-        return bool(json.loads((Path(folder) / "tokenizer_config.json").read_text()).get("add_bos_token"))
-    except (OSError, ValueError):
-        return False
+def _json_files(folders: Sequence[Path], *names: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects that lie beside a model's weights or its tokenizer."""
+    for folder in folders:
+        for name in names:
+            with suppress(OSError, ValueError):
+                found = json.loads((folder / name).read_text(encoding="utf-8"))
+                if isinstance(found, dict):
+                    yield found
+
+
+def prompt_prefix(tokenizer: Tokenizer, folders: Sequence[Path]) -> list[int]:
+    """Tokens that the model wants before a prompt: those of the template in ``tokenizer.json``, or the begin token if
+    ``tokenizer_config.json`` says ``add_bos_token``. Models that we trained want none."""
+    template: list[int] = getattr(tokenizer, "prefix", [])
+    if template or tokenizer.bos is None:
+        return template
+    wanted = any(found.get("add_bos_token") for found in _json_files(folders, "tokenizer_config.json"))
+    return [tokenizer.bos] if wanted else []
+
+
+def end_tokens(tokenizer: Tokenizer, folders: Sequence[Path]) -> set[int]:
+    """Tokens that end an answer: the tokenizer's, and all that the model's files name."""
+    ends = {tokenizer.eod}
+    for found in _json_files(folders, "generation_config.json", "config.json"):
+        named = found.get("eos_token_id")
+        ends |= {number for number in (named if isinstance(named, list) else [named]) if isinstance(number, int)}
+    return ends
 
 
 def generate_command(
@@ -45,8 +68,16 @@ def generate_command(
         raise UserError(
             f"{checkpoint} has no tokenizer beside its weights; put a tokenizer.json or tokenizer.model there"
         )
-    begin = [tokenizer.bos] if tokenizer.bos is not None and begins_with_bos(checkpoint) else []
-    numbers = [[*begin, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+    beside = Path(loaded.config.data.tokenizer or checkpoint)
+    folders = [Path(checkpoint), beside if beside.is_dir() else beside.parent]
+    begin = prompt_prefix(tokenizer, folders)
+    encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
+    numbers = [[*begin, *tokens] for tokens in encoded]
+
+    def continuation(prompt: Sequence[int], answer: Sequence[int]) -> str:
+        """The new text. A tokenizer drops the space before the first token that it decodes, so both are decoded."""
+        return tokenizer.decode([*prompt, *answer])[len(tokenizer.decode(prompt)) :]
+
     streaming = len(prompts) == 1 and sys.stdout.isatty()
     written: list[int] = []
     shown = ""
@@ -54,7 +85,7 @@ def generate_command(
     def show(_: int, token: int) -> None:
         nonlocal shown
         written.append(token)
-        text = tokenizer.decode(written)
+        text = continuation(encoded[0], written)
         if not text.endswith("\ufffd"):  # half of a character; the next token brings the rest
             print(text[len(shown) :], end="", flush=True)
             shown = text
@@ -62,13 +93,16 @@ def generate_command(
     if streaming:
         print(prompts[0], end="", flush=True)
     started = time.perf_counter()
-    answers = generate(loaded.models, numbers, sampling, tokenizer.eod, show if streaming else None)
+    ends = end_tokens(tokenizer, folders)
+    answers = generate(loaded.models, numbers, sampling, ends, show if streaming else None)
     seconds = time.perf_counter() - started
-    texts = [tokenizer.decode(answer) for answer in answers]
+    texts = [continuation(prompt, answer) for prompt, answer in zip(encoded, answers)]
     if streaming:
         print()
     else:
-        for prompt, text in zip(prompts, texts):
+        for number, (prompt, text) in enumerate(zip(prompts, texts), 1):
+            if len(prompts) > 1:
+                print(f"{'' if number == 1 else chr(10)}--- prompt {number} of {len(prompts)} ---")
             print(prompt + text)
     count = sum(map(len, answers))
     where = loaded.models[0].groups.platform.device_name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 
 import torch
@@ -21,10 +21,10 @@ def generate(
     models: Sequence[LlamaModel],
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    eod: int | None = None,
+    ends: Collection[int] = (),
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """New tokens for each prompt, up to and without ``eod``.
+    """New tokens for each prompt, up to and without one of ``ends``.
 
     prompts: token numbers, of any lengths; prompts of one length run as a batch, so nothing is padded. ``on_token`` is
     called with (prompt number, token) as they come. Every rank of the job calls this with the same arguments and gets
@@ -45,7 +45,7 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
     for _, numbers in groupby(by_length, key=lambda number: len(prompts[number])):
-        _generate_batch(models, prompts, list(numbers), sampling, eod, generator, answers, on_token)
+        _generate_batch(models, prompts, list(numbers), sampling, ends, generator, answers, on_token)
     return answers
 
 
@@ -54,12 +54,12 @@ def _generate_batch(
     prompts: Sequence[Sequence[int]],
     rows: list[int],
     sampling: Sampling,
-    eod: int | None,
+    ends: Collection[int],
     generator: torch.Generator,
     answers: list[list[int]],
     on_token: Callable[[int, int], None] | None,
 ) -> None:
-    """Answers the prompts ``rows``, all of one length; rows that reach ``eod`` leave the batch."""
+    """Answers the prompts ``rows``, all of one length; rows that reach one of ``ends`` leave the batch."""
     device = models[0].groups.platform.device
     tokens = torch.tensor([list(prompts[row]) for row in rows], device=device)
     cache = KVCache(tokens.shape[1] + sampling.max_new_tokens, len(rows))
@@ -67,7 +67,7 @@ def _generate_batch(
         chosen = _next_tokens(models, tokens, cache, sampling, generator)
         going_on = []
         for place, (row, token) in enumerate(zip(rows, chosen.tolist())):
-            if token == eod:
+            if token in ends:
                 continue
             answers[row].append(token)
             going_on.append(place)

@@ -1,4 +1,4 @@
-"""Choosing the next word."""
+"""Choosing the next token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm_parallel.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How words are chosen. Temperature 0 takes the likeliest (greedy); ``top_k`` 0 and ``top_p`` 1 leave all words in.
+    """How tokens are chosen. Temperature 0 takes the likeliest (greedy); ``top_k`` 0 and ``top_p`` 1 leave all in.
 
     Raises UserError for values out of range."""
 
@@ -26,7 +26,7 @@ class Sampling:
         limits = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (self.temperature >= 0.0, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (all words) or more"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0.0 < self.top_p <= 1.0, "over 0 and at most 1"),
         }
         for name, (fine, right) in limits.items():
@@ -35,7 +35,7 @@ class Sampling:
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """fp32 logits [b, v] with temperature applied and words that are not drawn at minus infinity: top-k (Fan et al.
+    """fp32 logits [b, v] with temperature applied and tokens that are not drawn at minus infinity: top-k (Fan et al.
     2018, arXiv 1805.04833), then top-p (Holtzman et al. 2019, arXiv 1904.09751)."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -44,13 +44,13 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        dropped = before >= sampling.top_p  # the word that crosses the share stays
+        dropped = before >= sampling.top_p  # the token that crosses the share stays
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
     return logits
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Next words, int64 [b], of fp32 logits [b, v]. Drawn on the CPU, so that a seed means the same on every device."""
+    """Next tokens, int64 [b], of fp32 logits [b, v]. Drawn on the CPU, so that a seed means the same everywhere."""
     if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
     shares = filtered(logits.float(), sampling).softmax(dim=-1)

@@ -155,12 +155,12 @@ def predicted_bytes(shape: Shape, itemsize: int) -> dict[str, int]:
     from llm_kernels.linear_cross_entropy.kernel import slice_columns
     from llm_kernels.linear_cross_entropy.op import CHUNK_BYTES, WEIGHTED_CHUNK_TOKENS
 
-    tokens, hidden, words = shape["tokens"], shape["hidden"], shape["vocab_size"]
-    logits, dhidden, dweight = (itemsize * n for n in (tokens * words, tokens * hidden, words * hidden))
-    chunk = min(tokens, max(128, CHUNK_BYTES // (itemsize * words) // 128 * 128))
-    sliced = itemsize * tokens * slice_columns(tokens, words, chunk)
-    of_chunk = itemsize * words * min(tokens, max(WEIGHTED_CHUNK_TOKENS, CHUNK_BYTES // (itemsize * words)))
-    accumulated = 4 * words * hidden
+    tokens, hidden, vocab = shape["tokens"], shape["hidden"], shape["vocab_size"]
+    logits, dhidden, dweight = (itemsize * n for n in (tokens * vocab, tokens * hidden, vocab * hidden))
+    chunk = min(tokens, max(128, CHUNK_BYTES // (itemsize * vocab) // 128 * 128))
+    sliced = itemsize * tokens * slice_columns(tokens, vocab, chunk)
+    of_chunk = itemsize * vocab * min(tokens, max(WEIGHTED_CHUNK_TOKENS, CHUNK_BYTES // (itemsize * vocab)))
+    accumulated = 4 * vocab * hidden
     return {
         # dhidden in fp32 beside a slice of logits and then, at the end, beside its copy in the inputs' dtype.
         "ours": dweight + 4 * tokens * hidden + max(sliced, dhidden if itemsize != 4 else 0),
@@ -168,7 +168,7 @@ def predicted_bytes(shape: Shape, itemsize: int) -> dict[str, int]:
         "ours, unfused in place": logits + dhidden + dweight,
         # Log-probabilities are kept; their gradient and then the logits' are made.
         "torch": 3 * logits,
-        "torch, fp32 logits": 3 * 4 * tokens * words,
+        "torch, fp32 logits": 3 * 4 * tokens * vocab,
     }
 
 
