@@ -21,13 +21,13 @@ from typing import Any
 
 from llm_launch import wire
 from llm_launch.agent_settings import AgentSettings
+from llm_launch.copy_files import forget, forget_all_but, forget_stale, inventory, keep_alive
+from llm_launch.copy_transfer import CopyServer
 from llm_launch.health import GpuHealth, HostHealth, MemoryKills, open_nvml
 from llm_launch.local import worker_defaults
 from llm_launch.network import interface_of
 from llm_launch.progress import ProgressPage
-from llm_launch.replicas import ReplicaServer
 from llm_launch.slurm import SlurmError, SlurmJob
-from llm_launch.vault import forget, forget_all_but, forget_stale, inventory, keep_alive
 from llm_parallel.errors import UserError
 
 WORKER_MODULE = "llm_parallel.worker.elastic"
@@ -68,7 +68,7 @@ class Agent:
         self.controller: wire.Channel | None = None
         self.heard_s = time.monotonic()
         self.memory_kills = MemoryKills()
-        self.replicas = ReplicaServer(settings.host, settings.replica_dir, settings.secret)
+        self.copy_server = CopyServer(settings.host, settings.copies_dir, settings.secret)
         self._number = 0
         # Opened once: the run folder's file system may keep one waiting, and an agent that waits counts as lost.
         (settings.run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ class Agent:
     async def run(self) -> int:
         """Serves until the controller says end; 0 then, 1 when it is gone."""
         await self._start_zygote()
-        self._spawn(asyncio.to_thread(forget_stale, self.settings.replica_dir))
+        self._spawn(asyncio.to_thread(forget_stale, self.settings.copies_dir))
         self._spawn(self._beat())
         self._spawn(self._watch_health())
         status = 1
@@ -105,7 +105,7 @@ class Agent:
             self.controller = None
         self._kill_all()
         if not self._keep:
-            forget(self.settings.replica_dir)
+            forget(self.settings.copies_dir)
         return status
 
     async def _find_controller(self) -> wire.Channel | None:
@@ -161,7 +161,7 @@ class Agent:
             "node": settings.node,
             "host": settings.host,
             "devices": list(settings.devices),
-            "replicas": list(self.replicas.address),
+            "copies": list(self.copy_server.address),
             "pid": os.getpid(),
         }
 
@@ -195,9 +195,9 @@ class Agent:
             for worker in self.workers.values():
                 worker.channel.send(message)
         elif kind == "inventory":
-            self._tell({"is": "inventory", "entries": inventory(self.settings.replica_dir)})
+            self._tell({"is": "inventory", "entries": inventory(self.settings.copies_dir)})
         elif kind == "forget":
-            self._spawn(asyncio.to_thread(forget_all_but, self.settings.replica_dir, message["keep"]))
+            self._spawn(asyncio.to_thread(forget_all_but, self.settings.copies_dir, message["keep"]))
         elif kind in ("kill", "retire"):
             if kind == "retire":
                 self.wanted.discard(message["device"])
@@ -241,14 +241,14 @@ class Agent:
 
     async def _watch_health(self) -> None:
         nvml = await asyncio.to_thread(open_nvml)
-        watched: list[GpuHealth | HostHealth] = [HostHealth([self.settings.run_dir, self.settings.replica_root])]
+        watched: list[GpuHealth | HostHealth] = [HostHealth([self.settings.run_dir, self.settings.copies_root])]
         watched += [GpuHealth(nvml, device) for device in self.settings.devices] if nvml is not None else []
         while True:
             for item in watched:
                 for finding in await asyncio.to_thread(item.look):
                     self._tell({"is": "health", **asdict(finding)})
             with contextlib.suppress(OSError, UserError):  # a worker that makes its first copy says what is wrong
-                keep_alive(self.settings.replica_dir)
+                keep_alive(self.settings.copies_dir)
             await asyncio.sleep(HEALTH_S)
 
     async def _start_zygote(self) -> None:
@@ -310,7 +310,7 @@ class Agent:
             "LLM_PARALLEL_RUN_FILE": settings.run_file,
             "LLM_PARALLEL_NODE": settings.node,
             "LLM_PARALLEL_HOST": settings.host,
-            "LLM_PARALLEL_REPLICA_DIR": str(settings.replica_dir),
+            "LLM_PARALLEL_REPLICA_DIR": str(settings.copies_dir),
             "LLM_PARALLEL_PROGRESS_FD": str(self.page.fd),
             "LLM_PARALLEL_SLOT": str(number % SLOTS),
         }

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from llm_launch.agents import Agents
 from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame, few
-from llm_launch.copies import Copies, Restore
+from llm_launch.copy_catalog import CopyCatalog, Restore
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
-from llm_launch.plan import Placement, Trained, fingerprint, place
+from llm_launch.placement import Placement, Trained, fingerprint, place
 from llm_launch.snapshot import snapshot, used_up
+from llm_launch.starters import AgentStarter
 from llm_launch.states import EXIT_TOO_FEW, Outcome, Phase, check_transition
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR
@@ -53,20 +53,20 @@ class Controller:
         self,
         config: RunConfig,
         run_dir: Path,
-        agents: Agents,
+        starter: AgentStarter,
         device: Literal["cpu", "cuda"],
         newest_step: Callable[[], int] = lambda: 0,
     ) -> None:
         """``newest_step``: finds the step of the newest complete checkpoint, 0 if there is none."""
-        self.config, self.agents, self.device, self._newest_step = config, agents, device, newest_step
-        self.journal = Journal(run_dir, config.elastic, agents.secret)
+        self.config, self.starter, self.device, self._newest_step = config, starter, device, newest_step
+        self.journal = Journal(run_dir, config.elastic, starter.secret)
         remembered = self.journal.remembered()
         self.ledger = Ledger.from_json(remembered, config.elastic.strikes)
-        self.fleet = Fleet(config.elastic, agents.secret, self.journal)
+        self.fleet = Fleet(config.elastic, starter.secret, self.journal)
         self._model = fingerprint(config)
         mine = remembered.get("model") == self._model
         trained = [Trained.read(item) for item in remembered.get("trained", [])] if mine else []
-        self.copies = Copies(self.fleet, self.journal, trained, newest_step())
+        self.copies = CopyCatalog(self.fleet, self.journal, trained, newest_step())
         self._started_s = time.monotonic()
         self._stop = False
         self._trained = False
@@ -124,7 +124,7 @@ class Controller:
     def _all_expected_ready(self) -> bool:
         nodes = {node.name: node for node in self.fleet.roster.alive()}
         return self._stop or all(
-            name in nodes and len(nodes[name].workers) >= count for name, count in self.agents.expected.items()
+            name in nodes and len(nodes[name].workers) >= count for name, count in self.starter.expected.items()
         )
 
     def _usable(self) -> list[Device]:
@@ -141,7 +141,7 @@ class Controller:
         """Without the spare nodes, as long as enough others live."""
         spares = self.config.elastic.spare_nodes
         names = list(dict.fromkeys(device.node for device in usable))
-        lost = max(0, len(self.agents.expected) - len(names))
+        lost = max(0, len(self.starter.expected) - len(names))
         held_back = set(names[len(names) - max(0, spares - lost) :]) if spares > lost else set()
         return [device for device in usable if device.node not in held_back]
 
@@ -256,8 +256,8 @@ class Controller:
                     "store": store,
                     "overrides": list(placement.overrides),
                     "restore": sources[rank],
-                    "here": list(node.replicas),
-                    "partner": list(after[device.node].replicas) if len(names) > 1 else None,
+                    "here": list(node.copies_address),
+                    "partner": list(after[device.node].copies_address) if len(names) > 1 else None,
                     "elapsed_s": time.monotonic() - self._started_s,
                     "believe": sorted(self._believe),
                 }
@@ -270,7 +270,7 @@ class Controller:
         limit = self.config.elastic.first_step_limit_s
 
         def formed() -> bool:
-            ready = all(w.training or w.outcome for w in self.fleet.members())
+            ready = all(w.training or w.outcome for w in self.fleet.workers())
             return bool(self.fleet.evidence) or ready or self._nothing_to_save
 
         if not await self.fleet.until(formed, limit):
@@ -287,7 +287,7 @@ class Controller:
         paused, layout = False, self.fleet.placement.layout
         alone = layout.tp * layout.cp * layout.pp == 1
         while not self.fleet.evidence:
-            outcomes = [worker.outcome for worker in self.fleet.members()]
+            outcomes = [worker.outcome for worker in self.fleet.workers()]
             if len(outcomes) == world and all(outcomes):
                 if all(outcome is Outcome.PAUSED for outcome in outcomes):
                     return
@@ -301,7 +301,7 @@ class Controller:
                     node.send({"is": "pause", "generation": self.fleet.generation})
             await self.fleet.until(lambda: bool(self.fleet.evidence), self.fleet.tick_s)
             await self._look_for_hangs()
-            self.fleet.evidence += find_slow(self.fleet.members(), self._slow, self.config.elastic.slow_ratio, alone)
+            self.fleet.evidence += find_slow(self.fleet.workers(), self._slow, self.config.elastic.slow_ratio, alone)
         await self._recover()
 
     async def _end(self, done: bool) -> None:
@@ -324,19 +324,19 @@ class Controller:
         return better is not None and better.layout.world_size > self.fleet.placement.layout.world_size
 
     def _accuse_silent(self, why: str) -> None:
-        for worker in self.fleet.members():
+        for worker in self.fleet.workers():
             if not worker.training and worker.outcome is None:
                 rank = self.fleet.rank(worker.device)
                 self.fleet.evidence.append(Evidence(Kind.HANG, worker.device.node, worker.device, rank, message=why))
 
     async def _look_for_hangs(self) -> None:
-        members = self.fleet.members()
-        if self.fleet.phase not in (Phase.TRAINING, Phase.PAUSING) or not members or self.fleet.evidence:
+        workers = self.fleet.workers()
+        if self.fleet.phase not in (Phase.TRAINING, Phase.PAUSING) or not workers or self.fleet.evidence:
             return
-        ages = [worker.age_s for worker in members if worker.outcome is None]
+        ages = [worker.age_s for worker in workers if worker.outcome is None]
         if not ages or min(ages) < 0 or min(ages) <= self.fleet.pace.limit_s():
             return
-        hung = await self.fleet.find_hung([worker.device for worker in members])
+        hung = await self.fleet.find_hung([worker.device for worker in workers])
         if hung and not self.fleet.evidence:
             looks = {str(device): look for device, look in self.fleet.looks.items()}
             self.journal.keep_stacks(self.fleet.generation, looks)
@@ -402,7 +402,7 @@ class Controller:
                     node.workers.pop(device.number, None)
         self._remember()
         for name, reason in used_up(self.fleet, self.ledger).items():
-            self.agents.condemn(name, reason)
+            self.starter.condemn(name, reason)
 
     def _remember(self) -> None:
         """Keeps for the next start what it must know: strikes, removals, and which copies of state to look for."""
@@ -425,7 +425,7 @@ class Controller:
             recovered = self.fleet.phase is Phase.TRAINING and self.fleet.step > self.journal.resumed_step
             if recovered or self.fleet.phase is Phase.WAITING:
                 while self.fleet.to_restart:
-                    self.agents.start(self.fleet.to_restart.pop())
+                    self.starter.start(self.fleet.to_restart.pop())
             if now - last_beat >= elastic.heartbeat_s:
                 last_beat = now
                 for node in self.fleet.roster.alive():

@@ -74,7 +74,7 @@ class Member:
     control: socket.socket
     marker: Marker
     node: str
-    replica_dir: str
+    copies_dir: str
     secret: str
     host: str
     """Address of this node, on which a store listens."""

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from llm_launch.replicas import RemoteReplica, ReplicaSender
-from llm_launch.vault import PLANES, VaultFile, vault_name
+from llm_launch.copy_files import PLANES, CopyFile, copy_name
+from llm_launch.copy_transfer import CopySender, RemoteCopy
 from llm_parallel.checkpoint.optimizer import (
     allocate_moments,
     apply_configured_settings,
@@ -67,9 +67,9 @@ class MemoryCheckpoint:
             "numbers": numbers,
             "index": [held.piece for held in self._held],
         }
-        self._file = VaultFile.create(folder / "own" / vault_name(generation, rank), header)
+        self._file = CopyFile.create(folder / "own" / copy_name(generation, rank), header)
         self._slots = [_planes(self._file, slot) for slot in range(2)]
-        self._sender = ReplicaSender(partner, secret, self._file) if partner else None
+        self._sender = CopySender(partner, secret, self._file) if partner else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="replica")
         self._running: Future[None] | None = None
         self._step = -1
@@ -129,7 +129,7 @@ class MemoryCheckpoint:
                 target[where].copy_(plane)
 
 
-def _planes(file: VaultFile, slot: int) -> torch.Tensor:
+def _planes(file: CopyFile, slot: int) -> torch.Tensor:
     """fp32 [3, numbers] over the memory of ``slot``."""
     return torch.frombuffer(
         file.map, dtype=torch.float32, count=PLANES * file.numbers, offset=file.data_offset(slot)
@@ -154,7 +154,7 @@ class LocalSource:
 
     def __init__(self, path: Path, step: int) -> None:
         try:
-            self._file = VaultFile.open(path)
+            self._file = CopyFile.open(path)
             slot = self._file.steps()[step]
         except (OSError, ValueError, KeyError) as error:
             raise ReplicaLost(f"{path} has no copy of step {step}") from error
@@ -176,12 +176,12 @@ class RemoteSource:
 
     def __init__(self, address: tuple[str, int], secret: str, kind: str, generation: int, rank: int, step: int) -> None:
         try:
-            self._replica = RemoteReplica(address, secret, kind, generation, rank)
-            self.state, _ = self._replica.read(step, 0, 0)
+            self._copy = RemoteCopy(address, secret, kind, generation, rank)
+            self.state, _ = self._copy.read(step, 0, 0)
         except OSError as error:
             raise ReplicaLost(f"the copy of rank {rank} at {address[0]} cannot be read ({error})") from error
-        self._step, self._numbers = step, self._replica.header["numbers"]
-        self.index = [Piece.read(values) for values in self._replica.header["index"]]
+        self._step, self._numbers = step, self._copy.header["numbers"]
+        self.index = [Piece.read(values) for values in self._copy.header["index"]]
 
     def read(self, at: int, count: int) -> np.ndarray:
         """fp32 [3, count]."""
@@ -189,7 +189,7 @@ class RemoteSource:
         for plane in range(PLANES):
             start = 4 * (plane * self._numbers + at)
             try:
-                _, data = self._replica.read(self._step, start, start + 4 * count)
+                _, data = self._copy.read(self._step, start, start + 4 * count)
             except OSError as error:
                 raise ReplicaLost(f"a copy cannot be read any more ({error})") from error
             planes.append(np.frombuffer(data, dtype=np.float32))
@@ -197,7 +197,7 @@ class RemoteSource:
 
     def close(self) -> None:
         """Ends the connection."""
-        self._replica.close()
+        self._copy.close()
 
 
 class Assembler:

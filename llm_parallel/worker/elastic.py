@@ -78,7 +78,7 @@ class ElasticWatch(Watch):
                 found.append(partial(RemoteSource, (host, port), self.member.secret, kind, generation, rank, step))
             else:
                 name = f"{kind}/g{generation:06d}_r{rank:06d}"
-                found.append(partial(LocalSource, Path(self.member.replica_dir) / name, step))
+                found.append(partial(LocalSource, Path(self.member.copies_dir) / name, step))
         nearest = sorted(range(len(found)), key=lambda number: abs((number + 0.5) / len(found) - place))
         return [found[number] for number in nearest]
 
@@ -93,7 +93,7 @@ class ElasticWatch(Watch):
         if self._config.replicate_every_steps:
             self.memory = MemoryCheckpoint(
                 run.engine,
-                Path(self.member.replica_dir),
+                Path(self.member.copies_dir),
                 self.assignment.generation,
                 self.assignment.partner,
                 self.member.secret,
@@ -298,7 +298,7 @@ def worker_main(control: socket.socket, environment: Mapping[str, str]) -> int:
         control,
         Marker(page, int(environment["LLM_PARALLEL_SLOT"])),
         node=environment["LLM_PARALLEL_NODE"],
-        replica_dir=environment["LLM_PARALLEL_REPLICA_DIR"],
+        copies_dir=environment["LLM_PARALLEL_REPLICA_DIR"],
         secret=environment["LLM_PARALLEL_SECRET"],
         host=environment["LLM_PARALLEL_HOST"],
     )

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from llm_launch.drill import LiveRun
-from llm_launch.vault import run_folder
+from llm_launch.copy_files import run_folder
+from llm_launch.live_run import LiveRun
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import EXIT_STOPPED
 from tests.disks import grow, small_disk_at

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from llm_launch.blame import Device, Kind
 from llm_launch.hang import _median_of_others, find_hung, find_slow, waits_for_files
-from llm_launch.members import Worker
 from llm_launch.progress import Marker, Pace, Progress, ProgressPage
+from llm_launch.roster import Worker
 from llm_parallel.jsonlines import JsonLines
 
 A, B, C = (Device("n", index) for index in range(3))
@@ -111,10 +111,10 @@ def slow_by_steps(own: tuple[float, ...], whole_replicas: bool) -> list[Device |
     slow: dict[Device, int] = {}
     found = []
     for number in range(3):
-        members = workers(*(1.0 + 0.01 * number,) * 3)
-        for worker, seconds in zip(members, own):
+        three = workers(*(1.0 + 0.01 * number,) * 3)
+        for worker, seconds in zip(three, own):
             worker.own_s = seconds
-        found += find_slow(members, slow, 2.0, whole_replicas)
+        found += find_slow(three, slow, 2.0, whole_replicas)
     return [item.device for item in found]
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from llm_launch import journal as module
-from llm_launch.agents import paced
 from llm_launch.blame import Fault, Verdict
 from llm_launch.journal import Journal
+from llm_launch.starters import paced
 from llm_parallel.config.tree import ElasticConfig, RunConfig
 
 STATUS = {"generation": 1, "world_size": 2, "excluded": [], "state": "training"}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llm_launch.drill import read_lines
+from llm_launch.live_run import read_lines
 from tests.integration.commands import Corpus, write_run_file
 from tests.slurm.cluster import Cluster
 

@@ -175,7 +175,7 @@ def place(
     groups = _tensor_groups(layout, devices, kept)
     if turn:
         groups = groups[1:] + groups[:1]
-    placed = tuple(member for group in groups for member in group)
+    placed = tuple(item for group in groups for item in group)
     return Placement(layout, placed, as_overrides(parallel, config.parallel))
 
 
@@ -188,20 +188,20 @@ def _tensor_groups(layout: Layout, devices: Sequence[Device], kept: Mapping[Devi
     here_now = set(devices)
     by_rank = {rank: item for item, rank in kept.items() if item in here_now}
     for number in range(len(groups)):
-        members = [by_rank.get(rank) for rank in range(number * tp, (number + 1) * tp)]
-        whole = tuple(member for member in members if member is not None)
+        ranked = [by_rank.get(rank) for rank in range(number * tp, (number + 1) * tp)]
+        whole = tuple(item for item in ranked if item is not None)
         if len(whole) == tp:
             groups[number] = whole
-            for member in whole:
-                free[member.node].remove(member)
+            for item in whole:
+                free[item.node].remove(item)
     whole_groups = deque(
         tuple(here[start : start + tp]) for here in free.values() for start in range(0, len(here) - tp + 1, tp)
     )
     for number in range(len(groups)):
         if groups[number] is None and whole_groups:
             groups[number] = whole_groups.popleft()
-            for member in groups[number] or ():
-                free[member.node].remove(member)
+            for item in groups[number] or ():
+                free[item.node].remove(item)
     rest = [item for here in free.values() for item in here]
     for number in range(len(groups)):
         if groups[number] is None:  # no node has enough left: this group spans nodes
@@ -213,7 +213,7 @@ def recoverable_step(
     world_size: int, generation: int, inventories: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[int, dict[int, tuple[str, str]]] | None:
     """The newest step of which every rank's share is in some living node's memory, and for each rank (node, "own" or
-    "kept"). ``inventories``: by node, what ``vault.inventory`` found. None if there is no such step."""
+    "kept"). ``inventories``: by node, what ``copy_files.inventory`` found. None if there is no such step."""
     holders: dict[int, dict[int, tuple[str, str]]] = {}
     for node, entries in inventories.items():
         for entry in entries:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from llm_launch.copy_files import run_folder
 from llm_launch.slurm import WORKING_STATES, SlurmError, SlurmJob
-from llm_launch.vault import run_folder
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
@@ -24,7 +24,7 @@ END_S = 10.0
 MAX_BEATS_PER_S = 1000.0
 
 
-class Agents(Protocol):
+class AgentStarter(Protocol):
     """Starts agents and ends them. secret: what they prove to know; host: where the controller listens."""
 
     config: RunConfig
@@ -70,8 +70,8 @@ def agent_command(
 
 
 @dataclass
-class LocalAgents:
-    """Agents on this machine: one, or several that play nodes. A dead one is started again."""
+class LocalStarter:
+    """Starts agents on this machine: one, or several that stand for nodes. A dead agent is started again."""
 
     config: RunConfig
     run_file: Path
@@ -127,7 +127,7 @@ class LocalAgents:
 
 
 @dataclass
-class SlurmAgents:
+class SlurmStarter:
     """One agent on each node of a SLURM job, as a step that outlives the loss of any of them. An agent that is gone is
     started again by a step of its own, as soon as SLURM lets it: at once where only the agent died, when the node is
     back where it crashed."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_launch.fleet import Fleet
 from llm_launch.journal import Journal
-from llm_launch.plan import Placement, Trained, recoverable_step
+from llm_launch.placement import Placement, Trained, recoverable_step
 from llm_launch.states import Phase
 
 ANSWER_S = 1.0
@@ -26,7 +26,7 @@ class Restore:
     holders: Mapping[int, tuple[str, str]]
 
 
-class Copies:
+class CopyCatalog:
     """The controller's knowledge of them. ``trained``: generations that copied state, of an earlier start too, whose
     copies may have outlived it; ``disk_step``: newest step on disk."""
 
@@ -73,7 +73,7 @@ class Copies:
 
     def _source(self, holder: tuple[str, str], rank: int) -> Sequence[Any]:
         name, kind = holder
-        return [rank, kind, *self.fleet.roster.nodes[name].replicas]
+        return [rank, kind, *self.fleet.roster.nodes[name].copies_address]
 
     def begin(self, placement: Placement) -> None:
         """The present generation makes its first copy."""
@@ -83,7 +83,7 @@ class Copies:
         """Copies of older generations go when every worker has made a step of the present one."""
         mine = self.trained and self.trained[-1].generation == self.fleet.generation
         if self.fleet.phase is Phase.TRAINING and mine and len(self.trained) > 1:
-            first = min((worker.step for worker in self.fleet.members()), default=0)
+            first = min((worker.step for worker in self.fleet.workers()), default=0)
             if first > self.journal.resumed_step + 1:
                 self._forget_all_but(self.trained[-1:])
 

@@ -86,12 +86,12 @@ def forget_run(root: Path, run_dir: Path) -> None:
         remove_below(parent, folder.name)
 
 
-def vault_name(generation: int, rank: int) -> str:
+def copy_name(generation: int, rank: int) -> str:
     """File name of the copy of ``rank``'s share in ``generation``."""
     return f"g{generation:06d}_r{rank:06d}"
 
 
-def parse_vault_name(name: str) -> tuple[int, int] | None:
+def parse_copy_name(name: str) -> tuple[int, int] | None:
     """Generation and rank of a file name, or None if it is of something else."""
     generation, _, rank = name.partition("_r")
     if not (generation.startswith("g") and generation[1:].isdecimal() and rank.isdecimal()):
@@ -99,7 +99,7 @@ def parse_vault_name(name: str) -> tuple[int, int] | None:
     return int(generation[1:]), int(rank)
 
 
-class VaultFile:
+class CopyFile:
     """One file, mapped into memory."""
 
     def __init__(self, path: Path, header: dict[str, Any], header_bytes: int, writable: bool) -> None:
@@ -120,7 +120,7 @@ class VaultFile:
         return header_bytes + 2 * STATE_BYTES + 2 * _aligned(PLANES * 4 * numbers)
 
     @classmethod
-    def create(cls, path: Path, header: dict[str, Any]) -> VaultFile:
+    def create(cls, path: Path, header: dict[str, Any]) -> CopyFile:
         """A new file whose slots are empty. ``header`` has ``numbers``; the run is that of the folder.
 
         Raises UserError if the memory file system has no room (found now: a later write would kill the process), or
@@ -143,20 +143,20 @@ class VaultFile:
                         os.unlink(temporary, dir_fd=folder)
         except OSError as error:
             raise UserError(
-                f"elastic.replica_dir: {path.parent} has no room for {size / 2**20:.0f} MiB of in-memory replica"
+                f"elastic.replica_dir: {path.parent} has no room for {size / 2**20:.0f} MiB of a memory copy"
                 f" ({error.strerror}); name a larger memory file system or a local disk, or set"
                 " elastic.replicate_every_steps=0"
             ) from None
         return cls(path, header, header_bytes, writable=True)
 
     @classmethod
-    def open(cls, path: Path) -> VaultFile:
+    def open(cls, path: Path) -> CopyFile:
         """An existing file, to read. Raises OSError or ValueError if it is none."""
         with os.fdopen(open_own_file(path, os.O_RDONLY), "rb") as handle:
             head = handle.read(HEAD.size)
             magic, length = HEAD.unpack(head) if len(head) == HEAD.size else (b"", 0)
             if magic != MAGIC:
-                raise ValueError(f"{path} is no replica")
+                raise ValueError(f"{path} is no memory copy")
             header = json.loads(handle.read(length))
         if header.get("run") != _run_of(path):
             raise ValueError(f"{path} is a copy of another run, {header.get('run')}")
@@ -225,11 +225,11 @@ def inventory(folder: Path) -> list[dict[str, Any]]:
     found = []
     for kind in ("own", "kept"):
         for name in _names_in(folder / kind):
-            parsed = parse_vault_name(name)
+            parsed = parse_copy_name(name)
             if parsed is None:
                 continue
             try:
-                steps = sorted(VaultFile.open(folder / kind / name).steps())
+                steps = sorted(CopyFile.open(folder / kind / name).steps())
             except (OSError, ValueError):
                 continue
             if steps:
@@ -249,7 +249,7 @@ def forget_all_but(folder: Path, kept: Collection[int]) -> None:
     for kind in ("own", "kept"):
         with contextlib.suppress(OSError, UserError), _opened(folder / kind) as fd:
             for name in names_in(fd):
-                parsed = parse_vault_name(name)
+                parsed = parse_copy_name(name)
                 if parsed is not None and parsed[0] not in kept:
                     remove_below(fd, name)
 

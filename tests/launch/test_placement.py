@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_launch.blame import Device
-from llm_launch.plan import Trained, place, recoverable_step
+from llm_launch.placement import Trained, place, recoverable_step
 from llm_parallel.config.tree import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llm_parallel.parallel.layout import Layout
 
