@@ -83,7 +83,7 @@ def best_layout(config: RunConfig, num_devices: int, device: Literal["cpu", "cud
     """The ``parallel`` section to run with on at most ``num_devices``; None if nothing fits.
 
     Tensor, context and pipeline sizes stay as they are as long as one replica fits, with as many replicas as the run
-    file asks for, or fewer; else the legal sizes with the least time per step are taken.
+    file asks for, or fewer. If not even one fits, the legal sizes with the least ``slowest_device_work`` are taken.
     """
     kept = _with_most_replicas(config, config.parallel, num_devices, device)
     if kept is not None:
@@ -93,7 +93,7 @@ def best_layout(config: RunConfig, num_devices: int, device: Literal["cpu", "cud
         for parallel in _other_sizes(config, num_devices)
         if (fitting := _with_most_replicas(config, parallel, num_devices, device)) is not None
     ]
-    return min(found, key=lambda parallel: relative_step_time(config, parallel), default=None)
+    return min(found, key=lambda parallel: slowest_device_work(config, parallel), default=None)
 
 
 def _with_most_replicas(
@@ -131,9 +131,14 @@ def _spread(layers: int, pp: int) -> tuple[int, ...]:
     return tuple(layers // pp + (stage < layers % pp) for stage in range(pp))
 
 
-def relative_step_time(config: RunConfig, parallel: ParallelConfig) -> float:
-    """Time of a step in units of one micro batch through the whole model on one device: micro batches of the fullest
-    replica, the pipeline's bubble and its fullest stage, and a tenth per doubling of TP or CP for communication."""
+def slowest_device_work(config: RunConfig, parallel: ParallelConfig) -> float:
+    """Work per step of the busiest device, in units of one micro batch through the whole model.
+
+    This is a rule for ordering layouts, not a model of step time: planner/steptime.py needs the rates of a chip and of
+    its links, which a run file does not name and a launcher does not measure. The rule counts the micro batches of the
+    replica with the most, the pipeline's fill and drain, and the layers of the largest stage; each doubling of TP or CP
+    adds a tenth for communication.
+    """
     layers = config.model.num_layers
     batches = math.ceil(config.train.global_batch_size / config.train.micro_batch_size / (parallel.dp or 1))
     stages = parallel.stage_layers or _spread(layers, parallel.pp)

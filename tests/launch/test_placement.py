@@ -65,7 +65,7 @@ def test_turned_work_lies_on_other_devices() -> None:
     assert all(a != b for a, b in zip(before.devices, turned.devices))
 
 
-def test_fewer_devices_than_a_replica_takes_the_fastest_legal_layout() -> None:
+def test_fewer_devices_than_a_replica_takes_the_legal_layout_with_least_work() -> None:
     """By hand, in units of a whole micro batch, of which there are 8: two or three stages, or tensor parallelism over
     two, take (8 + 1) / 2, (8 + 2) * 2 / 4 and 8 / 2 * 1.1; three replicas of the whole model take 3."""
     asked = config(tp=4, dp=3)
