@@ -55,6 +55,8 @@ class Worker:
     generation: int = 0
     store_port: int = 0
     ready: bool = False
+    killed: bool = False
+    """Whether this agent has ended it; a controller that comes back must not give it work."""
 
 
 class Agent:
@@ -339,7 +341,7 @@ class Agent:
                 self._tell({**message, "device": device})
 
     def _announce(self, worker: Worker) -> None:
-        if worker.ready:
+        if worker.ready and not worker.killed:
             message = {"is": "worker", "device": worker.device, "pid": worker.pid, "number": worker.number}
             self._tell({**message, "store_port": worker.store_port, "generation": worker.generation})
 
@@ -357,6 +359,7 @@ class Agent:
 
     def _kill_all(self) -> None:
         for worker in self.workers.values():
+            worker.killed = True
             _kill(worker.pid)
 
     def _log(self, text: str) -> None:

@@ -55,11 +55,12 @@ def test_who_waits_for_files_is_told_by_its_real_stack(tmp_path: Path) -> None:
     writing.start()
 
     def stack_when_it_waits() -> str:
-        for _ in range(1000):
-            time.sleep(0.01)
+        deadline = time.monotonic() + 60.0
+        while time.monotonic() < deadline:
             stack = "".join(traceback.format_stack(sys._current_frames()[writing.ident or 0]))
             if "os.write" in stack:
                 return stack
+            time.sleep(0.01)
         raise AssertionError("it never wrote")
 
     stack = stack_when_it_waits()
@@ -155,7 +156,7 @@ def test_progress_is_seen_through_shared_memory() -> None:
     marker.stepped(8)
     seen = page.read(2)
     assert (seen.generation, seen.step, seen.marks) == (3, 8, 2)
-    assert 0 < seen.step_s < 5 and seen.stepped_s == pytest.approx(seen.marked_s, abs=1.0)
+    assert seen.step_s == marker.step_s > 0 and 0 < seen.stepped_s == marker.stepped_s <= seen.marked_s
     marker.busy(True)
     assert page.read(2).stepped_s < 0
     assert page.read(1) == Progress()
