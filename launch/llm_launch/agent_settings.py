@@ -34,13 +34,13 @@ class AgentSettings:
 
     @property
     def copies_dir(self) -> Path:
-        """This node's folder for copies; nodes that share a memory file system have one each."""
+        """This node's folder for memory copies; nodes that share a memory file system have one each."""
         return self.copies_root / self.copies_name / self.node
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None = None) -> AgentSettings:
-        """From the command line; the run's secret from the environment. Has asked for an end with its parent, if so
-        told."""
+        """From the command line; the run's secret from the environment. With ``--die-with-parent`` the kernel is asked
+        to end this process when its parent dies."""
         parser = argparse.ArgumentParser(prog="llm_launch.agent", description="One agent of a run on this node.")
         for name in ("controller", "node", "host", "devices", "run-dir", "run-file", "replica-dir", "copies"):
             parser.add_argument(f"--{name}", required=True)

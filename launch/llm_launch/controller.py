@@ -1,7 +1,7 @@
-"""One controller per run: knows every agent, plans each generation, sees what fails, decides who is to blame, goes on.
+"""One controller per run: knows every agent, plans each generation, sees faults, decides who is to blame.
 
-It trains nothing and keeps nothing that the run folder does not have. A generation is a layout, an assignment of ranks
-to devices, and a fresh store; whatever changes any of them begins the next one.
+It trains nothing, and what a next start must know is in the run folder. A generation is a layout, an assignment of
+ranks to devices, and a fresh store; whatever changes any of them begins the next one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 LEAVE_S = 1.0
-"""Time for survivors to leave a generation that was given up; who has not left then is killed."""
+"""Time for workers to leave a generation that was given up; one that has not left by then is killed."""
 SETTLE_S = 0.05
-"""Time between the first sign of a fault and the verdict, for other signs of the same fault."""
+"""Time between the first sign of a fault and the verdict, in which other signs of the same fault arrive."""
 STOP_WAIT_S = 10.0
 """Time for devices to come back when the run was asked to end and its state is in memory only."""
 REPLACE_S = 3.0
@@ -40,7 +40,7 @@ def _last_multiple(step: int, interval: int | None) -> int:
 
 
 class Stopped(Exception):
-    """The run is over. status: its exit status; keep: whether the copies in memory are needed still."""
+    """The run is over. status: its exit status; keep: whether memory copies are still needed."""
 
     def __init__(self, status: int, phase: Phase, keep: bool = True) -> None:
         self.status, self.phase, self.keep = status, phase, keep
@@ -138,7 +138,7 @@ class Controller:
         ]
 
     def _active(self, usable: list[Device]) -> list[Device]:
-        """Without the spare nodes, as long as enough others live."""
+        """Usable devices without those of spare nodes; each lost node lets a spare node in."""
         spares = self.config.elastic.spare_nodes
         names = list(dict.fromkeys(device.node for device in usable))
         lost = max(0, len(self.starter.expected) - len(names))
@@ -188,7 +188,7 @@ class Controller:
         self._turn = False
         self.fleet.begin(placement)
         self._assign(placement, restore)
-        self._pass_on_stop()  # those that were forked since have not heard of it
+        self._pass_on_stop()  # workers forked since the request have not received it
         self._enter(Phase.FORMING)
         self.journal.event(
             "form",
@@ -201,8 +201,8 @@ class Controller:
         )
 
     async def _wait_for_copies(self) -> bool:
-        """Whether nodes came back with the copies that went with them: an agent that died left its node's memory as it
-        was. They are waited for as long as it would take to make the steps since the newest checkpoint again."""
+        """Whether lost nodes came back with their memory copies: a node's memory survives the death of its agent. The
+        wait is as long as making the steps since the newest checkpoint again would take."""
         elastic, step = self.config.elastic, self.fleet.step
         saved = max(self.copies.disk_step, _last_multiple(step, self.config.checkpoint.interval_steps))
         seconds = min(elastic.wait_s, (step - saved) * self.fleet.pace.median_s())
@@ -221,7 +221,7 @@ class Controller:
         return False
 
     def _is_back(self, gone: set[str]) -> bool:
-        """Whether one of these nodes is there again, or nothing is worth the wait."""
+        """Whether one of these nodes is connected again, or a stop has ended the wait."""
         return self._nothing_to_save or bool(gone & self._alive())
 
     def _alive(self) -> set[str]:
@@ -305,7 +305,7 @@ class Controller:
         await self._recover()
 
     async def _end(self, done: bool) -> None:
-        """All workers have saved. The copies go when what they hold is complete on disk."""
+        """All workers have saved. Memory copies are removed when the step that they hold is complete on disk."""
         saved = await asyncio.to_thread(self._newest_step)
         keep = saved < self.fleet.step
         self.journal.event("end" if done else "stopped", step=self.fleet.step,
@@ -314,7 +314,7 @@ class Controller:
         raise Stopped(0 if done else EXIT_STOPPED, Phase.FINISHED if done else Phase.STOPPED, keep)
 
     def _better_layout_now(self) -> bool:
-        """Whether devices that joined make a larger world."""
+        """Whether devices that joined allow a larger world."""
         if self.fleet.phase is not Phase.TRAINING or self._stop or self.fleet.placement is None:
             return False
         assigned = set(self.fleet.placement.devices)
@@ -360,12 +360,12 @@ class Controller:
         self._enter(Phase.ABORTING)
         for node in self.fleet.roster.alive():
             node.send({"is": "abort", "generation": self.fleet.generation})
-        # Who hangs will not leave; its replacement can be forked meanwhile.
+        # A hung worker cannot leave; killed at once, its replacement is forked meanwhile.
         hung = {item.device for item in self.fleet.evidence if item.kind is Kind.HANG}
         self.fleet.kill([worker for worker in self.fleet.inside() if worker.device in hung])
         await asyncio.sleep(SETTLE_S)
         if all(item.kind is Kind.CONNECTION for item in self.fleet.evidence):
-            # Somebody's peer is gone, and who is not known yet: a silent node is known by its silence.
+            # A peer is gone, and not yet known: a node that fell silent is noticed after lost_after_s.
             await self.fleet.until(
                 lambda: any(item.kind is not Kind.CONNECTION for item in self.fleet.evidence),
                 self.config.elastic.lost_after_s,
@@ -387,7 +387,7 @@ class Controller:
             raise Stopped(1, Phase.FAILED)
         for step, devices in self.fleet.doubted.items():
             if len(devices) > 1 and step not in self._believe:
-                # The fault stayed with the samples when the work moved: no device's doing.
+                # The fault followed the samples to another device, so no device is at fault.
                 self._believe.add(step)
                 for device in devices:
                     self.ledger.counts.pop(device, None)
@@ -405,7 +405,7 @@ class Controller:
             self.starter.condemn(name, reason)
 
     def _remember(self) -> None:
-        """Keeps for the next start what it must know: strikes, removals, and which copies of state to look for."""
+        """Keeps for the next start what it must know: strikes, removals, and which memory copies to look for."""
         self.journal.remember(
             {**self.ledger.to_json(), "model": self._model, "trained": [t.as_list() for t in self.copies.trained]}
         )
@@ -417,11 +417,11 @@ class Controller:
             now = time.monotonic()
             if now - last_look > elastic.lost_after_s / 2:
                 for node in self.fleet.roster.alive():
-                    node.heard_s = now  # this process was held up itself, and has not listened
+                    node.heard_s = now  # this process itself was held up and received nothing
             last_look = now
             if self.fleet.asked_to_stop and not self._stop:
                 self.stop()
-            # A start takes time that a recovery, and the first step after it, need.
+            # An agent's start takes processor time that a recovery and its first step need.
             recovered = self.fleet.phase is Phase.TRAINING and self.fleet.step > self.journal.resumed_step
             if recovered or self.fleet.phase is Phase.WAITING:
                 while self.fleet.to_restart:

@@ -1,13 +1,13 @@
 """Copies of training state in a node's memory: files of two slots each, so that one is always whole.
 
-They lie in ROOT/llm-parallel-USER-RUN-IDENTITY/NODE/own and kept, which are private to the user (private.py). Neither
-of two runs ever takes the other's: the identity is of a random number in the run folder and of the folder's place, and
-stands in every file too.
+They lie in ROOT/llm-parallel-USER-RUN-IDENTITY/NODE/own and kept, which are private to the user (private.py). No run
+takes another's copies: a run's identity is a hash of a random number in its run folder and of that folder's path, and
+every file holds it.
 
 A worker copies its share of the optimizer state (fp32 weights and both AdamW moments) into its own file after a step;
 the file outlives the worker. The agent of a partner node keeps a second copy, which outlives the node.
 
-    header   JSON, padded to a page: run, generation, rank, numbers, index (whose meaning is the worker's)
+    header   JSON, padded to a page: run, generation, rank, numbers, index (only workers interpret it)
     2 slots  1 MiB of state each: step + 1 (0 while the slot is being written), length, JSON
     2 slots  3 * numbers fp32 values each: weights, first moments, second moments
 """
@@ -38,14 +38,14 @@ PAGE = 4096
 STATE_BYTES = 1 << 20
 PLANES = 3
 STALE_S = 3600.0
-"""Age from which on the copies of a run that nobody keeps alive here are removed when another run begins."""
+"""When another run begins on a node, it removes copies whose agent has shown no life for so long."""
 SLOT_HEAD = struct.Struct("<QQ")
 HEAD = struct.Struct(f"<{len(MAGIC)}sQ")
 
 
 def run_identity(run_dir: Path) -> str:
-    """What tells this run from every other, also from a copy of its folder, and from an earlier one in the same place:
-    hexadecimal digits. Writes the random number that it comes from into the run folder if there is none."""
+    """Hexadecimal digits that differ for every run, also for a copy of its run folder and for an earlier run in the
+    same folder. Writes the random number that they are derived from into the run folder if there is none."""
     path = run_dir / RUN_ID_NAME
     number = _read_run_id(path)
     if number is None:
@@ -185,7 +185,7 @@ class CopyFile:
         return memoryview(self.map)[offset : offset + self.data_bytes]
 
     def state(self, slot: int) -> dict[str, Any]:
-        """What was committed beside the numbers of ``slot``."""
+        """The JSON object that was committed with the numbers of ``slot``."""
         offset = self.state_offset(slot)
         _, length = SLOT_HEAD.unpack_from(self.map, offset)
         return json.loads(self.map[offset + SLOT_HEAD.size : offset + SLOT_HEAD.size + length])
@@ -261,15 +261,15 @@ def _opened(folder: Path) -> contextlib.AbstractContextManager[int]:
 
 
 def keep_alive(folder: Path) -> None:
-    """Says that the agent of this node's ``folder`` lives; more often than every ``STALE_S``. Raises UserError if
-    another user made the folder."""
+    """Sets the time of this node's ``folder``, which shows other runs that its agent lives; call it more often than
+    every ``STALE_S``. Raises UserError if another user made the folder."""
     with private_folder(folder.parents[1], *folder.parts[-2:], make=True) as fd:
         os.utime(fd)
 
 
 def forget_stale(folder: Path) -> None:
-    """Removes what other runs of this user left beside the run of ``folder``: those that were killed and never came
-    back would hold the node's memory for ever. What is not certainly this user's own is left alone."""
+    """Removes copies that other runs of this user left beside the run of ``folder``: one that was killed and never came
+    back would hold the node's memory for ever. Whatever is not certainly this user's own is left alone."""
     root = folder.parents[1]
     try:
         runs = [folder.name for folder in root.iterdir() if folder.name.startswith(_prefix())]

@@ -1,4 +1,4 @@
-"""Copies of training state between nodes: an agent's server, which keeps and hands out, and its clients.
+"""Sends memory copies between nodes: an agent's server, which keeps them and hands them out, and its clients.
 
 put   header once, then for each step: state and numbers; every step is acknowledged when it is complete
 get   a range of bytes of a file
@@ -96,8 +96,8 @@ class CopySender:
             self._wanted.notify_all()
 
     def wait(self, step: int, timeout_s: float) -> bool:
-        """Whether the partner holds ``step``; waits for it. False if it could not be sent, which ends the copies of
-        this generation but not the training."""
+        """Whether the partner holds ``step``; waits for it. False if it could not be sent: this
+        generation then makes no further copies, and training goes on."""
         with self._wanted:
             self._wanted.wait_for(lambda: self.acknowledged >= step or self.failure or self._closed, timeout_s)
             return self.acknowledged >= step
@@ -125,7 +125,7 @@ class CopySender:
                         (step, slot), self._next = self._next, None
                     wire.send(connection, {"slot": slot, "step": step, "state": self._file.state(slot)})
                     if self._file.data_bytes:
-                        # The memory file's own pages: a copy into the socket would cost the step its cores.
+                        # sendfile takes the file's own pages: copying them would take processor time from the step.
                         connection.sendfile(file, self._file.data_offset(slot), self._file.data_bytes)
                     if wire.receive(connection) is None:
                         raise wire.WireError("the partner node ended the connection")

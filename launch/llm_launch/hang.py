@@ -1,4 +1,4 @@
-"""Who hangs when all wait, and which device is slow: pure."""
+"""Finds the worker that all others wait for, and devices that are slow, from what workers report (pure)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONSECUTIVE = 3
 FILE_CODE = tuple(
     f"/llm_parallel/{name}" for name in ("jsonlines.py", "metrics/", "data/loader.py", "checkpoint/store.py")
 )
-"""Modules in which a main thread waits only for files."""
+"""Modules in which the main thread waits for nothing but files."""
 
 
 def find_hung(devices: Sequence[Device], looks: Mapping[Device, Mapping[str, Any]]) -> dict[Device, str]:
@@ -35,7 +35,7 @@ def find_hung(devices: Sequence[Device], looks: Mapping[Device, Mapping[str, Any
         for device, count in counts.items():
             if count < most:
                 behind.setdefault(device, f"is missing in collective {most} of group {name}, having entered {count}")
-    # Who waits inside a collective for somebody else may itself be missing elsewhere; who does not wait is the cause.
+    # A worker that waits in one collective may be missing in another; the cause is one that does not wait.
     causes = {device: why for device, why in behind.items() if not _waits(looks[device]["stack"])}
     return causes or behind or dict.fromkeys(devices, "makes no progress, as all others")
 
@@ -86,7 +86,7 @@ def find_slow(workers: Sequence[Worker], slow: dict[Device, int], ratio: float, 
 
 
 def _median_of_others(ordered: Sequence[float], value: float) -> float:
-    """Median of sorted numbers without one that is ``value``; not a new sort for each of thousands."""
+    """Median of sorted numbers without one that is ``value``; sorting again for each of thousands would be slow."""
     if not value:
         return statistics.median(ordered)
     at, count = bisect_left(ordered, value), len(ordered) - 1

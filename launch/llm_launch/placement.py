@@ -1,4 +1,4 @@
-"""Which layout a run takes on the devices that are left, and who is which rank: pure, for any number of devices."""
+"""The layout of a run on the devices that are left, and the rank of each device: pure, for any number of devices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Trained:
-    """A generation whose workers copied their state. cut: how the model was divided, TP, CP, PP, VPP and the layers of
+    """A generation whose workers made memory copies. cut: how the model was divided, TP, CP, PP, VPP and the layers of
     the chunks, without the number of replicas."""
 
     generation: int
@@ -73,7 +73,7 @@ class Trained:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """Tells runs apart whose copies of state must not be mixed up: model, data and seed."""
+    """Hash of model, data and seed: memory copies are restored only into a run with the same ones."""
     parts = {"model": config.model, "data": config.data}
     text = json.dumps({name: part.model_dump(mode="json") for name, part in parts.items()} | {"seed": config.seed})
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
@@ -127,7 +127,7 @@ def _other_sizes(config: RunConfig, num_devices: int) -> Iterator[ParallelConfig
 
 
 def _spread(layers: int, pp: int) -> tuple[int, ...]:
-    """Layers of each stage; the first stages take the odd ones."""
+    """Layers of each stage; where they do not divide evenly, the first stages have one more."""
     return tuple(layers // pp + (stage < layers % pp) for stage in range(pp))
 
 
@@ -148,7 +148,7 @@ def slowest_device_work(config: RunConfig, parallel: ParallelConfig) -> float:
 
 
 def as_overrides(parallel: ParallelConfig, before: ParallelConfig) -> tuple[str, ...]:
-    """What changes ``before`` into ``parallel``, as ``section.field=value``."""
+    """Overrides, as ``section.field=value``, that change ``before`` into ``parallel``."""
     changed = []
     for name in ("dp", "tp", "pp", "vpp", "cp", "sequence_parallel", "stage_layers"):
         value: Any = getattr(parallel, name)

@@ -1,4 +1,4 @@
-"""Where agents come from: processes of this machine, or a step of a SLURM job."""
+"""Starts agents: as processes of this machine, or as a step of a SLURM job."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class AgentStarter(Protocol):
 def agent_command(
     config: RunConfig, run_file: Path, controller: str, node: str, host: str, devices: Sequence[int]
 ) -> list[str]:
-    """Command line of one agent; ``auto`` for node and host lets it find them out itself."""
+    """Command line of one agent; with ``auto`` for node and host it finds them out itself."""
     elastic = config.elastic
     arguments = {
         "controller": controller,
@@ -113,7 +113,7 @@ class LocalStarter:
         )
 
     def condemn(self, node: str, reason: str) -> None:
-        """Nothing: nobody else hands out this machine."""
+        """Nothing: no scheduler assigns this machine."""
 
     def end(self) -> None:
         """Waits for agents that were told to end, and ends those that do not."""
@@ -181,7 +181,7 @@ class SlurmStarter:
                 if self._usable(node):
                     self._start([node]).wait(RETRY_S)
             if time.monotonic() - began >= RETRY_S:
-                break  # it runs
+                break  # the agent runs
             self._ended.wait(RETRY_S - (time.monotonic() - began))
         self._waiting.discard(node)
 
@@ -207,8 +207,8 @@ class SlurmStarter:
 
 
 def paced(config: RunConfig, nodes: int) -> RunConfig:
-    """``config`` with no more than a thousand signs of life a second at the controller, and a node's silence as many of
-    them long: from 250 nodes on fewer than the default."""
+    """``config`` with at most a thousand heartbeats a second at the controller: above 250 nodes each node sends fewer
+    than by default, and ``lost_after_s`` stays the same number of heartbeats."""
     elastic = config.elastic
     heartbeat_s = max(elastic.heartbeat_s, nodes / MAX_BEATS_PER_S)
     lost_after_s = max(elastic.lost_after_s, heartbeat_s * elastic.lost_after_s / elastic.heartbeat_s)

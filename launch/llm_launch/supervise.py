@@ -26,9 +26,9 @@ from llm_parallel.errors import EXIT_STOPPED, UserError
 
 SECRET = "LLM_PARALLEL_SECRET"
 ASKED = "LLM_PARALLEL_ASKED"
-"""Variable in which the batch script says what signal it got before the launcher could."""
+"""Variable in which the batch script passes on a signal that it got before the launcher listened."""
 REQUEUE_S = 300.0
-"""Time for a slurmctld that does not answer to come back, while a job wants to go back to the queue."""
+"""How long a slurmctld that does not answer is asked to requeue the job."""
 AGAIN_S = 2.0
 
 
@@ -43,7 +43,7 @@ class StopRequests:
         self.wanted = [number for number in self.NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
 
     def catch(self) -> None:
-        """Notes them. A second Ctrl-C before the training begins ends the command."""
+        """Collects these signals. A second Ctrl-C before training begins ends the command."""
         for number in self.wanted:
             signal.signal(number, self._note)
 
@@ -74,7 +74,7 @@ def launch_elastic(
     controller = Controller(starter.config, Path(starter.config.run_dir), starter, device, newest_step)
     try:
         status = asyncio.run(_control(controller, starter, requests))
-        requests.catch()  # the loop has given them up, and what follows must not be cut short
+        requests.catch()  # asyncio has removed its handlers, and a signal must not interrupt what follows
         if slurm is not None and status in (EXIT_TOO_FEW, EXIT_STOPPED):
             status = settle(
                 slurm, status, requests.time_is_up, used_up(controller.fleet, controller.ledger), controller.journal
@@ -86,8 +86,8 @@ def launch_elastic(
 
 def settle(job: SlurmJob, status: int, time_is_up: bool, bad: Mapping[str, str], journal: Journal) -> int:
     """Exit status in a SLURM job of a run that is not done: 0 once the job is back in the queue on purpose, without the
-    nodes ``bad``: at its time limit, when it is preempted, and when there were too few devices. A job that was
-    cancelled stays cancelled, and a stop that somebody asked for is one."""
+    nodes ``bad``: at its time limit, when it is preempted, and when there were too few devices. A
+    cancelled job stays cancelled, and one that a user asked to stop is not requeued."""
     deadline = time.monotonic() + REQUEUE_S
     while True:
         try:

@@ -44,7 +44,7 @@ STORE_TIMEOUT_S = 300.0
 
 
 class ElasticWatch(Watch):
-    """The launcher's eyes and hands inside one generation."""
+    """What the launcher observes and does inside one generation."""
 
     uneven = True
 
@@ -104,7 +104,7 @@ class ElasticWatch(Watch):
         self.member.send({"is": "training", "step": run.state.step})
 
     def _leave_if_given_up(self) -> None:
-        """What a generation that was given up still had to compute would keep the others waiting."""
+        """Leaves a generation that was given up before its next micro batch, since the others wait."""
         if self.member.aborted:
             raise ConnectionError("the generation was given up")
 
