@@ -110,8 +110,8 @@ def stall_controller(run: LiveRun) -> tuple[set[int], set[int]]:
 
 @dataclass
 class DeviceFaults:
-    """Three starts of one run of DP 4 in which devices fail. ``place``: device of each kind of fault; ``at``: last step
-    before it; ``ends``: exit status of each start; ``events``: of each start; ``restarts``: files found after it."""
+    """Three starts of one run of DP 4 in which devices fail. place: device of each fault; at: last step before it;
+    ends: exit status of each start; events, copies, checkpoints, ranks: of each start, or what was there after it."""
 
     run: LiveRun
     place: dict[str, list[Any]] = field(default_factory=dict)
@@ -145,37 +145,38 @@ class DeviceFaults:
 
 
 def cause_device_faults(start: Start) -> DeviceFaults:
-    """First start: a killed and a stopped worker; SIGTERM together with another that is killed. Second: a loss that is
-    not finite, a second fault of the first device, a flipped bit, a stalled controller, and a mistake of the program.
-    Third: to the end."""
+    """First start: a killed and a stopped worker, and a mistake of the program. Second: a loss that is not finite, a
+    flipped bit, a stalled controller, and SIGTERM together with a second fault of the first device. Third: to the end.
+    """
     layout = ("parallel.dp=4", "elastic.checksum_every_steps=1")
-    faults = DeviceFaults(start(*layout, ENDLESS))
+    # Processes that raise the same error one after the other are told from bad devices by the second of them.
+    faults = DeviceFaults(start(*layout, ENDLESS, "elastic.strikes=10", "elastic.max_fruitless=1000"))
     run = faults.run
     run.reach(FAULT_AT, LIMIT_S)
-    first, second, third, fourth = ([*run.worker(rank)[:2]] for rank in (2, 1, 0, 3))
+    places = [[*run.worker(rank)[:2]] for rank in range(4)]
     try:
         wire.connect_blocking(*run.status()["controller"], "another secret")
     except ConnectionError as error:
         faults.refused = error
-    faults.cause("kill", "killed", first)
-    faults.cause("stop", "stopped", second)
-    faults.at["asked to end"] = run.steps()[-1]["step"]
-    run.cause("kill", rank_of(run, third))
-    run.stop()
-    faults.ended()
-
-    run = faults.run = start(*layout, ENDLESS)
-    run.until(lambda: run.steps()[-1]["step"] > faults.at["asked to end"] + 3, LIMIT_S, "the second start's steps")
-    faults.cause("nan", "not finite", fourth, left=1)
-    faults.cause("kill", "killed again", first)
-    faults.cause("flip", "flipped", second, left=1)
-    faults.agents = stall_controller(run)
+    faults.cause("kill", "killed", places[2])
+    faults.cause("stop", "stopped", places[1])
     faults.planted = plant_mistake(run)
     faults.ended()
 
-    run = faults.run = start(*layout, f"train.steps={faults.planted + 5}")
+    run = faults.run = start(*layout, ENDLESS)
+    run.until(lambda: run.steps()[-1]["step"] > faults.planted + 3, LIMIT_S, "the second start's steps")
+    faults.cause("nan", "not finite", places[3], left=1)
+    faults.cause("flip", "flipped", places[1], left=1)
+    faults.agents = stall_controller(run)
+    faults.place["killed after it"], faults.at["asked to end"] = places[3], run.steps()[-1]["step"]
+    run.cause("kill", rank_of(run, places[3]))
+    run.stop()
     faults.ended()
-    faults.losses = undisturbed(start, faults.planted + 5, "parallel.dp=4")
+
+    last = run.steps()[-1]["step"] + 5
+    faults.run = start(*layout, f"train.steps={last}")
+    faults.ended()
+    faults.losses = undisturbed(start, last, "parallel.dp=4")
     return faults
 
 
