@@ -210,7 +210,7 @@ class Controller:
         if not self.copies.trained or not gone or seconds < TICK_S:
             return False
         self._enter(Phase.WAITING)
-        self.journal.event("wait", step=step, cause=f"copies of the state went with {few(sorted(gone))}",
+        self.journal.event("wait", step=step, cause=f"memory copies are on lost nodes: {few(sorted(gone))}",
                            seconds=seconds)  # fmt: skip
         deadline = time.monotonic() + seconds
         while gone and not self._nothing_to_save and (left := deadline - time.monotonic()) > 0:
@@ -309,7 +309,7 @@ class Controller:
         saved = await asyncio.to_thread(self._newest_step)
         keep = saved < self.fleet.step
         self.journal.event("end" if done else "stopped", step=self.fleet.step,
-                           cause=f"the newest complete checkpoint is of step {saved}; copies in memory are kept"
+                           cause=f"the newest complete checkpoint is of step {saved}; memory copies are kept"
                            if keep else None)  # fmt: skip
         raise Stopped(0 if done else EXIT_STOPPED, Phase.FINISHED if done else Phase.STOPPED, keep)
 

@@ -116,7 +116,7 @@ class CopySender:
             ):
                 wire.send(connection, {"do": "put", "header": self._file.header})
                 if wire.receive(connection) is None:
-                    raise wire.WireError("the partner node has no room for the copy")
+                    raise wire.WireError("the partner node has no room for the memory copy")
                 while True:
                     with self._wanted:
                         self._wanted.wait_for(lambda: self._next is not None or self._closed)

@@ -28,7 +28,7 @@ def as_prometheus(status: dict[str, Any]) -> str:
     """The state in Prometheus' text format, for node_exporter's textfile collector (or any that reads a file)."""
     numbers = {
         "step": ("gauge", "last finished optimizer step", status["step"]),
-        "generation": ("gauge", "times that the run's processes were put together", status["generation"]),
+        "generation": ("gauge", "times that ranks were assigned to devices", status["generation"]),
         "world_size": ("gauge", "processes that train", status["world_size"]),
         "recoveries_total": ("counter", "faults recovered from since the start", status["recoveries"]),
         "lost_steps_total": ("counter", "steps made again since the start", status["lost_steps"]),
@@ -70,7 +70,7 @@ class Journal:
             try:
                 work()
             except (OSError, UserError) as error:
-                self.say(f"what happens cannot be recorded: {error}")
+                self.say(f"events or state cannot be written: {error}")
 
         self._writer.submit(done)
 

@@ -151,7 +151,10 @@ class Lease:
         if found.job and found.job == self.holder.job and found.start < self.holder.start:
             return False  # SLURM starts a job again when its last start has ended
         wait_s = DEAD_BEATS * BEAT_S
-        print(f"{self.path} is {found.describe()}; looking for {wait_s:.0f} s whether it lives", file=sys.stderr)
+        print(
+            f"{self.path} names {found.describe()}; watching for {wait_s:.0f} s whether that run is alive",
+            file=sys.stderr,
+        )
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline:
             time.sleep(BEAT_S / 5)

@@ -57,8 +57,8 @@ def _problem(found: os.stat_result) -> str | None:
 
 def _refuse(path: Path, problem: str) -> UserError:
     return UserError(
-        f"{path} {problem}, so another user of this machine may have made it, and copies of the training state are not"
-        " kept there; have it removed, or set elastic.replica_dir to a folder of your own"
+        f"{path} {problem}, so another user of this machine may have made it, and no memory copies of the training"
+        " state are kept there; have it removed, or set elastic.replica_dir to a folder of your own"
     )
 
 

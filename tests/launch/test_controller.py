@@ -50,7 +50,7 @@ def test_two_nodes_that_hold_each_others_copies_are_waited_for(tmp_path: Path) -
     status, story = play(config, nodes, act)
     assert status == EXIT_STOPPED
     waited = story.events("wait")[0]
-    assert waited["cause"].startswith("copies of the state went with ") and waited["step"] == 100
+    assert waited["cause"].startswith("memory copies are on lost nodes: ") and waited["step"] == 100
     assert waited["seconds"] == 100.0, "as long as making the steps again would take"
     again = story.events("form")[1]
     assert (again["cause"], again["step"]) == ("memory", 100) and story.controller.journal.lost_steps == 0

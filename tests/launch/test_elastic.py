@@ -226,7 +226,7 @@ def test_two_nodes_that_hold_each_others_copies_are_waited_for(start: Start) -> 
     run.stop()
     assert run.wait() == EXIT_STOPPED
     waited = run.events("wait")[0]
-    assert waited["cause"].startswith("copies of the state went with ")
+    assert waited["cause"].startswith("memory copies are on lost nodes: ")
     assert run.events("form")[1]["cause"] == "memory" and run.status()["lost_steps"] <= 1
     assert not run.events("remove")
     assert_steps_are_whole(run.steps(), len(run.events("detect")))
