@@ -1,5 +1,5 @@
-"""Which copies of the training state the nodes' memory holds, which of them a new generation starts from, and which are
-of no more use. Two generations' copies at most are in memory at once, however many recoveries fail in a row."""
+"""Which memory copies the nodes hold, which of them a new generation starts from, and which are removed. At most two
+generations' copies are in memory at once, however many recoveries fail in a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of training state in a node's memory: files of two slots each, so that one is always whole.
+"""Memory copies: copies of the training state in a node's memory, in files of two slots, one of which is always whole.
 
 They lie in ROOT/llm-parallel-USER-RUN-IDENTITY/NODE/own and kept, which are private to the user (private.py). No run
 takes another's copies: a run's identity is a hash of a random number in its run folder and of that folder's path, and
@@ -34,6 +34,7 @@ from llm_parallel.files import atomic_write
 RUN_ID_NAME = "run_id"
 """File of the run folder with the run's random number."""
 MAGIC = b"LLMVAULT1\n"
+"""First bytes of every file of this format."""
 PAGE = 4096
 STATE_BYTES = 1 << 20
 PLANES = 3

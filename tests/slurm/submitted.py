@@ -15,8 +15,8 @@ from tests.slurm.cluster import Cluster
 
 
 class Submitted:
-    """A run of four nodes that ``llm-parallel submit`` handed to Slurm. It does not end before ``end_soon`` or ``stop``,
-    so no fault can come too late for it."""
+    """A run of four nodes that ``llm-parallel submit`` handed to Slurm. It ends only by ``end_soon`` or ``stop``, so no
+    fault can come too late for it."""
 
     def __init__(self, cluster: Cluster, corpus: Corpus, *options: str) -> None:
         self.cluster = cluster
