@@ -83,9 +83,8 @@ class Fleet:
                     self._on_drill(message)
                 elif message["is"] == "hello":
                     node = self.roster.join(message, channel)
-                    self.to_restart.discard(
-                        node.name
-                    )  # it was only cut off; starting its agent again would end this one
+                    # It was only cut off, perhaps: starting its agent again would end this one.
+                    self.to_restart.discard(node.name)
                     self.journal.event("join", node=node.name, generation=self.generation)
                 elif node is not None and node.channel is channel:
                     node.heard_s = time.monotonic()
