@@ -174,15 +174,15 @@ def test_a_full_disk_does_not_end_a_run_whose_state_is_in_memory(start: Start, t
 
 def test_without_copies_in_memory_it_goes_on_from_the_newest_checkpoint(start: Start) -> None:
     run = start(DP4, "elastic.replicate_every_steps=0", "checkpoint.interval_steps=5", ENDLESS, nodes=1)
-    run.until(lambda: run.events("save"), LIMIT_S, "a checkpoint")
-    run.first_step_after(run.cause("kill", 2))
+    newest = run.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    run.until(newest.exists, LIMIT_S, "a checkpoint")
+    saved = int(newest.read_text())
+    run.first_step_after(run.cause("kill", 2), LIMIT_S)
     reached = run.events("detect")[0]["step"]
     run.stop()
     assert run.wait() == EXIT_STOPPED
-    before = run.events("save", "form")
-    saved = before[: before.index(run.events("form")[1])][-1]
     resumed = [event["step"] for event in run.events("resume")]
-    assert resumed == [0, saved["step"]] and saved["event"] == "save"
+    assert resumed[0] == 0 and saved <= resumed[1] <= reached + 1 and resumed[1] % 5 == 0
     # A step that one rank has logged may not have reached the controller; another may end after the first sign.
     assert reached - resumed[1] <= run.status()["lost_steps"] <= reached - resumed[1] + 1
     assert worst(run, undisturbed(start, max(run.losses()), DP4)) <= 1e-5
