@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from llm_launch.live_run import unix_time
+from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import EXIT_STOPPED
 from tests.disks import grow, small_disk_at
 from tests.integration.commands import Corpus
@@ -236,7 +237,7 @@ def test_two_nodes_that_hold_each_others_copies_are_waited_for(start: Start) -> 
 @pytest.mark.slow
 def test_a_throttled_worker_is_found_and_removed(start: Start) -> None:
     """By its part of a step or by its probe: the pauses meet all three probes of a millisecond, or none."""
-    run = start(DP4, "elastic.probe_every_steps=2", ENDLESS)
+    run = start(DP4, "elastic.probe_every_steps=2", f"elastic.slow_ratio={ElasticConfig().slow_ratio}", ENDLESS)
     run.reach(FAULT_AT)
     node, index, _ = run.worker(2)
     run.cause("slow", 2, factor=10.0)  # the others, too, are slow while other tests run
