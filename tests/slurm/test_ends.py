@@ -11,7 +11,7 @@ from tests.integration.commands import Corpus
 from tests.slurm.cluster import Cluster, until, why_not
 from tests.slurm.submitted import Submitted
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.slow]
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 PREEMPTION = (
     "PreemptType=preempt/partition_prio\nPreemptMode=REQUEUE\n"
     "PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode={mode} GraceTime=30 State=UP\n"
@@ -33,6 +33,7 @@ def wait_for_line(submitted: Submitted, text: str) -> None:
     until(lambda: text in submitted.log(), 60, f"{text!r} in the log")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["starting", "waiting", "training"])
 def test_a_cancelled_job_stays_cancelled(when: str, cluster: Cluster, corpus: Corpus) -> None:
     waits = ["elastic.min_devices=5"] if when == "waiting" else []
@@ -53,6 +54,7 @@ def test_a_cancelled_job_stays_cancelled(when: str, cluster: Cluster, corpus: Co
         assert submitted.events("stopped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["--full", "--batch"])
 def test_a_stop_that_a_user_asked_for_is_not_completed(whom: str, cluster: Cluster, corpus: Corpus) -> None:
     """By TERM for all of the job or for its script alone. It saves; who waits for the model with afterok waits on."""
@@ -65,6 +67,7 @@ def test_a_stop_that_a_user_asked_for_is_not_completed(whom: str, cluster: Clust
     assert submitted.events("stopped") and not submitted.events("requeue")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["REQUEUE", "CANCEL"], indirect=True)
 def test_a_preempted_job_comes_back_and_finishes(cluster: Cluster, corpus: Corpus) -> None:
     """TERM reaches the agents' step alone; the run saves, goes back to the queue, and ends with all steps done."""

@@ -14,7 +14,7 @@ from tests.slurm.cluster import until
 from tests.slurm.namespaces import Namespaces, why_not
 from tests.slurm.submitted import Submitted
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.slow]
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 @pytest.fixture
@@ -67,6 +67,7 @@ def test_down_leaves_nothing(folder: Path) -> None:
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in every)
 
 
+@pytest.mark.slow
 def test_a_node_cut_off_and_back_does_not_split_the_run(cluster: Namespaces, corpus: Corpus) -> None:
     """The other three go on. On the lone node what trained ends, also without a word from anybody; once back, it is
     taken in again or waits, but trains at nothing of its own."""
@@ -88,6 +89,7 @@ def test_a_node_cut_off_and_back_does_not_split_the_run(cluster: Namespaces, cor
     assert submitted.events("form")[1]["cause"] == "memory"
 
 
+@pytest.mark.slow
 def test_a_node_switched_off_does_not_end_the_run(cluster: Namespaces, corpus: Corpus) -> None:
     submitted = Submitted(cluster, corpus)
     submitted.reach(8)

@@ -20,7 +20,7 @@ from tests.integration.commands import Corpus, write_run_file
 from tests.slurm.cluster import Cluster, until, why_not
 from tests.slurm.submitted import Submitted
 
-pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.slow]
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def test_a_crashed_node_does_not_end_the_job(cluster: Cluster, corpus: Corpus) -
     assert formed[1]["cause"] == "memory"
 
 
+@pytest.mark.slow
 def test_the_time_limits_warning_saves_and_requeues(cluster: Cluster, corpus: Corpus) -> None:
     """USR1 for the batch script, which Slurm sends before the time limit: the job comes back and finishes the run."""
     submitted = Submitted(cluster, corpus)
@@ -56,6 +57,7 @@ def test_the_time_limits_warning_saves_and_requeues(cluster: Cluster, corpus: Co
     assert [record["event"] for record in submitted.events("requeue")] == ["requeue"]
 
 
+@pytest.mark.slow
 def test_the_batch_scripts_node_may_be_lost(cluster: Cluster, corpus: Corpus) -> None:
     """Nobody leads the job then. An agent puts it back into the queue when Slurm has given the node up, and the run
     goes on from the copies in memory, on three nodes, without a checkpoint ever written."""
@@ -112,6 +114,7 @@ def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
     assert cluster.states()["n2"] == "drained"
 
 
+@pytest.mark.slow
 def test_a_task_of_an_array_speaks_for_itself_alone(cluster: Cluster) -> None:
     """The last task, whose number is the array's too, goes back to the queue; the others do not."""
     path, out = cluster.folder / "job.sh", cluster.folder / "job-%a.out"
