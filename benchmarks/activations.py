@@ -29,7 +29,7 @@ def saved_bytes(preset: str, seq: int, rows: int, kernels: str) -> Counter[str]:
 
     from llm_parallel.config.presets import MODEL_PRESETS
     from llm_parallel.config.tree import DataConfig, KernelsConfig, ModelConfig, RunConfig, TrainConfig
-    from llm_parallel.model.gpt import build_chunks
+    from llm_parallel.model.gpt import build_policy
     from llm_parallel.model.sequence import sequence_info
     from llm_parallel.parallel.groups import close_groups, open_groups
     from llm_parallel.parallel.layout import Layout
@@ -44,7 +44,7 @@ def saved_bytes(preset: str, seq: int, rows: int, kernels: str) -> Counter[str]:
         kernels=KernelsConfig(**dict.fromkeys(OPERATORS, kernels)),
     )
     groups = open_groups(Layout.from_config(config, 1), 0, open_platform("cpu"), 1)
-    (chunk,) = build_chunks(config, groups)
+    (chunk,) = build_policy(config, groups).models
     chunk.bfloat16()
     layer = chunk.decoder.layers[0]
     weights = {p.untyped_storage()._cdata for p in chunk.parameters()}

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.loader import Batch
 from llm_parallel.errors import UserError
-from llm_parallel.model.hf import all_names, hf_tensors, partition_dim, pieces_of
+from llm_parallel.model.hf import hf_tensors
 from llm_parallel.model.hf_config import model_to_hf_config
 from llm_parallel.model.init import initial_rows, initialize
-from llm_parallel.model.mcore_config import compute_dtype, transformer_config
+from llm_parallel.model.mcore_config import transformer_config
+from llm_parallel.model.numerics import Numerics, dtype_of
+from llm_parallel.model.tensors import Role, all_names, kind_of
 from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform
@@ -58,20 +60,19 @@ def _groups(config: RunConfig) -> Groups:
 
 def ours(config: RunConfig) -> Contender:
     """Our model, engine and step, as ``pretrain`` runs them."""
-    from llm_parallel.model.gpt import build_chunks
-    from llm_parallel.parallel.wrap import wrap
+    from llm_parallel.train.open import likelihood, policy_engine
     from llm_parallel.train.step import StepOutcome, apply_gradient, forward_backward
 
     groups = _groups(config)
-    engine = wrap(build_chunks(config, groups), config, groups, overlap=False)
+    engine = policy_engine(config, groups)
     batches = [
-        Batch(tokens, labels, torch.ones(tokens.shape, device=tokens.device), None)
+        Batch(tokens, labels, torch.ones(tokens.shape, device=tokens.device))
         for tokens, labels in global_batch(config, groups.platform.device)
     ]
     last: list[StepOutcome] = []
 
     def gradient() -> float:
-        last[:] = [forward_backward(engine, batches)]
+        last[:] = [forward_backward(engine, likelihood(config), batches)]
         return last[0].loss
 
     return Contender(
@@ -105,12 +106,13 @@ def initial_hf_weights(config: RunConfig, model: nn.Module) -> None:
     """Gives a LlamaForCausalLM of this configuration the weights that ours starts from."""
     found = model.state_dict()
     for name in all_names(config.model):
-        rows = sum(len(piece) for piece in pieces_of(name, config.model))
-        if "layernorm" in name:
+        kind = kind_of(name)
+        rows = kind.shape(config.model)[kind.piece_dim]
+        if kind.role is Role.NORM:
             whole = torch.ones(rows)
         else:
             whole = initial_rows(name, [range(rows)], config.model, config.seed)
-            whole = whole.t() if partition_dim(name) == 1 else whole
+            whole = whole.t() if kind.piece_dim == 1 else whole
         for key, value in hf_tensors(name, whole, config.model).items():
             found[key].copy_(value)
 
@@ -132,7 +134,7 @@ class MainWeights:
 
     def __init__(self, config: RunConfig, model: nn.Module) -> None:
         self._of = {p: p for p in model.parameters()}
-        if compute_dtype(config) is torch.bfloat16:
+        if dtype_of(config.train.precision) is torch.bfloat16:
             fp32 = [p.detach().clone().requires_grad_() for p in model.parameters()]
             self._of = dict(zip(model.to(torch.bfloat16).parameters(), fp32))
         self.weights: list[Tensor] = list(self._of.values())
@@ -234,7 +236,8 @@ def _megatron_config(config: RunConfig, groups: Groups, engine: bool) -> Any:
     """megatron-core's configuration of the same model, without anything of ours."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    ours_: Any = transformer_config(config, groups.layout, groups.platform)
+    stages = Layout.from_config(config, 1).stages
+    ours_: Any = transformer_config(config.model, Numerics.from_config(config), groups.mesh, stages, groups.platform)
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
              "layernorm_epsilon", "params_dtype", "pipeline_dtype", "bf16", "use_cpu_initialization")  # fmt: skip
     return TransformerConfig(
@@ -267,7 +270,7 @@ def _megatron_optimizer_config(config: RunConfig) -> Any:
         adam_eps=optim.epsilon,
         clip_grad=optim.clip_grad,
         bf16=config.train.precision == "bf16",
-        params_dtype=compute_dtype(config),
+        params_dtype=dtype_of(config.train.precision),
         use_distributed_optimizer=True,
     )
 

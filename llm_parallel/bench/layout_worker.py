@@ -18,7 +18,8 @@ from llm_parallel.bench.rank import run_plan
 from llm_parallel.bench.rounds import Turns, leave_together
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.quiet import quiet_libraries
-from llm_parallel.train.loop import Place, Run, pretrain
+from llm_parallel.train.loop import run_training
+from llm_parallel.train.run import Place, Run
 from llm_parallel.train.watch import Watch
 
 
@@ -82,7 +83,7 @@ def train(plan: dict[str, Any], place: WorkerEnv, folder: Path) -> None:
     with (folder / f"output_{place.rank}.log").open("w") as log, contextlib.redirect_stdout(log):
         if name == "ours":
             watch = BenchWatch(steps, trace, turns)
-            pretrain(config, Place(rank, ranks, rank, store=rendezvous), watch=watch)
+            run_training(config, Place(rank, ranks, rank, store=rendezvous), watch=watch)
         else:
             run_peer(name, config, rendezvous, (rank, ranks), turns, steps, trace)
     if rank == 0:

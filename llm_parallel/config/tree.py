@@ -50,7 +50,7 @@ class ModelConfig(Node):
     head_dim: PositiveInt | None = None
     """Width of one head; ``hidden_size / num_attention_heads`` if not given."""
     vocab_size: PositiveInt | None = None
-    """Words of the vocabulary, without padding; taken from the tokenizer if not given."""
+    """Tokens of the vocabulary, without padding; taken from the tokenizer if not given."""
     max_seq_length_tokens: PositiveInt = 4096
     """Longest context that the model is meant for; written into the Hugging Face export."""
     norm_epsilon: PositiveFloat = 1e-5
@@ -59,6 +59,13 @@ class ModelConfig(Node):
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Llama 3.1's frequency scaling, or none."""
+    window_tokens: PositiveInt | None = None
+    """Tokens that a query sees, itself and those right before it, as in Mistral 7B; all before it if not given. The
+    planner counts attention to all of them."""
+    attention_softcap: float = Field(0.0, ge=0.0)
+    """Attention scores x become ``cap · tanh(x / cap)``, as in Gemma 2; 0: they stay as they are."""
+    output_softcap: float = Field(0.0, ge=0.0)
+    """The same for the logits over the vocabulary."""
     tie_embeddings: bool = False
     """Use one matrix for the input embedding and the output projection."""
     init_std: PositiveFloat = 0.02
@@ -199,6 +206,12 @@ class TrainConfig(Node):
     """Growth of the global batch size at the start."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """``bf16``: bf16 compute with fp32 main gradients, master weights and moments; ``fp32``: everything in fp32."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of a label's probability that is spread over the whole vocabulary. The training loss contains it, the
+    held-out loss does not."""
+    z_loss: float = Field(0.0, ge=0.0)
+    """Weight of the squared logarithm of the softmax's denominator in the training loss, which keeps logits small
+    (PaLM takes 1e-4); the held-out loss does not contain it."""
     eval_interval_steps: PositiveInt | None = None
     """Steps between evaluations on held-out data; none: only after the last step."""
     eval_samples: PositiveInt = 64

@@ -45,6 +45,8 @@ class StepMeasurement:
     """Why the update was not applied; none if it was."""
     num_skipped: int = 0
     """Steps of the run that were skipped so far."""
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    """The objective's own numbers by name, as ``accuracy``, logged as ``train/accuracy``."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class StepRecord:
     skip_reason: str | None
     num_skipped: int
     eta_s: float
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def derive(measured: StepMeasurement, basis: Basis, recent_step_times_s: Sequenc
         skip_reason=measured.skip_reason,
         num_skipped=measured.num_skipped,
         eta_s=max(basis.total_steps - measured.step, 0) * typical_s,
+        statistics=measured.statistics,
     )
 
 
@@ -181,6 +185,7 @@ def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
     values = {name: getattr(record, attribute) for name, attribute in names.items()}
     if isinstance(record, StepRecord):
         values |= {f"time/{name}_s": seconds for name, seconds in record.split_s.items()}
+        values |= {f"train/{name}": value for name, value in record.statistics.items()}
     return {
         name: int(value) if isinstance(value, bool) else value for name, value in values.items() if value is not None
     }

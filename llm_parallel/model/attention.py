@@ -63,6 +63,7 @@ class CoreAttention(nn.Module):
         self.layer_number = layer_number
         self.head_dim = config.kv_channels
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.window, self.softcap = (config.keys_to_the_left, -1), config.attention_softcap
         self.cp_group = pg_collection.cp
         self.kernels = config.kernels
         if self.kernels.attention == "gluon" and torch.cuda.is_available():
@@ -73,6 +74,15 @@ class CoreAttention(nn.Module):
                     f"{major}.{minor}; use kernels.attention=auto"
                 )
         self.num_groups = config.num_query_groups // config.tensor_model_parallel_size
+
+    def _options(self) -> dict[str, Any]:
+        """Keywords of the attention operators."""
+        return {
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "backend": self.kernels.attention,
+        }
 
     def takes_packed(self, x: Tensor, info: SequenceInfo) -> bool:
         """Whether rotary embedding and attention work on the packed projection where it lies: always with Triton, but
@@ -92,7 +102,7 @@ class CoreAttention(nn.Module):
         if len(inputs) == 1:
             qkv_SBGMD = inputs[0].unflatten(2, (self.num_groups, -1, self.head_dim))
             (_, segments), *_ = info.tables()
-            return attention_qkv(qkv_SBGMD, segments, scale=self.scale, backend=self.kernels.attention).flatten(2)
+            return attention_qkv(qkv_SBGMD, segments, **self._options()).flatten(2)
         q_SBND, k_SBGD, v_SBGD = inputs
         q_SBND, k_SBGD = rope(q_SBND, k_SBGD, info.rope, backend=self.kernels.rope)
         if info.cache is not None:
@@ -100,11 +110,11 @@ class CoreAttention(nn.Module):
         elif self.cp_group.size() > 1:
             k_SBGD, v_SBGD = gather_keys_values(torch.stack((k_SBGD, v_SBGD), dim=1), self.cp_group)
         if info.cache is not None or attention_backend(q_SBND, self.kernels.attention) == "torch":
-            return attention_by_segment(q_SBND, k_SBGD, v_SBGD, info.segments, self.scale).flatten(2)
+            seen = (info.segments, self.scale, self.window[0], self.softcap)
+            return attention_by_segment(q_SBND, k_SBGD, v_SBGD, *seen).flatten(2)
         # One call for each range of this process's tokens: the keys that two ranges see overlap.
         parts: list[Any] = [
-            attention(q_SBND[part], k_SBGD, v_SBGD, segments=table, scale=self.scale, backend=self.kernels.attention)
-            for part, table in info.tables()
+            attention(q_SBND[part], k_SBGD, v_SBGD, segments=table, **self._options()) for part, table in info.tables()
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(2)
 

@@ -1,4 +1,4 @@
-"""Hugging Face's ``config.json`` of a Llama ↔ our ModelConfig."""
+"""Hugging Face's ``config.json`` of a Llama or a Mistral (a Llama with a window) ↔ our ModelConfig."""
 
 from __future__ import annotations
 
@@ -38,14 +38,18 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
-    """Our configuration of a Hugging Face Llama. Raises UserError that names what we cannot represent."""
-    if values.get("model_type") != "llama":
-        raise UserError(f"model_type is {values.get('model_type')!r} in config.json; only 'llama' can be converted")
+    """Our configuration of a Hugging Face Llama or Mistral. Raises UserError that names what we cannot represent."""
+    if values.get("model_type") not in ("llama", "mistral"):
+        raise UserError(
+            f"model_type is {values.get('model_type')!r} in config.json; only 'llama' and 'mistral' can be converted"
+        )
     for key, needed in _MUST_BE.items():
         if values.get(key, needed) not in (needed, None):
             raise UserError(f"{key} is {values[key]!r} in config.json; only {needed!r} can be converted")
     heads = values["num_attention_heads"]
     base, scaling = _rope(values)
+    longest = values.get("max_position_embeddings", 2048)
+    window = values.get("sliding_window") if values["model_type"] == "mistral" else None
     return ModelConfig(
         num_layers=values["num_hidden_layers"],
         hidden_size=values["hidden_size"],
@@ -54,10 +58,11 @@ def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
         num_query_groups=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim"),
         vocab_size=values["vocab_size"],
-        max_seq_length_tokens=values.get("max_position_embeddings", 2048),
+        max_seq_length_tokens=longest,
         norm_epsilon=values.get("rms_norm_eps", 1e-6),
         rope_base=base,
         rope_scaling=scaling,
+        window_tokens=window if window and window < longest else None,
         tie_embeddings=values.get("tie_word_embeddings", False),
         init_std=values.get("initializer_range", 0.02),
     )
@@ -82,6 +87,14 @@ def _rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 def model_to_hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) -> dict[str, Any]:
     """``config.json`` that transformers before and after version 5 read alike. ``special``: ids of begin and end."""
+    if model.attention_softcap or model.output_softcap:
+        name = "attention_softcap" if model.attention_softcap else "output_softcap"
+        raise UserError(
+            f"model.{name} is {getattr(model, name)}, which Hugging Face's Llama and Mistral do not have; this model "
+            "cannot be exported"
+        )
+    window = {"sliding_window": model.window_tokens} if model.window_tokens else {}
+    family = "mistral" if window else "llama"
     rope: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling is not None:
         scaling = model.rope_scaling
@@ -93,8 +106,9 @@ def model_to_hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) 
             "original_max_position_embeddings": scaling.original_max_position,
         }
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        **window,
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,

@@ -17,6 +17,7 @@ from llm_kernels.attention.ref import Segment
 from llm_kernels.rope.ref import inverse_frequencies
 from llm_kernels.rope.table import RopeTable
 from llm_parallel.config.tree import ModelConfig
+from llm_parallel.data.batch import Documents
 
 
 class KVCache:
@@ -132,7 +133,7 @@ def document_segments(starts: Sequence[int], token_ranges: tuple[range, ...]) ->
 
 def sequence_info(
     token_ranges: tuple[range, ...],
-    document_starts: Sequence[Tensor] | None,
+    documents: Documents | None,
     angles: Angles,
     shape: tuple[int, int],
     cache: KVCache | None = None,
@@ -140,20 +141,17 @@ def sequence_info(
     """Positions and segments of a micro batch of which this process holds ``token_ranges`` of every sample. shape:
     samples, and tokens of a whole sample.
 
-    document_starts: for each sample the first tokens of its documents (int, on CPU), or None where attention does not
-    stop at documents. With a cache, ``token_ranges`` is one range that begins at the cache's length.
+    documents: None where attention does not stop at documents. With a cache, ``token_ranges`` is one range that begins
+    at the cache's length.
     """
     table = angles.reaching(max(part.stop for part in token_ranges))
     parts = tuple(len(part) for part in token_ranges)
     positions = torch.cat([torch.arange(part.start, part.stop) for part in token_ranges])
-    if document_starts is None:
+    if documents is None:
         segments: tuple[tuple[Segment, ...], ...] = (document_segments([0], token_ranges),)
         rope = table.from_offset(token_ranges[0].start) if len(parts) == 1 else table.at(positions)
     else:
-        segments = tuple(document_segments(starts.tolist(), token_ranges) for starts in document_starts)
-        columns = []
-        for starts in document_starts:
-            of_token = torch.searchsorted(starts.long(), positions, right=True) - 1
-            columns.append(positions - starts.long()[of_token])
-        rope = table.at(torch.stack(columns, dim=1))
+        segments = tuple(document_segments(starts.tolist(), token_ranges) for starts in documents.starts)
+        rows = zip(documents.starts, documents.of_positions(positions))
+        rope = table.at(torch.stack([positions - starts.long()[numbers] for starts, numbers in rows], dim=1))
     return SequenceInfo(rope=rope, segments=segments, parts=parts, shape=shape, cache=cache)

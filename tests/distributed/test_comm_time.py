@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.job import GLOBAL_BATCH, base_config, changed, make_batch, open_engine
+from tests.distributed.job import base_config, changed, open_engine, own_batches
 from tests.harness import run_ranks
 from tests.integration.commands import Corpus, read_records, train_in_ranks, write_run_file
 from tests.unit.data_helpers import write_token_file
@@ -52,10 +52,10 @@ AXES = {
 
 
 def one_step(engine: Any, config: Any) -> None:
+    from llm_parallel.objectives.likelihood import Likelihood
     from llm_parallel.train.step import apply_gradient, forward_backward
 
-    numbers = engine.groups.layout.micro_batches(0, GLOBAL_BATCH, engine.groups.at.dp)
-    outcome = forward_backward(engine, [make_batch(config, part) for part in numbers])
+    outcome = forward_backward(engine, Likelihood(), own_batches(config, engine.groups))
     apply_gradient(engine, outcome, config.optim.lr, config.optim.clip_grad)
 
 
@@ -120,15 +120,17 @@ def train(
 
 def slow_forward(slow_rank: int, rank: int, loop: Any) -> bool:
     """One rank sleeps before each forward pass."""
-    original = loop.wrap
+    from llm_parallel.train import open as opening
 
-    def wrap(*arguments: Any, **named: Any) -> Any:
-        engine = original(*arguments, **named)
+    original = opening.policy_engine
+
+    def slow_engine(*arguments: Any) -> Any:
+        engine = original(*arguments)
         engine.models[0].register_forward_pre_hook(lambda *_: time.sleep(DELAY_S))
         return engine
 
     if rank == slow_rank:
-        loop.wrap = wrap
+        opening.policy_engine = slow_engine
     return True
 
 

@@ -110,14 +110,16 @@ def _worker(
     from llm_parallel.config.load import load_config
     from llm_parallel.train import loop
     from llm_parallel.train.preflight import preflight
+    from llm_parallel.train.run import Place
 
     config = preflight(load_config(run_file, overrides, notice=lambda _: None), world_size)
     found = prepare(rank, loop) if prepare else None
     asked = iter(range(1, config.train.steps + 1))
     # Only the last rank is asked, as a scheduler may signal one node's processes first.
     last = rank == world_size - 1
-    place = loop.Place(rank, world_size, rank)
-    state = loop.pretrain(config, place, asked_to_stop=lambda: last and stop_at is not None and next(asked) == stop_at)
+    place = Place(rank, world_size, rank)
+    asks = stop_at is not None and last
+    state = loop.run_training(config, place, asked_to_stop=lambda: asks and next(asked) == stop_at)
     return found if prepare else state.step
 
 

@@ -15,6 +15,7 @@ from llm_parallel.versions import parse
 RANDOM = {
     "llama-2": {"num_key_value_heads": 4},
     "grouped": {"num_key_value_heads": 2, "head_dim": 24},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 12},
     "llama-3.1 tied": {
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
@@ -43,16 +44,17 @@ def _as_this_version_has_it(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_hf(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
-    """transformers' LlamaForCausalLM of a folder, whatever its version calls the dtype."""
-    from transformers import LlamaForCausalLM
+    """transformers' model of a folder, whatever its version calls the dtype."""
+    from transformers import AutoModelForCausalLM
 
     name = "dtype" if parse(metadata.version("transformers")) >= (4, 56) else "torch_dtype"
-    return LlamaForCausalLM.from_pretrained(folder, **{name: dtype}, **options)
+    return AutoModelForCausalLM.from_pretrained(folder, **{name: dtype}, **options)
 
 
 def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Hugging Face folder of a random Llama with an odd vocabulary; weights large enough to tell mistakes apart."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Hugging Face folder of a random Llama or Mistral with an odd vocabulary, and weights large enough to tell mistakes
+    apart."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
     torch.manual_seed(0)
     settings = {
@@ -65,7 +67,8 @@ def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -
         "initializer_range": 0.15,
         "rms_norm_eps": 1e-5,
     }
-    model = LlamaForCausalLM(LlamaConfig(**_as_this_version_has_it({**settings, **RANDOM[kind]}))).to(dtype)
+    made = MistralConfig if kind == "mistral" else LlamaConfig
+    model = AutoModelForCausalLM.from_config(made(**_as_this_version_has_it({**settings, **RANDOM[kind]}))).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -98,14 +101,14 @@ def our_config(folder: str, seq_length: int, **parallel: Any) -> RunConfig:
 def open_models(config: RunConfig, rank: int, world_size: int) -> Any:
     """Model chunks of this rank."""
     from llm_parallel.config.rules import check_config
-    from llm_parallel.model.gpt import build_chunks
+    from llm_parallel.model.gpt import build_policy
     from llm_parallel.parallel.groups import open_groups
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.parallel.platform import open_platform
 
     check_config(config, world_size, "cpu")
     groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
-    return build_chunks(config, groups)
+    return build_policy(config, groups).models
 
 
 def logits_job(

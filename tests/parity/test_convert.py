@@ -65,7 +65,7 @@ def trained_and_saved(rank: int, world_size: int, folder: str) -> None:
     config = changed(base_config(), {"parallel.tp": 2, "parallel.pp": 2, "model.vocab_size": 101})
     engine = open_engine(config, rank, world_size)
     train_steps(engine, config, 0, 2)
-    open_store(engine, config, folder).save(engine, TrainState(step=2), blocking=True)
+    open_store(engine, config, folder).save({"policy": engine}, TrainState(step=2), blocking=True)
 
 
 def model_logits(rank: int, world_size: int, folder: str) -> np.ndarray:

@@ -85,8 +85,10 @@ def nbytes(tensors: Any) -> int:
 def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Bytes of this rank by kind, after one step; its pipeline rank."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from llm_parallel.data.loader import Batch
+    from llm_parallel.data.batch import Batch
+    from llm_parallel.objectives.likelihood import Likelihood
     from llm_parallel.parallel.groups import close_groups
+    from llm_parallel.parallel.layout import Layout
     from llm_parallel.train.step import apply_gradient, forward_backward
 
     config = changed(base_config(), changes)
@@ -98,14 +100,14 @@ def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, An
 
     def batch() -> Batch:
         tokens = torch.randint(0, 1000, (size, SEQ + 1), generator=generator)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, SEQ), None)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, SEQ))
 
-    layout = engine.groups.layout
+    layout = Layout.from_config(config, world_size)
     batches = [batch() for _ in range(layout.num_micro_batches(config.train.global_batch_size))]
-    given = {x.untyped_storage().data_ptr() for item in batches for x in (item.tokens, item.labels, item.loss_mask)}
+    given = {x.untyped_storage().data_ptr() for item in batches for x in (item.tokens, item.labels, item.weights)}
     saved = Saved(weights | given)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.x):
-        outcome = forward_backward(engine, batches)
+        outcome = forward_backward(engine, Likelihood(), batches)
     apply_gradient(engine, outcome, 1e-3, 1.0)
     found = {
         "weights": nbytes(p for m in engine.models for p in m.parameters()),

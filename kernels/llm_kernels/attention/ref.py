@@ -24,21 +24,29 @@ class Segment:
     k_end: int
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: tuple[tuple[Segment, ...], ...], scale: float) -> Tensor:
-    """Causal grouped-query attention.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: tuple[tuple[Segment, ...], ...],
+    scale: float,
+    left: int = -1,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal grouped-query attention. ``left``: keys before its own that a query sees, -1 for all.
 
     q: [sq, b, heads, d]; k, v: [sk, b, groups, d]; heads is a multiple of groups. ``segments`` has one tuple for each
     batch row, or a single one for all rows; its segments cover the queries in order. Returns [sq, b, heads, d].
     """
     if len(segments) == 1 and len(segments[0]) == 1:
-        return _segment(q, k, v, scale)
+        return _segment(q, k, v, scale, left, softcap)
     rows = segments if len(segments) > 1 else segments * q.shape[1]
     if len(segments) == 1:
-        return torch.cat([_segment(*_slice(q, k, v, part), scale) for part in segments[0]], dim=0)
+        return torch.cat([_segment(*_slice(q, k, v, part), scale, left, softcap) for part in segments[0]], dim=0)
     outputs = []
     for row, parts in enumerate(rows):
         qkv = (q[:, row : row + 1], k[:, row : row + 1], v[:, row : row + 1])
-        outputs.append(torch.cat([_segment(*_slice(*qkv, part), scale) for part in parts], dim=0))
+        outputs.append(torch.cat([_segment(*_slice(*qkv, part), scale, left, softcap) for part in parts], dim=0))
     return torch.cat(outputs, dim=1)
 
 
@@ -47,11 +55,17 @@ def _slice(q: Tensor, k: Tensor, v: Tensor, part: Segment) -> tuple[Tensor, Tens
     return q[part.q_start : part.q_end], k[keys], v[keys]
 
 
-def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, softcap: float) -> Tensor:
     num_queries, num_keys, heads, groups = q.shape[0], k.shape[0], q.shape[2], k.shape[2]
+    if softcap > 0:
+        table = torch.tensor([[row, 0, num_queries, 0, num_keys] for row in range(q.shape[1])], device=q.device)
+        return explicit(q, k, v, table, Options(scale, left, 0, softcap))[0]
     q_BHSD, k_BHSD, v_BHSD = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     mask = None
-    if num_queries not in (1, num_keys):
+    if 0 <= left < num_keys - 1:
+        ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
+        mask = ones.tril_(num_keys - num_queries).triu_(num_keys - num_queries - left)
+    elif num_queries not in (1, num_keys):
         # torch's is_causal aligns the first query with the first key; ours ends with the last.
         if q.is_cuda:
             from torch.nn.attention.bias import causal_lower_right  # imports triton
@@ -60,7 +74,7 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         else:
             ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
             mask = ones.tril_(num_keys - num_queries)
-    causal = num_queries == num_keys and num_queries > 1
+    causal = mask is None and num_queries == num_keys and num_queries > 1
     out = F.scaled_dot_product_attention(
         q_BHSD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
     )

@@ -1,83 +1,42 @@
-"""Gradient reduction, optimizer and schedule hooks around model chunks."""
+"""megatron-core's gradient buffers and optimizer from the inside: the only file that names what its documentation does
+not promise.
+
+A (chained) optimizer of megatron-core has parts, each around one torch optimizer. The distributed one holds, for every
+parameter, the range that this data-parallel replica updates, as a slice or an fp32 copy of it, its *main* parameter.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
-from megatron.core.transformer.module import Float16Module
-from torch import nn
+from torch import Tensor, nn
 
 from llm_kernels.adamw.optimizer import FusedAdamW
 from llm_kernels.dispatch import triton_installed
-from llm_parallel.config.tree import OptimConfig, RunConfig
+from llm_parallel.config.tree import OptimConfig
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.groups import Groups
 
 
 @dataclass(frozen=True)
-class Engine:
-    """One process's part of a model in training.
+class Shard:
+    """Numbers ``start`` to ``stop`` of a process's own parameter, held in ``main``, whose torch optimizer is
+    ``inner``."""
 
-    chunks: the wrapped model chunks that the schedule runs; models: the same without wrappers; optimizer:
-    megatron-core's (chained) optimizer; overlap: whether communication overlaps compute; before_micro_batch: called
-    before each forward; before_reduction: called when this process has computed its gradient and is about to wait for
-    the other replicas.
-    """
-
-    chunks: list[Any]
-    models: list[Any]
-    optimizer: Any
-    groups: Groups
-    overlap: bool
-    before_micro_batch: list[Callable[[], None]] = field(default_factory=list)
-    before_reduction: list[Callable[[], None]] = field(default_factory=list)
-
-    @property
-    def config(self) -> Any:
-        """megatron-core's TransformerConfig of the model."""
-        return self.models[0].config
-
-    def zero_grad(self) -> None:
-        """Clears all gradient buffers before a step."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-    def step(self, max_norm: float, total_norm: float) -> None:
-        """Updates the weights by gradients scaled so that their global norm, ``total_norm``, is at most ``max_norm``
-        (0: not scaled). Our AdamW scales as it reads them, others need a pass before."""
-        factor = max_norm / (total_norm + 1e-6) if 0.0 < max_norm < total_norm else 1.0
-        for part in self.optimizer.chained_optimizers:
-            parameters = [p for group in part.param_groups for p in group["params"] if p.grad is not None]
-            if factor == 1.0 or not parameters:
-                continue
-            if isinstance(part.optimizer, FusedAdamW):
-                part.optimizer.scale = torch.full((1,), factor, device=parameters[0].device)
-            else:
-                torch._foreach_mul_([p.grad for p in parameters], factor)
-        with _no_second_copy(self.optimizer.chained_optimizers):
-            self.optimizer.step_with_ready_grads()
-
-    def parameters_up_to_date(self) -> None:
-        """Waits for parameters that are still being gathered; with overlapped gathering the last step's parameters
-        reach the model only at the next forward, so whoever reads weights in between calls this first."""
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
-
-    def set_training(self, training: bool) -> None:
-        """Switches between training and evaluation mode."""
-        for chunk in self.chunks:
-            chunk.train(training)
+    parameter: Tensor
+    main: Tensor
+    start: int
+    stop: int
+    inner: torch.optim.Optimizer
 
 
 class Replica(DistributedDataParallel):
@@ -112,40 +71,11 @@ class SoleReplica(Replica):
         """Nothing: the parameters are whole."""
 
 
-def wrap(models: Sequence[nn.Module], config: RunConfig, groups: Groups, overlap: bool) -> Engine:
-    """Engine of freshly built model chunks. Raises UserError if apex is asked for and absent."""
-    bf16 = config.train.precision == "bf16"
-    sharded = config.parallel.distributed_optimizer
-    sole = groups.layout.dp * groups.layout.cp == 1
-    overlap = overlap and not sole
-    replica = SoleReplica if sole else Replica
-    model_config: Any = models[0].config
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and sharded,
-        use_distributed_optimizer=sharded,
-        bucket_size=config.parallel.bucket_size,
-        check_for_nan_in_grad=False,  # train/guard.py skips such steps instead of dying
-    )
-    chunks = [
-        replica(
-            config=model_config,
-            ddp_config=ddp_config,
-            module=Float16Module(model_config, model) if bf16 else model,
-            # Later chunks of an interleaved schedule have their whole gradient at once unless reduction overlaps.
-            disable_bucketing=number > 0 and not overlap,
-            pg_collection=groups.collection,
-        )
-        for number, model in enumerate(models)
-    ]
-    optimizer = _build_optimizer(chunks, config.optim, bf16, overlap and sharded, groups)
-    engine = Engine(chunks, list(models), optimizer, groups, overlap)
-    _attach_schedule_hooks(engine, model_config, sharded)
-    return engine
+def build_optimizer(chunks: Sequence[Any], optim: OptimConfig, groups: Groups) -> Any:
+    """megatron-core's optimizer of wrapped model chunks, with the AdamW of ``optim.implementation`` inside.
 
-
-def _build_optimizer(chunks: list[Any], optim: OptimConfig, bf16: bool, overlap_gather: bool, groups: Groups) -> Any:
+    Raises UserError if apex is asked for and absent."""
+    ddp, bf16 = chunks[0].ddp_config, chunks[0].config.bf16
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -158,10 +88,10 @@ def _build_optimizer(chunks: list[Any], optim: OptimConfig, bf16: bool, overlap_
             clip_grad=optim.clip_grad,
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
-            overlap_param_gather=overlap_gather,
+            use_distributed_optimizer=ddp.use_distributed_optimizer,
+            overlap_param_gather=ddp.overlap_param_gather,
         ),
-        chunks,
+        list(chunks),
         use_gloo_process_groups=groups.platform.is_cuda,
     )
     for part in optimizer.chained_optimizers:
@@ -250,20 +180,122 @@ def _no_second_copy(parts: Sequence[Any]) -> Iterator[None]:
             del part._copy_main_params_to_model_params  # the class's own is back
 
 
-def _attach_schedule_hooks(engine: Engine, model_config: Any, sharded: bool) -> None:
-    def finalize(model: list[Any], num_tokens: torch.Tensor | None = None, **_: Any) -> None:
-        for hook in engine.before_reduction:
-            hook()
-        finalize_model_grads(model, num_tokens, pg_collection=engine.groups.collection)
+def inner_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers inside of megatron-core's."""
+    return [part.optimizer for part in optimizer.chained_optimizers]
 
-    chunks = engine.chunks
 
-    model_config.finalize_model_grads_func = finalize
-    if not engine.overlap:
-        return
-    several = len(chunks) > 1
-    model_config.no_sync_func = [chunk.no_sync for chunk in chunks] if several else chunks[0].no_sync
-    if several:
-        model_config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
-        if sharded:
-            model_config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+def distributed_parts(optimizer: Any) -> list[DistributedOptimizer]:
+    """The parts that are distributed over data-parallel replicas; empty if none is."""
+    return [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+
+
+def update(optimizer: Any, factor: float) -> None:
+    """Updates the weights by the gradients times ``factor``. Our AdamW scales as it reads them, others need a pass
+    before."""
+    for inner in inner_optimizers(optimizer):
+        parameters = [p for group in inner.param_groups for p in group["params"] if p.grad is not None]
+        if factor == 1.0 or not parameters:
+            continue
+        if isinstance(inner, FusedAdamW):
+            inner.scale = torch.full((1,), factor, device=parameters[0].device)
+        else:
+            torch._foreach_mul_([p.grad for p in parameters], factor)
+    with _no_second_copy(optimizer.chained_optimizers):
+        optimizer.step_with_ready_grads()
+
+
+@contextmanager
+def padded_buckets(optimizer: Any) -> Iterator[None]:
+    """While inside, gathered optimizer state has each bucket's end padding again.
+
+    megatron-core strips the padding and then slices with padded offsets, which scrambles what is saved when there are
+    several buckets (mended upstream in #5077, in no release yet).
+    """
+    parts = distributed_parts(optimizer)
+    for part in parts:
+        part.get_parameter_state_dp_zero = _padded(part, part.get_parameter_state_dp_zero)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.get_parameter_state_dp_zero  # the class's own is back
+
+
+def _padded(part: Any, gather: Callable[..., Any]) -> Callable[..., Any]:
+    def gather_padded(*args: Any, **kwargs: Any) -> Any:
+        state = gather(*args, **kwargs)
+        if state is None:
+            return None
+        for number, buffer in enumerate(part.buffers):
+            for tensors in state[number].values():
+                for name in tensors.keys() - {"numel_unpadded"}:
+                    tensors[name] = _with_padding(buffer, tensors[name])
+        return state
+
+    return gather_padded
+
+
+def _with_padding(buffer: Any, stripped: torch.Tensor) -> torch.Tensor:
+    whole, taken = stripped.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        size = bucket.numel_unpadded
+        whole[bucket.offset : bucket.offset + size] = stripped[taken : taken + size]
+        taken += size
+    return whole
+
+
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Loads what ``optimizer.sharded_state_dict`` described, every parameter with a ``step`` of its own.
+
+    megatron-core hands one ``step`` tensor to all parameters; AdamW adds 1 to it once per parameter, so training would
+    go on with wrong bias corrections and no error. It also looks for ``step`` among the tensors to restore and fails.
+    """
+    for part in optimizer.chained_optimizers:
+        tensors, kind = state.pop("param_state", None), state.pop("param_state_sharding_type", None)
+        part.load_state_dict(state)
+        inner = part.optimizer
+        steps = {
+            parameter: values.pop("step").clone().to(parameter.device)
+            for parameter, values in inner.state.items()
+            if "step" in values
+        }
+        if tensors is not None:
+            with torch.no_grad():
+                getattr(part, f"load_parameter_state_from_{kind}")(tensors)
+        for parameter, step in steps.items():
+            inner.state[parameter]["step"] = step
+
+
+def shards_of(optimizer: Any) -> Iterator[Shard]:
+    """All parts of parameters that this process updates."""
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if isinstance(part, DistributedOptimizer):
+            pairs = zip(
+                [*part.model_fp32_groups, *part.model_float16_groups],
+                [*part.shard_fp32_groups, *part.shard_fp32_from_float16_groups],
+            )
+            for models, mains in pairs:
+                for model, main in zip(models, mains):
+                    where = part._get_model_param_range_map(model)["param"]
+                    yield Shard(model, main, where.start, where.end, inner)
+        elif isinstance(part, Float16OptimizerWithFloat16Params):
+            pairs = zip(
+                [*part.float16_groups, *part.fp32_from_fp32_groups],
+                [*part.fp32_from_float16_groups, *part.fp32_from_fp32_groups],
+            )
+            for models, mains in pairs:
+                for model, main in zip(models, mains):
+                    yield Shard(model, main, 0, model.numel(), inner)
+        else:
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    yield Shard(parameter, parameter, 0, parameter.numel(), inner)
+
+
+def main_to_model_parameters(optimizer: Any) -> None:
+    """Rounds the fp32 main parameters into the model's, where they are not the same."""
+    for part in optimizer.chained_optimizers:
+        if hasattr(part, "_copy_main_params_to_model_params"):
+            part._copy_main_params_to_model_params()

@@ -23,44 +23,44 @@ from llm_launch.copy_transfer import CopySender, RemoteCopy
 from llm_parallel.checkpoint.optimizer import (
     allocate_moments,
     apply_configured_settings,
+    engines_of,
+    optimizer_steps,
+    set_optimizer_steps,
     settings_changed,
     settings_in_use,
 )
-from llm_parallel.checkpoint.pieces import (
-    Piece,
-    held_pieces,
-    optimizer_steps,
-    set_optimizer_steps,
-    weights_follow,
-)
+from llm_parallel.checkpoint.pieces import Piece, held_pieces, weights_follow
 from llm_parallel.checkpoint.state import TrainState
-from llm_parallel.parallel.wrap import Engine
+from llm_parallel.model.tensors import Role, kind_of
+from llm_parallel.parallel.engine import POLICY, Models, network_of
 
-PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Parameters whose last rows only fill up the vocabulary, to a number that depends on the layout."""
 PARTNER_TIMEOUT_S = 60.0
 
 
-class ReplicaLost(RuntimeError):
+class CopyLost(RuntimeError):
     """The copies that were promised are not there any more."""
 
 
-class MemoryCheckpoint:
-    """One process's copies of one generation. ``partner``: address of the node that keeps the second copy, or None."""
+class MemoryCopies:
+    """One process's copies of all models that it trains, in one generation of a run.
+
+    ``partner``: address of the node that keeps the second copy, or None."""
 
     def __init__(
         self,
-        engine: Engine,
+        models: Models,
         folder: Path,
         generation: int,
         partner: tuple[str, int] | None,
         secret: str,
     ) -> None:
-        allocate_moments(engine)
-        self._engine = engine
-        self._held = held_pieces(engine, divided=True)
+        self._engines = engines_of(models)
+        for engine in self._engines.values():
+            allocate_moments(engine)
+        self._held = held_pieces(models, divided=True)
         numbers = sum(held.piece.stop - held.piece.start for held in self._held)
-        rank = engine.groups.rank
+        groups = network_of(models[POLICY]).groups
+        rank, self._on_gpu = groups.rank, groups.platform.is_cuda
         header = {
             "generation": generation,
             "rank": rank,
@@ -70,7 +70,7 @@ class MemoryCheckpoint:
         self._file = CopyFile.create(folder / "own" / copy_name(generation, rank), header)
         self._slots = [_planes(self._file, slot) for slot in range(2)]
         self._sender = CopySender(partner, secret, self._file) if partner else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="replica")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._running: Future[None] | None = None
         self._step = -1
         self.bytes_per_copy = PLANES * 4 * numbers
@@ -80,12 +80,12 @@ class MemoryCheckpoint:
         self.finish()
         record = {
             "train": asdict(state),
-            "optimizer_steps": optimizer_steps(self._engine),
-            "settings": settings_in_use(self._engine),
+            "optimizer_steps": {name: optimizer_steps(engine) for name, engine in self._engines.items()},
+            "settings": settings_in_use(self._engines[POLICY]),
         }
         self._step = state.step
         device_done = None
-        if self._engine.groups.platform.is_cuda:
+        if self._on_gpu:
             device_done = torch.cuda.Event()
             device_done.record()
         self._running = self._thread.submit(self._copy, state.step, record, device_done)
@@ -157,7 +157,7 @@ class LocalSource:
             self._file = CopyFile.open(path)
             slot = self._file.steps()[step]
         except (OSError, ValueError, KeyError) as error:
-            raise ReplicaLost(f"{path} has no copy of step {step}") from error
+            raise CopyLost(f"{path} has no copy of step {step}") from error
         self.index = [Piece.read(values) for values in self._file.header["index"]]
         self.state = self._file.state(slot)
         numbers = np.frombuffer(self._file.data(slot), dtype=np.float32)
@@ -179,7 +179,7 @@ class RemoteSource:
             self._copy = RemoteCopy(address, secret, kind, generation, rank)
             self.state, _ = self._copy.read(step, 0, 0)
         except OSError as error:
-            raise ReplicaLost(f"the copy of rank {rank} at {address[0]} cannot be read ({error})") from error
+            raise CopyLost(f"the copy of rank {rank} at {address[0]} cannot be read ({error})") from error
         self._step, self._numbers = step, self._copy.header["numbers"]
         self.index = [Piece.read(values) for values in self._copy.header["index"]]
 
@@ -191,7 +191,7 @@ class RemoteSource:
             try:
                 _, data = self._copy.read(self._step, start, start + 4 * count)
             except OSError as error:
-                raise ReplicaLost(f"a copy cannot be read any more ({error})") from error
+                raise CopyLost(f"a copy cannot be read any more ({error})") from error
             planes.append(np.frombuffer(data, dtype=np.float32))
         return np.stack(planes)
 
@@ -226,7 +226,7 @@ class Assembler:
         return self.opened[0].state
 
     def read(self, wanted: Piece) -> np.ndarray:
-        """fp32 [3, stop - start]. Raises ReplicaLost if part of it is in no source."""
+        """fp32 [3, stop - start]. Raises CopyLost if part of it is in no source."""
         self._open_until_held(wanted)
         boxes = self._by_key[wanted.key]
         same = boxes.get(wanted.box)
@@ -236,8 +236,9 @@ class Assembler:
             numbers = self._from_other_boxes(boxes, wanted)
         missing = np.isnan(numbers)
         if missing.any():
-            if wanted.key not in PADDED or same is not None:
-                raise ReplicaLost(f"part of {wanted.key} is in no copy")
+            # The last rows of these only round the vocabulary up, to a number that depends on the layout.
+            if kind_of(wanted.tensor).role is not Role.VOCABULARY or same is not None:
+                raise CopyLost(f"part of {wanted.key} is in no copy")
             numbers = np.where(missing, np.float32(0), numbers)
         return numbers
 
@@ -276,26 +277,30 @@ def _range_of(parts: list[tuple[Source, Piece]], start: int, stop: int) -> np.nd
 
 @torch.no_grad()
 def restore(
-    engine: Engine, openers: Sequence[Callable[[], Source]], changed: Callable[[list[str]], None] = lambda _: None
+    models: Models, openers: Sequence[Callable[[], Source]], changed: Callable[[list[str]], None] = lambda _: None
 ) -> TrainState:
-    """Puts the state that sources hold together into a freshly built engine, whatever layout saved it. They are opened
+    """Puts the state that sources hold together into freshly built engines, whatever layout saved it. They are opened
     in order, as far as they are needed, and closed. The configured settings of the optimizer apply; ``changed`` is told
     which of them, as ``field old → new``, are not those of the copies.
 
-    Every process of the job calls this. Raises ReplicaLost if something is missing.
+    Every process of the job calls this. Raises CopyLost if something is missing.
     """
-    allocate_moments(engine)
+    engines = engines_of(models)
+    for engine in engines.values():
+        allocate_moments(engine)
     assembler = Assembler(openers)
     try:
-        for piece, planes in held_pieces(engine, divided=False):
+        for piece, planes in held_pieces(models, divided=False):
             for plane, numbers in zip(planes, assembler.read(piece)):
                 plane.copy_(torch.from_numpy(np.ascontiguousarray(numbers)))
-        weights_follow(engine)
+        for engine in engines.values():
+            weights_follow(engine)
         record = assembler.state()
     finally:
         for source in assembler.opened:
             source.close()
-    set_optimizer_steps(engine, record["optimizer_steps"])
-    apply_configured_settings(engine)
-    changed(settings_changed(record.get("settings", {}), settings_in_use(engine)))
+    for name, engine in engines.items():
+        set_optimizer_steps(engine, record["optimizer_steps"][name])
+        apply_configured_settings(engine)
+    changed(settings_changed(record.get("settings", {}), settings_in_use(engines[POLICY])))
     return TrainState(**record["train"])
