@@ -141,7 +141,7 @@ class ElasticWatch(Watch):
             raise Suspect("disagrees" if odd else "", text + ("" if ours else "; no majority says who is right"))
 
     def before_agreement(self, own_loss: float) -> None:
-        """The copy of the last step is complete before anyone can finish this one."""
+        """Waits until the copy of the last step is complete, before any process can finish this one."""
         self._own_loss = own_loss
         if self.memory is not None:
             self.memory.finish()
@@ -174,7 +174,7 @@ class ElasticWatch(Watch):
 
     @contextmanager
     def long(self) -> Iterator[None]:
-        """No step time is known for what happens here."""
+        """Suspends the search for hangs during work that is longer than a step."""
         self.member.marker.busy(True)
         try:
             yield
@@ -285,7 +285,7 @@ def _leave_after(member: Member, error: BaseException) -> None:
 
 
 def _poisoned(error: BaseException) -> bool:
-    """Whether the process is of no more use: after an error on the device its CUDA context is."""
+    """Whether the process must end: an error on the device leaves its CUDA context unusable."""
     return torch.cuda.is_initialized() and "CUDA error" in str(error)
 
 

@@ -48,8 +48,9 @@ def generations_job(rank: int, world_size: int, changes: dict[str, Any], folder:
         close_groups()
         del engine
         gc.collect()
+        most = found[0][2] + 2 if found else during / 2
         deadline = time.monotonic() + 60.0
-        while threads() > during / 2 and time.monotonic() < deadline:
+        while threads() > most and time.monotonic() < deadline:
             time.sleep(0.02)
         found.append((sum(reference() is not None for reference in held), during, threads(), looping))
     return found

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import llm_parallel
 from llm_launch.blame import Device, Kind
-from llm_launch.hang import _median_of_others, find_hung, find_slow, waits_for_files
+from llm_launch.hang import FILE_CODE, _median_of_others, find_hung, find_slow, waits_for_files
 from llm_launch.progress import Marker, Pace, Progress, ProgressPage
 from llm_launch.roster import Worker
 from llm_parallel.jsonlines import JsonLines
@@ -78,6 +79,13 @@ def test_who_waits_for_files_is_told_by_its_real_stack(tmp_path: Path) -> None:
     assert waits_for_files(gone_on.items()) == []
     assert waits_for_files([*looks.items(), *gone_on.items()]) == [A], "it has just gone on"
     assert waits_for_files([(A, {"state": "T"})]) == [], "it does not answer"
+
+
+def test_file_code_is_where_it_is_looked_for() -> None:
+    """A module that moved would make a stalled file system look like a hung device."""
+    package = Path(llm_parallel.__file__).parent
+    for path in FILE_CODE:
+        assert (package.parent / path.lstrip("/")).exists(), path
 
 
 def workers(*probes: float) -> list[Worker]:
