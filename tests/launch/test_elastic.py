@@ -211,8 +211,7 @@ def test_faults_at_six_moments_of_a_recovery(start: Start) -> None:
 @pytest.mark.slow
 def test_two_nodes_that_hold_each_others_copies_are_waited_for(start: Start) -> None:
     """Neither of them has the first one's share any more, but its agent is started again and finds it in memory. They
-    are waited for as long as making the steps again would take: here one and a half times the start of
-    all agents."""
+    are waited for as long as making the steps again would take: here one and a half times the start of all agents."""
     began = time.time()
     run = start(DP4, ENDLESS, nodes=4)
     run.reach(FAULT_AT)
