@@ -50,7 +50,7 @@ class Speaker:
             self.counts["sent bytes"] += len(wire.encode(message))
             channel.send(message)
 
-        tell({"is": "hello", "host": "127.0.0.1", "devices": list(range(self.devices)), "replicas": ["127.0.0.1", 1],
+        tell({"is": "hello", "host": "127.0.0.1", "devices": list(range(self.devices)), "copies": ["127.0.0.1", 1],
               "pid": 0})  # fmt: skip
         for device in range(self.devices):
             tell({"is": "worker", "device": device, "pid": 1, "number": 0, "store_port": 1, "generation": 0})
@@ -184,17 +184,17 @@ def main() -> None:
         "elastic": {"heartbeat_s": beat_s, "lost_after_s": 120.0, "wait_s": 600.0},
     })  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
-        agents = Given(nodes, devices)
+        starter = Given(nodes, devices)
 
         async def simulate() -> tuple[dict[str, float], Counter[str]]:
-            controller = Controller(config, Path(name), agents, "cuda")
+            controller = Controller(config, Path(name), starter, "cuda")
             port = await controller.listen("127.0.0.1")
             results = multiprocessing.get_context("spawn").Queue()
             share = -(-nodes // SPEAKERS)
             processes = [
                 multiprocessing.get_context("spawn").Process(
                     target=speak,
-                    args=(range(first, min(first + share, nodes)), devices, agents.secret, beat_s, port, results),
+                    args=(range(first, min(first + share, nodes)), devices, starter.secret, beat_s, port, results),
                 )
                 for first in range(0, nodes, share)
             ]

@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 import torch
 
-from llm_launch.drill import LiveRun, read_lines, unix_time
+from llm_launch.live_run import LiveRun, read_lines, unix_time
 from llm_parallel.bench.environment import chip_name, commit
 from llm_parallel.config.load import load_config
 from llm_parallel.files import atomic_write

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recovery import prepare, save, timings, worst_difference
-from llm_launch.drill import LiveRun, unix_time
-from llm_launch.vault import forget_run
+from llm_launch.copy_files import forget_run
+from llm_launch.live_run import LiveRun, unix_time
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import EXIT_STOPPED
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recovery import prepare
-from llm_launch.drill import LiveRun, unix_time
+from llm_launch.live_run import LiveRun, unix_time
 from llm_parallel.bench.environment import chip_name, commit
 
 MODEL = ["model.num_layers=12", "model.hidden_size=768", "model.ffn_hidden_size=2048", "model.num_attention_heads=12",

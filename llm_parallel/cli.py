@@ -98,7 +98,7 @@ def drill(
     seed: Annotated[int, typer.Option(help="Seed of what fails, where and when.")] = 0,
 ) -> None:
     """Break real runs of four processes on this machine in random ways, and see that they go on and blame rightly."""
-    from llm_launch.drills import drill_command
+    from llm_launch.drill import drill_command
 
     raise typer.Exit(drill_command(Path(run_file), Path(folder), blame, soak_s, every_s, seed))
 

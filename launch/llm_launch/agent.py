@@ -21,13 +21,13 @@ from typing import Any
 
 from llm_launch import wire
 from llm_launch.agent_settings import AgentSettings
+from llm_launch.copy_files import forget, forget_all_but, forget_stale, inventory, keep_alive
+from llm_launch.copy_transfer import CopyServer
 from llm_launch.health import GpuHealth, HostHealth, MemoryKills, open_nvml
 from llm_launch.local import worker_defaults
 from llm_launch.network import interface_of
 from llm_launch.progress import ProgressPage
-from llm_launch.replicas import ReplicaServer
 from llm_launch.slurm import SlurmError, SlurmJob
-from llm_launch.vault import forget, forget_all_but, forget_stale, inventory, keep_alive
 from llm_parallel.errors import UserError
 
 WORKER_MODULE = "llm_parallel.worker.elastic"
@@ -39,9 +39,9 @@ RECONNECT_S = 0.2
 HEALTH_S = 30.0
 CLAIM_S = 60.0
 RESCUE_LIMIT_S = 1800.0
-"""Time for SLURM to notice that the batch script's node is dead; by default it takes it five minutes."""
+"""How long agents wait for SLURM to notice that the batch script's node is dead; its default is five minutes."""
 RESCUE_S = 3.0
-"""Time between looks of an agent without controller whether SLURM has missed the batch script's node."""
+"""Time between two questions to SLURM whether that node is dead, asked by an agent without a controller."""
 
 
 @dataclass
@@ -55,6 +55,8 @@ class Worker:
     generation: int = 0
     store_port: int = 0
     ready: bool = False
+    killed: bool = False
+    """Whether this agent has ended it; a controller that comes back must not give it work."""
 
 
 class Agent:
@@ -68,9 +70,9 @@ class Agent:
         self.controller: wire.Channel | None = None
         self.heard_s = time.monotonic()
         self.memory_kills = MemoryKills()
-        self.replicas = ReplicaServer(settings.host, settings.replica_dir, settings.secret)
+        self.copy_server = CopyServer(settings.host, settings.copies_dir, settings.secret)
         self._number = 0
-        # Opened once: the run folder's file system may keep one waiting, and an agent that waits counts as lost.
+        # Opened once: the run folder's file system may block, and an agent that blocks counts as lost.
         (settings.run_dir / "logs").mkdir(parents=True, exist_ok=True)
         log = settings.run_dir / "logs" / f"{settings.node}.log"
         self._workers_log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -87,9 +89,9 @@ class Agent:
         task.add_done_callback(self._tasks.discard)
 
     async def run(self) -> int:
-        """Serves until the controller says end; 0 then, 1 when it is gone."""
+        """Serves until the run ends: 0 if the controller ended it, 1 if no controller can be reached."""
         await self._start_zygote()
-        self._spawn(asyncio.to_thread(forget_stale, self.settings.replica_dir))
+        self._spawn(asyncio.to_thread(forget_stale, self.settings.copies_dir))
         self._spawn(self._beat())
         self._spawn(self._watch_health())
         status = 1
@@ -105,7 +107,7 @@ class Agent:
             self.controller = None
         self._kill_all()
         if not self._keep:
-            forget(self.settings.replica_dir)
+            forget(self.settings.copies_dir)
         return status
 
     async def _find_controller(self) -> wire.Channel | None:
@@ -118,8 +120,8 @@ class Agent:
                 rescue.cancel()
 
     async def _rescue(self) -> None:
-        """The batch script's node may be dead: then nobody leads this SLURM job, and SLURM leaves it so for ever. Any
-        agent that sees SLURM say so puts the job back into the queue."""
+        """If the batch script's node is dead, the job has no controller and never gets one. Any agent that learns
+        from SLURM that the node is dead puts the job back into the queue."""
         job = SlurmJob.from_environment(os.environ)
         if job is None:
             return
@@ -134,8 +136,8 @@ class Agent:
                 self._log(f"SLURM: {error}")
 
     def _claims(self, job: SlurmJob) -> bool:
-        """Whether this agent is the one to requeue: of two, the second would requeue the next start. A claim that led
-        to nothing for a minute is void."""
+        """Whether this agent may requeue the job, since a second requeue would end the next start. The claim is a file
+        in the run folder; one that is older than ``CLAIM_S`` is ignored."""
         claim = self.settings.run_dir / "logs" / f"requeue-{job.job_id}-{job.restart_count}"
         with contextlib.suppress(OSError):
             if time.time() - claim.stat().st_mtime > CLAIM_S:
@@ -161,7 +163,7 @@ class Agent:
             "node": settings.node,
             "host": settings.host,
             "devices": list(settings.devices),
-            "replicas": list(self.replicas.address),
+            "copies": list(self.copy_server.address),
             "pid": os.getpid(),
         }
 
@@ -172,7 +174,7 @@ class Agent:
             except OSError:
                 message = None
             if message is None:
-                # Whoever leads now makes a new plan; what runs without one must not go on.
+                # The next controller makes a new plan; workers of the old one must not go on.
                 self._log("the controller is gone; ending the workers here")
                 self._kill_all()
                 return 1
@@ -195,9 +197,9 @@ class Agent:
             for worker in self.workers.values():
                 worker.channel.send(message)
         elif kind == "inventory":
-            self._tell({"is": "inventory", "entries": inventory(self.settings.replica_dir)})
+            self._tell({"is": "inventory", "entries": inventory(self.settings.copies_dir)})
         elif kind == "forget":
-            self._spawn(asyncio.to_thread(forget_all_but, self.settings.replica_dir, message["keep"]))
+            self._spawn(asyncio.to_thread(forget_all_but, self.settings.copies_dir, message["keep"]))
         elif kind in ("kill", "retire"):
             if kind == "retire":
                 self.wanted.discard(message["device"])
@@ -214,7 +216,7 @@ class Agent:
         return next((w for w in self.workers.values() if w.device == device and number in (None, w.number)), None)
 
     def tell_of_term(self) -> None:
-        """Somebody wants the run to end."""
+        """Reports to the controller that this agent got SIGTERM."""
         self._tell({"is": "terminated"})
 
     def _tell(self, message: wire.Message) -> None:
@@ -241,14 +243,14 @@ class Agent:
 
     async def _watch_health(self) -> None:
         nvml = await asyncio.to_thread(open_nvml)
-        watched: list[GpuHealth | HostHealth] = [HostHealth([self.settings.run_dir, self.settings.replica_root])]
+        watched: list[GpuHealth | HostHealth] = [HostHealth([self.settings.run_dir, self.settings.copies_root])]
         watched += [GpuHealth(nvml, device) for device in self.settings.devices] if nvml is not None else []
         while True:
             for item in watched:
                 for finding in await asyncio.to_thread(item.look):
                     self._tell({"is": "health", **asdict(finding)})
             with contextlib.suppress(OSError, UserError):  # a worker that makes its first copy says what is wrong
-                keep_alive(self.settings.replica_dir)
+                keep_alive(self.settings.copies_dir)
             await asyncio.sleep(HEALTH_S)
 
     async def _start_zygote(self) -> None:
@@ -291,7 +293,7 @@ class Agent:
             elif message["is"] == "exited":
                 self._on_exit(message["pid"], message["status"])
         if not self._ending:
-            # Its workers have died with it.
+            # Workers die with the zygote that forked them.
             self._warm = False
             for worker in list(self.workers.values()):
                 self._on_exit(worker.pid, -signal.SIGKILL)
@@ -310,7 +312,7 @@ class Agent:
             "LLM_PARALLEL_RUN_FILE": settings.run_file,
             "LLM_PARALLEL_NODE": settings.node,
             "LLM_PARALLEL_HOST": settings.host,
-            "LLM_PARALLEL_REPLICA_DIR": str(settings.replica_dir),
+            "LLM_PARALLEL_REPLICA_DIR": str(settings.copies_dir),
             "LLM_PARALLEL_PROGRESS_FD": str(self.page.fd),
             "LLM_PARALLEL_SLOT": str(number % SLOTS),
         }
@@ -329,17 +331,17 @@ class Agent:
             except OSError:
                 message = None
             if message is None:
-                return  # the zygote says how it ended
+                return  # the zygote reports how it ended
             if message["is"] in ("ready", "left"):
                 worker.store_port, worker.ready = message["store_port"], True
             if message["is"] == "ready":
-                worker.pid = message["pid"]  # the zygote may say it later
+                worker.pid = message["pid"]  # the zygote's own report may come later
                 self._announce(worker)
             else:
                 self._tell({**message, "device": device})
 
     def _announce(self, worker: Worker) -> None:
-        if worker.ready:
+        if worker.ready and not worker.killed:
             message = {"is": "worker", "device": worker.device, "pid": worker.pid, "number": worker.number}
             self._tell({**message, "store_port": worker.store_port, "generation": worker.generation})
 
@@ -357,6 +359,7 @@ class Agent:
 
     def _kill_all(self) -> None:
         for worker in self.workers.values():
+            worker.killed = True
             _kill(worker.pid)
 
     def _log(self, text: str) -> None:
@@ -388,8 +391,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def serve() -> int:
-        # The controller says when to end, and is told: SLURM's TERM of a preemption comes to this step alone.
-        # That of a requeue comes while the last agent puts the job back.
+        # SIGTERM is reported to the controller, which decides: when SLURM preempts a job it sends the signal to the
+        # agents' step alone. It sends another while an agent requeues the job, which must not be interrupted.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, agent.tell_of_term)
         return await agent.run()
 

@@ -23,9 +23,9 @@ class AgentSettings:
     devices: tuple[int, ...]
     run_dir: Path
     run_file: str
-    replica_root: Path
-    copies: str
-    """Name of the run's folder in ``replica_root``."""
+    copies_root: Path
+    copies_name: str
+    """Name of the run's folder in ``copies_root``."""
     heartbeat_s: float
     lost_after_s: float
     secret: str
@@ -33,14 +33,14 @@ class AgentSettings:
     """Whether to put the SLURM job back into the queue when the node of its batch script is dead."""
 
     @property
-    def replica_dir(self) -> Path:
-        """This node's folder for copies; nodes that share a memory file system have one each."""
-        return self.replica_root / self.copies / self.node
+    def copies_dir(self) -> Path:
+        """This node's folder for memory copies; nodes that share a memory file system have one each."""
+        return self.copies_root / self.copies_name / self.node
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None = None) -> AgentSettings:
-        """From the command line; the run's secret from the environment. Has asked for an end with its parent, if so
-        told."""
+        """From the command line; the run's secret from the environment. With ``--die-with-parent`` the kernel is asked
+        to end this process when its parent dies."""
         parser = argparse.ArgumentParser(prog="llm_launch.agent", description="One agent of a run on this node.")
         for name in ("controller", "node", "host", "devices", "run-dir", "run-file", "replica-dir", "copies"):
             parser.add_argument(f"--{name}", required=True)
@@ -65,8 +65,8 @@ class AgentSettings:
             devices=tuple(int(device) for device in told.devices.split(",")),
             run_dir=Path(told.run_dir),
             run_file=told.run_file,
-            replica_root=Path(told.replica_dir),
-            copies=told.copies,
+            copies_root=Path(told.replica_dir),
+            copies_name=told.copies,
             heartbeat_s=told.heartbeat_s,
             lost_after_s=told.lost_after_s,
             secret=os.environ["LLM_PARALLEL_SECRET"],

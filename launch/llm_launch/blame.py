@@ -1,7 +1,7 @@
 """From what was seen to who is at fault: a table of rules over evidence, pure, so that every row has a test.
 
-A fault of the program or of the user stops the run and evicts nothing. A fault of hardware names devices or nodes; how
-many strikes a device has before it is removed for good is the ledger's business.
+A fault of the program or of the user stops the run and removes no device. A fault of hardware names devices or nodes;
+the ledger decides after how many strikes a device is removed for good.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Verdict:
 
     @property
     def stops_run(self) -> bool:
-        """Whether going on would only repeat it."""
+        """Whether another generation would fail in the same way."""
         return self.fault in (Fault.USER, Fault.PROGRAM, Fault.OUT_OF_MEMORY)
 
 
@@ -278,8 +278,8 @@ dead agent, all processes of one node; the same error in several places; a stand
 class Ledger:
     """Strikes and removals of one run, remembered across restarts.
 
-    A suspected device that passes its test gets another chance; its ``strikes``-th fault removes it for good, and hard
-    evidence does so at once. The same error of the program wherever a device's work is redone acquits the device.
+    A suspected device is used again until its ``strikes``-th fault, which removes it for good; hard evidence removes it
+    at once. If the same error follows the work to another device, the program is at fault and both are acquitted.
     """
 
     strikes: int = 2

@@ -1,7 +1,7 @@
-"""One controller per run: knows every agent, plans each generation, sees what fails, decides who is to blame, goes on.
+"""One controller per run: knows every agent, plans each generation, sees faults, decides who is to blame.
 
-It trains nothing and keeps nothing that the run folder does not have. A generation is a layout, an assignment of ranks
-to devices, and a fresh store; whatever changes any of them begins the next one.
+It trains nothing, and what a next start must know is in the run folder. A generation is a layout, an assignment of
+ranks to devices, and a fresh store; whatever changes any of them begins the next one.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from llm_launch.agents import Agents
 from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame, few
-from llm_launch.copies import Copies, Restore
+from llm_launch.copy_catalog import CopyCatalog, Restore
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
-from llm_launch.plan import Placement, Trained, fingerprint, place
+from llm_launch.placement import Placement, Trained, fingerprint, place
 from llm_launch.snapshot import snapshot, used_up
+from llm_launch.starters import AgentStarter
 from llm_launch.states import EXIT_TOO_FEW, Outcome, Phase, check_transition
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 LEAVE_S = 1.0
-"""Time for survivors to leave a generation that was given up; who has not left then is killed."""
+"""Time for workers to leave a generation that was given up; one that has not left by then is killed."""
 SETTLE_S = 0.05
-"""Time between the first sign of a fault and the verdict, for other signs of the same fault."""
+"""Time between the first sign of a fault and the verdict, in which other signs of the same fault arrive."""
 STOP_WAIT_S = 10.0
 """Time for devices to come back when the run was asked to end and its state is in memory only."""
 REPLACE_S = 3.0
@@ -40,7 +40,7 @@ def _last_multiple(step: int, interval: int | None) -> int:
 
 
 class Stopped(Exception):
-    """The run is over. status: its exit status; keep: whether the copies in memory are needed still."""
+    """The run is over. status: its exit status; keep: whether memory copies are still needed."""
 
     def __init__(self, status: int, phase: Phase, keep: bool = True) -> None:
         self.status, self.phase, self.keep = status, phase, keep
@@ -53,20 +53,20 @@ class Controller:
         self,
         config: RunConfig,
         run_dir: Path,
-        agents: Agents,
+        starter: AgentStarter,
         device: Literal["cpu", "cuda"],
         newest_step: Callable[[], int] = lambda: 0,
     ) -> None:
         """``newest_step``: finds the step of the newest complete checkpoint, 0 if there is none."""
-        self.config, self.agents, self.device, self._newest_step = config, agents, device, newest_step
-        self.journal = Journal(run_dir, config.elastic, agents.secret)
+        self.config, self.starter, self.device, self._newest_step = config, starter, device, newest_step
+        self.journal = Journal(run_dir, config.elastic, starter.secret)
         remembered = self.journal.remembered()
         self.ledger = Ledger.from_json(remembered, config.elastic.strikes)
-        self.fleet = Fleet(config.elastic, agents.secret, self.journal)
+        self.fleet = Fleet(config.elastic, starter.secret, self.journal)
         self._model = fingerprint(config)
         mine = remembered.get("model") == self._model
         trained = [Trained.read(item) for item in remembered.get("trained", [])] if mine else []
-        self.copies = Copies(self.fleet, self.journal, trained, newest_step())
+        self.copies = CopyCatalog(self.fleet, self.journal, trained, newest_step())
         self._started_s = time.monotonic()
         self._stop = False
         self._trained = False
@@ -124,7 +124,7 @@ class Controller:
     def _all_expected_ready(self) -> bool:
         nodes = {node.name: node for node in self.fleet.roster.alive()}
         return self._stop or all(
-            name in nodes and len(nodes[name].workers) >= count for name, count in self.agents.expected.items()
+            name in nodes and len(nodes[name].workers) >= count for name, count in self.starter.expected.items()
         )
 
     def _usable(self) -> list[Device]:
@@ -138,10 +138,10 @@ class Controller:
         ]
 
     def _active(self, usable: list[Device]) -> list[Device]:
-        """Without the spare nodes, as long as enough others live."""
+        """Usable devices without those of spare nodes; each lost node lets a spare node in."""
         spares = self.config.elastic.spare_nodes
         names = list(dict.fromkeys(device.node for device in usable))
-        lost = max(0, len(self.agents.expected) - len(names))
+        lost = max(0, len(self.starter.expected) - len(names))
         held_back = set(names[len(names) - max(0, spares - lost) :]) if spares > lost else set()
         return [device for device in usable if device.node not in held_back]
 
@@ -188,7 +188,7 @@ class Controller:
         self._turn = False
         self.fleet.begin(placement)
         self._assign(placement, restore)
-        self._pass_on_stop()  # those that were forked since have not heard of it
+        self._pass_on_stop()  # workers forked since the request have not received it
         self._enter(Phase.FORMING)
         self.journal.event(
             "form",
@@ -201,8 +201,8 @@ class Controller:
         )
 
     async def _wait_for_copies(self) -> bool:
-        """Whether nodes came back with the copies that went with them: an agent that died left its node's memory as it
-        was. They are waited for as long as it would take to make the steps since the newest checkpoint again."""
+        """Whether lost nodes came back with their memory copies: a node's memory survives the death of its agent. The
+        wait is as long as making the steps since the newest checkpoint again would take."""
         elastic, step = self.config.elastic, self.fleet.step
         saved = max(self.copies.disk_step, _last_multiple(step, self.config.checkpoint.interval_steps))
         seconds = min(elastic.wait_s, (step - saved) * self.fleet.pace.median_s())
@@ -210,7 +210,7 @@ class Controller:
         if not self.copies.trained or not gone or seconds < TICK_S:
             return False
         self._enter(Phase.WAITING)
-        self.journal.event("wait", step=step, cause=f"copies of the state went with {few(sorted(gone))}",
+        self.journal.event("wait", step=step, cause=f"memory copies are on lost nodes: {few(sorted(gone))}",
                            seconds=seconds)  # fmt: skip
         deadline = time.monotonic() + seconds
         while gone and not self._nothing_to_save and (left := deadline - time.monotonic()) > 0:
@@ -221,7 +221,7 @@ class Controller:
         return False
 
     def _is_back(self, gone: set[str]) -> bool:
-        """Whether one of these nodes is there again, or nothing is worth the wait."""
+        """Whether one of these nodes is connected again, or a stop has ended the wait."""
         return self._nothing_to_save or bool(gone & self._alive())
 
     def _alive(self) -> set[str]:
@@ -256,8 +256,8 @@ class Controller:
                     "store": store,
                     "overrides": list(placement.overrides),
                     "restore": sources[rank],
-                    "here": list(node.replicas),
-                    "partner": list(after[device.node].replicas) if len(names) > 1 else None,
+                    "here": list(node.copies_address),
+                    "partner": list(after[device.node].copies_address) if len(names) > 1 else None,
                     "elapsed_s": time.monotonic() - self._started_s,
                     "believe": sorted(self._believe),
                 }
@@ -270,7 +270,7 @@ class Controller:
         limit = self.config.elastic.first_step_limit_s
 
         def formed() -> bool:
-            ready = all(w.training or w.outcome for w in self.fleet.members())
+            ready = all(w.training or w.outcome for w in self.fleet.workers())
             return bool(self.fleet.evidence) or ready or self._nothing_to_save
 
         if not await self.fleet.until(formed, limit):
@@ -287,7 +287,7 @@ class Controller:
         paused, layout = False, self.fleet.placement.layout
         alone = layout.tp * layout.cp * layout.pp == 1
         while not self.fleet.evidence:
-            outcomes = [worker.outcome for worker in self.fleet.members()]
+            outcomes = [worker.outcome for worker in self.fleet.workers()]
             if len(outcomes) == world and all(outcomes):
                 if all(outcome is Outcome.PAUSED for outcome in outcomes):
                     return
@@ -301,20 +301,20 @@ class Controller:
                     node.send({"is": "pause", "generation": self.fleet.generation})
             await self.fleet.until(lambda: bool(self.fleet.evidence), self.fleet.tick_s)
             await self._look_for_hangs()
-            self.fleet.evidence += find_slow(self.fleet.members(), self._slow, self.config.elastic.slow_ratio, alone)
+            self.fleet.evidence += find_slow(self.fleet.workers(), self._slow, self.config.elastic.slow_ratio, alone)
         await self._recover()
 
     async def _end(self, done: bool) -> None:
-        """All workers have saved. The copies go when what they hold is complete on disk."""
+        """All workers have saved. Memory copies are removed when the step that they hold is complete on disk."""
         saved = await asyncio.to_thread(self._newest_step)
         keep = saved < self.fleet.step
         self.journal.event("end" if done else "stopped", step=self.fleet.step,
-                           cause=f"the newest complete checkpoint is of step {saved}; copies in memory are kept"
+                           cause=f"the newest complete checkpoint is of step {saved}; memory copies are kept"
                            if keep else None)  # fmt: skip
         raise Stopped(0 if done else EXIT_STOPPED, Phase.FINISHED if done else Phase.STOPPED, keep)
 
     def _better_layout_now(self) -> bool:
-        """Whether devices that joined make a larger world."""
+        """Whether devices that joined allow a larger world."""
         if self.fleet.phase is not Phase.TRAINING or self._stop or self.fleet.placement is None:
             return False
         assigned = set(self.fleet.placement.devices)
@@ -324,19 +324,19 @@ class Controller:
         return better is not None and better.layout.world_size > self.fleet.placement.layout.world_size
 
     def _accuse_silent(self, why: str) -> None:
-        for worker in self.fleet.members():
+        for worker in self.fleet.workers():
             if not worker.training and worker.outcome is None:
                 rank = self.fleet.rank(worker.device)
                 self.fleet.evidence.append(Evidence(Kind.HANG, worker.device.node, worker.device, rank, message=why))
 
     async def _look_for_hangs(self) -> None:
-        members = self.fleet.members()
-        if self.fleet.phase not in (Phase.TRAINING, Phase.PAUSING) or not members or self.fleet.evidence:
+        workers = self.fleet.workers()
+        if self.fleet.phase not in (Phase.TRAINING, Phase.PAUSING) or not workers or self.fleet.evidence:
             return
-        ages = [worker.age_s for worker in members if worker.outcome is None]
+        ages = [worker.age_s for worker in workers if worker.outcome is None]
         if not ages or min(ages) < 0 or min(ages) <= self.fleet.pace.limit_s():
             return
-        hung = await self.fleet.find_hung([worker.device for worker in members])
+        hung = await self.fleet.find_hung([worker.device for worker in workers])
         if hung and not self.fleet.evidence:
             looks = {str(device): look for device, look in self.fleet.looks.items()}
             self.journal.keep_stacks(self.fleet.generation, looks)
@@ -360,12 +360,12 @@ class Controller:
         self._enter(Phase.ABORTING)
         for node in self.fleet.roster.alive():
             node.send({"is": "abort", "generation": self.fleet.generation})
-        # Who hangs will not leave; its replacement can be forked meanwhile.
+        # A hung worker cannot leave; killed at once, its replacement is forked meanwhile.
         hung = {item.device for item in self.fleet.evidence if item.kind is Kind.HANG}
         self.fleet.kill([worker for worker in self.fleet.inside() if worker.device in hung])
         await asyncio.sleep(SETTLE_S)
         if all(item.kind is Kind.CONNECTION for item in self.fleet.evidence):
-            # Somebody's peer is gone, and who is not known yet: a silent node is known by its silence.
+            # A peer is gone, and not yet known: a node that fell silent is noticed after lost_after_s.
             await self.fleet.until(
                 lambda: any(item.kind is not Kind.CONNECTION for item in self.fleet.evidence),
                 self.config.elastic.lost_after_s,
@@ -387,7 +387,7 @@ class Controller:
             raise Stopped(1, Phase.FAILED)
         for step, devices in self.fleet.doubted.items():
             if len(devices) > 1 and step not in self._believe:
-                # The fault stayed with the samples when the work moved: no device's doing.
+                # The fault followed the samples to another device, so no device is at fault.
                 self._believe.add(step)
                 for device in devices:
                     self.ledger.counts.pop(device, None)
@@ -402,10 +402,10 @@ class Controller:
                     node.workers.pop(device.number, None)
         self._remember()
         for name, reason in used_up(self.fleet, self.ledger).items():
-            self.agents.condemn(name, reason)
+            self.starter.condemn(name, reason)
 
     def _remember(self) -> None:
-        """Keeps for the next start what it must know: strikes, removals, and which copies of state to look for."""
+        """Keeps for the next start what it must know: strikes, removals, and which memory copies to look for."""
         self.journal.remember(
             {**self.ledger.to_json(), "model": self._model, "trained": [t.as_list() for t in self.copies.trained]}
         )
@@ -417,15 +417,15 @@ class Controller:
             now = time.monotonic()
             if now - last_look > elastic.lost_after_s / 2:
                 for node in self.fleet.roster.alive():
-                    node.heard_s = now  # this process was held up itself, and has not listened
+                    node.heard_s = now  # this process itself was held up and received nothing
             last_look = now
             if self.fleet.asked_to_stop and not self._stop:
                 self.stop()
-            # A start takes time that a recovery, and the first step after it, need.
+            # An agent's start takes processor time that a recovery and its first step need.
             recovered = self.fleet.phase is Phase.TRAINING and self.fleet.step > self.journal.resumed_step
             if recovered or self.fleet.phase is Phase.WAITING:
                 while self.fleet.to_restart:
-                    self.agents.start(self.fleet.to_restart.pop())
+                    self.starter.start(self.fleet.to_restart.pop())
             if now - last_beat >= elastic.heartbeat_s:
                 last_beat = now
                 for node in self.fleet.roster.alive():

@@ -1,178 +1,273 @@
-"""Causes faults in a live run of this machine and measures how it goes on.
+"""``llm-parallel drill``: random faults in real runs, and whether they were survived and blamed rightly.
 
-What a drill knows it reads from the run folder, as an operator would; it acts from outside, by signals, but for faults
-that only the process itself can have (``llm_parallel/worker/faults.py``), which go through the controller.
+Two kinds. A *blame* drill is a short run with one scenario whose culprit is known: no healthy device may be removed and
+every bad one must be. A *soak* is one long run with a fault every so often, which has to end by itself with every step
+made from the right samples. Both print what happened and give exit status 1 if something was not as it has to be.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
+import random
+import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from llm_launch import wire
-from llm_launch.vault import forget_run
-from llm_launch.zygote import die_with_parent
-from llm_parallel.config.tree import ElasticConfig
+from llm_launch.live_run import LiveRun, unix_time
+from llm_launch.show import timeline
+from llm_parallel.errors import UserError
+from llm_parallel.goodput.rates import MONTH_S, Job
+from llm_parallel.goodput.simulate import simulate
 
-POLL_S = 0.02
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines, torn ones left out; empty if there is none."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
-
-
-def unix_time(record: Mapping[str, Any]) -> float:
-    """Time of a record of events.jsonl or metrics.jsonl in Unix seconds."""
-    return datetime.fromisoformat(record["time"]).timestamp()
+DEVICES = 4
+START_S = 180.0
+SOAK_KINDS = ("kill", "stop", "agent", "node", "nan", "two")
+BLAME_STEPS = 60
 
 
 @dataclass
-class LiveRun:
-    """One run that a drill started, and its folder."""
+class Finding:
+    """One drill: what was done, what came out, what is wrong about it (nothing: it passed)."""
 
-    run_dir: Path
-    process: subprocess.Popen[bytes]
-    secret: str
-    faults: list[tuple[float, str]] = field(default_factory=list)
-    throttles: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    scenario: str
+    seconds: float = 0.0
+    wrong: list[str] = field(default_factory=list)
 
-    @classmethod
-    def start(cls, run_file: Path, overrides: Sequence[str], run_dir: Path, nodes: int, processes: int) -> LiveRun:
-        """``llm-parallel launch`` in the background; its output goes to ``run_dir/launch.log``."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        secret = wire.new_secret()
-        arguments = [f"run_dir={run_dir}", "elastic.drills=true", *overrides]
-        arguments += ["--nodes", str(nodes), "--processes", str(processes)]
-        with (run_dir / "launch.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "llm_parallel.cli", "launch", str(run_file), *arguments],
-                env={**os.environ, "LLM_PARALLEL_SECRET": secret},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=partial(die_with_parent, os.getpid()),  # a run that nobody watches would go on for ever
-            )
-        return cls(run_dir, process, secret)
 
-    def status(self) -> dict[str, Any]:
-        """elastic.json; empty before there is one."""
-        try:
-            return json.loads((self.run_dir / "elastic.json").read_text())
-        except (OSError, ValueError):
-            return {}
+Act = Callable[[LiveRun, int], "Sequence[list[Any]]"]
+"""Causes a scenario at a rank; the (node, device) pairs that have to be removed."""
 
-    def events(self, *kinds: str) -> list[dict[str, Any]]:
-        """Events of these kinds, or all."""
-        return [e for e in read_lines(self.run_dir / "events.jsonl") if not kinds or e["event"] in kinds]
 
-    def steps(self) -> list[dict[str, Any]]:
-        """Step records in the order in which they were written, made again or not."""
-        return [record for record in read_lines(self.run_dir / "metrics.jsonl") if "train/grad_norm" in record]
+def _once(kind: str, **details: Any) -> Act:
+    def act(run: LiveRun, rank: int) -> Sequence[list[Any]]:
+        run.first_step_after(run.cause(kind, rank, **details))
+        return []
 
-    def losses(self) -> dict[int, float]:
-        """Loss of every step as it was made last."""
-        return {record["step"]: record["train/loss"] for record in self.steps()}
+    return act
 
-    def until(self, condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
-        """Waits for ``condition``. Raises TimeoutError, with the end of the log, when time is up or the run ended."""
-        deadline = time.monotonic() + timeout_s
-        while not (found := condition()):
-            over = self.process.poll() is not None
-            if (over and not condition()) or time.monotonic() > deadline:
-                log = (self.run_dir / "launch.log").read_text(errors="replace")[-3000:]
-                raise TimeoutError(f"{what} did not happen ({'run ended' if over else 'time is up'}):\n{log}")
-            time.sleep(POLL_S)
-        return found
 
-    def reach(self, step: int, timeout_s: float = 120.0) -> None:
-        """Waits until ``step`` is made."""
-        self.until(lambda: any(record["step"] >= step for record in self.steps()), timeout_s, f"step {step}")
+def _bad(kind: str, **details: Any) -> Act:
+    def act(run: LiveRun, rank: int) -> Sequence[list[Any]]:
+        node, index, _ = run.worker(rank)
+        run.first_step_after(run.cause(kind, rank, **details))
+        return [[node, index]]
 
-    def worker(self, rank: int) -> tuple[str, int, int]:
-        """Node, device and process of a rank."""
-        status = self.status()
-        node, index = status["ranks"][rank]
-        entry = next(item for item in status["nodes"] if item["name"] == node)
-        return node, index, entry["workers"][str(index)]
+    return act
 
-    def cause(self, kind: str, rank: int, **details: Any) -> float:
-        """Causes one fault at the device of ``rank``; the Unix time of it.
 
-        kinds: kill, stop (the worker's process), slow (it runs a fifth of the time, or a ``factor``-th), agent (its
-        agent), node (agent and all its processes at once), and nan, flip, raise inside the worker.
-        """
-        node, index, pid = self.worker(rank)
-        entry = next(item for item in self.status()["nodes"] if item["name"] == node)
-        now = time.time()
-        assert pid > 0, "0 would be this process's own group"
-        if kind in ("kill", "stop"):
-            os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-        elif kind == "slow":
-            command = [sys.executable, "-m", "llm_launch.throttle", str(pid), str(details.get("factor", 5.0))]
-            self.throttles.append(subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid())))
-        elif kind == "agent":
-            os.kill(entry["agent_pid"], signal.SIGKILL)
-        elif kind == "node":
-            for process in [*entry["workers"].values(), entry["agent_pid"]]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+def _again(run: LiveRun, rank: int) -> Sequence[list[Any]]:
+    node, index, _ = run.worker(rank)
+    run.first_step_after(run.cause("kill", rank))
+    run.first_step_after(run.cause("kill", run.status()["ranks"].index([node, index])))
+    return [[node, index]]
+
+
+def _everywhere(run: LiveRun, rank: int) -> Sequence[list[Any]]:
+    step = run.steps()[-1]["step"] + 10
+    for number in range(DEVICES):
+        run.cause("raise", number, from_step=step)
+    return []
+
+
+SCENARIOS: dict[str, Act] = {
+    "worker killed": _once("kill"),
+    "worker stopped": _once("stop"),
+    "agent killed": _once("agent"),
+    "node lost": _once("node"),
+    "one loss NaN": _once("nan", left=1),
+    "killed twice on one device": _again,
+    "bit flipped": _bad("flip", left=1),
+    "a fifth of the speed": _bad("slow"),
+    "same mistake everywhere": _everywhere,
+}
+
+
+def blame_drill(run_file: Path, folder: Path, number: int, rng: random.Random) -> Finding:
+    """One scenario, drawn with the rank and the step, on four devices."""
+    name = rng.choice(sorted(SCENARIOS))
+    rank, step = rng.randrange(DEVICES), rng.randrange(6, 16)
+    finding = Finding(f"{number}: {name} at rank {rank} after step {step}")
+    began = time.monotonic()
+    overrides = ["parallel.dp=4", f"train.steps={BLAME_STEPS}", "elastic.checksum_every_steps=1",
+                 "elastic.probe_every_steps=2", "elastic.strikes=2"]  # fmt: skip
+    run = LiveRun.start(run_file, overrides, folder / f"blame-{number}", DEVICES, DEVICES)
+    try:
+        run.reach(step, START_S)
+        bad = SCENARIOS[name](run, rank)
+        if name == "same mistake everywhere":
+            fault_s = time.time()
+            status = run.wait(60.0)
+            _expect(finding, status == 1, f"exit status {status} instead of 1")
+            ended = unix_time(run.events("fail")[-1]) - fault_s if run.events("fail") else 99.0
+            _expect(finding, ended < 10.0, f"the run ended {ended:.1f} s after the mistake was planted")
         else:
-            host, port = self.status()["controller"]
-            with wire.connect_blocking(host, port, self.secret) as connection:
-                fault = {"kind": kind, **details}
-                wire.send(connection, {"is": "drill", "node": node, "device": index, "fault": fault})
-                time.sleep(POLL_S)
-        self.faults.append((now, f"{kind} at rank {rank} ({node}/{index})"))
-        return now
+            _expect(finding, run.wait(START_S) == 0, "the run did not end with status 0")
+            check_steps(finding, run, BLAME_STEPS)
+        removed = [[event["node"], event["device"]] for event in run.events("remove")]
+        for device in bad:
+            _expect(finding, device in removed, f"bad device {device} was not removed")
+        for device in removed:
+            _expect(finding, device in bad, f"healthy device {device} was removed")
+    except TimeoutError as error:
+        finding.wrong.append(str(error)[:2000])
+    finally:
+        run.close()
+    if finding.wrong:
+        finding.wrong += [line[:200] for line in timeline(run.run_dir)][-12:]
+    finding.seconds = time.monotonic() - began
+    return finding
 
-    def first_step_after(self, fault_s: float, timeout_s: float = 120.0) -> dict[str, Any]:
-        """The first step of a generation formed after the fault."""
 
-        def found() -> dict[str, Any] | None:
-            formed = [unix_time(event) for event in self.events("form") if unix_time(event) > fault_s]
-            if not formed:
-                return None
-            return next((record for record in self.steps() if unix_time(record) > formed[0]), None)
+def check_steps(finding: Finding, run: LiveRun, steps: int) -> None:
+    """Every step is there, in order, from its own samples, and no fault cost more than one."""
+    made = run.steps()
+    numbers = [record["step"] for record in made]
+    _expect(finding, set(numbers) == set(range(1, steps + 1)), f"steps are missing of {steps}")
+    _expect(finding, numbers == sorted(numbers), "steps before the last one were made again")
+    again = len(numbers) - len(set(numbers))
+    _expect(finding, again <= len(run.events("detect")), f"{again} steps made again")
+    batch = made[0]["train/samples"] // made[0]["step"] if made else 0
+    _expect(finding, all(r["train/samples"] == batch * r["step"] for r in made), "samples were lost or repeated")
 
-        return self.until(found, timeout_s, "a step after the fault")
 
-    def stop(self) -> None:
-        """Asks the run to save and end."""
-        self.process.send_signal(signal.SIGTERM)
+def _expect(finding: Finding, holds: bool, otherwise: str) -> None:
+    if not holds:
+        finding.wrong.append(otherwise)
 
-    def wait(self, timeout_s: float = 300.0) -> int:
-        """Exit status of the run."""
-        try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(
-                "the run did not end:\n" + (self.run_dir / "launch.log").read_text(errors="replace")[-3000:]
-            ) from None
 
-    def close(self) -> None:
-        """Ends the run if it still lives, and removes its copies from memory: nobody will go on from them."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        for throttle in self.throttles:
-            throttle.kill()
-            throttle.wait()
-        forget_run(Path(ElasticConfig().replica_dir), self.run_dir)
+@dataclass
+class Soak:
+    """What a long run with many faults came to."""
+
+    faults: dict[str, int]
+    steps: int
+    seconds: float
+    goodput: float
+    """Share of the time that the launcher did not spend recovering, by its own count."""
+    useful: float
+    """Share of the time that the steps that were kept would have taken without any fault."""
+    simulated: float
+    """What the goodput simulator gives for as many interruptions of that length."""
+    recover_s: list[float]
+    finding: Finding
+
+
+def soak(run_file: Path, folder: Path, seconds: float, every_s: float, rng: random.Random) -> Soak:
+    """A run with a time limit of ``seconds``, at which it has to end by itself, and faults at random times, ``every_s``
+    apart on average."""
+    layouts = (["parallel.dp=4"], ["parallel.tp=2", "parallel.dp=2"], ["parallel.pp=2", "parallel.dp=2"])
+    layout = rng.choice(layouts)
+    finding = Finding(f"soak of {seconds:.0f} s in {' '.join(layout)}")
+    run = LiveRun.start(
+        run_file, [*layout, f"train.time_limit_s={seconds:g}", "train.steps=10000000", "elastic.strikes=1000000",
+                   "elastic.max_fruitless=1000"], folder / "soak", DEVICES, DEVICES,
+    )  # fmt: skip
+    faults: dict[str, int] = {}
+    began = time.monotonic()
+    try:
+        run.reach(3, START_S)
+        while True:
+            pause = rng.expovariate(1.0 / every_s)
+            over = _sleep_or_end(run, pause, began + seconds - 10.0 - time.monotonic())
+            if over:
+                break
+            kind = rng.choice(SOAK_KINDS)
+            status = run.status()
+            ranks = len(status.get("ranks", []))
+            wanted = status.get("state") == "training" or rng.random() < 0.5  # a fault may meet a recovery too
+            if wanted and _strike(run, kind, rng, ranks):
+                faults[kind] = faults.get(kind, 0) + 1
+        _expect(finding, run.wait(seconds + START_S) == 0, "the run did not end with status 0")
+        last = max((record["step"] for record in run.steps()), default=0)
+        check_steps(finding, run, last)
+        _expect(finding, not run.events("remove"), "a healthy device was removed")
+    except TimeoutError as error:
+        finding.wrong.append(str(error)[:2000])
+    finally:
+        run.close()
+    finding.seconds = time.monotonic() - began
+    recover = [event["seconds_since_detection"] for event in run.events("resume") if "seconds_since_detection" in event]
+    goodput = run.status().get("goodput", {}).get("fraction", 0.0)
+    useful, simulated = goodput_beside_simulation(run, recover)
+    steps = len({r["step"] for r in run.steps()})
+    return Soak(faults, steps, finding.seconds, goodput, useful, simulated, recover, finding)
+
+
+def goodput_beside_simulation(run: LiveRun, recover_s: list[float]) -> tuple[float, float]:
+    """Share of a run's time that kept steps would have taken undisturbed, and the simulator's goodput for its
+    interruptions: their number, mean time to detection and mean time from there, losing half a step each on average."""
+    steps = run.steps()
+    times = [unix_time(record) for record in steps]
+    elapsed = times[-1] - times[0]
+    step_s = statistics.median(after - before for before, after in pairwise(times))
+    useful = step_s * (len({record["step"] for record in steps}) - 1) / elapsed
+    detected = [unix_time(event) for event in run.events("detect")]
+    waits = [min((d - fault for d in detected if d >= fault), default=0.0) for fault, _ in run.faults]
+    if not recover_s or not waits:
+        return useful, 1.0
+    job = Job(
+        num_gpus=DEVICES,
+        rate_per_gpu_month=len(recover_s) / elapsed * MONTH_S / DEVICES,
+        detect_s=statistics.mean(waits),
+        restart_s=statistics.mean(recover_s),
+        write_s=0.0,
+        interval_s=step_s,
+    )
+    return useful, simulate(job).goodput
+
+
+def _sleep_or_end(run: LiveRun, seconds: float, left_s: float) -> bool:
+    """Whether the run, or the time for faults, is over before ``seconds`` are."""
+    deadline = time.monotonic() + min(seconds, left_s)
+    while time.monotonic() < deadline:
+        if run.process.poll() is not None:
+            return True
+        time.sleep(0.05)
+    return seconds >= left_s
+
+
+def _strike(run: LiveRun, kind: str, rng: random.Random, ranks: int) -> bool:
+    """Causes one fault, or two in different nodes at once; False if the run had no place for it."""
+    try:
+        if kind == "two":
+            if ranks < 2:
+                return False
+            first, second = rng.sample(range(ranks), 2)
+            run.cause("kill", first)
+            run.cause("node", second)
+        else:
+            run.cause(kind, rng.randrange(max(ranks, 1)), **({"left": 1} if kind == "nan" else {}))
+    except (OSError, KeyError, IndexError, StopIteration, ValueError):
+        return False  # it was just recovering from the fault before
+    return True
+
+
+def drill_command(run_file: Path, folder: Path, blame: int, soak_s: float, every_s: float, seed: int) -> int:
+    """Runs the drills and prints what came out; exit status 1 if any was not survived as it has to be."""
+    if blame < 0 or soak_s < 0 or every_s <= 0:
+        raise UserError(f"--blame {blame}, --soak-s {soak_s:g} must not be negative and --every-s {every_s:g} over 0")
+    if not run_file.is_file():
+        raise UserError(f"{run_file} does not exist; give a run file whose data is here")
+    rng, failed = random.Random(seed), 0
+    for number in range(blame):
+        finding = blame_drill(run_file, folder, number, rng)
+        failed += bool(finding.wrong)
+        verdict = "; ".join(finding.wrong) or "right"
+        print(f"blame {finding.scenario}: {verdict} ({finding.seconds:.0f} s)", flush=True)
+    if blame:
+        print(f"{blame} blame drills, seed {seed}: {blame - failed} right, {failed} wrong", flush=True)
+    if soak_s:
+        result = soak(run_file, folder, soak_s, every_s, rng)
+        failed += bool(result.finding.wrong)
+        mean = sum(result.recover_s) / max(len(result.recover_s), 1)
+        print(
+            f"{result.finding.scenario}: {sum(result.faults.values())} faults {result.faults}, {result.steps} steps in "
+            f"{result.seconds:.0f} s, {len(result.recover_s)} recoveries of {mean:.2f} s on average; not recovering "
+            f"{result.goodput:.1%} of the time, steps kept are worth {result.useful:.1%} of it, the simulator says "
+            f"{result.simulated:.1%} for such interruptions: {'; '.join(result.finding.wrong) or 'ended right'}",
+            flush=True,
+        )
+    return int(failed > 0)

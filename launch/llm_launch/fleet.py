@@ -12,9 +12,9 @@ from llm_launch import wire
 from llm_launch.blame import Device, Evidence, Kind, classify_error, few
 from llm_launch.hang import find_hung, waits_for_files
 from llm_launch.journal import Journal
-from llm_launch.members import Node, Roster, Worker
-from llm_launch.plan import Placement
+from llm_launch.placement import Placement
 from llm_launch.progress import Pace
+from llm_launch.roster import Node, Roster, Worker
 from llm_launch.states import OVER, Outcome, Phase
 from llm_parallel.config.tree import ElasticConfig
 
@@ -24,7 +24,7 @@ LOOK_S = 0.3
 PATIENT_S = 3.0
 """Time that a process which is not stopped has to answer before it counts as hung."""
 STOPPED = ("T", "t", "Z", "X")
-"""What the system calls a process that cannot go on by itself."""
+"""States of a process in /proc that cannot go on by itself."""
 
 
 class Fleet:
@@ -83,7 +83,8 @@ class Fleet:
                     self._on_drill(message)
                 elif message["is"] == "hello":
                     node = self.roster.join(message, channel)
-                    self.to_restart.discard(node.name)  # it was only cut off: a second start would end this one
+                    # It was only cut off, perhaps: starting its agent again would end this one.
+                    self.to_restart.discard(node.name)
                     self.journal.event("join", node=node.name, generation=self.generation)
                 elif node is not None and node.channel is channel:
                     node.heard_s = time.monotonic()
@@ -105,7 +106,7 @@ class Fleet:
     def lost(self, node: Node, kind: Kind) -> None:
         """An agent is gone, by its connection's end or by its silence."""
         if self.phase in OVER:
-            return  # told to end
+            return  # agents close their connections when the run has ended
         node.channel = None
         ran = [worker for worker in node.workers.values() if worker.generation == self.generation]
         node.workers.clear()
@@ -157,8 +158,8 @@ class Fleet:
             self.looks.setdefault(device, {}).update(message)
 
     def _on_health(self, node: Node, message: wire.Message) -> None:
-        """What the driver or the system says. A fatal finding ends the generation if the device is in it; one that
-        waits as a spare is never used."""
+        """Takes in what the driver or the system reports. A fatal finding ends the generation if the device is in it; a
+        spare device with one is never used."""
         self.journal.event("health", node=node.name, device=message["device"], cause=message["message"])
         if not message["fatal"] or message["device"] is None:
             return
@@ -224,37 +225,37 @@ class Fleet:
                     await asyncio.sleep(5e-5 * len(self.roster.nodes))
         return True
 
-    def members(self) -> list[Worker]:
+    def workers(self) -> list[Worker]:
         """Workers on the devices of the present generation; a replacement on a failed one's device too."""
         assert self.placement is not None
         return [worker for device in self.placement.devices if (worker := self.roster.worker(device)) is not None]
 
     def inside(self) -> list[Worker]:
         """Workers that have not left the generation."""
-        return [worker for worker in self.members() if worker.generation == self.generation and not worker.outcome]
+        return [worker for worker in self.workers() if worker.generation == self.generation and not worker.outcome]
 
     def kill(self, workers: list[Worker]) -> None:
-        """Has their agents end them."""
+        """Tells their agents to end them."""
         for worker in workers:
             worker.killed = True
             kill = {"is": "kill", "device": worker.device.number, "number": worker.number}
             self.roster.nodes[worker.device.node].send(kill)
 
-    async def find_hung(self, members: list[Device]) -> dict[Device, str]:
-        """Who holds the others up. A process that is stopped is known at once; else all are asked twice, and if any of
-        them has moved in between, the step was only slow."""
-        first = await self.look(members, LOOK_S)
+    async def find_hung(self, devices: list[Device]) -> dict[Device, str]:
+        """Workers that hold the others up. A process that is stopped is known at once; else all are asked twice, and if
+        any of them has moved in between, the step was only slow."""
+        first = await self.look(devices, LOOK_S)
         stopped = {device: "is stopped" for device, look in first.items() if look.get("state") in STOPPED}
         if stopped or self.evidence:
             return stopped
         await asyncio.sleep(LOOK_S)
-        second = await self.look(members, PATIENT_S)
+        second = await self.look(devices, PATIENT_S)
         answered = {device: look for device, look in second.items() if "stack" in look}
         moved = any(
             look["collectives"] != first.get(device, {}).get("collectives") for device, look in answered.items()
         )
-        longest = max((worker.age_s for worker in self.members()), default=0.0)
-        # One that waited at the first look may have gone on just before the second, and is not to blame either.
+        longest = max((worker.age_s for worker in self.workers()), default=0.0)
+        # A worker that waited for files at the first look and went on before the second is not to blame either.
         waiting = waits_for_files([*first.items(), *answered.items()])
         waiting = waiting if longest < self.elastic.first_step_limit_s else []
         if waiting and self.stalled != (self.generation, self.step):
@@ -264,18 +265,18 @@ class Fleet:
         if moved or waiting or self.evidence:
             self.pace.add(longest)
             return {}
-        return find_hung(members, answered)
+        return find_hung(devices, answered)
 
-    async def look(self, members: list[Device], timeout_s: float) -> dict[Device, dict[str, Any]]:
-        """Stacks and collectives of the workers that answer in time, and the system's word on each process."""
+    async def look(self, devices: list[Device], timeout_s: float) -> dict[Device, dict[str, Any]]:
+        """Stacks and collectives of the workers that answer in time, and the system's state of each process."""
         self.looks.clear()
-        for device in members:
+        for device in devices:
             self.roster.nodes[device.node].send({"is": "look", "device": device.number})
 
         def known() -> bool:
             looks = self.looks.values()
             stopped = any(look.get("state") in STOPPED for look in looks)
-            return stopped or bool(self.evidence) or sum("stack" in look for look in looks) == len(members)
+            return stopped or bool(self.evidence) or sum("stack" in look for look in looks) == len(devices)
 
         await self.until(known, timeout_s)
         return dict(self.looks)

@@ -1,4 +1,4 @@
-"""Who hangs when all wait, and which device is slow: pure."""
+"""Finds the worker that all others wait for, and devices that are slow, from what workers report (pure)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llm_launch.blame import Device, Evidence, Kind
-from llm_launch.members import Worker
+from llm_launch.roster import Worker
 
 CONSECUTIVE = 3
-FILE_CODE = ("/llm_parallel/metrics/", "/llm_parallel/data/loader.py", "/llm_parallel/checkpoint/store.py")
-"""Modules in which a main thread waits only for files."""
+FILE_CODE = tuple(
+    f"/llm_parallel/{name}" for name in ("jsonlines.py", "metrics/", "data/loader.py", "checkpoint/store.py")
+)
+"""Modules in which the main thread waits for nothing but files."""
 
 
-def find_hung(members: Sequence[Device], looks: Mapping[Device, Mapping[str, Any]]) -> dict[Device, str]:
+def find_hung(devices: Sequence[Device], looks: Mapping[Device, Mapping[str, Any]]) -> dict[Device, str]:
     """Devices that hold the others up, with the reason.
 
     looks: answers of their control threads: stack of the main thread, and collectives entered so far by group. A
     process that does not answer is stopped as a whole. Of those that answer, one that has entered fewer collectives of
     a group than its peers is missing in the next one.
     """
-    silent = [device for device in members if device not in looks]
+    silent = [device for device in devices if device not in looks]
     if silent:
         return dict.fromkeys(silent, "does not answer, and makes no progress")
     behind: dict[Device, str] = {}
@@ -33,9 +35,9 @@ def find_hung(members: Sequence[Device], looks: Mapping[Device, Mapping[str, Any
         for device, count in counts.items():
             if count < most:
                 behind.setdefault(device, f"is missing in collective {most} of group {name}, having entered {count}")
-    # Who waits inside a collective for somebody else may itself be missing elsewhere; who does not wait is the cause.
+    # A worker that waits in one collective may be missing in another; the cause is one that does not wait.
     causes = {device: why for device, why in behind.items() if not _waits(looks[device]["stack"])}
-    return causes or behind or dict.fromkeys(members, "makes no progress, as all others")
+    return causes or behind or dict.fromkeys(devices, "makes no progress, as all others")
 
 
 def waits_for_files(looks: Iterable[tuple[Device, Mapping[str, Any]]]) -> list[Device]:
@@ -49,7 +51,7 @@ def _waits(stack: str) -> bool:
     return any(name in stack for name in ("distributed_c10d.py", "_wait", "work.wait", "p2p_communication"))
 
 
-def find_slow(members: Sequence[Worker], slow: dict[Device, int], ratio: float, whole_replicas: bool) -> list[Evidence]:
+def find_slow(workers: Sequence[Worker], slow: dict[Device, int], ratio: float, whole_replicas: bool) -> list[Evidence]:
     """Devices that were slow several times in a row: their probe took ``ratio`` times the median of all, or their part
     of a step that of the others. ``slow`` counts.
 
@@ -58,13 +60,13 @@ def find_slow(members: Sequence[Worker], slow: dict[Device, int], ratio: float, 
     is only given up if the others alone are faster: with n devices that wait for one which takes r times as long, that
     is r > n / (n - 1).
     """
-    probes = {worker.device: worker.probe_s for worker in members if worker.probe_s > 0}
-    if len(probes) < max(2, len(members)):
+    probes = {worker.device: worker.probe_s for worker in workers if worker.probe_s > 0}
+    if len(probes) < max(2, len(workers)):
         return []
-    own = sorted(worker.own_s for worker in members if worker.own_s > 0) if whole_replicas else []
-    median, worth = statistics.median(probes.values()), len(members) / (len(members) - 1)
+    own = sorted(worker.own_s for worker in workers if worker.own_s > 0) if whole_replicas else []
+    median, worth = statistics.median(probes.values()), len(workers) / (len(workers) - 1)
     found = []
-    for worker in members:
+    for worker in workers:
         if worker.probe_s == worker.judged_probe_s:
             continue
         worker.judged_probe_s = worker.probe_s
@@ -84,7 +86,7 @@ def find_slow(members: Sequence[Worker], slow: dict[Device, int], ratio: float, 
 
 
 def _median_of_others(ordered: Sequence[float], value: float) -> float:
-    """Median of sorted numbers without one that is ``value``; not a new sort for each of thousands."""
+    """Median of sorted numbers without one that is ``value``; sorting again for each of thousands would be slow."""
     if not value:
         return statistics.median(ordered)
     at, count = bisect_left(ordered, value), len(ordered) - 1

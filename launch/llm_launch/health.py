@@ -1,6 +1,6 @@
 """What the NVIDIA driver says about a node's GPUs, and the system about the node, looked at every half minute.
 
-Counters are held against what they were when the agent started: what happened before is no fault of this run. A finding
+Counters are compared with their values at the agent's start, since earlier errors are no fault of this run. A finding
 is fatal where the GPU can't be trusted any more; then it is removed at once, by hard evidence (blame.py).
 """
 
@@ -29,7 +29,7 @@ PCIE_REPLAYS = 100
 FREE_DISK_BYTES = 1 << 30
 FREE_MEMORY = 0.02
 KILL_S = 5.0
-"""Time between the kernel's choice of a process and that process's end."""
+"""Time for a process to end after the kernel has chosen it."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class GpuHealth:
         return bool(self._ask(lambda: self._nvml.nvmlDeviceGetNvLinkState(self._handle, number)))
 
     def look(self) -> list[Finding]:
-        """What is wrong and was not said before."""
+        """Problems that were not reported before."""
         try:
             found = list(self._findings())
         except self._nvml.NVMLError as error:
@@ -159,7 +159,7 @@ class HostHealth:
         self._said: set[str] = set()
 
     def look(self) -> list[Finding]:
-        """What is wrong and was not said before; what is well again may be said anew."""
+        """Problems that were not reported before; one that went away is reported again when it returns."""
         found = {finding.code: finding for finding in self._findings()}
         new = [finding for code, finding in found.items() if code not in self._said]
         self._said = set(found)
@@ -196,7 +196,7 @@ class MemoryKills:
         return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
     def look(self) -> bool:
-        """Whether the count rose in the last seconds, looks before this one included."""
+        """Whether the count has risen within the last ``KILL_S`` seconds."""
         count = self._read()
         if count > self._count:
             self._count, self._rose_s = count, time.monotonic()

@@ -1,4 +1,4 @@
-"""What the controller writes: events with their time and cause, the present state, what a restart must remember."""
+"""What the controller writes: events with their time and cause, the present state, and what a next start must know."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def as_prometheus(status: dict[str, Any]) -> str:
     """The state in Prometheus' text format, for node_exporter's textfile collector (or any that reads a file)."""
     numbers = {
         "step": ("gauge", "last finished optimizer step", status["step"]),
-        "generation": ("gauge", "times that the run's processes were put together", status["generation"]),
+        "generation": ("gauge", "times that ranks were assigned to devices", status["generation"]),
         "world_size": ("gauge", "processes that train", status["world_size"]),
         "recoveries_total": ("counter", "faults recovered from since the start", status["recoveries"]),
         "lost_steps_total": ("counter", "steps made again since the start", status["lost_steps"]),
@@ -70,12 +70,12 @@ class Journal:
             try:
                 work()
             except (OSError, UserError) as error:
-                self.say(f"what happens cannot be recorded: {error}")
+                self.say(f"events or state cannot be written: {error}")
 
         self._writer.submit(done)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Records, prints, and hands to the user's hook."""
+        """Records an event, prints it, and passes it to the command ``elastic.on_event``."""
         now = time.monotonic()
         if kind == "detect":
             self._faulted_s = self._faulted_s or now
@@ -107,7 +107,7 @@ class Journal:
         print(f"elastic | {text}", file=sys.stderr, flush=True)
 
     def fail(self, verdict: Verdict) -> None:
-        """The run cannot go on: why, with the first traceback."""
+        """Records and prints why the run cannot go on, after the first traceback."""
         record = {"event": "fail", "fault": verdict.fault.value, "cause": verdict.reason}
         self._later(partial(self._events.append, record, datetime.now(timezone.utc)))
         if verdict.fault.value != "user":
@@ -129,7 +129,7 @@ class Journal:
         self._later(partial(_replace, self._run_dir / "logs" / f"hang_g{generation}.json", json.dumps(looks, indent=1)))
 
     def write_status(self, status: dict[str, Any]) -> None:
-        """Replaces elastic.json. Of several states that wait to be written, the newest counts."""
+        """Replaces elastic.json. Of several states that wait to be written, only the newest is."""
         elapsed = time.monotonic() - self._started_s
         down = self._down_s + (time.monotonic() - self._faulted_s if self._faulted_s is not None else 0.0)
         waiting, self._newest = (

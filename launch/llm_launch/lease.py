@@ -1,10 +1,10 @@
-"""Who trains in a run folder: two launches, or two ``pretrain``, would log steps twice and overwrite each other's
+"""The right to train in a run folder: two runs in one folder would log steps twice and overwrite each other's
 state.
 
 A lock file decides among the processes of one machine (``flock``, which ends with its process). Machines that share the
-folder may not share locks, so the holder also writes a record that it counts up every few seconds; whoever comes later
-from another machine watches it for a while, by his own clock alone, and takes the folder when it stands still. A holder
-that finds another's record in place of its own, having been stopped or cut off for that long, ends at once.
+folder may not share locks, so the holder also writes a record that it counts up every few seconds; a process
+of another machine that wants the folder watches the record by its own clock and takes over when it stands still. A
+holder that finds another's record in place of its own, after having been stopped or cut off for that long, ends.
 """
 
 from __future__ import annotations
@@ -145,13 +145,16 @@ class Lease:
         )
 
     def _may_live(self, found: Holder) -> bool:
-        """Whether the holder of a record may still train; waits for a sign of life of one that may."""
+        """Whether the holder of a record may still train; if that is unknown, waits for a sign of life."""
         if found.boot == self.holder.boot:
             return False  # it would have the lock
         if found.job and found.job == self.holder.job and found.start < self.holder.start:
             return False  # SLURM starts a job again when its last start has ended
         wait_s = DEAD_BEATS * BEAT_S
-        print(f"{self.path} is {found.describe()}; looking for {wait_s:.0f} s whether it lives", file=sys.stderr)
+        print(
+            f"{self.path} names {found.describe()}; watching for {wait_s:.0f} s whether that run is alive",
+            file=sys.stderr,
+        )
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline:
             time.sleep(BEAT_S / 5)
@@ -163,7 +166,7 @@ class Lease:
         return False
 
     def _beat(self) -> None:
-        """Counts up, and ends the process when somebody else has taken the folder."""
+        """Counts up, and ends this process when another one has taken the folder."""
         wait_s = BEAT_S / 5  # of two that took a dead holder's place at the same moment, one learns it soon
         while not self._over.wait(wait_s):
             wait_s = BEAT_S

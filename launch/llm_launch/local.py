@@ -1,4 +1,4 @@
-"""All processes of a run on this machine: start them, end them together, say once why they failed."""
+"""The processes of a run on this machine: starts them, ends them together, and says once why they failed."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ from llm_launch.progress import Marker
 from llm_launch.states import Outcome
 
 SLOW_TO_LEAVE_S = 0.6
-"""From when on the log says what keeps this process in a generation that was given up, for which it will be killed."""
+"""A process that is still in a generation so long after it was given up logs its stacks; it will be killed."""
 READING_ONLY_S = 0.5
-"""So long only the reading ends of sockets are shut, and the writing ends stay open."""
+"""For 0.5 s after an abort only the read side of connections is shut (decision 46)."""
 ABORT_EVERY_S = 0.02
-"""A thread that is just connecting opens sockets after they were looked for: they are looked for again."""
+"""Sockets are looked for again this often, since a thread that is connecting opens new ones."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Assignment:
     restore: dict[str, Any] | None
     """``{"step", "generation", "sources": [[rank, kind, host, port], …]}``; None: newest checkpoint on disk."""
     here: tuple[str, int]
-    """Address under which a source is this node itself."""
+    """Address of this node's own copies: a source with this address is read from local memory."""
     partner: tuple[str, int] | None
     elapsed_s: float
     """Seconds since the run was started."""
     believe: tuple[int, ...] = ()
-    """Steps whose loss is not finite on whatever device: the data's or the program's doing, left to the guard."""
+    """Steps whose loss is not finite on any device, so that data or program are at fault; the guard decides on them."""
 
     @classmethod
     def read(cls, message: dict[str, Any]) -> Assignment:
@@ -74,7 +74,7 @@ class Member:
     control: socket.socket
     marker: Marker
     node: str
-    replica_dir: str
+    copies_dir: str
     secret: str
     host: str
     """Address of this node, on which a store listens."""
@@ -92,7 +92,7 @@ class Member:
     _inside: bool = False
     _kept: set[int] = field(default_factory=set)
     _shut: dict[tuple[int, int], socket.socket] = field(default_factory=dict)
-    """Second descriptors of what was shut, by inode and ends."""
+    """Duplicate descriptors of sockets that were shut, by inode and side."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
@@ -119,15 +119,15 @@ class Member:
         return listener.detach()
 
     def request_stop(self) -> None:
-        """As when the agent says stop."""
+        """Asks this worker to save and end, as the agent's message ``stop`` does."""
         self._stop = True
 
     def faults(self) -> list[dict[str, Any]]:
-        """What a drill has asked for."""
+        """Faults that a drill has asked for."""
         return self.injected
 
     def next_assignment(self) -> Assignment | None:
-        """Waits for the next generation; None when the run is over. Older ones that were given up are passed over."""
+        """Waits for the next generation; None when the run is over. Skips those that were given up meanwhile."""
         while True:
             assignment = self.assignments.get()
             if assignment is None or assignment.generation > self._aborted:
@@ -138,7 +138,7 @@ class Member:
                 return assignment
 
     def leave(self, outcome: Outcome, error: BaseException | None = None, **facts: Any) -> None:
-        """Says how this worker's part in the generation ended."""
+        """Reports how this worker left the generation."""
         self._inside = False
         message: dict[str, Any] = {"is": "left", "outcome": outcome.value, "store_port": self._open_listener(), **facts}
         if error is not None:
@@ -181,15 +181,15 @@ class Member:
                 self.injected.clear()
             elif kind == "end":
                 self.assignments.put(None)
-        os._exit(1)  # the agent is gone: nobody would know what this process does
+        os._exit(1)  # the agent is gone, so no controller knows of this process
 
     def _break_out(self) -> None:
-        """Ends what the main thread waits for by an end of file on every socket of the generation.
+        """Ends the collective that the main thread waits in, by an end of file on every socket of the generation.
 
-        gloo then gives up all buffers that wait, but those that it could not write (`Pair::signalException` passes over
-        them): a write must not fail. So only the reading ends are shut, and a second descriptor keeps each connection
-        from being closed, which would make the others' writes fail, until all have left. What blocks in a write itself
-        is ended later.
+        gloo then fails all buffers that wait, except those that it could not write (`Pair::signalException` skips
+        them), so no write may fail at first. Therefore only the read side is shut, and a duplicate descriptor keeps
+        each connection open until all have left, since closing it would fail the peers' writes. A thread that blocks in
+        a write is ended after ``READING_ONLY_S``, when the write side is shut too.
         """
         generation, kept, began, said = self._generation, self._kept, time.monotonic(), False
         while True:
@@ -210,8 +210,8 @@ class Member:
             time.sleep(ABORT_EVERY_S)
 
     def _shut_down(self, inode: int, how: int) -> None:
-        """Shuts the ends ``how`` of a connected TCP socket of this process; one that listens is left alone: gloo ends
-        the process when its listener fails."""
+        """Shuts the sides ``how`` of a connected TCP socket of this process. A listener is left alone: gloo ends the
+        process when its listener fails."""
         for entry in os.scandir("/proc/self/fd"):
             with contextlib.suppress(OSError, ValueError):
                 if Path(entry.path).readlink().name != f"socket:[{inode}]":
@@ -230,12 +230,12 @@ class Member:
                 return
 
     def _let_go(self) -> None:
-        """Closes the connections of a generation that all have left."""
+        """Closes the connections of a generation that all workers have left."""
         while self._shut:
             self._shut.popitem()[1].close()
 
     def _look(self) -> dict[str, Any]:
-        """Where every thread stands, and how far every group's collectives are."""
+        """The main thread's stack, and the number of collectives entered in each group."""
         main = threading.main_thread().ident
         frame = sys._current_frames().get(main or 0)
         stack = "".join(traceback.format_stack(frame)) if frame else ""

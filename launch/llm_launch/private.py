@@ -1,9 +1,9 @@
 """Folders that no other user of the machine can make first, look into or redirect, below folders that all may write to.
 
-The copies of a run's state lie in a memory file system that every user of the node may write to. Whoever makes a folder
-of ours there before we do, or a symbolic link in its place, would have us write into, read from or delete his choice of
-files. So a folder of ours is made with mode 0700, is checked whenever it is opened, and nothing is opened or deleted
-through a link: every name is looked up in a descriptor of the folder before it.
+The copies of a run's state lie in a memory file system that every user of the node may write to. A user who
+makes a folder of ours there first, or a symbolic link in its place, could choose which files we write, read or delete.
+So our folders are made with mode 0700 and checked whenever they are opened, and nothing is opened or deleted through a
+link: every name is looked up in a descriptor of the folder before it.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _problem(found: os.stat_result) -> str | None:
 
 def _refuse(path: Path, problem: str) -> UserError:
     return UserError(
-        f"{path} {problem}, so another user of this machine may have made it, and copies of the training state are not"
-        " kept there; have it removed, or set elastic.replica_dir to a folder of your own"
+        f"{path} {problem}, so another user of this machine may have made it, and no memory copies of the training"
+        " state are kept there; have it removed, or set elastic.replica_dir to a folder of your own"
     )
 
 

@@ -1,7 +1,7 @@
-"""Where every worker of a node stands: one page of shared memory that workers write and the agent reads.
+"""Progress of every worker of a node, in one page of shared memory that workers write and the agent reads.
 
 Writing costs a worker well under a microsecond and no system call, so it happens at every step and micro batch. A
-worker that no longer writes is hung, wherever it hangs.
+worker that stops writing hangs, wherever that is.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ProgressPage:
 
 @dataclass
 class Marker:
-    """A worker's hand on its slot."""
+    """Writes one worker's slot."""
 
     page: ProgressPage
     slot: int
@@ -93,7 +93,7 @@ class Marker:
         self.page.write(self.slot, Progress(*seen))
 
     def busy(self, busy: bool) -> None:
-        """Something longer than a step begins or ends: no hang is looked for meanwhile."""
+        """Something longer than a step begins or ends; no hang is looked for in between."""
         self.stepped_s = -1.0 if busy else time.monotonic()
         self.mark()
 
@@ -106,7 +106,7 @@ class Marker:
 
 @dataclass
 class Pace:
-    """How long steps take, robustly, and from when on a silent step is a hang.
+    """How long steps take, by robust statistics, and after how long a step without progress is a hang.
 
     A step may take the median plus ``deviations`` times 1.4826 MAD (Hampel 1974), and at least ``factor`` medians, plus
     ``floor_s``; the first steps after forming, which compile and allocate, get ``first_s``.

@@ -1,6 +1,6 @@
-"""What SLURM is asked for: the job's nodes, agents on them, time left, requeue, drain.
+"""Questions and requests to SLURM: the job's nodes, agents on them, time left, requeue, drain.
 
-SLURM starts things and hands out nodes; who is alive, who is to blame and what runs next is the controller's matter,
+SLURM starts processes and assigns nodes. The controller decides who is alive, who is to blame and what runs next,
 since SLURM notices a dead node after half a minute at best. Every call has a time limit, and one that fails because
 slurmctld is away raises SlurmError, which callers survive.
 """
@@ -31,11 +31,11 @@ class SlurmAway(SlurmError):
 
 
 AWAY = ("unable to contact", "timed out", "connection failure", "connection refused", "zero bytes", "not responding")
-"""What SLURM's commands say then, in lower case."""
+"""Parts of the messages of SLURM's commands when slurmctld does not answer, in lower case."""
 
 
 class Fate(Enum):
-    """What SLURM means to do with the job."""
+    """What SLURM is about to do with the job."""
 
     RUNNING = "running"
     PREEMPTED = "preempted"
@@ -218,7 +218,7 @@ class SlurmJob:
 
 
 def parse_record(line: str) -> dict[str, str]:
-    """Fields of one line of ``scontrol show … -o``; values may hold spaces, and so may not hold `` Word=``."""
+    """Fields of one line of ``scontrol show … -o``; values may contain spaces, but no `` Name=``."""
     found = list(_FIELD.finditer(line))
     ends = [match.start() for match in found[1:]] + [len(line)]
     return {match.group(1): line[match.end() : end].strip() for match, end in zip(found, ends)}

@@ -5,20 +5,20 @@ from __future__ import annotations
 from enum import Enum
 
 EXIT_TOO_FEW = 75
-"""Exit status of a run that waited in vain for devices; it can be started again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of a run that waited for devices without success; it may be started again (sysexits.h: EX_TEMPFAIL)."""
 
 
 class Phase(Enum):
-    """What the controller is about."""
+    """What the controller does."""
 
     WAITING = "waiting"
-    """Too few devices; a checkpoint or replica keeps what was trained."""
+    """Too few devices, or copies of the state are awaited; a checkpoint or memory copies keep what was trained."""
     FORMING = "forming"
     """Workers have their assignment and build groups and model."""
     TRAINING = "training"
     """Every worker of the generation makes steps."""
     ABORTING = "aborting"
-    """A fault was seen: survivors leave their collectives, evidence comes in."""
+    """A fault was seen: workers leave their collectives, and evidence arrives."""
     PAUSING = "pausing"
     """All workers leave together after the present step, for a planned change."""
     FINISHED = "finished"

@@ -1,4 +1,4 @@
-"""``llm-parallel submit``: a run as a SLURM job, by a batch file that a person can read, change and submit again."""
+"""``llm-parallel submit``: a run as a SLURM job, by a batch file that its user can read, change and submit again."""
 
 from __future__ import annotations
 

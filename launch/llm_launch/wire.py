@@ -24,7 +24,7 @@ Message = dict[str, Any]
 
 
 class WireError(ConnectionError):
-    """The other end is not one of this run, or does not speak its language."""
+    """The other end does not belong to this run, or does not follow the protocol."""
 
 
 def encode(message: Message) -> bytes:

@@ -1,4 +1,4 @@
-"""The worker's side: which process am I, and how do I tell the launcher why I failed."""
+"""A worker's place among the processes of a run, and its report to the launcher when it fails."""
 
 from __future__ import annotations
 
@@ -136,6 +136,6 @@ def report_error(log_dir: Path, rank: int, error: BaseException) -> int:
         with atomic_write(error_path(log_dir, rank)) as handle:
             json.dump(record, handle)
     except OSError:
-        pass  # what matters follows: the log and the exit status
+        pass  # the log and the exit status say it too
     print(message if is_user_error else trace, file=sys.stderr, flush=True)
     return EXIT_USER_ERROR if is_user_error else EXIT_CRASH

@@ -1,5 +1,5 @@
 """A process that has imported all that training needs, and forks workers from itself: a replacement starts in
-milliseconds instead of the seconds that the imports take, and costs the node no memory while it waits.
+milliseconds instead of the seconds that the imports take, and none has to wait in memory.
 
 It has no thread and has not touched a GPU, so that a fork is sound. It dies with the agent, and its workers with it.
 """
@@ -43,7 +43,7 @@ def run_zygote(control: socket.socket) -> int:
     assert first is not None
     for name in first["modules"]:
         importlib.import_module(name)
-    # What was imported stays: workers neither search it for garbage nor copy its pages because they did.
+    # Keeps the garbage collector of the workers from touching, and so copying, the pages of what was imported.
     gc.collect()
     gc.freeze()
     awake, asleep = os.pipe()

@@ -20,9 +20,9 @@ import numpy as np
 
 from llm_launch.local import available_cores, launch_local
 from llm_launch.worker import worker_environment
+from llm_parallel.bench.dp_peers import chosen_in_layout
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than, write_result
-from llm_parallel.bench.replicas import chosen_in_layout
 from llm_parallel.bench.requests import StepRequest
 from llm_parallel.bench.step_request import LOSS_TOLERANCE, label, peak_of, read_request
 from llm_parallel.config.rules import num_processes

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from llm_launch.worker import WorkerEnv
+from llm_parallel.bench.dp_peers import run_peer
 from llm_parallel.bench.rank import run_plan
-from llm_parallel.bench.replicas import run_peer
 from llm_parallel.bench.rounds import Turns, leave_together
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.quiet import quiet_libraries

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from llm_launch.replicas import RemoteReplica, ReplicaSender
-from llm_launch.vault import PLANES, VaultFile, vault_name
+from llm_launch.copy_files import PLANES, CopyFile, copy_name
+from llm_launch.copy_transfer import CopySender, RemoteCopy
 from llm_parallel.checkpoint.optimizer import (
     allocate_moments,
     apply_configured_settings,
@@ -37,7 +37,7 @@ from llm_parallel.parallel.engine import POLICY, Models, network_of
 PARTNER_TIMEOUT_S = 60.0
 
 
-class ReplicaLost(RuntimeError):
+class CopyLost(RuntimeError):
     """The copies that were promised are not there any more."""
 
 
@@ -67,10 +67,10 @@ class MemoryCopies:
             "numbers": numbers,
             "index": [held.piece for held in self._held],
         }
-        self._file = VaultFile.create(folder / "own" / vault_name(generation, rank), header)
+        self._file = CopyFile.create(folder / "own" / copy_name(generation, rank), header)
         self._slots = [_planes(self._file, slot) for slot in range(2)]
-        self._sender = ReplicaSender(partner, secret, self._file) if partner else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="replica")
+        self._sender = CopySender(partner, secret, self._file) if partner else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._running: Future[None] | None = None
         self._step = -1
         self.bytes_per_copy = PLANES * 4 * numbers
@@ -129,7 +129,7 @@ class MemoryCopies:
                 target[where].copy_(plane)
 
 
-def _planes(file: VaultFile, slot: int) -> torch.Tensor:
+def _planes(file: CopyFile, slot: int) -> torch.Tensor:
     """fp32 [3, numbers] over the memory of ``slot``."""
     return torch.frombuffer(
         file.map, dtype=torch.float32, count=PLANES * file.numbers, offset=file.data_offset(slot)
@@ -154,10 +154,10 @@ class LocalSource:
 
     def __init__(self, path: Path, step: int) -> None:
         try:
-            self._file = VaultFile.open(path)
+            self._file = CopyFile.open(path)
             slot = self._file.steps()[step]
         except (OSError, ValueError, KeyError) as error:
-            raise ReplicaLost(f"{path} has no copy of step {step}") from error
+            raise CopyLost(f"{path} has no copy of step {step}") from error
         self.index = [Piece.read(values) for values in self._file.header["index"]]
         self.state = self._file.state(slot)
         numbers = np.frombuffer(self._file.data(slot), dtype=np.float32)
@@ -176,12 +176,12 @@ class RemoteSource:
 
     def __init__(self, address: tuple[str, int], secret: str, kind: str, generation: int, rank: int, step: int) -> None:
         try:
-            self._replica = RemoteReplica(address, secret, kind, generation, rank)
-            self.state, _ = self._replica.read(step, 0, 0)
+            self._copy = RemoteCopy(address, secret, kind, generation, rank)
+            self.state, _ = self._copy.read(step, 0, 0)
         except OSError as error:
-            raise ReplicaLost(f"the copy of rank {rank} at {address[0]} cannot be read ({error})") from error
-        self._step, self._numbers = step, self._replica.header["numbers"]
-        self.index = [Piece.read(values) for values in self._replica.header["index"]]
+            raise CopyLost(f"the copy of rank {rank} at {address[0]} cannot be read ({error})") from error
+        self._step, self._numbers = step, self._copy.header["numbers"]
+        self.index = [Piece.read(values) for values in self._copy.header["index"]]
 
     def read(self, at: int, count: int) -> np.ndarray:
         """fp32 [3, count]."""
@@ -189,15 +189,15 @@ class RemoteSource:
         for plane in range(PLANES):
             start = 4 * (plane * self._numbers + at)
             try:
-                _, data = self._replica.read(self._step, start, start + 4 * count)
+                _, data = self._copy.read(self._step, start, start + 4 * count)
             except OSError as error:
-                raise ReplicaLost(f"a copy cannot be read any more ({error})") from error
+                raise CopyLost(f"a copy cannot be read any more ({error})") from error
             planes.append(np.frombuffer(data, dtype=np.float32))
         return np.stack(planes)
 
     def close(self) -> None:
         """Ends the connection."""
-        self._replica.close()
+        self._copy.close()
 
 
 class Assembler:
@@ -226,7 +226,7 @@ class Assembler:
         return self.opened[0].state
 
     def read(self, wanted: Piece) -> np.ndarray:
-        """fp32 [3, stop - start]. Raises ReplicaLost if part of it is in no source."""
+        """fp32 [3, stop - start]. Raises CopyLost if part of it is in no source."""
         self._open_until_held(wanted)
         boxes = self._by_key[wanted.key]
         same = boxes.get(wanted.box)
@@ -238,7 +238,7 @@ class Assembler:
         if missing.any():
             # The last rows of these only round the vocabulary up, to a number that depends on the layout.
             if kind_of(wanted.tensor).role is not Role.VOCABULARY or same is not None:
-                raise ReplicaLost(f"part of {wanted.key} is in no copy")
+                raise CopyLost(f"part of {wanted.key} is in no copy")
             numbers = np.where(missing, np.float32(0), numbers)
         return numbers
 
@@ -283,7 +283,7 @@ def restore(
     in order, as far as they are needed, and closed. The configured settings of the optimizer apply; ``changed`` is told
     which of them, as ``field old → new``, are not those of the copies.
 
-    Every process of the job calls this. Raises ReplicaLost if something is missing.
+    Every process of the job calls this. Raises CopyLost if something is missing.
     """
     engines = engines_of(models)
     for engine in engines.values():

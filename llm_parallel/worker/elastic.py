@@ -28,7 +28,7 @@ from torch.distributed import distributed_c10d
 from llm_launch.member import Assignment, Member
 from llm_launch.progress import Marker, ProgressPage
 from llm_launch.states import Outcome
-from llm_parallel.checkpoint.copies import LocalSource, MemoryCopies, RemoteSource, ReplicaLost, Source, restore
+from llm_parallel.checkpoint.copies import CopyLost, LocalSource, MemoryCopies, RemoteSource, Source, restore
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.load import load_config
 from llm_parallel.errors import UserError
@@ -45,7 +45,7 @@ STORE_TIMEOUT_S = 300.0
 
 
 class ElasticWatch(Watch):
-    """The launcher's eyes and hands inside one generation."""
+    """What the launcher observes and does inside one generation."""
 
     uneven = True
 
@@ -79,7 +79,7 @@ class ElasticWatch(Watch):
                 found.append(partial(RemoteSource, (host, port), self.member.secret, kind, generation, rank, step))
             else:
                 name = f"{kind}/g{generation:06d}_r{rank:06d}"
-                found.append(partial(LocalSource, Path(self.member.replica_dir) / name, step))
+                found.append(partial(LocalSource, Path(self.member.copies_dir) / name, step))
         nearest = sorted(range(len(found)), key=lambda number: abs((number + 0.5) / len(found) - place))
         return [found[number] for number in nearest]
 
@@ -94,7 +94,7 @@ class ElasticWatch(Watch):
         if self._config.replicate_every_steps:
             self.memory = MemoryCopies(
                 run.models,
-                Path(self.member.replica_dir),
+                Path(self.member.copies_dir),
                 self.assignment.generation,
                 self.assignment.partner,
                 self.member.secret,
@@ -105,7 +105,7 @@ class ElasticWatch(Watch):
         self.member.send({"is": "training", "step": run.state.step})
 
     def _leave_if_given_up(self) -> None:
-        """What a generation that was given up still had to compute would keep the others waiting."""
+        """Leaves a generation that was given up before its next micro batch, since the others wait."""
         if self.member.aborted:
             raise ConnectionError("the generation was given up")
 
@@ -141,7 +141,7 @@ class ElasticWatch(Watch):
             raise Suspect("disagrees" if odd else "", text + ("" if ours else "; no majority says who is right"))
 
     def before_agreement(self, own_loss: float) -> None:
-        """The copy of the last step is complete before anyone can finish this one."""
+        """Waits until the copy of the last step is complete, before any process can finish this one."""
         self._own_loss = own_loss
         if self.memory is not None:
             self.memory.finish()
@@ -174,7 +174,7 @@ class ElasticWatch(Watch):
 
     @contextmanager
     def long(self) -> Iterator[None]:
-        """No step time is known for what happens here."""
+        """Suspends the search for hangs during work that is longer than a step."""
         self.member.marker.busy(True)
         try:
             yield
@@ -278,14 +278,14 @@ def run_generation(member: Member, assignment: Assignment, run_file: str, run_di
 def _leave_after(member: Member, error: BaseException) -> None:
     if member.aborted:
         member.leave(Outcome.ABORTED)
-    elif isinstance(error, ReplicaLost):
-        member.leave(Outcome.ABORTED, error, replica_lost=True)
+    elif isinstance(error, CopyLost):
+        member.leave(Outcome.ABORTED, error, copy_lost=True)
     else:
         member.leave(Outcome.FAILED, error)
 
 
 def _poisoned(error: BaseException) -> bool:
-    """Whether the process is of no more use: after an error on the device its CUDA context is."""
+    """Whether the process must end: an error on the device leaves its CUDA context unusable."""
     return torch.cuda.is_initialized() and "CUDA error" in str(error)
 
 
@@ -299,7 +299,7 @@ def worker_main(control: socket.socket, environment: Mapping[str, str]) -> int:
         control,
         Marker(page, int(environment["LLM_PARALLEL_SLOT"])),
         node=environment["LLM_PARALLEL_NODE"],
-        replica_dir=environment["LLM_PARALLEL_REPLICA_DIR"],
+        copies_dir=environment["LLM_PARALLEL_REPLICA_DIR"],
         secret=environment["LLM_PARALLEL_SECRET"],
         host=environment["LLM_PARALLEL_HOST"],
     )

@@ -31,12 +31,12 @@ def before_step(faults: Iterable[dict[str, Any]], run: Run) -> None:
 
 
 def _poison(weight: torch.Tensor) -> None:
-    """A weight that this process alone uses becomes NaN, as a broken device would make it."""
+    """Makes NaN of a weight that this process alone uses, as a broken device would."""
     weight.fill_(float("nan"))
 
 
 def _flip(weight: torch.Tensor) -> None:
-    """The lowest bit of the exponent of a weight is turned around, in this replica only."""
+    """Flips the lowest bit of a weight's exponent, in this replica only."""
     integers = weight.view(torch.int16 if weight.element_size() == 2 else torch.int32)
     integers ^= 1 << (7 if weight.element_size() == 2 else 23)
 

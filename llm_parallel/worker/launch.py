@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from llm_launch.launch import ASKED, StopRequests, agents_here, agents_of_job, launch_elastic
 from llm_launch.lease import Lease
 from llm_launch.slurm import SlurmJob
 from llm_launch.submit import SubmitRequest, batch_file, check_request, submit
+from llm_launch.supervise import ASKED, StopRequests, launch_elastic, starter_here, starter_of_job
 from llm_parallel.checkpoint.folders import latest_checkpoint, step_of
 from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
@@ -49,10 +49,10 @@ def _launch(
     device: Literal["cpu", "cuda"] = "cuda" if resolve_device(config.device) == "cuda" else "cpu"
     job = SlurmJob.from_environment(environment) if processes is None and nodes is None else None
     if job is not None:
-        agents = agents_of_job(config, saved, job, device, environment)
+        starter = starter_of_job(config, saved, job, device, environment)
     else:
-        agents = agents_here(config, saved, processes or num_processes(config), nodes or 1, environment)
-    status = launch_elastic(agents, device, requests, partial(newest_step, config), job)
+        starter = starter_here(config, saved, processes or num_processes(config), nodes or 1, environment)
+    status = launch_elastic(starter, device, requests, partial(newest_step, config), job)
     if status in (0, EXIT_STOPPED) and config.log.plots:
         from llm_parallel.metrics.plots import plot_run
 

@@ -41,7 +41,7 @@ class DeviceProbe:
         self._answer = (a[:64] @ b).to(device)
 
     def run(self) -> float:
-        """Seconds of the fastest of a few. Raises Suspect if the result is wrong."""
+        """Seconds of the fastest of ``REPEATS`` products. Raises Suspect if the result is wrong."""
         best = float("inf")
         for _ in range(REPEATS):
             self._wait()

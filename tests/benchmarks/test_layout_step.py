@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llm_parallel.bench.dp_peers import chosen_in_layout
 from llm_parallel.bench.layout_step import PARTS, Job, as_row, layout_config, layout_table, passes, typical_split
-from llm_parallel.bench.replicas import chosen_in_layout
 from llm_parallel.bench.requests import StepRequest
 from llm_parallel.bench.rounds import order_of_turns
 from llm_parallel.errors import UserError

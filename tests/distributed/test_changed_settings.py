@@ -50,7 +50,7 @@ def resume_job(rank: int, world_size: int, changes: dict[str, Any], folder: str,
     """Largest difference, over three steps, from AdamW's formula in fp64 with the new settings; and what was said."""
     import torch
 
-    from llm_launch.vault import vault_name
+    from llm_launch.copy_files import copy_name
     from llm_parallel.checkpoint.copies import LocalSource, restore
     from llm_parallel.checkpoint.load import load_checkpoint
     from llm_parallel.objectives.likelihood import Likelihood
@@ -60,7 +60,7 @@ def resume_job(rank: int, world_size: int, changes: dict[str, Any], folder: str,
     engine = open_engine(config, rank, world_size)
     said: list[str] = []
     if where == "memory":
-        paths = [Path(folder) / "node" / "own" / vault_name(1, saved) for saved in range(world_size)]
+        paths = [Path(folder) / "node" / "own" / copy_name(1, saved) for saved in range(world_size)]
         restore({"policy": engine}, [partial(LocalSource, path, STEPS) for path in paths], said.extend)
     else:
         load_checkpoint(f"{folder}/checkpoints", {"policy": engine}, changed=said.extend)

@@ -14,6 +14,10 @@ from tests.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 SECRET = "of this test"
+WITNESSES = ("PP2 VPP2", "CP2 DP2", "bf16 our AdamW DP2", "plain optimizer DP2")
+"""Chunks of a stage; shards over replicas and context ranks, with uneven stages; bf16 with its main weights, under our
+own optimizer; an optimizer that is whole on every replica. The other pairs are slow tests."""
+CASES = [pytest.param(*pair, id=pair[0], marks=[] if pair[0] in WITNESSES else pytest.mark.slow) for pair in PAIRS]
 
 
 def save_job(rank: int, world_size: int, changes: dict[str, Any], folder: str, partner: Any) -> list[Any]:
@@ -34,13 +38,13 @@ def save_job(rank: int, world_size: int, changes: dict[str, Any], folder: str, p
 
 def load_job(rank: int, world_size: int, changes: dict[str, Any], saved: int, folder: str, remote: Any) -> list[Any]:
     """Two steps from the copy."""
-    from llm_launch.vault import vault_name
+    from llm_launch.copy_files import copy_name
     from llm_parallel.checkpoint.copies import LocalSource, RemoteSource, restore
 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
     if remote is None:
-        sources: list[Any] = [partial(LocalSource, Path(folder) / "own" / vault_name(7, r), 3) for r in range(saved)]
+        sources: list[Any] = [partial(LocalSource, Path(folder) / "own" / copy_name(7, r), 3) for r in range(saved)]
     else:
         sources = [partial(RemoteSource, remote, SECRET, "kept", 7, r, 3) for r in range(saved)]
     state = restore({"policy": engine}, sources)
@@ -48,7 +52,7 @@ def load_job(rank: int, world_size: int, changes: dict[str, Any], saved: int, fo
     return train_steps(engine, config, state.step, 2)
 
 
-@pytest.mark.parametrize(("name", "saved", "processes", "loads"), PAIRS, ids=[pair[0] for pair in PAIRS])
+@pytest.mark.parametrize(("name", "saved", "processes", "loads"), CASES)
 def test_any_layout_goes_on_from_memory(
     name: str, saved: dict[str, Any], processes: int, loads: list[Any], tmp_path: Path
 ) -> None:
@@ -62,9 +66,9 @@ def test_any_layout_goes_on_from_memory(
 
 def test_the_same_layout_goes_on_bit_for_bit_from_the_partners_copies(tmp_path: Path) -> None:
     """The copies that another node keeps are the ones that a lost node is restored from."""
-    from llm_launch.replicas import ReplicaServer
+    from llm_launch.copy_transfer import CopyServer
 
-    server = ReplicaServer("127.0.0.1", tmp_path / "there", SECRET)
+    server = CopyServer("127.0.0.1", tmp_path / "there", SECRET)
     try:
         layout = _p(tp=2, dp=2)
         undisturbed = run_ranks(save_job, 4, layout, str(tmp_path / "here"), server.address)[0]
@@ -81,7 +85,7 @@ def test_a_missing_share_is_named(tmp_path: Path) -> None:
 
 def opened_job(rank: int, world_size: int, folder: str, saved: int) -> list[int]:
     """Shares that each process opens when it takes the nearest first."""
-    from llm_launch.vault import vault_name
+    from llm_launch.copy_files import copy_name
     from llm_parallel.checkpoint.copies import Assembler, LocalSource
     from llm_parallel.checkpoint.optimizer import allocate_moments
     from llm_parallel.checkpoint.pieces import held_pieces
@@ -89,7 +93,7 @@ def opened_job(rank: int, world_size: int, folder: str, saved: int) -> list[int]
     engine = open_engine(changed(base_config(), _p(dp=world_size)), rank, world_size)
     allocate_moments(engine)
     order = sorted(range(saved), key=lambda r: abs((r + 0.5) / saved - (rank + 0.5) / world_size))
-    assembler = Assembler([partial(LocalSource, Path(folder) / "own" / vault_name(7, r), 3) for r in order])
+    assembler = Assembler([partial(LocalSource, Path(folder) / "own" / copy_name(7, r), 3) for r in order])
     for piece, _ in held_pieces({"policy": engine}, divided=False):
         assembler.read(piece)
     return [len(assembler.opened)]

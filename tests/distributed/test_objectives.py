@@ -152,7 +152,7 @@ def resume_models_job(rank: int, world_size: int, changes: dict[str, Any], folde
     """Two steps from the checkpoint, or from the copies of ``copies`` processes, into models with other weights."""
     import torch
 
-    from llm_launch.vault import vault_name
+    from llm_launch.copy_files import copy_name
     from llm_parallel.checkpoint.copies import LocalSource, restore
     from llm_parallel.checkpoint.load import load_checkpoint
     from llm_parallel.parallel.engine import network_of
@@ -169,7 +169,7 @@ def resume_models_job(rank: int, world_size: int, changes: dict[str, Any], folde
     for name in ("policy", "critic"):
         models[name].optimizer.reload_model_params()
     if copies:
-        paths = [Path(f"{folder}-copies") / "own" / vault_name(1, number) for number in range(copies)]
+        paths = [Path(f"{folder}-copies") / "own" / copy_name(1, number) for number in range(copies)]
         state = restore(models, [partial(LocalSource, path, 3) for path in paths])
     else:
         state = load_checkpoint(f"{folder}/checkpoints", models)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from llm_launch import journal as module
-from llm_launch.agents import paced
 from llm_launch.blame import Fault, Verdict
 from llm_launch.journal import Journal
+from llm_launch.starters import paced
 from llm_parallel.config.tree import ElasticConfig, RunConfig
 
 STATUS = {"generation": 1, "world_size": 2, "excluded": [], "state": "training"}
@@ -28,13 +28,12 @@ def test_a_file_system_that_stalls_does_not_stop_the_controller(
 
     @contextmanager
     def slow(path: Path) -> Any:
-        assert stalled.wait(30)
+        assert stalled.wait(30), "it waited for the file system"
         with written(path) as handle:
             yield handle
 
     monkeypatch.setattr(module, "atomic_write", slow)
     journal = Journal(tmp_path, ElasticConfig(on_event=f'line=$(cat); echo "$line" >> {tmp_path}/hook'), "secret")
-    began = time.monotonic()
     for step in range(100):
         journal.write_status({**STATUS, "step": step})
     journal.remember({"strikes": [["a", 0, ["x"]]]})
@@ -42,9 +41,7 @@ def test_a_file_system_that_stalls_does_not_stop_the_controller(
     journal.event("detect", step=100, cause="a/0: exit")
     journal.event("resume", step=99, cause=None)
     after = time.time()
-    assert time.monotonic() - began < 5.0, "it waited for the file system"
-    assert not (tmp_path / "elastic.json").exists()
-    time.sleep(0.2)
+    assert not (tmp_path / "elastic.json").exists(), "what was called has returned, and nothing is written yet"
     stalled.set()
     journal.close()
     assert json.loads((tmp_path / "elastic.json").read_text())["step"] == 99, "the newest state of all"
@@ -53,11 +50,10 @@ def test_a_file_system_that_stalls_does_not_stop_the_controller(
     assert [event["event"] for event in events] == ["detect", "resume"] and "cause" not in events[1]
     times = [datetime.fromisoformat(event["time"]).timestamp() for event in events]
     assert before - 0.001 <= times[0] <= times[1] <= after, "the time of the event, not of the writing"
-    for _ in range(100):
-        if (tmp_path / "hook").exists() and len((tmp_path / "hook").read_text().split("\n")) > 2:
-            break
-        time.sleep(0.05)
-    assert {"detect", "resume"} == {json.loads(x)["event"] for x in (tmp_path / "hook").read_text().splitlines()}
+    hook, deadline = tmp_path / "hook", time.monotonic() + 60.0
+    while not (hook.exists() and hook.read_text().count("\n") == 2) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert {"detect", "resume"} == {json.loads(x)["event"] for x in hook.read_text().splitlines()}
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on(

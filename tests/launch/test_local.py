@@ -29,6 +29,13 @@ def fail(error):
     sys.exit(report_error(here / "logs", rank, error))
 def ready():
     (here / f"pid_{rank}").write_text(str(os.getpid()))
+def rest():
+    time.sleep(600)
+    (here / f"rested_{rank}").touch()
+def end_of(other):
+    path = here / f"pid_{other}"
+    while not (path.exists() and path.read_text()): time.sleep(0.01)
+    while Path("/proc", path.read_text()).exists(): time.sleep(0.01)
 """
 
 
@@ -59,7 +66,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen in time"
@@ -71,7 +78,9 @@ def launcher(folder: Path, processes: int, body: str, **options):
     """The launcher in a process of its own, so that it can be sent signals; yields when all workers are ready."""
     argv = write_worker(folder, body)
     call = f"launch_local({processes}, {argv!r}, Path({str(folder / 'logs')!r}), grace_s=0.5)"
-    code = f"import sys; from pathlib import Path; from llm_launch import launch_local; sys.exit({call})"
+    # Under nohup this process ignores SIGHUP, and a launcher that it starts would too.
+    heard = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    code = f"{heard}; import sys; from pathlib import Path; from llm_launch import launch_local; sys.exit({call})"
     process = subprocess.Popen([sys.executable, "-c", code], env=environment(), **options)
     try:
         wait_until(lambda: len(list(folder.glob("pid_*"))) == processes and all(pids_written(folder)))
@@ -138,7 +147,7 @@ def test_rank_0_sees_a_terminal(tmp_path):
     controller, terminal = pty.openpty()
     try:
         with launcher(tmp_path, 2, "ready(); print(sys.stdout.isatty(), rank)", stdout=terminal) as process:
-            assert process.wait(30) == 0
+            assert process.wait(300) == 0
         assert os.read(controller, 100) == b"True 0\r\n"
         assert (tmp_path / "logs/rank_1.log").read_text() == "False 1\n"
     finally:
@@ -153,11 +162,10 @@ ready()
 if rank == 1:
     while len(list(here.glob("pid_*"))) < 3: time.sleep(0.01)
     fail(UserError("train.steps = 0 must be a whole number over 0"))
-time.sleep(60)
+rest()
 """
-    start = time.monotonic()
     assert run(tmp_path, 3, body) == 2
-    assert time.monotonic() - start < 20
+    assert not list(tmp_path.glob("rested_*")), "nobody waited for the others' end"
     assert capfd.readouterr().err == "train.steps = 0 must be a whole number over 0\n"
     assert not any(is_alive(pid) for pid in pids(tmp_path))
 
@@ -178,11 +186,10 @@ if rank == 1:
         [][3]
     except IndexError as error:
         fail(error)
-time.sleep(60)
+rest()
 """
-    start = time.monotonic()
     assert run(tmp_path, 2, body) == 1
-    assert time.monotonic() - start < 20
+    assert not list(tmp_path.glob("rested_*")), "nobody waited for the others' end"
     log = tmp_path / "logs/rank_1.log"
     assert capfd.readouterr().err == f"rank 1 of 2 failed: IndexError: list index out of range (log: {log})\n"
     assert "[][3]" in log.read_text()
@@ -199,8 +206,9 @@ from llm_launch import report_error
 if rank == 1:
     report_error(here / "logs", rank, ZeroDivisionError("the cause"))
     (here / "reported").touch()
-    time.sleep(1.0)
+    end_of(0)
     os._exit(1)
+ready()
 while not (here / "reported").exists(): time.sleep(0.01)
 fail(ConnectionError("peer closed"))
 """
@@ -216,10 +224,7 @@ if rank == 0:
     ready()
     report_error(here / "logs", rank, ConnectionError("peer closed"))
     os._exit(1)
-while not (here / "pid_0").exists(): time.sleep(0.01)
-time.sleep(0.1)
-while Path("/proc", (here / "pid_0").read_text()).exists(): time.sleep(0.01)
-time.sleep(0.2)  # the launcher has seen the end of rank 0
+end_of(0)
 fail(UserError("the disk is full"))
 """
     assert run(tmp_path, 2, body, grace_s=5.0) == 2
@@ -231,8 +236,9 @@ def test_death_by_signal_is_named_before_what_it_caused(tmp_path, capfd, number)
     body = f"""
 if rank == 0:
     print("about to go", file=sys.stderr)
+    ready()
     os.kill(os.getpid(), {int(number)})
-time.sleep(0.3)
+end_of(0)
 fail(ConnectionError("peer closed"))
 """
     assert run(tmp_path, 2, body, grace_s=5.0) == 1
@@ -284,7 +290,7 @@ time.sleep(60)
 def test_request_to_end_reaches_every_worker_and_a_clean_end_is_status_0(tmp_path, number):
     with launcher(tmp_path, 2, SAVES) as process:
         process.send_signal(number)
-        assert process.wait(30) == 0
+        assert process.wait(300) == 0
     assert len(list(tmp_path.glob("saved_*"))) == 2
 
 
@@ -292,7 +298,7 @@ def test_saving_may_take_longer_than_the_grace_period(tmp_path):
     """The grace period (0.5 s here) is for failures; a save after SIGTERM has the time it needs."""
     with launcher(tmp_path, 2, SAVES.replace("0.3", "1.5")) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(300) == 0
     assert len(list(tmp_path.glob("saved_*"))) == 2
 
 
@@ -301,19 +307,19 @@ def test_workers_that_cannot_handle_sigterm_yet_give_status_143(tmp_path):
     body = "if rank == 0: signal.signal(signal.SIGTERM, signal.SIG_IGN)\nready()\ntime.sleep(60)"
     with launcher(tmp_path, 2, body, stderr=subprocess.PIPE, text=True) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.wait(300) == 128 + signal.SIGTERM
         assert process.stderr.read() == "ended by SIGTERM before all processes could finish\n"
         assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 
 def test_second_interrupt_kills(tmp_path):
-    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nready()\ntime.sleep(60)"
+    body = 'signal.signal(signal.SIGTERM, lambda *_: (here / f"told_{rank}").touch())\nready()\nwhile True: rest()'
     with launcher(tmp_path, 2, body, stderr=subprocess.DEVNULL) as process:
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        wait_until(lambda: len(list(tmp_path.glob("told_*"))) == 2)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 128 + signal.SIGINT
+        assert process.wait(300) == 128 + signal.SIGINT
         assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 

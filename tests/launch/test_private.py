@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_launch.private import private_folder
-from llm_launch.vault import (
-    VaultFile,
+from llm_launch.copy_files import (
+    CopyFile,
+    copy_name,
     forget,
     forget_all_but,
     forget_stale,
@@ -25,8 +25,8 @@ from llm_launch.vault import (
     keep_alive,
     make_run_folder,
     run_folder,
-    vault_name,
 )
+from llm_launch.private import private_folder
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, locked, refuse_strangers
 
@@ -63,10 +63,10 @@ def as_stranger(command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def make(folder: Path, generation: int = 1) -> VaultFile:
+def make(folder: Path, generation: int = 1) -> CopyFile:
     """A copy of step 4 in a node's folder."""
     header = {"generation": generation, "rank": 0, "numbers": 5, "index": []}
-    file = VaultFile.create(folder / "own" / vault_name(generation, 0), header)
+    file = CopyFile.create(folder / "own" / copy_name(generation, 0), header)
     file.commit(0, 4, {})
     return file
 
@@ -177,10 +177,10 @@ def test_the_launcher_refuses_in_one_sentence(shm: Path, tmp_path: Path) -> None
     run = run_folder(shm, tmp_path / "run")
     assert as_stranger(f"umask 0; mkdir {run}").returncode == 0
     program = (
-        "from llm_launch.agents import LocalAgents; from llm_launch.launch import StopRequests, launch_elastic;"
+        "from llm_launch.starters import LocalStarter; from llm_launch.supervise import StopRequests, launch_elastic;"
         "from llm_parallel.config.tree import ElasticConfig, RunConfig;"
         f"config = RunConfig(run_dir={str(tmp_path / 'run')!r}, elastic=ElasticConfig(replica_dir={str(shm)!r}));"
-        "launch_elastic(LocalAgents(config, None, {'n1': [0]}, 'secret', {}), 'cpu', StopRequests())"
+        "launch_elastic(LocalStarter(config, None, {'n1': [0]}, 'secret', {}), 'cpu', StopRequests())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode and f"UserError: {run} belongs to user {STRANGER}" in done.stderr.splitlines()[-1]
@@ -209,9 +209,9 @@ def test_a_copy_of_another_run_is_not_opened(shm: Path, tmp_path: Path) -> None:
     shutil.copytree(mine, theirs, dirs_exist_ok=True)
     assert inventory(mine) and inventory(theirs) == []
     with pytest.raises(ValueError, match="is a copy of another run"):
-        VaultFile.open(theirs / "own" / file.path.name)
+        CopyFile.open(theirs / "own" / file.path.name)
     with pytest.raises(ValueError, match=r"a copy of the run .* is not kept in"):
-        VaultFile.create(theirs / "kept" / file.path.name, dict(file.header))
+        CopyFile.create(theirs / "kept" / file.path.name, dict(file.header))
 
 
 def _lock(path: Path) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from llm_launch import launch as launch_module
+from llm_launch import supervise as supervise_module
 from llm_launch import wire
-from llm_launch.agents import Agents
 from llm_launch.controller import Controller, Stopped
 from llm_launch.journal import Journal
-from llm_launch.launch import StopRequests, launch_elastic, settle
 from llm_launch.slurm import Fate, SlurmAway, SlurmError, SlurmJob
+from llm_launch.starters import AgentStarter
 from llm_launch.states import EXIT_TOO_FEW
+from llm_launch.supervise import StopRequests, launch_elastic, settle
 from llm_parallel.config.tree import ElasticConfig, ModelConfig, RunConfig
 from llm_parallel.errors import EXIT_STOPPED
 
@@ -33,8 +33,8 @@ def config_of(folder: Path, **elastic: Any) -> RunConfig:
     )
 
 
-class NoAgents:
-    """Agents that are expected; ``begin`` is where a test acts."""
+class NoStarter:
+    """Starts no agent; a test acts in ``begin``."""
 
     secret, host = SECRET, "127.0.0.1"
 
@@ -58,27 +58,27 @@ class NoAgents:
 
 def test_a_stop_before_any_agent_is_there(tmp_path: Path) -> None:
     """With an hour to wait for devices."""
-    agents = NoAgents(config_of(tmp_path, wait_s=3600.0))
-    assert launch_elastic(agents, "cpu", StopRequests()) == EXIT_STOPPED
-    assert agents.begun
+    starter = NoStarter(config_of(tmp_path, wait_s=3600.0))
+    assert launch_elastic(starter, "cpu", StopRequests()) == EXIT_STOPPED
+    assert starter.begun
 
 
 @pytest.mark.parametrize("already", ["TERM", "USR1"])
 def test_a_stop_before_the_launcher_listened(already: str, tmp_path: Path) -> None:
     """As the batch script hands it on: nothing is started."""
-    agents = NoAgents(config_of(tmp_path, wait_s=3600.0))
+    starter = NoStarter(config_of(tmp_path, wait_s=3600.0))
     requests = StopRequests(already)
-    assert launch_elastic(agents, "cpu", requests) == EXIT_STOPPED
-    assert not agents.begun and requests.time_is_up == (already == "USR1")
+    assert launch_elastic(starter, "cpu", requests) == EXIT_STOPPED
+    assert not starter.begun and requests.time_is_up == (already == "USR1")
 
 
 def test_without_a_stop_it_is_too_few_devices(tmp_path: Path) -> None:
-    class Silent(NoAgents):
+    class Silent(NoStarter):
         def begin(self, port: int) -> None:
             """Nobody comes."""
 
-    agents = Silent(config_of(tmp_path, wait_s=0.05))
-    assert launch_elastic(agents, "cpu", StopRequests()) == EXIT_TOO_FEW
+    starter = Silent(config_of(tmp_path, wait_s=0.05))
+    assert launch_elastic(starter, "cpu", StopRequests()) == EXIT_TOO_FEW
 
 
 async def with_an_agent(controller: Controller, devices: int, phase: str, hear: list[str], term: bool) -> int:
@@ -86,7 +86,7 @@ async def with_an_agent(controller: Controller, devices: int, phase: str, hear: 
     port = await controller.listen("127.0.0.1")
     running = asyncio.create_task(controller.run())
     channel = await wire.connect("127.0.0.1", port, SECRET)
-    hello = {"is": "hello", "node": "n1", "host": "127.0.0.1", "devices": [0], "replicas": ["127.0.0.1", 1], "pid": 1}
+    hello = {"is": "hello", "node": "n1", "host": "127.0.0.1", "devices": [0], "copies": ["127.0.0.1", 1], "pid": 1}
     channel.send(hello)
     for device in range(devices):
         channel.send({"is": "worker", "device": device, "pid": 1, "number": device, "store_port": 1, "generation": 0})
@@ -113,11 +113,11 @@ async def with_an_agent(controller: Controller, devices: int, phase: str, hear: 
 def test_a_stop_while_it_waits_or_forms(devices: int, needed: int, phase: str, term: bool, tmp_path: Path) -> None:
     """Nothing was trained, so nothing is waited for. TERM reaches agents alone when SLURM preempts a job."""
     config = config_of(tmp_path, wait_s=3600.0, min_devices=needed)
-    agents: Agents = NoAgents(config)
-    controller = Controller(config, Path(config.run_dir), agents, "cpu")
+    starter: AgentStarter = NoStarter(config)
+    controller = Controller(config, Path(config.run_dir), starter, "cpu")
     heard: list[str] = []
     try:
-        ending = asyncio.wait_for(with_an_agent(controller, devices, phase, heard, term), 30)
+        ending = asyncio.wait_for(with_an_agent(controller, devices, phase, heard, term), 120)
         assert asyncio.run(ending) == EXIT_STOPPED
     finally:
         controller.close()
@@ -131,7 +131,7 @@ def test_copies_go_only_when_the_last_step_is_on_disk(
 ) -> None:
     """All workers have said that they saved; what counts is what is there."""
     config = config_of(tmp_path)
-    controller = Controller(config, Path(config.run_dir), NoAgents(config), "cpu", lambda: on_disk)
+    controller = Controller(config, Path(config.run_dir), NoStarter(config), "cpu", lambda: on_disk)
     controller.fleet.step = 7
     try:
         with pytest.raises(Stopped) as end:
@@ -182,8 +182,8 @@ ENDS = {
 @pytest.mark.parametrize("name", ENDS)
 def test_what_a_job_ends_with(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """0 only where the job is in the queue again; nobody's cancelled job is."""
-    monkeypatch.setattr(launch_module, "REQUEUE_S", 0.05)
-    monkeypatch.setattr(launch_module, "AGAIN_S", 0.01)
+    monkeypatch.setattr(supervise_module, "REQUEUE_S", 0.05 if name == "slurmctld away for good" else 600.0)
+    monkeypatch.setattr(supervise_module, "AGAIN_S", 0.01)
     status, time_is_up, job, expected, requeues = ENDS[name]
     journal = Journal(tmp_path, ElasticConfig(), SECRET)
     try:

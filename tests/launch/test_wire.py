@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llm_launch import wire
-from llm_launch.replicas import RemoteReplica, ReplicaSender, ReplicaServer
-from llm_launch.vault import VaultFile, forget_all_but, forget_stale, inventory, keep_alive, run_folder, vault_name
+from llm_launch.copy_files import CopyFile, copy_name, forget_all_but, forget_stale, inventory, keep_alive, run_folder
+from llm_launch.copy_transfer import CopySender, CopyServer, RemoteCopy
 from llm_parallel.errors import UserError
 
 
@@ -61,9 +61,9 @@ def test_an_endless_message_is_not_waited_for() -> None:
             wire.receive(ours)
 
 
-def make(folder: Path, generation: int = 1, rank: int = 0, numbers: int = 5) -> VaultFile:
+def make(folder: Path, generation: int = 1, rank: int = 0, numbers: int = 5) -> CopyFile:
     header = {"generation": generation, "rank": rank, "numbers": numbers, "index": []}
-    return VaultFile.create(folder / "own" / vault_name(generation, rank), header)
+    return CopyFile.create(folder / "own" / copy_name(generation, rank), header)
 
 
 def test_a_slot_counts_only_when_committed(tmp_path: Path) -> None:
@@ -74,10 +74,10 @@ def test_a_slot_counts_only_when_committed(tmp_path: Path) -> None:
     file.commit(0, 0, {"x": 1})
     file.begin(1)
     assert inventory(tmp_path) == [{"kind": "own", "generation": 1, "rank": 0, "steps": [0]}]
-    read = VaultFile.open(file.path)
+    read = CopyFile.open(file.path)
     assert (bytes(read.data(0)), read.state(0), read.steps()) == (bytes(range(60)), {"x": 1}, {0: 0})
     file.begin(0)
-    assert VaultFile.open(file.path).steps() == {}
+    assert CopyFile.open(file.path).steps() == {}
 
 
 def test_other_generations_are_forgotten(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_no_room_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_partner_keeps_what_was_sent_and_hands_it_out(tmp_path: Path) -> None:
-    server = ReplicaServer("127.0.0.1", tmp_path / "there", "right")
+    server = CopyServer("127.0.0.1", tmp_path / "there", "right")
     file = make(tmp_path / "here", generation=2, rank=9)
-    sender = ReplicaSender(server.address, "right", file)
+    sender = CopySender(server.address, "right", file)
     for step in (6, 7, 8):
         slot = step % 2
         file.begin(slot)
@@ -120,23 +120,23 @@ def test_a_partner_keeps_what_was_sent_and_hands_it_out(tmp_path: Path) -> None:
         sender.send(step, slot)
         assert sender.wait(step, 10)
     assert inventory(tmp_path / "there") == [{"kind": "kept", "generation": 2, "rank": 9, "steps": [7, 8]}]
-    replica = RemoteReplica(server.address, "right", "kept", 2, 9)
-    assert replica.read(7, 10, 20) == ({"step": 7}, bytearray([7] * 10))
+    copy = RemoteCopy(server.address, "right", "kept", 2, 9)
+    assert copy.read(7, 10, 20) == ({"step": 7}, bytearray([7] * 10))
     with pytest.raises(wire.WireError, match="step 6 is gone"):
-        replica.read(6, 0, 4)
-    replica.close()
+        copy.read(6, 0, 4)
+    copy.close()
     sender.close()
     with pytest.raises(ConnectionError):
-        RemoteReplica(server.address, "wrong", "kept", 2, 9)
+        RemoteCopy(server.address, "wrong", "kept", 2, 9)
     server.close()
 
 
 def test_a_partner_that_is_gone_is_noticed_and_not_waited_for(tmp_path: Path) -> None:
-    server = ReplicaServer("127.0.0.1", tmp_path / "there", "right")
+    server = CopyServer("127.0.0.1", tmp_path / "there", "right")
     server.close()
     file = make(tmp_path / "here")
     file.commit(0, 1, {})
-    sender = ReplicaSender(server.address, "right", file)
+    sender = CopySender(server.address, "right", file)
     sender.send(1, 0)
     assert not sender.wait(1, 10)
     assert sender.failure

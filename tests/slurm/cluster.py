@@ -20,7 +20,8 @@ from pathlib import Path
 import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
-UP_S = 15.0
+UP_S = 120.0
+"""A hang ends here; nothing is measured by it."""
 ROUNDS = 10
 # Slurm of Debian 12 (22.05) refuses to run without a cgroup plugin; this one is loaded and not used.
 CGROUP = "CgroupPlugin=cgroup/v1\n"
@@ -163,6 +164,15 @@ class Cluster:
         """Fields of ``scontrol show job``."""
         words = self.run(["scontrol", "show", "job", job_id, "-o"]).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def tasks(self) -> list[psutil.Process]:
+        """Processes of its jobs, on whatever node: who could still put a job back into the queue."""
+        found = []
+        for process in psutil.process_iter(["pid"]):
+            with contextlib.suppress(psutil.Error, OSError):
+                if any(self._is_task(process, node) for node in self.nodes):
+                    found.append(process)
+        return found
 
     def crash(self, node: str) -> None:
         """Kills the node's slurmd and everything that runs in its jobs, at once."""

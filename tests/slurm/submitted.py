@@ -7,20 +7,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llm_launch.drill import read_lines
+import yaml
+
+from llm_launch.live_run import read_lines
 from tests.integration.commands import Corpus, write_run_file
 from tests.slurm.cluster import Cluster
 
 
 class Submitted:
-    """A run of four nodes that ``llm-parallel submit`` handed to Slurm."""
+    """A run of four nodes that ``llm-parallel submit`` handed to Slurm. It ends only by ``end_soon`` or ``stop``, so no
+    fault can come too late for it."""
 
-    def __init__(self, cluster: Cluster, corpus: Corpus, steps: int, *options: str) -> None:
+    def __init__(self, cluster: Cluster, corpus: Corpus, *options: str) -> None:
         self.cluster = cluster
         self.folder = cluster.folder / "job"
-        train, data = {"steps": steps, "global_batch_size": 8}, {"eval_fraction": 0.0}
-        run_file = write_run_file(corpus, self.folder, parallel={"dp": 4}, train=train, data=data)
-        command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(run_file), "--nodes", "4"]
+        train, optim = {"steps": 100_000, "global_batch_size": 8}, {"schedule": "constant"}
+        self.run_file = write_run_file(
+            corpus, self.folder, parallel={"dp": 4}, train=train, optim=optim, data={"eval_fraction": 0.0}
+        )
+        command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(self.run_file), "--nodes", "4"]
         command += ["--gpus-per-node", "0", *options]
         printed = cluster.run(["env", "OMP_NUM_THREADS=1", *command], timeout_s=60)
         self.job = printed.split()[1].rstrip(";")
@@ -38,14 +43,40 @@ class Submitted:
         """Waits for a step."""
         self._until(lambda: max(self.steps(), default=0) >= step, 120, f"step {step}")
 
-    def _until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    def _until(self, condition: Callable[[], bool], timeout_s: float, what: str, ended: bool = False) -> None:
         over = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
         deadline = time.monotonic() + timeout_s
         while not condition():
             job = self.cluster.job(self.job)
-            done = job["JobState"] in over and not condition()
+            done = job["JobState"] in over and not ended and not condition()
             assert not done and time.monotonic() < deadline, f"{what} did not happen: {job}\n{self.log()}"
             time.sleep(0.1)
+
+    def end_soon(self) -> int:
+        """Waits until the job is back in the queue; its next start ends ten steps after the last one. The last step."""
+        self._until(lambda: self.cluster.job(self.job)["Restarts"] == "1", 200, "the requeue")
+        tree = yaml.safe_load(self.run_file.read_text())
+        tree["train"]["steps"] = last = max(self.steps()) + 10
+        self.run_file.write_text(yaml.safe_dump(tree))
+        return last
+
+    def goes_on_with(self, world: int) -> None:
+        """Waits for steps of a second generation of ``world`` ranks."""
+        self._until(lambda: len(self.events("resume")) > 1, 200, "a recovery")
+        assert self.events("resume")[1]["world_size"] == world, self.log()
+        self.reach(max(self.steps()) + 3)
+
+    def assert_at_most_one_step_again(self) -> None:
+        """Every step was made, and one of them twice at most."""
+        steps = self.steps()
+        assert sorted(set(steps)) == list(range(1, max(steps) + 1)) and len(steps) <= max(steps) + 1
+
+    def stop(self) -> dict[str, str]:
+        """Asks the run to save and end; the job's record."""
+        self.cluster.run(["scancel", "--signal=TERM", "--batch", self.job])
+        over = ("RUNNING", "COMPLETING")
+        self._until(lambda: self.cluster.job(self.job)["JobState"] not in over, 200, "the job's end", ended=True)
+        return self.cluster.job(self.job)
 
     def log(self) -> str:
         """End of what the job printed."""

@@ -1,4 +1,4 @@
-"""Copies of training state between nodes: an agent's server, which keeps and hands out, and its clients.
+"""Sends memory copies between nodes: an agent's server, which keeps them and hands them out, and its clients.
 
 put   header once, then for each step: state and numbers; every step is acknowledged when it is complete
 get   a range of bytes of a file
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
+from llm_launch.copy_files import CopyFile, copy_name
 from llm_launch.private import open_own_file
-from llm_launch.vault import VaultFile, vault_name
 from llm_parallel.errors import UserError
 
 
-class ReplicaServer:
+class CopyServer:
     """Serves one node's folder in threads. Listens on ``host``; the port is chosen by the system."""
 
     def __init__(self, host: str, folder: Path, secret: str) -> None:
@@ -27,7 +27,7 @@ class ReplicaServer:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=1024)
         self.address: tuple[str, int] = (host, self._listener.getsockname()[1])
-        threading.Thread(target=self._accept, name="replicas", daemon=True).start()
+        threading.Thread(target=self._accept, name="copies", daemon=True).start()
 
     def _accept(self) -> None:
         while True:
@@ -35,7 +35,7 @@ class ReplicaServer:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(connection,), name="replica", daemon=True).start()
+            threading.Thread(target=self._serve, args=(connection,), name="copy", daemon=True).start()
 
     def close(self) -> None:
         """Stops listening. A thread that waits in accept would keep a closed socket alive."""
@@ -53,8 +53,8 @@ class ReplicaServer:
                     self._give(connection, request)
 
     def _keep(self, connection: socket.socket, header: dict[str, Any]) -> None:
-        path = self._folder / "kept" / vault_name(int(header["generation"]), int(header["rank"]))
-        file = VaultFile.create(path, header)
+        path = self._folder / "kept" / copy_name(int(header["generation"]), int(header["rank"]))
+        file = CopyFile.create(path, header)
         wire.send(connection, {"ok": True})
         while (message := wire.receive(connection)) is not None:
             slot = int(message["slot"]) & 1
@@ -65,8 +65,8 @@ class ReplicaServer:
 
     def _give(self, connection: socket.socket, request: dict[str, Any]) -> None:
         kind = "kept" if request["kind"] == "kept" else "own"
-        path = self._folder / kind / vault_name(int(request["generation"]), int(request["rank"]))
-        file = VaultFile.open(path)
+        path = self._folder / kind / copy_name(int(request["generation"]), int(request["rank"]))
+        file = CopyFile.open(path)
         if "slot" not in request:
             wire.send(connection, {"header": file.header, "steps": file.steps()})
             return
@@ -77,17 +77,17 @@ class ReplicaServer:
         connection.sendall(data[start:stop])
 
 
-class ReplicaSender:
+class CopySender:
     """Sends one worker's share to its partner node, step after step, in a thread of the worker."""
 
-    def __init__(self, address: tuple[str, int], secret: str, file: VaultFile) -> None:
+    def __init__(self, address: tuple[str, int], secret: str, file: CopyFile) -> None:
         self._address, self._secret, self._file = address, secret, file
         self._wanted = threading.Condition()
         self._next: tuple[int, int] | None = None
         self._closed = False
         self.acknowledged = -1
         self.failure: str | None = None
-        threading.Thread(target=self._run, name="replica-sender", daemon=True).start()
+        threading.Thread(target=self._run, name="copy-sender", daemon=True).start()
 
     def send(self, step: int, slot: int) -> None:
         """Starts sending ``slot``, which holds ``step`` and stays untouched until ``wait(step)`` returns."""
@@ -96,8 +96,8 @@ class ReplicaSender:
             self._wanted.notify_all()
 
     def wait(self, step: int, timeout_s: float) -> bool:
-        """Whether the partner holds ``step``; waits for it. False if it could not be sent, which ends the copies of
-        this generation but not the training."""
+        """Whether the partner holds ``step``; waits for it. False if it could not be sent: this
+        generation then makes no further copies, and training goes on."""
         with self._wanted:
             self._wanted.wait_for(lambda: self.acknowledged >= step or self.failure or self._closed, timeout_s)
             return self.acknowledged >= step
@@ -116,7 +116,7 @@ class ReplicaSender:
             ):
                 wire.send(connection, {"do": "put", "header": self._file.header})
                 if wire.receive(connection) is None:
-                    raise wire.WireError("the partner node has no room for the copy")
+                    raise wire.WireError("the partner node has no room for the memory copy")
                 while True:
                     with self._wanted:
                         self._wanted.wait_for(lambda: self._next is not None or self._closed)
@@ -125,7 +125,7 @@ class ReplicaSender:
                         (step, slot), self._next = self._next, None
                     wire.send(connection, {"slot": slot, "step": step, "state": self._file.state(slot)})
                     if self._file.data_bytes:
-                        # The memory file's own pages: a copy into the socket would cost the step its cores.
+                        # sendfile takes the file's own pages: copying them would take processor time from the step.
                         connection.sendfile(file, self._file.data_offset(slot), self._file.data_bytes)
                     if wire.receive(connection) is None:
                         raise wire.WireError("the partner node ended the connection")
@@ -138,7 +138,7 @@ class ReplicaSender:
                 self._wanted.notify_all()
 
 
-class RemoteReplica:
+class RemoteCopy:
     """Reads a file of another node, range by range."""
 
     def __init__(self, address: tuple[str, int], secret: str, kind: str, generation: int, rank: int) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_launch.blame import Device
-from llm_launch.plan import Trained, place, recoverable_step
+from llm_launch.placement import Trained, place, recoverable_step
 from llm_parallel.config.tree import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llm_parallel.parallel.layout import Layout
 
@@ -65,7 +68,7 @@ def test_turned_work_lies_on_other_devices() -> None:
     assert all(a != b for a, b in zip(before.devices, turned.devices))
 
 
-def test_fewer_devices_than_a_replica_takes_the_fastest_legal_layout() -> None:
+def test_fewer_devices_than_a_replica_takes_the_legal_layout_with_least_work() -> None:
     """By hand, in units of a whole micro batch, of which there are 8: two or three stages, or tensor parallelism over
     two, take (8 + 1) / 2, (8 + 2) * 2 / 4 and 8 / 2 * 1.1; three replicas of the whole model take 3."""
     asked = config(tp=4, dp=3)
@@ -76,19 +79,37 @@ def test_fewer_devices_than_a_replica_takes_the_fastest_legal_layout() -> None:
     assert placement.overrides == ("parallel.tp=1",)
 
 
-def test_sixteen_thousand_ranks_are_placed_in_time() -> None:
-    import time
-
+def test_sixteen_thousand_ranks_are_placed_in_a_linear_number_of_calls() -> None:
+    """Four times the nodes take about four times the calls, those of lists and dictionaries included."""
     large = config(batch=16384, tp=8, dp=None).model_copy(
         update={"model": ModelConfig(preset=None, vocab_size=100, num_layers=4, num_attention_heads=8)}
     )
-    here = devices(2048, 8)
-    started = time.monotonic()
-    before = place(large, here, "cuda")
-    assert before is not None and before.layout.world_size == 16384
-    after = place(large, here[:-8], "cuda", before)
-    assert after is not None and after.layout == Layout.from_config(large, 16376)
-    assert time.monotonic() - started < 20
+    calls = []
+    for nodes in (512, 2048):
+        here = devices(nodes, 8)
+        with counted() as count:
+            before = place(large, here, "cuda")
+            assert before is not None and before.layout.world_size == 8 * nodes
+            after = place(large, here[:-8], "cuda", before)
+            assert after is not None and after.layout == Layout.from_config(large, 8 * nodes - 8)
+        calls.append(count[0])
+    assert calls[1] < 4.5 * calls[0]
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Calls of Python and C functions in the block."""
+    count = [0]
+
+    def note(_frame: Any, event: str, _argument: Any) -> None:
+        count[0] += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield count
+    finally:
+        sys.setprofile(before)
 
 
 def entry(kind: str, rank: int, *steps: int) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""Copies of training state in a node's memory: files of two slots each, so that one is always whole.
+"""Memory copies: copies of the training state in a node's memory, in files of two slots, one of which is always whole.
 
-They lie in ROOT/llm-parallel-USER-RUN-IDENTITY/NODE/own and kept, which are private to the user (private.py). Neither
-of two runs ever takes the other's: the identity is of a random number in the run folder and of the folder's place, and
-stands in every file too.
+They lie in ROOT/llm-parallel-USER-RUN-IDENTITY/NODE/own and kept, which are private to the user (private.py). No run
+takes another's copies: a run's identity is a hash of a random number in its run folder and of that folder's path, and
+every file holds it.
 
 A worker copies its share of the optimizer state (fp32 weights and both AdamW moments) into its own file after a step;
 the file outlives the worker. The agent of a partner node keeps a second copy, which outlives the node.
 
-    header   JSON, padded to a page: run, generation, rank, numbers, index (whose meaning is the worker's)
+    header   JSON, padded to a page: run, generation, rank, numbers, index (only workers interpret it)
     2 slots  1 MiB of state each: step + 1 (0 while the slot is being written), length, JSON
     2 slots  3 * numbers fp32 values each: weights, first moments, second moments
 """
@@ -34,18 +34,19 @@ from llm_parallel.files import atomic_write
 RUN_ID_NAME = "run_id"
 """File of the run folder with the run's random number."""
 MAGIC = b"LLMVAULT1\n"
+"""First bytes of every file of this format."""
 PAGE = 4096
 STATE_BYTES = 1 << 20
 PLANES = 3
 STALE_S = 3600.0
-"""Age from which on the copies of a run that nobody keeps alive here are removed when another run begins."""
+"""When another run begins on a node, it removes copies whose agent has shown no life for so long."""
 SLOT_HEAD = struct.Struct("<QQ")
 HEAD = struct.Struct(f"<{len(MAGIC)}sQ")
 
 
 def run_identity(run_dir: Path) -> str:
-    """What tells this run from every other, also from a copy of its folder, and from an earlier one in the same place:
-    hexadecimal digits. Writes the random number that it comes from into the run folder if there is none."""
+    """Hexadecimal digits that differ for every run, also for a copy of its run folder and for an earlier run in the
+    same folder. Writes the random number that they are derived from into the run folder if there is none."""
     path = run_dir / RUN_ID_NAME
     number = _read_run_id(path)
     if number is None:
@@ -86,12 +87,12 @@ def forget_run(root: Path, run_dir: Path) -> None:
         remove_below(parent, folder.name)
 
 
-def vault_name(generation: int, rank: int) -> str:
+def copy_name(generation: int, rank: int) -> str:
     """File name of the copy of ``rank``'s share in ``generation``."""
     return f"g{generation:06d}_r{rank:06d}"
 
 
-def parse_vault_name(name: str) -> tuple[int, int] | None:
+def parse_copy_name(name: str) -> tuple[int, int] | None:
     """Generation and rank of a file name, or None if it is of something else."""
     generation, _, rank = name.partition("_r")
     if not (generation.startswith("g") and generation[1:].isdecimal() and rank.isdecimal()):
@@ -99,7 +100,7 @@ def parse_vault_name(name: str) -> tuple[int, int] | None:
     return int(generation[1:]), int(rank)
 
 
-class VaultFile:
+class CopyFile:
     """One file, mapped into memory."""
 
     def __init__(self, path: Path, header: dict[str, Any], header_bytes: int, writable: bool) -> None:
@@ -120,7 +121,7 @@ class VaultFile:
         return header_bytes + 2 * STATE_BYTES + 2 * _aligned(PLANES * 4 * numbers)
 
     @classmethod
-    def create(cls, path: Path, header: dict[str, Any]) -> VaultFile:
+    def create(cls, path: Path, header: dict[str, Any]) -> CopyFile:
         """A new file whose slots are empty. ``header`` has ``numbers``; the run is that of the folder.
 
         Raises UserError if the memory file system has no room (found now: a later write would kill the process), or
@@ -143,20 +144,20 @@ class VaultFile:
                         os.unlink(temporary, dir_fd=folder)
         except OSError as error:
             raise UserError(
-                f"elastic.replica_dir: {path.parent} has no room for {size / 2**20:.0f} MiB of in-memory replica"
+                f"elastic.replica_dir: {path.parent} has no room for {size / 2**20:.0f} MiB of a memory copy"
                 f" ({error.strerror}); name a larger memory file system or a local disk, or set"
                 " elastic.replicate_every_steps=0"
             ) from None
         return cls(path, header, header_bytes, writable=True)
 
     @classmethod
-    def open(cls, path: Path) -> VaultFile:
+    def open(cls, path: Path) -> CopyFile:
         """An existing file, to read. Raises OSError or ValueError if it is none."""
         with os.fdopen(open_own_file(path, os.O_RDONLY), "rb") as handle:
             head = handle.read(HEAD.size)
             magic, length = HEAD.unpack(head) if len(head) == HEAD.size else (b"", 0)
             if magic != MAGIC:
-                raise ValueError(f"{path} is no replica")
+                raise ValueError(f"{path} is no memory copy")
             header = json.loads(handle.read(length))
         if header.get("run") != _run_of(path):
             raise ValueError(f"{path} is a copy of another run, {header.get('run')}")
@@ -185,7 +186,7 @@ class VaultFile:
         return memoryview(self.map)[offset : offset + self.data_bytes]
 
     def state(self, slot: int) -> dict[str, Any]:
-        """What was committed beside the numbers of ``slot``."""
+        """The JSON object that was committed with the numbers of ``slot``."""
         offset = self.state_offset(slot)
         _, length = SLOT_HEAD.unpack_from(self.map, offset)
         return json.loads(self.map[offset + SLOT_HEAD.size : offset + SLOT_HEAD.size + length])
@@ -225,11 +226,11 @@ def inventory(folder: Path) -> list[dict[str, Any]]:
     found = []
     for kind in ("own", "kept"):
         for name in _names_in(folder / kind):
-            parsed = parse_vault_name(name)
+            parsed = parse_copy_name(name)
             if parsed is None:
                 continue
             try:
-                steps = sorted(VaultFile.open(folder / kind / name).steps())
+                steps = sorted(CopyFile.open(folder / kind / name).steps())
             except (OSError, ValueError):
                 continue
             if steps:
@@ -249,7 +250,7 @@ def forget_all_but(folder: Path, kept: Collection[int]) -> None:
     for kind in ("own", "kept"):
         with contextlib.suppress(OSError, UserError), _opened(folder / kind) as fd:
             for name in names_in(fd):
-                parsed = parse_vault_name(name)
+                parsed = parse_copy_name(name)
                 if parsed is not None and parsed[0] not in kept:
                     remove_below(fd, name)
 
@@ -261,15 +262,15 @@ def _opened(folder: Path) -> contextlib.AbstractContextManager[int]:
 
 
 def keep_alive(folder: Path) -> None:
-    """Says that the agent of this node's ``folder`` lives; more often than every ``STALE_S``. Raises UserError if
-    another user made the folder."""
+    """Sets the time of this node's ``folder``, which shows other runs that its agent lives; call it more often than
+    every ``STALE_S``. Raises UserError if another user made the folder."""
     with private_folder(folder.parents[1], *folder.parts[-2:], make=True) as fd:
         os.utime(fd)
 
 
 def forget_stale(folder: Path) -> None:
-    """Removes what other runs of this user left beside the run of ``folder``: those that were killed and never came
-    back would hold the node's memory for ever. What is not certainly this user's own is left alone."""
+    """Removes copies that other runs of this user left beside the run of ``folder``: one that was killed and never came
+    back would hold the node's memory for ever. Whatever is not certainly this user's own is left alone."""
     root = folder.parents[1]
     try:
         runs = [folder.name for folder in root.iterdir() if folder.name.startswith(_prefix())]

@@ -1,4 +1,4 @@
-"""Which layout a run takes on the devices that are left, and who is which rank: pure, for any number of devices."""
+"""The layout of a run on the devices that are left, and the rank of each device: pure, for any number of devices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Trained:
-    """A generation whose workers copied their state. cut: how the model was divided, TP, CP, PP, VPP and the layers of
+    """A generation whose workers made memory copies. cut: how the model was divided, TP, CP, PP, VPP and the layers of
     the chunks, without the number of replicas."""
 
     generation: int
@@ -73,7 +73,7 @@ class Trained:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """Tells runs apart whose copies of state must not be mixed up: model, data and seed."""
+    """Hash of model, data and seed: memory copies are restored only into a run with the same ones."""
     parts = {"model": config.model, "data": config.data}
     text = json.dumps({name: part.model_dump(mode="json") for name, part in parts.items()} | {"seed": config.seed})
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
@@ -83,7 +83,7 @@ def best_layout(config: RunConfig, num_devices: int, device: Literal["cpu", "cud
     """The ``parallel`` section to run with on at most ``num_devices``; None if nothing fits.
 
     Tensor, context and pipeline sizes stay as they are as long as one replica fits, with as many replicas as the run
-    file asks for, or fewer; else the legal sizes with the least time per step are taken.
+    file asks for, or fewer. If not even one fits, the legal sizes with the least ``slowest_device_work`` are taken.
     """
     kept = _with_most_replicas(config, config.parallel, num_devices, device)
     if kept is not None:
@@ -93,7 +93,7 @@ def best_layout(config: RunConfig, num_devices: int, device: Literal["cpu", "cud
         for parallel in _other_sizes(config, num_devices)
         if (fitting := _with_most_replicas(config, parallel, num_devices, device)) is not None
     ]
-    return min(found, key=lambda parallel: relative_step_time(config, parallel), default=None)
+    return min(found, key=lambda parallel: slowest_device_work(config, parallel), default=None)
 
 
 def _with_most_replicas(
@@ -127,13 +127,18 @@ def _other_sizes(config: RunConfig, num_devices: int) -> Iterator[ParallelConfig
 
 
 def _spread(layers: int, pp: int) -> tuple[int, ...]:
-    """Layers of each stage; the first stages take the odd ones."""
+    """Layers of each stage; where they do not divide evenly, the first stages have one more."""
     return tuple(layers // pp + (stage < layers % pp) for stage in range(pp))
 
 
-def relative_step_time(config: RunConfig, parallel: ParallelConfig) -> float:
-    """Time of a step in units of one micro batch through the whole model on one device: micro batches of the fullest
-    replica, the pipeline's bubble and its fullest stage, and a tenth per doubling of TP or CP for communication."""
+def slowest_device_work(config: RunConfig, parallel: ParallelConfig) -> float:
+    """Work per step of the busiest device, in units of one micro batch through the whole model.
+
+    This is a rule for ordering layouts, not a model of step time: planner/steptime.py needs the rates of a chip and of
+    its links, which a run file does not name and a launcher does not measure. The rule counts the micro batches of the
+    replica with the most, the pipeline's fill and drain, and the layers of the largest stage; each doubling of TP or CP
+    adds a tenth for communication.
+    """
     layers = config.model.num_layers
     batches = math.ceil(config.train.global_batch_size / config.train.micro_batch_size / (parallel.dp or 1))
     stages = parallel.stage_layers or _spread(layers, parallel.pp)
@@ -143,7 +148,7 @@ def relative_step_time(config: RunConfig, parallel: ParallelConfig) -> float:
 
 
 def as_overrides(parallel: ParallelConfig, before: ParallelConfig) -> tuple[str, ...]:
-    """What changes ``before`` into ``parallel``, as ``section.field=value``."""
+    """Overrides, as ``section.field=value``, that change ``before`` into ``parallel``."""
     changed = []
     for name in ("dp", "tp", "pp", "vpp", "cp", "sequence_parallel", "stage_layers"):
         value: Any = getattr(parallel, name)
@@ -175,7 +180,7 @@ def place(
     groups = _tensor_groups(layout, devices, kept)
     if turn:
         groups = groups[1:] + groups[:1]
-    placed = tuple(member for group in groups for member in group)
+    placed = tuple(item for group in groups for item in group)
     return Placement(layout, placed, as_overrides(parallel, config.parallel))
 
 
@@ -188,20 +193,20 @@ def _tensor_groups(layout: Layout, devices: Sequence[Device], kept: Mapping[Devi
     here_now = set(devices)
     by_rank = {rank: item for item, rank in kept.items() if item in here_now}
     for number in range(len(groups)):
-        members = [by_rank.get(rank) for rank in range(number * tp, (number + 1) * tp)]
-        whole = tuple(member for member in members if member is not None)
+        ranked = [by_rank.get(rank) for rank in range(number * tp, (number + 1) * tp)]
+        whole = tuple(item for item in ranked if item is not None)
         if len(whole) == tp:
             groups[number] = whole
-            for member in whole:
-                free[member.node].remove(member)
+            for item in whole:
+                free[item.node].remove(item)
     whole_groups = deque(
         tuple(here[start : start + tp]) for here in free.values() for start in range(0, len(here) - tp + 1, tp)
     )
     for number in range(len(groups)):
         if groups[number] is None and whole_groups:
             groups[number] = whole_groups.popleft()
-            for member in groups[number] or ():
-                free[member.node].remove(member)
+            for item in groups[number] or ():
+                free[item.node].remove(item)
     rest = [item for here in free.values() for item in here]
     for number in range(len(groups)):
         if groups[number] is None:  # no node has enough left: this group spans nodes
@@ -213,7 +218,7 @@ def recoverable_step(
     world_size: int, generation: int, inventories: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[int, dict[int, tuple[str, str]]] | None:
     """The newest step of which every rank's share is in some living node's memory, and for each rank (node, "own" or
-    "kept"). ``inventories``: by node, what ``vault.inventory`` found. None if there is no such step."""
+    "kept"). ``inventories``: by node, what ``copy_files.inventory`` found. None if there is no such step."""
     holders: dict[int, dict[int, tuple[str, str]]] = {}
     for node, entries in inventories.items():
         for entry in entries:

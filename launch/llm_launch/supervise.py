@@ -13,22 +13,22 @@ from types import FrameType
 from typing import Literal
 
 from llm_launch import wire
-from llm_launch.agents import Agents, LocalAgents, SlurmAgents, local_nodes, paced
 from llm_launch.controller import Controller
+from llm_launch.copy_files import make_run_folder
 from llm_launch.journal import Journal
 from llm_launch.slurm import Fate, SlurmAway, SlurmError, SlurmJob
 from llm_launch.snapshot import used_up
+from llm_launch.starters import AgentStarter, LocalStarter, SlurmStarter, local_nodes, paced
 from llm_launch.states import EXIT_TOO_FEW
-from llm_launch.vault import make_run_folder
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, UserError
 
 SECRET = "LLM_PARALLEL_SECRET"
 ASKED = "LLM_PARALLEL_ASKED"
-"""Variable in which the batch script says what signal it got before the launcher could."""
+"""Variable in which the batch script passes on a signal that it got before the launcher listened."""
 REQUEUE_S = 300.0
-"""Time for a slurmctld that does not answer to come back, while a job wants to go back to the queue."""
+"""How long a slurmctld that does not answer is asked to requeue the job."""
 AGAIN_S = 2.0
 
 
@@ -43,7 +43,7 @@ class StopRequests:
         self.wanted = [number for number in self.NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
 
     def catch(self) -> None:
-        """Notes them. A second Ctrl-C before the training begins ends the command."""
+        """Collects these signals. A second Ctrl-C before training begins ends the command."""
         for number in self.wanted:
             signal.signal(number, self._note)
 
@@ -59,22 +59,22 @@ class StopRequests:
 
 
 def launch_elastic(
-    agents: Agents,
+    starter: AgentStarter,
     device: Literal["cpu", "cuda"],
     requests: StopRequests,
     newest_step: Callable[[], int] = lambda: 0,
     slurm: SlurmJob | None = None,
 ) -> int:
-    """Runs the training that ``agents`` know; the exit status, as launch/README.md has it. ``newest_step``: finds the
+    """Runs the training that ``starter`` knows; the exit status, as launch/README.md has it. ``newest_step``: finds the
     step of the newest complete checkpoint. In a SLURM job (``slurm``) some ends put the job back into the queue."""
-    if not agents.expected or not all(agents.expected.values()):
+    if not starter.expected or not all(starter.expected.values()):
         raise UserError("there is no device to train on; give --processes 1 or more")
-    if agents.config.elastic.replicate_every_steps:
-        make_run_folder(Path(agents.config.elastic.replica_dir), Path(agents.config.run_dir))
-    controller = Controller(agents.config, Path(agents.config.run_dir), agents, device, newest_step)
+    if starter.config.elastic.replicate_every_steps:
+        make_run_folder(Path(starter.config.elastic.replica_dir), Path(starter.config.run_dir))
+    controller = Controller(starter.config, Path(starter.config.run_dir), starter, device, newest_step)
     try:
-        status = asyncio.run(_control(controller, agents, requests))
-        requests.catch()  # the loop has given them up, and what follows must not be cut short
+        status = asyncio.run(_control(controller, starter, requests))
+        requests.catch()  # asyncio has removed its handlers, and a signal must not interrupt what follows
         if slurm is not None and status in (EXIT_TOO_FEW, EXIT_STOPPED):
             status = settle(
                 slurm, status, requests.time_is_up, used_up(controller.fleet, controller.ledger), controller.journal
@@ -86,8 +86,8 @@ def launch_elastic(
 
 def settle(job: SlurmJob, status: int, time_is_up: bool, bad: Mapping[str, str], journal: Journal) -> int:
     """Exit status in a SLURM job of a run that is not done: 0 once the job is back in the queue on purpose, without the
-    nodes ``bad``: at its time limit, when it is preempted, and when there were too few devices. A job that was
-    cancelled stays cancelled, and a stop that somebody asked for is one."""
+    nodes ``bad``: at its time limit, when it is preempted, and when there were too few devices. A
+    cancelled job stays cancelled, and one that a user asked to stop is not requeued."""
     deadline = time.monotonic() + REQUEUE_S
     while True:
         try:
@@ -111,7 +111,7 @@ def settle(job: SlurmJob, status: int, time_is_up: bool, bad: Mapping[str, str],
             return status
 
 
-async def _control(controller: Controller, agents: Agents, requests: StopRequests) -> int:
+async def _control(controller: Controller, starter: AgentStarter, requests: StopRequests) -> int:
     loop = asyncio.get_running_loop()
 
     def stop(number: int) -> None:
@@ -122,27 +122,28 @@ async def _control(controller: Controller, agents: Agents, requests: StopRequest
         loop.add_signal_handler(number, stop, number)
     if requests.received:
         controller.stop()
-    port = await controller.listen(agents.host)
+    port = await controller.listen(starter.host)
     try:
         if not requests.received:
-            agents.begin(port)
+            starter.begin(port)
         return await controller.run()
     finally:
-        await asyncio.to_thread(agents.end)
+        await asyncio.to_thread(starter.end)
 
 
-def agents_here(
+def starter_here(
     config: RunConfig, run_file: Path, processes: int, nodes: int, environment: Mapping[str, str]
-) -> Agents:
-    """Agents on this machine."""
+) -> AgentStarter:
+    """The starter of agents on this machine."""
     secret = environment.get(SECRET) or wire.new_secret()
-    return LocalAgents(paced(config, nodes), run_file, local_nodes(processes, nodes), secret, environment)
+    return LocalStarter(paced(config, nodes), run_file, local_nodes(processes, nodes), secret, environment)
 
 
-def agents_of_job(
+def starter_of_job(
     config: RunConfig, run_file: Path, job: SlurmJob, device: Literal["cpu", "cuda"], environment: Mapping[str, str]
-) -> Agents:
-    """Agents on the nodes of a SLURM job. Raises UserError if SLURM does not answer, or this is no place to start."""
+) -> AgentStarter:
+    """The starter of agents on the nodes of a SLURM job. Raises UserError if SLURM does not answer, or if this process
+    is in a step of the job instead of its batch script."""
     if not job.is_batch_shell:
         raise UserError("llm-parallel launch is in a step of a SLURM job; start it in the batch script, without srun")
     try:
@@ -159,4 +160,4 @@ def agents_of_job(
         f"elastic | SLURM job {job.job_id}, start {job.restart_count + 1}: {len(names)} nodes with {per_node} devices",
         file=sys.stderr,
     )
-    return SlurmAgents(paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address)
+    return SlurmStarter(paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address)

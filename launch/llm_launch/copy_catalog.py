@@ -1,5 +1,5 @@
-"""Which copies of the training state the nodes' memory holds, which of them a new generation starts from, and which are
-of no more use. Two generations' copies at most are in memory at once, however many recoveries fail in a row."""
+"""Which memory copies the nodes hold, which of them a new generation starts from, and which are removed. At most two
+generations' copies are in memory at once, however many recoveries fail in a row."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from llm_launch.fleet import Fleet
 from llm_launch.journal import Journal
-from llm_launch.plan import Placement, Trained, recoverable_step
+from llm_launch.placement import Placement, Trained, recoverable_step
 from llm_launch.states import Phase
 
 ANSWER_S = 1.0
-"""Time for the nodes to say what they hold."""
+"""Time for the nodes to report which copies they hold."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Restore:
     holders: Mapping[int, tuple[str, str]]
 
 
-class Copies:
-    """The controller's knowledge of them. ``trained``: generations that copied state, of an earlier start too, whose
-    copies may have outlived it; ``disk_step``: newest step on disk."""
+class CopyCatalog:
+    """What the controller knows of memory copies. ``trained``: generations that made some, those of an earlier start
+    included, whose copies may have outlived it; ``disk_step``: newest step on disk."""
 
     def __init__(self, fleet: Fleet, journal: Journal, trained: list[Trained], disk_step: int) -> None:
         self.fleet, self.journal, self.trained, self.disk_step = fleet, journal, trained, disk_step
@@ -49,7 +49,7 @@ class Copies:
         return None
 
     def go_on_from(self, restore: Restore | None) -> None:
-        """The decision: what else is in memory makes room for the copies of the generation to come."""
+        """Fixes what the next generation starts from; all other copies are removed to make room for its own."""
         self._forget_all_but([restore.trained] if restore else [])
 
     def sources(self, restore: Restore | None, placement: Placement) -> list[str | None]:
@@ -73,17 +73,17 @@ class Copies:
 
     def _source(self, holder: tuple[str, str], rank: int) -> Sequence[Any]:
         name, kind = holder
-        return [rank, kind, *self.fleet.roster.nodes[name].replicas]
+        return [rank, kind, *self.fleet.roster.nodes[name].copies_address]
 
     def begin(self, placement: Placement) -> None:
-        """The present generation makes its first copy."""
+        """Notes that the present generation makes copies."""
         self.trained.append(Trained.of(self.fleet.generation, placement.layout))
 
     def forget_older(self) -> None:
-        """Copies of older generations go when every worker has made a step of the present one."""
+        """Removes copies of older generations when every worker has made a step of the present one."""
         mine = self.trained and self.trained[-1].generation == self.fleet.generation
         if self.fleet.phase is Phase.TRAINING and mine and len(self.trained) > 1:
-            first = min((worker.step for worker in self.fleet.members()), default=0)
+            first = min((worker.step for worker in self.fleet.workers()), default=0)
             if first > self.journal.resumed_step + 1:
                 self._forget_all_but(self.trained[-1:])
 

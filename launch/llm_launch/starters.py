@@ -1,4 +1,4 @@
-"""Where agents come from: processes of this machine, or a step of a SLURM job."""
+"""Starts agents: as processes of this machine, or as a step of a SLURM job."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from llm_launch.copy_files import run_folder
 from llm_launch.slurm import WORKING_STATES, SlurmError, SlurmJob
-from llm_launch.vault import run_folder
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
@@ -24,7 +24,7 @@ END_S = 10.0
 MAX_BEATS_PER_S = 1000.0
 
 
-class Agents(Protocol):
+class AgentStarter(Protocol):
     """Starts agents and ends them. secret: what they prove to know; host: where the controller listens."""
 
     config: RunConfig
@@ -51,7 +51,7 @@ class Agents(Protocol):
 def agent_command(
     config: RunConfig, run_file: Path, controller: str, node: str, host: str, devices: Sequence[int]
 ) -> list[str]:
-    """Command line of one agent; ``auto`` for node and host lets it find them out itself."""
+    """Command line of one agent; with ``auto`` for node and host it finds them out itself."""
     elastic = config.elastic
     arguments = {
         "controller": controller,
@@ -70,8 +70,8 @@ def agent_command(
 
 
 @dataclass
-class LocalAgents:
-    """Agents on this machine: one, or several that play nodes. A dead one is started again."""
+class LocalStarter:
+    """Starts agents on this machine: one, or several that stand for nodes. A dead agent is started again."""
 
     config: RunConfig
     run_file: Path
@@ -113,7 +113,7 @@ class LocalAgents:
         )
 
     def condemn(self, node: str, reason: str) -> None:
-        """Nothing: nobody else hands out this machine."""
+        """Nothing: no scheduler assigns this machine."""
 
     def end(self) -> None:
         """Waits for agents that were told to end, and ends those that do not."""
@@ -127,7 +127,7 @@ class LocalAgents:
 
 
 @dataclass
-class SlurmAgents:
+class SlurmStarter:
     """One agent on each node of a SLURM job, as a step that outlives the loss of any of them. An agent that is gone is
     started again by a step of its own, as soon as SLURM lets it: at once where only the agent died, when the node is
     back where it crashed."""
@@ -181,7 +181,7 @@ class SlurmAgents:
                 if self._usable(node):
                     self._start([node]).wait(RETRY_S)
             if time.monotonic() - began >= RETRY_S:
-                break  # it runs
+                break  # the agent runs
             self._ended.wait(RETRY_S - (time.monotonic() - began))
         self._waiting.discard(node)
 
@@ -207,8 +207,8 @@ class SlurmAgents:
 
 
 def paced(config: RunConfig, nodes: int) -> RunConfig:
-    """``config`` with no more than a thousand signs of life a second at the controller, and a node's silence as many of
-    them long: from 250 nodes on fewer than the default."""
+    """``config`` with at most a thousand heartbeats a second at the controller: above 250 nodes each node sends fewer
+    than by default, and ``lost_after_s`` stays the same number of heartbeats."""
     elastic = config.elastic
     heartbeat_s = max(elastic.heartbeat_s, nodes / MAX_BEATS_PER_S)
     lost_after_s = max(elastic.lost_after_s, heartbeat_s * elastic.lost_after_s / elastic.heartbeat_s)

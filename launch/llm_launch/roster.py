@@ -43,7 +43,7 @@ class Node:
     name: str
     host: str
     devices: tuple[int, ...]
-    replicas: tuple[str, int]
+    copies_address: tuple[str, int]
     channel: wire.Channel | None
     pid: int = 0
     heard_s: float = field(default_factory=time.monotonic)
@@ -70,7 +70,7 @@ class Roster:
         old = self.nodes.get(name)
         if old is not None and old.channel is not None:
             old.channel.close()
-        node = Node(name, hello["host"], tuple(hello["devices"]), tuple(hello["replicas"]), channel, hello["pid"])
+        node = Node(name, hello["host"], tuple(hello["devices"]), tuple(hello["copies"]), channel, hello["pid"])
         self.nodes[name] = node
         return node
 

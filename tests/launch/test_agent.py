@@ -1,0 +1,53 @@
+"""What an agent tells a controller that comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from llm_launch.agent import Agent, Worker
+from llm_launch.agent_settings import AgentSettings
+from llm_launch.wire import Channel, Message
+
+
+class Sent:
+    """The agent's end of a connection: notes what is sent."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    def send(self, message: Message) -> None:
+        """Notes it."""
+        self.messages.append(message)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def settings_of(folder: Path, **changes: Any) -> AgentSettings:
+    """An agent with two devices and no controller."""
+    values = {"node": "n1", "host": "127.0.0.1", "controllers": (), "devices": (0, 1), "run_dir": folder,
+              "run_file": "", "copies_root": folder, "copies_name": "run", "heartbeat_s": 1.0, "lost_after_s": 1.0,
+              "secret": "of this test"}  # fmt: skip
+    return AgentSettings(**{**values, **changes})
+
+
+def test_workers_that_the_agent_has_ended_are_not_offered(tmp_path: Path) -> None:
+    """Their exits may be reported later than the controller's return: it would blame the devices for them."""
+    agent = Agent(settings_of(tmp_path))
+    told = Sent()
+    agent.controller = cast(Channel, told)
+    try:
+        for number, ready in ((1, True), (2, True), (3, False)):
+            agent.workers[number] = Worker(number, number, cast(Channel, Sent()), ready=ready)
+        for worker in agent.workers.values():
+            agent._announce(worker)
+        assert [message["number"] for message in told.messages] == [1, 2]
+        told.messages.clear()
+        agent._kill_all()
+        agent.workers[3].ready = True  # its message was on the way
+        for worker in agent.workers.values():
+            agent._announce(worker)
+        assert told.messages == []
+    finally:
+        agent.copy_server.close()

@@ -1,0 +1,141 @@
+"""What the controller decides, with agents that have no processes: no decision here depends on how fast anything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_parallel.config.tree import (
+    CheckpointConfig,
+    ElasticConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from llm_parallel.errors import EXIT_STOPPED
+from tests.launch.fake_agents import Nodes, Story, play
+
+FOUR = ["n1", "n2", "n3", "n4"]
+
+
+def config_of(folder: Path, **elastic: Any) -> RunConfig:
+    """Four replicas that write no checkpoint."""
+    return RunConfig(
+        run_dir=str(folder / "run"),
+        model=ModelConfig(vocab_size=100, num_layers=4),
+        parallel=ParallelConfig(dp=4),
+        train=TrainConfig(global_batch_size=8, steps=100_000),
+        checkpoint=CheckpointConfig(interval_steps=None),
+        elastic=ElasticConfig(heartbeat_s=0.05, lost_after_s=30.0, wait_s=3600.0, **elastic),
+    )
+
+
+def test_two_nodes_that_hold_each_others_copies_are_waited_for(tmp_path: Path) -> None:
+    """The first one's share is in no other node's memory. Its steps are worth a wait of 100 times a step's second."""
+    config = config_of(tmp_path)
+    nodes = Nodes(config, FOUR)
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        for step in (98, 1, 1):
+            nodes.make_steps(step)
+            await story.heard_of(nodes.step)
+        nodes.lose("n2", "n3")
+        await story.until(lambda: story.events("form")[1:], "a new generation")
+        await story.training(4)
+
+    status, story = play(config, nodes, act)
+    assert status == EXIT_STOPPED
+    waited = story.events("wait")[0]
+    assert waited["cause"].startswith("memory copies are on lost nodes: ") and waited["step"] == 100
+    assert waited["seconds"] == 100.0, "as long as making the steps again would take"
+    again = story.events("form")[1]
+    assert (again["cause"], again["step"]) == ("memory", 100) and story.controller.journal.lost_steps == 0
+    assert not story.events("remove")
+
+
+def test_they_are_not_waited_for_longer_than_making_the_steps_again_takes(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    nodes = Nodes(config, FOUR)
+    nodes.step_s, nodes.restarts = 0.005, False
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        for step in (98, 1, 1):
+            nodes.make_steps(step)
+            await story.heard_of(nodes.step)
+        nodes.lose("n2", "n3")
+        await story.training(2)
+
+    _, story = play(config, nodes, act)
+    assert [event["seconds"] for event in story.events("wait")] == [0.5]
+    again = story.events("form")[1]
+    assert (again["cause"], again["step"]) == ("checkpoint or new run", None)
+    assert story.controller.journal.lost_steps == 100, "there is no checkpoint"
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["from memory", "without copies"])
+def test_a_lost_node_shrinks_the_run_and_comes_back(copies: bool, tmp_path: Path) -> None:
+    config = config_of(tmp_path, replicate_every_steps=int(copies))
+    nodes = Nodes(config, FOUR)
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        for _ in range(3):
+            nodes.make_steps(1)
+            await story.heard_of(nodes.step)
+        nodes.lose("n3")
+        await story.training(3)
+        nodes.make_steps(1)  # a lost agent is started again after the first step of the recovery
+        await story.training(4)
+
+    _, story = play(config, nodes, act)
+    assert [event["world_size"] for event in story.events("form")] == [4, 3, 4]
+    restored = [event["step"] for event in story.events("form")]
+    assert restored == ([None, 3, 4] if copies else [None, None, None])
+    assert story.controller.journal.lost_steps == (0 if copies else 4) and not story.events("remove")
+
+
+def test_a_throttled_worker_is_removed(tmp_path: Path) -> None:
+    """One whose part of a step takes five times that of the others, three times in a row."""
+    config = config_of(tmp_path, probe_every_steps=2)
+    nodes = Nodes(config, FOUR)
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        nodes.own_s["n2", 0] = 5.0
+        while not story.events("remove"):
+            nodes.make_steps(1)
+            nodes.beats += 1  # the probe of this step
+            await story.heard_of(nodes.step)
+        await story.training(3)
+
+    _, story = play(config, nodes, act)
+    assert [(event["node"], event["device"]) for event in story.events("remove")] == [("n2", 0)]
+    assert "its part of a step takes 5.0 times that of 3 other replicas" in story.events("blame")[0]["cause"]
+    assert nodes.agents["n2"].retired == [0]
+
+
+def test_processes_that_wait_for_files_are_waited_for(tmp_path: Path) -> None:
+    """No progress for ten thousand times a step: an event, and nobody is blamed."""
+    config = config_of(tmp_path, first_step_limit_s=1e9)
+    nodes = Nodes(config, FOUR)
+    nodes.stack = 'File "/usr/lib/llm_parallel/jsonlines.py", line 30, in append'
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        for _ in range(5):
+            nodes.make_steps(1)
+            await story.heard_of(nodes.step)
+        nodes.age_s = 10_000.0
+        await story.until(lambda: story.events("stall"), "the event")
+        nodes.age_s = 0.0
+        nodes.make_steps(1)
+        await story.heard_of(nodes.step)
+
+    _, story = play(config, nodes, act)
+    assert story.events("stall")[0]["cause"].endswith(": waiting for files")
+    assert not any(story.events(kind) for kind in ("detect", "blame", "remove"))
