@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ckpt_jobs import open_store
-from tests.distributed.job import base_config, changed, make_batch, open_engine, train_steps
 from tests.distributed.test_checkpoint import _p
-from tests.harness import run_ranks
+from tests.support.ckpt_jobs import open_store
+from tests.support.harness import run_ranks
+from tests.support.job import base_config, changed, make_batch, open_engine, train_steps
 
 pytestmark = pytest.mark.gloo
 

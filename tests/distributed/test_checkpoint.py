@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llm_kernels.dispatch import triton_fault
-from tests.distributed.ckpt_jobs import load_job, save_job
-from tests.harness import run_ranks
+from tests.support.ckpt_jobs import load_job, save_job
+from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ckpt_jobs import load_job, save_job
-from tests.distributed.ckpt_traps import (
+from tests.support.ckpt_jobs import load_job, save_job
+from tests.support.ckpt_traps import (
     fresh_state_job,
     left_processes_job,
     shared_step_job,
     weights_job,
     without_remedies_job,
 )
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 

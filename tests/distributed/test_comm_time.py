@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.job import GLOBAL_BATCH, base_config, changed, make_batch, open_engine
-from tests.harness import run_ranks
-from tests.integration.commands import Corpus, read_records, train_in_ranks, write_run_file
-from tests.unit.data_helpers import write_token_file
+from tests.support.commands import Corpus, read_records, train_in_ranks, write_run_file
+from tests.support.data_helpers import write_token_file
+from tests.support.harness import run_ranks
+from tests.support.job import GLOBAL_BATCH, base_config, changed, make_batch, open_engine
 
 pytestmark = pytest.mark.gloo
 

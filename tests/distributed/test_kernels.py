@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.job import compare_layout
 from tests.distributed.layouts import Row
 from tests.distributed.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, worst_gradient
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
+from tests.support.job import compare_layout
 
 STEPS = 2
 SMALL = {"model.num_layers": 2, "train.global_batch_size": 2, "train.steps": STEPS}
@@ -98,7 +98,7 @@ def test_bf16_step_writes_both_precisions(sharded: bool) -> None:
 def after_a_step(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Parameters of the model before and after one step, and how often main parameters were copied by megatron-core."""
     from llm_parallel.model.init import canonical_parameters
-    from tests.distributed.job import base_config, changed, open_engine, train_steps
+    from tests.support.job import base_config, changed, open_engine, train_steps
 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
@@ -128,7 +128,7 @@ def launches(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, i
 
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from tests.distributed.job import base_config, changed, open_engine, train_steps
+    from tests.support.job import base_config, changed, open_engine, train_steps
 
     found: Counter[str] = Counter()
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llm_parallel.model.init import shard_rows
-from tests.distributed.job import compare_layout
 from tests.distributed.layouts import MATRIX, REFERENCES, Row
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
+from tests.support.job import compare_layout
 
 STEPS = 10
 LOSS_TOLERANCE = 1e-5

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from llm_kernels.cross_entropy.op import cross_entropy
 from llm_kernels.linear_cross_entropy.op import linear_cross_entropy, weighted_linear_cross_entropy
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 

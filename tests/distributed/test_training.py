@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.job import base_config, changed, compare_layout, make_batch, open_engine, train_steps
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
+from tests.support.job import base_config, changed, compare_layout, make_batch, open_engine, train_steps
 
 pytestmark = pytest.mark.gloo
 

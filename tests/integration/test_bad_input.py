@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.commands import (
+from tests.support.commands import (
     COMMAND,
     TIMEOUT_S,
     Corpus,

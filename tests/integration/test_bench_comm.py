@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from llm_parallel.bench.collectives import OPERATIONS, Call, measure, whole_size
 from llm_parallel.bench.comm import Request, bus_factor, comm_command, fit_line, parse_sizes
 from llm_parallel.errors import UserError
-from tests.harness import run_ranks
-from tests.integration.commands import llm_parallel
+from tests.support.commands import llm_parallel
+from tests.support.harness import run_ranks
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.commands import Corpus, assert_refused, llm_parallel, losses, train_in_ranks, write_run_file
+from tests.support.commands import Corpus, assert_refused, llm_parallel, losses, train_in_ranks, write_run_file
 
 pytestmark = pytest.mark.gloo
 

@@ -11,7 +11,7 @@ import yaml
 from llm_parallel.errors import UserError
 from llm_parallel.planner.command import Request, plan_command
 from llm_parallel.planner.hardware import DATA
-from tests.integration.commands import Corpus, assert_refused, llm_parallel
+from tests.support.commands import Corpus, assert_refused, llm_parallel
 
 CLUSTER = ("--model", "llama2-70b", "--cluster", "dgx-h100", "--gpus", "256", "--global-batch", "1024", "--seq", "4096")
 

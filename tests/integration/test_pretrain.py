@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.commands import (
+from tests.support.commands import (
     Corpus,
     events,
     llm_parallel,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llm_parallel.report.command import Request, report_command
-from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, write_run, write_sweep
+from tests.support.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, write_run, write_sweep
 from tests.unit.test_report import CONFIG_OF_A_SWEEP, predicted_sweep
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from llm_parallel.errors import EXIT_STOPPED
-from tests.harness import run_ranks
-from tests.integration.commands import (
+from tests.support.commands import (
     COMMAND,
     TIMEOUT_S,
     Corpus,
@@ -22,6 +21,7 @@ from tests.integration.commands import (
     train_in_ranks,
     write_run_file,
 )
+from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import Corpus, assert_refused, environment, llm_parallel, train_in_ranks, write_run_file
+from tests.support.commands import Corpus, assert_refused, environment, llm_parallel, train_in_ranks, write_run_file
 
 
 def test_dry_run_shows_all_and_starts_nothing(corpus: Corpus, tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from llm_launch.drill import LiveRun
 from llm_launch.vault import run_folder
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import EXIT_STOPPED
-from tests.disks import grow, small_disk_at
-from tests.integration.commands import Corpus, environment, write_run_file
 from tests.integration.conftest import corpus  # noqa: F401  (a fixture)
+from tests.support.commands import Corpus, environment, write_run_file
+from tests.support.disks import grow, small_disk_at
 
 pytestmark = pytest.mark.gloo
 STEPS = 40

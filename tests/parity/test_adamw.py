@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.harness import run_ranks
-from tests.parity.models import load_hf, our_config
-from tests.smollm import smollm_folder
+from tests.support.harness import run_ranks
+from tests.support.parity_models import load_hf, our_config
+from tests.support.smollm import smollm_folder
 
 STEPS, ROWS, LENGTH = 10, 2, 32
 LR, DECAY, CLIP = 1e-4, 0.1, 1.0

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
 from llm_parallel.generate.sampling import Sampling, choose, filtered
-from tests.harness import run_ranks
-from tests.parity.models import load_hf, open_models, our_config, random_folder
-from tests.smollm import smollm_folder
+from tests.support.harness import run_ranks
+from tests.support.parity_models import load_hf, open_models, our_config, random_folder
+from tests.support.smollm import smollm_folder
 
 PROMPTS = [
     "The capital of France is",

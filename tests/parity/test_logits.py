@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.harness import run_ranks
-from tests.parity.models import RANDOM, hf_logits, logits_job, random_folder
-from tests.smollm import smollm_folder
+from tests.support.harness import run_ranks
+from tests.support.parity_models import RANDOM, hf_logits, logits_job, random_folder
+from tests.support.smollm import smollm_folder
 
 TOLERANCE = 1e-4
 LAYOUTS = [("one process", {}, 1), ("TP2 PP2", {"tp": 2, "pp": 2}, 4)]

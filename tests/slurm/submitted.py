@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llm_launch.drill import read_lines
-from tests.integration.commands import Corpus, write_run_file
 from tests.slurm.cluster import Cluster
+from tests.support.commands import Corpus, write_run_file
 
 
 class Submitted:

@@ -18,8 +18,8 @@ from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import load_tokenizer, train_sentencepiece
 from llm_parallel.errors import UserError
 from llm_parallel.files import locked
-from tests.integration.commands import Corpus, assert_refused, llm_parallel, write_run_file
-from tests.unit.data_helpers import write_token_file
+from tests.support.commands import Corpus, assert_refused, llm_parallel, write_run_file
+from tests.support.data_helpers import write_token_file
 
 WORDS = {"a": "the quick brown fox jumps over the lazy dog", "b": "zwölf boxkämpfer jagen viktor quer über den sylter"}
 

@@ -38,7 +38,7 @@ from llm_parallel.data.mix import check_token_files
 from llm_parallel.data.prepare import PrepareConfig, PrepareReport, Progress, prepare
 from llm_parallel.data.tokenizer import train_sentencepiece
 from llm_parallel.errors import UserError
-from tests.unit.data_helpers import write_token_file
+from tests.support.data_helpers import write_token_file
 
 SOURCES = [path for path in sorted(Path(json.__file__).parents[1].glob("*.py")) if path.stat().st_size]
 TEXTS = [path.read_bytes().decode() for path in SOURCES[:60]]

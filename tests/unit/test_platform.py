@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.platform import _gather_and_scatter_users, open_platform, resolve_device
 from llm_parallel.parallel.scatter import all_gather, reduce_scatter
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 
 
 def test_answered_names_exist_in_megatron_core() -> None:

@@ -24,7 +24,7 @@ from llm_parallel.report.runs import different_work, loss_at, read_runs, summari
 from llm_parallel.report.scaling import read_sweep, sentence
 from llm_parallel.report.schedule import schedule_of
 from llm_parallel.report.sections import _changes
-from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_run, write_sweep
+from tests.support.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_run, write_sweep
 
 
 def test_summary_is_the_arithmetic_of_the_records(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-PRELOAD = ["tests.preload"]
+PRELOAD = ["tests.support.preload"]
 
 
 def _child(
