@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,8 +86,14 @@ def open_engine(config: RunConfig, rank: int, world_size: int) -> Any:
     return wrap(build_chunks(config, groups), config, groups, overlap_enabled(config, platform))
 
 
-def train_steps(engine: Any, config: RunConfig, first_step: int, num_steps: int) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each of the steps ``first_step …``."""
+def train_steps(
+    engine: Any,
+    config: RunConfig,
+    first_step: int,
+    num_steps: int,
+    before_update: Callable[[int], None] = lambda _: None,
+) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each of the steps ``first_step …``; ``before_update(step)`` may look at gradients."""
     from llm_parallel.train.step import apply_gradient, forward_backward
 
     layout, history = engine.groups.layout, []
@@ -94,6 +101,7 @@ def train_steps(engine: Any, config: RunConfig, first_step: int, num_steps: int)
     for step in range(first_step, first_step + num_steps):
         numbers = layout.micro_batches(step * size, size, engine.groups.at.dp)
         outcome = forward_backward(engine, [make_batch(config, part) for part in numbers])
+        before_update(step)
         apply_gradient(engine, outcome, config.optim.lr, config.optim.clip_grad)
         history.append((outcome.loss, outcome.grad_norm))
     return history
@@ -118,16 +126,18 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def compare_layout(rank: int, world_size: int, changes: dict[str, Any], num_steps: int) -> dict[str, Any]:
-    """First gradients, and the losses and gradient norms of all steps, of one layout."""
+    """The gradients of the first step, and the losses and gradient norms of all steps, of one layout."""
     from llm_parallel.parallel.groups import close_groups
-    from llm_parallel.train.step import forward_backward
 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
     layout, at = engine.groups.layout, engine.groups.at
-    numbers = layout.micro_batches(0, config.train.global_batch_size, at.dp)
-    forward_backward(engine, [make_batch(config, part) for part in numbers])
-    first = {name: gradient.numpy() for name, gradient in gradients(engine).items()}
-    history = train_steps(engine, config, 0, num_steps)
+    first: dict[str, Any] = {}
+
+    def keep(step: int) -> None:
+        if step == 0:
+            first.update({name: gradient.numpy() for name, gradient in gradients(engine).items()})
+
+    history = train_steps(engine, config, 0, num_steps, keep)
     close_groups(world=False)
     return {"gradients": first, "history": history, "tp": layout.tp, "tp_rank": at.tp}
