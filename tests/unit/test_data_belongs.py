@@ -99,6 +99,7 @@ def _held(path: Path, said: str) -> None:
         pass
 
 
+@pytest.mark.processes
 def test_two_are_not_trained_at_once(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     with locked(tmp_path / "set" / ".tokenizer.model.lock", "held"):

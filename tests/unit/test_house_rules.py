@@ -295,6 +295,7 @@ def test_forbidden_patterns_find_what_they_should(line: str, is_found: bool) -> 
     assert bool(re.search("|".join(FORBIDDEN), line)) is is_found
 
 
+@pytest.mark.processes
 def test_command_line_starts_fast() -> None:
     """Under half a second of CPU time, the interpreter included; CPU time, since this machine may be busy."""
     program = (

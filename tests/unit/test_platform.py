@@ -167,6 +167,7 @@ def test_only_megatrons_literals_are_mapped() -> None:
     assert outside != "cpu"
 
 
+@pytest.mark.processes
 def test_importing_the_platform_changes_nothing() -> None:
     code = (
         "import torch; before = torch.cuda.current_device; import llm_parallel.parallel.platform;"
