@@ -54,6 +54,7 @@ def test_sigterm_saves_and_the_next_start_continues_exactly(corpus: Corpus, tmp_
     assert launcher.returncode == EXIT_STOPPED, output + errors
     assert errors == ""
     assert "stopping after step" in output
+    assert sorted(path.name for path in (run_dir / "logs").glob("rank_*.log")) == ["rank_0.log", "rank_1.log"]
     stopped = max(losses(run_dir))
     latest = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert int(latest.read_text()) == stopped

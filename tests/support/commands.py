@@ -3,6 +3,8 @@ rank (seconds of imports) would say nothing more."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -49,6 +52,26 @@ def llm_parallel(
         timeout=timeout_s,
         stdin=subprocess.DEVNULL,
     )
+
+
+def llm_parallel_here(*arguments: str | Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """The command's whole way in, exit status included, in this process: for what it refuses before anything starts,
+    where another interpreter and its imports would say nothing more."""
+    from llm_parallel import cli
+
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    command = ["llm-parallel", *map(str, arguments)]
+    with (
+        mock.patch.dict(os.environ, environment(env), clear=True),
+        mock.patch.object(sys, "argv", command),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
 def write_run_file(corpus: Corpus, folder: Path, **sections: dict[str, Any]) -> Path:
