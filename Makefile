@@ -11,7 +11,7 @@ EXTRAS := dev
 TORCH ?=
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help train quick test test-all test-affected test-versions check bench format
+.PHONY: help train quick test test-all test-affected test-versions budgets check bench format
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-all run every test"
 	@echo "make test-affected    run the slow tests whose code the change since the main branch touched"
 	@echo "make test-versions    run the few tests that CI runs on a second Python"
+	@echo "make budgets  run what make test runs, and write its processor time into tests/budgets.txt"
 	@echo "make check    formatting, lint, types, import layers"
 	@echo "make bench    measure a training step and data preparation"
 	@echo "make format   format the code"
@@ -44,6 +45,9 @@ test-affected: $(STAMP)
 test-versions: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) @tests/versions.txt
 	$(BIN)/llm-parallel quickstart --folder $(VENV)/quickstart train.steps=20 train.eval_interval_steps=20 optim.warmup_steps=5
+
+budgets: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --write-budgets
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

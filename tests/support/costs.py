@@ -142,7 +142,7 @@ class Costs:
             return
         write = terminalreporter.write_line
         terminalreporter.section("processor time")
-        for part, seconds in self.seconds.most_common(NUM_SHOWN):
+        for part, seconds in Counter({p: s for p, s in self.seconds.items() if self.ran[p]}).most_common(NUM_SHOWN):
             write(f"{seconds:8.1f} s  {part}")
         total = sum(self.seconds.values())
         write(

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 REMEDIES = {
-    r"slurm": "Slurm: apt-get install slurm-wlm munge, as root",
-    r"Chromium": "a browser: apt-get install chromium",
+    r"slurm": "Slurm (as root: apt-get install slurm-wlm munge)",
+    r"Chromium": "a browser (apt-get install chromium)",
     r"CUDA|GPU": "a GPU",
-    r"mount": "leave to mount a small disk, as root",
+    r"mount": "root, to mount a small disk",
     r"root|user namespace|network namespace": "root",
-    r"triton": "Triton: pip install 'triton>=3.6'",
-    r"wandb|prometheus|liger|transformers|gguf": "optional packages: pip install -e '.[dev]'",
+    r"triton": "Triton (pip install 'triton>=3.6')",
+    r"wandb|prometheus|liger|transformers|gguf": "optional packages (pip install -e '.[dev]')",
     r"pip cannot download": "a package index that pip reaches",
 }
 """Pattern of the reasons with which tests skip themselves → what they need."""
@@ -25,16 +25,16 @@ REMEDIES = {
 def summary(reasons: Iterable[str], num_slow: int) -> str | None:
     """What was not run, by what it needs, or None if everything was."""
     counts = Counter(need(reason) for reason in reasons)
-    parts = [f"{count} for want of {what}" for what, count in counts.most_common()]
+    parts = [f"{count} {what}" for what, count in counts.most_common()]
     if num_slow:
-        parts.append(f"{num_slow} that are slow: make test-all")
+        parts.append(f"{num_slow} slow (make test-all)")
     return f"Tests that were not run: {'; '.join(parts)}." if parts else None
 
 
 def need(reason: str) -> str:
-    """What a test that skipped itself needs; its own words if they are not known here."""
-    known = (what for pattern, what in REMEDIES.items() if re.search(pattern, reason, re.IGNORECASE))
-    return next(known, reason)
+    """What a test that skipped itself needs; its own reason if that is not known here."""
+    known = (f"need {what}" for pattern, what in REMEDIES.items() if re.search(pattern, reason, re.IGNORECASE))
+    return next(known, f"skipped themselves ({reason})")
 
 
 @pytest.hookimpl(trylast=True)

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.support import affected
-from tests.support.affected import changed_modules, distances, import_graph, imports, module_of, select, within
+from tests.support.affected import (
+    changed_modules,
+    distances,
+    has_slow_tests,
+    import_graph,
+    imports,
+    module_of,
+    select,
+    within,
+)
 
 PACKAGES = ("llm_parallel", "llm_kernels", "llm_launch")
 
@@ -55,6 +64,11 @@ def test_a_chain_of_imports_reaches_the_test() -> None:
     chain = {name: frozenset(found) for name, found in {"t": "b", "b": "c", "c": "", "other": "d", "d": "t"}.items()}
     assert distances(chain, {"c"}) == {"c": 0, "b": 1, "t": 2, "d": 3, "other": 4}
     assert distances(chain, {"other"}) == {"other": 0}
+
+
+def test_slow_tests_are_seen_by_their_mark() -> None:
+    assert has_slow_tests("@pytest.mark.slow\ndef test_it(): ...")
+    assert not has_slow_tests("TEXT = '@pytest.mark.slow'")
 
 
 def test_a_file_of_data_touches_the_modules_beside_it() -> None:

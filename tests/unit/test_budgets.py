@@ -77,10 +77,10 @@ def test_the_committed_budgets_are_of_files_that_exist() -> None:
 @pytest.mark.parametrize(
     ("reason", "what"),
     [
-        ("slurmctld, slurmd not installed (Debian: slurm-wlm and munge)", "Slurm"),
-        ("no Chromium on PATH (Debian: apt-get install chromium)", "a browser"),
-        ("no CUDA device", "a GPU"),
-        ("something else", "something else"),
+        ("slurmctld, slurmd not installed (Debian: slurm-wlm and munge)", "need Slurm"),
+        ("no Chromium on PATH (Debian: apt-get install chromium)", "need a browser"),
+        ("no CUDA device", "need a GPU"),
+        ("something else", "skipped themselves (something else)"),
     ],
 )
 def test_a_skip_names_its_remedy(reason: str, what: str) -> None:
@@ -90,8 +90,8 @@ def test_a_skip_names_its_remedy(reason: str, what: str) -> None:
 def test_what_was_not_run_is_one_line() -> None:
     assert summary([], 0) is None
     line: Any = summary(["no CUDA device", "slurmd not installed", "no CUDA device"], 7)
-    assert line.startswith("Tests that were not run: 2 for want of a GPU; 1 for want of Slurm") and "\n" not in line
-    assert "7 that are slow: make test-all" in line
+    assert line.startswith("Tests that were not run: 2 need a GPU; 1 need Slurm") and "\n" not in line
+    assert "7 slow (make test-all)" in line
 
 
 PASSES_AND_SPENDS = """
@@ -116,5 +116,5 @@ def test_time_of_children_counts_and_a_process_in_a_quick_run_fails(
     assert result.ret == 0
     (line,) = (line for line in result.outlines if line.endswith("test_spends.py"))
     assert float(line.split()[0]) >= 1.0
-    result.stdout.fnmatch_lines(["Tests that were not run: 1 that are slow: make test-all."])
+    result.stdout.fnmatch_lines(["Tests that were not run: 1 slow (make test-all)."])
     assert "mark it `processes`" in pytester.runpytest_subprocess(*plugins, "--no-processes").stdout.str()
