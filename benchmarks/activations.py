@@ -1,4 +1,4 @@
-"""Bytes that one layer keeps for backward, with torch's operators and with our kernels.
+"""Counts the bytes that one layer keeps for backward with torch's operators and with our kernels.
 
     python benchmarks/activations.py [--preset llama2-7b] [--seq 4096] [--micro-batch 1] [--save]
 
@@ -23,13 +23,13 @@ CHOICES = {"torch": "plain torch operators", "triton": "our kernels"}
 
 
 def saved_bytes(preset: str, seq: int, rows: int, kernels: str) -> Counter[str]:
-    """Bytes saved for backward by one layer, by shape and dtype of what is saved."""
+    """Bytes that one layer saves for backward, by shape and dtype of the saved tensor."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from llm_parallel.config.presets import MODEL_PRESETS
     from llm_parallel.config.tree import DataConfig, KernelsConfig, ModelConfig, RunConfig, TrainConfig
-    from llm_parallel.model.gpt import build_chunks
+    from llm_parallel.model.gpt import build_policy
     from llm_parallel.model.sequence import sequence_info
     from llm_parallel.parallel.groups import close_groups, open_groups
     from llm_parallel.parallel.layout import Layout
@@ -44,7 +44,7 @@ def saved_bytes(preset: str, seq: int, rows: int, kernels: str) -> Counter[str]:
         kernels=KernelsConfig(**dict.fromkeys(OPERATORS, kernels)),
     )
     groups = open_groups(Layout.from_config(config, 1), 0, open_platform("cpu"), 1)
-    (chunk,) = build_chunks(config, groups)
+    (chunk,) = build_policy(config, groups).models
     chunk.bfloat16()
     layer = chunk.decoder.layers[0]
     weights = {p.untyped_storage()._cdata for p in chunk.parameters()}
@@ -73,7 +73,7 @@ def saved_bytes(preset: str, seq: int, rows: int, kernels: str) -> Counter[str]:
 
 
 def main() -> None:
-    """Prints both counts and what they differ by."""
+    """Prints both counts and their difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llama2-7b")
     parser.add_argument("--seq", type=int, default=4096)
@@ -83,10 +83,10 @@ def main() -> None:
     quiet_libraries()
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels are asked for on a CPU; on fake tensors none of them runs
     totals = {}
-    for kernels, words in CHOICES.items():
+    for kernels, title in CHOICES.items():
         found = saved_bytes(args.preset, args.seq, args.micro_batch, kernels)
         totals[kernels] = sum(found.values())
-        print(f"{args.preset}, one layer, {args.seq} tokens x {args.micro_batch}, bf16, {words}: ", end="")
+        print(f"{args.preset}, one layer, {args.seq} tokens x {args.micro_batch}, bf16, {title}: ", end="")
         print(f"{totals[kernels]:,} bytes ({totals[kernels] / (args.seq * args.micro_batch):,.0f} a token)")
         for what, size in found.most_common():
             print(f"    {size:>13,}  {what}")

@@ -1,4 +1,4 @@
-"""The launcher's protocol at the size of a cluster: the real controller, and agents that only speak.
+"""Runs the launcher's protocol at the size of a cluster: the real controller, with agents that only answer it.
 
     python benchmarks/controller_scale.py [--nodes 2048] [--devices 8] [--save]
 
@@ -30,7 +30,7 @@ SPEAKERS = 2
 
 
 class Speaker:
-    """One agent without processes."""
+    """An agent that starts no processes."""
 
     def __init__(self, number: int, devices: int, secret: str, heartbeat_s: float, counts: Counter[str]) -> None:
         self.number, self.devices, self.secret, self.counts = number, devices, secret, counts
@@ -40,7 +40,7 @@ class Speaker:
         self.generation = 0
 
     async def run(self, port: int) -> None:
-        """Until the controller ends it."""
+        """Runs until the controller ends it."""
         channel = await wire.connect("127.0.0.1", port, self.secret)
         name = f"n{self.number:05d}"
 
@@ -97,7 +97,7 @@ class Speaker:
 
 
 def speak(numbers: range, devices: int, secret: str, heartbeat_s: float, port: int, results: Any) -> None:
-    """A process of many agents."""
+    """Runs many agents in one process."""
 
     async def all_of_them() -> None:
         counts: Counter[str] = Counter()
@@ -109,7 +109,7 @@ def speak(numbers: range, devices: int, secret: str, heartbeat_s: float, port: i
 
 
 class Given:
-    """Agents that are started elsewhere."""
+    """A starter for agents that are started elsewhere."""
 
     host = "127.0.0.1"
 
@@ -118,10 +118,10 @@ class Given:
         self.expected = {f"n{number:05d}": devices for number in range(nodes)}
 
     def begin(self, port: int) -> None:
-        """They come by themselves."""
+        """Does nothing, since the agents come by themselves."""
 
     def start(self, node: str) -> None:
-        """A lost one stays lost."""
+        """Does nothing, so a lost agent stays lost."""
 
     def condemn(self, node: str, reason: str) -> None:
         """Nothing."""
@@ -131,7 +131,7 @@ class Given:
 
 
 async def drill(controller: Controller, nodes: int, heartbeat_s: float) -> dict[str, float]:
-    """Seconds to a whole first assignment, and from a node's loss to the next."""
+    """Seconds until all agents have their first assignment, and from the loss of a node until all have the next one."""
     running = asyncio.create_task(controller.run())
     fleet = controller.fleet
 
@@ -162,7 +162,7 @@ async def drill(controller: Controller, nodes: int, heartbeat_s: float) -> dict[
 
 
 def main() -> None:
-    """Simulates, prints, and optionally saves."""
+    """Runs the simulation, prints the result, and saves it if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2048)
     parser.add_argument("--devices", type=int, default=8)

@@ -1,4 +1,4 @@
-"""The planner held against real runs on this machine's CPU: calibrated on one process, asked about many.
+"""Compares the planner with real runs on this machine's CPU: calibrated on one process, it predicts layouts of several.
 
     python benchmarks/cpu_truth.py [--folder runs/cpu_truth] [--save]
 
@@ -38,11 +38,11 @@ MODEL = {
     "num_layers": 8, "hidden_size": 256, "ffn_hidden_size": 768, "num_attention_heads": 8, "num_query_groups": 8,
     "head_dim": 32, "max_seq_length_tokens": 256,
 }  # fmt: skip
-SEQ, BATCH, WORDS = 256, 8, 4096
+SEQ, BATCH, VOCAB = 256, 8, 4096
 STEPS, WARMUP = 9, 3
 COLLECTIVES, SIZES = "all_reduce,all_gather,reduce_scatter,send_recv", "64,4K:16M:8"
 TRIES, MOST_FOREIGN = 2, 0.05
-"""How often a measurement is made before one is kept that others took more than that share of the cores from."""
+"""How often a measurement is repeated while other programs take more than that share of the cores; then it is kept."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 process": {},
     "TP 2": {"tp": 2, "sequence_parallel": False},
@@ -66,14 +66,14 @@ ALONE: dict[str, list[str]] = {
     "short": ["data.seq_length_tokens=128"],
     "shallow": ["model.num_layers=4"],
 }
-"""One-process steps to calibrate on: products half as wide, samples half as long, half the layers. The first runs a
-second time beside itself, which says what two cores share."""
+"""One-process steps to calibrate on: matrix products half as wide, samples half as long, half the layers. Two processes
+that run the first one at the same time show how much the cores slow each other."""
 
 
 def run(*commands: Sequence[str]) -> float:
-    """Runs commands beside each other, one thread a process; ends with them if one fails.
+    """Runs commands at the same time, with one thread for each process; raises SystemExit if one fails.
 
-    Returns what share of the cores others used meanwhile."""
+    Returns the share of the cores that other programs used meanwhile."""
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     began, busy, mine = time.monotonic(), _busy_s(), _children_s()
     started = [
@@ -100,7 +100,7 @@ def _children_s() -> float:
 
 
 def quiet(made: Sequence[Path], *commands: Sequence[str]) -> None:
-    """Runs commands that make files, unless these are there, again if others took too much of the machine."""
+    """Runs commands that make files unless these exist, and again if other programs used too much of the machine."""
     if all(path.exists() for path in made):
         return
     for attempt in range(TRIES):
@@ -125,11 +125,11 @@ def prepare(folder: Path) -> Path:
     text.mkdir(exist_ok=True)
     for source in sorted(Path(os.__file__).parent.glob("[a-p]*.py")):
         (text / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8", errors="ignore"))
-    run(["prepare", str(text), "--out", str(folder / "tokens"), "--train-vocab", str(WORDS), "--workers", "1"])
+    run(["prepare", str(text), "--out", str(folder / "tokens"), "--train-vocab", str(VOCAB), "--workers", "1"])
     tree = {
         "run_dir": str(folder / "run"),
         "device": "cpu",
-        "model": {**MODEL, "vocab_size": WORDS},
+        "model": {**MODEL, "vocab_size": VOCAB},
         "data": {"train": [str(folder / "tokens")], "seq_length_tokens": SEQ},
         "train": {"global_batch_size": BATCH, "micro_batch_size": 1, "steps": STEPS, "threads_per_process": 1},
         "optim": {"lr": 1e-3},
@@ -179,7 +179,7 @@ def measure_layouts(folder: Path) -> list[dict[str, str]]:
 
 
 def compare(folder: Path, alone: Sequence[Path], rows: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """Calibrates, predicts every layout, and sets it beside what was measured."""
+    """Calibrates, predicts every layout, and compares that with what was measured."""
     description = folder / "machine.yaml"
     calibrate_command([str(path) for path in alone], None, str(description))
     cluster = load_cluster(str(description))
@@ -199,7 +199,7 @@ def compare(folder: Path, alone: Sequence[Path], rows: Sequence[dict[str, str]])
     return {
         "environment": environment(),
         "command": "python benchmarks/cpu_truth.py --save",
-        "model": {**MODEL, "vocab_size": WORDS},
+        "model": {**MODEL, "vocab_size": VOCAB},
         "work": {"global_batch": BATCH, "micro_batch": 1, "seq": SEQ, "precision": "fp32", "threads_per_process": 1},
         "measured": f"median step of {STEPS - WARMUP} after {WARMUP}, real pretrain runs over gloo, one by one",
         "calibrated_on": "bench comm of 2 and 4 processes and one-process bench steps; of no layout",
@@ -214,7 +214,7 @@ def compare(folder: Path, alone: Sequence[Path], rows: Sequence[dict[str, str]])
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown."""
+    """The comparison as Markdown."""
     where = result["environment"]
     lines = [
         f"{where['chip']}, {where['cores']} cores, {where['date']}, commit {where['commit']}; {result['measured']}",
@@ -236,7 +236,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures what the folder lacks, compares, prints."""
+    """Measures what the folder lacks, compares, and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/cpu_truth"))
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/cpu_truth_DATE.json")

@@ -1,4 +1,4 @@
-"""Preparing text and indexing samples, each beside its peer in the same run.
+"""Measures the preparation of text and the indexing of samples, each in turns with a peer.
 
     python benchmarks/data.py [--rounds 3] [--megabytes 55] [--samples 100000000] [--save]
 
@@ -47,7 +47,7 @@ class Measured:
 
 
 def real_text(megabytes: int) -> list[Path]:
-    """Python source files of this machine, standard library first, until they are ``megabytes``."""
+    """Python source files of this machine, the standard library first, up to ``megabytes`` in all."""
     found, size = [], 0
     paths = sysconfig.get_paths()
     for folder in (paths["stdlib"], paths["purelib"]):
@@ -65,7 +65,7 @@ def real_text(megabytes: int) -> list[Path]:
 
 
 def measure_tokens(rounds: int, megabytes: int) -> dict[str, Any]:
-    """Tokens per second of both, and the ratio of each round."""
+    """Tokens per second of both programs, and their ratio in each round."""
     from sentencepiece import SentencePieceProcessor
 
     from llm_parallel.data.prepare import PrepareConfig, prepare
@@ -170,7 +170,7 @@ BUILDS: dict[str, tuple[Callable[[str, int], Measured], int]] = {
 
 
 def measure_index(rounds: int, samples: int) -> dict[str, Any]:
-    """Seconds, kept and peak bytes of each build, and the ratios megatron-core / ours."""
+    """Seconds, kept bytes and peak bytes of each build, and the ratios of megatron-core to ours."""
     found: dict[str, list[Measured]] = {name: [] for name in BUILDS}
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -214,7 +214,7 @@ def total(measured: Measured) -> float:
 
 
 def rotated(names: dict[str, Any], number: int) -> list[str]:
-    """The names in an order that differs from round to round."""
+    """The names in an order that changes from round to round."""
     listed = list(names)
     return listed[number % len(listed) :] + listed[: number % len(listed)]
 
@@ -225,13 +225,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def memory_bytes(name: str) -> int:
-    """This process's VmRSS (now) or VmHWM (the most since ``forget_peak``)."""
+    """Bytes of this process's memory: VmRSS is its present size, VmHWM the peak since ``forget_peak``."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def forget_peak() -> int:
-    """Starts the measurement of peak memory anew; returns what is in use now."""
+    """Resets the peak of this process's memory; returns the bytes in use."""
     Path("/proc/self/clear_refs").write_text("5")
     return memory_bytes("VmRSS")
 

@@ -1,4 +1,4 @@
-"""Everything worth knowing from one short loan of a GPU, in one command that is useful when cut at any moment.
+"""Measures everything that a short loan of a GPU allows, in one command whose results stay usable if it is cut short.
 
     python benchmarks/gpu_suite.py --out FOLDER [--wheels FOLDER] [--resume] [--only operators,step,…] [--rehearse]
 
@@ -22,7 +22,7 @@ REHEARSAL_BUDGET_S = 3600.0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line. Exits with status 2 and one sentence if it can't be followed."""
+    """Reads the command line. Exits with status 2 and one sentence if it is wrong."""
     from benchmarks.gpu.plan import BUDGET_S, NAMES, STAGES
 
     stages = "\n".join(f"  {stage.name:12} {stage.what}" for stage in STAGES)
@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the suite; exit status 0 if every stage came to its end."""
+    """Runs the suite; exit status 0 if every stage finished."""
     sys.path.insert(0, str(ROOT))
     from benchmarks.gpu import files
     from benchmarks.gpu.plan import STAGES

@@ -24,14 +24,14 @@ from llm_kernels.swiglu.op import swiglu
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model."""
+    """Dimensions of a model."""
 
     layers: int
     hidden: int
     ffn: int
     heads: int
     groups: int
-    words: int
+    vocab: int
 
     @property
     def dim(self) -> int:
@@ -39,10 +39,10 @@ class Shape:
         return self.hidden // self.heads
 
     def flops_per_token(self, tokens: int) -> float:
-        """Forward and backward, matrix products only, causal attention counted by half (Megatron's formula halved)."""
+        """FLOPs of forward and backward per token: matrix products only, causal attention counted by half."""
         projections = self.hidden * self.dim * (2 * self.heads + 2 * self.groups) + 3 * self.hidden * self.ffn
         attention = tokens * self.heads * self.dim
-        return 6.0 * (self.layers * (projections + attention) + self.hidden * self.words)
+        return 6.0 * (self.layers * (projections + attention) + self.hidden * self.vocab)
 
 
 SHAPES = {
@@ -54,7 +54,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Operators:
-    """One implementation of everything that is no matrix product. attend takes packed qkv [s, b, w]."""
+    """One implementation of all operators that are not matrix products. ``attend`` takes packed qkv [s, b, w]."""
 
     norm: Callable[[Tensor, Tensor], Tensor]
     add_norm: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -88,7 +88,8 @@ def ours(backend: str = "auto") -> Operators:
 
 
 def plain() -> Operators:
-    """What torch has: fused norm, scaled dot product attention, the rest eager (or for torch.compile to fuse)."""
+    """torch's operators: fused norm and scaled dot product attention; the rest runs eagerly, or torch.compile fuses
+    it."""
 
     def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         total = x + residual
@@ -121,7 +122,7 @@ def plain() -> Operators:
 
 
 class LlamaStack(nn.Module):
-    """The decoder. Tokens [s, b] (sequence first, as megatron has them) → mean loss."""
+    """The decoder: tokens [s, b], with the sequence first as in megatron-core, → mean loss."""
 
     def __init__(self, shape: Shape, operators: Operators, tokens: int, device: torch.device | str) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class LlamaStack(nn.Module):
         def matrix(rows: int, columns: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(rows, columns, device=device))
 
-        self.embedding, self.output = (matrix(shape.words, shape.hidden) for _ in range(2))
+        self.embedding, self.output = (matrix(shape.vocab, shape.hidden) for _ in range(2))
         self.final_norm = nn.Parameter(torch.ones(shape.hidden, device=device))
         self.layers = nn.ModuleList()
         for _ in range(shape.layers):
@@ -180,7 +181,7 @@ def transformers_model(shape: Shape, device: torch.device | str) -> Any:
 
     config = LlamaConfig(
         hidden_size=shape.hidden, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.groups, vocab_size=shape.words,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.groups, vocab_size=shape.vocab,
         rms_norm_eps=EPS, rope_theta=10000.0, attn_implementation="sdpa", tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device(device):

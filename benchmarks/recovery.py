@@ -3,7 +3,7 @@
     python benchmarks/recovery.py [--rounds 3] [--torchrun] [--save]
 
 Four agents of one machine with one process each train a small Llama; faults come one after the other in one run, and
-the losses are held against an undisturbed run's. On two cores the processes share what four devices would each have.
+the losses are compared with those of an undisturbed run. On two cores, four processes share what four devices have.
 With --torchrun the same training runs under four agents of torchrun too, turn by turn: elastic mode, tuned for fast
 detection, its state in a checkpoint of every step; every fault there meets a fresh job, since a node that is lost does
 not come back.
@@ -45,8 +45,9 @@ RUNS = {
     "PP 2 x DP 2": ["parallel.pp=2", "parallel.dp=2"],
 }
 KINDS = ("kill", "stop", "agent", "node", "store", "two", "during", "nan")
-"""Faults of ours: ``store`` is the node of rank 0, which serves the generation's store; ``two`` kills a worker and
-loses another node at once; ``during`` kills a second worker while the first one's fault is being mended."""
+"""Faults of elastic runs: ``store`` loses the node of rank 0, which serves the generation's store; ``two`` kills a
+worker and loses another node at the same time; ``during`` kills a second worker while the run recovers from the first
+fault."""
 TORCHRUN_KINDS = ("kill", "node", "agent", "stop")
 TORCHRUN_LIMIT_S = 60.0
 # Detection after two lost heartbeats of a second, and a round that closes a second after the last node came.
@@ -54,7 +55,7 @@ RENDEZVOUS = "join_timeout=60,last_call_timeout=1,close_timeout=5,keep_alive_int
 
 
 def prepare(folder: Path) -> Path:
-    """Token files of the repository's own documents, and a run file."""
+    """Writes token files of the repository's own documents, and a run file."""
     documents = [name for name in ("README.md", "CONTRIBUTING.md", "DECISIONS.md") if Path(name).exists()]
     command = [sys.executable, "-m", "llm_parallel.cli", "prepare", *documents, "--out", str(folder / "docs")]
     subprocess.run([*command, "--train-vocab", "600"], check=True, capture_output=True)
@@ -79,7 +80,7 @@ def prepare(folder: Path) -> Path:
 
 
 def strike(run: LiveRun, kind: str, rank: int) -> float:
-    """Causes one fault; its Unix time."""
+    """Causes one fault; returns its Unix time."""
     other = rank % 3 + 1
     if kind == "store":
         return run.cause("node", 0)
@@ -92,7 +93,8 @@ def strike(run: LiveRun, kind: str, rank: int) -> float:
 
 
 def timings(run: LiveRun, fault_s: float) -> dict[str, float]:
-    """Seconds from a fault to its detection, to a verdict, and to the next optimizer step; steps made again."""
+    """Seconds from a fault to its detection, to the verdict, and to the next optimizer step; and steps trained
+    again."""
     step = run.first_step_after(fault_s)
     detected, blamed = (
         next((unix_time(e) for e in run.events(kind) if unix_time(e) >= fault_s - 0.01), float("nan"))
@@ -108,13 +110,13 @@ def timings(run: LiveRun, fault_s: float) -> dict[str, float]:
 
 
 def worst_difference(reference: LiveRun, run: LiveRun) -> float:
-    """Largest difference of a loss from the undisturbed run's, over the steps that both made."""
+    """Largest difference from the undisturbed run's losses over the steps of both."""
     expected = reference.losses()
     return max(abs(expected[step] - loss) for step, loss in run.losses().items() if step in expected)
 
 
 def drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict[str, Any]:
-    """All kinds of faults in one run of one layout."""
+    """Causes all kinds of faults in one run of one layout."""
     reference = LiveRun.start(run_file, [*RUNS[name], "train.steps=60"], folder / f"{name}-undisturbed", 4, 4)
     reference.wait(600)
     run = LiveRun.start(run_file, [*RUNS[name], "train.steps=100000"], folder / name, 4, 4)
@@ -138,7 +140,7 @@ def drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict[str, Any
 
 
 class Torchrun:
-    """Four torchrun agents with one process each, which are four nodes to it."""
+    """Four torchrun agents with one process each, which torchrun takes for four nodes."""
 
     def __init__(self, run_file: Path, folder: Path, overrides: list[str]) -> None:
         self.folder = folder
@@ -163,7 +165,7 @@ class Torchrun:
                 self.agents.append(subprocess.Popen(argv, env=env, stdout=log, stderr=log))
 
     def steps(self) -> list[dict[str, Any]]:
-        """Step records."""
+        """Records of the steps."""
         return [record for record in read_lines(self.folder / "metrics.jsonl") if "train/grad_norm" in record]
 
     def workers(self, number: int) -> list[psutil.Process]:
@@ -171,7 +173,8 @@ class Torchrun:
         return psutil.Process(self.agents[number].pid).children(recursive=True)
 
     def recover_s(self, kind: str) -> float | None:
-        """Seconds from the fault to the next step of a world formed after it; None if that takes too long."""
+        """Seconds from the fault to the next step of the process group that formed after it; None if that takes too
+        long."""
         self._until(lambda: len(self.steps()) >= 8, 120.0)
         # Not the agent that serves torchrun's store: with that the job ends.
         victims = self.workers(2)
@@ -235,7 +238,7 @@ def torchrun_drill(run_file: Path, folder: Path, name: str, rounds: int) -> dict
 
 
 def main() -> None:
-    """Drills, prints a table, and saves it where results are kept."""
+    """Causes the faults, prints a table, and saves it under benchmarks/results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", action="store_true", help="keep it in benchmarks/results/recovery_cpu_DATE.json")
@@ -273,7 +276,7 @@ def main() -> None:
 
 
 def save(layout: str, found: dict[str, Any]) -> None:
-    """Puts one layout's drills into the day's result file, beside those of the others."""
+    """Adds the faults of one layout to the day's result file."""
     path = Path(__file__).parent / "results" / f"recovery_cpu_{date.today().isoformat()}.json"
     record = json.loads(path.read_text()) if path.exists() else {"results": {}}
     record |= {

@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 
 def removed(kind: str, overrides: tuple[str, ...], start: Start, reference: LiveRun, rank: int) -> Row:
-    """A fault whose device has to go."""
+    """A fault after which the device must leave the run."""
     run = start(LAYOUT, "train.steps=100000", "elastic.strikes=2", *overrides)
     run.reach(FAULT_AT)
     device = list(run.worker(rank)[:2])
@@ -64,7 +64,7 @@ def mistake(start: Start, reference: LiveRun, rank: int) -> Row:
 
 
 def second_start(how: str, start: Start, reference: LiveRun, rank: int) -> Row:
-    """An end of the first start after which the next one goes on."""
+    """A fault that ends the first start, after which a second start resumes the run."""
     damaged = how.startswith("damaged")
     disk = ["checkpoint.interval_steps=10"] if damaged else []
     limit = ["train.time_limit_s=20", "train.steps=100000"] if how == "time limit" else []
@@ -94,7 +94,7 @@ def second_start(how: str, start: Start, reference: LiveRun, rank: int) -> Row:
 
 
 def damage(folder: Path) -> None:
-    """Turns one bit of the largest file around."""
+    """Flips one bit of the largest file."""
     path = max(folder.glob("*.distcp"), key=lambda found: found.stat().st_size)
     with path.open("r+b") as handle:
         handle.seek(path.stat().st_size // 2)
@@ -115,7 +115,7 @@ KINDS: dict[str, Callable[[Start, LiveRun, int], Row]] = {
 
 
 def main() -> None:
-    """Drills, prints a table, and saves it where results are kept."""
+    """Causes the faults, prints a table, and saves it under benchmarks/results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kind", action="append", choices=list(KINDS))

@@ -1,4 +1,4 @@
-"""What copying the training state into memory costs a step: one run in which every second step has a copy beside it.
+"""Measures what copying the training state into memory costs a step, in one run that copies beside every second step.
 
     python -m benchmarks.replication [--pairs 10] [--batch 48] [--save]
 
@@ -28,11 +28,12 @@ MODEL = ["model.num_layers=12", "model.hidden_size=768", "model.ffn_hidden_size=
          "model.num_query_groups=12", "model.preset=null", "model.vocab_size=16384"]  # fmt: skip
 EVERY, SEQ = 2, 256
 WARMUP = 5
-"""Steps until both slots of every file have been written once, and one more: a first write allocates pages."""
+"""Steps that do not count: both slots of every file must have been written once, since a first write allocates
+pages."""
 
 
 def step_pairs(run_file: Path, folder: Path, pairs: int, batch: int) -> list[tuple[float, float]]:
-    """Seconds of a step with a copy beside it, and of the one after it, without."""
+    """Seconds of steps with a copy beside them, and of the steps that follow them without one."""
     last = WARMUP + EVERY * pairs
     overrides = [*MODEL, "parallel.dp=2", f"train.steps={last + 1}", f"elastic.replicate_every_steps={EVERY}",
                  f"train.global_batch_size={batch}", "train.micro_batch_size=4", f"data.seq_length_tokens={SEQ}",
@@ -50,7 +51,7 @@ def step_pairs(run_file: Path, folder: Path, pairs: int, batch: int) -> list[tup
 
 
 def main() -> None:
-    """Measures, prints, and optionally saves."""
+    """Measures, prints, and saves if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10, help="timed pairs of steps")
     parser.add_argument("--batch", type=int, default=48, help="global batch size in samples of 256 tokens")

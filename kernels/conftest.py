@@ -1,4 +1,4 @@
-"""Kernel tests run under Triton's interpreter and the memory checker where there is no GPU, and as they are on one."""
+"""Without a GPU the kernel tests run in Triton's interpreter under the memory checker; on a GPU they run compiled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if importlib.util.find_spec("hypothesis") is None:  # a lent GPU machine may hav
     sys.modules["hypothesis.strategies"] = absent.strategies
 
 from llm_kernels import dispatch
-from llm_kernels.guard import Traffic, guard
+from llm_kernels.memory_checker import Traffic, check_memory_accesses
 from llm_kernels.testing import SUMMARY
 
 
@@ -37,27 +37,27 @@ def checked() -> Iterator[Traffic | None]:
             yield None
         else:
             dispatch.backend_for(torch.empty(0), "triton")
-            with guard() as traffic:
+            with check_memory_accesses() as traffic:
                 yield traffic
     finally:
         torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Under xdist a worker hands what it found to the process that prints."""
+    """Under xdist, sends the errors that this worker measured to the main process, which prints the table."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["kernel_errors"] = [(*key, value) for key, value in SUMMARY.rows.items()]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
-    """Takes what an xdist worker found."""
+    """Adds the errors that an xdist worker measured to the main process's table."""
     for name, dtype, errors in getattr(node, "workeroutput", {}).get("kernel_errors", []):
         SUMMARY.rows.setdefault((name, dtype), []).extend(tuple(pair) for pair in errors)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Prints cases and worst errors by operator and dtype."""
+    """Prints the number of cases and the worst errors of every operator and dtype."""
     if SUMMARY.rows:
         terminalreporter.section("kernel errors against fp64, relative to the largest value")
         for line in SUMMARY.lines():
@@ -66,8 +66,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 @pytest.fixture
 def traffic(checked: Traffic | None) -> Traffic:
-    """Counts of the bytes that a test's launches move. Skips on a GPU: only the interpreter sees every access, and the
-    kernels that it runs are the same."""
+    """Counts the bytes that a test's launches move. Skips on a GPU, where accesses cannot be seen; the interpreter runs
+    the same kernels."""
     if checked is None:
         pytest.skip("bytes are counted where Triton's interpreter runs the kernels, not on a GPU or without Triton")
     return checked

@@ -1,4 +1,4 @@
-"""``llm-parallel quickstart``: from the text on this very machine to a small Llama trained with TP 2 x PP 2.
+"""``llm-parallel quickstart``: from text on this machine to a small Llama that was trained with TP 2 x PP 2.
 
 The corpus is the source and documentation of the Python standard library of the running interpreter: tens of megabytes
 of real text that every machine has.
@@ -27,7 +27,8 @@ PROMPT = "def read_lines(path):\n"
 
 
 def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
-    """Exit status. Prepares text once, trains (or goes on with) the run in ``folder``, draws it and lets it write."""
+    """Prepares text once, trains or resumes the run in ``folder``, draws its curves, and generates text; returns the
+    exit status."""
     started = time.monotonic()
     corpus = prepare_python_corpus(folder / "data", vocab_size=VOCABULARY)
     print(f"corpus: {corpus.describe()}", flush=True)
@@ -53,7 +54,7 @@ def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
 
 
 def num_gpus() -> int:
-    """NVIDIA GPUs of this machine, without importing torch."""
+    """Number of NVIDIA GPUs of this machine, found without importing torch."""
     return len(list(NVIDIA_DEVICE.parent.glob("nvidia[0-9]*")))
 
 
@@ -84,7 +85,7 @@ def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
 
 
 def report(run_dir: Path, unigram_entropy_nats: float) -> None:
-    """Prints the last held-out loss beside what a model that knows only word frequencies would reach."""
+    """Prints the last held-out loss, and the loss of a model that knows only how frequent each token is."""
     evaluations = [record for record in read_jsonlines(run_dir / "metrics.jsonl") if "eval/loss" in record]
     loss = evaluations[-1]["eval/loss"]
     summary = {

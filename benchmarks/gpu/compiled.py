@@ -1,4 +1,4 @@
-"""torch.compile, which takes longest to begin: operators first, then the training step of the model with few layers."""
+"""Measures torch.compile, which takes longest to start: single operators, then the training step of the small model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS_S = 30.0
 
 
 def compiled(job: Job) -> dict[str, Any]:
-    """Operators as torch.compile makes them, in turns with ours; then the step of plain torch and of transformers."""
+    """Times compiled operators in turns with ours, then the compiled steps of plain torch and of transformers."""
     with _compiler(job.rehearse):
         reserve = 0.0 if job.rehearse else min(STEPS_S, job.left() / 2)
         wanted = ("ours", "torch.compile")
@@ -28,7 +28,7 @@ def compiled(job: Job) -> dict[str, Any]:
 
 
 def _compiler(rehearse: bool) -> AbstractContextManager[Any]:
-    """In a rehearsal torch.compile traces, and runs what it traced as it is: inductor takes a minute on a CPU."""
+    """In a rehearsal torch.compile only traces and runs the traced graph, since inductor takes a minute on a CPU."""
     if not rehearse:
         return nullcontext()
     import torch

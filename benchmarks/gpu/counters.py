@@ -1,4 +1,4 @@
-"""Nsight Compute's view of the operator bound by memory that is furthest from the copy bandwidth."""
+"""Profiles with Nsight Compute the memory-bound operator that is furthest from the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def counters(job: Job) -> dict[str, Any]:
 
 
 def worst(rows: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
-    """Operator and shape of our slowest row beside the copy bandwidth."""
+    """Operator and shape of our row that is furthest below the copy bandwidth."""
     ours = [
         row for row in rows
         if row["provider"] == "ours" and row.get("fraction") and row["bound"] == "memory" and row["mode"] != "both"
@@ -59,7 +59,8 @@ def worst(rows: Iterable[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def parse(output: str) -> list[dict[str, str]]:
-    """Kernels of ncu's CSV, one line a metric, among whatever the program printed; metrics under our names."""
+    """Kernels from ncu's CSV, which has a line for each metric and stands among the program's output; with our names of
+    the metrics."""
     lines = output.splitlines()
     heads = [number for number, line in enumerate(lines) if '"Metric Name"' in line]
     if not heads:

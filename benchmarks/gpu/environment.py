@@ -1,4 +1,4 @@
-"""First stage: what the results were measured on, and what this very card does at most."""
+"""First stage: what the results were measured on, and the measured limits of this GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite's files: one record for each stage while it runs, and what goes home.
+"""The suite's files: a record for each stage while it runs, and the results that are brought back.
 
 A loan brings home at most 8 files of at most 16 MiB: summary.md (to read), suite.json (every number) and details.tar.gz
 (logs, reports of tests and profilers). Each is replaced whole, so a run cut at any moment leaves the last whole state.
@@ -24,7 +24,7 @@ DETAILS = "details"
 
 
 def read(path: Path) -> Any:
-    """Content of a JSON file; None if it is not there or not whole."""
+    """Content of a JSON file; None if it is missing or incomplete."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -32,26 +32,26 @@ def read(path: Path) -> Any:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a whole file or none."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
 
 
 def write(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a whole JSON file or none."""
     replace(path, json.dumps(value, indent=1, default=str))
 
 
 def records(work: Path) -> dict[str, dict[str, Any]]:
-    """Stage → its record, of those that have one, in the stages' order."""
+    """Records by stage, in the order of the stages; stages without a record are left out."""
     found = {path.stem: read(path) for path in work.glob("*.json")}
     known = {name: record for name, record in found.items() if isinstance(record, dict) and "state" in record}
     return {name: known[name] for name in sorted(known, key=lambda name: (*NAMES, name).index(name))}
 
 
 def take_over(work: Path, suite: Path) -> None:
-    """Makes an earlier run's suite.json this one's records, where the work folder has none of its own."""
+    """Takes records from an earlier run's suite.json for stages that have none in the work folder."""
     for name, record in (read(suite) or {}).items():
         if name in NAMES and isinstance(record, dict) and not (work / f"{name}.json").exists():
             write(work / f"{name}.json", record)
@@ -65,7 +65,7 @@ def forget(work: Path) -> None:
 
 
 def publish(work: Path, out: Path, summary: str, found: Mapping[str, Any], archive: bool) -> None:
-    """Brings ``out`` up to date; the archive, which takes longer, only if asked for."""
+    """Updates the results in ``out``; the archive, which takes longer, only if asked for."""
     out.mkdir(parents=True, exist_ok=True)
     text = summary.encode()[:MOST_BYTES].decode(errors="ignore")
     replace(out / "summary.md", text)
@@ -76,7 +76,7 @@ def publish(work: Path, out: Path, summary: str, found: Mapping[str, Any], archi
 
 
 def pack(work: Path, target: Path) -> None:
-    """Archives logs and details. What would break the limit is left out, the largest first."""
+    """Archives logs and details; the largest files are left out if the archive would exceed its limit."""
     members = [*sorted(work.glob("*.log")), *sorted(p for p in (work / DETAILS).rglob("*") if p.is_file())]
     while True:
         temporary = work / "archive.tmp"

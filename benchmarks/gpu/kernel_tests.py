@@ -1,4 +1,4 @@
-"""The kernels' own tests on this machine, small operators first, in many processes; a cut leaves what had ended."""
+"""Runs the kernels' own tests in many processes, small operators first; outcomes up to a cut are kept."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FIRST = ("rms_norm", "swiglu", "rope", "cross_entropy", "adamw", "linear_cross_e
 LEFT_OUT = "not every_configuration"
 REHEARSED = ("kernels/llm_kernels/swiglu/test_swiglu.py", "kernels/llm_kernels/rope/test_rope.py", "-k", "bad_input")
 REPORT = "SUITE_TEST_REPORT"
-"""Environment variable with the file that recorder.py, a plugin of pytest, writes a line to for every test."""
+"""Environment variable that names the file to which recorder.py, a plugin of pytest, writes a line for every test."""
 ENDED = "SUITE_TESTS_ENDED"
-"""The same, with the names of the tests that an earlier run has seen pass, and that are left out."""
+"""Environment variable that names a file of tests that passed in an earlier run, which are left out."""
 
 
 def test_files() -> list[str]:
-    """Test files of the kernels, the small operators' first."""
+    """Test files of the kernels, small operators first."""
     folder = ROOT / "kernels" / "llm_kernels"
     found = sorted(folder.rglob("test_*.py"))
     of_operator = [path for name in FIRST for path in found if path.parent.name == name]
@@ -34,12 +34,12 @@ def test_files() -> list[str]:
 
 
 def kernel_tests(job: Job) -> dict[str, Any]:
-    """Runs them until the time is over; says how many were not reached."""
+    """Runs the tests until the time is over; counts those that were not reached."""
     machine.device(job.rehearse)
     report = job.work / "details" / "tests.jsonl"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    rehearsed = [str(ROOT / word) if word.startswith("kernels/") else word for word in REHEARSED]
+    rehearsed = [str(ROOT / part) if part.startswith("kernels/") else part for part in REHEARSED]
     chosen = rehearsed if job.rehearse else [*test_files(), "-k", LEFT_OUT]
     many = is_installed("pytest-xdist")
     workers = ["-n", str(1 if job.rehearse else WORKERS), "--maxschedchunk", "4"] if many else []

@@ -1,5 +1,5 @@
-"""What only a machine with a GPU can answer, each behind a small function; in a rehearsal a made-up answer of the same
-form goes through the same code."""
+"""Small functions for what only a machine with a GPU can answer. In a rehearsal they give made-up answers of the same
+form, so that the same code handles them."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def parse_smi(text: str | None) -> dict[str, str]:
 
 
 def smi(rehearse: bool) -> dict[str, str]:
-    """Clocks, power and temperature now."""
+    """Present clocks, power and temperature."""
     if rehearse:
         return parse_smi(MADE_UP_SMI)
     return parse_smi(output_of(["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader"]))
 
 
 def properties(chosen: Any) -> dict[str, Any]:
-    """What torch knows of the GPU; of a CPU only that it is one."""
+    """torch's properties of the GPU; of a CPU only that it is one."""
     import torch
 
     from llm_kernels.device import name_of

@@ -1,5 +1,5 @@
-"""Stages that run single operators: are they right at real sizes, how fast are they beside their peers, and the Gluon
-attention, which has to prove itself first."""
+"""Stages that run single operators: they check them at real sizes, time them and their peers, and check the Gluon
+attention in a process of its own before it is timed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ORDER = ("rms_norm", "swiglu", "rope", "cross_entropy", "adamw", "attention", "l
 # What a rehearsal changes of an operator's small shape so that interpreting it takes a second.
 TINY: dict[str, dict[str, Any]] = {
     "rms_norm": {"tokens": 32}, "swiglu": {"tokens": 4, "width": 256}, "rope": {"heads": 2, "groups": 1},
-    "cross_entropy": {"tokens": 4, "words": 512}, "adamw": {"parameters": 8 * 1024}, "attention": {"tokens": 32},
-    "linear_cross_entropy": {"words": 256},
+    "cross_entropy": {"tokens": 4, "vocab_size": 512}, "adamw": {"parameters": 8 * 1024}, "attention": {"tokens": 32},
+    "linear_cross_entropy": {"vocab_size": 256},
 }  # fmt: skip
 # Real sizes with fewer tokens: attention in fp64 holds its whole matrix of scores.
 CORRECTNESS_TOKENS = 2048
@@ -31,7 +31,7 @@ LATER = ("torch.compile", "ours-gluon")
 
 
 def shapes_of(operator: str, rehearse: bool) -> list[Mapping[str, Any]]:
-    """What is measured of an operator: the shapes of MODELS, or all where it has none of these."""
+    """Shapes at which an operator is measured: those of MODELS, or all if it has none of these."""
     from llm_kernels.check import benchmark_of
 
     benchmark = benchmark_of(operator)
@@ -42,14 +42,14 @@ def shapes_of(operator: str, rehearse: bool) -> list[Mapping[str, Any]]:
 
 
 def in_turns(operators: Sequence[str], rehearse: bool) -> list[tuple[str, Mapping[str, Any]]]:
-    """One shape of every operator, then the next of each, so that a cut costs the least."""
+    """The first shape of every operator, then the second of each, and so on, so that a cut loses the least."""
     of_each = {name: shapes_of(name, rehearse) for name in operators}
     most = max(map(len, of_each.values()))
     return [(name, shapes[turn]) for turn in range(most) for name, shapes in of_each.items() if turn < len(shapes)]
 
 
 def correctness(job: Job) -> dict[str, Any]:
-    """Each operator and dtype at a real size, forward and backward, against fp64."""
+    """Checks each operator and dtype at a real size, forward and backward, against fp64."""
     chosen = machine.start_kernels(job.rehearse)
     from llm_kernels.check import check
     from llm_kernels.device import is_lost, release
@@ -84,12 +84,12 @@ def correctness(job: Job) -> dict[str, Any]:
 
 
 def operators(job: Job) -> dict[str, Any]:
-    """Every operator beside its peers, but for the providers that have a stage of their own."""
+    """Times every operator and its peers, except providers that have a stage of their own."""
     return measured(job, in_turns(ORDER, job.rehearse), lambda name: name not in LATER)
 
 
 def gluon(job: Job) -> dict[str, Any]:
-    """Whether the Gluon attention is right on this machine, found in a process of its own, and then its speed."""
+    """Checks the Gluon attention in a process of its own, and then times it."""
     chosen = machine.start_kernels(job.rehearse)
     from llm_kernels.attention.bench import gluon_fault
     from llm_kernels.device import release
@@ -149,8 +149,8 @@ def measured(
 
 
 def _so_far(previous: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier try leaves to go on from: whole items, and the rows of providers that ended their process. An
-    item in which the process died, nobody knows of what, is not tried again."""
+    """What an earlier try measured: whole items, and the rows of providers that ended their process. An item in which
+    the process died for an unknown reason is not tried again."""
     result: dict[str, Any] = {"rows": [], "done": [], "broken": {}, **previous, "left_out": []}
     begun, died = result.pop("begun", None), result.pop("died", False)
 

@@ -1,4 +1,5 @@
-"""Packages that a lent machine lacks: carried as wheels, installed offline into a folder of the suite's own."""
+"""Installs packages that a lent machine lacks, offline from wheels that are brought along, into the suite's own
+folder."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def is_installed(name: str) -> bool:
 
 
 def install(wheels: Path | None, site: Path, log: Path) -> dict[str, Any]:
-    """Installs the wheels whose packages this Python lacks into ``site``; what is there already is not shadowed."""
+    """Installs into ``site`` the wheels of packages that this Python lacks; installed packages are not shadowed."""
     if wheels is None:
         return {"note": "no --wheels given: Liger, megatron-core and pydantic only where this Python has them"}
     found = sorted(wheels.glob("*.whl"))

@@ -1,4 +1,4 @@
-"""The stages of the GPU suite, in order of worth, and what a stage is given."""
+"""The stages of the GPU suite, the most valuable first, and what a stage receives."""
 
 from __future__ import annotations
 
@@ -46,28 +46,33 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 @dataclass
 class Job:
-    """What a stage works with. work: folder for files of its own; deadline: of time.monotonic(); options: of the whole
-    suite; previous: what an earlier try of this stage left; results: of the other stages, by name; save: keeps a
-    result that is not yet whole, from where a cut-off run is published."""
+    """What a stage receives."""
 
     work: Path
+    """Folder for its own files."""
     deadline: float
+    """When it must end, by time.monotonic()."""
     rehearse: bool
+    """Whether this is a rehearsal on a CPU."""
     save: Callable[[Mapping[str, Any]], None]
+    """Keeps a result that is not complete, which is published if the stage is cut short."""
     previous: Mapping[str, Any] = field(default_factory=dict)
+    """What an earlier try of this stage left."""
     results: Mapping[str, Any] = field(default_factory=dict)
+    """Results of the other stages, by name."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the whole suite."""
 
     def left(self) -> float:
-        """Seconds until the stage has to be done."""
+        """Seconds until the stage must end."""
         return self.deadline - time.monotonic()
 
 
 class Lost(RuntimeError):
-    """Nothing more can be done in this process; the stage goes on in a new one, and its saved result says where."""
+    """Raised where nothing more can be done in this process; the stage goes on from its saved result in a new one."""
 
 
 def failure(error: BaseException) -> str:
-    """An exception as a row carries it."""
+    """An exception as text, for a row of the results."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"

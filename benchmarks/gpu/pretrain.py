@@ -1,5 +1,5 @@
-"""The real command on one GPU: ``pretrain`` on megatron-core, NCCL with one rank, bf16, held to the same run on the
-CPU (gloo, fp32), which runs beside it. Nothing is timed here."""
+"""Runs ``pretrain`` on one GPU (megatron-core, NCCL with one rank, bf16), and compares its losses with those of the
+same run on the CPU (gloo, fp32), which runs at the same time. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -75,13 +75,14 @@ def command_of(folder: Path, run_dir: Path, how: tuple[str, str], steps: int) ->
 
 
 def _environment(device: str) -> dict[str, str]:
-    """Without the interpreter, which a rehearsal asks for elsewhere; ``pretrain`` on a CPU takes torch's operators."""
+    """The environment without Triton's interpreter, which a rehearsal sets for other stages; on a CPU ``pretrain`` runs
+    torch's operators."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return kept if device == "cuda" else kept | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _build_extension(folder: Path, seconds: float) -> None:
-    """The data order's C++ for this Python, where nobody carried it. Raises RuntimeError."""
+    """Compiles the C++ extension for this Python if it was not brought along. Raises RuntimeError."""
     found = run([sys.executable, "-c", "import llm_parallel._C"], folder / "extension.log", 60)
     if found.exit == 0:
         return
@@ -96,19 +97,19 @@ def _build_extension(folder: Path, seconds: float) -> None:
 
 
 def write_tokens(prefix: Path) -> None:
-    """A token file that a model can learn: the next token is a function of the last, but for one in eight."""
+    """Writes a token file that a model can learn: seven of eight tokens are a function of the previous one."""
     import numpy as np
 
     from llm_parallel.data.indexed import token_dtype, write_index
 
-    words = MODEL["vocab_size"]
+    vocab = MODEL["vocab_size"]
     generator = np.random.default_rng(0)
     length = 16 * SEQUENCE
-    tokens = np.empty((DOCUMENTS, length), dtype=token_dtype(words))
-    tokens[:, 0] = generator.integers(0, words, DOCUMENTS)
+    tokens = np.empty((DOCUMENTS, length), dtype=token_dtype(vocab))
+    tokens[:, 0] = generator.integers(0, vocab, DOCUMENTS)
     for place in range(1, length):
-        follows = (tokens[:, place - 1].astype(np.int64) * 17 + 5) % words
-        drawn = generator.integers(0, words, DOCUMENTS)
+        follows = (tokens[:, place - 1].astype(np.int64) * 17 + 5) % vocab
+        drawn = generator.integers(0, vocab, DOCUMENTS)
         tokens[:, place] = np.where(generator.random(DOCUMENTS) < 0.125, drawn, follows)
     tokens.tofile(f"{prefix}.bin")
     with Path(f"{prefix}.idx").open("wb") as handle:
@@ -116,7 +117,7 @@ def write_tokens(prefix: Path) -> None:
 
 
 def row_of(name: str, ended: Ended, run_dir: Path, steps: int) -> dict[str, Any]:
-    """What one run came to: its losses by step, or why there are none."""
+    """Losses of one run by step, or why there are none."""
     row: dict[str, Any] = {"run": name, "exit": ended.exit}
     try:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
@@ -133,7 +134,7 @@ def row_of(name: str, ended: Ended, run_dir: Path, steps: int) -> dict[str, Any]
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The largest relative difference of the two runs' losses over the steps that both did."""
+    """The largest relative difference of the two runs' losses over the steps of both."""
     pairs = list(zip(rows[0]["losses"], rows[1]["losses"]))
     failed = [row["run"] for row in rows if row.get("problem")]
     if failed:

@@ -1,4 +1,5 @@
-"""Programs that stages start: each in a process group of its own that ends with its time, output kept."""
+"""Starts programs for stages, each in a process group of its own that is ended when its time is over; output is
+kept."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ class Ended:
     output: str
 
     def tail(self, length: int = 3000) -> str:
-        """The end of the output."""
+        """The last lines of the output."""
         return self.output[-length:]
 
 
@@ -57,7 +58,7 @@ def start(command: Sequence[str], log: Path, env: Mapping[str, str] | None = Non
 
 
 def finish(process: subprocess.Popen, log: Path, seconds: float) -> Ended:
-    """Waits for a program for so long, then ends it."""
+    """Waits for a program up to a time limit, then ends it."""
     try:
         status: int | None = process.wait(timeout=max(seconds, 0.1))
     except subprocess.TimeoutExpired:
@@ -67,7 +68,7 @@ def finish(process: subprocess.Popen, log: Path, seconds: float) -> Ended:
 
 
 def run(command: Sequence[str], log: Path, seconds: float, env: Mapping[str, str] | None = None) -> Ended:
-    """Runs a program to its end, or to the end of its time."""
+    """Runs a program until it ends or its time is over."""
     log.unlink(missing_ok=True)
     return finish(start(command, log, env), log, seconds)
 

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes every outcome to a file at once, so that a run cut at any moment has said all."""
+"""A plugin of pytest that writes every outcome to a file immediately, so that a run that is cut short loses none."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def _append(line: dict[str, Any]) -> None:
 
 
 def _is_worker(config: pytest.Config) -> bool:
-    """Whether this process only runs tests for another, which hears of every outcome."""
+    """Whether this process is a worker of xdist, whose outcomes another process receives."""
     return hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what an earlier run has seen pass."""
+    """Leaves out tests that passed in an earlier run."""
     ended = set(Path(os.environ[ENDED]).read_text().splitlines())
     items[:] = [item for item in items if item.nodeid not in ended]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Without xdist: how many tests will run."""
+    """Records how many tests will run, without xdist."""
     if not _is_worker(session.config) and session.items:
         _append({"selected": len(session.items)})
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
-    """With xdist: the same, from each worker."""
+    """Records how many tests will run, with xdist from each worker."""
     _append({"selected": len(ids)})
 
 
@@ -51,6 +51,6 @@ class _Reports:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Only the process that prints writes."""
+    """Writes the outcome; workers of xdist do not."""
     if not _is_worker(config):
         config.pluginmanager.register(_Reports(), "suite-reports")

@@ -23,7 +23,7 @@ LEAST_S = 8.0
 
 
 def step(job: Job) -> dict[str, Any]:
-    """Each model by each contender, ours first."""
+    """Times each model with each contender, ours first."""
     models = REHEARSED if job.rehearse else SHAPES
     return measured_steps(job, [(model, contender) for model in models for contender in CONTENDERS])
 
@@ -61,7 +61,7 @@ def measured_steps(
 
 
 def measure_step(model: str, contender: str, chosen: Any, rehearse: bool) -> dict[str, Any]:
-    """Times of single steps after a few that are not timed, whose losses show that all train the same model."""
+    """Times single steps, after a few untimed ones whose losses show that all contenders train the same model."""
     import torch
 
     from benchmarks.llama_stack import SHAPES as MODELS
@@ -92,11 +92,11 @@ def measure_step(model: str, contender: str, chosen: Any, rehearse: bool) -> dic
 
 
 def step_function(contender: str, shape: Any, size: tuple[int, int], chosen: Any, backend: str) -> Callable[[], Any]:
-    """A function that does one step and returns its loss. size: tokens of a row, rows."""
+    """A function that runs one step and returns its loss. ``size``: tokens of a row, and rows."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, shape.words, (size[1], size[0] + 1), generator=generator).to(chosen)
+    ids = torch.randint(0, shape.vocab, (size[1], size[0] + 1), generator=generator).to(chosen)
     model, forward = _model(contender, shape, ids, backend)
     return _trainer(model, forward, contender == "ours", backend)
 

@@ -1,5 +1,5 @@
-"""The process that watches over the stages: gives each its time, ends what hangs, starts a new process where one has
-died, and keeps what goes home up to date all the while. It imports neither torch nor anything of ours that does."""
+"""The process that supervises the stages: it gives each its time, ends those that hang, starts a new process after one
+has died, and keeps the results up to date. It imports neither torch nor modules that import torch."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class Suite:
         files.write(self.work / f"{name}.json", {**record, "run": self.run, **changes})
 
     def publish(self, last: bool = False) -> None:
-        """Brings the files that go home up to date, the archive only when a stage has ended."""
+        """Updates the result files, and the archive only when a stage has ended."""
         self.published = time.monotonic()
         found = files.records(self.work)
         files.publish(self.work, self.out, summary(found), found, archive=last)
 
 
 def deadlines(pending: Sequence[Stage], now: float, end: float) -> dict[str, float]:
-    """When each stage has to be done: what is left of the time, dealt by the stages' shares."""
+    """When each stage must end: the remaining time is divided by the stages' shares."""
     total = sum(stage.seconds for stage in pending)
     found, used = {}, 0.0
     for stage in pending:
@@ -73,7 +73,7 @@ def deadlines(pending: Sequence[Stage], now: float, end: float) -> dict[str, flo
 
 
 def run_suite(suite: Suite, wheels: Path | None = None) -> int:
-    """Runs the stages; exit status 0 if all came to their end."""
+    """Runs the stages; exit status 0 if all finished."""
     suite.work.mkdir(parents=True, exist_ok=True)
     suite.run = f"{os.getpid()}-{time.time():.0f}"
     for name, record in files.records(suite.work).items():
@@ -99,7 +99,8 @@ def run_suite(suite: Suite, wheels: Path | None = None) -> int:
 
 
 def environment(suite: Suite, site: Path) -> dict[str, str]:
-    """Of the stages' processes: our code first, then what was carried. A rehearsal sees no GPU."""
+    """Environment of the stages' processes: our code comes first, then the wheels that were brought along. A rehearsal
+    sees no GPU."""
     paths = [ROOT, ROOT / "kernels", ROOT / "launch", site, os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}
     env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -107,7 +108,7 @@ def environment(suite: Suite, site: Path) -> dict[str, str]:
 
 
 def _one_worker(suite: Suite, when: Mapping[str, float], site: Path) -> None:
-    """Starts a process for all pending stages, watches it to its end, and settles what it did."""
+    """Starts a process for all pending stages, supervises it until it ends, and records what it did."""
     functions = {stage.name: stage.function for stage in suite.pending()}
     settings = {
         "work": str(suite.work), "run": suite.run, "stages": functions, "deadlines": dict(when),
@@ -150,7 +151,7 @@ def _watch(suite: Suite, process: subprocess.Popen, when: Mapping[str, float]) -
 
 
 def _settle(suite: Suite, names: Sequence[str], late: str | None, status: int, tail: str) -> None:
-    """Marks what ended. A process that died takes the stage it was in with it; if it was in none, the first."""
+    """Marks the stages that ended. If the process died, the stage that it ran, or else the first, counts as failed."""
     progress = False
     for name in names:
         record = files.read(suite.work / f"{name}.json") or {}

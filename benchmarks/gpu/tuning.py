@@ -1,5 +1,5 @@
-"""Last stage: other tiles and numbers of warps than the tables have, in turns with theirs. It changes nothing; its rows
-say what to change."""
+"""Last stage: times other tiles and numbers of warps in turns with those of the tables. It changes no table; its rows
+show what to change."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _tiles(*wanted: tuple[int, int, int, int]) -> Callable[[Any], Sequence[Any]]
 
 
 def _warps(given: Any) -> Sequence[Any]:
-    """Half and twice the warps: a field of what a table gives, or its last number."""
+    """Half and twice the warps, which are a field of a table's entry, or its last number."""
     named = hasattr(given, "warps")
     warps = given.warps if named else given[-1]
     others = [other for other in (warps // 2, warps * 2) if 1 <= other <= 32]
@@ -147,7 +147,7 @@ def _forget_plans(owner: Any) -> None:
 
 
 def _given(owner: Any, attribute: str, once: Callable[[], Any]) -> Any:
-    """What a table gives for this very call."""
+    """The table's entry for this call."""
     given: list[Any] = []
     own = getattr(owner, attribute)
 
@@ -190,7 +190,7 @@ def _call(benchmark: Any, inputs: Sequence[Any], mode: str) -> Callable[[], Any]
 
 
 def _differing(calls: Sequence[Callable[[], Any]]) -> dict[int, str]:
-    """Which calls give other numbers than the first, beyond a few roundings."""
+    """Calls whose results differ from the first one's by more than a few roundings."""
     import torch
 
     wanted = calls[0]()

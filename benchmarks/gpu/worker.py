@@ -1,5 +1,5 @@
-"""A process of the suite that runs stages one after the other, as long as it lives: importing torch takes seconds, so
-one process runs all of them unless a kernel ends its CUDA work or a stage hangs."""
+"""A process of the suite that runs stages one after the other. Importing torch takes seconds, so one process runs all
+of them unless a kernel breaks its CUDA context or a stage hangs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.gpu.plan import Job, Lost, failure
 from benchmarks.gpu.processes import kill_all
 
 LOST = 3
-"""Exit status of a process that can't go on, though the stage it was in can."""
+"""Exit status of a process that can't go on, though its stage can in a new one."""
 # A stage is begun only if so many seconds are left for it.
 LEAST_S = 3.0
 
@@ -78,7 +78,7 @@ def main(settings_file: str) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Nobody waits for this process any more when the suite has been killed."""
+    """Ends this process when the suite was killed, since nobody waits for it then."""
     while os.getppid() == parent:
         time.sleep(0.5)
     _stop()

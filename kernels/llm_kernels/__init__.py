@@ -1,1 +1,1 @@
-"""Operators of a Llama-style transformer. Stands alone: needs torch, and triton only on a GPU."""
+"""Fused operators of a Llama-style transformer. They depend on torch and, for the kernels, on Triton alone."""

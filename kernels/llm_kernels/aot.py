@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import import_module
 from io import StringIO
 from multiprocessing import get_context
@@ -28,7 +30,7 @@ ARCHS = (80, 90)
 OPERATORS = ("rms_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention", "adamw")
 # CUDA C++ Programming Guide, table of technical specifications: shared memory of an SM and of a block, warps, blocks.
 _LIMITS = {80: (164 * 1024, 163 * 1024, 64, 32), 90: (228 * 1024, 227 * 1024, 64, 32)}
-_CLASSES = {
+CLASSES = {
     "hgmma": r"^HGMMA",
     "hmma": r"^HMMA",
     "tma": r"^UTMALDG|^UBLKCP",
@@ -37,7 +39,11 @@ _CLASSES = {
     "narrow": r"^(LDG|STG|LDGSTS)\b(?!.*128)",
     "local": r"^(LDL|STL)",
     "wait": r"^WARPGROUP\.DEPBAR",
+    "load": r"^(LDG|LDGSTS)\b",
+    "barrier": r"^BAR\b",
 }
+Instruction = tuple[int, str, str]  # address, opcode, operands
+Place = tuple[str, int, int]  # operator, architecture, number among the operator's cases
 # What ptxas says where it has put a wait after every HGMMA, so that none of them overlaps with anything.
 _SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized (due to .+?)(?: in (?:the )?function|$)", re.M)
 
@@ -66,7 +72,8 @@ class AotCase:
 
 @dataclass
 class Report:
-    """What ptxas made of one case. ``loop`` is the steady innermost loop, ``problems`` what was wanted and isn't;
+    """What ptxas made of one case. ``length`` counts all instructions, ``loop_length`` and ``loop`` those of the steady
+    innermost loop; ``loads_in_flight`` is explained at the function; ``problems`` is what was wanted and isn't;
     ``serialized`` is ptxas' reason for a wait after every HGMMA."""
 
     name: str
@@ -78,7 +85,9 @@ class Report:
     serialized: str = ""
     shared_bytes: int = 0
     occupancy: float = 0.0
+    length: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
+    loads_in_flight: int = 0
     loop_length: int = 0
     loop: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -104,8 +113,11 @@ def inspect(case: AotCase, arch: int, dump: Path | None = None) -> Report:
     report.spill_bytes = sum(map(int, spilled))
     report.serialized = "; ".join(serialized(said.getvalue()))
     report.occupancy = occupancy(arch, report.registers, report.num_warps, report.shared_bytes)
+    report.length = sum(1 for _, opcode, _ in instructions if opcode != "NOP")  # which fill up the last 128 bytes
     report.instructions = _mix(instructions)
-    report.loop_length, report.loop = _steady_loop(instructions, labels)
+    loop = _steady_loop(instructions, labels)
+    report.loop_length, report.loop = len(loop), {name: count for name, count in _mix(loop).items() if count}
+    report.loads_in_flight = loads_in_flight(loop * 2 if report.loop.get("load") else instructions)
     report.problems = _problems(case, report) + narrow_strides(compiled.asm["source" if case.gluon else "ttir"])
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
@@ -244,9 +256,9 @@ def _disassemble(cubin: bytes) -> tuple[str, int]:
     return listing, int(match.group(1))
 
 
-def _parse(listing: str) -> tuple[list[tuple[int, str, str]], dict[str, int]]:
+def _parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
     """(address, opcode, operands) of every instruction, and the address of every label."""
-    instructions: list[tuple[int, str, str]] = []
+    instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     pending: list[str] = []
     for line in listing.splitlines():
@@ -263,16 +275,14 @@ def _parse(listing: str) -> tuple[list[tuple[int, str, str]], dict[str, int]]:
     return instructions, labels
 
 
-def _mix(instructions: Sequence[tuple[int, str, str]]) -> dict[str, int]:
+def _mix(instructions: Sequence[Instruction]) -> dict[str, int]:
     return {
-        name: sum(1 for _, opcode, _ in instructions if re.search(pattern, opcode))
-        for name, pattern in _CLASSES.items()
+        name: sum(1 for _, opcode, _ in instructions if re.search(pattern, opcode)) for name, pattern in CLASSES.items()
     }
 
 
-def _steady_loop(instructions: Sequence[tuple[int, str, str]], labels: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """Length and mix of the innermost loop with the most tensor-core instructions, of equals the shortest: the one that
-    runs most."""
+def _steady_loop(instructions: Sequence[Instruction], labels: Mapping[str, int]) -> list[Instruction]:
+    """The innermost loop with the most tensor-core instructions, of equals the shortest: the one that runs most."""
     loops = []
     for address, opcode, operands in instructions:
         target = re.search(r"`\((\.L_\S+?)\)", operands) if opcode.startswith("BRA") else None
@@ -281,10 +291,34 @@ def _steady_loop(instructions: Sequence[tuple[int, str, str]], labels: Mapping[s
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     bodies = [[i for i in instructions if start <= i[0] <= end] for start, end in inner]
     if not bodies:
-        return 0, {}
+        return []
     mixes = [_mix(body) for body in bodies]
-    best = max(range(len(bodies)), key=lambda i: (mixes[i]["hgmma"] + mixes[i]["hmma"], -len(bodies[i])))
-    return len(bodies[best]), {name: count for name, count in mixes[best].items() if count}
+    return bodies[max(range(len(bodies)), key=lambda i: (mixes[i]["hgmma"] + mixes[i]["hmma"], -len(bodies[i])))]
+
+
+def loads_in_flight(instructions: Sequence[Instruction]) -> int:
+    """The most global loads of a thread that are on their way at once, in the order of the listing: a load to registers
+    ends where one of them is next named, one to shared memory (LDGSTS) where its group is waited for."""
+    registers: list[set[int]] = []
+    groups: list[int] = [0]
+    most = 0
+    for _, opcode, operands in instructions:
+        named = {int(number) for number in re.findall(r"\bR(\d+)\b", operands)}
+        registers = [waiting for waiting in registers if not waiting & named]
+        if re.match(r"LDG\b", opcode):
+            width = 4 if ".128" in opcode else 2 if ".64" in opcode else 1
+            first = re.search(r"\bR(\d+)\b", operands)
+            assert first, operands
+            registers.append(set(range(int(first.group(1)), int(first.group(1)) + width)))
+        elif opcode.startswith("LDGSTS"):
+            groups[-1] += 1
+        elif opcode == "LDGDEPBAR":
+            groups.append(0)
+        elif opcode.startswith("DEPBAR.LE"):
+            kept = int(operands.rstrip(" ;").rsplit(",", 1)[1], 16)
+            groups = groups[len(groups) - 1 - kept :] if kept < len(groups) - 1 else groups
+        most = max(most, len(registers) + sum(groups))
+    return most
 
 
 def cases(operators: Sequence[str] = OPERATORS, arch: int = 90) -> list[AotCase]:
@@ -292,15 +326,27 @@ def cases(operators: Sequence[str] = OPERATORS, arch: int = 90) -> list[AotCase]
     return [case for name in operators for case in import_module(f"llm_kernels.{name}.bench").aot_cases(arch)]
 
 
-def _inspect_numbered(operator: str, index: int, arch: int, dump: Path | None) -> Report:
+def _inspect_place(place: Place, dump: Path | None) -> Report:
+    operator, arch, index = place
     return inspect(cases([operator], arch)[index], arch, dump)
 
 
-def inspect_all(operators: Sequence[str], archs: Sequence[int], jobs: int, dump: Path | None = None) -> list[Report]:
-    """Reports of all cases, compiled by ``jobs`` processes (fresh ones, without the interpreter)."""
-    work = [(name, i, arch, dump) for arch in archs for name in operators for i in range(len(cases([name], arch)))]
+def places(operators: Sequence[str], archs: Sequence[int]) -> dict[Place, AotCase]:
+    """Every case by its place."""
+    return {(name, arch, i): case for arch in archs for name in operators for i, case in enumerate(cases([name], arch))}
+
+
+def inspect_places(work: Sequence[Place], jobs: int, dump: Path | None = None) -> list[Report]:
+    """Reports of these cases, compiled by ``jobs`` processes: fresh ones, or this one where it is one job."""
+    if jobs == 1:
+        return [_inspect_place(place, dump) for place in work]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_inspect_numbered, *zip(*work)))
+        return list(pool.map(_inspect_place, work, [dump] * len(work)))
+
+
+def inspect_all(operators: Sequence[str], archs: Sequence[int], jobs: int, dump: Path | None = None) -> list[Report]:
+    """Reports of all cases."""
+    return inspect_places(list(places(operators, archs)), jobs, dump)
 
 
 def table(reports: Sequence[Report]) -> str:
@@ -310,7 +356,7 @@ def table(reports: Sequence[Report]) -> str:
     )
     lines = ["| " + names.replace(",", " |") + " |", "|" + " --- |" * 13]
     for r in reports:
-        c = r.instructions or dict.fromkeys(_CLASSES, 0)
+        c = r.instructions or dict.fromkeys(CLASSES, 0)
         core = f"{c['hgmma']} HGMMA" if c["hgmma"] else f"{c['hmma']} HMMA" if c["hmma"] else ""
         if c["setmaxnreg"]:
             core += f", {c['setmaxnreg']} setmaxnreg"
@@ -335,15 +381,48 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", nargs="*", default=list(OPERATORS), choices=OPERATORS)
     parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHS), choices=ARCHS)
+    parser.add_argument("--only", default="", help="regular expression that a case's name must have")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--dump", type=Path, help="folder for SASS, PTX and TTGIR of every kernel")
+    parser.add_argument("--beside", type=Path, help="JSON file of another commit, whose figures go beside these")
+    committed = parser.add_mutually_exclusive_group()
+    committed.add_argument("--check-table", action="store_true", help="compile what aot_table.json lacks, and a share")
+    committed.add_argument("--write-table", action="store_true", help="the same, and write aot_table.json")
+    parser.add_argument("--share", type=float, default=0.05, help="share of the table's rows to compile all the same")
+    parser.add_argument("--seed", type=int, help="which share; random if not given")
     arguments = parser.parse_args()
-    reports = inspect_all(arguments.op, arguments.arch, arguments.jobs, arguments.dump)
-    print(table(reports))
+    if arguments.check_table or arguments.write_table:
+        reports, failed = _committed(arguments)
+    else:
+        named = [p for p, c in places(arguments.op, arguments.arch).items() if re.search(arguments.only, c.name)]
+        reports = inspect_places(named, arguments.jobs, arguments.dump)
+        failed = any(report.problems for report in reports)
     if arguments.out:
         arguments.out.write_text(json.dumps(as_data(reports), indent=1))
-    return 1 if any(report.problems for report in reports) else 0
+    if arguments.beside:
+        from llm_kernels.aot_table import beside
+
+        print(beside(json.loads(arguments.beside.read_text()), as_data(reports)))
+    elif not arguments.check_table:
+        print(table(reports))
+    return 1 if failed else 0
+
+
+def _committed(arguments: argparse.Namespace) -> tuple[list[Report], bool]:
+    """Checks or writes aot_table.json: all reports, and whether something is wrong."""
+    from llm_kernels import aot_table
+
+    seed = random.randrange(2**32) if arguments.seed is None else arguments.seed
+    run = aot_table.renew if arguments.write_table else aot_table.check
+    compile_all = partial(inspect_places, jobs=arguments.jobs, dump=arguments.dump)
+    found = run(places(OPERATORS, ARCHS), compile_all, arguments.share, seed)
+    print(
+        f"{len(found.reports)} cases: {found.changed} compiled that the table lacks, {found.sampled} by chance "
+        f"(--share {arguments.share} --seed {seed}), the rest from aot_table.json"
+    )
+    print("\n".join(found.failures))
+    return found.reports, bool(found.failures)
 
 
 if __name__ == "__main__":

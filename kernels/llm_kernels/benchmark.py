@@ -1,4 +1,4 @@
-"""How an operator describes its benchmark: shapes, providers, and the bytes and FLOPs that it cannot do without."""
+"""How an operator describes its benchmark: shapes, providers, and the least bytes or FLOPs of each shape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Llama:
     ffn: int
     heads: int
     groups: int
-    words: int
+    vocab_size: int
 
 
 LLAMAS = {
@@ -35,8 +35,10 @@ TENSOR_PARALLEL = (1, 2, 4, 8)
 
 
 def sharded(shape_of: Callable[[Llama, int], Shape]) -> list[Shape]:
-    """What one tensor-parallel process of each published model has to do, each different shape once, named after the
-    model and TP size that it comes from first; ``models`` lists all that it comes from. The shapes of TP 1 come first.
+    """The shapes that a rank of each published model has at tensor-parallel sizes 1 to 8, each different shape once.
+
+    A shape is named after the first model and TP size that have it; its ``models`` lists all of them. Shapes of TP 1
+    come first.
     """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for tp in TENSOR_PARALLEL:
@@ -49,7 +51,7 @@ def sharded(shape_of: Callable[[Llama, int], Shape]) -> list[Shape]:
 
 @dataclass(frozen=True)
 class Work:
-    """Minimal bytes moved or FLOPs done: in forward, in backward."""
+    """The least bytes moved, or FLOPs done, in forward and in backward."""
 
     forward: int
     backward: int
@@ -57,14 +59,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One operator, as the benchmark runs it.
+    """The benchmark of one operator.
 
-    shapes: real model shapes, each with a ``name``. make: inputs of a shape, leaves that want gradients where the
-    operator has them. providers: name → function that imports what it needs (ImportError: not installed) and returns
-    the callable to measure, on the inputs of ``make``. bytes_moved: each input read once, each output written once;
-    None for operators that are not bound by memory. flops: None for those that are. small: an aligned shape that the
-    interpreter can run, on which bytes are counted. inplace: the operator writes over its inputs, so they are made
-    anew.
+    shapes: shapes of real models, each with a ``name``. make: makes the inputs of a shape, leaves that require a
+    gradient where the operator is differentiable. providers: name → function that imports what the provider needs
+    (ImportError means that it is not installed) and returns the callable to measure, which takes the inputs of
+    ``make``. bytes_moved: each input read once and each output written once; None for operators that are not bound by
+    memory. flops: None for operators that are. small: an aligned shape, small enough for the interpreter, on which
+    bytes are counted. inplace: the operator overwrites its inputs.
     """
 
     name: str
@@ -80,5 +82,5 @@ class Benchmark:
 
 
 def normal(*shape: int, dtype: torch.dtype, device: torch.device, gradient: bool = True) -> Tensor:
-    """Standard normal input."""
+    """An input of standard normal numbers, which requires a gradient by default."""
     return torch.randn(*shape, device=device, dtype=dtype).requires_grad_(gradient)

@@ -1,7 +1,8 @@
-"""Quick correctness of every operator on its small shape, before anything is timed: ``python -m llm_kernels.check``.
+"""A quick check that every operator is right on its small shape: ``python -m llm_kernels.check``.
 
-On a GPU the kernels run as they are; without one, in Triton's interpreter under the memory checker
-(TRITON_INTERPRET=1). The full tests are the operators' test files; this is what a benchmark runs behind.
+On a GPU the compiled kernels run; without one (TRITON_INTERPRET=1) the kernels run in Triton's interpreter under the
+memory checker. Benchmarks run this check first and do not time an operator that fails it; the operators' test files
+test far more.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ import torch
 from llm_kernels import dispatch
 from llm_kernels.aot import OPERATORS
 from llm_kernels.benchmark import Benchmark, Shape
-from llm_kernels.guard import Traffic, guard
 from llm_kernels.measure import said
+from llm_kernels.memory_checker import Traffic, check_memory_accesses
 from llm_kernels.testing import compare, default_device
 
 
 def benchmark_of(operator: str) -> Benchmark:
-    """The benchmark description of an operator by name."""
+    """The ``BENCHMARK`` of the operator with this name."""
     return import_module(f"llm_kernels.{operator}.bench").BENCHMARK
 
 
 def check(operator: str, shape: Shape | None = None) -> str | None:
-    """Compares an operator with torch's in the same dtype against fp64, on its small shape if none is given; None if it
-    is right, else what is wrong."""
+    """Compares the errors of an operator and of torch's in the same dtype, against fp64; by default on its small shape.
+    Returns None if the operator is right, else a line that says what is wrong."""
     try:
         benchmark, device = benchmark_of(operator), default_device()
         dispatch.backend_for(torch.empty(0, device=device), "triton")
@@ -38,18 +39,18 @@ def check(operator: str, shape: Shape | None = None) -> str | None:
         for dtype in benchmark.dtypes:
             torch.manual_seed(0)
             inputs = benchmark.make(shape or benchmark.small, dtype, device)
-            with nullcontext() if device.type == "cuda" else guard() as traffic:
+            with nullcontext() if device.type == "cuda" else check_memory_accesses() as traffic:
                 if benchmark.inplace:
                     _compare_inplace(ours, peer, inputs, traffic)
                 else:
                     compare(f"{operator}/check", ours, peer, peer, inputs)
-    except Exception as error:  # whatever went wrong, the operator is not to be timed
+    except Exception as error:  # an operator that fails in any way must not be timed
         return said(error)
     return None
 
 
 def _compare_inplace(ours: Any, peer: Any, inputs: Sequence[torch.Tensor], traffic: Traffic | None) -> None:
-    """An operator that writes over its inputs leaves there what torch's leaves, to a few roundings."""
+    """Asserts that an operator that overwrites its inputs leaves torch's numbers there, to a few roundings."""
     found = [x.detach().clone() for x in inputs]
     wanted = [x.detach().clone() for x in inputs]
     if traffic is not None:
@@ -61,8 +62,8 @@ def _compare_inplace(ours: Any, peer: Any, inputs: Sequence[torch.Tensor], traff
 
 
 def traffic(operator: str) -> Iterator[tuple[str, int, int]]:
-    """(forward or backward, bytes moved, least bytes) of an operator bound by memory on its small shape, as the
-    interpreter counts them; nothing for others."""
+    """(forward or backward, bytes moved, least bytes) of an operator on its small shape, counted in the interpreter.
+    Yields nothing for an operator that is not bound by memory."""
     benchmark, device = benchmark_of(operator), default_device()
     if benchmark.bytes_moved is None:
         return
@@ -70,7 +71,7 @@ def traffic(operator: str) -> Iterator[tuple[str, int, int]]:
     dtype = benchmark.dtypes[0]
     inputs = benchmark.make(benchmark.small, dtype, device)
     least = benchmark.bytes_moved(benchmark.small, dtype)
-    with guard() as counted:
+    with check_memory_accesses() as counted:
         counted.reachable = lambda: inputs
         out = benchmark.providers["ours"]()(*inputs)
         forward = counted.bytes_loaded + counted.bytes_stored
@@ -83,7 +84,7 @@ def traffic(operator: str) -> Iterator[tuple[str, int, int]]:
 
 
 def print_traffic(operators: Sequence[str]) -> int:
-    """The table of bytes; exit status 1 if an operator moves over 3 % more than it must."""
+    """Prints the table of bytes moved; exit status 1 if an operator moves over 3 % more than the least."""
     print("| operator | pass | bytes moved | least | ratio |")
     print("|" + " --- |" * 5)
     worst = 0.0
@@ -95,7 +96,7 @@ def print_traffic(operators: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """Prints a JSON object, operator → null or what is wrong; exit status 1 if one is wrong."""
+    """Prints a JSON object that maps each operator to null or to what is wrong; exit status 1 if one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", nargs="*", default=list(OPERATORS), choices=OPERATORS)
     parser.add_argument("--bytes", action="store_true", help="count bytes in the interpreter instead")

@@ -1,5 +1,5 @@
-"""What launchers and benchmarks ask of a device. On a CPU, where benchmarks are rehearsed, the same questions are
-answered by the host's clock."""
+"""Properties, events and memory of a device, for launchers and benchmarks. On a CPU, where benchmarks are rehearsed,
+events use the host's clock."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def num_sms(x: Tensor) -> int:
 
 
 class HostEvent:
-    """What a CUDA event is on a GPU: a point in time, here of the host's clock."""
+    """A point in time by the host's clock, with the methods of a CUDA event."""
 
     def __init__(self) -> None:
         self.at = 0.0
 
     def record(self) -> None:
-        """Notes the time."""
+        """Takes the time."""
         self.at = time.perf_counter()
 
     def elapsed_time(self, end: HostEvent) -> float:
-        """Milliseconds from here to ``end``."""
+        """Milliseconds from this event to ``end``."""
         return (end.at - self.at) * 1e3
 
 
@@ -50,13 +50,13 @@ def event(device: torch.device) -> Any:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device; on a GPU this raises what went wrong in a kernel."""
+    """Waits for the device; on a GPU this raises the error of a kernel that failed."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def release(device: torch.device) -> None:
-    """Gives memory that torch keeps for later back to the GPU."""
+    """Returns the memory that torch has cached to the GPU."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -65,7 +65,7 @@ def is_lost(device: torch.device) -> bool:
     """Whether an error (an access out of bounds, say) has ended all CUDA work of this process."""
     try:
         synchronize(device)
-    except Exception:  # whatever it raises, the device does not answer any more
+    except Exception:  # whatever it raises, no further CUDA call of this process works
         return True
     return False
 
@@ -76,7 +76,7 @@ def name_of(device: torch.device) -> str:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Memory that one call allocates above what was there; 0 on a CPU, whose allocator does not count."""
+    """Peak memory of one call above what was allocated before; 0 on a CPU, whose allocator does not count."""
     if device.type != "cuda":
         call()
         return 0

@@ -11,6 +11,7 @@ plain eager call goes around the registration, straight into one autograd functi
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable
@@ -53,6 +54,13 @@ def _import_triton() -> bool:
 
     interpreter.install()
     return True
+
+
+@cache
+def launchers(operator: str) -> Any:
+    """The module ``llm_kernels.<operator>.kernel``, which needs Triton and so is imported at an operator's first call.
+    An import statement in every call costs 1.5 us each time."""
+    return importlib.import_module(f"llm_kernels.{operator}.kernel")
 
 
 def triton_installed() -> bool:
@@ -116,10 +124,11 @@ def check_writable(x: Tensor, name: str, what: str) -> None:
         raise ValueError(f"{what} writes over {name}, but its elements share memory (it is expanded)")
 
 
-def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
+def define(schema: str, implementation: Callable, fake: Callable, direct: Callable | None = None) -> Callable:
     """Defines operator ``llm_kernels::<name>`` by a torch schema, one implementation for CUDA and for the interpreter,
     and what it returns for fake tensors. Returns the operator as a function that is not differentiable; its first
-    argument, or the second where that is None, must be a tensor or a list of them."""
+    argument, or the second where that is None, must be a tensor or a list of them. ``direct`` is what a plain eager
+    call of that function runs, where it may return None for what a schema wants a tensor for."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CUDA")
@@ -127,9 +136,10 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     torch.library.register_fake(f"llm_kernels::{name}", fake, lib=LIBRARY)
     registered = getattr(torch.ops.llm_kernels, name).default
     _implementations[name] = implementation
+    plain = direct or implementation
 
     def call(*arguments: Any) -> Any:
-        return implementation(*arguments) if _is_plain(arguments) else registered(*arguments)
+        return plain(*arguments) if _is_plain(arguments) else registered(*arguments)
 
     return call
 

@@ -1,12 +1,14 @@
-"""The machine under gluon_simulator: values, memories, barriers, and partitions in an order drawn from a seed.
+"""The machine on which gluon_simulator runs a kernel: values, memories, barriers, and the scheduler.
 
-Partitions of ``warp_specialize``, TMA copies and asynchronous products run one at a time in an order drawn from a seed.
-A copy lands at any moment before its barrier completes, a product reads its operands at any moment before its wait.
-Vector clocks (Flanagan & Freund 2009, doi 10.1145/1542476.1542490) find what no order of the run happened to show:
-accesses to shared memory that no barrier, wait or fence puts in order. Faults: such races, shared memory read before
-it was written, deadlock, a barrier that gets more than it counts, an index or an address out of bounds, an address
-stored by two partitions or programs, 32-bit overflow, layouts that do not match, work in flight when a program ends.
-A partition is one thread of control: races among its own warps, registers, bank conflicts and speed are not seen.
+Partitions of ``warp_specialize``, TMA copies and asynchronous products run one at a time, in an order drawn from a
+seed. A copy may land at any moment before its barrier completes; a product may read its operands at any moment before
+the wait for it. Vector clocks (Flanagan & Freund 2009, doi 10.1145/1542476.1542490) also find accesses to shared memory
+that happened in a harmless order in this run, but that no barrier, wait or fence orders.
+
+These are faults: such races, shared memory that is read before it was written, a deadlock, more arrivals at a barrier
+than it counts, an index or an address out of bounds, an address that two partitions or programs store to, 32-bit
+overflow, layouts that do not match, and copies or products that are unfinished when a program ends. A partition is
+simulated as one thread: races between its own warps, registers, bank conflicts and speed are not simulated.
 """
 
 from __future__ import annotations
@@ -29,20 +31,20 @@ TORCH = {
 GLUON = {value: key for key, value in TORCH.items()}
 
 
-# Files whose lines are not the kernel's.
+# Files of the simulator, whose lines a fault must not name.
 INTERNAL = {__file__}
 
 
 class SimulationError(Exception):
-    """What the kernel did wrong, with the line of the kernel."""
+    """A fault of the kernel; the message has the partition and the line of the kernel."""
 
 
 class Stopped(BaseException):
-    """Ends a partition's thread after a fault elsewhere."""
+    """Ends the thread of a partition after a fault in another one."""
 
 
 def caller() -> tuple[str, int]:
-    """File and line of the kernel that runs now."""
+    """File and line of the kernel's statement that is running."""
     frame: Any = sys._getframe(1)
     while frame.f_code.co_filename in INTERNAL:
         frame = frame.f_back
@@ -50,7 +52,7 @@ def caller() -> tuple[str, int]:
 
 
 def fault(message: str) -> SimulationError:
-    """The error, with partition and line."""
+    """The error with this message, the partition and the line."""
     path, line = caller()
     name = getattr(threading.current_thread(), "partition", None)
     source = linecache.getline(path, line).strip()
@@ -58,7 +60,7 @@ def fault(message: str) -> SimulationError:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises the fault unless the condition holds."""
+    """Raises a fault with this message unless the condition holds."""
     if not condition:
         raise fault(message)
 
@@ -75,7 +77,7 @@ class Int(int):
         return self
 
     def to(self, dtype: Any) -> Any:
-        """As in the language; floats are Python's."""
+        """The number in another dtype; floating-point scalars are Python floats."""
         return Int(self, dtype.primitive_bitwidth) if dtype.is_int() else float(self)
 
 
@@ -109,7 +111,7 @@ class Tile:
 
     @property
     def shape(self) -> list[int]:
-        """Sizes."""
+        """The sizes of the dims."""
         return list(self.data.shape)
 
     @property
@@ -119,7 +121,7 @@ class Tile:
 
     @property
     def type(self) -> Tile:
-        """What has ``layout``: the tile itself."""
+        """The tile itself, which has the attribute ``layout`` that a type has in Gluon."""
         return self
 
     def to(self, dtype: Any, bitcast: bool = False) -> Tile:
@@ -133,7 +135,7 @@ class Tile:
         return Tile(~self.data, self.layout)
 
     def __getitem__(self, key: tuple) -> Tile:
-        """``x[:, None]`` and ``x[None, :]``: a slice back in its parent's layout."""
+        """``x[:, None]`` or ``x[None, :]``, in the parent of the slice's layout."""
         dim = key.index(None)
         require(self.layout is None or self.layout.dim == dim, f"{self.layout} is expanded along dimension {dim}")
         return Tile(self.data[key], self.layout and self.layout.parent)
@@ -157,7 +159,7 @@ for _name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge", "eq", "ne"
 
 
 class Memory:
-    """A global tensor: its storage, which elements of that are the tensor's, and who stored them."""
+    """A global tensor: its storage, which elements of the storage belong to the tensor, and who stored each of them."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         length = tensor.untyped_storage().nbytes() // tensor.element_size()
@@ -168,7 +170,7 @@ class Memory:
         self.start = tensor.storage_offset()
 
     def check(self, at: torch.Tensor, what: str) -> None:
-        """Faults unless all these elements are the tensor's."""
+        """Raises a fault unless all these elements belong to the tensor."""
         inside = (at >= 0) & (at < len(self.flat))
         wrong = at[~inside | ~self.owned[at.clamp(0, len(self.flat) - 1)]]
         if len(wrong):
@@ -176,7 +178,7 @@ class Memory:
 
 
 class Pointer:
-    """Addresses in a global tensor, one or a tile of them."""
+    """An address in a global tensor, or a tile of addresses."""
 
     def __init__(self, memory: Memory, offset: torch.Tensor, layout: Any = None) -> None:
         self.memory, self.offset, self.layout = memory, offset, layout
@@ -203,7 +205,7 @@ class Descriptor:
         self.dtype = GLUON[host.base.dtype]
 
     def box(self, coord: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Addresses of a box and which of them are inside the described shape."""
+        """The addresses of the block at ``coord``, and which of them lie inside the descriptor's shape."""
         at, inside = torch.tensor(self.memory.start), torch.tensor(True)
         for start, length, size, stride in zip(coord, self.block_shape, self.sizes, self.strides, strict=True):
             places = torch.arange(length) + int(start)
@@ -214,7 +216,8 @@ class Descriptor:
 
 
 class Cell:
-    """One buffer: who wrote it last and who read it since, by clock, and whether a write awaits a proxy fence."""
+    """One buffer in shared memory: its last writer and the readers since then, each with its tick, and whether the last
+    write still needs a fence before the async proxy may read it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -223,7 +226,7 @@ class Cell:
         self.unfenced = False
 
     def read(self, reader: Any, tick: int, clock: dict, asynchronous: bool) -> None:
-        """Faults unless the last write is known to ``clock``; notes the read."""
+        """Records a read. Raises a fault unless the reader's ``clock`` knows of the last write."""
         require(self.write is not None, f"reads {self.name}, which nothing has written")
         actor, at = self.write or (None, 0)
         require(clock.get(actor, 0) >= at, f"reads {self.name} without having waited for its write by {actor}")
@@ -231,7 +234,7 @@ class Cell:
         self.reads[reader] = tick
 
     def overwrite(self, writer: Any, tick: int, clock: dict, asynchronous: bool) -> None:
-        """Faults unless every use since the last write is known to ``clock``; notes the write."""
+        """Records a write. Raises a fault unless the writer's ``clock`` knows of the last write and all reads since."""
         for actor, at in [*self.reads.items(), *([self.write] if self.write else [])]:
             if clock.get(actor, 0) < at:
                 raise fault(f"overwrites {self.name} while {actor} may still use it")
@@ -239,7 +242,7 @@ class Cell:
 
 
 class Shared:
-    """A view of shared memory; ``cells`` are the buffers it touches."""
+    """A view of shared memory; ``cells`` are the buffers that it covers."""
 
     def __init__(self, data: torch.Tensor, layout: Any, cells: list[Cell], whole: bool = False) -> None:
         self.data, self.layout, self.cells, self.whole = data, layout, cells, whole
@@ -247,11 +250,11 @@ class Shared:
 
     @property
     def type(self) -> Shared:
-        """What has ``layout``: the view itself."""
+        """The view itself, which has the attribute ``layout`` that a type has in Gluon."""
         return self
 
     def index(self, i: int) -> Shared:
-        """One buffer of several."""
+        """The view of buffer ``i``."""
         require(0 <= i < len(self.data), f"index {int(i)} of {self.cells[0].name} of {len(self.data)}")
         return Shared(self.data[int(i)], self.layout, self.cells[i : i + 1] if self.whole else self.cells)
 
@@ -260,7 +263,7 @@ class Shared:
         return Shared(self.data.permute(*order), self.layout, self.cells)
 
     def load(self, layout: Any) -> Tile:
-        """To registers."""
+        """Loads into registers."""
         this = me()
         this.step()
         for cell in self.cells:
@@ -268,7 +271,7 @@ class Shared:
         return Tile(self.data.clone(), layout)
 
     def store(self, value: Tile) -> None:
-        """From registers; products and copies need a fence after it."""
+        """Stores from registers. Products and TMA copies may use the memory only after a fence."""
         this = me()
         this.step()
         same = self.shape == value.shape and self.dtype == value.dtype
@@ -280,7 +283,8 @@ class Shared:
 
 
 class Barrier:
-    """An mbarrier: arrivals and bytes still due in this phase, and what is known to whom waits for the last one."""
+    """An mbarrier: the arrivals and bytes still due in this phase; the clocks that its arrivals have brought
+    (``gathered``), and those of the last completed phase (``released``), which a wait passes on."""
 
     def __init__(self, name: str) -> None:
         self.name, self.count, self.due, self.bytes, self.phase = name, 0, 0, 0, 0
@@ -288,7 +292,7 @@ class Barrier:
         self.released: dict[Any, int] = {}
 
     def arrive(self, clock: dict, count: int, num_bytes: int) -> None:
-        """So many arrivals fewer are due, and so many bytes more."""
+        """``count`` arrivals by a partition with this clock, which also announce ``num_bytes`` more bytes."""
         require(self.count > 0, f"{self.name} is not initialised")
         require(self.due >= count, f"{self.name} gets more than its {self.count} arrivals in a phase")
         self.due -= count
@@ -296,11 +300,11 @@ class Barrier:
         self.land(-num_bytes)
 
     def describe(self) -> str:
-        """Name and state, for messages."""
+        """Name and state, for error messages."""
         return f"{self.name} (phase {self.phase}, {self.due} of {self.count} arrivals and {self.bytes} bytes due)"
 
     def land(self, num_bytes: int) -> None:
-        """So many bytes fewer are due; the phase ends when none are, nor arrivals."""
+        """``num_bytes`` bytes have landed. The phase completes when no bytes and no arrivals are due."""
         self.bytes -= num_bytes
         if self.due == 0 and self.bytes == 0:
             join(self.released, self.gathered)
@@ -314,25 +318,26 @@ class Barriers:
         self.items = items
 
     def index(self, i: int) -> Barriers:
-        """One of them."""
+        """The view of barrier ``i``."""
         require(0 <= i < len(self.items), f"index {int(i)} of {self.items[0].name} of {len(self.items)}")
         return Barriers([self.items[i]])
 
     @property
     def one(self) -> Barrier:
-        """The only one."""
+        """The only barrier of this view."""
         require(len(self.items) == 1, f"{len(self.items)} barriers where one is wanted")
         return self.items[0]
 
 
 def join(into: dict, other: dict) -> None:
-    """Makes what one clock knows known to another."""
+    """Adds what the clock ``other`` knows to the clock ``into``."""
     for actor, tick in other.items():
         into[actor] = max(into.get(actor, 0), tick)
 
 
 class Product:
-    """An asynchronous product; ``data`` once it has run, ``registers`` the operand that must live until then."""
+    """An asynchronous product. ``data``: the result, once it has run; ``registers``: its left operand, if that is in
+    registers, which must be kept until the wait for it."""
 
     def __init__(self, run: Callable[[], torch.Tensor], layout: Any, tick: int, registers: Tile | None) -> None:
         self.run, self.layout, self.tick, self.registers = run, layout, tick, registers
@@ -340,7 +345,7 @@ class Product:
 
 
 class Partition:
-    """Warps of one role: a thread that runs only when it is told to."""
+    """The warps of one partition: a thread that runs only when the scheduler tells it to."""
 
     def __init__(self, program: Program, name: str, body: Callable[[], Any], clock: dict) -> None:
         self.program, self.name, self.clock = program, name, {**clock, name: 1}
@@ -370,7 +375,7 @@ class Partition:
         self.program.back.release()
 
     def step(self, ready: Callable[[], bool] | None = None, blocked_on: Callable[[], str] = str) -> None:
-        """Lets others run, at least until ``ready``; then the next tick of this partition's clock."""
+        """Lets others run until ``ready`` and the scheduler chooses this partition; then advances its clock."""
         self.ready, self.blocked_on = ready or (lambda: True), blocked_on
         self.program.back.release()
         self.go.acquire()
@@ -381,12 +386,12 @@ class Partition:
 
 
 def me() -> Partition:
-    """The partition that runs now."""
+    """The partition that is running."""
     return threading.current_thread().partition  # type: ignore[attr-defined]
 
 
 class Program:
-    """One program of the grid: its partitions and all that is in flight."""
+    """One program of the grid: its partitions, and the copies and products in flight."""
 
     def __init__(self, index: tuple[int, ...], grid: tuple[int, ...], seed: int) -> None:
         self.index, self.grid = index, grid
@@ -401,7 +406,7 @@ class Program:
         self.agent_weight = self.order.random() ** 2 + 0.02
 
     def run(self, body: Callable[[], Any]) -> None:
-        """Runs everything to its end. Raises SimulationError."""
+        """Runs all partitions, copies and products to their end. Raises SimulationError for a fault."""
         self.partitions.append(Partition(self, "main", body, {}))
         while self.error is None and not all(p.done for p in self.partitions):
             choices: list[tuple[float, Any]] = [(p.weight, p) for p in self.partitions if not p.done and p.ready()]

@@ -1,7 +1,7 @@
-"""Runs a Gluon kernel for Hopper on CPU tensors: its Python source, with stand-ins for the language.
+"""Runs a Gluon kernel for Hopper on CPU tensors: executes its Python source with a simulation of Gluon's functions.
 
-``simulate(kernel, grid, *args, seed=0, **kwargs)`` takes what a launch takes: CPU tensors, host TensorDescriptors and
-numbers. What it finds, and what it cannot, is told in gluon_machine.
+``simulate(kernel, grid, *args, seed=0, **kwargs)`` takes the arguments of a launch: CPU tensors, host TensorDescriptors
+and numbers. gluon_machine says which faults are found and what is not simulated.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ machine.INTERNAL.add(__file__)
 
 
 def simulate(kernel: Any, grid: Sequence[int], *args: Any, seed: int = 0, **kwargs: Any) -> None:
-    """Runs every program of ``grid``, each in an order of its own drawn from ``seed``. Raises SimulationError."""
+    """Runs every program of ``grid``, each in its own order drawn from ``seed``. Raises SimulationError for a fault."""
     names = [parameter.name for parameter in kernel.params]
     given = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
     values = {p.name: given[p.name] if p.is_constexpr else _argument(given[p.name]) for p in kernel.params}
@@ -70,7 +70,7 @@ def _argument(value: Any) -> Any:
 
 
 def _bind(function: Any, known: dict[Any, Callable]) -> Callable:
-    """The kernel's Python function, among stand-ins instead of the language."""
+    """The kernel's Python function with globals that hold the simulated functions instead of Gluon's."""
     if function in known:
         return known[function]
     raw = function.fn
@@ -122,7 +122,7 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
 
 
 def _largest(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """Like the instruction, passes over NaN."""
+    """The maximum, which ignores NaN as the GPU's instruction does."""
     return x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(axis)
 
 
@@ -327,7 +327,7 @@ def _fence() -> None:
 
 
 class _Language:
-    """``gl``: what is simulated, and layouts, dtypes and constants as they are."""
+    """Stands for ``gl``: simulated functions, and Gluon's own layouts, dtypes and constants."""
 
     arange = staticmethod(lambda a, b, layout=None: Tile(torch.arange(a, b, dtype=torch.int32), layout))
     full = staticmethod(_full)

@@ -1,10 +1,14 @@
 """Repairs to Triton's interpreter (TRITON_INTERPRET=1) so that kernels can be checked on a machine without a GPU.
 
-Triton 3.6 to 3.9 keep bf16 as 16-bit integers and hand those to numpy as they are: arithmetic and dot products of bf16
-are silently wrong, and fp32 to bf16 truncates where a GPU rounds to nearest even. Version 3.6 also fails with numpy 2.4
-and newer wherever a loop bound is known only at run time. 3.6 and 3.7 prepare the whole language anew at each call of a
-device function, look for integer overflows in nine operations whose outcome they drop, and describe the shape of every
-value anew: two thirds of a small model's step. Importing this module changes nothing; ``install`` does.
+Wrong in Triton 3.6 to 3.9: bf16 values are kept as 16-bit integers, which numpy then adds and multiplies as integers,
+so arithmetic and dot products of bf16 are silently wrong; and fp32 to bf16 truncates, where a GPU rounds to nearest
+even. Triton 3.6 also fails with numpy 2.4 and newer wherever a loop bound is known only at run time.
+
+Slow in Triton 3.6 and 3.7: the interpreter patches the whole language again at each call of a device function, checks
+integer overflow in nine operations without using the result, and builds a new shape object for every value. Together
+that was two thirds of a small model's training step.
+
+Importing this module changes nothing; ``install`` applies the repairs.
 """
 
 from __future__ import annotations
@@ -19,12 +23,12 @@ _installed = False
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
-    """fp32 values of bf16 numbers given as uint16."""
+    """The fp32 values of bf16 numbers whose bits are given as uint16."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
-    """bf16 numbers as uint16, rounded to nearest even; every NaN becomes the quiet one."""
+    """The bits of bf16 numbers as uint16, rounded to nearest even; every NaN becomes the same quiet NaN."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -32,7 +36,7 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def install() -> None:
-    """Patches the interpreter of the imported Triton; a second call does nothing."""
+    """Patches Triton's interpreter; a second call does nothing."""
     global _installed
     if _installed:
         return
@@ -82,7 +86,7 @@ def _repair_casts(builder: Any) -> None:
         return cast
 
     builder.create_fp_to_fp = wrap(builder.create_fp_to_fp)
-    builder.cast_impl = wrap(builder.cast_impl)  # all other casts call it by name
+    builder.cast_impl = wrap(builder.cast_impl)  # all other casts call this method
 
 
 def _repair_arithmetic(builder: Any) -> None:
@@ -122,7 +126,7 @@ def _repair_dot(builder: Any) -> None:
 
 
 def _repair_scalars(interpreter: Any) -> None:
-    """A Python float argument is an fp32 scalar in a compiled kernel; the interpreter would leave it a float."""
+    """Makes a Python float argument an fp32 scalar, as in a compiled kernel; the interpreter would keep the float."""
     import triton.language as tl
 
     original = interpreter._implicit_cvt
@@ -136,7 +140,7 @@ def _repair_scalars(interpreter: Any) -> None:
 
 
 def _repair_loop_bounds(interpreter: Any) -> None:
-    """numpy 2.4 refuses int() of a one-element array, which Triton 3.6 asks of every bound known at run time."""
+    """Triton 3.6 calls int() on a one-element array for a bound known at run time, which numpy 2.4 refuses."""
     original = interpreter._patch_lang_tensor
 
     def patch(tensor, scope):
@@ -147,8 +151,9 @@ def _repair_loop_bounds(interpreter: Any) -> None:
 
 
 def _prepare_once_a_launch(interpreter: Any) -> None:
-    """``_patch_lang`` puts the interpreter behind every builtin of the modules that a function sees, tl and tl.core. It
-    is called for the kernel, whose scope undoes it after the launch, and by each call of a device function again."""
+    """Patches the language once a launch. ``_patch_lang`` replaces every builtin of tl and tl.core by an interpreted
+    one. Triton calls it for the kernel, whose scope undoes it after the launch, and again at every call of a device
+    function, where it is superfluous."""
     import triton.language as tl
 
     original = interpreter._patch_lang
@@ -157,7 +162,7 @@ def _prepare_once_a_launch(interpreter: Any) -> None:
     def patch(fn):
         seen = {module.__name__ for module in fn.__globals__.values() if module is tl or module is tl.core}
         if prepared and seen <= prepared:
-            return None  # nobody undoes what a device function asks for
+            return None  # no scope is needed: Triton does not undo the patch of a device function
         scope, launch = original(fn), not prepared
         prepared.update(seen)
         if launch:
@@ -174,7 +179,7 @@ def _prepare_once_a_launch(interpreter: Any) -> None:
 
 
 def _look_types_up(interpreter: Any) -> None:
-    """``_get_np_dtype`` writes its table of types anew for every value that is made."""
+    """Caches ``_get_np_dtype``, which builds its whole table of types at every call, once for every value."""
     import triton.language as tl
 
     original = interpreter._get_np_dtype
@@ -192,7 +197,8 @@ def _look_types_up(interpreter: Any) -> None:
 
 
 def _check_overflows(semantic: Any) -> None:
-    """Sums, differences and products of integers that do not fit in their type are errors, as in a debug build."""
+    """Raises where a sum, difference or product of integers does not fit in its type, as a debug build of a kernel
+    does."""
     operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
     def check(lhs, rhs, binary_op):
@@ -208,7 +214,7 @@ def _check_overflows(semantic: Any) -> None:
 
 
 def _share_shapes() -> None:
-    """Values of the same shape share its description, as they do numbers of the same type."""
+    """Values of the same shape share one shape object, and values of the same block type its attributes."""
     from triton.language import core
 
     block = core.block_type.__init__
@@ -216,7 +222,7 @@ def _share_shapes() -> None:
     shapes: dict[tuple, tuple[Any, Any]] = {}
 
     def block_type(self, element_ty, shape):
-        if type(element_ty) is not core.dtype:  # a pointer, of which each launch has its own
+        if type(element_ty) is not core.dtype:  # a pointer type, which every launch makes for itself
             return block(self, element_ty, shape)
         key = (element_ty.name, *(core._unwrap_if_constexpr(size) for size in shape))
         if key not in blocks:

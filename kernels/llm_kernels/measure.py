@@ -1,13 +1,14 @@
-"""Times operators of several providers on one GPU, beside what that very card can do at most.
+"""Times the operators of several providers on one GPU, and compares them with the measured peak of that same card.
 
-Providers take turns, round by round in rotated order, so that all see the same clocks and temperature; before every
-run the L2 cache is flushed, for so long that the host has queued the whole call before the GPU begins it: the time is
-the GPU's, and the host's own is given beside it. Backward is timed alone, on a graph that is kept or, where backward
-writes over what forward left, made anew before every run. Bytes and FLOPs are the minimum that the operator cannot do
-without (llm_kernels.benchmark), so a fraction of the card's measured copy bandwidth or matrix product rate says how
-much is left to win. A provider that is not installed, or fails anywhere, is a row that says so and costs no other row.
+Providers run in turn, in an order that rotates from round to round, so that all of them see the same clock rates and
+temperatures. The L2 cache is flushed before every run. The flush takes longer than the host needs to queue the call, so
+the GPU's time does not contain waiting for the host; the host's time is reported beside it. Backward is timed alone: on
+a graph that is kept or, where backward overwrites what forward saved, on a graph that is made before every run, outside
+of the measured time. Bytes and FLOPs are the least that the operator needs (llm_kernels.benchmark), so their fraction
+of the card's measured copy bandwidth or matrix product rate says how much faster the operator could become. A provider
+that is not installed or that fails gets a row that says so; the other rows are measured all the same.
 
-On a CPU the same code runs on the host's clock: a rehearsal, whose times say nothing about a GPU.
+On a CPU the same code runs with the host's clock. That is a rehearsal, and its times say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _FLUSHES = 16
 
 
 class DeviceLost(RuntimeError):
-    """A provider's kernel has ended all CUDA work of this process, so nothing more can be measured in it."""
+    """A provider's kernel failed in a way after which no CUDA call of this process works, so measuring must stop."""
 
     def __init__(self, provider: str) -> None:
         super().__init__(f"{provider} has ended all CUDA work of this process")
@@ -50,9 +51,9 @@ class Card:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. Times are of one call in ms: median and the 20th and 80th percentile over rounds; ``host_us``
-    is the median that the host took to queue it. ``fraction`` is of the card's measured copy bandwidth where ``bound``
-    is memory, of its matrix product rate where it is compute.
+    """One measurement. Times are of one call in ms: the median and the 20th and 80th percentile over all rounds;
+    ``host_us`` is the median time that the host took to queue the call. ``fraction`` is of the card's measured copy
+    bandwidth where ``bound`` is memory, and of its matrix product rate where ``bound`` is compute.
     """
 
     operator: str
@@ -73,7 +74,7 @@ class Row:
 
 
 def measure_card(device: torch.device) -> Card:
-    """Copy bandwidth of 1 GiB and rate of an 8192^3 bf16 product, medians of 20; on a CPU of next to nothing."""
+    """Bandwidth of a 1 GiB copy and rate of an 8192^3 bf16 product, medians of 20; on a CPU of tiny ones."""
     size, side, rounds = (1 << 30, 8192, 20) if device.type == "cuda" else (1 << 16, 64, 2)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -88,7 +89,7 @@ def measure_card(device: torch.device) -> Card:
 
 @dataclass
 class Timed:
-    """Times of one call, or what went wrong with it."""
+    """The times of one call, or the error that it raised."""
 
     ms: list[float] = field(default_factory=list)
     host_us: list[float] = field(default_factory=list)
@@ -96,21 +97,21 @@ class Timed:
 
 
 class Timer:
-    """Events around single calls, with the L2 cache flushed before each."""
+    """Measures single calls by events, after flushing the L2 cache."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Over four times the 50 or 60 MB of an H100's and H200's L2; zeroing it evicts whatever the call before left.
+        # Over four times the L2 cache of an H100 or H200 (50 or 60 MB): zeroing it evicts what the last call left.
         size = 256 * _MIB if device.type == "cuda" else 1024
         self._flush = torch.empty(size, dtype=torch.uint8, device=device)
         self.lost_by: int | None = None
-        """Which call has ended all CUDA work of this process, if one has."""
+        """Index of the call after which no CUDA call of this process works, if there was one."""
 
     def rounds(
         self, calls: Sequence[Callable[[], Any]], rounds: int, prepare: Sequence[Callable[[], Any]] | None = None
     ) -> list[Timed]:
-        """Times of each call, ``rounds`` of each, interleaved; ``prepare`` runs untimed before its call. A call that
-        fails is left out from then on."""
+        """Times every call ``rounds`` times, interleaved with the others. ``prepare`` has for each call a function that
+        runs before it and is not timed. A call that raises is not made again."""
         before = prepare or [_nothing] * len(calls)
         found = [Timed() for _ in calls]
         warmup = 3 if self.device.type == "cuda" else 1
@@ -122,7 +123,7 @@ class Timer:
                 continue
             try:
                 ms, host_us = self._once(before[index], calls[index])
-            except Exception as error:  # a peer's failure is a result, not the end of the benchmark
+            except Exception as error:  # the failure of a peer is a result and must not end the benchmark
                 timed.problem = said(error)
                 if on.is_lost(self.device):
                     self.lost_by = index
@@ -154,8 +155,8 @@ def _nothing() -> None:
 
 @dataclass
 class _Contender:
-    """One provider on one shape: its callable and its own copy of the inputs. repeatable: backward may run again on
-    the graph of one forward."""
+    """One provider on one shape: its callable and its own copy of the inputs. repeatable: backward may run several
+    times on the graph of one forward."""
 
     provider: str
     call: Callable[..., Any]
@@ -165,30 +166,30 @@ class _Contender:
     repeatable: bool = True
 
     def forward(self) -> Any:
-        """Forward alone, without a graph."""
+        """Runs forward alone, without recording a graph."""
         with torch.no_grad():
             return self.call(*self.inputs)
 
     def both(self) -> None:
-        """Forward and backward."""
+        """Runs forward and backward."""
         outputs = _differentiable(self.call(*self.inputs))
         torch.autograd.grad(outputs, self.leaves, self.gradients, allow_unused=True)
 
     def backward(self) -> None:
-        """Backward alone."""
+        """Runs backward alone, on the graph that make_graph has recorded."""
         torch.autograd.grad(self.outputs, self.leaves, self.gradients, retain_graph=self.repeatable, allow_unused=True)
 
     def make_graph(self) -> None:
-        """Forward with a graph."""
+        """Runs forward and keeps its graph for backward."""
         self.outputs = _differentiable(self.call(*self.inputs))
 
     def ready(self) -> None:
-        """What backward needs each time: a new graph where backward writes over what forward kept."""
+        """Prepares one run of backward: makes a new graph where backward overwrites what forward saved."""
         if not self.repeatable:
             self.make_graph()
 
     def start(self, device: torch.device) -> None:
-        """Runs everything once, and finds out whether backward may run twice."""
+        """Runs everything once, and finds out whether backward may run twice on one graph."""
         self.make_graph()
         self.gradients = [torch.randn_like(x) for x in self.outputs]
         self.backward()
@@ -203,7 +204,7 @@ class _Contender:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Inputs that want a gradient."""
+        """The inputs that require a gradient."""
         return [x for x in self.inputs if x.requires_grad]
 
 
@@ -215,9 +216,9 @@ def _differentiable(out: Any) -> list[Tensor]:
 def measure(
     benchmark: Benchmark, card: Card, device: torch.device, shapes: Sequence[Shape], rounds: int = 20
 ) -> Iterator[Row]:
-    """Rows of all providers on the given shapes, in every mode that the operator has.
+    """The rows of all providers on the given shapes, in every mode that the operator has.
 
-    Raises DeviceLost, after the row of the provider that did it, if the process can't go on."""
+    Raises DeviceLost after the row of the provider that caused it."""
     for shape in shapes:
         for dtype in benchmark.dtypes:
             contenders: list[_Contender] = []
@@ -238,8 +239,8 @@ def measure(
 def measure_all(
     benchmarks: Sequence[Benchmark], card: Card, device: torch.device, rounds: int = 20
 ) -> Iterator[tuple[str, list[Row]]]:
-    """(operator, its rows) for each. An operator that can't be measured has a row with the reason; if one ends all CUDA
-    work of this process, so have those after it."""
+    """Yields (operator, its rows) for each. An operator that can't be measured has one row with the reason, and so has
+    every operator after one that raised DeviceLost."""
     lost: DeviceLost | None = None
     for benchmark in benchmarks:
         rows: list[Row] = []
@@ -252,7 +253,7 @@ def measure_all(
             lost = error
             note = f"not measured{' further' if rows else ''}: {error}; measure {benchmark.name} in a run of its own"
             rows.append(Row(benchmark.name, "", "", "all", "ours", note=note))
-        except Exception as error:  # an operator's failure is a result, not the end of the benchmark
+        except Exception as error:  # the failure of an operator is a result and must not end the benchmark
             rows.append(Row(benchmark.name, "", "", "all", "ours", note=f"failed: {said(error)}"))
         yield benchmark.name, rows
 
@@ -260,7 +261,7 @@ def measure_all(
 def _contender(
     benchmark: Benchmark, provider: str, load: Callable[[], Callable[..., Any]], what: tuple[Any, ...]
 ) -> tuple[_Contender | None, str]:
-    """A provider that has run once, or None and why it could not."""
+    """The provider after a first run of everything; or None, and the reason why it could not run."""
     device = what[2]
     try:
         call = load()
@@ -273,7 +274,7 @@ def _contender(
             on.synchronize(device)
     except ImportError as error:
         return None, f"not installed ({error.name or error})"
-    except Exception as error:  # a peer's failure is a result, not the end of the benchmark
+    except Exception as error:  # the failure of a peer is a result and must not end the benchmark
         return None, f"failed: {said(error)}"
     return contender, ""
 
@@ -302,7 +303,7 @@ def _measure_mode(
             try:
                 ready()
                 peak = on.peak_bytes(call, device) / _MIB
-            except Exception as error:  # as above
+            except Exception as error:  # as in _contender
                 timed.problem = said(error)
         if timed.problem is not None:
             yield _with(about, note=f"failed: {timed.problem}")
@@ -320,7 +321,7 @@ def _with(row: Row, **found: Any) -> Row:
 
 
 def _rates(benchmark: Benchmark, card: Card, shape: Shape, dtype: torch.dtype, mode: str, ms: float) -> dict[str, Any]:
-    """GB/s or TFLOP/s, and the fraction of what the card does at most."""
+    """GB/s or TFLOP/s, and the fraction of the card's measured peak."""
     if benchmark.flops is not None:
         work, scale, most, key = benchmark.flops(shape), 1e12, card.matmul_flops_per_s, "tflop_per_s"
     else:
@@ -332,7 +333,7 @@ def _rates(benchmark: Benchmark, card: Card, shape: Shape, dtype: torch.dtype, m
 
 
 def said(error: Exception) -> str:
-    """An exception as one short line."""
+    """The exception's type and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
@@ -360,5 +361,5 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def as_data(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as plain data, for JSON and CSV."""
+    """The rows as dictionaries, for JSON and CSV."""
     return [asdict(row) for row in rows]

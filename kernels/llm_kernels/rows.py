@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
-    """(x, or a copy where its layout allows no view as rows; the distance of two rows in elements).
+    """(x as rows, the distance between two rows in elements).
 
-    Most tensors are contiguous: they are passed on as they are, without the microseconds that a view costs.
+    The first is ``x`` itself where it is contiguous, since a view costs the host microseconds; else a view, or a copy
+    where the strides allow no view with contiguous columns.
     """
     if x.is_contiguous():
         return x, x.size(-1)
@@ -20,7 +21,7 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def fresh(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Contiguous memory for a result of x's shape, in its dtype or another."""
+    """An uninitialised contiguous tensor of x's shape, in x's dtype unless another is given."""
     if x.is_contiguous():
         return torch.empty_like(x, dtype=dtype)
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)

@@ -1,7 +1,7 @@
-"""Elements further apart than 32 bits can say: strides and offsets are 64 bits wide before they meet an index.
+"""Elements whose offsets do not fit in 32 bits: strides are 64 bits wide before they are multiplied with an index.
 
-The interpreter raises where an integer does not fit its type (interpreter.py), and these tensors lie in sparse files:
-a tensor of gigabytes costs what is touched of it.
+The repaired interpreter raises where an integer does not fit in its type (interpreter.py). The tensors lie in sparse
+files, so that tensors of gigabytes take only the memory that is touched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llm_kernels.swiglu.op import swiglu
 from llm_kernels.testing import far_apart, random
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would have to hold the gigabytes")
-FAR = 3 << 29  # two rows of it are beyond 2^31 elements
+FAR = 3 << 29  # with this stride the third row begins beyond 2^31 elements
 DTYPE = torch.bfloat16
 TABLE = RopeTable.make(inverse_frequencies(8, 10000.0), 4)
 
@@ -57,7 +57,7 @@ def test_rows_far_apart(tmp_path: Path) -> None:
     assert torch.equal(x, right)
 
 
-# Which of tokens, rows and heads are far apart: heads are where they come first in memory.
+# Tokens, rows or heads may be far apart; heads are so where they come first in memory.
 @pytest.mark.parametrize("strides", [(FAR, 32, 8), (32, FAR, 8), (32, 96, FAR)], ids=["tokens", "rows", "heads"])
 def test_rotation_of_heads_far_apart(strides: tuple[int, int, int], tmp_path: Path) -> None:
     def far(heads: int) -> Tensor:

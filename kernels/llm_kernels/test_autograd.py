@@ -1,4 +1,4 @@
-"""What every operator promises to autograd: second derivatives right or refused, writes in place noticed."""
+"""Autograd and the operators: second derivatives are right or refused, and autograd notices writes in place."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_second_derivatives_are_refused(name: str, backend: str) -> None:
     op, shape = REFUSING[name]
     x = leaf(*shape)
     y = op(backend, x)
-    # Ones, as sum().backward() hands down: nothing but the operator's own inputs ties the gradient to x.
+    # Ones, as from sum().backward(): the gradient depends on x through the operator's own inputs alone.
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
     assert gradient.requires_grad
     with pytest.raises(RuntimeError, match="has no second derivative"):
@@ -61,7 +61,7 @@ def test_refusing_keeps_the_first_derivative(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("packed", [False, True], ids=["rope", "rope_qkv_"])
 def test_second_derivatives_of_a_rotation_are_right(packed: bool, backend: str) -> None:
-    """A rotation keeps lengths: |turn(x^3)|^2 is |x^3|^2, whose Hessian's product with ones is 30 x^4."""
+    """A rotation preserves lengths: |rotate(x^3)|^2 is |x^3|^2, whose Hessian times a vector of ones is 30 x^4."""
     x = leaf(4, 2, 3 * 8)
 
     def turned(x: Tensor) -> Tensor:
@@ -76,7 +76,8 @@ def test_second_derivatives_of_a_rotation_are_right(packed: bool, backend: str) 
 
 
 def test_writing_in_place_is_noticed_by_autograd() -> None:
-    """Whoever saved what an operator writes over is told, instead of computing with other numbers."""
+    """Backward of an operation that saved a tensor which another operator overwrites raises; it must not compute with
+    the new numbers."""
     x = leaf(3, 8) * 1.0
     other = F.silu(x)
     swiglu(x, inplace_backward=True, backend="triton").sum().backward(retain_graph=True)

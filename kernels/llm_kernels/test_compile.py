@@ -1,6 +1,7 @@
-"""Operators compile whole: one graph without a break, and the gradients of the eager call.
+"""Operators compile into one graph without a break, with the gradients of the eager call.
 
-aot_eager traces as Inductor does, forward and backward, and runs the graph by the operators' own implementations.
+aot_eager traces forward and backward as Inductor does, and runs the graph with the operators' own implementations.
+Attention, AdamW and the losses with all their options are compiled in their own tests; the losses' rows here are slow.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [random(*shape, dtype=torch.float32, seed=i) for i, shape in enumerate(shapes)]
 
 
-# Operator, its inputs. What is written in place is the result of a computation, as it is in a model.
+# An operator and its inputs. Tensors that are written in place are results of a computation, as in a model.
 CASES: dict[str, tuple[Callable[..., object], list[Tensor]]] = {
     "rms_norm": (lambda b, x, w: rms_norm(x, w, 1e-5, backend=b), leaves((3, 8), (8,))),
     "add_rms_norm": (lambda b, x, r, w: add_rms_norm(x, r, w, 1e-5, backend=b), leaves((3, 8), (3, 8), (8,))),
@@ -59,8 +60,19 @@ def outputs_and_gradients(op: Callable[..., object], backend: str, inputs: list[
     return [*kept, *torch.autograd.grad(outputs, copies, weights)]
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("name", CASES)
+LOSSES = {"cross_entropy", "cross_entropy in place", "linear_cross_entropy"}
+# By torch, an operator that may write in place or that adds a residual compiles what its plain form does.
+QUICK = {"triton": CASES.keys() - LOSSES, "torch": {"rms_norm", "swiglu", "rope", "rope_qkv_"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, backend, marks=() if name in quick else pytest.mark.slow)
+        for backend, quick in QUICK.items()
+        for name in CASES
+    ],
+)
 def test_compiles_whole_with_the_gradients_of_the_eager_call(name: str, backend: str) -> None:
     op, inputs = CASES[name]
     torch._dynamo.reset()

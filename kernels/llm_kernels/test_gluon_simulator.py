@@ -1,7 +1,7 @@
-"""The simulator of Gluon kernels: a pipelined product is right in every order, and every way to break it is found.
+"""The simulator of Gluon kernels: a pipelined product is right in every order of execution, and faults are found.
 
-The kernel has what the attention kernel has: a loading warp, a warpgroup that multiplies asynchronously, and barriers
-both ways. Every mutant changes one line of its source.
+The kernel has the structure of the attention kernels: a loading warp, a warpgroup that multiplies asynchronously, and
+barriers in both directions. Every mutant changes one place of its source.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def mutant_of(source: str, old: str, new: str, folder: Path) -> ModuleType:
 
 
 def product(module: ModuleType, k: int = 96, stages: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernel makes of random a [16, k] and b [k, 16], and what is right."""
+    """(the kernel's product of random a [16, k] and b [k, 16], the right product)."""
     block = 16
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((block, k), (k, block)))

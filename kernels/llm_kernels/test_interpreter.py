@@ -1,4 +1,4 @@
-"""The repaired interpreter rounds and multiplies bf16 as torch does; the checker sees what it is there to see."""
+"""The repaired interpreter rounds and multiplies bf16 as torch does, and the memory checker finds faults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="the interpreter is triton's")
 import triton
 import triton.language as tl
 
-from llm_kernels.guard import Race, Traffic, guard
+from llm_kernels.memory_checker import Race, Traffic, check_memory_accesses
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: kernels are not interpreted")
 
@@ -70,7 +70,7 @@ def _device_function_kernel(out_ptr, by, N: tl.constexpr):
 
 
 def bits(seed: int, count: int) -> torch.Tensor:
-    """bf16 numbers of all magnitudes and both signs, with values next to a rounding carry."""
+    """bf16 numbers of many magnitudes and both signs, the first of which carry into the exponent when rounded."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.randn(count, generator=generator) * 2.0 ** torch.randint(-20, 20, (count,), generator=generator)
     spread[:4] = torch.tensor([1.9921875, -1.9921875, 0.0, 255.0])
@@ -123,7 +123,7 @@ def test_an_integer_that_does_not_fit_is_an_error(by: int) -> None:
 @interpreted
 def test_bytes_are_counted(checked: Traffic | None) -> None:
     x, out = torch.ones(100), torch.empty(100)
-    with guard() as traffic:
+    with check_memory_accesses() as traffic:
         _copy_kernel[(4,)](x, out, 100, SHIFT=0, BLOCK=32)
     assert torch.equal(x, out)
     assert (traffic.bytes_loaded, traffic.bytes_stored, traffic.launches) == (400, 400, 1)
@@ -160,7 +160,7 @@ def test_programs_run_in_a_random_order() -> None:
     orders = []
     for seed in range(3):
         counter, out = torch.zeros(1, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
-        with guard(seed=seed):
+        with check_memory_accesses(seed=seed):
             _order_kernel[(8,)](counter, out)
         orders.append(out.tolist())
     assert all(sorted(order) == list(range(8)) for order in orders) and len({str(order) for order in orders}) == 3

@@ -1,7 +1,6 @@
-"""Our operators beside Liger's kernels: the same inputs, the same interpreter, outputs and gradients within rounding.
+"""Our operators beside Liger's kernels: for the same inputs, outputs and gradients agree within some roundings.
 
-Liger (arXiv 2410.10989) is a second oracle, independent of the references here. It reads and writes in place in ways of
-its own, so only the order of programs is left to the checker for it.
+Liger (arXiv 2410.10989) is a second oracle, independent of our references. Both run in the same interpreter.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def library_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter has no libdevice, from which Liger takes one function."""
+    """Replaces the one function that Liger takes from libdevice, which Triton's interpreter does not have."""
     import triton.language as tl
     from liger_kernel.ops import fused_add_rms_norm, rms_norm
     from triton.runtime.interpreter import TensorHandle
@@ -47,7 +46,7 @@ def library_functions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def agree(ours: Callable, theirs: Callable, inputs: list[Tensor]) -> None:
-    """Outputs and gradients of both are within ROUNDINGS of each other."""
+    """Asserts that outputs and gradients of both differ by at most ROUNDINGS of the largest value."""
     results = []
     for op in (ours, theirs):
         copies = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
@@ -65,7 +64,7 @@ def agree(ours: Callable, theirs: Callable, inputs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 16, 256), (3, 7, 41)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 16, 256), (3, 7, 41)], ids=["power of two", "odd width"])
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
@@ -76,8 +75,11 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     )
 
 
-# From QuACK's and Liger's grids: widths that 128-bit loads divide and no power of two fills; Gemma's weight from one.
-@pytest.mark.parametrize(("shape", "offset"), [((1, 760), 0.0), ((19, 1128), 0.0), ((5, 256), 1.0)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "offset"),
+    [((1, 760), 0.0), ((19, 1128), 0.0), ((5, 256), 1.0)],
+    ids=["multiple of 8, no power of two", "several rows of such a width", "Gemma's weight, which is added to 1"],
+)
 def test_rms_norm_of_other_widths_and_offset(shape: tuple[int, ...], offset: float) -> None:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
@@ -88,7 +90,7 @@ def test_rms_norm_of_other_widths_and_offset(shape: tuple[int, ...], offset: flo
     )
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 256), (3, 7, 41)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 16, 256), (3, 7, 41)], ids=["power of two", "odd width"])
 def test_add_rms_norm(shape: tuple[int, ...]) -> None:
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
@@ -103,7 +105,11 @@ def test_add_rms_norm(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 8, 2 * 64), (6, 2 * 41), (9, 2 * 1341)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 8, 2 * 64), (6, 2 * 41), (9, 2 * 1341)],
+    ids=["power of two", "odd width", "a block and a part of one"],
+)
 def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
@@ -114,7 +120,7 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 2, 64), (3, 1, 32)])
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 2, 64), (3, 1, 32)], ids=["groups", "multi-query"])
 def test_rope(heads: int, groups: int, dim: int) -> None:
     from liger_kernel.ops.rope import LigerRopeFunction
 
@@ -131,11 +137,11 @@ def test_rope(heads: int, groups: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-3), (0.1, 1e-3)])
-@pytest.mark.parametrize(("tokens", "words"), [(17, 301), (8, 1024)])
-def test_cross_entropy(tokens: int, words: int, smoothing: float, z_loss: float) -> None:
+@pytest.mark.parametrize(("tokens", "vocab_size"), [(17, 301), (8, 1024)], ids=["odd vocabulary", "power of two"])
+def test_cross_entropy(tokens: int, vocab_size: int, smoothing: float, z_loss: float) -> None:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    labels = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(1)).to(default_device())
+    labels = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).to(default_device())
     labels[::5] = -100
     options = {"label_smoothing": smoothing, "z_loss": z_loss}
 
@@ -143,15 +149,15 @@ def test_cross_entropy(tokens: int, words: int, smoothing: float, z_loss: float)
         return LigerCrossEntropyFunction.apply(x * 1.0, labels, None, -100, z_loss, smoothing, "sum")[0]
 
     agree(lambda x: cross_entropy(x, labels, **options, backend="triton").sum(), theirs, [
-        random(tokens, words, dtype=torch.float32)
+        random(tokens, vocab_size, dtype=torch.float32)
     ])  # fmt: skip
 
 
 def test_linear_cross_entropy() -> None:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    tokens, columns, words = 24, 32, 200
-    labels = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(1)).to(default_device())
+    tokens, columns, vocab_size = 24, 32, 200
+    labels = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).to(default_device())
     labels[3] = -100
 
     def theirs(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -162,5 +168,8 @@ def test_linear_cross_entropy() -> None:
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, weight, labels, chunk_tokens=8, backend="triton").sum()
 
-    hidden, weight = random(tokens, columns, dtype=torch.float32), random(words, columns, dtype=torch.float32, seed=1)
+    hidden, weight = (
+        random(tokens, columns, dtype=torch.float32),
+        random(vocab_size, columns, dtype=torch.float32, seed=1),
+    )
     agree(ours, theirs, [hidden, weight])

@@ -1,34 +1,35 @@
-"""What operator tests share: random inputs, errors against fp64, and the table of worst errors at the end of a run."""
+"""Helpers of the operator tests: random inputs, errors against fp64, and the table of errors at the end of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # Relative to the largest reference value; about two roundings of the dtype. Only for assert_matches.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-# How many times the framework's own error in the same dtype an operator may have.
+# An operator's error may be at most this many times the error of torch's own operator in the same dtype.
 FACTOR = 2.0
 
 
 @dataclass
 class Summary:
-    """Cases and worst errors relative to the largest value, by operator and dtype."""
+    """Errors of all cases, relative to the largest value, by operator and dtype: pairs of our error and torch's."""
 
     rows: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
 
     def add(self, case: str, dtype: torch.dtype, error: float, framework: float) -> None:
-        """Notes one case, whose name begins with the operator's and a slash."""
+        """Records one case, named "<operator>/<what>"."""
         key = (case.split("/", 1)[0], str(dtype).removeprefix("torch."))
         self.rows.setdefault(key, []).append((error, framework))
 
     def lines(self) -> list[str]:
-        """A table of what was noted."""
+        """The recorded cases as the lines of a table."""
         out = [f"{'operator':24s} {'dtype':10s} {'cases':>6s} {'worst error':>12s} {'framework':>12s}"]
         for (name, dtype), errors in sorted(self.rows.items()):
             worst = max(errors)
@@ -41,19 +42,51 @@ SUMMARY = Summary()
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0, device: str | torch.device | None = None) -> Tensor:
-    """Standard normal leaf tensor that wants a gradient, the same numbers on every device."""
+    """A leaf tensor of standard normal numbers that requires a gradient; the same numbers on every device."""
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return values.to(device=device or default_device(), dtype=dtype).requires_grad_()
 
 
 def far_apart(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, folder: Path) -> Tensor:
-    """Standard normal numbers in a tensor whose rows lie gigabytes apart, in a sparse file of ``folder``: no memory but
-    what is touched. Offsets into it do not fit in 32 bits, which Triton's interpreter raises for (interpreter.py)."""
+    """Standard normal numbers in a tensor whose rows lie gigabytes apart. It lives in a sparse file in ``folder``, so
+    only the pages that are touched take memory. Its offsets do not fit in 32 bits, and interpreter.py makes Triton's
+    interpreter raise where an integer overflows."""
     elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
     path = folder / f"{elements}-{len(list(folder.iterdir()))}"
     storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=elements * dtype.itemsize)
     out = torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), tuple(strides))
     return out.copy_(random(*shape, dtype=dtype).detach())
+
+
+def cases_of(cases: Mapping[str, Sequence[Any]], quick: Collection[str]) -> list[Any]:
+    """pytest parameters, one set for every name, which is their id; those not in ``quick`` are marked slow."""
+    import pytest  # here, since benchmarks import this module on machines without pytest
+
+    assert set(quick) <= cases.keys(), set(quick) - cases.keys()
+    return [
+        pytest.param(*values, id=name, marks=() if name in quick else pytest.mark.slow)
+        for name, values in cases.items()
+    ]
+
+
+def grid(
+    names: Collection[str], *, bf16: Collection[str] | None = None, fp16: Collection[str] | None = None
+) -> list[Any]:
+    """pytest parameters (name, dtype) for every name in every dtype, those that repeat a proof marked slow.
+
+    Quick are all names in fp32, those of ``bf16`` (default: all) and those of ``fp16``; without ``fp16`` there are no
+    parameters in fp16. A kernel computes in fp16 as in bf16, in fp32, and differs only in the conversion where it loads
+    and stores, so one quick case in fp16 per operator is enough.
+    """
+    import pytest  # as above
+
+    quick = {torch.float32: names, torch.bfloat16: names if bf16 is None else bf16, torch.float16: fp16}
+    return [
+        pytest.param(name, dtype, id=f"{name}-{dtype}", marks=() if name in chosen else pytest.mark.slow)
+        for dtype, chosen in quick.items()
+        if chosen is not None
+        for name in names
+    ]
 
 
 def default_device() -> torch.device:
@@ -62,7 +95,7 @@ def default_device() -> torch.device:
 
 
 def _run(op: Callable, inputs: Sequence[Tensor], weights: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and gradients of their sum weighted by fixed random numbers (made here if not given)."""
+    """The outputs, and the gradients of their sum with ``weights`` (fixed random numbers if None)."""
     out = op(*inputs)
     outputs = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if x is not None]
     if weights is None:
@@ -78,11 +111,12 @@ def _run(op: Callable, inputs: Sequence[Tensor], weights: list[Tensor] | None) -
 def compare(
     case: str, op: Callable, framework: Callable, truth: Callable, inputs: Sequence[Tensor], floor: float = 1.0
 ) -> None:
-    """Outputs and all gradients of ``op`` are no further from ``truth`` than twice the framework's own are.
+    """Asserts that the errors of ``op``, in outputs and all gradients, are at most twice those of ``framework``.
 
-    ``op`` and ``framework`` take ``inputs``, ``truth`` their fp64 copies; each returns a tensor or a tuple of them.
-    Errors are the largest and the root mean square difference from fp64; ``floor`` roundings of the inputs' dtype of
-    the largest value are always allowed. Inputs must stay as they were. ``case`` is "<operator>/<what>".
+    ``op`` and ``framework`` take ``inputs``, ``truth`` takes fp64 copies of them; each returns a tensor or a tuple of
+    tensors. The error is the difference from ``truth``, once its largest value and once its root mean square. Always
+    allowed are ``floor`` roundings (of the inputs' dtype) of the largest value. ``op`` must not change its inputs.
+    ``case`` is "<operator>/<what>".
     """
     dtype = inputs[0].dtype
     copies = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
@@ -99,7 +133,7 @@ def compare(
     for index, (x, old) in enumerate(zip(inputs, before)):
         assert torch.equal(x.detach(), old), f"{case}: input {index} was changed"
     worst = (0.0, 0.0)
-    # A gradient that cancels to nothing keeps some fp32 roundings of what it is made of.
+    # Where the terms of a gradient cancel, a few fp32 roundings of the size of those terms remain.
     largest = max((x[x.isfinite()].abs().amax().item() for x in chain(*wanted) if x.isfinite().any()), default=0.0)
     noise = 4 * torch.finfo(torch.float32).eps * largest
     labels = [f"output {i}" for i in range(len(found[0]))] + [f"gradient {i}" for i in range(len(found[1]))]
@@ -111,9 +145,10 @@ def compare(
 
 
 def _hold(label: str, ours: Tensor, theirs: Tensor, right: Tensor, limits: tuple[float, float]) -> tuple[float, float]:
-    """Asserts the rule of ``compare`` for one tensor; returns both largest errors relative to the largest value.
+    """Asserts the rule of ``compare`` for one tensor; returns our largest error and the framework's, relative to the
+    largest value.
 
-    limits: what is always allowed, relative to the largest value, and absolutely.
+    limits: the error that is always allowed, relative to the largest value, and as an absolute number.
     """
     if not right.numel():
         return 0.0, 0.0
@@ -135,8 +170,8 @@ MAGNITUDES = (1e-45, 1e-40, 1e-38, 1e-30, 1e-19, 1e-10, 1e-4, 1.0, 1e2, 1e4, 1e1
 
 
 def extreme_values(dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
-    """Kinds of numbers that are finite but extreme, each as a function of a shape (and ``seed=``): normal numbers of
-    every magnitude, small differences on a large offset, rows that are all equal, zeros, one huge among small ones."""
+    """Name → function of a shape (and ``seed=``) that makes finite but extreme numbers: normal numbers of every
+    magnitude, small differences on a large offset, rows of equal numbers, zeros, one huge number among small ones."""
     largest = torch.finfo(dtype).max
 
     def scaled(factor: float, offset: float = 0.0) -> Callable[..., Tensor]:
@@ -167,12 +202,14 @@ def sweep_extremes(
     make: Callable[[Callable[..., Tensor]], list[Tensor]],
     gradients: Sequence[float] = (1.0, 1e-30, 1e30),
 ) -> float:
-    """Drives an operator forward and backward over ``extreme_values`` and holds it to the rule of ``compare``: no more
-    than twice the framework's error and a rounding, and finite wherever fp64 (in that dtype) and the framework are.
+    """Runs an operator forward and backward on ``extreme_values`` and asserts the rule of ``compare``: its error is at
+    most twice the framework's plus one rounding, and it is finite wherever both fp64 (in that dtype) and the framework
+    are.
 
-    functions: the operator, the framework's and the truth in fp64, of the same inputs; make(values) makes the inputs of
-    a kind of numbers; gradients: magnitudes of the gradient from upstream. Prints and returns the worst ratio of the
-    operator's error to the framework's, which counts as at least one rounding of the largest value.
+    functions: the operator, the framework's operator and the truth in fp64, all of the same inputs. make(values): makes
+    the inputs from one of ``extreme_values``. gradients: magnitudes of the upstream gradient. Prints and returns the
+    worst ratio of the operator's error to the framework's, where the latter counts as one rounding of the largest value
+    at least.
     """
     worst, where = 0.0, "nothing"
     for kind, values in extreme_values(dtype).items():
@@ -200,7 +237,7 @@ def sweep_extremes(
 
 
 def _extreme_ratio(label: str, ours: Tensor, theirs: Tensor, right: Tensor) -> float:
-    """Asserts the rule of ``sweep_extremes`` for one result; error of ours over the framework's."""
+    """Asserts the rule of ``sweep_extremes`` for one result; returns our error divided by the framework's."""
     finfo = torch.finfo(ours.dtype)
     counts = theirs.isfinite() & right.to(ours.dtype).isfinite()
     bad = counts & ~ours.isfinite()
@@ -217,8 +254,8 @@ def _extreme_ratio(label: str, ours: Tensor, theirs: Tensor, right: Tensor) -> f
 
 
 def assert_matches(op: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: list[Tensor]) -> None:
-    """Output of ``op`` and its gradient of every input match ``truth`` in fp64; inputs stay. For ref.py, which is
-    itself what the framework does."""
+    """Asserts that the output of ``op`` and the gradient of every input match ``truth`` in fp64 within TOLERANCE, and
+    that the inputs are unchanged. For ref.py, which consists of the framework's operators and so has no peer."""
     before = [x.detach().clone() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out, expected = op(*inputs), truth(*exact)

@@ -7,10 +7,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from llm_launch.slurm import parse_time
+from llm_launch.submit_request import SubmitRequest
 from llm_parallel.config.rules import check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
@@ -19,44 +19,6 @@ from llm_parallel.files import atomic_write, refuse_strangers
 FILE_NAME = "submit.sbatch"
 STARTS = 3
 _NAME = re.compile(r"[A-Za-z0-9._,@+-]+")
-
-
-@dataclass(frozen=True)
-class SubmitRequest:
-    """What SLURM is asked for. nodes: those that work; spares: nodes on top that wait; min_nodes: the fewest to start
-    with (``nodes`` if None), as after the loss of the batch script's own node; gpus_per_node: 0 on clusters
-    without GPUs; time: SLURM's [days-]hours:minutes:seconds; warning_s: seconds before the limit at which the run
-    saves and goes back to the queue; options: further lines for #SBATCH, such as ``--constraint=h100``; template: file
-    with {options} and {command} to use instead of ours, and {values} if there is an array; array: a field and the
-    values that it has in one run each, as ``optim.lr=1e-4,3e-4``."""
-
-    nodes: int
-    gpus_per_node: int = 8
-    spares: int = 0
-    time: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    name: str | None = None
-    warning_s: int = 180
-    options: Sequence[str] = ()
-    template: str | None = None
-    min_nodes: int | None = None
-    array: str | None = None
-
-    @property
-    def sweep(self) -> list[str]:
-        """The override of each run of ``array``; empty if there is one run.
-
-        Raises UserError for what is no field with values."""
-        if self.array is None:
-            return []
-        field, equals, values = self.array.partition("=")
-        if not (equals and field and all(values.split(","))):
-            raise UserError(f"--array {self.array!r} is no field with values; write it as optim.lr=1e-4,3e-4")
-        if field == "run_dir":
-            raise UserError("--array run_dir gives nothing to compare; every run of an array has its own folder anyway")
-        return [f"{field}={value}" for value in values.split(",")]
 
 
 def check_request(request: SubmitRequest, config: RunConfig) -> None:

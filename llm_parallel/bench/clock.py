@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: forward, backward, update, by events on a GPU or by the wall clock."""
+"""Splits the time of a training step into forward, backward and update, by CUDA events or by the wall clock."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import nn
 
 
 class SplitClock:
-    """Gives every moment between ``start`` and ``stop`` to one part. Forward is what runs inside the watched modules,
-    backward all else until ``enter`` names another part: it holds the schedule, the loss's sum and the gradient's
-    norm."""
+    """Counts all time from the first ``enter`` to ``seconds`` as one part or another. Forward is the time inside the
+    watched modules; backward is all other time until ``enter`` names another part, so it includes the schedule, the sum
+    of the loss and the gradient's norm."""
 
     def __init__(self, modules: Sequence[nn.Module], cuda: bool) -> None:
         self._modules, self._cuda = modules, cuda
         self._marks: list[tuple[str, Any]] = []
 
     def enter(self, part: str) -> None:
-        """From now on time is ``part``'s."""
+        """Counts time from here on as ``part``."""
         now: Any = time.perf_counter()
         if self._cuda:
             now = torch.cuda.Event(enable_timing=True)
@@ -31,7 +31,7 @@ class SplitClock:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While inside, forward passes of the modules are seen."""
+        """Counts forward passes of the modules as forward while the context is open."""
         hooks = []
         for module in self._modules:
             hooks.append(module.register_forward_pre_hook(lambda *_: self.enter("forward")))
@@ -43,7 +43,7 @@ class SplitClock:
                 hook.remove()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part up to now; forgets them."""
+        """Seconds of each part so far, which then begin at 0 again."""
         self.enter("")
         if self._cuda:
             torch.cuda.synchronize()

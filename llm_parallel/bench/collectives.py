@@ -27,42 +27,42 @@ MAX_CALLS = 1000
 
 @dataclass(frozen=True)
 class Sample:
-    """What all ranks measured of one operation and size."""
+    """Times of one operation with one size, over all ranks."""
 
     operation: str
     size_bytes: int
-    """As nccl-tests count it: the larger of what a rank sends and receives in all."""
+    """As nccl-tests count it: the larger of the bytes that a rank sends in all and receives in all."""
     calls: int
-    """Calls in a row that one time is the mean of."""
+    """Number of consecutive calls that each time is the mean of."""
     seconds: list[float]
-    """One time for each round: that of the slowest rank."""
+    """For each round the time of the slowest rank."""
 
 
 def whole_size(size_bytes: int, num_ranks: int) -> int:
-    """The largest size of at most ``size_bytes`` that every rank gets an equal share of, at least one element each."""
+    """The largest size up to ``size_bytes`` that divides into equal shares for all ranks; at least one element each."""
     share = num_ranks * ELEMENT_BYTES
     return max(1, size_bytes // share) * share
 
 
 class Call:
-    """One operation of one size with its buffers; ``run`` does it, ``wrong`` counts elements that came out wrong."""
+    """One operation with one size, and its buffers."""
 
     def __init__(self, operation: str, size_bytes: int, device: torch.device) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         whole, part = size_bytes // ELEMENT_BYTES, size_bytes // ELEMENT_BYTES // self.ranks
         one_share = operation == "all_gather"
-        # Small whole numbers: sums of them are exact in any order.
+        # Sums of small whole numbers are exact in any order.
         self.sent = torch.full((part if one_share else whole,), float(self.rank + 1), device=device)
         self.got = torch.zeros(part if operation == "reduce_scatter" else whole, device=device)
         self._do: Callable[[], Any] = getattr(self, f"_{operation}")
         self._expected: Callable[[], torch.Tensor] = getattr(self, f"_expected_{operation}")
 
     def run(self) -> None:
-        """Does it once; on a GPU it may still be under way on return."""
+        """Runs the operation once; on a GPU it may still be running on return."""
         self._do()
 
     def wrong(self) -> int:
-        """Does it on fresh buffers and counts wrong elements."""
+        """Runs the operation on fresh buffers and counts the wrong elements of its result."""
         self.sent.fill_(float(self.rank + 1))
         self.got.zero_()
         self.run()
@@ -77,13 +77,13 @@ class Call:
         return torch.tensor(float(self.ranks * (self.ranks + 1) // 2))
 
     def _all_gather(self) -> None:
-        all_gather(self.got, self.sent)  # as the trainer does it
+        all_gather(self.got, self.sent)  # the trainer's own
 
     def _expected_all_gather(self) -> torch.Tensor:
         return torch.arange(1.0, self.ranks + 1).repeat_interleave(self.sent.numel())
 
     def _reduce_scatter(self) -> None:
-        reduce_scatter(self.got, self.sent)  # likewise
+        reduce_scatter(self.got, self.sent)  # the trainer's own
 
     def _expected_reduce_scatter(self) -> torch.Tensor:
         return self._expected_all_reduce()
@@ -101,7 +101,7 @@ class Call:
         return torch.tensor(1.0)
 
     def _send_recv(self) -> None:
-        """Each rank sends to the next and receives from the one before, at once."""
+        """Each rank sends to the next and receives from the previous one at the same time."""
         following, before = (self.rank + 1) % self.ranks, (self.rank - 1) % self.ranks
         requests = dist.batch_isend_irecv(
             [dist.P2POp(dist.isend, self.sent, following), dist.P2POp(dist.irecv, self.got, before)]
@@ -114,8 +114,10 @@ class Call:
 
 
 def measure(plan: dict[str, Any], device: torch.device) -> list[Sample]:
-    """All samples of the plan, the same on every rank. A call is checked before it is timed; a round times every
-    operation and size once, so that all see the same machine. Raises RuntimeError if a result is wrong."""
+    """All samples of the plan, the same on every rank.
+
+    A call is checked before it is timed. A round times every operation and size once, so that changes of the machine's
+    load affect all of them. Raises RuntimeError if a result is wrong."""
     ranks = dist.get_world_size()
     sizes = list(dict.fromkeys(whole_size(size, ranks) for size in plan["sizes_bytes"]))
     pairs = [(operation, size) for operation in plan["operations"] for size in sizes]
@@ -133,7 +135,7 @@ def measure(plan: dict[str, Any], device: torch.device) -> list[Sample]:
 
 
 def _num_calls(operation: str, size: int, device: torch.device, sample_s: float) -> int:
-    """Warms up, checks the result, and says how many calls take about ``sample_s``; all ranks agree."""
+    """Warms up, checks the result, and returns how many calls take about ``sample_s``, the same number on all ranks."""
     call = Call(operation, size, device)
     wrong = torch.tensor([float(call.wrong())], device=device)
     dist.all_reduce(wrong)
@@ -146,8 +148,8 @@ def _num_calls(operation: str, size: int, device: torch.device, sample_s: float)
 
 
 def _time(call: Call, count: int, device: torch.device) -> float:
-    """Mean seconds of ``count`` calls in a row that all ranks begin together."""
-    call.sent.zero_()  # sums of sums would overflow
+    """Mean seconds of ``count`` consecutive calls, which all ranks begin together."""
+    call.sent.zero_()  # repeated sums would overflow
     call.run()
     dist.barrier()
     _synchronize(device)
@@ -164,7 +166,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def run_rank(plan: dict[str, Any], place: WorkerEnv) -> list[Sample]:
-    """Joins the group that ``place`` names, measures, and leaves it."""
+    """Opens the process group of ``place``, measures, and closes it."""
     place.export()
     cuda = plan["device"] == "cuda"
     if cuda and place.local_rank >= torch.cuda.device_count():
@@ -182,7 +184,7 @@ def run_rank(plan: dict[str, Any], place: WorkerEnv) -> list[Sample]:
 
 
 def measure_rank(plan: dict[str, Any], place: WorkerEnv, folder: Path) -> None:
-    """As one rank; rank 0 leaves the samples beside the plan."""
+    """Measures as one rank; rank 0 writes the samples beside the plan."""
     samples = run_rank(plan, place)
     if place.rank == 0:
         with atomic_write(folder / "samples.json") as handle:

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +19,20 @@ from llm_launch.local import available_cores, launch_local
 from llm_launch.worker import WorkerEnv, worker_environment
 from llm_parallel.bench.collectives import OPERATIONS, Sample, run_rank
 from llm_parallel.bench.environment import environment
-from llm_parallel.bench.gate import load_result, slower_than
+from llm_parallel.bench.gate import load_result, slower_than, write_result
+from llm_parallel.bench.requests import CommRequest
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.platform import resolve_device
 
 DEFAULT_SIZES = {"cpu": "8K:32M:8", "cuda": "8K:1G:4"}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 SAMPLE_S = 0.02
-"""Seconds of calls in a row that give one time, so that the clock's reading does not count."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to measure. operations: all if empty; sizes: "8K,1M" or "8K:64M:4" (from, to, factor), the device's default
-    if None; processes: one per GPU, or 2 on a CPU, if None; out: prefix of the JSON and CSV files."""
-
-    operations: Sequence[str] = ()
-    sizes: str | None = None
-    processes: int | None = None
-    device: str = "auto"
-    rounds: int = 11
-    out: str | None = None
-    baseline: str | None = None
-    min_ratio: float = 0.95
-    command: str = field(default="llm-parallel bench comm", compare=False)
+"""Seconds of consecutive calls that are timed together, so that reading the clock does not matter."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A line through the times of one operation: ``latency_s + size / bandwidth``."""
+    """A line through the times of one operation: ``latency_s + size / bytes_per_s``."""
 
     latency_s: float
     bytes_per_s: float
@@ -55,7 +40,7 @@ class Fit:
     """Mean of |fitted / measured - 1|."""
 
 
-def comm_command(request: Request) -> int:
+def comm_command(request: CommRequest) -> int:
     """Measures, prints a table, writes what was asked for. Exit status 1 if slower than the baseline allows.
 
     Under torchrun or srun this process is one of the ranks; else they are started here. Raises UserError.
@@ -75,7 +60,9 @@ def comm_command(request: Request) -> int:
         raise UserError(f"--processes {processes} must be at least 2: one process has nobody to talk to")
     if device == "cuda" and processes > torch.cuda.device_count():
         raise UserError(f"--processes {processes} needs as many GPUs; this machine has {torch.cuda.device_count()}")
-    folder = Path(tempfile.mkdtemp(prefix="llm_parallel_comm_"))  # kept after a failure: the message names its logs
+    folder = Path(
+        tempfile.mkdtemp(prefix="llm_parallel_comm_")
+    )  # kept after a failure, since the message names its logs
     (folder / "plan.json").write_text(json.dumps(plan))
     status = launch_local(
         processes, ["-m", "llm_parallel.bench.collectives", str(folder / "plan.json")], folder / "logs"
@@ -88,8 +75,8 @@ def comm_command(request: Request) -> int:
     return report(request, samples, here, device)
 
 
-def plan_of(request: Request, device: str) -> dict[str, Any]:
-    """What the ranks are told. Raises UserError for an unknown operation, a bad size or no rounds."""
+def plan_of(request: CommRequest, device: str) -> dict[str, Any]:
+    """What the ranks measure. Raises UserError for an unknown operation, a bad size or no rounds."""
     unknown = [name for name in request.operations if name not in OPERATIONS]
     if unknown:
         raise UserError(f"--ops {unknown[0]} is unknown; take {', '.join(OPERATIONS)}")
@@ -129,8 +116,8 @@ def _size(text: str) -> int:
 
 
 def bus_factor(operation: str, num_ranks: int) -> float:
-    """Bus bandwidth over algorithm bandwidth, as doc/PERFORMANCE.md of nccl-tests derives it: what makes the figure
-    comparable with the link's rate whatever the number of ranks."""
+    """Bus bandwidth over algorithm bandwidth, as doc/PERFORMANCE.md of nccl-tests derives it. Bus bandwidth is
+    comparable with the rate of the link for any number of ranks."""
     if operation == "all_reduce":
         return 2 * (num_ranks - 1) / num_ranks
     if operation in ("all_gather", "reduce_scatter", "all_to_all"):
@@ -140,9 +127,9 @@ def bus_factor(operation: str, num_ranks: int) -> float:
 
 
 def fit_line(sizes_bytes: Sequence[float], seconds: Sequence[float]) -> Fit | None:
-    """Least squares of the relative error, neither term below 0; None with fewer than two sizes.
+    """Fits a line by least squares of the relative error, with neither term below 0; None with fewer than two sizes.
 
-    Relative, since otherwise the largest size alone would decide and the latency be anything.
+    The error is relative, since otherwise the largest size alone would decide and the latency could be anything.
     """
     if len(set(sizes_bytes)) < 2:
         return None
@@ -165,8 +152,8 @@ def _dot(first: Sequence[float], second: Sequence[float]) -> float:
     return math.fsum(one * other for one, other in zip(first, second))
 
 
-def report(request: Request, samples: Sequence[Sample], place: WorkerEnv, device: str) -> int:
-    """Prints, writes and gates what was measured."""
+def report(request: CommRequest, samples: Sequence[Sample], place: WorkerEnv, device: str) -> int:
+    """Prints and writes what was measured, and compares it with the baseline."""
     backend = "nccl" if device == "cuda" else "gloo"
     rows = [as_row(sample, place.world_size, backend) for sample in samples]
     cores = available_cores()
@@ -185,8 +172,6 @@ def report(request: Request, samples: Sequence[Sample], place: WorkerEnv, device
     }
     print(table(result))
     if request.out:
-        from llm_parallel.bench.step import write_result  # seconds of imports, which only a file needs
-
         try:
             write_result(Path(request.out), result)
         except OSError as error:
@@ -195,7 +180,7 @@ def report(request: Request, samples: Sequence[Sample], place: WorkerEnv, device
 
 
 def as_row(sample: Sample, num_ranks: int, backend: str) -> dict[str, Any]:
-    """One line of the result, in the format that ``bench.gate`` compares. Bandwidths in 10^9 bytes per second."""
+    """One row of the result, in the format that ``bench.gate`` compares. Bandwidths are in 10^9 bytes per second."""
     milliseconds = sorted(1e3 * seconds for seconds in sample.seconds)
     median = statistics.median(milliseconds)
     bandwidth = sample.size_bytes / median / 1e6
@@ -219,7 +204,8 @@ def as_row(sample: Sample, num_ranks: int, backend: str) -> dict[str, Any]:
 
 
 def fits_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Latency and bandwidth of each operation with two sizes or more; the bus bandwidth is that of endless messages."""
+    """Latency and bandwidth of each operation with two or more sizes; the bus bandwidth is the limit for large
+    messages."""
     found = {}
     for operation in dict.fromkeys(row["operator"] for row in rows):
         mine = [row for row in rows if row["operator"] == operation]
@@ -231,7 +217,7 @@ def fits_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Rows and fits as Markdown, with what they were measured on."""
+    """Rows and fits as Markdown, and what they were measured on."""
     where = result["environment"]
     lines = [
         f"\nmeasured on {result['processes']} processes, {result['processes_per_machine']} a machine, over"

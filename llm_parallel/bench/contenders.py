@@ -1,4 +1,5 @@
-"""One training step as ours and its peers do it: same weights, same tokens, same AdamW, one process, one device.
+"""One training step by our trainer and by its peers, with the same weights, tokens and AdamW, in one process on one
+device.
 
 Every step is forward and backward over the global batch in micro batches, the gradient's global norm clipped, and
 AdamW with decay of matrices only; with ``train.precision: bf16`` all keep bf16 weights beside fp32 main weights.
@@ -14,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.data.loader import Batch
 from llm_parallel.errors import UserError
-from llm_parallel.model.hf import all_names, hf_tensors, partition_dim, pieces_of
+from llm_parallel.model.hf import hf_tensors
 from llm_parallel.model.hf_config import model_to_hf_config
 from llm_parallel.model.init import initial_rows, initialize
-from llm_parallel.model.mcore_config import compute_dtype, transformer_config
+from llm_parallel.model.mcore_config import transformer_config
+from llm_parallel.model.numerics import Numerics, dtype_of
+from llm_parallel.model.tensors import Role, all_names, kind_of
 from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform
@@ -28,15 +31,17 @@ from llm_parallel.parallel.platform import open_platform
 
 @dataclass(frozen=True)
 class Contender:
-    """modules: those whose forward a clock may watch; gradient: forward, backward and the gradient's norm, returns the
-    loss in nats per token; update: clips and updates the weights."""
+    """Something that can train a step."""
 
     modules: Sequence[nn.Module]
+    """Modules whose forward a clock may watch."""
     gradient: Callable[[], float]
+    """Runs forward and backward and computes the gradient's norm; returns the loss in nats per token."""
     update: Callable[[], None]
+    """Clips the gradient and updates the weights."""
 
     def step(self) -> float:
-        """One training step; the loss before it."""
+        """Runs one training step and returns the loss before it."""
         loss = self.gradient()
         self.update()
         return loss
@@ -58,20 +63,19 @@ def _groups(config: RunConfig) -> Groups:
 
 def ours(config: RunConfig) -> Contender:
     """Our model, engine and step, as ``pretrain`` runs them."""
-    from llm_parallel.model.gpt import build_chunks
-    from llm_parallel.parallel.wrap import wrap
+    from llm_parallel.train.open import likelihood, policy_engine
     from llm_parallel.train.step import StepOutcome, apply_gradient, forward_backward
 
     groups = _groups(config)
-    engine = wrap(build_chunks(config, groups), config, groups, overlap=False)
+    engine = policy_engine(config, groups)
     batches = [
-        Batch(tokens, labels, torch.ones(tokens.shape, device=tokens.device), None)
+        Batch(tokens, labels, torch.ones(tokens.shape, device=tokens.device))
         for tokens, labels in global_batch(config, groups.platform.device)
     ]
     last: list[StepOutcome] = []
 
     def gradient() -> float:
-        last[:] = [forward_backward(engine, batches)]
+        last[:] = [forward_backward(engine, likelihood(config), batches)]
         return last[0].loss
 
     return Contender(
@@ -80,7 +84,7 @@ def ours(config: RunConfig) -> Contender:
 
 
 def ours_torch(config: RunConfig) -> Contender:
-    """Ours with every operator in plain torch."""
+    """Our trainer with every operator in plain torch."""
     kernels = dict.fromkeys(("rms_norm", "rope", "attention", "swiglu", "cross_entropy"), "torch")
     plain = config.kernels.model_copy(update={**kernels, "output_loss": "separate"})
     optim = config.optim.model_copy(update={"implementation": "torch"})
@@ -102,37 +106,41 @@ class WithLoss(nn.Module):
 
 @torch.no_grad()
 def initial_hf_weights(config: RunConfig, model: nn.Module) -> None:
-    """Gives a LlamaForCausalLM of this configuration the weights that ours starts from."""
+    """Gives a transformers model of this configuration the weights that ours starts from."""
     found = model.state_dict()
     for name in all_names(config.model):
-        rows = sum(len(piece) for piece in pieces_of(name, config.model))
-        if "layernorm" in name:
+        kind = kind_of(name)
+        rows = kind.shape(config.model)[kind.piece_dim]
+        if kind.role is Role.NORM:
             whole = torch.ones(rows)
+        elif kind.role is Role.BIAS:
+            whole = torch.zeros(rows)
         else:
             whole = initial_rows(name, [range(rows)], config.model, config.seed)
-            whole = whole.t() if partition_dim(name) == 1 else whole
+            whole = whole.t() if kind.piece_dim == 1 else whole
         for key, value in hf_tensors(name, whole, config.model).items():
             found[key].copy_(value)
 
 
 def hugging_face_model(config: RunConfig, device: torch.device) -> WithLoss:
-    """Hugging Face's LlamaForCausalLM with SDPA, in fp32, and the weights that ours starts from."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Hugging Face's model of the same family with SDPA, in fp32, and the weights that ours starts from."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = model_to_hf_config(config.model, "float32", {}) | {"use_cache": False}
     with torch.device(device):
-        inner = LlamaForCausalLM._from_config(LlamaConfig(**settings), attn_implementation="sdpa").float().train()
+        described = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        inner = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa").float().train()
     initial_hf_weights(config, inner)
     return WithLoss(inner)
 
 
 class MainWeights:
-    """What the optimizer updates: a model's fp32 weights, or with ``train.precision: bf16`` fp32 copies of them, the
-    model's own becoming bf16."""
+    """The weights that the optimizer updates: the model's own in fp32; with ``train.precision: bf16`` fp32 copies,
+    while the model's own become bf16."""
 
     def __init__(self, config: RunConfig, model: nn.Module) -> None:
         self._of = {p: p for p in model.parameters()}
-        if compute_dtype(config) is torch.bfloat16:
+        if dtype_of(config.train.precision) is torch.bfloat16:
             fp32 = [p.detach().clone().requires_grad_() for p in model.parameters()]
             self._of = dict(zip(model.to(torch.bfloat16).parameters(), fp32))
         self.weights: list[Tensor] = list(self._of.values())
@@ -181,7 +189,7 @@ def transformers(config: RunConfig, compiled: bool = False) -> Contender:
 
 
 def adamw(config: RunConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """torch's fused AdamW as ours is set: decay of matrices only."""
+    """torch's fused AdamW with our settings: weight decay of matrices only."""
     optim = config.optim
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optim.weight_decay},
@@ -191,8 +199,8 @@ def adamw(config: RunConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimi
 
 
 def megatron(config: RunConfig, engine: bool = False) -> Contender:
-    """megatron-core's own layers, loss, DDP and distributed optimizer; on a CPU our platform lets it run. ``engine``:
-    with Transformer Engine's layers."""
+    """megatron-core's own layers, loss, DDP and distributed optimizer, which our platform makes run on a CPU too.
+    ``engine``: with Transformer Engine's layers."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -209,7 +217,7 @@ def megatron(config: RunConfig, engine: bool = False) -> Contender:
     model = GPTModel(
         theirs,
         make_spec() if engine else make_spec(normalization="RMSNorm"),
-        vocab_size=config.model.vocab_size,  # its own loss would count padding as words
+        vocab_size=config.model.vocab_size,  # its own loss would count padding as tokens
         max_sequence_length=config.data.seq_length_tokens,
         position_embedding_type="rope",
         rotary_base=int(config.model.rope_base),
@@ -231,10 +239,11 @@ def megatron(config: RunConfig, engine: bool = False) -> Contender:
 
 
 def _megatron_config(config: RunConfig, groups: Groups, engine: bool) -> Any:
-    """megatron-core's configuration of the same model, without anything of ours."""
+    """megatron-core's configuration of the same model, without our operators."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    ours_: Any = transformer_config(config, groups.layout, groups.platform)
+    stages = Layout.from_config(config, 1).stages
+    ours_: Any = transformer_config(config.model, Numerics.from_config(config), groups.mesh, stages, groups.platform)
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
              "layernorm_epsilon", "params_dtype", "pipeline_dtype", "bf16", "use_cpu_initialization")  # fmt: skip
     return TransformerConfig(
@@ -267,7 +276,7 @@ def _megatron_optimizer_config(config: RunConfig) -> Any:
         adam_eps=optim.epsilon,
         clip_grad=optim.clip_grad,
         bf16=config.train.precision == "bf16",
-        params_dtype=compute_dtype(config),
+        params_dtype=dtype_of(config.train.precision),
         use_distributed_optimizer=True,
     )
 
@@ -342,8 +351,12 @@ def _why_not(name: str, config: RunConfig) -> str | None:
     module, title = _NEEDS.get(name, (None, ""))
     if module and importlib.util.find_spec(module) is None:
         return f"needs {title}, which is not installed here"
-    if name.startswith("megatron-core") and config.model.rope_scaling is not None:
-        return "can't be given model.rope_scaling of this kind; leave it out or set model.rope_scaling=null"
+    if name.startswith("megatron-core"):
+        plain = ModelConfig()
+        for option in ("rope_scaling", "window_tokens", "attention_softcap", "output_softcap", "qkv_bias", "mlp_bias",
+                       "attention_output_bias", "qk_norm"):  # fmt: skip
+            if getattr(config.model, option) != getattr(plain, option):
+                return f"can't be given model.{option}; leave it out or set model.{option} to its default"
     if name == "megatron-core-te" and config.device != "cuda":
         return "needs a GPU; Transformer Engine has no CPU kernels"
     return None

@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""Describes what a result was measured on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Chip, versions, date, commit and load, as every result carries them."""
+    """Chip, versions, date, commit and load, which every result holds."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -54,7 +54,7 @@ def chip_name() -> str:
 
 
 def commit() -> str:
-    """Hash of the code's commit; "unknown" outside of a repository."""
+    """Short hash of the repository's commit; "unknown" outside of a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"

@@ -1,12 +1,15 @@
-"""Pass or fail against an earlier result, since users gate upgrades on it."""
+"""Results of ``bench`` as files, and pass or fail against an earlier one, since users gate upgrades on it."""
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
 
 _KEYS = ("operator", "shape", "dtype", "mode", "provider")
 
@@ -52,3 +55,15 @@ def slower_than(baseline: str, result: dict[str, Any], min_ratio: float) -> int:
     verdict = "failed" if failed else "passed"
     print(f"{len(compared)} rows held against {baseline}, at least {min_ratio} of its speed: {verdict}")
     return failed
+
+
+def write_result(prefix: Path, result: Mapping[str, Any]) -> None:
+    """JSON with everything, and CSV of the rows."""
+    with atomic_write(f"{prefix}.json") as handle:
+        json.dump(result, handle, indent=1)
+    columns = list(dict.fromkeys(key for row in result["rows"] for key in row if not isinstance(row[key], list)))
+    with atomic_write(f"{prefix}.csv") as handle:
+        writer = csv.DictWriter(handle, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(result["rows"])
+    print(f"written: {prefix}.json, {prefix}.csv")

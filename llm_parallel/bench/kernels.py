@@ -1,4 +1,4 @@
-"""``llm-parallel bench kernels``: how fast the kernels are beside their peers, and what the compiler made of them."""
+"""``llm-parallel bench kernels``: how fast the kernels are compared with their peers, and what they compile to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from llm_kernels.benchmark import Benchmark
 from llm_kernels.check import benchmark_of, check
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import slower_than
+from llm_parallel.bench.requests import KernelsRequest
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 
@@ -68,25 +69,11 @@ def aot_command(names: Sequence[str], archs: Sequence[int], jobs: int, out: str 
     return 1 if bad else 0
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to measure. shapes: parts of shape names, all if empty; dtype: None for each operator's own; out: prefix of
-    the JSON, CSV and PNG files; baseline: JSON of an earlier run that no row may fall under ``min_ratio`` of;
-    environment: of the process that checks the kernels where there is no GPU."""
-
-    operators: Sequence[str] = ()
-    shapes: Sequence[str] = ()
-    dtype: str | None = None
-    rounds: int = 20
-    out: str | None = None
-    baseline: str | None = None
-    min_ratio: float = 0.95
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-def bench_command(request: Request) -> int:
-    """Checks, then measures; without a GPU checks and says what a run on one would measure. Exit status 1 if an
-    operator is wrong or slower than the baseline allows. Raises UserError for what is unknown."""
+def bench_command(request: KernelsRequest) -> int:
+    """Checks, then measures; without a GPU checks and says what a run on one would measure; with ``aot`` compiles only.
+    Exit status 1 if an operator is wrong or slower than the baseline allows. Raises UserError for what is unknown."""
+    if request.aot:
+        return aot_command(request.operators, request.archs, request.jobs, request.out, request.dump)
     benchmarks = [_narrowed(benchmark_of(name), request) for name in operators_named(request.operators)]
     if not any(benchmark.shapes for benchmark in benchmarks):
         of = ", ".join(request.operators) or "any operator"
@@ -117,7 +104,7 @@ def check_all(operators: Sequence[str], environment: Mapping[str, str]) -> dict[
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _narrowed(benchmark: Benchmark, request: Request) -> Benchmark:
+def _narrowed(benchmark: Benchmark, request: KernelsRequest) -> Benchmark:
     """Only the shapes and the dtype asked for."""
     shapes = [s for s in benchmark.shapes if not request.shapes or any(part in s["name"] for part in request.shapes)]
     dtypes = benchmark.dtypes
@@ -137,7 +124,7 @@ def _plan(benchmarks: Sequence[Benchmark]) -> str:
     return "\n".join(lines)
 
 
-def _measure(benchmarks: Sequence[Benchmark], request: Request, device: torch.device) -> int:
+def _measure(benchmarks: Sequence[Benchmark], request: KernelsRequest, device: torch.device) -> int:
     """Prints and writes each operator's rows as soon as they are there. Exit status 1 if one of ours has no time, or is
     slower than the baseline allows."""
     from llm_kernels import measure
@@ -161,7 +148,7 @@ def _measure(benchmarks: Sequence[Benchmark], request: Request, device: torch.de
 
 
 def write_data(prefix: Path, result: dict[str, Any]) -> None:
-    """JSON and CSV beside each other."""
+    """Writes the result as JSON and CSV."""
     with atomic_write(f"{prefix}.json") as handle:
         json.dump(result, handle, indent=1)
     with atomic_write(f"{prefix}.csv") as handle:
@@ -171,7 +158,7 @@ def write_data(prefix: Path, result: dict[str, Any]) -> None:
 
 
 def write_result(prefix: Path, result: dict[str, Any]) -> None:
-    """JSON, CSV and two pictures beside each other."""
+    """Writes the result as JSON and CSV, and draws two pictures of it."""
     from llm_parallel.bench.plots import plot_bars, plot_roofline
 
     write_data(prefix, result)

@@ -21,9 +21,10 @@ import numpy as np
 from llm_launch.local import available_cores, launch_local
 from llm_launch.worker import worker_environment
 from llm_parallel.bench.environment import environment
-from llm_parallel.bench.gate import load_result, slower_than
+from llm_parallel.bench.gate import load_result, slower_than, write_result
 from llm_parallel.bench.replicas import chosen_in_layout
-from llm_parallel.bench.step import LOSS_TOLERANCE, Request, label, peak_of, read_request, write_result
+from llm_parallel.bench.requests import StepRequest
+from llm_parallel.bench.step_request import LOSS_TOLERANCE, label, peak_of, read_request
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.indexed import write_index
@@ -37,17 +38,17 @@ from llm_parallel.train.preflight import expected_device, preflight
 WARMUP_STEPS = 3
 PARTS = ("compute", "tp", "cp", "dp", "pp", "bubble", "optimizer", "data", "other")
 SYNTHETIC_TOKENS = 1 << 22
-"""At most so many random tokens are written; longer runs read them again."""
+"""Largest number of random tokens that are written; longer runs read them again."""
 
 
-def layout_command(request: Request) -> int:
-    """Measures, prints, writes and gates. Exit status 1 if slower than the baseline allows, else that of the processes.
-    Raises UserError for what can't be measured."""
+def layout_command(request: StepRequest) -> int:
+    """Measures, prints, writes, and compares with the baseline. Exit status 1 if slower than it allows, else that of
+    the processes. Raises UserError for what can't be measured."""
     if worker_environment() is not None:
         raise UserError("bench step starts its processes itself; under srun or torchrun take bench scaling")
     if request.baseline:
         load_result(request.baseline)
-    folder = Path(tempfile.mkdtemp(prefix="llm_parallel_step_"))  # kept after a crash: the message names its logs
+    folder = Path(tempfile.mkdtemp(prefix="llm_parallel_step_"))  # kept after a crash, since the message names its logs
     try:
         processes, config = layout_config(request, folder)
     except BaseException:
@@ -81,16 +82,19 @@ def layout_command(request: Request) -> int:
 
 @dataclass
 class Job:
-    """What one provider's processes wrote. losses: of the warm-up; records: of the timed steps; rounds_s: wall seconds
-    of a step, by round; processor_s: of rank 0 likewise."""
+    """What one provider's processes wrote."""
 
     losses: list[float] = field(default_factory=list)
+    """Of the warm-up steps."""
     records: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of the timed steps."""
     rounds_s: list[float] = field(default_factory=list)
+    """Wall seconds of a step, for each round."""
     processor_s: list[float] = field(default_factory=list)
+    """Processor seconds of a step on rank 0, for each round."""
 
     def add(self, folder: Path, name: str, rounds: int, steps: int) -> None:
-        """Reads what a pass of ``rounds`` left."""
+        """Adds what a pass of ``rounds`` rounds wrote."""
         path = folder / ("metrics.jsonl" if name == "ours" else f"{name}.jsonl")
         records = [found for found in read_jsonlines(path) if "perf/step_time" in found]
         self.losses = self.losses or [float(found["train/loss"]) for found in records[:WARMUP_STEPS]]
@@ -101,8 +105,9 @@ class Job:
 
 
 def passes(names: Sequence[str], rounds: int, device: str) -> list[tuple[list[str], int]]:
-    """Jobs that live at the same time, and their rounds. On a CPU all do, and take turns. A GPU rarely holds two: there
-    one comes after the other, half of the rounds in the order given and the rest in reversed order."""
+    """Jobs that run at the same time, and the number of their rounds. On a CPU all jobs run, and take turns. A GPU
+    rarely has memory for two, so they run one after the other: half of the rounds in the order given, the rest in
+    reversed order."""
     if device == "cpu" or len(names) == 1:
         return [(list(names), rounds)]
     first = (rounds + 1) // 2
@@ -110,8 +115,9 @@ def passes(names: Sequence[str], rounds: int, device: str) -> list[tuple[list[st
     return [one for one in found if one[1]]
 
 
-def run_jobs(request: Request, config: RunConfig, layout: Layout, names: Sequence[str], rounds: int) -> int:
-    """Exit status of the processes of all ``names``, which leave what they find in the run folder."""
+def run_jobs(request: StepRequest, config: RunConfig, layout: Layout, names: Sequence[str], rounds: int) -> int:
+    """Starts the processes of all ``names``, which write what they measure into the run folder; returns their exit
+    status."""
     folder = Path(config.run_dir)
     folder.mkdir()
     plan = {
@@ -126,13 +132,13 @@ def run_jobs(request: Request, config: RunConfig, layout: Layout, names: Sequenc
         layout.world_size * len(names),
         ["-m", "llm_parallel.bench.layout_worker", str(folder / "plan.json")],
         folder / "logs",
-        at_once=layout.world_size,  # one job after the other
+        at_once=layout.world_size,  # only one job computes at a time
     )
 
 
-def layout_config(request: Request, folder: Path) -> tuple[int, RunConfig]:
-    """Number of processes and checked configuration, with all that a measurement must not do switched off and random
-    tokens in ``folder`` where no data is named. Raises UserError."""
+def layout_config(request: StepRequest, folder: Path) -> tuple[int, RunConfig]:
+    """Number of processes and checked configuration. Evaluation, checkpoints and logs are off, and random tokens are
+    written into ``folder`` if no data is named. Raises UserError."""
     config = read_request(request)
     chosen_in_layout(request.providers, config)
     if config.train.rampup is not None:
@@ -158,22 +164,21 @@ def layout_config(request: Request, folder: Path) -> tuple[int, RunConfig]:
 
 
 def write_random_tokens(prefix: Path, config: RunConfig) -> Path:
-    """Token files of random words in documents of a sample's length; the same for the same seed."""
+    """Writes token files of random tokens in documents as long as a sample, the same for the same seed."""
     assert config.model.vocab_size is not None
     length = config.data.seq_length_tokens + 1
     documents = max(2, min(config.train.global_batch_size, SYNTHETIC_TOKENS // length))
-    words = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, documents * length, dtype=np.int32)
-    words.tofile(f"{prefix}.bin")
+    tokens = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, documents * length, dtype=np.int32)
+    tokens.tofile(f"{prefix}.bin")
     with Path(f"{prefix}.idx").open("wb") as handle:
         write_index(handle.write, np.dtype(np.int32), [np.full(documents, length, np.int32)])
     return prefix
 
 
 def as_result(
-    request: Request, config: RunConfig, layout: Layout, jobs: Mapping[str, Job], peak: Peak
+    request: StepRequest, config: RunConfig, layout: Layout, jobs: Mapping[str, Job], peak: Peak
 ) -> dict[str, Any]:
-    """What is written: a row for each provider in the format that ``bench.gate`` compares, and what it was measured
-    on."""
+    """The result: a row for each provider in the format that ``bench.gate`` compares, and what it was measured on."""
     cores = available_cores()
     shared = config.device == "cpu" and layout.world_size * (config.train.threads_per_process or 1) > cores
     order = "in turns, rotated each round" if config.device == "cpu" else "one after the other, then reversed"
@@ -191,8 +196,8 @@ def as_result(
 
 
 def as_row(name: str, config: RunConfig, layout: Layout, jobs: Mapping[str, Job], peak: Peak) -> dict[str, Any]:
-    """One provider's row. ours_over_it: ours' speed over its own, of the wall times of the same round;
-    ours_over_it_processor: of rank 0's processor time, which a busy machine changes least."""
+    """One provider's row. ``ours_over_it`` is the speed of our trainer over the provider's, from wall times of the same
+    round; ``ours_over_it_processor`` is the same from rank 0's processor times, which a busy machine changes least."""
     job, ours = jobs[name], jobs.get("ours")
     seconds = [float(record["perf/step_time"]) for record in job.records]
     median = statistics.median(seconds)
@@ -225,8 +230,8 @@ def as_row(name: str, config: RunConfig, layout: Layout, jobs: Mapping[str, Job]
 
 
 def typical_split(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Seconds of the median step by part: mean over the processes, and of the one that spent most; where records hold
-    but one process's, its own. Empty if they hold none, as with log.comm_time=false.
+    """Seconds of the median step by part: the mean over the processes, and the largest. Where records hold the times of
+    only one process, both are its own; where they hold none, as with log.comm_time=false, the result is empty.
 
     Medians over steps of each part, all scaled by one factor so that the means add up to the median step: medians by
     themselves do not where steps differ (30 % too much over four steps of a busy machine)."""
@@ -246,7 +251,7 @@ def typical_split(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
 
 
 def layout_table(result: Mapping[str, Any]) -> str:
-    """The rows for a person."""
+    """The rows as text for the terminal."""
     where = result["environment"]
     lines = [
         f"\nmeasured on {result['processes']} processes over {result['backend']}; {where['chip']}, {where['date']}, "

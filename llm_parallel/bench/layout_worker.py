@@ -1,4 +1,5 @@
-"""One process of ``bench step`` on a layout: ours trains as ``pretrain`` does but saves nothing; or a peer's."""
+"""One process of ``bench step`` on a layout: of our trainer, which runs as in ``pretrain`` but saves nothing, or of a
+peer."""
 
 from __future__ import annotations
 
@@ -18,13 +19,14 @@ from llm_parallel.bench.replicas import run_peer
 from llm_parallel.bench.rounds import Turns, leave_together
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.quiet import quiet_libraries
-from llm_parallel.train.loop import Place, Run, pretrain
+from llm_parallel.train.loop import run_training
+from llm_parallel.train.run import Place, Run
 from llm_parallel.train.watch import Watch
 
 
 class BenchWatch(Watch):
-    """Leaves after the last step without a checkpoint, and traces that step into ``trace`` if a folder is given. Waits
-    for its turns between steps."""
+    """Ends training after the last step without a checkpoint, traces that step if a folder is given, and waits for the
+    job's turns between steps."""
 
     def __init__(self, steps: int, trace: Path | None, turns: Turns) -> None:
         self._steps, self._trace, self._turns = steps, trace, turns
@@ -32,13 +34,13 @@ class BenchWatch(Watch):
         self._profiler: Any = None
 
     def opened(self, run: Run) -> None:
-        """The count begins at the state's step, with this job's first turn."""
+        """Begins counting at the step of the state, and waits for this job's first turn."""
         self._done = run.state.step
         self._turns.barrier = dist.barrier
         self._turns.begin()
 
     def before_step(self, run: Run) -> None:
-        """Starts the trace where it is due."""
+        """Starts the trace before the step that is traced."""
         if self._trace is None or not self.wants_to_pause():
             return
         run.comm.annotate = True
@@ -65,8 +67,9 @@ class BenchWatch(Watch):
 
 
 def train(plan: dict[str, Any], place: WorkerEnv, folder: Path) -> None:
-    """plan: the configuration; the jobs' names, each of ``ranks`` processes, numbered one job after the other; the
-    steps of each phase; and the folder of traces. The launcher's terminal is for the result."""
+    """Trains one job as one rank. The plan has the configuration, the names of the jobs, each of ``ranks`` processes
+    that are numbered job by job, the steps of each phase, and the folder for traces. Output goes to a log, since the
+    terminal is for the result."""
     quiet_libraries()
     config = RunConfig.model_validate(plan["config"])
     names, ranks, phases = plan["names"], plan["ranks"], plan["phases"]
@@ -74,7 +77,7 @@ def train(plan: dict[str, Any], place: WorkerEnv, folder: Path) -> None:
     name, steps, trace = names[job], sum(phases), Path(plan["trace"]) if plan["trace"] else None
     where = place.master_addr, place.master_port
     store = dist.TCPStore(*where, is_master=place.rank == 0, wait_for_workers=False, timeout=timedelta(minutes=10))
-    # A connection of its own: who waits for a turn holds the one that it waits on.
+    # A second connection, since waiting for a turn blocks the connection that it waits on.
     waiting = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=10))
     turns = Turns(waiting, names, name, phases, first=rank == 0)
     rendezvous = dist.PrefixStore(name, store)
@@ -82,7 +85,7 @@ def train(plan: dict[str, Any], place: WorkerEnv, folder: Path) -> None:
     with (folder / f"output_{place.rank}.log").open("w") as log, contextlib.redirect_stdout(log):
         if name == "ours":
             watch = BenchWatch(steps, trace, turns)
-            pretrain(config, Place(rank, ranks, rank, store=rendezvous), watch=watch)
+            run_training(config, Place(rank, ranks, rank, store=rendezvous), watch=watch)
         else:
             run_peer(name, config, rendezvous, (rank, ranks), turns, steps, trace)
     if rank == 0:

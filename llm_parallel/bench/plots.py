@@ -1,4 +1,4 @@
-"""Pictures of kernel measurements: bars by provider, and a roofline of our kernels."""
+"""Draws kernel measurements: bars by provider, and a roofline of our kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_parallel.files import atomic_write
 
 _MODES = ("forward", "backward")
 MOST_SHAPES = 8
-"""Of an operator in one panel of bars."""
+"""Shapes of an operator that are drawn in one panel; the table has all."""
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -31,8 +31,8 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def plot_bars(result: dict[str, Any], path: Path) -> None:
-    """One row of panels per operator, forward and backward: fraction of what the card does at most, by provider and,
-    as far as they can be told apart, shape; the table has all."""
+    """A row of panels for each operator, forward and backward: the fraction of the GPU's measured limit that each
+    provider reaches, for up to ``MOST_SHAPES`` shapes."""
     rows = [row for row in result["rows"] if row["median_ms"] is not None and row["mode"] in _MODES]
     operators = list(dict.fromkeys(row["operator"] for row in rows))
     shown = {
@@ -74,9 +74,10 @@ def _bars(axis: Any, rows: list[dict[str, Any]], colors: dict[str, Any]) -> None
 
 
 def plot_roofline(result: dict[str, Any], path: Path) -> None:
-    """Achieved rate against the card's two measured limits: each of our kernels at its shapes, one marker per operator.
+    """Rates that our kernels reach at each shape, with the GPU's two measured limits.
 
-    Operators bound by memory are drawn by GB/s, those bound by compute by TFLOP/s, each on its side."""
+    The left panel shows operators that memory bandwidth limits in GB/s, the right one those that compute limits in
+    TFLOP/s."""
     ours = [r for r in result["rows"] if r["provider"].startswith("ours") and r["median_ms"] and r["mode"] in _MODES]
     sides = {"memory": "gb_per_s", "compute": "tflop_per_s"}
     most = {"memory": result["card"]["copy_bytes_per_s"] / 1e9, "compute": result["card"]["matmul_flops_per_s"] / 1e12}

@@ -1,4 +1,4 @@
-"""One process of a benchmark that ``llm_launch.local`` started: its plan, its end."""
+"""Runs one process of a benchmark that ``llm_launch.local`` started."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from llm_launch.worker import WorkerEnv, report_error, worker_environment
 
 
 def run_plan(measure: Callable[[dict[str, Any], WorkerEnv, Path], None]) -> NoReturn:
-    """Calls ``measure`` with the JSON file that the command line names, this process's place, and the file's folder;
-    ends the process with the exit status that says how it went, its error in the folder's ``logs``."""
+    """Calls ``measure`` with the content of the JSON file that the command line names, this process's place, and the
+    file's folder; then ends the process with its exit status. An error is reported in the folder's ``logs``."""
     path = Path(sys.argv[1])
     place = worker_environment()
     assert place is not None, "started by the launcher"

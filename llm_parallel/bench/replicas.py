@@ -23,7 +23,7 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.loader import Batch, MicroBatchLoader
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.errors import UserError
-from llm_parallel.model.mcore_config import compute_dtype
+from llm_parallel.model.numerics import dtype_of
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.train.step_settings import learning_rate
 
@@ -110,7 +110,7 @@ def _fully_sharded(model: Any, config: RunConfig) -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy()
-    if compute_dtype(config) is torch.bfloat16:
+    if dtype_of(config.train.precision) is torch.bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.model.layers:
         fully_shard(layer, mp_policy=policy)

@@ -1,7 +1,7 @@
-"""Turns of the jobs that ``bench step`` measures on a layout, so that only one of them computes at a time.
+"""Lets the jobs that ``bench step`` measures on a layout take turns, so that only one of them computes at a time.
 
-All ranks of all jobs live at once and share one store. A round of a job begins when the one before has ended on all its
-ranks; until then every rank waits for a key of the store, which takes no processor time.
+The ranks of all jobs run at the same time and share one store. A job's turn begins when the previous turn has ended on
+all ranks of its job; until then every rank waits for a key in the store, which takes no processor time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LONGEST = timedelta(days=1)
 
 
 def order_of_turns(names: Sequence[str], phases: int) -> list[tuple[int, str]]:
-    """(phase, job) one after the other; each phase begins with another job than the one before."""
+    """(phase, job) in the order of the turns; each phase begins with the next job."""
     found = []
     for phase in range(phases):
         first = phase % len(names)
@@ -24,7 +24,8 @@ def order_of_turns(names: Sequence[str], phases: int) -> list[tuple[int, str]]:
 
 
 class Turns:
-    """One rank's view. phases: steps of each, the first is the warm-up; barrier: of the job's ranks."""
+    """The turns of one rank. ``phases``: number of steps of each phase, of which the first is the warm-up; ``barrier``:
+    waits for all ranks of the job."""
 
     def __init__(self, store: Any, names: Sequence[str], name: str, phases: Sequence[int], first: bool) -> None:
         self._store, self._first = store, first
@@ -33,9 +34,9 @@ class Turns:
         self._left, self._started, self._used = 0, 0.0, 0.0
         self.barrier: Callable[[], Any] = lambda: None
         self.seconds: list[float] = []
-        """Wall time of a step, mean of each phase that is over, from when all ranks began until all had ended."""
+        """Mean wall seconds of a step for each finished phase, from when all ranks began until all had ended."""
         self.processor_seconds: list[float] = []
-        """Processor time of a step on this rank, mean of each phase: what a busy machine changes least."""
+        """Mean processor seconds of a step on this rank for each finished phase; a busy machine changes them least."""
 
     def begin(self) -> None:
         """Waits for the next turn, if there is one."""
@@ -48,7 +49,8 @@ class Turns:
         self._started, self._used = time.perf_counter(), time.process_time()
 
     def step_done(self) -> None:
-        """Counts a step; after the last of a phase the next job has its turn, and this one waits for its own."""
+        """Counts a step; after the last step of a phase it lets the next job begin, and waits for this job's next
+        turn."""
         self._left -= 1
         if self._left > 0:
             return
@@ -62,7 +64,7 @@ class Turns:
 
 
 def leave_together(store: Any, processes: int, hosts_store: bool) -> None:
-    """Returns when nobody needs the store any more, on the rank that hosts it; at once on the others."""
+    """On the rank that hosts the store, returns once no process needs it; on the others at once."""
     if store.add("left", 1) == processes:
         store.set("all left", "")
     if hosts_store:

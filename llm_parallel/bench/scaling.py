@@ -12,9 +12,9 @@ A sweep is a YAML file beside a run file:
         - {parallel.dp: 2, train.global_batch_size: 16}
     cluster: dgx-h100           # optional: what the planner predicts with, as --cluster
 
-A run may name what others published for it, ``reference`` (suite.py says what stands in one); benchmarks/suites has
-such sweeps. Started again it makes only the rows that its CSV lacks; several may write one CSV at a time, as the tasks
-of a SLURM array with ``--index``.
+A run may name what others published for it under ``reference``, whose fields published_references.py explains;
+benchmarks/suites has such sweeps. Started again, it makes only the rows that its CSV lacks; several processes may write
+one CSV at a time, as the tasks of a SLURM array do with ``--index``.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ from llm_launch.slurm import SlurmJob
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than
 from llm_parallel.bench.layout_step import typical_split
-from llm_parallel.bench.step import label
-from llm_parallel.bench.suite import (
+from llm_parallel.bench.published_references import (
     Line,
     Reference,
     check_layout,
@@ -51,6 +50,8 @@ from llm_parallel.bench.suite import (
     reference_of,
     slower_than_published,
 )
+from llm_parallel.bench.requests import ScalingRequest
+from llm_parallel.bench.step_request import label
 from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
@@ -67,49 +68,43 @@ QUIET = ("log.tensorboard=false", "log.plots=false", "data.eval_fraction=0", "el
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to run. index: only this row (from 0), as a task of an array; out: the CSV; cluster: description that the
-    planner predicts with; environment: of the process, which says whether it is a SLURM job."""
-
-    sweep: str
-    environment: Mapping[str, str]
-    out: str | None = None
-    index: int | None = None
-    dry_run: bool = False
-    cluster: str | None = None
-    baseline: str | None = None
-    min_ratio: float = 0.95
-
-
-@dataclass(frozen=True)
 class Entry:
     """One run of a sweep."""
 
     series: str
+    """Name of its series."""
     repeat: int
+    """Number of the repeat, from 0."""
     overrides: tuple[str, ...]
+    """What it changes in the base run file."""
     config: RunConfig
+    """The whole configuration."""
     reference: Reference | None = None
+    """What was published for it."""
 
     @property
     def key(self) -> str:
-        """Tells whether a CSV has this run already."""
+        """Identifies the run in a CSV."""
         text = json.dumps([self.series, self.repeat, self.config.model_dump(mode="json")], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file. warmup: steps of each run that are not counted; cluster: what the planner predicts with."""
+    """A sweep file."""
 
     base: Path
+    """Run file of all runs."""
     warmup: int
+    """Steps of each run that are not counted."""
     entries: tuple[Entry, ...]
+    """The runs."""
     cluster: str | None = None
+    """What the planner predicts with."""
 
 
 def read_sweep_file(path: str) -> Sweep:
-    """Raises UserError for what is missing or wrong in it, and for every run that could not start."""
+    """Reads a sweep file. Raises UserError for a field that is missing or wrong, and for a run that could not start."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -146,9 +141,9 @@ def _silent(_: str) -> None:
     pass
 
 
-def scaling_command(request: Request) -> int:
-    """Runs what is missing; exit status 1 if a run failed, or is slower than the baseline or the published figure
-    allows."""
+def scaling_command(request: ScalingRequest) -> int:
+    """Makes the runs that the CSV lacks; exit status 1 if one failed, or is slower than the baseline or the published
+    figure allows."""
     sweep = read_sweep_file(request.sweep)
     cluster = load_cluster(name) if (name := request.cluster or sweep.cluster) else None
     out = Path(request.out or Path(request.sweep).with_suffix(".csv"))
@@ -176,14 +171,16 @@ def scaling_command(request: Request) -> int:
     return int(failed > 0)
 
 
-def _run_missing(sweep: Sweep, chosen: Sequence[int], out: Path, cluster: Cluster | None, request: Request) -> int:
-    """Says and, but for a dry run, makes every chosen run that the CSV lacks; how many failed."""
+def _run_missing(
+    sweep: Sweep, chosen: Sequence[int], out: Path, cluster: Cluster | None, request: ScalingRequest
+) -> int:
+    """Names every chosen run, and makes those that the CSV lacks except in a dry run; returns how many failed."""
     done = {row["key"] for row in read_csv(out)}
     failed = 0
     for index in chosen:
         entry = sweep.entries[index]
         name = f"{entry.series}, {num_processes(entry.config)} processes, repeat {entry.repeat}"
-        # Lists, as of stage_layers, would fill the screen.
+        # Long lists, such as stage_layers, would fill the screen.
         overrides = " ".join(text if len(text) < 60 else f"{text[:56]} …" for text in entry.overrides)
         there = f": already in {out}" if entry.key in done else ""
         print(f"--index {index}: {name}: {overrides}{there}", flush=True)
@@ -195,7 +192,7 @@ def _run_missing(sweep: Sweep, chosen: Sequence[int], out: Path, cluster: Cluste
 def _lines(
     sweep: Sweep, chosen: Sequence[int], rows: Sequence[Mapping[str, str]], cluster: Cluster | None
 ) -> list[Line]:
-    """One for each configuration of the chosen runs."""
+    """A line of the table for each configuration of the chosen runs."""
     groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
     for index in chosen:
         groups.setdefault((sweep.entries[index].series, sweep.entries[index].overrides), []).append(index)
@@ -209,13 +206,14 @@ def _lines(
 
 
 def _run(entry: Entry, sweep: Sweep, out: Path, cluster: Cluster | None, environ: Mapping[str, str]) -> bool:
-    """Makes one row; whether that worked. A run that fails leaves no row, so that it is tried again."""
-    # On a shared disk, where all nodes of a job see it.
+    """Makes one run and adds its row; returns whether it succeeded. A run that fails leaves no row, so it is tried
+    again by the next start."""
+    # Beside the CSV, since that is on a disk that all nodes of a job share.
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.stem}-", dir=out.parent))
-    word = "launch" if SlurmJob.from_environment(environ) else "pretrain"
+    trainer = "launch" if SlurmJob.from_environment(environ) else "pretrain"
     steps = f"train.steps={entry.config.train.steps}"
-    command = [sys.executable, "-m", "llm_parallel.cli", word, str(sweep.base), *entry.overrides, steps, *QUIET]
+    command = [sys.executable, "-m", "llm_parallel.cli", trainer, str(sweep.base), *entry.overrides, steps, *QUIET]
     try:
         ended = subprocess.run(
             [*command, f"run_dir={folder / 'run'}"], env=dict(environ), capture_output=True, text=True
@@ -235,12 +233,12 @@ def _run(entry: Entry, sweep: Sweep, out: Path, cluster: Cluster | None, environ
 def as_row(
     entry: Entry, measured: Sequence[Mapping[str, Any]], start: Mapping[str, Any], cluster: Cluster | None
 ) -> dict[str, Any]:
-    """Everything about one run: work, layout, times (medians over its steps), environment, whole configuration."""
+    """The row of one run: its work, layout, times (medians over its steps), environment and whole configuration."""
     config, model, parallel = entry.config, entry.config.model, entry.config.parallel
     size = int(start["size"])
     times = [float(record["perf/step_time"]) for record in measured]
     median = statistics.median(times)
-    # Of the step that took the median: the parts of one step add up to it, medians over several do not.
+    # Of the step with the median time, since the parts of one step add up and medians over several do not.
     typical = min(measured, key=lambda record: abs(float(record["perf/step_time"]) - median))
     scale = median / float(typical["perf/step_time"])
     parts = {name: scale * float(typical[f"perf/{name}_time"]) for name in ("data", "forward_backward", "optimizer")}
@@ -272,7 +270,7 @@ def as_row(
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a sweep's CSV; none if there is no file yet. Raises UserError if it is of something else."""
+    """Rows of a sweep's CSV; none if there is no file yet. Raises UserError if the file is not such a CSV."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as handle:
@@ -283,8 +281,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def append_csv(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds a row in one write under a lock, with the header if the file is new; else in the columns that it has, since
-    an older version's may lack some."""
+    """Adds a row in one write under a lock. A file that is new gets the header; a file of an older version may lack
+    columns, and then the row has only the columns of the file."""
     text = io.StringIO()
     with path.open("a+", newline="", encoding="utf-8") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -300,7 +298,7 @@ def append_csv(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _as_result(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """Rows in the format that ``bench.gate`` compares, the median of a run's repeats each."""
+    """Medians of each run's repeats, in the format that ``bench.gate`` compares."""
     return {"environment": environment(), "rows": list(_gate_rows(rows))}
 
 

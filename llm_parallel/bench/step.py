@@ -1,4 +1,5 @@
-"""``llm-parallel bench step``: one training step on one device, beside its peers; of several, layout_step.py.
+"""``llm-parallel bench step``: times a training step on one device and compares it with peers. layout_step.py does so
+on several devices.
 
 Each contender lives in its own process (megatron-core on a CPU needs a function mode that would slow the others, and
 peaks of memory stay apart). On a CPU they take turns: every round times each of them once, in rotated order, so that
@@ -8,31 +9,25 @@ reversed order. Ratios are medians over rounds of the same number.
 
 from __future__ import annotations
 
-import csv
-import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llm_parallel.bench.contenders import chosen
 from llm_parallel.bench.environment import environment
-from llm_parallel.bench.gate import load_result, slower_than
+from llm_parallel.bench.gate import load_result, slower_than, write_result
+from llm_parallel.bench.layout_step import layout_command
+from llm_parallel.bench.requests import StepRequest
+from llm_parallel.bench.step_request import LOSS_TOLERANCE, label, peak_of, read_request
 from llm_parallel.bench.turns import Finding, one_after_the_other, taking_turns
-from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import check_config, num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
-from llm_parallel.metrics.peaks import Peak, find_peak
+from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
-from llm_parallel.train.preflight import check_kernels, expected_device, with_vocabulary
+from llm_parallel.train.preflight import check_kernels, expected_device
 
-# Relative difference of the first losses, above which two contenders do not train the same model. bf16 rounds to 2^-8.
-LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 REFERENCE = "ours"
 MEMORY = {
     "cuda": "torch's CUDA allocator",
@@ -40,36 +35,14 @@ MEMORY = {
 }
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to measure. arguments: at most one run file, and overrides; providers: all if empty; rounds of ``steps``
-    timed steps each; trace: folder for a Chrome trace of each contender, or process; out: prefix of the JSON and CSV
-    files; baseline: JSON of an earlier run; processes: of a layout (layout_step.py), as the configuration says if None.
-    """
-
-    arguments: Sequence[str] = ()
-    model: str | None = None
-    providers: Sequence[str] = ()
-    rounds: int = 5
-    steps: int = 2
-    trace: str | None = None
-    out: str | None = None
-    baseline: str | None = None
-    min_ratio: float = 0.95
-    processes: int | None = None
-    command: str = field(default="llm-parallel bench step", compare=False)
-
-
-def step_command(request: Request) -> int:
-    """Measures, prints a table, writes what was asked for. Exit status 1 if ours is slower than the baseline allows or
-    a contender failed. Raises UserError for what can't be measured."""
+def step_command(request: StepRequest) -> int:
+    """Measures, prints a table, and writes the files that were asked for. Exit status 1 if our trainer is slower than
+    the baseline allows, or a contender failed. Raises UserError for what can't be measured."""
     if request.rounds < 1 or request.steps < 1:
         raise UserError(f"--rounds {request.rounds} and --steps {request.steps} must both be at least 1")
     if request.processes is not None and request.processes < 1:
         raise UserError(f"--processes {request.processes} must be at least 1")
     if request.processes != 1 and (request.processes or num_processes(read_request(request))) > 1:
-        from llm_parallel.bench.layout_step import layout_command
-
         return layout_command(request)
     if request.baseline:
         load_result(request.baseline)
@@ -104,23 +77,7 @@ def step_command(request: Request) -> int:
     return failed
 
 
-def read_request(request: Request) -> RunConfig:
-    """The configuration that a request names, with its vocabulary. Raises UserError."""
-    files = [text for text in request.arguments if "=" not in text and not text.startswith("--")]
-    overrides = [text for text in request.arguments if text not in files]
-    if len(files) > 1:
-        raise UserError(f"bench step takes one run file, not {' and '.join(files)}; overrides are section.field=value")
-    if not files and request.model is None:
-        raise UserError("bench step needs a run file or --model PRESET, for example --model llama3-8b")
-    if request.model is not None:
-        overrides = [f"model.preset={request.model}", *overrides]
-    config = with_vocabulary(load_config(files[0] if files else None, overrides))
-    if config.model.vocab_size is None:
-        raise UserError("model.vocab_size is not set and no tokenizer gives it; add model.vocab_size=32000")
-    return config
-
-
-def one_process_config(request: Request) -> RunConfig:
+def one_process_config(request: StepRequest) -> RunConfig:
     """The checked configuration of one process, with device and vocabulary filled in. Raises UserError."""
     config = read_request(request)
     if num_processes(config) != 1:
@@ -132,20 +89,6 @@ def one_process_config(request: Request) -> RunConfig:
     check_config(config, 1, device)  # type: ignore[arg-type]
     check_kernels(config, device)
     return config.model_copy(update={"device": device})
-
-
-def peak_of(config: RunConfig) -> Peak:
-    """The GPU's data-sheet peak; on a CPU the measured rate of a large product, since its cores have no such figure."""
-    if config.device == "cuda" or config.log.peak_tflops:
-        name = torch.cuda.get_device_name() if config.device == "cuda" else "CPU"
-        return find_peak(name, config.log.peak_tflops)
-    from torch.utils.benchmark import Timer
-
-    threads = config.train.threads_per_process or torch.get_num_threads()
-    a = torch.randn(2048, 2048)
-    timer = Timer("a @ a", globals={"a": a}, num_threads=threads)
-    seconds = timer.blocked_autorange(min_run_time=1.0).median
-    return Peak(2 * 2048**3 / seconds / 1e12, f"fp32 product of 2048 x 2048 measured here on {threads} threads")
 
 
 def as_rows(findings: Mapping[str, Finding], config: RunConfig, rounds: int, peak: Peak) -> list[dict[str, Any]]:
@@ -181,18 +124,8 @@ def as_rows(findings: Mapping[str, Finding], config: RunConfig, rounds: int, pea
     return rows
 
 
-def label(config: RunConfig) -> str:
-    """Names model and batch: what two results must share to be compared."""
-    model = config.model
-    name = model.preset or "custom"
-    return (
-        f"{name} L{model.num_layers} h{model.hidden_size} v{model.vocab_size} s{config.data.seq_length_tokens} "
-        f"b{config.train.global_batch_size}/{config.train.micro_batch_size}"
-    )
-
-
 def table(result: Mapping[str, Any]) -> str:
-    """Rows as Markdown, with what they were measured on."""
+    """Rows as Markdown, and what they were measured on."""
     where, rows = result["environment"], result["rows"]
     heads = ("contender", "tokens/s (median)", "spread", "ours / it", "MFU", "peak MiB", "loss differs by", "split")
     lines = [
@@ -218,15 +151,3 @@ def table(result: Mapping[str, Any]) -> str:
             f"{row.get('loss_difference', float('nan')):.1e} | {split} |"
         )
     return "\n".join(lines)
-
-
-def write_result(prefix: Path, result: Mapping[str, Any]) -> None:
-    """JSON with everything, and CSV of the rows."""
-    with atomic_write(f"{prefix}.json") as handle:
-        json.dump(result, handle, indent=1)
-    columns = list(dict.fromkeys(key for row in result["rows"] for key in row if not isinstance(row[key], list)))
-    with atomic_write(f"{prefix}.csv") as handle:
-        writer = csv.DictWriter(handle, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(result["rows"])
-    print(f"written: {prefix}.json, {prefix}.csv")

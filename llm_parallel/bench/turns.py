@@ -1,4 +1,4 @@
-"""Contenders of ``bench step`` in processes of their own, and the order in which they are timed."""
+"""Runs each contender of ``bench step`` in a process of its own, and times them in turns."""
 
 from __future__ import annotations
 
@@ -22,20 +22,24 @@ WARMUP_STEPS = 3
 
 @dataclass
 class Finding:
-    """losses: of the first steps, nats per token; seconds: of a step, by round; split: seconds of a step's parts;
-    peak_bytes: CUDA's allocator, or on a CPU what the process grew by over what it had before it built the model."""
+    """What was measured of one contender."""
 
     losses: list[float] = field(default_factory=list)
+    """Of the first steps, in nats per token."""
     seconds: list[float] = field(default_factory=list)
+    """Of a step, for each round."""
     split: dict[str, float] = field(default_factory=dict)
+    """Seconds of each part of a step."""
     peak_bytes: int = 0
+    """Peak of CUDA's allocator; on a CPU, growth of the process over what it had before it built the model."""
     problem: str | None = None
+    """Why it failed; None if it did not."""
 
 
 def taking_turns(
     names: Sequence[str], config: RunConfig, rounds: int, steps: int, trace: str | None
 ) -> dict[str, Finding]:
-    """All at once in their processes, each timed once in every round, in rotated order."""
+    """Runs all contenders at the same time, and times each once in every round, in rotated order."""
     findings = {name: Finding() for name in names}
     with contextlib.ExitStack() as stack:
         pipes = {name: stack.enter_context(_contender(name, config, findings[name])) for name in names}
@@ -52,7 +56,7 @@ def taking_turns(
 def one_after_the_other(
     names: Sequence[str], config: RunConfig, rounds: int, steps: int, trace: str | None
 ) -> dict[str, Finding]:
-    """Each alone on the device: half of the rounds in the order given, the rest in reversed order."""
+    """Runs one contender at a time on the device: half of the rounds in the order given, the rest in reversed order."""
     findings = {name: Finding() for name in names}
     first = (rounds + 1) // 2
     for part, order in ((first, list(names)), (rounds - first, list(reversed(names)))):
@@ -72,7 +76,7 @@ def _trace_path(folder: str | None, name: str) -> str | None:
 
 @contextlib.contextmanager
 def _contender(name: str, config: RunConfig, finding: Finding) -> Iterator[Connection]:
-    """Connection to a warmed-up contender."""
+    """Starts a contender, lets it warm up, and gives the connection to it."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(name, config, there), daemon=True)
@@ -95,7 +99,7 @@ def _contender(name: str, config: RunConfig, finding: Finding) -> Iterator[Conne
 
 
 def _ask(pipe: Connection, finding: Finding, *request: Any) -> Any:
-    """The contender's answer, or None after its failure, which the finding keeps."""
+    """The contender's answer; None after a failure, which is kept in the finding."""
     if finding.problem is not None:
         return None
     try:
@@ -117,15 +121,15 @@ def _time_round(pipe: Connection, finding: Finding, steps: int) -> None:
 
 
 def _look_closer(pipe: Connection, finding: Finding, trace: str | None) -> None:
-    """After the timed rounds, since looking costs time."""
+    """Measures the split and the trace after the timed rounds, since both cost time."""
     finding.split = _ask(pipe, finding, "split") or {}
     if trace is not None:
         _ask(pipe, finding, "trace", trace)
 
 
 def _serve(name: str, config: RunConfig, pipe: Connection) -> None:
-    """A contender's process."""
-    warnings.filterwarnings("ignore")  # what is not installed; the table says what ran
+    """Runs in the contender's process."""
+    warnings.filterwarnings("ignore")  # about packages that are not installed; the table says what ran
     try:
         _Server(name, config).run(pipe)
     except Exception as error:  # a contender's failure is a result
@@ -155,7 +159,7 @@ class _Server:
             pipe.send((getattr(self, request[0])(*request[1:]), None))
 
     def time(self, steps: int) -> float:
-        """Seconds of a step, mean of ``steps``."""
+        """Mean seconds of ``steps`` steps."""
         self._synchronize()
         started = time.perf_counter()
         for _ in range(steps):

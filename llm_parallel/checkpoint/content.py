@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
-from llm_parallel.checkpoint.optimizer import distributed_parts, padded_buckets
 from llm_parallel.checkpoint.sharded import write_common
 from llm_parallel.config.load import dump_config, load_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.tokenizer import DECLARING_NAMES, JSON_NAME, MODEL_NAME
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.parallel.groups import Groups
-from llm_parallel.parallel.wrap import Engine
+from llm_parallel.parallel.engine import POLICY, Engine, Models, Network, network_of
+from llm_parallel.parallel.mcore_optimizer import distributed_parts, padded_buckets
 
 CONFIG_NAME = "config.yaml"
 TOKENIZER_NAME = "tokenizer"
@@ -37,26 +36,28 @@ WEIGHT_FILES = (
     ".git",
     "*.distcp",
 )
+MODELS = "models"
+"""In the metadata: the models that a checkpoint holds besides the policy, by name."""
 WEIGHTS_ONLY = "weights_only"
 """In the metadata of a checkpoint without optimizer state, as ``convert`` makes."""
 
 
-def metadata(engine: Engine | None, groups: Groups) -> dict[str, Any]:
-    """How state is sharded. ``fully_reshardable`` is the one kind that loads under any other layout."""
+def metadata(model: Network | Engine) -> dict[str, Any]:
+    """How a model's state is sharded. ``fully_reshardable`` is the one kind that loads under any other layout."""
     values: dict[str, Any] = {
-        "dp_cp_group": groups.collection.dp_cp,
+        "dp_cp_group": network_of(model).groups.collection.dp_cp,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
     }
-    if engine is not None and distributed_parts(engine):
+    if isinstance(model, Engine) and distributed_parts(model.optimizer):
         values[SHARDING] = "fully_reshardable"
     return values
 
 
-def model_state(models: Sequence[Any], groups: Groups) -> dict[str, Any]:
-    """Sharded weights of this process's model chunks, under the keys that megatron-core's optimizer looks for; without
-    the extra state of Transformer Engine's modules, which ours do not have."""
-    described = metadata(None, groups)
+def weights_state(network: Network) -> dict[str, Any]:
+    """Sharded weights of this process's chunks of one model, under the keys that megatron-core's optimizer looks for.
+    The extra state of Transformer Engine's modules is left out, since ours have none."""
+    described, models = metadata(network), network.models
     return {
         "model" if len(models) == 1 else f"model{number}": {
             key: value
@@ -67,20 +68,43 @@ def model_state(models: Sequence[Any], groups: Groups) -> dict[str, Any]:
     }
 
 
-def training_state(engine: Engine, loading: bool) -> dict[str, Any]:
-    """Sharded weights and optimizer state of this process."""
-    state = model_state(engine.models, engine.groups)
-    with padded_buckets(engine):
-        state["optimizer"] = engine.optimizer.sharded_state_dict(
-            dict(state), is_loading=loading, metadata=metadata(engine, engine.groups)
-        )
+def training_state(models: Models, loading: bool) -> dict[str, Any]:
+    """Sharded weights of all models, and the state of the optimizers that they have.
+
+    The policy's stand under the keys of a checkpoint that holds nothing else; those of another model in a dictionary
+    under its name, which also begins the keys of its tensors."""
+    state: dict[str, Any] = {}
+    for name, model in models.items():
+        part = _state_of(model, loading)
+        if name == POLICY:
+            state |= part
+        else:
+            add_prefix_for_sharding(part, f"{name}.")
+            state[name] = part
     return state
 
 
-def load_models(models: Sequence[Any], state: dict[str, Any]) -> None:
-    """Puts loaded weights into the model chunks."""
-    for number, model in enumerate(models):
-        model.load_state_dict(state["model" if len(models) == 1 else f"model{number}"])
+def _state_of(model: Network | Engine, loading: bool) -> dict[str, Any]:
+    state = weights_state(network_of(model))
+    if isinstance(model, Engine):
+        with padded_buckets(model.optimizer):
+            state["optimizer"] = model.optimizer.sharded_state_dict(
+                dict(state), is_loading=loading, metadata=metadata(model)
+            )
+    return state
+
+
+def described_models(models: Models) -> dict[str, Any]:
+    """What a checkpoint says about the models that it holds besides the policy, whose description is its run file."""
+    return {
+        name: network_of(model).models[0].model_config.model_dump() for name, model in models.items() if name != POLICY
+    }
+
+
+def load_weights_into(network: Network, state: dict[str, Any]) -> None:
+    """Puts loaded weights into a model's chunks."""
+    for number, model in enumerate(network.models):
+        model.load_state_dict(state["model" if len(network.models) == 1 else f"model{number}"])
 
 
 def write_weights_only_parts(folder: Path) -> None:

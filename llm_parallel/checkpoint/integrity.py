@@ -82,7 +82,7 @@ def damaged_files(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 def damage(folder: Path, groups: Groups) -> str | None:
     """What is wrong with a checkpoint, in words, or None. Every process of the job calls this and reads its share."""
-    world = groups.layout.world_size
+    world = groups.mesh.world_size
     wrong = damaged_files(folder, groups.rank, world)
     (count,) = groups.sum_over_world(float(len(wrong)))
     if not count:

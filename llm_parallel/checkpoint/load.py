@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,31 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.content import (
+    MODELS,
     SHARDING,
     WEIGHTS_ONLY,
-    load_models,
-    model_state,
+    load_weights_into,
     read_config,
     training_state,
+    weights_state,
 )
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.integrity import damage
-from llm_parallel.checkpoint.optimizer import allocate_moments, distributed_parts, load_optimizer_state
+from llm_parallel.checkpoint.optimizer import (
+    allocate_moments,
+    apply_configured_settings,
+    engines_of,
+    settings_changed,
+    settings_in_use,
+)
 from llm_parallel.checkpoint.sharded import COMMON_NAME, load_sharded, read_common
 from llm_parallel.checkpoint.state import TrainState
-from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
+from llm_parallel.parallel.engine import POLICY, Engine, Models, Network, network_of
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.parallel.wrap import Engine
+from llm_parallel.parallel.mcore_optimizer import distributed_parts, load_optimizer_state
 
 # CheckpointException, in which every process learns of another's failure, is no Exception.
 DAMAGE = (
@@ -45,8 +53,7 @@ DAMAGE = (
 
 def load_checkpoint(
     path: str | Path,
-    engine: Engine,
-    config: RunConfig,
+    models: Models,
     *,
     load_optimizer: bool = True,
     changed: Callable[[list[str]], None] = lambda _: None,
@@ -54,28 +61,39 @@ def load_checkpoint(
     """Loads weights, and optimizer state and counters unless told not to, whatever layout saved them.
 
     path: a run's folder, its ``checkpoints`` folder (the latest is taken) or one ``iter_…`` folder; changed: is told
-    which of the optimizer's settings, as ``field old → new``, are no longer those of the checkpoint. Every process of
-    the job calls this. Raises UserError if there is no checkpoint, it is of another model, or it is damaged.
+    which of the optimizer's settings, as ``field old → new``, are no longer those of the checkpoint. Without optimizer
+    state, as after ``convert``, the policy alone is loaded. Every process of the job calls this. Raises UserError if
+    there is no checkpoint, it holds other models, or it is damaged.
     """
     folder = find_checkpoint(path)
-    check_same_architecture(folder, read_config(folder).model, config.model)
-    if not load_optimizer or _content(folder).get(WEIGHTS_ONLY):
-        load_weights(folder, engine.models)
-        engine.optimizer.reload_model_params()
+    policy = models[POLICY]
+    content = _content(folder)
+    if not load_optimizer or content.get(WEIGHTS_ONLY):
+        load_weights(folder, network_of(policy))
+        if isinstance(policy, Engine):
+            policy.optimizer.reload_model_params()
         return TrainState()
-    _check_optimizer_kind(folder, engine)
-    allocate_moments(engine)
-    loaded = _load(folder, training_state(engine, loading=True))
-    load_models(engine.models, loaded)
-    changed(load_optimizer_state(engine, loaded["optimizer"]))
+    unused = _check_models(folder, content, models)
+    engines = engines_of(models)
+    for engine in engines.values():
+        allocate_moments(engine)
+    loaded = _load(folder, training_state(models, loading=True))
+    for name, model in models.items():
+        load_weights_into(network_of(model), loaded if name == POLICY else loaded[name])
+    for name, engine in engines.items():
+        load_optimizer_state(engine.optimizer, (loaded if name == POLICY else loaded[name])["optimizer"])
+        saved = settings_in_use(engine)
+        apply_configured_settings(engine)
+        if name == POLICY:
+            changed([*settings_changed(saved, settings_in_use(engine)), *unused])
     return TrainState.read(folder)
 
 
-def load_weights(path: str | Path, models: Sequence[Any]) -> None:
-    """Loads weights alone into this process's model chunks. Raises UserError as ``load_checkpoint``."""
+def load_weights(path: str | Path, network: Network) -> None:
+    """Loads the policy's weights alone into this process's model chunks. Raises UserError as ``load_checkpoint``."""
     folder = find_checkpoint(path)
-    check_same_architecture(folder, read_config(folder).model, models[0].run_config.model)
-    load_models(models, _load(folder, model_state(models, models[0].groups)))
+    check_same_architecture(folder, read_config(folder).model, network.models[0].model_config)
+    load_weights_into(network, _load(folder, weights_state(network)))
 
 
 def refuse_damaged(path: str | Path, groups: Groups) -> None:
@@ -107,10 +125,24 @@ def _content(folder: Path) -> dict[str, Any]:
     return common.get("content_metadata") or {}
 
 
-def _check_optimizer_kind(folder: Path, engine: Engine) -> None:
-    saved, here = bool(_content(folder).get(SHARDING)), bool(distributed_parts(engine))
+def _check_models(folder: Path, content: dict[str, Any], models: Models) -> list[str]:
+    """Raises UserError if a checkpoint lacks one of the models, or holds one of another architecture or another kind of
+    optimizer. Returns which of its models are not used."""
+    others = content.get(MODELS) or {}
+    missing = [name for name in models if name != POLICY and name not in others]
+    if missing:
+        raise UserError(
+            f"{folder} does not hold the {missing[0]} that this run trains; take a checkpoint of such a run, or "
+            "checkpoint.load_optimizer=false to begin from the policy's weights"
+        )
+    for name, model in models.items():
+        theirs = read_config(folder).model if name == POLICY else ModelConfig.model_validate(others[name])
+        check_same_architecture(folder, theirs, network_of(model).models[0].model_config)
+    saved = bool(content.get(SHARDING))
+    here = any(distributed_parts(engine.optimizer) for engine in engines_of(models).values())
     if saved != here:
         raise UserError(
             f"parallel.distributed_optimizer was {str(saved).lower()} when {folder} was saved and is "
             f"{str(here).lower()} now; set it to {str(saved).lower()}, or checkpoint.load_optimizer=false"
         )
+    return [f"model {name} saved → not used" for name in others if name not in models]

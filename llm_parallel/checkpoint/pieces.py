@@ -8,22 +8,22 @@ first axis. A process holds sub-boxes of it (tensor and pipeline parallelism), a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
-import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
-from llm_parallel.parallel.wrap import Engine
+from llm_parallel.parallel.engine import POLICY, Engine, Models
+from llm_parallel.parallel.mcore_optimizer import distributed_parts, main_to_model_parameters, shards_of
+
+MODEL_END = "/"
+"""Stands between a model's name and a parameter's key; the policy's keys have no name before them."""
 
 
 class Piece(NamedTuple):
     """Numbers ``start`` to ``stop``, in row-major order, of the box at ``offset`` with ``shape`` in parameter ``key``;
-    they stand from ``at`` on in a plane of the file."""
+    they stand from ``at`` on in a plane of the file. The key begins with the model's name, if it is not the policy."""
 
     key: str
     offset: tuple[int, ...]
@@ -39,6 +39,11 @@ class Piece(NamedTuple):
         return cls(key, tuple(offset), tuple(shape), start, stop, at)
 
     @property
+    def tensor(self) -> str:
+        """The parameter's key within its model."""
+        return self.key.rpartition(MODEL_END)[2]
+
+    @property
     def box(self) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """The box that this is a range of."""
         return self.key, self.offset, self.shape
@@ -51,51 +56,32 @@ class Held(NamedTuple):
     planes: tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """Numbers ``start`` to ``stop`` of a process's own parameter, held in ``main``, whose optimizer is ``inner``."""
+def held_pieces(models: Models, divided: bool) -> list[Held]:
+    """What this process holds of all models that have an optimizer, in the order of the file. Others do not change.
 
-    parameter: Tensor
-    main: Tensor
-    start: int
-    stop: int
-    inner: Any
-
-
-def optimizer_steps(engine: Engine) -> int:
-    """Optimizer steps that were applied; skipped ones do not count."""
-    for part in engine.optimizer.chained_optimizers:
-        for values in part.optimizer.state.values():
-            if "step" in values:
-                return int(values["step"])
-    return 0
-
-
-def set_optimizer_steps(engine: Engine, steps: int) -> None:
-    """Inverse of ``optimizer_steps``."""
-    for part in engine.optimizer.chained_optimizers:
-        for values in part.optimizer.state.values():
-            if "step" in values:
-                values["step"] = torch.full_like(values["step"], steps)
-        for group in part.optimizer.param_groups:
-            if "step" in group:  # apex counts once for all
-                group["step"] = steps
-
-
-def held_pieces(engine: Engine, divided: bool) -> list[Held]:
-    """What this process holds, in the order of the file.
-
-    The optimizer's moments must be allocated. Without the distributed optimizer all data-parallel replicas hold the
+    The optimizers' moments must be allocated. Without the distributed optimizer all data-parallel replicas hold the
     same; ``divided`` gives each its part of it, else each has the whole.
     """
-    boxes = _boxes(engine)
-    layout, at = engine.groups.layout, engine.groups.at
-    replica, replicas = at.dp * layout.cp + at.cp, layout.dp * layout.cp
     found: list[Held] = []
     taken = 0
-    for shard in _shards(engine):
+    for name, model in models.items():
+        if isinstance(model, Engine):
+            prefix = "" if name == POLICY else name + MODEL_END
+            for held in _held_by(model, prefix, divided, taken):
+                found.append(held)
+                taken += held.piece.stop - held.piece.start
+    return found
+
+
+def _held_by(engine: Engine, prefix: str, divided: bool, at: int) -> Iterator[Held]:
+    """What this process holds of one model, from ``at`` on in the file."""
+    boxes = _boxes(engine)
+    mesh, here = engine.groups.mesh, engine.groups.at
+    replica, replicas = here.dp * mesh.cp + here.cp, mesh.dp * mesh.cp
+    sharded = bool(distributed_parts(engine.optimizer))
+    for shard in shards_of(engine.optimizer):
         start, stop = shard.start, shard.stop
-        if divided and shard.main.numel() == shard.parameter.numel() and not _is_sharded(engine):
+        if divided and shard.main.numel() == shard.parameter.numel() and not sharded:
             start, stop = (shard.parameter.numel() * part // replicas for part in (replica, replica + 1))
         state = shard.inner.state[shard.main]
         planes = [tensor.detach().view(-1) for tensor in (shard.main, state["exp_avg"], state["exp_avg_sq"])]
@@ -103,15 +89,10 @@ def held_pieces(engine: Engine, divided: bool) -> list[Held]:
             low, high = max(start, begin), min(stop, begin + prod(shape))
             if low >= high:
                 continue
-            piece = Piece(key, offset, shape, low - begin, high - begin, taken)
+            piece = Piece(prefix + key, offset, shape, low - begin, high - begin, at)
             cut = [plane[low - shard.start : high - shard.start] for plane in planes]
-            found.append(Held(piece, (cut[0], cut[1], cut[2])))
-            taken += high - low
-    return found
-
-
-def _is_sharded(engine: Engine) -> bool:
-    return any(isinstance(part, DistributedOptimizer) for part in engine.optimizer.chained_optimizers)
+            yield Held(piece, (cut[0], cut[1], cut[2]))
+            at += high - low
 
 
 def _boxes(engine: Engine) -> dict[int, list[tuple[str, tuple[int, ...], tuple[int, ...], int]]]:
@@ -138,37 +119,9 @@ def _boxes(engine: Engine) -> dict[int, list[tuple[str, tuple[int, ...], tuple[i
     return found
 
 
-def _shards(engine: Engine) -> Iterator[_Shard]:
-    for part in engine.optimizer.chained_optimizers:
-        inner = part.optimizer
-        if isinstance(part, DistributedOptimizer):
-            pairs = zip(
-                [*part.model_fp32_groups, *part.model_float16_groups],
-                [*part.shard_fp32_groups, *part.shard_fp32_from_float16_groups],
-            )
-            for models, mains in pairs:
-                for model, main in zip(models, mains):
-                    where = part._get_model_param_range_map(model)["param"]
-                    yield _Shard(model, main, where.start, where.end, inner)
-        elif isinstance(part, Float16OptimizerWithFloat16Params):
-            pairs = zip(
-                [*part.float16_groups, *part.fp32_from_fp32_groups],
-                [*part.fp32_from_float16_groups, *part.fp32_from_fp32_groups],
-            )
-            for models, mains in pairs:
-                for model, main in zip(models, mains):
-                    yield _Shard(model, main, 0, model.numel(), inner)
-        else:
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    yield _Shard(parameter, parameter, 0, parameter.numel(), inner)
-
-
 def weights_follow(engine: Engine) -> None:
     """Brings the model's weights up to date with the optimizer's fp32 ones, over all replicas."""
-    for part in engine.optimizer.chained_optimizers:
-        if hasattr(part, "_copy_main_params_to_model_params"):
-            part._copy_main_params_to_model_params()
+    main_to_model_parameters(engine.optimizer)
     for chunk in engine.chunks:
         if chunk.ddp_config.use_distributed_optimizer:
             chunk.start_param_sync(force_sync=True)

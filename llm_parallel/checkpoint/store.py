@@ -15,18 +15,18 @@ from typing import Any
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llm_parallel.checkpoint.content import metadata, training_state, write_config
+from llm_parallel.checkpoint.content import MODELS, described_models, metadata, training_state, write_config
 from llm_parallel.checkpoint.folders import LATEST_NAME, complete_checkpoints, folder_name, latest_checkpoint, step_of
 from llm_parallel.checkpoint.integrity import damage, seal_folder
-from llm_parallel.checkpoint.optimizer import allocate_moments
+from llm_parallel.checkpoint.optimizer import allocate_moments, engines_of
 from llm_parallel.checkpoint.sharded import divide, save_planner, split, write_common
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.writer import BackgroundWrite
 from llm_parallel.config.tree import CheckpointConfig, RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, fsync_dir
+from llm_parallel.parallel.engine import POLICY, Engine, Models, network_of
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.parallel.wrap import Engine
 
 SPARE_BYTES = 1 << 20
 
@@ -98,9 +98,10 @@ class CheckpointStore:
             with atomic_write(self.folder / LATEST_NAME) as handle:
                 handle.write(str(step_of(before[-1])))
 
-    def save(self, engine: Engine, state: TrainState, *, blocking: bool = False) -> None:
-        """Saves weights, optimizer and counters. In the background (``checkpoint.asynchronous``) this returns when the
-        state is copied, and ``poll`` or ``wait`` completes it; a save in flight is completed first.
+    def save(self, models: Models, state: TrainState, *, blocking: bool = False) -> None:
+        """Saves weights and optimizers of all models, and counters. In the background
+        (``checkpoint.asynchronous``) this returns when the state is copied, and ``poll`` or ``wait`` completes it; a
+        save in flight is completed first.
 
         A checkpoint of this step that ``latest_checkpointed_iteration.txt`` names is kept; one that it does not name is
         of a future that was given up, and replaced."""
@@ -109,11 +110,12 @@ class CheckpointStore:
         known = self.groups.is_first_rank and latest_checkpoint(self.folder) == final
         if any(self.groups.sum_over_world(float(known))):  # rank 0 decides: others may see an older folder
             return
-        saving = self._prepare(final, engine, state)
+        saving = self._prepare(final, models, state)
         with self._cleaning_up(saving):
-            engine.parameters_up_to_date()
-            allocate_moments(engine)
-            self._saving = _Save(saving, final, self._begin(saving, engine))
+            for engine in engines_of(models).values():
+                engine.parameters_up_to_date()
+                allocate_moments(engine)
+            self._saving = _Save(saving, final, self._begin(saving, models))
         if blocking or not self.settings.asynchronous:
             self.wait()
 
@@ -147,11 +149,11 @@ class CheckpointStore:
             problem = error
         self._agree(problem)
 
-    def _prepare(self, final: Path, engine: Engine, state: TrainState) -> Path:
+    def _prepare(self, final: Path, models: Models, state: TrainState) -> Path:
         """Makes an empty folder if the disk has room; all processes learn its name, or why not.
 
         The name is new every time: a writer that outlived its killed run must not write into the next one's save."""
-        needed, free, problem = float(checkpoint_bytes(engine)), 0.0, 0.0
+        needed, free, problem = float(checkpoint_bytes(models)), 0.0, 0.0
         needed = self.groups.sum_over_world(needed)[0] + SPARE_BYTES
         mark = secrets.randbits(40) if self.groups.is_first_rank else 0
         saving = self.folder / f".{final.name}.{mark:010x}.saving"
@@ -178,19 +180,23 @@ class CheckpointStore:
             )
         return self.folder / f".{final.name}.{int(shared_mark):010x}.saving"
 
-    def _begin(self, saving: Path, engine: Engine) -> BackgroundWrite:
+    def _begin(self, saving: Path, models: Models) -> BackgroundWrite:
         """Writes what all processes have alike, divides the rest among them, and begins to write it."""
-        described = metadata(engine, self.groups)
+        described: dict[str, Any] = {}
+        for model in models.values():
+            described |= metadata(model)
         replicas = described.pop("dp_cp_group")
+        if others := described_models(models):
+            described[MODELS] = others
         problem: Exception | None = None
         try:
-            sharded, common = split(training_state(engine, loading=False), described)
+            sharded, common = split(training_state(models, loading=False), described)
             if self.groups.is_first_rank:
                 write_common(common, saving)
         except (OSError, RuntimeError) as error:
             problem = error
         self._agree(problem)  # before any process waits for another's plan
-        if self.groups.layout.dp * self.groups.layout.cp > 1:
+        if self.groups.mesh.dp * self.groups.mesh.cp > 1:
             divide(sharded, replicas)
         return BackgroundWrite(saving, save_planner(sharded), self.groups)
 
@@ -274,10 +280,13 @@ class CheckpointStore:
         return error
 
 
-def checkpoint_bytes(engine: Engine) -> int:
-    """About what this process's distinct share of a checkpoint takes: weights, and fp32 master, two moments."""
-    layout = engine.groups.layout
-    numbers: list[Any] = [parameter for model in engine.models for parameter in model.parameters()]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in numbers)
-    optimizer = sum(parameter.numel() for parameter in numbers) * 12
-    return (weights + optimizer) // (layout.dp * layout.cp)
+def checkpoint_bytes(models: Models) -> int:
+    """About what this process's distinct share of a checkpoint takes: weights, and fp32 master and two moments of what
+    is trained."""
+    total = 0
+    for model in models.values():
+        numbers: list[Any] = [parameter for chunk in network_of(model).models for parameter in chunk.parameters()]
+        total += sum(parameter.numel() * parameter.element_size() for parameter in numbers)
+        total += sum(parameter.numel() for parameter in numbers) * (12 if isinstance(model, Engine) else 0)
+    mesh = network_of(models[POLICY]).groups.mesh
+    return total // (mesh.dp * mesh.cp)

@@ -75,7 +75,7 @@ class BackgroundWrite:
         self._storage = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
         self._storage.set_up_storage_writer(groups.is_first_rank)
         local = planner.create_local_plan()
-        plans: list[Any] = [None] * groups.layout.world_size
+        plans: list[Any] = [None] * groups.mesh.world_size
         dist.gather_object(local, plans if groups.is_first_rank else None)
         self._metadata = planner.create_global_plan(plans)[1] if groups.is_first_rank else None
         # The storage names a file after the place of its plan in the list.
@@ -109,7 +109,7 @@ class BackgroundWrite:
         except queue.Empty:
             outcome = RuntimeError("the process that writes the checkpoint was killed")
         self._results.close()
-        outcomes: list[Any] = [None] * self._groups.layout.world_size
+        outcomes: list[Any] = [None] * self._groups.mesh.world_size
         dist.gather_object(outcome, outcomes if self._groups.is_first_rank else None)
         failed = {rank: result for rank, result in enumerate(outcomes) if isinstance(result, Exception)}
         if any(self._groups.sum_over_world(float(bool(failed)))):

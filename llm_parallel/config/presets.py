@@ -1,7 +1,9 @@
 """Model shapes by name: published ones exactly as published, and small ones of our own.
 
 Sources: Llama 2 (Touvron et al. 2023, arXiv 2307.09288, Table 1 and Meta's config files), Llama 3 and 3.1 (Grattafiori
-et al. 2024, arXiv 2407.21783, Table 3), SmolLM2 (Ben Allal et al. 2025, arXiv 2502.02737, and its config.json).
+et al. 2024, arXiv 2407.21783, Table 3), Mistral 7B v0.1 (Jiang et al. 2023, arXiv 2310.06825, Table 1), Qwen2.5 (Qwen
+2024, arXiv 2412.15115) and Qwen3 (Qwen 2025, arXiv 2505.09388) with their config.json files, SmolLM2 (Ben Allal et al.
+2025, arXiv 2502.02737, and its config.json).
 Meta never released Llama 2 34B: ``llama2-34b`` has the dimensions that the released Code Llama 34B shares with it (48
 layers, 8192 wide, 64 heads, 8 query groups, SwiGLU 22016), with the paper's context of 4096 and rotary base of 10,000.
 """
@@ -32,6 +34,7 @@ _LLAMA31 = _LLAMA3 | {
         "original_max_position": 8192,
     },
 }
+_QWEN = {"norm_epsilon": 1e-6, "rope_base": 1000000.0}
 _8B = _shape(32, 4096, 14336, 32, 8)
 _70B = _shape(80, 8192, 28672, 64, 8)
 _405B = _shape(126, 16384, 53248, 128, 8)
@@ -56,6 +59,14 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
         "init_std": 576**-0.5,
     },
+    "mistral-7b": _8B
+    | {"vocab_size": 32000, "max_seq_length_tokens": 32768, "norm_epsilon": 1e-5, "window_tokens": 4096},
+    "qwen2.5-7b": _shape(28, 3584, 18944, 28, 4)
+    | _QWEN
+    | {"vocab_size": 152064, "max_seq_length_tokens": 131072, "qkv_bias": True},
+    "qwen3-8b": _shape(36, 4096, 12288, 32, 8)
+    | _QWEN
+    | {"vocab_size": 151936, "max_seq_length_tokens": 40960, "head_dim": 128, "qk_norm": True},
     "tiny": _shape(4, 256, 704, 8, 4) | {"max_seq_length_tokens": 2048},
     "debug": _shape(2, 64, 176, 4, 2) | {"max_seq_length_tokens": 512},
 }

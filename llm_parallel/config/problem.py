@@ -56,8 +56,7 @@ class Case:
     @property
     def sequence_parallel(self) -> bool:
         """Whether sequence parallelism is on, by the default too."""
-        parallel = self.config.parallel
-        return parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
+        return self.config.parallel.divides_sequence
 
     @property
     def sequence_unit(self) -> int:

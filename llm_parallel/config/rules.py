@@ -215,7 +215,7 @@ def _machine(case: Case) -> Iterator[Problem]:
     if config.model.vocab_size is None and config.data.tokenizer is None:
         yield Problem(
             ("model.vocab_size", "data.tokenizer"),
-            "neither data.tokenizer, whose words would be counted, nor model.vocab_size is given",
+            "neither data.tokenizer, whose tokens would be counted, nor model.vocab_size is given",
             {"model.vocab_size": 32000},
         )
 
@@ -234,6 +234,10 @@ def _gluon(case: Case) -> Iterator[Problem]:
     if config.train.precision != "bf16":
         statement = f"kernels.attention = gluon is for bf16, and train.precision = {config.train.precision}"
         yield Problem(("kernels.attention", "train.precision"), statement, fix)
+    for name in ("window_tokens", "attention_softcap"):
+        if getattr(config.model, name):
+            statement = f"kernels.attention = gluon has none of it, and model.{name} = {getattr(config.model, name)}"
+            yield Problem(("kernels.attention", f"model.{name}"), statement, fix)
 
 
 RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (

@@ -20,8 +20,12 @@ class Node(BaseModel):
 
 
 class RopeScaling(Node):
-    """Frequency scaling of Llama 3.1 (Grattafiori et al. 2024, arXiv 2407.21783; parameters as in its config.json)."""
+    """How rotary frequencies were changed for a longer context; the parameters are those of config.json."""
 
+    kind: Literal["llama3", "linear", "dynamic", "yarn", "longrope"] = "llama3"
+    """``llama3`` (Grattafiori et al. 2024, arXiv 2407.21783); ``linear``: all positions divided by ``factor`` (Chen et
+    al. 2023, arXiv 2306.15595); ``dynamic``: a base that grows with samples longer than the original context; ``yarn``
+    (Peng et al. 2023, arXiv 2309.00071); ``longrope`` (Ding et al. 2024, arXiv 2402.13753)."""
     factor: PositiveFloat = 8.0
     """How many times longer the context became."""
     low_freq_factor: PositiveFloat = 1.0
@@ -30,6 +34,16 @@ class RopeScaling(Node):
     """Wavelengths below ``original_max_position / high_freq_factor`` tokens stay as they are."""
     original_max_position: PositiveInt = 8192
     """Context length in tokens before the extension."""
+    beta_fast: PositiveFloat = 32.0
+    """``yarn``: pairs that turn more often than this within the original context keep their frequency."""
+    beta_slow: PositiveFloat = 1.0
+    """``yarn``: pairs that turn less often than this have it divided by ``factor``."""
+    attention_factor: PositiveFloat | None = None
+    """``yarn`` and ``longrope``: by which cosines and sines are multiplied; their papers' formula if not given."""
+    short_factors: tuple[PositiveFloat, ...] | None = None
+    """``longrope``: divisor of each pair's frequency in samples up to the original context."""
+    long_factors: tuple[PositiveFloat, ...] | None = None
+    """``longrope``: the same in longer samples."""
 
 
 class ModelConfig(Node):
@@ -50,7 +64,7 @@ class ModelConfig(Node):
     head_dim: PositiveInt | None = None
     """Width of one head; ``hidden_size / num_attention_heads`` if not given."""
     vocab_size: PositiveInt | None = None
-    """Words of the vocabulary, without padding; taken from the tokenizer if not given."""
+    """Tokens of the vocabulary, without padding; taken from the tokenizer if not given."""
     max_seq_length_tokens: PositiveInt = 4096
     """Longest context that the model is meant for; written into the Hugging Face export."""
     norm_epsilon: PositiveFloat = 1e-5
@@ -58,7 +72,22 @@ class ModelConfig(Node):
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Llama 3.1's frequency scaling, or none."""
+    """Change of the rotary frequencies for a longer context, or none."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values, as Qwen2 does."""
+    attention_output_bias: bool = False
+    """Add a bias to attention's output projection too."""
+    mlp_bias: bool = False
+    """Add biases in the MLP."""
+    qk_norm: bool = False
+    """Normalize each head's queries and keys by an RMSNorm before the rotary embedding, as Qwen3 does."""
+    window_tokens: PositiveInt | None = None
+    """Tokens that a query sees, itself and those right before it, as in Mistral 7B; all before it if not given. The
+    planner counts attention to all of them."""
+    attention_softcap: float = Field(0.0, ge=0.0)
+    """Attention scores x become ``cap · tanh(x / cap)``, as in Gemma 2; 0: they stay as they are."""
+    output_softcap: float = Field(0.0, ge=0.0)
+    """The same for the logits over the vocabulary."""
     tie_embeddings: bool = False
     """Use one matrix for the input embedding and the output projection."""
     init_std: PositiveFloat = 0.02
@@ -132,6 +161,11 @@ class ParallelConfig(Node):
     recompute_num_layers: PositiveInt = 1
     """See ``recompute_method``."""
 
+    @property
+    def divides_sequence(self) -> bool:
+        """``sequence_parallel`` with its default."""
+        return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
+
 
 KernelChoice = Literal["auto", "triton", "torch"]
 
@@ -174,7 +208,8 @@ class GuardConfig(Node):
 
     spike_zscore: PositiveFloat | None = 6.0
     """A step whose loss or gradient norm lies this many robust standard deviations (1.4826 MAD) over the median of the
-    window is skipped; none switches spike detection off. NaN and infinity are always skipped."""
+    window is skipped, one deviation being at least 2 % of the median loss and 25 % of the median norm; none switches
+    spike detection off. NaN and infinity are always skipped."""
     spike_window_steps: PositiveInt = 128
     """Applied steps that the median and deviation are taken over."""
     spike_min_steps: PositiveInt = 32
@@ -199,6 +234,12 @@ class TrainConfig(Node):
     """Growth of the global batch size at the start."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """``bf16``: bf16 compute with fp32 main gradients, master weights and moments; ``fp32``: everything in fp32."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of a label's probability that is spread over the whole vocabulary. The training loss contains it, the
+    held-out loss does not."""
+    z_loss: float = Field(0.0, ge=0.0)
+    """Weight of the squared logarithm of the softmax's denominator in the training loss, which keeps logits small
+    (PaLM takes 1e-4); the held-out loss does not contain it."""
     eval_interval_steps: PositiveInt | None = None
     """Steps between evaluations on held-out data; none: only after the last step."""
     eval_samples: PositiveInt = 64

@@ -22,10 +22,9 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.tokenizer import load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.model.hf import INDEX_NAME, all_names, hf_tensors
+from llm_parallel.model.hf import INDEX_NAME, hf_tensors
 from llm_parallel.model.hf_config import model_to_hf_config
-
-LAYERS = "decoder.layers."
+from llm_parallel.model.tensors import LAYERS, all_names, split_name
 
 
 class _Into(DefaultLoadPlanner):
@@ -56,10 +55,8 @@ class CheckpointTensors:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor ``name``; of a layer only that layer's part of the stored stack."""
-        if not name.startswith(LAYERS):
-            return self._load(name, ())
-        _, _, layer, suffix = name.split(".", 3)
-        return self._load(LAYERS + suffix, (int(layer),))
+        kind, layer = split_name(name)
+        return self._load(name, ()) if layer is None else self._load(LAYERS + kind.name, (layer,))
 
     def _load(self, key: str, at: tuple[int, ...]) -> Tensor:
         stored: Any = self._metadata.state_dict_metadata[key]

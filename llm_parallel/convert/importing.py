@@ -32,8 +32,9 @@ from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, fsync_dir
-from llm_parallel.model.hf import HfReader, layer_tensors, outer_tensors, partition_dim, pieces_of, read_rows
+from llm_parallel.model.hf import HfReader, read_rows
 from llm_parallel.model.mcore_config import padded_vocab_size
+from llm_parallel.model.tensors import LAYERS, all_names, split_name
 
 CARRIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*", "added_tokens.json")
 
@@ -51,25 +52,16 @@ class Stored:
 
 def stored_tensors(model: ModelConfig) -> Iterator[Stored]:
     """All tensors of a model as megatron-core stores them: layers stacked along a first axis."""
-    for name in outer_tensors(model):
-        size = _size(name, model)
-        yield Stored(name, name, size, (0,) * len(size), size)
-    for layer in range(model.num_layers):
-        for name in layer_tensors(layer):
-            size, suffix = _size(name, model), name.split(".", 3)[3]
-            stacked = (model.num_layers, *size)
-            yield Stored(name, f"decoder.layers.{suffix}", stacked, (layer, *(0,) * len(size)), (1, *size))
-
-
-def _size(name: str, model: ModelConfig) -> tuple[int, ...]:
-    along = sum(map(len, pieces_of(name, model)))
-    if "norm" in name:
-        return (along,)
-    if name.startswith(("embedding", "output_layer")):
-        assert model.vocab_size is not None
-        along = padded_vocab_size(model.vocab_size, 1)
-    other = model.hidden_size
-    return (other, along) if partition_dim(name) == 1 else (along, other)
+    assert model.vocab_size is not None
+    rows = padded_vocab_size(model.vocab_size, 1)
+    for name in all_names(model):
+        kind, layer = split_name(name)
+        size = kind.shape(model, rows)
+        if layer is None:
+            yield Stored(name, name, size, (0,) * len(size), size)
+        else:
+            stacked, offset = (model.num_layers, *size), (layer, *(0,) * len(size))
+            yield Stored(name, LAYERS + kind.name, stacked, offset, (1, *size))
 
 
 class _LazyPlanner(DefaultSavePlanner):
@@ -82,8 +74,9 @@ class _LazyPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The tensor of one write item, read now."""
         stored = self._by_index[write_item.index]
-        dim = partition_dim(stored.name)
-        along = stored.chunk[-1] if dim == 1 else stored.chunk[len(stored.chunk) - (1 if "norm" in stored.name else 2)]
+        kind, layer = split_name(stored.name)
+        dim = kind.piece_dim
+        along = stored.chunk[dim if layer is None else dim + 1]
         parts = list(read_rows(self._reader, stored.name, self._model, range(along)))
         return torch.cat(parts, dim=dim).reshape(stored.chunk)
 

@@ -6,27 +6,16 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from llm_parallel.data.batch import Batch, Documents
 from llm_parallel.data.samples import Sample
 
 POLL_S = 0.1
 """How often a waiting thread looks whether it is still wanted."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """tokens, labels int64 [b, s]; loss_mask fp32 [b, s]; document_starts: b int32 CPU tensors, or None."""
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    document_starts: list[Tensor] | None
 
 
 class Samples(Protocol):
@@ -101,17 +90,15 @@ class MicroBatchLoader(Iterator[Batch]):
                 continue
 
     def _stack(self, samples: list[Sample]) -> Batch:
-        starts = [torch.from_numpy(sample.document_starts) for sample in samples] if self._samples.isolate else None
+        documents = None
+        if self._samples.isolate:
+            documents = Documents(tuple(torch.from_numpy(sample.document_starts) for sample in samples))
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
         labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))
-        mask = torch.from_numpy(np.stack([sample.loss_mask for sample in samples]).astype(np.float32))
+        weights = torch.from_numpy(np.stack([sample.loss_mask for sample in samples]).astype(np.float32))
         if self._device.type == "cuda":
-            tokens, labels, mask = tokens.pin_memory(), labels.pin_memory(), mask.pin_memory()
-        return Batch(tokens, labels, mask, starts)
+            tokens, labels, weights = tokens.pin_memory(), labels.pin_memory(), weights.pin_memory()
+        return Batch(tokens, labels, weights, documents)
 
     def _on_device(self, batch: Batch) -> Batch:
-        if self._device.type == "cpu":
-            return batch
-        parts = (batch.tokens, batch.labels, batch.loss_mask)
-        tokens, labels, mask = (part.to(self._device, non_blocking=True) for part in parts)
-        return Batch(tokens, labels, mask, batch.document_starts)
+        return batch if self._device.type == "cpu" else batch.to(self._device)

@@ -30,7 +30,7 @@ def generate(
     called with (prompt number, token) as they come. Every rank of the job calls this with the same arguments and gets
     the same answer. Raises UserError for an empty prompt or one that leaves no room in the model's context.
     """
-    limit = models[0].run_config.model.max_seq_length_tokens
+    limit = models[0].model_config.max_seq_length_tokens
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {number} is empty; give at least one token")
@@ -92,6 +92,6 @@ def _next_tokens(
         chosen = torch.empty(tokens.shape[0], dtype=torch.int64, device=tokens.device)
     else:
         chosen = choose(logits[:, -1], sampling, generator)
-    if groups.layout.world_size > 1:
-        dist.broadcast(chosen, src=groups.layout.world_size - 1)
+    if groups.mesh.world_size > 1:
+        dist.broadcast(chosen, src=groups.mesh.world_size - 1)
     return chosen

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from llm_parallel.errors import UserError
 from llm_parallel.model.gpt import LlamaModel
-from llm_parallel.model.mcore_config import compute_dtype
 from llm_parallel.model.sequence import KVCache
 
 
@@ -21,26 +20,27 @@ def pipeline_logits(models: Sequence[LlamaModel], tokens: Tensor, cache: KVCache
     interleaved stages and context parallelism, which are for training.
     """
     model = models[0]
-    groups, layout = model.groups, model.groups.layout
-    if layout.vpp > 1 or layout.cp > 1:
+    groups, mesh = model.groups, model.groups.mesh
+    if model.stages.vpp > 1 or mesh.cp > 1:
         raise UserError(
-            f"parallel.vpp is {layout.vpp} and parallel.cp is {layout.cp}, which only training can use; set both to 1"
+            f"parallel.vpp is {model.stages.vpp} and parallel.cp is {mesh.cp}, which only training can use; set both "
+            "to 1"
         )
     pipeline = groups.collection.pp
     rows, length = tokens.shape
     local_length = length
-    if layout.sequence_parallel:
-        if length % layout.tp:
+    if mesh.sequence_parallel:
+        if length % mesh.tp:
             raise UserError(
-                f"{length} tokens cannot be divided over parallel.tp {layout.tp}; set parallel.sequence_parallel=false"
+                f"{length} tokens cannot be divided over parallel.tp {mesh.tp}; set parallel.sequence_parallel=false"
             )
-        local_length = length // layout.tp
+        local_length = length // mesh.tp
     if groups.at.pp > 0:
         hidden = torch.empty(
             local_length,
             rows,
             model.config.hidden_size,
-            dtype=compute_dtype(model.run_config),
+            dtype=model.numerics.dtype,
             device=groups.platform.device,
         )
         dist.recv(hidden, group=pipeline, group_src=groups.at.pp - 1)
@@ -48,7 +48,7 @@ def pipeline_logits(models: Sequence[LlamaModel], tokens: Tensor, cache: KVCache
     output = model(tokens, cache=cache)
     if cache is not None:
         cache.advance(length)
-    if groups.at.pp < layout.pp - 1:
+    if groups.at.pp < mesh.pp - 1:
         dist.send(output.contiguous(), group=pipeline, group_dst=groups.at.pp + 1)
         return None
     return gather_vocabulary(model, output.float())
@@ -61,4 +61,4 @@ def gather_vocabulary(model: LlamaModel, logits: Tensor) -> Tensor:
         parts = [torch.empty_like(logits) for _ in range(group.size())]
         dist.all_gather(parts, logits.contiguous(), group=group)
         logits = torch.cat(parts, dim=-1)
-    return logits[..., : model.run_config.model.vocab_size]
+    return logits[..., : model.model_config.vocab_size]

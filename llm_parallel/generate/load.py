@@ -12,7 +12,7 @@ from llm_parallel.checkpoint.load import load_weights
 from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.model.gpt import LlamaModel, build_chunks
+from llm_parallel.model.gpt import LlamaModel, build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.parallel.groups import open_groups
@@ -58,10 +58,10 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
     config = RunConfig(device=device, seed=config.seed, model=config.model, data=data, train=train)
     config = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
     groups = open_groups(Layout.from_config(config, 1), 0, open_platform(device), config.seed)
-    models = build_chunks(config, groups)
+    network = build_policy(config, groups)
     if is_hf_folder(path):
-        load_hf_weights(path, models)
+        load_hf_weights(path, network.models)
     else:
-        load_weights(path, models)
+        load_weights(path, network)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    return Loaded(config, models, tokenizer)
+    return Loaded(config, list(network.models), tokenizer)

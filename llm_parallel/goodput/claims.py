@@ -1,4 +1,4 @@
-"""Well-known claims about failing GPUs and speed-up, recomputed: what holds, and what does not."""
+"""Recomputes well-known claims about failing GPUs and speed-up, and says which hold."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LLAMA2_ALL_HOURS = 3_311_616
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim and what its arithmetic gives."""
+    """A claim, and what its arithmetic gives."""
 
     claim: str
     verdict: str
     sentence: str
     value: float
-    """The number in question as it comes out, a share or years."""
+    """The computed number: a share, or years."""
 
 
 def deck_claims() -> list[Claim]:
-    """The claims, each with the number that comes out. A month has 30 days in them."""
+    """All claims, each with the computed number. In them a month has 30 days."""
     return [_year(), _day(), _realistic(), _speedup(), _years()]
 
 

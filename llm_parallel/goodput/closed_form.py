@@ -1,4 +1,4 @@
-"""Expected goodput without simulation.
+"""Expected goodput by formula, without simulation.
 
 Kokolis et al. 2024 (arXiv 2410.21680) for the first order, Young 1974 and Daly 2006 (Future Generation Computer Systems
 22, 303) for checkpoints, Erlang's loss formula for spares.
@@ -15,7 +15,7 @@ from llm_parallel.goodput.rates import Job
 def kokolis_ettr(mtbf_s: float, down_s: float, interval_s: float, write_s: float) -> float:
     """Share of time that trains, ``(1 - (u0 + dt/2) / M) / (1 + w / dt)``, 0 if that is negative.
 
-    It counts no second failure within ``down_s`` or within an interval: good while (u0 + dt/2 + w) / M is under 0.1.
+    It ignores a second failure within ``down_s`` or within an interval, so it holds while (u0 + dt/2 + w) / M < 0.1.
     """
     return max(0.0, 1.0 - (down_s + interval_s / 2) / mtbf_s) / (1.0 + write_s / interval_s)
 
@@ -53,7 +53,7 @@ def best_interval_s(mtbf_s: float, write_s: float) -> float:
 
 
 def erlang_b(servers: int, load: float) -> float:
-    """Share of arrivals, and of time, for which all ``servers`` are taken, under ``load`` erlang."""
+    """Erlang's loss formula: the share of time in which all ``servers`` are busy under ``load`` erlang."""
     blocked = 1.0
     for server in range(1, servers + 1):
         blocked = load * blocked / (server + load * blocked)

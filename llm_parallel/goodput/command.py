@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
@@ -13,45 +13,29 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.goodput import closed_form
 from llm_parallel.goodput.claims import deck_claims
-from llm_parallel.goodput.elastic import RECOVERIES_S, Worth, elastic_job, worth
+from llm_parallel.goodput.elastic_gain import RECOVERIES_S, Worth, elastic_job, worth
+from llm_parallel.goodput.published_checks import TOLERANCE, agreements, bounds, checks, without_inputs
 from llm_parallel.goodput.rates import HOUR_S, MONTH_S, POLICIES, Job, find_profile, llama3_causes
+from llm_parallel.goodput.request import GoodputRequest
 from llm_parallel.goodput.simulate import simulate
-from llm_parallel.goodput.validate import TOLERANCE, agreements, bounds, checks, without_inputs
 
 WIDTH = 120
 """Columns of the output where it is no terminal."""
 SIZES = tuple(2**exponent for exponent in range(4, 18))
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; times in seconds unless the name says hours."""
-
-    gpus: int | None = None
-    profile: str | None = None
-    rate_per_gpu_month: float | None = None
-    """In per cent."""
-    detect_s: float = 60.0
-    restart_s: float = 300.0
-    write_s: float = 30.0
-    interval: str = "auto"
-    spares: int | None = None
-    policy: str = "restart"
-    repair_h: float = 24.0
-    hardware_share: float | None = None
-    gpus_per_node: int = 8
-    replica_gpus: int | None = None
-    seed: int = 0
-    out: str | None = None
-    step_s: float = 10.0
-    """Of a training step, which is what an elastic job loses at most."""
+def goodput_command(request: GoodputRequest) -> int:
+    """Does what the request asks; exit status 1 if --validate finds a difference. Raises UserError on bad input."""
+    if request.claims or request.validate:
+        return claims_command() if request.claims else validate_command()
+    return _goodput(request)
 
 
-def goodput_command(request: Request) -> int:
-    """Prints the job's goodput, where the time goes, spares and the table of sizes. Raises UserError on bad input."""
+def _goodput(request: GoodputRequest) -> int:
+    """Prints the job's goodput, where the time goes, spares and the table of sizes."""
     console = _console()
     base, source = _job(request, 1024 if request.gpus is None else request.gpus)
-    elastic_job(base, request.step_s, RECOVERIES_S[0])  # a bad --step-s is named before anything is printed
+    elastic_job(base, request.step_s, RECOVERIES_S[0])  # raises for a bad --step-s before anything is printed
     console.print(f"Failure rate: {100 * base.rate_per_gpu_month:.3g} % per GPU and month, {source}.")
     console.print(
         f"Detection {base.detect_s:g} s, restart {base.restart_s:g} s, a checkpoint stops training for"
@@ -75,7 +59,7 @@ def goodput_command(request: Request) -> int:
 
 
 def claims_command() -> int:
-    """Prints the well-known claims and what holds of each."""
+    """Prints the well-known claims, and which of them hold."""
     console = _console()
     for claim in deck_claims():
         console.print(f"[bold]{claim.claim}[/bold]: {claim.verdict}.\n    {claim.sentence}", highlight=False)
@@ -83,8 +67,8 @@ def claims_command() -> int:
 
 
 def validate_command() -> int:
-    """Prints formula beside simulation, published figures beside our prediction, the bounds, and what could not be
-    predicted; exit status 1 if formula and simulation differ by more than they may."""
+    """Prints published figures with our predictions, bounds, figures that could not be predicted, and formulas with
+    simulations; exit status 1 if a formula and its simulation differ by more than ``TOLERANCE``."""
     agreed = agreements()
     worst = max(agreed, key=lambda one: abs(one.difference))
     console, table = _console(), Table(title="Published figures that give enough inputs", title_justify="left")
@@ -131,8 +115,9 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def _job(request: Request, gpus: int) -> tuple[Job, str]:
-    """The job and where its failure rate comes from; ``interval`` auto is the best, ``spares`` None the best number."""
+def _job(request: GoodputRequest, gpus: int) -> tuple[Job, str]:
+    """The job, and where its failure rate comes from. The interval is the best one if it is ``auto``, and the number of
+    spares if it is None."""
     if request.rate_per_gpu_month is not None and request.profile is not None:
         raise UserError(f"--rate-per-gpu-month and --profile {request.profile} both give a failure rate; keep one")
     if request.rate_per_gpu_month is not None:
@@ -176,12 +161,12 @@ def _interval_s(text: str, job: Job) -> float:
     return closed_form.best_interval_s(job.mtbf_s, job.write_s)
 
 
-def _fits(request: Request, gpus: int) -> bool:
+def _fits(request: GoodputRequest, gpus: int) -> bool:
     replica_nodes = -(-(request.replica_gpus or request.gpus_per_node) // request.gpus_per_node)
     return request.policy != "shrink" or -(-gpus // request.gpus_per_node) % replica_nodes == 0
 
 
-def _print_job(console: Console, job: Job, request: Request) -> None:
+def _print_job(console: Console, job: Job, request: GoodputRequest) -> None:
     outcome = simulate(job, request.seed)
     ledger = outcome.ledger
     first_order = closed_form.kokolis_ettr(job.mtbf_s, job.down_s, job.interval_s, job.write_s)
@@ -216,7 +201,7 @@ def _best_interval(job: Job) -> str:
 
 
 def _with_policy(job: Job, policy: str) -> Job:
-    """The same job under another policy; one that is not made of whole replicas counts as a single one."""
+    """The same job under another policy; if it is not made of whole replicas, it counts as a single one."""
     whole = job.num_nodes % job.replica_nodes == 0
     return replace(job, policy=policy, replica_nodes=job.replica_nodes if whole else job.num_nodes)
 
@@ -245,7 +230,7 @@ def _print_causes(console: Console, job: Job) -> None:
     console.print(table)
 
 
-def _size_row(request: Request, gpus: int) -> dict[str, Any]:
+def _size_row(request: GoodputRequest, gpus: int) -> dict[str, Any]:
     job, _ = _job(request, gpus)
     outcome = simulate(job, request.seed, relative_error=0.003)
     return {
@@ -299,7 +284,7 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def _write(request: Request, rows: list[dict[str, Any]], source: str) -> None:
+def _write(request: GoodputRequest, rows: list[dict[str, Any]], source: str) -> None:
     from llm_parallel.goodput.plots import draw
 
     result = {"request": asdict(request), "failure_rate_source": source, "rows": rows}

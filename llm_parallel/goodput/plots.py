@@ -1,4 +1,4 @@
-"""The picture of goodput by size."""
+"""Draws goodput by number of GPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from llm_parallel.files import atomic_write
 
 
 def draw(rows: list[dict[str, Any]], path: str, subtitle: str) -> str:
-    """Goodput against GPUs, formula and simulation and what spares cost, as a PNG file; returns its path."""
+    """Draws goodput over the number of GPUs by formula, by simulation and per reserved GPU into a PNG file; returns its
+    path."""
     from matplotlib.figure import Figure  # it costs 0.4 s to import
 
     figure = Figure(figsize=(8, 4.8), dpi=130, layout="constrained")

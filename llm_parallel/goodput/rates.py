@@ -30,7 +30,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Job:
-    """A job that runs for ever on ``num_gpus``, and what interrupts it."""
+    """A job without an end on ``num_gpus``, and what interrupts it."""
 
     num_gpus: int
     rate_per_gpu_month: float
@@ -38,24 +38,24 @@ class Job:
     hardware_share: float = 1.0
     """Share of failures that take a node out for ``repair_s``."""
     detect_s: float = 60.0
-    """From a failure until it is known."""
+    """Seconds from a failure until it is known."""
     restart_s: float = 300.0
-    """From there until training goes on from the last checkpoint."""
+    """Seconds from there until training goes on from the last checkpoint."""
     write_s: float = 30.0
-    """Time for which one checkpoint stops training."""
+    """Seconds for which one checkpoint stops training."""
     interval_s: float = 1800.0
-    """Training time between two checkpoints."""
+    """Seconds of training between two checkpoints."""
     policy: str = "restart"
-    """What follows when no spare is left: ``restart`` goes on with the same nodes, so that none is ever missing;
-    ``wait`` stands still until a node comes back; ``shrink`` goes on with fewer model replicas."""
+    """What happens when no spare is left: ``restart`` goes on with the same nodes, so that none is ever missing;
+    ``wait`` waits until a node comes back; ``shrink`` goes on with fewer model replicas."""
     spare_nodes: int = 0
-    """Nodes that stand ready on top of the job's."""
+    """Nodes that stand ready beside the job's own."""
     gpus_per_node: int = 8
-    """GPUs that leave together."""
+    """GPUs of a node, which leave together."""
     replica_nodes: int = 1
-    """Nodes of one model replica, which is what ``shrink`` gives up."""
+    """Nodes of one model replica, of which ``shrink`` gives up whole ones."""
     repair_s: float = 24 * HOUR_S
-    """Mean time until a node comes back."""
+    """Mean seconds until a node comes back."""
 
     def __post_init__(self) -> None:
         _whole("--gpus", self.num_gpus, 1)
@@ -83,7 +83,7 @@ class Job:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes that work, the last perhaps with fewer GPUs."""
+        """Nodes that train; the last may have fewer GPUs."""
         return math.ceil(self.num_gpus / self.gpus_per_node)
 
     @property
@@ -102,7 +102,7 @@ class Job:
         return self.detect_s + self.restart_s
 
     def nodes_at_work(self, nodes_out: int) -> int:
-        """Nodes that train while ``nodes_out`` of job and spares together are in repair."""
+        """Nodes that train while ``nodes_out``, counted among the job's nodes and the spares, are in repair."""
         missing = max(0, nodes_out - self.spare_nodes)
         if missing == 0 or self.policy == "restart":
             return self.num_nodes
@@ -112,7 +112,7 @@ class Job:
         return max(0, replicas) * self.replica_nodes
 
     def returns_to_grow(self, nodes_out: int) -> int:
-        """Nodes that must come back before more of them can train; 0 if all of the job's do."""
+        """Nodes that must come back before one more replica can train; 0 if all of the job trains."""
         missing = max(0, nodes_out - self.spare_nodes)
         return (missing - 1) % self.replica_nodes + 1 if missing else 0
 
@@ -147,7 +147,7 @@ def profiles() -> dict[str, Profile]:
     """Published fleets by name."""
     llama = int(published("Llama 3 405B", "interruptions_unexpected")["value"])
     window_s = float(published("Llama 3 405B", "window")["value"]) * DAY_S
-    # 35 restarts by hand and about 70 by the machine; over 100 hosts were taken out, so nearly each cost one.
+    # 35 manual and about 70 automatic restarts; over 100 hosts were taken out, so nearly every failure cost a host.
     opt_restarts, opt_gpus, opt_months = 35 + 70, 992, 2
     found = [
         Profile(

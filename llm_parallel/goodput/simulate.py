@@ -1,4 +1,4 @@
-"""A job with failures, played event by event: the check of the closed form, and the answer where there is none."""
+"""Simulates a job with failures event by event, to check the closed form and to count where the time goes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ BATCH_FAILURES = 200
 
 @dataclass
 class Ledger:
-    """Where the seconds of a simulated job went; together they are ``elapsed_s``."""
+    """Where the seconds of a simulated job went; they add up to ``elapsed_s``."""
 
     elapsed_s: float = 0.0
     useful_s: float = 0.0
-    """Training that was kept, at full speed."""
+    """Training that was kept, counted at full speed."""
     checkpoint_s: float = 0.0
     """Stops for the checkpoints of that training."""
     lost_s: float = 0.0
@@ -26,16 +26,16 @@ class Ledger:
     down_s: float = 0.0
     """Detection and restart."""
     waiting_s: float = 0.0
-    """Standing still for want of a node."""
+    """Waiting because too few nodes are left."""
     shrunken_s: float = 0.0
-    """What kept training on fewer replicas lacked to full speed."""
+    """What training on fewer replicas lacked compared with full speed."""
     failures: int = 0
     resizes: int = 0
     """Planned restarts because a node came back."""
 
     @property
     def goodput(self) -> float:
-        """Share of the time that trained at full speed."""
+        """Training at full speed, as a share of the elapsed time."""
         return self.useful_s / self.elapsed_s if self.elapsed_s else 0.0
 
 
@@ -64,7 +64,8 @@ class _Cluster:
             heapq.heappop(self.returns_s)
 
     def span(self, start_s: float) -> float:
-        """From the beginning of a restart to the next failure or resizing; returns what the next restart takes."""
+        """Simulates from the beginning of a restart to the next failure or resizing; returns the seconds of the next
+        restart."""
         job, ledger = self.job, self.ledger
         self.take_back()
         while job.nodes_at_work(len(self.returns_s)) == 0:
@@ -79,7 +80,7 @@ class _Cluster:
         ledger.down_s += start_s
         up_s = self.now_s + start_s
         cycle_s = job.interval_s + job.write_s
-        if capacity < 1.0:  # once enough nodes are back, they are taken in after the checkpoint that follows
+        if capacity < 1.0:  # nodes that are back join after the next checkpoint, once they are enough for a replica
             enough = heapq.nsmallest(job.returns_to_grow(len(self.returns_s)), self.returns_s)
             cycles = max(1, math.ceil((enough[-1] - up_s) / cycle_s))
             if up_s + cycles * cycle_s < failure_s:
@@ -108,9 +109,10 @@ class _Cluster:
 def simulate(
     job: Job, seed: int = 0, *, relative_error: float = 0.002, min_failures: int = 4000, max_failures: int = 1_000_000
 ) -> Outcome:
-    """Plays ``job`` until the goodput is known to ``relative_error`` (one standard error) or failures run out.
+    """Simulates ``job`` until one standard error of its goodput is at most ``relative_error`` of it, or after
+    ``max_failures``.
 
-    Failures are Poisson in proportion to the GPUs at work, at all times but while waiting; times of repair are
+    Failures are a Poisson process in proportion to the GPUs at work, except while the job waits; repair times are
     exponential. The same seed gives the same result.
     """
     cluster = _Cluster(job, random.Random(seed))

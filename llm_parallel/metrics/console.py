@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a line per step, and below it a progress bar where there is a terminal."""
+"""Prints a line for every step, and on a terminal a progress bar below."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llm_parallel.metrics.record import EvalRecord, StepRecord
 
 
 class ConsoleSink:
-    """Prints to standard output. ``unit`` is what one process computes on: "GPU", or "process" on a CPU."""
+    """Prints to standard output. ``unit``, "GPU" or "process", is what rates are given per."""
 
     target = "standard output"
 
@@ -57,14 +57,14 @@ class ConsoleSink:
         )
 
     def message(self, text: str) -> None:
-        """Prints ``text``, above the progress bar where there is one."""
+        """Prints ``text``, above the progress bar if there is one."""
         if self._progress:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stdout, flush=True)
 
     def close(self) -> None:
-        """Ends the progress bar and leaves it where it stands."""
+        """Ends the progress bar, which stays visible."""
         if self._progress:
             self._progress.stop()
 

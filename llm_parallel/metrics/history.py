@@ -13,7 +13,7 @@ from llm_parallel.jsonlines import read_jsonlines
 
 @dataclass(frozen=True)
 class History:
-    """Records of one run in the order of their steps, each step once."""
+    """Records of one run in the order of their steps, with one record for each step."""
 
     name: str
     """Name of the run's folder."""
@@ -22,7 +22,7 @@ class History:
     evals: tuple[dict[str, Any], ...]
     """Evaluations."""
     starts: tuple[dict[str, Any], ...]
-    """One record for each process that took the run up."""
+    """A record for every start or resume of the run."""
 
     @property
     def unit(self) -> str:
@@ -30,7 +30,8 @@ class History:
         return "GPU" if any(start.get("is_cuda") for start in self.starts) else "process"
 
     def column(self, name: str) -> np.ndarray:
-        """Training values ``name``, float64 [number of steps]; NaN where a record lacks it or was not finite."""
+        """Training values ``name``, float64 [number of steps]; NaN where a record lacks the value or it is not
+        finite."""
         return _column(self.steps, name)
 
     def eval_column(self, name: str) -> np.ndarray:
@@ -41,8 +42,8 @@ class History:
 def read_history(run_dir: str | Path) -> History:
     """The history of the run in ``run_dir``.
 
-    A process that took the run up at step k makes what was written of later steps void: that future did not happen.
-    Lines torn by a kill are left out. Raises UserError if there is no metrics.jsonl.
+    Where a process resumed the run from step k, records of later steps that an earlier process wrote are left out, and
+    so are lines that a kill cut short. Raises UserError if there is no metrics.jsonl.
     """
     run_dir = Path(run_dir)
     steps: dict[int, dict[str, Any]] = {}

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 # Dense matrix-multiply peaks in TFLOP/s with 16-bit inputs and fp32 accumulation, from the makers' data sheets (which
-# print the double for structured sparsity). First match wins; the pattern meets the name that CUDA gives the device.
+# print twice that for structured sparsity). The first pattern that matches CUDA's name of the device counts.
 _DATA_SHEETS: tuple[tuple[str, float, str], ...] = (
     (r"\bGB[23]00\b", 2500.0, "bf16"),
     (r"\bB[23]00\b", 2250.0, "bf16"),
@@ -37,13 +37,13 @@ _DATA_SHEETS: tuple[tuple[str, float, str], ...] = (
 
 @dataclass(frozen=True)
 class Peak:
-    """What MFU divides by: dense TFLOP/s of one device, or none, and where the figure comes from."""
+    """The peak that MFU divides by: dense TFLOP/s of one device, or None, and where the figure comes from."""
 
     tflops: float | None
     source: str
 
     def describe(self) -> str:
-        """Half a sentence for the first lines of a run."""
+        """The peak as text, for the first lines of a run."""
         return f"peak {self.tflops:g} TFLOP/s, {self.source}" if self.tflops else f"n/a, {self.source}"
 
 

@@ -1,4 +1,4 @@
-"""Draws a run, or several beside each other, as PNG files."""
+"""Draws one run, or several in the same figures, as PNG files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from llm_parallel.files import atomic_write
 from llm_parallel.metrics.history import History, read_history
 
-# matplotlib is imported where a figure is made: it costs 0.4 s, and the reader above is used without it.
-# Colours of Okabe and Ito, which colour-blind people can tell apart.
+# matplotlib takes 0.4 s to import, so it is imported where a figure is made.
+# Colours of Okabe and Ito, which colour-blind people can distinguish.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _TIME_PARTS = (
     ("perf/forward_backward_time", "forward and backward", "#56B4E9"),
@@ -49,7 +49,7 @@ def _draw(runs: Sequence[History], folder: Path, prefix: str, unigram_entropy: f
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over about ``window`` neighbours, float64 [n] to float64 [n]; NaN is passed over.
+    """Mean over about ``window`` neighbours, float64 [n] to float64 [n]; NaN does not count.
 
     The neighbourhood is symmetric, also at the steep start, where it shrinks: an average of the past would lag behind
     the falling loss. At the flat end it reaches only back, so that the last value is not the noise of one step.
@@ -113,7 +113,8 @@ def _mark_evals(axes: Any, history: History, colour: str, label: str) -> None:
 
 
 def _add_step_axis(axes: Any, history: History) -> None:
-    """Steps above the picture. With batch-size ramp-up they are no multiple of the tokens, hence the interpolation."""
+    """Adds an axis of steps above the picture. It interpolates, since with a batch-size ramp-up steps are not
+    proportional to tokens."""
     tokens, steps = history.column("train/tokens"), history.column("step")
     if len(steps) < 2:
         return
@@ -155,7 +156,7 @@ def _draw_throughput(runs: Sequence[History]) -> Any:
     else:
         for history, colour in zip(runs, _colours(runs)):
             split.plot(history.column("step"), history.column("perf/step_time"), color=colour, label=history.name)
-    # The first steps warm up (allocation, page faults); they must not squeeze all others.
+    # The first steps are slow (allocation, page faults) and must not decide the scale of the axis.
     typical = max(float(np.nanpercentile(history.column("perf/step_time"), 98)) for history in runs)
     split.set_ylim(0, 1.25 * typical)
     split.set_ylabel("seconds per step")
@@ -175,7 +176,7 @@ def _rates(history: History) -> str:
 def _stack_times(axes: Any, history: History) -> None:
     steps, whole = history.column("step"), history.column("perf/step_time")
     num_points = max(2, len(steps))
-    if len(steps) == 1:  # An area needs two ends.
+    if len(steps) == 1:  # An area needs two points.
         steps = steps[0] + np.array([-0.5, 0.5])
     bottom = np.zeros(num_points)
     for name, label, colour in _TIME_PARTS:

@@ -1,4 +1,4 @@
-"""What is recorded of a step and of an evaluation, and how it follows from what was measured. Pure arithmetic."""
+"""What is recorded of a step and of an evaluation, and its computation from what was measured. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StepMeasurement:
     step: int
     """Number of the step, from 1."""
     consumed_samples: int
-    """Samples of the run up to and including this step, all replicas together."""
+    """Samples of the run up to and including this step, over all replicas."""
     global_batch_size: int
     """Samples of this step."""
     loss: float
@@ -25,26 +25,28 @@ class StepMeasurement:
     lr: float
     """Learning rate that the step was taken with."""
     step_time_s: float
-    """From the end of the previous step to the end of this one, evaluation and checkpoints left out."""
+    """From the end of the previous step to the end of this one, without evaluation and checkpoints."""
     data_time_s: float
     """Waiting for data."""
     forward_backward_time_s: float
     """Forward and backward of all micro batches, with the communication in them."""
     optimizer_time_s: float
-    """Gradient reduction that is left, clipping, update, and parameter gathering."""
+    """Gradient reduction that is left after backward, clipping, update, and parameter gathering."""
     communication_time_s: float | None = None
-    """Communication in forward and backward that nothing hides, where it can be told apart."""
+    """Communication in forward and backward that compute does not hide, if it was measured."""
     split_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of the step by ``tp``, ``cp``, … (``parallel.comm_time.TimeSplit``), where they can be told apart; with
-    ``_mean`` and ``_max`` behind the name over all processes."""
+    """Seconds of the step by ``tp``, ``cp``, … (``parallel.comm_time.TimeSplit``), if they were measured; names that
+    end in ``_mean`` and ``_max`` are over all processes."""
     memory_allocated_gib: float = 0.0
     """Peak memory in tensors, in GiB; on CPU the resident set of the process."""
     memory_reserved_gib: float = 0.0
     """Peak memory taken from the device, in GiB."""
     skip_reason: str | None = None
-    """Why the update was not applied; none if it was."""
+    """Why the update was not applied; None if it was."""
     num_skipped: int = 0
     """Steps of the run that were skipped so far."""
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    """The objective's own numbers by name, as ``accuracy``, logged as ``train/accuracy``."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Basis:
     flops_per_token: int
     """Training FLOPs of a token (``model.flops.flops_per_token``)."""
     peak_tflops: float | None
-    """Dense peak of one device that MFU divides by; none if not known."""
+    """Dense peak of one device that MFU divides by; None if it is not known."""
     total_steps: int
     """Steps of the whole run."""
 
@@ -90,6 +92,7 @@ class StepRecord:
     skip_reason: str | None
     num_skipped: int
     eta_s: float
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class EvalRecord:
 
     @classmethod
     def from_loss(cls, step: int, loss: float, samples: int, tokens: int) -> EvalRecord:
-        """Fills in the perplexity; infinite where it exceeds a double."""
+        """An evaluation with its perplexity, which is infinite if it exceeds a double."""
         perplexity = math.inf if loss > 700 else math.exp(loss)
         return cls(step, loss, perplexity, samples, tokens)
 
@@ -143,6 +146,7 @@ def derive(measured: StepMeasurement, basis: Basis, recent_step_times_s: Sequenc
         skip_reason=measured.skip_reason,
         num_skipped=measured.num_skipped,
         eta_s=max(basis.total_steps - measured.step, 0) * typical_s,
+        statistics=measured.statistics,
     )
 
 
@@ -181,6 +185,7 @@ def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
     values = {name: getattr(record, attribute) for name, attribute in names.items()}
     if isinstance(record, StepRecord):
         values |= {f"time/{name}_s": seconds for name, seconds in record.split_s.items()}
+        values |= {f"train/{name}": value for name, value in record.statistics.items()}
     return {
         name: int(value) if isinstance(value, bool) else value for name, value in values.items() if value is not None
     }

@@ -1,4 +1,4 @@
-"""The metrics of one run: opens what the configuration asks for and hands every record to each of them."""
+"""Opens the sinks that the configuration asks for, and passes every record of a run to each of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
@@ -31,7 +31,7 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class World:
-    """Where a run runs; written at the top of its metrics."""
+    """The processes and devices of a run, which are written at the top of its metrics."""
 
     size: int
     """Number of processes."""
@@ -46,87 +46,19 @@ class World:
 
     @property
     def unit(self) -> str:
-        """What rates are given per."""
+        """What rates are given per: "GPU" or "process"."""
         return "GPU" if self.is_cuda else "process"
 
 
-class MetricsLike(Protocol):
-    """What the training loop tells about itself."""
-
-    def start(self, lines: Sequence[str]) -> None:
-        """Prints ``lines`` before the first step."""
-
-    def step(self, record: StepRecord) -> None:
-        """Records a step."""
-
-    def eval(self, record: EvalRecord) -> None:
-        """Records an evaluation."""
-
-    def message(self, text: str) -> None:
-        """Prints ``text``."""
-
-    def event(self, kind: str, **fields: Any) -> None:
-        """Records that ``kind`` happened."""
-
-    def close(self) -> None:
-        """Writes what is left."""
-
-
-class NullMetrics:
-    """Every rank but the first says nothing."""
-
-    def start(self, lines: Sequence[str]) -> None:
-        """Nothing."""
-
-    def step(self, record: StepRecord) -> None:
-        """Nothing."""
-
-    def eval(self, record: EvalRecord) -> None:
-        """Nothing."""
-
-    def message(self, text: str) -> None:
-        """Nothing."""
-
-    def event(self, kind: str, **fields: Any) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 class Metrics:
-    """Console, metrics.jsonl, events.jsonl and what ``config.log`` asks for, under ``run_dir``. Build it on rank 0.
+    """What the training loop says about itself, handed to every sink; without sinks and events it says nothing.
 
-    ``resumed_step`` is the last step that a loaded checkpoint had done, 0 for a new run. Raises UserError where a
-    package is missing, a port is taken, or a file cannot be written: now, or from a later call when the disk is full.
+    Its methods raise UserError where a file cannot be written, as when the disk is full.
     """
 
-    def __init__(
-        self, run_dir: str | Path, config: RunConfig, *, world: World, resumed_step: int, total_steps: int
-    ) -> None:
-        run_dir = Path(run_dir)
-        run_start = {"step": resumed_step, "total_steps": total_steps, **asdict(world)}
-        log = config.log
-        openers: list[Callable[[], Sink]] = []
-        # What can be refused comes first, so that a refusal leaves nothing behind.
-        if log.prometheus_port:
-            openers.append(lambda: PrometheusSink(log.prometheus_port or 0))
-        if log.wandb_project:
-            openers.append(lambda: WandbSink(log.wandb_project or "", run_dir, config.model_dump(mode="json")))
-        openers.append(lambda: JsonlSink(run_dir / "metrics.jsonl", run_start))
-        if log.tensorboard:
-            openers.append(lambda: TensorBoardSink(run_dir / "tensorboard", resumed_step))
-        openers.append(lambda: ConsoleSink(total_steps, resumed_step, world.unit))
-        self._sinks: list[Sink] = []
-        try:
-            for opener in openers:
-                with _naming(run_dir):
-                    self._sinks.append(opener())
-            self._events = JsonLines(run_dir / "events.jsonl")
-        except BaseException:
-            self._close_sinks()
-            raise
-        self.event("run_start", **run_start)
+    def __init__(self, sinks: Sequence[Sink] = (), events: JsonLines | None = None) -> None:
+        self._sinks = list(sinks)
+        self._events = events
 
     def start(self, lines: Sequence[str]) -> None:
         """Prints ``lines`` before the first step."""
@@ -146,36 +78,40 @@ class Metrics:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends ``{"event": kind, …, "time": now}`` to events.jsonl. Fields are JSON values."""
-        self._events.append({"event": kind, **fields})
+        if self._events is not None:
+            self._events.append({"event": kind, **fields})
 
     def close(self) -> None:
         """Writes what is left and frees files and ports."""
         try:
-            self._close_sinks()
+            _close(self._sinks)
         finally:
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
 
     def _each(self, act: Callable[[Sink], None]) -> None:
         for sink in self._sinks:
             with _naming(sink.target):
                 act(sink)
 
-    def _close_sinks(self) -> None:
-        problem: UserError | None = None
-        while self._sinks:
-            sink = self._sinks.pop()
-            try:
-                with _naming(sink.target):
-                    sink.close()
-            except UserError as error:
-                problem = error
-        if problem:
-            raise problem
+
+def _close(sinks: list[Sink]) -> None:
+    """Closes all of them, the last one opened first; raises what one of them raised only after that."""
+    problem: UserError | None = None
+    while sinks:
+        sink = sinks.pop()
+        try:
+            with _naming(sink.target):
+                sink.close()
+        except UserError as error:
+            problem = error
+    if problem:
+        raise problem
 
 
 @contextmanager
 def _naming(target: object) -> Iterator[None]:
-    """Turns what the system refuses (a full disk, a closed pipe) into a sentence that names ``target``."""
+    """Turns an error of the system (a full disk, a closed pipe) into a UserError that names ``target``."""
     try:
         yield
     except OSError as error:
@@ -185,8 +121,37 @@ def _naming(target: object) -> Iterator[None]:
 
 def open_metrics(
     rank: int, run_dir: str | Path, config: RunConfig, *, world: World, resumed_step: int, total_steps: int
-) -> MetricsLike:
-    """``Metrics`` on rank 0, ``NullMetrics`` on every other."""
+) -> Metrics:
+    """On rank 0: console, metrics.jsonl, events.jsonl and what ``config.log`` asks for, under ``run_dir``; on every
+    other rank metrics that say nothing.
+
+    ``resumed_step`` is the last step that a loaded checkpoint had done, 0 for a new run. Raises UserError where a
+    package is missing, a port is taken, or a file cannot be written.
+    """
     if rank:
-        return NullMetrics()
-    return Metrics(run_dir, config, world=world, resumed_step=resumed_step, total_steps=total_steps)
+        return Metrics()
+    run_dir = Path(run_dir)
+    run_start = {"step": resumed_step, "total_steps": total_steps, **asdict(world)}
+    log = config.log
+    openers: list[Callable[[], Sink]] = []
+    # Those that can fail come first, so that a failure leaves no file behind.
+    if log.prometheus_port:
+        openers.append(lambda: PrometheusSink(log.prometheus_port or 0))
+    if log.wandb_project:
+        openers.append(lambda: WandbSink(log.wandb_project or "", run_dir, config.model_dump(mode="json")))
+    openers.append(lambda: JsonlSink(run_dir / "metrics.jsonl", run_start))
+    if log.tensorboard:
+        openers.append(lambda: TensorBoardSink(run_dir / "tensorboard", resumed_step))
+    openers.append(lambda: ConsoleSink(total_steps, resumed_step, world.unit))
+    sinks: list[Sink] = []
+    try:
+        for opener in openers:
+            with _naming(run_dir):
+                sinks.append(opener())
+        events = JsonLines(run_dir / "events.jsonl")
+    except BaseException:
+        _close(sinks)
+        raise
+    metrics = Metrics(sinks, events)
+    metrics.event("run_start", **run_start)
+    return metrics

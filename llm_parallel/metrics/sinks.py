@@ -1,4 +1,4 @@
-"""Where records go: metrics.jsonl, TensorBoard, Weights & Biases, Prometheus. Each stands alone; see run.py."""
+"""Sinks that records are written to: metrics.jsonl, TensorBoard, Weights & Biases, Prometheus. run.py opens them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from llm_parallel.metrics.record import EvalRecord, StepRecord, scalars
 
 
 class Sink(Protocol):
-    """A place that records go to."""
+    """A destination of records."""
 
     @property
     def target(self) -> str:
-        """The file or service, for messages."""
+        """Name of the file or service, for messages."""
         ...
 
     def start(self, lines: Sequence[str]) -> None:
-        """Called once before the first step with what a person is told."""
+        """Called once before the first step with the lines that are printed then."""
 
     def step(self, record: StepRecord) -> None:
         """Records a step."""
@@ -31,14 +31,14 @@ class Sink(Protocol):
         """Records an evaluation."""
 
     def message(self, text: str) -> None:
-        """Something to tell a person."""
+        """Prints ``text`` if the sink is read by a person."""
 
     def close(self) -> None:
         """Writes what is left."""
 
 
 class QuietSink:
-    """What most sinks do with text: nothing. One level below each of them."""
+    """Base of the sinks that ignore text."""
 
     target = ""
 
@@ -53,10 +53,11 @@ class QuietSink:
 
 
 class JsonlSink(QuietSink):
-    """``metrics.jsonl``: a line per record, and one with ``"event": "run_start"`` whenever a process takes up the run.
+    """``metrics.jsonl``: a line for each record, and one with ``"event": "run_start"`` for each start or resume of the
+    run.
 
-    After a resume, lines of steps after the resumed one are kept; the reader (history.py) prefers the later.
-    """
+    After a resume, older lines of steps after the resumed one stay in the file; the reader (history.py) leaves them
+    out."""
 
     def __init__(self, path: Path, run_start: dict[str, Any]) -> None:
         self.target = str(path)
@@ -78,7 +79,7 @@ class JsonlSink(QuietSink):
 
 
 class TensorBoardSink(QuietSink):
-    """Event files in ``folder``; TensorBoard hides what an earlier process wrote of steps after ``resumed_step``."""
+    """Event files in ``folder``; TensorBoard hides steps after ``resumed_step`` that an earlier process wrote."""
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -104,7 +105,7 @@ class TensorBoardSink(QuietSink):
 
 
 class WandbSink(QuietSink):
-    """Weights & Biases, online or offline as its own settings say; a resumed run goes on under its old id."""
+    """Weights & Biases, online or offline by its own settings; a resumed run keeps its id."""
 
     def __init__(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
         try:
@@ -128,7 +129,7 @@ class WandbSink(QuietSink):
                 "Leave log.wandb_project out, or set WANDB_MODE=offline to report later"
             ) from error
         run_id_file.write_text(self._run.id)
-        # With wandb's own counter, what a resumed run repeats of the steps after its checkpoint would be dropped.
+        # With wandb's own counter, steps that a resumed run repeats after its checkpoint would be dropped.
         self._run.define_metric("*", step_metric="step")
 
     def step(self, record: StepRecord) -> None:
@@ -145,7 +146,7 @@ class WandbSink(QuietSink):
 
 
 class PrometheusSink(QuietSink):
-    """The newest values as gauges ``llm_parallel_train_loss`` … at ``http://host:port/metrics``."""
+    """The latest values as gauges, such as ``llm_parallel_train_loss``, at ``http://host:port/metrics``."""
 
     def __init__(self, port: int) -> None:
         try:

@@ -17,6 +17,10 @@ ARCHITECTURE = (
     "kv_channels",
     "vocab_size",
     "tie_embeddings",
+    "qkv_bias",
+    "attention_output_bias",
+    "mlp_bias",
+    "qk_norm",
 )
 
 

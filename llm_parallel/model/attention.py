@@ -30,7 +30,8 @@ class LlamaAttention(SelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, info: SequenceInfo, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [S, B, H] (S/tp with sequence parallelism) → the same shape, and no bias."""
+        """hidden_states [S, B, H] (S/tp with sequence parallelism) → the same shape, and the output projection's bias
+        to be added, if it has one."""
         core: CoreAttention = self.core_attention
         # With more processes than groups, megatron-core divides one group's heads over several of them.
         whole_groups = self.config.num_query_groups >= self.config.tensor_model_parallel_size
@@ -62,7 +63,9 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.head_dim = config.kv_channels
-        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.scale = softmax_scale or config.attention_scale or config.kv_channels**-0.5
+        self.normed = config.qk_layernorm
+        self.window, self.softcap = (config.keys_to_the_left, -1), config.attention_softcap
         self.cp_group = pg_collection.cp
         self.kernels = config.kernels
         if self.kernels.attention == "gluon" and torch.cuda.is_available():
@@ -74,10 +77,19 @@ class CoreAttention(nn.Module):
                 )
         self.num_groups = config.num_query_groups // config.tensor_model_parallel_size
 
+    def _options(self) -> dict[str, Any]:
+        """Keywords of the attention operators."""
+        return {
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "backend": self.kernels.attention,
+        }
+
     def takes_packed(self, x: Tensor, info: SequenceInfo) -> bool:
         """Whether rotary embedding and attention work on the packed projection where it lies: always with Triton, but
-        not where keys and values are to be kept or gathered by themselves."""
-        alone = info.cache is None and self.cp_group.size() == 1
+        not where queries and keys are normed before, or keys and values are to be kept or gathered by themselves."""
+        alone = info.cache is None and self.cp_group.size() == 1 and not self.normed
         rotates = backend_for(x, self.kernels.rope) == "triton"
         return alone and rotates and attention_backend(x, self.kernels.attention) != "torch"
 
@@ -92,7 +104,7 @@ class CoreAttention(nn.Module):
         if len(inputs) == 1:
             qkv_SBGMD = inputs[0].unflatten(2, (self.num_groups, -1, self.head_dim))
             (_, segments), *_ = info.tables()
-            return attention_qkv(qkv_SBGMD, segments, scale=self.scale, backend=self.kernels.attention).flatten(2)
+            return attention_qkv(qkv_SBGMD, segments, **self._options()).flatten(2)
         q_SBND, k_SBGD, v_SBGD = inputs
         q_SBND, k_SBGD = rope(q_SBND, k_SBGD, info.rope, backend=self.kernels.rope)
         if info.cache is not None:
@@ -100,11 +112,11 @@ class CoreAttention(nn.Module):
         elif self.cp_group.size() > 1:
             k_SBGD, v_SBGD = gather_keys_values(torch.stack((k_SBGD, v_SBGD), dim=1), self.cp_group)
         if info.cache is not None or attention_backend(q_SBND, self.kernels.attention) == "torch":
-            return attention_by_segment(q_SBND, k_SBGD, v_SBGD, info.segments, self.scale).flatten(2)
+            seen = (info.segments, self.scale, self.window[0], self.softcap)
+            return attention_by_segment(q_SBND, k_SBGD, v_SBGD, *seen).flatten(2)
         # One call for each range of this process's tokens: the keys that two ranges see overlap.
         parts: list[Any] = [
-            attention(q_SBND[part], k_SBGD, v_SBGD, segments=table, scale=self.scale, backend=self.kernels.attention)
-            for part, table in info.tables()
+            attention(q_SBND[part], k_SBGD, v_SBGD, segments=table, **self._options()) for part, table in info.tables()
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(2)
 

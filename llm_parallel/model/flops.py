@@ -30,13 +30,14 @@ class ParameterCount:
     attention_per_layer: int
     mlp_per_layer: int
     norms_per_layer: int
+    biases_per_layer: int
     final_norm: int
     output: int
 
     @property
     def per_layer(self) -> int:
-        """Parameters of one transformer layer, norms included."""
-        return self.attention_per_layer + self.mlp_per_layer + self.norms_per_layer
+        """Parameters of one transformer layer, norms and biases included."""
+        return self.attention_per_layer + self.mlp_per_layer + self.norms_per_layer + self.biases_per_layer
 
     @property
     def norms(self) -> int:
@@ -60,7 +61,10 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
         embedding=vocabulary * hidden,
         attention_per_layer=query_and_output + key_and_value,
         mlp_per_layer=3 * hidden * model.ffn_hidden_size,
-        norms_per_layer=2 * hidden,
+        norms_per_layer=2 * hidden + 2 * head * model.qk_norm,
+        biases_per_layer=(model.num_attention_heads + 2 * model.num_query_groups) * head * model.qkv_bias
+        + hidden * model.attention_output_bias
+        + (2 * model.ffn_hidden_size + hidden) * model.mlp_bias,
         final_norm=hidden,
         output=0 if model.tie_embeddings else vocabulary * hidden,
     )
@@ -76,14 +80,18 @@ def forward_flops_per_token(model: ModelConfig, seq_length: int, convention: Con
     ``model``: a token attends to half of the sample, as causal attention needs (PaLM's MFU, arXiv 2204.02311 appendix
     B, with the mask taken into account; Megatron-LM since 2025 and Megatron-Bridge). ``megatron``: to all of it, as in
     Korthikanti et al. 2022 (arXiv 2205.05198, appendix A) and the H100 table of Megatron-LM's README. Neither knows
-    about document boundaries: packed samples count like whole ones.
+    about document boundaries: packed samples count like whole ones. A window (``model.window_tokens``) counts under
+    ``model`` alone.
     """
     count = parameter_count(model)
     weights = model.num_layers * (count.attention_per_layer + count.mlp_per_layer)
     output = _vocabulary(model) * model.hidden_size
     # Scores and their product with V: 2 x 2 FLOPs for each attended token and channel.
     square = 4 * seq_length * model.num_attention_heads * model.kv_channels * model.num_layers
-    attention = {"model": square // 2, "megatron": square}[convention]
+    seen = min(model.window_tokens or seq_length, seq_length)
+    # Of a sample of s tokens, a window of w sees w - w^2 / 2s on average: half of the sample if it is the whole.
+    causal = square // 2 if seen == seq_length else square * (2 * seq_length - seen) * seen // (2 * seq_length**2)
+    attention = {"model": causal, "megatron": square}[convention]
     return 2 * (weights + output) + attention
 
 

@@ -21,38 +21,16 @@ from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.model.hf_config import hf_config_to_model, is_hf_folder, read_hf_config
-from llm_parallel.model.init import canonical_parameters, shard_rows
+from llm_parallel.model.tensors import canonical_parameters, kind_of, split_name
 
-__all__ = [
-    "HfReader",
-    "Piece",
-    "all_names",
-    "hf_tensors",
-    "is_hf_folder",
-    "layer_tensors",
-    "load_hf_weights",
-    "outer_tensors",
-    "pieces_of",
-]
+__all__ = ["HfReader", "Piece", "hf_tensors", "is_hf_folder", "load_hf_weights", "pieces_of"]
 
 INDEX_NAME = "model.safetensors.index.json"
-
-_LAYER_NAMES = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-}
-_OUTER_NAMES = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows (columns for row-parallel matrices) [start, stop) of one Hugging Face tensor."""
+    """Rows (columns where ranks divide columns) [start, stop) of one Hugging Face tensor."""
 
     name: str
     start: int
@@ -62,58 +40,25 @@ class Piece:
         return self.stop - self.start
 
 
-def layer_tensors(layer: int) -> tuple[str, ...]:
-    """Our canonical names of one layer's tensors."""
-    suffixes = (*_LAYER_NAMES, "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight")
-    return tuple(f"decoder.layers.{layer}.{suffix}" for suffix in suffixes)
-
-
-def outer_tensors(model: ModelConfig) -> tuple[str, ...]:
-    """Our canonical names of the tensors outside the layers."""
-    return tuple(name for name in _OUTER_NAMES if not (model.tie_embeddings and name == "output_layer.weight"))
-
-
-def partition_dim(name: str) -> int:
-    """Dim along which a tensor is made of pieces and divided over tensor-parallel ranks."""
-    return 1 if "linear_proj" in name or "linear_fc2" in name else 0
-
-
 def pieces_of(name: str, model: ModelConfig) -> list[Piece]:
     """Hugging Face's pieces that make our whole tensor ``name``, in order, without vocabulary padding."""
-    if name in _OUTER_NAMES:
-        rows = model.hidden_size if "layernorm" in name else model.vocab_size
-        assert rows is not None
-        return [Piece(_OUTER_NAMES[name], 0, rows)]
-    _, _, layer, suffix = name.split(".", 3)
-    prefix, head = f"model.layers.{layer}.", model.kv_channels
-    if suffix == "self_attention.linear_qkv.weight":
-        queries = head * model.num_attention_heads // model.num_query_groups
-        return [
-            Piece(f"{prefix}self_attn.{kind}_proj.weight", group * rows, (group + 1) * rows)
-            for group in range(model.num_query_groups)
-            for kind, rows in (("q", queries), ("k", head), ("v", head))
-        ]
-    if suffix == "mlp.linear_fc1.weight":
-        return [Piece(f"{prefix}mlp.{kind}_proj.weight", 0, model.ffn_hidden_size) for kind in ("gate", "up")]
-    columns = {
-        "self_attention.linear_proj.weight": model.num_attention_heads * head,
-        "mlp.linear_fc2.weight": model.ffn_hidden_size,
-    }
-    return [Piece(prefix + _LAYER_NAMES[suffix], 0, columns.get(suffix, model.hidden_size))]
-
-
-def all_names(model: ModelConfig) -> Iterator[str]:
-    """Canonical names of all tensors, layer by layer."""
-    first, *rest = outer_tensors(model)
-    yield first
-    for layer in range(model.num_layers):
-        yield from layer_tensors(layer)
-    yield from rest
+    kind, layer = split_name(name)
+    names = [hf_name if layer is None else f"model.layers.{layer}.{hf_name}" for hf_name in kind.hf_names]
+    size = kind.shape(model)[kind.piece_dim]
+    if len(names) == kind.interleaved:
+        return [Piece(hf_name, 0, size // len(names)) for hf_name in names]
+    head = model.kv_channels
+    each = (head * model.num_attention_heads // model.num_query_groups, head, head)
+    return [
+        Piece(hf_name, group * rows, (group + 1) * rows)
+        for group in range(model.num_query_groups)
+        for hf_name, rows in zip(names, each)
+    ]
 
 
 def hf_tensors(name: str, ours: Tensor, model: ModelConfig) -> dict[str, Tensor]:
     """Hugging Face's tensors that our whole tensor ``name`` holds, without vocabulary padding."""
-    dim, offset = partition_dim(name), 0
+    dim, offset = kind_of(name).piece_dim, 0
     parts: dict[str, list[Tensor]] = {}
     for piece in pieces_of(name, model):
         parts.setdefault(piece.name, []).append(ours.narrow(dim, offset, len(piece)))
@@ -171,8 +116,8 @@ class HfReader:
 
 
 def read_rows(reader: HfReader, name: str, model: ModelConfig, wanted: range) -> Iterator[Tensor]:
-    """Parts of our whole tensor ``name`` that cover ``wanted`` along its partition dim, in order; zeros for padding."""
-    dim, offset, last = partition_dim(name), 0, None
+    """Parts of our whole tensor ``name`` that cover ``wanted`` along its ``piece_dim``, in order; zeros for padding."""
+    dim, offset, last = kind_of(name).piece_dim, 0, None
     for piece in pieces_of(name, model):
         low, high = max(wanted.start - offset, 0), min(wanted.stop - offset, len(piece))
         if low < high:
@@ -190,16 +135,14 @@ def load_hf_weights(folder: str | Path, models: Sequence[Any]) -> None:
 
     Raises UserError if the folder's architecture is not that of the models.
     """
-    config, groups = models[0].run_config.model, models[0].groups
-    tp, tp_rank = groups.layout.tp, groups.at.tp
+    config, groups = models[0].model_config, models[0].groups
+    tp, tp_rank = groups.mesh.tp, groups.at.tp
     with HfReader(folder) as reader:
         check_same_architecture(folder, hf_config_to_model(reader.config), config)
         for chunk in models:
             for name, parameter in canonical_parameters(chunk):
-                dim = partition_dim(name)
-                if parameter.dim() == 1:
-                    ranges = [range(parameter.shape[0])]
-                else:
-                    ranges = shard_rows(name, parameter.shape[dim] * tp, tp, tp_rank)
+                kind = kind_of(name)
+                dim = kind.piece_dim
+                ranges = kind.shard(parameter.shape[dim] * (1 if kind.sharded_dim is None else tp), tp, tp_rank)
                 parts = [part for wanted in ranges for part in read_rows(reader, name, config, wanted)]
                 parameter.copy_(torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0])

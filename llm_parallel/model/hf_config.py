@@ -1,4 +1,4 @@
-"""Hugging Face's ``config.json`` of a Llama ↔ our ModelConfig."""
+"""Hugging Face's ``config.json`` of a Llama, Mistral, Qwen2 or Qwen3 ↔ our ModelConfig."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm_parallel.config.tree import ModelConfig, RopeScaling
+from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
+from llm_parallel.model.hf_rope import hf_to_rope, rope_to_hf
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # What our model has no room for: key → the one value that means it is not used.
 _MUST_BE = {
-    "attention_bias": False,
-    "mlp_bias": False,
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "pretraining_tp": 1,
+    "use_sliding_window": False,
 }
 
 
@@ -38,63 +39,76 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
-    """Our configuration of a Hugging Face Llama. Raises UserError that names what we cannot represent."""
-    if values.get("model_type") != "llama":
-        raise UserError(f"model_type is {values.get('model_type')!r} in config.json; only 'llama' can be converted")
+    """Our configuration of a Hugging Face model. Raises UserError that names what we cannot represent."""
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        known = "', '".join(FAMILIES)
+        raise UserError(f"model_type is {family!r} in config.json; only '{known}' can be converted")
     for key, needed in _MUST_BE.items():
         if values.get(key, needed) not in (needed, None):
             raise UserError(f"{key} is {values[key]!r} in config.json; only {needed!r} can be converted")
     heads = values["num_attention_heads"]
-    base, scaling = _rope(values)
+    longest = values.get("max_position_embeddings", 2048)
+    base, scaling, longest = hf_to_rope(values, longest)
+    window = values.get("sliding_window", 4096) if family == "mistral" else None
+    attention_bias = bool(values.get("attention_bias", False))
     return ModelConfig(
         num_layers=values["num_hidden_layers"],
         hidden_size=values["hidden_size"],
         ffn_hidden_size=values["intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim"),
+        head_dim=values.get("head_dim") or (128 if family == "qwen3" else None),
         vocab_size=values["vocab_size"],
-        max_seq_length_tokens=values.get("max_position_embeddings", 2048),
+        max_seq_length_tokens=longest,
         norm_epsilon=values.get("rms_norm_eps", 1e-6),
         rope_base=base,
         rope_scaling=scaling,
+        window_tokens=window if window and window < longest else None,
+        qkv_bias=attention_bias or family == "qwen2",
+        attention_output_bias=attention_bias,
+        mlp_bias=bool(values.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
         tie_embeddings=values.get("tie_word_embeddings", False),
         init_std=values.get("initializer_range", 0.02),
     )
 
 
-def _rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    base = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return base, None
-    if kind != "llama3":
-        raise UserError(f"rope_type is {kind!r} in config.json; only 'default' and 'llama3' can be converted")
-    return base, RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_position=rope["original_max_position_embeddings"],
-    )
+def family_of(model: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The Hugging Face family that has what a model has, and its settings of it. Raises UserError if none has."""
+    options = {
+        "window_tokens": model.window_tokens is not None,
+        "qkv_bias": model.qkv_bias,
+        "attention_output_bias": model.attention_output_bias,
+        "mlp_bias": model.mlp_bias,
+        "qk_norm": model.qk_norm,
+        "attention_softcap": model.attention_softcap > 0,
+        "output_softcap": model.output_softcap > 0,
+    }
+    used = {name for name, on in options.items() if on}
+    if used == {"window_tokens"}:
+        return "mistral", {"sliding_window": model.window_tokens}
+    if used == {"qkv_bias"}:
+        return "qwen2", {"use_sliding_window": False}
+    both = {"qkv_bias", "attention_output_bias"}
+    if used - both == {"qk_norm"} and (used & both) in (set(), both):
+        return "qwen3", {"attention_bias": model.qkv_bias, "use_sliding_window": False}
+    if used <= {*both, "mlp_bias"} and (used & both) in (set(), both):
+        return "llama", {"attention_bias": model.qkv_bias, "mlp_bias": model.mlp_bias}
+    named = ", ".join(f"model.{name}" for name in sorted(used))
+    raise UserError(f"no family of Hugging Face's that we know has {named} at once; this model cannot be exported")
 
 
 def model_to_hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` that transformers before and after version 5 read alike. ``special``: ids of begin and end."""
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if model.rope_scaling is not None:
-        scaling = model.rope_scaling
-        rope = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position,
-        }
+    """``config.json`` that transformers before and after version 5 read alike. ``special``: ids of begin and end.
+
+    Raises UserError if no family has the model's options."""
+    family, settings = family_of(model)
+    class_name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    scaling, longest = rope_to_hf(model)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{class_name}ForCausalLM"],
+        "model_type": family,
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -102,17 +116,16 @@ def model_to_hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) 
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
         "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_seq_length_tokens,
+        "max_position_embeddings": longest,
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rope_base,
-        "rope_scaling": rope if model.rope_scaling is not None else None,
-        "rope_parameters": {**rope, "rope_theta": model.rope_base},
+        "rope_scaling": scaling if model.rope_scaling is not None else None,
+        "rope_parameters": {**scaling, "rope_theta": model.rope_base},
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
         "hidden_act": "silu",
-        "attention_bias": False,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
+        **settings,
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,

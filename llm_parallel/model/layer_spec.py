@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -13,25 +13,27 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from llm_parallel.model.attention import CoreAttention, LlamaAttention
-from llm_parallel.model.modules import LlamaLayer, RMSNorm, SwiGLU
+from llm_parallel.model.modules import AttentionOutput, LlamaLayer, MLPInput, MLPOutput, RMSNorm, SwiGLU
 
 
-def layer_spec() -> ModuleSpec:
-    """One Llama layer: norm, attention, residual, norm, MLP, residual."""
+def layer_spec(qk_norm: bool) -> ModuleSpec:
+    """One Llama layer: norm, attention, residual, norm, MLP, residual. ``qk_norm``: norms of each head's queries and
+    keys."""
+    head_norm = RMSNorm if qk_norm else IdentityOp
     attention = ModuleSpec(
         module=LlamaAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            linear_proj=AttentionOutput,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     mlp = ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, activation_func=SwiGLU, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(linear_fc1=MLPInput, activation_func=SwiGLU, linear_fc2=MLPOutput),
     )
     return ModuleSpec(
         module=LlamaLayer,
@@ -46,6 +48,6 @@ def layer_spec() -> ModuleSpec:
     )
 
 
-def block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
     """The layers of one model chunk and the norm after the last layer of the model."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(qk_norm)] * num_layers, layer_norm=RMSNorm)

@@ -1,4 +1,4 @@
-"""Our typed configuration → megatron-core's TransformerConfig."""
+"""A model and its numerics on a mesh → megatron-core's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llm_parallel.config.tree import KernelsConfig, RunConfig
-from llm_parallel.parallel.layout import Layout
+from llm_parallel.config.tree import KernelsConfig, ModelConfig
+from llm_parallel.model.numerics import Numerics, Recompute
+from llm_parallel.model.rotary import attention_factor
+from llm_parallel.parallel.mesh import Mesh
 from llm_parallel.parallel.platform import Platform
+from llm_parallel.parallel.stages import Stages
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,6 +30,13 @@ class LlamaTransformerConfig(TransformerConfig):
     """What megatron-core hands to every module, with our choice of kernels."""
 
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    keys_to_the_left: int = -1
+    """Keys before its own that a query sees; -1: all."""
+    attention_softcap: float = 0.0
+    attention_scale: float | None = None
+    """Factor of the scores before the softmax; 1 / sqrt(head dim) if not given."""
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -38,41 +48,43 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def compute_dtype(config: RunConfig) -> torch.dtype:
-    """Dtype of weights and activations in forward and backward."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
-def overlap_enabled(config: RunConfig, platform: Platform) -> bool:
-    """Whether communication overlaps compute: as configured, by default on CUDA only."""
-    return platform.is_cuda if config.parallel.overlap is None else config.parallel.overlap
-
-
-def pipeline_layout(layout: Layout) -> PipelineParallelLayerLayout | None:
+def pipeline_layout(stages: Stages) -> PipelineParallelLayerLayout | None:
     """megatron-core's description of uneven stages, or None where all chunks have equally many layers."""
-    if len(set(layout.stage_layers)) == 1:
+    if len(set(stages.num_layers)) == 1:
         return None
-    rows = [["decoder"] * count for count in layout.stage_layers]
+    rows = [["decoder"] * count for count in stages.num_layers]
     rows[0] = ["embedding", *rows[0]]
     rows[-1] = [*rows[-1], "loss"]
-    return PipelineParallelLayerLayout(rows, layout.pp)
+    return PipelineParallelLayerLayout(rows, stages.pp)
 
 
-def transformer_config(config: RunConfig, layout: Layout, platform: Platform) -> LlamaTransformerConfig:
-    """TransformerConfig of a checked run configuration."""
-    model, parallel = config.model, config.parallel
-    dtype = compute_dtype(config)
-    recompute: dict[str, Any] = {}
-    if parallel.recompute == "full":
-        recompute = {
+def recompute_settings(recompute: Recompute) -> dict[str, Any]:
+    """megatron-core's settings of recomputation; none where every activation is kept."""
+    if recompute.granularity == "full":
+        return {
             "recompute_granularity": "full",
-            "recompute_method": parallel.recompute_method,
-            "recompute_num_layers": parallel.recompute_num_layers,
+            "recompute_method": recompute.method,
+            "recompute_num_layers": recompute.num_layers,
         }
-    elif parallel.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
+    if recompute.granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(recompute.modules)}
+    return {}
+
+
+def transformer_config(
+    model: ModelConfig, numerics: Numerics, mesh: Mesh, stages: Stages, platform: Platform
+) -> LlamaTransformerConfig:
+    """TransformerConfig of a checked model on a mesh."""
+    dtype = numerics.dtype
     return LlamaTransformerConfig(
-        kernels=config.kernels,
+        kernels=numerics.kernels,
+        keys_to_the_left=-1 if model.window_tokens is None else model.window_tokens - 1,
+        attention_softcap=model.attention_softcap,
+        attention_scale=attention_factor(model) ** 2 * model.kv_channels**-0.5,
+        add_qkv_bias=model.qkv_bias,
+        attention_output_bias=model.attention_output_bias,
+        mlp_bias=model.mlp_bias,
+        qk_layernorm=model.qk_norm,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -87,12 +99,12 @@ def transformer_config(config: RunConfig, layout: Layout, platform: Platform) ->
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        pipeline_model_parallel_layout=pipeline_layout(layout),
-        context_parallel_size=layout.cp,
-        sequence_parallel=layout.sequence_parallel,
+        tensor_model_parallel_size=mesh.tp,
+        pipeline_model_parallel_size=mesh.pp,
+        virtual_pipeline_model_parallel_size=stages.vpp if stages.vpp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(stages),
+        context_parallel_size=mesh.cp,
+        sequence_parallel=mesh.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -102,10 +114,10 @@ def transformer_config(config: RunConfig, layout: Layout, platform: Platform) ->
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        deterministic_mode=config.train.deterministic,
+        deterministic_mode=numerics.deterministic,
         # Interleaved stages with batched, not overlapped sends reorder messages and train silently wrong.
-        overlap_p2p_comm=layout.vpp > 1,
-        batch_p2p_comm=layout.vpp == 1,
+        overlap_p2p_comm=stages.vpp > 1,
+        batch_p2p_comm=stages.vpp == 1,
         batch_p2p_sync=platform.is_cuda,
-        **recompute,
+        **recompute_settings(numerics.recompute),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -50,6 +51,28 @@ class SwiGLU(MegatronModule):
         return swiglu(x_SBF, inplace_backward=True, backend=self.config.kernels.swiglu)
 
 
+class AttentionOutput(RowParallelLinear):
+    """Attention's output projection. megatron-core has one switch for all biases but those of queries, keys and values;
+    ours are the model's."""
+
+    def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:
+        super().__init__(*arguments, config=config, bias=config.attention_output_bias, **named)
+
+
+class MLPInput(ColumnParallelLinear):
+    """The MLP's first matrix, with a bias if the model has one."""
+
+    def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:
+        super().__init__(*arguments, config=config, bias=config.mlp_bias, **named)
+
+
+class MLPOutput(RowParallelLinear):
+    """The MLP's second matrix, with a bias if the model has one."""
+
+    def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:
+        super().__init__(*arguments, config=config, bias=config.mlp_bias, **named)
+
+
 class LlamaLayer(TransformerLayer):
     """One layer: norm, attention, residual and norm in one pass, MLP, residual."""
 
@@ -62,7 +85,8 @@ class LlamaLayer(TransformerLayer):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states [S, B, H], the residual stream → (the stream after this layer, no cross-attention context)."""
-        attended, _bias = self.self_attention(self.input_layernorm(hidden_states), info=packed_seq_params)
+        attended, bias = self.self_attention(self.input_layernorm(hidden_states), info=packed_seq_params)
+        attended = attended if bias is None else attended + bias
         normed, residual = self.pre_mlp_layernorm.of_sum(attended, hidden_states)
-        fed, _bias = checkpoint(self.mlp, False, normed) if self.recompute_mlp and self.training else self.mlp(normed)
-        return residual + fed, None
+        fed, bias = checkpoint(self.mlp, False, normed) if self.recompute_mlp and self.training else self.mlp(normed)
+        return residual + (fed if bias is None else fed + bias), None

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from llm_kernels.attention.op import Segments
 from llm_kernels.attention.ref import Segment
-from llm_kernels.rope.ref import inverse_frequencies
 from llm_kernels.rope.table import RopeTable
 from llm_parallel.config.tree import ModelConfig
+from llm_parallel.data.batch import Documents
+from llm_parallel.model.rotary import frequencies
 
 
 class KVCache:
@@ -90,29 +91,25 @@ class SequenceInfo(PackedSeqParams):
 class Angles:
     """The rotary table of a model, as long as it has been needed so far."""
 
-    def __init__(self, frequencies: Tensor) -> None:
-        self._frequencies = frequencies
-        self._table = RopeTable.make(frequencies, 0)
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._frequencies: Tensor | None = None
+        self._table: RopeTable | None = None
 
-    def reaching(self, num_positions: int) -> RopeTable:
-        """Table of at least that many positions."""
-        if self._table.cos.shape[0] < num_positions:
-            self._table = RopeTable.make(self._frequencies, num_positions)
+    def reaching(self, num_positions: int, length: int) -> RopeTable:
+        """Table of at least ``num_positions`` positions, for samples of ``length`` tokens."""
+        wanted = frequencies(self._model, length, self._device) if self._depends(length) else self._frequencies
+        changed = wanted is not self._frequencies
+        self._frequencies = wanted
+        assert wanted is not None
+        if changed or self._table is None or self._table.cos.shape[0] < num_positions:
+            self._table = RopeTable.make(wanted, num_positions)
         return self._table
 
-
-def frequencies(model: ModelConfig, device: torch.device) -> Tensor:
-    """Rotary frequencies of a model, fp32 [D / 2]."""
-    scaling = model.rope_scaling
-    numbers = None
-    if scaling is not None:
-        numbers = (
-            scaling.factor,
-            scaling.low_freq_factor,
-            scaling.high_freq_factor,
-            scaling.original_max_position,
-        )
-    return inverse_frequencies(model.kv_channels, model.rope_base, numbers, device)
+    def _depends(self, length: int) -> bool:
+        """Whether frequencies must be computed: the first time, and where they follow the length of the sample."""
+        scaling = self._model.rope_scaling
+        return self._frequencies is None or (scaling is not None and scaling.kind in ("dynamic", "longrope"))
 
 
 def document_segments(starts: Sequence[int], token_ranges: tuple[range, ...]) -> tuple[Segment, ...]:
@@ -132,7 +129,7 @@ def document_segments(starts: Sequence[int], token_ranges: tuple[range, ...]) ->
 
 def sequence_info(
     token_ranges: tuple[range, ...],
-    document_starts: Sequence[Tensor] | None,
+    documents: Documents | None,
     angles: Angles,
     shape: tuple[int, int],
     cache: KVCache | None = None,
@@ -140,20 +137,18 @@ def sequence_info(
     """Positions and segments of a micro batch of which this process holds ``token_ranges`` of every sample. shape:
     samples, and tokens of a whole sample.
 
-    document_starts: for each sample the first tokens of its documents (int, on CPU), or None where attention does not
-    stop at documents. With a cache, ``token_ranges`` is one range that begins at the cache's length.
+    documents: None where attention does not stop at documents. With a cache, ``token_ranges`` is one range that begins
+    at the cache's length.
     """
-    table = angles.reaching(max(part.stop for part in token_ranges))
+    reached = max(part.stop for part in token_ranges)
+    table = angles.reaching(reached, reached if cache is not None else shape[1])
     parts = tuple(len(part) for part in token_ranges)
     positions = torch.cat([torch.arange(part.start, part.stop) for part in token_ranges])
-    if document_starts is None:
+    if documents is None:
         segments: tuple[tuple[Segment, ...], ...] = (document_segments([0], token_ranges),)
         rope = table.from_offset(token_ranges[0].start) if len(parts) == 1 else table.at(positions)
     else:
-        segments = tuple(document_segments(starts.tolist(), token_ranges) for starts in document_starts)
-        columns = []
-        for starts in document_starts:
-            of_token = torch.searchsorted(starts.long(), positions, right=True) - 1
-            columns.append(positions - starts.long()[of_token])
-        rope = table.at(torch.stack(columns, dim=1))
+        segments = tuple(document_segments(starts.tolist(), token_ranges) for starts in documents.starts)
+        rows = zip(documents.starts, documents.of_positions(positions))
+        rope = table.at(torch.stack([positions - starts.long()[numbers] for starts, numbers in rows], dim=1))
     return SequenceInfo(rope=rope, segments=segments, parts=parts, shape=shape, cache=cache)

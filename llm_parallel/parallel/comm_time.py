@@ -279,7 +279,7 @@ def axes_of(groups: Groups) -> dict[str, str]:
         "dp": ("dp", "dp_cp", "intra_dp_cp"),
         "pp": ("pp", "embd", "pos_embd"),
     }
-    if groups.layout.pp > 1:
+    if groups.mesh.pp > 1:
         found[dist.group.WORLD.group_name] = "pp"
     for axis, names in members.items():
         for name in names:
@@ -293,7 +293,7 @@ def open_comm_time(groups: Groups, message_bytes: int) -> CommTime:
     """For the groups of a layout; every process of it calls this. ``message_bytes``: size of an activation between two
     stages."""
     link = Link()
-    if groups.layout.pp > 1:
+    if groups.mesh.pp > 1:
         link = measure_link(groups.collection.pp, groups.platform, message_bytes)
     return CommTime(axes_of(groups), groups.platform.is_cuda, link)
 

@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
-from llm_parallel.parallel.layout import Coordinates, Layout
+from llm_parallel.parallel.layout import Layout
+from llm_parallel.parallel.mesh import Coordinates, Mesh
 from llm_parallel.parallel.platform import Platform, seed_everything
 
 
@@ -20,7 +21,7 @@ from llm_parallel.parallel.platform import Platform, seed_everything
 class Groups:
     """What one process needs to know to talk to the others. ``collection`` is megatron-core's set of groups."""
 
-    layout: Layout
+    mesh: Mesh
     rank: int
     at: Coordinates
     collection: Any
@@ -34,7 +35,7 @@ class Groups:
     @property
     def reports_loss(self) -> bool:
         """Whether this process is the one per replica and context shard whose loss counts."""
-        return self.at.pp == self.layout.pp - 1 and self.at.tp == 0
+        return self.at.pp == self.mesh.pp - 1 and self.at.tp == 0
 
     def sum_over_world(self, *values: float) -> list[float]:
         """Sums of fp64 scalars over all processes, in one collective."""
@@ -74,7 +75,7 @@ def open_groups(
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     seed_everything(seed)
-    return Groups(layout, rank, layout.coordinates(rank), collection, platform)
+    return Groups(layout.mesh, rank, layout.coordinates(rank), collection, platform)
 
 
 def close_groups(world: bool = True) -> None:

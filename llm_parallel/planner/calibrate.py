@@ -23,16 +23,18 @@ from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.planner.steptime import step_time
 
 BASES = {"H200": "dgx-h200", "H100": "dgx-h100", "A100-SXM4-40": "dgx-a100-40", "A100": "dgx-a100"}
-"""Whose data sheet a GPU's name stands for, the first that it holds."""
+"""Data sheet of each GPU, by a part of its name; the first part that a name contains decides."""
 COMPUTE = ("gemm", "gemm_te", "gemm_fp8", "flash", "flash_te", "memory")
-"""Constants that a measured step changes by one factor: it can't tell them apart."""
+"""Constants that a measured step multiplies by one factor, since one time cannot tell them apart."""
 WIDE = ("all_reduce", "all_gather", "reduce_scatter")
 
 
 def calibrate_command(paths: Sequence[str], cluster: str | None, out: str) -> int:
-    """Writes the description of the cluster that the results were measured on, and says how the one-device steps fit.
+    """Writes the description of the cluster that the results were measured on, and prints how well one-device steps
+    fit.
 
-    cluster: whose data sheet to start from, that of the chip's name if None. Raises UserError.
+    ``cluster``: the data sheet to start from; by the chip's name if None. Raises UserError for results that can't be
+    used.
     """
     if Path(out).suffix not in (".yaml", ".yml"):
         raise UserError(f"--cluster-out {out} must end in .yaml, as plan --cluster takes it")
@@ -53,7 +55,7 @@ def calibrate_command(paths: Sequence[str], cluster: str | None, out: str) -> in
 
 
 def _on_cpu(results: Sequence[Measured]) -> bool:
-    """Whether processes on a CPU are described: steps on one, or gloo on a chip that is no GPU we know."""
+    """Whether the results are of processes on a CPU: steps on a CPU, or gloo on a chip that is no known GPU."""
     if any(result.kind == "step" and field(result, "config").get("device") == "cpu" for result in results):
         return True
     known = any(part in results[0].chip.replace(" ", "-") for part in BASES)
@@ -61,7 +63,7 @@ def _on_cpu(results: Sequence[Measured]) -> bool:
 
 
 def predict_step(result: Measured, cluster: Cluster) -> float:
-    """Seconds of a measured step as the planner sees it."""
+    """Seconds that the planner predicts for a measured step."""
     config = step_config(result)
     return step_time(shape_of(config.model), strategy_of(config, 1), cluster).total
 
@@ -84,14 +86,14 @@ def _base_of(chip: str, cluster: str | None) -> tuple[str, Cluster]:
 
 
 def gpu_description(results: Sequence[Measured], cluster: str | None) -> str:
-    """YAML of a GPU cluster. Raises UserError for results that say nothing about one."""
+    """YAML description of a GPU cluster. Raises UserError for results that do not describe one."""
     name, base = _base_of(results[0].chip, cluster)
     constants: dict[str, tuple[float, str]] = {}
     for result in results:
         if result.kind == "kernels":
             constants |= _card(result, base.chip)
     latency: dict[str, tuple[float, str]] = {}
-    # Links within a node first: those between nodes are seen through them.
+    # Links within a node first, since the latency between nodes is what remains after them.
     comms = [result for result in results if result.kind == "comm"]
     gpus = base.gpus_per_node
     for result in sorted(comms, key=_nodes):
@@ -117,7 +119,8 @@ def _changed(base: Cluster, constants: Mapping[str, tuple[float, str]]) -> Clust
 
 
 def _card(result: Measured, chip: Chip) -> dict[str, tuple[float, str]]:
-    """Shares of the data sheet that a large product and a copy reach on this card: bounds, until a step was given."""
+    """Shares of the data sheet that a large matrix product and a copy reach; upper bounds unless a step was measured
+    too."""
     product, copy = (float(field(result, "card", name)) for name in ("matmul_flops_per_s", "copy_bytes_per_s"))
     if not (0 < product < 2 * chip.peak_flops and 0 < copy < 2 * chip.memory_bytes_per_s):
         raise UserError(
@@ -141,7 +144,7 @@ def _nodes(result: Measured) -> int:
 def _links(
     result: Measured, base: Cluster, known: Mapping[str, tuple[float, str]]
 ) -> tuple[dict[str, tuple[float, str]], dict[str, tuple[float, str]]]:
-    """Share of the line's rate, and latency in microseconds, of the links that a ``bench comm`` used."""
+    """Share of the line rate, and latency in microseconds, of the links that a ``bench comm`` result used."""
     if field(result, "backend") != "nccl":
         raise UserError(f"--calibrate {result.path} was measured over {result.tree['backend']}, not NCCL, on a GPU")
     fits = {name: fit for name, fit in field(result, "fits").items() if name in WIDE}
@@ -167,7 +170,8 @@ def _links(
 
 
 def _factor(result: Measured, cluster: Cluster) -> float:
-    """What the chip's shares have to be multiplied with for the step to take what was measured. By bisection."""
+    """By what the chip's shares must be multiplied for the predicted step to take the measured time; found by
+    bisection."""
     measured, low, high = step_seconds(result), 1e-3, 1e3
 
     def at(factor: float) -> float:
@@ -220,7 +224,7 @@ def _yaml(
 
 
 def _constants_name(name: str) -> str:
-    """Whose fitted constants a description has."""
+    """Name of the fitted constants that a description uses."""
     path = Path(name)
     text = path.read_text() if path.suffix in (".yaml", ".yml") else (DATA / f"{name}.yaml").read_text()
     return str(yaml.safe_load(text)["chip"]["constants"])

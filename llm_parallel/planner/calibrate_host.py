@@ -1,9 +1,8 @@
 """The host section of a cluster description, from ``bench comm`` over gloo and one-process ``bench step`` on a CPU.
 
-Several steps of different width, length, depth or batch tell apart what products, elementwise operators, layers and
-micro batches take: as many of these as there are different steps. A result that carries ``processes_beside`` was
-measured while so many others did the same, and says how the cores slow each other.
-"""
+Steps that differ in width, sequence length, depth or batch separate the time of matrix products, layers, elementwise
+operators and micro batches; n different steps determine n of these four. A result with ``processes_beside`` was
+measured while that many other processes ran the same step, and shows how much busy cores slow each other."""
 
 from __future__ import annotations
 
@@ -24,13 +23,13 @@ from llm_parallel.planner.results import Measured, field, step_config, step_seco
 from llm_parallel.planner.shapes import shape_of, strategy_of
 
 UPDATE = "clip and AdamW"
-"""Part of a step's split that is the update."""
+"""Name of the update in a step's split."""
 UNKNOWNS = ("product_s", "call_s", "traffic_s", "micro_batch_s")
-"""What steps tell, in the order in which more of them tell more."""
+"""What steps determine: one different step the first, two the first two, and so on."""
 
 
 def host_description(results: Sequence[Measured]) -> str:
-    """YAML of this kind of machine. Raises UserError for results that can't describe one."""
+    """YAML description of a machine without GPUs. Raises UserError for results that can't describe one."""
     steps = [result for result in results if result.kind == "step"]
     comms = [result for result in results if result.kind == "comm"]
     if not steps:
@@ -68,7 +67,7 @@ def _update_s(result: Measured) -> float:
     split = row.get("split_s") or {}
     if UPDATE not in split:
         raise UserError(f"--calibrate {result.path} lacks the part {UPDATE!r} in split_s; measure it anew")
-    # The split is of another step, slower for being watched: only its share counts.
+    # The split was measured in another step, which the clocks slowed, so only its shares are used.
     return step_seconds(result) * float(split[UPDATE]) / sum(map(float, split.values()))
 
 
@@ -77,7 +76,7 @@ def _parameters(config: RunConfig) -> float:
 
 
 def _features(config: RunConfig) -> list[float]:
-    """FLOPs, layer passes, bytes and micro batches of a step of one process."""
+    """FLOPs, layers' forwards and backwards, bytes and micro batches of one process's step."""
     strategy = strategy_of(config, 1)
     work = HostModel(shape_of(config.model), strategy, NOTHING).alone()
     return [work.flops, work.calls, work.traffic, float(strategy.micro_batches)]
@@ -87,9 +86,10 @@ NOTHING = Host(1, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, {})
 
 
 def fit_rates(alone: Sequence[tuple[Measured, RunConfig]], update: float) -> dict[str, float]:
-    """Seconds of a FLOP, a layer's pass, a byte and a micro batch, none below 0: least squares of the relative error.
+    """Seconds of a FLOP, a layer's forward or backward, a byte and a micro batch, none below 0, by least squares of the
+    relative error.
 
-    update: seconds of a parameter's update, which is taken off first."""
+    ``update``: seconds of one parameter's update, which is subtracted first."""
     features = [_features(config) for _, config in alone]
     seconds = [step_seconds(result) - update * _parameters(config) for result, config in alone]
     told = min(len(UNKNOWNS), len({tuple(row) for row in features}))
@@ -103,7 +103,7 @@ def fit_rates(alone: Sequence[tuple[Measured, RunConfig]], update: float) -> dic
 
 
 def predicted_alone(config: RunConfig, rates: Mapping[str, float], update: float) -> float:
-    """Seconds of a step of one process."""
+    """Predicted seconds of one process's step on an otherwise idle machine."""
     features = dict(zip(UNKNOWNS, _features(config)))
     return sum(rates[name] * features[name] for name in UNKNOWNS) + update * _parameters(config)
 
@@ -118,8 +118,9 @@ def _crowded(
 
 
 def _links(comms: Sequence[Measured], cores: int, crowded: tuple[float, str]) -> dict[str, dict[int, tuple[Any, ...]]]:
-    """Latency in us, GB/s and source of each operation by members, as if each had a core to itself: what is measured
-    with fewer cores than processes holds their waiting for one another."""
+    """Latency in microseconds, GB/s and source of each operation by number of members, as if every process had a core
+    to itself. What was measured with fewer cores than processes is scaled down, since it includes waiting for a
+    core."""
     found: dict[str, dict[int, tuple[Any, ...]]] = {}
     for result in comms:
         if field(result, "backend") != "gloo":
@@ -188,5 +189,5 @@ def _yaml(
 
 
 def json_text(text: str) -> str:
-    """Quoted for YAML."""
+    """The text in quotes, for YAML."""
     return '"' + text.replace("\\", "").replace('"', "") + '"'

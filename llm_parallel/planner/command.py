@@ -1,4 +1,4 @@
-"""``llm-parallel plan``: which layout to run, what it will take, and how far to trust that."""
+"""``llm-parallel plan``: the best layouts of a model, what they take, and the expected error of these predictions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,50 +19,39 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.goodput.closed_form import best_interval_s, goodput
 from llm_parallel.goodput.rates import Job, find_profile
-from llm_parallel.planner import validate
 from llm_parallel.planner.hardware import Cluster, cluster_names, load_cluster
 from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
+from llm_parallel.planner.published.command import refit_command, validate_command
+from llm_parallel.planner.published.scores import expected_error
+from llm_parallel.planner.request import DEFAULT_GPUS, PlanRequest
 from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
 from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, shape_of, with_software
 from llm_parallel.planner.steptime import Model
 
 HOUR_S = 3600.0
 DEFAULT_VOCAB = 32000
-DEFAULT_GPUS = 8
-"""Of ``--gpus``."""
 _SIZES = {"tp": "tp", "pp": "pp", "cp": "cp", "vpp": "vpp", "mbs": "micro_batch", "recompute": "recompute", "dp": "dp"}
 _WHAT_IF = ("cluster", "gpus", "global_batch", "seq", "precision", "software")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asked. model: a preset; tokens: of the whole run; explain: sizes of one layout, as
-    ``tp=8,pp=4,mbs=1``; write: a run file to make of the best layout (or the explained one); what_if: changes of the
-    request to set beside it, each as ``gpus=512`` or ``cluster=dgx-h200,seq=131072``; software: what trains, see
-    shapes.SOFTWARE."""
+def plan_command(request: PlanRequest) -> int:
+    """Does what the request asks; exit status 1 if no layout fits. Raises UserError for what can't be planned."""
+    if request.validate:
+        return validate_command(request.rows, request.json)
+    if request.refit:
+        return refit_command(request.refit)
+    if request.calibrate:
+        from llm_parallel.planner.calibrate import calibrate_command  # imports scipy
 
-    model: str
-    cluster: str
-    gpus: int
-    global_batch: int
-    seq: int
-    top: int = 5
-    precision: str = "bf16"
-    tokens: float | None = None
-    price_per_gpu_hour: float | None = None
-    explain: str | None = None
-    write: str | None = None
-    json: str | None = None
-    what_if: Sequence[str] = ()
-    software: str = "ours"
+        return calibrate_command(request.calibrate, request.cluster, request.cluster_out)
+    return _plan(_sized(request))
 
 
-def plan_command(request: Request) -> int:
-    """Prints the best layouts; 1 if none fits. Raises UserError for what can't be planned."""
-    request = _sized(request)
+def _plan(request: PlanRequest) -> int:
+    """Prints the best layouts; 1 if none fits."""
     if request.what_if:
         return what_if_command(request)
-    shape, cluster = _shape(request.model), load_cluster(request.cluster)
+    shape, cluster = _shape(request.model), load_cluster(request.cluster_name)
     base = _base(request, cluster)
     began = time.monotonic()
     if request.explain is not None:
@@ -91,7 +80,7 @@ def plan_command(request: Request) -> int:
     return 0
 
 
-def _why_none(request: Request, looked: int) -> str:
+def _why_none(request: PlanRequest, looked: int) -> str:
     if looked:
         return "None fits; use more GPUs, a smaller batch of tokens, or a larger chip."
     return (
@@ -101,18 +90,18 @@ def _why_none(request: Request, looked: int) -> str:
 
 
 def _trust(cluster: Cluster, software: str) -> str:
-    """How far predictions for a cluster have been off."""
+    """The error to expect of predictions for a cluster."""
     if cluster.host is not None:
         return "How far such predictions are off on a CPU is measured by benchmarks/cpu_truth.py."
-    error, rows, of = validate.expected_error(cluster.chip.name.partition("-")[0], software == "nvidia")
+    error, rows, of = expected_error(cluster.chip.name.partition("-")[0], software == "nvidia")
     return (
         f"Expected error of the step time: {error:.1%}, mean on the {rows} published rows of this kind of chip {of} "
         "that no constant was fitted to (llm-parallel plan --validate)."
     )
 
 
-def what_if_command(request: Request) -> int:
-    """Prints the best layout as asked and under each change, in one table; 1 if none fits anywhere."""
+def what_if_command(request: PlanRequest) -> int:
+    """Prints the best layout of the request and of each change to it in one table; exit status 1 if none fits."""
     if request.explain or request.write:
         name = "explain" if request.explain else "write"
         raise UserError(f"--what-if compares the best layouts; leave out --{name}, or plan each case by itself")
@@ -121,7 +110,7 @@ def what_if_command(request: Request) -> int:
     rows, records = [], []
     trusted: dict[tuple[str, str], Cluster] = {}
     for name, case in cases:
-        cluster = load_cluster(case.cluster)
+        cluster = load_cluster(case.cluster_name)
         trusted[cluster.chip.name, case.software] = cluster
         found, _, _ = best_layouts(shape, _base(case, cluster), cluster, 1)
         rows.append(_what_if_row(name, case, found, shape, cluster))
@@ -142,8 +131,8 @@ def what_if_command(request: Request) -> int:
     return 0 if any(record["best"] for record in records) else 1
 
 
-def changed(request: Request, text: str) -> Request:
-    """The request with ``name=value`` changes, comma between. Raises UserError."""
+def changed(request: PlanRequest, text: str) -> PlanRequest:
+    """The request with changes from a text like ``gpus=512,seq=8192``. Raises UserError for what is no change."""
     changes: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
@@ -162,7 +151,7 @@ def changed(request: Request, text: str) -> Request:
     return replace(request, **changes)
 
 
-def _what_if_row(name: str, case: Request, found: Sequence[Candidate], shape: Shape, cluster: Cluster) -> str:
+def _what_if_row(name: str, case: PlanRequest, found: Sequence[Candidate], shape: Shape, cluster: Cluster) -> str:
     cells = [name, cluster.name, f"{case.gpus:,}", f"{case.global_batch:,}", f"{case.seq:,}"]
     if not found:
         return "| " + " | ".join([*cells, "none fits", "", "", "", "", ""]) + " |"
@@ -174,14 +163,16 @@ def _what_if_row(name: str, case: Request, found: Sequence[Candidate], shape: Sh
     return "| " + " | ".join(cells) + " |"
 
 
-def _shape(name: str) -> Shape:
+def _shape(name: str | None) -> Shape:
+    if name is None:
+        raise UserError("plan needs --model, as llama2-70b, --validate, or --calibrate")
     if name not in MODEL_PRESETS:
         raise UserError(f"--model {name} is unknown; there are {', '.join(MODEL_PRESETS)}")
     fields = {"vocab_size": DEFAULT_VOCAB, **MODEL_PRESETS[name]}
     return shape_of(ModelConfig(**fields))
 
 
-def _base(request: Request, cluster: Cluster) -> Strategy:
+def _base(request: PlanRequest, cluster: Cluster) -> Strategy:
     for name in ("gpus", "global_batch", "seq", "top"):
         value = getattr(request, name)
         if value < 1:
@@ -241,9 +232,9 @@ def _explained(text: str, base: Strategy) -> Strategy:
     return found
 
 
-def _check_explained(request: Request, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
-    """Raises UserError with the first rule of our trainer that an explained layout breaks; Megatron-Core's are these
-    rules too."""
+def _check_explained(request: PlanRequest, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
+    """Raises UserError with the first rule of our trainer that an explained layout breaks. Megatron-Core has the same
+    rules."""
     config = RunConfig.model_validate(_run_tree(request, shape, strategy, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cpu" if cluster.host else "cuda")
     if problems:
@@ -260,9 +251,10 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
-def _sized(request: Request) -> Request:
-    """``dgx-h100x256`` is 256 GPUs of dgx-h100. Raises UserError where --gpus says another number."""
-    name, _, number = request.cluster.rpartition("x")
+def _sized(request: PlanRequest) -> PlanRequest:
+    """The request with ``--cluster dgx-h100x256`` read as 256 GPUs of dgx-h100. Raises UserError where --gpus gives
+    another number."""
+    name, _, number = request.cluster_name.rpartition("x")
     if name not in cluster_names() or not number.isdecimal():
         return request
     if request.gpus not in (DEFAULT_GPUS, int(number)):
@@ -311,7 +303,7 @@ def _explain(item: Candidate, shape: Shape, cluster: Cluster, say: Any) -> None:
     )
 
 
-def _say_run(request: Request, best: Candidate, cluster: Cluster) -> None:
+def _say_run(request: PlanRequest, best: Candidate, cluster: Cluster) -> None:
     if request.tokens is None:
         return
     seconds = request.tokens / (best.tokens_per_s() * request.gpus)
@@ -334,10 +326,11 @@ def _bill(seconds: float, gpus: int, price: float | None) -> str:
     return f"{seconds / HOUR_S / 24:.1f} days, {hours:,.0f} GPU-hours{cost}"
 
 
-def _run_tree(request: Request, shape: Shape, strategy: Strategy, cluster: Cluster, whole: bool) -> dict[str, Any]:
-    """Sections of a run file; ``whole``: with the preset's fields in its place, as they are checked."""
+def _run_tree(request: PlanRequest, shape: Shape, strategy: Strategy, cluster: Cluster, whole: bool) -> dict[str, Any]:
+    """Sections of a run file; ``whole`` replaces the preset by its fields, for the rules to check."""
     fields = as_run_fields(shape, strategy)
     fields["train"]["steps"] = max(1, round((request.tokens or 1e12) / (request.global_batch * request.seq)))
+    assert request.model is not None
     preset = MODEL_PRESETS[request.model]
     model: dict[str, Any] = {"preset": request.model}
     if "vocab_size" not in preset:
@@ -352,16 +345,17 @@ def _run_tree(request: Request, shape: Shape, strategy: Strategy, cluster: Clust
     }
 
 
-def write_run_file(request: Request, shape: Shape, best: Candidate, cluster: Cluster) -> None:
-    """A run file that ``pretrain`` takes when its data is filled in. Raises UserError if our trainer can't run it."""
+def write_run_file(request: PlanRequest, shape: Shape, best: Candidate, cluster: Cluster) -> None:
+    """Writes a run file that ``pretrain`` takes once its data is filled in. Raises UserError if our trainer can't run
+    it."""
     config = RunConfig.model_validate(_run_tree(request, shape, best.strategy, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cuda")
     if problems:
         raise UserError(f"--write: our trainer refuses this layout: {problems[0].message}")
     tree = _run_tree(request, shape, best.strategy, cluster, whole=False)
     header = (
-        f"# llm-parallel plan --model {request.model} --cluster {request.cluster} --gpus {request.gpus} --global-batch "
-        f"{request.global_batch} --seq {request.seq}\n# predicted: {best.time.total:.3f} s a step, "
+        f"# llm-parallel plan --model {request.model} --cluster {request.cluster_name} --gpus {request.gpus} "
+        f"--global-batch {request.global_batch} --seq {request.seq}\n# predicted: {best.time.total:.3f} s a step, "
         f"{best.tokens_per_s():,.0f} tokens/s/GPU, {best.memory.total / GIB:.1f} GiB\n"
     )
     with atomic_write(Path(request.write or "run.yaml")) as handle:
@@ -370,7 +364,7 @@ def write_run_file(request: Request, shape: Shape, best: Candidate, cluster: Clu
 
 
 def as_data(item: Candidate, shape: Shape, cluster: Cluster) -> dict[str, Any]:
-    """One candidate for JSON."""
+    """A candidate as JSON values."""
     s = item.strategy
     return {
         "layout": {"tp": s.tp, "pp": s.pp, "dp": s.dp, "cp": s.cp, "vpp": s.vpp, "micro_batch": s.micro_batch,
@@ -382,25 +376,3 @@ def as_data(item: Candidate, shape: Shape, cluster: Cluster) -> dict[str, Any]:
         "time_s": item.time.parts(),
         "memory_bytes": item.memory.by_kind(),
     }  # fmt: skip
-
-
-def validate_command(rows: str | None, out: str | None) -> int:
-    """``plan --validate``: prints how good the predictions are."""
-    found = validate.report(rows, print)
-    if out:
-        with atomic_write(out) as handle:
-            json.dump(found, handle, indent=1)
-    return 0
-
-
-def refit_command(target: str) -> int:
-    """``plan --refit``: fits the constants anew on the declared half and writes them."""
-    from llm_parallel.planner.fit import as_record, fit_chip
-    from llm_parallel.planner.rows import read_rows
-
-    rows, _ = read_rows()
-    records = {chip: as_record(fit_chip(chip, rows), rows, chip) for chip in validate.CHIPS}
-    with atomic_write(target) as handle:
-        json.dump(records, handle, indent=1)
-    print(f"written: {target}")
-    return 0

@@ -1,4 +1,4 @@
-"""Chips, clusters, and the constants that say what share of a data sheet training gets."""
+"""Chips, clusters, and the constants that say which share of its data sheet a chip reaches in training."""
 
 from __future__ import annotations
 
@@ -19,62 +19,80 @@ DATA = resources.files("llm_parallel.planner") / "data"
 
 @dataclass(frozen=True)
 class Constants:
-    """What is fitted for a chip, each a plain physical quantity.
-
-    gemm, gemm_te, gemm_fp8: share of the peak of a matrix product's arithmetic, in PyTorch, in NVIDIA's own stack
-    (Transformer Engine, JAX in its containers), and in 8 bits; flash, flash_te: share of the peak of a causal flash
-    attention forward, open source (FlashAttention 1 and 2, SDPA) and Transformer Engine's (cuDNN); memory: share of the
-    bandwidth of elementwise operators; nvlink, nic: share of the line rate of collectives; tp_hidden, dp_hidden: part
-    of that communication that overlapped code hides, dp_hidden with FSDP's; layer_us: host time of a layer's forward
-    or backward that is not hidden; jitter: part of a step lost to the slowest for every doubling of replicas, or of
-    nodes if they are fewer.
-    """
+    """What is fitted for a chip; each is a plain physical quantity."""
 
     gemm: float
+    """Share of the peak that a matrix product reaches in PyTorch."""
     gemm_te: float
+    """The same in NVIDIA's own software (Transformer Engine; JAX in its containers)."""
     gemm_fp8: float
+    """The same in 8 bits, of the 8-bit peak."""
     flash: float
+    """Share of the peak that the forward of causal flash attention reaches in open software (FlashAttention 1 and 2,
+    SDPA)."""
     flash_te: float
+    """The same in Transformer Engine (cuDNN)."""
     memory: float
+    """Share of the memory bandwidth that elementwise operators reach."""
     nvlink: float
+    """Share of NVLink's line rate that collectives reach."""
     nic: float
+    """Share of the network cards' line rate that collectives reach."""
     tp_hidden: float
+    """Share of tensor-parallel communication that code which overlaps it hides behind compute."""
     dp_hidden: float
+    """Share of data-parallel communication, FSDP's included, that code which overlaps it hides."""
     layer_us: float
+    """Microseconds of host time in one layer's forward or backward that are not hidden."""
     jitter: float
+    """Share of a step that is lost to the slowest rank for every doubling of the replicas, or of the nodes if these are
+    fewer."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator's data sheet: dense TFLOP/s, bytes/s, bytes."""
+    """One accelerator's data sheet, and what training reaches of it."""
 
     name: str
+    """As in ``H100``."""
     peak_flops: float
+    """Dense FLOP/s in 16 bits."""
     peak_fp8_flops: float
+    """Dense FLOP/s in 8 bits."""
     memory_bytes_per_s: float
+    """Bandwidth of its memory."""
     memory_bytes: float
+    """Size of its memory."""
     constants: Constants
+    """Shares of these figures that training reaches."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of one kind. nvlink and nic: bytes/s of one GPU in one direction; latencies of one message in seconds;
-    price: of one GPU for an hour, in the user's currency."""
+    """Nodes of one kind."""
 
     name: str
+    """As in ``dgx-h100``."""
     chip: Chip
+    """What each GPU is."""
     gpus_per_node: int
+    """GPUs of one node."""
     nvlink_bytes_per_s: float
+    """Of one GPU within its node, in one direction."""
     nic_bytes_per_s: float
+    """Of one GPU to other nodes, in one direction."""
     nvlink_latency_s: float = 3e-6
+    """Of one message within a node."""
     nic_latency_s: float = 1e-5
+    """Of one message between nodes."""
     price_per_gpu_hour: float | None = None
+    """In the user's currency; None if not known."""
     host: Host | None = None
-    """Where processes on a CPU take the place of GPUs; then the rates above are not used."""
+    """Set where processes on a CPU stand for GPUs; the rates above are not used then."""
 
 
 def load_constants(name: str) -> Constants:
-    """Committed constants of a chip. Raises ValueError if there are none."""
+    """The constants of a chip that come with the package. Raises ValueError if there are none."""
     stored = json.loads((DATA / "constants.json").read_text())
     if name not in stored:
         raise ValueError(f"chip.constants {name!r} is none of {', '.join(stored)}")
@@ -87,7 +105,7 @@ def cluster_names() -> list[str]:
 
 
 def load_cluster(name: str, constants: Mapping[str, Constants] | None = None) -> Cluster:
-    """One of the package's clusters by name, or a YAML file like theirs (data/template.yaml says what stands in one).
+    """One of the package's clusters by name, or a YAML file like theirs (data/template.yaml explains its fields).
 
     Raises UserError if it is unknown or lacks a field."""
     path = Path(name)
@@ -116,7 +134,7 @@ def _cluster(tree: dict[str, Any], constants: Mapping[str, Constants]) -> Cluste
     else:
         known = constants.get(chip["constants"]) or load_constants(chip["constants"])
     changed = {name: float(value) for name, value in (tree.get("measured") or {}).items()}
-    if "gemm" in changed:  # who measured products measured their own stack's
+    if "gemm" in changed:  # a measured product is one of the software that was measured with, so it holds for both
         changed.setdefault("gemm_te", changed["gemm"])
     unknown = set(changed) - {field.name for field in fields(Constants)}
     if unknown:

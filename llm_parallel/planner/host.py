@@ -1,7 +1,8 @@
-"""Time of a step on the CPU of one machine: processes over gloo that share its cores.
+"""Time of a step on the CPU of one machine, whose processes communicate over gloo and share its cores.
 
-A process's step is a program of work, collectives and sends; sharing.py runs those of all processes. What an operation
-over the loopback costs is work of a core too (copies in and out of the kernel, sums), so it is shared like any other.
+The step of one process is a program: a list of computations, collectives and sends. sharing.py runs the programs of all
+processes together. Communication over the loopback device takes processor time as well (copies into and out of the
+kernel, sums), so it shares the cores like any computation.
 """
 
 from __future__ import annotations
@@ -11,47 +12,53 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_parallel.planner.memory import parameters_of_stage, stage_layers
-from llm_parallel.planner.schedule import order
+from llm_parallel.planner.pipeline_simulation import order
 from llm_parallel.planner.shapes import Shape, Strategy
 from llm_parallel.planner.sharing import IDLE, Op, share_cores
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send_recv")
-"""What a description has to have links of."""
+"""Operations whose measured cost a description must hold."""
 SCALAR_CALLS = 4
-"""All-reduces of a step that carry a few numbers: losses, token count, gradient norm, agreement."""
+"""All-reduces of a step that carry a few numbers each: losses, token count, gradient norm, and whether all agree."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """An operation between processes with cores enough: seconds = latency + bytes x per byte, of every member's core.
-    Size as nccl-tests counts it."""
+    """Cost of an operation among processes that have a core each: every member's core takes ``latency_s + bytes *
+    s_per_byte``, with the size as nccl-tests counts it."""
 
     latency_s: float
+    """Seconds of an operation on no bytes."""
     s_per_byte: float
+    """Seconds for each further byte."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """One machine's CPU, as measured on one thread a process.
-
-    cores: that the processes share; crowded: speed of a core while all work, of one alone; product_s, traffic_s: of a
-    FLOP and of a byte of elementwise operators; call_s: of a layer's pass whatever its size; micro_batch_s: of a micro
-    batch; update_s: of clipping and AdamW for a parameter; links: by operation and number of members.
-    """
+    """The CPU of one machine, as measured with one thread per process."""
 
     cores: int
+    """Cores that the processes share."""
     crowded: float
+    """Speed of one core while all cores work, relative to one that works alone."""
     product_s: float
+    """Seconds of a FLOP in a matrix product."""
     traffic_s: float
+    """Seconds of a byte that elementwise operators move."""
     call_s: float
+    """Seconds of one layer's forward or backward that do not depend on its size."""
     micro_batch_s: float
+    """Seconds of a micro batch that do not depend on its size."""
     update_s: float
+    """Seconds of clipping and AdamW for one parameter."""
     links: Mapping[str, Mapping[int, Link]]
+    """Cost of communication by operation and number of members."""
 
     def link(self, operation: str, members: int) -> Link:
-        """The measured one, or for other numbers of members a line through the two nearest measured ones.
+        """The measured cost; for a number of members that was not measured, a line through the two nearest ones.
 
-        A ring's bytes of a member go as (n - 1) / n, its messages as n - 1; with one measured number these are taken.
+        With only one measured number, the cost is scaled as in a ring of n members, in which each sends (n - 1) / n of
+        the bytes in n - 1 messages.
         """
         known = self.links[operation]
         if members in known:
@@ -73,21 +80,24 @@ class Host:
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass computes on one process. flops; bytes of elementwise operators, fp32; calls: passes of a layer."""
+    """What one process computes."""
 
     flops: float = 0.0
+    """FLOPs of matrix products."""
     traffic: float = 0.0
+    """Bytes that elementwise operators move, in fp32."""
     calls: float = 0.0
+    """Number of layers' forwards and backwards."""
 
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.traffic + other.traffic, self.calls + other.calls)
 
     def times(self, factor: float) -> Work:
-        """All of it ``factor`` times."""
+        """This work, ``factor`` times."""
         return Work(factor * self.flops, factor * self.traffic, factor * self.calls)
 
     def seconds(self, host: Host) -> float:
-        """Of a core alone."""
+        """Seconds on a core while the other cores are idle."""
         return self.flops * host.product_s + self.traffic * host.traffic_s + self.calls * host.call_s
 
 
@@ -99,8 +109,8 @@ class HostModel:
         self.size = 2 if strategy.precision == "bf16" else 4
 
     def layer(self) -> Work:
-        """Forward of one layer for one micro batch. Causal attention counts half, which context parallelism shares
-        out evenly."""
+        """Forward of one layer for one micro batch. Causal attention counts half of the pairs, which context
+        parallelism divides evenly."""
         shape, strategy = self.shape, self.strategy
         tokens, tp = strategy.tokens, strategy.tp
         scores = 4.0 * 0.5 * tokens * strategy.seq * shape.heads * shape.channels / tp
@@ -114,7 +124,8 @@ class HostModel:
         return Work(2.0 * logits * self.shape.hidden, 4.0 * 4 * logits)
 
     def chunk(self, layers: int, last: bool, backward: bool) -> Work:
-        """One pass of one chunk; backward is twice the forward, and that again where it is recomputed."""
+        """Forward or backward of one model chunk. A backward is two forwards, and three where the forward is
+        recomputed."""
         whole = self.layer().times(layers)
         if not backward:
             return whole + self.output() if last else whole
@@ -135,9 +146,11 @@ class HostModel:
         return count * (link.latency_s + size * link.s_per_byte)
 
     def tensor_s(self, layers: int, first: bool, last: bool, backward: bool) -> float:
-        """Tensor parallelism's operations of a chunk's pass: an all-reduce each after attention and after the MLP, or
-        with sequence parallelism a gather before and a scatter after, whose gather backward repeats for the weights'
-        gradient; and those around the embedding, the logits and the loss."""
+        """Seconds of tensor-parallel communication in a chunk's forward or backward.
+
+        Attention and the MLP each end with an all-reduce. With sequence parallelism each begins with an all-gather and
+        ends with a reduce-scatter, and backward gathers once more for the weights' gradient. The embedding, the logits
+        and the loss add theirs at the ends of the pipeline."""
         strategy = self.strategy
         size = float(self.size * strategy.tokens * self.shape.hidden)
         tp = strategy.tp
@@ -157,7 +170,8 @@ class HostModel:
         return found
 
     def context_s(self, layers: int, backward: bool) -> float:
-        """Context parallelism's gathers of all keys and values, in backward the scatter of their gradient."""
+        """Seconds of context-parallel communication: all-gathers of keys and values, and in backward reduce-scatters of
+        their gradient."""
         strategy = self.strategy
         size = 2.0 * self.size * strategy.micro_batch * strategy.seq * self.shape.groups * self.shape.channels
         again = backward and strategy.recompute == "full"
@@ -165,7 +179,7 @@ class HostModel:
         return found + (self._spoken("all_gather", size / strategy.tp, strategy.cp, layers) if again else 0.0)
 
     def _ranks(self, place: tuple[int, int, int, int], axis: str) -> tuple[int, ...]:
-        """Members of a group of the process at (tp, cp, dp, pp), of which tp is the fastest."""
+        """Ranks of the ``axis`` group that the process at (tp, cp, dp, pp) belongs to; empty if it is alone."""
         strategy = self.strategy
         tensor, context, replica, stage = place
         tensors = range(strategy.tp) if axis == "tp" else [tensor]
@@ -175,12 +189,12 @@ class HostModel:
         return tuple(ranks) if len(ranks) > 1 else ()
 
     def rank(self, tensor: int, context: int, replica: int, stage: int) -> int:
-        """Its number."""
+        """Rank of the process at these coordinates; tp varies fastest."""
         strategy = self.strategy
         return tensor + strategy.tp * (context + strategy.cp * (replica + strategy.dp * stage))
 
     def program(self, tensor: int, context: int, replica: int, stage: int) -> list[Op]:
-        """All of a step of one process."""
+        """The whole step of one process."""
         strategy, place = self.strategy, (tensor, context, replica, stage)
         stages, chunks = strategy.pp, strategy.vpp
         found: list[Op] = []
@@ -196,7 +210,7 @@ class HostModel:
         before = virtual + 1 if backward else virtual - 1
         after = virtual - 1 if backward else virtual + 1
         size = self.size * strategy.tokens * self.shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
-        # Of a message, which send_recv measures both ways at once, each side does half.
+        # send_recv was measured with a message in each direction, so one direction is half of it.
         send = self._spoken("send_recv", size, 2, 0.5) if strategy.pp > 1 else 0.0
         received = 0 <= before < total
         mark = (*beside, number, backward)
@@ -213,7 +227,7 @@ class HostModel:
         return found
 
     def _end(self, place: tuple[int, int, int, int]) -> list[Op]:
-        """Reduction of the gradient, the step's scalars, update and gathering of the weights."""
+        """End of the step: the gradient's reduction, the scalars, the update, and the all-gather of the weights."""
         strategy = self.strategy
         members = strategy.dp * strategy.cp
         parameters = parameters_of_stage(self.shape, strategy, place[3])
@@ -233,7 +247,8 @@ class HostModel:
         return found
 
     def step(self) -> dict[str, float]:
-        """Seconds by kind of a step; they add up to the whole. tp, cp, dp and pp hold the wait for the others."""
+        """Seconds of a step by kind, which add up to the whole. tp, cp, dp and pp include waiting for other
+        processes."""
         strategy = self.strategy
         programs = {
             self.rank(tensor, context, replica, stage): self.program(tensor, context, replica, stage)
@@ -247,8 +262,8 @@ class HostModel:
 
 
 def host_of(tree: Mapping[str, Any]) -> Host:
-    """From the `host` section of a cluster description, as ``plan --calibrate`` writes it. Raises KeyError, ValueError
-    and TypeError for what is missing or no number."""
+    """Reads the ``host`` section of a cluster description, as ``plan --calibrate`` writes it. Raises KeyError,
+    ValueError or TypeError for a field that is missing or is no number."""
     links = {
         name: {
             int(members): Link(1e-6 * float(link["latency_us"]), 1e-9 / float(link["gb_per_s"]))
@@ -272,7 +287,7 @@ def host_of(tree: Mapping[str, Any]) -> Host:
 
 
 def host_step(shape: Shape, strategy: Strategy, host: Host) -> dict[str, float]:
-    """Seconds of a step by the names of steptime.StepTime."""
+    """Seconds of a step, under the names of ``steptime.StepTime``'s fields."""
     kinds = HostModel(shape, replace(strategy, zero=min(strategy.zero, 1)), host).step()
     kinds["bubble"] = kinds.pop(IDLE, 0.0)
     return {**dict.fromkeys(("elementwise", "recompute", "tp", "cp", "pp", "dp", "host", "waiting"), 0.0), **kinds}

@@ -1,4 +1,4 @@
-"""Bytes of one GPU by kind, in closed form.
+"""Memory of one GPU by kind, in closed form.
 
 Weights, gradients and optimizer state as our trainer and Megatron-LM keep them; activations after Korthikanti et al.
 2022 (arXiv 2205.05198), generalized to gated MLPs, grouped queries, flash attention and context parallelism; micro
@@ -12,30 +12,37 @@ from dataclasses import dataclass
 from llm_parallel.planner.shapes import Shape, Strategy
 
 GIB = 2.0**30
-# CUDA context, NCCL's buffers, cuBLAS workspaces: what a process takes before the first tensor, and what the allocator
-# cannot use. Beside torch's own figures only the second counts.
+# CUDA context, NCCL's buffers and cuBLAS workspaces, which a process takes beside its tensors. torch's own figures of
+# memory do not count them.
 CONTEXT_BYTES = 3.0 * GIB
 ALLOWANCE = 1.04
-"""What PyTorch's caching allocator reserves over what the tensors take: whole blocks of 2 MiB (of 20 MiB for requests
-of 1 to 10 MiB), and freed ones that suit no later request. Ours, not fitted; STAlloc (arXiv 2507.16274) saw more, up to
-43 %, where interleaving and recomputation mix lifetimes."""
+"""Memory that PyTorch's caching allocator reserves, over what the tensors take: it reserves whole blocks of 2 MiB (20
+MiB for requests of 1 to 10 MiB), and some freed blocks suit no later request. An estimate, not fitted; STAlloc (arXiv
+2507.16274) saw up to 43 % more where interleaving and recomputation mix lifetimes."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest GPU. temporary: the largest of what lives only within one layer or at the loss."""
+    """Bytes on the fullest GPU."""
 
     stage: int
+    """Its pipeline stage."""
     weights: float
+    """Weights that forward and backward use."""
     gradients: float
+    """Accumulated gradients, and their copies."""
     optimizer: float
+    """Moments, and fp32 copies of the weights."""
     activations: float
+    """What the micro batches in flight keep for backward."""
     logits: float
+    """Logits, and the inputs of the last norm and of the output projection."""
     temporary: float
+    """The largest of what lives only within one layer or at the loss."""
 
     @property
     def total(self) -> float:
-        """Tensors, without context and fragmentation."""
+        """All tensors, without CUDA context and fragmentation."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.temporary
 
     def by_kind(self) -> dict[str, float]:
@@ -45,21 +52,21 @@ class Memory:
 
 
 def spread(layers: int, chunks: int) -> tuple[int, ...]:
-    """Layers of each chunk, as even as can be; the last chunk, which has the output, and the first, which has the
-    embedding, are spared first."""
+    """Layers of each model chunk, as even as possible; the last chunk, which has the output projection, and then the
+    first, which has the embedding, get the smaller number."""
     least, rest = divmod(layers, chunks)
     spared = sorted(range(chunks), key=lambda number: (number != chunks - 1, number))[: chunks - rest]
     return tuple(least + (number not in spared) for number in range(chunks))
 
 
 def stage_layers(shape: Shape, strategy: Strategy) -> list[list[int]]:
-    """Layers of [stage][chunk]."""
+    """Number of layers, as ``[stage][chunk]``."""
     chunks = strategy.stage_layers or spread(shape.layers, strategy.pp * strategy.vpp)
     return [[chunks[chunk * strategy.pp + stage] for chunk in range(strategy.vpp)] for stage in range(strategy.pp)]
 
 
 def parameters_of_stage(shape: Shape, strategy: Strategy, stage: int) -> float:
-    """Weights that one GPU of a stage holds, all tensor-parallel shards of a kind being equal; norms are whole."""
+    """Number of weights on one GPU of a stage. Matrices are divided by tensor parallelism, norms are not."""
     layers = sum(stage_layers(shape, strategy)[stage])
     held = layers * (shape.layer_matrices / strategy.tp + 2 * shape.hidden)
     table = shape.vocab * shape.hidden / strategy.tp
@@ -69,7 +76,7 @@ def parameters_of_stage(shape: Shape, strategy: Strategy, stage: int) -> float:
 
 
 def in_flight(strategy: Strategy, stage: int) -> int:
-    """Chunks of micro batches whose activations a stage holds at most."""
+    """Largest number of (micro batch, model chunk) pairs whose activations a stage holds at once."""
     total = strategy.micro_batches * strategy.vpp
     ahead = strategy.pp - stage - 1
     warm = ahead if strategy.vpp == 1 else 2 * ahead + (strategy.vpp - 1) * strategy.pp
@@ -105,8 +112,8 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
 
 
 def _gathered_attention(shape: Shape, strategy: Strategy) -> float:
-    """What our context parallelism keeps more than a ring: keys and values of the whole sample, and the outputs of the
-    rank's two pieces beside the two as one."""
+    """Bytes that our context parallelism keeps more than a ring: keys and values of the whole sample, and the attention
+    outputs of the rank's two pieces of the sequence beside their concatenation."""
     size = 4 if strategy.precision == "fp32" else 2
     others = strategy.tokens * (strategy.cp - 1)
     keys_values = 2 * max(shape.groups / strategy.tp, 1) * shape.channels * others
@@ -114,7 +121,7 @@ def _gathered_attention(shape: Shape, strategy: Strategy) -> float:
 
 
 def recomputed_activations(shape: Shape, strategy: Strategy) -> float:
-    """Bytes that the backward of one recomputed layer holds beside what it kept."""
+    """Bytes that the backward of one recomputed layer holds in addition to what forward kept."""
     if strategy.recompute not in ("full", "qkv", "ops"):
         return 0.0
     again = layer_activations(shape, strategy, "none")
@@ -122,7 +129,7 @@ def recomputed_activations(shape: Shape, strategy: Strategy) -> float:
 
 
 def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
-    """Bytes of one GPU of a stage."""
+    """Memory of one GPU of a stage."""
     weights, gradients, optimizer = _states(shape, strategy, stage)
     layers = stage_layers(shape, strategy)[stage]
     chunk_layers = sum(layers) / strategy.vpp
@@ -139,11 +146,11 @@ def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
 
 
 def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer state.
+    """Bytes of weights, gradients and optimizer state.
 
-    Fully sharded data parallelism (FSDP2) keeps fp32 weights, gradients and two moments, 16 bytes, in shards. Under a
-    pipeline (torch.distributed.pipelining) a stage's weights stay gathered, and its gradients are summed whole, in
-    fp32, until the last micro batch's backward; of several chunks one at a time."""
+    Fully sharded data parallelism (FSDP2) shards fp32 weights, gradients and two moments, 16 bytes per parameter. In a
+    pipeline (torch.distributed.pipelining) a stage's weights stay gathered, and its whole gradients are accumulated in
+    fp32 until the last micro batch's backward, for one model chunk at a time."""
     parameters = parameters_of_stage(shape, strategy, stage)
     size = 4 if strategy.precision == "fp32" else 2
     replicas = strategy.dp * strategy.cp
@@ -157,11 +164,12 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
 
 
 def _logits(shape: Shape, strategy: Strategy) -> float:
-    """Input of the last norm and of the output projection, and the logits with what the loss makes of them; ours writes
-    their gradient over them. torch.distributed.pipelining returns every micro batch's logits."""
+    """Bytes at the loss: inputs of the last norm and of the output projection, the logits, and what the loss derives
+    from them. Our loss writes the gradient over the logits; torch.distributed.pipelining returns every micro batch's
+    logits."""
     size = 4 if strategy.precision == "fp32" else 2
     rows = 2 * size * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
-    if strategy.zero == 3:  # only layers are compiled there: the last norm keeps its input and result in fp32
+    if strategy.zero == 3:  # only layers are compiled there, so the last norm keeps its input and result in fp32
         rows *= 3
     width = max(size, strategy.logit_bytes)
     if strategy.zero == 3 and strategy.pp > 1:
@@ -170,28 +178,29 @@ def _logits(shape: Shape, strategy: Strategy) -> float:
 
 
 def _temporary(shape: Shape, strategy: Strategy) -> float:
-    """What lives within one layer's backward: all that a recomputed layer would have kept (its input is kept already),
-    the gradient of one MLP, tensor parallelism's gathered input, and FSDP's whole weights and gradients."""
+    """Bytes that live only within one layer's backward: the recomputed activations (the layer's input is kept already),
+    the gradient of one MLP, the gathered input under sequence parallelism, and FSDP's gathered weights and whole
+    gradients."""
     size = 4 if strategy.precision == "fp32" else 2
     found = recomputed_activations(shape, strategy)
     found += size * strategy.tokens * shape.ffn * (2 if shape.gated else 1) / strategy.tp
-    if not strategy.fused:  # norms' inputs and results in fp32, and the activated gate
+    if not strategy.fused:  # inputs and results of norms in fp32, and the activated gate
         found += strategy.tokens * (16 * shape.hidden + size * shape.ffn * shape.gated / strategy.tp)
     if strategy.sequence_parallel and strategy.tp > 1:
-        # DTensor keeps both gathered inputs of a layer and that of the output; asynchronous ones are in NVLink's
-        # symmetric memory, which the allocator does not count.
+        # DTensor keeps the gathered inputs of attention, MLP and output projection; with asynchronous tensor
+        # parallelism they are in NVLink's symmetric memory, which the allocator does not count.
         both = 1 if strategy.zero != 3 else 1 + 2 * (not strategy.overlap_tp)
         found += both * size * strategy.tokens * shape.hidden
     if strategy.zero == 3:
-        # Two layers' weights (one runs, one is gathered ahead), one's gradient, and its fp32 copy on its way.
+        # Weights of two layers (one runs, one is gathered ahead), and of one the gradient and its fp32 copy.
         found += (2 * size + size + 4) * shape.layer_parameters / strategy.tp
-        if strategy.pp == 1:  # the ends stay gathered from forward to backward
+        if strategy.pp == 1:  # embedding and output stay gathered from forward to backward
             found += size * shape.vocab * shape.hidden * (1 if shape.tied else 2) / strategy.tp
     return found
 
 
 def _received(shape: Shape, strategy: Strategy, stage: int) -> float:
-    """torch.distributed.pipelining's buffers: of every micro batch's input, and of its output's gradient."""
+    """Bytes of torch.distributed.pipelining's buffers for every micro batch's input and its output's gradient."""
     if strategy.zero != 3 or strategy.pp == 1:
         return 0.0
     sides = (stage > 0) + (stage < strategy.pp - 1)
@@ -199,6 +208,6 @@ def _received(shape: Shape, strategy: Strategy, stage: int) -> float:
 
 
 def memory(shape: Shape, strategy: Strategy) -> Memory:
-    """Bytes of the fullest GPU."""
+    """Memory of the fullest GPU."""
     stages = {0, strategy.pp - 1, min(1, strategy.pp - 1)}
     return max((memory_of_stage(shape, strategy, stage) for stage in sorted(stages)), key=lambda found: found.total)

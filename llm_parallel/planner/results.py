@@ -12,16 +12,19 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
 KINDS = {"comm": "fits", "kernels": "card", "step": "mfu"}
-"""What only a result of that kind holds."""
+"""A key that only a result of that kind holds."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One result file. kind: comm, kernels or step."""
+    """One result file of ``llm-parallel bench``."""
 
     path: str
+    """Where it is."""
     kind: str
+    """``comm``, ``kernels`` or ``step``."""
     tree: Mapping[str, Any]
+    """Its content."""
 
     @property
     def chip(self) -> str:
@@ -30,13 +33,14 @@ class Measured:
 
     @property
     def source(self) -> str:
-        """Where a figure came from, for a comment."""
+        """Where a figure came from, as a comment in the description says."""
         where = self.tree["environment"]
         return f"bench {self.kind}, {Path(self.path).name}, {where['date']}, commit {where['commit']}"
 
 
 def read_results(paths: Sequence[str]) -> list[Measured]:
-    """Raises UserError for a file that is no such result, and if they are of several chips."""
+    """Reads the files. Raises UserError for one that is no such result, and if they were measured on different
+    chips."""
     found = [_read(path) for path in paths]
     chips = sorted({result.chip for result in found})
     if len(chips) > 1:
@@ -82,7 +86,7 @@ def step_seconds(result: Measured) -> float:
 
 
 def step_config(result: Measured) -> RunConfig:
-    """What was stepped. Raises UserError if this version can't read it."""
+    """The configuration that was measured. Raises UserError if this version can't read it."""
     try:
         return RunConfig.model_validate(field(result, "config"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""All legal layouts of a model on a cluster, the best first."""
+"""Finds the fastest layouts of a model on a cluster among all legal ones."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with what it takes. bubble: part of the step that the pipeline waits."""
+    """A layout, and the time and memory that it takes."""
 
     strategy: Strategy
+    """The layout."""
     time: StepTime
+    """Seconds of a step by cause."""
     memory: Memory
+    """Memory of the fullest GPU."""
 
     @property
     def bubble(self) -> float:
-        """Part of the step."""
+        """Share of the step in which the pipeline waits."""
         return self.time.bubble / self.time.total
 
     def tokens_per_s(self) -> float:
-        """Of one GPU."""
+        """Tokens per second and GPU."""
         strategy = self.strategy
         return strategy.global_batch * strategy.seq / self.time.total / strategy.gpus
 
     def mfu(self, shape: Shape, cluster: Cluster, causal: bool) -> float:
-        """Model FLOPs over the 16-bit peak (8-bit where the layers are), attention counted half or in full."""
+        """Model FLOPs over the 16-bit peak (8-bit if the layers run in 8 bits); ``causal`` counts half of attention."""
         flops = shape.flops_per_token(self.strategy.seq, causal) * self.tokens_per_s()
         fp8 = self.strategy.precision == "fp8"
         return flops / (cluster.chip.peak_fp8_flops if fp8 else cluster.chip.peak_flops)
 
 
 def fits(found: Memory, cluster: Cluster) -> bool:
-    """Whether it fits into the chip's memory beside context and fragmentation."""
+    """Whether it fits into the chip's memory together with CUDA context and fragmentation."""
     return found.total * ALLOWANCE + CONTEXT_BYTES <= cluster.chip.memory_bytes
 
 
@@ -60,9 +63,9 @@ def _divisors(number: int, most: int) -> list[int]:
 def layouts(shape: Shape, base: Strategy, cluster: Cluster) -> Iterator[Strategy]:
     """Every legal layout of ``base``'s GPUs, batch and sequence.
 
-    TP divides the heads and, unless the queries are grouped into fewer, the groups, and stays within a node; PP need
-    not divide the layers; VPP does, or leaves a layer or two out at the ends, as Llama 3 405B's 126 layers do; CP is a
-    power of two and cuts the sequence in 2 CP pieces; the batch divides into whole micro batches.
+    TP divides the heads, divides the groups or is a multiple of them, and stays within a node. PP need not divide the
+    layers; with VPP the chunks are even, or lack one or two layers in all, as Llama 3 405B's 126 layers do. CP is a
+    power of two and divides the sequence into 2 CP pieces. The batch divides into whole micro batches.
     """
     gpus = base.gpus
     for tp in _divisors(shape.heads, cluster.gpus_per_node):
@@ -84,29 +87,29 @@ def layouts(shape: Shape, base: Strategy, cluster: Cluster) -> Iterator[Strategy
 
 
 def _variants(shape: Shape, strategy: Strategy) -> Iterator[Strategy]:
-    """With each way to interleave and to recompute."""
+    """The layout with each legal number of model chunks and each recomputation."""
     pp = strategy.pp
     chunks = [1]
     if pp > 1 and strategy.micro_batches % pp == 0:
         chunks += [v for v in range(2, min(shape.layers // pp, 16) + 1) if _worth(shape.layers, pp * v)]
     for vpp in chunks:
         for recompute in RECOMPUTES:
-            # Megatron-Core's schedules send beside compute only where they interleave.
+            # Megatron-Core overlaps pipeline sends with compute only in the interleaved schedule.
             yield replace(strategy, vpp=vpp, recompute=recompute, overlap_pp=vpp > 1)
 
 
 def _worth(layers: int, chunks: int) -> bool:
-    """Whether so many chunks are even, or lack only a layer or two at the ends."""
+    """Whether that many chunks are even, or lack at most two layers in all."""
     return layers % chunks == 0 or chunks - layers % chunks <= 2
 
 
 def evaluate(shape: Shape, strategy: Strategy, cluster: Cluster) -> Candidate:
-    """One layout."""
+    """Time and memory of one layout."""
     return Candidate(strategy, Model(shape, strategy, cluster).step(), memory(shape, strategy))
 
 
 def best_layouts(shape: Shape, base: Strategy, cluster: Cluster, top: int) -> tuple[list[Candidate], int, int]:
-    """The ``top`` fastest layouts that fit, how many were looked at, and how many fit."""
+    """The ``top`` fastest layouts that fit, the number of legal layouts, and the number that fit."""
     looked = fitting = 0
     found: list[tuple[float, int, Candidate]] = []
     for strategy in layouts(shape, base, cluster):
@@ -115,7 +118,7 @@ def best_layouts(shape: Shape, base: Strategy, cluster: Cluster, top: int) -> tu
         if not fits(needed, cluster):
             continue
         fitting += 1
-        # Without recomputation is faster wherever it fits, so the other need not be timed.
+        # Where the layout fits without recomputation it is faster, so this one need not be timed.
         if strategy.recompute == "full" and fits(memory(shape, replace(strategy, recompute="none")), cluster):
             continue
         time = Model(shape, strategy, cluster).step()
@@ -128,7 +131,7 @@ def best_layouts(shape: Shape, base: Strategy, cluster: Cluster, top: int) -> tu
 
 
 def as_run_fields(shape: Shape, s: Strategy) -> dict[str, dict[str, Any]]:
-    """Sections ``parallel`` and ``train`` of a run file."""
+    """Sections ``parallel`` and ``train`` of a run file with this layout."""
     parallel: dict[str, Any] = {"dp": s.dp, "tp": s.tp, "pp": s.pp, "cp": s.cp, "vpp": s.vpp, "recompute": s.recompute}
     layers = spread(shape.layers, s.pp * s.vpp)
     if len(set(layers)) > 1 and min(layers):

@@ -1,4 +1,4 @@
-"""What is planned: a model's dimensions and how it is laid out over GPUs, free of any framework."""
+"""What is planned: the dimensions of a model and how it is trained on GPUs. Imports no framework."""
 
 from __future__ import annotations
 
@@ -10,27 +10,38 @@ from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.errors import UserError
 
 Recompute = Literal["none", "selective", "ops", "qkv", "full"]
-"""none; selective: attention's scores; ops: all but attention and every second product (torch's selective operator
-checkpointing); qkv: all but queries, keys and values (MaxText's save_qkv_proj); full: whole layers."""
+"""What backward computes again. ``none``; ``selective``: attention scores; ``ops``: everything except attention and
+every second matrix product (torch's selective activation checkpointing); ``qkv``: everything except queries, keys and
+values (MaxText's save_qkv_proj); ``full``: whole layers."""
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of a decoder. gated: SwiGLU (two matrices up) instead of GELU; dropout: GPT's masks are kept; tied:
-    the output projection is the embedding; rotary: RoPE instead of learned positions."""
+    """Dimensions of a decoder."""
 
     layers: int
+    """Transformer layers."""
     hidden: int
+    """Width of the residual stream."""
     heads: int
+    """Attention heads of the queries."""
     groups: int
+    """Heads of keys and values."""
     ffn: int
+    """Width of the feed-forward part, of one matrix where it is gated."""
     vocab: int
+    """Tokens of the vocabulary."""
     head_dim: int = 0
+    """Width of a head; 0: ``hidden / heads``."""
     gated: bool = True
+    """Whether the feed-forward part is SwiGLU, with two matrices up, rather than GELU with one."""
     dropout: bool = False
+    """Whether there is dropout as in GPT, whose masks backward needs."""
     tied: bool = False
+    """Whether the output projection is the embedding."""
     rotary: bool = True
+    """Whether positions are rotary (RoPE) rather than a learned table."""
 
     @property
     def channels(self) -> int:
@@ -39,18 +50,18 @@ class Shape:
 
     @property
     def layer_matrices(self) -> int:
-        """Weights of one layer's matrices."""
+        """Number of weights in one layer's matrices."""
         attention = self.hidden * self.channels * (2 * self.heads + 2 * self.groups)
         return attention + (3 if self.gated else 2) * self.hidden * self.ffn
 
     @property
     def layer_parameters(self) -> int:
-        """All weights of one layer."""
+        """Number of all weights of one layer."""
         return self.layer_matrices + 2 * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All weights."""
+        """Number of all weights."""
         ends = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + ends + self.hidden
 
@@ -63,44 +74,63 @@ class Shape:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a model is trained on ``gpus``. zero: 0 (DDP), 1 (sharded optimizer) or 3 (FSDP); flash: attention never
-    writes its scores; te: with Transformer Engine's kernels; fused: elementwise operators are, by hand or by a
-    compiler; logit_bytes: what a logit takes at the loss, with its gradient and copies; copied_grad_bytes: of a
-    parameter, gradients beside those that are summed (a backward's own, buckets); dp_collectives: calls
-    that reduce a sharded optimizer's gradients, 0 for Megatron-Core's buckets; early_stop:
-    recomputing ends before a layer's last product; keeps_gate: the activated gate of a
-    SwiGLU is kept beside the product; the overlaps say whether that communication runs beside compute; stage_layers:
-    layers of each chunk where they are not even, in the order of virtual stages; cp_gathers: context parallelism keeps
-    the whole sample's keys and values, as ours does, not a ring's; prefetches: FSDP gathers a layer's weights beside
-    the backward of the layer before it, else after that."""
+    """How a model is trained: its layout over GPUs, and what the software does."""
 
     gpus: int
+    """GPUs in all."""
     global_batch: int
+    """Samples of a step."""
     micro_batch: int
+    """Samples of one forward pass."""
     seq: int
+    """Tokens of a sample."""
     tp: int = 1
+    """Tensor-parallel size."""
     pp: int = 1
+    """Pipeline stages."""
     cp: int = 1
+    """Context-parallel size."""
     vpp: int = 1
+    """Model chunks of a pipeline stage; over 1 the schedule is interleaved."""
     recompute: Recompute = "none"
+    """Activations that backward computes again."""
     sequence_parallel: bool = True
+    """Whether norms and residuals are divided along the sequence within a tensor-parallel group."""
     zero: int = 1
+    """0: every replica holds all state (DDP); 1: the optimizer is sharded; 3: weights and gradients too (FSDP)."""
     precision: Precision = "bf16"
+    """Number format of the matrix products."""
     flash: bool = True
+    """Whether attention is fused, so that its scores are never written to memory."""
     te: bool = False
+    """Whether the kernels are Transformer Engine's."""
     cp_gathers: bool = True
+    """Whether context parallelism gathers the whole sample's keys and values, as ours does, rather than sending them
+    around a ring."""
     fused: bool = True
+    """Whether elementwise operators are fused, by hand or by a compiler."""
     overlap_tp: bool = False
+    """Whether tensor parallelism communicates beside compute."""
     overlap_dp: bool = True
+    """Whether gradients are reduced, and weights gathered, beside compute."""
     overlap_pp: bool = True
+    """Whether pipeline stages send beside compute."""
     prefetches: bool = True
+    """Whether FSDP gathers a layer's weights beside the backward of the layer before it, rather than after it."""
     grad_bytes: int = 4
+    """Bytes of a parameter's accumulated gradient."""
     logit_bytes: int = 2
+    """Bytes that a logit takes at the loss, with its gradient and copies."""
     copied_grad_bytes: int = 0
+    """Bytes of a parameter's gradients beside the accumulated one: backward's own, and buckets."""
     dp_collectives: int = 0
+    """Collectives that reduce a sharded optimizer's gradients in a step; 0: as many as megatron-core has buckets."""
     early_stop: bool = False
+    """Whether recomputation leaves out a layer's last product, whose result backward does not read."""
     keeps_gate: bool = False
+    """Whether backward keeps a SwiGLU's activated gate beside its product with the other half."""
     stage_layers: tuple[int, ...] | None = None
+    """Layers of each model chunk in the order of the layers, where they are not even."""
 
     @property
     def dp(self) -> int:
@@ -109,7 +139,7 @@ class Strategy:
 
     @property
     def micro_batches(self) -> int:
-        """Micro batches of one replica in a step; the fullest one's where they are not even."""
+        """Micro batches of one replica in a step; where replicas have different numbers, the largest."""
         return -(-self.global_batch // (self.micro_batch * self.dp))
 
     @property
@@ -129,9 +159,10 @@ SOFTWARE: Mapping[str, Mapping[str, Any]] = {
     "ours": {"te": False, "overlap_tp": False, "cp_gathers": True, "logit_bytes": 2},
     "nvidia": {"te": True, "overlap_tp": True, "cp_gathers": False, "logit_bytes": 8},
 }
-"""What is predicted: our trainer, whose products and attention take what open PyTorch code was measured to take, or
-Megatron-Core with Transformer Engine, as NVIDIA's recipes run it: cuDNN's attention, tensor parallelism's communication
-beside its products, and logits, as published rows of NeMo and Megatron-LM are counted, in 8 bytes."""
+"""Fields of ``Strategy`` for each software that can be planned. ``ours``: our trainer, whose matrix products and
+attention are taken to be as fast as published open PyTorch code. ``nvidia``: Megatron-Core with Transformer Engine as
+NVIDIA's recipes run it, with cuDNN's attention, tensor-parallel communication overlapped with matrix products, and 8
+bytes per logit, as in published rows of NeMo and Megatron-LM."""
 SOFTWARE_NAMES = {"ours": "our trainer", "nvidia": "NVIDIA's stack (Megatron-Core with Transformer Engine)"}
 
 
@@ -143,7 +174,7 @@ def with_software(strategy: Strategy, name: str) -> Strategy:
 
 
 def shape_of(model: ModelConfig) -> Shape:
-    """Dimensions of one of our models, with a vocabulary."""
+    """Dimensions of a model from its configuration, whose vocabulary size must be set."""
     assert model.vocab_size is not None
     return Shape(
         layers=model.num_layers,
@@ -158,9 +189,8 @@ def shape_of(model: ModelConfig) -> Shape:
 
 
 def strategy_of(config: RunConfig, gpus: int) -> Strategy:
-    """How a run file lays its model out over ``gpus``, and what our trainer makes of it."""
+    """How our trainer runs a configuration on ``gpus``."""
     parallel, train = config.parallel, config.train
-    sequence = parallel.tp > 1 if parallel.sequence_parallel is None else parallel.sequence_parallel
     return Strategy(
         gpus=gpus,
         global_batch=train.global_batch_size,
@@ -171,7 +201,7 @@ def strategy_of(config: RunConfig, gpus: int) -> Strategy:
         cp=parallel.cp,
         vpp=parallel.vpp,
         recompute=parallel.recompute,
-        sequence_parallel=sequence and parallel.tp > 1,
+        sequence_parallel=parallel.divides_sequence and parallel.tp > 1,
         zero=1 if parallel.distributed_optimizer else 0,
         precision=train.precision,
         overlap_dp=parallel.overlap is not False,

@@ -1,7 +1,7 @@
-"""Processes that share the cores of one machine: a step's programs run event by event.
+"""Simulates, event by event, processes that share the cores of one machine.
 
-With k processes able to run on c cores, each gets min(1, c / k) of one (the scheduler's fair share); a process that
-waits for a peer frees its core. Work is conserved, so a pipeline's bubble fills when there are more stages than cores.
+While k processes can run on c cores, each gets min(1, c / k) of a core, as from a fair scheduler. A process that waits
+for another frees its core, so with more stages than cores other stages use the time of a pipeline's bubble.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Op:
-    """One item of a process's program. work_s: seconds of a core; kind: what it is accounted as; group: ranks that
-    begin and end it together; needs: begins after that was given; gives: given at its end."""
+    """One operation in a process's program."""
 
     work_s: float
+    """Seconds that it takes on a core that works alone."""
     kind: str
+    """What its time is counted as."""
     group: tuple[int, ...] = ()
+    """Ranks that begin and end it together; empty if it is of this process alone."""
     needs: Hashable = None
+    """It begins only after this has been given; None: at once."""
     gives: Hashable = None
+    """What is given at its end."""
 
 
 @dataclass
@@ -33,19 +37,20 @@ class _Process:
 
     @property
     def op(self) -> Op | None:
-        """The present item; None after the last."""
+        """The operation that is next or running; None after the last."""
         return self.program[self.at] if self.at < len(self.program) else None
 
 
 IDLE = "idle"
-"""What waiting for another process's ``gives``, and for the end of the step, is accounted as."""
+"""The kind that counts waiting for another process's ``gives``, and for the end of the step."""
 
 
 def share_cores(programs: Sequence[Sequence[Op]], cores: int, crowded: float = 1.0) -> tuple[float, dict[str, float]]:
-    """Seconds until all programs have ended, and by kind the mean over processes of the seconds that each spent in it,
-    slowed and waiting included; these add up to the whole.
+    """Seconds until all programs have ended, and how they divide by kind: the mean over processes of the time spent in
+    operations of that kind, including the wait for a core or for other members of the group.
 
-    crowded: speed of a core while all of them work, relative to one alone (caches and memory are shared)."""
+    ``crowded``: speed of a core while all of them work, relative to one that works alone, since caches and memory
+    bandwidth are shared."""
     processes = [_Process(program) for program in programs]
     given: set[Hashable] = {None}
     now = 0.0
@@ -70,7 +75,7 @@ def share_cores(programs: Sequence[Sequence[Op]], cores: int, crowded: float = 1
 
 
 def _start(processes: Sequence[_Process], given: set[Hashable]) -> None:
-    """Sets going all that need not wait."""
+    """Starts every operation that need not wait."""
     for process in processes:
         op = process.op
         if op is None or process.running or process.left_s < 0 or op.needs not in given:
@@ -87,7 +92,7 @@ def _arrived(process: _Process, op: Op, given: set[Hashable]) -> bool:
 
 
 def _finish(processes: Sequence[_Process], given: set[Hashable]) -> None:
-    """Ends what has no work left; a group's members leave together."""
+    """Ends every operation without work left; the members of a group end theirs together."""
     for process in processes:
         if process.running and process.left_s <= 1e-12:
             process.running, process.left_s = False, -1.0

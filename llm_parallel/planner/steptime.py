@@ -1,8 +1,8 @@
-"""Time of a training step: what one GPU computes, moves and sends, and what of it is not hidden.
+"""Time of a training step: computation, memory traffic, and the communication that computation does not hide.
 
-A micro batch's layer is its matrix products, its attention, its elementwise traffic and its tensor-parallel
-communication; a pipeline is as fast as its slowest stage; what data parallelism sends after or during backward counts
-where it is not hidden. The constants are those of the chip (hardware.py), fitted on published rows (fit.py).
+The time of a layer is that of its matrix products, attention, elementwise traffic and tensor-parallel communication. A
+pipeline is as fast as its slowest stage. Data-parallel communication counts where backward does not hide it. The
+constants are those of the chip (hardware.py), fitted to published rows (published/fit.py).
 """
 
 from __future__ import annotations
@@ -14,38 +14,48 @@ from dataclasses import dataclass, replace
 from llm_parallel.planner.hardware import Cluster
 from llm_parallel.planner.host import host_step
 from llm_parallel.planner.memory import parameters_of_stage, stage_layers
-from llm_parallel.planner.schedule import Timeline, simulate
+from llm_parallel.planner.pipeline_simulation import Timeline, simulate
 from llm_parallel.planner.shapes import Shape, Strategy
 
 BACKWARD_FLASH = 2.5 / 0.8
-"""Flash attention's backward: five products for two, at four fifths of the rate."""
+"""Backward over forward time of flash attention: five matrix products instead of two, at four fifths of the rate."""
 FLASH_ROWS = 512
-"""Tokens at which flash attention runs at half its rate: two tiles' rows."""
+"""Sequence length at which flash attention reaches half its rate: the rows of two tiles."""
 UNFUSED = 2.5
-"""Traffic of norms, rotation and activation run operator by operator, relative to fused ones."""
+"""Memory traffic of norms, rotation and activation when each operator runs by itself, relative to fused ones."""
 BUCKET, BUCKET_OF_RANK = 40e6, 1e6
-"""Parameters that Megatron-Core's distributed optimizer reduces at once: so many, or so many for every replica."""
+"""Parameters in a gradient bucket of Megatron-Core's distributed optimizer: the larger of the first, and the second for
+every replica."""
 ADAM_BYTES = 30
 """Bytes that AdamW reads and writes for a parameter: fp32 weight, two moments and gradient, and a bf16 copy."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by what they go to; they add up to ``total``. compute: products and attention; elementwise:
-    all that is bound by memory; bubble: waiting in the pipeline; host: launches; waiting: for the slowest
-    of many nodes."""
+    """Seconds of a step by cause; they add up to ``total``."""
 
     compute: float
+    """Matrix products and attention."""
     elementwise: float
+    """Operators that memory bandwidth limits."""
     recompute: float
+    """Activations computed again in backward."""
     tp: float
+    """Tensor-parallel communication."""
     cp: float
+    """Context-parallel communication."""
     pp: float
+    """Sends between pipeline stages."""
     bubble: float
+    """Waiting in the pipeline."""
     dp: float
+    """Data-parallel communication."""
     optimizer: float
+    """The update of the weights."""
     host: float
+    """Kernel launches that are not hidden."""
     waiting: float
+    """Waiting for the slowest of many nodes."""
 
     @property
     def total(self) -> float:
@@ -58,7 +68,7 @@ class StepTime:
         return self.tp + self.cp + self.pp + self.dp
 
     def parts(self) -> dict[str, float]:
-        """Seconds by name."""
+        """Seconds by field name."""
         names = ("compute", "elementwise", "recompute", "tp", "cp", "pp", "bubble", "dp", "optimizer", "host",
                  "waiting")  # fmt: skip
         return {name: getattr(self, name) for name in names}
@@ -66,7 +76,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Pass:
-    """One direction of one layer, or of the output, for one micro batch on one GPU, in seconds."""
+    """Seconds of one micro batch's forward or backward through one layer, or the output, on one GPU."""
 
     compute: float = 0.0
     elementwise: float = 0.0
@@ -83,7 +93,7 @@ class Pass:
         return Pass(*(getattr(self, name) + getattr(other, name) for name in _PASS))
 
     def times(self, factor: float) -> Pass:
-        """All of it ``factor`` times."""
+        """This pass, ``factor`` times."""
         return Pass(*(factor * getattr(self, name) for name in _PASS))
 
 
@@ -109,8 +119,8 @@ class Model:
         }
 
     def _products(self, matrices: Iterable[tuple[float, float]]) -> float:
-        """Seconds of a micro batch's products with these matrices: arithmetic, and the traffic of operands and results,
-        which narrow products do not hide."""
+        """Seconds of a micro batch's matrix products: arithmetic, and the traffic of operands and results, which the
+        arithmetic of narrow matrices does not hide."""
         strategy, size = self.strategy, 2.0
         rate = self._gemm_rate()
         if strategy.precision == "fp8":
@@ -131,9 +141,11 @@ class Model:
         return size / (self.chip.memory_bytes_per_s * self.constants.memory)
 
     def group_rate(self, members: int, span: int) -> tuple[float, float]:
-        """Bytes/s of one GPU in a collective of ``members``, ``span`` apart in rank, and the latency of a message.
+        """Bytes per second of one GPU in a collective among ``members`` whose ranks are ``span`` apart, and the latency
+        of a message.
 
-        Members on one node talk over NVLink; on several, all of a node's members use their own NICs together.
+        Members on one node communicate over NVLink; among several nodes, all members on a node use their own network
+        cards at the same time.
         """
         if members * span <= self.cluster.gpus_per_node:
             return self.cluster.nvlink_bytes_per_s * self.constants.nvlink, self.cluster.nvlink_latency_s
@@ -142,8 +154,9 @@ class Model:
         return min(nics, self.cluster.nvlink_bytes_per_s * self.constants.nvlink), self.cluster.nic_latency_s
 
     def _collective(self, size: float, members: int, span: int, rounds: int = 1, count: int = 1) -> float:
-        """Seconds of all-gathers or reduce-scatters (rounds 1) or all-reduces (2) of ``size`` bytes in all, in
-        ``count`` equal calls, over rings; NCCL's all-reduce of many nodes may go over a tree, whose way is shorter."""
+        """Seconds of all-gathers or reduce-scatters (``rounds`` 1) or all-reduces (2) over rings, of ``size`` bytes in
+        all, in ``count`` equal calls. NCCL may run an all-reduce among many nodes over a tree, whose latency is
+        lower."""
         if members == 1:
             return 0.0
         rate, _ = self.group_rate(members, span)
@@ -159,14 +172,14 @@ class Model:
         return rounds * ((members - 1) / members * size / rate + count * way)
 
     def layer(self, backward: bool) -> Pass:
-        """One layer of one micro batch."""
+        """Forward or backward of one layer for one micro batch."""
         shape, strategy = self.shape, self.strategy
         tokens, tp = strategy.tokens, strategy.tp
         compute = self._products(self._matrices().values()) * (2 if backward else 1)
         attention, traffic = self._attention(backward)
         elementwise = self._move(traffic) + self._move(self._elementwise_bytes() * (2 if backward else 1))
         size = 2.0 * tokens * shape.hidden
-        # Two all-reduces, or two pairs of gather and scatter, each way.
+        # Two all-reduces, or two pairs of all-gather and reduce-scatter, in each direction.
         sent = 2.0 * self._collective(size, tp, 1, rounds=2)
         if strategy.overlap_tp:
             sent *= 1.0 - self.constants.tp_hidden
@@ -176,14 +189,14 @@ class Model:
         return self.constants.layer_us * 1e-6
 
     def _attention(self, backward: bool) -> tuple[float, float]:
-        """Seconds of attention's products, and bytes of scores that it moves."""
+        """Seconds of attention's matrix products, and bytes of scores that are moved."""
         shape, strategy = self.shape, self.strategy
-        # Causal flash attention skips half; rings and zigzags share it out evenly.
+        # Causal flash attention skips half of the pairs, and context parallelism divides the rest evenly.
         pairs = strategy.tokens * strategy.seq * (0.5 if strategy.flash else 1.0)
         flops = 4.0 * pairs * shape.heads * shape.channels / strategy.tp
         if strategy.flash:
             share = self.constants.flash_te if strategy.te else self.constants.flash
-            # A ring works on pieces, two of each rank.
+            # Context parallelism computes on pieces of the sequence, two for each rank.
             length = strategy.seq if strategy.cp == 1 else strategy.seq / (2 * strategy.cp)
             rate = self.chip.peak_flops * share / (1.0 + FLASH_ROWS / length)
             return flops / rate * (BACKWARD_FLASH if backward else 1.0), 0.0
@@ -193,19 +206,19 @@ class Model:
         return flops / rate * (2 if backward else 1), per_score * scores * (1.5 if backward else 1.0)
 
     def _elementwise_bytes(self) -> float:
-        """Bytes that norms, residuals, rotation and activation move in one forward of one layer."""
+        """Bytes that norms, residuals, rotation and activation move in one layer's forward."""
         shape, strategy = self.shape, self.strategy
         rows = (22 if shape.dropout else 16) * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
         rotary = 4 * (shape.heads + shape.groups) * shape.channels if shape.rotary else 0
         activation = (6 if shape.gated else 4) * shape.ffn
         factor = 1.0 if strategy.fused else UNFUSED
         cast = 0.0
-        if strategy.precision == "fp8":  # every product's input is read and written in both orders
+        if strategy.precision == "fp8":  # every product's input is converted, in both memory orders
             cast = 4.0 * (2 * shape.hidden + (shape.heads * shape.channels + shape.ffn) / strategy.tp)
         return strategy.tokens * (factor * (rows + (rotary + activation) / strategy.tp) + cast)
 
     def _ring(self, attention: float, backward: bool) -> float:
-        """Context parallelism's keys and values, sent around while attention runs."""
+        """Seconds of sending keys and values around the context-parallel group that attention does not hide."""
         strategy, shape = self.strategy, self.shape
         if strategy.cp == 1:
             return 0.0
@@ -217,26 +230,26 @@ class Model:
         """Output projection and loss of one micro batch on the last stage."""
         flops = 2.0 * self.strategy.tokens * self.shape.vocab * self.shape.hidden / self.strategy.tp
         logits = self.strategy.tokens * self.shape.vocab / self.strategy.tp
-        # The head stays in 16 bits where the layers are in 8.
+        # The output projection stays in 16 bits where the layers run in 8.
         rate = self._gemm_rate()
         return Pass(flops * (2 if backward else 1) / rate, self._move(logits * 8))
 
     def stage(self, stage: int, backward: bool) -> Pass:
-        """All layers of a stage for one micro batch, without recomputation."""
+        """Forward or backward of all layers of a stage for one micro batch, without recomputation."""
         found = self.layer(backward).times(sum(stage_layers(self.shape, self.strategy)[stage]))
         return found + self.output(backward) if stage == self.strategy.pp - 1 else found
 
     def again(self) -> Pass:
-        """What backward computes a second time in one layer."""
+        """What backward recomputes in one layer."""
         kept, flash = self.strategy.recompute, self.strategy.flash
         if kept in ("full", "qkv"):
             found, matrices = self.layer(False), self._matrices()
             spared = ["qkv"] if kept == "qkv" else []
-            if self.strategy.early_stop:  # backward does not read what the last product makes
+            if self.strategy.early_stop:  # backward does not need the result of the last product
                 spared.append("down")
                 found = replace(found, tp=found.tp / 2)
             return replace(found, compute=found.compute - self._products(matrices[name] for name in spared))
-        if kept == "ops":  # of q, k, v, out, gate, up and down every second one; the last is not read
+        if kept == "ops":  # every second of q, k, v, out, gate, up and down; the result of the last is not needed
             shape, tp = self.shape, self.strategy.tp
             columns = (shape.hidden, shape.groups * shape.channels / tp), (shape.hidden, shape.ffn / tp)
             products = self._products([columns[0], self._matrices()["out"], *columns[1:][: int(shape.gated)]])
@@ -247,7 +260,7 @@ class Model:
         return Pass()
 
     def _sharded_exposed(self, compute: float) -> float:
-        """FSDP's gathers and scatters of a step that ``compute`` does not hide."""
+        """Seconds of FSDP's all-gathers and reduce-scatters in a step that ``compute`` does not hide."""
         strategy = self.strategy
         if strategy.zero != 3:
             return 0.0
@@ -256,15 +269,16 @@ class Model:
         layers = sum(stage_layers(self.shape, strategy)[0])
         gather = self._collective(size, members, strategy.tp, count=layers)
         scatter = self._collective(size * strategy.grad_bytes / 2, members, strategy.tp, count=layers)
-        # With a pipeline the gathered weights are kept for the step's other micro batches.
+        # In a pipeline the weights stay gathered for all micro batches of the step.
         times = strategy.micro_batches if strategy.pp == 1 else 1
-        # Backward gathers anew; recomputation runs on what it gathered.
+        # Backward gathers again; recomputation uses the same gathered weights.
         alone, beside = (0.0, 2.0 * gather + scatter) if strategy.prefetches else (gather, gather + scatter)
         sent = times * beside
         return times * alone + max(sent - compute, sent * (1.0 - self.constants.dp_hidden))
 
     def _replicas_exposed(self, parameters: float, backward: float) -> float:
-        """The gradient's reduction and the weights' gathering that the last backward and first forward do not hide."""
+        """Seconds of reducing gradients and gathering weights that the last backward and the first forward do not
+        hide."""
         strategy = self.strategy
         members = strategy.dp * strategy.cp
         if members == 1 or strategy.zero == 3:
@@ -293,7 +307,7 @@ class Model:
         slowest = max(stages, key=lambda stage: totals[stage])
         count = strategy.micro_batches
         send = self._send()
-        # The slowest stage never waits but for the pipeline's filling and emptying around it.
+        # The slowest stage waits only while the pipeline fills and drains.
         bubble = (sum(totals) - totals[slowest]) / strategy.vpp + 2.0 * (strategy.pp - 1) * send
         steady = 0.0 if strategy.overlap_pp or strategy.pp == 1 else 2.0 * count * strategy.vpp * send
         parameters = max(parameters_of_stage(self.shape, strategy, stage) for stage in {0, strategy.pp - 1})
@@ -313,13 +327,13 @@ class Model:
             host=mine.host,
             waiting=0.0,
         )
-        # A step waits for the slowest replica; a pipeline's stages wait for one another anyhow.
+        # A step waits for the slowest replica; the stages of a pipeline wait for one another in any case.
         nodes = strategy.gpus / self.cluster.gpus_per_node
         doublings = math.log2(max(1.0, min(nodes, strategy.dp * strategy.cp)))
         return replace(found, waiting=found.total * self.constants.jitter * doublings)
 
     def _send(self) -> float:
-        """Seconds of an activation's way to the next stage."""
+        """Seconds of sending an activation to the next stage."""
         strategy = self.strategy
         if strategy.pp == 1:
             return 0.0
@@ -331,7 +345,7 @@ class Model:
         return size / rate + (self.cluster.nvlink_latency_s if within else self.cluster.nic_latency_s)
 
     def timeline(self, micro_batches: int | None = None) -> Timeline:
-        """The step's pipeline, event by event."""
+        """The step's pipeline, simulated event by event."""
         strategy = self.strategy
         again = self.again()
         layers = stage_layers(self.shape, strategy)
@@ -346,5 +360,5 @@ class Model:
 
 
 def step_time(shape: Shape, strategy: Strategy, cluster: Cluster) -> StepTime:
-    """Seconds of a step by what they go to."""
+    """Seconds of a step by cause."""
     return Model(shape, strategy, cluster).step()

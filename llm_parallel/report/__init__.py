@@ -1,1 +1,1 @@
-"""One HTML page from run folders and sweeps: it needs no network, and no server."""
+"""Makes one HTML page from run folders and sweeps; the page needs neither network nor server."""

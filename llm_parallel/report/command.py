@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 from llm_parallel.bench.environment import commit
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.report.efficiency import read_sweep, sentence
 from llm_parallel.report.figures import Picture
 from llm_parallel.report.page import Section, render
+from llm_parallel.report.request import ReportRequest
 from llm_parallel.report.runs import read_runs
-from llm_parallel.report.scaling import read_sweep, sentence
 from llm_parallel.report.sections import runs_sections, scaling_section
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to report: run folders, CSVs of sweeps, the page to write, and a folder for PNGs of its figures."""
-
-    runs: Sequence[str] = ()
-    sweeps: Sequence[str] = ()
-    out: str = "report.html"
-    png: str | None = None
-    title: str = ""
-
-
-def report_command(request: Request) -> int:
-    """Writes the page, prints where it is and what a sweep gives. Raises UserError on bad input, writing nothing."""
+def report_command(request: ReportRequest) -> int:
+    """Writes the page, and prints where it is and the efficiency of each sweep. Raises UserError for bad input, before
+    anything is written."""
     if not request.runs and not request.sweeps:
         raise UserError("report needs a run folder, or --csv with a sweep")
     runs = read_runs(request.runs)

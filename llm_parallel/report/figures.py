@@ -1,4 +1,4 @@
-"""The report's pictures: matplotlib figures, and how they become SVG inside a page."""
+"""Draws the report's figures with matplotlib and turns them into SVG for the page."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from llm_parallel.metrics.plots import smooth
+from llm_parallel.report.efficiency import Series
+from llm_parallel.report.pipeline_of_run import Schedule
 from llm_parallel.report.recovery import Life
 from llm_parallel.report.runs import TIME_PARTS, Run, steady, time_split
-from llm_parallel.report.scaling import Series
-from llm_parallel.report.schedule import Schedule
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
+# Colours of Okabe and Ito, which colour-blind people can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PART_COLOURS = dict(
     zip(
@@ -36,22 +36,23 @@ SPAN_COLOURS = {
     "stopped": "#DDDDDD",
 }
 MOST_POINTS = 1200
-"""Of a curve, so that a long run does not make a page of many megabytes."""
+"""Most points of a curve, so that a long run does not make a page of many megabytes."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with its name (for files) and what it shows (for who can't see it)."""
+    """A figure with its name, for files, and its caption, which also describes it to readers who can't see it."""
 
     name: str
     caption: str
     figure: Any
 
     def svg(self) -> str:
-        """The figure as an ``svg`` element: as wide as the page, text as text, identifiers its own."""
+        """The figure as an ``svg`` element as wide as the page, with text as text, and identifiers that no other figure
+        has."""
         import matplotlib
 
-        # Text as text can be searched and read aloud; the salt makes the same figure the same bytes.
+        # Text that stays text can be searched and read aloud; with a fixed salt the same figure gives the same bytes.
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
             buffer = io.StringIO()
             self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -62,7 +63,7 @@ class Picture:
         text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
         used = set(re.findall(r"#([\w.-]+)", text))
         text = re.sub(r' id="([\w.-]+)"', lambda match: match.group() if match.group(1) in used else "", text)
-        # Several figures share one page; so must not the names that their clip paths and markers go by.
+        # Figures on one page must not share the identifiers of their clip paths and markers.
         text = re.sub(r'id="([\w.-]+)"', rf'id="{self.name}-\1"', text)
         text = re.sub(r'(url\(#|href="#)([\w.-]+)', rf"\1{self.name}-\2", text)
         return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.caption)}"', 1)
@@ -75,8 +76,8 @@ class Picture:
 
 
 def new_figure(height: float = 3.6, panels: int = 1) -> tuple[Any, Any]:
-    """A figure as wide as the page, and its panels' axes (one, or an array)."""
-    from matplotlib.figure import Figure  # it costs 0.4 s to import
+    """A figure as wide as the page, and the axes of its panels: one, or an array."""
+    from matplotlib.figure import Figure  # importing it takes 0.4 s
 
     figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots(panels, 1)
@@ -87,7 +88,7 @@ def new_figure(height: float = 3.6, panels: int = 1) -> tuple[Any, Any]:
 
 
 def thin(*columns: np.ndarray) -> list[np.ndarray]:
-    """The columns at no more than about MOST_POINTS indices, the last among them."""
+    """The columns at no more than about MOST_POINTS indices, including the last one."""
     count = len(columns[0])
     if count <= MOST_POINTS:
         return list(columns)
@@ -96,7 +97,7 @@ def thin(*columns: np.ndarray) -> list[np.ndarray]:
 
 
 def run_pictures(runs: Sequence[Run]) -> list[Picture]:
-    """Loss, throughput, MFU where it is known, memory and time split of the runs, together."""
+    """Figures of loss, throughput, MFU if it is known, memory and time split, each with all runs."""
     found = [_loss(runs), _curve(runs, "throughput", "perf/tokens_per_s_per_gpu", f"tokens/s/{runs[0].history.unit}")]
     if any(np.isfinite(run.history.column("perf/mfu")).any() for run in runs):
         found.append(_curve(runs, "mfu", "perf/mfu", "MFU, share of the peak"))
@@ -105,7 +106,7 @@ def run_pictures(runs: Sequence[Run]) -> list[Picture]:
 
 
 def _colour(index: int) -> tuple[str, str]:
-    """Colour and line style of the run of that number; the styles show curves that lie on each other."""
+    """Colour and line style of the run of that number; different styles keep curves on top of each other visible."""
     return COLOURS[index % len(COLOURS)], ("-", "--", ":", "-.")[index % 4]
 
 
@@ -171,7 +172,8 @@ def _split(runs: Sequence[Run]) -> Picture:
 
 
 def life_picture(run: Run, life: Life, number: int) -> Picture:
-    """Spans of an elastic run as a bar, faults as marks, and the processes that trained below."""
+    """Draws the spans of an elastic run as a bar, its faults as marks, and below them the number of processes that
+    trained."""
     from matplotlib.patches import Patch
 
     figure, (bar, processes) = new_figure(3.7, panels=2)
@@ -202,7 +204,7 @@ def life_picture(run: Run, life: Life, number: int) -> Picture:
 
 
 def schedule_picture(run: Run, schedule: Schedule, number: int) -> Picture:
-    """Forwards and backwards of every stage over one step, darker for later chunks of layers."""
+    """Draws forwards and backwards of every stage over one step, later model chunks darker."""
     figure, axes = new_figure(1.2 + 0.32 * schedule.stages)
     for event in schedule.timeline.events:
         light = 1.0 - 0.45 * event.chunk / max(1, schedule.chunks)
@@ -226,7 +228,8 @@ def schedule_picture(run: Run, schedule: Schedule, number: int) -> Picture:
 
 
 def scaling_pictures(series: Sequence[Series]) -> list[Picture]:
-    """Efficiency of all series against size, measured and predicted; and for each series what was lost to what."""
+    """Draws measured and predicted efficiency of all series over the number of processes, and for each series the time
+    lost by part."""
     figure, axes = new_figure(4.0)
     for index, one in enumerate(series):
         colour, _ = _colour(index)
@@ -281,7 +284,7 @@ def _lost(series: Series, number: int) -> Picture:
 
 
 def layout_map(series: Series, number: int) -> Picture | None:
-    """Speed of the layouts of the size that has most of them; None if none has three."""
+    """Draws the speeds of the layouts on that number of processes that has most of them; None if none has three."""
     by_size: dict[int, list[Any]] = {}
     for point in series.points:
         by_size.setdefault(point.world_size, []).append(point)

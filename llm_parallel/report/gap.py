@@ -1,11 +1,11 @@
-"""Why measured scaling differs from predicted: the losses over the ideally scaled baseline, cause by cause."""
+"""Explains, cause by cause, why measured scaling differs from predicted scaling."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llm_parallel.report.scaling import Point, Series
+from llm_parallel.report.efficiency import Point, Series
 
 CAUSES: Mapping[str, tuple[str, ...]] = {
     "compute": ("compute", "elementwise", "recompute", "host"),
@@ -18,7 +18,7 @@ CAUSES: Mapping[str, tuple[str, ...]] = {
     "data": ("data",),
     "other": ("other", "waiting"),
 }
-"""Causes by name, with the parts of measurement and prediction that belong to each."""
+"""Parts of measured and predicted step times that belong to each cause."""
 _WITHIN_FORWARD_BACKWARD = tuple(
     part
     for cause in (
@@ -35,23 +35,25 @@ _WITHIN_FORWARD_BACKWARD = tuple(
 
 @dataclass(frozen=True)
 class Cause:
-    """Seconds of a step that a point loses to one cause over the ideally scaled baseline; None: not measured, or not
-    in the prediction."""
+    """Seconds of a step that a point loses to one cause, compared with ideal scaling of the baseline."""
 
     name: str
+    """Name of the cause."""
     predicted_s: float | None
+    """None if the prediction lacks it."""
     measured_s: float | None
+    """None if it was not measured."""
 
     @property
     def gap_s(self) -> float | None:
-        """Measured less predicted."""
+        """Measured minus predicted seconds."""
         if self.predicted_s is None or self.measured_s is None:
             return None
         return self.measured_s - self.predicted_s
 
 
 def causes_of(series: Series, point: Point) -> list[Cause]:
-    """What ``point`` loses, by cause, and in all; empty without a prediction by cause.
+    """What ``point`` loses by cause, and in all; empty without a prediction by cause.
 
     Where the sweep measured forward and backward as one, they are one cause and its parts are not measured."""
     predicted, measured = series.predicted_lost(point), series.lost(point)
@@ -76,7 +78,7 @@ def _sum(seconds: Mapping[str, float], parts: tuple[str, ...]) -> float | None:
 
 
 def explained(causes: list[Cause]) -> str:
-    """What the gap is made of, in a sentence."""
+    """A sentence that says which causes make up the gap."""
     whole = causes[-1].gap_s
     assert whole is not None
     known = [cause for cause in causes[:-1] if cause.gap_s is not None]

@@ -1,4 +1,4 @@
-"""Step time over tensor- and pipeline-parallel sizes: measured where the sweep has it, predicted where it has not."""
+"""Draws step times by tensor- and pipeline-parallel size: measured if the sweep has them, else predicted."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from llm_parallel.planner.memory import memory
 from llm_parallel.planner.search import fits, layouts
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.planner.steptime import step_time
+from llm_parallel.report.efficiency import Point, Series
 from llm_parallel.report.figures import Picture, new_figure
-from llm_parallel.report.scaling import Point, Series
 
 LARGEST = 8
-"""Sizes of either axis that the planner fills in; measured ones are always drawn."""
+"""Largest size of either axis for which predictions are drawn; measured layouts are always drawn."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The fastest layout with these two sizes."""
+    """The fastest layout with a pair of tensor- and pipeline-parallel sizes."""
 
     step_s: float
     is_measured: bool
 
 
 def cells_of(points: Sequence[Point]) -> dict[tuple[int, int], Cell]:
-    """Cells by TP and PP of points of one number of processes; empty where the sweep does not say TP and PP."""
+    """Cells by TP and PP from points on one number of processes; empty if the sweep does not give TP and PP."""
     cells: dict[tuple[int, int], Cell] = {}
     for point in points:
         if point.tp is None or point.pp is None:
@@ -47,8 +47,8 @@ def cells_of(points: Sequence[Point]) -> dict[tuple[int, int], Cell]:
 
 
 def _predicted(point: Point) -> dict[tuple[int, int], float]:
-    """Seconds by TP and PP of the layouts that fit, with the point's CP, micro batch and recomputation, the best number
-    of chunks; empty where the sweep lacks the configuration, or was predicted for no cluster of the package."""
+    """Predicted seconds by TP and PP of the layouts that fit, with the point's CP, micro batch and recomputation and
+    the best number of model chunks. Empty if the sweep lacks the configuration, or names no cluster of the package."""
     if not point.config or not point.cluster:
         return {}
     try:
@@ -68,7 +68,7 @@ def _predicted(point: Point) -> dict[tuple[int, int], float]:
 
 
 def heat_map(series: Series, number: int) -> Picture | None:
-    """The map of the size with most measured cells; None where it would have fewer than three."""
+    """Draws the number of processes with most measured cells; None if that has fewer than three."""
     by_size: dict[int, list[Point]] = {}
     for point in series.points:
         by_size.setdefault(point.world_size, []).append(point)

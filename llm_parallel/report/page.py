@@ -1,4 +1,4 @@
-"""Sections of a report, and the page they make."""
+"""Sections of a report, and the page that they make."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class Section:
         self.blocks.append(Block("heading", text))
 
     def list(self, items: Sequence[str], style: str = "") -> None:
-        """A list, if there is anything in it."""
+        """A list, unless it is empty."""
         if items:
             self.blocks.append(Block("list", style=style, rows=items))
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> None:
-        """A table; ``words`` are the columns that hold no numbers."""
-        numbers = [index for index in range(len(head)) if index not in words]
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = (0,)) -> None:
+        """A table; ``text_columns`` are the columns that hold no numbers."""
+        numbers = [index for index in range(len(head)) if index not in text_columns]
         self.blocks.append(Block("table", head=head, rows=rows, numbers=numbers))
 
     def picture(self, picture: Picture) -> None:
@@ -57,7 +57,7 @@ class Section:
 
 
 def render(title: str, made: str, sections: Sequence[Section]) -> str:
-    """The page. All text is escaped: a run's name or an error message may hold anything."""
+    """The page. All text is escaped, since a run's name or an error message may contain anything."""
     from jinja2 import Environment, StrictUndefined
 
     template = (resources.files("llm_parallel.report") / "page.html.j2").read_text(encoding="utf-8")

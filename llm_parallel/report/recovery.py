@@ -1,4 +1,4 @@
-"""The life of an elastic run from its events: when it trained, when it recovered, and from what."""
+"""Reconstructs from its events when an elastic run trained, when it recovered, and from which faults."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from datetime import datetime
 from typing import Any
 
 KINDS = ("starting", "training", "fault unseen", "recovering", "waiting", "stopped")
-"""``fault unseen`` is the time from the last step that was finished until a fault was detected."""
+"""Kinds of spans. ``fault unseen`` is the time from the last finished step until a fault was detected."""
 
 
 @dataclass
 class Span:
-    """A stretch of one kind, in seconds since the first event."""
+    """A span of time of one kind; times are seconds since the first event."""
 
     kind: str
     begin_s: float
     end_s: float
     processes: int = 0
-    """That train in it; 0 in every other kind."""
+    """Processes that train in it; 0 for all kinds but training."""
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Recovery:
     at_s: float
     step: int
     cause: str
-    """What was seen; once it has been judged, the verdict's words."""
+    """What was detected; after the verdict, the verdict's text."""
     fault: str = ""
-    """What the verdict lays it to: device, node, user …"""
+    """What the verdict blames: device, node, user …"""
     removed: list[str] = field(default_factory=list)
     resumed_s: float | None = None
     """When training went on; None if it did not."""
@@ -47,30 +47,30 @@ class Recovery:
 
     @property
     def lost_steps(self) -> int | None:
-        """Steps that had been made and were made again."""
+        """Number of steps that were lost and trained again."""
         return None if self.resumed_step is None else max(0, self.step - self.resumed_step)
 
 
 @dataclass
 class Life:
-    """Spans that fill the time from the first event to the last, and the recoveries in it."""
+    """Spans that cover the time from the first event to the last, and the recoveries in it."""
 
     spans: list[Span]
     recoveries: list[Recovery]
 
     def seconds(self, kind: str) -> float:
-        """Time spent in spans of ``kind``."""
+        """Seconds in spans of ``kind``."""
         return sum(span.end_s - span.begin_s for span in self.spans if span.kind == kind)
 
     @property
     def goodput(self) -> float:
-        """Share of the time, stops left out, in which the run trained; work made again counts as trained."""
+        """Share of the time without stops in which the run trained; steps that are trained again count as training."""
         alive = sum(self.seconds(kind) for kind in KINDS if kind != "stopped")
         return self.seconds("training") / alive if alive else 0.0
 
 
 def life_of(events: Sequence[dict[str, Any]], step_times: Sequence[str] = ()) -> Life | None:
-    """The life that ``events`` tell, or None if no launcher wrote them (no ``form`` among them).
+    """Reads ``events``; None if no launcher wrote them, which is so if none is of kind ``form``.
 
     ``step_times`` (ISO 8601) are those at which steps were finished: between the last one and a fault's detection, or
     the next start of a launcher that was killed and wrote no end, nothing trained.
@@ -102,7 +102,7 @@ class _Story:
     spans: list[Span] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
     joined_s: list[float] = field(default_factory=list)
-    """When nodes joined since training went on."""
+    """When nodes joined after training went on."""
 
     def take(self, at_s: float, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -135,13 +135,13 @@ class _Story:
             recovery.removed.append(f"{event.get('node')}/{event.get('device')}")
 
     def _stop_training(self, after: str, at_s: float) -> None:
-        """Training ended with the last step that was finished; what followed until now was ``after``."""
+        """Ends training at the last finished step; the time from there until now is of kind ``after``."""
         if self.kind != "training" or not self.step_times_s:
             return
         number = bisect.bisect_right(self.step_times_s, at_s)
         last_s = max(self.since_s, self.step_times_s[number - 1] if number else 0.0)
         joined_s = [joined for joined in self.joined_s if joined > last_s]
-        if after == "starting" and joined_s:  # nodes came and no step did: the launcher before was gone
+        if after == "starting" and joined_s:  # nodes joined but no step followed, so the previous launcher had died
             self._enter("stopped", last_s)
             last_s = joined_s[0]
         self._enter(after, last_s)

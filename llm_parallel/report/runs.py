@@ -1,4 +1,4 @@
-"""What a report says of a run: read from its folder, summed up, compared with others."""
+"""Reads run folders, summarises runs in numbers, and finds in which settings runs differ."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ WORK = (
     "train.global_batch_size",
     "train.precision",
 )
-"""Parts of the configuration that are the work of a step: speeds are compared where they are the same."""
+"""Parts of the configuration that decide the work of a step; speeds are compared only where they are the same."""
 UNWORK = ("model.init_std", "model.preset", "model.norm_epsilon", "model.rope_base", "model.max_seq_length_tokens")
-"""Within them, what is not."""
+"""Fields of these parts that do not change the work of a step."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as it was read."""
+    """What was read from a run folder."""
 
     name: str
     folder: Path
@@ -38,7 +38,7 @@ class Run:
     events: tuple[dict[str, Any], ...]
     """Lines of events.jsonl, oldest first; empty if there are none."""
     step_times: tuple[str, ...] = ()
-    """When each step was finished, ISO 8601, those made again included."""
+    """When each step was finished, in ISO 8601, including steps that were trained again."""
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -73,7 +73,7 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as one mapping of dotted names; lists stay whole."""
+    """Nested mappings as one mapping with dotted names; lists stay whole."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     found: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Summary:
-    """One run in numbers; NaN and empty where the run does not say."""
+    """One run in numbers; NaN or empty where the run did not record them."""
 
     steps: int
     tokens: float
@@ -92,12 +92,12 @@ class Summary:
     """Mean over the last twentieth of the steps, nats per token."""
     eval_loss: float
     sizes: tuple[int, ...]
-    """Numbers of processes it ran on, in turn."""
+    """Numbers of processes that it ran on, one after the other."""
     layouts: tuple[str, ...]
     device: str
     unit: str
     step_s: float
-    """Median over steps but the first after each start; so are those that follow."""
+    """Median seconds of a step, without the first step after each start, as for the following fields."""
     step_low_s: float
     """10th percentile of the step time."""
     step_high_s: float
@@ -105,12 +105,12 @@ class Summary:
     tokens_per_s_per_gpu: float
     mfu: float
     memory_gib: float
-    """Largest of any step."""
+    """Largest value of any step."""
     skipped: int
 
 
 def steady(history: History) -> np.ndarray:
-    """Which steps are not the first after a start, bool [number of steps]: those pay for allocation and warming up."""
+    """Which steps are not the first after a start, as bool [number of steps]; the first ones allocate and warm up."""
     steps = history.column("step")
     if len(steps) == 1:
         return np.ones(1, bool)
@@ -120,7 +120,7 @@ def steady(history: History) -> np.ndarray:
 
 
 def summarize(run: Run) -> Summary:
-    """The run in numbers."""
+    """Summarises a run in numbers."""
     history, kept = run.history, steady(run.history)
     step_s = history.column("perf/step_time")[kept]
     starts = history.starts
@@ -154,7 +154,7 @@ def _quantile(values: np.ndarray, share: float) -> float:
 
 
 def _in_turn(values: Sequence[Any]) -> list[Any]:
-    """Values without repetitions in a row, and without None."""
+    """The values without None and without consecutive repetitions."""
     found: list[Any] = []
     for value in values:
         if value is not None and found[-1:] != [value]:
@@ -163,7 +163,7 @@ def _in_turn(values: Sequence[Any]) -> list[Any]:
 
 
 def loss_at(run: Run, tokens: float) -> float:
-    """Loss when ``tokens`` had been consumed: the mean over the twentieth of the steps before."""
+    """Loss after ``tokens`` tokens: the mean over the last twentieth of the steps up to there."""
     loss = run.history.column("train/loss")[run.history.column("train/tokens") <= tokens]
     return _mean(loss[-max(1, len(loss) // 20) :])
 
@@ -179,13 +179,13 @@ BY_AXIS = {
     "waiting for data": "data",
     "other": "other",
 }
-"""Parts of a step of a run that told them apart (log.comm_time), and their names in its metrics, ``time/tp_s``."""
+"""Parts of a step that a run with log.comm_time records, and their names in the metrics, as in ``time/tp_s``."""
 TIME_PARTS = ("forward and backward", "exposed communication", *BY_AXIS)
 
 
 def time_split(history: History) -> dict[str, float]:
-    """Mean seconds of a steady step by part; they add up to the mean step time. Means over all processes where the run
-    recorded them, else of rank 0."""
+    """Mean seconds by part of steps that are not the first after a start; they add up to the mean step time. They are
+    means over all processes if the run recorded those, else of rank 0."""
     kept = steady(history)
 
     def mean(name: str) -> float:
@@ -208,7 +208,7 @@ def time_split(history: History) -> dict[str, float]:
 
 
 def differing_fields(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Configuration fields that are not the same in all runs, with each run's value."""
+    """Configuration fields that differ between the runs, with the value of each run."""
     names = dict.fromkeys(name for run in runs for name in run.config)
     return [
         (name, [str(run.config.get(name, "—")) for run in runs])
@@ -218,7 +218,7 @@ def differing_fields(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def different_work(first: Run, second: Run) -> list[str]:
-    """Fields of the work of a step in which two runs differ; they then have no common speed."""
+    """Fields of the work of a step in which two runs differ, so that their speeds can't be compared."""
     if not first.config or not second.config:
         return ["config.yaml is missing"]
     return [

@@ -1,4 +1,4 @@
-"""What the report says, section by section."""
+"""Writes the sections of the report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from llm_parallel.model.flops import CONVENTIONS
+from llm_parallel.report.efficiency import Series, sentence
 from llm_parallel.report.figures import (
     Picture,
     layout_map,
@@ -18,6 +19,7 @@ from llm_parallel.report.figures import (
 from llm_parallel.report.gap import causes_of, explained
 from llm_parallel.report.heatmap import heat_map
 from llm_parallel.report.page import Section
+from llm_parallel.report.pipeline_of_run import schedule_of
 from llm_parallel.report.recovery import Life, Recovery, life_of
 from llm_parallel.report.runs import (
     TIME_PARTS,
@@ -29,8 +31,6 @@ from llm_parallel.report.runs import (
     summarize,
     time_split,
 )
-from llm_parallel.report.scaling import Series, sentence
-from llm_parallel.report.schedule import schedule_of
 
 
 def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> list[Section]:
@@ -142,7 +142,7 @@ def _comparison(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
         section.table(
             ("field", *(run.name for run in runs)),
             [(name, *values) for name, values in fields],
-            words=range(len(runs) + 1),
+            text_columns=range(len(runs) + 1),
         )
     return section
 
@@ -174,7 +174,7 @@ def _life(section: Section, run: Run, life: Life, number: int, pictures: list[Pi
     if life.recoveries:
         head = ("#", "at", "step", "fault", "cause", "removed", "recovered in", "steps again", "goes on with")
         rows = [_recovery_row(index, recovery) for index, recovery in enumerate(life.recoveries, start=1)]
-        section.table(head, rows, words=(3, 4, 5, 8))
+        section.table(head, rows, text_columns=(3, 4, 5, 8))
 
 
 def _recovery_row(index: int, recovery: Recovery) -> tuple[str, ...]:
@@ -191,7 +191,7 @@ def _short(text: str, most: int = 160) -> str:
 
 
 def scaling_section(sweeps: Sequence[Series], pictures: list[Picture]) -> Section:
-    """Efficiency with its baseline, what is doubtful, and what was lost to what."""
+    """Scaling efficiency with its baseline, doubtful points, and the time lost by cause."""
     section = Section("scaling", "Scaling efficiency")
     drawn = scaling_pictures(sweeps)
     section.picture(drawn[0])
@@ -202,7 +202,7 @@ def scaling_section(sweeps: Sequence[Series], pictures: list[Picture]) -> Sectio
         section.text(sentence(series))
         if series.work:
             section.text("Work: " + ", ".join(f"{name} {value}" for name, value in series.work.items()) + ".", "faint")
-        section.table(*_scaling_table(series), words=(1,))
+        section.table(*_scaling_table(series), text_columns=(1,))
         flags = [
             f"{_count(point.world_size, 'process')}: {flag}" for point in series.best for flag in series.flags(point)
         ]
@@ -240,7 +240,8 @@ def _scaling_table(series: Series) -> tuple[Sequence[str], list[Sequence[str]]]:
 
 
 def _gap(section: Section, series: Series) -> None:
-    """Measured against predicted losses of the largest size by cause, where the sweep has a prediction by cause."""
+    """Adds a table of measured and predicted losses by cause on the most processes, if the sweep has predictions by
+    cause."""
     last = series.best[-1]
     causes = causes_of(series, last)
     if not causes:
@@ -281,12 +282,12 @@ def _count(number: int, noun: str) -> str:
 
 
 def _unbroken(layout: str) -> str:
-    """A layout that no line break takes apart."""
+    """The layout with spaces at which no line is broken."""
     return layout.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _changes(values: Sequence[str]) -> str:
-    """One after the other; of many the first, the last and how often it changed."""
+    """The values one after the other; of many only the first, the last, and the number of changes."""
     shown = values if len(values) <= 4 else (values[0], "…", values[-1])
     text = " → ".join(map(_unbroken, shown)) or "—"
     return text if len(values) <= 4 else f"{text} ({len(values) - 1} changes)"

@@ -1,54 +1,86 @@
-"""The micro batches of one process, in the order in which the run consumes them."""
+"""Where the micro batches of a step come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Protocol
 
 import torch
 
+from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.data.loader import Batch, MicroBatchLoader
+from llm_parallel.data.batch import Batch
+from llm_parallel.data.loader import MicroBatchLoader
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.parallel.groups import Groups
+from llm_parallel.parallel.layout import Layout
 from llm_parallel.train.step_settings import global_batch_size
 
 
-def training_samples(config: RunConfig, groups: Groups, consumed: int) -> Iterator[range]:
-    """Sample numbers of each micro batch of this replica from ``consumed`` on, without end."""
-    while True:
-        size = global_batch_size(config.train, consumed)
-        yield from groups.layout.micro_batches(consumed, size, groups.at.dp)
-        consumed += size
+class Feed(Protocol):
+    """Hands out the micro batches of each step."""
+
+    @property
+    def offers(self) -> tuple[str, ...]:
+        """Columns and facts that its batches have."""
+
+    def step(self, state: TrainState) -> Sequence[Batch]:
+        """This replica's micro batches of the step that begins in ``state``. Every process of the job calls this."""
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
 
 
-def open_training_data(config: RunConfig, groups: Groups, consumed: int) -> MicroBatchLoader:
-    """Loader of this replica's micro batches, reading ahead in the background."""
-    source = SampleSource(config.data, config.seed, "train", config.model.vocab_size)
-    numbers = training_samples(config, groups, consumed)
-    return MicroBatchLoader(source, numbers, groups.platform.device, config.data.prefetch_batches)
+class TokenFeed:
+    """The endless round of pretraining: samples of token files by number, read ahead in the background. Steps follow
+    each other from the state with which it was opened."""
+
+    offers: tuple[str, ...] = ()
+
+    def __init__(self, config: RunConfig, groups: Groups, consumed_samples: int) -> None:
+        self._train = config.train
+        self._layout = Layout.from_config(config, groups.mesh.world_size)
+        self._dp_rank = groups.at.dp
+        source = SampleSource(config.data, config.seed, "train", config.model.vocab_size)
+        self._loader = MicroBatchLoader(
+            source, self._numbers(consumed_samples), groups.platform.device, config.data.prefetch_batches
+        )
+
+    def _numbers(self, consumed: int) -> Iterator[range]:
+        """Sample numbers of each micro batch of this replica from ``consumed`` on, without end."""
+        while True:
+            size = global_batch_size(self._train, consumed)
+            yield from self._layout.micro_batches(consumed, size, self._dp_rank)
+            consumed += size
+
+    def step(self, state: TrainState) -> list[Batch]:
+        """See ``Feed``."""
+        size = global_batch_size(self._train, state.consumed_samples)
+        return [next(self._loader) for _ in range(self._layout.num_micro_batches(size, self._dp_rank))]
+
+    def close(self) -> None:
+        """Ends the reading thread."""
+        self._loader.close()
 
 
 def evaluation_batches(config: RunConfig, groups: Groups) -> list[Batch]:
     """This replica's held-out micro batches: the same samples in every layout. Micro batches that only fill up the
-    replicas' or the interleaved schedule's count have an empty loss mask. Empty if there is no held-out data."""
+    replicas' or the interleaved schedule's count have no weight. Empty if there is no held-out data."""
     data = config.data
     if not data.eval and not data.eval_fraction:
         return []
-    layout, wanted = groups.layout, config.train.eval_samples
+    layout, wanted = Layout.from_config(config, groups.mesh.world_size), config.train.eval_samples
     unit = layout.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
     filled = -(-wanted // unit) * unit
     numbers = list(layout.micro_batches(0, filled, groups.at.dp))
     source = SampleSource(data, config.seed, "eval", config.model.vocab_size)
-    loader = MicroBatchLoader(source, iter(numbers), groups.platform.device, data.prefetch_batches)
-    try:
+    with MicroBatchLoader(source, iter(numbers), groups.platform.device, data.prefetch_batches) as loader:
         batches = list(islice(loader, len(numbers)))
-    finally:
-        loader.close()
     return [_without_surplus(batch, part, wanted) for batch, part in zip(batches, numbers)]
 
 
 def _without_surplus(batch: Batch, numbers: range, wanted: int) -> Batch:
-    keep = torch.tensor([float(number < wanted) for number in numbers], device=batch.loss_mask.device)
-    return replace(batch, loss_mask=batch.loss_mask * keep.unsqueeze(1))
+    keep = torch.tensor([float(number < wanted) for number in numbers], device=batch.weights.device)
+    return replace(batch, weights=batch.weights * keep.unsqueeze(1))

@@ -1,39 +1,43 @@
-"""One optimizer step, and one evaluation."""
+"""One optimizer step, and one evaluation, of whatever objective."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
-from llm_parallel.data.loader import Batch
-from llm_parallel.parallel.layout import Layout
-from llm_parallel.parallel.wrap import Engine
+from llm_parallel.data.batch import Batch
+from llm_parallel.objectives.base import Objective, Output
+from llm_parallel.parallel.engine import Engine, Network
+from llm_parallel.parallel.groups import Groups
+from llm_parallel.parallel.stages import Stages
 
 
 @dataclass(frozen=True)
 class StepOutcome:
     """What one forward and backward over a global batch found, the same on every process.
 
-    loss: nats per unmasked token; grad_norm: L2 norm of the whole gradient before clipping; tokens: unmasked tokens;
-    stop: whether some process asked to stop; pause: whether one asked for all to leave after the step; seconds are wall
-    time on this process; not_finite: replicas whose own loss is NaN or infinite.
+    loss: mean over the objective's units, for tokens in nats; grad_norm: L2 norm of the whole gradient before clipping;
+    count: units; statistics: the objective's, divided by the count; stop: whether some process asked to stop; pause:
+    whether one asked for all to leave after the step; seconds are wall time on this process; not_finite: replicas whose
+    own loss is NaN or infinite.
     """
 
     loss: float
     grad_norm: float
-    tokens: int
+    count: int
     stop: bool
     forward_backward_s: float
     not_finite: int = 0
     pause: bool = False
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,77 +53,111 @@ class Wishes:
 NO_WISHES = Wishes()
 
 
-def context_shard(batch: Batch, layout: Layout, cp_rank: int) -> Batch:
-    """The part of a micro batch that context-parallel rank ``cp_rank`` holds; document starts stay whole."""
-    if layout.cp == 1:
-        return batch
-    ranges = layout.token_ranges(batch.tokens.shape[1], cp_rank)
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the job: the objective's totals, counts and statistics; processes that wish to stop, that wish to
+    pause; replicas whose own loss is not finite."""
 
-    def take(x: Tensor) -> Tensor:
-        return torch.cat([x[:, part.start : part.stop] for part in ranges], dim=1)
+    total: float
+    count: float
+    statistics: dict[str, float]
+    stops: float
+    pauses: float
+    not_finite: float
 
-    return replace(batch, tokens=take(batch.tokens), labels=take(batch.labels), loss_mask=take(batch.loss_mask))
-
-
-def _token_loss(loss_mask: Tensor, output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of losses and count of tokens; megatron-core divides the gradient by the count of all processes. output: the
-    losses, or their masked sum and they."""
-    total = (output * loss_mask).sum() if isinstance(output, Tensor) else output[0]
-    count = loss_mask.sum()
-    return total, count.to(torch.int32), {"loss": torch.stack((total.detach(), count))}
+    @property
+    def mean(self) -> float:
+        """Mean loss of a unit."""
+        return self.total / max(self.count, 1)
 
 
-def _forward(iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
+def _terms(objective: Objective, groups: Groups, batch: Batch, output: Output) -> tuple[Tensor, Tensor, dict]:
+    """What megatron-core's schedules expect of a loss: a sum, the count of all processes by which it divides the
+    gradient, and what it is to hand back."""
+    found = objective(batch, groups, output)
+    stats = [found.stats[name].detach() for name in objective.statistics]
+    sums = torch.stack([x.float() for x in (found.total.detach(), found.count, *stats)])
+    return found.total, found.count.to(torch.int32), {"sums": sums}
+
+
+def _forward(objective: Objective, groups: Groups, iterator: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
     batch = next(iterator)
-    output = chunk(batch.tokens, labels=batch.labels, document_starts=batch.document_starts, loss_mask=batch.loss_mask)
-    return output, partial(_token_loss, batch.loss_mask)
+    weights = batch.weights if objective.weighted_in_model else None
+    output = chunk(
+        batch.tokens,
+        labels=batch.labels,
+        documents=batch.documents,
+        weights=weights,
+        loss_options=objective.loss_options,
+    )
+    return output, partial(_terms, objective, groups, batch)
 
 
-def _micro_batches(engine: Engine, batches: Sequence[Batch]) -> Iterator[Batch]:
+def _micro_batches(network: Network, batches: Sequence[Batch]) -> Iterator[Batch]:
     for batch in batches:
-        for look in engine.before_micro_batch:
+        for look in network.before_micro_batch:
             look()
         yield batch
 
 
-def run_schedule(
-    engine: Engine, batches: Sequence[Batch], forward_only: bool, wishes: Wishes = NO_WISHES
-) -> list[float]:
-    """Runs all micro batches through the pipeline; gradients end up reduced and divided by the global token count.
+def _schedule(stages: Stages) -> Any:
+    """megatron-core's pipeline schedule for a model's stages."""
+    if stages.pp == 1:
+        return schedules.forward_backward_no_pipelining
+    if stages.vpp == 1:
+        return schedules.forward_backward_pipelining_without_interleaving
+    return schedules.forward_backward_pipelining_with_interleaving
 
-    Returns [sum of losses, unmasked tokens, processes that wish to stop, that wish to pause, replicas whose own loss is
-    not finite] over the whole job.
+
+def run_schedule(
+    network: Network, objective: Objective, batches: Sequence[Batch], forward_only: bool, wishes: Wishes = NO_WISHES
+) -> Sums:
+    """Runs all micro batches through the pipeline; gradients end up reduced and divided by the global count.
+
+    ``batches`` are whole samples; each process takes its context-parallel shard of them.
     """
-    groups = engine.groups
-    sharded = [context_shard(batch, groups.layout, groups.at.cp) for batch in batches]
+    groups = network.groups
     rows, tokens = batches[0].tokens.shape
-    results = get_forward_backward_func()(
-        forward_step_func=_forward,
-        data_iterator=[_micro_batches(engine, sharded) for _ in engine.chunks],
-        model=engine.chunks,
+    sharded = [batch.context_shard(groups.mesh, groups.at.cp) for batch in batches]
+    results = _schedule(network.stages)(
+        forward_step_func=partial(_forward, objective, groups),
+        data_iterator=[_micro_batches(network, sharded) for _ in network.chunks],
+        model=list(network.chunks),
         num_microbatches=len(sharded),
         seq_length=tokens,
         micro_batch_size=rows,
         forward_only=forward_only,
     )
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2 + len(objective.statistics), dtype=torch.float64)
     if results and groups.reports_loss:
-        sums = torch.stack([result["loss"] for result in results]).double().sum(0).cpu()
+        sums = torch.stack([result["sums"] for result in results]).double().sum(0).cpu()
     own = sums.tolist()
     wishes.ready(own[0])
-    return groups.sum_over_world(*own, float(wishes.stop), float(wishes.pause), float(not math.isfinite(own[0])))
+    everywhere = groups.sum_over_world(*own, float(wishes.stop), float(wishes.pause), float(not math.isfinite(own[0])))
+    total, count, *stats = everywhere[: len(own)]
+    return Sums(total, count, dict(zip(objective.statistics, stats)), *everywhere[len(own) :])
 
 
-def forward_backward(engine: Engine, batches: Sequence[Batch], wishes: Wishes = NO_WISHES) -> StepOutcome:
+def forward_backward(
+    engine: Engine, objective: Objective, batches: Sequence[Batch], wishes: Wishes = NO_WISHES
+) -> StepOutcome:
     """Loss and gradient of one global batch, of which ``batches`` are this replica's micro batches."""
     started = time.perf_counter()
     engine.zero_grad()
-    loss_sum, tokens, stops, pauses, not_finite = run_schedule(engine, batches, forward_only=False, wishes=wishes)
+    sums = run_schedule(engine.network, objective, batches, forward_only=False, wishes=wishes)
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
     seconds = time.perf_counter() - started
-    loss = loss_sum / max(tokens, 1)
-    return StepOutcome(loss, grad_norm, int(tokens), stops > 0, seconds, int(not_finite), pauses > 0)
+    return StepOutcome(
+        loss=sums.mean,
+        grad_norm=grad_norm,
+        count=int(sums.count),
+        stop=sums.stops > 0,
+        forward_backward_s=seconds,
+        not_finite=int(sums.not_finite),
+        pause=sums.pauses > 0,
+        statistics={name: total / max(sums.count, 1) for name, total in sums.statistics.items()},
+    )
 
 
 def apply_gradient(engine: Engine, outcome: StepOutcome, lr: float, clip_grad: float) -> None:
@@ -130,9 +168,10 @@ def apply_gradient(engine: Engine, outcome: StepOutcome, lr: float, clip_grad: f
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Sequence[Batch]) -> tuple[float, int]:
-    """Loss in nats per token, and tokens, of held-out micro batches; weights and gradients stay as they are."""
-    engine.set_training(False)
-    loss_sum, tokens, *_ = run_schedule(engine, batches, forward_only=True)
-    engine.set_training(True)
-    return loss_sum / max(tokens, 1), int(tokens)
+def evaluate(network: Network, objective: Objective, batches: Sequence[Batch]) -> tuple[float, int]:
+    """Mean loss and count of the objective's units over held-out micro batches; weights and gradients stay as they
+    are."""
+    network.set_training(False)
+    sums = run_schedule(network, objective, batches, forward_only=True)
+    network.set_training(True)
+    return sums.mean, int(sums.count)

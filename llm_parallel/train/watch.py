@@ -6,14 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from llm_parallel.checkpoint.state import TrainState
-from llm_parallel.parallel.wrap import Engine
-
-if TYPE_CHECKING:
-    from llm_parallel.train.loop import Run
-    from llm_parallel.train.step import StepOutcome
+from llm_parallel.parallel.engine import Models
+from llm_parallel.train.run import Run
+from llm_parallel.train.step import StepOutcome
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Watch:
     uneven = False
     """Whether replicas may have different numbers of micro batches."""
 
-    def restore(self, engine: Engine) -> Resumed | None:
+    def restore(self, models: Models) -> Resumed | None:
         """State to go on from that is nearer than the newest checkpoint; None if there is none."""
         return None
 

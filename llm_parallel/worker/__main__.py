@@ -38,10 +38,11 @@ def run_worker(arguments: Sequence[str]) -> int:
             environment.export()
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        from llm_parallel.train.loop import Place, pretrain
+        from llm_parallel.train.loop import run_training
+        from llm_parallel.train.run import Place
 
         place = Place(environment.rank, environment.world_size, environment.local_rank)
-        state = pretrain(config, place, asked_to_stop=lambda: bool(requests))
+        state = run_training(config, place, asked_to_stop=lambda: bool(requests))
     except Exception as error:
         return report_error(log_dir, environment.rank, explained(error, environment))
     return 0 if state.step >= config.train.steps else EXIT_STOPPED

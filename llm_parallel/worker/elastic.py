@@ -28,13 +28,14 @@ from torch.distributed import distributed_c10d
 from llm_launch.member import Assignment, Member
 from llm_launch.progress import Marker, ProgressPage
 from llm_launch.states import Outcome
-from llm_parallel.checkpoint.memory import LocalSource, MemoryCheckpoint, RemoteSource, ReplicaLost, Source, restore
+from llm_parallel.checkpoint.copies import LocalSource, MemoryCopies, RemoteSource, ReplicaLost, Source, restore
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.load import load_config
 from llm_parallel.errors import UserError
-from llm_parallel.parallel.wrap import Engine
+from llm_parallel.parallel.engine import POLICY, Models, network_of
 from llm_parallel.quiet import quiet_libraries
-from llm_parallel.train.loop import Place, Run, pretrain
+from llm_parallel.train.loop import run_training
+from llm_parallel.train.run import Place, Run
 from llm_parallel.train.step import StepOutcome
 from llm_parallel.train.step_settings import global_batch_size
 from llm_parallel.train.watch import Resumed, Watch
@@ -50,22 +51,22 @@ class ElasticWatch(Watch):
 
     def __init__(self, member: Member, assignment: Assignment) -> None:
         self.member, self.assignment = member, assignment
-        self.memory: MemoryCheckpoint | None = None
+        self.memory: MemoryCopies | None = None
         self._config: Any = None
         self._probe: DeviceProbe | None = None
         self._own_loss = 0.0
         self._stopwatch: Any = None
 
-    def restore(self, engine: Engine) -> Resumed | None:
+    def restore(self, models: Models) -> Resumed | None:
         """From the memory of the nodes that the assignment names."""
         wanted = self.assignment.restore
         if wanted is None:
             return None
-        groups = engine.groups
-        layout, at = groups.layout, groups.at
-        sources = self._sources(wanted, (at.dp * layout.cp + at.cp + 0.5) / (layout.dp * layout.cp))
+        groups = network_of(models[POLICY]).groups
+        mesh, at = groups.mesh, groups.at
+        sources = self._sources(wanted, (at.dp * mesh.cp + at.cp + 0.5) / (mesh.dp * mesh.cp))
         changed: list[str] = []
-        state = restore(engine, sources, changed.extend)
+        state = restore(models, sources, changed.extend)
         return Resumed(state, f"step {state.step} from memory", changed)
 
     def _sources(self, wanted: dict[str, Any], place: float) -> list[Callable[[], Source]]:
@@ -89,10 +90,10 @@ class ElasticWatch(Watch):
         self.member.describe_collectives = _collectives
         self._stopwatch = Stopwatch(run.engine.groups.platform.device)
         run.engine.before_reduction.append(self._stopwatch.stop)
-        run.engine.before_micro_batch.append(self._leave_if_given_up)
+        run.engine.network.before_micro_batch.append(self._leave_if_given_up)
         if self._config.replicate_every_steps:
-            self.memory = MemoryCheckpoint(
-                run.engine,
+            self.memory = MemoryCopies(
+                run.models,
                 Path(self.member.replica_dir),
                 self.assignment.generation,
                 self.assignment.partner,
@@ -119,20 +120,20 @@ class ElasticWatch(Watch):
         if self._probe is not None and step % config.probe_every_steps == 0:
             self.member.marker.probe_s = self._probe.run()
             self.member.marker.own_s = self._stopwatch.mean_s()
-        layout, at = run.engine.groups.layout, run.engine.groups.at
         size = global_batch_size(run.config.train, run.state.consumed_samples)
-        self._stopwatch.start(layout.num_micro_batches(size, at.dp))
+        self._stopwatch.start(run.layout.num_micro_batches(size, run.groups.at.dp))
 
     def _compare(self, run: Run, step: int) -> None:
         groups = run.engine.groups
-        replicas = groups.layout.dp * groups.layout.cp
+        mesh = groups.mesh
+        replicas = mesh.dp * mesh.cp
         if replicas == 1:
             return
-        own = weights_checksum(run.engine).to(groups.platform.device)
+        own = weights_checksum(run.models).to(groups.platform.device)
         all_of_them = [torch.empty_like(own) for _ in range(replicas)]
         dist.all_gather(all_of_them, own, group=groups.collection.dp_cp)
         sums = [int(value) for value in all_of_them]
-        odd = odd_one_out(sums, groups.at.dp * groups.layout.cp + groups.at.cp)
+        odd = odd_one_out(sums, groups.at.dp * mesh.cp + groups.at.cp)
         # All leave together: those that agree must not go on into a step that the others do not make.
         anywhere, ours = groups.sum_over_world(float(len(set(sums)) > 1), float(odd))
         if anywhere:
@@ -151,7 +152,7 @@ class ElasticWatch(Watch):
 
     def judged(self, run: Run, outcome: StepOutcome, size: int) -> None:
         """NaN from some replicas only may be a device's fault: the step is made again elsewhere first."""
-        replicas = run.engine.groups.layout.dp * run.engine.groups.layout.cp
+        replicas = run.groups.mesh.dp * run.groups.mesh.cp
         step = run.state.step + 1
         if not 0 < outcome.not_finite < replicas or step in self.assignment.believe or self.memory is None:
             return
@@ -212,7 +213,7 @@ def train_generation(member: Member, assignment: Assignment, run_file: str) -> T
     watch = ElasticWatch(member, assignment)
     place = Place(assignment.rank, assignment.world_size, assignment.local_rank, store, assignment.elapsed_s)
     try:
-        return pretrain(config, place, asked_to_stop=lambda: member.asked_to_stop, watch=watch)
+        return run_training(config, place, asked_to_stop=lambda: member.asked_to_stop, watch=watch)
     finally:
         watch.close()
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from llm_parallel.train.loop import Run
+from llm_parallel.model.tensors import is_matrix_of_layer
+from llm_parallel.parallel.mcore_optimizer import distributed_parts, shards_of
+from llm_parallel.train.run import Run
 
 
 class DrillError(RuntimeError):
@@ -43,15 +45,12 @@ def _other_share(run: Run) -> torch.Tensor | None:
     """One weight of a matrix inside the layers whose optimizer state another replica holds, so that what happens to it
     here stays here until the step's end. None while there is no other replica: the fault waits for one."""
     own: dict[int, tuple[int, int]] = {}
-    for part in run.engine.optimizer.chained_optimizers:
-        for models in (*getattr(part, "model_fp32_groups", ()), *getattr(part, "model_float16_groups", ())):
-            for model in models:
-                where = part._get_model_param_range_map(model)["param"]
-                own[id(model)] = (where.start, where.end)
+    if distributed_parts(run.engine.optimizer):
+        own = {id(shard.parameter): (shard.start, shard.stop) for shard in shards_of(run.engine.optimizer)}
     for model in run.engine.models:
         for name, parameter in model.named_parameters():
             start, stop = own.get(id(parameter), (0, 0))
             flat = parameter.detach().view(-1)
-            if "linear" in name and (start > 0 or stop < flat.numel()):
+            if is_matrix_of_layer(name) and (start > 0 or stop < flat.numel()):
                 return flat[:1] if start > 0 or stop == 0 else flat[-1:]
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_parallel.parallel.wrap import Engine
+from llm_parallel.parallel.engine import Models, network_of
 
 SIZE = {"cuda": 4096, "cpu": 192}
 REPEATS = 3
@@ -104,11 +104,12 @@ class Stopwatch:
         return event
 
 
-def weights_checksum(engine: Engine) -> Tensor:
+def weights_checksum(models: Models) -> Tensor:
     """int64 [1]: sum of the bit patterns of this process's weights, each weighted by its place in a cycle of primes so
     that exchanged values show too."""
     total = torch.zeros(1, dtype=torch.int64)
-    for number, parameter in enumerate(p for model in engine.models for p in model.parameters()):
+    weights = [p for model in models.values() for chunk in network_of(model).models for p in chunk.parameters()]
+    for number, parameter in enumerate(weights):
         integers = parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
         total += integers.sum(dtype=torch.int64).cpu() * (2 * number + 1)
     return total

@@ -1,4 +1,4 @@
-"""Stages that end in every way that a stage can; the suite runs them in its worker as it does the real ones."""
+"""Stages that end in every possible way; the suite runs them in its worker like the real ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = [{"operator": "rope", "shape": "s", "mode": "all", "provider": "ours", "n
 
 
 def good(job: Job) -> Mapping[str, Any]:
-    """Comes to its end."""
+    """Finishes."""
     return {"rows": ROWS}
 
 
@@ -27,13 +27,13 @@ def raising(job: Job) -> Mapping[str, Any]:
 
 
 def dying(job: Job) -> Mapping[str, Any]:
-    """Its process ends with it, as by a segmentation fault."""
+    """Ends its process, as a segmentation fault does."""
     job.save({"rows": ROWS})
     os._exit(7)
 
 
 def dying_in_one(job: Job) -> Mapping[str, Any]:
-    """Its process dies in one of its things, which it leaves out when it is told."""
+    """Ends its process in one item, which it leaves out at the next try."""
     if not job.previous.get("died"):
         job.save({"rows": ROWS, "begun": "one"})
         os._exit(7)
@@ -41,14 +41,14 @@ def dying_in_one(job: Job) -> Mapping[str, Any]:
 
 
 def hanging(job: Job) -> Mapping[str, Any]:
-    """Never ends, and neither does a program that it has started."""
+    """Never ends, nor does a program that it starts."""
     job.save({"rows": ROWS})
     run([sys.executable, "-c", f"import time; time.sleep(600)  # {job.options['mark']}"], job.work / "program.log", 600)
     return {}
 
 
 def lost_twice(job: Job) -> Mapping[str, Any]:
-    """Ends its process's GPU work two times, then goes on from what it had saved."""
+    """Loses the GPU two times, then goes on from what it had saved."""
     rows = list(job.previous.get("rows", []))
     if len(rows) < 2:
         job.save({"rows": [*rows, *ROWS]})
@@ -57,19 +57,19 @@ def lost_twice(job: Job) -> Mapping[str, Any]:
 
 
 def always_lost(job: Job) -> Mapping[str, Any]:
-    """Has no end."""
+    """Loses the GPU at every try."""
     raise Lost("the GPU is gone")
 
 
 def without_time(job: Job) -> Mapping[str, Any]:
-    """Had no time for one of its things, which it does at the second try."""
+    """Leaves out one item for lack of time, and does it at the second try."""
     if job.previous.get("rows"):
         return {"rows": [*job.previous["rows"], *ROWS], "left_out": []}
     return {"rows": ROWS, "left_out": ["the other"]}
 
 
 def slow(job: Job) -> Mapping[str, Any]:
-    """Long enough to be cut."""
+    """Runs long enough to be cut short."""
     job.save({"rows": ROWS})
     time.sleep(20)
     return {"rows": ROWS}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,20 +14,23 @@ from torch import nn
 
 from llm_parallel.bench.clock import SplitClock
 from llm_parallel.bench.contenders import chosen, initial_hf_weights
-from llm_parallel.bench.step import Request, as_rows, label, one_process_config, table
+from llm_parallel.bench.requests import StepRequest
+from llm_parallel.bench.step import as_rows, one_process_config, table
+from llm_parallel.bench.step_request import label
 from llm_parallel.bench.turns import Finding
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import flops_per_token, parameter_count
 from tests.support.commands import assert_refused, llm_parallel
+from tests.support.in_process import in_process
 
 SMALL = ("model.vocab_size=100", "data.seq_length_tokens=32", "train.global_batch_size=4", "train.micro_batch_size=2",
          "device=cpu", "train.threads_per_process=1", "optim.lr=1e-3")  # fmt: skip
 
 
 def config(*overrides: str) -> RunConfig:
-    return one_process_config(Request([*SMALL, *overrides], model="debug"))
+    return one_process_config(StepRequest([*SMALL, *overrides], model="debug"))
 
 
 @pytest.mark.slow
@@ -76,12 +79,17 @@ def test_hf_weights_are_those_of_a_checkpoint(tied: bool) -> None:
     assert deviation == pytest.approx(0.02 / (2 * of.model.num_layers) ** 0.5, rel=0.05)
 
 
-def test_split_clock() -> None:
+def test_split_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time inside the module is forward's, the rest that of the part entered last."""
+    now = [100.0]
+    monkeypatch.setattr("llm_parallel.bench.clock.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
 
     class Slow(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.05)
+            passes(0.5)
             return x
 
     module = Slow()
@@ -89,15 +97,14 @@ def test_split_clock() -> None:
     with clock.watching():
         clock.enter("backward")
         module(torch.zeros(1))
-        time.sleep(0.1)
+        passes(3.0)
         module(torch.zeros(1))
         clock.enter("update")
-        time.sleep(0.02)
+        passes(0.25)
         parts = clock.seconds()
-    assert set(parts) == {"forward", "backward", "update"}
-    assert 0.1 <= parts["forward"] < 0.15 and 0.1 <= parts["backward"] < 0.15 and 0.02 <= parts["update"] < 0.07
+    assert parts == pytest.approx({"forward": 1.0, "backward": 3.0, "update": 0.25})
     module(torch.zeros(1))
-    assert sum(clock.seconds().values()) < 1e-3  # nothing is watched any more
+    assert clock.seconds() == {}  # nothing is watched after the context
 
 
 def findings() -> dict[str, Finding]:
@@ -141,17 +148,17 @@ def test_labels_tell_models_and_batches_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "message"),
     [
-        (Request(["a.yaml", "b.yaml"]), "takes one run file"),
-        (Request(["train.steps=3"]), "needs a run file or --model"),
-        (Request(["parallel.tp=2", *SMALL], model="debug"), "parallel describes 2 processes"),
-        (Request(["device=cpu"], model="debug"), "model.vocab_size is not set"),
-        (Request(SMALL, model="llama5"), "model.preset"),
+        (StepRequest(["a.yaml", "b.yaml"]), "takes one run file"),
+        (StepRequest(["train.steps=3"]), "needs a run file or --model"),
+        (StepRequest(["parallel.tp=2", *SMALL], model="debug"), "parallel describes 2 processes"),
+        (StepRequest(["device=cpu"], model="debug"), "model.vocab_size is not set"),
+        (StepRequest(SMALL, model="llama5"), "model.preset"),
     ],
 )
-def test_bad_requests(request_: Request, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_bad_requests(request_: StepRequest, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         one_process_config(request_)
 
 
@@ -166,5 +173,5 @@ def test_bad_providers() -> None:
 
 def test_bad_input_of_the_command(tmp_path: Path) -> None:
     arguments = ("bench", "step", "--model", "debug", *SMALL)
-    assert_refused(llm_parallel(*arguments, "--providers", "nemo"), "--providers nemo is unknown")
-    assert_refused(llm_parallel(*arguments, "--baseline", tmp_path / "none.json"), "is not a result of bench")
+    assert_refused(in_process(*arguments, "--providers", "nemo"), "--providers nemo is unknown")
+    assert_refused(in_process(*arguments, "--baseline", tmp_path / "none.json"), "is not a result of bench")

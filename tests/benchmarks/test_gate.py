@@ -1,4 +1,4 @@
-"""Holding a result against an earlier one."""
+"""Comparing a result with an earlier one."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 
 def measured(rows: list[dict[str, Any]], provider: str) -> set[tuple[str, str]]:
-    """(operator, mode) of which a provider has a time."""
+    """Pairs (operator, mode) for which a provider has a time."""
     return {(row["operator"], row["mode"]) for row in rows if row["provider"] == provider and row["median_ms"]}
 
 

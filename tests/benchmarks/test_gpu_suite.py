@@ -1,5 +1,6 @@
-"""The GPU suite brings home what it has whatever fails, hangs or is cut, and goes on where it was cut off. Its parent
-is shown on stages that end in every way a stage can; its real stages are rehearsed in test_gpu_rehearsal.py."""
+"""The GPU suite keeps its results when a stage fails, hangs or is cut short, and goes on where it was cut short. These
+tests run its parent process with stages that end in every possible way; test_gpu_rehearsal.py rehearses the real
+stages."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def test_a_stage_that_fails_costs_its_own_rows(tmp_path: Path) -> None:
-    """Raising, dying and losing the GPU: what was saved stays, the others run, and three files go home."""
+    """A stage raises, dies or loses the GPU: its saved rows stay, the other stages run, and three files are written."""
     names = ["raising", "good", "dying", "dying_in_one", "lost_twice", "always_lost", "without_time"]
     one = Suite(tmp_path / "out", tmp_path / "work", 120.0, stages(*names))
     assert run_suite(one) == 1
@@ -124,7 +125,7 @@ def test_time_is_dealt_by_share() -> None:
 
 
 def test_the_readme_lists_the_stages() -> None:
-    """In their order, each with its seconds of a whole run."""
+    """In their order, each with its share of a whole run in seconds."""
     rows = re.findall(r"^\| (\w+) \| .* \| (\d+) \|$", (plan.ROOT / "benchmarks/README.md").read_text(), re.MULTILINE)
     ends = list(deadlines(plan.STAGES, now=0.0, end=plan.BUDGET_S - suite.RESERVE_S).items())
     seconds = [(name, str(round(end - before))) for (name, end), (_, before) in zip(ends, [("", 0.0), *ends])]
@@ -161,7 +162,7 @@ def test_nvidia_smi_is_read() -> None:
 
 
 def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch says of a card, on a stand-in for it; what one version lacks costs no other line."""
+    """torch's properties of a GPU, from a stand-in; a property that one version lacks does not affect the others."""
     torch = pytest.importorskip("torch")
     card = SimpleNamespace(
         name="NVIDIA H200", total_memory=139 * 2**30, multi_processor_count=132, major=9, minor=0,
@@ -215,7 +216,7 @@ def test_the_worst_kernel_is_chosen() -> None:
 
 
 def test_outcomes_of_a_cut_run_are_counted() -> None:
-    """Workers of xdist each say how many were selected; the last line may be half."""
+    """Each worker of xdist records how many tests were selected; the last line may be incomplete."""
     lines = [
         {"selected": 5}, {"selected": 5},
         {"test": "a", "outcome": "passed", "error": ""}, {"test": "b", "outcome": "skipped", "error": ""},
@@ -242,7 +243,7 @@ def test_shapes_are_those_of_the_models() -> None:
     ]  # fmt: skip
     assert [(s["heads"], s["groups"]) for s in operators.shapes_of("rope", False)] == [(32, 8), (8, 1)]
     assert [s["width"] for s in operators.shapes_of("swiglu", False)] == [14336, 28672 // 8]
-    assert [s["words"] for s in operators.shapes_of("cross_entropy", False)] == [128256, 128256 // 8]
+    assert [s["vocab_size"] for s in operators.shapes_of("cross_entropy", False)] == [128256, 128256 // 8]
     turns = operators.in_turns(operators.ORDER, False)
     assert [name for name, _ in turns[: len(operators.ORDER)]] == list(operators.ORDER)
 

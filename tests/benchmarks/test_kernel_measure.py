@@ -1,5 +1,5 @@
-"""Timing operators: a provider or an operator that fails costs its own row and no other, wherever it fails. Made-up
-operators in plain torch, on the host's clock."""
+"""Timing operators: a provider or an operator that fails loses only its own row, wherever it fails. The operators are
+made up in plain torch and timed by the host's clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm_kernels import device as on
 from llm_kernels import measure
 from llm_kernels.benchmark import Benchmark, Work
 from llm_parallel.bench import kernels
-from llm_parallel.bench.kernels import Request
+from llm_parallel.bench.requests import KernelsRequest
 
 CPU = torch.device("cpu")
 CARD = measure.Card("a card", 1e12, 1e15)
@@ -48,7 +48,7 @@ class Once(torch.autograd.Function):
 
 
 def failing_at(call_number: int) -> Callable[..., torch.Tensor]:
-    """x², but for one call."""
+    """x², except in one call, which raises."""
     calls = []
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -125,18 +125,18 @@ def three_operators() -> list[Benchmark]:
 def test_an_operator_that_fails_costs_its_own_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``bench kernels`` as on a GPU: everything is printed and written, and the exit status says that one failed."""
     out = tmp_path / "result"
-    assert kernels._measure(three_operators(), Request(rounds=2, out=str(out)), CPU) == 1
+    assert kernels._measure(three_operators(), KernelsRequest(rounds=2, out=str(out)), CPU) == 1
     rows = json.loads(Path(f"{out}.json").read_text())["rows"]
     assert [row["operator"] for row in rows] == ["first"] * 3 + ["second"] + ["third"] * 3
     assert rows[3]["note"] == "failed: KeyError: 'rows'"
     said = capsys.readouterr().out
     assert said.count("| third |") == 3 and "| second |" in said
     assert len(Path(f"{out}.csv").read_text().splitlines()) == 8
-    assert kernels._measure(three_operators()[::2], Request(rounds=2), CPU) == 0
+    assert kernels._measure(three_operators()[::2], KernelsRequest(rounds=2), CPU) == 0
 
 
 def test_a_lost_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a kernel that ended all CUDA work, what is left says so and nothing is made up."""
+    """After a kernel broke the CUDA context, the remaining rows say so and hold no times."""
     monkeypatch.setattr(on, "is_lost", lambda device: True)
     first = operator("first", {"torch": lambda: torch.square, "ours": lambda: failing_at(5)})
     found = dict(measure.measure_all([first, three_operators()[2]], CARD, CPU, rounds=2))

@@ -10,14 +10,15 @@ import pytest
 
 from llm_parallel.bench.layout_step import PARTS, Job, as_row, layout_config, layout_table, passes, typical_split
 from llm_parallel.bench.replicas import chosen_in_layout
+from llm_parallel.bench.requests import StepRequest
 from llm_parallel.bench.rounds import order_of_turns
-from llm_parallel.bench.step import Request
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import flops_per_token
 from llm_parallel.parallel.layout import Layout
 from tests.benchmarks.test_bench_step import SMALL, config
 from tests.support.commands import assert_refused, llm_parallel
+from tests.support.in_process import in_process
 
 COMMAND = ("bench", "step", "--model", "debug", *SMALL)
 
@@ -25,7 +26,7 @@ COMMAND = ("bench", "step", "--model", "debug", *SMALL)
 @pytest.mark.gloo
 @pytest.mark.slow
 def test_a_layout(tmp_path: Path) -> None:
-    """Two tensor-parallel halves of two stages: parts add up to the step, rates to the work, the trace names calls."""
+    """TP 2 x PP 2: the parts add up to the step, rates agree with the work, and the trace names calls."""
     layout = ("parallel.tp=2", "parallel.pp=2", "train.micro_batch_size=1")
     out, traces = tmp_path / "step", tmp_path / "traces"
     done = llm_parallel(
@@ -57,27 +58,28 @@ def test_a_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.gloo
-def test_peers_of_two_replicas(tmp_path: Path) -> None:
+@pytest.mark.parametrize("peers", [("ddp",), pytest.param(("ddp", "fsdp"), marks=pytest.mark.slow)])
+def test_peers_of_two_replicas(peers: tuple[str, ...], tmp_path: Path) -> None:
     """Two micro batches each, grouped queries: DDP and FSDP2 start from our weights, read our samples, learn alike."""
     out, traces = tmp_path / "step", tmp_path / "traces"
     done = llm_parallel(
-        *COMMAND, "parallel.dp=2", "train.micro_batch_size=1", "--providers", "ours,ddp,fsdp", "--rounds", "1",
-        "--steps", "1", "--trace", traces, "--out", out,
+        *COMMAND, "parallel.dp=2", "train.micro_batch_size=1", "--providers", ",".join(("ours", *peers)),
+        "--rounds", "1", "--steps", "1", "--trace", traces, "--out", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["provider"]: row for row in json.loads(out.with_suffix(".json").read_text())["rows"]}
-    assert list(rows) == ["ours", "ddp", "fsdp"]
+    assert list(rows) == ["ours", *peers]
     for row in rows.values():
         assert len(row["first_losses"]) == 3 and row["first_losses"][2] < row["first_losses"][0]
         assert len(row["round_seconds"]) == len(row["round_processor_seconds"]) == row["steps"] == 1
-    for name in ("ddp", "fsdp"):
+    for name in peers:
         assert rows[name]["loss_difference"] < 2e-6, rows[name]
         ratio = rows[name]["round_seconds"][0] / rows["ours"]["round_seconds"][0]
         assert rows[name]["ours_over_it"] == pytest.approx(ratio)
         assert f"ours / {name}, tokens/s of the same round: median" in done.stdout
     with out.with_suffix(".csv").open() as handle:
         assert [found["provider"] for found in csv.DictReader(handle)] == list(rows)
-    assert len(list(traces.iterdir())) == 6
+    assert len(list(traces.iterdir())) == 2 * len(rows)
 
 
 def test_who_is_measured_and_when() -> None:
@@ -130,23 +132,26 @@ def test_typical_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "message"),
     [
-        (Request([*SMALL], model="debug", providers=["transformers"], processes=2), "transformers does not run in"),
+        (StepRequest([*SMALL], model="debug", providers=["transformers"], processes=2), "transformers does not run in"),
         (
-            Request([*SMALL, "parallel.tp=2"], model="debug", providers=["ddp"]),
+            StepRequest([*SMALL, "parallel.tp=2"], model="debug", providers=["ddp"]),
             "ddp knows data parallelism alone.*tp 2",
         ),
-        (Request([*SMALL, "data.packing=isolate"], model="debug", providers=["fsdp"], processes=2), "across documents"),
-        (Request([*SMALL, "parallel.tp=2"], model="debug", processes=3), "3"),
-        (Request([*SMALL, "train.rampup.start=2"], model="debug", processes=2), "rampup"),
+        (
+            StepRequest([*SMALL, "data.packing=isolate"], model="debug", providers=["fsdp"], processes=2),
+            "across documents",
+        ),
+        (StepRequest([*SMALL, "parallel.tp=2"], model="debug", processes=3), "3"),
+        (StepRequest([*SMALL, "train.rampup.start=2"], model="debug", processes=2), "rampup"),
     ],
 )
-def test_bad_requests(request_: Request, words: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=words):
+def test_bad_requests(request_: StepRequest, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         layout_config(request_, tmp_path)
 
 
 def test_bad_input_of_the_command() -> None:
-    assert_refused(llm_parallel(*COMMAND, "--processes", "0"), "--processes 0 must be at least 1")
-    assert_refused(llm_parallel(*COMMAND, "parallel.tp=2", "--processes", "1"), "parallel describes 2 processes")
+    assert_refused(in_process(*COMMAND, "--processes", "0"), "--processes 0 must be at least 1")
+    assert_refused(in_process(*COMMAND, "parallel.tp=2", "--processes", "1"), "parallel describes 2 processes")

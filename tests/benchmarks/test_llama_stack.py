@@ -17,7 +17,7 @@ def test_stack_equals_transformers(kind: str) -> None:
     theirs = transformers_model(shape, "cpu")
     stack = LlamaStack(shape, plain() if kind == "plain" else ours(kind), tokens, "cpu")
     stack.load_transformers(theirs)
-    ids = torch.randint(0, shape.words, (2, tokens + 1), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, shape.vocab, (2, tokens + 1), generator=torch.Generator().manual_seed(1))
     logits = theirs(ids[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     loss = stack(ids[:, :-1].t(), ids[:, 1:].t())

@@ -11,7 +11,7 @@ import pytest
 from tests.distributed.test_checkpoint import _p
 from tests.support.ckpt_jobs import open_store
 from tests.support.harness import run_ranks
-from tests.support.job import base_config, changed, make_batch, open_engine, train_steps
+from tests.support.job import base_config, changed, open_engine, own_batches, train_steps
 
 pytestmark = pytest.mark.gloo
 
@@ -22,7 +22,7 @@ NEW = {"optim.weight_decay": 20.0, "optim.beta1": 0.8, "optim.beta2": 0.9, "opti
 
 def save_job(rank: int, world_size: int, changes: dict[str, Any], folder: str) -> None:
     """Three steps, and their state as a checkpoint and as copies in memory."""
-    from llm_parallel.checkpoint.memory import MemoryCheckpoint
+    from llm_parallel.checkpoint.copies import MemoryCopies
     from llm_parallel.checkpoint.state import TrainState
 
     config = changed(base_config(), changes)
@@ -30,9 +30,9 @@ def save_job(rank: int, world_size: int, changes: dict[str, Any], folder: str) -
     train_steps(engine, config, 0, STEPS)
     state = TrainState(step=STEPS, consumed_samples=8 * STEPS)
     store = open_store(engine, config, f"{folder}/checkpoints")
-    store.save(engine, state, blocking=True)
+    store.save({"policy": engine}, state, blocking=True)
     store.wait()
-    memory = MemoryCheckpoint(engine, Path(folder) / "node", 1, None, SECRET)
+    memory = MemoryCopies({"policy": engine}, Path(folder) / "node", 1, None, SECRET)
     memory.start(state)
     memory.finish()
     memory.close()
@@ -41,9 +41,9 @@ def save_job(rank: int, world_size: int, changes: dict[str, Any], folder: str) -
 def shards(engine: Any) -> list[tuple[Any, Any, float]]:
     """Every fp32 weight tensor that this process updates, its AdamW state, and whether it decays (1 or 0), by the shape
     of the parameter that it is of."""
-    from llm_parallel.checkpoint.pieces import _shards
+    from llm_parallel.parallel.mcore_optimizer import shards_of
 
-    return [(s.main, s.inner.state[s.main], float(s.parameter.dim() > 1)) for s in _shards(engine)]
+    return [(s.main, s.inner.state[s.main], float(s.parameter.dim() > 1)) for s in shards_of(engine.optimizer)]
 
 
 def resume_job(rank: int, world_size: int, changes: dict[str, Any], folder: str, where: str) -> tuple[float, list[str]]:
@@ -51,8 +51,9 @@ def resume_job(rank: int, world_size: int, changes: dict[str, Any], folder: str,
     import torch
 
     from llm_launch.vault import vault_name
+    from llm_parallel.checkpoint.copies import LocalSource, restore
     from llm_parallel.checkpoint.load import load_checkpoint
-    from llm_parallel.checkpoint.memory import LocalSource, restore
+    from llm_parallel.objectives.likelihood import Likelihood
     from llm_parallel.train.step import forward_backward
 
     config = changed(base_config(), changes)
@@ -60,9 +61,9 @@ def resume_job(rank: int, world_size: int, changes: dict[str, Any], folder: str,
     said: list[str] = []
     if where == "memory":
         paths = [Path(folder) / "node" / "own" / vault_name(1, saved) for saved in range(world_size)]
-        restore(engine, [partial(LocalSource, path, STEPS) for path in paths], said.extend)
+        restore({"policy": engine}, [partial(LocalSource, path, STEPS) for path in paths], said.extend)
     else:
-        load_checkpoint(f"{folder}/checkpoints", engine, config, changed=said.extend)
+        load_checkpoint(f"{folder}/checkpoints", {"policy": engine}, changed=said.extend)
     optim, worst = config.optim, 0.0
     held = shards(engine)
     assert {decays for _, _, decays in held} == {0.0, 1.0}
@@ -71,8 +72,7 @@ def resume_job(rank: int, world_size: int, changes: dict[str, Any], folder: str,
         for main, state, _ in held
     ]
     for step in range(STEPS, 2 * STEPS):
-        numbers = engine.groups.layout.micro_batches(8 * step, 8, engine.groups.at.dp)
-        outcome = forward_backward(engine, [make_batch(config, part) for part in numbers])
+        outcome = forward_backward(engine, Likelihood(), own_batches(config, engine.groups, 8 * step))
         for group in engine.optimizer.param_groups:
             group["lr"] = optim.lr
         for (main, _, decays), (weight, first, second) in zip(held, expected):

@@ -14,7 +14,7 @@ import pytest
 from tests.support.commands import Corpus, read_records, train_in_ranks, write_run_file
 from tests.support.data_helpers import write_token_file
 from tests.support.harness import run_ranks
-from tests.support.job import GLOBAL_BATCH, base_config, changed, make_batch, open_engine
+from tests.support.job import base_config, changed, open_engine, own_batches
 
 pytestmark = pytest.mark.gloo
 
@@ -52,10 +52,10 @@ AXES = {
 
 
 def one_step(engine: Any, config: Any) -> None:
+    from llm_parallel.objectives.likelihood import Likelihood
     from llm_parallel.train.step import apply_gradient, forward_backward
 
-    numbers = engine.groups.layout.micro_batches(0, GLOBAL_BATCH, engine.groups.at.dp)
-    outcome = forward_backward(engine, [make_batch(config, part) for part in numbers])
+    outcome = forward_backward(engine, Likelihood(), own_batches(config, engine.groups))
     apply_gradient(engine, outcome, config.optim.lr, config.optim.clip_grad)
 
 
@@ -128,9 +128,9 @@ class Delay:
         self._delay_s, self._steps = 0.0, 0
         train_step = loop.train_step
 
-        def timed(run: Any) -> Any:
+        def timed(*arguments: Any) -> Any:
             start = time.monotonic()
-            outcome = train_step(run)
+            outcome = train_step(*arguments)
             self._steps += 1
             if self._steps == 2:
                 self._delay_s = max(SHORTEST_DELAY_S, 10 * (time.monotonic() - start) / MICRO_BATCHES)
@@ -148,15 +148,17 @@ class Delay:
 
 def slow_forward(slow_rank: int, rank: int, loop: Any) -> list[float]:
     """One rank sleeps before each forward pass; the list will hold a step's sleep."""
-    delay, original = Delay(loop), loop.wrap
+    from llm_parallel.train import open as opening
 
-    def wrap(*arguments: Any, **named: Any) -> Any:
-        engine = original(*arguments, **named)
+    delay, original = Delay(loop), opening.policy_engine
+
+    def slow_engine(*arguments: Any) -> Any:
+        engine = original(*arguments)
         engine.models[0].register_forward_pre_hook(lambda *_: delay.sleep(1))
         return engine
 
     if rank == slow_rank:
-        loop.wrap = wrap
+        opening.policy_engine = slow_engine
     return delay.slept
 
 

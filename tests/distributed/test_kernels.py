@@ -112,7 +112,7 @@ def test_bf16_step_writes_both_precisions(sharded: bool) -> None:
 
 def after_a_step(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Parameters of the model before and after one step, and how often main parameters were copied by megatron-core."""
-    from llm_parallel.model.init import canonical_parameters
+    from llm_parallel.model.tensors import canonical_parameters
     from tests.support.job import base_config, changed, open_engine, train_steps
 
     config = changed(base_config(), changes)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_parallel.model.init import shard_rows
+from llm_parallel.model.tensors import kind_of
 from tests.distributed import covering
 from tests.distributed.layouts import MATRIX, REFERENCES, Row
 from tests.support.harness import run_ranks
@@ -41,7 +41,7 @@ def slice_of(whole: np.ndarray, name: str, shape: tuple[int, ...], tp: int, tp_r
     if whole.shape == shape:
         return whole
     dim = 0 if whole.shape[0] != shape[0] else 1
-    rows = shard_rows(name, whole.shape[dim], tp, tp_rank)
+    rows = kind_of(name).shard(whole.shape[dim], tp, tp_rank)
     return np.concatenate([whole.take(range(part.start, part.stop), axis=dim) for part in rows], axis=dim)
 
 

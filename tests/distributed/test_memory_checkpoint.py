@@ -18,12 +18,12 @@ SECRET = "of this test"
 
 def save_job(rank: int, world_size: int, changes: dict[str, Any], folder: str, partner: Any) -> list[Any]:
     """Five steps, a copy after the third, and what the last two steps were."""
-    from llm_parallel.checkpoint.memory import MemoryCheckpoint
+    from llm_parallel.checkpoint.copies import MemoryCopies
     from llm_parallel.checkpoint.state import TrainState
 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
-    memory = MemoryCheckpoint(engine, Path(folder), 7, partner, SECRET)
+    memory = MemoryCopies({"policy": engine}, Path(folder), 7, partner, SECRET)
     for step in (1, 2, 3):
         train_steps(engine, config, step - 1, 1)
         memory.start(TrainState(step=step, consumed_samples=8 * step))
@@ -35,7 +35,7 @@ def save_job(rank: int, world_size: int, changes: dict[str, Any], folder: str, p
 def load_job(rank: int, world_size: int, changes: dict[str, Any], saved: int, folder: str, remote: Any) -> list[Any]:
     """Two steps from the copy."""
     from llm_launch.vault import vault_name
-    from llm_parallel.checkpoint.memory import LocalSource, RemoteSource, restore
+    from llm_parallel.checkpoint.copies import LocalSource, RemoteSource, restore
 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
@@ -43,7 +43,7 @@ def load_job(rank: int, world_size: int, changes: dict[str, Any], saved: int, fo
         sources: list[Any] = [partial(LocalSource, Path(folder) / "own" / vault_name(7, r), 3) for r in range(saved)]
     else:
         sources = [partial(RemoteSource, remote, SECRET, "kept", 7, r, 3) for r in range(saved)]
-    state = restore(engine, sources)
+    state = restore({"policy": engine}, sources)
     assert (state.step, state.consumed_samples) == (3, 24)
     return train_steps(engine, config, state.step, 2)
 
@@ -82,7 +82,7 @@ def test_a_missing_share_is_named(tmp_path: Path) -> None:
 def opened_job(rank: int, world_size: int, folder: str, saved: int) -> list[int]:
     """Shares that each process opens when it takes the nearest first."""
     from llm_launch.vault import vault_name
-    from llm_parallel.checkpoint.memory import Assembler, LocalSource
+    from llm_parallel.checkpoint.copies import Assembler, LocalSource
     from llm_parallel.checkpoint.optimizer import allocate_moments
     from llm_parallel.checkpoint.pieces import held_pieces
 
@@ -90,7 +90,7 @@ def opened_job(rank: int, world_size: int, folder: str, saved: int) -> list[int]
     allocate_moments(engine)
     order = sorted(range(saved), key=lambda r: abs((r + 0.5) / saved - (rank + 0.5) / world_size))
     assembler = Assembler([partial(LocalSource, Path(folder) / "own" / vault_name(7, r), 3) for r in order])
-    for piece, _ in held_pieces(engine, divided=False):
+    for piece, _ in held_pieces({"policy": engine}, divided=False):
         assembler.read(piece)
     return [len(assembler.opened)]
 

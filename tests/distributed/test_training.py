@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from tests.support.harness import run_ranks
-from tests.support.job import base_config, changed, compare_layout, make_batch, open_engine, train_steps
+from tests.support.job import (
+    base_config,
+    changed,
+    compare_layout,
+    make_batch,
+    open_engine,
+    own_batches,
+    train_steps,
+)
 
 pytestmark = pytest.mark.gloo
 
@@ -55,9 +63,9 @@ def isolated_against_separate(rank: int, world_size: int) -> tuple[np.ndarray, n
     config = changed(base_config(), {"data.packing": "isolate"})
     model = open_engine(config, rank, world_size).models[0]
     batch = make_batch(config, range(5, 6))
-    assert batch.document_starts is not None
-    packed = model(batch.tokens, labels=batch.labels, document_starts=batch.document_starts)[0]
-    edges = [*batch.document_starts[0].tolist(), batch.tokens.shape[1]]
+    assert batch.documents is not None
+    packed = model(batch.tokens, labels=batch.labels, documents=batch.documents)[0]
+    edges = [*batch.documents.starts[0].tolist(), batch.tokens.shape[1]]
     alone = [
         model(batch.tokens[:, start:end], labels=batch.labels[:, start:end])[0]
         for start, end in itertools.pairwise(edges)
@@ -71,13 +79,13 @@ def test_isolated_documents_are_what_they_are_alone() -> None:
 
 
 def evaluation(rank: int, world_size: int, changes: dict[str, Any], samples: int) -> tuple[float, int]:
+    from llm_parallel.objectives.likelihood import Likelihood
     from llm_parallel.train.step import evaluate
 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
     before = [p.detach().clone() for model in engine.models for p in model.parameters()]
-    numbers = list(engine.groups.layout.micro_batches(0, samples, engine.groups.at.dp))
-    found = evaluate(engine, [make_batch(config, part) for part in numbers])
+    found = evaluate(engine.network, Likelihood(), own_batches(config, engine.groups, 0, samples))
     assert all(torch.equal(a, b) for a, b in zip(before, (p for m in engine.models for p in m.parameters())))
     return found
 
@@ -109,8 +117,9 @@ def test_deterministic_runs_are_bitwise_equal() -> None:
 def batched_interleaved(rank: int, world_size: int) -> list[tuple[float, float]]:
     config = changed(base_config(), {"parallel.pp": 2, "parallel.vpp": 2})
     engine = open_engine(config, rank, world_size)
-    assert engine.config.overlap_p2p_comm and not engine.config.batch_p2p_comm, "our remedy"
-    engine.config.overlap_p2p_comm, engine.config.batch_p2p_comm = False, True
+    assert engine.network.config.overlap_p2p_comm and not engine.network.config.batch_p2p_comm, "our remedy"
+    model_config = engine.network.config
+    model_config.overlap_p2p_comm, model_config.batch_p2p_comm = False, True
     return train_steps(engine, config, 0, 3)
 
 
@@ -151,17 +160,18 @@ def test_our_loss_is_not_rounded_to_bf16_as_the_fused_one_is() -> None:
 
 def unmarked_shards(rank: int, world_size: int) -> tuple[float, float]:
     """Gradient norm with shards marked as ours are, and with the marks that megatron-core leaves out."""
+    from llm_parallel.objectives.likelihood import Likelihood
     from llm_parallel.train.step import forward_backward
 
     config = changed(base_config(), {"parallel.tp": 2})
     engine = open_engine(config, rank, world_size)
-    batches = [make_batch(config, part) for part in engine.groups.layout.micro_batches(0, 8, 0)]
-    marked = forward_backward(engine, batches).grad_norm
+    batches = own_batches(config, engine.groups)
+    marked = forward_backward(engine, Likelihood(), batches).grad_norm
     for optimizer in engine.optimizer.chained_optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.tensor_model_parallel = False
-    return marked, forward_backward(engine, batches).grad_norm
+    return marked, forward_backward(engine, Likelihood(), batches).grad_norm
 
 
 def test_gradient_norm_counts_every_shard() -> None:

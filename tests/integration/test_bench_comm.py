@@ -1,4 +1,5 @@
-"""bench comm: definitions against nccl-tests' and numpy's, results of real gloo ranks, the command and its gate."""
+"""bench comm: definitions against those of nccl-tests and numpy, results of real gloo ranks, and the command with a
+baseline."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_parallel.bench.collectives import OPERATIONS, Call, measure, whole_size
-from llm_parallel.bench.comm import Request, bus_factor, comm_command, fit_line, parse_sizes
+from llm_parallel.bench.collectives import OPERATIONS, Call, Sample, measure, whole_size
+from llm_parallel.bench.comm import as_row, bus_factor, comm_command, fit_line, parse_sizes
+from llm_parallel.bench.environment import environment
+from llm_parallel.bench.requests import CommRequest
 from llm_parallel.errors import UserError
 from tests.support.commands import llm_parallel
 from tests.support.harness import run_ranks
@@ -125,10 +128,14 @@ def test_a_lazy_collective_is_found_wrong() -> None:
 
 @pytest.mark.gloo
 def test_the_command_writes_and_gates(tmp_path: Path) -> None:
-    """The same run passes against times a thousand times longer and fails against ones as much shorter."""
+    """A run passes against times of 1,000 s, and fails against its own times divided by a thousand."""
     options = ["--processes", "2", "--ops", "all_reduce,send_recv", "--sizes", "8K,1M", "--rounds", "3"]
-    first = llm_parallel("bench", "comm", *options, "--out", tmp_path / "first")
-    assert first.returncode == 0, first.stderr
+    samples = [Sample(name, size, 1, [1e3]) for name in ("all_reduce", "send_recv") for size in (8192, 2**20)]
+    slow = {"environment": environment(), "rows": [as_row(sample, 2, "gloo") for sample in samples]}
+    (tmp_path / "slower").write_text(json.dumps(slow))
+    first = llm_parallel("bench", "comm", *options, "--out", tmp_path / "first", "--baseline", tmp_path / "slower")
+    assert first.returncode == 0 and "SLOWER" not in first.stdout, first.stderr
+    assert "4 rows held against" in first.stdout
     assert "| all_reduce | 8,192 |" in first.stdout and "2 processes" in first.stdout and "µs + bytes" in first.stdout
     result = json.loads((tmp_path / "first.json").read_text())
     assert [row["size_bytes"] for row in result["rows"]] == [8192, 2**20, 8192, 2**20]
@@ -137,24 +144,23 @@ def test_the_command_writes_and_gates(tmp_path: Path) -> None:
         assert row["min_ms"] <= row["median_ms"] <= row["max_ms"] and row["rounds"] == 3
     with (tmp_path / "first.csv").open() as handle:
         assert len(list(csv.DictReader(handle))) == 4
-    for name, factor, status in (("slower", 1e3, 0), ("faster", 1e-3, 1)):
-        changed = {**result, "rows": [{**row, "median_ms": row["median_ms"] * factor} for row in result["rows"]]}
-        (tmp_path / name).write_text(json.dumps(changed))
-        again = llm_parallel("bench", "comm", *options, "--baseline", tmp_path / name)
-        assert again.returncode == status, again.stdout + again.stderr
-        assert again.stdout.count("SLOWER") == 4 * status
+    fast = {**result, "rows": [{**row, "median_ms": row["median_ms"] * 1e-3} for row in result["rows"]]}
+    (tmp_path / "faster").write_text(json.dumps(fast))
+    again = llm_parallel("bench", "comm", *options, "--baseline", tmp_path / "faster")
+    assert again.returncode == 1, again.stdout + again.stderr
+    assert again.stdout.count("SLOWER") == 4
 
 
 @pytest.mark.parametrize(
-    ("request_", "words"),
+    ("request_", "message"),
     [
-        (Request(["all_reduce", "gossip"]), "--ops gossip"),
-        (Request(sizes="8Q"), "--sizes '8Q'"),
-        (Request(processes=1), "--processes 1"),
-        (Request(rounds=0), "--rounds 0"),
-        (Request(baseline="nowhere.json"), "--baseline nowhere.json"),
+        (CommRequest(["all_reduce", "gossip"]), "--ops gossip"),
+        (CommRequest(sizes="8Q"), "--sizes '8Q'"),
+        (CommRequest(processes=1), "--processes 1"),
+        (CommRequest(rounds=0), "--rounds 0"),
+        (CommRequest(baseline="nowhere.json"), "--baseline nowhere.json"),
     ],
 )
-def test_bad_requests_are_named(request_: Request, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_bad_requests_are_named(request_: CommRequest, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         comm_command(request_)

@@ -14,6 +14,7 @@ from llm_parallel.bench.layout_step import PARTS
 from llm_parallel.bench.scaling import append_csv, read_csv, read_sweep_file
 from llm_parallel.errors import UserError
 from tests.support.commands import Corpus, assert_refused, llm_parallel, write_run_file
+from tests.support.in_process import in_process
 
 SERIES = {
     "weak": [
@@ -39,7 +40,7 @@ def test_a_sweep(corpus: Corpus, tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     out = tmp_path / "sweep.csv"
     assert len(read_csv(out)) == 1
-    second = llm_parallel("bench", "scaling", sweep, "--cluster", "dgx-a100")
+    second = in_process("bench", "scaling", sweep, "--cluster", "dgx-a100")
     assert second.returncode == 0, second.stdout + second.stderr
     assert "already in" in second.stdout
     rows = read_csv(out)
@@ -57,19 +58,19 @@ def test_a_sweep(corpus: Corpus, tmp_path: Path) -> None:
         assert json.loads(row["config"])["train"]["global_batch_size"] == int(row["global_batch_size"])
     assert rows[0]["predicted_step_time_s"] == "" and float(rows[1]["predicted_step_time_s"]) > 0
     assert not list(tmp_path.glob(".sweep-*")), "a run's folder was left behind"
-    page = llm_parallel("report", "--csv", out, "--out", tmp_path / "report.html")
+    page = in_process("report", "--csv", out, "--out", tmp_path / "report.html")
     assert page.returncode == 0 and "weak scaling from 1 to 2 processes" in page.stdout, page.stderr
     slow = json.loads((tmp_path / "sweep.json").read_text())
     for row in slow["rows"]:
         row["median_ms"] /= 100
     (tmp_path / "fast.json").write_text(json.dumps(slow))
-    gated = llm_parallel("bench", "scaling", sweep, "--baseline", tmp_path / "fast.json")
+    gated = in_process("bench", "scaling", sweep, "--baseline", tmp_path / "fast.json")
     assert gated.returncode == 1 and "SLOWER: scaling" in gated.stdout, gated.stdout
 
 
 def test_a_run_that_fails_leaves_no_row(corpus: Corpus, tmp_path: Path) -> None:
     sweep = write_sweep(corpus, tmp_path, series={"bad": [{"train.precision": "bf16", "device": "cuda"}]})
-    done = llm_parallel("bench", "scaling", sweep)
+    done = in_process("bench", "scaling", sweep)
     assert done.returncode == 1 and "failed with status 2" in done.stdout, done.stdout
     assert not (tmp_path / "sweep.csv").exists()
 
@@ -105,8 +106,6 @@ def test_bad_sweeps(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"parallel\.xp"):
         read_sweep_file(str(write_sweep(corpus, tmp_path, series={"weak": [{"parallel.xp": 1}]})))
     sweep = write_sweep(corpus, tmp_path)
-    assert_refused(
-        llm_parallel("bench", "scaling", sweep, "--index", "2"), "--index 2 is not one of the sweep's 2 runs"
-    )
+    assert_refused(in_process("bench", "scaling", sweep, "--index", "2"), "--index 2 is not one of the sweep's 2 runs")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    assert_refused(llm_parallel("bench", "scaling", sweep, "--out", tmp_path / "other.csv"), "is not a sweep's CSV")
+    assert_refused(in_process("bench", "scaling", sweep, "--out", tmp_path / "other.csv"), "is not a sweep's CSV")

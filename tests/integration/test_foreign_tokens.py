@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from llm_parallel.data.tokenizer import train_sentencepiece
-from tests.support.commands import Corpus, assert_refused, llm_parallel, llm_parallel_here, write_run_file
+from tests.support.commands import Corpus, assert_refused, llm_parallel, write_run_file
 from tests.support.data_helpers import WORDS, prepare_small, write_token_file
+from tests.support.in_process import in_process
 
 pytestmark = pytest.mark.gloo
 
@@ -27,10 +28,10 @@ def test_the_commands_say_it(made: Path, tmp_path: Path) -> None:
     run_file = write_run_file(Corpus(made / "a", made / "tokenizer.model", ""), tmp_path, model=model)
     foreign = write_token_file(made / "foreign", [np.arange(290, dtype=np.int32) % 290] * 10)
     source = f"data.train=[{{path: {foreign}}}]"
-    said = llm_parallel_here("pretrain", run_file, source, "data.eval_fraction=0", "--dry-run")
+    said = in_process("pretrain", run_file, source, "data.eval_fraction=0", "--dry-run")
     assert said.returncode == 0 and "foreign came without a report of `prepare`" in said.stderr, said.stderr
     train_sentencepiece([WORDS["b"]] * 50, 290, made)
-    assert_refused(llm_parallel_here("pretrain", run_file, "--dry-run"), "a was prepared with another tokenizer")
+    assert_refused(in_process("pretrain", run_file, "--dry-run"), "a was prepared with another tokenizer")
 
 
 @pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])

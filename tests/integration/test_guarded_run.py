@@ -36,26 +36,26 @@ def poison(rank: int, loop: Any) -> list[tuple[int, bool]]:
     from llm_parallel.train import step as step_module
 
     changed: list[tuple[int, bool]] = []
-    train_step, token_loss = loop.train_step, step_module._token_loss
+    train_step, terms = loop.train_step, step_module._terms
     now = 0
 
-    def observed_step(run: Any) -> Any:
+    def observed_step(run: Any, watch: Any) -> Any:
         nonlocal now
         before, now = trained_numbers(run.engine), run.state.step + 1
-        outcome = train_step(run)
+        outcome = train_step(run, watch)
         after = trained_numbers(run.engine)
         same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after))
         changed.append((now, not same))
         return outcome
 
-    def spoiled_loss(mask: torch.Tensor, values: torch.Tensor) -> Any:
-        total, count, report = token_loss(mask, values)
+    def spoiled_terms(*arguments: Any) -> Any:
+        total, count, report = terms(*arguments)
         factor, gradient_only = POISON.get(now, (1.0, False)) if rank == 1 else (1.0, False)
         if factor == 1.0:
             return total, count, report
-        return total * factor, count, report if gradient_only else {"loss": report["loss"] * torch.tensor([factor, 1])}
+        return total * factor, count, report if gradient_only else {"sums": report["sums"] * torch.tensor([factor, 1])}
 
-    loop.train_step, step_module._token_loss = observed_step, spoiled_loss
+    loop.train_step, step_module._terms = observed_step, spoiled_terms
     return changed
 
 

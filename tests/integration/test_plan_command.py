@@ -9,15 +9,17 @@ import pytest
 import yaml
 
 from llm_parallel.errors import UserError
-from llm_parallel.planner.command import Request, plan_command
+from llm_parallel.planner.command import plan_command
 from llm_parallel.planner.hardware import DATA
+from llm_parallel.planner.request import PlanRequest
 from tests.support.commands import Corpus, assert_refused, llm_parallel
+from tests.support.in_process import in_process
 
 CLUSTER = ("--model", "llama2-70b", "--cluster", "dgx-h100", "--gpus", "256", "--global-batch", "1024", "--seq", "4096")
 
 
 def test_the_best_layouts(tmp_path: Path) -> None:
-    """Both conventions of MFU, cost by hand, and a run file that the trainer takes as it is."""
+    """Both conventions of MFU, cost by hand, and a run file that the trainer takes as it is. As a real process."""
     done = llm_parallel(
         "plan", *CLUSTER, "--tokens", "2e12", "--price-per-gpu-hour", "2", "--top", "4",
         "--json", tmp_path / "plan.json", "--write", tmp_path / "run.yaml",
@@ -46,10 +48,10 @@ def test_the_best_layouts(tmp_path: Path) -> None:
 
 
 def test_the_written_run_file_passes_the_dry_run(tmp_path: Path, corpus: Corpus) -> None:
-    done = llm_parallel("plan", "--model", "llama3-405b", "--gpus", "1024", "--global-batch", "512", "--seq", "8192",
+    done = in_process("plan", "--model", "llama3-405b", "--gpus", "1024", "--global-batch", "512", "--seq", "8192",
                         "--tokens", "1e10", "--write", tmp_path / "run.yaml")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    dry = llm_parallel(
+    dry = in_process(
         "pretrain", tmp_path / "run.yaml", f"data.train=[{corpus.prefix}]", "data.eval_fraction=0", "--dry-run"
     )
     assert dry.returncode == 0, dry.stderr
@@ -57,8 +59,8 @@ def test_the_written_run_file_passes_the_dry_run(tmp_path: Path, corpus: Corpus)
 
 
 def test_one_layout_in_detail() -> None:
-    """What the parts of time and of memory add up to is what is said of the whole."""
-    done = llm_parallel("plan", *CLUSTER, "--explain", "tp=4,pp=4,vpp=5,mbs=1")
+    """The parts of the step time add up to the printed total."""
+    done = in_process("plan", *CLUSTER, "--explain", "tp=4,pp=4,vpp=5,mbs=1")
     assert done.returncode == 0, done.stderr
     assert "simulated event by event" in done.stdout and "it fits into 79.1 GiB" in done.stdout
     assert "| recompute | 0.0000 | 0.0% |" in done.stdout
@@ -69,13 +71,13 @@ def test_one_layout_in_detail() -> None:
 
 
 def test_the_users_cluster(tmp_path: Path) -> None:
-    """A file of one's own with a measured constant: twice the rate of products is less time."""
+    """A user's cluster file with a measured constant: twice the rate of matrix products takes less time."""
     text = (DATA / "template.yaml").read_text()
     steps = []
     for gemm in (0.35, 0.7):
         path = tmp_path / f"{gemm}.yaml"
         path.write_text(text + f"measured: {{gemm: {gemm}}}\n")
-        done = llm_parallel("plan", "--model", "llama3-8b", "--cluster", path, "--gpus", "8", "--global-batch", "64",
+        done = in_process("plan", "--model", "llama3-8b", "--cluster", path, "--gpus", "8", "--global-batch", "64",
                             "--json", tmp_path / "out.json")  # fmt: skip
         assert done.returncode == 0, done.stderr
         steps.append(json.loads((tmp_path / "out.json").read_text())[0]["step_s"])
@@ -83,8 +85,8 @@ def test_the_users_cluster(tmp_path: Path) -> None:
 
 
 def test_validation_of_the_users_rows(tmp_path: Path) -> None:
-    """A CSV with blanks: what can be predicted is, what can't is named."""
-    from llm_parallel.planner.rows import COLUMNS
+    """A CSV with blanks: rows that can be predicted are scored, the others are named with the reason."""
+    from llm_parallel.planner.published.rows import COLUMNS
 
     known = {
         "source": "our cluster", "model": "Llama 3 8B", "layers": "32", "hidden": "4096", "heads": "32",
@@ -96,38 +98,36 @@ def test_validation_of_the_users_rows(tmp_path: Path) -> None:
         lines.append(",".join({**known, **changes}.get(name, "") for name in COLUMNS))
     path = tmp_path / "rows.csv"
     path.write_text("\n".join(lines))
-    done = llm_parallel("plan", "--validate", "--rows", path)
+    done = in_process("plan", "--validate", "--rows", path)
     assert done.returncode == 0, done.stderr
     assert "| our cluster | H100 | 1 | 0 |" in done.stdout
     assert "tp is not stated (rows 3)" in done.stdout and "no figure of throughput (rows 4)" in done.stdout
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    assert_refused(llm_parallel("plan"), "plan needs --model")
-    assert_refused(llm_parallel("plan", "--model", "llama5"), "--model llama5 is unknown")
-    assert_refused(llm_parallel("plan", "--model", "llama3-8b", "--cluster", "dgx-x"), "--cluster dgx-x is unknown")
-    assert_refused(llm_parallel("plan", "--model", "llama3-8b", "--gpus", "12"), "no whole number of nodes of 8")
-    assert_refused(llm_parallel("plan", *CLUSTER, "--software", "deepspeed"), "--software deepspeed is not one of ours")
-    assert_refused(llm_parallel("plan", *CLUSTER, "--explain", "tp=3"), "is 3, which does not divide --gpus 256")
-    assert_refused(llm_parallel("plan", *CLUSTER, "--explain", "dq=3"), "'dq=3' is not one of tp, pp")
-    assert_refused(
-        llm_parallel("plan", *CLUSTER, "--precision", "fp8", "--cluster", "dgx-a100"), "has no 8-bit products"
-    )
+    assert_refused(llm_parallel("plan"), "plan needs --model")  # as a real process
+    assert_refused(in_process("plan", "--model", "llama5"), "--model llama5 is unknown")
+    assert_refused(in_process("plan", "--model", "llama3-8b", "--cluster", "dgx-x"), "--cluster dgx-x is unknown")
+    assert_refused(in_process("plan", "--model", "llama3-8b", "--gpus", "12"), "no whole number of nodes of 8")
+    assert_refused(in_process("plan", *CLUSTER, "--software", "deepspeed"), "--software deepspeed is not one of ours")
+    assert_refused(in_process("plan", *CLUSTER, "--explain", "tp=3"), "is 3, which does not divide --gpus 256")
+    assert_refused(in_process("plan", *CLUSTER, "--explain", "dq=3"), "'dq=3' is not one of tp, pp")
+    assert_refused(in_process("plan", *CLUSTER, "--precision", "fp8", "--cluster", "dgx-a100"), "has no 8-bit products")
     with pytest.raises(UserError, match="--tokens nan must be over 0"):
-        plan_command(Request("llama2-7b", "dgx-h100", 8, 64, 4096, tokens=float("nan")))
+        plan_command(PlanRequest("llama2-7b", "dgx-h100", 8, 64, 4096, tokens=float("nan")))
     with pytest.raises(UserError, match="--price-per-gpu-hour -3 must be over 0"):
-        plan_command(Request("llama2-7b", "dgx-h100", 8, 64, 4096, price_per_gpu_hour=-3.0))
+        plan_command(PlanRequest("llama2-7b", "dgx-h100", 8, 64, 4096, price_per_gpu_hour=-3.0))
     unknown = tmp_path / "cluster.yaml"
     unknown.write_text((DATA / "dgx-h100.yaml").read_text().replace("constants: H100", "constants: B300"))
     with pytest.raises(UserError, match=r"chip\.constants 'B300' is none of A100, H100"):
-        plan_command(Request("llama2-7b", str(unknown), 8, 64, 4096))
-    assert plan_command(Request("llama2-7b", "dgx-h100", 8, 64, 4097)) == 1  # no half of it for a ring
+        plan_command(PlanRequest("llama2-7b", str(unknown), 8, 64, 4096))
+    assert plan_command(PlanRequest("llama2-7b", "dgx-h100", 8, 64, 4097)) == 1  # no half of it for a ring
     path = tmp_path / "rows.csv"
     path.write_text("source,model\nx,y\n")
-    assert_refused(llm_parallel("plan", "--validate", "--rows", path), "has no column layers")
+    assert_refused(in_process("plan", "--validate", "--rows", path), "has no column layers")
     path.write_text("")
-    assert_refused(llm_parallel("plan", "--validate", "--rows", path), "is empty")
-    assert_refused(llm_parallel("plan", "--validate", "--rows", tmp_path / "none.csv"), "cannot be read")
+    assert_refused(in_process("plan", "--validate", "--rows", path), "is empty")
+    assert_refused(in_process("plan", "--validate", "--rows", tmp_path / "none.csv"), "cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_bad_input(tmp_path: Path) -> None:
     ],
 )
 def test_an_impossible_layout_is_one_sentence(layout: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where it breaks several rules."""
-    asked = Request("llama2-70b", "dgx-h100x256", 8, 1024, 4096, explain=layout)
+    """Also if it breaks several rules."""
+    asked = PlanRequest("llama2-70b", "dgx-h100x256", 8, 1024, 4096, explain=layout)
     with pytest.raises(UserError) as caught:
         plan_command(asked)
     text = str(caught.value)
@@ -157,17 +157,17 @@ def test_an_impossible_layout_is_one_sentence(layout: str, said: str, capsys: py
 
 
 def test_gpus_in_the_clusters_name() -> None:
-    whole = llm_parallel("plan", "--model", "llama2-7b", "--cluster", "dgx-h100x16")
+    whole = in_process("plan", "--model", "llama2-7b", "--cluster", "dgx-h100x16")
     assert whole.returncode == 0 and "on 16 GPUs of dgx-h100:" in whole.stdout, whole.stderr
-    assert_refused(llm_parallel("plan", "--model", "llama2-7b", "--cluster", "dgx-h100x16", "--gpus", "32"),
+    assert_refused(in_process("plan", "--model", "llama2-7b", "--cluster", "dgx-h100x16", "--gpus", "32"),
                    "--cluster dgx-h100x16 has 16 GPUs and --gpus says 32")  # fmt: skip
 
 
 def test_what_if(tmp_path: Path) -> None:
     """Each case is what planning it by itself finds, and the cases stand in one table."""
     cases = ("gpus=512", "cluster=dgx-a100", "seq=131072,global-batch=32")
-    done = llm_parallel(
-        "plan", *CLUSTER, *(word for case in cases for word in ("--what-if", case)), "--tokens", "2e12",
+    done = in_process(
+        "plan", *CLUSTER, *(part for case in cases for part in ("--what-if", case)), "--tokens", "2e12",
         "--json", tmp_path / "cases.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -179,7 +179,7 @@ def test_what_if(tmp_path: Path) -> None:
         "H100-SXM-80GB: predicted for our trainer, not measured" in done.stdout
         and "A100-SXM-80GB: predicted" in done.stdout
     )
-    alone = llm_parallel("plan", *CLUSTER, "--gpus", "512", "--top", "1", "--json", tmp_path / "alone.json")
+    alone = in_process("plan", *CLUSTER, "--gpus", "512", "--top", "1", "--json", tmp_path / "alone.json")
     assert alone.returncode == 0, alone.stderr
     assert found[1]["best"] == json.loads((tmp_path / "alone.json").read_text())[0]
     steps = [case["best"]["step_s"] for case in found]
@@ -197,7 +197,7 @@ def test_what_if(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_case(case: str, said: str) -> None:
-    assert_refused(llm_parallel("plan", *CLUSTER, "--what-if", case), said)
+    assert_refused(in_process("plan", *CLUSTER, "--what-if", case), said)
 
 
 def test_calibrate(tmp_path: Path) -> None:
@@ -205,19 +205,19 @@ def test_calibrate(tmp_path: Path) -> None:
     card = {"name": "NVIDIA H100 80GB HBM3", "copy_bytes_per_s": 3.0e12, "matmul_flops_per_s": 7.0e14}
     where = {"chip": card["name"], "date": "2026-11-23", "commit": "abc1234"}
     (tmp_path / "card.json").write_text(json.dumps({"environment": where, "card": card, "rows": []}))
-    made = llm_parallel("plan", "--calibrate", tmp_path / "card.json", "--cluster-out", tmp_path / "mine.yaml")
+    made = in_process("plan", "--calibrate", tmp_path / "card.json", "--cluster-out", tmp_path / "mine.yaml")
     assert made.returncode == 0, made.stderr
     assert "what training reaches of the chip's rates is not calibrated" in made.stdout
-    done = llm_parallel("plan", "--model", "llama3-8b", "--cluster", tmp_path / "mine.yaml", "--global-batch", "64")
+    done = in_process("plan", "--model", "llama3-8b", "--cluster", tmp_path / "mine.yaml", "--global-batch", "64")
     assert done.returncode == 0 and "dgx-h100-calibrated" in done.stdout, done.stderr
-    assert_refused(llm_parallel("plan", "--calibrate", tmp_path / "mine.yaml"), "is not JSON")
+    assert_refused(in_process("plan", "--calibrate", tmp_path / "mine.yaml"), "is not JSON")
 
 
 def test_software_is_named_and_told_apart() -> None:
     """NVIDIA's stack is faster on H100 than the open PyTorch code that our trainer is counted as."""
     layout = ("--explain", "tp=4,pp=4,vpp=5,mbs=1")
-    ours = llm_parallel("plan", *CLUSTER, *layout)
-    nvidia = llm_parallel("plan", *CLUSTER, *layout, "--software", "nvidia")
+    ours = in_process("plan", *CLUSTER, *layout)
+    nvidia = in_process("plan", *CLUSTER, *layout, "--software", "nvidia")
     assert nvidia.returncode == 0, nvidia.stderr
     assert "Predicted for NVIDIA's stack (Megatron-Core with Transformer Engine)" in nvidia.stdout
     steps = [float(done.stdout.split("step ")[1].split(" s")[0]) for done in (ours, nvidia)]

@@ -1,4 +1,4 @@
-"""The report in a real browser: what a reader sees, that nothing is fetched, that nothing complains."""
+"""The report in a real browser: text and figures are visible, nothing is fetched, and the console stays empty."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from llm_parallel.report.command import Request, report_command
+from llm_parallel.report.command import report_command
+from llm_parallel.report.request import ReportRequest
 from tests.support.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, write_run, write_sweep
 from tests.unit.test_report import CONFIG_OF_A_SWEEP, predicted_sweep
 
@@ -61,14 +62,14 @@ def _browse(page: Path, folder: Path, *options: str) -> subprocess.CompletedProc
 
 
 def _complaints(page: Path, folder: Path) -> list[str]:
-    """What the console of the browser says of the page: errors, warnings, and what its policy refused."""
+    """Lines of the browser's console: errors, warnings, and what the page's policy refused."""
     result = _browse(page, folder, "--dump-dom")
     assert result.returncode == 0, result.stderr
     return [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
 def _look(page: Path, folder: Path) -> dict[str, Any]:
-    """Text and boxes of the page as the browser laid it out."""
+    """Text of the page, and boxes of its elements in the browser's layout."""
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
     probed = folder / "probed.html"
     probed.write_text(text.replace("</body>", PROBE + "</body>"))
@@ -86,14 +87,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_run(folder / "second", step_s=[0.15] * 200, config={**CONFIG, **PIPELINE}),
     ]
     sweep = write_sweep(folder / "sweep.csv", SWEEP)
-    assert report_command(Request([str(run) for run in runs], [str(sweep)], str(folder / "r.html"))) == 0
+    assert report_command(ReportRequest([str(run) for run in runs], [str(sweep)], str(folder / "r.html"))) == 0
     return folder / "r.html"
 
 
 def test_a_reader_sees_text_and_figures(page: Path, tmp_path: Path) -> None:
     """Headings, numbers and figure labels are text; every figure lies within the page, its labels within it."""
     seen = _look(page, tmp_path)
-    for words in (
+    for message in (
         *("Report on first, second, sweep", "Summary", "Failures and recovery", "Scaling efficiency", "held-out loss"),
         *("keeps 75.0% of the baseline's speed per process", "Baseline: 1 process", "n2/2 hangs in all_reduce"),
         *(
@@ -105,7 +106,7 @@ def test_a_reader_sees_text_and_figures(page: Path, tmp_path: Path) -> None:
             "bubble 11.1%",
         ),
     ):
-        assert words in seen["text"], words
+        assert message in seen["text"], message
     assert len(seen["figures"]) == 10
     for figure in seen["figures"]:
         assert 850 < figure["width"] <= WIDTH and 0.1 < figure["height"] / figure["width"] < 0.7, figure
@@ -120,10 +121,10 @@ def test_gap_and_heat_map_are_seen(tmp_path: Path) -> None:
     """The table of causes and the map's fields are text within their figure."""
     rows = [{**row, "config": json.dumps(CONFIG_OF_A_SWEEP), "cluster": "dgx-a100"} for row in predicted_sweep("time/")]
     sweep = write_sweep(tmp_path / "sweep.csv", rows)
-    assert report_command(Request([], [str(sweep)], str(tmp_path / "r.html"))) == 0
+    assert report_command(ReportRequest([], [str(sweep)], str(tmp_path / "r.html"))) == 0
     seen = _look(tmp_path / "r.html", tmp_path)
-    for words in ("lost per step on 4 processes", "optimizer with +250 ms", "TP 4", "PP 2", "1.6 s", "s predicted"):
-        assert words in seen["text"], words
+    for message in ("lost per step on 4 processes", "optimizer with +250 ms", "TP 4", "PP 2", "1.6 s", "s predicted"):
+        assert message in seen["text"], message
     assert [figure["name"] for figure in seen["figures"]] == [
         *("figure-scaling", "figure-lost_0", "figure-heat_0", "figure-layouts_0")
     ]
@@ -132,12 +133,12 @@ def test_gap_and_heat_map_are_seen(tmp_path: Path) -> None:
 
 
 def test_the_console_stays_empty(page: Path, tmp_path: Path) -> None:
-    """Nothing was fetched and no script run: the page's own policy refuses both, and a refusal is a complaint."""
+    """Nothing was fetched and no script ran: the page's own policy refuses both, and the console would show that."""
     assert _complaints(page, tmp_path) == []
 
 
 def test_the_checks_see_what_they_look_for(page: Path, tmp_path: Path) -> None:
-    """A page with a script, an image from elsewhere and a label beside its figure is found out."""
+    """The checks find a script, a missing image, and a label outside of its figure."""
     text = page.read_text()
     bad = tmp_path / "bad.html"
     bad.write_text(text.replace("</body>", '<script>null.x</script><img src="missing.png"></body>'))

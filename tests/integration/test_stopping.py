@@ -80,17 +80,19 @@ def test_the_time_limit_saves_and_ends_the_run(corpus: Corpus, tmp_path: Path) -
 def threads_of_a_failed_start(rank: int, world_size: int, run_file: str) -> list[str]:
     """Threads that are left when a start fails after the first of them began."""
     from llm_parallel.config.load import load_config
-    from llm_parallel.train import loop
+    from llm_parallel.train import open as opening
+    from llm_parallel.train.loop import run_training
     from llm_parallel.train.preflight import preflight
+    from llm_parallel.train.run import Place
 
     def fails(*_: object) -> None:
         assert "micro-batches" in {thread.name for thread in threading.enumerate()}
         raise ConnectionError("a peer is gone")
 
-    loop.open_comm_time = fails
+    opening.open_comm_time = fails
     before = set(threading.enumerate())
     with pytest.raises(ConnectionError, match="a peer is gone"):
-        loop.pretrain(preflight(load_config(run_file, notice=lambda _: None), world_size), loop.Place(rank, 1, rank))
+        run_training(preflight(load_config(run_file, notice=lambda _: None), world_size), Place(rank, 1, rank))
     return [thread.name for thread in set(threading.enumerate()) - before]
 
 

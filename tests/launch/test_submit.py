@@ -30,7 +30,7 @@ def options_of(text: str) -> list[str]:
 
 
 def test_batch_file(tmp_path: Path) -> None:
-    request = SubmitRequest(64, 8, 2, "3-00:00:00", "hopper", "team", "high", options=("--constraint=h100",))
+    request = SubmitRequest(64, 8, 2, None, "3-00:00:00", "hopper", "team", "high", options=("--constraint=h100",))
     check_request(request, CONFIG)
     text = batch_file(request, CONFIG, Path("/data/my run.yaml"), ["optim.lr=1e-4"])
     run_dir = Path("runs/llama").resolve()

@@ -24,13 +24,12 @@ def tokens_of(step: int) -> torch.Tensor:
 
 def our_losses(rank: int, world_size: int, folder: str, steps: int) -> list[float]:
     from llm_parallel.config.tree import OptimConfig, TrainConfig
-    from llm_parallel.data.loader import Batch
-    from llm_parallel.model.gpt import build_chunks
+    from llm_parallel.data.batch import Batch
     from llm_parallel.model.hf import load_hf_weights
     from llm_parallel.parallel.groups import open_groups
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.parallel.platform import open_platform
-    from llm_parallel.parallel.wrap import wrap
+    from llm_parallel.train.open import likelihood, policy_engine
     from llm_parallel.train.step import apply_gradient, forward_backward
 
     config = our_config(folder, LENGTH).model_copy(
@@ -40,15 +39,15 @@ def our_losses(rank: int, world_size: int, folder: str, steps: int) -> list[floa
         }
     )
     groups = open_groups(Layout.from_config(config, 1), 0, open_platform("cpu"), 0)
-    engine = wrap(build_chunks(config, groups), config, groups, overlap=False)
+    engine = policy_engine(config, groups)
     load_hf_weights(folder, engine.models)
     engine.optimizer.reload_model_params()
     losses = []
     for step in range(steps):
         tokens = tokens_of(step)
         rows = [tokens[row : row + 1] for row in range(ROWS)]
-        batches = [Batch(row[:, :-1], row[:, 1:], torch.ones(1, LENGTH), None) for row in rows]
-        outcome = forward_backward(engine, batches)
+        batches = [Batch(row[:, :-1], row[:, 1:], torch.ones(1, LENGTH)) for row in rows]
+        outcome = forward_backward(engine, likelihood(config), batches)
         apply_gradient(engine, outcome, LR, CLIP)
         losses.append(outcome.loss)
     return losses

@@ -65,7 +65,7 @@ def trained_and_saved(rank: int, world_size: int, folder: str) -> None:
     config = changed(base_config(), {"parallel.tp": 2, "parallel.pp": 2, "model.vocab_size": 101})
     engine = open_engine(config, rank, world_size)
     train_steps(engine, config, 0, 2)
-    open_store(engine, config, folder).save(engine, TrainState(step=2), blocking=True)
+    open_store(engine, config, folder).save({"policy": engine}, TrainState(step=2), blocking=True)
 
 
 def model_logits(rank: int, world_size: int, folder: str) -> np.ndarray:
@@ -102,17 +102,26 @@ def test_every_preset_survives_config_json(name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "mistral"),
-        ("attention_bias", True),
+        ("model_type", "gemma2"),
+        ("use_sliding_window", True),
         ("hidden_act", "gelu"),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_scaling", {"rope_type": "proportional", "factor": 4.0}),
+        ("partial_rotary_factor", 0.5),
     ],
 )
 def test_what_cannot_be_represented_is_named(key: str, value: object, tmp_path: Path) -> None:
     values = model_to_hf_config(ModelConfig(vocab_size=100), "float32", {})
     values.pop("rope_parameters")
-    with pytest.raises(UserError, match="yarn" if key == "rope_scaling" else key):
+    with pytest.raises(UserError, match="proportional" if key == "rope_scaling" else key):
         hf_config_to_model({**values, key: value})
+
+
+@pytest.mark.parametrize("option", ["attention_softcap", "output_softcap"])
+def test_what_no_family_has_is_not_exported(option: str) -> None:
+    with pytest.raises(UserError, match=option):
+        model_to_hf_config(ModelConfig(vocab_size=100, **{option: 30.0}), "float32", {})
+    with pytest.raises(UserError, match=r"model\.mlp_bias, model\.qk_norm"):
+        model_to_hf_config(ModelConfig(vocab_size=100, qk_norm=True, mlp_bias=True), "float32", {})
 
 
 def test_targets_are_not_overwritten_and_damage_is_said(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def first_save_job(rank: int, world_size: int, changes: dict[str, Any], folder: 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
     train_steps(engine, config, 0, 2)
-    open_store(engine, config, folder).save(engine, exact_state(), blocking=True)
+    open_store(engine, config, folder).save({"policy": engine}, exact_state(), blocking=True)
     return weights_sum(engine)
 
 
@@ -108,12 +108,12 @@ def killed_job(rank: int, world_size: int, folder: str, moment: str, asynchronou
     os.setpgrp()
     config = changed(base_config(), {"parallel.dp": world_size, "checkpoint.asynchronous": asynchronous})
     engine = open_engine(config, rank, world_size)
-    state = load_checkpoint(folder, engine, config)
+    state = load_checkpoint(folder, {"policy": engine})
     train_steps(engine, config, state.step, 1)
     state.step += 1
     store = open_store(engine, config, folder)
     _before(*_moments()[moment], _die)
-    store.save(engine, state)
+    store.save({"policy": engine}, state)
     for step in range(3, 5):
         train_steps(engine, config, step, 1)
         store.poll()
@@ -125,9 +125,9 @@ def after_kill_job(rank: int, world_size: int, folder: str) -> tuple[Any, float,
     from llm_parallel.checkpoint.load import load_checkpoint
 
     engine = open_engine(base_config(), rank, world_size)
-    state = load_checkpoint(folder, engine, base_config())
+    state = load_checkpoint(folder, {"policy": engine})
     before, found = names_in(folder), weights_sum(engine)
-    open_store(engine, base_config(), folder).save(engine, exact_state(step=9), blocking=True)
+    open_store(engine, base_config(), folder).save({"policy": engine}, exact_state(step=9), blocking=True)
     return state, found, before, names_in(folder)
 
 
@@ -145,7 +145,7 @@ def loads_job(rank: int, world_size: int, attempts: list[tuple[str, dict[str, An
                 close_groups(world=False)
             engine, current = open_engine(config, rank, world_size), changes
         try:
-            state = load_checkpoint(folder, engine, config, load_optimizer=with_optimizer)
+            state = load_checkpoint(folder, {"policy": engine}, load_optimizer=with_optimizer)
             answers.append(f"loaded step {state.step}, weights {weights_sum(engine)!r}")
         except UserError as error:
             answers.append(str(error))
@@ -160,7 +160,7 @@ def weights_only_job(rank: int, world_size: int, folder: str) -> tuple[bool, boo
 
     config = changed(base_config(), {"optim.lr": 1e-30, "optim.min_lr": 1e-30, "optim.weight_decay": 0.0})
     engine = open_engine(config, rank, world_size)
-    state = load_checkpoint(folder, engine, config, load_optimizer=False)
+    state = load_checkpoint(folder, {"policy": engine}, load_optimizer=False)
     moments = [part.optimizer.state for part in engine.optimizer.chained_optimizers]
     fresh = all(not values for part in moments for values in part.values())
     train_steps(engine, config, 0, 1)
@@ -203,7 +203,7 @@ def full_disk_job(rank: int, world_size: int, folder: str, asynchronous: bool) -
     config = changed(base_config(), {"parallel.dp": world_size, "checkpoint.asynchronous": asynchronous})
     engine = open_engine(config, rank, world_size)
     store = open_store(engine, config, folder)
-    store.save(engine, exact_state(), blocking=True)
+    store.save({"policy": engine}, exact_state(), blocking=True)
     found = {}
     cases = {case: FULL[case] for case in (FULL if asynchronous else ("in the writers", "before latest", "never"))}
     for case, (moment, leave_bytes) in cases.items():
@@ -215,7 +215,7 @@ def full_disk_job(rank: int, world_size: int, folder: str, asynchronous: bool) -
             _before(owner, name, partial(_fill_late, Path(folder), leave_bytes))
         said = "saved"
         try:
-            store.save(engine, exact_state(step=3 + list(FULL).index(case)))
+            store.save({"policy": engine}, exact_state(step=3 + list(FULL).index(case)))
             train_steps(engine, config, 0, 1)
             store.poll()
             store.wait()
@@ -223,7 +223,7 @@ def full_disk_job(rank: int, world_size: int, folder: str, asynchronous: bool) -
             said = f"{type(error).__name__}: {error}"
         setattr(owner, name, real)
         dist.barrier()
-        found[case] = (said, names_in(folder), load_checkpoint(folder, engine, config).step)
+        found[case] = (said, names_in(folder), load_checkpoint(folder, {"policy": engine}).step)
         dist.barrier()
         if rank == 0:
             (Path(folder) / "filler").unlink(missing_ok=True)
@@ -257,12 +257,12 @@ def kept_job(rank: int, world_size: int, folder: str) -> list[tuple[list[str], i
         found.append((sorted(path.name for path in Path(folder).glob("iter_*")), state.step, state.num_skipped))
 
     for step in range(1, 8):
-        store.save(engine, TrainState(step=step))
+        store.save({"policy": engine}, TrainState(step=step))
     store.wait()
     note()
     (Path(folder) / LATEST_NAME).write_text("3")
     for step in (4, 6):
-        store.save(engine, TrainState(step=step, num_skipped=1), blocking=True)
+        store.save({"policy": engine}, TrainState(step=step, num_skipped=1), blocking=True)
         note()
     return found
 
@@ -276,7 +276,7 @@ def writer_killed_job(rank: int, world_size: int, folder: str) -> tuple[str, lis
     store = open_store(engine, config, folder)
     if rank == world_size - 1:
         _before(filesystem, "_write_item", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    store.save(engine, exact_state())
+    store.save({"policy": engine}, exact_state())
     try:
         store.wait()
     except Exception as error:

@@ -27,7 +27,7 @@ def save_job(
     engine = open_engine(config, rank, world_size)
     store = open_store(engine, config, folder)
     train_steps(engine, config, 0, before)
-    store.save(engine, TrainState(step=before, consumed_samples=before * 8, guard={"losses": [1.0]}))
+    store.save({"policy": engine}, TrainState(step=before, consumed_samples=before * 8, guard={"losses": [1.0]}))
     history = []
     for step in range(before, before + after):
         history += train_steps(engine, config, step, 1)
@@ -46,6 +46,6 @@ def load_job(rank: int, world_size: int, changes: dict[str, Any], folder: str, a
         for parameter in model.parameters():
             parameter.data.add_(0.37)
     engine.optimizer.reload_model_params()
-    state = load_checkpoint(folder, engine, config)
+    state = load_checkpoint(folder, {"policy": engine})
     assert state.guard == {"losses": [1.0]}
     return train_steps(engine, config, state.step, after)

@@ -27,8 +27,8 @@ def shared_step_job(rank: int, world_size: int, folder: str, remedy: bool) -> tu
     engine = open_engine(config, rank, world_size)
     raised: list[str] = []
 
-    def straight(engine: Any, state: dict[str, Any]) -> None:
-        for part in engine.optimizer.chained_optimizers:
+    def straight(optimizer: Any, state: dict[str, Any]) -> None:
+        for part in optimizer.chained_optimizers:
             tensors, kind = state.pop("param_state"), state.pop("param_state_sharding_type")
             part.load_state_dict(state)
             try:
@@ -38,7 +38,7 @@ def shared_step_job(rank: int, world_size: int, folder: str, remedy: bool) -> tu
 
     if not remedy:
         load.load_optimizer_state = straight
-    step = load.load_checkpoint(folder, engine, config).step
+    step = load.load_checkpoint(folder, {"policy": engine}).step
     tensors = len({id(step) for step in _steps(engine)})
     train_steps(engine, config, step, 1)
     return len(_steps(engine)), tensors, {step.item() for step in _steps(engine)}, "".join(raised)
@@ -53,7 +53,7 @@ def fresh_state_job(rank: int, world_size: int, remedy: bool) -> str:
     if remedy:
         allocate_moments(engine)
     try:
-        training_state(engine, loading=False)
+        training_state({"policy": engine}, loading=False)
     except AssertionError as error:
         return type(error).__name__
     return ""
@@ -64,7 +64,7 @@ def without_remedies_job(rank: int, world_size: int, folder: str) -> History:
     and trains on: ``stale``, ``padding`` and ``good`` in ``folder``."""
     from llm_parallel.checkpoint import content
     from llm_parallel.checkpoint.state import TrainState
-    from llm_parallel.parallel.wrap import Engine
+    from llm_parallel.parallel.engine import Engine
 
     config = changed(base_config(), {"parallel.dp": world_size, "parallel.overlap": True, "parallel.bucket_size": 3000})
     engine = open_engine(config, rank, world_size)
@@ -72,7 +72,7 @@ def without_remedies_job(rank: int, world_size: int, folder: str) -> History:
     state = TrainState(step=4, guard={"losses": [1.0]})
 
     def save(name: str) -> None:
-        open_store(engine, config, f"{folder}/{name}").save(engine, state, blocking=True)
+        open_store(engine, config, f"{folder}/{name}").save({"policy": engine}, state, blocking=True)
 
     up_to_date, padded_buckets = Engine.parameters_up_to_date, content.padded_buckets
     Engine.parameters_up_to_date = lambda self: None  # type: ignore[method-assign]
@@ -92,7 +92,7 @@ def weights_job(rank: int, world_size: int, folders: list[str]) -> list[float]:
     engine = open_engine(base_config(), rank, world_size)
     loaded = []
     for folder in folders:
-        load_checkpoint(folder, engine, base_config(), load_optimizer=False)
+        load_checkpoint(folder, {"policy": engine}, load_optimizer=False)
         loaded.append([parameter.detach().clone() for model in engine.models for parameter in model.parameters()])
     return [max((a - b).abs().max().item() for a, b in zip(loaded[0], other)) for other in loaded]
 
@@ -115,7 +115,7 @@ def left_processes_job(rank: int, world_size: int, folder: str) -> int:
 
     engine = open_engine(base_config(), rank, world_size)
     before = _children()
-    open_store(engine, base_config(), folder).save(engine, TrainState(step=1), blocking=True)
+    open_store(engine, base_config(), folder).save({"policy": engine}, TrainState(step=1), blocking=True)
     left = _children() - before
     for child in multiprocessing.active_children():
         child.kill()

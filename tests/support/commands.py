@@ -3,8 +3,6 @@ rank (seconds of imports) would say nothing more."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import subprocess
@@ -13,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import yaml
 
@@ -52,26 +49,6 @@ def llm_parallel(
         timeout=timeout_s,
         stdin=subprocess.DEVNULL,
     )
-
-
-def llm_parallel_here(*arguments: str | Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """The command's whole way in, exit status included, in this process: for what it refuses before anything starts,
-    where another interpreter and its imports would say nothing more."""
-    from llm_parallel import cli
-
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    command = ["llm-parallel", *map(str, arguments)]
-    with (
-        mock.patch.dict(os.environ, environment(env), clear=True),
-        mock.patch.object(sys, "argv", command),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
 def write_run_file(corpus: Corpus, folder: Path, **sections: dict[str, Any]) -> Path:
@@ -133,14 +110,16 @@ def _worker(
     from llm_parallel.config.load import load_config
     from llm_parallel.train import loop
     from llm_parallel.train.preflight import preflight
+    from llm_parallel.train.run import Place
 
     config = preflight(load_config(run_file, overrides, notice=lambda _: None), world_size)
     found = prepare(rank, loop) if prepare else None
     asked = iter(range(1, config.train.steps + 1))
     # Only the last rank is asked, as a scheduler may signal one node's processes first.
     last = rank == world_size - 1
-    place = loop.Place(rank, world_size, rank)
-    state = loop.pretrain(config, place, asked_to_stop=lambda: last and stop_at is not None and next(asked) == stop_at)
+    place = Place(rank, world_size, rank)
+    asks = stop_at is not None and last
+    state = loop.run_training(config, place, asked_to_stop=lambda: asks and next(asked) == stop_at)
     return found if prepare else state.step
 
 

@@ -67,7 +67,15 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
         failure, deadline = None, time.monotonic() + timeout_s + 20.0
         try:
             while len(results) < world_size and failure is None:
-                rank, ok, value = out.get(timeout=max(0.1, deadline - time.monotonic()))
+                try:
+                    rank, ok, value = out.get(timeout=1.0)
+                except queue.Empty:
+                    died = {r: c.exitcode for r, c in enumerate(children) if r not in results and c.exitcode}
+                    if died:
+                        failure = f"ranks died without an answer, rank: exit status {died}"
+                    elif time.monotonic() > deadline:
+                        raise
+                    continue
                 if ok:
                     results[rank] = value
                 else:

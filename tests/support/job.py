@@ -58,32 +58,39 @@ def sample(config: RunConfig, number: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 def make_batch(config: RunConfig, numbers: range) -> Any:
     """Micro batch of the given samples."""
-    from llm_parallel.data.loader import Batch
+    from llm_parallel.data.batch import Batch, Documents
 
     tokens, masks, starts = zip(*(sample(config, number) for number in numbers))
     stacked = torch.stack(tokens)
     return Batch(
         tokens=stacked[:, :-1].contiguous(),
         labels=stacked[:, 1:].contiguous(),
-        loss_mask=torch.stack(masks),
-        document_starts=list(starts) if config.data.packing == "isolate" else None,
+        weights=torch.stack(masks),
+        documents=Documents(starts) if config.data.packing == "isolate" else None,
     )
+
+
+def own_batches(config: RunConfig, groups: Any, first: int = 0, samples: int | None = None) -> list[Any]:
+    """This replica's micro batches of the step that begins with sample ``first``."""
+    from llm_parallel.parallel.layout import Layout
+
+    layout = Layout.from_config(config, groups.mesh.world_size)
+    numbers = layout.micro_batches(first, samples or config.train.global_batch_size, groups.at.dp)
+    return [make_batch(config, part) for part in numbers]
 
 
 def open_engine(config: RunConfig, rank: int, world_size: int) -> Any:
     """Groups and engine of this rank for a checked configuration."""
     from llm_parallel.config.rules import check_config
-    from llm_parallel.model.gpt import build_chunks
-    from llm_parallel.model.mcore_config import overlap_enabled
     from llm_parallel.parallel.groups import open_groups
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.parallel.platform import open_platform
-    from llm_parallel.parallel.wrap import wrap
+    from llm_parallel.train.open import policy_engine
 
     check_config(config, world_size, "cpu")
     platform = open_platform("cpu")
     groups = open_groups(Layout.from_config(config, world_size), rank, platform, config.seed)
-    return wrap(build_chunks(config, groups), config, groups, overlap_enabled(config, platform))
+    return policy_engine(config, groups)
 
 
 def train_steps(
@@ -94,13 +101,13 @@ def train_steps(
     before_update: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each of the steps ``first_step …``; ``before_update(step)`` may look at gradients."""
+    from llm_parallel.train.open import likelihood
     from llm_parallel.train.step import apply_gradient, forward_backward
 
-    layout, history = engine.groups.layout, []
+    history = []
     size = config.train.global_batch_size
     for step in range(first_step, first_step + num_steps):
-        numbers = layout.micro_batches(step * size, size, engine.groups.at.dp)
-        outcome = forward_backward(engine, [make_batch(config, part) for part in numbers])
+        outcome = forward_backward(engine, likelihood(config), own_batches(config, engine.groups, step * size))
         before_update(step)
         apply_gradient(engine, outcome, config.optim.lr, config.optim.clip_grad)
         history.append((outcome.loss, outcome.grad_norm))
@@ -110,7 +117,7 @@ def train_steps(
 def gradients(engine: Any) -> dict[str, torch.Tensor]:
     """This rank's shard of every gradient, by canonical name, after ``forward_backward``; whole again where the
     distributed optimizer left each rank only its part."""
-    from llm_parallel.model.init import canonical_parameters
+    from llm_parallel.model.tensors import canonical_parameters
 
     group = engine.groups.collection.dp_cp
     found = {}
@@ -131,7 +138,7 @@ def compare_layout(rank: int, world_size: int, changes: dict[str, Any], num_step
 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
-    layout, at = engine.groups.layout, engine.groups.at
+    mesh, at = engine.groups.mesh, engine.groups.at
     first: dict[str, Any] = {}
 
     def keep(step: int) -> None:
@@ -140,4 +147,4 @@ def compare_layout(rank: int, world_size: int, changes: dict[str, Any], num_step
 
     history = train_steps(engine, config, 0, num_steps, keep)
     close_groups(world=False)
-    return {"gradients": first, "history": history, "tp": layout.tp, "tp_rank": at.tp}
+    return {"gradients": first, "history": history, "tp": mesh.tp, "tp_rank": at.tp}

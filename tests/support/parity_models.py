@@ -15,6 +15,36 @@ from llm_parallel.versions import parse
 RANDOM = {
     "llama-2": {"num_key_value_heads": 4},
     "grouped": {"num_key_value_heads": 2, "head_dim": 24},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 12},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
+    "llama with every bias": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "linear": {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "dynamic, longer than its context": {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 40,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
+    },
+    "qwen2 yarn": {
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "longrope": {
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+            "short_factor": [1.0 + i / 20 for i in range(8)],
+            "long_factor": [1.5 + i for i in range(8)],
+        },
+    },
     "llama-3.1 tied": {
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
@@ -43,16 +73,17 @@ def _as_this_version_has_it(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_hf(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
-    """transformers' LlamaForCausalLM of a folder, whatever its version calls the dtype."""
-    from transformers import LlamaForCausalLM
+    """transformers' model of a folder, whatever its version calls the dtype."""
+    from transformers import AutoModelForCausalLM
 
     name = "dtype" if parse(metadata.version("transformers")) >= (4, 56) else "torch_dtype"
-    return LlamaForCausalLM.from_pretrained(folder, **{name: dtype}, **options)
+    return AutoModelForCausalLM.from_pretrained(folder, **{name: dtype}, **options)
 
 
 def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Hugging Face folder of a random Llama with an odd vocabulary; weights large enough to tell mistakes apart."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Hugging Face folder of a random Llama or Mistral with an odd vocabulary, and weights that are large enough to
+    tell mistakes apart."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     settings = {
@@ -65,11 +96,15 @@ def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -
         "initializer_range": 0.15,
         "rms_norm_eps": 1e-5,
     }
-    model = LlamaForCausalLM(LlamaConfig(**_as_this_version_has_it({**settings, **RANDOM[kind]}))).to(dtype)
+    family = next((name for name in ("mistral", "qwen2", "qwen3") if kind.startswith(name)), "llama")
+    config = AutoConfig.for_model(family, **_as_this_version_has_it({**settings, **RANDOM[kind]}))
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
     model.save_pretrained(folder, max_shard_size="200KB")
     return folder
 
@@ -98,14 +133,14 @@ def our_config(folder: str, seq_length: int, **parallel: Any) -> RunConfig:
 def open_models(config: RunConfig, rank: int, world_size: int) -> Any:
     """Model chunks of this rank."""
     from llm_parallel.config.rules import check_config
-    from llm_parallel.model.gpt import build_chunks
+    from llm_parallel.model.gpt import build_policy
     from llm_parallel.parallel.groups import open_groups
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.parallel.platform import open_platform
 
     check_config(config, world_size, "cpu")
     groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
-    return build_chunks(config, groups)
+    return build_policy(config, groups).models
 
 
 def logits_job(

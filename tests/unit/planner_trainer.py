@@ -1,4 +1,4 @@
-"""What one rank of our trainer really holds, by kind, for tests of the planner's memory model."""
+"""Measures the memory of one rank of our trainer by kind, for tests of the planner's memory model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def base_config() -> RunConfig:
 
 
 class Saved:
-    """Bytes of all storages that autograd holds for backward, now and at most; weights and given ones not counted."""
+    """Bytes of all storages that autograd holds for backward, at present and at most, without those in ``excluded``."""
 
     def __init__(self, excluded: set[int]) -> None:
         self.excluded, self.holders = excluded, Counter[int]()
@@ -44,11 +44,11 @@ class Saved:
         self.at_most: list[str] = []
 
     def pack(self, x: torch.Tensor) -> Held:
-        """Counts a saved tensor until autograd lets go of it."""
+        """Counts a saved tensor until autograd releases it."""
         return Held(self, x)
 
     def add(self, x: torch.Tensor) -> None:
-        """One more holder of a storage."""
+        """Adds a holder of a storage."""
         number = x.untyped_storage().data_ptr()
         self.holders[number] += 1
         if self.holders[number] == 1 and number not in self.excluded:
@@ -58,7 +58,7 @@ class Saved:
                 self.most, self.at_most = self.now, list(self.shapes.values())
 
     def drop(self, x: torch.Tensor) -> None:
-        """One holder less."""
+        """Removes a holder of a storage."""
         number = x.untyped_storage().data_ptr()
         self.holders[number] -= 1
         if not self.holders[number] and number not in self.excluded:
@@ -67,7 +67,7 @@ class Saved:
 
 
 class Held:
-    """A tensor as autograd keeps it."""
+    """A saved tensor, which is counted while autograd holds it."""
 
     def __init__(self, saved: Saved, x: torch.Tensor) -> None:
         self.saved, self.x = saved, x
@@ -85,8 +85,10 @@ def nbytes(tensors: Any) -> int:
 def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Bytes of this rank by kind, after one step; its pipeline rank."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from llm_parallel.data.loader import Batch
+    from llm_parallel.data.batch import Batch
+    from llm_parallel.objectives.likelihood import Likelihood
     from llm_parallel.parallel.groups import close_groups
+    from llm_parallel.parallel.layout import Layout
     from llm_parallel.train.step import apply_gradient, forward_backward
 
     config = changed(base_config(), changes)
@@ -98,14 +100,14 @@ def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, An
 
     def batch() -> Batch:
         tokens = torch.randint(0, 1000, (size, SEQ + 1), generator=generator)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, SEQ), None)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, SEQ))
 
-    layout = engine.groups.layout
+    layout = Layout.from_config(config, world_size)
     batches = [batch() for _ in range(layout.num_micro_batches(config.train.global_batch_size))]
-    given = {x.untyped_storage().data_ptr() for item in batches for x in (item.tokens, item.labels, item.loss_mask)}
+    given = {x.untyped_storage().data_ptr() for item in batches for x in (item.tokens, item.labels, item.weights)}
     saved = Saved(weights | given)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.x):
-        outcome = forward_backward(engine, batches)
+        outcome = forward_backward(engine, Likelihood(), batches)
     apply_gradient(engine, outcome, 1e-3, 1.0)
     found = {
         "weights": nbytes(p for m in engine.models for p in m.parameters()),

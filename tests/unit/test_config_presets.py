@@ -10,6 +10,7 @@ from llm_parallel.config.load import load_config
 from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.rules import find_problems, num_processes
 from llm_parallel.config.tree import ModelConfig, RopeScaling
+from llm_parallel.model.flops import parameter_count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -26,6 +27,9 @@ PUBLISHED = {
     "llama3.1-70b": 70_553_706_496,
     "llama3.1-405b": 405_853_388_800,
     "smollm2-135m": 134_515_008,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
 }
 
 
@@ -38,13 +42,15 @@ def count(config: ModelConfig) -> int:
     assert config.vocab_size is not None
     attention = 2 * hidden * head * (config.num_attention_heads + config.num_query_groups)
     layer = attention + 3 * hidden * config.ffn_hidden_size + 2 * hidden
+    layer += head * (config.num_attention_heads + 2 * config.num_query_groups) if config.qkv_bias else 0
+    layer += 2 * head if config.qk_norm else 0
     embeddings = config.vocab_size * hidden * (1 if config.tie_embeddings else 2)
     return embeddings + config.num_layers * layer + hidden
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_parameter_count_is_the_published_one(preset):
-    assert count(model(preset)) == PUBLISHED[preset]
+    assert count(model(preset)) == parameter_count(model(preset)).total == PUBLISHED[preset]
 
 
 def test_every_published_preset_is_counted():
@@ -55,7 +61,7 @@ def test_every_published_preset_is_counted():
 def test_widths_fit_tensor_parallelism(preset):
     found = model(preset)
     assert found.kv_channels * found.num_attention_heads == found.hidden_size
-    largest = 3 if preset == "smollm2-135m" else 8
+    largest = {"smollm2-135m": 3, "qwen2.5-7b": 4}.get(preset, 8)
     assert found.ffn_hidden_size % largest == found.num_query_groups % largest == 0
 
 
@@ -70,7 +76,8 @@ def test_values_that_no_parameter_count_shows():
     assert model("llama3.1-8b").rope_scaling == RopeScaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
     )
-    assert {model(name).norm_epsilon for name in PUBLISHED} == {1e-5}
+    for name in PUBLISHED:
+        assert model(name).norm_epsilon == (1e-6 if name.startswith("qwen") else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["tiny", "debug"])

@@ -53,16 +53,16 @@ def test_batches_hold_the_samples_asked_for_in_order(isolate: bool) -> None:
     assert len(batches) == len(groups)
     for numbers, batch in zip(groups, batches):
         assert batch.tokens.dtype == batch.labels.dtype == torch.int64
-        assert batch.loss_mask.dtype == torch.float32
+        assert batch.weights.dtype == torch.float32
         assert batch.tokens.tolist() == [[number] * LENGTH for number in numbers]
         assert batch.labels.tolist() == [[number + 1] * LENGTH for number in numbers]
-        assert batch.loss_mask.tolist() == [[float(i != n % LENGTH) for i in range(LENGTH)] for n in numbers]
+        assert batch.weights.tolist() == [[float(i != n % LENGTH) for i in range(LENGTH)] for n in numbers]
         if isolate:
-            assert batch.document_starts is not None
-            assert all(starts.dtype == torch.int32 for starts in batch.document_starts)
-            assert [starts.tolist() for starts in batch.document_starts] == [[0, 1 + number % 3] for number in numbers]
+            assert batch.documents is not None
+            assert all(starts.dtype == torch.int32 for starts in batch.documents.starts)
+            assert [starts.tolist() for starts in batch.documents.starts] == [[0, 1 + number % 3] for number in numbers]
         else:
-            assert batch.document_starts is None
+            assert batch.documents is None
 
 
 def test_reads_ahead_but_not_further_than_asked() -> None:
@@ -129,5 +129,5 @@ def test_batches_arrive_on_the_gpu() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     with MicroBatchLoader(Counting(), [[1, 2]], device) as loader:
         batch = next(loader)
-    assert batch.tokens.device == batch.labels.device == batch.loss_mask.device == device
+    assert batch.tokens.device == batch.labels.device == batch.weights.device == device
     assert batch.tokens.tolist() == [[1] * LENGTH, [2] * LENGTH]

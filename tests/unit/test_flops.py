@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.flops import flops_per_token, forward_flops_per_token, parameter_count
@@ -117,3 +118,16 @@ def test_published_figures() -> None:
 def test_vocabulary_must_be_known() -> None:
     with pytest.raises(UserError, match=r"model\.vocab_size"):
         flops_per_token(ModelConfig(), 128)
+
+
+@pytest.mark.parametrize("window", [64, 1000, 2048, 4096])
+def test_a_window_counts_the_keys_that_a_token_sees(window: int) -> None:
+    """Mean over the tokens of a sample of min(position, window), the token itself counting half."""
+    seq, plain = 2048, MODEL_PRESETS["llama2-7b"]
+    whole = ModelConfig(**{**plain, "vocab_size": 32000})
+    windowed = whole.model_copy(update={"window_tokens": window})
+    seen = sum(min(position + 0.5, window - 0.5 * (window <= position)) for position in range(seq)) / seq
+    per_key = 4 * whole.num_attention_heads * whole.kv_channels * whole.num_layers
+    without = forward_flops_per_token(whole, seq) - per_key * seq // 2
+    found = (forward_flops_per_token(windowed, seq) - without) / per_key
+    assert found == pytest.approx(seen, rel=0.02)

@@ -40,12 +40,22 @@ MEGATRON_FILES = {
     "llm_parallel/model/init.py": "marks of sharded parameters",
     "llm_parallel/model/sequence.py": "the record of packed documents",
     "llm_parallel/parallel/groups.py": "process groups",
-    "llm_parallel/parallel/wrap.py": "data parallelism and the optimizer",
+    "llm_parallel/parallel/engine.py": "data parallelism",
+    "llm_parallel/parallel/mcore_optimizer.py": "gradient buffers and the optimizer, with their internals",
     "llm_parallel/parallel/platform.py": "the places that name CUDA",
     "llm_parallel/train/step.py": "the pipeline schedules",
     "llm_parallel/bench/contenders.py": "the peer that ours is measured beside",
 }
 MEGATRON_FOLDERS = ("llm_parallel/checkpoint/",)
+
+# Internals of megatron-core's gradient buffers and optimizer, which one file may name.
+OPTIMIZER_FILE = "llm_parallel/parallel/mcore_optimizer.py"
+OPTIMIZER_INTERNALS = re.compile(
+    r"chained_optimizers|shard_(fp32|float16)\w*groups|model_f\w+_groups|fp32_from_f\w+_groups|float16_groups"
+    r"|model_param_gbuf_map|gbuf_ranges|_get_model_param_range_map|_copy_\w+_params\w*|parameter_state_dp_zero"
+    r"|load_parameter_state_from_|param_state_sharding_type|numel_unpadded|grad_data|param_data|intra_dp_cp_group"
+    r"|buckets"
+)
 
 OPTIONAL_PACKAGES = {"triton", "apex", "transformer_engine", "flash_attn", "transformers", "wandb", "prometheus_client"}
 
@@ -221,6 +231,31 @@ def test_megatron_core_stands_behind_few_files() -> None:
         if any("megatron" in imported_packages(node) for node in ast.walk(tree_of(path))):
             found.add(name)
     assert not found
+
+
+def names_in(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Every name and string of a file that is neither a docstring nor a comment, with its line."""
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            yield node.lineno, node.value
+
+
+def test_one_file_names_the_internals_of_the_optimizer() -> None:
+    found = []
+    for path in package_files():
+        if name_of(path) == OPTIMIZER_FILE or is_test(path) or not name_of(path).startswith("llm_parallel/"):
+            continue
+        for line, name in names_in(tree_of(path)):
+            if OPTIMIZER_INTERNALS.fullmatch(name):
+                found.append(f"{name_of(path)}:{line}: {name}")
+    assert not found
+    inside = {name for _, name in names_in(tree_of(ROOT / OPTIMIZER_FILE)) if OPTIMIZER_INTERNALS.match(name)}
+    assert len(inside) > 10, "the pattern finds them where they are"
 
 
 def test_what_is_public_is_documented() -> None:

@@ -1,4 +1,4 @@
-"""Descriptions made of measurements: known rates put into files of the real formats come out again."""
+"""Calibration: known rates, written into result files of the real formats, come out of them again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def comm(path: Path, ranks: int, beside: int, times: Any, backend: str = "nccl",
 
 
 def ring(ranks: int, way_s: float, bytes_per_s: float) -> Any:
-    """Rings of ``ranks`` whose whole way has this latency."""
+    """Results of rings of ``ranks`` with this latency around the whole ring."""
 
     def times(name: str, size: int) -> float:
         if name == "send_recv":
@@ -76,7 +76,7 @@ def gpu_config() -> RunConfig:
 
 
 def test_rates_of_links_come_out(tmp_path: Path) -> None:
-    """8 GPUs at 300 GB/s with 2 us a message; 4 nodes at 35 GB/s of a GPU, 9 us between nodes."""
+    """8 GPUs at 300 GB/s and 2 us a message within a node; 4 nodes at 35 GB/s per GPU and 9 us between nodes."""
     far = 4 * 9e-6 + 28 * 2e-6
     files = [
         comm(tmp_path / "inter.json", 32, 8, ring(32, far, 8 * 35e9)),
@@ -100,7 +100,7 @@ def test_rates_of_links_come_out(tmp_path: Path) -> None:
 def test_a_step_scales_what_the_card_reached(
     tmp_path_factory: pytest.TempPathFactory, factor: float, product: float, copy: float
 ) -> None:
-    """A card with known shares of its peaks, of which training reaches a known part."""
+    """A GPU with known shares of its peaks, of which training reaches a known part."""
     folder = tmp_path_factory.mktemp("calibrate")
     sheet = load_cluster("dgx-h100")
     known = sheet.chip.constants

@@ -45,7 +45,7 @@ def test_flops_by_hand() -> None:
 
 @pytest.mark.parametrize(("processes", "slower"), [(2, 0.5), (4, 0.5), (8, 0.5)])
 def test_replicas_share_two_cores(processes: int, slower: float) -> None:
-    """However many, two cores halve the time of the same work; the sharded update is shared too."""
+    """Two cores halve the time of the same work for any number of replicas; the sharded update is divided too."""
     assert total(replace(ONE, gpus=processes)) == pytest.approx(slower * total(ONE))
 
 
@@ -58,7 +58,7 @@ def test_pipelines_do_all_the_work(pp: int, vpp: int) -> None:
 
 
 def test_tensor_parallel_products_are_split() -> None:
-    """What is not split, the layers' passes, is done by both."""
+    """The fixed cost of each layer is not divided: both processes pay it."""
     fast = replace(MACHINE, traffic_s=0.0, call_s=0.0, micro_batch_s=0.0, update_s=0.0)
     split = replace(ONE, gpus=2, tp=2)
     assert total(split, fast) == pytest.approx(total(ONE, fast) / 2)
@@ -67,7 +67,7 @@ def test_tensor_parallel_products_are_split() -> None:
 
 
 def test_bytes_sent_by_hand() -> None:
-    """Seconds of operations alone, on cores enough, with 1 s for a byte of one operation at a time."""
+    """Seconds of communication alone with a core for each process, where a byte of one operation takes 1 s."""
     idle = Host(64, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, FREE)
 
     def sent(operation: str, strategy: Strategy) -> float:
@@ -116,7 +116,7 @@ def save(path: Path, tree: dict[str, Any]) -> str:
 
 
 def step_file(path: Path, host: Host, config: RunConfig, beside: int = 0) -> str:
-    """A bench step on this machine, whose split is of a step a third slower."""
+    """Writes a result of ``bench step`` on this machine, whose split was measured in a step a third slower."""
     shape, strategy = shape_of(config.model), strategy_of(config, 1)
     update = host.update_s * shape.parameters
     seconds = HostModel(shape, strategy, host).alone().seconds(host) + host.micro_batch_s * 4 + update
@@ -128,7 +128,7 @@ def step_file(path: Path, host: Host, config: RunConfig, beside: int = 0) -> str
 
 
 def comm_file(path: Path, host: Host, ranks: int, operations: tuple[str, ...] = OPERATIONS) -> str:
-    """A bench comm on it: processes in each other's way take so much longer."""
+    """Writes a result of ``bench comm`` on this machine, in which processes that share cores take longer."""
     slower = max(1.0, ranks / host.cores) / (host.crowded if ranks >= host.cores else 1.0)
     rows = []
     for name in operations:

@@ -16,7 +16,7 @@ from llm_parallel.planner.memory import (
     parameters_of_stage,
     stage_layers,
 )
-from llm_parallel.planner.schedule import simulate
+from llm_parallel.planner.pipeline_simulation import simulate
 from llm_parallel.planner.shapes import Shape, Strategy
 
 GPT_175B = Shape(96, 12288, 96, 96, 4 * 12288, 51200, gated=False, dropout=True, tied=True, rotary=False)
@@ -128,8 +128,8 @@ def test_context_parallelism_divides_activations() -> None:
 
 
 def test_fsdp_under_a_pipeline_keeps_whole_weights_and_gradients() -> None:
-    """Weights in bf16 and summed gradients in fp32 of a stage, whole; of two chunks one's gradients at a time; and what
-    pipelining keeps for the caller: logits of all 8 micro batches."""
+    """A stage holds its whole weights in bf16 and accumulated gradients in fp32, for one of two chunks at a time; and
+    the logits of all 8 micro batches, which pipelining keeps for the caller."""
     fields = {"gpus": 16, "global_batch": 32, "micro_batch": 1, "seq": 4096, "pp": 4, "zero": 3}
     one, two = Strategy(**fields), Strategy(**fields, vpp=2)  # type: ignore[arg-type]
     for stage in range(4):

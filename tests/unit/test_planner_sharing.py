@@ -1,4 +1,4 @@
-"""Processes on shared cores against what can be worked out by hand."""
+"""Processes on shared cores, against times worked out by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_parallel.planner.schedule import order, simulate
+from llm_parallel.planner.pipeline_simulation import order, simulate
 from llm_parallel.planner.sharing import IDLE, Op, share_cores
 
 
@@ -25,7 +25,7 @@ def test_who_ends_early_frees_a_core() -> None:
 
 
 def test_a_group_begins_and_ends_together() -> None:
-    """The one that comes first waits in the group's kind, and its core is free for a third process."""
+    """The first process waits for the group, which counts as the group's kind, and a third process gets its core."""
     both = (0, 1)
     programs = [[Op(1.0, "a"), Op(1.0, "sum", both)], [Op(3.0, "a"), Op(1.0, "sum", both)]]
     whole, parts = share_cores(programs, 2)

@@ -1,4 +1,4 @@
-"""Step time against what can be said without a fit: parts add up, limits hold, trends go the right way."""
+"""Step time without fitted constants: parts add up, limits hold, and trends have the right sign."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_parts_add_up_and_no_layout_beats_the_peak(strategy: Strategy) -> None:
 @settings(max_examples=60, deadline=None)
 @given(LAYOUTS)
 def test_closed_bubble_agrees_with_the_simulation(strategy: Strategy) -> None:
-    """The search uses the closed form; event by event the same step takes the same time but for a few per cent."""
+    """The closed form that the search uses is within a few per cent of the simulation of the same step."""
     model = Model(LLAMA_70B, strategy, H100)
     found = model.step()
     pipeline = found.compute + found.elementwise + found.recompute + found.tp + found.cp + found.host + found.bubble
@@ -56,7 +56,7 @@ def test_closed_bubble_agrees_with_the_simulation(strategy: Strategy) -> None:
 
 
 def test_compute_is_flops_over_the_peak_of_a_perfect_chip() -> None:
-    """With all constants ideal a layer's products take FLOPs / peak, but for the tile that is not full."""
+    """With ideal constants a layer's matrix products take FLOPs / peak, except for the tile that is not full."""
     cluster = replace(H100, chip=replace(H100.chip, constants=PERFECT))
     strategy = Strategy(gpus=1, global_batch=1, micro_batch=1, seq=65536)
     ideal = LLAMA_8B.flops_per_token(65536, causal=True) * 65536 / H100.chip.peak_flops

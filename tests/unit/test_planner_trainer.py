@@ -1,4 +1,4 @@
-"""The memory model against what our trainer really allocates: 15 layouts, by kind, on every rank.
+"""The memory model against what our trainer really allocates: 15 layouts (3 by default), by kind, on every rank.
 
 Triton's interpreter runs the kernels that a GPU would, so autograd holds what it would hold there.
 """
@@ -17,7 +17,7 @@ from tests.unit.planner_trainer import base_config, changed, measure
 TOLERANCE = 0.03
 STATES = ("weights", "gradients", "optimizer")
 
-pytestmark = [pytest.mark.gloo, pytest.mark.slow]
+pytestmark = pytest.mark.gloo
 pytest.importorskip("triton", reason="the kernels need triton")
 
 
@@ -45,7 +45,13 @@ ROWS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+QUICK = ("one process", "full recompute", "TP2 PP2")
+"""Rows that are not slow: every kind of memory, recomputation, and both kinds of model parallelism with their ends."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
+)
 def test_every_kind_is_what_the_trainer_holds(name: str) -> None:
     world, changes = ROWS[name]
     config = changed(base_config(), changes)

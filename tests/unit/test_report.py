@@ -16,13 +16,14 @@ from llm_parallel.errors import UserError
 from llm_parallel.planner.hardware import load_cluster
 from llm_parallel.planner.shapes import Shape, Strategy
 from llm_parallel.planner.steptime import step_time
-from llm_parallel.report.command import Request, report_command
+from llm_parallel.report.command import report_command
+from llm_parallel.report.efficiency import read_sweep, sentence
 from llm_parallel.report.gap import causes_of, explained
 from llm_parallel.report.heatmap import Cell, cells_of, heat_map
+from llm_parallel.report.pipeline_of_run import schedule_of
 from llm_parallel.report.recovery import KINDS, life_of
+from llm_parallel.report.request import ReportRequest
 from llm_parallel.report.runs import different_work, loss_at, read_runs, summarize, time_split
-from llm_parallel.report.scaling import read_sweep, sentence
-from llm_parallel.report.schedule import schedule_of
 from llm_parallel.report.sections import _changes
 from tests.support.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_run, write_sweep
 
@@ -175,7 +176,7 @@ def test_predictions_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("rows", "message"),
     [
         ([{"world_size": 1, "step_time_s": 1.0}], "lacks the column global_batch_size"),
         ([{**row, "model": f"m{row['dp']}"} for row in SWEEP], "model is m1 in line 2 and m2 in line 3"),
@@ -188,10 +189,10 @@ def test_predictions_are_compared(tmp_path: Path) -> None:
         ([SWEEP[0], {**SWEEP[1], "time_dp_s": "nan"}], "line 3: time_dp_s 'nan'"),
     ],
 )
-def test_sweeps_that_cannot_be_compared_are_refused(tmp_path: Path, rows: list[dict[str, Any]], words: str) -> None:
+def test_sweeps_that_cannot_be_compared_are_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     page = tmp_path / "r.html"
-    with pytest.raises(UserError, match=re.escape(words)):
-        report_command(Request(sweeps=[str(write_sweep(tmp_path / "s.csv", rows))], out=str(page)))
+    with pytest.raises(UserError, match=re.escape(message)):
+        report_command(ReportRequest(sweeps=[str(write_sweep(tmp_path / "s.csv", rows))], out=str(page)))
     assert not page.exists()
 
 
@@ -200,16 +201,16 @@ def test_other_bad_requests_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("world_size,global_batch_size,step_time_s\n")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "metrics.jsonl").write_text("")
-    for request, words in (
-        (Request(), "needs a run folder"),
-        (Request([str(tmp_path / "nowhere")]), "nowhere"),
-        (Request([str(tmp_path / "none")]), "no step yet"),
-        (Request([str(run), str(run)]), "given twice"),
-        (Request(sweeps=[str(tmp_path / "empty.csv")]), "empty sweep"),
-        (Request(sweeps=[str(tmp_path / "gone.csv")]), "gone.csv"),
-        (Request([str(run)], out=str(run / "metrics.jsonl" / "r.html")), "cannot be written"),
+    for request, message in (
+        (ReportRequest(), "needs a run folder"),
+        (ReportRequest([str(tmp_path / "nowhere")]), "nowhere"),
+        (ReportRequest([str(tmp_path / "none")]), "no step yet"),
+        (ReportRequest([str(run), str(run)]), "given twice"),
+        (ReportRequest(sweeps=[str(tmp_path / "empty.csv")]), "empty sweep"),
+        (ReportRequest(sweeps=[str(tmp_path / "gone.csv")]), "gone.csv"),
+        (ReportRequest([str(run)], out=str(run / "metrics.jsonl" / "r.html")), "cannot be written"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             report_command(request)
 
 
@@ -219,7 +220,7 @@ def test_losses_are_compared_at_the_same_tokens(tmp_path: Path) -> None:
     tokens = 40 * 8 * 64
     assert loss_at(long, tokens) == pytest.approx(loss_at(short, tokens)) == pytest.approx(6 - 39.5 / 20)
     page = tmp_path / "r.html"
-    report_command(Request([str(short.folder), str(long.folder)], out=str(page)))
+    report_command(ReportRequest([str(short.folder), str(long.folder)], out=str(page)))
     assert "+0.0000" in page.read_text() or "-0.0000" in page.read_text()
 
 
@@ -301,7 +302,7 @@ def test_what_was_not_measured_by_cause_is_said(tmp_path: Path) -> None:
     assert (whole.predicted_s, whole.measured_s) == (pytest.approx(0.2), pytest.approx(0.3))
     assert causes["tensor parallel"].measured_s is None and causes["compute"].measured_s is None
     page = tmp_path / "r.html"
-    report_command(Request(sweeps=[str(sweep)], out=str(page)))
+    report_command(ReportRequest(sweeps=[str(sweep)], out=str(page)))
     assert "not measured" in page.read_text() and "Not measured: compute, tensor parallel" in page.read_text()
 
 
@@ -339,7 +340,7 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     ]
     sweep = write_sweep(tmp_path / "sweep.csv", SWEEP)
     page = tmp_path / "out" / "r.html"
-    assert report_command(Request([str(f) for f in folders], [str(sweep)], str(page), str(tmp_path / "png"))) == 0
+    assert report_command(ReportRequest([str(f) for f in folders], [str(sweep)], str(page), str(tmp_path / "png"))) == 0
     text = page.read_text()
     assert not re.search(r"<script|<link(?! rel=\"icon\" href=\"data:)|<b>one|n1 <lost>", text)
     addresses = set(re.findall(r"https?://[^\s\"'<)]+", text))
@@ -365,6 +366,6 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
         ),
     ]
     assert sorted(path.stem for path in (tmp_path / "png").iterdir()) == sorted(names)
-    for words in ("&lt;b&gt;one", "n1 &lt;lost&gt;", "2 steps made again", "Baseline: 1 process", "measured once"):
-        assert words in text, words
+    for message in ("&lt;b&gt;one", "n1 &lt;lost&gt;", "2 steps made again", "Baseline: 1 process", "measured once"):
+        assert message in text, message
     assert "tokens/s/process" in text and "causal (half) attention" in text

@@ -1,4 +1,5 @@
-"""The ready suites: every run is legal and fits its chip, every reference is its row, slow runs fail."""
+"""The suites that come with the repository: every run is legal and fits its chip, every reference matches its row, and
+runs that are too slow fail."""
 
 from __future__ import annotations
 
@@ -9,8 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llm_parallel.bench.scaling import Entry, Request, append_csv, read_sweep_file, scaling_command
-from llm_parallel.bench.suite import (
+from llm_parallel.bench.published_references import (
     Line,
     check_layout,
     predicted,
@@ -19,11 +19,14 @@ from llm_parallel.bench.suite import (
     slower_than_published,
     verdict,
 )
+from llm_parallel.bench.requests import ScalingRequest
+from llm_parallel.bench.scaling import Entry, append_csv, read_sweep_file, scaling_command
 from llm_parallel.config.rules import num_processes
 from llm_parallel.errors import UserError
-from llm_parallel.planner.command import Request as PlanRequest
 from llm_parallel.planner.command import plan_command
-from llm_parallel.planner.hardware import DATA, load_cluster
+from llm_parallel.planner.hardware import load_cluster
+from llm_parallel.planner.published.rows import DATA
+from llm_parallel.planner.request import PlanRequest
 from llm_parallel.planner.search import fits
 from llm_parallel.planner.shapes import shape_of
 
@@ -31,7 +34,7 @@ SUITES = Path(__file__).parents[2] / "benchmarks" / "suites"
 FILES = ("a100", "h100")
 MODELS = {"llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "llama3-70b", "llama3-405b", "gpt3-175b"}
 PUBLISHED = dict(enumerate(csv.DictReader((DATA / "published_throughput.csv").open(encoding="utf-8")), start=2))
-"""Rows by their line."""
+"""Published rows by their line in the CSV."""
 GOOD = {"row": 5, "source": "s", "layout": "published", "step_time_s": 2.0}
 
 
@@ -151,7 +154,7 @@ def test_gpt3s_stand_in_has_its_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"row": -1}, "reference.row -1 must be a number over 0"),
         ({"step_time_s": "2 s"}, "reference.step_time_s '2 s' must be a number"),
@@ -163,11 +166,11 @@ def test_gpt3s_stand_in_has_its_parameters() -> None:
         ({"speed": 3}, "reference.speed is unknown"),
     ],
 )
-def test_bad_references_are_named(change: dict[str, object], words: str) -> None:
+def test_bad_references_are_named(change: dict[str, object], message: str) -> None:
     assert reference_of(GOOD, "x") is not None and reference_of("none published", "x") is None
     with pytest.raises(UserError) as caught:
         reference_of({**GOOD, **change}, "sweep s: series a")
-    assert str(caught.value).startswith("sweep s: series a: ") and words in str(caught.value)
+    assert str(caught.value).startswith("sweep s: series a: ") and message in str(caught.value)
 
 
 def test_verdicts() -> None:
@@ -177,9 +180,9 @@ def test_verdicts() -> None:
     assert reference is not None
     tokens = entry.config.train.global_batch_size * entry.config.data.seq_length_tokens / 2.0 / 512
     assert reference.tokens_per_s(entry.config) == pytest.approx(tokens)
-    for share, words, status in ((0.96, "pass 0.96", 0), (0.94, "FAIL 0.94", 1)):
+    for share, message, status in ((0.96, "pass 0.96", 0), (0.94, "FAIL 0.94", 1)):
         line = Line(0, "a", entry.config, reference, None, share * tokens)
-        assert (verdict(line, 0.95), slower_than_published([line], 0.95)) == (words, status)
+        assert (verdict(line, 0.95), slower_than_published([line], 0.95)) == (message, status)
     unheld = Line(0, "a", entry.config, None, None, 1.0)
     assert (verdict(unheld, 0.95), slower_than_published([unheld], 0.95)) == ("", 0)
 
@@ -205,16 +208,16 @@ def test_a_finished_suite_is_held_against_what_was_published(
     append_csv(
         tmp_path / "suite.csv", {"key": entry.key, "tokens_per_s_per_gpu": rate, "step_time_s": 1, **layout, **work}
     )
-    assert scaling_command(Request(str(path), {})) == status
+    assert scaling_command(ScalingRequest(str(path), {})) == status
     shown = capsys.readouterr().out
     assert "already in" in shown and ("FAIL 0.94" if status else "pass 0.96") in shown
-    assert scaling_command(Request(str(path), {}, min_ratio=0.9)) == 0
+    assert scaling_command(ScalingRequest(str(path), {}, min_ratio=0.9)) == 0
 
 
 def test_a_dry_run_shows_predicted_beside_published(capsys: pytest.CaptureFixture[str]) -> None:
-    assert scaling_command(Request(str(SUITES / "h100.yaml"), {}, dry_run=True)) == 0
+    assert scaling_command(ScalingRequest(str(SUITES / "h100.yaml"), {}, dry_run=True)) == 0
     shown = capsys.readouterr().out
-    for words in (
+    for message in (
         "--index 0: llama2-7b, 32 processes",
         "none published",
         "10,656 (12.3 s)",
@@ -222,33 +225,33 @@ def test_a_dry_run_shows_predicted_beside_published(capsys: pytest.CaptureFixtur
         "NeMo, TE",
         "its software",
     ):
-        assert words in shown, words
+        assert message in shown, message
     assert not (SUITES / "h100.csv").exists()
 
 
 @pytest.mark.parametrize(
-    ("run", "words"),
+    ("run", "message"),
     [
         ({"parallel.tp": 3}, "parallel.tp"),
         ({"model.preset": "llama9"}, "llama9"),
         ({"reference": 3}, "reference 3 must be"),
     ],
 )
-def test_what_cannot_run_is_refused_before_anything_runs(tmp_path: Path, run: dict[str, object], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        scaling_command(Request(str(suite_of_one(tmp_path, **run)), {}, dry_run=True))
+def test_what_cannot_run_is_refused_before_anything_runs(tmp_path: Path, run: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        scaling_command(ScalingRequest(str(suite_of_one(tmp_path, **run)), {}, dry_run=True))
 
 
 def test_unknown_cluster_and_ratio_are_refused(tmp_path: Path) -> None:
     path = str(suite_of_one(tmp_path))
     with pytest.raises(UserError, match="--cluster dgx-b900 is unknown"):
-        scaling_command(Request(path, {}, cluster="dgx-b900", dry_run=True))
+        scaling_command(ScalingRequest(path, {}, cluster="dgx-b900", dry_run=True))
     with pytest.raises(UserError, match="--min-ratio"):
-        scaling_command(Request(path, {}, min_ratio=0.0, dry_run=True))
+        scaling_command(ScalingRequest(path, {}, min_ratio=0.0, dry_run=True))
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"series": {}}, "is empty: series names no run"),
         ({"series": {"a": []}}, "series a is empty"),
@@ -258,10 +261,10 @@ def test_unknown_cluster_and_ratio_are_refused(tmp_path: Path) -> None:
         ({"gpus": 8}, "gpus is unknown"),
     ],
 )
-def test_bad_sweeps_are_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_bad_sweeps_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
     path = suite_of_one(tmp_path)
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         read_sweep_file(str(path))
 
 

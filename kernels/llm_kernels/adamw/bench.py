@@ -1,4 +1,4 @@
-"""AdamW: shards of real models, peers, minimal bytes and the configurations to compile ahead of time."""
+"""AdamW's benchmark: shards of real models, peers, least bytes, and the configurations to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUMBERS = AdamWStep(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, 
 
 
 def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """p, grad, m, v, each cut into ``tensors`` equal parts by the providers."""
+    """p, grad, m, v, one tensor each, which the providers divide into eight equal parts."""
     total = shape["parameters"]
     p, g, m = (torch.randn(total, device=device, dtype=torch.float32) for _ in range(3))
     return p, g, m, torch.rand(total, device=device, dtype=torch.float32)
@@ -105,8 +105,8 @@ def aot_cases(arch: int) -> list[AotCase]:
         ("bf16 gradient, bf16 copy", tl.bfloat16, tl.bfloat16, True),
         ("fp32 gradient, unaligned", tl.float32, None, False),
     ]
-    # Addresses, size, chunk and scale are 9 single loads of a program that moves 400 KiB; tensors of 2-byte numbers are
-    # read and written 64 bits at a time, each twice in the loop.
+    # Narrow accesses are the 9 loads of addresses, size, chunk and scale, in a program that moves 400 KiB, and those of
+    # 2-byte tensors, which are read and written 64 bits at a time, each twice in the loop.
     return [
         AotCase(
             f"adamw {name}",

@@ -3,9 +3,9 @@
     g = grad * scale;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
     p = decay p - step_size m / (sqrt(v) / root_correction + eps);  low = p rounded
 
-Every program takes one chunk of one tensor, whose addresses it looks up in a table. Computed in fp32; each element is
-its own, so results do not depend on how tensors are cut. Bytes per element: p, m, v read and written (24), the gradient
-read (4 or 2), the low-precision copy written (2).
+Every program steps one chunk of one tensor, whose addresses it reads from a table. Computed in fp32, element by
+element, so the result does not depend on how tensors are divided into chunks. Bytes per element: p, m, v read and
+written (24), the gradient read (4 or 2), the low-precision copy written (2).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ FIELDS = 5
 def _pointer(addresses_ptr, field: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = tl.load(addresses_ptr + field).to(tl.pointer_type(dtype))
     if ALIGNED:
-        # Four elements a thread for every dtype. With 16 bytes of a 2-byte type a thread would own eight, and each fp32
-        # store would go through shared memory to another layout, with two barriers.
+        # Four elements a thread for every dtype. If 2-byte tensors were accessed 16 bytes at a time, a thread would
+        # hold eight elements of them, and fp32 tensors would need a change of layout through shared memory, with two
+        # barriers, before each store.
         pointer = tl.multiple_of(pointer, 4 * dtype.primitive_bitwidth // 8)
     return pointer
 
@@ -71,7 +72,7 @@ def _adamw_kernel(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32)
     if ALIGNED:
-        size = tl.multiple_of(size, 16)  # whole vectors are in or out
+        size = tl.multiple_of(size, 16)  # so the mask is the same for a whole vector
     for offset in range(0, CHUNK, BLOCK):
         at = start + offset + tl.arange(0, BLOCK)
         mask = at < size
@@ -80,7 +81,7 @@ def _adamw_kernel(
         v = tl.load(v_ptr + at, mask=mask, other=0.0)
         p = tl.load(p_ptr + at, mask=mask, other=0.0)
         m += one_minus_beta1 * (g - m)
-        v = v * beta2 + one_minus_beta2 * g * g  # from the left: g^2 overflows where this does not
+        v = v * beta2 + one_minus_beta2 * g * g  # multiplied from the left: g * g alone may overflow
         denominator = tl.sqrt_rn(v) / root_correction + eps
         p = p * decay - step_size * m / denominator
         tl.store(m_ptr + at, m, mask=mask)
@@ -93,7 +94,8 @@ def _adamw_kernel(
 
 @dataclass(frozen=True)
 class Table:
-    """Where the tensors of one launch lie, on the device. ``aligned``: all addresses and sizes are multiples of 16."""
+    """Addresses, sizes and chunks of the tensors of one launch, on the device. ``aligned``: all addresses and sizes are
+    multiples of 16."""
 
     addresses: Tensor
     sizes: Tensor
@@ -103,7 +105,7 @@ class Table:
 
 
 def make_table(columns: Sequence[Sequence[Tensor]]) -> Table:
-    """Table of equally long lists p, grad, m, v and, if wanted, low."""
+    """The table for ``columns``: lists of equal length of p, grad, m, v and, if there are copies, low."""
     first = columns[0]
     device = first[0].device
     rows = [[x.data_ptr() for x in row] + [0] * (FIELDS - len(columns)) for row in zip(*columns)]
@@ -128,8 +130,8 @@ def launch(
     skip: Tensor | None,
     scalars: Sequence[float],
 ) -> None:
-    """One step on the table's tensors. dtypes: of gradients and of low-precision copies (None: there are none);
-    scalars: decay, beta2, 1 - beta1, 1 - beta2, step size, root of the second bias correction, eps."""
+    """One step on the tensors of the table. dtypes: of the gradients, and of the low-precision copies (None if there
+    are none). scalars: decay, beta2, 1 - beta1, 1 - beta2, step size, root of the second bias correction, eps."""
     kinds = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     grad, low = dtypes
     _adamw_kernel[(table.chunk_tensor.numel(),)](

@@ -17,17 +17,17 @@ if TYPE_CHECKING:  # the kernel imports Triton
 
 
 class Addresses:
-    """Remembers where tensors lie, so that the table goes to the device only when one has moved."""
+    """Caches the kernel's table of addresses, so that it is copied to the device only when a tensor has moved."""
 
     def __init__(self) -> None:
         self._key: list[Any] = []
         self._table: Table | None = None
 
     def of(self, columns: Sequence[Sequence[Tensor]], sizes: list[int]) -> Table:
-        """The kernel's table. ``sizes``: elements of each tensor of a column."""
+        """The kernel's table for these tensors. ``sizes``: number of elements of each tensor of a column."""
         from llm_kernels.adamw import kernel
 
-        # With sizes: views of different lengths may begin at one address.
+        # Sizes are part of the key, because views of different lengths may begin at the same address.
         key: list[Any] = [sizes, *([x.data_ptr() for x in column] for column in columns)]
         if self._table is None or key != self._key:
             self._key, self._table = key, kernel.make_table(columns)
@@ -47,14 +47,15 @@ def adamw_(
     addresses: Addresses | None = None,
     backend: str = "auto",
 ) -> None:
-    """One AdamW step in place, in one launch for all tensors; bit for bit the same however they are grouped.
+    """One AdamW step in place, in one launch for all tensors. How tensors are grouped into calls changes no bit.
 
-    params, exp_avgs, exp_avg_sqs: fp32, contiguous, on one device; grads: fp32, bf16 or fp16; low: bf16 or fp16 copies
-    of the parameters that are written with the step, or none. scale: fp32 scalar on the device that gradients are
-    multiplied by (one over the loss scale, times the clip factor: no value goes through the host); skip: scalar on the
-    device, nothing is changed if it is not 0. addresses: kept by a caller that steps the same tensors again and again.
-    fp64, of parameters and moments or of gradients, runs the reference. Parameters that require a gradient are written
-    under torch.no_grad() only, as by any optimizer. Raises ValueError if lists, shapes or dtypes do not fit.
+    params, exp_avgs, exp_avg_sqs: fp32, contiguous, on one device. grads: fp32, bf16 or fp16. low: bf16 or fp16 tensors
+    to which the step also writes the rounded parameters, or none. scale: fp32 scalar on the device by which gradients
+    are multiplied (for example the clip factor over the loss scale, which the host then need not read). skip: scalar on
+    the device; if it is not 0, nothing is changed. addresses: a cache that a caller passes again at every step of the
+    same tensors. fp64 parameters and moments, or fp64 gradients, run the reference. Parameters that require a gradient
+    are written only under torch.no_grad(), as by any optimizer. Raises ValueError if lists, shapes or dtypes do not
+    match.
     """
     columns = [list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), *([list(low)] if low else [])]
     if not columns[0]:
@@ -69,25 +70,25 @@ def adamw_(
     ]  # fmt: skip
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         torch.ops.llm_kernels.adamw_(*columns[:4], list(low), scale, skip, scalars)
-    else:  # around the registration: to hand over a thousand tensors costs a millisecond there
+    else:  # not through torch.library, where passing a thousand tensors costs a millisecond
         _launch(columns, (addresses or Addresses()).of(columns, sizes), scale, skip, scalars)
 
 
 def _check(columns: Sequence[list[Tensor]]) -> list[int]:
-    """Elements of each parameter. Raises ValueError for what does not fit together."""
+    """The number of elements of each parameter. Raises ValueError if the lists do not match each other."""
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "low")
     params = columns[0]
     sizes, device, state = [p.numel() for p in params], params[0].device, params[0].dtype
     devices = [params[0].get_device()] * len(params)
     if state not in (torch.float32, torch.float64):
         raise ValueError(
-            f"params[0] is {state}; AdamW steps float32 (by torch also float64) parameters, and writes their bf16 or "
-            "fp16 copies, which are passed as low"
+            f"params[0] is {state}; AdamW steps float32 parameters (float64 too with the torch back end); bf16 or "
+            "fp16 copies of them are passed as low"
         )
     for name, column in zip(names, columns):
         if len(column) != len(params):
             raise ValueError(f"{name} has {len(column)} tensors, params has {len(params)}")
-        # Whole lists first: with hundreds of tensors, loops in Python would cost more than the launch.
+        # Compares whole lists first: with hundreds of tensors, a loop in Python costs more than the launch.
         if [x.numel() for x in column] != sizes or not all(map(Tensor.is_contiguous, column)):
             index = next(i for i, x in enumerate(column) if x.numel() != sizes[i] or not x.is_contiguous())
             raise ValueError(
@@ -99,7 +100,7 @@ def _check(columns: Sequence[list[Tensor]]) -> list[int]:
             raise ValueError(f"{name}[{index}] is on {column[index].device}, params[0] on {device}")
         dtypes = {x.dtype for x in column}
         if len(dtypes) > 1:
-            raise ValueError(f"{name} mixes {' and '.join(sorted(map(str, dtypes)))}; one call takes one of them")
+            raise ValueError(f"{name} mixes {' and '.join(sorted(map(str, dtypes)))}; one call takes one dtype")
         if name in ("exp_avgs", "exp_avg_sqs") and dtypes != {state}:
             raise ValueError(f"{name}[0] is {column[0].dtype}; it must be {state} as the parameters are")
         if name != "grads" and torch.is_grad_enabled() and any(x.requires_grad for x in column):
@@ -120,11 +121,11 @@ def _launch(
 
     dtypes = columns[1][0].dtype, columns[4][0].dtype if len(columns) > 4 else None
     kernel.launch(table, dtypes, scale, skip, scalars)
-    # Autograd refuses a backward that saved what is no more.
+    # Lets autograd raise in a backward that saved one of these tensors before it was changed.
     torch.autograd.graph.increment_version([x for i, column in enumerate(columns) if i != 1 for x in column])
 
 
-# Tables of calls that come without one, which is all that a compiled graph can: by first address and number of tensors.
+# Tables for calls that pass no Addresses, such as those of a compiled graph, by first address and number of tensors.
 _REMEMBERED = 64
 _tables: dict[tuple[int, int], Addresses] = {}
 

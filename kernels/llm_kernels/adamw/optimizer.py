@@ -1,4 +1,4 @@
-"""AdamW as a torch optimizer on our kernel; its state and options are those of torch.optim.AdamW."""
+"""AdamW as a torch optimizer that uses our kernel; its state and options are those of torch.optim.AdamW."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from llm_kernels.adamw.ref import AdamWStep
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """One launch per parameter group; state dicts load into torch.optim.AdamW and back.
+    """AdamW with one launch per parameter group. torch.optim.AdamW loads its state dicts, and it loads those of
+    torch.optim.AdamW.
 
-    ``scale`` (fp32 scalar on the device, or None) multiplies every gradient in the step that follows and is then
-    forgotten: gradient clipping and loss scaling cost no pass of their own. ``low`` maps a parameter to a bf16 or fp16
-    tensor of as many elements that is written with every step.
+    ``scale`` (fp32 scalar on the device, or None) multiplies every gradient in the next step, and is None again after
+    it; so gradient clipping and loss scaling need no pass of their own over the gradients. ``low`` maps a parameter to
+    a bf16 or fp16 tensor of as many elements, to which every step writes the rounded parameter.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self._steps: dict[int, tuple[list[Tensor], Tensor]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What load_state_dict ends in. Raises ValueError for options of torch's AdamW that ours has not."""
+        """Called at the end of load_state_dict. Raises ValueError for an option of torch's AdamW that we lack."""
         for group in state.get("param_groups", ()):
             for option in ("amsgrad", "maximize"):
                 if group.get(option):
@@ -49,7 +50,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient."""
+        """Steps every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -62,7 +63,7 @@ class FusedAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, number: int, group: dict[str, Any], params: list[Tensor]) -> None:
-        """One launch for all that has step number, dtypes and device in common: as a rule the whole group."""
+        """One launch for all parameters with the same step number, dtypes and device, as a rule the whole group."""
         states = [self._state_of(p) for p in params]
         steps = self._steps_of(number, states)
         grads = [p.grad for p in params]
@@ -100,12 +101,12 @@ class FusedAdamW(torch.optim.Optimizer):
         return state
 
     def _steps_of(self, number: int, states: list[dict[str, Any]]) -> Tensor:
-        """Step numbers of a group in one tensor on the host, of which the states' ``step`` are views from then on: to
-        read or add to each would cost a microsecond a parameter."""
+        """The step numbers of a group in one tensor on the host. The states' ``step`` become views of it, because
+        reading or increasing each by itself would cost a microsecond per parameter."""
         found = [state["step"] for state in states]
         views, steps = self._steps.get(number, ([], torch.empty(0)))
         if len(views) != len(found) or not all(map(operator.is_, views, found)):
-            # On a GPU is where torch's fused AdamW leaves them.
+            # torch's fused AdamW leaves its steps on the GPU, hence cpu().
             steps = torch.stack([x.detach().cpu().float().view(()) for x in found])
             views = list(steps.unbind())
             for state, view in zip(states, views):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """Numbers of one step. step counts from 1; weight decay is decoupled and scaled by the learning rate."""
+    """The hyperparameters of one step, and its number, which counts from 1. Weight decay is decoupled and multiplied by
+    the learning rate."""
 
     lr: float
     beta1: float
@@ -23,17 +24,17 @@ class AdamWStep:
 
     @property
     def decay(self) -> float:
-        """What a weight is multiplied by before the update."""
+        """The factor by which weight decay multiplies a parameter before the update."""
         return 1.0 - self.lr * self.weight_decay
 
     @property
     def step_size(self) -> float:
-        """Learning rate over the first moment's bias correction."""
+        """The learning rate divided by the first moment's bias correction."""
         return self.lr / (1.0 - self.beta1**self.step)
 
     @property
     def root_correction(self) -> float:
-        """Root of the second moment's bias correction."""
+        """The square root of the second moment's bias correction."""
         return math.sqrt(1.0 - self.beta2**self.step)
 
 
@@ -47,9 +48,9 @@ def adamw_(
     scale: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """One step on every tensor, in place; see op.adamw_ for shapes and meanings."""
+    """One step on every tensor, in place; see op.adamw_ for the arguments."""
     for index, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-        # Chosen on the device, as ``skip`` may not go through the host.
+        # The device chooses between old and new values, so that the host need not read ``skip``.
         kept = [] if skip is None else [(x, x.clone()) for x in (p, m, v, *low[index : index + 1])]
         g = g.to(p.dtype)
         if scale is not None:

@@ -1,4 +1,5 @@
-"""AdamW against the same steps in fp64 beside torch's own, its state against torch's, and resuming bit for bit."""
+"""AdamW against the same steps in fp64, beside torch's own; its state against torch's; and that a resumed run has the
+same bits."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from llm_kernels.adamw import ref
 from llm_kernels.adamw.bench import BENCHMARK, NUMBERS
 from llm_kernels.adamw.op import Addresses, adamw_
 from llm_kernels.adamw.optimizer import FusedAdamW
-from llm_kernels.guard import Traffic
+from llm_kernels.memory_checker import Traffic
 from llm_kernels.testing import FACTOR, SUMMARY, default_device
 
 pytest.importorskip("triton", reason="the kernels need triton")
@@ -35,7 +36,7 @@ def tensors(sizes: Sequence[int], seed: int = 0, gradient: torch.dtype = torch.f
 
 
 def reach(checked: Traffic | None, columns: Sequence[Sequence[Tensor]]) -> None:
-    """Tells the memory checker of tensors that the kernel finds by their addresses."""
+    """Tells the memory checker which tensors the kernel reaches by their addresses."""
     if checked is not None:
         checked.reachable = lambda: [x for column in columns for x in column]
 
@@ -44,12 +45,16 @@ def step_ours(columns: list[list[Tensor]], **options) -> None:
     adamw_(*columns, NUMBERS, backend="triton", **options)
 
 
-# A lone number; a vector's worth; a chunk, one less and one more; several chunks and a rest.
-SIZES = [[1], [16], [16383, 16384, 16385], [3, 0, 40000, 77]]
+SIZES = {
+    "one element": [1],
+    "one vector": [16],
+    "a chunk, one less and one more": [16383, 16384, 16385],
+    "several chunks, and an empty tensor": [3, 0, 40000, 77],
+}
 
 
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_step(checked: Traffic | None, sizes: list[int], gradient: torch.dtype) -> None:
     ours, theirs, exact = (tensors(sizes, gradient=gradient) for _ in range(3))
     exact = [[x.double() for x in column] for column in exact]
@@ -75,7 +80,7 @@ def test_step(checked: Traffic | None, sizes: list[int], gradient: torch.dtype) 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=6), offset=st.sampled_from([0, 1, 4, 16]))
 def test_any_sizes_and_alignment(checked: Traffic | None, sizes: list[int], offset: int) -> None:
-    """Views at an offset into one flat buffer, as in megatron's; nothing outside of them changes."""
+    """Tensors are views at an offset of one flat buffer, as in megatron-core; nothing outside of them changes."""
     total = sum(sizes) + offset
     flat = [torch.randn(total + 7, generator=torch.Generator().manual_seed(i)).to(default_device()) for i in range(4)]
     flat[3].square_()
@@ -102,7 +107,7 @@ def test_grouping_changes_no_bit(checked: Traffic | None) -> None:
 
 
 def test_a_longer_tensor_at_the_same_address_is_stepped_whole(checked: Traffic | None) -> None:
-    """Addresses alone do not tell a tensor from one that begins at the same place."""
+    """The cache of addresses must not take a tensor for a shorter one that begins at the same address."""
     columns, right = tensors([64]), tensors([64])
     start = [column[0].clone() for column in columns]
     reach(checked, columns)
@@ -177,7 +182,8 @@ def reach_state(checked: Traffic | None, optimizers: Sequence[torch.optim.Optimi
 
 @pytest.mark.parametrize(("first", "second"), [("torch", "triton"), ("triton", "torch"), ("triton", "triton")])
 def test_state_passes_between_torch_and_ours(checked: Traffic | None, first: str, second: str) -> None:
-    """Ten steps, the state handed over after five, equal ten steps of torch; ours resumes bit for bit."""
+    """Five steps of one optimizer, then five of another that has loaded its state, equal ten steps of torch's. From
+    ours to ours they are, bit for bit, those of a run that was not interrupted."""
     whole, resumed, reference = parameters(), parameters(), parameters()
     early, late, peer = make(first, resumed), make(second, resumed), make("torch", reference)
     unbroken = make(second, whole)
@@ -240,7 +246,8 @@ for arch in (80, 90):
 
 @pytest.mark.slow
 def test_no_thread_waits_for_another() -> None:
-    """An element is its own: shared memory would mean that layouts differ between 2-byte and 4-byte tensors."""
+    """No element depends on another, so the kernel needs no shared memory. If it had some, the layouts of 2-byte and
+    4-byte tensors would differ."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", NO_EXCHANGE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

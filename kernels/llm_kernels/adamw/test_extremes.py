@@ -15,12 +15,12 @@ from llm_kernels.adamw.bench import NUMBERS
 from llm_kernels.adamw.op import adamw_
 from llm_kernels.adamw.optimizer import FusedAdamW
 from llm_kernels.adamw.ref import AdamWStep
-from llm_kernels.guard import Traffic
+from llm_kernels.memory_checker import Traffic
 from llm_kernels.testing import FACTOR, default_device
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
-# First step and a late one, when corrections are large and none; no eps; a decay of the second moment near 1.
+# At the first step bias corrections are large, at a late one there are none.
 STEPS = {
     "step 1": replace(NUMBERS, step=1),
     "step 1e7": replace(NUMBERS, step=10**7),
@@ -32,8 +32,8 @@ SCALES = (1e-38, 1e-30, 1e-20, 1e-10, 1e-4, 1.0, 1e4, 1e10, 1e18, 3e19, 1e25, 1e
 
 
 def columns(size: int = 64) -> list[Tensor]:
-    """p, gradient, m, v: ``size`` elements for each scale of the gradient, with moments that such gradients leave, and
-    as many without."""
+    """p, gradient, m, v. For each scale of the gradient there are ``size`` elements with zero moments, and as many with
+    moments that earlier gradients of that scale have left."""
     generator = torch.Generator().manual_seed(0)
     out: list[list[Tensor]] = [[], [], [], []]
     for scale in SCALES:
@@ -118,10 +118,10 @@ def test_writes_are_noticed_by_autograd(checked: Traffic | None, backend: str) -
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_compiles_whole(checked: Traffic | None, backend: str) -> None:
-    """With everything that is written in place and everything that comes from the device."""
+    """With all tensors that are written in place, and all scalars on the device."""
     results: list[list[Tensor]] = []
     if checked is not None:
-        # A graph may hand copies of what is written in place to the operator, which the table then points to.
+        # A graph may pass copies of the tensors that are written in place, and the table then points to the copies.
         checked.reachable = lambda: [x for x in gc.get_objects() if type(x) is Tensor and x.numel() == 20]
 
     def step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor, scale: Tensor, skip: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def test_compiles_whole(checked: Traffic | None, backend: str) -> None:
 
 
 def test_a_group_in_several_launches(checked: Traffic | None) -> None:
-    """Parameters of one group that differ in steps taken and in their gradients' dtype, as with frozen ones."""
+    """Parameters of one group that differ in their number of steps, as after freezing, or in their gradients' dtype."""
     ours, theirs = ([torch.linspace(-1, 1, n).to(default_device()).requires_grad_() for n in (5, 9, 9)] for _ in "ab")
     optimizer, peer = FusedAdamW(ours, lr=1e-2, backend="triton"), torch.optim.AdamW(theirs, lr=1e-2)
     if checked is not None:
@@ -165,8 +165,8 @@ def test_a_group_in_several_launches(checked: Traffic | None) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_loss_scaling_in_fp16(checked: Traffic | None, backend: str) -> None:
-    """As apex is used: fp16 gradients and copies; a step whose gradients have overflowed is skipped and leaves no NaN,
-    the next one steps as if it had not been."""
+    """fp16 gradients and copies, as with apex: a step whose gradients have overflowed is skipped and leaves no NaN, and
+    the next step is as if that one had not happened."""
     data = whole((torch.float32, torch.float16))
     right = [[x.double() for x in column] for column in data]
     low = [torch.zeros(20, dtype=torch.float16, device=data[0][0].device)]
@@ -185,7 +185,7 @@ def test_loss_scaling_in_fp16(checked: Traffic | None, backend: str) -> None:
 
 
 def test_a_frozen_model_steps_nothing() -> None:
-    """As in apex's: no parameter has a gradient."""
+    """A case of apex's: no parameter has a gradient."""
     p = torch.ones(5, device=default_device(), requires_grad=True)
     optimizer = FusedAdamW([p], backend="triton")
     optimizer.step()
@@ -193,8 +193,8 @@ def test_a_frozen_model_steps_nothing() -> None:
 
 
 def test_a_chunk_behind_two_thousand_million_elements(checked: Traffic | None) -> None:
-    """Offsets into a tensor are int64. The tensors that the table tells of begin 8 GiB before the few numbers that
-    exist, where the chunk begins that the one program steps."""
+    """Offsets into a tensor are int64. The addresses in the table lie 8 GiB before the few numbers that exist, and the
+    one program steps the chunk that begins at these numbers."""
     from llm_kernels.adamw import kernel
 
     first = 2**31 // kernel.CHUNK

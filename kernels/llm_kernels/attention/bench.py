@@ -1,4 +1,4 @@
-"""Attention: real shapes, peers, FLOPs and the configurations to compile ahead of time."""
+"""Attention's benchmark: shapes of real models, peers, FLOPs, and the configurations to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm_kernels.aot import AotCase
 from llm_kernels.attention.tiles import Case, dkdv_tile, dq_tile, forward_tile
 from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 
-# Longest that the Gluon kernel may take to show that it is right: compiling it takes most of that.
+# Time limit for the proof that the Gluon kernel is right on this GPU; most of it is compilation.
 PROOF_S = 30
 _HEADS = [
     *sharded(lambda llama, tp: {"heads": llama.heads // tp, "groups": llama.groups // tp, "d": 128}),
@@ -31,7 +31,7 @@ def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 
 
 def _flops(shape: Shape) -> Work:
-    """Products of visible pairs: 2 forward; 5 backward, though the split kernels do 7."""
+    """FLOPs of the products over visible pairs: 2 products forward and 5 backward (our two backward kernels do 7)."""
     s = shape["tokens"]
     pairs = s * (s + 1) // 2 if shape["causal"] else s * s
     product = 2 * pairs * shape["batch"] * shape["heads"] * shape["d"]
@@ -55,8 +55,9 @@ def _ours_gluon() -> Callable[..., Any]:
 
 @cache
 def gluon_fault(backend: str = "gluon") -> str | None:
-    """What is wrong with the Gluon kernel on this machine, or None; found in a process of its own, because a kernel
-    that waits by hand may hang, or take all CUDA work of its process with it. Another backend rehearses the proof."""
+    """What is wrong with the Gluon kernel on this machine, or None. The proof runs in a process of its own, because a
+    kernel with a wrong barrier may hang or break every later CUDA call of its process. Another backend rehearses the
+    proof without a GPU."""
     command = [sys.executable, "-m", "llm_kernels.attention.bench", backend]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROOF_S)
@@ -67,8 +68,8 @@ def gluon_fault(backend: str = "gluon") -> str | None:
 
 
 def _sdpa(name: str | None, repeated: bool = False) -> Callable[[], Callable[..., Any]]:
-    """Torch's attention with one of its backends, or with its own choice. repeated: keys and values are repeated for
-    the heads of their group first, for a backend that refuses groups; their bytes count in its time."""
+    """Torch's attention with one of its backends, or (None) with torch's own choice. repeated: first repeats keys and
+    values for the heads of their group, for a backend that refuses groups; that copy is part of the time."""
 
     def provider() -> Callable[..., Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -131,7 +132,7 @@ BENCHMARK = Benchmark(
 
 
 def _arguments(kernel: Any, d: int, tile: Any, dtype: str, features: dict[str, Any]) -> dict[str, Any]:
-    """What the launchers pass for 32 heads in 8 groups of 8192 tokens, packed as megatron does."""
+    """The arguments that the launchers pass for 8192 tokens of 32 heads in 8 groups, packed as megatron packs them."""
     group, groups, batch = 4, 8, 1
     width = groups * (group + 2) * d
     strides = {"row": width, "batch": width, "group": (group + 2) * d, "head": d}
@@ -163,7 +164,7 @@ _FEATURES = {
 }
 
 
-# Head dim, and whether causal: a causal kernel has the loop of a full one and another.
+# Head dim, and whether causal: a causal kernel has the loop of a full one and one more.
 _GLUON_CASES = [(64, True), (128, True), (128, False), (256, True)]
 
 
@@ -201,7 +202,8 @@ def aot_cases(arch: int) -> list[AotCase]:
 
 
 def _gluon_arguments(blocks: dict[str, int], d: int, dtype: str) -> dict[str, Any]:
-    """What the Gluon launchers pass: descriptors of so many rows, places of heads in the packed projection."""
+    """The arguments that the Gluon launchers pass: descriptors with ``blocks`` rows a tile, and the columns of the
+    heads in the packed projection."""
     from llm_kernels.attention.gluon_forward import shared_layout
 
     descriptors = {
@@ -252,9 +254,9 @@ def _gluon_cases() -> list[AotCase]:
 
 
 def main() -> None:
-    """``python -m llm_kernels.attention.bench [BACKEND]``: the Gluon kernel against torch's attention on this GPU,
-    small and at many tiles a program; raises if it is refused or wrong. Another backend rehearses that on a CPU, on one
-    small case."""
+    """``python -m llm_kernels.attention.bench [BACKEND]`` compares the Gluon kernel with torch's attention on this GPU,
+    on a small case and on larger ones with many tiles per program; raises if the kernel is refused or wrong. Another
+    backend rehearses this on a CPU, on one small case."""
     from llm_kernels.attention.op import attention
     from llm_kernels.testing import compare, default_device
 

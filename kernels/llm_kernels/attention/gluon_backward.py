@@ -20,12 +20,12 @@ from llm_kernels.attention.ref import Options
 
 
 def keys_of_tile(d: int) -> int:
-    """Keys of a tile that comes by in dq."""
+    """Keys of one tile in the loop of the dq kernel."""
     return 128 if d <= 64 else 64
 
 
 def _launch(kernel: Any, grid: tuple[int, int], arguments: dict[str, Any]) -> None:
-    """The one place that starts the kernels, for the simulator to take."""
+    """Launches a kernel; tests replace this function by the simulator."""
     kernel[grid](**arguments, num_warps=4)
 
 
@@ -33,7 +33,8 @@ def backward(
     tensors: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor, Tensor], table: Tensor, extents: tuple[int, int],
     options: Options, arch: int,
 ) -> None:  # fmt: skip
-    """``kernel_backward.backward`` of these kernels, for tensors that the forward kernel took, head dim up to 128."""
+    """Does what ``kernel_backward.backward`` does, for tensors that the forward kernel accepts, head dim up to 128.
+    ``arch`` is for that function alone: these kernels exist for one architecture, which forward has checked."""
     del arch
     q, k, v, dout, lse, delta = tensors
     dq, dk, dv = gradients

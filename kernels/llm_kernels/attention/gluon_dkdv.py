@@ -1,8 +1,9 @@
 """dk and dv of attention for Hopper in Gluon: see gluon_backward for shapes and formulas.
 
-One warp loads by TMA, two warpgroups own 64 keys each. 128 keys and values stay in shared memory; queries and dout of
-all heads of the group come by, 64 at a time, with their lse and delta. Scores are transposed, keys by queries, so that
-weights and their gradients go to the second products from registers. Rows beyond a segment must be finite.
+One warp loads by TMA, two warpgroups compute 64 keys each. A program's 128 keys and values stay in shared memory. Its
+loop runs over the queries and dout of all heads of the group, 64 at a time, with their lse and delta. Scores are
+transposed, keys by queries, so that weights and their gradients are operands of the second products from registers.
+Rows beyond a segment must be finite.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from llm_kernels.attention.gluon_forward import BLOCK_M, HALF, LOG2E, where_not_negative
 
-# Queries of a tile that comes by.
+# Queries of one tile in the loop.
 QUERIES: gl.constexpr = gl.constexpr(64)
 
 
 @gluon.jit
 def segment_of(row):
-    """(batch row, first query, queries, first key, keys) of a row of the table."""
+    """(batch row, first query, number of queries, first key, number of keys) from a row of the table of segments."""
     q_start = gl.load(row + 1)
     k_start = gl.load(row + 3)
     return gl.load(row), q_start, gl.load(row + 2) - q_start, k_start, gl.load(row + 4) - k_start
@@ -33,12 +34,14 @@ def segment_of(row):
 
 @gluon.jit
 def store_rows(pointer, tile, first, rows, row_stride):
-    """Stores rows [first, first + 64) of a tensor at ``pointer``, those below ``rows``, 16 bytes a thread."""
+    """Stores those of rows [first, first + 64) that are below ``rows`` to the tensor at ``pointer``, each thread 16
+    bytes at a time."""
     D: gl.constexpr = tile.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     tile = gl.convert_layout(tile, layout)
     at = gl.arange(0, HALF, gl.SliceLayout(1, layout))
-    # Through a wait for nothing, or what is made of rows is made before the loop and kept in registers.
+    # The row numbers pass through a wait for nothing: else their addresses are computed before the loop and occupy
+    # registers in it.
     at = warpgroup_mma_wait(0, [at])
     cols = gl.arange(0, D, gl.SliceLayout(0, layout))
     base = pointer + first.to(gl.int64) * row_stride
@@ -47,7 +50,7 @@ def store_rows(pointer, tile, first, rows, row_stride):
 
 @gluon.jit
 def _query_tiles(first, len_q, len_k, CAUSAL: gl.constexpr):
-    """First tile of queries that sees any of the keys from ``first``, and the number of tiles."""
+    """The range of tiles of queries that see any key from ``first`` on: first tile, and one after the last."""
     low = 0
     if CAUSAL:
         low = gl.maximum(first - (len_k - len_q), 0) // QUERIES
@@ -59,7 +62,7 @@ def _load_queries(
     descriptors, buffers, barriers, schedule, stats, q_place, k_place, v_place, GROUP: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Fetches the program's k and v once, then q, dout and their lse and delta of all its heads tile by tile."""
+    """Loads the program's k and v once, then q, dout, lse and delta of all its heads, tile by tile."""
     q_desc, k_desc, v_desc, dout_desc = descriptors
     k_tiles, v_tiles, q_tiles, dout_tiles, lse_tiles, delta_tiles = buffers
     lse_ptr, delta_ptr, SQ = stats
@@ -83,7 +86,7 @@ def _load_queries(
             q_col = batch * q_place[0] + group * q_place[1] + member * q_place[2]
             head = batch * H + group * GROUP + member
             dout_col = head * D
-            # 32 bits will do: 2^31 queries of all heads would have 256 GiB of channels.
+            # 32 bits suffice: 2^31 queries, counted over all heads, would be 256 GiB of q.
             stats_row = head * SQ + q_start
             for tile in range(low, high):
                 stage = n % STAGES
@@ -91,7 +94,7 @@ def _load_queries(
                 row = q_start + tile * QUERIES
                 queries = tile * QUERIES + lanes
                 inside = queries < len_q
-                # Queries beyond the segment get weight 0.
+                # An lse of inf gives queries beyond the segment the weight 0.
                 lse = gl.load(lse_ptr + (stats_row + queries), mask=inside, other=float("inf"))
                 delta = gl.load(delta_ptr + (stats_row + queries), mask=inside, other=0.0)
                 mbarrier.wait(empty.index(stage), free)
@@ -109,7 +112,7 @@ def _load_queries(
 
 @gluon.jit
 def _keys_step(dk, dv, k, v, buffers, barriers, factor, sees, query, n, STAGES: gl.constexpr, EDGE: gl.constexpr):
-    """Adds to dk and dv what the queries of tile n give. Key i is seen by queries from sees[i]."""
+    """Adds to dk and dv the terms of the queries of tile n. Key i is seen by the queries from sees[i] on."""
     q_tiles, dout_tiles, lse_tiles, delta_tiles = buffers
     q_full, dout_full, empty = barriers
     score_layout: gl.constexpr = sees.type.layout.parent
@@ -124,7 +127,7 @@ def _keys_step(dk, dv, k, v, buffers, barriers, factor, sees, query, n, STAGES: 
     shares = warpgroup_mma(v, dout_tiles.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     queries = query + gl.arange(0, QUERIES, row_layout)
     if EDGE:
-        # Queries go through the wait, or registers of them are made before and kept.
+        # The query numbers pass through the wait: else they are computed earlier and occupy registers.
         s, queries = warpgroup_mma_wait(1, [scores, queries])
     else:
         s = warpgroup_mma_wait(1, [scores])
@@ -132,7 +135,7 @@ def _keys_step(dk, dv, k, v, buffers, barriers, factor, sees, query, n, STAGES: 
         s = where_not_negative(s, queries[None, :] - sees[:, None])
     p = gl.exp2(s * factor - lse_tiles.index(stage).load(row_layout)[None, :])
     weights = gl.convert_layout(p.to(k.dtype), weight_layout)
-    # Passed already: its loop keeps ptxas from moving the exponentials behind the wait for the product.
+    # This barrier has been passed already. Its loop keeps ptxas from moving the exponentials behind the next wait.
     mbarrier.wait(dout_full.index(stage), parity)
     dp = warpgroup_mma_wait(0, [shares])
     value_product = warpgroup_mma(weights, dout_tiles.index(stage), dv, is_async=True)
@@ -148,7 +151,7 @@ def _gather_keys(
     buffers, barriers, schedule, results, scale,
     WHICH: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of keys [WHICH * 64, WHICH * 64 + 64) of the program's."""
+    """dk and dv of the program's keys [WHICH * 64, WHICH * 64 + 64)."""
     k_tiles, v_tiles, q_tiles, dout_tiles, lse_tiles, delta_tiles = buffers
     kv_full, q_full, dout_full, empty = barriers
     table_ptr, G, _H = schedule
@@ -185,7 +188,7 @@ def _gather_keys(
                     dk, dv, k, v, streams, signals, scale * LOG2E, sees, tile * QUERIES, n + tile - low, STAGES, False
                 )
             n += gl.maximum(high - low, 0)
-        # Read again: kept through the loop, these would be spilled.
+        # Loaded a second time: kept in registers through the loop, these numbers would be spilled.
         batch, _q_start, _len_q, k_start, len_k = segment_of(table_ptr + gl.program_id(0) // G * 5)
         first = gl.program_id(1) * BLOCK_M + WHICH * HALF
         dk_base = dk_ptr + batch.to(gl.int64) * dk_place[1] + group.to(gl.int64) * dk_place[2]

@@ -1,8 +1,8 @@
 """dq of attention for Hopper in Gluon: see gluon_backward for shapes and formulas.
 
-One warp loads by TMA, two warpgroups own 64 queries each, which stay in shared memory with their dout; keys and values
-come by. While the gradients of a tile's scores are made, the product of those of the tile before runs. Rows beyond a
-segment must be finite.
+One warp loads by TMA, two warpgroups compute 64 queries each. Queries and dout stay in shared memory; the loop runs
+over tiles of keys and values. While the gradients of one tile's scores are computed, the product of the previous tile's
+with its keys runs. Rows beyond a segment must be finite.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llm_kernels.attention.gluon_forward import BLOCK_M, HALF, LOG2E, where_not_
 
 @gluon.jit
 def _keys_seen(first, len_q, len_k, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """Tiles of keys that any of the queries [first, first + 128) sees."""
+    """Number of tiles of keys that any of the queries [first, first + 128) sees."""
     seen = len_k
     if CAUSAL:
         seen = gl.minimum(len_k, gl.minimum(first + BLOCK_M, len_q) + len_k - len_q)
@@ -36,7 +36,7 @@ def _load_keys(
     descriptors, buffers, barriers, schedule, q_place, k_place, v_place, GROUP: gl.constexpr, D: gl.constexpr,
     BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Fetches the program's q and dout once, then k and v tile by tile."""
+    """Loads the program's q and dout once, then k and v tile by tile."""
     q_desc, k_desc, v_desc, dout_desc = descriptors
     q_tiles, dout_tiles, k_tiles, v_tiles = buffers
     q_full, k_full, k_empty, v_full, v_empty = barriers
@@ -74,7 +74,7 @@ def _load_keys(
 def _queries_step(
     dq, ds, q, dout, buffers, barriers, lse, delta, factor, limit, n, BEFORE: gl.constexpr, EDGE: gl.constexpr
 ):
-    """Gradients of the scores of tile n and, BEFORE, the product of those of tile n - 1, added to dq."""
+    """Computes ds, the gradients of the scores, of tile n and meanwhile, with BEFORE, adds ds k of tile n - 1 to dq."""
     k_tiles, v_tiles = buffers
     k_full, k_empty, v_full, v_empty = barriers
     STAGES_K: gl.constexpr = k_tiles.shape[0]
@@ -98,7 +98,8 @@ def _queries_step(
     if EDGE:
         s = where_not_negative(s, limit[:, None] - 1 - keys[None, :])
     p = gl.exp2(s * factor - lse[:, None])
-    # Passed already, as below: their loops keep ptxas from moving what is above behind the waits for the products.
+    # This barrier has been passed already, and so has the one below. Their loops keep ptxas from moving the
+    # instructions above behind the waits for the products.
     mbarrier.wait(k_full.index(k_stage), n // STAGES_K & 1)
     dp = warpgroup_mma_wait(1 if BEFORE else 0, [shares])
     share = p * (dp - delta[:, None])
@@ -107,7 +108,7 @@ def _queries_step(
     if BEFORE:
         dq, _ds = warpgroup_mma_wait(0, [product, ds])
         mbarrier.arrive(k_empty.index(before), count=1)
-    # Through a wait for nothing, because it keeps pairs packed from step to step.
+    # The wait for nothing makes ptxas keep pairs of 16-bit numbers in one register from step to step.
     ds = warpgroup_mma_wait(0, [gl.convert_layout(share.to(ds.dtype), ds.type.layout)])
     return dq, ds
 
@@ -117,7 +118,7 @@ def _gather_queries(
     buffers, barriers, schedule, stats, results, scale,
     WHICH: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """dq of queries [WHICH * 64, WHICH * 64 + 64) of the program's."""
+    """dq of the program's queries [WHICH * 64, WHICH * 64 + 64)."""
     q_tiles, dout_tiles, k_tiles, v_tiles = buffers
     q_full, k_full, k_empty, v_full, v_empty = barriers
     table_ptr, H = schedule
@@ -137,7 +138,7 @@ def _gather_queries(
         if tiles > 0:
             rows = first + gl.arange(0, HALF, rows_layout)
             at = ((batch * H + h) * SQ + q_start) + rows
-            # Queries beyond the segment get weight 0.
+            # An lse of inf gives queries beyond the segment the weight 0.
             lse = gl.load(lse_ptr + at, mask=rows < len_q, other=float("inf"))
             delta = gl.load(delta_ptr + at, mask=rows < len_q, other=0.0)
             limit = gl.full([HALF], 0, gl.int32, rows_layout) + len_k
@@ -175,7 +176,7 @@ def _attention_bwd_dq_gluon_kernel(
 ):  # fmt: skip
     q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, HALF, D], q_desc.layout)
     dout_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, HALF, D], dout_desc.layout)
-    # Keys are held one tile longer than values.
+    # Keys have one stage more than values, since they are needed until the product of the next step.
     k_tiles = gl.allocate_shared_memory(q_desc.dtype, [3, BLOCK_N, D], k_desc.layout)
     v_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, BLOCK_N, D], v_desc.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()

@@ -1,14 +1,14 @@
 """Attention forward for Hopper in Gluon: warps with roles (Shah et al. 2024, arXiv 2407.08608), for sm_90 only.
 
 q: [sq, b, g, m, d] (m query heads of each of g groups), k, v: [sk, b, g, d], bf16 or fp16, d 64, 128 or 256 and
-contiguous, packed as one likes; out [sq, b, g m, d] contiguous; lse fp32 [b, g m, sq]. Scores, weights and sums in
-fp32, weights rounded to v's dtype for the second product. Work is a table of segments int32 [n, 5]: (batch row,
-q_start, q_end, k_start, k_end). Formula: ref.explicit without window, soft cap and dropout; causal or full. Backward is
-kernel_backward's, from q, k, v, out and lse.
+contiguous, also as views of one packed tensor; out [sq, b, g m, d] contiguous; lse fp32 [b, g m, sq]. Scores, weights
+and sums are fp32; weights are rounded to v's dtype for the second product. The work is a table of segments int32
+[n, 5]: (batch row, q_start, q_end, k_start, k_end). Formula: ref.explicit, causal or full, without window, soft cap and
+dropout.
 
-One warp loads by TMA, two warpgroups own 64 queries each and take turns at the tensor core: while one multiplies, the
-other exponentiates. Programs stay and take tile after tile, long ones first, heads in sections whose keys fit in L2.
-Rows of k and v beyond a segment are masked, but must be finite.
+One warp loads by TMA. Two warpgroups, the consumers, compute 64 queries each and take turns at the tensor core: while
+one multiplies, the other exponentiates. Programs are persistent and compute one tile of queries after another: long
+ones first, and heads in sections whose keys fit in L2. Rows of k and v beyond a segment are masked, but must be finite.
 FLOPs: 4 d per visible (query, key) and head. Bytes, at least: q, k, v and out once, 4 per query and head.
 """
 
@@ -36,18 +36,18 @@ from llm_kernels.device import num_sms
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
-# Where the running maximum begins, base 2: above what a masked score becomes, so that -inf - -inf never is.
+# The running maximum starts here, in base 2. It is above every masked score, so -inf - -inf cannot occur.
 FLOOR: gl.constexpr = gl.constexpr(-(2.0**100))
 LOST: gl.constexpr = gl.constexpr(2.0**24)  # as in kernel.py
-# Queries of a consumer, which is one warpgroup, and of a program.
+# Queries of a consumer and of a program.
 HALF: gl.constexpr = gl.constexpr(64)
 BLOCK_M: gl.constexpr = gl.constexpr(128)
-# Keys and values of the heads in work at one time; an H100 has 50 MB of L2.
+# Bytes of keys and values of a section, the heads that are computed at one time; an H100 has 50 MB of L2.
 _SECTION_BYTES = 32 << 20
 
 
 class Config(NamedTuple):
-    """Keys of a tile, stages of k and v, registers of a consumer's thread, and whether consumers take turns."""
+    """Keys of a tile, stages of k and of v, registers of a consumer's thread, and whether the consumers take turns."""
 
     block_n: int
     stages: int
@@ -56,16 +56,18 @@ class Config(NamedTuple):
 
 
 def config(d: int) -> Config:
-    """Configuration for a head dim; the loading warp has 24 registers."""
+    """Configuration for head dim ``d``; the threads of the loading warp have 24 registers."""
     return Config(64, 2, 240, False) if d > 128 else Config(128, 2, 240, True)
 
 
 @gluon.jit
 def _tile_of(turn, table_ptr, H, columns, section, row_tiles, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """What the program does in its ``turn``: head, segment and first query, with 0 tiles of keys if nothing.
+    """The tile of queries that this program computes in its ``turn``: head, batch row, first query, bounds of the
+    segment, and the number of tiles of keys, which is 0 if nothing is left to do.
 
-    A column is a head of a segment. Sections of columns follow one another; in a section the last queries, which see
-    the most keys, come first. Programs go there and back, so that none always has the longer tile.
+    A column is one head of one segment. Sections of columns follow one another; within a section the last queries,
+    which see the most keys, come first. The order of the programs is reversed every other turn, so that no program
+    always gets the longer tile.
     """
     programs = gl.num_programs(0)
     program = gl.program_id(0)
@@ -87,7 +89,7 @@ def _tile_of(turn, table_ptr, H, columns, section, row_tiles, BLOCK_N: gl.conste
     seen = len_k
     if CAUSAL:
         seen = gl.minimum(len_k, gl.minimum(first + BLOCK_M, len_q) + len_k - len_q)
-    # Queries that see nothing want their zeros written: a tile that is masked whole.
+    # Queries that see no key still need zeros written, by one tile of keys that is masked as a whole.
     tiles = gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, 1)
     tiles = gl.where(live & (first < len_q), tiles, 0)
     return h, batch, first, q_start, len_q, k_start, len_k, tiles
@@ -98,7 +100,7 @@ def _load(
     q_desc, k_desc, v_desc, buffers, barriers, schedule, q_place, k_place, v_place,
     GROUP: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Fetches q once and k and v tile by tile for every tile of the program."""
+    """The loading warp: for every tile of queries of the program, loads q once, then k and v tile by tile."""
     q_tiles, k_tiles, v_tiles = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = barriers
     table_ptr, H, columns, section, row_tiles, turns = schedule
@@ -139,19 +141,19 @@ def _load(
 
 @gluon.jit
 def where_not_negative(s, sign):
-    """Scores where ``sign`` is not negative, elsewhere -2^127: the smaller of s and 2^127 with that sign. Comparisons
-    would be packed into words and unpacked again, 100 instructions a tile."""
+    """Scores where ``sign`` is not negative, elsewhere -2^127: the minimum of s and 2^127 with that sign. The compiler
+    would pack the results of comparisons into registers and unpack them again, 100 instructions a tile."""
     bound = ((sign & -2147483648) | 0x7F000000).to(gl.float32, bitcast=True)
     return gl.minimum(s, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
 @gluon.jit
 def _weigh(s, row_max, row_sum, factor, keys, limit, EDGE: gl.constexpr):
-    """Scores of a tile to weights, with the running maximum (base 2) and sum. Row i sees keys below limit[i]."""
+    """Weights from the scores of a tile, new running maximum (base 2) and sum. Row i sees keys below limit[i]."""
     if EDGE:
         s = where_not_negative(s, limit[:, None] - 1 - keys[None, :])
     new_max = gl.maximum(row_max, gl.max(s, 1) * factor)
-    # The scale is in the exponent's FFMA: exp2(s c - m c).
+    # exp2(s c - m c): scaling the scores costs no instruction of its own.
     p = gl.exp2(s * factor - new_max[:, None])
     alpha = gl.exp2(row_max - new_max)
     return p, alpha, new_max, row_sum * alpha + gl.sum(p, 1)
@@ -162,7 +164,7 @@ def _step(
     q, buffers, barriers, acc, p, row_max, row_sum, factor, key, limit, n, taken,
     WHICH: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Scores of tile n (of all tiles so far) and, while they are turned into weights, the product of tile n - 1."""
+    """Scores of tile n, counted over the whole program, and, while they become weights, the product of tile n - 1."""
     _, k_tiles, v_tiles = buffers
     _, _, k_full, k_empty, v_full, v_empty, turn = barriers
     score_layout: gl.constexpr = row_max.type.layout.parent
@@ -181,18 +183,20 @@ def _step(
         mbarrier.arrive(turn.index(1 - WHICH), count=1)
     keys = key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, score_layout))
     if EDGE:
-        # Keys go through the wait, or 32 registers of them are made at the start and kept.
+        # The key numbers pass through the wait: else they are computed at the start and occupy 32 registers.
         s, keys = warpgroup_mma_wait(1, [scores, keys])
     else:
         s = warpgroup_mma_wait(1, [scores])
     mbarrier.arrive(k_empty.index(stage), count=1)
     weights, alpha, row_max, row_sum = _weigh(s, row_max, row_sum, factor, keys, limit, EDGE)
-    # For the next step; here because its loop keeps ptxas from moving the exponentials behind the wait for the product.
+    # The next step needs this barrier. It stands here because its loop keeps ptxas from moving the exponentials behind
+    # the wait for the product.
     mbarrier.wait(v_full.index(stage), n // STAGES & 1)
     acc, _p = warpgroup_mma_wait(0, [product, p])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]
-    # Through a wait for nothing, because it keeps pairs packed from step to step: 32 instructions.
+    # The wait for nothing makes ptxas keep pairs of weights in one register from step to step, which saves 32
+    # instructions.
     p = warpgroup_mma_wait(0, [gl.convert_layout(weights.to(p.dtype), weight_layout)])
     return acc, p, row_max, row_sum
 
@@ -203,7 +207,7 @@ def _attend(
     WHICH: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of the program's tiles, for rows [WHICH * 64, WHICH * 64 + 64) of each."""
+    """A consumer: output and log-sum-exp of queries [WHICH * 64, WHICH * 64 + 64) of each of the program's tiles."""
     q_tiles, k_tiles, v_tiles = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = barriers
     table_ptr, H, columns, section, row_tiles, turns = schedule
@@ -212,7 +216,7 @@ def _attend(
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     rows_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
-    # 16 bytes a thread; at 256 columns the exchange would not fit in shared memory.
+    # 16 bytes a thread; at head dim 256 the change of layout would need more shared memory than there is.
     wide_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     store_layout: gl.constexpr = wide_layout if D <= 128 else acc_layout
     q = q_tiles.index(WHICH)
@@ -261,7 +265,7 @@ def _attend(
             taken += tiles - 1
             last = (used - 1) % STAGES
             product = warpgroup_mma(p, v_tiles.index(last), acc, is_async=True)
-            # Rows go through the wait, or what is made of them is made at the start and kept in 16 registers.
+            # The row numbers pass through the wait: else their addresses are computed at the start, in 16 registers.
             at = gl.arange(0, HALF, gl.SliceLayout(1, store_layout))
             acc, _p, at = warpgroup_mma_wait(0, [product, p, at])
             mbarrier.arrive(v_empty.index(last), count=1)
@@ -280,7 +284,7 @@ def _attend(
             gl.store(places, out, mask=(at < len_q - first)[:, None])
 
 
-# Numbers that change from batch to batch must not make a kernel of their own.
+# Numbers that change from batch to batch are not specialised, so that they do not cause a compilation.
 @gluon.jit(do_not_specialize=["H", "SQ", "columns", "section", "row_tiles", "turns"])
 def _attention_fwd_gluon_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, table_ptr, H, SQ, out_row_stride, columns, section, row_tiles, turns,
@@ -335,23 +339,25 @@ def _attention_fwd_gluon_kernel(
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, options: Options, arch: int) -> str | None:
-    """One sentence why the kernel can't do q [sq, b, g, m, d] and k, v [sk, b, g, d] with these options, or None."""
+    """One sentence that says why the kernel does not support these tensors (q [sq, b, g, m, d], k and v [sk, b, g, d])
+    and options, or None."""
     d = q.shape[-1]
     if arch != 90:
-        return f"backend = 'gluon' needs a GPU of compute capability 9.0 (H100, H200), {q.device} is none"
+        return f"backend = 'gluon' needs a GPU of compute capability 9.0 (H100, H200), {q.device} is not one"
     if d not in (64, 128, 256) or q.dtype not in (torch.bfloat16, torch.float16):
         return f"backend = 'gluon' takes bf16 and fp16 of head dim 64, 128 or 256, this is {q.dtype} of {d}"
     if options.left >= 0 or options.right > 0 or options.softcap > 0 or options.dropout_p > 0:
         return "backend = 'gluon' has no window, soft cap or dropout: use backend = 'triton'"
     if any(x.stride(-1) != 1 or _row_stride(x) == 0 or x.data_ptr() % 16 for x in (q, k, v)):
         strides = ", ".join(str(tuple(x.stride())) for x in (q, k, v))
-        return f"backend = 'gluon' wants rows apart, on 16 bytes and contiguous, q, k and v have strides {strides}"
+        wanted = "rows that do not overlap, begin at multiples of 16 bytes and are contiguous"
+        return f"backend = 'gluon' needs {wanted}; q, k and v have strides {strides}"
     return None
 
 
 def _row_stride(x: Tensor) -> int:
-    """Elements from row to row of TMA's matrix, whose rows are ``x``'s first dimension and whose columns are all
-    others; 0 if rows of different columns are not apart or not on 16 bytes."""
+    """Distance between two rows, in elements, of ``x`` as the matrix that TMA reads: its rows are the first dim of
+    ``x``, its columns all other dims. 0 if rows overlap or do not begin at multiples of 16 bytes."""
     strides = x.stride()[1:-1]
     width = sum((n - 1) * stride for n, stride in zip(x.shape[1:-1], strides)) + x.shape[-1]
     row_stride = x.stride(0) if x.shape[0] > 1 else width
@@ -360,18 +366,18 @@ def _row_stride(x: Tensor) -> int:
 
 
 def shared_layout(block: int, d: int) -> Any:
-    """How a tile of 16-bit numbers lies in shared memory; a descriptor's type has it."""
+    """Layout of a tile of 16-bit numbers in shared memory; it is part of a descriptor's type."""
     return gl.NVMMASharedLayout.get_default_for([block, d], gl.bfloat16)
 
 
 def descriptor(x: Tensor, block: int) -> TensorDescriptor:
-    """``x`` as TMA's matrix, ``block`` rows of one head at a time."""
+    """``x`` as a matrix from which TMA reads ``block`` rows of one head at a time."""
     row_stride, d = _row_stride(x), x.shape[-1]
     return TensorDescriptor(x, [x.shape[0], row_stride], [row_stride, 1], [block, d], shared_layout(block, d))
 
 
 def constants(d: int, m: int, causal: bool) -> dict[str, Any]:
-    """Constexpr arguments for ``m`` query heads a group."""
+    """Constexpr arguments for head dim ``d`` and ``m`` query heads in a group."""
     settings = config(d)
     return {
         "GROUP": m,
@@ -387,7 +393,7 @@ def constants(d: int, m: int, causal: bool) -> dict[str, Any]:
 def _arguments(
     tensors: tuple[Tensor, ...], table: Tensor, max_q: int, scale: float, causal: bool, programs: int
 ) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and arguments for (q [sq, b, g, m, d], k, v, out, lse), at most ``programs`` of them."""
+    """Grid and arguments of a launch of at most ``programs`` programs; tensors: q [sq, b, g, m, d], k, v, out, lse."""
     q, k, v, out, lse = tensors
     sq, b, groups, m, d = q.shape
     h = groups * m
@@ -419,15 +425,15 @@ def _arguments(
 
 
 def _launch(grid: tuple[int], arguments: dict[str, Any]) -> None:
-    """The one place that starts the kernel, for the simulator to take."""
+    """Launches the kernel; tests replace this function by the simulator."""
     _attention_fwd_gluon_kernel[grid](**arguments, num_warps=4)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, max_q: int, covers_queries: bool, options: Options, arch: int
 ) -> tuple[Tensor, Tensor]:
-    """``kernel.forward`` of this kernel: q [sq, b, g, m, d], k, v [sk, b, g, d] → (out [sq, b, g m, d], lse fp32
-    [b, g m, sq]). Raises ValueError in one sentence for what it can't do."""
+    """Does what ``kernel.forward`` does: q [sq, b, g, m, d], k, v [sk, b, g, d] → (out [sq, b, g m, d], lse fp32
+    [b, g m, sq]). Raises ValueError for what the kernel does not support."""
     reason = refusal(q, k, v, options, arch)
     if reason:
         raise ValueError(reason)

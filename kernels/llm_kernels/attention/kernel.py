@@ -1,11 +1,11 @@
-"""Attention forward in plain tl (Dao 2023, arXiv 2307.08691): the portable path, tuned for sm_80 and sm_90 apart.
+"""Attention forward in Triton (Dao 2023, arXiv 2307.08691): the portable kernel, with tiles for sm_80 and for sm_90.
 
 q: [sq, b, g, m, d] (m query heads of each of g groups), k, v: [sk, b, g, d], any strides with d contiguous; out [sq, b,
-g m, d] contiguous; lse fp32 [b, g m, sq]. fp32, bf16 or fp16; scores, weights and sums in fp32, weights rounded to v's
-dtype for the second product. Work is a table of segments int32 [n, 5]: (batch row, q_start, q_end, k_start, k_end).
-Formula: see ref.explicit; NaN for a query whose largest score is beyond ln 2 * 2^24 = 1.2e7. A program owns BLOCK_M
-queries of a head of a segment and goes over the keys they see, tiles of edges apart from tiles that every query sees
-whole; tiles that no query sees are not touched.
+g m, d] contiguous; lse fp32 [b, g m, sq]. Inputs are fp32, bf16 or fp16. Scores, weights and sums are fp32; weights are
+rounded to v's dtype for the second product. The work is a table of segments int32 [n, 5]: (batch row, q_start, q_end,
+k_start, k_end). Formula: ref.explicit, but a query whose largest score is beyond ln 2 * 2^24 = 1.2e7 gets NaN.
+A program computes BLOCK_M queries of one head and segment. It loops first over the tiles of keys that all its queries
+see whole, then over those that a mask cuts (the edges); it skips tiles that none of its queries sees.
 FLOPs: 4 d per visible (query, key) and head. Bytes, at least: q, k, v and out once, 4 per query and head.
 """
 
@@ -24,14 +24,14 @@ from llm_kernels.attention.tiles import Case, Tile, forward_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# Scores in base 2 from here on are rounded by more than 1 where the maximum enters the FFMA of exp2's argument. Right
-# weights would cost one more instruction for every score.
+# From this size on, the maximum of base-2 scores is rounded by more than 1 in the FFMA that computes exp2's argument,
+# so weights would be wrong by a factor of two or more. To get them right would cost one more instruction per score.
 LOST: tl.constexpr = tl.constexpr(2.0**24)
 
 
 @triton.jit
 def load_rows(base, offsets, rows, limit, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """A tile of rows below ``limit``; CHECK says that some may not be, and those are zeros."""
+    """Loads a tile of rows. With CHECK, rows from ``limit`` on are zeros; without it, all rows must be below it."""
     if CHECK:
         tile = tl.load(base + offsets, mask=(rows < limit)[:, None] & (cols < D)[None, :], other=0.0)
     elif D == BLOCK_D:
@@ -43,8 +43,8 @@ def load_rows(base, offsets, rows, limit, cols, D: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def tanh(x, EXACT: tl.constexpr):
-    """EXACT: right to some roundings of the result. Otherwise to 2^-22 of 1 in a third of the instructions, one over y
-    being the square of the reciprocal root, which is one instruction where a division is four."""
+    """tanh, with EXACT to a few roundings of the result, else with an absolute error of 2^-22 in a third of the
+    instructions: 1 / y is computed as rsqrt(y)^2, since a reciprocal root is one instruction and a division four."""
     grown = tl.exp2(x * (2.0 * LOG2E)) + 1.0
     if EXACT:
         # Polynomial near zero (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would cancel.
@@ -65,11 +65,11 @@ def tanh(x, EXACT: tl.constexpr):
 def keep_tile(
     seed, head, q_start, row, col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr, KEYS_FIRST: tl.constexpr
 ):
-    """ref.dropout_keep for the ROWS x COLS tile at (row, col), counted from the segment's begin: queries by keys, or
-    keys by queries (KEYS_FIRST).
+    """ref.dropout_keep for the ROWS x COLS tile at (row, col), which count from the start of the segment. Rows are
+    queries and columns are keys, or the other way round with KEYS_FIRST.
 
-    The four words of a call belong to elements 8 rows and 8 columns apart. In a product's result on tensor cores one
-    thread holds those, so the words are where they are wanted without a shuffle.
+    The four random numbers of one Philox call decide for elements that lie 8 rows and 8 columns apart. In the result of
+    a tensor-core product one thread holds all four of these, so no number has to move to another thread.
     """
     rows = row // 2 + tl.arange(0, ROWS // 2)[:, None]
     cols = col // 2 + tl.arange(0, COLS // 2)[None, :]
@@ -79,13 +79,15 @@ def keep_tile(
     near, far = (w2, w1) if KEYS_FIRST else (w1, w2)
     left = tl.join(w0.to(tl.int32, bitcast=True) >= threshold, near.to(tl.int32, bitcast=True) >= threshold)
     right = tl.join(far.to(tl.int32, bitcast=True) >= threshold, w3.to(tl.int32, bitcast=True) >= threshold)
-    keep = tl.reshape(tl.join(left, right), [ROWS // 16, 8, COLS // 16, 8, 2, 2])  # last: column's bit 3, row's bit 3
+    # The last two dims are bit 3 of the column and bit 3 of the row.
+    keep = tl.reshape(tl.join(left, right), [ROWS // 16, 8, COLS // 16, 8, 2, 2])
     return tl.reshape(tl.permute(keep, [0, 5, 1, 2, 4, 3]), [ROWS, COLS])
 
 
 @triton.jit
 def in_window(aligned, key, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Whether a key is near enough to the one that a query is level with."""
+    """Whether a key lies at most ``left`` before and ``right`` after ``aligned``, the key that the query is aligned
+    with."""
     visible = aligned == aligned
     if RIGHT:
         visible = visible & (key <= aligned + right)
@@ -96,7 +98,7 @@ def in_window(aligned, key, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr
 
 @triton.jit
 def num_tiles(ranges, BLOCK: tl.constexpr, EDGE: tl.constexpr):
-    """How many tiles at edges, or whole ones, are in (low, inner, outer, high)."""
+    """Number of tiles in ``ranges`` (see key_range): of those at edges, or of those that are seen whole."""
     low, inner, outer, high = ranges
     if EDGE:
         number = tl.cdiv(inner - low, BLOCK) + tl.cdiv(tl.maximum(high - outer, 0), BLOCK)
@@ -107,7 +109,7 @@ def num_tiles(ranges, BLOCK: tl.constexpr, EDGE: tl.constexpr):
 
 @triton.jit
 def tile_start(index, ranges, BLOCK: tl.constexpr, EDGE: tl.constexpr):
-    """Where the tile of this number begins. One loop for both edges: a second one costs registers in all others."""
+    """First position of tile ``index``. One loop serves both edges, as a second loop costs registers in all others."""
     low, inner, outer, _ = ranges
     if EDGE:
         before = low + index * BLOCK
@@ -150,11 +152,11 @@ def _attend(
     DROPOUT: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Online softmax over the keys of tiles at edges (EDGE), or of those that every query sees whole."""
-    # fp32 as three products of tf32 parts: right to about 2^-21, where products in fp32 proper spill kilobytes.
+    """Online softmax over the tiles of keys at edges (EDGE), or over those that every query sees whole."""
+    # fp32 as three tf32 products is right to about 2^-21; exact fp32 products would spill kilobytes of registers.
     PRECISION: tl.constexpr = "tf32x3" if q.dtype == tl.float32 else "ieee"
     cols = tl.arange(0, BLOCK_D)
-    # The scale goes into the exponent's FFMA, base 2: exp2(s c - m c).
+    # exp2(s c - m c), with c = scale log2(e): scaling the scores costs no instruction of its own.
     factor = (softcap if SOFTCAP else scale) * LOG2E
     for i in tl.range(0, num_tiles(ranges, BLOCK_N, EDGE)):
         n = tile_start(i, ranges, BLOCK_N, EDGE)
@@ -167,7 +169,7 @@ def _attend(
             visible = in_window(aligned[:, None], keys[None, :], left, right, LEFT, RIGHT) & (keys < len_k)[None, :]
             s = tl.where(visible, s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
-        # A query that has seen nothing yet stays at -inf, and -inf - -inf would be NaN.
+        # A query that has seen no key so far has a maximum of -inf, and -inf - -inf would be NaN.
         base = tl.where(new_max == float("-inf"), 0.0, new_max) if EDGE else new_max
         p = tl.exp2(s * factor - base[:, None])
         alpha = tl.exp2(row_max - base)
@@ -182,7 +184,8 @@ def _attend(
 
 @triton.jit
 def key_range(first, last, shift, len_k, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tiles of keys for queries first..last (within the segment): [low, inner), [inner, outer) whole, [outer, high)."""
+    """(low, inner, outer, high) of the keys for queries first..last of a segment: every query sees all of [inner,
+    outer); [low, inner) and [outer, high) are the edges, which some queries see in part."""
     low = 0
     whole_low = 0
     high = len_k
@@ -236,7 +239,8 @@ def _attention_fwd_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    # Heads vary fastest, so that those of a group share keys in L2; of causal tiles the longest begin first.
+    # Heads vary fastest, so that the heads of a group read the same keys from L2. The last queries, which see the most
+    # keys under a causal mask, start first.
     h = tl.program_id(0) % H
     segment = tl.program_id(0) // H
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
@@ -282,7 +286,7 @@ def _attention_fwd_kernel(
         right, scale, softcap, seed, head, q_start, first, threshold, D, BLOCK_D, BLOCK_N, LEFT, RIGHT, SOFTCAP,
         DROPOUT, True,
     )  # fmt: skip
-    # NaN instead of weights that a rounding of the maximum has doubled or worse.
+    # From LOST on, weights could be wrong by a factor of two or more: the result is NaN instead.
     row_sum = tl.where((tl.abs(row_max) >= LOST) & (row_max != float("-inf")), float("nan"), row_sum)
     nothing = row_sum == 0.0
     row_sum = tl.where(nothing, 1.0, row_sum)
@@ -296,7 +300,7 @@ def _attention_fwd_kernel(
 
 
 def padded(d: int) -> int:
-    """Columns of a tile for head dim ``d``; the tensor core wants 16 at least."""
+    """Columns of a tile for head dim ``d``: a power of two, and at least 16 for the tensor core."""
     return max(16, triton.next_power_of_2(d))
 
 
@@ -304,10 +308,11 @@ def padded(d: int) -> int:
 def settings(
     tile_of: Callable[[Case], Tile], options: Options, d: int, element_size: int, m: int, arch: int
 ) -> tuple[Tile, dict[str, object]]:
-    """Tile of a kernel, and its arguments that depend on neither tensors nor seed; made once for each kind of call,
-    because launches follow each other in microseconds. ``options`` are without a seed, ``m`` is heads of a group.
+    """The tile of a kernel, and those of its arguments that depend on neither the tensors nor the seed. They are cached
+    because computing them takes longer than the microseconds between launches. ``options`` come from without_seed,
+    ``m`` is the number of query heads of a group.
 
-    SOFTCAP is 1 where tanh to 2^-22 will do: its error times the cap is then below half a rounding of fp16.
+    SOFTCAP is 1 where tanh to 2^-22 is enough: its error times the cap is then below half a rounding of fp16.
     """
     softcap, dropout = options.softcap > 0, options.dropout_p > 0
     tile = tile_of(Case(arch, d, element_size, softcap, dropout, options.right == 0))
@@ -334,7 +339,7 @@ def settings(
 
 
 def without_seed(options: Options) -> Options:
-    """The options by which settings are kept."""
+    """The options with seed 0, since ``settings`` are the same for every seed."""
     return options._replace(seed=0) if options.seed else options
 
 

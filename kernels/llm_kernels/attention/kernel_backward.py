@@ -1,9 +1,9 @@
-"""Attention backward in plain tl: delta, then dk and dv by tiles of keys, then dq by tiles of queries.
+"""Attention backward in Triton: delta, then dk and dv by tiles of keys, then dq by tiles of queries.
 
-Shapes as in kernel.py; weights are recomputed from q, k and lse. With p the weights, D the dropout factor (0 or
+Shapes as in kernel.py. Weights are computed again from q, k and lse. With p the weights, D the dropout factor (0 or
 1 / (1 - dropout_p)) and delta = sum(dout out) - dlse: dv = (p D)' dout, dp = D (dout v'), ds = p (dp - delta) times
-1 - tanh^2 under a soft cap, dk = scale ds' q, dq = scale ds k. Every element is summed by one program in a fixed order,
-so gradients are the same bits every time; the price is 7 products where a backward that adds dq atomically has 5.
+1 - tanh^2 under a soft cap, dk = scale ds' q, dq = scale ds k. One program sums every element in a fixed order, so
+gradients are bitwise reproducible; the price is 7 products, where a backward that adds to dq atomically needs 5.
 FLOPs: 14 d per visible (query, key) and head. Bytes, at least: q, k, v, dout and lse read twice, out once.
 """
 
@@ -50,7 +50,6 @@ def _gather_dkdv(
     first,
     keys,
     shift,
-    len_k,
     left,
     right,
     scale,
@@ -70,10 +69,11 @@ def _gather_dkdv(
     DROPOUT: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Adds what tiles of queries at edges (EDGE), or those that see all keys, give; scores are [keys, queries].
+    """Adds to dk and dv the terms of the queries in tiles at edges (EDGE), or in tiles whose queries all see every key
+    of the program. Scores are [keys, queries].
 
-    One loop over all heads of the group: nested in another, what it keeps in registers would spill, and the pipeline
-    of loads would run dry with every head.
+    One loop runs over the tiles of all heads of the group. As two nested loops it would spill registers, and the
+    pipeline of loads would drain at the end of every head.
     """
     PRECISION: tl.constexpr = "tf32x3" if q_base.dtype.element_ty == tl.float32 else "ieee"
     cols = tl.arange(0, BLOCK_D)
@@ -91,7 +91,7 @@ def _gather_dkdv(
             s = tanh(s * (scale / softcap), SOFTCAP == 2)
         p = tl.exp2(s * factor - lse[None, :])
         if EDGE:
-            # Queries that are not there have weight 0 by their lse; keys that are not there are not stored.
+            # Queries beyond the segment have weight 0, because their lse is inf; keys beyond it are not stored.
             visible = in_window((rows + shift)[None, :], keys[:, None], left, right, LEFT, RIGHT)
             p = tl.where(visible, p, 0.0)
         dout = load_rows(dout_base + member * D + m * dout_step, dout_offsets, rows, len_q, cols, D, BLOCK_D, EDGE)
@@ -114,7 +114,8 @@ def _gather_dkdv(
 
 @triton.jit
 def query_range(first, last, shift, len_q, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Tiles of queries for keys first..last (within the segment): [low, inner), [inner, outer) whole, [outer, high)."""
+    """(low, inner, outer, high) of the queries for keys first..last of a segment: all queries of [inner, outer) see
+    every key; [low, inner) and [outer, high) are the edges."""
     low = 0
     whole_low = 0
     high = len_q
@@ -177,10 +178,10 @@ def _attention_bwd_dkdv_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """dk and dv of BLOCK_N keys of a group, summed over the group's heads in the loop: no atomics."""
+    """dk and dv of BLOCK_N keys of one group; the loop sums over the group's heads, without atomics."""
     group = (tl.program_id(0) % G).to(tl.int64)
     segment = tl.program_id(0) // G
-    first = tl.program_id(1) * BLOCK_N  # causal: the first keys are seen by the most queries
+    first = tl.program_id(1) * BLOCK_N  # first keys first: under a causal mask the most queries see them
     batch = tl.load(table_ptr + segment * 5).to(tl.int64)
     q_start = tl.load(table_ptr + segment * 5 + 1)
     len_q = tl.load(table_ptr + segment * 5 + 2) - q_start
@@ -219,13 +220,13 @@ def _attention_bwd_dkdv_kernel(
     head = first_head.to(tl.int32)
     dk, dv = _gather_dkdv(
         dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_head_stride, SQ, q_offsets, dout_offsets, q_step,
-        dout_step, ranges, len_q, first, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head,
-        q_start, threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
+        dout_step, ranges, len_q, first, keys, shift, left, right, scale, softcap, keep_scale, seed, head, q_start,
+        threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, True,
     )  # fmt: skip
     dk, dv = _gather_dkdv(
         dk, dv, k, v, q_base, dout_base, lse_base, delta_base, q_head_stride, SQ, q_offsets, dout_offsets, q_step,
-        dout_step, ranges, len_q, first, keys, shift, len_k, left, right, scale, softcap, keep_scale, seed, head,
-        q_start, threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
+        dout_step, ranges, len_q, first, keys, shift, left, right, scale, softcap, keep_scale, seed, head, q_start,
+        threshold, GROUP, D, BLOCK_D, BLOCK_M, LEFT, RIGHT, SOFTCAP, DROPOUT, False,
     )  # fmt: skip
     mask = (lanes < left_over)[:, None] & (cols < D)[None, :]
     dk_base = dk_ptr + batch * dk_batch_stride + group * dk_group_stride + key_row * dk_step
@@ -271,7 +272,7 @@ def _gather_dq(
     DROPOUT: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Adds what keys of tiles [start, end) give."""
+    """Adds to dq the terms of the keys in tiles at edges (EDGE), or in tiles that every query sees whole."""
     PRECISION: tl.constexpr = "tf32x3" if k_base.dtype.element_ty == tl.float32 else "ieee"
     cols = tl.arange(0, BLOCK_D)
     factor = (softcap if SOFTCAP else scale) * LOG2E
@@ -342,7 +343,7 @@ def _attention_bwd_dq_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """dq of BLOCK_M queries of a head, in the order of the forward kernel."""
+    """dq of BLOCK_M queries of one head; programs are in the forward kernel's order."""
     h = tl.program_id(0) % H
     segment = tl.program_id(0) // H
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
@@ -406,7 +407,7 @@ def backward(
     """Writes dq [sq, b, g, m, d], dk and dv [sk, b, g, d] (``gradients``, any strides with d contiguous).
 
     ``tensors``: q, k, v as in the forward launcher, dout [sq, b, h, d] contiguous, and what ``kernel_delta.per_row``
-    returned. ``extents``: most queries and most keys of a segment.
+    returned. ``extents``: the largest number of queries, and of keys, of any segment.
     """
     q, k, v, dout, lse, delta = tensors
     dq, dk, dv = gradients

@@ -1,4 +1,4 @@
-"""What attention's backward needs of every query beforehand: delta, and the log-sum-exp in base 2."""
+"""Two numbers per query and head that attention's backward starts from: delta, and the log-sum-exp in base 2."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def _per_row_kernel(
     BLOCK_S: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
-    """delta = sum(dout out) - dlse, and lse for exp2, for BLOCK_S tokens of one head; [s, b h, d] → [b h, s].
+    """delta = sum(dout out) - dlse, and the log-sum-exp in base 2, of BLOCK_S tokens of one head; [s, b h, d] → [b h,
+    s].
 
-    Queries that saw nothing get +inf, so their weights come out as 0.
+    The log-sum-exp of a query that sees no key becomes +inf, so that its weights become 0 in backward.
     """
     head = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -46,7 +47,7 @@ def _per_row_kernel(
 
 
 def per_row(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out, dout: [sq, b, h, d] contiguous; lse, dlse: fp32 [b, h, sq] → (lse for exp2, sum(dout out) - dlse)."""
+    """out, dout: [sq, b, h, d] contiguous; lse, dlse: fp32 [b, h, sq] → (lse in base 2, sum(dout out) - dlse)."""
     sq, b, h, d = out.shape
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     if lse.numel():

@@ -1,7 +1,7 @@
-"""Attention over segments: whole samples, packed documents, or a context shard's part of them.
+"""Attention over segments: whole samples, packed documents, or the part of them that a context-parallel rank has.
 
-Online softmax after Dao (2023, arXiv 2307.08691): forward keeps q, k, v, its output and one fp32 number per query and
-head. All kernels sum in a fixed order: the same inputs give the same bits.
+Online softmax after Dao (2023, arXiv 2307.08691). Saved for backward are q, k, v, the output and one fp32 number per
+query and head. All kernels sum in a fixed order, so the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from llm_kernels.rows import fresh
 class Segments:
     """Which queries see which keys: a table int32 [n, 5] of (batch row, q_start, q_end, k_start, k_end).
 
-    Ranges of queries of a row must not overlap, nor those of keys. max_q, max_k: the longest of each (an upper bound
-    will do). covers_queries, covers_keys: every query (key) of every row is in a segment; where not, its output or
-    gradient is zero, at the price of a fill. rows: the table's rows where the host knows them; plain torch takes them
-    instead of asking the device.
+    The query ranges of a batch row must not overlap, nor must its key ranges. max_q, max_k: the largest number of
+    queries, and of keys, of a segment, or an upper bound. covers_queries, covers_keys: every query (key) of every row
+    is in a segment; where that is not so, outputs and gradients are filled with zeros first. rows: the table's rows, if
+    the host knows them, so that plain torch need not read them from the device.
     """
 
     table: Tensor
@@ -39,13 +39,14 @@ class Segments:
 
     @staticmethod
     def dense(b: int, sq: int, sk: int, device: torch.device | str) -> Segments:
-        """One segment per batch row, all of it; the same object for the same shape."""
+        """One segment per batch row, with all its queries and keys. The same shape gives the same object."""
         return _dense(b, sq, sk, torch.device(device))
 
     @staticmethod
     def from_cu_seqlens(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Segments:
-        """Documents one after another in a batch of one row: int [n + 1] offsets into queries and into keys, on the
-        device, nothing read back. The last offsets must be the numbers of queries and keys."""
+        """Documents one after another in a batch of one row. cu_q, cu_k: int [n + 1] offsets into queries and keys, of
+        which the last must be the numbers of queries and keys. They may be on the device: the host does not read them.
+        """
         if cu_q.ndim != 1 or cu_q.shape != cu_k.shape:
             raise ValueError(f"cu_q has shape {tuple(cu_q.shape)}, cu_k {tuple(cu_k.shape)}: both must be [n + 1]")
         cu_q, cu_k = cu_q.to(torch.int32), cu_k.to(torch.int32)
@@ -56,7 +57,7 @@ class Segments:
     def from_rows(
         rows: Sequence[tuple[int, int, int, int, int]], b: int, sq: int, sk: int, device: torch.device | str
     ) -> Segments:
-        """Any segments of [sq, b] queries and [sk, b] keys. Raises ValueError if ranges overlap or lie outside."""
+        """Any segments of [sq, b] queries and [sk, b] keys. Raises ValueError if ranges overlap or exceed sq or sk."""
         covered = []
         for first, length, what in ((1, sq, "query"), (3, sk, "key")):
             total = 0
@@ -64,7 +65,7 @@ class Segments:
                 ranges = sorted((x[first], x[first + 1]) for x in rows if x[0] == row and x[first] < x[first + 1])
                 for (_, end), (start, _) in zip([(0, 0), *ranges], [*ranges, (length, length)]):
                     if start < end or end > length:
-                        raise ValueError(f"{what} ranges {ranges} of row {row} overlap or leave 0..{length}")
+                        raise ValueError(f"{what} ranges {ranges} of row {row} overlap or exceed 0..{length}")
                 total += sum(end - start for start, end in ranges)
             covered.append(total == b * length)
         if any(not 0 <= x[0] < b or x[1] > x[2] or x[3] > x[4] for x in rows):
@@ -82,8 +83,8 @@ def _dense(b: int, sq: int, sk: int, device: torch.device) -> Segments:
 
 
 def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """The rows on the device, by a copy for which the host does not wait: with packed documents there is one a micro
-    batch, and a wait would drain the queue of launches."""
+    """The rows as a tensor on the device. The host does not wait for the copy: packed documents need one per micro
+    batch, and a wait would let the GPU's queue of launches run empty."""
     table = torch.tensor(rows, dtype=torch.int32).view(-1, 5)
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
@@ -105,15 +106,16 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k') v of grouped heads, each segment by itself.
 
-    q: [sq, b, h, d]; k, v: [sk, b, g, d], h a multiple of g, any strides with d contiguous; d up to 256. Causal is
-    aligned at the end: the last query of a segment sees its last key. window: how many keys to the left and right of
-    that alignment a query sees, -1 for all. scale: 1 / sqrt(d) by default. softcap: scores become softcap tanh(score /
-    softcap). Dropout is by counter from ``seed`` (drawn from torch's CPU generator if None, for which torch.compile
-    breaks its graph): see ref.dropout_keep.
-    Returns out [sq, b, h, d], contiguous, and on request the log-sum-exp of the scores, fp32 [b, h, sq], through which
-    gradients flow. A query that sees no key has 0 and -inf. backend: as in dispatch, or ``gluon``, which refuses what
-    gluon_forward lacks. The kernels have no second derivative and say so. Plain torch puts every score into memory for
-    what its own attention lacks, and where torch.compile traces segments that only the device knows.
+    q: [sq, b, h, d]; k, v: [sk, b, g, d], h a multiple of g, any strides with d contiguous; d up to 256. A segment's
+    queries are aligned with its keys at the end: under ``causal`` the last query sees up to the last key. window: how
+    many keys to the left and to the right of its aligned key a query sees, -1 for all. scale: 1 / sqrt(d) by default.
+    softcap: scores become softcap tanh(score / softcap). Dropout is a function of ``seed`` and position alone, see
+    ref.dropout_keep; if ``seed`` is None it is drawn from torch's CPU generator, where torch.compile breaks its graph.
+    Returns out [sq, b, h, d], contiguous, and with ``return_lse`` also the log-sum-exp of the scores, fp32 [b, h, sq],
+    which is differentiable too. For a query that sees no key these are 0 and -inf. backend: as in dispatch, or
+    ``gluon``, which raises for what gluon_forward does not support. A second derivative raises. The ``torch`` back end
+    holds all scores in memory for options that torch's own attention lacks, and where torch.compile traces segments
+    whose bounds are on the device.
     """
     _check(q, k, v)
     options = _options(q.shape[-1], causal, scale, window, softcap, (dropout_p, seed))
@@ -140,10 +142,10 @@ def attention_qkv(
     seed: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``attention`` on megatron's packed projection, read where it lies.
+    """``attention`` on megatron's packed projection, without copying its parts.
 
     qkv: [s, b, g, m + 2, d]: for every group its m query heads, then its key and its value. Returns [s, b, g m, d].
-    Backward writes one gradient in qkv's layout: nothing is split or concatenated.
+    Backward writes one gradient in qkv's layout, so that nothing is split or concatenated.
     """
     if qkv.ndim != 5 or qkv.shape[3] < 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}, not [s, b, groups, query heads of a group + 2, d]")
@@ -158,9 +160,9 @@ def attention_qkv(
 
 
 def backend_for(x: Tensor, requested: str = "auto") -> str:
-    """``torch``, ``triton`` or, if it is asked for by name, ``gluon`` for attention on ``x``.
+    """The back end that attention on ``x`` uses: ``torch``, ``triton``, or ``gluon`` if that is requested.
 
-    Raises ValueError if ``requested`` is unknown or can't be had. ``auto`` is torch beyond head dim 256.
+    ``auto`` means torch for head dims above 256. Raises ValueError if ``requested`` is unknown or not available.
     """
     if requested != "gluon":
         chosen = dispatch.backend_for(x, requested)
@@ -175,9 +177,10 @@ def backend_for(x: Tensor, requested: str = "auto") -> str:
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys from attention over each: outputs [s, b, h, d], lse [b, h, s].
+    """Attention over the union of two disjoint sets of keys, from the outputs [s, b, h, d] and log-sum-exps [b, h, s]
+    over each.
 
-    Gradients of everything flow; a query that saw nothing in either set stays at 0 and -inf.
+    Differentiable in all four inputs. A query that sees no key of either set has 0 and -inf.
     """
     highest = torch.maximum(lse_a, lse_b).detach()
     highest = highest.masked_fill(highest == -torch.inf, 0.0)
@@ -210,7 +213,9 @@ def _options(
     scale = d**-0.5 if scale is None else float(scale)
     dropout_p, seed = dropout
     if scale <= 0 or softcap < 0 or not 0 <= dropout_p < 1:
-        raise ValueError(f"scale = {scale}, softcap = {softcap}, dropout_p = {dropout_p}: need > 0, >= 0, in [0, 1)")
+        raise ValueError(
+            f"scale = {scale} must be > 0, softcap = {softcap} must be >= 0, dropout_p = {dropout_p} must be in [0, 1)"
+        )
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if dropout_p > 0 else 0
     return Options(scale, max(window[0], -1), 0 if causal else max(window[1], -1), softcap, dropout_p, seed)
@@ -221,7 +226,7 @@ def _plan(segments: Segments) -> tuple[Tensor, int, int, bool, bool]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``x`` with contiguous columns and rows that begin at a multiple of 16 bytes, a view wherever possible."""
+    """``x`` if its last dim is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -233,7 +238,7 @@ def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _by_torch(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, options: Options, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Torch's own attention where it can do what is asked, else every score in memory."""
+    """Torch's own attention where it supports options and segments, else ref.explicit, with all scores in memory."""
     known = segments.rows
     if known is None and torch.compiler.is_compiling():
         return ref.explicit(q, k, v, segments.table, options)

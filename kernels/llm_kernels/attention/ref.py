@@ -1,6 +1,7 @@
-"""Attention in plain torch over segments: whole samples, documents, or a context shard's part of them.
+"""Attention in plain torch over segments: whole samples, documents, or a context-parallel rank's part of them.
 
-``attention`` is causal and quick (torch's own attention per segment); ``explicit`` has everything the kernels have.
+``attention`` is causal and fast (torch's own attention, segment by segment); ``explicit`` supports every option of the
+kernels.
 """
 
 from __future__ import annotations
@@ -24,21 +25,29 @@ class Segment:
     k_end: int
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, segments: tuple[tuple[Segment, ...], ...], scale: float) -> Tensor:
-    """Causal grouped-query attention.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: tuple[tuple[Segment, ...], ...],
+    scale: float,
+    left: int = -1,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal grouped-query attention. ``left``: keys before its own that a query sees, -1 for all.
 
     q: [sq, b, heads, d]; k, v: [sk, b, groups, d]; heads is a multiple of groups. ``segments`` has one tuple for each
     batch row, or a single one for all rows; its segments cover the queries in order. Returns [sq, b, heads, d].
     """
     if len(segments) == 1 and len(segments[0]) == 1:
-        return _segment(q, k, v, scale)
+        return _segment(q, k, v, scale, left, softcap)
     rows = segments if len(segments) > 1 else segments * q.shape[1]
     if len(segments) == 1:
-        return torch.cat([_segment(*_slice(q, k, v, part), scale) for part in segments[0]], dim=0)
+        return torch.cat([_segment(*_slice(q, k, v, part), scale, left, softcap) for part in segments[0]], dim=0)
     outputs = []
     for row, parts in enumerate(rows):
         qkv = (q[:, row : row + 1], k[:, row : row + 1], v[:, row : row + 1])
-        outputs.append(torch.cat([_segment(*_slice(*qkv, part), scale) for part in parts], dim=0))
+        outputs.append(torch.cat([_segment(*_slice(*qkv, part), scale, left, softcap) for part in parts], dim=0))
     return torch.cat(outputs, dim=1)
 
 
@@ -47,11 +56,17 @@ def _slice(q: Tensor, k: Tensor, v: Tensor, part: Segment) -> tuple[Tensor, Tens
     return q[part.q_start : part.q_end], k[keys], v[keys]
 
 
-def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, softcap: float) -> Tensor:
     num_queries, num_keys, heads, groups = q.shape[0], k.shape[0], q.shape[2], k.shape[2]
+    if softcap > 0:
+        table = torch.tensor([[row, 0, num_queries, 0, num_keys] for row in range(q.shape[1])], device=q.device)
+        return explicit(q, k, v, table, Options(scale, left, 0, softcap))[0]
     q_BHSD, k_BHSD, v_BHSD = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     mask = None
-    if num_queries not in (1, num_keys):
+    if 0 <= left < num_keys - 1:
+        ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
+        mask = ones.tril_(num_keys - num_queries).triu_(num_keys - num_queries - left)
+    elif num_queries not in (1, num_keys):
         # torch's is_causal aligns the first query with the first key; ours ends with the last.
         if q.is_cuda:
             from torch.nn.attention.bias import causal_lower_right  # imports triton
@@ -60,7 +75,7 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         else:
             ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
             mask = ones.tril_(num_keys - num_queries)
-    causal = num_queries == num_keys and num_queries > 1
+    causal = mask is None and num_queries == num_keys and num_queries > 1
     out = F.scaled_dot_product_attention(
         q_BHSD, k_BHSD, v_BHSD, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != groups
     )
@@ -68,7 +83,7 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 class Options(NamedTuple):
-    """How scores become weights, after ``causal`` has become ``right = 0``. -1 in left or right is no limit."""
+    """How scores become weights. ``causal`` is ``right = 0`` here; -1 in left or right means no limit."""
 
     scale: float
     left: int = -1
@@ -79,13 +94,14 @@ class Options(NamedTuple):
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, table: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Attention with every score in memory: the truth, in fp64 for fp64 inputs and in fp32 for all others.
+    """Attention with all scores in memory: the reference. Computed in fp64 for fp64 inputs, in fp32 for all others.
 
     q: [sq, b, h, d]; k, v: [sk, b, g, d]; table: int [n, 5] of (batch row, q_start, q_end, k_start, k_end).
-    Query i of a segment, which has keys j of the same, sees those with ``-left <= j - (i + len_k - len_q) <= right``.
-    s = scale q k', softcap tanh(s / softcap) where softcap > 0, weights = softmax(s) over the seen keys. Dropout zeroes
-    weights by ``dropout_keep`` and divides the rest by 1 - dropout_p; the log-sum-exp is of the weights before.
-    Returns out [sq, b, h, d] in q's dtype and lse [b, h, sq] in fp32 (fp64). A query that sees no key has 0 and -inf.
+    Query i of a segment sees those keys j of the segment with ``-left <= j - (i + len_k - len_q) <= right``.
+    s = scale q k', or softcap tanh(scale q k' / softcap) where softcap > 0; weights = softmax(s) over the seen keys.
+    Dropout zeroes weights by ``dropout_keep`` and divides the others by 1 - dropout_p. The log-sum-exp is of s, before
+    dropout. Returns out [sq, b, h, d] in q's dtype and lse [b, h, sq] in fp32 (fp64 for fp64). For a query that sees no
+    key these are 0 and -inf.
     """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     repeats = q.shape[2] // k.shape[2]
@@ -95,7 +111,7 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, table: Tensor, options: Options) -
         scores = options.softcap * torch.tanh(scores / options.softcap)
     visible = visibility(table, q.shape[1], q.shape[0], k.shape[0], options).unsqueeze(1)
     seen = visible.any(-1)
-    # A row of nothing but -inf would be NaN in softmax, and in its gradient even where the value is replaced.
+    # Softmax of a row that is all -inf is NaN, and so is its gradient, even if the value is replaced afterwards.
     scores = scores.masked_fill(~visible & seen.unsqueeze(-1), -torch.inf)
     lse = torch.logsumexp(scores, -1).masked_fill(~seen, -torch.inf)
     weights = scores.softmax(-1).masked_fill(~visible, 0.0)
@@ -106,7 +122,7 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, table: Tensor, options: Options) -
 
 
 def visibility(table: Tensor, b: int, sq: int, sk: int, options: Options) -> Tensor:
-    """Which keys each query sees, bool [b, sq, sk]. Nothing is asked of the device."""
+    """Which keys each query sees, bool [b, sq, sk]. The host reads no number from the device."""
     of_query, of_key, (q_start, q_end, k_start, k_end) = _places(table, b, sq, sk)
     shift = (k_end - k_start) - (q_end - q_start) - q_start
     aligned = torch.arange(sq, device=table.device) + shift[of_query]
@@ -121,31 +137,32 @@ def visibility(table: Tensor, b: int, sq: int, sk: int, options: Options) -> Ten
 
 
 def _places(table: Tensor, b: int, sq: int, sk: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Number of the segment of each query [b, sq] and of each key [b, sk], from 1, or 0 where there is none; and, by
-    that number, where its queries and keys begin and end."""
+    """The segment of each query [b, sq] and of each key [b, sk], counted from 1, with 0 for none; and, indexed by these
+    numbers, the starts and ends of the segments' queries and keys."""
     number = torch.arange(1, len(table) + 1, device=table.device).unsqueeze(1)
     here = (table[:, :1] == torch.arange(b, device=table.device)) * number
     found = []
     for first, length in ((1, sq), (3, sk)):
         at = torch.arange(length, device=table.device)
         inside = (at >= table[:, first : first + 1]) & (at < table[:, first + 1 : first + 2])
-        found.append((here.double().mT @ inside.double()).long())  # integers have no product on CUDA
+        found.append((here.double().mT @ inside.double()).long())  # CUDA has no matrix product of integers
     bounds = torch.cat([table.new_zeros(1, 5), table]).long()
     return found[0], found[1], bounds.unbind(1)[1:]
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """A weight is kept where 32 random bits, read as a signed number, are at least this."""
+    """A weight is kept if 32 random bits, read as a signed integer, are at least this number."""
     return int(dropout_p * 2**32) - 2**31
 
 
 def dropout_keep(options: Options, table: Tensor, shape: Sequence[int]) -> Tensor:
-    """The kernels' dropout mask, bool [b, h, sq, sk], true where a weight is kept; between segments it means nothing.
+    """The kernels' dropout mask, bool [b, h, sq, sk], true where a weight is kept. Where query and key are in different
+    segments its values mean nothing.
 
-    Philox4x32-7 (Salmon et al. 2011, doi 10.1145/2063384.2063405) with the seed's 64 bits as key. One call decides for
-    four weights: its counter is (key, query, batch row * h + head, q_start of the segment), key and query being counted
-    from the begin of the segment and written without their bit 3, and its word 2 (query's bit 3) + (key's bit 3). So
-    the mask does not depend on tiles.
+    Philox4x32-7 (Salmon et al. 2011, doi 10.1145/2063384.2063405) with the 64 bits of the seed as key. One call decides
+    for four weights: its counter is (key, query, batch row * h + head, q_start of the segment), where key and query
+    count from the start of the segment and bit 3 of both is left out; of its four results, number 2 (query's bit 3) +
+    (key's bit 3) decides. So the mask does not depend on the tiles.
     """
     b, h, sq, sk = shape
     of_query, of_key, (q_start, _q_end, k_start, _k_end) = _places(table, b, sq, sk)
@@ -164,7 +181,7 @@ def _without_bit_3(index: Tensor) -> Tensor:
 
 
 def _philox(seed: int, counter: tuple[Tensor, ...]) -> list[Tensor]:
-    """The four words of philox4x32-7 for a counter of four, all of them numbers below 2^32 in int64."""
+    """The four 32-bit results of philox4x32-7 for a counter of four 32-bit numbers, all held in int64."""
     low = 0xFFFFFFFF
     words = list(counter)
     key_0, key_1 = seed & low, (seed >> 32) & low
@@ -177,6 +194,6 @@ def _philox(seed: int, counter: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Upper and lower 32 bits of a product of 32-bit numbers held in int64, which has no room for all 64."""
+    """Upper and lower 32 bits of the product of two 32-bit numbers held in int64, which would overflow at 63 bits."""
     high = (((x & 0xFFFF) * factor >> 16) + (x >> 16) * factor) >> 16
     return high, (x * factor) & 0xFFFFFFFF

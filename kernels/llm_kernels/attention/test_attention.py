@@ -1,4 +1,8 @@
-"""Attention over segments: the kernels against explicit softmax in fp64, and torch's own attention by segment."""
+"""Attention over segments: the kernels against an explicit softmax in fp64, beside torch's attention in the same dtype.
+
+The names of cases say which regime they cover. Tiles are at most 32 wide in fp32 and up to 128 in bf16, so at these
+sizes fp32 has whole tiles as well as edges; in bf16 only what depends on the dtype is quick.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from torch import Tensor
 from llm_kernels.attention import ref
 from llm_kernels.attention.op import Segments, _options, attention, attention_qkv, merge
 from llm_kernels.attention.ref import Options
-from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, random
+from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, grid, random
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = default_device()
@@ -29,7 +33,7 @@ def inputs_of(sq: int, sk: int, b: int, h: int, g: int, d: int, dtype: torch.dty
 
 
 def framework(table: Tensor, options: Options) -> Callable[..., Tensor]:
-    """Torch's SDPA in the inputs' dtype, with the mask in memory; explicit products where it lacks the feature."""
+    """Torch's SDPA in the inputs' dtype with an explicit mask; plain products for features that SDPA lacks."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         visible = ref.visibility(table, q.shape[1], q.shape[0], k.shape[0], options).unsqueeze(1)
@@ -51,7 +55,7 @@ def framework(table: Tensor, options: Options) -> Callable[..., Tensor]:
 
 
 def check(case: str, inputs: list[Tensor], rows: Rows | None = None, **how: Any) -> None:
-    """One case of the kernels against fp64 and torch."""
+    """Asserts the rule of ``compare`` for the kernels on these inputs and options."""
     q, k = inputs[:2]
     b, sq, sk = q.shape[1], q.shape[0], k.shape[0]
     segments = Segments.from_rows(rows, b, sq, sk, DEVICE) if rows is not None else Segments.dense(b, sq, sk, DEVICE)
@@ -81,8 +85,7 @@ SHAPES = {
 
 
 @triton_only
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), grid(SHAPES, fp16=["groups, batch"]))
 def test_dense(shape: str, dtype: torch.dtype) -> None:
     check(f"causal, {shape}", inputs_of(*SHAPES[shape], dtype))
 
@@ -90,7 +93,7 @@ def test_dense(shape: str, dtype: torch.dtype) -> None:
 @triton_only
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_token_sees_itself(dtype: torch.dtype) -> None:
-    """The gradients of q and k are 0 but for the cancellation of two sums of d products."""
+    """The gradients of q and k are 0, up to the rounding of two sums of d products that cancel."""
     q, k, v = inputs_of(1, 1, 1, 2, 1, 16, dtype)
     out = attention(q, k, v, backend="triton")
     assert torch.equal(out, v.expand_as(out))
@@ -114,13 +117,13 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 @triton_only
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("feature", FEATURES)
+# fp32 and 16-bit dtypes compute tanh differently, hence two soft caps in bf16.
+@pytest.mark.parametrize(("feature", "dtype"), grid(FEATURES, bf16=["soft cap, full", "all"]))
 def test_features(feature: str, dtype: torch.dtype) -> None:
     check(feature, inputs_of(100, 140, 1, 2, 1, 32, dtype), **FEATURES[feature])
 
 
-# Shapes of FlashAttention 2's and 3's own tests that have what no case above has, each in the dtype it was made for.
+# Shapes from the tests of FlashAttention 2 and 3 whose regime no case above has, in the dtype that those tests use.
 PEERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "odd lengths, three heads a group, odd head dim": ((113, 203, 1, 6, 2, 59), {}),
     "window that ends before the first key, multi-query": ((108, 256, 1, 3, 1, 40), {"window": (17, 0)}),
@@ -146,8 +149,7 @@ SEGMENTS: dict[str, tuple[int, int, Rows]] = {
 
 
 @triton_only
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("case", SEGMENTS)
+@pytest.mark.parametrize(("case", "dtype"), grid(SEGMENTS, bf16=["documents"]))
 def test_segments(case: str, dtype: torch.dtype) -> None:
     sq, sk, rows = SEGMENTS[case]
     check(case, inputs_of(sq, sk, 2, 2, 1, 16, dtype), rows)
@@ -168,14 +170,16 @@ def test_cu_seqlens_with_empty_documents() -> None:
     )
 
 
+PACKED = {"whole samples": False, "documents": True}
+
+
 @triton_only
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("documents", (False, True))
-def test_packed_qkv_is_read_and_written_in_place(documents: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("case", "dtype"), grid(PACKED, bf16=["documents"]))
+def test_packed_qkv_is_read_and_written_in_place(case: str, dtype: torch.dtype) -> None:
     s, b, g, m, d = 70, 2, 2, 2, 32
     qkv = random(s, b, g, m + 2, d, dtype=dtype)
     rows: Rows = [(0, 0, 30, 0, 30), (0, 30, s, 30, s), (1, 0, s, 0, s)]
-    segments = Segments.from_rows(rows, b, s, s, DEVICE) if documents else Segments.dense(b, s, s, DEVICE)
+    segments = Segments.from_rows(rows, b, s, s, DEVICE) if PACKED[case] else Segments.dense(b, s, s, DEVICE)
     options = _options(d, True, None, (-1, -1), 0.0, (0.0, None))
 
     def of_parts(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
@@ -192,7 +196,7 @@ def test_packed_qkv_is_read_and_written_in_place(documents: bool, dtype: torch.d
 
 @triton_only
 def test_strided_views() -> None:
-    """Views with other heads between rows: what lies beside them must not be read."""
+    """q, k and v are views of a tensor that has other heads, of NaN, between their rows; these must not be read."""
     s, b, h, d = 50, 2, 2, 32
     whole = random(s, b, 3 * h + 5, d, dtype=torch.float32)
     with torch.no_grad():
@@ -228,7 +232,8 @@ def test_gradient_through_lse(dtype: torch.dtype) -> None:
 
 @triton_only
 def test_merge_of_halves_of_keys_is_the_whole() -> None:
-    """What ring attention does: own keys causally, earlier ones in full, merged; query 0 sees nothing in one."""
+    """As in ring attention: attention to a rank's own keys, causal, and to earlier keys, full, is merged; query 0 sees
+    no key of its own."""
     inputs = inputs_of(40, 80, 1, 2, 1, 32, torch.float32)
 
     def halves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -269,13 +274,13 @@ def test_dropout_is_philox_and_keeps_its_share() -> None:
     table = torch.tensor([(row, 0, 64, 0, 64) for row in range(2)])
     keep = ref.dropout_keep(Options(1.0, dropout_p=0.25, seed=11), table, (2, 2, 64, 64))
     assert abs(keep.float().mean().item() - 0.75) < 0.02  # 16,384 draws: 0.0034 is one standard deviation
-    # Neither heads nor the weights that share a call of the generator know of each other.
+    # Masks of different heads, and of the weights that share a call of the generator, are uncorrelated.
     calls = keep.unflatten(3, (4, 2, 8)).unflatten(2, (4, 2, 8))
     for rows in (keep.view(4, -1), calls.permute(3, 6, 0, 1, 2, 4, 5, 7).reshape(4, -1)):
         assert torch.corrcoef(rows.float()).fill_diagonal_(0).abs().max() < 0.07
     other = ref.dropout_keep(Options(1.0, dropout_p=0.25, seed=11 + 2**32), table, (2, 2, 64, 64))
     assert not torch.equal(keep, other)
-    # Known answer of Random123's philox4x32-7 for counter 0 and key 0; word 2 i + j decides for (8 i, 8 j).
+    # Known answer of Random123's philox4x32-7 for counter 0 and key 0; number 2 i + j decides for (8 i, 8 j).
     known = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     zero = torch.zeros(1, dtype=torch.int64)
     assert [int(word) for word in ref._philox(0, (zero, zero, zero, zero))] == known
@@ -290,7 +295,7 @@ def test_dropout_is_philox_and_keeps_its_share() -> None:
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_segments_window_and_tile(data: st.DataObject) -> None:
-    """Small tiles, so that small shapes have edges of every kind."""
+    """Tiles are small, so that small shapes have edges of every kind."""
     from llm_kernels.attention import kernel, kernel_backward
     from llm_kernels.attention import tiles as tiles_of
 
@@ -315,7 +320,7 @@ def test_any_segments_window_and_tile(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("case", SEGMENTS)
 def test_visibility(case: str) -> None:
-    """Written out query by query."""
+    """Against a loop over single queries."""
     sq, sk, rows = SEGMENTS[case]
     options = Options(1.0, left=20, right=3)
     expected = torch.zeros(2, sq, sk, dtype=torch.bool)
@@ -379,11 +384,11 @@ def test_refuses_what_cannot_be() -> None:
         attention(q[:, :, :2], k, v, scale=0.0)
     with pytest.raises(ValueError, match="overlap"):
         Segments.from_rows([(0, 0, 3, 0, 2), (0, 2, 4, 2, 4)], 1, 4, 4, "cpu")
-    with pytest.raises(ValueError, match="overlap or leave"):
+    with pytest.raises(ValueError, match="overlap or exceed"):
         Segments.from_rows([(0, 0, 3, 0, 5)], 1, 4, 4, "cpu")
 
 
-# ref.attention, which is what CPUs and models without kernels run; key ranges may overlap here.
+# Tests of ref.attention, which runs on CPUs and in models without kernels. Here the key ranges may overlap.
 
 
 def truth(q: Tensor, k: Tensor, v: Tensor, segments: tuple[tuple[ref.Segment, ...], ...]) -> Tensor:

@@ -1,5 +1,5 @@
-"""What attention promises to its callers beside its numbers: it compiles whole, refuses what it has not, reaches
-elements gigabytes apart, never makes the host wait, and costs it little."""
+"""What attention promises beside right numbers: it compiles into one graph, refuses what it does not support, reads and
+writes elements that lie gigabytes apart, never makes the host wait, and costs the host little time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def of_documents(backend: str, qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Segments made from what only the device knows, where the graph is traced."""
+    """Segments whose bounds are on the device, made inside of the traced graph."""
     return attention_qkv(qkv, Segments.from_cu_seqlens(cu_seqlens, cu_seqlens, 4, 4), backend=backend)
 
 
@@ -74,7 +74,7 @@ def test_second_derivatives_are_refused(name: str) -> None:
 
 
 def test_refuses_dtypes_and_head_dims_that_the_kernels_lack() -> None:
-    """Found before anything is launched, in one sentence; ``auto`` takes them to torch."""
+    """They are refused before anything is launched; ``auto`` computes them by torch."""
     q, k, v = (random(3, 1, 1, 16, dtype=torch.float64, seed=i) for i in range(3))
     with pytest.raises(ValueError, match=r"float32, bfloat16 and float16, not torch\.float64"):
         attention(q, k, v, backend="triton")
@@ -88,7 +88,7 @@ def test_refuses_dtypes_and_head_dims_that_the_kernels_lack() -> None:
 
 
 def test_tables_are_copied_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One copy a micro batch with packed documents: from pinned memory, in the queue of launches."""
+    """The table of packed documents is copied from pinned memory, once per micro batch, without blocking the host."""
     pinned = []
 
     class Copies(TorchDispatchMode):
@@ -108,14 +108,14 @@ def test_tables_are_copied_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> No
     assert segments.table.device.type == "meta" and segments.rows == ((0, 0, 3, 0, 3),) and len(pinned) == 2
 
 
-# Elements between two tokens, samples or heads: two steps do not fit into 32 bits.
+# Elements between two tokens, samples or heads; the offset of the third one does not fit into 32 bits.
 FAR = 3 << 29
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would have to hold the gigabytes")
 @pytest.mark.parametrize("strides", [(FAR, 64, 16), (64, FAR, 16), (64, 1024, FAR)], ids=["tokens", "samples", "heads"])
 def test_elements_gigabytes_apart(strides: tuple[int, int, int], tmp_path: Path) -> None:
-    """What the kernels read and the gradients that they write; the interpreter raises where 32 bits overflow."""
+    """Both the inputs and the gradients lie far apart; the repaired interpreter raises where 32 bits overflow."""
     s, b, h, d = 3, 3, 3, 16
 
     def far() -> Tensor:
@@ -123,7 +123,7 @@ def test_elements_gigabytes_apart(strides: tuple[int, int, int], tmp_path: Path)
 
     def run(q: Tensor, k: Tensor, v: Tensor, gradients: list[Tensor]) -> list[Tensor]:
         table, options = Segments.dense(b, s, s, DEVICE).table, Options(0.25, right=0)
-        by_group = q.unsqueeze(2)  # all heads of q in one group: of its keys
+        by_group = q.unsqueeze(2)  # all heads of q are in one group
         out, lse = forward(by_group, k, v, table, s, True, options, arch(q))
         stats = kernel_delta.per_row(out, out, lse, None)
         tensors = (by_group, k, v, out, *stats)
@@ -140,7 +140,7 @@ def test_elements_gigabytes_apart(strides: tuple[int, int, int], tmp_path: Path)
 
 
 def test_few_calls_and_no_wait() -> None:
-    """Function calls of Python and C in forward and backward; there were 354 through torch.library."""
+    """Counts function calls of Python and C in forward and backward; through torch.library there would be 354."""
     with host_time.without_kernels():
         (call,) = [call for call in host_time.calls() if call.name == "attention_qkv"]
         run = host_time.both_of(call)

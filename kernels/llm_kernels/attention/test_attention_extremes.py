@@ -1,9 +1,10 @@
 """Attention on numbers that are finite but extreme, forward and backward, beside torch's own in the same dtype.
 
-The rule is ``compare``'s, at most twice torch's error, with two additions that a weight made again in backward from the
-log-sum-exp cannot do without, each in proportion to what a gradient is the sum of: some fp32 roundings, where torch,
-which keeps all weights, has an exact zero; and the rounding of the log-sum-exp itself. Where scores are so large that
-weights would be wrong, the kernels must say NaN. ``pytest -s`` prints the worst ratio to torch's error by dtype.
+The rule is that of ``compare``: at most twice torch's error. Two more terms are allowed, because backward computes the
+weights again from the log-sum-exp; both are proportional to the terms that a gradient is the sum of. They are a few
+fp32 roundings, where torch, which saves all weights, has an exact zero; and the rounding of the log-sum-exp itself.
+Where scores are so large that weights would be wrong, the result must be NaN. ``pytest -s`` prints the worst ratio to
+torch's error by dtype. fp32 and bf16 have the same range of magnitudes; fp16, which has fewer, is slow.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 from llm_kernels.attention import ref
 from llm_kernels.attention.op import Segments, _options, attention
 from llm_kernels.attention.test_attention import framework
-from llm_kernels.testing import FACTOR, TOLERANCE, _run, extreme_values, random
+from llm_kernels.testing import FACTOR, _run, extreme_values, random
 
 S, D = 20, 16
 SCALE = D**-0.5
@@ -31,7 +32,7 @@ ROWS = [(0, 0, S, 0, S), (1, 0, S, 0, S - 5)]
 
 
 def terms(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Largest score of each query [b, h, q], and the sizes of what dq, dk and dv are sums of, in fp64."""
+    """Largest score of each query [b, h, q], and the sum of the absolute terms of dq, dk and dv, in fp64."""
     visible = ref.visibility(table, 2, S, S, _options(D, True, None, (-1, -1), 0.0, (0.0, None))).unsqueeze(1)
     scores = (torch.einsum("qbhd,kbgd->bhqk", q, k) * SCALE).masked_fill(~visible, -torch.inf)
     weights = scores.softmax(-1).nan_to_num(0.0)
@@ -47,7 +48,7 @@ def terms(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, table: Tensor) -> tuple
 
 
 def one_kind(label: str, functions: tuple[Callable, ...], inputs: list[Tensor], size: float, table: Tensor) -> float:
-    """Holds one kind of numbers to the rule; returns the largest ratio of an error to torch's."""
+    """Asserts the rule for one kind of numbers; returns the largest ratio of an error to torch's."""
     dtype = inputs[0].dtype
     finfo = torch.finfo(dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -55,7 +56,7 @@ def one_kind(label: str, functions: tuple[Callable, ...], inputs: list[Tensor], 
     weight = (random(S, 2, 2, D, dtype=torch.float64, seed=90).detach() * size).clamp(finfo.min, finfo.max).to(dtype)
     results = [_run(f, x, [weight]) for f, x in zip(functions, (inputs, copies, exact))]
     largest, sizes = terms(*(x.detach() for x in exact), weight.double(), table)
-    # Products beyond fp32 are infinite in every implementation: then a score may be that of a key which is not seen.
+    # Products beyond the range of fp32 are infinite in every implementation, also those of keys that are not seen.
     held = torch.einsum("qbhd,kbgd->bhqk", *(x.detach().abs() for x in exact[:2])).amax(-1) < 3e38
     lost = (largest.abs() > LOST * 1.001) & held
     lost = lost.permute(2, 0, 1).unsqueeze(-1).expand_as(weight)
@@ -79,7 +80,9 @@ def one_kind(label: str, functions: tuple[Callable, ...], inputs: list[Tensor], 
     return worst
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_extremes(dtype: torch.dtype) -> None:
     segments = Segments.from_rows(ROWS, 2, S, S, torch.get_default_device())
     options = _options(D, True, None, (-1, -1), 0.0, (0.0, None))

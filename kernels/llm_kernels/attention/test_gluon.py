@@ -1,12 +1,11 @@
-"""The Gluon kernels: in the simulator where there is no Hopper GPU, on it where there is one.
+"""The Gluon kernels: in the simulator, or on a Hopper GPU if there is one.
 
-Right numbers against fp64 on dense, grouped, ragged and packed tensors in orders of many seeds; then every barrier,
-parity, index and mask of the real source is broken once, and the simulator or the numbers must show it.
+Results are compared with fp64 on dense, grouped, ragged and packed tensors, in orders of execution drawn from many
+seeds. test_gluon_forward and test_gluon_backward show that the simulator finds the faults of broken kernels.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -26,20 +25,20 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Gluon is part of triton")
 
 from llm_kernels import aot
-from llm_kernels.attention import gluon_backward, gluon_forward, op, ref
+from llm_kernels.attention import bench, gluon_backward, gluon_forward, op, ref
 from llm_kernels.attention.bench import gluon_fault
 from llm_kernels.attention.op import Segments, attention, attention_qkv, merge
 from llm_kernels.attention.ref import Options
 from llm_kernels.attention.test_attention import Rows, framework
-from llm_kernels.gluon_simulator import SimulationError, simulate
-from llm_kernels.testing import compare, random
+from llm_kernels.gluon_simulator import simulate
+from llm_kernels.testing import cases_of, compare, random
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = torch.device("cuda" if HOPPER else "cpu")
 
 
 class Simulated:
-    """Takes the kernel's launches; ``seed`` draws the order, ``programs`` is the GPU's size."""
+    """Runs launches in the simulator. ``seed`` draws the order of execution; ``programs``: how many a GPU would run."""
 
     def __init__(self) -> None:
         self.seed, self.programs, self.launches = 0, 3, 0
@@ -55,7 +54,7 @@ class Simulated:
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
-    """Calls of the operator run the Gluon kernel: here, or on the GPU."""
+    """Makes calls of the operator run the Gluon kernels in the simulator, or on a Hopper GPU as they are."""
     machine = Simulated()
     if HOPPER:
         assert gluon_fault() is None
@@ -73,7 +72,7 @@ def segments_of(rows: Rows | None, b: int, sq: int, sk: int) -> Segments:
 
 
 def check(case: str, inputs: list[Tensor], rows: Rows | None = None, causal: bool = True) -> None:
-    """Output, log-sum-exp and gradients: at most twice torch's error from fp64."""
+    """Asserts that output, log-sum-exp and gradients have at most twice torch's error, measured against fp64."""
     q, k = inputs[:2]
     segments = segments_of(rows, q.shape[1], q.shape[0], k.shape[0])
     options = Options(q.shape[-1] ** -0.5, right=0 if causal else -1)
@@ -108,13 +107,20 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_dense(shape: tuple[int, ...], causal: bool, simulated: Simulated) -> None:
-    check(f"dense {shape}", inputs_of(*shape), causal=causal)
+def test_causal(shape: tuple[int, ...], simulated: Simulated) -> None:
+    check(f"causal {shape}", inputs_of(*shape))
 
 
-@pytest.mark.parametrize("d", [64, 128])
+# Without a causal mask only the last tile of keys is an edge, and every query sees the same keys.
+@pytest.mark.parametrize("shape", cases_of({k: (v,) for k, v in SHAPES.items()}, [
+    "several tiles of keys and of queries", "head dim 256", "one key",
+]))  # fmt: skip
+def test_full(shape: tuple[int, ...], simulated: Simulated) -> None:
+    check(f"full {shape}", inputs_of(*shape), causal=False)
+
+
+@pytest.mark.parametrize("d", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_fp16(d: int, simulated: Simulated) -> None:
     check(f"fp16 {d}", inputs_of(200, 200, 1, 2, 1, d, torch.float16))
 
@@ -153,7 +159,7 @@ def test_random_documents_in_random_orders(seed: int, lengths: list[int], groups
 def forward_of(
     module: ModuleType, tensors: tuple[Tensor, ...], segments: Segments, seed: int = 0, programs: int = 3
 ) -> tuple[Tensor, Tensor]:
-    """Causal output and log-sum-exp by the kernel of ``module``."""
+    """Causal output and log-sum-exp, computed by the kernel of ``module``."""
     q, k, v = tensors
     options = Options(q.shape[-1] ** -0.5, right=0)
     q = q.unflatten(2, (k.shape[2], -1))
@@ -170,7 +176,8 @@ def forward_of(
 
 
 def hold(tensors: tuple[Tensor, ...], found: Tensor, lse: Tensor, segments: Segments) -> None:
-    """Causal output and log-sum-exp are right: at most twice torch's error, and one rounding of the largest value."""
+    """Asserts that the error of a causal output and its log-sum-exp is at most twice torch's plus one rounding of the
+    largest value."""
     q = tensors[0]
     options = Options(q.shape[-1] ** -0.5, right=0)
     right, right_lse = ref.explicit(*(x.double() for x in tensors), segments.table, options)
@@ -198,7 +205,7 @@ def test_packed_projection_and_strided_rows(simulated: Simulated) -> None:
 
 
 def test_merged_halves_of_the_keys(simulated: Simulated) -> None:
-    """Context parallelism: keys in two parts, put together by their log-sum-exp."""
+    """As under context parallelism: attention to two parts of the keys, merged by their log-sum-exps."""
     q, k, v = inputs_of(70, 300, 1, 2, 1, 64)
 
     def halves(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -222,7 +229,7 @@ def test_merged_halves_of_the_keys(simulated: Simulated) -> None:
 
 
 def test_large_scores_and_large_keys_of_others(simulated: Simulated) -> None:
-    """The running maximum holds where scores are thousands, and keys beyond a document may be any finite number."""
+    """Scores in the thousands do not overflow, and keys beyond a document may be any finite number."""
     q, k, v = (x.detach() for x in inputs_of(200, 200, 1, 1, 1, 64))
     q, k = q * 40, k.index_fill(0, torch.arange(130, 200, device=DEVICE), 1e30)
     segments = segments_of([(0, 0, 130, 0, 130)], 1, 200, 200)
@@ -237,7 +244,7 @@ def test_large_scores_and_large_keys_of_others(simulated: Simulated) -> None:
 
 
 def test_nan_is_not_swallowed(simulated: Simulated) -> None:
-    """The mask is a minimum, which must not take a number for NaN."""
+    """Masked scores are computed as a minimum, which must be NaN where the score is NaN."""
     q, k, v = (x.detach() for x in inputs_of(128, 128, 1, 1, 1, 64))
     k[100] = float("nan")
     out = attention(q, k, v, backend="gluon")
@@ -274,14 +281,16 @@ def test_strides_that_tma_cannot_read_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(HOPPER, reason="the proof finds a GPU here, and passes")
-def test_proof_says_what_is_wrong() -> None:
-    """Here there is no GPU, which the process of the proof finds: a build of torch with CUDA misses the driver."""
+def test_proof_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the process that runs the proof fails, and its error is the answer."""
+    monkeypatch.setattr(bench, "PROOF_S", 600)  # a busy machine may need more than the limit to import torch
+    gluon_fault.cache_clear()
     assert re.search("CUDA|NVIDIA driver", gluon_fault() or "")
 
 
 @pytest.mark.skipif(HOPPER, reason="this machine's GPU takes the kernels that others are refused")
 def test_other_machines_are_refused() -> None:
-    with pytest.raises(ValueError, match=f"compute capability 9.0 .*, {DEVICE} is none"):
+    with pytest.raises(ValueError, match=f"compute capability 9.0 .*, {DEVICE} is not one"):
         attention(*inputs_of(8, 8, 1, 1, 1, 64), backend="gluon")
 
 
@@ -297,8 +306,9 @@ if __name__ == "__main__":
 
 
 def test_compiled_loop_exponentiates_while_the_product_runs(tmp_path: Path) -> None:
-    """What the source says in its order, ptxas keeps: no spill, and all exponentials of a tile between the wait for its
-    scores and the wait for the product before. FA4's loop has 475 instructions for 16 HGMMA (compiled here)."""
+    """ptxas keeps the order of the source and does not spill: all exponentials of a tile lie between the wait for its
+    scores and the wait for the product of the tile before. FlashAttention 4's loop, compiled here, has 475 instructions
+    for 16 HGMMA."""
     script = tmp_path / "compile.py"
     script.write_text(COMPILE)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -317,127 +327,3 @@ def test_compiled_loop_exponentiates_while_the_product_runs(tmp_path: Path) -> N
     waits = [i for i, (_, opcode, _) in enumerate(loop) if opcode.startswith("WARPGROUP.DEPBAR")]
     exponentials = [i for i, (_, opcode, _) in enumerate(loop) if opcode == "MUFU.EX2"]
     assert len(exponentials) == 66 and waits[0] < exponentials[0] and exponentials[-1] < waits[1]
-
-
-def tensors_of(d: int) -> tuple[Tensor, ...]:
-    """Small tensors for mutants: q of two heads, k and v of one."""
-    shapes = [(330, 1, 2, d), (330, 1, 1, d), (330, 1, 1, d)]
-    return tuple(random(*shape, dtype=torch.bfloat16, seed=i, device=DEVICE).detach() for i, shape in enumerate(shapes))
-
-
-STEP = "    acc, _p = warpgroup_mma_wait(0, [product, p])\n    mbarrier.arrive(v_empty.index(before), count=1)\n"
-LAST = "            acc, _p, at = warpgroup_mma_wait(0, [product, p, at])\n"
-FIRST = "            mbarrier.arrive(k_empty.index(used % STAGES), count=1)\n"
-WAIT_Q = "            mbarrier.wait(q_full.index(WHICH), begun & 1)\n"
-FREE_Q = "            mbarrier.arrive(q_empty.index(WHICH), count=1)\n"
-RACE, DEADLOCK, WRONG = "reads|overwrites|more than its", "deadlock", "wrong numbers"
-EITHER = f"{RACE}|{DEADLOCK}"
-MUTANTS = {
-    "k not awaited": ("    mbarrier.wait(k_full.index(stage), n // STAGES & 1)\n", "", RACE),
-    "first k not awaited": ("            mbarrier.wait(k_full.index(used % STAGES), used // STAGES & 1)\n", "", RACE),
-    "v not awaited": ("    mbarrier.wait(v_full.index(stage), n // STAGES & 1)\n", "", RACE),
-    "first v not awaited": ("            mbarrier.wait(v_full.index(used % STAGES), used // STAGES & 1)\n", "", RACE),
-    "q not awaited": (WAIT_Q, "", RACE),
-    "free k not awaited": ("                mbarrier.wait(k_empty.index(stage), free)\n", "", RACE),
-    "free v not awaited": ("                mbarrier.wait(v_empty.index(stage), free)\n", "", RACE),
-    "free q not awaited": ("                mbarrier.wait(q_empty.index(which), (begun & 1) ^ 1)\n", "", RACE),
-    "parity of k": ("k_full.index(stage), n // STAGES & 1", "k_full.index(stage), (n // STAGES & 1) ^ 1", EITHER),
-    "parity of v": ("v_full.index(stage), n // STAGES & 1", "v_full.index(stage), (n // STAGES & 1) ^ 1", EITHER),
-    "parity of q": ("q_full.index(WHICH), begun & 1", "q_full.index(WHICH), (begun & 1) ^ 1", EITHER),
-    "parity of free buffers": (
-        "free = ((filled + i) // STAGES & 1) ^ 1",
-        "free = (filled + i) // STAGES & 1",
-        DEADLOCK,
-    ),
-    "parity of free q": ("(begun & 1) ^ 1)", "begun & 1)", DEADLOCK),
-    "parity of turns": ("(taken & 1) ^ (1 - WHICH)", "taken & 1", DEADLOCK),
-    "turn not handed over": ("mbarrier.arrive(turn.index(1 - WHICH), count=1)", "pass", r"deadlock.*turn\[1\]"),
-    "k freed before its product": (
-        "    keys = key + gl.arange(",
-        "    mbarrier.arrive(k_empty.index(stage), count=1)\n    keys = key + gl.arange(",
-        EITHER,
-    ),
-    "v freed early": (STEP, "".join(reversed(STEP.splitlines(keepends=True))), RACE),
-    "q freed early": (WAIT_Q, WAIT_Q + FREE_Q, RACE),
-    "last v never freed": ("            mbarrier.arrive(v_empty.index(last), count=1)\n", "", r"deadlock.*v_empty"),
-    "first k never freed": (FIRST, "", r"deadlock.*k_empty"),
-    "q never freed": (FREE_Q, "", r"deadlock.*q_empty"),
-    "k freed by one consumer": (
-        "mbarrier.init(k_empty.index(i), count=2)",
-        "mbarrier.init(k_empty.index(i), count=1)",
-        EITHER,
-    ),
-    "wrong v": ("v_tiles.index(before), acc, is_async", "v_tiles.index(stage), acc, is_async", RACE),
-    "wrong k": ("q, k_tiles.index(stage)", "q, k_tiles.index(before)", RACE),
-    "k in v's buffer": ("k_full.index(stage), k_tiles.index(stage)", "k_full.index(stage), v_tiles.index(stage)", RACE),
-    "bytes of k": (
-        "mbarrier.expect(k_full.index(stage), BLOCK_N * D * 2)",
-        "mbarrier.expect(k_full.index(stage), BLOCK_N * D)",
-        EITHER,
-    ),
-    "weights not kept": (
-        "warpgroup_mma_wait(0, [product, p])",
-        "warpgroup_mma_wait(0, [product, acc])",
-        "not among the deps",
-    ),
-    "product used in flight": (LAST, LAST.replace("wait(0", "wait(1"), "in flight"),
-    "q used as if both halves were one": ("q = q_tiles.index(WHICH)", "q = q_tiles.index(0)", f"{RACE}|{WRONG}"),
-    "keys of the wrong document": ("k_desc, [k_start + i * BLOCK_N, k_col]", "k_desc, [i * BLOCK_N, k_col]", WRONG),
-    "values one row off": (
-        "v_desc, [k_start + i * BLOCK_N, v_col]",
-        "v_desc, [k_start + i * BLOCK_N + 1, v_col]",
-        WRONG,
-    ),
-    "queries of the wrong head": ("+ h % GROUP * q_place[2]", "+ 0 * q_place[2]", WRONG),
-    "diagonal one off": (
-        "limit = gl.minimum(limit, rows + (len_k - len_q + 1))",
-        "limit = gl.minimum(limit, rows + (len_k - len_q))",
-        WRONG,
-    ),
-    "mask too short": ("whole = gl.minimum(gl.maximum(seen_by_all // BLOCK_N, 1), tiles)", "whole = tiles", WRONG),
-    "not rescaled": ("    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]\n", "", WRONG),
-    "sum not rescaled": ("row_sum * alpha + gl.sum(p, 1)", "row_sum + gl.sum(p, 1)", WRONG),
-    "a tile of keys forgotten": (
-        "gl.minimum(len_k, gl.minimum(first + BLOCK_M, len_q) + len_k - len_q)",
-        "gl.minimum(len_k, first)",
-        f"{WRONG}|{EITHER}",
-    ),
-    "rows of the next document stored": (
-        "mask=(at < len_q - first)[:, None]",
-        "mask=(at < HALF)[:, None]",
-        f"outside the tensor|another partition|{WRONG}",
-    ),
-    "log-sum-exp in base 2": ("(row_max + gl.log2(row_sum)) * LN2", "row_max + gl.log2(row_sum)", WRONG),
-    "a tile done twice": (
-        "index = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)",
-        "index = turn + program",
-        f"another partition|{WRONG}",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.skipif(HOPPER, reason="a broken barrier would hang the GPU; the simulator finds it")
-@pytest.mark.parametrize(("old", "new", "message"), MUTANTS.values(), ids=MUTANTS.keys())
-def test_every_way_to_break_the_kernel_is_found(old: str, new: str, message: str, tmp_path: Path) -> None:
-    source = Path(gluon_forward.__file__).read_text()
-    assert source.count(old) == 1, f"{source.count(old)} places read {old!r}"
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("mutant", path)
-    assert spec is not None and spec.loader is not None
-    mutant = importlib.util.module_from_spec(spec)
-    sys.modules["mutant"] = mutant
-    spec.loader.exec_module(mutant)
-    tensors = tensors_of(64)
-    segments = segments_of([(0, 0, 60, 0, 60), (0, 60, 330, 60, 330)], 1, 330, 330)
-    with pytest.raises((SimulationError, AssertionError)) as caught:
-        hold(tensors, *forward_of(mutant, tensors, segments, seed=1, programs=2), segments)
-    found = str(caught.value) if isinstance(caught.value, SimulationError) else WRONG
-    assert re.search(message, found), found
-
-
-def test_the_kernel_itself_passes_where_its_mutants_fail() -> None:
-    tensors = tensors_of(64)
-    segments = segments_of([(0, 0, 60, 0, 60), (0, 60, 330, 60, 330)], 1, 330, 330)
-    for seed in range(6):
-        hold(tensors, *forward_of(gluon_forward, tensors, segments, seed=seed, programs=1 + seed % 3), segments)

@@ -1,4 +1,4 @@
-"""Cross entropy: real vocabularies, peers, minimal bytes and the configurations to compile ahead of time."""
+"""Cross entropy's benchmark: real vocabularies, peers, least bytes, and the configurations to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from torch import Tensor
 from llm_kernels.aot import AotCase
 from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 
-# Rows that exist after tensor parallelism: the whole vocabulary, and an eighth of Llama 3's.
-
 
 def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    labels = torch.randint(0, shape["words"], (shape["tokens"],), device=device)
-    return normal(shape["tokens"], shape["words"], dtype=dtype, device=device), labels
+    labels = torch.randint(0, shape["vocab_size"], (shape["tokens"],), device=device)
+    return normal(shape["tokens"], shape["vocab_size"], dtype=dtype, device=device), labels
 
 
 def _bytes(shape: Shape, dtype: torch.dtype) -> Work:
-    """Labels (8), loss, log-sum-exp, maximum and sum (4 each) per token besides the logits; backward labels, upstream
-    gradient, maximum and sum."""
-    tokens, logits = shape["tokens"], shape["tokens"] * shape["words"] * dtype.itemsize
+    """Least bytes. Besides the logits, forward moves per token the label (8), loss, log-sum-exp, maximum and sum (4
+    each); backward moves the label, upstream gradient, maximum and sum."""
+    tokens, logits = shape["tokens"], shape["tokens"] * shape["vocab_size"] * dtype.itemsize
     return Work(logits + 24 * tokens, 2 * logits + 20 * tokens)
 
 
@@ -41,7 +39,7 @@ def _torch() -> Callable[..., Any]:
 def _liger() -> Callable[..., Any]:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    # Forward writes the gradient over the logits: like every peer, it needs logits of its own.
+    # Liger's forward overwrites the logits by the gradient, so it needs its own copy of them in every run.
     return lambda logits, labels: liger_cross_entropy(logits.clone(), labels, reduction="none")
 
 
@@ -54,10 +52,10 @@ def _quack() -> Callable[..., Any]:
 BENCHMARK = Benchmark(
     name="cross_entropy",
     shapes=[
-        *sharded(lambda llama, tp: {"tokens": 8192, "words": llama.words // tp}),
-        {"name": "llama3, few tokens", "tokens": 64, "words": 128256},
+        *sharded(lambda llama, tp: {"tokens": 8192, "vocab_size": llama.vocab_size // tp}),
+        {"name": "llama3, few tokens", "tokens": 64, "vocab_size": 128256},
     ],
-    small={"name": "small", "tokens": 32, "words": 4096},
+    small={"name": "small", "tokens": 32, "vocab_size": 4096},
     make=_make,
     providers={
         "ours": _ours,
@@ -70,7 +68,7 @@ BENCHMARK = Benchmark(
 )
 
 
-# (columns, words, dtype): GPT-2's vocabulary padded to 128 has a number of words that divides by nothing.
+# (columns, size of the vocabulary, dtype). 50,257 (GPT-2) is not a multiple of any vector width, padded or not.
 _COMPILED = (
     (128256, 128256, "bf16"),
     (32000, 32000, "bf16"),
@@ -83,7 +81,7 @@ _COMPILED = (
 
 
 def aot_cases(arch: int, compiled: Sequence[tuple[int, int, str]] = _COMPILED) -> list[AotCase]:
-    """Forward (alone and as one of several splits), backward and the join, for padded and for odd vocabularies."""
+    """Forward (finished by one split, or one of several), backward and the join, for padded and odd vocabularies."""
     from llm_kernels.cross_entropy.kernel import (
         _cross_entropy_bwd_kernel,
         _cross_entropy_fwd_kernel,
@@ -96,14 +94,14 @@ def aot_cases(arch: int, compiled: Sequence[tuple[int, int, str]] = _COMPILED) -
         **dict.fromkeys(("label_smoothing", "z_loss", "softcap", "inverse_cap"), "fp32"),
     }  # fmt: skip
     cases = []
-    for columns, words, dtype in compiled:
+    for columns, vocab_size, dtype in compiled:
         lanes, vec, warps = tile(columns, 2 if dtype == "bf16" else 4, columns % 16 == 0, arch)
         wants = frozenset({"wide"}) if columns % 16 == 0 else frozenset()
         shared: dict[str, Any] = {
             **terms, "logits_ptr": f"*{dtype}", "lse_ptr": "*fp32", "V": columns, "M": 8192,
-            "row_stride": columns, "num_valid": words,
+            "row_stride": columns, "num_valid": vocab_size,
         }  # fmt: skip
-        variants = [(False, False), (True, False), *([(False, True)] if words == 128256 else [])]
+        variants = [(False, False), (True, False), *([(False, True)] if vocab_size == 128256 else [])]
         for smooth, cap in variants:
             tail = f"V={columns} {dtype}{' smoothed' if smooth else ''}{' capped' if cap else ''}"
             split = -(-columns // (lanes * vec)) * lanes * vec
@@ -115,13 +113,13 @@ def aot_cases(arch: int, compiled: Sequence[tuple[int, int, str]] = _COMPILED) -
                 **shared, "dlosses_ptr": "*fp32", "dlse_ptr": None, "out_ptr": f"*{dtype}", "out_row_stride": columns,
                 "BLOCK": lanes * vec, "SMOOTH": smooth, "CAP": cap, "HAS_DLOSSES": True, "HAS_DLSE": False,
             }  # fmt: skip
-            # Label and its logit are read, four or five numbers written, 7 of a row in all.
+            # Narrow accesses, 7 of a row: the label and its logit are read, four or five numbers are written.
             case = AotCase(f"cross_entropy forward {tail}", _cross_entropy_fwd_kernel, forward, warps, 2, wants)
             cases.append(replace(case, narrow_allowed=7))
             cases.append(
                 AotCase(f"cross_entropy backward {tail}", _cross_entropy_bwd_kernel, backward, warps, 2, wants)
             )
-            if words == 128256:
+            if vocab_size == 128256:
                 outputs = dict.fromkeys(("losses_ptr", "lse_ptr", "saved_ptr"))
                 parts = {**forward, **outputs, "stats_ptr": "*fp32", "FINISH": False, "M": "i32"}
                 case = AotCase(f"cross_entropy statistics {tail}", _cross_entropy_fwd_kernel, parts, warps, 2, wants)

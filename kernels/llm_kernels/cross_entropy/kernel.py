@@ -1,18 +1,19 @@
 """Cross entropy in Triton: one pass over the logits forward, one read and one write backward.
 
-Shapes: M tokens, V columns (fp32, bf16 or fp16), of which the first ``num_valid`` are words; all arithmetic in fp32.
-Every token's columns are read by one program, or, where tokens are few, by several (splits), each of which leaves the
-maximum, the sum of exponentials relative to it, the label's logit and, for label smoothing, the sum of the distances of
-all logits from the maximum and their number: the "statistics" [parts, K, M] fp32 with K = 3 or 5. Parts are splits and,
-over a process group, the splits of every rank; one kernel joins them in a fixed order, so results are deterministic and
-equal on every rank. Online normalizer: Milakov and Gimelshein 2018, arXiv 1805.02867. Nothing is padded to a power of
-two.
+Shapes: M tokens, V columns (fp32, bf16 or fp16), of which the first ``num_valid`` belong to the vocabulary and the rest
+are padding; all arithmetic is fp32. One program reads all columns of a token; if there are few tokens, several programs
+do (splits). Each split produces "statistics": the maximum, the sum of exponentials relative to it, the label's logit
+and, for label smoothing, the sum of the distances of all logits from the maximum, and the number of logits: fp32
+[parts, K, M] with K = 3 or 5. Parts are the splits, over a process group the splits of every rank. One kernel joins
+them in a fixed order, so results are deterministic and equal on every rank. Online normalizer: Milakov and Gimelshein
+2018, arXiv 1805.02867. Nothing is padded to a power of two.
 
-The maximum and the sum are kept apart everywhere, for backward too: their log-sum-exp in one fp32 number would round
-off what an offset common to all logits has no part in (at an offset of 1e4, 4e-4 of loss and gradient).
+The maximum and the sum are kept as two numbers everywhere, for backward too. As one fp32 number, the log-sum-exp, they
+would lose precision where all logits have a common offset, which should have no effect (at an offset of 1e4, loss and
+gradient would be wrong by 4e-4).
 
-Bytes, e being the element size: forward eMV + 8M read and 16M written; backward 2eMV + 20M. Backward recomputes the
-probabilities from the logits, the maximum and the sum. Tokens whose label is ignored are not read at all.
+Bytes, for an element size of e: forward reads eMV + 8M and writes 16M; backward moves 2eMV + 20M. Backward computes the
+probabilities again from the logits, the maximum and the sum. Logits of tokens whose label is ignored are not read.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from torch import Tensor
 from llm_kernels.cross_entropy.ref import Terms
 from llm_kernels.cross_entropy.tiles import plan_of
 
-# Finite limits of fp32. A difference from the lowest is never NaN, and no logit but -inf lies below it.
+# The finite limits of fp32. Unlike -inf, the lowest number as a maximum never makes a difference NaN; only a logit of
+# -inf is below it.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _HIGHEST = tl.constexpr(3.4028234663852886e38)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,8 +35,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _cap(x, softcap, inverse_cap):
-    """softcap tanh(x / softcap): as softcap - 2 softcap e / (1 + e), which is rounded once near the cap, and near zero,
-    where that would cancel, by a polynomial good to 5e-9."""
+    """softcap tanh(x / softcap), computed as softcap - 2 softcap e / (1 + e) with e = exp(-2 |x / softcap|), which near
+    the cap is rounded only once; near zero, where that would cancel, by a polynomial with an error of 5e-9."""
     u = x * inverse_cap
     e = tl.exp2(tl.abs(u) * (-2.0 * _LOG2E))
     far = softcap - softcap * (2.0 * e / (1.0 + e))
@@ -48,8 +50,8 @@ def _cap(x, softcap, inverse_cap):
 
 @triton.jit
 def _add_tile(x, inside, top, total, gaps, seen, SMOOTH: tl.constexpr, MASKED: tl.constexpr):
-    """Running maximum, sum of exponentials and half the sum of distances of every lane, one tile later. ``seen``: how
-    many logits a lane has had before."""
+    """Adds a tile to the running statistics of every lane: the maximum, the sum of exponentials, and half the sum of
+    distances from the maximum. ``seen``: number of logits that a lane has seen before this tile."""
     if MASKED:
         x = tl.where(inside, x, float("-inf"))
     higher = tl.maximum(top, tl.max(x, 1))
@@ -58,17 +60,18 @@ def _add_tile(x, inside, top, total, gaps, seen, SMOOTH: tl.constexpr, MASKED: t
         gap = higher[:, None] - x
         if MASKED:
             gap = tl.where(inside, gap, 0.0)
-        # Half the sum: Triton 3.6 and 3.7 can't compile a bare sum added up here (OptimizeThreadLocality asserts).
+        # Half the sum, because Triton 3.6 and 3.7 fail to compile the plain sum (assertion in OptimizeThreadLocality).
         gaps += 0.5 * (seen * tl.minimum(higher - top, _HIGHEST)) + 0.5 * tl.sum(gap, 1)
     return higher, total, gaps
 
 
 @triton.jit
 def _loss(top, total, target, gaps, count, ignored, label_smoothing, z_loss, SMOOTH: tl.constexpr):
-    """(loss, log-sum-exp, maximum, sum, share of every word in the smoothed label) from the joined statistics; of an
-    ignored token loss and log-sum-exp are 0.
+    """(loss, log-sum-exp, maximum, sum, share of every column in the smoothed label) from the joined statistics. Loss
+    and log-sum-exp of an ignored token are 0.
 
-    A sum of differences from the maximum: lse - (1 - s) x - s mean(x) would round numbers as large as the logits.
+    The loss is a sum of differences from the maximum. lse - (1 - s) x - s mean(x), which is the same in exact
+    arithmetic, would round numbers as large as the logits.
     """
     top = tl.where(ignored, 0.0, top)
     total = tl.where(ignored, 1.0, total)
@@ -107,10 +110,10 @@ def _cross_entropy_fwd_kernel(
     CAP: tl.constexpr,
     FINISH: tl.constexpr,
 ):
-    """Statistics of one token over one split; with FINISH (one split, no group) the loss itself.
+    """Statistics of one token over one split; with FINISH (one split and no group) the loss itself.
 
-    A tile is [LANES, VEC]: VEC neighbours are one 128-bit load and belong to one thread, so the running maximum and
-    sum of a lane need no other thread, and an element costs one exponential and an eighth.
+    A tile is [LANES, VEC]. The VEC neighbours of a lane are one 128-bit load of one thread, so a lane's running maximum
+    and sum need no exchange with other threads, and one rescaling by an exponential serves VEC elements.
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -121,7 +124,8 @@ def _cross_entropy_fwd_kernel(
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, num_valid)
     end = tl.where(ignored, begin, tl.maximum(begin, end))
-    # A label that no part holds keeps -inf here and gives an infinite loss: seen at once, without a check that waits.
+    # The logit of a label outside of the vocabulary stays -inf, so its loss is infinite. That is noticed at once, while
+    # a check of the labels would make the host wait.
     here = (local >= begin) & (local < end)
     x_ptr = logits_ptr + row * row_stride
     target = tl.load(x_ptr + local, mask=here, other=float("-inf")).to(tl.float32)
@@ -141,7 +145,7 @@ def _cross_entropy_fwd_kernel(
     seen = ((whole - begin) // LANES).to(tl.float32) + tl.zeros([LANES], tl.float32)
     if whole < end:
         columns = whole + offsets
-        # The load stops at the row's end, which is aligned more often than the last word is.
+        # The mask ends at the row's end, not at num_valid, because the row's end is aligned more often.
         x = tl.load(x_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
         if CAP:
             x = _cap(x, softcap, inverse_cap)
@@ -251,9 +255,9 @@ def _cross_entropy_bwd_kernel(
     HAS_DLOSSES: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
-    """One block of columns of one token: a p - b [column is the label] - c, with p = exp(x - top) / total,
-    a = dloss (1 + 2 z lse) + dlse, b = dloss (1 - smoothing), c = dloss share; with CAP, x being the capped logit,
-    times the cap's derivative; 0 in padding. May write over the logits.
+    """Gradient of one block of columns of one token: a p - b [column is the label] - c, with p = exp(x - top) / total,
+    a = dloss (1 + 2 z lse) + dlse, b = dloss (1 - smoothing), c = dloss share. With CAP, x is the capped logit and the
+    result is multiplied by the cap's derivative. Padding gets 0. The output may be the logits.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -277,7 +281,7 @@ def _cross_entropy_bwd_kernel(
         grad -= tl.where(columns == label - first, dloss * (1.0 - label_smoothing), 0.0)
         if SMOOTH:
             grad -= dloss * tl.load(saved_ptr + M + M + row)
-    if CAP:  # 1 - tanh^2, without its cancellation
+    if CAP:  # 1 - tanh^2, in a form that does not cancel
         e = tl.exp2(tl.abs(raw * inverse_cap) * (-2.0 * _LOG2E))
         grad *= 4.0 * e / ((1.0 + e) * (1.0 + e))
     grad = tl.where((columns < num_valid) & kept, grad, 0.0)
@@ -295,8 +299,9 @@ def _outputs(tokens: int, smooth: bool, device: torch.device) -> tuple[Tensor, T
 def forward(logits: Tensor, labels: Tensor, terms: Terms, whole: bool) -> tuple[Tensor, Tensor, Tensor] | Tensor:
     """logits [M, V], columns contiguous; labels [M] → (losses, lse, saved), or statistics [splits, K, M].
 
-    ``saved``: maximum, sum of exponentials relative to it and, with smoothing, the share of a word: [2 or 3, M].
-    ``whole``: no other process has columns of these tokens. Otherwise statistics are returned, for ``join``.
+    ``saved`` [2 or 3, M]: maximum, sum of exponentials relative to it and, with smoothing, the share of a column in the
+    smoothed label. ``whole``: no other process has columns of these tokens; if one has, statistics are returned, for
+    ``join``.
     """
     tokens, columns = logits.shape
     smooth = terms.label_smoothing != 0.0

@@ -1,4 +1,4 @@
-"""Cross entropy of a language model, over the whole vocabulary or one divided over tensor-parallel processes."""
+"""Cross entropy of a language model, over a whole vocabulary or one that is divided over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ def cross_entropy(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``lse - (1 - s) x[label] - s mean(x) + z_loss lse^2`` of every token, s being label_smoothing, lse log-sum-exp.
+    """``lse - (1 - s) x[label] - s mean(x) + z_loss lse^2`` of every token; s is label_smoothing, lse the log-sum-exp.
 
-    logits: [..., v] fp32, bf16 or fp16; labels: int64 [...]. Over a ``group``, logits are this process's columns: rank
-    r has words r v to r v + v - 1, of which the first ``num_valid`` (default all, may be 0) are words and the rest
-    padding, which takes no part and gets gradient 0. Labels count from 0 over the whole vocabulary; a label outside it
-    gives an infinite loss. Mean and smoothing are over the words of all processes, as in torch's cross_entropy. With
-    ``softcap`` (0: none) x is ``softcap tanh(logits / softcap)``, as in Gemma 2; the gradient is of the logits.
+    logits: [..., v] fp32, bf16 or fp16; labels: int64 [...]. With a ``group``, logits are the columns of this rank:
+    rank r has the columns r v to r v + v - 1 of the vocabulary. The first ``num_valid`` of them (default all, may be 0)
+    belong to the vocabulary; the rest are padding, which does not enter the loss and gets gradient 0. Labels count from
+    0 over the whole vocabulary; a label outside of it gives an infinite loss. Mean and smoothing are over the whole
+    vocabulary, as in torch's cross_entropy. With ``softcap`` (0: none) x is ``softcap tanh(logits / softcap)``, as in
+    Gemma 2; the gradient is that of the logits.
 
-    Returns fp32 losses [...], equal on every process; 0 where the label is ignore_index. With return_lse also the
-    log-sum-exp (0 for ignored tokens); both are differentiable, once. One all-gather of 3 (5 with smoothing) numbers
-    per token where the group has more than one process, none otherwise.
+    Returns fp32 losses [...], equal on every rank, 0 where the label is ignore_index. With return_lse also the
+    log-sum-exp (0 for ignored tokens). Both are differentiable, once. A group of more than one rank costs one
+    all-gather of 3 (with smoothing 5) numbers per token.
 
-    Backward keeps the logits and two numbers per token (three with smoothing). inplace_backward writes the gradient
-    over the logits, which then must be contiguous, no leaf, and read by nothing else later; backward works only once.
-    fp64 runs the reference. Raises ValueError for inputs that do not fit.
+    Saved for backward are the logits and two numbers per token (three with smoothing). inplace_backward allows backward
+    to overwrite the logits by the gradient; they must then be contiguous, not a leaf, and not be read afterwards, and
+    backward works only once. The torch back end does not make use of that. fp64 runs the reference. Raises ValueError
+    for inputs that do not match.
     """
     columns = logits.shape[-1] if logits.ndim else 0
     terms = Terms(
-        ref.first_word(columns, group), columns if num_valid is None else num_valid, ignore_index, label_smoothing,
+        ref.first_token_id(columns, group), columns if num_valid is None else num_valid, ignore_index, label_smoothing,
         z_loss, softcap,
     )  # fmt: skip
     _check(logits, labels, terms)
@@ -61,25 +63,32 @@ def cross_entropy(
 def forward(
     logits: Tensor, labels: Tensor, terms: Terms, group: dist.ProcessGroup | None, inplace: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator: (losses, lse, saved [2 or 3, tokens]), differentiable."""
+    """The differentiable operator by the kernels: (losses, lse, saved [2 or 3, tokens])."""
     return _cross_entropy(logits, labels, *terms, group_name(group), inplace)
+
+
+def chunk_forward(
+    logits: Tensor, labels: Tensor, terms: Terms, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without a derivative, for an operator that has its own."""
+    return _without_gradient(logits, labels, *terms, group_name(group), False)
 
 
 def gradient_(
     dlosses: Tensor | None, dlse: Tensor | None, logits: Tensor, labels: Tensor, saved: Tensor, terms: Terms
 ) -> Tensor:
-    """The gradient of contiguous logits, written over them."""
+    """Overwrites contiguous logits by their gradient, and returns them."""
     _cross_entropy_backward_(dlosses, dlse, logits, labels, saved, *terms)
     return logits
 
 
 def group_name(group: dist.ProcessGroup | None) -> str:
-    """What an operator's schema can carry of a group; empty where there is nobody to talk to."""
+    """The group's name, which an operator's schema can hold; empty if there is no other rank."""
     return "" if group is None or group.size() == 1 else group.group_name
 
 
 def check_terms(terms: Terms, columns: int, what: str) -> None:
-    """Raises ValueError for options that make no loss; ``what`` the columns are of."""
+    """Raises ValueError for options that are out of range. ``what`` the columns are, for the message."""
     if not 0 <= terms.num_valid <= columns:
         raise ValueError(f"num_valid = {terms.num_valid} is not between 0 and the {columns} {what}")
     if not 0.0 <= terms.label_smoothing <= 1.0:
@@ -91,8 +100,8 @@ def check_terms(terms: Terms, columns: int, what: str) -> None:
 def _check(logits: Tensor, labels: Tensor, terms: Terms) -> None:
     if logits.ndim == 0 or labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}; logits {tuple(logits.shape)} want int64 of all dims but "
-            "the last"
+            f"labels are {labels.dtype} {tuple(labels.shape)}; for logits {tuple(logits.shape)} they must be int64 "
+            f"{tuple(logits.shape[:-1])}"
         )
     check_terms(terms, logits.shape[-1], "columns of the logits")
 
@@ -109,19 +118,18 @@ def _check_inplace(logits: Tensor) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[M, V] with contiguous columns, a view wherever the layout allows one."""
+    """``x`` as [M, V] with contiguous columns; a copy only where the strides allow no such view."""
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[M], contiguous."""
+    """``x`` as [M], contiguous."""
     return x if x.ndim == 1 and x.is_contiguous() else x.reshape(-1).contiguous()
 
 
 def _forward(logits, labels, *rest) -> Any:
-    from llm_kernels.cross_entropy import kernel
-
+    kernel = dispatch.launchers("cross_entropy")
     *numbers, group, _ = rest
     terms = Terms(*numbers)
     flat = _flat(labels)
@@ -144,10 +152,11 @@ def _forward_fake(logits, labels, first, num_valid, ignore_index, label_smoothin
 
 
 def _launch_backward(dlosses, dlse, logits, labels, saved, terms, out) -> None:
-    from llm_kernels.cross_entropy import kernel
-
-    dlosses, dlse = (None if x is None else _flat(x) for x in (dlosses, dlse))
-    kernel.backward(dlosses, dlse, _rows(logits), _flat(labels), saved, Terms(*terms), out.view(-1, out.shape[-1]))
+    dlosses = None if dlosses is None else _flat(dlosses)
+    dlse = None if dlse is None else _flat(dlse)
+    rows = _rows(logits)
+    target = rows if out is logits else out.view(-1, out.shape[-1])
+    dispatch.launchers("cross_entropy").backward(dlosses, dlse, rows, _flat(labels), saved, Terms(*terms), target)
 
 
 def _backward(dlosses, dlse, logits, labels, saved, *terms) -> Tensor:
@@ -159,12 +168,12 @@ def _backward(dlosses, dlse, logits, labels, saved, *terms) -> Tensor:
 def _backward_(dlosses, dlse, logits, labels, saved, *terms) -> None:
     assert logits.is_contiguous()
     _launch_backward(dlosses, dlse, logits, labels, saved, terms, logits)
-    # A second backward would take the gradient for the logits: autograd refuses once the version has changed.
+    # A second backward would read the gradient as if it were the logits; the new version makes autograd raise instead.
     torch.autograd.graph.increment_version(logits)
 
 
 TERMS = "int first, int num_valid, int ignore_index, float label_smoothing, float z_loss, float softcap"
-dispatch.define(
+_without_gradient = dispatch.define(
     f"cross_entropy(Tensor logits, Tensor labels, {TERMS}, str group, bool inplace) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,

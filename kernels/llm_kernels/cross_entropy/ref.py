@@ -12,9 +12,10 @@ from llm_kernels.dispatch import first_derivative_only
 
 
 class Terms(NamedTuple):
-    """What a loss is made of, for the columns of one process (or a slice of them).
+    """The options of a loss, and which part of the vocabulary a rank's columns (or a slice of them) are.
 
-    first: number of the word in column 0; num_valid: columns that are words, the rest are padding; softcap: 0 for none.
+    first: token id of column 0; num_valid: number of columns that belong to the vocabulary, the rest are padding;
+    softcap: 0 for none.
     """
 
     first: int
@@ -25,8 +26,8 @@ class Terms(NamedTuple):
     softcap: float = 0.0
 
 
-def first_word(columns: int, group: dist.ProcessGroup | None) -> int:
-    """Number of the word in this process's first column."""
+def first_token_id(columns: int, group: dist.ProcessGroup | None) -> int:
+    """The token id of this rank's first column."""
     return 0 if group is None else group.rank() * columns
 
 
@@ -35,9 +36,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [...], log-sum-exp [...], saved [2 or 3, ...]), fp32 or fp64.
 
-    ``saved``: the maximum, the sum of exponentials relative to it and, with smoothing, the share of a word. Apart, as
-    their log-sum-exp in one number would round off what an offset common to all logits has no part in.
-    One collective: all-gather of (maximum here, sum, label's logit, sum of distances from the maximum, words).
+    ``saved``: the maximum, the sum of exponentials relative to it and, with smoothing, the share of a column in the
+    smoothed label. Maximum and sum are two numbers because their log-sum-exp, as one, would lose precision where all
+    logits have a common offset. One collective: an all-gather of each rank's (maximum, sum, label's logit and, with
+    smoothing, sum of distances from the maximum, number of columns).
     """
     lowest = torch.finfo(torch.float64 if logits.dtype == torch.float64 else torch.float32).min
     wide, _ = _capped(logits, terms)
@@ -46,17 +48,17 @@ def forward(
     smooth = terms.label_smoothing != 0.0
     if terms.num_valid:
         target = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~here, -torch.inf)
-        # Where every word here is masked by -inf: a difference from it would be NaN.
+        # Where all columns of this rank are -inf, a difference from the maximum would be NaN.
         top = wide.amax(-1).clamp_min_(lowest)
         shifted = wide - top.unsqueeze(-1)
         gaps = -shifted.sum(-1) if smooth else top
         total = shifted.exp_().sum(-1)
-    else:  # a process whose columns are all padding
+    else:  # a rank whose columns are all padding
         top = wide.new_full(labels.shape, lowest)
         target, total, gaps = top - torch.inf, top * 0.0, top * 0.0
-    words = torch.full_like(top, terms.num_valid)
+    columns = torch.full_like(top, terms.num_valid)
     if group is not None and group.size() > 1:
-        parts = torch.stack([top, total, target, *((gaps, words) if smooth else ())])
+        parts = torch.stack([top, total, target, *((gaps, columns) if smooth else ())])
         gathered = parts.new_empty(group.size(), *parts.shape)
         dist.all_gather_into_tensor(gathered.view(-1), parts.view(-1), group=group)
         top, target = gathered[:, 0].amax(0), gathered[:, 2].amax(0)
@@ -65,13 +67,13 @@ def forward(
         if smooth:
             counts = gathered[:, 4]
             gaps = (gathered[:, 3] + (counts * below).masked_fill(counts == 0, 0.0)).sum(0)
-            words = counts.sum(0)
+            columns = counts.sum(0)
     log_total = total.log()
     lse = top + log_total
     losses = log_total + (1.0 - terms.label_smoothing) * (top - target)
     if terms.z_loss:
         losses = losses + terms.z_loss * lse * lse
-    saved = torch.stack([top, total, *([terms.label_smoothing / words] if smooth else ())])
+    saved = torch.stack([top, total, *([terms.label_smoothing / columns] if smooth else ())])
     if smooth:
         losses = losses + saved[2] * gaps
     return losses.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0), saved
@@ -84,7 +86,7 @@ def gradient(
     top, total = saved[0], saved[1]
     ignored = labels == terms.ignore_index
     zero = torch.zeros_like(top)
-    # Filled, not multiplied: a mean over no token at all hands down NaN.
+    # Filled with 0, not multiplied by 0, because the upstream gradient of a mean over no tokens is NaN.
     upstream = zero if dlosses is None else dlosses.masked_fill(ignored, 0.0)
     along = zero if dlse is None else dlse.masked_fill(ignored, 0.0)
     along = along + (upstream * (1.0 + 2.0 * terms.z_loss * (top + total.log())) if terms.z_loss else upstream)
@@ -103,9 +105,9 @@ def gradient(
 
 
 def _capped(logits: Tensor, terms: Terms) -> tuple[Tensor, Tensor | None]:
-    """The words' logits in fp32 or fp64, capped if there is a cap, and the tanh that did it."""
-    words = logits[..., : terms.num_valid]
-    wide = words if words.dtype == torch.float64 else words.float()
+    """The logits without padding in fp32 or fp64, capped if there is a cap; and the tanh of the cap, or None."""
+    valid = logits[..., : terms.num_valid]
+    wide = valid if valid.dtype == torch.float64 else valid.float()
     if not terms.softcap:
         return wide, None
     bent = (wide / terms.softcap).tanh_()
@@ -113,7 +115,7 @@ def _capped(logits: Tensor, terms: Terms) -> tuple[Tensor, Tensor | None]:
 
 
 def _local(labels: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """(column of each label, clamped into the columns here; whether it was in them)."""
+    """(column of each label, clamped into the columns of this rank; whether the label is one of them)."""
     local = labels - terms.first
     here = (local >= 0) & (local < terms.num_valid) & (labels != terms.ignore_index)
     return local.clamp(0, max(terms.num_valid - 1, 0)), here
@@ -144,6 +146,6 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(losses, log-sum-exp) of each token, both differentiable: see op.py for the formula.
 
-    logits: [..., v] of any float dtype, this process's columns; labels: [...] int64. Computed in fp32 (fp64 for fp64).
+    logits: [..., v] of any float dtype, this rank's columns; labels: [...] int64. Computed in fp32 (fp64 for fp64).
     """
     return _CrossEntropy.apply(logits, labels, terms, group)

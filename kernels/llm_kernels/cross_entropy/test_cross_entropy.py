@@ -1,4 +1,7 @@
-"""Cross entropy against its formula in fp64, and beside torch's own in the same dtype."""
+"""Cross entropy against its formula in fp64, beside torch's own in the same dtype.
+
+In names and comments a split is a part of a token's columns that one program reads, and a tile what it loads at a time.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,25 @@ from llm_kernels.cross_entropy import ref
 from llm_kernels.cross_entropy.bench import BENCHMARK
 from llm_kernels.cross_entropy.op import cross_entropy
 from llm_kernels.cross_entropy.ref import Terms
-from llm_kernels.guard import Traffic
-from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, random
+from llm_kernels.memory_checker import Traffic
+from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, grid, random
 
-# numpy, which runs the interpreter, says so where a difference from the lowest number becomes infinite, as it should.
+# In the interpreter numpy warns where a difference from the lowest number becomes infinite, as it should.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 
-def labels_of(shape: tuple[int, ...], words: int, ignored: bool = False) -> Tensor:
-    labels = torch.randint(0, words, shape, generator=torch.Generator().manual_seed(0))
+def labels_of(shape: tuple[int, ...], vocab_size: int, ignored: bool = False) -> Tensor:
+    labels = torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(0))
     if ignored and labels.numel():
         labels.view(-1)[::3] = -100
     return labels.to(default_device())
 
 
-def peer(labels: Tensor, words: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Callable[[Tensor], Tensor]:
-    """The loss by torch's own operators; in fp64 the truth."""
+def peer(labels: Tensor, vocab_size: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Callable[[Tensor], Tensor]:
+    """The loss by torch's own operators; in fp64 it is the truth."""
 
     def run(logits: Tensor) -> Tensor:
-        valid = logits[..., :words].reshape(-1, words)
+        valid = logits[..., :vocab_size].reshape(-1, vocab_size)
         losses = F.cross_entropy(valid, labels.flatten(), reduction="none", label_smoothing=smoothing).view(
             labels.shape
         )
@@ -44,17 +47,17 @@ def peer(labels: Tensor, words: int, smoothing: float = 0.0, z_loss: float = 0.0
     return run
 
 
-def ours(labels: Tensor, words: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Callable[[Tensor], Tensor]:
-    options = {"num_valid": words, "label_smoothing": smoothing, "z_loss": z_loss}
+def ours(labels: Tensor, vocab_size: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Callable[[Tensor], Tensor]:
+    options = {"num_valid": vocab_size, "label_smoothing": smoothing, "z_loss": z_loss}
     return lambda logits: cross_entropy(logits, labels, **options, backend="triton")  # type: ignore[return-value,arg-type]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("columns", "words"), [(50, 50), (64, 50), (1, 1), (8, 3)])
-def test_reference_matches_fp64(columns: int, words: int, dtype: torch.dtype) -> None:
-    labels = labels_of((5, 3), words)
-    run = lambda x: ref.cross_entropy(x, labels, Terms(0, words))[0]  # noqa: E731
-    assert_matches(run, peer(labels, words), [random(5, 3, columns, dtype=dtype)])
+@pytest.mark.parametrize(("columns", "vocab_size"), [(50, 50), (64, 50), (1, 1), (8, 3)])
+def test_reference_matches_fp64(columns: int, vocab_size: int, dtype: torch.dtype) -> None:
+    labels = labels_of((5, 3), vocab_size)
+    run = lambda x: ref.cross_entropy(x, labels, Terms(0, vocab_size))[0]  # noqa: E731
+    assert_matches(run, peer(labels, vocab_size), [random(5, 3, columns, dtype=dtype)])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -76,47 +79,52 @@ def test_reference_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x: ref.cross_entropy(x, labels, terms), random(4, 7, dtype=torch.float64))
 
 
-# Several tiles and a part of one; a tile exactly; padding; words that divide by nothing, in aligned rows and in
-# unaligned ones; one token over several programs; one column; no tokens; many tokens of few words.
-SHAPES = [
-    ((20,), 20000, 20000),
-    ((17,), 8192, 8192),
-    ((3, 7), 1024, 1000),
-    ((2, 9), 5056, 5025),
-    ((19,), 5025, 5025),
-    ((1,), 40000, 39000),
-    ((3,), 30001, 30001),
-    ((5,), 1, 1),
-    ((0,), 64, 64),
-    ((50,), 128, 100),
-]
+# Shape of the tokens, columns, and how many of them belong to the vocabulary.
+SHAPES: dict[str, tuple[tuple[int, ...], int, int]] = {
+    "several tiles and a part of one": ((20,), 20000, 20000),
+    "exactly one tile": ((17,), 8192, 8192),
+    "padding": ((3, 7), 1024, 1000),
+    "odd vocabulary in aligned rows": ((2, 9), 5056, 5025),
+    "unaligned rows": ((19,), 5025, 5025),
+    "one token in several splits": ((1,), 40000, 39000),
+    "unaligned rows in several splits": ((3,), 30001, 30001),
+    "one column": ((5,), 1, 1),
+    "no tokens": ((0,), 64, 64),
+    "less than a tile": ((50,), 128, 100),
+}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("shape", "columns", "words"), SHAPES, ids=str)
-def test_kernel(shape: tuple[int, ...], columns: int, words: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("case", "dtype"), grid(SHAPES, fp16=["padding"]))
+def test_kernel(case: str, dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
-    labels = labels_of(shape, words)
-    run = ours(labels, words), peer(labels, words), peer(labels, words)
+    shape, columns, vocab_size = SHAPES[case]
+    labels = labels_of(shape, vocab_size)
+    run = ours(labels, vocab_size), peer(labels, vocab_size), peer(labels, vocab_size)
     compare("cross_entropy/plain", *run, [random(*shape, columns, dtype=dtype)])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.2, 1e-2)])
-@pytest.mark.parametrize(("tokens", "columns", "words"), [(18, 9000, 9000), (2, 30000, 29990)])
-def test_kernel_terms(
-    tokens: int, columns: int, words: int, smoothing: float, z_loss: float, dtype: torch.dtype
-) -> None:
+# Tokens, columns and how many of them belong to the vocabulary; label smoothing and z-loss.
+TERMS = {
+    f"{terms}, {splits}": (*shape, *numbers)
+    for splits, shape in {"one split": (18, 9000, 9000), "several splits": (2, 30000, 29990)}.items()
+    for terms, numbers in {"smoothing": (0.1, 0.0), "z-loss": (0.0, 1e-2), "both": (0.2, 1e-2)}.items()
+}
+
+
+# Both terms at once cover the sums of each; each alone covers the branch that leaves the other out.
+@pytest.mark.parametrize(("case", "dtype"), grid(TERMS, bf16=["both, one split", "both, several splits"], fp16=[]))
+def test_kernel_terms(case: str, dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
-    labels = labels_of((tokens,), words, ignored=True)
-    arguments = labels, words, smoothing, z_loss
+    tokens, columns, vocab_size, smoothing, z_loss = TERMS[case]
+    labels = labels_of((tokens,), vocab_size, ignored=True)
+    arguments = labels, vocab_size, smoothing, z_loss
     run = ours(*arguments), peer(*arguments), peer(*arguments)
     compare("cross_entropy/smoothing, z-loss, ignored", *run, [random(tokens, columns, dtype=dtype)])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_soft_cap(dtype: torch.dtype) -> None:
-    """A cap of Gemma's size (30) that bends the largest logits, and one that bends all; rows of tiles and a part."""
+    """A cap of 30, as Gemma has, which changes only the largest logits, and a cap that changes all."""
     pytest.importorskip("triton", reason="the kernels need triton")
     labels = labels_of((6,), 9000, ignored=True)
     for cap, scale in ((30.0, 10.0), (1.0, 1.0)):
@@ -135,24 +143,24 @@ def test_soft_cap(dtype: torch.dtype) -> None:
 @settings(max_examples=15, deadline=None)
 @given(
     tokens=st.integers(1, 20),
-    words=st.integers(8, 300),  # few words may leave gradients near 0, beside which any rounding is much
+    vocab_size=st.integers(8, 300),  # with fewer, all gradients may be near 0, and any rounding is large beside them
     padding=st.sampled_from([0, 1, 8, 300]),
     gap=st.sampled_from([0, 1, 16]),
     smoothing=st.sampled_from([0.0, 0.1]),
     dtype=st.sampled_from(list(TOLERANCE)),
 )
-def test_any_shape_and_stride(tokens: int, words: int, padding: int, gap: int, smoothing: float, dtype) -> None:
-    """Rows may have gaps between them, and padding may hold anything."""
+def test_any_shape_and_stride(tokens: int, vocab_size: int, padding: int, gap: int, smoothing: float, dtype) -> None:
+    """Rows may have gaps between them, and padding may hold NaN."""
     pytest.importorskip("triton", reason="the kernels need triton")
-    labels = labels_of((tokens,), words, ignored=True)
-    columns = words + padding
+    labels = labels_of((tokens,), vocab_size, ignored=True)
+    columns = vocab_size + padding
     garbage = torch.zeros(columns + gap, dtype=dtype, device=labels.device)
-    garbage[words:] = torch.nan
+    garbage[vocab_size:] = torch.nan
 
     def view(op: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: op((x + garbage.to(x.dtype))[:, :columns])
 
-    run = ours(labels, words, smoothing), peer(labels, words, smoothing), peer(labels, words, smoothing)
+    run = ours(labels, vocab_size, smoothing), peer(labels, vocab_size, smoothing), peer(labels, vocab_size, smoothing)
     compare("cross_entropy/strided", *map(view, run), [random(tokens, columns + gap, dtype=dtype)])
 
 
@@ -194,8 +202,9 @@ def test_gradient_over_the_logits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("ignore_index", [0, 5])
-def test_ignored_label_may_be_a_word(ignore_index: int, backend: str) -> None:
-    """As in Liger's cases: padding that has a number of the vocabulary, which stays a word of other tokens' losses."""
+def test_ignored_label_may_be_a_token_id(ignore_index: int, backend: str) -> None:
+    """A case of Liger's: ignore_index is a token id of the vocabulary, which still counts in the losses of tokens with
+    other labels."""
     labels = labels_of((30,), 8)
     assert (labels == ignore_index).any()
 
@@ -205,12 +214,13 @@ def test_ignored_label_may_be_a_word(ignore_index: int, backend: str) -> None:
     def theirs(x: Tensor) -> Tensor:
         return F.cross_entropy(x, labels, ignore_index=ignore_index, label_smoothing=0.1, reduction="none")
 
-    compare("cross_entropy/ignored word", ours, theirs, theirs, [random(30, 8, dtype=torch.float32)])
+    compare("cross_entropy/ignored token id", ours, theirs, theirs, [random(30, 8, dtype=torch.float32)])
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_mean_over_no_token(backend: str) -> None:
-    """As in Transformer Engine's: where all are ignored the mean is 0/0, and no NaN of it may reach the weights."""
+    """A case of Transformer Engine's: if all tokens are ignored the mean is 0 / 0, and its NaN must not reach the
+    gradient."""
     logits, labels = random(4, 40, dtype=torch.float32), torch.full((4,), -100, device=default_device())
     losses = cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-3, backend=backend)
     mean = losses.sum() / (labels != -100).sum()  # type: ignore[union-attr]
@@ -219,21 +229,21 @@ def test_mean_over_no_token(backend: str) -> None:
 
 
 def test_largest_vocabulary_and_turned_rows() -> None:
-    """As in QuACK's and Transformer Engine's: Gemma's 262,144 words, and logits [S, B, V] read as [B, S, V]."""
+    """Cases of QuACK and Transformer Engine: 262,144 columns, as Gemma has, and logits [S, B, V] read as [B, S, V]."""
     pytest.importorskip("triton", reason="the kernels need triton")
-    for shape, words in (((1, 1), 262144), ((3, 2), 1000)):
-        labels = labels_of(shape[::-1], words)
+    for shape, vocab_size in (((1, 1), 262144), ((3, 2), 1000)):
+        labels = labels_of(shape[::-1], vocab_size)
 
         def turned(op: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda x: op(x.transpose(0, 1))
 
-        run = map(turned, (ours(labels, words), peer(labels, words), peer(labels, words)))
-        compare("cross_entropy/turned", *run, [random(*shape, words, dtype=torch.bfloat16)])
+        run = map(turned, (ours(labels, vocab_size), peer(labels, vocab_size), peer(labels, vocab_size)))
+        compare("cross_entropy/turned", *run, [random(*shape, vocab_size, dtype=torch.bfloat16)])
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_parts_of_a_vocabulary_join_to_the_whole(tokens: int) -> None:
-    """What four processes do, without them: the statistics of each, joined; the last has padding alone."""
+    """Joins the statistics that four ranks would compute, in one process; the columns of the last are all padding."""
     kernel = pytest.importorskip("llm_kernels.cross_entropy.kernel", reason="the kernels need triton")
     logits, labels = random(tokens, 6000, dtype=torch.float32).detach(), labels_of((tokens,), 4100, ignored=True)
     whole = Terms(0, 4100, label_smoothing=0.1, z_loss=1e-2)
@@ -250,7 +260,8 @@ def test_parts_of_a_vocabulary_join_to_the_whole(tokens: int) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_extremes(backend: str) -> None:
-    """Large logits do not overflow, -inf is probability 0, a label outside the vocabulary and NaN are seen."""
+    """Large logits do not overflow, -inf has probability 0, and a label outside of the vocabulary or a NaN shows in the
+    loss."""
     values = [[1e4, -1e4, 0.0], [-torch.inf, 0.0, 0.0], [0.0, 1.0, 2.0], [0.0, torch.nan, 0.0], [3e38, 3e38, -3e38]]
     logits = torch.tensor(values, device=default_device(), requires_grad=True)
     labels = torch.tensor([1, 1, 3, 0, 0], device=logits.device)

@@ -1,5 +1,5 @@
-"""What the losses promise to autograd and to torch.compile, beside being right: second derivatives are refused, writes
-in place are noticed, one graph without a break, offsets of 64 bits."""
+"""What the losses promise beside right numbers: second derivatives are refused, autograd notices writes in place, they
+compile into one graph, and offsets have 64 bits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CASES: dict[str, Case] = {
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", CASES)
 def test_second_derivatives_are_refused(name: str, backend: str) -> None:
-    """Also where nothing but the operator's own inputs ties the gradient to what it would be differentiated by."""
+    """Also where the gradient depends on what it would be differentiated by through the operator's inputs alone."""
     op, shapes = CASES[name]
     inputs = [leaf(*shape, seed=i) for i, shape in enumerate(shapes)]
     squares = [x * x for x in inputs]

@@ -1,4 +1,4 @@
-"""How cross entropy's kernels divide a shape among programs and threads: a pure function of shape and architecture."""
+"""How cross entropy's kernels divide a shape over programs and threads: a pure function of shape and architecture."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from llm_kernels.device import arch, num_sms
 
 
 class Tile(NamedTuple):
-    """Tile of columns that a program works on at once: bytes of logits, warps, and programs on one SM."""
+    """A tile of columns: bytes of logits that a program processes at once, its warps, and programs on one SM."""
 
     num_bytes: int
     num_warps: int
     per_sm: int
 
 
-# Four 128-bit loads a thread in flight: 32 to 64 KiB for each SM, above the 16 KiB that latency times bandwidth of an
-# H100 ask for. The same on sm_80, whose product is smaller.
+# Four 128-bit loads per thread in flight are 32 to 64 KiB per SM, above the 16 KiB (latency times bandwidth) that an
+# H100 needs. sm_80, whose product of latency and bandwidth is smaller, uses the same.
 TILES = {80: Tile(16384, 8, 4), 90: Tile(16384, 8, 4)}
 
 
 def tile(columns: int, itemsize: int, aligned: bool, of_arch: int) -> tuple[int, int, int]:
-    """(lanes, elements of a lane, warps): up to four 128-bit loads a thread, fewer threads for a narrow vocabulary.
+    """(lanes, elements of a lane, warps) of a tile: up to four 128-bit loads a thread; fewer threads for few columns.
 
-    Rows that do not begin at multiples of 16 bytes are loaded element by element, neighbours by neighbouring threads.
+    Rows that do not begin at multiples of 16 bytes are loaded element by element, so that neighbouring threads load
+    neighbouring elements.
     """
     table = TILES[90 if of_arch >= 90 else 80]
     vec = 16 // itemsize if aligned else 1
@@ -41,7 +42,7 @@ def is_aligned(rows: Tensor) -> bool:
 
 
 def num_splits(tokens: int, columns: int, block: int, programs: int) -> int:
-    """Programs for one token: enough to fill the GPU where tokens alone don't, each with a block or more."""
+    """Programs for one token: enough to fill the GPU where there are few tokens, each with at least one block."""
     return max(1, min(programs // max(tokens, 1), columns // block))
 
 
@@ -67,6 +68,6 @@ def _plan(tokens: int, columns: int, itemsize: int, aligned: bool, of_arch: int,
 
 
 def plan_of(logits: Tensor) -> Plan:
-    """Of logits [M, V]."""
+    """The plan for logits [M, V]."""
     tokens, columns = logits.shape
     return _plan(tokens, columns, logits.element_size(), is_aligned(logits), arch(logits), num_sms(logits))

@@ -23,18 +23,18 @@ from llm_kernels.benchmark import Benchmark, Shape, Work, normal, sharded
 from llm_kernels.cross_entropy import bench as cross_entropy_bench
 from llm_kernels.linear_cross_entropy import op
 
-LLAMA3_8B = {"name": "llama3-8b", "tokens": 8192, "hidden": 4096, "words": 128256}
+LLAMA3_8B = {"name": "llama3-8b", "tokens": 8192, "hidden": 4096, "vocab_size": 128256}
 
 
 def _make(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     tokens, columns = shape["tokens"], shape["hidden"]
-    weight = (torch.randn(shape["words"], columns, device=device, dtype=dtype) * columns**-0.5).requires_grad_()
-    labels = torch.randint(0, shape["words"], (tokens,), device=device)
+    weight = (torch.randn(shape["vocab_size"], columns, device=device, dtype=dtype) * columns**-0.5).requires_grad_()
+    labels = torch.randint(0, shape["vocab_size"], (tokens,), device=device)
     return normal(tokens, columns, dtype=dtype, device=device), weight, labels
 
 
 def _flops(shape: Shape) -> Work:
-    product = 2 * shape["tokens"] * shape["hidden"] * shape["words"]
+    product = 2 * shape["tokens"] * shape["hidden"] * shape["vocab_size"]
     return Work(product, 2 * product)
 
 
@@ -80,8 +80,8 @@ def _liger() -> Callable[..., Any]:
 
 BENCHMARK = Benchmark(
     name="linear_cross_entropy",
-    shapes=sharded(lambda llama, tp: {"tokens": 8192, "hidden": llama.hidden, "words": llama.words // tp}),
-    small={"name": "small", "tokens": 16, "hidden": 64, "words": 1024},
+    shapes=sharded(lambda llama, tp: {"tokens": 8192, "hidden": llama.hidden, "vocab_size": llama.vocab_size // tp}),
+    small={"name": "small", "tokens": 16, "hidden": 64, "vocab_size": 1024},
     make=_make,
     providers={
         "ours": _ours,
@@ -155,15 +155,15 @@ def predicted_bytes(shape: Shape, itemsize: int) -> dict[str, int]:
     from llm_kernels.linear_cross_entropy.kernel import slice_columns
     from llm_kernels.linear_cross_entropy.op import CHUNK_BYTES, WEIGHTED_CHUNK_TOKENS
 
-    tokens, hidden, words = shape["tokens"], shape["hidden"], shape["words"]
+    tokens, hidden, words = shape["tokens"], shape["hidden"], shape["vocab_size"]
     logits, dhidden, dweight = (itemsize * n for n in (tokens * words, tokens * hidden, words * hidden))
     chunk = min(tokens, max(128, CHUNK_BYTES // (itemsize * words) // 128 * 128))
     sliced = itemsize * tokens * slice_columns(tokens, words, chunk)
     of_chunk = itemsize * words * min(tokens, max(WEIGHTED_CHUNK_TOKENS, CHUNK_BYTES // (itemsize * words)))
     accumulated = 4 * words * hidden
     return {
-        # At the end, dhidden in fp32 beside its copy in the inputs' dtype.
-        "ours": dweight + sliced + 4 * tokens * hidden + (dhidden if itemsize != 4 else 0),
+        # dhidden in fp32 beside a slice of logits and then, at the end, beside its copy in the inputs' dtype.
+        "ours": dweight + 4 * tokens * hidden + max(sliced, dhidden if itemsize != 4 else 0),
         "ours, weighted": accumulated + dhidden + max(of_chunk, dweight + dhidden),
         "ours, unfused in place": logits + dhidden + dweight,
         # Log-probabilities are kept; their gradient and then the logits' are made.

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm_kernels.cross_entropy.op import forward, gradient_
+from llm_kernels.cross_entropy.op import chunk_forward, gradient_
 from llm_kernels.cross_entropy.ref import Terms
 
 
@@ -52,12 +52,15 @@ class Gradients(NamedTuple):
 
 def losses(of: Projection, labels: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """labels [T] → losses [T] and saved [2 or 3, T], as cross_entropy's operator has them."""
+    if of.hidden.shape[0] <= plan.chunk_tokens:  # one chunk: its results are the whole's, without a copy
+        out, _, saved = chunk_forward(_logits(*of), labels, plan.terms, plan.group)
+        return out, saved
     out, saved = _per_token(of.hidden, plan)
     buffer = of.hidden.new_empty(plan.chunk_tokens * of.weight.shape[0])
     for start in range(0, of.hidden.shape[0], plan.chunk_tokens):
         rows = slice(start, start + plan.chunk_tokens)
         logits = _logits(of.hidden[rows], of.weight, of.bias, buffer)
-        out[rows], _, saved[:, rows] = forward(logits, labels[rows], plan.terms, plan.group)
+        out[rows], _, saved[:, rows] = chunk_forward(logits, labels[rows], plan.terms, plan.group)
     return out, saved
 
 
@@ -65,9 +68,50 @@ def gradients(
     dlosses: Tensor, of: Projection, labels: Tensor, saved: Tensor, plan: Plan, wants: tuple[bool, bool, bool]
 ) -> Gradients:
     """Of hidden (summed over the group), weight and bias, as far as wanted."""
+    tokens, columns = of.hidden.shape[0], of.weight.shape[0]
+    width = slice_columns(tokens, columns, plan.chunk_tokens)
+    if width == columns and plan.terms.num_valid:
+        found = _gradients_of_one_slice(dlosses, of, labels, saved, plan, wants)
+    else:
+        found = _gradients_of_slices(dlosses, of, labels, saved, plan, wants, width)
+    if found.hidden is None:
+        return found
+    narrow = found.hidden.to(of.hidden.dtype)
+    if plan.group is not None and plan.group.size() > 1:
+        dist.all_reduce(narrow, group=plan.group)
+    return Gradients(narrow, found.weight, found.bias)
+
+
+def _gradients_of_one_slice(
+    dlosses: Tensor, of: Projection, labels: Tensor, saved: Tensor, plan: Plan, wants: tuple[bool, bool, bool]
+) -> Gradients:
+    """Gradients, hidden's in fp32, where one slice holds all columns: nothing is cut, filled or added up."""
+    hidden, weight, bias = of
+    dlogits = gradient_(dlosses, None, _logits(*of), labels, saved, plan.terms)
+    dhidden = _wide_product(dlogits, weight) if wants[0] else None
+    dweight, dbias = None, None
+    if wants[1] and plan.weight_grad is None:
+        dweight = torch.mm(dlogits.t(), hidden)
+    elif wants[1]:
+        assert plan.weight_grad is not None
+        _add_product(plan.weight_grad, dlogits.t(), hidden)
+    if wants[2] and bias is not None:
+        dbias = dlogits.sum(0, dtype=torch.float32).to(bias.dtype)
+    return Gradients(dhidden, dweight, dbias)
+
+
+def _gradients_of_slices(
+    dlosses: Tensor,
+    of: Projection,
+    labels: Tensor,
+    saved: Tensor,
+    plan: Plan,
+    wants: tuple[bool, bool, bool],
+    width: int,
+) -> Gradients:
+    """The same over slices of ``width`` columns."""
     hidden, weight, bias = of
     tokens, columns = hidden.shape[0], weight.shape[0]
-    width = slice_columns(tokens, columns, plan.chunk_tokens)
     dhidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if wants[0] else None
     dweight = torch.empty_like(weight) if wants[1] and plan.weight_grad is None else None
     dbias = torch.empty_like(bias) if wants[2] and bias is not None else None
@@ -92,12 +136,7 @@ def gradients(
             _add_product(plan.weight_grad[part], dlogits.t(), hidden)
         if dbias is not None:
             dbias[part] = dlogits.sum(0, dtype=torch.float32)
-    if dhidden is None:
-        return Gradients(None, dweight, dbias)
-    narrow = dhidden.to(hidden.dtype)
-    if plan.group is not None and plan.group.size() > 1:
-        dist.all_reduce(narrow, group=plan.group)
-    return Gradients(narrow, dweight, dbias)
+    return Gradients(dhidden, dweight, dbias)
 
 
 def losses_and_gradients(
@@ -115,7 +154,7 @@ def losses_and_gradients(
     for start in range(0, hidden.shape[0], plan.chunk_tokens):
         rows = slice(start, start + plan.chunk_tokens)
         logits = _logits(hidden[rows], weight, bias, buffer)
-        out[rows], _, known = forward(logits, labels[rows], plan.terms, plan.group)
+        out[rows], _, known = chunk_forward(logits, labels[rows], plan.terms, plan.group)
         if not any(wants):
             continue
         dlogits = gradient_(token_weights[rows], None, logits, labels[rows], known, plan.terms)
@@ -143,11 +182,23 @@ def _per_token(hidden: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     return out, torch.empty(numbers, tokens, dtype=torch.float32, device=hidden.device)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """hidden @ weight.T + bias at the beginning of the buffer, so that chunks take turns in one piece of memory."""
-    shape = hidden.shape[0], weight.shape[0]
-    out = buffer[: shape[0] * shape[1]].view(shape)
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None = None) -> Tensor:
+    """hidden @ weight.T + bias, at the beginning of the buffer if there is one: chunks take turns in one piece of
+    memory."""
+    out = None
+    if buffer is not None:
+        shape = hidden.shape[0], weight.shape[0]
+        out = buffer[: shape[0] * shape[1]].view(shape)
     return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    if a.device.type == "cpu":  # which has no product of bf16 into fp32
+        return torch.mm(a.float(), b.float())
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

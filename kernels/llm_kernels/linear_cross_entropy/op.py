@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llm_kernels import dispatch
 from llm_kernels.cross_entropy.op import TERMS, check_terms, group_name
-from llm_kernels.cross_entropy.ref import Terms, first_word
+from llm_kernels.cross_entropy.ref import Terms, first_token_id
 from llm_kernels.linear_cross_entropy import ref
 
 # Bytes of logits that exist at once, where chunk_tokens is not given: a product of 1,046 x 128,256 fills a GPU.
@@ -61,11 +61,8 @@ def linear_cross_entropy(
     if dispatch.backend_for(hidden, backend) == "torch":
         return ref.linear_cross_entropy(hidden, _redirect(weight, weight_grad), bias, labels, terms, group)
     chunk = chunk_tokens or max(128, CHUNK_BYTES // (weight.shape[0] * weight.element_size()) // 128 * 128)
-    tokens = labels.reshape(-1)
-    chunk = min(chunk, max(tokens.shape[0], 1))
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    losses, _ = _recomputing(flat, weight, bias, tokens, weight_grad, *terms, group_name(group), chunk)
-    return losses.view(labels.shape)
+    chunk = min(chunk, max(labels.numel(), 1))
+    return _recomputing(hidden, weight, bias, labels, weight_grad, *terms, group_name(group), chunk)[0]
 
 
 def weighted_linear_cross_entropy(
@@ -120,7 +117,7 @@ def _terms(
     rest: tuple[int, float, float, float],
 ) -> Terms:
     columns = weight.shape[0]
-    terms = Terms(first_word(columns, group), columns if num_valid is None else num_valid, *rest)
+    terms = Terms(first_token_id(columns, group), columns if num_valid is None else num_valid, *rest)
     check_terms(terms, columns, "rows of the weight")
     return terms
 
@@ -173,11 +170,13 @@ def _redirect(weight: Tensor, weight_grad: Tensor | None) -> Tensor:
     return weight if weight_grad is None else _Redirect.apply(weight, weight_grad)
 
 
-def _plan(numbers: Any, group: str, chunk: int, weight_grad: Tensor | None = None) -> Any:
-    from llm_kernels.linear_cross_entropy.kernel import Plan
+def _rows(hidden: Tensor) -> Tensor:
+    return hidden if hidden.ndim == 2 else hidden.reshape(-1, hidden.shape[-1])
 
+
+def _plan(numbers: Any, group: str, chunk: int, weight_grad: Tensor | None = None) -> Any:
     process_group = dist.distributed_c10d._resolve_process_group(group) if group else None
-    return Plan(Terms(*numbers), process_group, chunk, weight_grad)
+    return dispatch.launchers("linear_cross_entropy").Plan(Terms(*numbers), process_group, chunk, weight_grad)
 
 
 def _or_empty(like: Tensor, *found: Tensor | None) -> tuple[Tensor, ...]:
@@ -186,28 +185,40 @@ def _or_empty(like: Tensor, *found: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _recomputing_forward(hidden, weight, bias, labels, weight_grad, *rest):
-    from llm_kernels.linear_cross_entropy import kernel
-
     *numbers, group, chunk = rest
-    return kernel.losses(kernel.Projection(hidden, weight, bias), labels, _plan(numbers, group, chunk))
+    kernel = dispatch.launchers("linear_cross_entropy")
+    losses, saved = kernel.losses(
+        kernel.Projection(_rows(hidden), weight, bias), labels.reshape(-1), _plan(numbers, group, chunk)
+    )
+    return losses.view(labels.shape), saved
 
 
 def _recomputing_fake(hidden, weight, bias, labels, weight_grad, first, num_valid, ignore_index, smoothing, *rest):
-    tokens = labels.shape[0]
-    numbers = 3 if smoothing else 2
-    return hidden.new_empty(tokens, dtype=torch.float32), hidden.new_empty(numbers, tokens, dtype=torch.float32)
+    saved = hidden.new_empty(3 if smoothing else 2, labels.numel(), dtype=torch.float32)
+    return hidden.new_empty(labels.shape, dtype=torch.float32), saved
 
 
-def _recomputing_backward(dlosses, hidden, weight, bias, labels, saved, weight_grad, *rest):
-    from llm_kernels.linear_cross_entropy import kernel
+def _recomputing_backward(dlosses, hidden, *rest):
+    return _or_empty(hidden, *_plain_backward(dlosses, hidden, *rest))
 
+
+def _plain_backward(dlosses, hidden, weight, bias, labels, saved, weight_grad, *rest):
+    """(dhidden, dweight, dbias), None where not wanted."""
     *numbers, group, chunk, wants_hidden, wants_weight, wants_bias = rest
-    plan = _plan(numbers, group, chunk, weight_grad)
-    wants = wants_hidden, wants_weight, wants_bias
-    found = kernel.gradients(dlosses, kernel.Projection(hidden, weight, bias), labels, saved, plan, wants)
+    kernel = dispatch.launchers("linear_cross_entropy")
+    dhidden, dweight, dbias = kernel.gradients(
+        dlosses.reshape(-1),
+        kernel.Projection(_rows(hidden), weight, bias),
+        labels.reshape(-1),
+        saved,
+        _plan(numbers, group, chunk, weight_grad),
+        (wants_hidden, wants_weight, wants_bias),
+    )
+    if dhidden is not None and hidden.ndim != 2:
+        dhidden = dhidden.view(hidden.shape)
     if weight_grad is not None and wants_weight:
         torch.autograd.graph.increment_version(weight_grad)
-    return _or_empty(hidden, *found)
+    return dhidden, dweight, dbias
 
 
 def _recomputing_backward_fake(dlosses, hidden, weight, bias, labels, saved, weight_grad, *rest):
@@ -216,10 +227,8 @@ def _recomputing_backward_fake(dlosses, hidden, weight, bias, labels, saved, wei
 
 
 def _weighted_forward(hidden, weight, bias, labels, token_weights, weight_grad, *rest):
-    from llm_kernels.linear_cross_entropy import kernel
-
     *numbers, group, chunk, wants_hidden, wants_weight, wants_bias = rest
-    wants = wants_hidden, wants_weight, wants_bias
+    kernel, wants = dispatch.launchers("linear_cross_entropy"), (wants_hidden, wants_weight, wants_bias)
     losses, found = kernel.losses_and_gradients(
         kernel.Projection(hidden, weight, bias), labels, token_weights, _plan(numbers, group, chunk), wants
     )
@@ -245,6 +254,7 @@ _gradients_of = dispatch.define(
     "bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor)",
     _recomputing_backward,
     _recomputing_backward_fake,
+    _plain_backward,
 )
 dispatch.define(
     "weighted_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor token_weights, "

@@ -1,4 +1,4 @@
-"""RMSNorm: real shapes, peers, minimal bytes and the configurations to compile ahead of time."""
+"""RMSNorm's benchmark: shapes of real models, peers, least bytes, and the configurations to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _make_leaves(shape: Shape, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 def _bytes(shape: Shape, dtype: torch.dtype) -> Work:
-    """The weight's partial sums are not counted: they stay in the L2 cache."""
+    """Least bytes. The partial sums of the weight's gradient are not counted, as they stay in the L2 cache."""
     rows, columns, size = shape["tokens"], shape["hidden"], dtype.itemsize
     tensors = (4, 4) if shape["residual"] else (2, 3)
     forward, backward = (n * rows * columns * size + columns * size + 4 * rows for n in tensors)
@@ -82,7 +82,7 @@ BENCHMARK = Benchmark(
     name="rms_norm",
     shapes=[
         {**shape, "name": f"{shape['name']}{' + residual' if residual else ''}", "residual": residual}
-        # Sequence parallelism gives a process its part of the tokens, whole.
+        # Under sequence parallelism a rank has a part of the tokens, but all columns of them.
         for shape in sharded(lambda llama, tp: {"tokens": 8192 // tp, "hidden": llama.hidden})
         for residual in (False, True)
     ],

@@ -49,24 +49,18 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from llm_kernels.rms_norm import kernel
-
-    y, _, rstd = kernel.forward(x, None, weight, eps)
+    y, _, rstd = dispatch.launchers("rms_norm").forward(x, None, weight, eps)
     return y, rstd
 
 
 def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from llm_kernels.rms_norm import kernel
-
-    y, total, rstd = kernel.forward(x, residual, weight, eps)
+    y, total, rstd = dispatch.launchers("rms_norm").forward(x, residual, weight, eps)
     assert total is not None
     return y, total, rstd
 
 
 def _backward(dy, dsum, x, weight, rstd, *wants) -> list[Tensor]:
-    from llm_kernels.rms_norm import kernel
-
-    return kernel.backward(dy, dsum, x, weight, rstd, wants)
+    return dispatch.launchers("rms_norm").backward(dy, dsum, x, weight, rstd, wants)
 
 
 def _rstd(x: Tensor) -> Tensor:

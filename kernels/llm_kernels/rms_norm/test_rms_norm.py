@@ -1,4 +1,7 @@
-"""RMSNorm against its formula in fp64, and beside torch's own in the same dtype."""
+"""RMSNorm against its formula in fp64, beside torch's own in the same dtype.
+
+A piece is the part of a row that a program loads at a time; the names of shapes say which regime they cover.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_kernels.guard import Traffic
+from llm_kernels.memory_checker import Traffic
 from llm_kernels.rms_norm import ref
 from llm_kernels.rms_norm.bench import BENCHMARK
 from llm_kernels.rms_norm.op import add_rms_norm, rms_norm
-from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, random
+from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, grid, random
 
 EPS = 1e-5
 triton = pytest.importorskip("triton", reason="the kernels need triton")
@@ -43,21 +46,38 @@ def test_reference_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, w: ref.rms_norm(x, w, EPS), inputs)
 
 
-# Real width in two pieces; one below and one above a piece; five pieces forward and three backward, which a row fills
-# or does not; a lone element; many rows in a tile that they do not fill; no rows.
-SHAPES = [(2, 3, 4096), (9, 1000), (5, 1025), (7, 5120), (2, 5003), (3, 1), (37, 48), (0, 64)]
+SHAPES: dict[str, tuple[int, ...]] = {
+    "two pieces, a real width": (2, 3, 4096),
+    "less than a piece": (9, 1000),
+    "one column more than a piece": (5, 1025),
+    "five full pieces forward, two and a half backward": (7, 5120),
+    "odd width, the last piece not full": (2, 5003),
+    "one column": (3, 1),
+    "several rows in a tile, the last tile not full": (37, 48),
+    "no rows": (0, 64),
+}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("case", "dtype"), grid(SHAPES, fp16=["less than a piece"]))
+def test_kernel(case: str, dtype: torch.dtype) -> None:
+    shape = SHAPES[case]
     inputs = [random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)]
     compare("rms_norm/plain", ours, framework, truth, inputs)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(2, 3, 512), (9, 100), (6, 2048), (3, 5003), (0, 64)], ids=str)
-def test_kernel_with_residual(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+WITH_RESIDUAL: dict[str, tuple[int, ...]] = {
+    "several rows in a tile, the last tile not full": (2, 3, 512),
+    "fewer rows than a tile": (9, 100),
+    "two full pieces": (6, 2048),
+    "several pieces, the last not full": (3, 5003),
+    "no rows": (0, 64),
+}
+
+
+@pytest.mark.parametrize(("case", "dtype"), grid(WITH_RESIDUAL, fp16=["fewer rows than a tile"]))
+def test_kernel_with_residual(case: str, dtype: torch.dtype) -> None:
+    shape = WITH_RESIDUAL[case]
+
     def exact(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return truth(x + residual, weight), x + residual
 
@@ -70,7 +90,7 @@ def test_kernel_with_residual(shape: tuple[int, ...], dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_weight_of_another_dtype(weight_dtype: torch.dtype) -> None:
-    """An fp32 weight beside bf16 activations, as mixed precision keeps it, and the other way round."""
+    """An fp32 weight with bf16 activations, as in mixed precision, and the other way round."""
     dtype = torch.bfloat16 if weight_dtype == torch.float32 else torch.float32
     x, weight = random(5, 64, dtype=dtype), random(64, dtype=weight_dtype, seed=1)
     y = ours(x, weight)
@@ -90,7 +110,7 @@ def test_weight_of_another_dtype(weight_dtype: torch.dtype) -> None:
     ("dtype", "residual_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
 )
 def test_residual_of_another_dtype(dtype: torch.dtype, residual_dtype: torch.dtype, backend: str) -> None:
-    """The sum has the residual's dtype, as where a residual stream is kept in fp32 beside bf16 layers."""
+    """The sum has the residual's dtype, for models that keep the residual stream in fp32 and compute layers in bf16."""
     x, residual, weight = (
         random(5, 64, dtype=dtype),
         random(5, 64, dtype=residual_dtype, seed=1),
@@ -100,14 +120,14 @@ def test_residual_of_another_dtype(dtype: torch.dtype, residual_dtype: torch.dty
     assert (y.dtype, total.dtype) == (dtype, residual_dtype)
     grads = [random(5, 64, dtype=t.dtype, seed=3 + i).detach() for i, t in enumerate((y, total))]
     found = torch.autograd.grad([y, total], (x, residual, weight), grads)
-    # Rounded as the operator promises, everything else in fp64; the rounding passes gradients on as they are.
+    # The sum is rounded as the operator documents, everything else is fp64; the gradient ignores the rounding.
     wide = [t.detach().double().requires_grad_() for t in (x, residual, weight)]
     exact_sum = wide[0] + wide[1]
     rounded = exact_sum + (exact_sum.to(residual_dtype).double() - exact_sum).detach()
     exact = truth(rounded, wide[2])
     wanted = torch.autograd.grad([exact, rounded], wide, [g.double() for g in grads])
     for ours_, right in zip((y, total, *found), (exact.detach(), rounded.detach(), *wanted)):
-        # The kernel rounds each gradient once, to its own dtype; torch rounds x's to that of the sum before.
+        # The kernel rounds each gradient once, to its own dtype; torch rounds that of x to the sum's dtype first.
         twice = backend == "torch" and ours_ is found[0]
         roundings = 2.0 if twice else 4.0 if ours_.dtype == torch.float32 else 0.6
         coarse = torch.bfloat16 if twice else ours_.dtype
@@ -143,7 +163,7 @@ def test_frozen_weight_costs_no_pass_for_its_gradient(traffic: Traffic) -> None:
     expanded=st.booleans(),
 )
 def test_any_shape_and_stride(rows: int, columns: int, padding: int, dtype: torch.dtype, expanded: bool) -> None:
-    """Columns of a wider tensor, and a gradient that is one row repeated."""
+    """The input is columns of a wider tensor, and the upstream gradient may be one row, expanded."""
 
     def view(op):
         def run(x: Tensor, weight: Tensor) -> Tensor:
@@ -157,7 +177,8 @@ def test_any_shape_and_stride(rows: int, columns: int, padding: int, dtype: torc
 
 
 def test_tiles_pad_little_and_fit_registers() -> None:
-    """Rows of every published width lose less than a fifth to padding, in as many pieces as registers hold."""
+    """Rows of published models' widths lose less than a fifth to padding (narrow ones less than a half), and the pieces
+    fit the registers."""
     from llm_kernels.rms_norm.kernel import tile
 
     for columns in (1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 12288, 14336, 16384, 65536):
@@ -167,7 +188,7 @@ def test_tiles_pad_little_and_fit_registers() -> None:
             allowed = 1.5 if columns < 2048 or (columns, direction) == (2560, "backward") else 1.2
             assert cut.pieces * cut.block_n <= allowed * columns, (columns, cut)
             assert cut.warps_per_sm >= cut.warps or cut.warps == 32
-    # A program of 8 warps shares its SM with another one where it was alone with 16.
+    # Two programs of 8 warps fit on an SM, where one of 16 would be alone.
     assert [tile(columns, "backward").warps for columns in (5120, 8192)] == [8, 8]
 
 
@@ -184,9 +205,10 @@ def test_weight_gradient_is_deterministic() -> None:
     assert torch.equal(first, second)
 
 
+# 2,048 rows, beside which the weight and the partial sums of its gradient are small.
 @pytest.mark.parametrize("residual", [False, True])
 def test_moves_the_least_bytes(traffic: Traffic, residual: bool) -> None:
-    shape = {**BENCHMARK.small, "residual": residual}
+    shape = {**BENCHMARK.small, "tokens": 2048, "residual": residual}
     inputs = BENCHMARK.make(shape, torch.bfloat16, default_device())
     out = BENCHMARK.providers["ours"]()(*inputs)
     least = BENCHMARK.bytes_moved(shape, torch.bfloat16)  # type: ignore[misc]

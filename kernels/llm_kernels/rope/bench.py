@@ -1,4 +1,4 @@
-"""RoPE: real shapes, peers, minimal bytes and the configurations to compile ahead of time."""
+"""RoPE's benchmark: shapes of real models, peers, least bytes, and the configurations to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ BENCHMARK = Benchmark(
 
 
 def aot_cases(arch: int) -> list[AotCase]:
-    """Apart and packed, both pairings, head dims 64, 96 and 128, with and without a position array."""
+    """Queries and keys in two tensors and packed, both pairings, head dims 64, 96 and 128, with and without an array of
+    positions."""
     import triton
 
     from llm_kernels.rope.kernel import NUM_WARPS, _rope_kernel, block_heads
@@ -116,6 +117,6 @@ def aot_cases(arch: int) -> list[AotCase]:
             "BLOCK_D": triton.next_power_of_2(dim // 2), "INTERLEAVED": interleaved, "INVERSE": False,
         }  # fmt: skip
         name = f"rope {'packed' if packed else 'q, k'}{' interleaved' if interleaved else ''} d={dim} {heads}/{groups}"
-        # The token's position is a single number.
+        # One load may be narrow: the token's position is a single number.
         cases.append(AotCase(name, _rope_kernel, arguments, NUM_WARPS, wants=frozenset({"wide"}), narrow_allowed=1))
     return cases

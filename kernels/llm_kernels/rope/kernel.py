@@ -1,13 +1,13 @@
-"""Rotary embedding in Triton: queries and keys in one launch, from any strides, each element read and written once.
+"""Rotary embedding in Triton: queries and keys in one launch, any strides, each element read and written once.
 
     half rotation (Llama): pairs (i, i + d/2); interleaved (GPT-J): pairs (2i, 2i + 1)
-    (a, b) → (a cos - b sin, b cos + a sin); the inverse, which is backward, has -sin
+    (a, b) → (a cos - b sin, b cos + a sin); backward is the inverse, with -sin instead of sin
 
-d is how many dims of a head rotate: those after them stay as they are (partial rotary embedding).
+d is the number of dims of a head that rotate; the dims after them are left unchanged (partial rotary embedding).
 
-A program takes one token: its table row (fp32 [d/2] twice) is read once and serves all of its heads. fp32, bf16 or
-fp16, computed in fp32; nothing is saved for backward. Bytes of a token with H heads of both kinds, e being the element
-size: 2eHd + 4d + 4.
+A program rotates all heads of one token, so its row of the table (fp32 [d/2] twice) is read once. Inputs are fp32, bf16
+or fp16, computed in fp32; nothing is saved for backward. Bytes for a token with H heads, queries and keys together, and
+an element size of e: 2eHd + 4d + 4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 NUM_WARPS = 4
-# Cosine and sine fp32 [positions, d/2], the tokens' positions or None, the position of token 0 where there are none.
+# Cosine and sine fp32 [positions, d/2]; the tokens' positions or None; with None, the position of token 0.
 Table = tuple[Tensor, Tensor, Tensor | None, int]
 
 
@@ -41,14 +41,14 @@ def _rotate_heads(
     BLOCK_R: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """All heads of one token; with GROUP > 0 every GROUP-th is a value and stays. REST: dims after the rotated ones,
-    which are copied (0 in place)."""
+    """Rotates all heads of one token. With GROUP > 0 every GROUP-th head is a value and is left unchanged. REST: number
+    of dims after the rotated ones, which are copied (0 in place)."""
     for start in range(0, HEADS, BLOCK_H):
         heads = start + tl.arange(0, BLOCK_H)
         rotated = heads < HEADS
         if GROUP > 0:
             rotated = rotated & (heads % GROUP < GROUP - 1)
-        wide = heads.to(tl.int64)[:, None]  # a head's stride spans the sequence where heads come first in memory
+        wide = heads.to(tl.int64)[:, None]  # strides of heads are large where heads come first in memory
         if INTERLEAVED:
             dims = tl.arange(0, 2 * BLOCK_D)
             mask = rotated[:, None] & (dims < 2 * HALF)[None, :]
@@ -135,11 +135,11 @@ def _rope_kernel(
 
 
 def block_heads(heads: int, half: int) -> int:
-    """Heads of a tile: 1024 pairs, eight to a thread, or fewer where there are not so many heads."""
+    """Heads of a tile: 1024 pairs, which is eight per thread, or fewer if there are fewer heads."""
     return min(triton.next_power_of_2(heads), max(1, 1024 // triton.next_power_of_2(half)))
 
 
-# Launches of one shape share their constants: next_power_of_2 alone costs as much as an allocation.
+# Cached by shape: next_power_of_2 alone costs the host as much time as an allocation.
 @lru_cache(maxsize=1024)
 def _constants(heads: tuple[int, int], group: int, half: int, rest: int, flags: tuple[bool, bool]) -> dict[str, Any]:
     return {
@@ -164,7 +164,8 @@ def _position_strides(positions: Tensor | None) -> tuple[int, int]:
 
 
 def rotate(q: Tensor, k: Tensor, out: tuple[Tensor, Tensor], table: Table, flags: tuple[bool, bool]) -> None:
-    """q [s, b, h, d] and k [s, b, g, d], d contiguous, into ``out`` of the same shapes. flags: interleaved, inverse."""
+    """Rotates q [s, b, h, d] and k [s, b, g, d], d contiguous, into ``out``, tensors of the same shapes. flags:
+    interleaved, inverse."""
     tokens, rows, heads, dim = q.shape
     if not q.numel():
         return
@@ -188,7 +189,8 @@ def rotate(q: Tensor, k: Tensor, out: tuple[Tensor, Tensor], table: Table, flags
 
 
 def rotate_packed_(qkv: Tensor, table: Table, group: int, head_dim: int, flags: tuple[bool, bool]) -> None:
-    """qkv [s, b, heads * head_dim], whose every ``group``-th head is a value and stays. flags: interleaved, inverse."""
+    """Rotates qkv [s, b, heads * head_dim] in place, but for every ``group``-th head, which is a value. flags:
+    interleaved, inverse."""
     tokens, rows, width = qkv.shape
     if not qkv.numel():
         return

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of queries and keys, apart or packed."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of queries and keys, in two tensors or packed in one."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def rope(
     """Rotated q and k, in one launch.
 
     q: [s, b, h, d], k: [s, b, g, d], any strides with d contiguous, fp32, bf16 or fp16; computed in fp32, returned
-    contiguous in the same dtypes. rotary_dim: how many dims of a head rotate, the first ones, where the others stay
+    contiguous in the same dtypes. rotary_dim: the first so many dims of a head rotate and the others are unchanged
     (partial rotary embedding); all by default. interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + d/2) as
-    in Llama. Backward rotates by the opposite angles and keeps nothing but the table. Raises ValueError if shapes do
+    in Llama. Backward rotates by the opposite angles and saves nothing but the table. Raises ValueError if shapes do
     not match each other or the table.
     """
     if k.ndim != 4 or q.ndim != 4 or k.shape[:2] != q.shape[:2] or k.size(3) != q.size(3):
@@ -46,13 +46,12 @@ def rope_qkv_(
     interleaved: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Rotates queries and keys where they lie in a packed projection, and returns it.
+    """Rotates the queries and keys of a packed projection in place, and returns the projection.
 
     qkv: [s, b, w], w = num_groups (m + 2) head_dim: for every group m query heads, a key, a value, as megatron packs
-    them. It is overwritten, and so is the gradient that arrives in backward: for callers that know that nothing else
-    needs either, such as between a linear layer and attention. rotary_dim and interleaved: as in
-    rope. Raises ValueError if shapes do not match, or qkv is a leaf that requires a gradient, expanded or not
-    contiguous in w.
+    them. Both qkv and, in backward, its gradient are overwritten. So call it where nothing else needs either of them,
+    such as between a linear layer and attention. rotary_dim and interleaved: as in rope. Raises ValueError if shapes do
+    not match, or if qkv is a leaf that requires a gradient, expanded, or not contiguous in w.
     """
     group, rest = divmod(qkv.size(-1), num_groups * head_dim)
     if qkv.ndim != 3 or rest or group < 3:
@@ -71,7 +70,9 @@ def rope_qkv_(
 def _check(x: Tensor, dim: int, rotary_dim: int | None, table: RopeTable) -> None:
     tokens, rows, of_table = x.size(0), x.size(1), 2 * table.cos.size(1)
     if rotary_dim is None and of_table != dim:
-        raise ValueError(f"heads are {dim} wide, the table is for {of_table}; rotary_dim would say that some dims stay")
+        raise ValueError(
+            f"heads are {dim} wide, the table is for {of_table}; rotary_dim={of_table} would rotate the first dims only"
+        )
     if rotary_dim is not None and not of_table == rotary_dim <= dim:
         raise ValueError(f"rotary_dim = {rotary_dim}, but the table is for {of_table} and heads are {dim} wide")
     positions = table.token_positions
@@ -97,7 +98,8 @@ _Settings = tuple[RopeTable, int, int, bool, str]  # table, groups, width of a h
 
 
 class _RotatePacked(torch.autograd.Function):
-    """In place both ways; takes the flat projection, since autograd copies gradients of views changed in place."""
+    """Rotates in place, in forward and in backward. It takes the flat projection, because autograd copies the gradient
+    of a view that is changed in place."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, settings: _Settings, inverse: bool) -> Tensor:
@@ -108,7 +110,7 @@ class _RotatePacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a gradient that will be differentiated
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # backward with create_graph=True
             copy = grad.clone(memory_format=torch.contiguous_format)
             return _RotatePacked.apply(copy, ctx.settings, not ctx.inverse), None, None
         grad = grad.contiguous()

@@ -16,10 +16,10 @@ def inverse_frequencies(
     scaling: tuple[float, float, float, int] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Angle per token of each pair of dims, fp32 [head_dim / 2].
+    """The angle by which each pair of dims rotates per position, fp32 [head_dim / 2].
 
     scaling: (factor, low_freq_factor, high_freq_factor, original_max_position) of Llama 3.1 (arXiv 2407.21783): long
-    wavelengths are stretched by ``factor``, short ones stay, those between are interpolated.
+    wavelengths are stretched by ``factor``, short ones are unchanged, and those between are interpolated.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float().to(device) / head_dim
     frequencies = 1.0 / (base**exponents)
@@ -39,7 +39,7 @@ def cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Rotate(torch.autograd.Function):
-    """Backward is the rotation by the opposite angle; nothing but the tables is saved."""
+    """A rotation, whose backward is the rotation by the opposite angle; only the tables are saved."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,12 +55,12 @@ class _Rotate(torch.autograd.Function):
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads_first: bool = False) -> Tensor:
     half = x.shape[-1] // 2
     wide = x if x.dtype == torch.float64 else x.float()
-    if heads_first:  # [b, heads, s, d] in memory, in which attention reads fastest
+    if heads_first:  # [b, heads, s, d] in memory, the order in which torch's attention reads fastest
         seq, rows, heads, dim = x.shape
         out = wide.new_empty(rows, heads, seq, dim).permute(2, 0, 1, 3)
     else:
         out = torch.empty_like(wide, memory_format=torch.contiguous_format)
-    # Fused multiply-adds into place: two passes over each half instead of four.
+    # Fused multiply-adds into the result: two passes over each half instead of four.
     torch.mul(wide[..., :half], cos[..., :half], out=out[..., :half]).addcmul_(
         wide[..., half:], sin[..., :half], value=-1
     )
@@ -69,9 +69,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads_first: bool = False) -> T
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates dims (i, i + d/2) of x [s, b, heads, d] by the angles whose cosine and sine are given, broadcastable to
-    [s, b, 1, d] in fp32. Computed in fp32 (fp64 for fp64), returned in x's dtype, in memory as [b, heads, s, d]."""
-    if torch.compiler.is_compiling():  # the compiler fuses what _rotate arranges by hand
+    """Rotates the pairs of dims (i, i + d/2) of x [s, b, heads, d]. cos, sin: fp32, broadcastable to [s, b, 1, d].
+    Computed in fp32 (fp64 for fp64) and returned in x's dtype, in memory ordered as [b, heads, s, d]."""
+    if torch.compiler.is_compiling():  # the compiler fuses these operations by itself
         half = x.shape[-1] // 2
         wide = x if x.dtype == torch.float64 else x.float()
         first, second, cos, sin = wide[..., :half], wide[..., half:], cos[..., :half], sin[..., :half]
@@ -80,8 +80,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_table(x: Tensor, table: RopeTable, interleaved: bool) -> Tensor:
-    """``rope`` of x [s, b, heads, d] by a table; interleaved rotates pairs (2i, 2i + 1). Dims that the table does not
-    reach stay."""
+    """``rope`` of x [s, b, heads, d] with a RopeTable; interleaved: pairs are (2i, 2i + 1). Dims beyond those of the
+    table are unchanged."""
     rotated = 2 * table.cos.shape[1]
     if rotated < x.shape[-1]:
         return torch.cat((rope_table(x[..., :rotated], table, interleaved), x[..., rotated:]), dim=-1)
@@ -93,7 +93,7 @@ def rope_table(x: Tensor, table: RopeTable, interleaved: bool) -> Tensor:
 
 
 def rotate_by(x: Tensor, table: RopeTable, interleaved: bool, inverse: bool) -> Tensor:
-    """``rope_table``, or its inverse."""
+    """``rope_table``, or with ``inverse`` the rotation back."""
     return rope_table(
         x, RopeTable(table.cos, -table.sin, table.token_positions, table.offset) if inverse else table, interleaved
     )

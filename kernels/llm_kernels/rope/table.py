@@ -1,4 +1,4 @@
-"""Cosines and sines by position, and which position every token has."""
+"""The cosines and sines of every position, and the position of every token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RopeTable:
-    """What a rotary embedding needs of the tokens.
+    """Cosines and sines by position, and the tokens' positions.
 
-    cos, sin: fp32 [positions, d/2], contiguous, one row per position; token_positions: int32 [s] or [s, b], or None
-    where token i has position ``offset + i``. Documents packed after each other have a position array: 4 bytes a token
-    beside some kilobytes of heads, which costs less than a search in ``cu_seqlens`` by every program.
+    cos, sin: fp32 [positions, d/2], contiguous, one row per position. token_positions: int32 [s] or [s, b], or None if
+    token i has position ``offset + i``. Packed documents have token_positions: reading 4 bytes a token, beside the
+    kilobytes of its heads, costs less than a search in ``cu_seqlens`` by every program.
     """
 
     cos: Tensor
@@ -24,17 +24,17 @@ class RopeTable:
 
     @staticmethod
     def make(frequencies: Tensor, num_positions: int) -> RopeTable:
-        """Table of positions 0 … num_positions - 1 for frequencies [d/2]; tokens have the positions of their index."""
+        """The table of positions 0 … num_positions - 1 for frequencies [d/2]; token i has position i."""
         positions = torch.arange(num_positions, device=frequencies.device, dtype=torch.float32)
         angles = positions.unsqueeze(-1) * frequencies
         return RopeTable(angles.cos(), angles.sin())
 
     def at(self, token_positions: Tensor) -> RopeTable:
-        """The same table for tokens at the given positions, whole numbers [s] or [s, b]."""
+        """The same table for tokens at the given positions, integers [s] or [s, b]."""
         return RopeTable(self.cos, self.sin, token_positions.to(self.cos.device, torch.int32).contiguous())
 
     def from_offset(self, offset: int) -> RopeTable:
-        """The same table for tokens that begin at position ``offset``."""
+        """The same table for tokens of which the first has position ``offset``."""
         return RopeTable(self.cos, self.sin, None, offset)
 
     def from_cu_seqlens(self, cu_seqlens: Tensor, num_tokens: int) -> RopeTable:
@@ -44,11 +44,11 @@ class RopeTable:
         return self.at(tokens - cu_seqlens.long()[document])
 
     def full(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every token, fp32 [s, 1 or b, 1, d], halves repeated; what ref.rope takes."""
-        if torch.compiler.is_compiling():  # a graph computes it where it is wanted
+        """Cosine and sine of every token as ref.rope takes them: fp32 [s, 1 or b, 1, d], the d/2 numbers twice."""
+        if torch.compiler.is_compiling():  # a compiled graph computes them anew
             return self._spread(num_tokens)
         key = f"_full_{num_tokens}"
-        if key not in self.__dict__:  # kept: every layer of a model asks for the same
+        if key not in self.__dict__:  # cached, because every layer of a model asks for the same
             self.__dict__[key] = self._spread(num_tokens)
         return self.__dict__[key]
 

@@ -1,4 +1,4 @@
-"""RoPE against complex multiplication in fp64, and Llama 3.1's scaling against its published cases."""
+"""RoPE against complex multiplication in fp64, and the properties of Llama 3.1's scaling."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm_kernels.guard import Traffic
+from llm_kernels.memory_checker import Traffic
 from llm_kernels.rope import ref
 from llm_kernels.rope.bench import BENCHMARK
 from llm_kernels.rope.op import rope, rope_qkv_
 from llm_kernels.rope.ref import cos_sin, inverse_frequencies
 from llm_kernels.rope.table import RopeTable
-from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, random
+from llm_kernels.testing import TOLERANCE, assert_matches, compare, default_device, grid, random
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -61,7 +61,7 @@ def positions_of(table: RopeTable, tokens: int) -> Tensor:
 
 
 def turned(x: Tensor, table: RopeTable, interleaved: bool) -> Tensor:
-    """Complex multiplication, in fp64 with the fp32 table's cosines and sines for fp64 inputs."""
+    """The truth: complex multiplication in fp64, with the cosines and sines of the fp32 table."""
     at = positions_of(table, x.shape[0])
     factor = torch.complex(table.cos.double(), table.sin.double())[at].unsqueeze(2)
     wide = x.double()
@@ -75,7 +75,7 @@ def turned(x: Tensor, table: RopeTable, interleaved: bool) -> Tensor:
 
 
 def usual(x: Tensor, table: RopeTable, interleaved: bool) -> Tensor:
-    """What frameworks write: two products and a sum in x's dtype, tables rounded to it."""
+    """The framework's way: two products and a sum in x's dtype, with tables rounded to it."""
     at = positions_of(table, x.shape[0])
     cos, sin = (half[at].unsqueeze(2).to(x.dtype) for half in (table.cos, table.sin))
     if interleaved:
@@ -97,11 +97,21 @@ def variants(tokens: int, rows: int, dim: int) -> dict[str, RopeTable]:
     }
 
 
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-@pytest.mark.parametrize("kind", ["index", "offset", "array", "documents"])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_kernel(dtype: torch.dtype, kind: str, interleaved: bool) -> None:
+# Where positions come from, and which dims make a pair.
+KINDS = {
+    f"{kind}, {pairs}": (kind, pairs == "interleaved")
+    for kind in ("index", "offset", "array", "documents")
+    for pairs in ("half", "interleaved")
+}
+
+
+# Positions do not depend on the dtype; the pairing decides how elements are loaded and stored, in each dtype.
+@pytest.mark.parametrize(
+    ("case", "dtype"), grid(KINDS, bf16=["array, half", "array, interleaved"], fp16=["array, half"])
+)
+def test_kernel(case: str, dtype: torch.dtype) -> None:
     tokens, rows, dim = 7, 2, 64
+    kind, interleaved = KINDS[case]
     table = variants(tokens, rows, dim)[kind]
 
     def both(op):
@@ -125,7 +135,7 @@ def test_kernel(dtype: torch.dtype, kind: str, interleaved: bool) -> None:
 def test_any_shape_from_packed_strides(
     tokens: int, rows: int, groups: int, queries: int, dim: int, dtype: torch.dtype, interleaved: bool
 ) -> None:
-    """Queries and keys as strided views of one packed tensor, not copied."""
+    """Queries and keys are strided views of one packed tensor."""
     table = make_table(tokens, dim)
 
     def parts(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +155,7 @@ def test_any_shape_from_packed_strides(
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize(("groups", "queries"), [(1, 1), (2, 1), (2, 3)])
 def test_packed_in_place(groups: int, queries: int, interleaved: bool, backend: str) -> None:
-    """Queries and keys turn, values stay; backward turns the gradient back where it lies."""
+    """Queries and keys are rotated and values unchanged; backward rotates the gradient back in place."""
     tokens, rows, dim = 5, 2, 16
     table = variants(tokens, rows, dim)["array"]
     start = random(tokens, rows, groups * (queries + 2) * dim, dtype=torch.float32)
@@ -158,7 +168,7 @@ def test_packed_in_place(groups: int, queries: int, interleaved: bool, backend: 
         expected = turned(before[:, :, :, part].flatten(2, 3), table, interleaved)
         torch.testing.assert_close(after[:, :, :, part].flatten(2, 3).double(), expected, rtol=1e-6, atol=1e-6)
     upstream = random(tokens, rows, groups * (queries + 2) * dim, dtype=torch.float32, seed=3).detach()
-    # A rotation keeps scalar products: <turn(x), g> = <x, back(g)>.
+    # A rotation preserves scalar products: <rotate(x), g> = <x, rotate_back(g)>.
     (gradient,) = torch.autograd.grad(out, start, upstream.clone())
     torch.testing.assert_close((out.detach() * upstream).sum(), (start * gradient).sum(), rtol=1e-5, atol=1e-5)
     back = gradient.view(tokens, rows, groups, queries + 2, dim)[:, :, :, :-1].flatten(2, 3) / 2.0
@@ -181,9 +191,14 @@ def test_equals_transformers(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-@pytest.mark.parametrize(("rotated", "dim"), [(8, 16), (4, 6), (8, 20)])  # half; fewer; rest no power of two
+@pytest.mark.parametrize(
+    ("rotated", "dim"),
+    [(8, 16), (4, 6), (8, 20)],
+    ids=["half of a head rotates", "head dim is no power of two", "the rest is no power of two"],
+)
 def test_partial(rotated: int, dim: int, interleaved: bool, backend: str) -> None:
-    """A table for the first dims of a head (GPT-NeoX, GLM, Phi): they turn, the rest and its gradient pass."""
+    """A table for the first dims of a head (GPT-NeoX, GLM, Phi): these rotate; the others, and their gradient, pass
+    unchanged."""
     tokens, rows, groups, queries = 5, 2, 2, 3
     table = variants(tokens, rows, rotated)["array"]
 

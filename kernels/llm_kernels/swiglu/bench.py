@@ -1,4 +1,4 @@
-"""SwiGLU: real shapes, peers, minimal bytes and the configurations to compile ahead of time."""
+"""SwiGLU's benchmark: shapes of real models, peers, least bytes, and the configurations to compile ahead of time."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ BENCHMARK = Benchmark(
 
 
 def aot_cases(arch: int) -> list[AotCase]:
-    """Forward and backward at the models' widths and at an odd one."""
-    from llm_kernels.swiglu.kernel import BLOCK, NUM_WARPS, _swiglu_bwd_kernel, _swiglu_fwd_kernel
+    """Forward and backward at the widths of the models and at an odd one."""
+    from llm_kernels.swiglu.kernel import BLOCK, FULL_OCCUPANCY, NUM_WARPS, _swiglu_bwd_kernel, _swiglu_fwd_kernel
 
     cases = []
     for width in (11008, 13824, 3584, 1001):
@@ -78,6 +78,7 @@ def aot_cases(arch: int) -> list[AotCase]:
             ("forward", _swiglu_fwd_kernel, {**shared, "y_ptr": "*bf16"}),
             ("backward", _swiglu_bwd_kernel, backward),
         ):
-            case = AotCase(f"swiglu {name} F={width}", kernel, arguments, NUM_WARPS, wants=wants, narrow_allowed=0)
-            cases.append(case)
+            most = FULL_OCCUPANCY if wants and name == "backward" else None
+            name = f"swiglu {name} F={width}"
+            cases.append(AotCase(name, kernel, arguments, NUM_WARPS, wants=wants, maxnreg=most, narrow_allowed=0))
     return cases

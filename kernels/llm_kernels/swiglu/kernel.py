@@ -18,6 +18,8 @@ from llm_kernels.rows import as_rows
 
 BLOCK = 1024
 NUM_WARPS = 4
+# Registers of a thread with which an SM holds all its warps. In bf16 ptxas takes 34 if it may, and saves nothing by it.
+FULL_OCCUPANCY = 32
 
 
 @triton.jit
@@ -69,7 +71,17 @@ def backward(dy: Tensor, x: Tensor, out: Tensor) -> None:
         target, target_stride = (rows, x_stride) if same else as_rows(out)
         grid = (elements // width, -(-width // BLOCK))
         _swiglu_bwd_kernel[grid](
-            dy, rows, target, dy_stride, x_stride, target_stride, F=width, BLOCK=BLOCK, num_warps=NUM_WARPS
+            dy,
+            rows,
+            target,
+            dy_stride,
+            x_stride,
+            target_stride,
+            F=width,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            # What is not aligned is read element by element, and 32 registers do not hold that.
+            maxnreg=None if (width | dy_stride | x_stride | dy.data_ptr() | rows.data_ptr()) % 16 else FULL_OCCUPANCY,
         )
         if same and rows.data_ptr() != x.data_ptr():  # x could not be seen as rows without a copy
             x.copy_(rows.view(x.shape))

@@ -28,23 +28,17 @@ def swiglu(x: Tensor, *, inplace_backward: bool = False, backend: str = "auto") 
 
 
 def _forward(x: Tensor, inplace: bool) -> Tensor:
-    from llm_kernels.swiglu import kernel
-
-    return kernel.forward(x)
+    return dispatch.launchers("swiglu").forward(x)
 
 
 def _backward(dy: Tensor, x: Tensor) -> Tensor:
-    from llm_kernels.swiglu import kernel
-
     out = fresh(x)
-    kernel.backward(dy, x, out)
+    dispatch.launchers("swiglu").backward(dy, x, out)
     return out
 
 
 def _backward_(dy: Tensor, x: Tensor) -> None:
-    from llm_kernels.swiglu import kernel
-
-    kernel.backward(dy, x, x)
+    dispatch.launchers("swiglu").backward(dy, x, x)
 
 
 dispatch.define(

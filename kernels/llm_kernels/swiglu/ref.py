@@ -10,7 +10,7 @@ from llm_kernels import dispatch
 
 
 class _SwiGlu(torch.autograd.Function):
-    """Saves only its input; the gate's activation is computed again in backward."""
+    """Saves only its input; backward computes the activation of the gate again."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(x: Tensor) -> Tensor:
     """``silu(gate) * up`` where x [..., 2f] holds gate then up along its last dim; returns [..., f] in x's dtype."""
-    if torch.compiler.is_compiling():  # the compiler decides itself what it keeps and what it computes again
+    if torch.compiler.is_compiling():  # the compiler decides by itself what is saved and what is computed again
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
     return _SwiGlu.apply(x)

@@ -1,0 +1,306 @@
+"""Checkpoints in memory: after a step each process copies its share of the optimizer state into its node's memory and
+to a partner node, while the next step computes; after a fault any layout restores from what is left.
+
+As Gemini (Wang et al. 2023, SOSP) does it, with two slots each: a process enters the reduction of step s + 1 only when
+its copy of step s is complete here and at the partner, so that when anyone has made step s + 1, everyone's step s is
+safe, and the slot of step s - 1 may go.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from llm_launch.replicas import RemoteReplica, ReplicaSender
+from llm_launch.vault import PLANES, VaultFile, vault_name
+from llm_parallel.checkpoint.optimizer import (
+    allocate_moments,
+    apply_configured_settings,
+    engines_of,
+    optimizer_steps,
+    set_optimizer_steps,
+    settings_changed,
+    settings_in_use,
+)
+from llm_parallel.checkpoint.pieces import Piece, held_pieces, weights_follow
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.model.tensors import Role, kind_of
+from llm_parallel.parallel.engine import POLICY, Models, network_of
+
+PARTNER_TIMEOUT_S = 60.0
+
+
+class ReplicaLost(RuntimeError):
+    """The copies that were promised are not there any more."""
+
+
+class MemoryCopies:
+    """One process's copies of all models that it trains, in one generation of a run.
+
+    ``partner``: address of the node that keeps the second copy, or None."""
+
+    def __init__(
+        self,
+        models: Models,
+        folder: Path,
+        generation: int,
+        partner: tuple[str, int] | None,
+        secret: str,
+    ) -> None:
+        self._engines = engines_of(models)
+        for engine in self._engines.values():
+            allocate_moments(engine)
+        self._held = held_pieces(models, divided=True)
+        numbers = sum(held.piece.stop - held.piece.start for held in self._held)
+        groups = network_of(models[POLICY]).groups
+        rank, self._on_gpu = groups.rank, groups.platform.is_cuda
+        header = {
+            "generation": generation,
+            "rank": rank,
+            "numbers": numbers,
+            "index": [held.piece for held in self._held],
+        }
+        self._file = VaultFile.create(folder / "own" / vault_name(generation, rank), header)
+        self._slots = [_planes(self._file, slot) for slot in range(2)]
+        self._sender = ReplicaSender(partner, secret, self._file) if partner else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="replica")
+        self._running: Future[None] | None = None
+        self._step = -1
+        self.bytes_per_copy = PLANES * 4 * numbers
+
+    def start(self, state: TrainState) -> None:
+        """Begins the copy of the state after ``state.step``, which must not change before ``finish``."""
+        self.finish()
+        record = {
+            "train": asdict(state),
+            "optimizer_steps": {name: optimizer_steps(engine) for name, engine in self._engines.items()},
+            "settings": settings_in_use(self._engines[POLICY]),
+        }
+        self._step = state.step
+        device_done = None
+        if self._on_gpu:
+            device_done = torch.cuda.Event()
+            device_done.record()
+        self._running = self._thread.submit(self._copy, state.step, record, device_done)
+
+    def finish(self) -> None:
+        """Waits until the last copy is complete, here and, as long as the partner node lives, there."""
+        if self._running is None:
+            return
+        running, self._running = self._running, None
+        running.result()
+        if self._sender is not None and self._sender.failure is None:
+            self._sender.wait(self._step, PARTNER_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Ends the threads; the files stay."""
+        self._thread.shutdown(wait=True)
+        if self._sender is not None:
+            self._sender.close()
+
+    @torch.no_grad()
+    def _copy(self, step: int, record: dict[str, Any], device_done: Any) -> None:
+        complete = self._file.steps()
+        slot = next(slot for slot in range(2) if complete.get(max(complete, default=-1)) != slot)
+        self._file.begin(slot)
+        if device_done is not None:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                device_done.wait()
+                self._copy_planes(slot)
+                torch.cuda.current_stream().synchronize()
+        else:
+            self._copy_planes(slot)
+        self._file.commit(slot, step, record)
+        if self._sender is not None and self._sender.failure is None:
+            self._sender.send(step, slot)
+
+    def _copy_planes(self, slot: int) -> None:
+        targets = self._slots[slot]
+        for piece, planes in self._held:
+            where = slice(piece.at, piece.at + piece.stop - piece.start)
+            for target, plane in zip(targets, planes):
+                target[where].copy_(plane)
+
+
+def _planes(file: VaultFile, slot: int) -> torch.Tensor:
+    """fp32 [3, numbers] over the memory of ``slot``."""
+    return torch.frombuffer(
+        file.map, dtype=torch.float32, count=PLANES * file.numbers, offset=file.data_offset(slot)
+    ).view(PLANES, file.numbers)
+
+
+class Source(Protocol):
+    """One process's share in some node's memory."""
+
+    index: list[Piece]
+    state: dict[str, Any]
+
+    def read(self, at: int, count: int) -> np.ndarray:
+        """fp32 [3, count]: numbers from ``at`` on of each plane."""
+
+    def close(self) -> None:
+        """Ends the connection, if there is one."""
+
+
+class LocalSource:
+    """A share in this node's memory."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        try:
+            self._file = VaultFile.open(path)
+            slot = self._file.steps()[step]
+        except (OSError, ValueError, KeyError) as error:
+            raise ReplicaLost(f"{path} has no copy of step {step}") from error
+        self.index = [Piece.read(values) for values in self._file.header["index"]]
+        self.state = self._file.state(slot)
+        numbers = np.frombuffer(self._file.data(slot), dtype=np.float32)
+        self._planes = numbers.reshape(PLANES, self._file.numbers)
+
+    def read(self, at: int, count: int) -> np.ndarray:
+        """fp32 [3, count]."""
+        return self._planes[:, at : at + count]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class RemoteSource:
+    """A share in another node's memory."""
+
+    def __init__(self, address: tuple[str, int], secret: str, kind: str, generation: int, rank: int, step: int) -> None:
+        try:
+            self._replica = RemoteReplica(address, secret, kind, generation, rank)
+            self.state, _ = self._replica.read(step, 0, 0)
+        except OSError as error:
+            raise ReplicaLost(f"the copy of rank {rank} at {address[0]} cannot be read ({error})") from error
+        self._step, self._numbers = step, self._replica.header["numbers"]
+        self.index = [Piece.read(values) for values in self._replica.header["index"]]
+
+    def read(self, at: int, count: int) -> np.ndarray:
+        """fp32 [3, count]."""
+        planes = []
+        for plane in range(PLANES):
+            start = 4 * (plane * self._numbers + at)
+            try:
+                _, data = self._replica.read(self._step, start, start + 4 * count)
+            except OSError as error:
+                raise ReplicaLost(f"a copy cannot be read any more ({error})") from error
+            planes.append(np.frombuffer(data, dtype=np.float32))
+        return np.stack(planes)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._replica.close()
+
+
+class Assembler:
+    """Finds pieces of one layout in the pieces of another. A source is opened when those before it do not hold what is
+    wanted: of a hundred replicas' shares a process needs its own, or two others' after a change of their number."""
+
+    def __init__(self, openers: Sequence[Callable[[], Source]]) -> None:
+        self._unopened = list(reversed(openers))
+        self.opened: list[Source] = []
+        self._by_key: dict[str, dict[tuple, list[tuple[Source, Piece]]]] = defaultdict(lambda: defaultdict(list))
+
+    def _open_until_held(self, wanted: Piece) -> None:
+        while self._unopened and not _covers(self._by_key[wanted.key].get(wanted.box, ()), wanted):
+            self._open_next()
+
+    def _open_next(self) -> None:
+        source = self._unopened.pop()()
+        self.opened.append(source)
+        for piece in source.index:
+            self._by_key[piece.key][piece.box].append((source, piece))
+
+    def state(self) -> dict[str, Any]:
+        """What every source has beside its numbers; a process may hold none of them."""
+        if not self.opened:
+            self._open_next()
+        return self.opened[0].state
+
+    def read(self, wanted: Piece) -> np.ndarray:
+        """fp32 [3, stop - start]. Raises ReplicaLost if part of it is in no source."""
+        self._open_until_held(wanted)
+        boxes = self._by_key[wanted.key]
+        same = boxes.get(wanted.box)
+        if same is not None:
+            numbers = _range_of(same, wanted.start, wanted.stop)
+        else:
+            numbers = self._from_other_boxes(boxes, wanted)
+        missing = np.isnan(numbers)
+        if missing.any():
+            # The last rows of these only round the vocabulary up, to a number that depends on the layout.
+            if kind_of(wanted.tensor).role is not Role.VOCABULARY or same is not None:
+                raise ReplicaLost(f"part of {wanted.key} is in no copy")
+            numbers = np.where(missing, np.float32(0), numbers)
+        return numbers
+
+    def _from_other_boxes(self, boxes: dict[tuple, list[tuple[Source, Piece]]], wanted: Piece) -> np.ndarray:
+        whole = np.full((PLANES, *wanted.shape), np.nan, dtype=np.float32)
+        for (_, offset, shape), parts in boxes.items():
+            low = [max(a, b) for a, b in zip(wanted.offset, offset)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(wanted.offset, wanted.shape, offset, shape)]
+            if any(a >= b for a, b in zip(low, high)):
+                continue
+            box = _range_of(parts, 0, int(np.prod(shape))).reshape(PLANES, *shape)
+            there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset))
+            here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, wanted.offset))
+            whole[(slice(None),) + here] = box[(slice(None),) + there]  # noqa: RUF005  (Python 3.10)
+        return whole.reshape(PLANES, -1)[:, wanted.start : wanted.stop]
+
+
+def _covers(parts: Sequence[tuple[Source, Piece]], wanted: Piece) -> bool:
+    """Whether ranges of the same box hold all of ``wanted``."""
+    reached = wanted.start
+    for start, stop in sorted((piece.start, piece.stop) for _, piece in parts):
+        if start <= reached:
+            reached = max(reached, stop)
+    return reached >= wanted.stop
+
+
+def _range_of(parts: list[tuple[Source, Piece]], start: int, stop: int) -> np.ndarray:
+    """fp32 [3, stop - start] of a box from those of its ranges that are there; NaN where none is."""
+    numbers = np.full((PLANES, stop - start), np.nan, dtype=np.float32)
+    for source, piece in parts:
+        low, high = max(start, piece.start), min(stop, piece.stop)
+        if low < high:
+            numbers[:, low - start : high - start] = source.read(piece.at + low - piece.start, high - low)
+    return numbers
+
+
+@torch.no_grad()
+def restore(
+    models: Models, openers: Sequence[Callable[[], Source]], changed: Callable[[list[str]], None] = lambda _: None
+) -> TrainState:
+    """Puts the state that sources hold together into freshly built engines, whatever layout saved it. They are opened
+    in order, as far as they are needed, and closed. The configured settings of the optimizer apply; ``changed`` is told
+    which of them, as ``field old → new``, are not those of the copies.
+
+    Every process of the job calls this. Raises ReplicaLost if something is missing.
+    """
+    engines = engines_of(models)
+    for engine in engines.values():
+        allocate_moments(engine)
+    assembler = Assembler(openers)
+    try:
+        for piece, planes in held_pieces(models, divided=False):
+            for plane, numbers in zip(planes, assembler.read(piece)):
+                plane.copy_(torch.from_numpy(np.ascontiguousarray(numbers)))
+        for engine in engines.values():
+            weights_follow(engine)
+        record = assembler.state()
+    finally:
+        for source in assembler.opened:
+            source.close()
+    for name, engine in engines.items():
+        set_optimizer_steps(engine, record["optimizer_steps"][name])
+        apply_configured_settings(engine)
+    changed(settings_changed(record.get("settings", {}), settings_in_use(engines[POLICY])))
+    return TrainState(**record["train"])

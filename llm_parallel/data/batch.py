@@ -1,0 +1,77 @@
+"""One micro batch, as models and objectives see it.
+
+Shapes: b rows, s tokens of a row, d documents of the row that has the most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from llm_parallel.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of each row begin: int32 CPU tensors, one for each row, whose first number is 0. The last
+    document ends with the row. Attention stops at documents, and positions begin anew."""
+
+    starts: tuple[Tensor, ...]
+
+    @property
+    def most(self) -> int:
+        """Documents of the row that has the most."""
+        return max(len(starts) for starts in self.starts)
+
+    def of_positions(self, positions: Tensor) -> Tensor:
+        """Number of the document, from 0, in which each position lies: int64 [b, positions], on the CPU."""
+        return torch.stack([torch.searchsorted(starts.long(), positions, right=True) - 1 for starts in self.starts])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens, labels: int64 [b, s]; weights: fp32 [b, s], what each label's loss counts (0 for a prompt's); documents:
+    None where attention does not stop at documents; columns: fp32 [b, s] by name, a number for each label, as the
+    log-probability under a reference; facts: fp32 [b, d] by name, a number for each document, as a reward."""
+
+    tokens: Tensor
+    labels: Tensor
+    weights: Tensor
+    documents: Documents | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    facts: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; copies from pinned memory do not block."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens=moved(self.tokens),
+            labels=moved(self.labels),
+            weights=moved(self.weights),
+            columns={name: moved(column) for name, column in self.columns.items()},
+            facts={name: moved(fact) for name, fact in self.facts.items()},
+        )
+
+    def context_shard(self, mesh: Mesh, cp_rank: int) -> Batch:
+        """The tokens that context-parallel rank ``cp_rank`` holds; documents and their facts stay whole."""
+        if mesh.cp == 1:
+            return self
+        ranges = mesh.token_ranges(self.tokens.shape[1], cp_rank)
+
+        def take(x: Tensor) -> Tensor:
+            return torch.cat([x[:, part.start : part.stop] for part in ranges], dim=1)
+
+        return replace(
+            self,
+            tokens=take(self.tokens),
+            labels=take(self.labels),
+            weights=take(self.weights),
+            columns={name: take(column) for name, column in self.columns.items()},
+        )

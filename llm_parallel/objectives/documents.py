@@ -1,0 +1,41 @@
+"""Sums over the documents of a batch, whose tokens context-parallel ranks share."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm_parallel.data.batch import Batch
+from llm_parallel.parallel.groups import Groups
+
+
+class _SumOverContext(torch.autograd.Function):
+    """Sum over context-parallel ranks. Each goes on with the whole sum and differentiates its own tokens' part."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+def sum_by_document(values: Tensor, batch: Batch, groups: Groups) -> Tensor:
+    """Sums of ``values``, [b, s] of this process's tokens, over each document's tokens on all context-parallel ranks:
+    [b, d], 0 for documents that a row does not have. ``batch`` is this process's context shard; it has documents."""
+    assert batch.documents is not None
+    mesh = groups.mesh
+    ranges = mesh.token_ranges(values.shape[1] * mesh.cp, groups.at.cp)
+    positions = torch.cat([torch.arange(part.start, part.stop) for part in ranges])
+    numbers = batch.documents.of_positions(positions).to(values.device)
+    sums = values.new_zeros(values.shape[0], batch.documents.most).scatter_add(1, numbers, values)
+    return _SumOverContext.apply(sums, groups.collection.cp) if mesh.cp > 1 else sums
+
+
+def counted_once(total: Tensor, groups: Groups) -> Tensor:
+    """A sum that all context-parallel ranks have alike, with the value 0 on all but one and its gradient on all."""
+    return total if groups.at.cp == 0 else total - total.detach()

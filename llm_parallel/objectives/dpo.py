@@ -1,0 +1,53 @@
+"""Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_parallel.data.batch import Batch
+from llm_parallel.objectives.base import Output, Terms
+from llm_parallel.objectives.documents import counted_once, sum_by_document
+from llm_parallel.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class DPO:
+    """-log sigmoid(beta ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))), summed over pairs.
+
+    Documents 2i and 2i + 1 of a row are the chosen and the rejected answer of a pair, each behind its prompt; a pair
+    without any weighted label, as padding makes it, does not count. p is the model's probability of a document's
+    weighted labels, q the reference's, whose logarithm for each label is the batch's column ``reference``.
+    """
+
+    beta: float = 0.1
+    unit: Literal["pair"] = "pair"
+    reads: tuple[str, ...] = ("reference",)
+    statistics: tuple[str, ...] = ("accuracy", "chosen_reward", "rejected_reward")
+    weighted_in_model: bool = False
+    loss_options: Mapping[str, float] = field(default_factory=dict)
+
+    def prepare(self, models: Mapping[str, Any], batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The batches as they are."""
+        return batches
+
+    def __call__(self, batch: Batch, groups: Groups, output: Output) -> Terms:
+        """See ``Objective``. Rewards are beta (log p - log q)."""
+        assert isinstance(output, Tensor)
+        rewards = self.beta * sum_by_document((-output - batch.columns["reference"]) * batch.weights, batch, groups)
+        weighted = sum_by_document((batch.weights != 0).float(), batch, groups) > 0
+        pairs = rewards.shape[1] // 2 * 2
+        chosen, rejected = rewards[:, 0:pairs:2], rewards[:, 1:pairs:2]
+        counts = (weighted[:, 0:pairs:2] & weighted[:, 1:pairs:2]).float()
+        total = (-F.logsigmoid(chosen - rejected) * counts).sum()
+        here = counts * float(groups.at.cp == 0)
+        stats = {
+            "accuracy": ((chosen > rejected) * here).sum(),
+            "chosen_reward": (chosen.detach() * here).sum(),
+            "rejected_reward": (rejected.detach() * here).sum(),
+        }
+        return Terms(counted_once(total, groups), here.sum(), stats)

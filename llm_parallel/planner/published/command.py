@@ -1,0 +1,29 @@
+"""``llm-parallel plan --validate`` and ``--refit``: scores against published measurements, and a fit to them."""
+
+from __future__ import annotations
+
+import json
+
+from llm_parallel.files import atomic_write
+from llm_parallel.planner.published import scores
+from llm_parallel.planner.published.fit import as_record, fit_chip
+from llm_parallel.planner.published.rows import read_rows
+
+
+def validate_command(rows: str | None, out: str | None) -> int:
+    """``plan --validate``: prints how far predictions are from measured rows; ``out``: JSON file of the same."""
+    found = scores.report(rows, print)
+    if out:
+        with atomic_write(out) as handle:
+            json.dump(found, handle, indent=1)
+    return 0
+
+
+def refit_command(target: str) -> int:
+    """``plan --refit``: fits the constants anew on the declared half of the rows and writes them as JSON."""
+    rows, _ = read_rows()
+    records = {chip: as_record(fit_chip(chip, rows), rows, chip) for chip in scores.CHIPS}
+    with atomic_write(target) as handle:
+        json.dump(records, handle, indent=1)
+    print(f"written: {target}")
+    return 0

@@ -1,0 +1,119 @@
+"""Fits a chip's constants to a declared half of the published rows; errors are measured on the other half.
+
+The fitted half is, within every source and sorted by row number, each row at an even position. Each constant has a
+prior from elsewhere (such as a large matrix product's share of the peak, or an NCCL ring's share of the line rate) that
+weighs as much as a few rows, so that constants that the rows do not determine stay physical."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+
+from llm_parallel.planner.hardware import Cluster, Constants, load_cluster
+from llm_parallel.planner.published.rows import Row
+from llm_parallel.planner.steptime import step_time
+
+MICRO_BATCHES = (1, 2, 4, 8)
+# Prior, smallest and largest value of each constant, and how many rows the prior weighs as much as. The priors of gemm
+# are a little under what large products were measured to reach (stas00/ml-engineering: A100 86.9 %, H100 80.3 %, fp8
+# 70.9 %).
+PRIORS: dict[str, dict[str, tuple[float, float, float, float]]] = {
+    "A100": {
+        "gemm": (0.82, 0.5, 0.92, 4), "gemm_te": (0.82, 0.5, 0.92, 4), "gemm_fp8": (0.82, 0.5, 0.92, 4),
+        "flash": (0.50, 0.25, 0.75, 2), "flash_te": (0.55, 0.25, 0.8, 2), "memory": (0.75, 0.3, 0.95, 2),
+        "nvlink": (0.70, 0.4, 0.95, 2), "nic": (0.75, 0.3, 0.98, 2), "tp_hidden": (0.5, 0.0, 0.95, 2),
+        "dp_hidden": (0.9, 0.0, 1.0, 2), "layer_us": (30.0, 0.0, 400.0, 1), "jitter": (0.006, 0.0, 0.03, 1),
+    },
+    "H100": {
+        "gemm": (0.72, 0.4, 0.85, 4), "gemm_te": (0.72, 0.4, 0.85, 4), "gemm_fp8": (0.60, 0.3, 0.75, 4),
+        "flash": (0.35, 0.15, 0.70, 2), "flash_te": (0.5, 0.2, 0.8, 2), "memory": (0.75, 0.3, 0.95, 2),
+        "nvlink": (0.75, 0.4, 0.95, 2), "nic": (0.85, 0.3, 0.98, 2), "tp_hidden": (0.6, 0.0, 0.95, 2),
+        "dp_hidden": (0.9, 0.0, 1.0, 2), "layer_us": (20.0, 0.0, 400.0, 1), "jitter": (0.006, 0.0, 0.03, 1),
+    },
+}  # fmt: skip
+SPREAD = 0.25
+"""Relative distance from the prior at which it costs as much as 10 % error in each of the rows that it stands for."""
+
+
+def family_of(chip: str) -> str:
+    """Name of a chip's constants; an H200 is an H100 with more and faster memory."""
+    return "A100" if chip == "A100" else "H100"
+
+
+def is_fitted(rows: Sequence[Row]) -> dict[int, bool]:
+    """Whether each row, by number, belongs to the fitted half."""
+    seen: dict[str, int] = {}
+    found = {}
+    for row in sorted(rows, key=lambda row: row.number):
+        found[row.number] = seen.get(row.source, 0) % 2 == 0
+        seen[row.source] = seen.get(row.source, 0) + 1
+    return found
+
+
+def predict(row: Row, cluster: Cluster) -> float:
+    """Predicted seconds of a step. Where the source states no micro batch or no number of model chunks, the fastest
+    counts."""
+    choices = [row.strategy]
+    if row.open_micro_batch:
+        most = row.strategy.global_batch // row.strategy.dp
+        fitting = [m for m in MICRO_BATCHES if m <= most and most % m == 0]
+        choices = [replace(row.strategy, micro_batch=m) for m in fitting] or choices
+    if row.open_vpp:
+        layers = row.shape.layers // row.strategy.pp
+        choices = [replace(c, vpp=v) for c in choices for v in range(1, layers + 1) if layers % v == 0]
+    return min(step_time(row.shape, choice, cluster).total for choice in choices)
+
+
+def clusters_with(constants: Mapping[str, Constants]) -> dict[str, Cluster]:
+    """The package's clusters with these constants."""
+    return {
+        name: load_cluster(name, constants)
+        for name in ("dgx-a100", "dgx-a100-40", "dgx-h100", "dgx-h100-500w", "dgx-h200")
+    }
+
+
+def log_errors(rows: Sequence[Row], constants: Mapping[str, Constants]) -> list[float]:
+    """ln(predicted / measured step time) of each row."""
+    clusters = clusters_with(constants)
+    return [math.log(predict(row, clusters[row.cluster]) / row.step_s) for row in rows]
+
+
+def fit_chip(chip: str, rows: Sequence[Row]) -> Constants:
+    """Constants of one kind of chip from its rows of the fitted half. A source weighs as much as the square root of its
+    number of rows. Needs scipy."""
+    from scipy.optimize import least_squares
+
+    half = is_fitted(rows)
+    mine = [row for row in rows if family_of(row.chip) == chip and half[row.number]]
+    counts = {row.source: sum(other.source == row.source for other in mine) for row in mine}
+    weights = [counts[row.source] ** -0.25 for row in mine]
+    priors = PRIORS[chip]
+    names = [field.name for field in fields(Constants)]
+    base = clusters_with({})
+
+    def residuals(x: Sequence[float]) -> list[float]:
+        constants = Constants(**dict(zip(names, x)))
+        here = {n: replace(c, chip=replace(c.chip, constants=constants)) for n, c in base.items()}
+        errors = [w * math.log(predict(row, here[row.cluster]) / row.step_s) for row, w in zip(mine, weights)]
+        pulls = []
+        for name, value in zip(names, x):
+            prior, least, most, strength = priors[name]
+            scale = SPREAD * (prior if prior < 1.5 else most - least)
+            pulls.append(0.1 * math.sqrt(strength) * (value - prior) / scale)
+        return [*errors, *pulls]
+
+    start = [priors[name][0] for name in names]
+    bounds = ([priors[name][1] for name in names], [priors[name][2] for name in names])
+    scales = [max(value, 0.1) for value in start]
+    found = least_squares(residuals, start, bounds=bounds, loss="soft_l1", f_scale=0.1, x_scale=scales)
+    return Constants(**{name: float(f"{value:.4g}") for name, value in zip(names, found.x)})
+
+
+def as_record(constants: Constants, rows: Sequence[Row], chip: str) -> dict[str, object]:
+    """What constants.json keeps of a fit: the constants, and the rows that they were fitted to."""
+    half = is_fitted(rows)
+    return {
+        "constants": asdict(constants),
+        "rows": [row.number for row in rows if family_of(row.chip) == chip and half[row.number]],
+    }

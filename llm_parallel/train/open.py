@@ -1,0 +1,176 @@
+"""Opening a run: models, data, state and metrics of one process, resumed from wherever its state is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llm_parallel.checkpoint.load import load_checkpoint, refuse_damaged
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.checkpoint.store import CheckpointStore
+from llm_parallel.config.rules import check_config
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.errors import UserError
+from llm_parallel.metrics.peaks import Peak, find_peak
+from llm_parallel.metrics.record import Basis
+from llm_parallel.metrics.run import World, open_metrics
+from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
+from llm_parallel.model.gpt import build_policy
+from llm_parallel.model.hf import is_hf_folder, load_hf_weights
+from llm_parallel.model.numerics import dtype_of
+from llm_parallel.objectives.base import Objective
+from llm_parallel.objectives.likelihood import Likelihood
+from llm_parallel.parallel import comm_time
+from llm_parallel.parallel.engine import POLICY, Engine, Models, build_engine
+from llm_parallel.parallel.groups import Groups, open_groups
+from llm_parallel.parallel.layout import Layout
+from llm_parallel.parallel.platform import open_platform, set_deterministic
+from llm_parallel.train.feed import Feed, TokenFeed, evaluation_batches
+from llm_parallel.train.guard import Guard
+from llm_parallel.train.run import Place, Run
+from llm_parallel.train.watch import Resumed, Watch
+
+
+def policy_engine(config: RunConfig, groups: Groups) -> Engine:
+    """The model that a run configuration describes, with initial weights, and its optimizer."""
+    return build_engine(build_policy(config, groups), config.optim, config.parallel)
+
+
+def policy_alone(config: RunConfig, groups: Groups) -> Models:
+    """The models of a run that has one."""
+    return {POLICY: policy_engine(config, groups)}
+
+
+def likelihood(config: RunConfig) -> Objective:
+    """Next-token prediction as a run configuration wants it."""
+    return Likelihood(label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a run trains: what a step minimises, with which models, on what; and how held-out data is judged."""
+
+    objective: Callable[[RunConfig], Objective] = likelihood
+    evaluation: Objective = field(default_factory=Likelihood)
+    models: Callable[[RunConfig, Groups], Models] = policy_alone
+    feed: Callable[[RunConfig, Groups, int], Feed] = TokenFeed
+
+
+PRETRAINING = Method()
+
+
+def open_run(
+    config: RunConfig, place: Place, asked_to_stop: Callable[[], bool], watch: Watch, method: Method = PRETRAINING
+) -> Run:
+    """Builds models, optimizer, data and metrics, and resumes from the nearest state if there is one."""
+    started_s = time.monotonic() - place.elapsed_s  # building and loading count towards the time limit
+    platform = open_platform(config.device, place.local_rank, config.train.threads_per_process)
+    check_config(config, place.world_size, platform.kind, uneven=watch.uneven)  # type: ignore[arg-type]
+    if config.train.deterministic:
+        set_deterministic()
+    layout = Layout.from_config(config, place.world_size)
+    groups = open_groups(layout, place.rank, platform, config.seed, store=place.store)
+    models = method.models(config, groups)
+    run_dir = Path(config.run_dir)
+    store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
+    resumed = watch.restore(models) or resume(config, models, store)
+    state = resumed.state
+    guard = Guard(config.train.guard)
+    guard.restore(state.guard, state.consecutive_skips)
+    peak = find_peak(platform.device_name, config.log.peak_tflops)
+    basis = Basis(
+        world_size=place.world_size,
+        seq_length=config.data.seq_length_tokens,
+        flops_per_token=flops_per_token(config.model, config.data.seq_length_tokens),
+        peak_tflops=peak.tflops,
+        total_steps=config.train.steps,
+    )
+    world = World(place.world_size, layout.describe(), platform.device_name, platform.is_cuda)
+    held_out = evaluation_batches(config, groups)
+    with ExitStack() as opened:  # what runs in threads must end if the rest of this fails
+        feed = method.feed(config, groups, state.consumed_samples)
+        opened.callback(feed.close)
+        objective = method.objective(config)
+        check_feed(objective, feed)
+        metrics = open_metrics(
+            place.rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
+        )
+        opened.callback(metrics.close)
+        metrics.start(describe(config, layout, groups, resumed, peak))
+        if resumed.changed:
+            metrics.event("settings_changed", step=state.step, changed=resumed.changed)
+        run = Run(
+            config=config,
+            layout=layout,
+            models=models,
+            objective=objective,
+            evaluation=method.evaluation,
+            feed=feed,
+            held_out=held_out,
+            store=store,
+            state=state,
+            guard=guard,
+            metrics=metrics,
+            basis=basis,
+            comm=open_comm_time(config, groups) if config.log.comm_time else comm_time.Untimed(),
+            asked_to_stop=asked_to_stop,
+            started_s=started_s,
+        )
+        watch.opened(run)
+        opened.pop_all()
+    return run
+
+
+def check_feed(objective: Objective, feed: Feed) -> None:
+    """Raises UserError if the data lacks a column or a fact that the objective reads."""
+    missing = [name for name in objective.reads if name not in feed.offers]
+    if missing:
+        offered = ", ".join(feed.offers) or "none"
+        raise UserError(f"the data has no column {missing[0]!r}, which the objective reads; it has {offered}")
+
+
+def open_comm_time(config: RunConfig, groups: Groups) -> comm_time.CommTime:
+    """Measures a message of the size that pipeline stages exchange; every process calls this."""
+    shards = groups.mesh.cp * (groups.mesh.tp if groups.mesh.sequence_parallel else 1)
+    rows = config.train.micro_batch_size * config.data.seq_length_tokens // shards
+    return comm_time.open_comm_time(groups, rows * config.model.hidden_size * dtype_of(config.train.precision).itemsize)
+
+
+def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed:
+    """Loads the run's newest checkpoint, else ``checkpoint.load`` (ours or a Hugging Face folder), else nothing."""
+    latest, passed_over = store.latest()
+    changed: list[str] = []
+    if latest is not None:
+        state = load_checkpoint(latest, models, changed=changed.extend)
+        return Resumed(state, "; ".join([f"resumed from {latest}", *passed_over]), changed)
+    if config.checkpoint.load is None:
+        return Resumed(TrainState(), "new run")
+    if is_hf_folder(config.checkpoint.load):
+        engine = models[POLICY]
+        load_hf_weights(config.checkpoint.load, engine.models)
+        assert isinstance(engine, Engine)
+        engine.optimizer.reload_model_params()
+        return Resumed(TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}")
+    with_optimizer = config.checkpoint.load_optimizer
+    if config.checkpoint.verify:
+        refuse_damaged(config.checkpoint.load, store.groups)
+    state = load_checkpoint(config.checkpoint.load, models, load_optimizer=with_optimizer, changed=changed.extend)
+    return Resumed(state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}", changed)
+
+
+def describe(config: RunConfig, layout: Layout, groups: Groups, resumed: Resumed, peak: Peak) -> list[str]:
+    """What the console says before the first step."""
+    differs = [f"changed since the state was saved, as configured now: {', '.join(resumed.changed)}"]
+    count = parameter_count(config.model)
+    platform, train = groups.platform, config.train
+    tokens = train.global_batch_size * config.data.seq_length_tokens
+    return [
+        f"{layout.world_size} x {platform.device_name} ({platform.backend}), {layout.describe()}",
+        f"{count.total / 1e6:,.1f} M parameters, {train.precision}, vocabulary {config.model.vocab_size}",
+        f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {resumed.origin}",
+        *(differs if resumed.changed else []),
+        f"run folder {config.run_dir}; MFU ({CONVENTIONS['model']}): {peak.describe()}",
+    ]

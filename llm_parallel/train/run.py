@@ -1,0 +1,80 @@
+"""What one process of a run holds from its first step to its last."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.checkpoint.store import CheckpointStore
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.batch import Batch
+from llm_parallel.metrics.record import Basis
+from llm_parallel.metrics.run import Metrics
+from llm_parallel.objectives.base import Objective
+from llm_parallel.parallel import comm_time
+from llm_parallel.parallel.engine import POLICY, Engine, Models
+from llm_parallel.parallel.groups import Groups
+from llm_parallel.parallel.layout import Layout
+from llm_parallel.train.feed import Feed
+from llm_parallel.train.guard import Guard
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of a run this is. ``store``: where the processes meet, if not by env://; ``elapsed_s``: seconds
+    that the run has had before this process began, which count towards its time limit."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    store: dist.Store | None = None
+    elapsed_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that one process of a run holds.
+
+    models: by name, the trained one is ``policy``; objective, feed: what a step minimises, and on what; evaluation,
+    held_out: the same for held-out data; asked_to_stop: whether this process was; started_s: when the run began, by
+    the monotonic clock of this process.
+    """
+
+    config: RunConfig
+    layout: Layout
+    models: Models
+    objective: Objective
+    evaluation: Objective
+    feed: Feed
+    held_out: list[Batch]
+    store: CheckpointStore
+    state: TrainState
+    guard: Guard
+    metrics: Metrics
+    basis: Basis
+    comm: comm_time.Untimed
+    asked_to_stop: Callable[[], bool]
+    started_s: float
+    step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+
+    @property
+    def engine(self) -> Engine:
+        """The model that is trained, and its optimizer."""
+        policy = self.models[POLICY]
+        assert isinstance(policy, Engine)
+        return policy
+
+    @property
+    def groups(self) -> Groups:
+        """Process groups, which all models share."""
+        return self.engine.groups
+
+    def wants_to_stop(self) -> bool:
+        """Whether this process was asked to stop, or its time is up."""
+        limit = self.config.train.time_limit_s
+        return self.asked_to_stop() or (limit is not None and time.monotonic() - self.started_s > limit)
