@@ -186,7 +186,7 @@ def test_prepare_refuses_input_without_text(tmp_path: Path, corpus: Corpus) -> N
 
 def test_a_started_world_that_does_not_fit_is_refused(run_file: Path) -> None:
     env = torchrun(0, 3)
-    refused = partial("pretrain", run_file)
+    refused = partial(in_process, "pretrain", run_file)
     assert_refused(refused("parallel.tp=2", env=env), "parallel.tp = 2", "3 processes")
     assert_refused(refused("parallel.dp=4", env=env), "parallel.dp = 4", "3 processes")
     assert_refused(refused(env={"RANK": "0", "WORLD_SIZE": "two"}), "WORLD_SIZE", "two")
