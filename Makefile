@@ -1,4 +1,4 @@
-# make train: from nothing to a trained model. make test: all tests. Both create the virtual environment they need.
+# make train: from nothing to a trained model. make test: the tests. Both create the virtual environment they need.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,13 +11,17 @@ EXTRAS := dev
 TORCH ?=
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help train test test-versions check bench format
+.PHONY: help train quick test test-all test-affected test-versions budgets check bench format
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train    prepare real text, pretrain a small Llama in TP 2 x PP 2, sample from it"
-	@echo "make test     run the tests (TEST_WORKERS=2)"
+	@echo "make quick    run the tests that start no process (under 2 minutes of processor time)"
+	@echo "make test     run all but the slow tests (25 minutes of processor time; TEST_WORKERS=2)"
+	@echo "make test-all run every test"
+	@echo "make test-affected    run the slow tests whose code the change since the main branch touched"
 	@echo "make test-versions    run the few tests that CI runs on a second Python"
+	@echo "make budgets  run what make test runs, and write its processor time into tests/budgets.txt"
 	@echo "make check    formatting, lint, types, import layers"
 	@echo "make bench    measure a training step and data preparation"
 	@echo "make format   format the code"
@@ -25,12 +29,25 @@ help:
 train: $(STAMP)
 	$(BIN)/llm-parallel quickstart
 
+quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -m "not slow and not gloo and not processes" --no-processes
+
 test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile
+
+test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
+
+test-affected: $(STAMP)
+	files="$$($(BIN)/python -m tests.support.affected)" && { test -z "$$files" || \
+		OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(TEST_WORKERS) --dist loadfile $$files; }
 
 test-versions: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) @tests/versions.txt
 	$(BIN)/llm-parallel quickstart --folder $(VENV)/quickstart train.steps=20 train.eval_interval_steps=20 optim.warmup_steps=5
+
+budgets: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --write-budgets
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -5,6 +5,8 @@ import signal
 
 import torch
 
+pytest_plugins = ["pytester", "tests.support.costs", "tests.support.quick", "tests.support.skips"]
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell starts what runs in its background so, and tests that interrupt a command of ours would wait for ever.
     signal.signal(signal.SIGINT, signal.default_int_handler)

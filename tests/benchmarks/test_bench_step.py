@@ -22,7 +22,7 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import flops_per_token, parameter_count
-from tests.integration.commands import assert_refused, llm_parallel
+from tests.support.commands import assert_refused, llm_parallel
 from tests.support.in_process import in_process
 
 SMALL = ("model.vocab_size=100", "data.seq_length_tokens=32", "train.global_batch_size=4", "train.micro_batch_size=2",

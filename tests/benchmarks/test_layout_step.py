@@ -17,7 +17,7 @@ from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import flops_per_token
 from llm_parallel.parallel.layout import Layout
 from tests.benchmarks.test_bench_step import SMALL, config
-from tests.integration.commands import assert_refused, llm_parallel
+from tests.support.commands import assert_refused, llm_parallel
 from tests.support.in_process import in_process
 
 COMMAND = ("bench", "step", "--model", "debug", *SMALL)

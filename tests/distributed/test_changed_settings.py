@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ckpt_jobs import open_store
-from tests.distributed.job import base_config, changed, open_engine, own_batches, train_steps
 from tests.distributed.test_checkpoint import _p
-from tests.harness import run_ranks
+from tests.support.ckpt_jobs import open_store
+from tests.support.harness import run_ranks
+from tests.support.job import base_config, changed, open_engine, own_batches, train_steps
 
 pytestmark = pytest.mark.gloo
 
@@ -115,18 +115,24 @@ def test_three_steps_follow_the_new_settings(name: str, tmp_path: Path) -> None:
             ]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the state of one process, which the tests below only read."""
+    folder = str(tmp_path_factory.mktemp("saved"))
+    run_ranks(save_job, 1, {}, folder)
+    return folder
+
+
 @pytest.mark.parametrize("field", NEW)
-def test_each_setting_by_itself(field: str, tmp_path: Path) -> None:
-    run_ranks(save_job, 1, {}, str(tmp_path))
+def test_each_setting_by_itself(field: str, saved: str) -> None:
     for where in ("disk", "memory"):
-        ((worst, said),) = run_ranks(resume_job, 1, {field: NEW[field]}, str(tmp_path), where)
+        ((worst, said),) = run_ranks(resume_job, 1, {field: NEW[field]}, saved, where)
         assert worst <= 1e-6 and [text.split()[0] for text in said] == [field]
 
 
-def test_nothing_is_said_when_nothing_changed(tmp_path: Path) -> None:
-    run_ranks(save_job, 1, {}, str(tmp_path))
+def test_nothing_is_said_when_nothing_changed(saved: str) -> None:
     for where in ("disk", "memory"):
-        ((worst, said),) = run_ranks(resume_job, 1, {}, str(tmp_path), where)
+        ((worst, said),) = run_ranks(resume_job, 1, {}, saved, where)
         assert worst <= 1e-6 and said == []
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llm_kernels.dispatch import triton_fault
-from tests.distributed.ckpt_jobs import load_job, save_job
-from tests.harness import run_ranks
+from tests.support.ckpt_jobs import History, load_job, save_job
+from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 
@@ -39,7 +39,20 @@ PAIRS = [
 
 # Both ways of saving write the same plan; what differs is who waits for it, which these three show.
 SYNCHRONOUS = ("TP2 PP2 DP2", "TP1", "bf16 our AdamW DP2")
-NEEDS_TRITON = {"our AdamW DP2", "bf16 our AdamW DP2"}
+NEEDS_TRITON = {"our AdamW TP1", "our AdamW DP2", "bf16 our AdamW DP2"}
+
+BF16_OURS = _p(dp=2) | OURS | {"train.precision": "bf16"}
+FEW: list[tuple[Any, ...]] = [
+    ("PP2 VPP2", _p(pp=2, vpp=2), 2, [("TP2 DP2", _p(tp=2, dp=2), 4)]),
+    ("CP2 DP2 overlap, small buckets", _p(cp=2, dp=2, overlap=True, bucket_size=3000), 4,
+     [("PP2 uneven", _p(pp=2, stage_layers=[1, 3]), 2)]),
+    ("tied PP2", _p(pp=2) | TIED, 2, [("tied TP2", _p(tp=2) | TIED, 2)]),
+    ("our AdamW TP1", OURS, 1, [("torch's AdamW TP1", ONE, 1)]),
+    ("bf16 our AdamW DP2", BF16_OURS, 2, [("bf16 our AdamW DP2", BF16_OURS, 2)]),
+    ("plain optimizer DP2", _p(dp=2, distributed_optimizer=False), 2,
+     [("plain optimizer TP2", _p(tp=2, distributed_optimizer=False), 2)]),
+]  # fmt: skip
+"""Each regime of ``PAIRS`` once, in few processes."""
 
 
 def _case(pair: tuple[Any, ...], asynchronous: bool) -> Any:
@@ -52,6 +65,24 @@ CASES = [_case(pair, True) for pair in PAIRS]
 CASES += [_case(pair, False) for pair in PAIRS if pair[0] in SYNCHRONOUS]
 
 
+def assert_goes_on(name: str, undisturbed: History, resumed: History) -> None:
+    assert len(resumed) == len(undisturbed) > 0
+    worst = max(abs(a - b) for (a, _), (b, _) in zip(undisturbed, resumed))
+    print(f"| {name} | {worst:.1e} |")
+    assert worst <= (1e-5 if "bf16" not in name else 0.0), name
+
+
+@pytest.mark.parametrize(("name", "saved", "processes", "loads", "asynchronous"), [_case(pair, True) for pair in FEW])
+def test_another_layout_goes_on_as_the_undisturbed_run(
+    name: str, saved: dict[str, Any], processes: int, loads: list[Any], asynchronous: bool, tmp_path: Path
+) -> None:
+    """Two steps, a checkpoint, and three steps."""
+    undisturbed = run_ranks(save_job, processes, saved, str(tmp_path), 2, 3)[0]
+    for target, layout, ranks in loads:
+        assert_goes_on(f"{name} -> {target}", undisturbed, run_ranks(load_job, ranks, layout, str(tmp_path), 3)[0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "saved", "processes", "loads", "asynchronous"), CASES)
 def test_any_layout_goes_on_as_the_undisturbed_run(
     name: str, saved: dict[str, Any], processes: int, loads: list[Any], asynchronous: bool, tmp_path: Path
@@ -59,13 +90,12 @@ def test_any_layout_goes_on_as_the_undisturbed_run(
     changes = saved | {"checkpoint.asynchronous": asynchronous}
     undisturbed = run_ranks(save_job, processes, changes, str(tmp_path))[0]
     for target, layout, ranks in loads if asynchronous else loads[:1]:
-        resumed = run_ranks(load_job, ranks, layout, str(tmp_path))[0]
-        worst = max(abs(a - b) for (a, _), (b, _) in zip(undisturbed, resumed))
-        print(f"| {name} -> {target} | {worst:.1e} |")
-        assert worst <= (1e-5 if "bf16" not in name else 0.0), target
+        assert_goes_on(f"{name} -> {target}", undisturbed, run_ranks(load_job, ranks, layout, str(tmp_path))[0])
 
 
 def test_the_same_layout_resumes_bit_for_bit(tmp_path: Path) -> None:
-    layout = _p(tp=2, pp=2)
-    undisturbed = run_ranks(save_job, 4, layout, str(tmp_path))[0]
-    assert run_ranks(load_job, 4, layout, str(tmp_path))[0] == undisturbed
+    """And one process goes on from the same checkpoint, which is saved synchronously."""
+    layout = _p(tp=2, pp=2) | {"checkpoint.asynchronous": False}
+    undisturbed = run_ranks(save_job, 4, layout, str(tmp_path), 2, 3)[0]
+    assert run_ranks(load_job, 4, layout, str(tmp_path), 3)[0] == undisturbed
+    assert_goes_on("TP2 PP2 -> TP1", undisturbed, run_ranks(load_job, 1, ONE, str(tmp_path), 3)[0])

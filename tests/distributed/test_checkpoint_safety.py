@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.disks import small_disk_at
-from tests.distributed.ckpt_faults import (
+from tests.support.ckpt_faults import (
     MOMENTS,
     after_kill_job,
     exact_state,
@@ -27,7 +26,8 @@ from tests.distributed.ckpt_faults import (
     weights_only_job,
     writer_killed_job,
 )
-from tests.harness import PRELOAD, _child, run_ranks
+from tests.support.disks import small_disk_at
+from tests.support.harness import PRELOAD, _child, run_ranks
 
 pytestmark = pytest.mark.gloo
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.job import base_config, changed, open_engine, train_steps
 from tests.distributed.test_checkpoint import _p
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
+from tests.support.job import base_config, changed, open_engine, train_steps
 
 pytestmark = pytest.mark.gloo
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.job import compare_layout
 from tests.distributed.layouts import Row
 from tests.distributed.test_layouts import GRADIENT_TOLERANCE, LOSS_TOLERANCE, worst_gradient
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
+from tests.support.job import compare_layout
 
 STEPS = 2
 SMALL = {"model.num_layers": 2, "train.global_batch_size": 2, "train.steps": STEPS}
@@ -24,6 +24,7 @@ def _p(**parallel: Any) -> dict[str, Any]:
     return {f"parallel.{name}": value for name, value in parallel.items()}
 
 
+SELECTIVE = _p(recompute="selective", recompute_modules=["core_attn", "mlp"])
 ADAMW = {"optim.implementation": "triton"}
 ROWS = (
     Row("one process, our AdamW", 1, ADAMW),
@@ -35,7 +36,7 @@ ROWS = (
     Row("DP2, our AdamW", 2, _p(dp=2) | ADAMW),
     Row("TP2 SP PP2 CP2, our AdamW", 8, _p(tp=2, pp=2, cp=2) | ADAMW),
     Row("full recompute", 1, _p(recompute="full") | RECOMPUTE),
-    Row("selective recompute", 1, _p(recompute="selective", recompute_modules=["core_attn", "mlp"])),
+    Row("selective recompute", 1, SELECTIVE),
     Row("isolate micro batch 2, fused output and loss", 1, {"train.micro_batch_size": 2} | FUSED, "isolate"),
     Row("isolate TP2 SP, recomputed output", 2, _p(tp=2) | RECOMPUTE, "isolate"),
     Row("isolate CP2", 2, _p(cp=2), "isolate"),
@@ -43,6 +44,16 @@ ROWS = (
     Row("odd vocabulary TP4, fused output and loss", 4, _p(tp=4) | FUSED, "odd vocabulary"),
     Row("tied TP2 SP PP2, fused output and loss", 4, _p(tp=2, pp=2) | FUSED, "tied"),
 )
+FEW = (
+    Row("PP2, our AdamW, fused output and loss", 2, _p(pp=2) | ADAMW | FUSED),
+    Row("isolate CP2 micro batch 2, selective recompute", 2,
+        _p(cp=2) | SELECTIVE | {"train.micro_batch_size": 2}, "isolate"),
+    Row("tied TP2 SP, fused output and loss", 2, _p(tp=2) | FUSED, "tied"),
+    Row("odd vocabulary TP2, full recompute, recomputed output", 2,
+        _p(tp=2, sequence_parallel=False, recompute="full") | RECOMPUTE, "odd vocabulary"),
+)  # fmt: skip
+"""Every switch, layout and reference of ``ROWS``, two or more to a row; DP 2 with our AdamW is in
+``test_bf16_step_writes_both_precisions``."""
 REFERENCES: dict[str, dict[str, Any]] = {
     "plain": {},
     "isolate": {"data.packing": "isolate"},
@@ -54,12 +65,16 @@ pytestmark = pytest.mark.gloo
 pytest.importorskip("triton", reason="the kernels need triton")
 
 
+def _name(row: Row) -> str:
+    return row.name
+
+
 @cache
 def reference(name: str) -> dict[str, Any]:
     return run_ranks(compare_layout, 1, SMALL | REFERENCES[name], STEPS)[0]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*FEW, *(pytest.param(row, marks=pytest.mark.slow) for row in ROWS)], ids=_name)
 def test_kernels_in_layout_equal_torch_on_one_process(row: Row) -> None:
     expected = reference(row.reference)
     changes = SMALL | REFERENCES[row.reference] | KERNELS | row.changes
@@ -81,7 +96,7 @@ def test_kernels_were_in_use() -> None:
         assert any(operator in name for name in counts), (operator, counts)
 
 
-@pytest.mark.parametrize("sharded", [True, False], ids=["distributed", "plain"])
+@pytest.mark.parametrize("sharded", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["distributed", "plain"])
 def test_bf16_step_writes_both_precisions(sharded: bool) -> None:
     """Our AdamW rounds main parameters into the model itself; megatron-core's own copy is not made."""
     changes = {"train.precision": "bf16", "parallel.distributed_optimizer": sharded}
@@ -98,7 +113,7 @@ def test_bf16_step_writes_both_precisions(sharded: bool) -> None:
 def after_a_step(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Parameters of the model before and after one step, and how often main parameters were copied by megatron-core."""
     from llm_parallel.model.tensors import canonical_parameters
-    from tests.distributed.job import base_config, changed, open_engine, train_steps
+    from tests.support.job import base_config, changed, open_engine, train_steps
 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
@@ -128,7 +143,7 @@ def launches(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, i
 
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from tests.distributed.job import base_config, changed, open_engine, train_steps
+    from tests.support.job import base_config, changed, open_engine, train_steps
 
     found: Counter[str] = Counter()
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.job import base_config, changed, compare_layout, make_batch, open_engine
 from tests.distributed.test_layouts import worst_gradient
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
+from tests.support.job import base_config, changed, compare_layout, make_batch, open_engine
 
 pytestmark = pytest.mark.gloo
 

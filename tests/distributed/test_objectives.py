@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.ckpt_jobs import open_store
-from tests.distributed.job import base_config, changed, gradients, open_engine, own_batches, sample
 from tests.distributed.test_layouts import worst_gradient
-from tests.harness import run_ranks
+from tests.support.ckpt_jobs import open_store
+from tests.support.harness import run_ranks
+from tests.support.job import base_config, changed, gradients, open_engine, own_batches, sample
 
 pytestmark = pytest.mark.gloo
 SECRET = "of this test"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.job import (
+from tests.support.harness import run_ranks
+from tests.support.job import (
     base_config,
     changed,
     compare_layout,
@@ -18,7 +19,6 @@ from tests.distributed.job import (
     own_batches,
     train_steps,
 )
-from tests.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 

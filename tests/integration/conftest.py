@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import Corpus, llm_parallel
+from tests.support.commands import Corpus, llm_parallel
 
 
 @pytest.fixture(scope="session")

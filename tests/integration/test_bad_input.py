@@ -8,12 +8,13 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.integration.commands import (
+from tests.support.commands import (
     COMMAND,
     TIMEOUT_S,
     Corpus,
@@ -25,6 +26,7 @@ from tests.integration.commands import (
     train_in_ranks,
     write_run_file,
 )
+from tests.support.in_process import in_process
 
 pytestmark = pytest.mark.gloo
 
@@ -104,12 +106,12 @@ CONFIGURATIONS = {
 def test_a_configuration_that_cannot_run_is_refused(run_file: Path, overrides: list[str], words: list[str]) -> None:
     if "device=cuda" in overrides and Path("/dev/nvidia0").exists():
         pytest.skip("device=cuda is refused only where there is no GPU")
-    assert_refused(llm_parallel("pretrain", run_file, *overrides), *words)
+    assert_refused(in_process("pretrain", run_file, *overrides), *words)
     assert not (run_file.parent / "run").exists()
 
 
 def test_every_broken_rule_has_its_sentence(run_file: Path) -> None:
-    result = llm_parallel("pretrain", run_file, "parallel.tp=3")
+    result = in_process("pretrain", run_file, "parallel.tp=3")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     lines = result.stderr.splitlines()
     for field in ("num_attention_heads = 4", "num_query_groups = 2", "ffn_hidden_size = 176", "seq_length_tokens = 32"):
@@ -118,12 +120,13 @@ def test_every_broken_rule_has_its_sentence(run_file: Path) -> None:
 
 
 def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
+    """By a real process, whose exit status the shell sees; the other refusals come from the same way in."""
     assert_refused(llm_parallel("pretrain", tmp_path / "missing.yaml"), "missing.yaml", "does not exist")
 
 
 def test_a_run_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("train: {steps: [")
-    assert_refused(llm_parallel("pretrain", tmp_path / "run.yaml"), "run.yaml", "YAML")
+    assert_refused(in_process("pretrain", tmp_path / "run.yaml"), "run.yaml", "YAML")
 
 
 def damage_bin_missing(prefix: Path) -> None:
@@ -169,28 +172,29 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damaged_token_files_are_named(run_file: Path, tokens: Path, damage: object) -> None:
     damage(tokens)  # type: ignore[operator]
-    result = llm_parallel("pretrain", run_file, f"data.train=[{{path: {tokens}}}]")
+    result = in_process("pretrain", run_file, f"data.train=[{{path: {tokens}}}]")
     assert_refused(result, str(tokens), *DAMAGES[damage])  # type: ignore[index]
     assert not (run_file.parent / "run").exists()
 
 
 def test_prepare_refuses_input_without_text(tmp_path: Path, corpus: Corpus) -> None:
     (tmp_path / "empty.txt").write_text("")
-    result = llm_parallel("prepare", tmp_path / "empty.txt", "--out", tmp_path / "out", "--tokenizer", corpus.tokenizer)
+    result = in_process("prepare", tmp_path / "empty.txt", "--out", tmp_path / "out", "--tokenizer", corpus.tokenizer)
     assert_refused(result, "no document with text", "empty.txt")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_a_started_world_that_does_not_fit_is_refused(run_file: Path) -> None:
     env = torchrun(0, 3)
-    assert_refused(llm_parallel("pretrain", run_file, "parallel.tp=2", env=env), "parallel.tp = 2", "3 processes")
-    assert_refused(llm_parallel("pretrain", run_file, "parallel.dp=4", env=env), "parallel.dp = 4", "3 processes")
-    assert_refused(llm_parallel("pretrain", run_file, env={"RANK": "0", "WORLD_SIZE": "two"}), "WORLD_SIZE", "two")
+    refused = partial(in_process, "pretrain", run_file)
+    assert_refused(refused("parallel.tp=2", env=env), "parallel.tp = 2", "3 processes")
+    assert_refused(refused("parallel.dp=4", env=env), "parallel.dp = 4", "3 processes")
+    assert_refused(refused(env={"RANK": "0", "WORLD_SIZE": "two"}), "WORLD_SIZE", "two")
 
 
 def test_a_port_in_use_is_named(run_file: Path) -> None:
     with listening() as port:
-        result = llm_parallel("pretrain", run_file, env={"MASTER_PORT": str(port)})
+        result = in_process("pretrain", run_file, env={"MASTER_PORT": str(port)})
         assert_refused(result, f"MASTER_PORT = {port}")
         result = llm_parallel("pretrain", run_file, "parallel.tp=2", env=torchrun(0, 2, port))
         assert_refused(result, f"MASTER_PORT = {port}", "in use")
@@ -200,7 +204,7 @@ def test_a_port_in_use_is_named(run_file: Path) -> None:
 def test_a_run_folder_that_cannot_be_made_is_named(run_file: Path, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")
     run_dir = place.format(folder=tmp_path)
-    assert_refused(llm_parallel("pretrain", run_file, f"run_dir={run_dir}"), f"run_dir = {run_dir}")
+    assert_refused(in_process("pretrain", run_file, f"run_dir={run_dir}"), f"run_dir = {run_dir}")
     assert (tmp_path / "file").read_text() == "mine"
 
 

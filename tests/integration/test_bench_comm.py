@@ -17,8 +17,8 @@ from llm_parallel.bench.comm import as_row, bus_factor, comm_command, fit_line, 
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.requests import CommRequest
 from llm_parallel.errors import UserError
-from tests.harness import run_ranks
-from tests.integration.commands import llm_parallel
+from tests.support.commands import llm_parallel
+from tests.support.harness import run_ranks
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import yaml
 from llm_parallel.bench.layout_step import PARTS
 from llm_parallel.bench.scaling import append_csv, read_csv, read_sweep_file
 from llm_parallel.errors import UserError
-from tests.integration.commands import Corpus, assert_refused, llm_parallel, write_run_file
+from tests.support.commands import Corpus, assert_refused, llm_parallel, write_run_file
 from tests.support.in_process import in_process
 
 SERIES = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.commands import Corpus, events, llm_parallel, read_records, train_in_ranks, write_run_file
+from tests.support.commands import Corpus, events, llm_parallel, read_records, train_in_ranks, write_run_file
 
 pytestmark = pytest.mark.gloo
 

@@ -12,7 +12,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.planner.command import plan_command
 from llm_parallel.planner.hardware import DATA
 from llm_parallel.planner.request import PlanRequest
-from tests.integration.commands import Corpus, assert_refused, llm_parallel
+from tests.support.commands import Corpus, assert_refused, llm_parallel
 from tests.support.in_process import in_process
 
 CLUSTER = ("--model", "llama2-70b", "--cluster", "dgx-h100", "--gpus", "256", "--global-batch", "1024", "--seq", "4096")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.commands import (
+from tests.support.commands import (
     Corpus,
     events,
     llm_parallel,
@@ -44,13 +44,12 @@ def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 @pytest.fixture(scope="module")
-def in_four(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The same run with TP 2 x PP 2, which the command starts four processes for."""
+def in_four(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the same run with TP 2 x PP 2."""
     folder = tmp_path_factory.mktemp("in_four")
     run_file = write_run_file(corpus, folder, checkpoint={"interval_steps": 5})
-    result = llm_parallel("pretrain", run_file, *TP2_PP2)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "run", result
+    assert train_in_ranks(run_file, 4, *TP2_PP2) == [STEPS] * 4
+    return folder / "run"
 
 
 def test_prepare_reports_what_it_made(corpus: Corpus) -> None:
@@ -85,31 +84,43 @@ def test_the_console_shows_mixture_steps_and_evaluation(alone: tuple[Path, subpr
     assert f"evaluation after step {STEPS}" in output
 
 
-def test_three_dimensions_give_the_losses_of_one_process(
-    alone: tuple[Path, subprocess.CompletedProcess[str]], in_four: tuple[Path, subprocess.CompletedProcess[str]]
-) -> None:
-    assert_same_losses(in_four[0], alone[0])
+def assert_is_the_run_of_one_process(run_dir: Path, alone: Path) -> None:
+    assert_same_losses(run_dir, alone)
     held_out = [
         record["eval/loss"]
-        for run_dir in (alone[0], in_four[0])
-        for record in read_records(run_dir / "metrics.jsonl")
+        for folder in (alone, run_dir)
+        for record in read_records(folder / "metrics.jsonl")
         if "eval/loss" in record
     ]
     assert held_out[0] == pytest.approx(held_out[1], abs=TOLERANCE)
-    assert [path.name for path in sorted((in_four[0] / "logs").glob("rank_*.log"))] == [
-        f"rank_{rank}.log" for rank in range(4)
-    ]
-    saved = sorted(path.name for path in (in_four[0] / "checkpoints").glob("iter_*"))
+    saved = sorted(path.name for path in (run_dir / "checkpoints").glob("iter_*"))
     assert saved == ["iter_0000005", "iter_0000010", "iter_0000012"]
 
 
-def test_a_finished_run_started_again_changes_nothing(
-    corpus: Corpus, in_four: tuple[Path, subprocess.CompletedProcess[str]]
+def test_three_dimensions_give_the_losses_of_one_process(
+    alone: tuple[Path, subprocess.CompletedProcess[str]], in_four: Path
 ) -> None:
-    run_dir = in_four[0]
-    before = losses(run_dir)
-    assert train_in_ranks(run_dir / "config.yaml", 1, "parallel.tp=1", "parallel.pp=1") == [STEPS]
-    assert losses(run_dir) == before
+    assert_is_the_run_of_one_process(in_four, alone[0])
+
+
+@pytest.mark.slow
+def test_the_command_starts_the_processes_of_a_layout(
+    corpus: Corpus, alone: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """The same by the real command; by default test_stopping.py has the command that starts two processes."""
+    run_file = write_run_file(corpus, tmp_path, checkpoint={"interval_steps": 5})
+    result = llm_parallel("pretrain", run_file, *TP2_PP2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_is_the_run_of_one_process(tmp_path / "run", alone[0])
+    logs = sorted(path.name for path in (tmp_path / "run" / "logs").glob("rank_*.log"))
+    assert logs == [f"rank_{rank}.log" for rank in range(4)]
+
+
+def test_a_finished_run_started_again_changes_nothing(corpus: Corpus, in_four: Path, tmp_path: Path) -> None:
+    before = losses(in_four)
+    run_file = write_run_file(corpus, tmp_path)
+    assert train_in_ranks(run_file, 1, f"run_dir={in_four}") == [STEPS]
+    assert losses(in_four) == before
 
 
 def test_another_layout_goes_on_as_the_undisturbed_run(

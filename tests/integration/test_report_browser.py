@@ -14,7 +14,7 @@ import pytest
 
 from llm_parallel.report.command import report_command
 from llm_parallel.report.request import ReportRequest
-from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, write_run, write_sweep
+from tests.support.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, write_run, write_sweep
 from tests.unit.test_report import CONFIG_OF_A_SWEEP, predicted_sweep
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

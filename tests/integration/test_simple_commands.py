@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.integration.commands import Corpus, assert_refused, environment, llm_parallel, train_in_ranks, write_run_file
+from tests.support.commands import Corpus, assert_refused, environment, llm_parallel, train_in_ranks, write_run_file
 from tests.support.in_process import in_process
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from llm_parallel.errors import EXIT_STOPPED
-from tests.harness import run_ranks
-from tests.integration.commands import (
+from tests.support.commands import (
     COMMAND,
     TIMEOUT_S,
     Corpus,
@@ -22,6 +21,7 @@ from tests.integration.commands import (
     train_in_ranks,
     write_run_file,
 )
+from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 
@@ -54,6 +54,7 @@ def test_sigterm_saves_and_the_next_start_continues_exactly(corpus: Corpus, tmp_
     assert launcher.returncode == EXIT_STOPPED, output + errors
     assert errors == ""
     assert "stopping after step" in output
+    assert sorted(path.name for path in (run_dir / "logs").glob("rank_*.log")) == ["rank_0.log", "rank_1.log"]
     stopped = max(losses(run_dir))
     latest = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert int(latest.read_text()) == stopped

@@ -17,7 +17,7 @@ from llm_launch import wire
 from llm_launch.copy_files import run_folder
 from llm_launch.live_run import LiveRun, unix_time
 from llm_parallel.config.tree import ElasticConfig
-from tests.integration.commands import Corpus, write_run_file
+from tests.support.commands import Corpus, write_run_file
 
 FAULT_AT = 5
 ENDLESS = "train.steps=100000"

@@ -18,8 +18,6 @@ import pytest
 from llm_launch.live_run import unix_time
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import EXIT_STOPPED
-from tests.disks import grow, small_disk_at
-from tests.integration.commands import Corpus
 from tests.integration.conftest import corpus  # noqa: F401  (a fixture)
 from tests.launch.elastic_runs import (
     ENDLESS,
@@ -38,6 +36,8 @@ from tests.launch.elastic_runs import (
     worst,
 )
 from tests.launch.in_process import refusal
+from tests.support.commands import Corpus
+from tests.support.disks import grow, small_disk_at
 
 pytestmark = pytest.mark.gloo
 DP4 = "parallel.dp=4"

@@ -19,9 +19,9 @@ import pytest
 from llm_launch import lease as lease_module
 from llm_launch.lease import Holder, Lease, read_holder
 from llm_parallel.errors import UserError
-from tests.integration.commands import COMMAND, Corpus, assert_refused, environment, llm_parallel, write_run_file
 from tests.integration.conftest import corpus  # noqa: F401  (a fixture)
 from tests.launch.in_process import refusal
+from tests.support.commands import COMMAND, Corpus, assert_refused, environment, llm_parallel, write_run_file
 
 ELSEWHERE = Holder("node7", 4711, "another boot", "2026-11-29 10:00:00 UTC", "of another", "99", 0, 5)
 

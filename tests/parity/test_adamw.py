@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.harness import run_ranks
-from tests.parity.models import load_hf, our_config
-from tests.smollm import smollm_folder
+from tests.support.harness import run_ranks
+from tests.support.parity_models import load_hf, our_config
+from tests.support.smollm import smollm_folder
 
-STEPS, ROWS, LENGTH = 10, 2, 32
+ROWS, LENGTH = 2, 32
 LR, DECAY, CLIP = 1e-4, 0.1, 1.0
 
 pytestmark = pytest.mark.gloo
@@ -22,7 +22,7 @@ def tokens_of(step: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(step).integers(0, 49152, (ROWS, LENGTH + 1)))
 
 
-def our_losses(rank: int, world_size: int, folder: str) -> list[float]:
+def our_losses(rank: int, world_size: int, folder: str, steps: int) -> list[float]:
     from llm_parallel.config.tree import OptimConfig, TrainConfig
     from llm_parallel.data.batch import Batch
     from llm_parallel.model.hf import load_hf_weights
@@ -32,7 +32,6 @@ def our_losses(rank: int, world_size: int, folder: str) -> list[float]:
     from llm_parallel.train.open import likelihood, policy_engine
     from llm_parallel.train.step import apply_gradient, forward_backward
 
-    torch.set_num_threads(2)
     config = our_config(folder, LENGTH).model_copy(
         update={
             "optim": OptimConfig(lr=LR, weight_decay=DECAY, beta2=0.95, clip_grad=CLIP),
@@ -44,7 +43,7 @@ def our_losses(rank: int, world_size: int, folder: str) -> list[float]:
     load_hf_weights(folder, engine.models)
     engine.optimizer.reload_model_params()
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         tokens = tokens_of(step)
         rows = [tokens[row : row + 1] for row in range(ROWS)]
         batches = [Batch(row[:, :-1], row[:, 1:], torch.ones(1, LENGTH)) for row in rows]
@@ -54,8 +53,7 @@ def our_losses(rank: int, world_size: int, folder: str) -> list[float]:
     return losses
 
 
-def their_losses(folder: Path) -> list[float]:
-
+def their_losses(folder: Path, steps: int) -> list[float]:
     model = load_hf(folder, torch.float32).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
@@ -63,7 +61,7 @@ def their_losses(folder: Path) -> list[float]:
         [{"params": matrices, "weight_decay": DECAY}, {"params": norms, "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.95)
     )
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         tokens = tokens_of(step)
         logits = model(tokens[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -75,10 +73,13 @@ def their_losses(folder: Path) -> list[float]:
     return losses
 
 
-def test_ten_steps() -> None:
+@pytest.mark.parametrize("steps", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_steps_are_transformers_and_torchs(steps: int) -> None:
     folder = smollm_folder()
-    ours, theirs = run_ranks(our_losses, 1, str(folder), timeout_s=200.0)[0], their_losses(folder)
+    ours = run_ranks(our_losses, 1, str(folder), steps, timeout_s=900.0)[0]
+    theirs = their_losses(folder, steps)
     differences = [abs(a - b) for a, b in zip(ours, theirs)]
-    print(f"| SmolLM2-135M, {STEPS} AdamW steps | worst loss difference {max(differences):.1e} |")
+    print(f"| SmolLM2-135M, {steps} AdamW steps | worst loss difference {max(differences):.1e} |")
+    assert len(ours) == len(theirs) == steps
     assert max(differences) <= 1e-4
     assert abs(theirs[-1] - theirs[0]) > 0.1, "the weights move"

@@ -17,8 +17,8 @@ from llm_parallel.convert.importing import import_from_hf
 from llm_parallel.errors import UserError
 from llm_parallel.generate.load import describe_folder
 from llm_parallel.model.hf_config import hf_config_to_model, model_to_hf_config
-from tests.harness import run_ranks
-from tests.parity.models import RANDOM, load_hf, random_folder
+from tests.support.harness import run_ranks
+from tests.support.parity_models import RANDOM, load_hf, random_folder
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -59,8 +59,8 @@ def test_transformers_reads_the_export(tmp_path: Path) -> None:
 
 def trained_and_saved(rank: int, world_size: int, folder: str) -> None:
     from llm_parallel.checkpoint.state import TrainState
-    from tests.distributed.ckpt_jobs import open_store
-    from tests.distributed.job import base_config, changed, open_engine, train_steps
+    from tests.support.ckpt_jobs import open_store
+    from tests.support.job import base_config, changed, open_engine, train_steps
 
     config = changed(base_config(), {"parallel.tp": 2, "parallel.pp": 2, "model.vocab_size": 101})
     engine = open_engine(config, rank, world_size)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.harness import run_ranks
-from tests.parity.models import load_hf, our_config, random_folder
 from tests.parity.test_generate import generate_job, hf_greedy
+from tests.support.harness import run_ranks
+from tests.support.parity_models import load_hf, our_config, random_folder
 
 pytestmark = pytest.mark.gloo
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
 from llm_parallel.generate.sampling import Sampling, choose, filtered
-from tests.harness import run_ranks
-from tests.parity.models import load_hf, open_models, our_config, random_folder
-from tests.smollm import smollm_folder
+from tests.support.harness import run_ranks
+from tests.support.parity_models import load_hf, open_models, our_config, random_folder
+from tests.support.smollm import smollm_folder
 
 PROMPTS = [
     "The capital of France is",
@@ -56,24 +56,29 @@ def hf_greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[l
 
 
 @pytest.mark.gloo
-def test_smollm_greedy_tokens_are_transformers() -> None:
+@pytest.mark.parametrize(("prompts", "new_tokens"), [(2, 24), pytest.param(5, 64, marks=pytest.mark.slow)])
+def test_smollm_greedy_tokens_are_transformers(prompts: int, new_tokens: int) -> None:
     from tokenizers import Tokenizer
 
     folder = smollm_folder()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    prompts = [tokenizer.encode(text).ids for text in PROMPTS]
-    expected = hf_greedy(folder, prompts, 64)
+    encoded = [tokenizer.encode(text).ids for text in PROMPTS[:prompts]]
+    expected = hf_greedy(folder, encoded, new_tokens)
     # min_new_tokens keeps transformers from ending; compare up to where it would have.
-    found = run_ranks(generate_job, 1, str(folder), prompts, {"max_new_tokens": 64}, {})[0]
+    found = run_ranks(generate_job, 1, str(folder), encoded, {"max_new_tokens": new_tokens}, {})[0]
     for ours, theirs in zip(found, expected):
-        end = ours.index(2) if 2 in ours else 64
+        end = ours.index(2) if 2 in ours else new_tokens
         assert end > 0 and ours[:end] == theirs[:end]
-    assert sum(len(ours) for ours in found) == 5 * 64
+    assert sum(len(ours) for ours in found) == prompts * new_tokens
     assert "Paris" in tokenizer.decode(found[0])
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "parallel",
+    [*(pytest.param(single, marks=pytest.mark.slow) for single in ({"tp": 2}, {"pp": 2})), {"tp": 2, "pp": 2}],
+    ids=str,
+)
 def test_layouts_write_the_same(parallel: dict[str, Any], tmp_path: Path) -> None:
     folder = random_folder("grouped", tmp_path)
     prompts = [[5, 6, 7], [1, 2, 3, 4, 5], [9, 8, 7]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import Corpus
+from tests.support.commands import Corpus
 
 
 @pytest.fixture(scope="module")

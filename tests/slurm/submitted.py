@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from llm_launch.live_run import read_lines
-from tests.integration.commands import Corpus, write_run_file
 from tests.slurm.cluster import Cluster
+from tests.support.commands import Corpus, write_run_file
 
 
 class Submitted:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import Corpus
 from tests.slurm.cluster import Cluster, until, why_not
 from tests.slurm.submitted import Submitted
+from tests.support.commands import Corpus
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 PREEMPTION = (

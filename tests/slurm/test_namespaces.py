@@ -9,10 +9,10 @@ import psutil
 import pytest
 
 from llm_launch.show import timeline
-from tests.integration.commands import Corpus
 from tests.slurm.cluster import until
 from tests.slurm.namespaces import Namespaces, why_not
 from tests.slurm.submitted import Submitted
+from tests.support.commands import Corpus
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

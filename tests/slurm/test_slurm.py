@@ -16,9 +16,9 @@ import yaml
 
 from llm_launch.show import timeline
 from llm_launch.slurm import SlurmJob
-from tests.integration.commands import Corpus, write_run_file
 from tests.slurm.cluster import Cluster, until, why_not
 from tests.slurm.submitted import Submitted
+from tests.support.commands import Corpus, write_run_file
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 

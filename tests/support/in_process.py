@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
 from llm_parallel import cli
+from tests.support.commands import environment
 
 
-def in_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def in_process(*arguments: str | Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Runs ``llm-parallel`` with these arguments through its own ``main``: exit status, and what it wrote to
     ``sys.stdout`` and ``sys.stderr``."""
     argv = ["llm-parallel", *map(str, arguments)]
@@ -25,7 +28,7 @@ def in_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     status: object = 0
     with (
         mock.patch.object(sys, "argv", argv),
-        mock.patch.dict("os.environ", {"COLUMNS": "200"}),
+        mock.patch.dict(os.environ, environment(env), clear=True),
         warnings.catch_warnings(),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llm_parallel.config.tree import DataConfig, KernelsConfig, ModelConfig, RunConfig, TrainConfig
-from tests.distributed.job import changed, open_engine
+from tests.support.job import changed, open_engine
 
 KERNELS = ("rms_norm", "rope", "attention", "swiglu", "cross_entropy")
 SEQ, BATCH = 32, 2

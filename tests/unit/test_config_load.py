@@ -359,6 +359,7 @@ def test_schema_knows_every_field_and_its_meaning():
     assert schema["$defs"]["TrainConfig"]["additionalProperties"] is False
 
 
+@pytest.mark.processes
 def test_reading_a_configuration_does_not_import_torch():
     code = "import sys, llm_parallel.config.load, llm_parallel.config.rules; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -12,32 +12,13 @@ import numpy as np
 import pytest
 
 from llm_parallel.config.tree import DataConfig, Source
-from llm_parallel.data.command import prepare_command
 from llm_parallel.data.mix import check_token_files
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import load_tokenizer, train_sentencepiece
 from llm_parallel.errors import UserError
 from llm_parallel.files import locked
-from tests.integration.commands import Corpus, assert_refused, llm_parallel, write_run_file
-from tests.unit.data_helpers import write_token_file
-
-WORDS = {"a": "the quick brown fox jumps over the lazy dog", "b": "zwölf boxkämpfer jagen viktor quer über den sylter"}
-
-
-def text_of(name: str, folder: Path) -> Path:
-    """A text file whose words are those of a corpus."""
-    words = WORDS[name].split()
-    rng = np.random.default_rng(0)
-    path = folder / f"{name}.txt"
-    path.write_text("\n".join(" ".join(rng.choice(words, 8)) for _ in range(300)), encoding="utf-8")
-    return path
-
-
-def prepare(name: str, folder: Path, out: str, vocab: int | None = 300, tokenizer: str | None = None) -> None:
-    """``llm-parallel prepare`` of a corpus into ``folder/out``."""
-    prepare_command(
-        [str(text_of(name, folder))], str(folder / "set" / out), train_vocab=vocab, tokenizer=tokenizer, workers=1
-    )
+from tests.support.data_helpers import WORDS, write_token_file
+from tests.support.data_helpers import prepare_small as prepare
 
 
 @pytest.fixture
@@ -99,6 +80,7 @@ def _held(path: Path, said: str) -> None:
         pass
 
 
+@pytest.mark.processes
 def test_two_are_not_trained_at_once(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     with locked(tmp_path / "set" / ".tokenizer.model.lock", "held"):
@@ -176,29 +158,3 @@ def test_a_report_of_other_files_is_refused(made: Path) -> None:
     (made / "a.report.json").write_text("{")
     with pytest.raises(UserError, match=r"a\.report\.json is damaged"):
         check_token_files(data_of(made / "a"), 300)
-
-
-def test_the_commands_say_it(made: Path, tmp_path: Path) -> None:
-    """Files from elsewhere; a tokenizer that was replaced by hand."""
-    model = {"vocab_size": 300}
-    run_file = write_run_file(Corpus(made / "a", made / "tokenizer.model", ""), tmp_path, model=model)
-    foreign = write_token_file(made / "foreign", [np.arange(290, dtype=np.int32) % 290] * 10)
-    said = llm_parallel("pretrain", run_file, f"data.train=[{{path: {foreign}}}]", "data.eval_fraction=0", "--dry-run")
-    assert said.returncode == 0 and "foreign came without a report of `prepare`" in said.stderr, said.stderr
-    train_sentencepiece([WORDS["b"]] * 50, 290, made)
-    assert_refused(llm_parallel("pretrain", run_file, "--dry-run"), "a was prepared with another tokenizer")
-
-
-@pytest.mark.gloo
-@pytest.mark.parametrize("tp", [1, 2])
-def test_ids_deep_in_a_foreign_file_end_a_run_with_one_sentence(tp: int, made: Path, tmp_path: Path) -> None:
-    """Behind the 16 million tokens that the check at the start looks at; half of all samples have some."""
-    half = 1 << 24
-    ids = np.repeat(np.array([7, 305], np.uint16), half)
-    foreign = Path(write_token_file(made / "foreign", [ids[:half], ids[half:]], np.uint16))
-    data = {"eval_fraction": 0.0}
-    corpus = Corpus(foreign, made / "tokenizer.model", "")
-    run_file = write_run_file(corpus, tmp_path, model={"vocab_size": 300}, data=data, parallel={"tp": tp})
-    done = llm_parallel("pretrain", run_file)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "foreign holds the token id 305, and model.vocab_size=300 has" in done.stderr.splitlines()[-1]

@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from llm_parallel.data import indexed
 from llm_parallel.data.indexed import HEADER, TokenFile, token_dtype, write_index
 from llm_parallel.errors import UserError
-from tests.unit.data_helpers import write_token_file
+from tests.support.data_helpers import write_token_file
 
 RNG = np.random.default_rng(0)
 DOCUMENTS = [RNG.integers(0, 60000, length).astype(np.int32) for length in (5, 0, 1, 300, 7, 0, 64)]

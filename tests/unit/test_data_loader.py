@@ -38,7 +38,7 @@ def threads() -> int:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60  # a hang lasts for ever; a busy machine may take seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -38,7 +38,7 @@ from llm_parallel.data.mix import check_token_files
 from llm_parallel.data.prepare import PrepareConfig, PrepareReport, Progress, prepare
 from llm_parallel.data.tokenizer import train_sentencepiece
 from llm_parallel.errors import UserError
-from tests.unit.data_helpers import write_token_file
+from tests.support.data_helpers import write_token_file
 
 SOURCES = [path for path in sorted(Path(json.__file__).parents[1].glob("*.py")) if path.stat().st_size]
 TEXTS = [path.read_bytes().decode() for path in SOURCES[:60]]
@@ -165,6 +165,7 @@ def contents(prefix: Path) -> list[bytes]:
     return [Path(f"{prefix}.{ending}").read_bytes() for ending in ("bin", "idx")]
 
 
+@pytest.mark.processes
 def test_any_number_of_processes_writes_the_same(tmp_path: Path, tokenizer: str) -> None:
     source = large_input(tmp_path, 3)
     seen: list[Progress] = []
@@ -190,6 +191,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_run_goes_on_without_redoing_finished_shards(tmp_path: Path, tokenizer: str, workers: int) -> None:
     source, parts = large_input(tmp_path), tmp_path / "out.parts"
@@ -204,7 +206,7 @@ def test_killed_run_goes_on_without_redoing_finished_shards(tmp_path: Path, toke
     assert len(children) >= (2 if workers == 2 else 0)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not psutil.wait_procs(children, timeout=10)[1], "workers end with their parent"
+    assert not psutil.wait_procs(children, timeout=60)[1], "workers end with their parent"
     done = {path.name: path.stat() for path in parts.glob("[0-9]*")}
     finished = {name[:6] for name in done if name.endswith(".json")}
     assert not (tmp_path / "out.idx").exists() and not (tmp_path / "out.report.json").exists()
@@ -309,6 +311,7 @@ def test_two_at_once_are_refused(tmp_path: Path, tokenizer: str) -> None:
     prepare(config, second)
 
 
+@pytest.mark.processes
 def test_killed_worker_is_one_sentence(tmp_path: Path, tokenizer: str) -> None:
     source = large_input(tmp_path, 10)
     config = PrepareConfig((str(source),), str(tmp_path / "out"), tokenizer, workers=2)
@@ -439,6 +442,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, 
         prepare_command([str(write_jsonl(tmp_path / "x.jsonl", TEXTS[:2]))], str(tmp_path / "out"), **options)
 
 
+@pytest.mark.processes
 def test_user_error_of_a_worker_is_one_line_and_status_2(tmp_path: Path, tokenizer: str) -> None:
     """Through the installed command and a worker process, as a user meets it."""
     path = large_input(tmp_path, 3)

@@ -19,7 +19,7 @@ from llm_parallel.data.mix import mixture_table
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.stream import MASK64, Selection, Stream, derive_key
 from llm_parallel.errors import UserError
-from tests.unit.data_helpers import numbered_documents, write_token_file
+from tests.support.data_helpers import numbered_documents, write_token_file
 
 RNG = np.random.default_rng(3)
 LENGTHS = [0, *RNG.integers(0, 40, 150).tolist(), 0, 260, 1]

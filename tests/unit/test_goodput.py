@@ -240,6 +240,7 @@ def test_bad_requests_are_named(request_: GoodputRequest, message: str) -> None:
         goodput_command(request_)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(("goodput", "--gpus", "0"), "--gpus 0"), (("report", "nowhere"), "nowhere"), (("report",), "needs a run folder")],

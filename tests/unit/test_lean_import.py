@@ -28,6 +28,7 @@ print(json.dumps([right, loaded, wandb.__name__, compiled(x).tolist() == (2 * x)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(torch.version.cuda is not None, reason="with a CUDA build of torch nothing is touched")
 def test_the_compiler_is_not_loaded_and_works_later() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, check=False)

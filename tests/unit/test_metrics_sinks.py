@@ -289,6 +289,7 @@ class TestServices:
         with pytest.raises(UserError, match=r"log\.wandb_project is 'llama'.*WANDB_MODE=offline"):
             metrics(tmp_path / "run", wandb_project="llama")
 
+    @pytest.mark.processes
     @pytest.mark.usefixtures("wandb")
     def test_wandb_offline_and_resume(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WANDB_MODE", "offline")

@@ -11,7 +11,7 @@ import pytest
 
 from llm_parallel.planner.memory import memory_of_stage, recomputed_activations
 from llm_parallel.planner.shapes import shape_of, strategy_of
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 from tests.unit.planner_trainer import base_config, changed, measure
 
 TOLERANCE = 0.03

@@ -25,7 +25,7 @@ from llm_parallel.report.recovery import KINDS, life_of
 from llm_parallel.report.request import ReportRequest
 from llm_parallel.report.runs import different_work, loss_at, read_runs, summarize, time_split
 from llm_parallel.report.sections import _changes
-from tests.unit.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_run, write_sweep
+from tests.support.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_run, write_sweep
 
 
 def test_summary_is_the_arithmetic_of_the_records(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tests.distributed.ckpt_jobs import open_store
-from tests.distributed.job import base_config, changed, open_engine, train_steps
+from tests.support.ckpt_jobs import open_store
+from tests.support.job import base_config, changed, open_engine, train_steps
 
 EXACT = {
     "step": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,16 +93,22 @@ def open_engine(config: RunConfig, rank: int, world_size: int) -> Any:
     return policy_engine(config, groups)
 
 
-def train_steps(engine: Any, config: RunConfig, first_step: int, num_steps: int) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each of the steps ``first_step …``."""
+def train_steps(
+    engine: Any,
+    config: RunConfig,
+    first_step: int,
+    num_steps: int,
+    before_update: Callable[[int], None] = lambda _: None,
+) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each of the steps ``first_step …``; ``before_update(step)`` may look at gradients."""
     from llm_parallel.train.open import likelihood
     from llm_parallel.train.step import apply_gradient, forward_backward
 
     history = []
     size = config.train.global_batch_size
     for step in range(first_step, first_step + num_steps):
-        batches = own_batches(config, engine.groups, step * size)
-        outcome = forward_backward(engine, likelihood(config), batches)
+        outcome = forward_backward(engine, likelihood(config), own_batches(config, engine.groups, step * size))
+        before_update(step)
         apply_gradient(engine, outcome, config.optim.lr, config.optim.clip_grad)
         history.append((outcome.loss, outcome.grad_norm))
     return history
@@ -126,16 +133,18 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def compare_layout(rank: int, world_size: int, changes: dict[str, Any], num_steps: int) -> dict[str, Any]:
-    """First gradients, and the losses and gradient norms of all steps, of one layout."""
+    """The gradients of the first step, and the losses and gradient norms of all steps, of one layout."""
     from llm_parallel.parallel.groups import close_groups
-    from llm_parallel.train.open import likelihood
-    from llm_parallel.train.step import forward_backward
 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
     mesh, at = engine.groups.mesh, engine.groups.at
-    forward_backward(engine, likelihood(config), own_batches(config, engine.groups))
-    first = {name: gradient.numpy() for name, gradient in gradients(engine).items()}
-    history = train_steps(engine, config, 0, num_steps)
+    first: dict[str, Any] = {}
+
+    def keep(step: int) -> None:
+        if step == 0:
+            first.update({name: gradient.numpy() for name, gradient in gradients(engine).items()})
+
+    history = train_steps(engine, config, 0, num_steps, keep)
     close_groups(world=False)
     return {"gradients": first, "history": history, "tp": mesh.tp, "tp_rank": at.tp}

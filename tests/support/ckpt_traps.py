@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tests.distributed.ckpt_jobs import History, open_store
-from tests.distributed.job import base_config, changed, open_engine, train_steps
+from tests.support.ckpt_jobs import History, open_store
+from tests.support.job import base_config, changed, open_engine, train_steps
 
 
 def _steps(engine: Any) -> list[torch.Tensor]:

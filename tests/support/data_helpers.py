@@ -25,3 +25,24 @@ def numbered_documents(lengths: Sequence[int], first: int = 0) -> list[NDArray[n
     """Documents in which no token occurs twice: they count on from ``first``."""
     ends = first + np.cumsum(lengths)
     return [np.arange(end - length, end, dtype=np.int32) for end, length in zip(ends, lengths)]
+
+
+WORDS = {"a": "the quick brown fox jumps over the lazy dog", "b": "zwölf boxkämpfer jagen viktor quer über den sylter"}
+
+
+def text_of(name: str, folder: Path) -> Path:
+    """A text file whose words are those of a corpus."""
+    words = WORDS[name].split()
+    rng = np.random.default_rng(0)
+    path = folder / f"{name}.txt"
+    path.write_text("\n".join(" ".join(rng.choice(words, 8)) for _ in range(300)), encoding="utf-8")
+    return path
+
+
+def prepare_small(name: str, folder: Path, out: str, vocab: int | None = 300, tokenizer: str | None = None) -> None:
+    """``llm-parallel prepare`` of a corpus into ``folder/out``."""
+    from llm_parallel.data.command import prepare_command
+
+    prepare_command(
+        [str(text_of(name, folder))], str(folder / "set" / out), train_vocab=vocab, tokenizer=tokenizer, workers=1
+    )

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-PRELOAD = ["tests.preload"]
+PRELOAD = ["tests.support.preload"]
 
 
 def _child(
@@ -46,7 +46,7 @@ def _child(
         os._exit(0)  # no teardown of groups whose peers may be gone
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """Calls ``fn(rank, world_size, *args)`` on every rank of one gloo job and returns the results in rank order.
 
     ``fn`` is a top-level function whose results pickle by value (numpy arrays, not tensors). Raises AssertionError with

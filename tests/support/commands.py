@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tests.harness import run_ranks
+from tests.support.harness import run_ranks
 
 TIMEOUT_S = 180.0  # a hang lasts for ever; a busy machine may take a minute
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

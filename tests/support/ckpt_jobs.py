@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.job import base_config, changed, open_engine, train_steps
+from tests.support.job import base_config, changed, open_engine, train_steps
 
 History = list[tuple[float, float]]
 
