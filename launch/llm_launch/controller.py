@@ -124,7 +124,7 @@ class Controller:
     def _all_expected_ready(self) -> bool:
         nodes = {node.name: node for node in self.fleet.roster.alive()}
         return self._stop or all(
-            name in nodes and len(nodes[name].workers) >= count for name, count in self.starter.expected.items()
+            name in nodes and len(nodes[name].ready()) >= count for name, count in self.starter.expected.items()
         )
 
     def _usable(self) -> list[Device]:
@@ -133,7 +133,7 @@ class Controller:
         return [
             device
             for node in self.fleet.roster.alive()
-            for device in (Device(node.name, index) for index in sorted(node.workers))
+            for device in (Device(node.name, index) for index in sorted(node.ready()))
             if device not in removed
         ]
 
@@ -153,7 +153,7 @@ class Controller:
 
         def replaced() -> bool:
             return all(
-                Device(node.name, index) in removed or index in node.workers
+                Device(node.name, index) in removed or index in node.ready()
                 for node in self.fleet.roster.warm()
                 for index in node.devices
             )
@@ -178,7 +178,7 @@ class Controller:
         restore = await self.copies.find()
         if restore is None and await self._wait_for_copies():
             return await self._form()
-        if any(self.fleet.roster.worker(device) is None for device in placement.devices):
+        if not set(placement.devices) <= set(self._usable()):
             return await self._form()  # one died meanwhile
         self.copies.go_on_from(restore)
         before = self.fleet.placement.layout if self.fleet.placement is not None else None

@@ -32,7 +32,8 @@ class Worker:
 
     def begin(self, generation: int) -> None:
         """It has an assignment."""
-        self.generation, self.outcome, self.training, self.killed = generation, None, False, False
+        assert not self.killed, "a worker whose end is on its way gets no assignment"
+        self.generation, self.outcome, self.training = generation, None, False
         self.step, self.age_s, self.probe_s, self.own_s = 0, 0.0, 0.0, 0.0
 
 
@@ -51,6 +52,11 @@ class Node:
     warm: bool = False
     """Whether it has had a worker: from then on another is forked in milliseconds; before, it imports for seconds."""
     inventory: list[dict[str, Any]] | None = None
+
+    def ready(self) -> dict[int, Worker]:
+        """Its workers that can have an assignment, by device. One that the controller had killed cannot, even while
+        its agent has not yet reported its end: that would count as a second fault of its device."""
+        return {number: worker for number, worker in self.workers.items() if not worker.killed}
 
     def send(self, message: wire.Message) -> None:
         """To its agent, if it is there."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llm_launch.blame import Device
 from llm_parallel.config.tree import (
     CheckpointConfig,
     ElasticConfig,
@@ -139,3 +140,29 @@ def test_processes_that_wait_for_files_are_waited_for(tmp_path: Path) -> None:
     _, story = play(config, nodes, act)
     assert story.events("stall")[0]["cause"].endswith(": waiting for files")
     assert not any(story.events(kind) for kind in ("detect", "blame", "remove"))
+
+
+def test_a_killed_worker_whose_end_is_late_is_no_second_fault(tmp_path: Path) -> None:
+    """On a busy machine a killed process is still listed when the next generation is planned. It gets no part in it, so
+    that its end, when it comes, is not taken for another fault of its device."""
+    config = config_of(tmp_path)
+    nodes = Nodes(config, FOUR)
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        fleet = story.controller.fleet
+        worker = fleet.roster.worker(Device("n2", 0))
+        assert worker is not None
+        fleet.kill([worker])  # as for a hang; the agent has not seen its end yet
+        nodes.restarts = False
+        nodes.lose("n3")
+        await story.training(2)
+        assert {device.node for device in fleet.placement.devices} == {"n1", "n4"}  # type: ignore[union-attr]
+        agent = nodes.agents["n2"]
+        agent.tell({"is": "exit", "device": 0, "status": -9, "host_memory": False, "number": 0})
+        agent.tell({"is": "worker", "device": 0, "pid": 2, "number": 1, "store_port": 1, "generation": 0})
+        await story.training(3)
+
+    _, story = play(config, nodes, act)
+    assert not story.events("remove")
+    assert [event["cause"] for event in story.events("blame") if "n2" in event["cause"]] == []
