@@ -121,6 +121,8 @@ class Costs:
         whole = budgets.whole(self.ran, self.collected, self.config.args)
         measured, speed = {part: self.seconds[part] for part in whole}, statistics.median(self.calibrations)
         if self.config.getoption("write_budgets"):
+            if session.exitstatus != pytest.ExitCode.OK:
+                return  # what failed took more or less time than it should
             budgets.FILE.write_text(budgets.render(budgets.renewed(known, measured, speed)))
             self.written = whole
         elif self.why_not_held() is None:
