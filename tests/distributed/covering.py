@@ -25,7 +25,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "packing": ("none", "isolate"),
     "recompute": ("none", "selective", "uniform", "block"),
     "vocabulary": (128, 101),
-    "objective": ("likelihood",),
+    "objective": ("likelihood", "dpo"),
 }
 """Axis → its values, the plain one first. ``changes`` says what each value is in a run's configuration."""
 
@@ -36,6 +36,9 @@ MAX_PROCESSES, GLOBAL_BATCH = 8, 8
 
 Setting = tuple[str, Any]
 Pair = tuple[Setting, Setting]
+
+NEVER: frozenset[Pair] = frozenset({(("packing", "none"), ("objective", "dpo"))})
+"""Settings of free axes that exclude each other: a pair of answers is two documents."""
 
 
 def processes(row: Mapping[str, Any]) -> int:
@@ -83,7 +86,7 @@ def legal_pairs() -> set[Pair]:
         mine = [(name, value) for value in values]
         others = [(other, value) for other in list(free)[number + 1 :] for value in free[other]]
         found |= set(itertools.product(settings, mine)) | set(itertools.product(mine, others))
-    return found
+    return found - NEVER
 
 
 def _completed(mesh: Mapping[str, Any], seed: Mapping[str, Any], missing: set[Pair]) -> tuple[dict[str, Any], int]:
@@ -92,10 +95,12 @@ def _completed(mesh: Mapping[str, Any], seed: Mapping[str, Any], missing: set[Pa
     row = {axis: mesh.get(axis, seed.get(axis)) for axis in AXES}
     known = [axis for axis in AXES if axis in mesh or axis in seed]
     for axis in (axis for axis in AXES if axis not in known):
-        gains = [
-            sum(_ordered((other, row[other]), (axis, value)) in missing for other in known) for value in AXES[axis]
-        ]
-        row[axis] = AXES[axis][max(range(len(gains)), key=gains.__getitem__)]
+        gains = {}
+        for value in AXES[axis]:
+            met = [_ordered((other, row[other]), (axis, value)) for other in known]
+            if not NEVER & set(met):
+                gains[value] = sum(pair in missing for pair in met)
+        row[axis] = max(gains, key=gains.__getitem__)
         known.append(axis)
     return row, sum(pair in missing for pair in pairs(row))
 

@@ -31,9 +31,9 @@ WITNESSES = {"TP2 SP", "PP2 VPP2", "DP2 overlap, small buckets"}
 
 
 @cache
-def reference(steps: int, *changes: tuple[str, Any]) -> dict[str, Any]:
+def reference(steps: int, objective: str, *changes: tuple[str, Any]) -> dict[str, Any]:
     """The run of one process."""
-    return run_ranks(compare_layout, 1, dict(changes), steps)[0]
+    return run_ranks(compare_layout, 1, dict(changes), steps, objective)[0]
 
 
 def slice_of(whole: np.ndarray, name: str, shape: tuple[int, ...], tp: int, tp_rank: int) -> np.ndarray:
@@ -61,10 +61,15 @@ def worst_gradient(expected: dict[str, np.ndarray], ranks: list[dict[str, Any]])
 
 
 def assert_equals_one_process(
-    name: str, processes: int, reference_changes: dict[str, Any], changes: dict[str, Any], steps: int
+    name: str,
+    processes: int,
+    reference_changes: dict[str, Any],
+    changes: dict[str, Any],
+    steps: int,
+    objective: str = "likelihood",
 ) -> None:
-    expected = reference(steps, *reference_changes.items())
-    ranks = run_ranks(compare_layout, processes, reference_changes | changes, steps)
+    expected = reference(steps, objective, *reference_changes.items())
+    ranks = run_ranks(compare_layout, processes, reference_changes | changes, steps, objective)
     losses = np.array([[loss for loss, _ in found["history"]] for found in ranks])
     assert losses.shape == (processes, steps)
     worst_loss = np.abs(losses - [loss for loss, _ in expected["history"]]).max()
@@ -77,7 +82,8 @@ def assert_equals_one_process(
 @pytest.mark.parametrize("row", ARRAY, ids=covering.name)
 def test_every_pair_of_settings_equals_one_process(row: dict[str, Any]) -> None:
     name, changes = covering.name(row), covering.changes(row)
-    assert_equals_one_process(name, covering.processes(row), covering.reference_changes(row), changes, SHORT)
+    shared, objective = covering.reference_changes(row), row["objective"]
+    assert_equals_one_process(name, covering.processes(row), shared, changes, SHORT, objective)
 
 
 def case(row: Row) -> Any:
@@ -91,7 +97,7 @@ def test_layout_equals_one_process(row: Row) -> None:
 
 
 def test_reference_learns() -> None:
-    losses = [loss for loss, _ in reference(LONG)["history"]]
+    losses = [loss for loss, _ in reference(LONG, "likelihood")["history"]]
     assert losses[-1] < losses[0] - 0.3
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,11 @@ import pytest
 from tests.distributed.test_layouts import worst_gradient
 from tests.support.ckpt_jobs import open_store
 from tests.support.harness import run_ranks
-from tests.support.job import base_config, changed, gradients, open_engine, own_batches, sample
+from tests.support.job import base_config, changed, gradients, open_engine, own_batches, sample, with_reference
 
 pytestmark = pytest.mark.gloo
 SECRET = "of this test"
 ISOLATED = {"data.packing": "isolate"}
-
-
-def with_reference(batches: list[Any]) -> list[Any]:
-    """The batches with log-probabilities under a reference that depend on the tokens alone. Their three documents are a
-    pair and one that is left over."""
-    return [replace(b, columns={"reference": -1.0 - (b.tokens % 7).float() / 2}) for b in batches]
 
 
 def dpo_job(rank: int, world_size: int, changes: dict[str, Any], steps: int = 3) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,6 +80,12 @@ def own_batches(config: RunConfig, groups: Any, first: int = 0, samples: int | N
     return [make_batch(config, part) for part in numbers]
 
 
+def with_reference(batches: list[Any]) -> list[Any]:
+    """The batches with log-probabilities under a reference that depend on the tokens alone. Their three documents are a
+    pair and one that is left over."""
+    return [replace(b, columns={"reference": -1.0 - (b.tokens % 7).float() / 2}) for b in batches]
+
+
 def open_engine(config: RunConfig, rank: int, world_size: int) -> Any:
     """Groups and engine of this rank for a checked configuration."""
     from llm_parallel.config.rules import check_config
@@ -99,15 +106,19 @@ def train_steps(
     first_step: int,
     num_steps: int,
     before_update: Callable[[int], None] = lambda _: None,
+    objective: str = "likelihood",
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each of the steps ``first_step …``; ``before_update(step)`` may look at gradients."""
+    from llm_parallel.objectives.dpo import DPO
     from llm_parallel.train.open import likelihood
     from llm_parallel.train.step import apply_gradient, forward_backward
 
     history = []
+    minimised = DPO(0.5) if objective == "dpo" else likelihood(config)
     size = config.train.global_batch_size
     for step in range(first_step, first_step + num_steps):
-        outcome = forward_backward(engine, likelihood(config), own_batches(config, engine.groups, step * size))
+        batches = own_batches(config, engine.groups, step * size)
+        outcome = forward_backward(engine, minimised, with_reference(batches) if objective == "dpo" else batches)
         before_update(step)
         apply_gradient(engine, outcome, config.optim.lr, config.optim.clip_grad)
         history.append((outcome.loss, outcome.grad_norm))
@@ -132,7 +143,9 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def compare_layout(rank: int, world_size: int, changes: dict[str, Any], num_steps: int) -> dict[str, Any]:
+def compare_layout(
+    rank: int, world_size: int, changes: dict[str, Any], num_steps: int, objective: str = "likelihood"
+) -> dict[str, Any]:
     """The gradients of the first step, and the losses and gradient norms of all steps, of one layout."""
     from llm_parallel.parallel.groups import close_groups
 
@@ -145,6 +158,6 @@ def compare_layout(rank: int, world_size: int, changes: dict[str, Any], num_step
         if step == 0:
             first.update({name: gradient.numpy() for name, gradient in gradients(engine).items()})
 
-    history = train_steps(engine, config, 0, num_steps, keep)
+    history = train_steps(engine, config, 0, num_steps, keep, objective)
     close_groups(world=False)
     return {"gradients": first, "history": history, "tp": mesh.tp, "tp_rank": at.tp}

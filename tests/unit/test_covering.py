@@ -32,6 +32,7 @@ def test_every_legal_pair_occurs() -> None:
             mine = {(name, value) for value in values}
             wanted |= {frozenset(pair) for pair in itertools.product(settings, mine)}
             settings |= mine
+    wanted -= {frozenset(pair) for pair in covering.NEVER}
     found = {frozenset(pair) for row in ARRAY for pair in itertools.combinations(row.items(), 2)}
     assert found == wanted
     assert len(wanted) > 500, "the product has pairs"
@@ -56,6 +57,7 @@ def test_no_legal_pair_is_ruled_out_by_mistake() -> None:
         "pp=4 dp=4",
         "pp=1 vpp=2",
         "pp=1 stages=uneven",
+        "packing=none objective=dpo",
     }
 
 
