@@ -220,6 +220,22 @@ def _machine(case: Case) -> Iterator[Problem]:
         )
 
 
+def _rope(case: Case) -> Iterator[Problem]:
+    model = case.config.model
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind != "longrope":
+        return
+    pairs = model.kv_channels // 2
+    for name in ("short_factors", "long_factors"):
+        factors = getattr(scaling, name)
+        if factors is None or len(factors) != pairs:
+            held = "is not given" if factors is None else f"has {len(factors)} numbers"
+            statement = (
+                f"model.rope_scaling.{name} {held}, and longrope needs one for each of the {pairs} pairs of a head"
+            )
+            yield Problem((f"model.rope_scaling.{name}",), statement, {"model.rope_scaling": None})
+
+
 def _gluon(case: Case) -> Iterator[Problem]:
     config, size = case.config, case.config.model.kv_channels
     if config.kernels.attention != "gluon":
@@ -252,6 +268,7 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _schedule,
     _intervals,
     _machine,
+    _rope,
     _gluon,
 )
 

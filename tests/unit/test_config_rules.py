@@ -498,6 +498,21 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         "kernels.attention = gluon is for bf16, and train.precision = fp32; use kernels.attention=auto",
     ),
     (
+        {"kernels__attention": "gluon", "model__head_dim": 64, "train__precision": "bf16", "model__window_tokens": 9},
+        None,
+        "cuda",
+        "kernels.attention = gluon has none of it, and model.window_tokens = 9; use kernels.attention=auto",
+    ),
+    (
+        {"model__head_dim": 8, "model__rope_scaling": {"kind": "longrope", "short_factors": [1.0, 2.0, 3.0]}},
+        None,
+        "cpu",
+        "model.rope_scaling.short_factors has 3 numbers, and longrope needs one for each of the 4 pairs of a head;"
+        " use model.rope_scaling=null\n"
+        "model.rope_scaling.long_factors is not given, and longrope needs one for each of the 4 pairs of a head;"
+        " use model.rope_scaling=null",
+    ),
+    (
         {"model__vocab_size": None},
         None,
         "cpu",
