@@ -136,8 +136,10 @@ def test_the_command_writes_and_gates(tmp_path: Path) -> None:
     first = llm_parallel("bench", "comm", *options, "--out", tmp_path / "first", "--baseline", tmp_path / "slower")
     assert first.returncode == 0 and "SLOWER" not in first.stdout, first.stderr
     assert "4 rows held against" in first.stdout
-    assert "| all_reduce | 8,192 |" in first.stdout and "2 processes" in first.stdout and "µs + bytes" in first.stdout
+    assert "| all_reduce | 8,192 |" in first.stdout and "2 processes" in first.stdout
     result = json.loads((tmp_path / "first.json").read_text())
+    # On a busy machine a larger message may take less time, and then there is no line through the two.
+    assert first.stdout.count("µs + bytes") == len(result["fits"])
     assert [row["size_bytes"] for row in result["rows"]] == [8192, 2**20, 8192, 2**20]
     for row in result["rows"]:
         assert row["algbw_gb_per_s"] == pytest.approx(row["size_bytes"] / row["median_ms"] / 1e6)

@@ -100,6 +100,11 @@ def test_a_lost_node_shrinks_the_run_and_comes_back(copies: bool, tmp_path: Path
     assert story.controller.journal.lost_steps == (0 if copies else 4) and not story.events("remove")
 
 
+def made_all_steps(story: Story) -> bool:
+    """Whether the controller knows that every worker has made the steps that there are now."""
+    return all(worker.step >= story.nodes.step for worker in story.controller.fleet.workers())
+
+
 def test_a_throttled_worker_is_removed(tmp_path: Path) -> None:
     """One whose part of a step takes five times that of the others, three times in a row."""
     config = config_of(tmp_path, probe_every_steps=2)
@@ -109,9 +114,10 @@ def test_a_throttled_worker_is_removed(tmp_path: Path) -> None:
         await story.training(4)
         nodes.own_s["n2", 0] = 5.0
         while not story.events("remove"):
+            await story.until(lambda: story.controller.fleet.phase.value == "training", "training")
             nodes.make_steps(1)
             nodes.beats += 1  # the probe of this step
-            await story.heard_of(nodes.step)
+            await story.until(lambda: made_all_steps(story), "the step, or the recovery that goes back before it")
         await story.training(3)
 
     _, story = play(config, nodes, act)

@@ -118,7 +118,7 @@ def test_every_source_is_compared(made: Path, tmp_path: Path) -> None:
         (data_of(a, held_out=[b]), None),
     ):
         with pytest.raises(
-            UserError, match=r"was prepared with another tokenizer \(.*numbers mean other words"
+            UserError, match=r"was prepared with another tokenizer \(.*numbers mean other tokens"
         ) as found:
             check_token_files(data, 300, tokenizer)
         assert ours.fingerprint in str(found.value) and theirs.fingerprint in str(found.value)

@@ -317,7 +317,7 @@ def test_compiled_loop_exponentiates_while_the_product_runs(tmp_path: Path) -> N
     (report,) = json.loads(done.stdout)
     assert not report["problems"] and report["spill_bytes"] == 0
     assert report["instructions"]["tma"] and report["instructions"]["setmaxnreg"]
-    assert report["loop"] == {"hgmma": 16, "wait": 3} and report["loop_length"] <= 490
+    assert report["loop"] == {"hgmma": 16, "wait": 3, "barrier": 5} and report["loop_length"] <= 490
     instructions, labels = aot._parse(next(tmp_path.glob("*.sass")).read_text())
     bodies = []
     for address, opcode, operands in instructions:
