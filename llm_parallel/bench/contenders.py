@@ -347,15 +347,20 @@ def chosen(names: Sequence[str], config: RunConfig) -> list[str]:
     return found
 
 
+MEGATRON_TAKES = {"preset", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                  "head_dim", "vocab_size", "max_seq_length_tokens", "norm_epsilon", "rope_base", "tie_embeddings",
+                  "init_std"}  # fmt: skip
+"""Fields of ``model`` that megatron-core's own model is built from, or that change nothing in a measured step. With any
+other it would be another model than ours."""
+
+
 def _why_not(name: str, config: RunConfig) -> str | None:
     module, title = _NEEDS.get(name, (None, ""))
     if module and importlib.util.find_spec(module) is None:
         return f"needs {title}, which is not installed here"
     if name.startswith("megatron-core"):
-        plain = ModelConfig()
-        for option in ("rope_scaling", "window_tokens", "attention_softcap", "output_softcap", "qkv_bias", "mlp_bias",
-                       "attention_output_bias", "qk_norm"):  # fmt: skip
-            if getattr(config.model, option) != getattr(plain, option):
+        for option, field in ModelConfig.model_fields.items():
+            if option not in MEGATRON_TAKES and getattr(config.model, option) != field.default:
                 return f"can't be given model.{option}; leave it out or set model.{option} to its default"
     if name == "megatron-core-te" and config.device != "cuda":
         return "needs a GPU; Transformer Engine has no CPU kernels"

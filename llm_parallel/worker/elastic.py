@@ -193,6 +193,8 @@ class ElasticWatch(Watch):
             return
         from llm_parallel.worker import faults
 
+        for fault in self.member.faults():
+            assert fault["kind"] in faults.KINDS, f"no process can cause the fault {fault['kind']!r} in itself"
         faults.before_step([fault for fault in self.member.faults() if fault["kind"] in kinds], run)
 
 

@@ -11,6 +11,9 @@ from llm_parallel.model.tensors import is_matrix_of_layer
 from llm_parallel.parallel.mcore_optimizer import distributed_parts, shards_of
 from llm_parallel.train.run import Run
 
+KINDS = ("raise", "flip", "nan")
+"""Faults that a process causes in itself; all others come from outside."""
+
 
 class DrillError(RuntimeError):
     """The exception that a drill raises."""

@@ -113,7 +113,7 @@ def both_back_ends(rank: int, world_size: int) -> float:
     found = []
     for backend in ("torch", "triton"):
         kernels = {f"kernels.{name}": backend for name in ("attention", "cross_entropy", "rope")}
-        config = changed(base_config(), OPTIONS | kernels | {"model.init_std": 0.3, "model.num_layers": 1})
+        config = changed(base_config(), OPTIONS | kernels | {"model.init_std": 0.3, "model.num_layers": 3})
         model = open_engine(config, rank, world_size).models[0]
         batch = make_batch(config, range(1))
         options = likelihood(config).loss_options

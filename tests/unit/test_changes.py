@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.model.architecture import ARCHITECTURE
 from llm_parallel.train.changes import MEANINGS, changed_fields
 
 SAVED = RunConfig.model_validate(
@@ -51,6 +52,15 @@ def with_field(name: str, value: object) -> RunConfig:
 def test_a_changed_field_is_named_with_its_meaning(name: str) -> None:
     (said,) = changed_fields(SAVED, with_field(name, CHANGES[name]), 20)
     assert said.startswith(f"{name} ") and "→" in said and said.endswith(f"({MEANINGS[name]})")
+
+
+def test_every_field_of_the_model_is_decided() -> None:
+    """A field of ``model`` must be the same (``ARCHITECTURE``), or its change is said, or it changes no number."""
+    free = {"preset", "max_seq_length_tokens", "init_std"}
+    same = {"head_dim" if name == "kv_channels" else name for name in ARCHITECTURE}
+    said = {name.removeprefix("model.") for name in MEANINGS if name.startswith("model.")}
+    assert set(ModelConfig.model_fields) == free | same | said
+    assert len(free) + len(same) + len(said) == len(ModelConfig.model_fields), "none is decided twice"
 
 
 def test_every_field_with_a_meaning_is_tried() -> None:
