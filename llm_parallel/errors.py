@@ -11,5 +11,5 @@ class UserError(ValueError):
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 3
-"""Exit status of a run that ended before all its steps were done because it was asked to, or out of time; its state is
-saved. Status 0 would tell a scheduler, and whoever waits for the run, that the model is there."""
+"""Exit status of a run that saved its state and ended before all its steps were done, because it was asked to stop or
+its time was up. Status 0 would tell a scheduler, and whoever waits for the run, that training is complete."""

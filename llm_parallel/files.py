@@ -25,10 +25,11 @@ def fsync_dir(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary neighbour of ``path``; on a clean exit it is flushed, synced and renamed over ``path``.
+    """Opens a temporary file beside ``path``; on a clean exit it is flushed, synced and renamed to ``path``.
 
-    Whatever stood at ``path`` stays there if the body raises or the process dies. ``mode`` is "w" (UTF-8) or "wb". The
-    folder may be one that everyone may write to: a link that a stranger laid in the neighbour's place is not followed.
+    A file that was at ``path`` stays as it was if the body raises or the process dies. ``mode`` is "w" (UTF-8) or "wb".
+    The folder may be one that everyone may write to: a link that another user put in the place of the temporary file is
+    not followed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,9 +48,9 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def locked(path: Path, held: str) -> Iterator[None]:
-    """Keeps other processes out of the body by the lock file ``path``, which stays: deleting it would let in both a
-    process that has it open and one that makes it anew. Raises UserError with the text ``held`` if another is inside,
-    and if a stranger laid a link or a file of his there."""
+    """Holds the lock file ``path`` while the body runs, so that only one process at a time runs it. The file is never
+    deleted: a process that still has it open and one that creates it again would both enter. Raises UserError with the
+    text ``held`` if another process holds the lock, and UserError if another user put a link or a file there."""
     fd = open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         try:
@@ -62,8 +63,8 @@ def locked(path: Path, held: str) -> Iterator[None]:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Descriptor of ``path``, not followed if it is a link. In a folder that everyone may write to, others' files are
-    refused: raises UserError."""
+    """Opens ``path`` and returns its descriptor. Raises UserError if it is a symbolic link, or belongs to another user
+    in a folder that everyone may write to."""
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -75,8 +76,8 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def refuse_strangers(path: Path, found: os.stat_result, fd: int | None = None) -> None:
-    """Raises UserError, after closing ``fd``, if another user made what was found at ``path`` in a folder that everyone
-    may write to: it may be laid there to be taken for ours."""
+    """Raises UserError, after closing ``fd``, if the file at ``path``, with the status ``found``, belongs to another
+    user and lies in a folder that everyone may write to: it may have been put there to be taken for ours."""
     shared = bool(path.parent.stat().st_mode & stat.S_IWOTH)
     if shared and found.st_uid not in (0, os.getuid()):
         if fd is not None:

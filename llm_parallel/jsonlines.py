@@ -1,4 +1,4 @@
-"""Files of one JSON object per line: appended while a run lives, readable after any end."""
+"""Files of one JSON object per line, to which a run appends and which stay readable however the run ends."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llm_parallel.errors import UserError
 
 
 class JsonLines:
-    """Appends objects to ``path``, one complete line each; what stands there already stays.
+    """Appends objects to ``path``, one complete line each; lines that are there already stay.
 
-    Each line is one write to a descriptor opened for appending, so a killed process leaves at most one torn line at
-    the end, several writers do not mix, and nothing waits in a buffer of ours. Raises UserError when the file cannot be
-    written (full disk); a line that fits only in part is taken back.
+    Each line is one write to a descriptor opened for appending, so a killed process leaves at most one torn line at the
+    end, the lines of several writers do not mix, and nothing waits in a buffer of this process. Raises UserError when
+    the file cannot be written (full disk); a line that was written only in part is removed again.
     """
 
     def __init__(self, path: Path) -> None:

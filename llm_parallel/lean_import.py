@@ -1,9 +1,9 @@
-"""megatron-core imported in two thirds of the time where torch has no CUDA.
+"""Imports megatron-core in two thirds of the time where torch has no CUDA.
 
 ``import megatron.core`` decorates functions with ``torch.compile``, which loads the whole compiler though it is
 switched off on a CPU (``parallel/platform.py``), and loads wandb if that is installed. That is 3.7 of the 10.3 s of
-processor time that a training process needs to begin, and 44 MB (one run each, beside other work). With a CUDA build
-of torch nothing is touched.
+processor time that a training process needs to begin, and 44 MB (one run each, beside other work). With a CUDA build of
+torch nothing is changed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ MEGATRON = "megatron.core"
 
 
 class LeanMegatron(MetaPathFinder):
-    """Stands before the finders of modules until megatron-core is found."""
+    """A module finder that is asked before all others until megatron-core is found."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The usual specification, whose module is executed without the compiler; None for other modules."""
+        """The usual specification of megatron-core, whose module is executed without the compiler; None for other
+        modules."""
         if name != MEGATRON:
             return None
         sys.meta_path.remove(self)
@@ -44,8 +45,9 @@ class LeanMegatron(MetaPathFinder):
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """While inside, ``torch.compile`` gives back what it is given and wandb is not there, if torch has no CUDA. Whether
-    a GPU answers is not asked: workers are forked from a process that must not have touched the driver."""
+    """While inside, ``torch.compile`` returns its argument unchanged and wandb cannot be imported, if torch was built
+    without CUDA. Only the build is asked, not the driver: workers are forked from a process that must not have
+    initialized CUDA."""
     import torch
 
     if torch.version.cuda is not None or torch.version.hip is not None:
@@ -68,6 +70,6 @@ def _as_given(model: Callable[..., Any] | None = None, **_: Any) -> Any:
 
 
 def install() -> None:
-    """Once, before anything imports megatron-core."""
+    """Installs the finder; to be called before anything imports megatron-core."""
     if MEGATRON not in sys.modules and not any(isinstance(finder, LeanMegatron) for finder in sys.meta_path):
         sys.meta_path.insert(0, LeanMegatron())

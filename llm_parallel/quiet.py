@@ -1,4 +1,4 @@
-"""Silence for what libraries say at import about packages that nobody asked for."""
+"""Silences what libraries print at import about optional packages that are missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def quiet_libraries() -> None:
     """Hides megatron-core's and torch's warnings about missing optional packages and their own deprecations."""
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
-    # torch sets its own logger's level when it is imported, but not those below. This one tells a machine that has the
-    # CUDA toolkit and no GPU so, once per process.
+    # torch sets the level of its own logger when it is imported, but not of those below it. The last one would warn
+    # once per process on a machine that has the CUDA toolkit and no GPU.
     for name in ("megatron", "torch", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

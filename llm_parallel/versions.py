@@ -1,4 +1,4 @@
-"""Versions of other packages that are known not to work are refused at the start, in one sentence."""
+"""Refuses, when a command starts, versions of other packages that are known not to work."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ SUPPORTED: dict[str, tuple[Version, Version | None, str]] = {
     "torch": ((2, 8), None, "torch>=2.8"),
     "numpy": ((1, 26), None, "numpy>=1.26"),
 }
-"""Package: the oldest version that works, the first one that does not, and what to ask pip for."""
+"""For each package: the oldest version that works, the first newer version that does not (None if none is known), and
+the requirement for pip."""
 
 
 def parse(version: str) -> Version:
-    """The numbers of a version as a tuple; what comes after them (a build, a candidate's number) is left out."""
+    """The numbers of a version as a tuple; a suffix after them (a build, a release candidate) is left out."""
     numbers = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(number) for number in numbers[0].split(".")) if numbers else ()
 
 
 def refuse_unsupported() -> None:
-    """Raises UserError for the first package whose installed version is known not to work. Nothing is imported, and a
-    package that is missing is left to whoever needs it."""
+    """Raises UserError for the first package whose installed version is known not to work. Imports nothing, and ignores
+    packages that are not installed: whatever needs them reports that."""
     for package, (oldest, first_too_new, requirement) in SUPPORTED.items():
         try:
             installed = metadata.version(package)

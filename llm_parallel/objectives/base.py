@@ -13,17 +13,17 @@ from llm_parallel.data.batch import Batch
 from llm_parallel.parallel.groups import Groups
 
 Output: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
-"""What the last stage hands to an objective: fp32 losses [b, s] (-log p of each label), or their weighted sum and they
-without a gradient, if the objective is ``weighted_in_model``."""
+"""What the last stage hands to an objective: fp32 losses [b, s] (-log p of each label), or, if the objective is
+``weighted_in_model``, their weighted sum and the losses without gradient."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What one process found for one micro batch.
+    """The result of an objective for one micro batch on one process.
 
-    total: differentiable, the sum over the units that this process counts; count: those units; stats: numbers that are
-    summed over the job like ``total`` and reported divided by the count. All are scalars. A unit that several
-    context-parallel ranks share, as a document, is counted by one of them.
+    total: the differentiable sum over the units that this process counts; count: how many these are; stats: numbers
+    that are summed over all processes like ``total`` and reported divided by the count. All are scalars. A unit that
+    several context-parallel ranks share, such as a document, is counted by one of them.
     """
 
     total: Tensor
@@ -48,15 +48,17 @@ class Objective(Protocol):
 
     @property
     def weighted_in_model(self) -> bool:
-        """Whether the model may sum losses by the batch's weights itself, as the fused output loss does. Only where the
-        gradient of each label's loss is its weight."""
+        """Whether the model may sum losses by the batch's weights itself, as the fused output loss does. True only
+        where ``total`` is that weighted sum, so that its gradient by each label's loss is the weight."""
 
     @property
     def loss_options(self) -> Mapping[str, float]:
-        """Keywords of the loss operator, as ``label_smoothing``; empty where the output must be -log p."""
+        """Keyword arguments of the loss operator, such as ``label_smoothing``; empty where the output must be exactly
+        -log p."""
 
     def prepare(self, models: Mapping[str, Any], batches: Sequence[Batch]) -> Sequence[Batch]:
-        """The micro batches of a step with what has to be known of all of them before the first."""
+        """Called once for each step; returns its micro batches, completed by whatever must be computed over all of them
+        before the first one runs."""
 
     def __call__(self, batch: Batch, groups: Groups, output: Output) -> Terms:
         """Terms of one micro batch, of which ``batch`` and ``output`` are this process's context shard."""

@@ -11,7 +11,8 @@ from llm_parallel.parallel.groups import Groups
 
 
 class _SumOverContext(torch.autograd.Function):
-    """Sum over context-parallel ranks. Each goes on with the whole sum and differentiates its own tokens' part."""
+    """Sum over context-parallel ranks. Each rank receives the whole sum; in backward it passes the gradient to its own
+    tokens only."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -25,8 +26,9 @@ class _SumOverContext(torch.autograd.Function):
 
 
 def sum_by_document(values: Tensor, batch: Batch, groups: Groups) -> Tensor:
-    """Sums of ``values``, [b, s] of this process's tokens, over each document's tokens on all context-parallel ranks:
-    [b, d], 0 for documents that a row does not have. ``batch`` is this process's context shard; it has documents."""
+    """Sums ``values`` [b, s], one number for each token of this process, over each document's tokens on all
+    context-parallel ranks. Returns [b, d], with 0 for documents that a row does not have. ``batch`` is this process's
+    context shard and must have ``documents``."""
     assert batch.documents is not None
     mesh = groups.mesh
     ranges = mesh.token_ranges(values.shape[1] * mesh.cp, groups.at.cp)
@@ -37,5 +39,6 @@ def sum_by_document(values: Tensor, batch: Batch, groups: Groups) -> Tensor:
 
 
 def counted_once(total: Tensor, groups: Groups) -> Tensor:
-    """A sum that all context-parallel ranks have alike, with the value 0 on all but one and its gradient on all."""
+    """Takes a sum that is the same on all context-parallel ranks and returns it with the value 0 on all but one, so
+    that a sum over ranks counts it once; its gradient reaches all of them."""
     return total if groups.at.cp == 0 else total - total.detach()

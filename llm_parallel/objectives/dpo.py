@@ -19,9 +19,9 @@ from llm_parallel.parallel.groups import Groups
 class DPO:
     """-log sigmoid(beta ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))), summed over pairs.
 
-    Documents 2i and 2i + 1 of a row are the chosen and the rejected answer of a pair, each behind its prompt; a pair
-    without any weighted label, as padding makes it, does not count. p is the model's probability of a document's
-    weighted labels, q the reference's, whose logarithm for each label is the batch's column ``reference``.
+    Documents 2i and 2i + 1 of a row are the chosen and the rejected answer of a pair, each after its prompt; a pair
+    without any weighted label, as in padding, does not count. p is the probability that the model gives to a document's
+    weighted labels, q that of the reference model; the batch's column ``reference`` holds log q of each label.
     """
 
     beta: float = 0.1
