@@ -32,7 +32,7 @@ class FieldDoc:
 
 
 def section_of(annotation: Any) -> type[Node] | None:
-    """The node class of a field that is a section (or a section or nothing), else None."""
+    """The node class of a field that is a section, or a section or null; else None."""
     for option in (annotation, *get_args(annotation)):
         if isinstance(option, type) and issubclass(option, Node):
             return None if get_origin(annotation) is tuple else option
@@ -47,7 +47,8 @@ def items_of(annotation: Any) -> type[Node] | None:
 
 
 def field_at(path: Sequence[str | int], root: type[Node] = RunConfig) -> FieldInfo | None:
-    """The field at ``path`` (names, and positions in lists), or None where the tree has none or it is a list's item."""
+    """The field at ``path`` (names, and positions in lists), or None if the tree has none there, or ``path`` is an item
+    of a list."""
     node: type[Node] | None = root
     for depth, part in enumerate(path):
         field = node.model_fields.get(str(part)) if node else None

@@ -1,6 +1,7 @@
-"""From a YAML file and ``section.field=value`` overrides to a validated configuration, and back.
+"""Reads a YAML file and ``section.field=value`` overrides into a validated configuration, and writes one as YAML.
 
-Values stand in this order, the later over the earlier: defaults of tree.py, the model preset, the file, the overrides.
+Where several of these give a value, the last one counts: defaults of tree.py, the model preset, the file, the
+overrides.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ TEXT_TAG = "tag:yaml.org,2002:str"
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML, read by libyaml where PyYAML has it, whose numbers are 1.2's: ``3e-4`` is a number, not text as in 1.1."""
+    """Reads YAML, by libyaml where PyYAML has it. Numbers are those of YAML 1.2: ``3e-4`` is a number, not text as in
+    1.1."""
 
 
 _Loader.add_implicit_resolver(
@@ -61,7 +63,7 @@ _Dumper.add_representer(
 
 @dataclass
 class _Given:
-    """What a file and overrides say: values by key, where each stood, and what is wrong with them."""
+    """What a file and overrides say: values by key, where each was given, and what is wrong with them."""
 
     values: dict[Key, Any] = field(default_factory=dict)
     origins: dict[Key, str] = field(default_factory=dict)
@@ -69,13 +71,13 @@ class _Given:
     notices: list[str] = field(default_factory=list)
 
     def origin(self, key: Key) -> str:
-        """Where the value at ``key``, or the nearest one that holds it, was given."""
+        """Where the value at ``key`` was given, or else the nearest section or list that contains it."""
         while key and key not in self.origins:
             key = key[:-1]
         return self.origins.get(key, "")
 
     def put(self, key: Key, value: Any, origin: str) -> None:
-        """Sets one value; a new one replaces what stood at, below or above its key."""
+        """Sets one value; it replaces earlier values at its key, below it and above it."""
         for old in [old for old in self.values if old[: len(key)] == key or key[: len(old)] == old]:
             if old != key and isinstance(self.values[old], list) and len(old) < len(key):
                 self._put_in_list(old, key, value, origin)
@@ -119,8 +121,8 @@ def load_config(
     """Reads a run file and overrides into a validated configuration.
 
     ``overrides`` are ``section.field=value``, ``--section.field=value`` or ``--section.field value``, values in YAML.
-    ``notice`` is called with one line for each name of another system that was understood (see aliases.py).
-    Fields' own limits are checked here, what ties fields together in rules.py.
+    ``notice`` is called with one line for each name of another system that was understood (see aliases.py). The limits
+    of single fields are checked here, rules between fields in rules.py.
 
     Raises UserError that lists everything that is wrong, one line each, with file, line, key, value and what is right.
     """
@@ -180,7 +182,7 @@ def _read_yaml(text: str, key: Key, source: str, given: _Given) -> None:
 
 @dataclass
 class _Walk:
-    """Walks a YAML document and gives each value with its key and line."""
+    """Walks a YAML document and adds each value with its key and line to ``given``."""
 
     loader: _Loader
     source: str
@@ -251,7 +253,8 @@ def _may_be_null(key: Key) -> bool:
 
 
 def _our_name(key: Key, value: Any, origin: str, given: _Given) -> tuple[Key, Any]:
-    """Our key and value for what may be another system's name; sources of data in their short forms made long."""
+    """Our key and value for a key that may be another system's name. A data source that is given as a path alone
+    becomes a section."""
     if field_at(key) is None and len(key) <= 2 and key[-1] in ALIASES and section_at(key[:-1]) is not None:
         alias = ALIASES[str(key[-1])]
         if alias.convert is not None:
@@ -291,7 +294,7 @@ def _read_override(key: Key, text: str, given: _Given) -> None:
 
 
 def _fill_preset(given: _Given) -> None:
-    """Gives the fields of ``model.preset`` that neither file nor override gave."""
+    """Fills in the fields of ``model.preset`` that neither the file nor an override gives."""
     name = given.values.get(("model", "preset"))
     if not isinstance(name, str):
         return

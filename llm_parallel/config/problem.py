@@ -1,4 +1,4 @@
-"""What a broken rule says, and what rules are asked about."""
+"""The problem that a broken rule reports, and the case that rules check."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WORLD_SIZE = "world_size"
 
 @dataclass(frozen=True)
 class Problem:
-    """One refusal."""
+    """One broken rule."""
 
     fields: tuple[str, ...]
     """Dotted names of the fields that do not fit together."""
     statement: str
     """What does not fit, with values; a clause without a full stop."""
     fix: dict[str, Any]
-    """Values by dotted name (or ``WORLD_SIZE``) that remove the refusal."""
+    """Values by dotted name (or ``WORLD_SIZE``) that mend it."""
 
     @property
     def message(self) -> str:

@@ -1,7 +1,7 @@
-"""What ties fields of the configuration together, checked before any process starts.
+"""Rules between fields of the configuration, checked before any process starts.
 
-Every refusal names the fields and their values and carries a change that removes it, so that the message can say what
-to write. A fix may uncover another rule's refusal; following the fixes always ends in a configuration that works.
+Every problem names the fields and their values and carries a fix, so that the message can say what to write. A fix may
+make another rule fail; following the fixes always ends in a configuration that works.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _gluon(case: Case) -> Iterator[Problem]:
         yield Problem(("kernels.attention", "train.precision"), statement, fix)
     for name in ("window_tokens", "attention_softcap"):
         if getattr(config.model, name):
-            statement = f"kernels.attention = gluon has none of it, and model.{name} = {getattr(config.model, name)}"
+            statement = f"kernels.attention = gluon does not support model.{name} = {getattr(config.model, name)}"
             yield Problem(("kernels.attention", f"model.{name}"), statement, fix)
 
 

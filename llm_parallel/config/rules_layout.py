@@ -36,7 +36,7 @@ def check_heads(case: Case) -> Iterator[Problem]:
         yield Problem(
             ("model.head_dim", "model.hidden_size", "model.num_attention_heads"),
             f"model.head_dim = {model.kv_channels} is odd (model.hidden_size = {model.hidden_size},"
-            f" model.num_attention_heads = {heads}), and rotary positions turn pairs of channels",
+            f" model.num_attention_heads = {heads}), and rotary embedding rotates pairs of channels",
             fix,
         )
 
@@ -196,8 +196,8 @@ def check_processes(case: Case) -> Iterator[Problem]:
 
 
 def _balanced(layers: int, chunks: int) -> list[int]:
-    """Layers of each chunk, as even as can be; the last and then the first, which have the output projection and the
-    embedding besides, get the fewer."""
+    """Layers of each chunk, as even as possible. Where some must have fewer, these are the last chunk and then the
+    first, since they also hold the output projection and the embedding."""
     order = [*range(1, chunks - 1), 0, chunks - 1]
     sizes = [layers // chunks] * chunks
     for index in order[: layers % chunks]:

@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen, typed tree. A field's unit is in its name and its meaning in its docstring.
 
-Each node checks its own fields here; what ties two fields together stands in rules.py. ``load.py`` builds the tree from
-a YAML file and ``section.field=value`` overrides.
+Each node checks its own fields here; rules between fields are in rules.py. ``load.py`` builds the tree from a YAML file
+and ``section.field=value`` overrides.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class RopeScaling(Node):
     beta_fast: PositiveFloat = 32.0
     """``yarn``: pairs that turn more often than this within the original context keep their frequency."""
     beta_slow: PositiveFloat = 1.0
-    """``yarn``: pairs that turn less often than this have it divided by ``factor``."""
+    """``yarn``: pairs that turn less often than this have their frequency divided by ``factor``."""
     attention_factor: PositiveFloat | None = None
-    """``yarn`` and ``longrope``: by which cosines and sines are multiplied; their papers' formula if not given."""
+    """``yarn`` and ``longrope``: factor of the cosines and sines; the formula of their papers if not given."""
     short_factors: tuple[PositiveFloat, ...] | None = None
     """``longrope``: divisor of each pair's frequency in samples up to the original context."""
     long_factors: tuple[PositiveFloat, ...] | None = None
@@ -47,7 +47,7 @@ class RopeScaling(Node):
 
 
 class ModelConfig(Node):
-    """A Llama-style decoder (RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases)."""
+    """A Llama-style decoder (RMSNorm, RoPE, SwiGLU, grouped-query attention; no biases by default)."""
 
     preset: str | None = None
     """Name of a preset (``llama2-7b`` … ``debug``) whose values fill every field not given here."""
@@ -82,8 +82,8 @@ class ModelConfig(Node):
     qk_norm: bool = False
     """Normalize each head's queries and keys by an RMSNorm before the rotary embedding, as Qwen3 does."""
     window_tokens: PositiveInt | None = None
-    """Tokens that a query sees, itself and those right before it, as in Mistral 7B; all before it if not given. The
-    planner counts attention to all of them."""
+    """Number of tokens that a query attends to, itself and those right before it, as in Mistral 7B; all before it if
+    not given. The planner counts attention to all of them in either case."""
     attention_softcap: float = Field(0.0, ge=0.0)
     """Attention scores x become ``cap · tanh(x / cap)``, as in Gemma 2; 0: they stay as they are."""
     output_softcap: float = Field(0.0, ge=0.0)
@@ -122,8 +122,8 @@ class DataConfig(Node):
     seq_length_tokens: PositiveInt = 256
     """Tokens of one sample."""
     packing: Literal["concatenate", "isolate"] = "concatenate"
-    """``concatenate``: documents follow each other and attention crosses their boundaries (the classic); ``isolate``:
-    attention and positions start anew at every document and no token is predicted across a boundary."""
+    """``concatenate``: documents follow each other and attention crosses their boundaries; ``isolate``: attention and
+    positions start anew at every document and no token is predicted across a boundary."""
     prefetch_batches: PositiveInt = 2
     """Micro batches read ahead by a background thread."""
 
@@ -132,7 +132,8 @@ class ParallelConfig(Node):
     """How the model and the batch are divided over processes."""
 
     dp: PositiveInt | None = None
-    """Data-parallel replicas; if not given, what the number of processes leaves (1 when starting processes here)."""
+    """Data-parallel replicas; if not given, the number of processes divided by tp*pp*cp (1 where the command starts the
+    processes itself)."""
     tp: PositiveInt = 1
     """Tensor-parallel size (Shoeybi et al. 2019, arXiv 1909.08053)."""
     pp: PositiveInt = 1
@@ -163,7 +164,7 @@ class ParallelConfig(Node):
 
     @property
     def divides_sequence(self) -> bool:
-        """``sequence_parallel`` with its default."""
+        """``sequence_parallel``, or its default if it is not given."""
         return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
 
 
@@ -186,10 +187,11 @@ class KernelsConfig(Node):
     cross_entropy: KernelChoice = "auto"
     """Vocabulary-parallel loss; Triton writes the gradient over the logits."""
     output_loss: Literal["separate", "fused", "fused-recompute"] = "separate"
-    """``fused``: output projection and loss together, some tokens at a time, so that the logits of a micro batch never
-    exist; gradients are found in forward, at no more products, and that of the output matrix is held in fp32 until
-    backward (less memory than logits where a micro batch has over 2 hidden_size tokens). ``fused-recompute``: holds
-    nothing, for the least memory, and computes the logits a second time in backward."""
+    """``fused``: output projection and loss are computed together, some tokens at a time, so that the logits of a whole
+    micro batch are never in memory. Gradients are computed in forward, without additional matrix products; that of the
+    output matrix is held in fp32 until backward (less memory than logits where a micro batch has over 2 hidden_size
+    tokens). ``fused-recompute``: holds no gradients, for the least memory, and computes the logits a second time in
+    backward."""
 
 
 class RampUp(Node):
@@ -215,10 +217,11 @@ class GuardConfig(Node):
     spike_min_steps: PositiveInt = 32
     """Applied steps before spike detection begins."""
     max_spike_skips: PositiveInt = 3
-    """At most so many steps in a row are skipped for a spike. One that outlasts them lies in the weights, not in a
-    batch, and skipping leaves the weights as they are: it is applied, clipped as ever (optim.clip_grad)."""
+    """At most this many steps in a row are skipped for a spike. A spike that lasts longer comes from the weights and
+    not from one batch, and skipping would not change the weights: the step is then applied, clipped as usual
+    (optim.clip_grad)."""
     max_consecutive_skips: PositiveInt = 10
-    """That many skipped steps in a row stop the run with exit status 1."""
+    """This many skipped steps in a row stop the run with exit status 1."""
 
 
 class TrainConfig(Node):
@@ -247,7 +250,7 @@ class TrainConfig(Node):
     deterministic: bool = False
     """Bitwise repeatable steps (slower on GPUs)."""
     time_limit_s: PositiveFloat | None = None
-    """Wall seconds after which the run saves a checkpoint and exits with status 0."""
+    """Wall seconds after which the run saves a checkpoint and exits, with status 3 if steps are left."""
     threads_per_process: PositiveInt | None = None
     """CPU compute threads of a process when training on CPU; cores divided by processes if not given."""
     guard: GuardConfig = GuardConfig()
@@ -300,8 +303,8 @@ class CheckpointConfig(Node):
     load_optimizer: bool = True
     """Take optimizer state and the sample counter from ``load`` too; false starts a new schedule from its weights."""
     verify: bool = True
-    """Compare every file's checksum before a checkpoint is loaded, for which the processes together read it once more;
-    a damaged one of the run's own is set aside and the one before it taken."""
+    """Compare every file's checksum before a checkpoint is loaded, for which the processes together read it once more.
+    If one of the run's own checkpoints is damaged, it is renamed and the one before it is loaded."""
 
 
 class LogConfig(Node):
@@ -367,7 +370,7 @@ class RunConfig(Node):
     """Everything that defines a run."""
 
     run_dir: str = "runs/default"
-    """Folder of everything the run leaves."""
+    """Folder for everything that the run writes."""
     seed: int = Field(1234, ge=0)
     """Seed of weights and sample order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
