@@ -16,8 +16,9 @@ from llm_parallel.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of each row begin: int32 CPU tensors, one for each row, whose first number is 0. The last
-    document ends with the row. Attention stops at documents, and positions begin anew."""
+    """Where the documents of each row begin: one int32 CPU tensor for each row, whose first number is 0. The last
+    document ends with the row. Attention does not cross from one document to another, and positions begin at 0 in
+    each."""
 
     starts: tuple[Tensor, ...]
 
@@ -33,9 +34,10 @@ class Documents:
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens, labels: int64 [b, s]; weights: fp32 [b, s], what each label's loss counts (0 for a prompt's); documents:
-    None where attention does not stop at documents; columns: fp32 [b, s] by name, a number for each label, as the
-    log-probability under a reference; facts: fp32 [b, d] by name, a number for each document, as a reward."""
+    """tokens, labels: int64 [b, s]; weights: fp32 [b, s], the weight of each label's loss (0 within a prompt);
+    documents: None where attention crosses from one document to another; columns: fp32 [b, s] by name, a number for
+    each label, such as its log-probability under a reference model; facts: fp32 [b, d] by name, a number for each
+    document, such as a reward."""
 
     tokens: Tensor
     labels: Tensor

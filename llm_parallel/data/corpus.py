@@ -27,7 +27,8 @@ EVAL_SHARE = 0.02
 
 @dataclass(frozen=True)
 class PythonCorpus:
-    """What ``prepare_python_corpus`` made. ``unigram_entropy_nats``: of one token, over training and held-out text."""
+    """Result of ``prepare_python_corpus``. ``unigram_entropy_nats``: entropy of one token by its frequency in training
+    and held-out text."""
 
     tokenizer: str
     train: PrepareReport
@@ -64,7 +65,7 @@ def prepare_python_corpus(out_dir: str | Path, vocab_size: int, workers: int | N
     """Finds the files, trains a tokenizer and writes tokenizer.model, train.{bin,idx}, eval.{bin,idx} and
     corpus.report.json into ``out_dir``, showing progress. Two in a hundred files are held out, chosen by their path.
 
-    What is there already and would be the same is kept. Raises UserError as ``prepare`` does.
+    Files that are there already and would come out the same are kept. Raises UserError as ``prepare`` does.
     """
     out = Path(out_dir)
     library = _library()

@@ -18,7 +18,8 @@ LINE_INTERVAL_S = 5.0
 
 @contextmanager
 def shown_progress(title: str, console: Console | None = None) -> Iterator[Callable[[Progress], None]]:
-    """What ``prepare`` is to call: moves a bar on a terminal, else prints a line every five seconds and at the end."""
+    """Gives the function that ``prepare`` calls with its progress: it moves a bar on a terminal, and elsewhere prints a
+    line every five seconds and at the end."""
     console = console or Console()
     if not console.is_terminal:
         yield _line_printer(title, console)

@@ -21,10 +21,10 @@ HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
 TYPE_CODES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 UINT16_VOCABULARY = 65500
-"""Vocabularies below this are stored in uint16, as megatron-core's ``DType.optimal_dtype`` has it."""
+"""Vocabularies below this are stored in uint16, as by megatron-core's ``DType.optimal_dtype``."""
 
 REPORT_ENDING = ".report.json"
-"""What ``prepare`` leaves beside the pair; files from elsewhere lack it."""
+"""Ending of the report that ``prepare`` writes beside the pair; token files of other programs have none."""
 CHUNK = 1 << 20
 
 
@@ -39,7 +39,8 @@ def type_code(dtype: np.dtype[Any]) -> int:
 
 
 def write_index(write: Callable[[bytes], Any], dtype: np.dtype[Any], lengths: Iterable[NDArray[np.int32]]) -> None:
-    """Writes an .idx file through ``write``. ``lengths``: the documents' tokens, in order, in chunks (walked once)."""
+    """Writes an .idx file through ``write``. ``lengths``: number of tokens of each document, in order, in chunks;
+    iterated over once."""
     chunks = list(lengths)
     count = sum(len(chunk) for chunk in chunks)
     write(HEADER.pack(MAGIC, VERSION, type_code(dtype), count, count + 1))

@@ -35,7 +35,8 @@ SOURCE_CODE = (
     ".sh",
 )
 TEXT_EXTENSIONS = frozenset((*JSON_LINES, *PROSE, *SOURCE_CODE))
-"""What is taken from a folder, also compressed; a file that is named itself, or matches a glob, is always taken."""
+"""Endings of the files that are read from a folder, compressed or not; a file that is named itself or matches a glob is
+always read."""
 MAX_DOCUMENT_BYTES = 256 << 20
 """A tokenizer works on a whole document at once and needs some hundred bytes of memory for each of its bytes."""
 BLOCK_BYTES = 1 << 20
@@ -43,7 +44,8 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Piece:
-    """The bytes [start, end) of a file. Of JSON lines, those that begin in there; of other files always the whole."""
+    """The bytes [start, end) of a file. Of a file of JSON lines they stand for the lines that begin in this range; of
+    any other file they are always the whole."""
 
     path: str
     start: int
@@ -190,7 +192,8 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     if Path(piece.path).suffix not in COMPRESSED:
         with Path(piece.path).open("rb", buffering=BLOCK_BYTES) as handle:
             if piece.start:
-                # From the byte before: if that ends a line, the first of ours begins at start, else further on.
+                # Reads on from the byte before ``start``: if that byte ends a line, the first line of this piece begins
+                # at ``start``, else after the next line end.
                 handle.seek(piece.start - 1)
                 handle.readline()
             offset = handle.tell()

@@ -15,7 +15,7 @@ from llm_parallel.data.batch import Batch, Documents
 from llm_parallel.data.samples import Sample
 
 POLL_S = 0.1
-"""How often a waiting thread looks whether it is still wanted."""
+"""Seconds after which a waiting thread checks again whether the loader was closed."""
 
 
 class Samples(Protocol):
@@ -30,8 +30,9 @@ class Samples(Protocol):
 class MicroBatchLoader(Iterator[Batch]):
     """Iterates over the micro batches whose sample numbers ``numbers`` lists, reading ``prefetch`` of them ahead.
 
-    Tensors are on ``device``; for CUDA they are staged in pinned memory and copied without blocking. What the reading
-    thread raises is raised by ``next`` once the batches before it are used up. Call ``close``, or use it in ``with``.
+    Tensors are on ``device``; for CUDA they are staged in pinned memory and copied without blocking. An exception in
+    the reading thread is raised by ``next`` after the batches that were read before it. Call ``close``, or use it in
+    ``with``.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class MicroBatchLoader(Iterator[Batch]):
         """Ends the reading thread. Closing twice does no harm."""
         self._stop.set()
         with suppress(queue.Empty):
-            while True:  # room for what the thread is about to put: it need not wait until it looks again
+            while True:  # make room, so that a waiting put of the thread returns at once
                 self._ready.get_nowait()
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""The sources of a configuration, opened: what training and evaluation take from each, and how much that is."""
+"""Opens the sources of a configuration: which samples training and evaluation take from each, and how much that is."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 
 REPORTED = {"vocab_size": int, "tokens": int, "tokenizer": str, "tokenizer_fingerprint": str}
-"""What a report is asked for."""
+"""Fields that are read from a report of ``prepare``, with their types."""
 HOLD_OUT, ORDER = 1, 2
-"""What a derived key is for."""
+"""The uses of a derived key: to hold documents out, and to order samples."""
 
 
 class Mixture:
@@ -46,7 +46,8 @@ class Mixture:
         self.order = MixtureOrder([source.weight for source in self.sources])
 
     def read(self, number: int, vocab_size: int | None) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Sample ``number`` as ``Stream.read`` has it. Raises UserError if it has ids from ``vocab_size`` on."""
+        """Sample ``number`` as ``Stream.read`` returns it. Raises UserError if it holds ids that are not below
+        ``vocab_size``."""
         source, place = self.order.locate(number)
         window, boundaries = self.streams[source].read(place)
         # As unsigned numbers negative ids are large too: one pass finds both.
@@ -79,8 +80,8 @@ def mixture_table(data: DataConfig, seed: int, total_samples: int) -> list[Mixtu
 
 
 def check_token_files(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> list[str]:
-    """Compares what the reports of all sources, for training and held out, say of their tokenizers: with ``tokenizer``,
-    and with each other where none is given. Returns notices about files that came without a report.
+    """Compares the tokenizers that the reports of all sources, for training and held out, name with ``tokenizer`` or,
+    where none is given, with each other. Returns notices about files without a report.
 
     Raises UserError if the vocabularies of two of them, or of a source and the tokenizer, are not the same, or one is
     larger than the model's."""
@@ -106,7 +107,8 @@ def check_token_files(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | 
 
 
 def _refuse_mixed_tokenizers(reported: Mapping[str, Mapping[str, Any]], tokenizer: Tokenizer | None) -> None:
-    """Raises UserError if a source's tokenizer is not ``tokenizer``, or where none is given not the first source's."""
+    """Raises UserError if a source's tokenizer is not ``tokenizer`` or, where none is given, not that of the first
+    source."""
     if not reported:
         return
     first, of_first = next(iter(reported.items()))
@@ -122,8 +124,8 @@ def _refuse_mixed_tokenizers(reported: Mapping[str, Mapping[str, Any]], tokenize
 
 
 def _report_of(path: str) -> dict[str, Any] | None:
-    """What `prepare` said of a pair of token files; None for files from elsewhere. Raises UserError if the report is
-    there and is not of these files."""
+    """The report that `prepare` wrote about a pair of token files; None if there is none. Raises UserError if it is
+    damaged or about other files."""
     try:
         report = json.loads(Path(path + REPORT_ENDING).read_text(encoding="utf-8"))
         found = {name: kind(report[name]) for name, kind in REPORTED.items()}
@@ -141,7 +143,7 @@ def _report_of(path: str) -> dict[str, Any] | None:
 
 
 def _refuse_ids(path: str, ids: NDArray[Any], vocab_size: int) -> None:
-    """Raises UserError if some of ``ids`` are no rows of the model's embedding."""
+    """Raises UserError if the model's embedding has no row for some of ``ids``."""
     least, most = int(ids.min()), int(ids.max())
     if least < 0 or most >= vocab_size:
         raise UserError(

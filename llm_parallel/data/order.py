@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from llm_parallel import _C
 
 BLOCK = 1 << 16
-"""Samples worked out at a time."""
+"""Number of samples that are computed at a time."""
 CACHED_BLOCKS = 4
 MAX_TOTAL = 1 << 40
-"""Largest sum of integer weights; at this resolution 10^12 samples are needed to be off by one."""
+"""Largest sum of integer weights; with this resolution it takes 10^12 samples to be off by one."""
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """The smallest integers in the proportion of ``weights``, taking 0.1 for the tenth that its digits say; rounded to
-    a resolution of 2^-40 if those would be larger. Every weight stays at least 1."""
+    """The smallest integers in the proportion of ``weights``, where 0.1 means exactly one tenth; rounded to a
+    resolution of 2^-40 if their sum would be over ``MAX_TOTAL``. Every weight stays at least 1."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * scale) for weight in exact]

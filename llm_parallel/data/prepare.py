@@ -1,4 +1,4 @@
-"""From raw text to token files, in parallel, and on from where a killed run stopped.
+"""Turns raw text into token files, in parallel; a run that was killed goes on from where it stopped.
 
 The inputs are divided into shards; each finished shard leaves a record in ``PREFIX.parts`` and is never done again
 while the inputs, the tokenizer and the options stay the same (their fingerprint is kept there). The last step joins the
@@ -31,7 +31,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, fsync_dir, locked, refuse_strangers
 
 FORMAT = 1
-"""Raised when the same inputs would give other files than before."""
+"""To be incremented when the same inputs would give other files than before."""
 MIN_SHARD_BYTES = 1 << 20
 LEAST_SHARDS = 32
 """Small inputs are divided into about this many shards, so that processes end together and progress is smooth."""
@@ -54,15 +54,15 @@ class PrepareConfig:
     append_eod: bool = True
     """End every document with the end-of-document token."""
     shard_megabytes: int = 16
-    """Most text of one shard: what a kill loses."""
+    """Largest size of a shard in megabytes of text: as much work is lost when a process is killed."""
     extensions: tuple[str, ...] | None = None
     """Endings taken from folders, ``inputs.TEXT_EXTENSIONS`` if not given."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far it is: bytes of input done and in all, documents and tokens written, seconds since the start, and bytes
-    that an earlier run had done already."""
+    """How far ``prepare`` is: bytes of input done and in total, documents and tokens written, seconds since the start,
+    and bytes that an earlier run had done already."""
 
     bytes_done: int
     bytes_total: int
@@ -80,7 +80,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What was written; also in PREFIX.report.json. ``tokens_per_s`` counts what this run tokenised itself."""
+    """What was written; also in PREFIX.report.json. ``tokens_per_s`` counts only tokens that this run wrote itself."""
 
     prefix: str
     documents: int
@@ -137,7 +137,7 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] | None =
 
 @contextmanager
 def file_errors_explained(prefix: Path) -> Iterator[None]:
-    """Turns what the file system refuses while ``prefix`` is prepared, and the user can mend, into a UserError."""
+    """Turns errors of the file system that the user can mend, while ``prefix`` is prepared, into UserError."""
     try:
         yield
     except (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
@@ -178,18 +178,18 @@ class _Run:
 
     @property
     def seconds(self) -> float:
-        """Since ``prepare`` was called."""
+        """Seconds since ``prepare`` was called."""
         return time.monotonic() - self._started
 
     def tokenise(self, workers: int, tokenizer: Tokenizer) -> None:
-        """Does what is left, in this process if one is enough."""
+        """Tokenises the shards that are left, in this process if one is enough."""
         left = [number for number in range(len(self._shards)) if number not in self._done]
         self._show()
         if min(workers, len(left)) <= 1:
             for number in left:
                 self._add(number, self._writer.write(number, self._shards[number], tokenizer))
             return
-        # Spawned, not forked: a fork would copy whatever threads and locks the caller has.
+        # Spawned, not forked: a fork would inherit locks that other threads of the caller may hold.
         context = get_context("spawn")
         pool = ProcessPoolExecutor(min(workers, len(left)), context, start_worker, (self._writer,))
         try:
@@ -231,7 +231,7 @@ def _shard_bytes(files: list[Path], megabytes: int) -> int:
 
 
 def _fingerprint(config: PrepareConfig, files: list[Path], shards: list[list[Piece]], tokenizer: Tokenizer) -> str:
-    """Of everything that decides what the files will hold and how they are divided into shards."""
+    """Hash of everything that decides what the files will hold and how they are divided into shards."""
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     content = [FORMAT, stats, len(shards), config.shard_megabytes, config.key, config.append_eod, tokenizer.fingerprint]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
@@ -246,7 +246,7 @@ def _alone(parts: Path) -> AbstractContextManager[None]:
 
 
 def _finished(prefix: Path, fingerprint: str) -> PrepareReport | None:
-    """The report of an earlier run whose files are in place and would be the same again."""
+    """The report of an earlier run, if its files are in place and would come out the same again; else None."""
     try:
         report = PrepareReport(**json.loads(Path(f"{prefix}{REPORT_ENDING}").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -256,7 +256,7 @@ def _finished(prefix: Path, fingerprint: str) -> PrepareReport | None:
 
 
 def _keep_only(parts: Path, fingerprint: str) -> None:
-    """Readies the folder of shards, throwing away what other inputs or options left there."""
+    """Makes the folder of shards ready and deletes what a run with other inputs or options left there."""
     if parts.is_symlink():
         raise UserError(f"{parts} is a symbolic link where a folder of ours belongs; remove it")
     if parts.exists():
@@ -269,7 +269,7 @@ def _keep_only(parts: Path, fingerprint: str) -> None:
 
 
 def _join(prefix: Path, writer: ShardWriter, records: list[ShardRecord], tokenizer: Tokenizer) -> None:
-    """Shards into .bin and .idx. The old .idx goes first, so that none is ever beside the wrong .bin."""
+    """Joins the shards into .bin and .idx. The old .idx is deleted first, so that it is never beside a new .bin."""
     idx = Path(f"{prefix}.idx")
     idx.unlink(missing_ok=True)
     fsync_dir(prefix.parent)

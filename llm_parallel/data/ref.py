@@ -1,4 +1,5 @@
-"""What csrc/ computes, in numpy and plain Python: slow, short, and the truth that the tests hold the extension to."""
+"""What csrc/ computes, in numpy and plain Python: slow and short, the reference with which the tests compare the
+extension."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def permutation(size: int, key: int) -> NDArray[np.int64]:
 
 
 class Epoch:
-    """One epoch's documents in order, as csrc/epoch.h: same arguments, properties and results."""
+    """One epoch's documents in order, with the arguments, properties and results of csrc/epoch.h."""
 
     def __init__(
         self,
@@ -79,7 +80,8 @@ class Epoch:
 def continue_mixture(
     weights: Sequence[int], start: int, taken: Sequence[int], count: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], list[int]]:
-    """Source (int32) and number within it (int64) of samples ``start`` to ``start + count``; then the counts after."""
+    """Source (int32) and number within it (int64) of samples ``start`` to ``start + count``; then how many samples each
+    source has given by then."""
     total, taken = sum(weights), list(taken)
     sources, numbers = [], []
     for n in range(start + 1, start + count + 1):

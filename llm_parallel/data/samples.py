@@ -53,5 +53,5 @@ class SampleSource:
         return Sample(window[:-1], window[1:], mask, starts)
 
     def close(self) -> None:
-        """Lets go of the mapped files; the source is not used after that."""
+        """Closes the memory-mapped files; the source must not be used after that."""
         self._mixture = None

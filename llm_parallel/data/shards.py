@@ -1,4 +1,4 @@
-"""One shard of ``prepare``: from text to tokens in a folder of parts, in a process of its own.
+"""Writes one shard of ``prepare``: turns text into tokens in a folder of parts, in a process of its own.
 
 A shard is done when its record ``NUMBER.json`` exists, which is written after its tokens and lengths. Imports neither
 torch nor the configuration, so that a worker starts in a fifth of a second.
@@ -116,11 +116,11 @@ def _batches(pieces: list[Piece], key: str, skipped: Skipped) -> Iterator[list[s
 
 
 _worker: tuple[ShardWriter, Tokenizer]
-"""Of a worker process, which serves one ``prepare`` only."""
+"""Writer and tokenizer of a worker process, which serves one ``prepare`` only."""
 
 
 def start_worker(writer: ShardWriter) -> None:
-    """Readies a worker process: loads the tokenizer, and sees to it that the process ends with its parent."""
+    """Starts a worker process: loads the tokenizer, and makes the process end when its parent ends."""
     global _worker
     parent = parent_process()
     assert parent is not None

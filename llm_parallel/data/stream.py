@@ -1,4 +1,4 @@
-"""One source of text as an endless row of samples, each found without visiting those before it.
+"""One source of text as an endless sequence of samples, each found without reading those before it.
 
 The documents of an epoch are shuffled and concatenated, epoch follows epoch, and sample window k covers tokens
 [k L, k L + L] of that stream, so each token of an epoch is predicted exactly once. The windows that begin in one epoch
@@ -44,7 +44,7 @@ class Selection:
 
     @property
     def threshold(self) -> int:
-        """The fraction of 2^64 that hashes of held-out documents stay below."""
+        """A document is held out if its hash (uint64) is below this number."""
         return min(int(self.fraction * 2.0**64), MASK64)
 
 

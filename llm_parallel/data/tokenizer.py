@@ -1,4 +1,5 @@
-"""Tokenizers: SentencePiece models and Hugging Face ``tokenizer.json`` behind one face, and training the former."""
+"""Tokenizers: SentencePiece models and Hugging Face ``tokenizer.json`` behind one interface, and training of the
+former."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ END_TOKENS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|im_end|>",
 """Names that a tokenizer.json without a tokenizer_config.json beside it may give its end-of-document token."""
 MAX_LINE_BYTES = 16384
 TRAIN_BYTES = 10 << 20
-"""Text that training looks at. On 32 MB of Python, a vocabulary of 8192 that was trained on all of it saved 0.8 % of
-the tokens over this."""
+"""Bytes of text that a tokenizer is trained on. A vocabulary of 8192 trained on all of 32 MB of Python, instead of this
+much, saved 0.8 % of the tokens."""
 
 
 class Tokenizer(Protocol):
@@ -46,7 +47,8 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece ``.model``; see Tokenizer. Raises UserError if the file is none, or names no end of sentence."""
+    """A SentencePiece ``.model``; see Tokenizer. Raises UserError if the file is not such a model, or has no
+    end-of-sentence token."""
 
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -109,7 +111,7 @@ class HuggingFaceTokenizer:
         self.prefix = self._prefix()
 
     def _prefix(self) -> list[int]:
-        """What the file's own template puts before a text, as the begin token."""
+        """Ids that the file's own template puts before a text, such as the begin token."""
         text = self.encode("a")
         whole = self._model.encode("a", add_special_tokens=True).ids
         starts = (at for at in range(len(whole) - len(text) + 1) if whole[at : at + len(text)] == text)
@@ -133,7 +135,8 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Opens a ``.model`` or ``tokenizer.json``, or the one in a folder (the latter first: it knows added tokens).
+    """Opens a ``.model`` or ``tokenizer.json``, or the one in a folder (tokenizer.json first, since it knows added
+    tokens).
 
     Raises UserError if there is none or it cannot be read.
     """
@@ -162,10 +165,11 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, out_dir: str | Path, max_bytes: int = TRAIN_BYTES, threads: int = 2
 ) -> Path:
-    """Trains a tokenizer as Llama's (BPE, byte fallback, single digits, text left as it is) on the first ``max_bytes``
-    of ``texts`` and returns the path of ``out_dir``/tokenizer.model, which it replaces. Ids: 0 unknown, 1 begin, 2 end.
+    """Trains a tokenizer like Llama's (BPE, byte fallback, single digits, text left as it is) on the first
+    ``max_bytes`` of ``texts`` and returns the path of ``out_dir``/tokenizer.model, which it replaces. Ids: 0 unknown, 1
+    begin, 2 end.
 
-    Raises UserError if the text is too little for such a vocabulary.
+    Raises UserError if there is too little text for such a vocabulary.
     """
     path = Path(out_dir) / MODEL_NAME
     with atomic_write(path, "wb") as handle:
@@ -221,7 +225,7 @@ def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 
 
 def fingerprint_of(content: bytes) -> str:
-    """What tells one tokenizer file from another."""
+    """A hash that tells one tokenizer file from another."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 

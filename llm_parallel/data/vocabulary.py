@@ -19,17 +19,18 @@ from llm_parallel.files import atomic_write, locked
 SOURCE_NAME = "tokenizer.source.json"
 STRETCH_BYTES = 1 << 20
 MAX_STRETCHES = 4096
-"""Terabytes are divided into no more than this."""
+"""Largest number of stretches that the inputs are divided into, whatever their size."""
 
 
 def vocabulary_from_files(
     files: Sequence[Path], vocab_size: int, out_dir: str | Path, key: str = "text", *, prefixes: Sequence[str]
 ) -> Path:
-    """``out_dir``/tokenizer.model, trained on a sample from all over ``files``, for the token files ``prefixes`` (names
-    in that folder); the one that is there already if it came from the same files or is the same.
+    """Trains ``out_dir``/tokenizer.model on a sample from all over ``files``, for the token files ``prefixes`` (names
+    in that folder), and returns its path. A tokenizer that is there already is kept if it came from the same files or
+    is the same.
 
-    Raises UserError as ``sentencepiece_model`` and ``inputs.documents`` do, and instead of replacing a tokenizer that
-    other token files were, or are being, made with, or that came from elsewhere."""
+    Raises UserError as ``sentencepiece_model`` and ``inputs.documents`` do, and rather than replace a tokenizer with
+    which other token files were or are being made, or that ``prepare`` did not train."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -65,8 +66,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _refuse_to_replace(model: Path, others: set[str], prefixes: Sequence[str], ours: bool) -> None:
-    """Raises UserError if token files that are not made anew now have the tokens of ``model``. others: names of those
-    that it was trained for; ours: whether ``prepare`` trained it."""
+    """Raises UserError if ``model`` is in use by token files that this command does not write again, or was not trained
+    by ``prepare``. others: names of those that it was trained for; ours: whether ``prepare`` trained it."""
     fingerprint = fingerprint_of(model.read_bytes())
     for report in sorted(model.parent.glob(f"*{REPORT_ENDING}")):
         name = report.name.removesuffix(REPORT_ENDING)
@@ -82,7 +83,7 @@ def _refuse_to_replace(model: Path, others: set[str], prefixes: Sequence[str], o
 
 
 def _sample(files: Sequence[Path], key: str) -> Iterator[str]:
-    """Documents from the heads of shuffled stretches, so that the first megabytes are a picture of the whole."""
+    """Documents from the heads of shuffled stretches, so that the first megabytes represent the whole."""
     total = sum(path.stat().st_size for path in files)
     stretches = plan_shards(files, max(STRETCH_BYTES, total // MAX_STRETCHES))
     random.Random(0).shuffle(stretches)
