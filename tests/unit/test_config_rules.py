@@ -328,8 +328,8 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         {"model__head_dim": 15},
         None,
         "cpu",
-        "model.head_dim = 15 is odd (model.hidden_size = 192, model.num_attention_heads = 12), and rotary positions"
-        " turn pairs of channels; use model.head_dim=16",
+        "model.head_dim = 15 is odd (model.hidden_size = 192, model.num_attention_heads = 12), and rotary embedding"
+        " rotates pairs of channels; use model.head_dim=16",
     ),
     (
         {"parallel__tp": 5, "model__ffn_hidden_size": 200, "parallel__sequence_parallel": False},
