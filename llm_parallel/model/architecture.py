@@ -1,4 +1,4 @@
-"""When two models hold tensors of the same shapes and meaning."""
+"""Checks that two models hold tensors of the same shapes and meaning."""
 
 from __future__ import annotations
 

@@ -87,8 +87,8 @@ class CoreAttention(nn.Module):
         }
 
     def takes_packed(self, x: Tensor, info: SequenceInfo) -> bool:
-        """Whether rotary embedding and attention work on the packed projection where it lies: always with Triton, but
-        not where queries and keys are normed before, or keys and values are to be kept or gathered by themselves."""
+        """Whether rotary embedding and attention work in place on the packed projection: with Triton, unless queries
+        and keys are normalized before, or keys and values must be cached or gathered separately."""
         alone = info.cache is None and self.cp_group.size() == 1 and not self.normed
         rotates = backend_for(x, self.kernels.rope) == "triton"
         return alone and rotates and attention_backend(x, self.kernels.attention) != "torch"
@@ -122,7 +122,8 @@ class CoreAttention(nn.Module):
 
 
 class _GatherZigzag(torch.autograd.Function):
-    """[S/cp, …] in zigzag order → [S, …] in order; backward sums what all processes found for this one's tokens."""
+    """[S/cp, …] in zigzag order → [S, …] in order; backward sums the gradients of this process's tokens over all
+    processes."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:

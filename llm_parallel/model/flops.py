@@ -23,7 +23,7 @@ CONVENTIONS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Trainable numbers of a model, by part. ``output`` is 0 where it shares the embedding's matrix."""
+    """Trainable parameters of a model, by part. ``output`` is 0 where it shares the embedding's matrix."""
 
     num_layers: int
     embedding: int

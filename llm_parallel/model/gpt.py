@@ -103,8 +103,8 @@ class LlamaModel(LanguageModule):
 
         Last stage: fp32 losses [B, S] if labels are given, else this process's columns of the logits [B, S, V/tp]. With
         ``kernels.output_loss: fused`` and weights fp32 [B, S]: (sum of weighted losses, losses without gradient).
-        ``loss_options``: keywords of the loss operator, as label_smoothing. Other stages: hidden states for the next
-        one.
+        ``loss_options``: keyword arguments of the loss operator, such as label_smoothing. Other stages: hidden states
+        for the next one.
         """
         mesh = self.groups.mesh
         if cache is None:

@@ -1,7 +1,8 @@
-"""Hugging Face's Llama tensors ↔ ours, as data, and reading them straight into one process's shard.
+"""Maps Hugging Face's Llama tensors to ours and back, and reads them straight into one process's shard.
 
-Each of our tensors is a row of pieces of Hugging Face's along one dim. Our QKV matrix holds, for each key/value group,
-its query heads, its key and its value; the first MLP matrix holds gate, then up; vocabulary rows are padded with zeros.
+Each of our tensors is a concatenation of pieces of Hugging Face's tensors along one dimension. Our QKV matrix holds,
+for each key/value group, its query heads, its key and its value; the first MLP matrix holds gate, then up; vocabulary
+rows are padded with zeros.
 """
 
 from __future__ import annotations

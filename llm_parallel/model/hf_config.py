@@ -1,4 +1,4 @@
-"""Hugging Face's ``config.json`` of a Llama, Mistral, Qwen2 or Qwen3 ↔ our ModelConfig."""
+"""Converts between Hugging Face's ``config.json`` of a Llama, Mistral, Qwen2 or Qwen3 and our ModelConfig."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.model.hf_rope import hf_to_rope, rope_to_hf
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# What our model has no room for: key → the one value that means it is not used.
+# Options that our model does not have: key → the one value that means that the option is not used.
 _MUST_BE = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
@@ -75,7 +75,8 @@ def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
 
 
 def family_of(model: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The Hugging Face family that has what a model has, and its settings of it. Raises UserError if none has."""
+    """The Hugging Face family that has all options of a model, and its settings for them. Raises UserError if none
+    has."""
     options = {
         "window_tokens": model.window_tokens is not None,
         "qkv_bias": model.qkv_bias,

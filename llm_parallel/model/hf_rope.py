@@ -1,4 +1,4 @@
-"""Rotary scaling in Hugging Face's ``config.json`` ↔ ours."""
+"""Converts between rotary scaling in Hugging Face's ``config.json`` and ours."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def hf_to_rope(values: dict[str, Any], longest: int) -> tuple[float, RopeScaling
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     base = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    kind = "longrope" if kind == "su" else kind  # Phi-3's first name of it
+    kind = "longrope" if kind == "su" else kind  # the name that Phi-3 first gave it
     if kind not in KINDS:
         raise UserError(f"rope_type is {kind!r} in config.json; only {', '.join(KINDS)} can be converted")
     if rope.get("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError("partial_rotary_factor in config.json is not 1; only whole heads that turn can be converted")
+        raise UserError("partial_rotary_factor in config.json is not 1; only 1 (whole heads rotate) can be converted")
     if kind == "yarn" and rope.get("truncate") is False:
         raise UserError("rope_scaling.truncate is false in config.json; only yarn with whole pairs can be converted")
     if kind == "default":
@@ -63,7 +63,8 @@ def hf_to_rope(values: dict[str, Any], longest: int) -> tuple[float, RopeScaling
 
 
 def _yarn_attention(rope: dict[str, Any], factor: float) -> float | None:
-    """YaRN's factor where it is given, or where DeepSeek's two parameters of it are; None: the paper's formula."""
+    """YaRN's attention factor, where it or DeepSeek's two parameters for it are given; None means the paper's
+    formula."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     above, below = rope.get("mscale"), rope.get("mscale_all_dim")
@@ -73,7 +74,7 @@ def _yarn_attention(rope: dict[str, Any], factor: float) -> float | None:
 
 
 def rope_to_hf(model: ModelConfig) -> tuple[dict[str, Any], int]:
-    """``rope_scaling`` in Hugging Face's words, and ``max_position_embeddings``."""
+    """``rope_scaling`` in Hugging Face's form, and ``max_position_embeddings``."""
     scaling, longest = model.rope_scaling, model.max_seq_length_tokens
     if scaling is None:
         return {"rope_type": "default"}, longest

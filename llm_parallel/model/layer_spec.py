@@ -1,4 +1,4 @@
-"""Which module stands in which of megatron-core's slots."""
+"""Says which module takes which slot of megatron-core's layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model and its numerics on a mesh → megatron-core's TransformerConfig."""
+"""Translates a model and its numerics on a mesh into megatron-core's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LlamaTransformerConfig(TransformerConfig):
 
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     keys_to_the_left: int = -1
-    """Keys before its own that a query sees; -1: all."""
+    """Number of keys before its own that a query attends to; -1: all."""
     attention_softcap: float = 0.0
     attention_scale: float | None = None
     """Factor of the scores before the softmax; 1 / sqrt(head dim) if not given."""
@@ -95,7 +95,7 @@ def transformer_config(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
-        use_te_activation_func=True,  # the activation module of the layer spec, ours, is called
+        use_te_activation_func=True,  # so that the layer spec's activation module, ours, is called
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -1,4 +1,5 @@
-"""Our operators behind megatron-core's module interfaces. Written for one device; parallelism is named where it enters.
+"""Our operators behind megatron-core's module interfaces. Written for one device; parallelism is mentioned where it
+matters.
 
 Shapes: S tokens, B samples, H hidden, F feed-forward width.
 """
@@ -47,13 +48,13 @@ class SwiGLU(MegatronModule):
         super().__init__(config)
 
     def forward(self, x_SBF: Tensor) -> Tensor:
-        """[S, B, 2F] (gate, then up) → [S, B, F]. The gradient goes over x, which nothing else keeps."""
+        """[S, B, 2F] (gate, then up) → [S, B, F]. The gradient is written over x, which nothing else keeps."""
         return swiglu(x_SBF, inplace_backward=True, backend=self.config.kernels.swiglu)
 
 
 class AttentionOutput(RowParallelLinear):
-    """Attention's output projection. megatron-core has one switch for all biases but those of queries, keys and values;
-    ours are the model's."""
+    """Attention's output projection. megatron-core has one switch for all biases except those of queries, keys and
+    values; here the model's configuration decides about each."""
 
     def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:
         super().__init__(*arguments, config=config, bias=config.attention_output_bias, **named)

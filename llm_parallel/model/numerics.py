@@ -17,7 +17,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Recompute:
-    """Which activations backward computes anew (see ``parallel.recompute`` and its neighbours in config/tree.py)."""
+    """Which activations backward recomputes (see ``parallel.recompute`` and its neighbours in config/tree.py)."""
 
     granularity: Literal["none", "selective", "full"] = "none"
     modules: tuple[str, ...] = ("core_attn",)
@@ -37,7 +37,7 @@ class Numerics:
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Numerics:
-        """Those of a run's model."""
+        """The numerics of a run's model."""
         parallel = config.parallel
         recompute = Recompute(
             parallel.recompute, parallel.recompute_modules, parallel.recompute_method, parallel.recompute_num_layers

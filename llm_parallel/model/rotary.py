@@ -1,4 +1,4 @@
-"""Rotary frequencies of a model, as its context was extended."""
+"""Rotary frequencies of a model, with the scaling by which its context was extended."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _kept_by_yarn(scaling: RopeScaling, base: float, head: int) -> Tensor:
 
 
 def attention_factor(model: ModelConfig) -> float:
-    """By which cosines and sines are multiplied; its square multiplies the scores."""
+    """Factor of the cosines and sines; its square multiplies the attention scores."""
     scaling = model.rope_scaling
     if scaling is None or scaling.kind not in ("yarn", "longrope"):
         return 1.0

@@ -1,4 +1,5 @@
-"""What attention must know of a micro batch: positions, which tokens see which, and cached keys while generating.
+"""What attention must know about a micro batch: positions, which tokens attend to which, and cached keys while
+generating.
 
 Shapes: S tokens of this process, B samples, G key/value groups, D head dim.
 """
@@ -52,11 +53,11 @@ class KVCache:
 
 @dataclass
 class SequenceInfo(PackedSeqParams):
-    """Rides through megatron-core's layers as ``packed_seq_params`` to our core attention.
+    """Passes through megatron-core's layers as ``packed_seq_params`` to our core attention.
 
-    rope: angles of this process's tokens; segments: as in llm_kernels.attention.ref, for each batch row or one for
-    all; parts: lengths of the token ranges that this process holds; shape: samples and tokens of a whole sample; cache:
-    while generating.
+    rope: angles of this process's tokens; segments: as in llm_kernels.attention.ref, for each batch row or one for all;
+    parts: lengths of the token ranges that this process holds; shape: samples and tokens of a whole sample; cache: keys
+    and values so far, while generating.
     """
 
     qkv_format: str = "sbhd"
@@ -68,8 +69,8 @@ class SequenceInfo(PackedSeqParams):
     _tables: list[tuple[slice, Segments]] = field(default_factory=list, repr=False)
 
     def tables(self) -> list[tuple[slice, Segments]]:
-        """For each token range of this process its place among the process's tokens, and the segments of its queries on
-        the device, made once for all layers."""
+        """For each token range of this process: its place among the process's tokens, and the segments of its queries
+        on the device. The tables are made once for all layers."""
         if not self._tables:
             rows, num_keys = self.shape
             by_row = self.segments if len(self.segments) > 1 else self.segments * rows
@@ -89,7 +90,7 @@ class SequenceInfo(PackedSeqParams):
 
 
 class Angles:
-    """The rotary table of a model, as long as it has been needed so far."""
+    """The rotary table of a model, which is extended when more positions are needed."""
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
         self._model, self._device = model, device
@@ -113,8 +114,9 @@ class Angles:
 
 
 def document_segments(starts: Sequence[int], token_ranges: tuple[range, ...]) -> tuple[Segment, ...]:
-    """Segments of one sample: each document's part of each of this process's token ranges sees the document's tokens up
-    to itself. ``starts`` are first tokens of documents; the last document ends with the sample."""
+    """Segments of one sample, one for each document in each of this process's token ranges: a token attends to its
+    document's tokens up to itself. ``starts``: positions of the documents' first tokens; the last document ends with
+    the sample."""
     segments = []
     offset = 0
     for part in token_ranges:
@@ -137,8 +139,8 @@ def sequence_info(
     """Positions and segments of a micro batch of which this process holds ``token_ranges`` of every sample. shape:
     samples, and tokens of a whole sample.
 
-    documents: None where attention does not stop at documents. With a cache, ``token_ranges`` is one range that begins
-    at the cache's length.
+    documents: None where attention crosses from one document to another. With a cache, ``token_ranges`` is one range
+    that begins at the cache's length.
     """
     reached = max(part.stop for part in token_ranges)
     table = angles.reaching(reached, reached if cache is not None else shape[1])

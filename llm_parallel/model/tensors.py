@@ -32,9 +32,9 @@ class TensorKind:
     """One row of the table.
 
     name: within its layer if ``in_layer``, else within the model; sharded_dim: the dimension that tensor-parallel ranks
-    divide, None if each holds the whole; interleaved: matrices that stand one after the other along that dimension,
-    each of which is divided by itself; hf_names: the tensors of Hugging Face's Llama that it is made of, in order;
-    switch: the field of ``model`` that says whether a model has it, if not all do.
+    divide, None if each rank holds the whole; interleaved: matrices that stand one after the other along that
+    dimension, each of which is divided by itself; hf_names: the tensors of Hugging Face's Llama that it is made of, in
+    order; switch: the field of ``model`` that says whether a model has it, if not all do.
     """
 
     name: str
