@@ -1,8 +1,8 @@
 """Time that a process waits in communication, by the axis of the layout that it is for.
 
 Every collective and message of torch.distributed, under whatever name megatron-core imported its function, ends in a
-method of ``ProcessGroup`` and in ``Work.wait``. ``CommTime.recording`` puts a clock around these methods and nothing
-else, and takes it away again; without it nothing is touched.
+method of ``ProcessGroup`` and in ``Work.wait``. ``CommTime.recording`` replaces these methods by timed ones and puts
+the originals back at its end; it changes nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METHODS = (
     "recv_anysource", "reduce", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced",
     "reduce_scatter_tensor_coalesced", "scatter", "send",
 )  # fmt: skip
-"""What of ``ProcessGroup`` communicates; a torch version may lack some."""
+"""Names of the ``ProcessGroup`` methods that communicate; an older torch lacks some."""
 
 AXES = ("tp", "cp", "dp", "pp")
 DATA, FORWARD_BACKWARD, OPTIMIZER, OUTSIDE = "data", "forward_backward", "optimizer", ""
@@ -52,15 +52,16 @@ class Link:
 class TimeSplit:
     """Seconds of one step of one process; they add up to the step.
 
-    tp, cp, dp: waiting in collectives of the group, for its slowest member too. dp holds the gradient's reduction and
-    the parameters' gathering over data and context parallel ranks, as far as nothing hides them.
-    pp and bubble: waiting for messages between stages and in what all stages do together (tied embeddings, and the sum
-    of losses that ends the schedule and where the stages that are done wait for the others). Of each such wait pp is at
-    most what a message of its size takes when both sides are ready (``Link``, measured before the first step); bubble
-    is the rest, in which the other side had not sent. So an uneven split of the layers, a slow replica that the sum of
-    losses waits for, and the schedule's own idle time are all in the bubble.
-    optimizer, data: the update and waiting for data, less the communication in them. compute: forward, backward and
-    gradient norm, less the communication in them. other: the rest, as communication over other groups.
+    tp, cp, dp: waiting in collectives of that group, which includes waiting for its slowest rank. dp holds the
+    reduction of gradients and the gathering of parameters over data- and context-parallel ranks, as far as compute does
+    not overlap them.
+    pp, bubble: waiting for messages between stages and in collectives of all stages (gradients of tied embeddings, and
+    the sum of losses at the end of the schedule, in which stages that are done wait for the others). Of each such wait,
+    pp is at most the time that a message of its size takes when both sides are ready (``Link``, measured before the
+    first step); bubble is the rest, in which the other side had not sent yet. So an uneven split of the layers, a slow
+    replica that the sum of losses waits for, and the schedule's own idle time are all in the bubble.
+    optimizer, data: the update, and waiting for data, without the communication in them. compute: forward, backward and
+    gradient norm, without the communication in them. other: the rest, such as communication over other groups.
     """
 
     tp: float = 0.0
@@ -75,12 +76,12 @@ class TimeSplit:
 
     @property
     def communication_s(self) -> float:
-        """Seconds of communication that nothing hides, the bubble left out."""
+        """Seconds of communication that is not overlapped by compute, without the bubble."""
         return self.tp + self.cp + self.dp + self.pp
 
 
 class _Call:
-    """One collective or message. left_s: what of its transfer was not waited for yet."""
+    """One collective or message. left_s: seconds of its transfer that nothing has waited for yet."""
 
     __slots__ = ("axis", "left_s")
 
@@ -92,21 +93,21 @@ _NO_NAME: AbstractContextManager[None] = nullcontext()
 
 
 class Untimed:
-    """Communication is not timed. The same calls as ``CommTime``, which do nothing."""
+    """Has the methods of ``CommTime`` and times nothing."""
 
     annotate = False
     """Whether calls are named in a torch.profiler trace."""
 
     def during(self, phase: str) -> AbstractContextManager[None]:
-        """Nothing."""
+        """Counts nothing."""
         return nullcontext()
 
     def recording(self) -> AbstractContextManager[None]:
-        """Nothing is touched."""
+        """Changes nothing."""
         return nullcontext()
 
     def take(self, step_s: float, phases_s: Mapping[str, float]) -> TimeSplit | None:
-        """Not known."""
+        """None: the split is not known."""
         return None
 
 
@@ -144,7 +145,8 @@ class CommTime(Untimed):
     def recording(self) -> Iterator[None]:
         """While inside, communication is timed. Not to be nested: two would count twice."""
         found = [(dist.ProcessGroup, name) for name in METHODS if hasattr(dist.ProcessGroup, name)]
-        # What getattr gives of a pybind11 class does not bind when it is put back; what the class holds does.
+        # A method that getattr returns from a pybind11 class does not bind to instances after it is put back; the entry
+        # in the class's dictionary does.
         originals = [(owner, name, vars(owner)[name]) for owner, name in [*found, (dist.Work, "wait")]]
         assert not any(hasattr(original, "times_communication") for *_, original in originals)
         for owner, name, _ in originals:
@@ -202,7 +204,8 @@ class CommTime(Untimed):
         return wait
 
     def _transfer_s(self, group: Any, args: Sequence[Any], ends_many: bool) -> float:
-        """What the link takes for a message, or for all that were put together since the last that ended many."""
+        """Seconds that the link takes for one message or, where ``ends_many``, for all messages coalesced since the
+        last such end."""
         if ends_many:
             return self._link.transfer_s(self._coalesced.pop(group.group_name, 0))
         size = _size_bytes(args[0]) if args else 0
@@ -213,7 +216,7 @@ class CommTime(Untimed):
         return torch.profiler.record_function(f"{axis}: {name}") if self.annotate else _NO_NAME
 
     def _finish(self, made: _Call, start: Any) -> None:
-        """Books the time since ``start``, of a call that failed too."""
+        """Records the time since ``start``, also that of a call that failed."""
         if self._cuda:
             self._events.append((self.phase, made, start, self._now()))
         else:
@@ -235,7 +238,8 @@ class CommTime(Untimed):
         self._seconds[phase, made.axis] += seconds
 
     def take(self, step_s: float, phases_s: Mapping[str, float]) -> TimeSplit:
-        """The split of a step that took ``step_s``, of which ``phases_s`` by phase; forgets it.
+        """The split of a step that took ``step_s`` seconds, of which each phase took ``phases_s``; clears what was
+        collected.
 
         On a GPU the device must have done the step's work (``Platform.synchronize``)."""
         for phase, made, start, end in self._events:
@@ -255,14 +259,15 @@ class CommTime(Untimed):
 
 
 def _size_bytes(what: Any) -> int:
-    """Bytes of the tensors that a method of ProcessGroup was given first."""
+    """Bytes of the tensors in the first argument of a ProcessGroup method."""
     if isinstance(what, Tensor):
         return what.nbytes
     return sum(part.nbytes for part in what if isinstance(part, Tensor)) if isinstance(what, list) else 0
 
 
 def sum_and_max(values: Sequence[float], device: torch.device) -> tuple[list[float], list[float]]:
-    """Of fp64 scalars over all processes, element by element, in one collective; every process calls this."""
+    """Sums and largest values of fp64 scalars over all processes, element by element, in one collective; every process
+    calls this."""
     own = torch.tensor(values, dtype=torch.float64, device=device)
     found = own.new_empty(dist.get_world_size(), len(values))
     dist.all_gather_into_tensor(found.view(-1), own)
@@ -270,8 +275,8 @@ def sum_and_max(values: Sequence[float], device: torch.device) -> tuple[list[flo
 
 
 def axes_of(groups: Groups) -> dict[str, str]:
-    """Name of every group of a layout → axis. With a pipeline the world counts to it, since in the sum of losses the
-    stages that are done wait for those that are not."""
+    """Name of every group of a layout → axis. With a pipeline the group of all processes counts as pp, since in the sum
+    of losses the stages that are done wait for those that are not."""
     collection, found = groups.collection, {}
     members = {
         "tp": ("tp",),
@@ -290,8 +295,8 @@ def axes_of(groups: Groups) -> dict[str, str]:
 
 
 def open_comm_time(groups: Groups, message_bytes: int) -> CommTime:
-    """For the groups of a layout; every process of it calls this. ``message_bytes``: size of an activation between two
-    stages."""
+    """A ``CommTime`` for the groups of a layout; every process of it calls this. ``message_bytes``: size of an
+    activation between two stages."""
     link = Link()
     if groups.mesh.pp > 1:
         link = measure_link(groups.collection.pp, groups.platform, message_bytes)

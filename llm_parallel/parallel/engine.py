@@ -1,4 +1,4 @@
-"""A model on this process, and the same with gradients and an optimizer."""
+"""One process's part of a model (``Network``), and the same with gradients and an optimizer (``Engine``)."""
 
 from __future__ import annotations
 

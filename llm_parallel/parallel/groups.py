@@ -86,6 +86,6 @@ def close_groups(world: bool = True) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     else:
-        # torch counts a group that could not be formed, and calls the next one by another name than a process does
-        # that was not there: the two would wait for each other for ever.
+        # torch names groups by a counter that also counts a group that could not be formed. A process that was not
+        # there then gives the next group another name, and the two would wait for each other for ever.
         distributed_c10d._world.group_count = 0

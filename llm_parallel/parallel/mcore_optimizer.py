@@ -1,5 +1,4 @@
-"""megatron-core's gradient buffers and optimizer from the inside: the only file that names what its documentation does
-not promise.
+"""The private parts of megatron-core's gradient buffers and optimizer; no other file names them.
 
 A (chained) optimizer of megatron-core has parts, each around one torch optimizer. The distributed one holds, for every
 parameter, the range that this data-parallel replica updates, as a slice or an fp32 copy of it, its *main* parameter.
@@ -29,8 +28,8 @@ from llm_parallel.parallel.groups import Groups
 
 @dataclass(frozen=True)
 class Shard:
-    """Numbers ``start`` to ``stop`` of a process's own parameter, held in ``main``, whose torch optimizer is
-    ``inner``."""
+    """Elements ``start`` to ``stop`` of a parameter of this process. ``main`` holds them, and the torch optimizer
+    ``inner`` updates it."""
 
     parameter: Tensor
     main: Tensor
@@ -40,8 +39,8 @@ class Shard:
 
 
 class Replica(DistributedDataParallel):
-    """Scales only what the optimizer reads: with the distributed optimizer that is this replica's part of the gradient,
-    and megatron-core passes over all of it."""
+    """Gradient buffers that scale only what the optimizer reads. With the distributed optimizer that is this replica's
+    part of the gradient; megatron-core scales all of it."""
 
     def scale_gradients(self, scaling_factor: float) -> None:
         """Multiplies this replica's gradient by a factor."""
@@ -101,9 +100,9 @@ def build_optimizer(chunks: Sequence[Any], optim: OptimConfig, groups: Groups) -
 
 
 def _detach_shards(part: Any) -> None:
-    """Takes the graph from megatron-core's shards of fp32 parameters, which are slices that autograd records. It holds
-    the parameters' gradient accumulators, and through the hooks of DDP on these the model, the optimizer and the
-    process groups with their threads: no generation of an elastic run would ever be freed."""
+    """Detaches megatron-core's shards of fp32 parameters, which are slices that autograd records. Their graph holds the
+    parameters' gradient accumulators and, through DDP's hooks on these, the model, the optimizer and the process groups
+    with their threads: attached, no generation of an elastic run would ever be freed."""
     if not isinstance(part, DistributedOptimizer):
         return
     leaves: dict[int, torch.Tensor] = {}
@@ -123,7 +122,7 @@ def _choose_adamw(part: Any, optim: OptimConfig, on_cuda: bool) -> None:
     has_apex = on_cuda and importlib.util.find_spec("amp_C") is not None
     if optim.implementation == "apex" and not has_apex:
         # PyPI's apex is an unrelated package: the CUDA extension tells them apart.
-        raise UserError("optim.implementation is apex but NVIDIA's apex with its CUDA extension is not here; use torch")
+        raise UserError("optim.implementation is apex, but NVIDIA's apex with its CUDA extension is missing; use torch")
     settings: dict[str, Any] = {
         "lr": optim.lr,
         "betas": (optim.beta1, optim.beta2),
@@ -191,8 +190,8 @@ def distributed_parts(optimizer: Any) -> list[DistributedOptimizer]:
 
 
 def update(optimizer: Any, factor: float) -> None:
-    """Updates the weights by the gradients times ``factor``. Our AdamW scales as it reads them, others need a pass
-    before."""
+    """Updates the weights by the gradients times ``factor``. Our AdamW scales them as it reads them, others need a
+    separate pass before."""
     for inner in inner_optimizers(optimizer):
         parameters = [p for group in inner.param_groups for p in group["params"] if p.grad is not None]
         if factor == 1.0 or not parameters:

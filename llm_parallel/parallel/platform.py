@@ -1,7 +1,7 @@
 """CUDA with NCCL, or CPU with gloo: the only file that asks which.
 
-megatron-core 0.16 to 0.19 names CUDA in about sixty places of its training path. On a CPU ``install`` answers those
-places, and nothing else, with the CPU; on CUDA nothing is touched. Each remedy names what it answers; the test
+megatron-core 0.16 to 0.19 names CUDA in about sixty places of its training path. On a CPU ``_install_on_cpu`` makes
+those places, and nothing else, use the CPU; on CUDA nothing is changed. Each replacement names what it replaces;
 ``tests/unit/test_platform.py`` asserts that the names still exist.
 """
 

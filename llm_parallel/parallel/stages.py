@@ -17,7 +17,7 @@ class Stages:
 
     @classmethod
     def even(cls, num_layers: int, pp: int, vpp: int = 1) -> Stages:
-        """As many layers in each chunk; ``num_layers`` must be a multiple of their number."""
+        """Equally many layers in each chunk; ``num_layers`` must be a multiple of ``pp * vpp``."""
         chunks = pp * vpp
         assert num_layers % chunks == 0, f"{num_layers} layers cannot be divided evenly over {chunks} chunks"
         return cls(pp, vpp, (num_layers // chunks,) * chunks)
