@@ -23,7 +23,8 @@ CONFIG_NAME = "config.yaml"
 TOKENIZER_NAME = "tokenizer"
 SHARDING = "distrib_optim_sharding_type"
 END = "...\n"
-"""YAML's mark of a document's end: a file cut short is often valid YAML too, with defaults for what is lost."""
+"""YAML's end-of-document mark, the last line of the file: without it, a file that was cut short would often be read as
+valid YAML, with defaults for the lost fields."""
 WEIGHT_FILES = (
     "*.safetensors*",
     "*.bin*",
@@ -37,9 +38,9 @@ WEIGHT_FILES = (
     "*.distcp",
 )
 MODELS = "models"
-"""In the metadata: the models that a checkpoint holds besides the policy, by name."""
+"""Key of the metadata for the models that a checkpoint holds besides the policy, by name."""
 WEIGHTS_ONLY = "weights_only"
-"""In the metadata of a checkpoint without optimizer state, as ``convert`` makes."""
+"""Key of the metadata that marks a checkpoint without optimizer state, as ``convert`` writes it."""
 
 
 def metadata(model: Network | Engine) -> dict[str, Any]:
@@ -71,8 +72,8 @@ def weights_state(network: Network) -> dict[str, Any]:
 def training_state(models: Models, loading: bool) -> dict[str, Any]:
     """Sharded weights of all models, and the state of the optimizers that they have.
 
-    The policy's stand under the keys of a checkpoint that holds nothing else; those of another model in a dictionary
-    under its name, which also begins the keys of its tensors."""
+    The policy's state has the same keys as in a checkpoint that holds only the policy. That of another model is a
+    dictionary under the model's name, and the keys of its tensors begin with that name."""
     state: dict[str, Any] = {}
     for name, model in models.items():
         part = _state_of(model, loading)
@@ -122,7 +123,8 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer under the names by which a folder's is found; not the weights that may lie beside it."""
+    """Copies a tokenizer under the file names by which ``load_tokenizer`` finds it in a folder; weights beside it are
+    not copied."""
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
         return

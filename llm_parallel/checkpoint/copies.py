@@ -1,9 +1,10 @@
 """Checkpoints in memory: after a step each process copies its share of the optimizer state into its node's memory and
-to a partner node, while the next step computes; after a fault any layout restores from what is left.
+to a partner node, while the next step computes; after a fault any layout restores the state from the copies that are
+left.
 
-As Gemini (Wang et al. 2023, SOSP) does it, with two slots each: a process enters the reduction of step s + 1 only when
-its copy of step s is complete here and at the partner, so that when anyone has made step s + 1, everyone's step s is
-safe, and the slot of step s - 1 may go.
+The method is Gemini's (Wang et al. 2023, SOSP), with two slots for each process: a process enters the reduction of step
+s + 1 only when its copy of step s is complete on both nodes. So when any process has finished step s + 1, the copies of
+step s are complete everywhere, and the slot of step s - 1 may be overwritten.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PARTNER_TIMEOUT_S = 60.0
 
 
 class CopyLost(RuntimeError):
-    """The copies that were promised are not there any more."""
+    """Copies that should hold the state are missing or cannot be read."""
 
 
 class MemoryCopies:
@@ -91,7 +92,7 @@ class MemoryCopies:
         self._running = self._thread.submit(self._copy, state.step, record, device_done)
 
     def finish(self) -> None:
-        """Waits until the last copy is complete, here and, as long as the partner node lives, there."""
+        """Waits until the last copy is complete on this node and, as long as the partner node is alive, on that one."""
         if self._running is None:
             return
         running, self._running = self._running, None
@@ -130,14 +131,14 @@ class MemoryCopies:
 
 
 def _planes(file: CopyFile, slot: int) -> torch.Tensor:
-    """fp32 [3, numbers] over the memory of ``slot``."""
+    """The memory of ``slot`` as fp32 [3, numbers]: weights and both moments."""
     return torch.frombuffer(
         file.map, dtype=torch.float32, count=PLANES * file.numbers, offset=file.data_offset(slot)
     ).view(PLANES, file.numbers)
 
 
 class Source(Protocol):
-    """One process's share in some node's memory."""
+    """One process's share of the state in the memory of a node."""
 
     index: list[Piece]
     state: dict[str, Any]
@@ -201,8 +202,9 @@ class RemoteSource:
 
 
 class Assembler:
-    """Finds pieces of one layout in the pieces of another. A source is opened when those before it do not hold what is
-    wanted: of a hundred replicas' shares a process needs its own, or two others' after a change of their number."""
+    """Assembles the pieces of one layout from the pieces of another. A source is opened only if those before it do not
+    hold what is wanted: of a hundred replicas' shares a process needs its own, or two others' after a change of their
+    number."""
 
     def __init__(self, openers: Sequence[Callable[[], Source]]) -> None:
         self._unopened = list(reversed(openers))
@@ -220,7 +222,8 @@ class Assembler:
             self._by_key[piece.key][piece.box].append((source, piece))
 
     def state(self) -> dict[str, Any]:
-        """What every source has beside its numbers; a process may hold none of them."""
+        """What every source holds besides its numbers, such as counters. A source is opened for it even if this process
+        needs no numbers."""
         if not self.opened:
             self._open_next()
         return self.opened[0].state
@@ -279,9 +282,9 @@ def _range_of(parts: list[tuple[Source, Piece]], start: int, stop: int) -> np.nd
 def restore(
     models: Models, openers: Sequence[Callable[[], Source]], changed: Callable[[list[str]], None] = lambda _: None
 ) -> TrainState:
-    """Puts the state that sources hold together into freshly built engines, whatever layout saved it. They are opened
-    in order, as far as they are needed, and closed. The configured settings of the optimizer apply; ``changed`` is told
-    which of them, as ``field old → new``, are not those of the copies.
+    """Restores freshly built engines from the state that the sources hold together, whatever layout saved it. Sources
+    are opened in order, as far as they are needed, and closed. The configured settings of the optimizer apply;
+    ``changed`` is called with those that differ from the copies', as ``field old → new``.
 
     Every process of the job calls this. Raises CopyLost if something is missing.
     """

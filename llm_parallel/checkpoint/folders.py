@@ -24,7 +24,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint's every part is there; folders get their final name only when they are."""
+    """Whether all parts of a checkpoint are there. A folder gets its final name only when they are."""
     return all((folder / name).is_file() for name in COMPLETE)
 
 

@@ -1,6 +1,6 @@
 """Checksums of a checkpoint's files: whether it still is as it was written.
 
-A flipped bit in a tensor file loads without a word, and a run that starts from it is ruined. So the writer of each
+A flipped bit in a tensor file loads without an error, and a run that starts from it is ruined. So the writer of each
 tensor file leaves its size and CRC-32 beside it (``__3_0.distcp.crc32``), rank 0 those of the small files in
 ``checksums.json``, and before a checkpoint is loaded the processes share its files and read them once.
 """
@@ -34,7 +34,7 @@ def checksum(path: Path) -> Sum:
 
 
 def seal_file(path: Path) -> None:
-    """Writes a large file's checksum beside it; its writer calls this, while the pages are in memory."""
+    """Writes a large file's checksum beside it; its writer calls this while the file is still in the page cache."""
     size, crc = checksum(path)
     with atomic_write(path.with_name(path.name + SUFFIX)) as handle:
         handle.write(f"{size} {crc:08x}\n")
@@ -50,8 +50,8 @@ def seal_folder(folder: Path) -> None:
 
 
 def expected(folder: Path) -> dict[Path, Sum | None]:
-    """Every file of a checkpoint that was sealed, with what it has to be (None: its checksum itself is damaged); empty
-    for a checkpoint that nobody sealed. Raises OSError."""
+    """Every file of a checkpoint that was sealed, with its size and checksum at that time (None: the checksum itself is
+    damaged); empty for a checkpoint that was never sealed. Raises OSError."""
     found: dict[Path, Sum | None] = {}
     if (folder / SMALL_FILES).exists():
         try:
@@ -69,7 +69,8 @@ def expected(folder: Path) -> dict[Path, Sum | None]:
 
 
 def damaged_files(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """Names of files that are not as they were sealed, of every ``parts``-th one from ``part`` on."""
+    """Names of files that changed after they were sealed. Only every ``parts``-th file is checked, from number ``part``
+    on."""
     wrong = []
     for path, sealed in sorted(expected(folder).items())[part::parts]:
         try:

@@ -37,7 +37,7 @@ from llm_parallel.parallel.engine import POLICY, Engine, Models, Network, networ
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.mcore_optimizer import distributed_parts, load_optimizer_state
 
-# CheckpointException, in which every process learns of another's failure, is no Exception.
+# CheckpointException, by which every process learns of another's failure, is a BaseException and no Exception.
 DAMAGE = (
     CheckpointException,
     CheckpointingException,
@@ -60,10 +60,10 @@ def load_checkpoint(
 ) -> TrainState:
     """Loads weights, and optimizer state and counters unless told not to, whatever layout saved them.
 
-    path: a run's folder, its ``checkpoints`` folder (the latest is taken) or one ``iter_…`` folder; changed: is told
-    which of the optimizer's settings, as ``field old → new``, are no longer those of the checkpoint. Without optimizer
-    state, as after ``convert``, the policy alone is loaded. Every process of the job calls this. Raises UserError if
-    there is no checkpoint, it holds other models, or it is damaged.
+    path: a run's folder, its ``checkpoints`` folder (the latest is taken) or one ``iter_…`` folder; changed: called
+    with the optimizer's settings that differ from the checkpoint's, as ``field old → new``. Without optimizer state, as
+    after ``convert``, the policy alone is loaded. Every process of the job calls this. Raises UserError if there is no
+    checkpoint, it holds other models, or it is damaged.
     """
     folder = find_checkpoint(path)
     policy = models[POLICY]

@@ -1,4 +1,4 @@
-"""What the optimizer of an engine remembers, and which settings it uses."""
+"""The state of an engine's optimizer, and the settings that it uses."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def allocate_moments(engine: Engine) -> None:
 
 
 def settings_in_use(engine: Engine) -> dict[str, float]:
-    """What the optimizer's parameter groups say, by the name of the configuration's field; the weight decay of those
-    groups that have one."""
+    """The settings in the optimizer's parameter groups, by the name of the configuration's field; weight decay is that
+    of the groups that have one."""
     found: dict[str, float] = {}
     for inner in inner_optimizers(engine.optimizer):
         for group in inner.param_groups:
@@ -46,8 +46,8 @@ def settings_in_use(engine: Engine) -> dict[str, float]:
 
 
 def apply_configured_settings(engine: Engine) -> None:
-    """Gives every parameter group the settings that its optimizer was built with, which are the configuration's, where
-    loading has put those that were saved. The learning rate is set before every step anyway."""
+    """Gives every parameter group the configured settings again, with which its optimizer was built: loading has
+    replaced them by the saved ones. The learning rate is set before every step anyway."""
     for inner in inner_optimizers(engine.optimizer):
         configured = {name: value for name, value in inner.defaults.items() if name != "lr"}
         for group in inner.param_groups:
@@ -76,5 +76,5 @@ def set_optimizer_steps(engine: Engine, steps: int) -> None:
             if "step" in values:
                 values["step"] = torch.full_like(values["step"], steps)
         for group in inner.param_groups:
-            if "step" in group:  # apex counts once for all
+            if "step" in group:  # apex has one count for all parameters of a group
                 group["step"] = steps

@@ -18,7 +18,7 @@ from llm_parallel.parallel.engine import POLICY, Engine, Models
 from llm_parallel.parallel.mcore_optimizer import distributed_parts, main_to_model_parameters, shards_of
 
 MODEL_END = "/"
-"""Stands between a model's name and a parameter's key; the policy's keys have no name before them."""
+"""Separates a model's name from a parameter's key; the policy's keys have no name before them."""
 
 
 class Piece(NamedTuple):

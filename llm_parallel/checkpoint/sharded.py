@@ -27,19 +27,20 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 
 COMMON_NAME = "common.pt"
-"""What every process has alike: the optimizer's settings, and what the checkpoint holds."""
+"""File of what is the same on every process: the optimizer's settings, and a description of the content."""
 
 
 def split(state: dict[str, Any], content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The sharded part of a state to save, and what all processes have alike, with a description of the content.
+    """Splits a state to save into its sharded part and the part that is the same on every process, to which ``content``
+    is added.
 
     Collective: checks that the processes' shards cover every tensor exactly once. Raises CheckpointingException."""
     return save_preprocess({**state, "content_metadata": content})
 
 
 def write_common(common: dict[str, Any], folder: Path) -> None:
-    """Writes what all processes have alike. One process calls this. Raises OSError or, if the disk is full, the
-    RuntimeError that ``torch.save`` makes of it."""
+    """Writes the part that is the same on every process. One process calls this. Raises OSError or, if the disk is
+    full, the RuntimeError that ``torch.save`` makes of it."""
     torch.save(common, folder / COMMON_NAME)
 
 
@@ -49,7 +50,8 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 
 def divide(sharded: dict[str, Any], replicas: Any) -> None:
-    """Divides the writing of what several processes of the group ``replicas`` hold alike among them. Collective."""
+    """Divides among the processes of the group ``replicas`` the writing of shards that several of them hold.
+    Collective."""
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
     FullyParallelSaveStrategyWrapper(strategy, replicas).apply_saving_parallelization(sharded)
 

@@ -1,4 +1,4 @@
-"""Saving: whole or not at all, in the background, old checkpoints removed only when a newer one is safe."""
+"""Saves checkpoints whole or not at all, in the background; old ones are removed only when a newer one is complete."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SPARE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class _Save:
-    """A save in flight: the folder that is written, the name that it gets, and the writer."""
+    """A save in flight: the folder that is written, the name that it gets in the end, and the writer."""
 
     folder: Path
     final: Path
@@ -53,10 +53,10 @@ class CheckpointStore:
         self._saving: _Save | None = None
 
     def latest(self) -> tuple[Path | None, list[str]]:
-        """The newest complete checkpoint whose files are as they were written, or None if there never was one, and what
-        was passed over, in words: a damaged one is renamed, so that its step can be saved again.
+        """The newest complete checkpoint whose files are as they were written, or None if there never was one, and a
+        sentence for each damaged one, which is renamed, so that its step can be saved again.
 
-        What killed saves left is not looked at. Raises UserError if every checkpoint is damaged."""
+        What killed saves left is ignored. Raises UserError if every checkpoint is damaged."""
         passed_over: list[str] = []
         while (newest := self._agreed_latest()) is not None:
             wrong = damage(newest, self.groups) if self.settings.verify else None
@@ -83,7 +83,8 @@ class CheckpointStore:
         return None, []
 
     def _agreed_latest(self) -> Path | None:
-        """What rank 0 sees as the newest: others may see an older folder."""
+        """The newest checkpoint that rank 0 sees: on a shared file system others may see an older state of the
+        folder."""
         newest = latest_checkpoint(self.folder) if self.groups.is_first_rank else None
         (number,) = self.groups.sum_over_world(float((step_of(newest) or 0) + 1) if newest else 0.0)
         return self.folder / folder_name(int(number) - 1) if number else None
@@ -104,11 +105,11 @@ class CheckpointStore:
         save in flight is completed first.
 
         A checkpoint of this step that ``latest_checkpointed_iteration.txt`` names is kept; one that it does not name is
-        of a future that was given up, and replaced."""
+        of steps that the run went back on, and is replaced."""
         self.wait()
         final = self.folder / folder_name(state.step)
         known = self.groups.is_first_rank and latest_checkpoint(self.folder) == final
-        if any(self.groups.sum_over_world(float(known))):  # rank 0 decides: others may see an older folder
+        if any(self.groups.sum_over_world(float(known))):  # rank 0 decides: others may see an older state of the folder
             return
         saving = self._prepare(final, models, state)
         with self._cleaning_up(saving):
@@ -181,7 +182,7 @@ class CheckpointStore:
         return self.folder / f".{final.name}.{int(shared_mark):010x}.saving"
 
     def _begin(self, saving: Path, models: Models) -> BackgroundWrite:
-        """Writes what all processes have alike, divides the rest among them, and begins to write it."""
+        """Writes the part that is the same on every process, divides the rest among them, and begins to write it."""
         described: dict[str, Any] = {}
         for model in models.values():
             described |= metadata(model)
@@ -201,7 +202,7 @@ class CheckpointStore:
         return BackgroundWrite(saving, save_planner(sharded), self.groups)
 
     def _agree(self, error: Exception | None) -> None:
-        """Raises on every process if one could not do its part; the one whose error it is raises that itself."""
+        """Raises on every process if one has an error; that process raises the error itself."""
         failed, *_ = self.groups.sum_over_world(float(error is not None))
         if error is not None:
             raise error
@@ -227,7 +228,7 @@ class CheckpointStore:
             else:
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if final.exists():  # incomplete, or of a future that was given up
+        if final.exists():  # incomplete, or of steps that the run went back on
             shutil.rmtree(final)
         saving.rename(final)
         fsync_dir(self.folder)
@@ -247,7 +248,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _cleaning_up(self, saving: Path) -> Iterator[None]:
-        """Removes what a failed save wrote, and says a full disk in one sentence."""
+        """Removes what a failed save wrote, and reports a full disk in one sentence."""
         try:
             yield
         except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
@@ -260,8 +261,8 @@ class CheckpointStore:
     def _explained(self, error: BaseException) -> Exception:
         text = f"{error} {getattr(error, 'failures', '')}"
         free = shutil.disk_usage(self.folder).free
-        # Of a failed write of common.pt torch says only "iostream error"; of a short one, "unexpected pos", and by then
-        # another writer's file may have been removed.
+        # After a failed write of common.pt torch reports only "iostream error", and after a short one "unexpected pos";
+        # by then another writer's file may have been removed.
         full = "No space left" in text or "unexpected pos" in text
         full = full or (isinstance(error, RuntimeError) and free < SPARE_BYTES)
         if getattr(error, "errno", None) == errno.ENOSPC or full:

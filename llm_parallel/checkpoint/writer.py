@@ -28,17 +28,17 @@ LENGTH = struct.Struct("<Q")
 
 
 class ForkedResults:
-    """One value from a forked child, in memory that both see.
+    """One value from a forked child, in memory that parent and child share.
 
-    A pipe (``multiprocessing.Queue``) holds 64 KiB and the parent reads only when the child has ended: the child of a
-    model of thirty layers would never end.
+    A pipe (``multiprocessing.Queue``) holds 64 KiB and the parent reads only when the child has ended: with a model of
+    thirty layers the child would never end.
     """
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("checkpoint-results")
 
     def put(self, value: Any) -> None:
-        """Stores ``value``; seen whole or, if the child is killed, not at all."""
+        """Stores ``value``; the parent sees it whole or, if the child is killed, not at all."""
         data = pickle.dumps(value)
         os.ftruncate(self._fd, 0)
         offset, view = LENGTH.size, memoryview(data)
@@ -120,7 +120,7 @@ class BackgroundWrite:
 
 
 class _OnHost:
-    """Hands out copies of tensors in host memory, made while the GPU's are as they should be."""
+    """Hands out copies of tensors in host memory, made before training changes those on the GPU."""
 
     def __init__(self, planner: Any, items: list[Any]) -> None:
         values = {item.index: planner.resolve_data(item) for item in items}
