@@ -20,8 +20,8 @@ PROBE_TOKENS = 64
 
 
 def convert_command(source: str, target: str, *, verify: bool = True, max_shard_gb: float = 5.0) -> Path:
-    """Converts in the direction that ``source`` tells, prints what was done and the largest logit difference between
-    the two folders, and returns the folder written. Raises UserError as the two directions do."""
+    """Converts in the direction that follows from the kind of ``source``, prints what was done and the largest logit
+    difference between the two folders, and returns the folder written. Raises UserError as the two directions do."""
     if max_shard_gb <= 0:
         raise UserError(f"max_shard_gb is {max_shard_gb}; it must be over 0")
     config = describe_folder(source)

@@ -54,7 +54,7 @@ class CheckpointTensors:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor ``name``; of a layer only that layer's part of the stored stack."""
+        """The whole tensor ``name``; if it belongs to a layer, only that layer's part of the stored stack is read."""
         kind, layer = split_name(name)
         return self._load(name, ()) if layer is None else self._load(LAYERS + kind.name, (layer,))
 
@@ -139,7 +139,8 @@ def export_to_hf(checkpoint: str | Path, target: str | Path, max_shard_bytes: in
 
 
 def _write_settings(source: Path, folder: Path, config: RunConfig, dtype: str) -> None:
-    """config.json, generation_config.json and tokenizer files. What came with an import goes out as it came."""
+    """config.json, generation_config.json and tokenizer files. Settings that came with an import are written as they
+    came."""
     beside = source / TOKENIZER_NAME
     if beside.is_dir():
         shutil.copytree(beside, folder, dirs_exist_ok=True)

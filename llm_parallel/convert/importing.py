@@ -41,7 +41,7 @@ CARRIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "c
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor to write: our canonical name, its key and size in the checkpoint, and where in it it stands."""
+    """One tensor to write: our canonical name, its key and size in the checkpoint, and its place there."""
 
     name: str
     key: str
@@ -84,8 +84,8 @@ class _LazyPlanner(DefaultSavePlanner):
 def import_from_hf(source: str | Path, target: str | Path, config: RunConfig) -> Path:
     """Writes ``target/checkpoints/iter_0000000`` from a Hugging Face folder in its own dtype; returns that folder.
 
-    config: the run configuration to store, with the folder's model. Tokenizer and generation settings go along. Holds
-    one tensor in memory. Raises UserError if the target holds checkpoints already or the source is damaged.
+    config: the run configuration to store, with the folder's model. Tokenizer and generation settings are copied too.
+    Holds one tensor in memory. Raises UserError if the target holds checkpoints already or the source is damaged.
     """
     source, checkpoints = Path(source), Path(target) / "checkpoints"
     if checkpoints.exists() and any(checkpoints.iterdir()):

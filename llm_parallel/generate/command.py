@@ -29,8 +29,8 @@ def _json_files(folders: Sequence[Path], *names: str) -> Iterator[dict[str, Any]
 
 
 def prompt_prefix(tokenizer: Tokenizer, folders: Sequence[Path]) -> list[int]:
-    """Tokens that the model wants before a prompt: those of the template in ``tokenizer.json``, or the begin token if
-    ``tokenizer_config.json`` says ``add_bos_token``. Models that we trained want none."""
+    """Tokens that the model expects before a prompt: those of the template in ``tokenizer.json``, or the begin token if
+    ``tokenizer_config.json`` says ``add_bos_token``. Models trained here expect none."""
     template: list[int] = getattr(tokenizer, "prefix", [])
     if template or tokenizer.bos is None:
         return template
@@ -39,7 +39,7 @@ def prompt_prefix(tokenizer: Tokenizer, folders: Sequence[Path]) -> list[int]:
 
 
 def end_tokens(tokenizer: Tokenizer, folders: Sequence[Path]) -> set[int]:
-    """Tokens that end an answer: the tokenizer's, and all that the model's files name."""
+    """Tokens that end an answer: the tokenizer's end token, and all that the model's files name."""
     ends = {tokenizer.eod}
     for found in _json_files(folders, "generation_config.json", "config.json"):
         named = found.get("eos_token_id")
@@ -58,7 +58,7 @@ def generate_command(
     seed: int = 0,
     device: str = "auto",
 ) -> list[str]:
-    """Prints each prompt and what the model writes on, as it comes if there is one prompt and a terminal.
+    """Prints each prompt and its continuation; token by token if there is one prompt and a terminal.
 
     Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)

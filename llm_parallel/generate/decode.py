@@ -1,4 +1,4 @@
-"""Writing on from prompts, with a KV cache, in one process or over TP x PP."""
+"""Continues prompts, with a KV cache, in one process or over TP x PP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generate(
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and without one of ``ends``.
 
-    prompts: token numbers, of any lengths; prompts of one length run as a batch, so nothing is padded. ``on_token`` is
+    prompts: token ids, of any lengths; prompts of one length run as a batch, so nothing is padded. ``on_token`` is
     called with (prompt number, token) as they come. Every rank of the job calls this with the same arguments and gets
     the same answer. Raises UserError for an empty prompt or one that leaves no room in the model's context.
     """

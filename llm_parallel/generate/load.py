@@ -1,4 +1,4 @@
-"""A model and its tokenizer from any folder that holds one, in this process."""
+"""Loads a model and its tokenizer from any folder that holds one, into this process."""
 
 from __future__ import annotations
 

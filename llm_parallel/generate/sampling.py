@@ -12,7 +12,8 @@ from llm_parallel.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 takes the likeliest (greedy); ``top_k`` 0 and ``top_p`` 1 leave all in.
+    """How tokens are chosen. Temperature 0 takes the likeliest token (greedy); ``top_k`` 0 and ``top_p`` 1 keep all
+    tokens.
 
     Raises UserError for values out of range."""
 
@@ -35,8 +36,8 @@ class Sampling:
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """fp32 logits [b, v] with temperature applied and tokens that are not drawn at minus infinity: top-k (Fan et al.
-    2018, arXiv 1805.04833), then top-p (Holtzman et al. 2019, arXiv 1904.09751)."""
+    """fp32 logits [b, v] with temperature applied, and minus infinity for tokens that cannot be drawn: top-k (Fan et
+    al. 2018, arXiv 1805.04833), then top-p (Holtzman et al. 2019, arXiv 1904.09751)."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
@@ -44,7 +45,7 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        dropped = before >= sampling.top_p  # the token that crosses the share stays
+        dropped = before >= sampling.top_p  # the token at which the sum reaches top_p stays
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
     return logits
 
