@@ -102,7 +102,7 @@ class HfReader:
         """Rows of tensor ``name`` along ``dim``. Raises UserError if it is missing or smaller."""
         path = self._files.get(name)
         if path is None:
-            raise UserError(f"{self.folder} has no tensor {name}; it is no complete Llama")
+            raise UserError(f"{self.folder} has no tensor {name}; it is not a complete Llama")
         if path not in self._open:
             self._open[path] = self._stack.enter_context(self._opened(path))
         part = self._open[path].get_slice(name)

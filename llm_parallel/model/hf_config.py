@@ -97,7 +97,7 @@ def family_of(model: ModelConfig) -> tuple[str, dict[str, Any]]:
     if used <= {*both, "mlp_bias"} and (used & both) in (set(), both):
         return "llama", {"attention_bias": model.qkv_bias, "mlp_bias": model.mlp_bias}
     named = ", ".join(f"model.{name}" for name in sorted(used))
-    raise UserError(f"no family of Hugging Face's that we know has {named} at once; this model cannot be exported")
+    raise UserError(f"no known Hugging Face family has {named} together; this model cannot be exported")
 
 
 def model_to_hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) -> dict[str, Any]:
