@@ -1,4 +1,4 @@
-"""What a resumed run does otherwise than the run that saved its state, field by field and in words."""
+"""Says field by field what a resumed run does differently from the run that saved its state."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ MEANINGS = {
     "train.label_smoothing": "training losses are not comparable",
     "train.z_loss": "training losses are not comparable",
 }
-"""Fields whose change means something to a run that goes on → what. Sizes of the model are refused, the optimizer's
-betas, epsilon and weight decay are compared with its state, and the rest (layout, logging, folders) is free."""
+"""Fields whose change matters to a run that goes on → what the change means. A change of the model's sizes is refused;
+the optimizer's betas, epsilon and weight decay are compared with its state; all other fields (layout, logging, folders)
+may change freely."""
 
 RATE = ("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps", "optim.decay_steps", "train.steps")
-"""Fields that the learning rate of a step follows from."""
+"""Fields that decide the learning rate of a step."""
 
 
 def changed_fields(saved: RunConfig, now: RunConfig, step: int) -> list[str]:

@@ -34,8 +34,8 @@ class Feed(Protocol):
 
 
 class TokenFeed:
-    """The endless round of pretraining: samples of token files by number, read ahead in the background. Steps follow
-    each other from the state with which it was opened."""
+    """The feed of pretraining: samples of token files by number, without end, read ahead in the background. ``step``
+    must be called for consecutive steps, from the state with which the feed was opened."""
 
     offers: tuple[str, ...] = ()
 
@@ -66,8 +66,8 @@ class TokenFeed:
 
 
 def evaluation_batches(config: RunConfig, groups: Groups) -> list[Batch]:
-    """This replica's held-out micro batches: the same samples in every layout. Micro batches that only fill up the
-    replicas' or the interleaved schedule's count have no weight. Empty if there is no held-out data."""
+    """This replica's held-out micro batches: the same samples in every layout. Micro batches that only complete the
+    number that the replicas or the interleaved schedule need have weight 0. Empty if there is no held-out data."""
     data = config.data
     if not data.eval and not data.eval_fraction:
         return []

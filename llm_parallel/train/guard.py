@@ -1,8 +1,8 @@
 """Decides whether a step's gradient may reach the weights.
 
 Not finite: skipped always. Spike: loss or gradient norm far above the recent median in robust standard deviations
-(median absolute deviation; Hampel 1974). A spike that one batch after another shows lies in the weights: as a skipped
-step does not change them, it is applied in the end. All processes see the same numbers and so decide alike.
+(median absolute deviation; Hampel 1974). A spike in many batches in a row comes from the weights: a skipped step does
+not change them, so the step is applied in the end. All processes see the same numbers and so decide alike.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from llm_parallel.config.tree import GuardConfig
 
 LOSS_FLOOR, NORM_FLOOR = 0.02, 0.25
-"""The least spread that a window is taken to have, as a share of its median: a window of nearly equal numbers says
-little about what is usual. After 40 smooth steps of a small model its healthy norm rose by 30 % from one step to the
+"""The least deviation that a window is assumed to have, as a share of its median: a window of nearly equal numbers says
+little about the usual spread. After 40 smooth steps of a small model its healthy norm rose by 30 % from one step to the
 next, which was 30 deviations of the window."""
 
 
 class TooManySkips(RuntimeError):
-    """That many steps in a row were skipped that the run had better stop; ``reason`` is that of the last."""
+    """So many steps in a row were skipped that the run stops; ``reason`` says why the last one was."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The life of a training run on one process: step until done, save."""
+"""A training run on one process: makes its steps and saves."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_training(
                 finish(run)
             return run.state
         except TooManySkips:
-            run.store.wait()  # all processes gave up at the same step, and a checkpoint of before it may be in flight
+            run.store.wait()  # all processes stop at the same step, and an earlier checkpoint may be in flight
             raise
         finally:
             run.feed.close()
@@ -115,7 +115,7 @@ def advance(run: Run, size: int, outcome: StepOutcome) -> None:
 
 
 def after_step(run: Run, watch: Watch, stopping: bool) -> None:
-    """Evaluation and checkpoint that are due after this step; the last ones are ``finish``'s."""
+    """Makes the evaluation and the checkpoint that are due after this step; ``finish`` makes the last ones."""
     step, last = run.state.step, run.state.step >= run.config.train.steps
     with going_on(run, watch):
         run.store.poll()
@@ -134,11 +134,11 @@ def after_step(run: Run, watch: Watch, stopping: bool) -> None:
 
 @contextmanager
 def going_on(run: Run, watch: Watch) -> Iterator[None]:
-    """A checkpoint that could not be saved ends a run that has no other copy of its state, and is said in one that
-    has; the next is tried as ever."""
+    """A checkpoint that could not be saved ends a run that has no other copy of its state. A run that has one reports
+    the failure and goes on; its next checkpoint is tried as usual."""
     try:
         yield
-    except UserError as error:  # every process has one: they agree about it
+    except UserError as error:  # raised on every process, since they agree about the failure
         if not watch.survives_failed_saves:
             raise
         run.metrics.message(f"step {run.state.step}: {error}; training goes on, the state is copied in memory")

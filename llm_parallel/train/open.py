@@ -1,4 +1,4 @@
-"""Opening a run: models, data, state and metrics of one process, resumed from wherever its state is."""
+"""Opening a run: models, data, state and metrics of one process, resumed from its nearest saved state."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def policy_engine(config: RunConfig, groups: Groups) -> Engine:
 
 
 def policy_alone(config: RunConfig, groups: Groups) -> Models:
-    """The models of a run that has one."""
+    """The models of a run that has only one."""
     return {POLICY: policy_engine(config, groups)}
 
 
@@ -93,7 +93,7 @@ def open_run(
     )
     world = World(place.world_size, layout.describe(), platform.device_name, platform.is_cuda)
     held_out = evaluation_batches(config, groups)
-    with ExitStack() as opened:  # what runs in threads must end if the rest of this fails
+    with ExitStack() as opened:  # background threads must end if the rest of this fails
         feed = method.feed(config, groups, state.consumed_samples)
         opened.callback(feed.close)
         objective = method.objective(config)

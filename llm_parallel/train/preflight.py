@@ -1,4 +1,4 @@
-"""What can be found wrong, or told to the user, before any process starts: configuration, files, vocabulary, data."""
+"""Checks and information before any process starts: configuration, files, vocabulary, data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expected_device(config: RunConfig) -> str:
         return "cuda"
     if config.device == "auto":
         return "cpu"
-    import torch  # two seconds; a GPU may have another device file, as under WSL
+    import torch  # takes two seconds; a GPU may have another device file, as under WSL
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -35,8 +35,8 @@ def preflight(
 ) -> RunConfig:
     """The configuration with the vocabulary filled in from the tokenizer, after every check that needs no process.
 
-    ``world_size``: number of processes if they are already started; ``notice`` is told what could not be checked.
-    Raises UserError.
+    ``world_size``: number of processes if they are already started; ``notice`` is called with what could not be
+    checked. Raises UserError.
     """
     processes = world_size or num_processes(config)
     device = expected_device(config)
@@ -60,8 +60,8 @@ def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None
 
 
 def check_kernels(config: RunConfig, device: str, notice: Callable[[str], None] = lambda _: None) -> None:
-    """Raises UserError if a kernel is asked for that can't run on ``device``; ``notice`` is told if a GPU has to do
-    without those that it would take by itself."""
+    """Raises UserError if a kernel is asked for that can't run on ``device``; ``notice`` is called if a GPU must run
+    without kernels that ``auto`` would choose."""
     wanted = [f"kernels.{name}" for name, choice in config.kernels.model_dump().items() if choice == "triton"]
     wanted += ["optim.implementation"] * (config.optim.implementation == "triton")
     if not wanted and (device == "cpu" or "auto" not in config.kernels.model_dump().values()):

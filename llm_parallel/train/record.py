@@ -34,8 +34,8 @@ class Step:
 
 
 def record_step(run: Run, step: Step, uneven: bool) -> None:
-    """Logs a step that was counted, if its turn has come. Every process of a run calls this. ``uneven``: whether
-    processes may be a step apart, so that they must not wait for each other here."""
+    """Logs a step that was counted, if it is one that is logged (``log.interval_steps``). Every process of a run calls
+    this. ``uneven``: whether processes may be a step apart, so that they must not wait for each other here."""
     config, state, groups = run.config, run.state, run.groups
     outcome, times = step.outcome, step.times
     run.step_times_s.append(times.step_s)
@@ -76,7 +76,8 @@ def record_step(run: Run, step: Step, uneven: bool) -> None:
 def named_split(split: comm_time.TimeSplit, groups: Groups, everywhere: bool) -> dict[str, float]:
     """Seconds by name, and with ``everywhere`` their mean and largest over all processes, which then all call this.
 
-    In an elastic run every process keeps its own: one that died here would leave others a step ahead."""
+    In an elastic run every process keeps its own numbers: if one died in this collective, others would be a step
+    ahead."""
     own = asdict(split)
     if not everywhere or groups.mesh.world_size == 1:
         return own
@@ -86,7 +87,7 @@ def named_split(split: comm_time.TimeSplit, groups: Groups, everywhere: bool) ->
 
 
 def judge(run: Run, outcome: StepOutcome, size: int) -> str | None:
-    """Why the step must not be applied, or None. Names the samples of a bad step, of one that ends the run too."""
+    """Why the step must not be applied, or None. Records the samples of such a step, also of one that ends the run."""
     try:
         reason = run.guard.judge(outcome.loss, outcome.grad_norm)
     except TooManySkips as error:

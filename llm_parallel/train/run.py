@@ -26,8 +26,8 @@ from llm_parallel.train.guard import Guard
 
 @dataclass(frozen=True)
 class Place:
-    """Which process of a run this is. ``store``: where the processes meet, if not by env://; ``elapsed_s``: seconds
-    that the run has had before this process began, which count towards its time limit."""
+    """Which process of a run this is. ``store``: the store by which the processes find each other, if not env://;
+    ``elapsed_s``: seconds that the run has had before this process began, which count towards its time limit."""
 
     rank: int
     world_size: int

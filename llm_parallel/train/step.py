@@ -1,4 +1,4 @@
-"""One optimizer step, and one evaluation, of whatever objective."""
+"""One optimizer step, and one evaluation, of any objective."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What one process has to say in a step's agreement. ``ready`` is called with its own sum of losses (0 where
-    another reports it) when its gradient is done and no process can have finished the step."""
+    """What one process adds to the sums on which all processes of a step agree: whether it asks to stop or to pause.
+    ``ready`` is called with its own sum of losses (0 where another process reports it) when its gradient is computed
+    and no process can have finished the step."""
 
     stop: bool = False
     pause: bool = False
@@ -55,8 +56,8 @@ NO_WISHES = Wishes()
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the job: the objective's totals, counts and statistics; processes that wish to stop, that wish to
-    pause; replicas whose own loss is not finite."""
+    """Sums over all processes: the objective's totals, counts and statistics; the number of processes that ask to stop
+    and of those that ask to pause; the number of replicas whose own loss is not finite."""
 
     total: float
     count: float
@@ -73,7 +74,7 @@ class Sums:
 
 def _terms(objective: Objective, groups: Groups, batch: Batch, output: Output) -> tuple[Tensor, Tensor, dict]:
     """What megatron-core's schedules expect of a loss: a sum, the count of all processes by which it divides the
-    gradient, and what it is to hand back."""
+    gradient, and what the schedule hands back."""
     found = objective(batch, groups, output)
     stats = [found.stats[name].detach() for name in objective.statistics]
     sums = torch.stack([x.float() for x in (found.total.detach(), found.count, *stats)])
