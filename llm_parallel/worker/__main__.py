@@ -49,7 +49,7 @@ def run_worker(arguments: Sequence[str]) -> int:
 
 
 def explained(error: Exception, environment: WorkerEnv) -> Exception:
-    """A taken rendezvous port in the user's words; any other error as it is."""
+    """Turns the error of a rendezvous port that is in use into UserError; returns any other error as it is."""
     if type(error).__name__ != "DistNetworkError" or "EADDRINUSE" not in str(error):
         return error
     return UserError(

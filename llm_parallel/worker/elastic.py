@@ -58,7 +58,7 @@ class ElasticWatch(Watch):
         self._stopwatch: Any = None
 
     def restore(self, models: Models) -> Resumed | None:
-        """From the memory of the nodes that the assignment names."""
+        """Restores the state from the memory of the nodes that the assignment names."""
         wanted = self.assignment.restore
         if wanted is None:
             return None
@@ -70,8 +70,9 @@ class ElasticWatch(Watch):
         return Resumed(state, f"step {state.step} from memory", changed)
 
     def _sources(self, wanted: dict[str, Any], place: float) -> list[Callable[[], Source]]:
-        """Shares of those that held the same part of the model, the likeliest first. ``place``: of this process among
-        its replicas, from 0 to 1; shares are dealt in that order, whatever the number of replicas."""
+        """Copies of the processes that held the same part of the model, in the order in which they probably hold what
+        this process needs. ``place``: this process's place among the replicas, from 0 to 1; copies are listed in the
+        order of replicas, however many there were."""
         step, generation = wanted["step"], wanted["generation"]
         found: list[Callable[[], Source]] = []
         for rank, kind, host, port in wanted["sources"]:
@@ -105,7 +106,8 @@ class ElasticWatch(Watch):
         self.member.send({"is": "training", "step": run.state.step})
 
     def _leave_if_given_up(self) -> None:
-        """Leaves a generation that was given up before its next micro batch, since the others wait."""
+        """Raises before the next micro batch if the generation was given up, since the next generation begins only
+        after all have left."""
         if self.member.aborted:
             raise ConnectionError("the generation was given up")
 
@@ -116,7 +118,7 @@ class ElasticWatch(Watch):
         if config.checksum_every_steps and step % config.checksum_every_steps == 0:
             run.engine.parameters_up_to_date()
             self._compare(run, step)
-        self._inject(run, "nan")  # arises in this step's products: no comparison of weights has seen it
+        self._inject(run, "nan")  # after the comparison of weights, so that it first shows in this step's products
         if self._probe is not None and step % config.probe_every_steps == 0:
             self.member.marker.probe_s = self._probe.run()
             self.member.marker.own_s = self._stopwatch.mean_s()
@@ -166,7 +168,7 @@ class ElasticWatch(Watch):
         )
 
     def after_step(self, run: Run) -> None:
-        """Progress, and the next copy."""
+        """Reports progress and starts the next copy."""
         self.member.marker.stepped(run.state.step)
         every = self._config.replicate_every_steps
         if self.memory is not None and (run.state.step % every == 0 or self.member.asked_to_pause):
@@ -182,13 +184,13 @@ class ElasticWatch(Watch):
             self.member.marker.busy(False)
 
     def close(self) -> None:
-        """Ends the copying; what was copied stays."""
+        """Ends the copying; finished copies stay."""
         self.member.describe_collectives = dict
         if self.memory is not None:
             self.memory.close()
 
     def _inject(self, run: Run, *kinds: str) -> None:
-        """Faults of a drill that only the process itself can have."""
+        """Causes faults of a drill that only the process itself can cause."""
         if not self._config.drills:
             return
         from llm_parallel.worker import faults
@@ -226,7 +228,8 @@ def _store(member: Member, assignment: Assignment) -> dist.Store:
     if assignment.rank == 0:
         listener = member.take_listener()
         return dist.TCPStore(host, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener)
-    # The client tries again until its time is up, whatever happens to its sockets: a thread of its own may do that.
+    # The client tries again until its timeout, even if its sockets are shut. So it runs in a thread of its own, which
+    # can be left behind.
     made: queue.Queue[Any] = queue.Queue()
 
     def connect() -> None:
@@ -246,7 +249,7 @@ def _store(member: Member, assignment: Assignment) -> dist.Store:
 
 
 def _log_to(run_dir: Path, rank: int, terminal: int) -> None:
-    """Standard error goes to the log of the rank that this process now is; rank 0 alone speaks on the terminal."""
+    """Sends standard error to the log of this process's rank; only rank 0 writes to the terminal."""
     log = os.open(run_dir / "logs" / f"rank_{rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -256,7 +259,7 @@ def _log_to(run_dir: Path, rank: int, terminal: int) -> None:
 
 
 def run_generation(member: Member, assignment: Assignment, run_file: str, run_dir: Path, terminal: int) -> bool:
-    """Trains one generation and reports how it ended; whether the process may be used again."""
+    """Trains one generation and reports how it ended; returns whether the process may be used again."""
     _log_to(run_dir, assignment.rank, terminal)
     try:
         state = train_generation(member, assignment, run_file)
@@ -292,7 +295,7 @@ def _poisoned(error: BaseException) -> bool:
 
 
 def worker_main(control: socket.socket, environment: Mapping[str, str]) -> int:
-    """Body of a forked worker: assignments until the run is over; the exit status."""
+    """Body of a forked worker: trains one assignment after another until the run is over; returns the exit status."""
     quiet_libraries()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     run_dir = Path(environment["LLM_PARALLEL_RUN_DIR"])

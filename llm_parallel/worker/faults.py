@@ -21,7 +21,8 @@ class DrillError(RuntimeError):
 
 @torch.no_grad()
 def before_step(faults: Iterable[dict[str, Any]], run: Run) -> None:
-    """Causes what is due. ``{"kind": "nan"|"flip"|"raise"|…, "left": times}``; a persistent fault has no end."""
+    """Causes the faults that are due. ``{"kind": "nan"|"flip"|"raise"|…, "left": times}``; a persistent fault has no
+    end."""
     for fault in faults:
         if fault.get("left", 1) <= 0 or run.state.step < fault.get("from_step", 0):
             continue
@@ -34,7 +35,7 @@ def before_step(faults: Iterable[dict[str, Any]], run: Run) -> None:
 
 
 def _poison(weight: torch.Tensor) -> None:
-    """Makes NaN of a weight that this process alone uses, as a broken device would."""
+    """Sets a weight that only this process uses to NaN, as a broken device would."""
     weight.fill_(float("nan"))
 
 
@@ -45,8 +46,8 @@ def _flip(weight: torch.Tensor) -> None:
 
 
 def _other_share(run: Run) -> torch.Tensor | None:
-    """One weight of a matrix inside the layers whose optimizer state another replica holds, so that what happens to it
-    here stays here until the step's end. None while there is no other replica: the fault waits for one."""
+    """One weight of a matrix inside the layers whose optimizer state another replica holds, so that a change to it
+    stays on this process until the step's end. None while there is no other replica: the fault waits for one."""
     own: dict[int, tuple[int, int]] = {}
     if distributed_parts(run.engine.optimizer):
         own = {id(shard.parameter): (shard.start, shard.stop) for shard in shards_of(run.engine.optimizer)}

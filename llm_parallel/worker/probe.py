@@ -17,8 +17,8 @@ REPEATS = 3
 
 
 class Suspect(RuntimeError):
-    """This step must be made again before it is believed. ``kind``: what is wrong with this very process ("disagrees",
-    "not finite", "unhealthy"), empty if it only takes part; ``samples``: first and last of the step."""
+    """This step's result is in doubt and must be made again. ``kind``: what is wrong with this process ("disagrees",
+    "not finite", "unhealthy"), empty if another one is in doubt; ``samples``: first and last of the step."""
 
     def __init__(
         self, kind: str, message: str, step: int | None = None, samples: tuple[int, int] | None = None
@@ -70,12 +70,13 @@ class Stopwatch:
         self._seconds, self._micro_batches, self._steps = 0.0, 0, 0
 
     def start(self, micro_batches: int) -> None:
-        """A step of so many micro batches begins."""
+        """Begins to time a step of this many micro batches."""
         self._read()
         self._began = (self._now(), micro_batches)
 
     def stop(self) -> None:
-        """Its gradient is computed. Evaluations, which nobody started, are not counted."""
+        """Ends the time of a step, whose gradient is computed. Evaluations, for which ``start`` is not called, do not
+        count."""
         if self._began is not None:
             self._running.append((self._began[0], self._now(), self._began[1]))
             self._began = None
