@@ -69,7 +69,7 @@ def open_own(path: Path, flags: int) -> int:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if path.is_symlink():
-            raise UserError(f"{path} is a symbolic link where a file of ours belongs; remove it") from None
+            raise UserError(f"{path} is a symbolic link where LLM Parallel needs its own file; remove it") from None
         raise error
     refuse_strangers(path, os.fstat(fd), fd)
     return fd

@@ -144,9 +144,7 @@ def read_config(folder: Path) -> RunConfig:
     Raises UserError if there is none or it is cut short."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise UserError(
-            f"{folder} has no {CONFIG_NAME}, so it is no checkpoint of ours; give an iter_… folder of a run"
-        )
+        raise UserError(f"{folder} has no {CONFIG_NAME}, so it is not a checkpoint; give an iter_… folder of a run")
     if not path.read_text(errors="replace").endswith(END):
         raise UserError(f"{path} is cut short (it does not end with '...'); give another checkpoint")
     config = load_config(path, notice=lambda _: None)

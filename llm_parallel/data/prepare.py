@@ -258,7 +258,7 @@ def _finished(prefix: Path, fingerprint: str) -> PrepareReport | None:
 def _keep_only(parts: Path, fingerprint: str) -> None:
     """Makes the folder of shards ready and deletes what a run with other inputs or options left there."""
     if parts.is_symlink():
-        raise UserError(f"{parts} is a symbolic link where a folder of ours belongs; remove it")
+        raise UserError(f"{parts} is a symbolic link where LLM Parallel needs its own folder; remove it")
     if parts.exists():
         refuse_strangers(parts, parts.stat())  # whose shards would be taken for ours
     mark = parts / "fingerprint"

@@ -1,6 +1,7 @@
-"""Another user of the machine makes our folders first, or lays links in them: nothing of ours is lost, read or changed.
+"""Another user of the machine creates our folders first, or puts links in them: none of our files is lost, read or
+changed.
 
-The stranger is a process of another user, so these tests need root to begin with."""
+The other user is a real process under another user id, so these tests need root."""
 
 from __future__ import annotations
 
@@ -247,7 +248,7 @@ def test_links_laid_where_files_of_ours_are_written(
     command = f"ln -s {victim} {path}; ln -s {victim} {shm}/.corpus.{os.getpid()}.tmp"
     assert as_stranger(command).returncode == 0
     if refused:
-        with pytest.raises(UserError, match="is a symbolic link where a file of ours belongs"):
+        with pytest.raises(UserError, match="is a symbolic link where LLM Parallel needs its own file"):
             do(path)
     else:
         do(path)
