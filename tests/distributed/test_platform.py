@@ -1,4 +1,5 @@
-"""The CPU platform in real ranks: its reduce-scatter and all-gather are torch's, random streams, device literals."""
+"""The CPU platform in real ranks: its reduce-scatter and all-gather give torch's results; random streams; device
+literals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token files that do not belong to the tokenizer, or hold ids that the model lacks, as the command says it."""
+"""What the command says about token files that do not belong to the tokenizer or hold ids that the model lacks."""
 
 from __future__ import annotations
 

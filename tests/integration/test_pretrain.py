@@ -1,4 +1,4 @@
-"""The whole way: prepared text, the real command, and what a run leaves, in several layouts."""
+"""From prepared text through the real command to the files that a run writes, in several layouts."""
 
 from __future__ import annotations
 

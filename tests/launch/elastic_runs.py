@@ -1,4 +1,4 @@
-"""Real runs of four devices, and what befalls them one after the other."""
+"""Real runs of four devices, and the faults that are caused in them one after the other."""
 
 from __future__ import annotations
 

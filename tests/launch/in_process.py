@@ -1,4 +1,4 @@
-"""The command line in this process: an interpreter of its own costs seconds and says nothing more."""
+"""Runs the command line in this process: a separate interpreter costs seconds and proves nothing more."""
 
 from __future__ import annotations
 

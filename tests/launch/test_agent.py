@@ -1,4 +1,4 @@
-"""What an agent tells a controller that comes back."""
+"""What an agent tells a controller that was restarted."""
 
 from __future__ import annotations
 

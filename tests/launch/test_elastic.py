@@ -1,7 +1,8 @@
-"""Real runs lose what real runs lose, and end where the undisturbed run ends.
+"""Real runs lose processes, devices and nodes, and end with the result of the undisturbed run.
 
-Several faults befall one run (elastic_runs.py), and each test reads what the run recorded of its own. Faults whose
-decision a cheaper test holds (test_controller.py, test_hang.py) meet a real run in the slow tests.
+Several faults are caused in one run (elastic_runs.py), and each test reads what the run recorded about its own fault.
+Faults whose decision a cheaper test proves (test_controller.py, test_hang.py) are caused in a real run only in the slow
+tests.
 """
 
 from __future__ import annotations

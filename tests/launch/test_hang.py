@@ -1,4 +1,4 @@
-"""Who hangs and who is slow, from what workers say."""
+"""Which worker hangs and which is slow, judged by what workers report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layouts and placements for what is left, against the rules of configurations and brute force."""
+"""Layouts and placements for the devices that are left, against the rules of configurations and brute force."""
 
 from __future__ import annotations
 

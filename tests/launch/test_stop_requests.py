@@ -1,5 +1,5 @@
-"""A run that is asked to end ends with the status that says so, whenever that comes, and under SLURM only what was not
-asked for goes back to the queue."""
+"""A run that is asked to end exits with the status that says so, whenever the request comes. Under SLURM only a run
+that ended without a request goes back to the queue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``llm-parallel submit`` writes and refuses, and what of Slurm's output is understood."""
+"""What ``llm-parallel submit`` writes and refuses, and which output of Slurm it understands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing passes without the secret, and copies in memory are whole or not there."""
+"""Messages without the secret are refused, and copies in memory are complete or absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Hugging Face → ours → Hugging Face is bit-exact, in any dtype, and what cannot be converted is said."""
+"""Hugging Face → ours → Hugging Face is bit-exact, in any dtype, and what cannot be converted is refused with the
+reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy tokens equal transformers'; drawing follows its logits processors."""
+"""Greedy tokens equal transformers'; sampling follows its logits processors."""
 
 from __future__ import annotations
 

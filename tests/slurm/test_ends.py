@@ -1,4 +1,4 @@
-"""What a real Slurm says of a job in the end: a cancelled one stays cancelled, a preempted one comes back."""
+"""The end of jobs under a real Slurm: a cancelled one stays cancelled, a preempted one comes back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Nodes that fall silent, under a real Slurm: what a killed process never shows, since its kernel says goodbye."""
+"""Nodes that fall silent, under a real Slurm. Killing a process does not show this, since its kernel closes the
+connections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pytest plugin: with ``--no-processes``, a test that starts a process fails. `make quick` is run so."""
+"""A pytest plugin: with ``--no-processes``, a test that starts a process fails. `make quick` uses it."""
 
 from __future__ import annotations
 

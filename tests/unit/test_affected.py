@@ -1,4 +1,5 @@
-"""Slow tests by the import graph: the graph is grimp's and more, and a change selects what imports it."""
+"""Selection of slow tests by the import graph: it holds grimp's graph and more, and a change selects the tests that
+import it."""
 
 from __future__ import annotations
 

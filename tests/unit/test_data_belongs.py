@@ -1,4 +1,4 @@
-"""Tokenizer and token files that do not belong together are never trained on without a word."""
+"""Tokenizer and token files that do not belong together are never trained on without an error or a notice."""
 
 from __future__ import annotations
 

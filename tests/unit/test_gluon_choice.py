@@ -1,4 +1,5 @@
-"""A run that asks for the Gluon kernel on another GPU than it is for ends in a sentence, when the model is built."""
+"""A run that asks for the Gluon kernel on a GPU that cannot run it is refused in one sentence when the model is
+built."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's rules that a machine can hold. Each exception stands here with its reason."""
+"""CONTRIBUTING.md's rules that a machine can check. Each exception stands here with its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""megatron-core comes without the compiler where torch has no CUDA, and nothing else notices."""
+"""megatron-core is imported without the compiler where torch has no CUDA, and nothing else changes."""
 
 from __future__ import annotations
 

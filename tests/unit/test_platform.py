@@ -1,4 +1,4 @@
-"""What the CPU platform answers for megatron-core, and that the names it answers still exist."""
+"""What the CPU platform replaces in megatron-core, and that the names it replaces still exist."""
 
 from __future__ import annotations
 
