@@ -110,7 +110,7 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     except DAMAGE as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{folder} cannot be read ({reason[:300]}); it is damaged: remove it, then the one before it is loaded"
+            f"{folder} cannot be read ({reason[:300]}); it is damaged: remove it to load the one before"
         ) from error
 
 
@@ -120,7 +120,7 @@ def _content(folder: Path) -> dict[str, Any]:
         common = read_common(folder)
     except DAMAGE as error:
         raise UserError(
-            f"{folder / COMMON_NAME} is damaged; remove {folder}, then the checkpoint before it is loaded"
+            f"{folder / COMMON_NAME} is damaged; remove {folder} to load the checkpoint before it"
         ) from error
     return common.get("content_metadata") or {}
 

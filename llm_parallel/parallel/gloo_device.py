@@ -18,7 +18,7 @@ _Gloo: Any = distributed_c10d.ProcessGroupGloo
 @functools.cache
 def _as_torch_opens_them() -> Any:
     """Options that torch chooses, taken from a group of this process alone: devices on the interfaces that
-    GLOO_SOCKET_IFNAME names, else on that of the host's name, and their number of threads."""
+    GLOO_SOCKET_IFNAME names, else on the interface of the host's name, and the number of their threads."""
     return _Gloo(HashStore(), 0, 1, datetime.timedelta(seconds=1)).options
 
 

@@ -73,10 +73,10 @@ def check_kernels(config: RunConfig, device: str, notice: Callable[[str], None] 
         notice(f"{fault}: torch's own operators run in place of the fused kernels")
         return
     if fault:
-        raise UserError(f"{wanted[0]} is triton, but {fault}; or say torch")
+        raise UserError(f"{wanted[0]} is triton, but {fault}; or take torch")
     if wanted and device == "cpu" and not dispatch.interpreting():
         raise UserError(
-            f"{wanted[0]} is triton, which needs a GPU; say torch or auto (TRITON_INTERPRET=1 in the environment runs "
+            f"{wanted[0]} is triton, which needs a GPU; take torch or auto (TRITON_INTERPRET=1 in the environment runs "
             "the kernels slowly on a CPU, for checks)"
         )
 

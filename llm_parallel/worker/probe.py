@@ -18,7 +18,8 @@ REPEATS = 3
 
 class Suspect(RuntimeError):
     """This step's result is in doubt and must be made again. ``kind``: what is wrong with this process ("disagrees",
-    "not finite", "unhealthy"), empty if another one is in doubt; ``samples``: first and last of the step."""
+    "not finite", "unhealthy"), empty if nothing is known to be wrong with it; ``samples``: first and last of the
+    step."""
 
     def __init__(
         self, kind: str, message: str, step: int | None = None, samples: tuple[int, int] | None = None
