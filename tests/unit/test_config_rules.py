@@ -501,7 +501,7 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         {"kernels__attention": "gluon", "model__head_dim": 64, "train__precision": "bf16", "model__window_tokens": 9},
         None,
         "cuda",
-        "kernels.attention = gluon has none of it, and model.window_tokens = 9; use kernels.attention=auto",
+        "kernels.attention = gluon does not support model.window_tokens = 9; use kernels.attention=auto",
     ),
     (
         {"model__head_dim": 8, "model__rope_scaling": {"kind": "longrope", "short_factors": [1.0, 2.0, 3.0]}},
