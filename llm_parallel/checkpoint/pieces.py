@@ -57,7 +57,8 @@ class Held(NamedTuple):
 
 
 def held_pieces(models: Models, divided: bool) -> list[Held]:
-    """What this process holds of all models that have an optimizer, in the order of the file. Others do not change.
+    """What this process holds of all models that have an optimizer, in the order of the file. Models without one do not
+    change.
 
     The optimizers' moments must be allocated. Without the distributed optimizer all data-parallel replicas hold the
     same; ``divided`` gives each its part of it, else each has the whole.

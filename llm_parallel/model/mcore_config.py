@@ -27,7 +27,7 @@ VOCAB_MULTIPLE = 128
 
 @dataclass
 class LlamaTransformerConfig(TransformerConfig):
-    """What megatron-core hands to every module, with our choice of kernels."""
+    """The configuration that megatron-core hands to every module, with our choice of kernels."""
 
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     keys_to_the_left: int = -1

@@ -1,4 +1,4 @@
-"""How a model computes, apart from what it computes: dtype, kernels, recomputation."""
+"""How a model is computed, as opposed to what it computes: dtype, kernels, recomputation."""
 
 from __future__ import annotations
 

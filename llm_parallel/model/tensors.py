@@ -33,7 +33,7 @@ class TensorKind:
 
     name: within its layer if ``in_layer``, else within the model; sharded_dim: the dimension that tensor-parallel ranks
     divide, None if each rank holds the whole; interleaved: matrices that stand one after the other along that
-    dimension, each of which is divided by itself; hf_names: the tensors of Hugging Face's Llama that it is made of, in
+    dimension, each of which is divided separately; hf_names: the tensors of Hugging Face's Llama that it is made of, in
     order; switch: the field of ``model`` that says whether a model has it, if not all do.
     """
 

@@ -45,7 +45,8 @@ STORE_TIMEOUT_S = 300.0
 
 
 class ElasticWatch(Watch):
-    """What the launcher observes and does inside one generation."""
+    """Connects one generation's training to the launcher: copies of the state, comparisons of replicas, tests of the
+    device, progress."""
 
     uneven = True
 
