@@ -83,7 +83,8 @@ def _report_exits(control: socket.socket) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(found.si_pid, signal.SIGKILL)  # what it started ends with it
         _, status = os.waitpid(found.si_pid, 0)
-        wire.send(control, {"is": "exited", "pid": found.si_pid, "status": os.waitstatus_to_exitcode(status)})
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent has ended: nobody wants to know
+            wire.send(control, {"is": "exited", "pid": found.si_pid, "status": os.waitstatus_to_exitcode(status)})
 
 
 def _fork(control: socket.socket, request: dict[str, Any], fds: list[int], pipe: tuple[int, int]) -> None:

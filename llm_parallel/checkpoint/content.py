@@ -37,6 +37,8 @@ WEIGHT_FILES = (
     ".git",
     "*.distcp",
 )
+DISTRIBUTED = "distributed_optimizers"
+"""In the metadata: the models whose optimizer is distributed, by name."""
 MODELS = "models"
 """Key of the metadata for the models that a checkpoint holds besides the policy, by name."""
 WEIGHTS_ONLY = "weights_only"

@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.content import (
+    DISTRIBUTED,
     MODELS,
     SHARDING,
     WEIGHTS_ONLY,
@@ -138,11 +139,14 @@ def _check_models(folder: Path, content: dict[str, Any], models: Models) -> list
     for name, model in models.items():
         theirs = read_config(folder).model if name == POLICY else ModelConfig.model_validate(others[name])
         check_same_architecture(folder, theirs, network_of(model).models[0].model_config)
-    saved = bool(content.get(SHARDING))
-    here = any(distributed_parts(engine.optimizer) for engine in engines_of(models).values())
-    if saved != here:
-        raise UserError(
-            f"parallel.distributed_optimizer was {str(saved).lower()} when {folder} was saved and is "
-            f"{str(here).lower()} now; set it to {str(saved).lower()}, or checkpoint.load_optimizer=false"
-        )
+    # A checkpoint from before this list existed holds the policy alone.
+    distributed = content.get(DISTRIBUTED, [POLICY] if content.get(SHARDING) else [])
+    for name, engine in engines_of(models).items():
+        saved, here = name in distributed, bool(distributed_parts(engine.optimizer))
+        if saved != here:
+            of_model = "" if name == POLICY else f" of the {name}"
+            raise UserError(
+                f"parallel.distributed_optimizer{of_model} was {str(saved).lower()} when {folder} was saved and is "
+                f"{str(here).lower()} now; set it to {str(saved).lower()}, or checkpoint.load_optimizer=false"
+            )
     return [f"model {name} saved → not used" for name in others if name not in models]

@@ -15,7 +15,15 @@ from typing import Any
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llm_parallel.checkpoint.content import MODELS, described_models, metadata, training_state, write_config
+from llm_parallel.checkpoint.content import (
+    DISTRIBUTED,
+    MODELS,
+    SHARDING,
+    described_models,
+    metadata,
+    training_state,
+    write_config,
+)
 from llm_parallel.checkpoint.folders import LATEST_NAME, complete_checkpoints, folder_name, latest_checkpoint, step_of
 from llm_parallel.checkpoint.integrity import damage, seal_folder
 from llm_parallel.checkpoint.optimizer import allocate_moments, engines_of
@@ -187,6 +195,7 @@ class CheckpointStore:
         for model in models.values():
             described |= metadata(model)
         replicas = described.pop("dp_cp_group")
+        described[DISTRIBUTED] = [name for name, model in models.items() if SHARDING in metadata(model)]
         if others := described_models(models):
             described[MODELS] = others
         problem: Exception | None = None

@@ -48,6 +48,14 @@ def find_problems(
     return [problem for rule in rules for problem in rule(case)]
 
 
+def check_model(config: RunConfig) -> None:
+    """Checks the rules of the model alone, as for one that was read from a folder. Raises UserError."""
+    case = Case(config, 1, "cpu")
+    problems = [problem for rule in (rules_layout.check_heads, rules_layout.check_rope) for problem in rule(case)]
+    if problems:
+        raise UserError("\n".join(problem.statement for problem in problems))
+
+
 def check_inputs(config: RunConfig) -> None:
     """Checks that the files of ``data`` and ``checkpoint.load`` are there.
 
@@ -220,22 +228,6 @@ def _machine(case: Case) -> Iterator[Problem]:
         )
 
 
-def _rope(case: Case) -> Iterator[Problem]:
-    model = case.config.model
-    scaling = model.rope_scaling
-    if scaling is None or scaling.kind != "longrope":
-        return
-    pairs = model.kv_channels // 2
-    for name in ("short_factors", "long_factors"):
-        factors = getattr(scaling, name)
-        if factors is None or len(factors) != pairs:
-            held = "is not given" if factors is None else f"has {len(factors)} numbers"
-            statement = (
-                f"model.rope_scaling.{name} {held}, and longrope needs one for each of the {pairs} pairs of a head"
-            )
-            yield Problem((f"model.rope_scaling.{name}",), statement, {"model.rope_scaling": None})
-
-
 def _gluon(case: Case) -> Iterator[Problem]:
     config, size = case.config, case.config.model.kv_channels
     if config.kernels.attention != "gluon":
@@ -268,7 +260,7 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _schedule,
     _intervals,
     _machine,
-    _rope,
+    rules_layout.check_rope,
     _gluon,
 )
 

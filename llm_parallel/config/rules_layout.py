@@ -203,3 +203,39 @@ def _balanced(layers: int, chunks: int) -> list[int]:
     for index in order[: layers % chunks]:
         sizes[index] += 1
     return sizes
+
+
+def check_rope(case: Case) -> Iterator[Problem]:
+    """Rotary frequencies: a base over 1, and scaling whose numbers fit the heads and each other."""
+    model = case.config.model
+    scaling, head = model.rope_scaling, model.kv_channels
+    if model.rope_base <= 1.0:
+        statement = (
+            f"model.rope_base = {model.rope_base:g} is not over 1, so that no pair would turn slower than another"
+        )
+        yield Problem(("model.rope_base",), statement, {"model.rope_base": 10000.0})
+    if scaling is None:
+        return
+    named, none = f"model.rope_scaling.kind = {scaling.kind}", {"model.rope_scaling": None}
+    if scaling.factor < 1.0:
+        statement = f"model.rope_scaling.factor = {scaling.factor:g} shortens the context, and must be at least 1"
+        yield Problem(("model.rope_scaling.factor",), statement, {"model.rope_scaling.factor": 1.0})
+    if scaling.kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        statement = f"model.rope_scaling.low_freq_factor = {low:g} is not below high_freq_factor = {high:g}"
+        yield Problem(("model.rope_scaling.low_freq_factor",), statement, none)
+    if scaling.kind == "yarn" and scaling.beta_slow >= scaling.beta_fast:
+        statement = (
+            f"model.rope_scaling.beta_slow = {scaling.beta_slow:g} is not below beta_fast = {scaling.beta_fast:g}"
+        )
+        yield Problem(("model.rope_scaling.beta_slow",), statement, none)
+    if scaling.kind == "dynamic" and head <= 2:
+        yield Problem(("model.head_dim",), f"{named} needs heads of over 2 channels, and these have {head}", none)
+    for name in ("short_factors", "long_factors") if scaling.kind == "longrope" else ():
+        factors = getattr(scaling, name)
+        if factors is None or len(factors) != head // 2:
+            held = "is not given" if factors is None else f"has {len(factors)} numbers"
+            statement = (
+                f"model.rope_scaling.{name} {held}, and longrope needs one for each of the {head // 2} pairs of a head"
+            )
+            yield Problem((f"model.rope_scaling.{name}",), statement, none)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, fsync_dir
-from llm_parallel.model.hf import HfReader, read_rows
+from llm_parallel.model.hf import HfReader, named_unused, read_rows
 from llm_parallel.model.mcore_config import padded_vocab_size
 from llm_parallel.model.tensors import LAYERS, all_names, split_name
 
@@ -70,6 +70,7 @@ class _LazyPlanner(DefaultSavePlanner):
     def __init__(self, reader: HfReader, model: ModelConfig, by_index: dict[MetadataIndex, Stored]) -> None:
         super().__init__()
         self._reader, self._model, self._by_index = reader, model, by_index
+        self._dtype = reader.dtype()
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The tensor of one write item, read now."""
@@ -78,10 +79,12 @@ class _LazyPlanner(DefaultSavePlanner):
         dim = kind.piece_dim
         along = stored.chunk[dim if layer is None else dim + 1]
         parts = list(read_rows(self._reader, stored.name, self._model, range(along)))
-        return torch.cat(parts, dim=dim).reshape(stored.chunk)
+        return torch.cat(parts, dim=dim).reshape(stored.chunk).to(self._dtype)
 
 
-def import_from_hf(source: str | Path, target: str | Path, config: RunConfig) -> Path:
+def import_from_hf(
+    source: str | Path, target: str | Path, config: RunConfig, notice: Callable[[str], None] = print
+) -> Path:
     """Writes ``target/checkpoints/iter_0000000`` from a Hugging Face folder in its own dtype; returns that folder.
 
     config: the run configuration to store, with the folder's model. Tokenizer and generation settings are copied too.
@@ -95,6 +98,9 @@ def import_from_hf(source: str | Path, target: str | Path, config: RunConfig) ->
     making.mkdir(parents=True)
     try:
         with HfReader(source) as reader:
+            unused = reader.check(config.model)
+            if unused:
+                notice(named_unused(unused))
             _write_tensors(reader, config.model, making)
         write_weights_only_parts(making)
         TrainState().write(making)

@@ -22,6 +22,11 @@ class Documents:
 
     starts: tuple[Tensor, ...]
 
+    def __post_init__(self) -> None:
+        for starts in self.starts:
+            ascending = bool((starts[1:] > starts[:-1]).all())
+            assert len(starts) and starts[0] == 0 and ascending, f"documents begin at {starts.tolist()}"
+
     @property
     def most(self) -> int:
         """Documents of the row that has the most."""

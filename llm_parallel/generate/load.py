@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 from llm_parallel.checkpoint.content import read_config
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import load_weights
+from llm_parallel.config.rules import check_model
 from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.model.gpt import LlamaModel, build_policy
-from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
+from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights, named_unused
 from llm_parallel.model.hf_config import hf_config_to_model
-from llm_parallel.parallel.groups import open_groups
+from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform
 
@@ -46,7 +48,9 @@ def describe_folder(path: str | Path) -> RunConfig:
             "data": {"tokenizer": str(path) if has_tokenizer else None},
             "train": {"precision": precision},
         }
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
+        check_model(config)
+        return config
     return read_config(find_checkpoint(path))
 
 
@@ -58,9 +62,19 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
     config = RunConfig(device=device, seed=config.seed, model=config.model, data=data, train=train)
     config = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
     groups = open_groups(Layout.from_config(config, 1), 0, open_platform(device), config.seed)
+    try:
+        return _loaded(path, config, groups)
+    except BaseException:
+        close_groups()  # the next model of this process can be opened
+        raise
+
+
+def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
     network = build_policy(config, groups)
     if is_hf_folder(path):
-        load_hf_weights(path, network.models)
+        unused = load_hf_weights(path, network.models)
+        if unused:
+            print(named_unused(unused), file=sys.stderr)
     else:
         load_weights(path, network)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None

@@ -22,10 +22,12 @@ from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.model.hf_config import hf_config_to_model, is_hf_folder, read_hf_config
-from llm_parallel.model.tensors import canonical_parameters, kind_of, split_name
+from llm_parallel.model.tensors import EMBEDDING, OUTPUT, all_names, canonical_parameters, kind_of, split_name
 
 __all__ = ["HfReader", "Piece", "hf_tensors", "is_hf_folder", "load_hf_weights", "pieces_of"]
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes of weights, by their name in safetensors."""
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -99,21 +101,59 @@ class HfReader:
             raise UserError(f"{path} cannot be read ({error}); fetch the Hugging Face folder again") from error
 
     def read(self, name: str, dim: int, rows: range) -> Tensor:
-        """Rows of tensor ``name`` along ``dim``. Raises UserError if it is missing or smaller."""
-        path = self._files.get(name)
-        if path is None:
-            raise UserError(f"{self.folder} has no tensor {name}; it is not a complete Llama")
-        if path not in self._open:
-            self._open[path] = self._stack.enter_context(self._opened(path))
-        part = self._open[path].get_slice(name)
-        if part.get_shape()[dim] < rows.stop:
-            raise UserError(f"{name} in {path} has shape {part.get_shape()}, which config.json contradicts")
-        whole = slice(None)
+        """Rows of tensor ``name`` along ``dim``. Raises UserError if it is missing."""
+        part, whole = self._slice(name), slice(None)
         return part[rows.start : rows.stop] if dim == 0 else part[whole, rows.start : rows.stop]
 
+    def _slice(self, name: str) -> Any:
+        path = self._files.get(name)
+        if path is None:
+            family = self.config.get("model_type")
+            raise UserError(f"{self.folder} has no tensor {name}; it is not a complete {family} model")
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(self._opened(path))
+        return self._open[path].get_slice(name)
+
     def dtype(self) -> torch.dtype:
-        """Dtype of the final norm, which stands for the model's."""
-        return self.read("model.norm.weight", 0, range(1)).dtype
+        """The widest dtype of the folder's tensors: fp32 where some are fp32, or where bf16 and fp16 are mixed."""
+        kinds = {self._slice(name).get_dtype() for name in self._files} & set(DTYPES)
+        return DTYPES[kinds.pop()] if len(kinds) == 1 else torch.float32
+
+    def check(self, model: ModelConfig) -> list[str]:
+        """Compares all tensors with what a model needs. Returns the names of those that it does not use.
+
+        Raises UserError for a tensor that is missing, has another shape or a dtype of quantized weights, and for an
+        output projection that differs from the embedding although config.json says that they are one.
+        """
+        wanted: dict[str, tuple[int, ...]] = {}
+        for name in all_names(model):
+            kind = kind_of(name)
+            shape = list(kind.shape(model))
+            rows: dict[str, int] = {}
+            for piece in pieces_of(name, model):
+                rows[piece.name] = max(rows.get(piece.name, 0), piece.stop)
+            for hf_name, size in rows.items():
+                shape[kind.piece_dim] = size
+                wanted[hf_name] = tuple(shape)
+        for hf_name, expected in wanted.items():
+            part = self._slice(hf_name)
+            if tuple(part.get_shape()) != expected:
+                found = list(part.get_shape())
+                raise UserError(f"{hf_name} in {self.folder} has shape {found}, and config.json means {list(expected)}")
+            if part.get_dtype() not in DTYPES:
+                raise UserError(
+                    f"{hf_name} in {self.folder} is {part.get_dtype()}; only weights in fp32, bf16 or fp16 can be read"
+                )
+        embedding, output = EMBEDDING.hf_names[0], OUTPUT.hf_names[0]
+        if output in self._files and output not in wanted:
+            same = torch.equal(self._slice(embedding)[:].float(), self._slice(output)[:].float())
+            if not same:
+                raise UserError(
+                    f"{output} in {self.folder} differs from {embedding}, and tie_word_embeddings in config.json is "
+                    "true; set it to false there"
+                )
+        known = {*wanted, output}
+        return sorted(name for name in self._files if name not in known and not name.endswith("rotary_emb.inv_freq"))
 
 
 def read_rows(reader: HfReader, name: str, model: ModelConfig, wanted: range) -> Iterator[Tensor]:
@@ -131,15 +171,18 @@ def read_rows(reader: HfReader, name: str, model: ModelConfig, wanted: range) ->
 
 
 @torch.no_grad()
-def load_hf_weights(folder: str | Path, models: Sequence[Any]) -> None:
-    """Reads a Hugging Face Llama into this process's model chunks, only the rows that they hold, cast to their dtype.
+def load_hf_weights(folder: str | Path, models: Sequence[Any]) -> list[str]:
+    """Reads a Hugging Face model into this process's model chunks, only the rows that they hold, cast to their dtype.
+    Returns the names of the folder's tensors that the model does not use.
 
-    Raises UserError if the folder's architecture is not that of the models.
+    Raises UserError if the folder's architecture is not that of the models, or its tensors are not what its config.json
+    means.
     """
     config, groups = models[0].model_config, models[0].groups
     tp, tp_rank = groups.mesh.tp, groups.at.tp
     with HfReader(folder) as reader:
         check_same_architecture(folder, hf_config_to_model(reader.config), config)
+        unused = reader.check(config)
         for chunk in models:
             for name, parameter in canonical_parameters(chunk):
                 kind = kind_of(name)
@@ -147,3 +190,10 @@ def load_hf_weights(folder: str | Path, models: Sequence[Any]) -> None:
                 ranges = kind.shard(parameter.shape[dim] * (1 if kind.sharded_dim is None else tp), tp, tp_rank)
                 parts = [part for wanted in ranges for part in read_rows(reader, name, config, wanted)]
                 parameter.copy_(torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0])
+    return unused
+
+
+def named_unused(unused: Sequence[str]) -> str:
+    """What is said of tensors that a folder has and the model does not use."""
+    more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+    return f"tensors of the folder that this model does not have are left out: {', '.join(unused[:3])}{more}"

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.hf_rope import hf_to_rope, rope_to_hf
@@ -39,7 +41,21 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
-    """Our configuration of a Hugging Face model. Raises UserError that names what we cannot represent."""
+    """Our configuration of a Hugging Face model. Raises UserError that names what we cannot represent, and what is
+    missing or no value of its field."""
+    try:
+        return _to_model(values)
+    except KeyError as error:
+        raise UserError(f"config.json has no {error.args[0]}; give a complete Hugging Face folder") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"config.json gives model.{name} = {first['input']!r}: {first['msg'].lower()}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.json holds a value of the wrong kind ({error})") from error
+
+
+def _to_model(values: dict[str, Any]) -> ModelConfig:
     family = values.get("model_type")
     if family not in FAMILIES:
         known = "', '".join(FAMILIES)
@@ -47,11 +63,18 @@ def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
     for key, needed in _MUST_BE.items():
         if values.get(key, needed) not in (needed, None):
             raise UserError(f"{key} is {values[key]!r} in config.json; only {needed!r} can be converted")
+    if values.get("quantization_config") is not None:
+        raise UserError("quantization_config is given in config.json; only weights that are not quantized can be read")
+    kinds = {kind for kind in values.get("layer_types") or () if kind not in ("full_attention", "sliding_attention")}
+    if kinds or (family != "mistral" and "sliding_attention" in (values.get("layer_types") or ())):
+        raise UserError(f"layer_types is {values['layer_types']} in config.json; only full attention can be converted")
+    if values["vocab_size"] is None:
+        raise UserError("vocab_size is null in config.json; give the number of the embedding's rows")
     heads = values["num_attention_heads"]
     longest = values.get("max_position_embeddings", 2048)
     base, scaling, longest = hf_to_rope(values, longest)
     window = values.get("sliding_window", 4096) if family == "mistral" else None
-    attention_bias = bool(values.get("attention_bias", False))
+    attention_bias = bool(values.get("attention_bias", False)) and family in ("llama", "qwen3")
     return ModelConfig(
         num_layers=values["num_hidden_layers"],
         hidden_size=values["hidden_size"],
@@ -64,10 +87,10 @@ def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
         norm_epsilon=values.get("rms_norm_eps", 1e-6),
         rope_base=base,
         rope_scaling=scaling,
-        window_tokens=window if window and window < longest else None,
+        window_tokens=window,
         qkv_bias=attention_bias or family == "qwen2",
         attention_output_bias=attention_bias,
-        mlp_bias=bool(values.get("mlp_bias", False)),
+        mlp_bias=bool(values.get("mlp_bias", False)) and family == "llama",
         qk_norm=family == "qwen3",
         tie_embeddings=values.get("tie_word_embeddings", False),
         init_std=values.get("initializer_range", 0.02),

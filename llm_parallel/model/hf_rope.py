@@ -14,8 +14,12 @@ KINDS = ("default", "llama3", "linear", "dynamic", "yarn", "longrope")
 def hf_to_rope(values: dict[str, Any], longest: int) -> tuple[float, RopeScaling | None, int]:
     """Base, scaling and longest context, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and
     ``rope_scaling`` (before). Raises UserError for a scaling that we do not have."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    base = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    newer = values.get("rope_parameters") or {}
+    rope = values.get("rope_scaling") or newer  # as in transformers, the older name wins where both are given
+    for given in (rope, newer):
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            raise UserError(f"rotary scaling in config.json is {given!r}; only one for all layers can be converted")
+    base = float(rope.get("rope_theta") or newer.get("rope_theta") or values.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     kind = "longrope" if kind == "su" else kind  # the name that Phi-3 first gave it
     if kind not in KINDS:
@@ -32,7 +36,8 @@ def hf_to_rope(values: dict[str, Any], longest: int) -> tuple[float, RopeScaling
         # transformers' ``max_position_embeddings`` is the context before the extension here.
         scaling = RopeScaling(kind="dynamic", factor=rope["factor"], original_max_position=longest)
         return base, scaling, int(longest * scaling.factor)
-    original = rope.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or longest
+    # As in transformers, the one outside of the scaling wins where both are given.
+    original = values.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or longest
     factor = rope.get("factor") or longest / original
     if kind == "llama3":
         scaling = RopeScaling(

@@ -40,7 +40,7 @@ class Objective(Protocol):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Columns and facts that a batch must have."""
+        """Columns and facts that a batch must have, and ``documents`` if it must have those."""
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class DPO:
 
     beta: float = 0.1
     unit: Literal["pair"] = "pair"
-    reads: tuple[str, ...] = ("reference",)
+    reads: tuple[str, ...] = ("documents", "reference")
     statistics: tuple[str, ...] = ("accuracy", "chosen_reward", "rejected_reward")
     weighted_in_model: bool = False
     loss_options: Mapping[str, float] = field(default_factory=dict)
@@ -38,7 +39,8 @@ class DPO:
     def __call__(self, batch: Batch, groups: Groups, output: Output) -> Terms:
         """See ``Objective``. Rewards are beta (log p - log q)."""
         assert isinstance(output, Tensor)
-        rewards = self.beta * sum_by_document((-output - batch.columns["reference"]) * batch.weights, batch, groups)
+        gained = torch.where(batch.weights != 0, (-output - batch.columns["reference"]) * batch.weights, 0.0)
+        rewards = self.beta * sum_by_document(gained, batch, groups)
         weighted = sum_by_document((batch.weights != 0).float(), batch, groups) > 0
         pairs = rewards.shape[1] // 2 * 2
         chosen, rejected = rewards[:, 0:pairs:2], rewards[:, 1:pairs:2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.train.step_settings import learning_rate
 
 OTHER_SAMPLES = "sample numbers now mean other tokens, so that some text is seen again and some never"
@@ -27,6 +27,7 @@ MEANINGS = {
     "train.global_batch_size": "steps before took another number of samples",
     "train.rampup": "steps before took another number of samples",
     "train.precision": "losses before were rounded otherwise",
+    "optim.clip_grad": "gradients are limited to another norm",
     "train.label_smoothing": "training losses are not comparable",
     "train.z_loss": "training losses are not comparable",
 }
@@ -58,6 +59,16 @@ def changed_fields(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
     return found
 
 
+def changed_model(saved: ModelConfig, now: ModelConfig) -> list[str]:
+    """The same for a model whose weights alone are loaded: what it computes differs from what it was trained for."""
+    found = []
+    for name, meaning in MEANINGS.items():
+        section, field = name.split(".") if name.startswith("model.") else ("", "")
+        if section and getattr(saved, field) != getattr(now, field):
+            found.append(f"{name} {_shown(getattr(saved, field))} → {_shown(getattr(now, field))} ({meaning})")
+    return found
+
+
 def _value(config: RunConfig, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
@@ -71,5 +82,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{path} x {weight:g}" for path, weight in value) + "]"
     if hasattr(value, "model_dump"):
-        return str(value.model_dump(exclude_defaults=True))
+        return str({"kind": getattr(value, "kind", None), **value.model_dump(exclude_defaults=True)})
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -24,7 +24,7 @@ class Feed(Protocol):
 
     @property
     def offers(self) -> tuple[str, ...]:
-        """Columns and facts that its batches have."""
+        """Columns and facts that its batches have, and ``documents`` if they have those."""
 
     def step(self, state: TrainState) -> Sequence[Batch]:
         """This replica's micro batches of the step that begins in ``state``. Every process of the job calls this."""
@@ -37,12 +37,11 @@ class TokenFeed:
     """The feed of pretraining: samples of token files by number, without end, read ahead in the background. ``step``
     must be called for consecutive steps, from the state with which the feed was opened."""
 
-    offers: tuple[str, ...] = ()
-
     def __init__(self, config: RunConfig, groups: Groups, consumed_samples: int) -> None:
         self._train = config.train
         self._layout = Layout.from_config(config, groups.mesh.world_size)
         self._dp_rank = groups.at.dp
+        self.offers: tuple[str, ...] = ("documents",) if config.data.packing == "isolate" else ()
         source = SampleSource(config.data, config.seed, "train", config.model.vocab_size)
         self._loader = MicroBatchLoader(
             source, self._numbers(consumed_samples), groups.platform.device, config.data.prefetch_batches

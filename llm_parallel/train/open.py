@@ -21,7 +21,8 @@ from llm_parallel.metrics.record import Basis
 from llm_parallel.metrics.run import World, open_metrics
 from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
 from llm_parallel.model.gpt import build_policy
-from llm_parallel.model.hf import is_hf_folder, load_hf_weights
+from llm_parallel.model.hf import is_hf_folder, load_hf_weights, named_unused
+from llm_parallel.model.hf_config import hf_config_to_model, read_hf_config
 from llm_parallel.model.numerics import dtype_of
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.likelihood import Likelihood
@@ -30,7 +31,7 @@ from llm_parallel.parallel.engine import POLICY, Engine, Models, build_engine
 from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, set_deterministic
-from llm_parallel.train.changes import changed_fields
+from llm_parallel.train.changes import changed_fields, changed_model
 from llm_parallel.train.feed import Feed, TokenFeed, evaluation_batches
 from llm_parallel.train.guard import Guard
 from llm_parallel.train.run import Place, Run
@@ -154,16 +155,18 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
         return Resumed(TrainState(), "new run")
     if is_hf_folder(config.checkpoint.load):
         engine = models[POLICY]
-        load_hf_weights(config.checkpoint.load, engine.models)
+        unused = load_hf_weights(config.checkpoint.load, engine.models)
         assert isinstance(engine, Engine)
         engine.optimizer.reload_model_params()
-        return Resumed(TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}")
+        changed += changed_model(hf_config_to_model(read_hf_config(config.checkpoint.load)), config.model)
+        changed += [named_unused(unused)] if unused else []
+        return Resumed(TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}", changed)
     with_optimizer = config.checkpoint.load_optimizer
     if config.checkpoint.verify:
         refuse_damaged(config.checkpoint.load, store.groups)
     state = load_checkpoint(config.checkpoint.load, models, load_optimizer=with_optimizer, changed=changed.extend)
-    if state.step:
-        changed += changed_fields(read_config(find_checkpoint(config.checkpoint.load)), config, state.step)
+    saved = read_config(find_checkpoint(config.checkpoint.load))
+    changed += changed_fields(saved, config, state.step) if state.step else changed_model(saved.model, config.model)
     return Resumed(state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}", changed)
 
 

@@ -187,28 +187,48 @@ def test_two_models_are_saved_resumed_under_another_layout_and_recovered_from_me
         np.testing.assert_allclose(found, undisturbed, atol=1e-5)
 
 
+def open_models_again(config: Any, models: dict[str, Any]) -> Any:
+    """Another network as the reference's."""
+    from llm_parallel.model.gpt import build_network
+
+    (model,) = models["reference"].models
+    return build_network(model.model_config, model.numerics, model.groups, model.stages, 7)
+
+
 def refused_models_job(rank: int, world_size: int, folder: str) -> list[str]:
     """What loading says of a checkpoint that lacks a model, that has another critic, and that has one more."""
     from llm_parallel.checkpoint.load import load_checkpoint
     from llm_parallel.checkpoint.state import TrainState
     from llm_parallel.errors import UserError
+    from llm_parallel.parallel.engine import build_engine
 
     config = base_config()
     models = open_models(config, rank, world_size)
     policy = {"policy": models["policy"]}
     open_store(models["policy"], config, f"{folder}/one").save(policy, TrainState(step=1), blocking=True)
     open_store(models["policy"], config, f"{folder}/all").save(models, TrainState(step=1), blocking=True)
+    six = build_engine(open_models_again(config, models), config.optim, config.parallel)
+    mixed = {**policy, "critic": six}
+    open_store(models["policy"], config, f"{folder}/mixed").save(mixed, TrainState(step=1), blocking=True)
     said: list[str] = []
     for wanted, where in ((models, "one"), ({**policy, "critic": models["reference"]}, "all"), (policy, "all")):
         try:
             load_checkpoint(f"{folder}/{where}", wanted, changed=said.extend)
         except UserError as error:
             said.append(str(error))
+    # The critic's optimizer of the other kind, beside a policy's of the same kind as before.
+    plain = config.parallel.model_copy(update={"distributed_optimizer": False})
+    critic = build_engine(models["reference"], config.optim, plain)
+    try:
+        load_checkpoint(f"{folder}/mixed", {**policy, "critic": critic})
+    except UserError as error:
+        said.append(str(error))
     return said
 
 
 def test_a_checkpoint_of_other_models_is_refused_or_said(tmp_path: Path) -> None:
-    lacks, differs, *unused = run_ranks(refused_models_job, 1, str(tmp_path))[0]
+    lacks, differs, *unused, kind = run_ranks(refused_models_job, 1, str(tmp_path))[0]
+    assert "parallel.distributed_optimizer of the critic was true" in kind and "is false now" in kind
     assert "does not hold the critic" in lacks
     assert "num_layers is 2 there and 6 here" in differs
     assert unused == ["model critic saved → not used", "model reference saved → not used"]

@@ -13,7 +13,7 @@ FLOOR_S = 10.0
 """A file that takes less than this is never refused: a first import alone takes several seconds."""
 
 HEADING = """\
-# Processor-seconds of each test file and a fifth more, with those of the processes that it starts; "slow" is what only `make test-all`
+# Processor-seconds of each test file, with those of the processes that it starts; "slow" is what only `make test-all`
 # runs. A file that takes more than 1.5 times its budget fails the run. Renew one that has a reason to grow:
 #   .venv/bin/pytest FILE -m "not slow" --write-budgets
 # calibration: seconds that the loop in tests/support/budgets.py took where these were measured; times measured on

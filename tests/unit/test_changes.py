@@ -33,6 +33,7 @@ CHANGES = {
     "train.global_batch_size": 16,
     "train.rampup": {"start": 4, "increment": 4, "samples": 100},
     "train.precision": "bf16",
+    "optim.clip_grad": 0.5,
     "train.label_smoothing": 0.1,
     "train.z_loss": 1e-4,
 }

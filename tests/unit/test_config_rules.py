@@ -513,6 +513,22 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         " use model.rope_scaling=null",
     ),
     (
+        {"model__rope_scaling": {"low_freq_factor": 8.0, "high_freq_factor": 4.0}},
+        None,
+        "cpu",
+        "model.rope_scaling.low_freq_factor = 8 is not below high_freq_factor = 4; use model.rope_scaling=null",
+    ),
+    (
+        {"model__rope_scaling": {"kind": "yarn", "factor": 0.5, "beta_slow": 40.0}, "model__rope_base": 1.0},
+        None,
+        "cpu",
+        "model.rope_base = 1 is not over 1, so that no pair would turn slower than another;"
+        " use model.rope_base=10000.0\n"
+        "model.rope_scaling.factor = 0.5 shortens the context, and must be at least 1;"
+        " use model.rope_scaling.factor=1.0\n"
+        "model.rope_scaling.beta_slow = 40 is not below beta_fast = 32; use model.rope_scaling=null",
+    ),
+    (
         {"model__vocab_size": None},
         None,
         "cpu",

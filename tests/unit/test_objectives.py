@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_parallel.data.batch import Batch, Documents
+from llm_parallel.errors import UserError
 from llm_parallel.objectives.dpo import DPO
 from llm_parallel.objectives.likelihood import Likelihood
 from llm_parallel.parallel.mesh import Coordinates, Mesh
+from llm_parallel.train.open import check_feed
 
 ALONE: Any = SimpleNamespace(mesh=Mesh(), at=Coordinates(0, 0, 0, 0), collection=None)
 
@@ -93,6 +95,31 @@ def test_dpo_of_a_policy_that_is_its_reference_is_log_2() -> None:
     found = DPO()(batch, ALONE, losses)
     assert found.total.item() == pytest.approx(np.log(2), rel=1e-12)
     assert found.stats["chosen_reward"].item() == found.stats["rejected_reward"].item() == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_reference_of_a_label_that_does_not_count_does_not_count(bad: float) -> None:
+    batch, losses = batch_of(4, [[4, 4]])
+    batch.weights[:, 2], batch.weights[:, 5] = 0.0, 0.0
+    expected = DPO()(batch, ALONE, losses).total.item()
+    batch.columns["reference"][:, 2] = bad
+    found = DPO()(batch, ALONE, losses)
+    assert found.total.item() == expected
+    found.total.backward()
+    assert torch.isfinite(losses.grad).all()  # type: ignore[arg-type]
+
+
+def test_data_without_what_an_objective_reads_is_refused() -> None:
+    for offers, missing in (((), "documents"), (("documents",), "reference")):
+        with pytest.raises(UserError, match=f"no column '{missing}'"):
+            check_feed(DPO(), SimpleNamespace(offers=offers))  # type: ignore[arg-type]
+    check_feed(Likelihood(), SimpleNamespace(offers=()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("starts", [[], [1, 4], [0, 3, 3], [0, 5, 2]])
+def test_documents_begin_at_0_and_follow_each_other(starts: list[int]) -> None:
+    with pytest.raises(AssertionError, match="documents begin at"):
+        Documents((torch.tensor(starts, dtype=torch.int32),))
 
 
 def test_padding_documents_are_no_pair() -> None:
