@@ -202,9 +202,13 @@ def fields(section: Annotated[str, typer.Argument(help="Show only fields that be
     """List every configuration field with its type, default and meaning."""
     from llm_parallel.config.fields import describe_fields
 
-    for doc in describe_fields():
-        if doc.name.startswith(section):
-            typer.echo(f"{doc.name}: {doc.type} = {doc.default}\n    {doc.doc}")
+    found = [doc for doc in describe_fields() if doc.name.startswith(section)]
+    if not found:
+        sections = sorted({doc.name.split(".")[0] for doc in describe_fields() if "." in doc.name})
+        raise UserError(f"no field begins with {section!r}; the sections are {', '.join(sections)}")
+    for doc in found:
+        given = "must be given" if doc.default is ... else f"= {doc.default}"
+        typer.echo(f"{doc.name}: {doc.type} {given}\n    {doc.doc}")
 
 
 @app.command(context_settings=WITH_OVERRIDES)

@@ -83,4 +83,4 @@ def _shown(value: Any) -> str:
         return "[" + ", ".join(f"{path} x {weight:g}" for path, weight in value) + "]"
     if hasattr(value, "model_dump"):
         return str({"kind": getattr(value, "kind", None), **value.model_dump(exclude_defaults=True)})
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
