@@ -91,7 +91,11 @@ def test_layouts_write_the_same(parallel: dict[str, Any], tmp_path: Path) -> Non
 logit_rows = st.lists(st.floats(-8, 8, width=32), min_size=4, max_size=40, unique=True)
 
 
-@given(logit_rows, st.floats(0.3, 2.0), st.integers(0, 20), st.floats(0.05, 1.0))
+# Between 0.999 and 1 the rounding of the sum, in fp32, decides about several tokens of next to no share at once.
+top_shares = st.one_of(st.floats(0.05, 0.999), st.just(1.0))
+
+
+@given(logit_rows, st.floats(0.3, 2.0), st.integers(0, 20), top_shares)
 def test_filters_are_transformers(row: list[float], temperature: float, top_k: int, top_p: float) -> None:
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -103,7 +107,7 @@ def test_filters_are_transformers(row: list[float], temperature: float, top_k: i
         expected = TopPLogitsWarper(top_p)(None, expected)
     found = filtered(logits, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
     disagree = torch.isinf(found) != torch.isinf(expected)
-    if disagree.any():  # only a word that stands on the very edge of the share may fall on either side
+    if disagree.any():  # only a token that stands on the very edge of the share may fall on either side
         shares = expected.softmax(-1)
         assert disagree.sum() == 1 and shares[disagree].sum() + found.softmax(-1)[disagree].sum() > 0
         cumulative = (logits / temperature).softmax(-1).sort(descending=True).values.cumsum(-1)
