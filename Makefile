@@ -33,7 +33,7 @@ quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -m "not slow and not gloo and not processes" --no-processes
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --hold-budgets
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile

@@ -127,7 +127,8 @@ class Costs:
             self.written = whole
         elif self.why_not_held() is None:
             self.complaints = budgets.complaints(known, measured, speed)
-            if self.complaints and session.exitstatus == pytest.ExitCode.OK:
+            held = self.config.getoption("hold_budgets")
+            if held and self.complaints and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def why_not_held(self) -> str | None:
@@ -165,7 +166,12 @@ def part_of(item: pytest.Item) -> Part:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--write-budgets``."""
+    """``--write-budgets`` and ``--hold-budgets``."""
+    parser.addoption(
+        "--hold-budgets",
+        action="store_true",
+        help="fail if a file of tests takes more than its budget, as `make test` does; else it is only said",
+    )
     parser.addoption(
         "--write-budgets",
         action="store_true",
