@@ -47,6 +47,14 @@ def end_tokens(tokenizer: Tokenizer, folders: Sequence[Path]) -> set[int]:
     return ends
 
 
+def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
+    """Each prompt and its answer, told apart if there are several."""
+    for number, (prompt, text) in enumerate(zip(prompts, texts), 1):
+        if len(prompts) > 1:
+            print(f"{'' if number == 1 else chr(10)}--- prompt {number} of {len(prompts)} ---")
+        print(prompt + text)
+
+
 def generate_command(
     checkpoint: str,
     prompts: Sequence[str],
@@ -74,9 +82,12 @@ def generate_command(
     encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
     numbers = [[*begin, *tokens] for tokens in encoded]
 
-    def continuation(prompt: Sequence[int], answer: Sequence[int]) -> str:
-        """The new text. A tokenizer drops the space before the first token that it decodes, so both are decoded."""
-        return tokenizer.decode([*prompt, *answer])[len(tokenizer.decode(prompt)) :]
+    decoded_lengths = [len(tokenizer.decode(tokens)) for tokens in encoded]
+
+    def continuation(number: int, answer: Sequence[int]) -> str:
+        """The new text. A tokenizer drops the space before the first token that it decodes, so the prompt is decoded
+        with it."""
+        return tokenizer.decode([*encoded[number], *answer])[decoded_lengths[number] :]
 
     streaming = len(prompts) == 1 and sys.stdout.isatty()
     written: list[int] = []
@@ -85,7 +96,7 @@ def generate_command(
     def show(_: int, token: int) -> None:
         nonlocal shown
         written.append(token)
-        text = continuation(encoded[0], written)
+        text = continuation(0, written)
         if not text.endswith("\ufffd"):  # half of a character; the next token brings the rest
             print(text[len(shown) :], end="", flush=True)
             shown = text
@@ -96,14 +107,11 @@ def generate_command(
     ends = end_tokens(tokenizer, folders)
     answers = generate(loaded.models, numbers, sampling, ends, show if streaming else None)
     seconds = time.perf_counter() - started
-    texts = [continuation(prompt, answer) for prompt, answer in zip(encoded, answers)]
+    texts = [continuation(number, answer) for number, answer in enumerate(answers)]
     if streaming:
         print()
     else:
-        for number, (prompt, text) in enumerate(zip(prompts, texts), 1):
-            if len(prompts) > 1:
-                print(f"{'' if number == 1 else chr(10)}--- prompt {number} of {len(prompts)} ---")
-            print(prompt + text)
+        _print_answers(prompts, texts)
     count = sum(map(len, answers))
     where = loaded.models[0].groups.platform.device_name
     print(f"[{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s on {where}]", file=sys.stderr)

@@ -69,6 +69,21 @@ def hf_tensors(name: str, ours: Tensor, model: ModelConfig) -> dict[str, Tensor]
     return {hf_name: torch.cat(rows, dim=dim).contiguous() for hf_name, rows in parts.items()}
 
 
+def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face's tensors of a model, and the shape of each."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in all_names(model):
+        kind = kind_of(name)
+        rows: dict[str, int] = {}
+        for piece in pieces_of(name, model):
+            rows[piece.name] = max(rows.get(piece.name, 0), piece.stop)
+        for hf_name, size in rows.items():
+            shape = list(kind.shape(model))
+            shape[kind.piece_dim] = size
+            found[hf_name] = tuple(shape)
+    return found
+
+
 class HfReader:
     """Tensors of a Hugging Face folder, read by slices from one or several safetensors files. Use in ``with``."""
 
@@ -115,8 +130,10 @@ class HfReader:
         return self._open[path].get_slice(name)
 
     def dtype(self) -> torch.dtype:
-        """The widest dtype of the folder's tensors: fp32 where some are fp32, or where bf16 and fp16 are mixed."""
-        kinds = {self._slice(name).get_dtype() for name in self._files} & set(DTYPES)
+        """The widest dtype of the tensors that the model uses: fp32 where some are fp32, or where bf16 and fp16 are
+        mixed. Others do not count: old Llama folders keep rotary frequencies in fp32 beside weights in bf16."""
+        used = expected_shapes(hf_config_to_model(self.config)).keys() & self._files.keys()
+        kinds = {self._slice(name).get_dtype() for name in used} & set(DTYPES)
         return DTYPES[kinds.pop()] if len(kinds) == 1 else torch.float32
 
     def check(self, model: ModelConfig) -> list[str]:
@@ -125,16 +142,7 @@ class HfReader:
         Raises UserError for a tensor that is missing, has another shape or a dtype of quantized weights, and for an
         output projection that differs from the embedding although config.json says that they are one.
         """
-        wanted: dict[str, tuple[int, ...]] = {}
-        for name in all_names(model):
-            kind = kind_of(name)
-            shape = list(kind.shape(model))
-            rows: dict[str, int] = {}
-            for piece in pieces_of(name, model):
-                rows[piece.name] = max(rows.get(piece.name, 0), piece.stop)
-            for hf_name, size in rows.items():
-                shape[kind.piece_dim] = size
-                wanted[hf_name] = tuple(shape)
+        wanted = expected_shapes(model)
         for hf_name, expected in wanted.items():
             part = self._slice(hf_name)
             if tuple(part.get_shape()) != expected:

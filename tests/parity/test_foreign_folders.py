@@ -150,6 +150,17 @@ def test_an_output_projection_that_is_not_the_embedding_is_refused(tmp_path: Pat
         converted(folder, tmp_path / "run")
 
 
+def test_a_tensor_that_is_not_used_does_not_decide_the_dtype(tmp_path: Path) -> None:
+    """As in old Llama folders: weights in bf16, and rotary frequencies in fp32."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    folder = rewritten(random_folder("llama-2", tmp_path / "hf", torch.bfloat16), add)
+    assert describe_folder(folder).train.precision == "bf16"
+    assert converted(folder, tmp_path / "run") == []
+
+
 def test_the_widest_dtype_is_kept(tmp_path: Path) -> None:
     def narrow(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
