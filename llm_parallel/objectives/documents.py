@@ -26,15 +26,15 @@ class _SumOverContext(torch.autograd.Function):
 
 
 def sum_by_document(values: Tensor, batch: Batch, groups: Groups) -> Tensor:
-    """Sums ``values`` [b, s], one number for each token of this process, over each document's tokens on all
-    context-parallel ranks. Returns [b, d], with 0 for documents that a row does not have. ``batch`` is this process's
-    context shard and must have ``documents``."""
+    """Sums ``values`` [..., b, s], one or more numbers for each token of this process, over each document's tokens on
+    all context-parallel ranks, in one collective. Returns [..., b, d], with 0 for documents that a row does not have.
+    ``batch`` is this process's context shard and must have ``documents``."""
     assert batch.documents is not None
     mesh = groups.mesh
-    ranges = mesh.token_ranges(values.shape[1] * mesh.cp, groups.at.cp)
+    ranges = mesh.token_ranges(values.shape[-1] * mesh.cp, groups.at.cp)
     positions = torch.cat([torch.arange(part.start, part.stop) for part in ranges])
     numbers = batch.documents.of_positions(positions).to(values.device)
-    sums = values.new_zeros(values.shape[0], batch.documents.most).scatter_add(1, numbers, values)
+    sums = values.new_zeros(*values.shape[:-1], batch.documents.most).scatter_add(-1, numbers.expand_as(values), values)
     return _SumOverContext.apply(sums, groups.collection.cp) if mesh.cp > 1 else sums
 
 

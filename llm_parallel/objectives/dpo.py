@@ -40,8 +40,8 @@ class DPO:
         """See ``Objective``. Rewards are beta (log p - log q)."""
         assert isinstance(output, Tensor)
         gained = torch.where(batch.weights != 0, (-output - batch.columns["reference"]) * batch.weights, 0.0)
-        rewards = self.beta * sum_by_document(gained, batch, groups)
-        weighted = sum_by_document((batch.weights != 0).float(), batch, groups) > 0
+        sums = sum_by_document(torch.stack((gained, (batch.weights != 0).to(gained.dtype))), batch, groups)
+        rewards, weighted = self.beta * sums[0], sums[1] > 0
         pairs = rewards.shape[1] // 2 * 2
         chosen, rejected = rewards[:, 0:pairs:2], rewards[:, 1:pairs:2]
         counts = (weighted[:, 0:pairs:2] & weighted[:, 1:pairs:2]).float()

@@ -45,15 +45,12 @@ def changed_fields(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
     for name, meaning in MEANINGS.items():
         old, new = _value(saved, name), _value(now, name)
         if old != new:
-            found.append(f"{name} {_shown(old)} → {_shown(new)} ({meaning})")
+            found.append(f"{_change(name, old, new)} ({meaning})")
     before = learning_rate(saved.optim, saved.train.steps, step + 1)
     after = learning_rate(now.optim, now.train.steps, step + 1)
     if abs(before - after) > 1e-9 * max(before, after):
-        fields = [
-            f"{name} {_shown(_value(saved, name))} → {_shown(_value(now, name))}"
-            for name in RATE
-            if _value(saved, name) != _value(now, name)
-        ]
+        both = [(name, _value(saved, name), _value(now, name)) for name in RATE]
+        fields = [_change(*one) for one in both if one[1] != one[2]]
         rates = f"the learning rate of step {step + 1} is {after:.3g} instead of {before:.3g}"
         found.append(f"{', '.join(fields)} ({rates})")
     return found
@@ -63,10 +60,14 @@ def changed_model(saved: ModelConfig, now: ModelConfig) -> list[str]:
     """The same for a model whose weights alone are loaded: what it computes differs from what it was trained for."""
     found = []
     for name, meaning in MEANINGS.items():
-        section, field = name.split(".") if name.startswith("model.") else ("", "")
-        if section and getattr(saved, field) != getattr(now, field):
-            found.append(f"{name} {_shown(getattr(saved, field))} → {_shown(getattr(now, field))} ({meaning})")
+        section, _, field = name.partition(".")
+        if section == "model" and (old := getattr(saved, field)) != (new := getattr(now, field)):
+            found.append(f"{_change(name, old, new)} ({meaning})")
     return found
+
+
+def _change(name: str, old: Any, new: Any) -> str:
+    return f"{name} {_shown(old)} → {_shown(new)}"
 
 
 def _value(config: RunConfig, name: str) -> Any:

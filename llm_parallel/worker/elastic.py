@@ -196,9 +196,10 @@ class ElasticWatch(Watch):
             return
         from llm_parallel.worker import faults
 
-        for fault in self.member.faults():
+        given = self.member.faults()
+        for fault in given:
             assert fault["kind"] in faults.KINDS, f"no process can cause the fault {fault['kind']!r} in itself"
-        faults.before_step([fault for fault in self.member.faults() if fault["kind"] in kinds], run)
+        faults.before_step([fault for fault in given if fault["kind"] in kinds], run)
 
 
 def _collectives() -> dict[str, Any]:
