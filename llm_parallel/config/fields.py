@@ -12,7 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from llm_parallel.config.tree import Node, RunConfig
+from llm_parallel.config.node import Node
+from llm_parallel.config.tree import RunConfig
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
+from llm_parallel.config.node import Node
+from llm_parallel.config.tree_tune import AdapterConfig, ChatConfig
 
-class Node(BaseModel):
-    """Base of every section: immutable, no unknown keys, docstrings kept for ``--help`` and the JSON schema."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+__all__ = ["AdapterConfig", "ChatConfig", "Node", "RunConfig"]
 
 
 class RopeScaling(Node):
@@ -233,6 +230,10 @@ class TrainConfig(Node):
     """Samples of one forward pass of one data-parallel replica."""
     steps: PositiveInt = 100
     """Optimizer steps of the run."""
+    epochs: PositiveFloat | None = None
+    """Passes over the conversations of ``chat.train``, from which ``sft`` finds ``steps``; none: ``steps`` counts."""
+    early_stop_evaluations: PositiveInt | None = None
+    """The run ends when this many evaluations in a row have found no lower held-out loss; none: it makes all steps."""
     rampup: RampUp | None = None
     """Growth of the global batch size at the start."""
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -377,6 +378,9 @@ class RunConfig(Node):
     """``auto``: CUDA where there is a GPU, else CPU."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    chat: ChatConfig = ChatConfig()
+    adapter: AdapterConfig | None = None
+    """Low-rank matrices that are trained in place of the model's weights; none: the weights themselves are trained."""
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     kernels: KernelsConfig = KernelsConfig()

@@ -1,0 +1,102 @@
+"""The sections of a run's configuration that are about training after pretraining: conversations and adapters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from llm_parallel.config.node import Node
+
+
+class Columns(Node):
+    """Names that a file has for the fields of its records; a field that is not named here has its usual name."""
+
+    messages: str | None = None
+    """The list of turns: ``messages`` or ``conversations``."""
+    role: str | None = None
+    """Who speaks, within a turn: ``role`` or ``from``."""
+    content: str | None = None
+    """What is said, within a turn: ``content`` or ``value``."""
+    system: str | None = None
+    """The system message."""
+    tools: str | None = None
+    """Tools that the assistant may call."""
+    instruction: str | None = None
+    """Alpaca's instruction."""
+    input: str | None = None
+    """Alpaca's second part of the question."""
+    output: str | None = None
+    """Alpaca's answer."""
+    history: str | None = None
+    """Alpaca's earlier questions and answers."""
+    prompt: str | None = None
+    """The text or messages that a completion answers."""
+    completion: str | None = None
+    """The answer to ``prompt``."""
+
+
+class ChatSource(Node):
+    """One file of conversations of a mixture, or a folder of such files."""
+
+    path: str
+    """JSON lines (also .gz, .zst, .xz, .bz2), a JSON array, or Parquet; a folder stands for all such files in it."""
+    weight: PositiveFloat = 1.0
+    """How often each conversation is seen in one epoch; with 0.5 every epoch takes another half of them."""
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "completion"] = "auto"
+    """Which fields a record has; ``auto``: found by their names, and said."""
+    columns: Columns = Columns()
+    """Names of this file's fields where they are not the format's, such as ``{instruction: question}``."""
+    dataset: str | None = None
+    """Name of the data set, where ``path`` is the folder of a LLaMA-Factory ``dataset_info.json``."""
+
+
+class ChatConfig(Node):
+    """Conversations for supervised fine-tuning, and how they become tokens."""
+
+    train: tuple[ChatSource, ...] = ()
+    """Sources of the training conversations."""
+    eval: tuple[ChatSource, ...] = ()
+    """Held-out conversations; if empty, ``eval_fraction`` of the training conversations are held out."""
+    eval_fraction: float = Field(0.02, ge=0.0, lt=1.0)
+    """Share of each training source's conversations that is held out when ``eval`` is empty; 0 for none."""
+    template: str | None = None
+    """Jinja template (a file) that writes conversations as text, or ``chatml``; if not given, the tokenizer's own, or
+    ChatML where it has none."""
+    system: str | None = None
+    """System message of conversations that have none; none: whatever the template does without one."""
+    date: str | None = None
+    """Date that the template is told, as 2026-01-31; if not given, templates that ask for one are told 1 January 2026,
+    so that the same data become the same tokens every day."""
+    train_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """Answers of a conversation whose tokens are trained."""
+    packing: Literal["best_fit", "pad"] = "best_fit"
+    """``best_fit``: several whole conversations share a sample, which do not see each other; ``pad``: one each."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """Conversations longer than ``data.seq_length_tokens``: ``cut`` removes the earliest turns, and of an answer that
+    is too long alone its end together with its stop token; ``drop`` leaves the conversation out. Both are counted."""
+    neftune_alpha: float = Field(0.0, ge=0.0)
+    """Size of uniform noise on the embeddings while training (Jain et al. 2023, arXiv 2310.05914); 0: none."""
+
+
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class AdapterConfig(Node):
+    """Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685): W x + scale · B A x, with only A and B trained."""
+
+    rank: PositiveInt = 16
+    """Rank r of the product B A."""
+    alpha: PositiveFloat = 32.0
+    """The scale is ``alpha / rank``."""
+    rank_stabilized: bool = False
+    """The scale is ``alpha / sqrt(rank)`` (rsLoRA; Kalajdzievski 2023, arXiv 2312.03732)."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of an adapter's inputs that is dropped while training."""
+    targets: tuple[Projection, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Projections of every layer that have adapters."""
+    base: Literal["full", "int8", "nf4"] = "full"
+    """How the frozen weights of the layers are held: in the run's precision, in 8 bits with a scale for each row, or in
+    4 bits with a scale for each block of 64 (NF4, QLoRA; Dettmers et al. 2023, arXiv 2305.14314)."""
+    load: str | None = None
+    """PEFT folder whose adapters training starts from; none: A is drawn at random and B is zero."""
