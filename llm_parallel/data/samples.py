@@ -1,4 +1,5 @@
-"""Samples by number: sample n is a pure function of the configuration's data section, the seed and n."""
+"""Samples by number: sample n is a pure function of n and the segments of the run, each of which is the data section and
+seed from some sample on (segments.py); of most runs there is one."""
 
 from __future__ import annotations
 
