@@ -157,7 +157,7 @@ def evaluation_is_due(run: Run) -> bool:
 def make_up_evaluation(run: Run, watch: Watch) -> None:
     """Makes the evaluation on which an early stop depends, if the state was saved before it was made."""
     state, steps = run.state, run.config.train.steps
-    missed = 0 < state.step and not state.finished(steps) and state.evaluated_step < state.step
+    missed = state.step > 0 and not state.finished(steps) and state.evaluated_step < state.step
     if run.config.train.early_stop_evaluations is not None and missed and evaluation_is_due(run):
         evaluate_within(run, watch)
 
