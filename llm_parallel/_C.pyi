@@ -17,7 +17,7 @@ def continue_mixture(
     """Source and number within it of samples ``start`` to ``start + count``; then how many each source has given."""
 
 class Rest:
-    """``range(size)`` without the first ``taken`` elements of the shuffle that ``key`` names, ascending; csrc/rest.h."""
+    """``range(size)`` without the first ``taken`` elements of the shuffle of ``key``, ascending; see csrc/rest.h."""
 
     def __init__(self, size: int, key: int, taken: int) -> None: ...
     @property

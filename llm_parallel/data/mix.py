@@ -23,6 +23,8 @@ from llm_parallel.errors import UserError
 
 REPORTED = {"vocab_size": int, "tokens": int, "tokenizer": str, "tokenizer_fingerprint": str}
 """Fields that are read from a report of ``prepare``, with their types."""
+NOTICES = 8
+"""Sources that a notice lists."""
 HOLD_OUT, ORDER = 1, 2
 """The uses of a derived key: to hold documents out, and to order samples."""
 
@@ -31,8 +33,9 @@ class Mixture:
     """The streams of one split (``streams[i]`` reads ``sources[i]``) and the ``order`` in which they take turns.
 
     Training streams are shuffled; held-out ones come in file order. ``history`` and ``consumed`` are the segments of a
-    run that goes on, and how many samples it has had; ``history`` then has the present segment too. Raises UserError on
-    missing or damaged files and on sources with too little text for one sample.
+    run that goes on, and how many samples it has had; ``history`` then has the present segment too, and ``notices`` say
+    where the sources of one that begins here stand. Raises UserError on missing or damaged files and on sources with
+    too little text for one sample.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Mixture:
         self.sources = _sources(data, split)
         files = [TokenFile(source.path) for source in self.sources]
         self.history: tuple[Segment, ...] = ()
+        self.notices: list[str] = []
         if split == "train":
             present = Segment.of(data, seed, consumed)
             uses = [
@@ -56,6 +60,8 @@ class Mixture:
             self._past = Past(self.history, files)
             self.streams = self._past.streams
             self.order = self._past.orders[-1]
+            if self.history[-1].first == consumed > 0:
+                self.notices = self._past.notices()
             return
         selection = Selection()
         if not data.eval:
@@ -98,6 +104,7 @@ class Past:
         self.orders = [MixtureOrder([source.weight for source in segment.sources]) for segment in history]
         self._epochs: dict[tuple[int, int, Selection], Epochs] = {}
         self._streams: dict[tuple[int, int], tuple[Stream, int]] = {}
+        self._left: dict[int, tuple[str, int, int, float]] = {}
         last = len(history) - 1
         self.streams = [self._stream(last, place)[0] for place in range(len(files))]
 
@@ -107,6 +114,24 @@ class Past:
         source, place = self.orders[segment].locate(number - self._history[segment].first)
         stream, before = self._stream(segment, source)
         return stream, before + place
+
+    def notices(self) -> list[str]:
+        """Where each source of the last segment stands at its beginning."""
+        earlier = {source.path for segment in self._history[:-1] for source in segment.sources}
+        found = []
+        for place, source in enumerate(self._history[-1].sources):
+            if place not in self._left:
+                text = "begins at its start" + (": its file was replaced" if source.path in earlier else "")
+                found.append(f"{source.path} {text}")
+                continue
+            path, epoch, left, part = self._left[place]
+            moved = "" if path == source.path else f", which was {path},"
+            text = f"goes on with {left:,} tokens that are left of its epoch {epoch + 1}"
+            lengths = [segment.seq_length_tokens for segment in self._history]
+            cut = f", in parts of {part:,.0f} tokens on average" if lengths[-1] > lengths[-2] else ""
+            found.append(f"{source.path}{moved} {text}{cut}")
+        rest = [f"and {len(found) - NOTICES} more sources"] if len(found) > NOTICES else []
+        return found[:NOTICES] + rest
 
     def _stream(self, segment: int, place: int) -> tuple[Stream, int]:
         """The stream that a source of a segment reads, and how many of its samples came before the segment."""
@@ -124,6 +149,8 @@ class Past:
         stream, before = self._stream(earlier, there)
         samples = self._history[earlier + 1].first - self._history[earlier].first
         taken = before + self.orders[earlier].counts(samples)[there]
+        if segment == len(self._history) - 1:
+            self._left[place] = (self._history[earlier].sources[there].path, *stream.left_after(taken))
         if stream.epochs is epochs and stream.length == length:
             return stream, taken
         return stream.continued(taken, epochs, length), 0

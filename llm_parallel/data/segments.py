@@ -7,7 +7,7 @@ before n, and a source that an earlier segment read goes on where that left it. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_parallel.config.tree import DataConfig
@@ -57,12 +57,8 @@ class Segment:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Segment:
-        """What ``record`` gave. Raises KeyError and TypeError if it is damaged."""
+        """What ``dataclasses.asdict`` made of one. Raises KeyError and TypeError if it is damaged."""
         return cls(**{**record, "sources": tuple(SourceUse(**source) for source in record["sources"])})
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
     def same_samples(self, other: Segment) -> bool:
         """Whether samples are drawn in the same way from both."""

@@ -1,9 +1,10 @@
 """One source of text as an endless sequence of samples, each found without reading those before it.
 
-The documents of an epoch are shuffled and concatenated, lap follows lap, and sample window k covers tokens [k L, k L + L]
-of that stream, so each token of a lap is predicted exactly once. The windows that begin in one lap are shuffled among
-themselves. Both shuffles are permutations keyed by (seed, source, epoch), so nothing is stored but one small index per
-epoch in use (csrc/epoch.h). A lap is an epoch, unless the stream goes on where one with other settings stopped.
+The documents of an epoch are shuffled and concatenated, lap follows lap, and sample window k covers tokens
+[k L, k L + L] of that stream, so each token of a lap is predicted exactly once. The windows that begin in one lap are
+shuffled among themselves. Both shuffles are permutations keyed by (seed, source, epoch), so nothing is stored but one
+small index per epoch in use (csrc/epoch.h). A lap is an epoch, unless the stream goes on where one with other settings
+stopped.
 """
 
 from __future__ import annotations
