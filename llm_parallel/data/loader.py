@@ -96,10 +96,15 @@ class MicroBatchLoader(Iterator[Batch]):
             documents = Documents(tuple(torch.from_numpy(sample.document_starts) for sample in samples))
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
         labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))
-        weights = torch.from_numpy(np.stack([sample.loss_mask for sample in samples]).astype(np.float32))
+        weights = torch.from_numpy(np.stack([sample.weights for sample in samples]))
+        columns = {
+            name: torch.from_numpy(np.stack([sample.columns[name] for sample in samples]))
+            for name in samples[0].columns
+        }
         if self._device.type == "cuda":
             tokens, labels, weights = tokens.pin_memory(), labels.pin_memory(), weights.pin_memory()
-        return Batch(tokens, labels, weights, documents)
+            columns = {name: column.pin_memory() for name, column in columns.items()}
+        return Batch(tokens, labels, weights, documents, columns)
 
     def _on_device(self, batch: Batch) -> Batch:
         return batch if self._device.type == "cpu" else batch.to(self._device)

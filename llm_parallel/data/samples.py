@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -14,13 +15,15 @@ from llm_parallel.data.mix import Mixture
 
 @dataclass(frozen=True)
 class Sample:
-    """tokens, labels int64 [L]; loss_mask bool [L]; document_starts int32, the positions in [0, L) at which a document
-    begins, the first always 0. Without isolation the mask is all true and document_starts is [0]."""
+    """tokens, labels int64 [L]; weights fp32 [L], of each label's loss; document_starts int32, the positions in [0, L)
+    at which a document begins, the first always 0; columns fp32 [L] by name, a number for each label. Token files
+    without isolation have all weights 1 and document_starts [0]."""
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
-    loss_mask: NDArray[np.bool_]
+    weights: NDArray[np.float32]
     document_starts: NDArray[np.int32]
+    columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class SampleSource:
@@ -44,13 +47,13 @@ class SampleSource:
         """Sample ``number``, from 0."""
         assert self._mixture is not None, "closed"
         window, boundaries = self._mixture.read(number, self._vocab_size)
-        mask = np.ones(self.seq_length, np.bool_)
+        weights = np.ones(self.seq_length, np.float32)
         starts = np.zeros(1, np.int32)
         if self.isolate:
             # The label of the token before a boundary is the next document's first token.
-            mask[boundaries - 1] = False
+            weights[boundaries - 1] = 0.0
             starts = np.concatenate([starts, boundaries[boundaries < self.seq_length]])
-        return Sample(window[:-1], window[1:], mask, starts)
+        return Sample(window[:-1], window[1:], weights, starts)
 
     def close(self) -> None:
         """Closes the memory-mapped files; the source must not be used after that."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from llm_parallel.checkpoint.content import read_config
@@ -15,6 +15,7 @@ from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.rules import check_config
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.batch import Batch
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis
@@ -32,7 +33,7 @@ from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, set_deterministic
 from llm_parallel.train.changes import changed_fields, changed_model
-from llm_parallel.train.feed import Feed, TokenFeed, evaluation_batches
+from llm_parallel.train.feed import Feed, evaluation_batches, token_feed
 from llm_parallel.train.guard import Guard
 from llm_parallel.train.run import Place, Run
 from llm_parallel.train.watch import Resumed, Watch
@@ -53,14 +54,26 @@ def likelihood(config: RunConfig) -> Objective:
     return Likelihood(label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss)
 
 
+def unweighted_likelihood(config: RunConfig) -> Objective:
+    """Next-token prediction without the terms that only training has."""
+    return Likelihood()
+
+
+def nothing_more(run: Run) -> None:
+    """For methods that do nothing after an evaluation."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """What a run trains: what a step minimises, with which models, on what; and how held-out data is judged."""
+    """What a run trains: what a step minimises, with which models, on what; which data are held out and how they are
+    judged; ``evaluated`` is called after each evaluation, on every process."""
 
     objective: Callable[[RunConfig], Objective] = likelihood
-    evaluation: Objective = field(default_factory=Likelihood)
+    evaluation: Callable[[RunConfig], Objective] = unweighted_likelihood
     models: Callable[[RunConfig, Groups], Models] = policy_alone
-    feed: Callable[[RunConfig, Groups, int], Feed] = TokenFeed
+    feed: Callable[[RunConfig, Groups, int], Feed] = token_feed
+    held_out: Callable[[RunConfig, Groups], list[Batch]] = evaluation_batches
+    evaluated: Callable[[Run], None] = nothing_more
 
 
 PRETRAINING = Method()
@@ -93,7 +106,7 @@ def open_run(
         total_steps=config.train.steps,
     )
     world = World(place.world_size, layout.describe(), platform.device_name, platform.is_cuda)
-    held_out = evaluation_batches(config, groups)
+    held_out = method.held_out(config, groups)
     with ExitStack() as opened:  # background threads must end if the rest of this fails
         feed = method.feed(config, groups, state.consumed_samples)
         opened.callback(feed.close)
@@ -111,7 +124,8 @@ def open_run(
             layout=layout,
             models=models,
             objective=objective,
-            evaluation=method.evaluation,
+            evaluation=method.evaluation(config),
+            evaluated=method.evaluated,
             feed=feed,
             held_out=held_out,
             store=store,

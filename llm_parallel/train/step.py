@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
 from llm_parallel.data.batch import Batch
-from llm_parallel.objectives.base import Objective, Output
+from llm_parallel.objectives.base import Objective, Output, reported
 from llm_parallel.parallel.engine import Engine, Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.stages import Stages
@@ -157,7 +157,7 @@ def forward_backward(
         forward_backward_s=seconds,
         not_finite=int(sums.not_finite),
         pause=sums.pauses > 0,
-        statistics={name: total / max(sums.count, 1) for name, total in sums.statistics.items()},
+        statistics=reported(objective, sums.statistics, sums.count),
     )
 
 
@@ -169,10 +169,10 @@ def apply_gradient(engine: Engine, outcome: StepOutcome, lr: float, clip_grad: f
 
 
 @torch.no_grad()
-def evaluate(network: Network, objective: Objective, batches: Sequence[Batch]) -> tuple[float, int]:
-    """Mean loss and count of the objective's units over held-out micro batches; weights and gradients stay as they
-    are."""
+def evaluate(network: Network, objective: Objective, batches: Sequence[Batch]) -> tuple[float, int, dict[str, float]]:
+    """Mean loss, count of the objective's units and its statistics over held-out micro batches; weights and gradients
+    stay as they are."""
     network.set_training(False)
     sums = run_schedule(network, objective, batches, forward_only=True)
     network.set_training(True)
-    return sums.mean, int(sums.count)
+    return sums.mean, int(sums.count), reported(objective, sums.statistics, sums.count)

@@ -45,7 +45,7 @@ def run_worker(arguments: Sequence[str]) -> int:
         state = run_training(config, place, asked_to_stop=lambda: bool(requests))
     except Exception as error:
         return report_error(log_dir, environment.rank, explained(error, environment))
-    return 0 if state.step >= config.train.steps else EXIT_STOPPED
+    return 0 if state.finished(config.train.steps) else EXIT_STOPPED
 
 
 def explained(error: Exception, environment: WorkerEnv) -> Exception:

@@ -276,8 +276,9 @@ def run_generation(member: Member, assignment: Assignment, run_file: str, run_di
         return not _poisoned(error)
     else:
         config_steps = load_config(run_file, assignment.overrides, notice=lambda _: None).train.steps
-        paused = state.step < config_steps and not member.asked_to_stop and member.asked_to_pause
-        done = Outcome.FINISHED if state.step >= config_steps else Outcome.STOPPED
+        finished = state.finished(config_steps)
+        paused = not finished and not member.asked_to_stop and member.asked_to_pause
+        done = Outcome.FINISHED if finished else Outcome.STOPPED
         member.leave(Outcome.PAUSED if paused else done, step=state.step)
     return True
 

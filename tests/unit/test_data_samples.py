@@ -164,10 +164,10 @@ def test_isolation_marks_exactly_the_boundaries(prefix: str, split: str) -> None
         same = owner[sample.tokens] == owner[sample.labels]
         # One document after itself, where an epoch ends and the next begins with it, is a boundary too.
         same &= sample.labels == sample.tokens + 1
-        np.testing.assert_array_equal(sample.loss_mask, same)
+        np.testing.assert_array_equal(sample.weights, same)
         assert sample.document_starts.dtype == np.int32
         assert sample.document_starts.tolist() == [0, *(np.flatnonzero(~same[:-1]) + 1)]
-        assert plain.loss_mask.all() and plain.document_starts.tolist() == [0]
+        assert plain.weights.all() and plain.document_starts.tolist() == [0]
         boundaries += len(sample.document_starts) - 1
     assert boundaries > 100
 
