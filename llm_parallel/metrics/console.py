@@ -9,7 +9,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from llm_parallel.metrics.record import EvalRecord, StepRecord
+from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord
 
 
 class ConsoleSink:
@@ -55,6 +55,11 @@ class ConsoleSink:
             f"evaluation after step {record.step} | loss {record.loss:.4f} | perplexity {record.perplexity:.4g} | "
             f"{record.samples:,} samples, {record.tokens:,} tokens"
         )
+
+    def answer(self, record: AnswerRecord) -> None:
+        """Prints prompt and answer."""
+        ending = "" if record.stopped else " … (cut)"
+        self.message(f"after step {record.step}, {record.prompt!r} is answered: {record.answer!r}{ending}")
 
     def message(self, text: str) -> None:
         """Prints ``text``, above the progress bar if there is one."""

@@ -85,8 +85,8 @@ def _most_likely(
     non_loss_data: bool = True,
 ) -> Tensor:
     """int64 [b] on the CPU: the most likely token after each row's last one, on the one process of the run that says
-    it, and 0 on all others. logits [b, s, v/tp] of the tokens at ``positions``; columns from ``num_valid`` on only round
-    the vocabulary up."""
+    it, and 0 on all others. logits [b, s, v/tp] of the tokens at ``positions``; columns from ``num_valid`` on only
+    round the vocabulary up."""
     held = positions[None, :] == last_places[:, None]
     chosen = torch.zeros(len(last_places), dtype=torch.int64)
     rows, places = held.nonzero(as_tuple=True)

@@ -35,6 +35,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.parallel.engine import POLICY, Models, network_of
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.train.loop import run_training
+from llm_parallel.tune.methods import method_of
 from llm_parallel.train.run import Place, Run
 from llm_parallel.train.step import StepOutcome
 from llm_parallel.train.step_settings import global_batch_size
@@ -219,7 +220,7 @@ def train_generation(member: Member, assignment: Assignment, run_file: str) -> T
     watch = ElasticWatch(member, assignment)
     place = Place(assignment.rank, assignment.world_size, assignment.local_rank, store, assignment.elapsed_s)
     try:
-        return run_training(config, place, asked_to_stop=lambda: member.asked_to_stop, watch=watch)
+        return run_training(config, place, lambda: member.asked_to_stop, watch, method_of(config))
     finally:
         watch.close()
 
