@@ -15,8 +15,8 @@ from llm_parallel.parallel.groups import Groups
 
 @dataclass(frozen=True)
 class LikelihoodBySource(Likelihood):
-    """``Likelihood`` whose statistics are the loss of each source, ``loss/NAME``. The batch's column ``source`` holds the
-    number of each label's source, in the order of ``sources``. Make it by ``by_source``."""
+    """``Likelihood`` whose statistics are the loss of each source, ``loss/NAME``. The batch's column ``source`` holds
+    the number of each label's source, in the order of ``sources``. Make it by ``by_source``."""
 
     sources: tuple[str, ...] = ()
 

@@ -90,6 +90,7 @@ def _forward(objective: Objective, groups: Groups, iterator: Iterator[Batch], ch
         documents=batch.documents,
         weights=weights,
         loss_options=objective.loss_options,
+        numbers=batch.numbers,
     )
     return output, partial(_terms, objective, groups, batch)
 

@@ -1,4 +1,4 @@
-"""``llm-parallel pretrain`` and ``sft``: checks, shows what will run, and starts the processes or becomes one of them."""
+"""``llm-parallel pretrain`` and ``sft``: checks, shows what will run, and starts the processes or is one of them."""
 
 from __future__ import annotations
 

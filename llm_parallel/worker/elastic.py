@@ -35,11 +35,11 @@ from llm_parallel.errors import UserError
 from llm_parallel.parallel.engine import POLICY, Models, network_of
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.train.loop import run_training
-from llm_parallel.tune.methods import method_of
 from llm_parallel.train.run import Place, Run
 from llm_parallel.train.step import StepOutcome
 from llm_parallel.train.step_settings import global_batch_size
 from llm_parallel.train.watch import Resumed, Watch
+from llm_parallel.tune.methods import method_of
 from llm_parallel.worker.probe import DeviceProbe, Stopwatch, Suspect, odd_one_out, weights_checksum
 
 STORE_TIMEOUT_S = 300.0
