@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from llm_parallel.checkpoint.content import TOKENIZER_NAME, read_config
 from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.checkpoint.run_file import TOKENIZER_NAME, read_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.tokenizer import load_tokenizer
 from llm_parallel.errors import UserError

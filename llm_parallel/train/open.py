@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_parallel.checkpoint.content import read_config
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import load_checkpoint, refuse_damaged
+from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.rules import check_config
