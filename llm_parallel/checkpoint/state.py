@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from llm_parallel.data.segments import Segment
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 
 STATE_NAME = "train_state.json"
+ADDED = ("best_eval_loss", "evaluations_since_best", "evaluated_step", "stopped_early", "segments")
+"""Fields that the first checkpoints do not have."""
 
 
 @dataclass
 class TrainState:
-    """Counters of a run. ``guard`` holds the guard's windows; samples need no state but their count."""
+    """Counters of a run. ``guard`` holds the guard's windows; ``stopped_early``: whether the held-out loss ended it
+    (``train.early_stop_evaluations``). ``segments``: the settings under which samples of token files were drawn; with
+    ``consumed_samples`` they say where each source stands."""
 
     step: int = 0
     consumed_samples: int = 0
@@ -23,6 +29,24 @@ class TrainState:
     consecutive_skips: int = 0
     guard: dict[str, list[float]] = field(default_factory=dict)
     elapsed_s: float = 0.0
+    best_eval_loss: float | None = None
+    evaluations_since_best: int = 0
+    evaluated_step: int = 0
+    stopped_early: bool = False
+    segments: tuple[Segment, ...] = ()
+
+    def finished(self, steps: int) -> bool:
+        """Whether a run of ``steps`` steps has nothing left to do."""
+        return self.step >= steps or self.stopped_early
+
+    def evaluated(self, loss: float, patience: int | None) -> None:
+        """Counts an evaluation; the run is over when ``patience`` of them in a row have found no lower loss."""
+        self.evaluated_step = self.step
+        if self.best_eval_loss is None or loss < self.best_eval_loss:
+            self.best_eval_loss, self.evaluations_since_best = loss, 0
+            return
+        self.evaluations_since_best += 1
+        self.stopped_early = patience is not None and self.evaluations_since_best >= patience
 
     def write(self, folder: Path) -> None:
         """Writes the state into a checkpoint folder."""
@@ -33,9 +57,15 @@ class TrainState:
     def read(cls, folder: Path) -> TrainState:
         """State of a checkpoint folder. Raises UserError if it is damaged."""
         try:
-            values = json.loads((folder / STATE_NAME).read_text())
-            return cls(**{item.name: values[item.name] for item in fields(cls)})
+            return cls.from_record(json.loads((folder / STATE_NAME).read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder / STATE_NAME} is missing or damaged ({error}); load another checkpoint"
             ) from error
+
+    @classmethod
+    def from_record(cls, values: dict[str, Any]) -> TrainState:
+        """What ``dataclasses.asdict`` made of one. Raises KeyError and TypeError if something is missing or wrong."""
+        names = [item.name for item in fields(cls)]
+        known = {name: values[name] for name in names if name in values or name not in ADDED}
+        return cls(**{**known, "segments": tuple(map(Segment.from_record, known.get("segments", ())))})

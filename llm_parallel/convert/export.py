@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from llm_parallel.checkpoint.content import read_config
 from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.convert.settings import origin, write_settings
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write

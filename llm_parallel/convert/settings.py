@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llm_parallel.checkpoint.content import TOKENIZER_NAME
+from llm_parallel.checkpoint.run_file import TOKENIZER_NAME
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError

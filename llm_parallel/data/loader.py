@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -75,7 +76,8 @@ class MicroBatchLoader(Iterator[Batch]):
                 # A new thread's current device is 0, and pinning would open a context there on every rank.
                 torch.cuda.set_device(self._device)
             for numbers in self._numbers:
-                self._put(self._stack([self._samples.sample(number) for number in numbers]))
+                batch = self._stack([self._samples.sample(number) for number in numbers])
+                self._put(replace(batch, numbers=torch.tensor(numbers)))
                 if self._stop.is_set():
                     return
             self._put(None)
@@ -96,10 +98,15 @@ class MicroBatchLoader(Iterator[Batch]):
             documents = Documents(tuple(torch.from_numpy(sample.document_starts) for sample in samples))
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
         labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))
-        weights = torch.from_numpy(np.stack([sample.loss_mask for sample in samples]).astype(np.float32))
+        weights = torch.from_numpy(np.stack([sample.weights for sample in samples]))
+        columns = {
+            name: torch.from_numpy(np.stack([sample.columns[name] for sample in samples]))
+            for name in samples[0].columns
+        }
         if self._device.type == "cuda":
             tokens, labels, weights = tokens.pin_memory(), labels.pin_memory(), weights.pin_memory()
-        return Batch(tokens, labels, weights, documents)
+            columns = {name: column.pin_memory() for name, column in columns.items()}
+        return Batch(tokens, labels, weights, documents, columns)
 
     def _on_device(self, batch: Batch) -> Batch:
         return batch if self._device.type == "cpu" else batch.to(self._device)

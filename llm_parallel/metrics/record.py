@@ -97,19 +97,33 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """An evaluation on held-out data after ``step`` steps; ``loss`` in nats per token."""
+    """An evaluation on held-out data after ``step`` steps; ``loss`` in nats per token; ``statistics``: the objective's
+    own numbers by name, logged as ``eval/name``."""
 
     step: int
     loss: float
     perplexity: float
     samples: int
     tokens: int
+    statistics: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def from_loss(cls, step: int, loss: float, samples: int, tokens: int) -> EvalRecord:
+    def from_loss(
+        cls, step: int, loss: float, samples: int, tokens: int, statistics: Mapping[str, float] | None = None
+    ) -> EvalRecord:
         """An evaluation with its perplexity, which is infinite if it exceeds a double."""
         perplexity = math.inf if loss > 700 else math.exp(loss)
-        return cls(step, loss, perplexity, samples, tokens)
+        return cls(step, loss, perplexity, samples, tokens, statistics or {})
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """What the model answered to a prompt after ``step`` steps; ``stopped``: whether it ended the answer itself."""
+
+    step: int
+    prompt: str
+    answer: str
+    stopped: bool
 
 
 def derive(measured: StepMeasurement, basis: Basis, recent_step_times_s: Sequence[float] = ()) -> StepRecord:
@@ -185,7 +199,8 @@ def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
     values = {name: getattr(record, attribute) for name, attribute in names.items()}
     if isinstance(record, StepRecord):
         values |= {f"time/{name}_s": seconds for name, seconds in record.split_s.items()}
-        values |= {f"train/{name}": value for name, value in record.statistics.items()}
+    prefix = "train" if isinstance(record, StepRecord) else "eval"
+    values |= {f"{prefix}/{name}": value for name, value in record.statistics.items()}
     return {
         name: int(value) if isinstance(value, bool) else value for name, value in values.items() if value is not None
     }

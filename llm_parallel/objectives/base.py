@@ -47,6 +47,11 @@ class Objective(Protocol):
         """Names of ``Terms.stats``, known beforehand because ranks without output take part in their sum."""
 
     @property
+    def ratios(self) -> Mapping[str, str]:
+        """Statistics that are reported divided by another statistic, by name, and not by the count; the divisors are
+        not reported."""
+
+    @property
     def weighted_in_model(self) -> bool:
         """Whether the model may sum losses by the batch's weights itself, as the fused output loss does. True only
         where ``total`` is that weighted sum, so that its gradient by each label's loss is the weight."""
@@ -62,3 +67,12 @@ class Objective(Protocol):
 
     def __call__(self, batch: Batch, groups: Groups, output: Output) -> Terms:
         """Terms of one micro batch, of which ``batch`` and ``output`` are this process's context shard."""
+
+
+def reported(objective: Objective, totals: Mapping[str, float], count: float) -> dict[str, float]:
+    """An objective's statistics as they are reported, from their sums over all processes. A ratio whose divisor is 0,
+    as that of a kind of data that a step does not contain, is left out."""
+    divisors = {name: totals[other] for name, other in objective.ratios.items()}
+    hidden = set(objective.ratios.values())
+    found = {name: (total, divisors.get(name, max(count, 1))) for name, total in totals.items() if name not in hidden}
+    return {name: total / divisor for name, (total, divisor) in found.items() if divisor}

@@ -29,6 +29,7 @@ class DPO:
     unit: Literal["pair"] = "pair"
     reads: tuple[str, ...] = ("documents", "reference")
     statistics: tuple[str, ...] = ("accuracy", "chosen_reward", "rejected_reward")
+    ratios: Mapping[str, str] = field(default_factory=dict)
     weighted_in_model: bool = False
     loss_options: Mapping[str, float] = field(default_factory=dict)
 

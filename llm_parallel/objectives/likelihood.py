@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -24,6 +24,7 @@ class Likelihood:
     unit: Literal["token"] = "token"
     reads: tuple[str, ...] = ()
     statistics: tuple[str, ...] = ()
+    ratios: Mapping[str, str] = field(default_factory=dict)
     weighted_in_model: bool = True
     label_smoothing: float = 0.0
     z_loss: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Protocol
@@ -12,7 +12,7 @@ import torch
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.batch import Batch
-from llm_parallel.data.loader import MicroBatchLoader
+from llm_parallel.data.loader import MicroBatchLoader, Samples
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
@@ -26,6 +26,13 @@ class Feed(Protocol):
     def offers(self) -> tuple[str, ...]:
         """Columns and facts that its batches have, and ``documents`` if they have those."""
 
+    @property
+    def notices(self) -> Sequence[str]:
+        """What a resumed run's data do otherwise than before."""
+
+    def progress(self, state: TrainState) -> Mapping[str, float]:
+        """Numbers that are recorded with the step that led to ``state``, such as the epoch."""
+
     def step(self, state: TrainState) -> Sequence[Batch]:
         """This replica's micro batches of the step that begins in ``state``. Every process of the job calls this."""
 
@@ -33,18 +40,26 @@ class Feed(Protocol):
         """Ends what runs in the background."""
 
 
-class TokenFeed:
-    """The feed of pretraining: samples of token files by number, without end, read ahead in the background. ``step``
-    must be called for consecutive steps, from the state with which the feed was opened."""
+class SampleFeed:
+    """Samples by number, without end, read ahead in the background. ``step`` must be called for consecutive steps, from
+    the state with which the feed was opened. ``columns``: those that the samples have; ``notices``: see ``Feed``."""
 
-    def __init__(self, config: RunConfig, groups: Groups, consumed_samples: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        groups: Groups,
+        consumed_samples: int,
+        samples: Samples,
+        columns: tuple[str, ...] = (),
+        notices: Sequence[str] = (),
+    ) -> None:
+        self.notices = notices
         self._train = config.train
         self._layout = Layout.from_config(config, groups.mesh.world_size)
         self._dp_rank = groups.at.dp
-        self.offers: tuple[str, ...] = ("documents",) if config.data.packing == "isolate" else ()
-        source = SampleSource(config.data, config.seed, "train", config.model.vocab_size)
+        self.offers = (*(("documents",) if samples.isolate else ()), *columns)
         self._loader = MicroBatchLoader(
-            source, self._numbers(consumed_samples), groups.platform.device, config.data.prefetch_batches
+            samples, self._numbers(consumed_samples), groups.platform.device, config.data.prefetch_batches
         )
 
     def _numbers(self, consumed: int) -> Iterator[range]:
@@ -59,23 +74,42 @@ class TokenFeed:
         size = global_batch_size(self._train, state.consumed_samples)
         return [next(self._loader) for _ in range(self._layout.num_micro_batches(size, self._dp_rank))]
 
+    def progress(self, state: TrainState) -> Mapping[str, float]:
+        """Nothing but what every step records."""
+        return {}
+
     def close(self) -> None:
         """Ends the reading thread."""
         self._loader.close()
 
 
-def evaluation_batches(config: RunConfig, groups: Groups) -> list[Batch]:
-    """This replica's held-out micro batches: the same samples in every layout. Micro batches that only complete the
-    number that the replicas or the interleaved schedule need have weight 0. Empty if there is no held-out data."""
+def token_feed(config: RunConfig, groups: Groups, state: TrainState) -> SampleFeed:
+    """The feed of pretraining: samples of token files. Every source goes on where ``state.segments`` left it, and the
+    present settings become the last of these."""
+    consumed = state.consumed_samples
+    source = SampleSource(config.data, config.seed, "train", config.model.vocab_size, state.segments, consumed)
+    state.segments = source.history
+    return SampleFeed(config, groups, consumed, source, notices=source.notices)
+
+
+def evaluation_batches(config: RunConfig, groups: Groups, state: TrainState) -> list[Batch]:
+    """This replica's micro batches of held-out token files. Empty if there is no held-out data."""
     data = config.data
     if not data.eval and not data.eval_fraction:
         return []
-    layout, wanted = Layout.from_config(config, groups.mesh.world_size), config.train.eval_samples
+    source = SampleSource(data, config.seed, "eval", config.model.vocab_size, state.segments)
+    return held_out_batches(config, groups, source, config.train.eval_samples)
+
+
+def held_out_batches(config: RunConfig, groups: Groups, source: Samples, wanted: int) -> list[Batch]:
+    """This replica's micro batches of the first ``wanted`` samples: the same samples in every layout. Micro batches
+    that only complete the number that the replicas or the interleaved schedule need have weight 0."""
+    layout = Layout.from_config(config, groups.mesh.world_size)
     unit = layout.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
     filled = -(-wanted // unit) * unit
     numbers = list(layout.micro_batches(0, filled, groups.at.dp))
-    source = SampleSource(data, config.seed, "eval", config.model.vocab_size)
-    with MicroBatchLoader(source, iter(numbers), groups.platform.device, data.prefetch_batches) as loader:
+    prefetch = config.data.prefetch_batches
+    with MicroBatchLoader(source, iter(numbers), groups.platform.device, prefetch) as loader:
         batches = list(islice(loader, len(numbers)))
     return [_without_surplus(batch, part, wanted) for batch, part in zip(batches, numbers)]
 

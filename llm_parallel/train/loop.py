@@ -38,10 +38,11 @@ def run_training(
     try:
         run = open_run(config, place, asked_to_stop, watch, method)
         try:
-            if run.state.step >= config.train.steps:
+            if run.state.finished(config.train.steps):
                 run.metrics.message(nothing_to_train(run))
+            make_up_evaluation(run, watch)
             with run.comm.recording():
-                while run.state.step < config.train.steps:
+                while not run.state.finished(config.train.steps):
                     outcome = train_step(run, watch)
                     if outcome.stop:
                         run.metrics.message(stopping(run))
@@ -65,6 +66,8 @@ def run_training(
 def nothing_to_train(run: Run) -> str:
     """What the console says when the loaded state has made all steps already."""
     made, wanted = run.state.step, run.config.train.steps
+    if run.state.stopped_early:
+        return f"nothing to train: the run ended after step {made}, {early_stop(run)}"
     return f"nothing to train: the state is that of step {made}, and train.steps is {wanted}; raise it to go on"
 
 
@@ -121,10 +124,10 @@ def after_step(run: Run, watch: Watch, stopping: bool) -> None:
         run.store.poll()
     if last or stopping:
         return
-    interval = run.config.train.eval_interval_steps
-    if interval and step % interval == 0:
-        with watch.long():
-            run_evaluation(run)
+    if evaluation_is_due(run):
+        evaluate_within(run, watch)
+        if run.state.stopped_early:
+            return
     interval = run.config.checkpoint.interval_steps
     if interval and step % interval == 0:
         with watch.long(), going_on(run, watch):
@@ -145,12 +148,46 @@ def going_on(run: Run, watch: Watch) -> Iterator[None]:
         run.metrics.event("save_failed", step=run.state.step, cause=str(error))
 
 
+def evaluation_is_due(run: Run) -> bool:
+    """Whether held-out data is judged after the present step."""
+    interval = run.config.train.eval_interval_steps
+    return bool(interval) and run.state.step % (interval or 1) == 0
+
+
+def make_up_evaluation(run: Run, watch: Watch) -> None:
+    """Makes the evaluation on which an early stop depends, if the state was saved before it was made."""
+    state, steps = run.state, run.config.train.steps
+    missed = state.step > 0 and not state.finished(steps) and state.evaluated_step < state.step
+    if run.config.train.early_stop_evaluations is not None and missed and evaluation_is_due(run):
+        evaluate_within(run, watch)
+
+
+def evaluate_within(run: Run, watch: Watch) -> None:
+    """An evaluation between two steps, and what follows from it."""
+    with watch.long():
+        run_evaluation(run)
+    if run.state.stopped_early:
+        step = run.state.step
+        run.metrics.message(f"the run ends after step {step} of {run.config.train.steps}, {early_stop(run)}")
+        run.metrics.event("early_stop", step=step)
+
+
+def early_stop(run: Run) -> str:
+    """Why a run ended before its last step."""
+    return (
+        f"since {run.state.evaluations_since_best} evaluations in a row have found no held-out loss below "
+        f"{run.state.best_eval_loss:.4f} (train.early_stop_evaluations)"
+    )
+
+
 def run_evaluation(run: Run) -> float:
     """Held-out loss in nats per token, recorded; NaN if nothing is held out."""
     if not run.held_out:
         return math.nan
-    loss, tokens = evaluate(run.engine.network, run.evaluation, run.held_out)
-    run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, run.config.train.eval_samples, tokens))
+    loss, tokens, statistics = evaluate(run.engine.network, run.evaluation, run.held_out)
+    run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, run.config.train.eval_samples, tokens, statistics))
+    run.evaluated(run)
+    run.state.evaluated(loss, run.config.train.early_stop_evaluations)
     return loss
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from llm_parallel.checkpoint.content import read_config
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import load_checkpoint, refuse_damaged
+from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.rules import check_config
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.batch import Batch
+from llm_parallel.data.segments import Segment
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis
@@ -32,7 +34,7 @@ from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, set_deterministic
 from llm_parallel.train.changes import changed_fields, changed_model
-from llm_parallel.train.feed import Feed, TokenFeed, evaluation_batches
+from llm_parallel.train.feed import Feed, evaluation_batches, token_feed
 from llm_parallel.train.guard import Guard
 from llm_parallel.train.run import Place, Run
 from llm_parallel.train.watch import Resumed, Watch
@@ -53,14 +55,26 @@ def likelihood(config: RunConfig) -> Objective:
     return Likelihood(label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss)
 
 
+def unweighted_likelihood(config: RunConfig) -> Objective:
+    """Next-token prediction without the terms that only training has."""
+    return Likelihood()
+
+
+def nothing_more(run: Run) -> None:
+    """For methods that do nothing after an evaluation."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """What a run trains: what a step minimises, with which models, on what; and how held-out data is judged."""
+    """What a run trains: what a step minimises, with which models, on what; which data are held out and how they are
+    judged; ``evaluated`` is called after each evaluation, on every process."""
 
     objective: Callable[[RunConfig], Objective] = likelihood
-    evaluation: Objective = field(default_factory=Likelihood)
+    evaluation: Callable[[RunConfig], Objective] = unweighted_likelihood
     models: Callable[[RunConfig, Groups], Models] = policy_alone
-    feed: Callable[[RunConfig, Groups, int], Feed] = TokenFeed
+    feed: Callable[[RunConfig, Groups, TrainState], Feed] = token_feed
+    held_out: Callable[[RunConfig, Groups, TrainState], list[Batch]] = evaluation_batches
+    evaluated: Callable[[Run], None] = nothing_more
 
 
 PRETRAINING = Method()
@@ -93,9 +107,9 @@ def open_run(
         total_steps=config.train.steps,
     )
     world = World(place.world_size, layout.describe(), platform.device_name, platform.is_cuda)
-    held_out = evaluation_batches(config, groups)
+    held_out = method.held_out(config, groups, state)
     with ExitStack() as opened:  # background threads must end if the rest of this fails
-        feed = method.feed(config, groups, state.consumed_samples)
+        feed = open_feed(config, groups, resumed, method)
         opened.callback(feed.close)
         objective = method.objective(config)
         check_feed(objective, feed)
@@ -111,7 +125,8 @@ def open_run(
             layout=layout,
             models=models,
             objective=objective,
-            evaluation=method.evaluation,
+            evaluation=method.evaluation(config),
+            evaluated=method.evaluated,
             feed=feed,
             held_out=held_out,
             store=store,
@@ -126,6 +141,13 @@ def open_run(
         watch.opened(run)
         opened.pop_all()
     return run
+
+
+def open_feed(config: RunConfig, groups: Groups, resumed: Resumed, method: Method) -> Feed:
+    """The method's feed; what it says about the data joins ``resumed.changed``."""
+    feed = method.feed(config, groups, resumed.state)
+    resumed.changed.extend(feed.notices)
+    return feed
 
 
 def check_feed(objective: Objective, feed: Feed) -> None:
@@ -149,7 +171,7 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
     changed: list[str] = []
     if latest is not None:
         state = load_checkpoint(latest, models, changed=changed.extend)
-        changed += changed_fields(read_config(latest), config, state.step)
+        changed += changed_since(read_config(latest), config, state)
         return Resumed(state, "; ".join([f"resumed from {latest}", *passed_over]), changed)
     if config.checkpoint.load is None:
         return Resumed(TrainState(), "new run")
@@ -166,8 +188,15 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
         refuse_damaged(config.checkpoint.load, store.groups)
     state = load_checkpoint(config.checkpoint.load, models, load_optimizer=with_optimizer, changed=changed.extend)
     saved = read_config(find_checkpoint(config.checkpoint.load))
-    changed += changed_fields(saved, config, state.step) if state.step else changed_model(saved.model, config.model)
+    changed += changed_since(saved, config, state) if state.step else changed_model(saved.model, config.model)
     return Resumed(state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}", changed)
+
+
+def changed_since(saved: RunConfig, config: RunConfig, state: TrainState) -> list[str]:
+    """What differs from the run that saved ``state``, which learns how samples were drawn if it does not say so."""
+    if not state.segments and saved.data.train:
+        state.segments = (Segment.of(saved.data, saved.seed),)
+    return changed_fields(saved, config, state.step)
 
 
 def describe(config: RunConfig, layout: Layout, groups: Groups, resumed: Resumed, peak: Peak) -> list[str]:

@@ -68,7 +68,7 @@ def record_step(run: Run, step: Step, uneven: bool) -> None:
         memory_reserved_gib=reserved,
         skip_reason=step.skip_reason,
         num_skipped=state.num_skipped,
-        statistics=outcome.statistics,
+        statistics={**outcome.statistics, **run.feed.progress(state)},
     )
     run.metrics.step(derive(measured, run.basis, run.step_times_s))
 

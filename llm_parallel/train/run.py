@@ -41,8 +41,8 @@ class Run:
     """Everything that one process of a run holds.
 
     models: by name, the trained one is ``policy``; objective, feed: what a step minimises, and on what; evaluation,
-    held_out: the same for held-out data; asked_to_stop: whether this process was; started_s: when the run began, by
-    the monotonic clock of this process.
+    held_out: the same for held-out data; evaluated: called after each evaluation; asked_to_stop: whether this process
+    was; started_s: when the run began, by the monotonic clock of this process.
     """
 
     config: RunConfig
@@ -52,6 +52,7 @@ class Run:
     evaluation: Objective
     feed: Feed
     held_out: list[Batch]
+    evaluated: Callable[[Run], None]
     store: CheckpointStore
     state: TrainState
     guard: Guard

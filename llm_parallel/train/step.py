@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import schedules
 from torch import Tensor
 
 from llm_parallel.data.batch import Batch
-from llm_parallel.objectives.base import Objective, Output
+from llm_parallel.objectives.base import Objective, Output, reported
 from llm_parallel.parallel.engine import Engine, Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.stages import Stages
@@ -90,6 +90,7 @@ def _forward(objective: Objective, groups: Groups, iterator: Iterator[Batch], ch
         documents=batch.documents,
         weights=weights,
         loss_options=objective.loss_options,
+        numbers=batch.numbers,
     )
     return output, partial(_terms, objective, groups, batch)
 
@@ -101,7 +102,7 @@ def _micro_batches(network: Network, batches: Sequence[Batch]) -> Iterator[Batch
         yield batch
 
 
-def _schedule(stages: Stages) -> Any:
+def schedule(stages: Stages) -> Any:
     """megatron-core's pipeline schedule for a model's stages."""
     if stages.pp == 1:
         return schedules.forward_backward_no_pipelining
@@ -120,7 +121,7 @@ def run_schedule(
     groups = network.groups
     rows, tokens = batches[0].tokens.shape
     sharded = [batch.context_shard(groups.mesh, groups.at.cp) for batch in batches]
-    results = _schedule(network.stages)(
+    results = schedule(network.stages)(
         forward_step_func=partial(_forward, objective, groups),
         data_iterator=[_micro_batches(network, sharded) for _ in network.chunks],
         model=list(network.chunks),
@@ -157,7 +158,7 @@ def forward_backward(
         forward_backward_s=seconds,
         not_finite=int(sums.not_finite),
         pause=sums.pauses > 0,
-        statistics={name: total / max(sums.count, 1) for name, total in sums.statistics.items()},
+        statistics=reported(objective, sums.statistics, sums.count),
     )
 
 
@@ -169,10 +170,10 @@ def apply_gradient(engine: Engine, outcome: StepOutcome, lr: float, clip_grad: f
 
 
 @torch.no_grad()
-def evaluate(network: Network, objective: Objective, batches: Sequence[Batch]) -> tuple[float, int]:
-    """Mean loss and count of the objective's units over held-out micro batches; weights and gradients stay as they
-    are."""
+def evaluate(network: Network, objective: Objective, batches: Sequence[Batch]) -> tuple[float, int, dict[str, float]]:
+    """Mean loss, count of the objective's units and its statistics over held-out micro batches; weights and gradients
+    stay as they are."""
     network.set_training(False)
     sums = run_schedule(network, objective, batches, forward_only=True)
     network.set_training(True)
-    return sums.mean, int(sums.count)
+    return sums.mean, int(sums.count), reported(objective, sums.statistics, sums.count)

@@ -78,7 +78,9 @@ def test_isolated_documents_are_what_they_are_alone() -> None:
     np.testing.assert_allclose(packed, alone, atol=2e-6)
 
 
-def evaluation(rank: int, world_size: int, changes: dict[str, Any], samples: int) -> tuple[float, int]:
+def evaluation(
+    rank: int, world_size: int, changes: dict[str, Any], samples: int
+) -> tuple[float, int, dict[str, float]]:
     from llm_parallel.objectives.likelihood import Likelihood
     from llm_parallel.train.step import evaluate
 
@@ -94,7 +96,7 @@ def test_evaluation_is_the_same_everywhere_and_changes_nothing() -> None:
     alone = run_ranks(evaluation, 1, {}, 8)[0]
     assert alone[1] == 8 * 32
     for changes, processes in (({"parallel.tp": 2, "parallel.pp": 2}, 4), ({"parallel.dp": 2, "parallel.cp": 2}, 4)):
-        for loss, tokens in run_ranks(evaluation, processes, changes, 8):
+        for loss, tokens, _ in run_ranks(evaluation, processes, changes, 8):
             assert tokens == alone[1]
             assert loss == pytest.approx(alone[0], abs=1e-6)
 

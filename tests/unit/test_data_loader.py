@@ -29,8 +29,8 @@ class Counting:
             raise OSError(f"sample {number} cannot be read")
         self.asked.append(number)
         tokens = np.full(LENGTH, number, np.int64)
-        mask = np.arange(LENGTH) != number % LENGTH
-        return Sample(tokens, tokens + 1, mask, np.array([0, 1 + number % 3], np.int32))
+        weights = (np.arange(LENGTH) != number % LENGTH).astype(np.float32)
+        return Sample(tokens, tokens + 1, weights, np.array([0, 1 + number % 3], np.int32))
 
 
 def threads() -> int:
