@@ -3,12 +3,13 @@ run. ``chat_data.py`` says what the files are."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from llm_parallel.data.readers import Problems, rows
 from llm_parallel.data.template import DATE, ChatTemplate, Refused, chatml, own_template
 from llm_parallel.data.tokenizer import load_tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, locked
+from llm_parallel.files import atomic_write, open_own
 
 VERSION = 1
 
@@ -53,14 +54,24 @@ def prepare_conversations(config: RunConfig, notice: Callable[[str], None] = lam
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         folder = Path(config.run_dir) / "data" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        held = f"another process prepares the conversations of {config.run_dir}; wait for it, or end it"
-        with locked(folder.parent / ".lock", held):
+        with _turn(folder.parent / ".lock"):
             if not (folder / REPORT).is_file():
                 _write(folder, config, encoder, opened, settings)
     data = ChatData.open(folder)
     for text in (*(text for source in opened for text in source.notices), *described(data.report)):
         notice(text)
     return data
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """One process after the other: those of one job under torchrun or srun all prepare, and the first one does it."""
+    fd = open_own(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def open_encoder(config: RunConfig) -> ChatEncoder:

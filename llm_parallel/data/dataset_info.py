@@ -103,14 +103,17 @@ def _declared(source: ChatSource, name: str) -> Opened:
     form = info.get("formatting", "alpaca")
     if form not in ("alpaca", "sharegpt", "openai"):
         raise UserError(f"{place} the formatting {form!r}; known are 'alpaca', 'sharegpt' and 'openai'")
-    files = _files(path.parent / info["file_name"])
-    roles, names = _tags(info.get("tags") or {}, place, form)
+    file = path.parent / info["file_name"]
+    if not file.resolve().is_relative_to(path.parent.resolve()):
+        raise UserError(f"{place} the file_name {info['file_name']!r}, which lies outside its folder")
+    files = _files(file)
+    roles, turn = _tags(info.get("tags") or {}, place, form)
     columns = _columns(info.get("columns") or {}, place)
     if form == "sharegpt":
         columns.setdefault("messages", "conversations")
     ignored = [key for key in WITHOUT_EFFECT if key in info]
     notices = (f"{place} {', '.join(ignored)}, which has no effect on a file",) if ignored else ()
-    return Opened(files, "alpaca" if form == "alpaca" else "messages", Columns(**columns, **names), roles, notices)
+    return Opened(files, "alpaca" if form == "alpaca" else "messages", Columns(**columns, **turn), roles, notices)
 
 
 def _refuse(info: Mapping[str, Any], place: str) -> None:
@@ -133,6 +136,8 @@ def _refuse(info: Mapping[str, Any], place: str) -> None:
 def _columns(given: Mapping[str, str], place: str) -> dict[str, str]:
     found = {}
     for key, column in given.items():
+        if column is None:
+            continue
         if key in REFUSED_COLUMNS:
             raise UserError(f"{place} the column {key!r}: {REFUSED_COLUMNS[key]}")
         if key not in COLUMNS:

@@ -17,6 +17,7 @@ ROLES = {
     "tool": ("tool", "observation", "function", "function_response", "ipython", "tool_response", "environment"),
     "function_call": ("function_call", "tool_call", "tool_calls"),
 }
+KNOWN_ROLES = "user or human, assistant or gpt, system, tool or observation, function_call"
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 USUAL: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation"),
@@ -198,7 +199,7 @@ class Reader:
         if role is None:
             names = " or ".join(map(repr, self._names["role"]))
             what = f"the role {named!r}" if named is not None else f"no {names}"
-            raise BadRecord(f"has a turn {number} with {what}; known roles are {', '.join(sorted(self._roles))}")
+            raise BadRecord(f"has a turn {number} with {what}; known roles are {KNOWN_ROLES}")
         content = self._get(turn, "content")
         if role == "function_call":
             return {"role": "assistant", "content": "", "tool_calls": _calls_of(content, number)}
