@@ -16,7 +16,6 @@ from llm_parallel.checkpoint.content import (
     SHARDING,
     WEIGHTS_ONLY,
     load_weights_into,
-    read_config,
     training_state,
     weights_state,
 )
@@ -29,6 +28,7 @@ from llm_parallel.checkpoint.optimizer import (
     settings_changed,
     settings_in_use,
 )
+from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.checkpoint.sharded import COMMON_NAME, load_sharded, read_common
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import ModelConfig

@@ -89,6 +89,13 @@ def _template(value: Any) -> str | None:
     raise KeyError(value)
 
 
+def _zeros(flags: Any) -> list[int]:
+    """Places of the zeros of a list of 0 and 1."""
+    if not isinstance(flags, list) or not set(flags) <= {0, 1}:
+        raise KeyError(flags)
+    return [place for place, flag in enumerate(flags) if not flag]
+
+
 _NAMES = {
     "parallel.tp": "tp tensor_model_parallel_size tensor_parallel_size tensor_parallel_degree",
     "parallel.pp": "pp pipeline_model_parallel_size pipeline_parallel_size pipeline_parallel_degree",
@@ -199,6 +206,12 @@ _CONVERTED: dict[str, Alias] = {
     "bf16.enabled": _by_table("train.precision", {True: "bf16", False: "fp32"}),
     "precision": _by_table("train.precision", _PRECISIONS),
     "mixed_precision_param": _by_table("train.precision", {"bfloat16": "bf16", "float32": "fp32"}),
+    "no_rope_layers": Alias("model.layers_without_rope", _zeros, "a list with 1 (rotated) or 0 for each layer"),
+    "model.rope_scaling.rope_type": Alias("model.rope_scaling.kind"),
+    "model.rope_scaling.type": Alias("model.rope_scaling.kind"),
+    "model.rope_scaling.original_max_position_embeddings": Alias("model.rope_scaling.original_max_position"),
+    "model.rope_scaling.short_factor": Alias("model.rope_scaling.short_factors"),
+    "model.rope_scaling.long_factor": Alias("model.rope_scaling.long_factors"),
     "untie_embeddings_and_output_weights": _by_table("model.tie_embeddings", {True: False, False: True}),
     "recompute_activations": _by_table("parallel.recompute", {True: "selective", False: "none"}),
     "gradient_checkpointing": _by_table("parallel.recompute", {True: "full", False: "none"}),

@@ -54,16 +54,13 @@ def initialize(chunk: nn.Module, model: ModelConfig, groups: Groups, seed: int) 
     tp, tp_rank = groups.mesh.tp, groups.at.tp
     for name, parameter in canonical_parameters(chunk):
         kind = kind_of(name)
-        if kind.role is Role.NORM:
-            parameter.fill_(1.0)
-            continue
         dim = kind.piece_dim
         # megatron-core before 0.19 marks only shards that it initialized itself; unmarked, they drop out of the
         # gradient norm.
         if kind.sharded_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-        if kind.role is Role.BIAS:
-            parameter.zero_()
+        if kind.role in (Role.NORM, Role.BIAS):
+            parameter.fill_(1.0 if kind.role is Role.NORM else 0.0)
             continue
         values = initial_rows(name, kind.shard(parameter.shape[dim] * tp, tp, tp_rank), model, seed)
         parameter.copy_(values.t() if dim == 1 else values)
