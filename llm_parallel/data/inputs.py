@@ -159,7 +159,11 @@ class _Search:
         try:
             about = path.stat()
             if (first := self._known.get((about.st_dev, about.st_ino))) is not None:
-                same = "is given twice and read once" if first == str(path) else f"is the same file as {first}"
+                same = (
+                    "is given twice and read once"
+                    if first == str(path)
+                    else f"is the same file as {first}, which is read"
+                )
                 self.found.skipped.append((str(path), same))
                 return True
             self.found.files.append(Input(str(path), about.st_size, judge(path)))
