@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import checkpoint
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from llm_kernels.rms_norm.op import add_rms_norm, rms_norm
 from llm_kernels.swiglu.op import swiglu
+from llm_parallel.model.adapters import ColumnLinear, RowLinear
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
 from llm_parallel.model.sequence import SequenceInfo
 
@@ -52,7 +52,7 @@ class SwiGLU(MegatronModule):
         return swiglu(x_SBF, inplace_backward=True, backend=self.config.kernels.swiglu)
 
 
-class AttentionOutput(RowParallelLinear):
+class AttentionOutput(RowLinear):
     """Attention's output projection. megatron-core has one switch for all biases except those of queries, keys and
     values; here the model's configuration decides about each."""
 
@@ -60,14 +60,16 @@ class AttentionOutput(RowParallelLinear):
         super().__init__(*arguments, config=config, bias=config.attention_output_bias, **named)
 
 
-class MLPInput(ColumnParallelLinear):
-    """The MLP's first matrix, with a bias if the model has one."""
+class MLPInput(ColumnLinear):
+    """The MLP's first matrix, gate and up, with a bias if the model has one."""
+
+    interleaved = 2
 
     def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:
         super().__init__(*arguments, config=config, bias=config.mlp_bias, **named)
 
 
-class MLPOutput(RowParallelLinear):
+class MLPOutput(RowLinear):
     """The MLP's second matrix, with a bias if the model has one."""
 
     def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:

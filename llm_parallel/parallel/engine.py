@@ -17,12 +17,22 @@ from llm_parallel.parallel.platform import Platform
 from llm_parallel.parallel.stages import Stages
 
 
+@dataclass
+class FrozenBase:
+    """The weights under a model's adapters, once they are loaded: where from, and a number that tells whether others
+    are the same."""
+
+    path: str | None = None
+    fingerprint: str | None = None
+
+
 @dataclass(frozen=True)
 class Network:
     """One process's part of a model.
 
     chunks: what the pipeline schedule runs, the models within megatron-core's wrappers; models: the same without
-    wrappers, one for each virtual stage; before_micro_batch: called before each forward.
+    wrappers, one for each virtual stage; before_micro_batch: called before each forward; base: the frozen weights, if
+    the model has adapters, else None.
     """
 
     chunks: Sequence[Any]
@@ -30,12 +40,13 @@ class Network:
     groups: Groups
     stages: Stages
     before_micro_batch: list[Callable[[], None]] = field(default_factory=list)
+    base: FrozenBase | None = None
 
     @classmethod
-    def of(cls, models: Sequence[Any], groups: Groups, stages: Stages) -> Network:
+    def of(cls, models: Sequence[Any], groups: Groups, stages: Stages, base: FrozenBase | None = None) -> Network:
         """Freshly built model chunks, wrapped for their dtype."""
         chunks = [Float16Module(model.config, model) if model.config.bf16 else model for model in models]
-        return cls(chunks, models, groups, stages)
+        return cls(chunks, models, groups, stages, base=base)
 
     @property
     def config(self) -> Any:
