@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm_parallel.checkpoint.content import BASE, content_of, read_config
+from llm_parallel.checkpoint.content import BASE, CONFIG_NAME, read_config
 from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.checkpoint.load import DAMAGE, content_of
 from llm_parallel.checkpoint.tensors import CheckpointTensors
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
@@ -67,6 +68,18 @@ def load_base(path: str | Path, network: Network) -> list[str]:
     return unused
 
 
+def path_of_base(folder: Path, content: dict[str, Any]) -> str:
+    """Where the weights under the adapters of a checkpoint are. Raises UserError if they are not there."""
+    configured = read_config(folder).checkpoint.load
+    for path in (content[BASE]["path"], configured):
+        if path is not None and Path(path).exists():
+            return path
+    raise UserError(
+        f"{folder} holds adapters of the model in {content[BASE]['path']}, which does not exist; put it there, or its "
+        f"path as checkpoint.load into {folder / CONFIG_NAME}"
+    )
+
+
 def _load_from_checkpoint(folder: Path, network: Network, fingerprint: Fingerprint) -> None:
     if base := content_of(folder).get(BASE):
         raise UserError(
@@ -74,12 +87,16 @@ def _load_from_checkpoint(folder: Path, network: Network, fingerprint: Fingerpri
             f"adapter.load={folder} to begin from these adapters"
         )
     check_same_architecture(folder, read_config(folder).model, network.models[0].model_config)
-    mesh, at, tensors = network.groups.mesh, network.groups.at, CheckpointTensors(folder)
-    for chunk in network.models:
-        for name, weight in weights_of(chunk):
-            kind = kind_of(name)
-            size = weight.shape[kind.piece_dim] * (1 if kind.sharded_dim is None else mesh.tp)
-            parts = [tensors.rows(name, wanted) for wanted in kind.shard(size, mesh.tp, at.tp)]
-            values = torch.cat(parts, dim=kind.piece_dim)
-            fingerprint.add(chunk, name, values)
-            weight.copy_(values)
+    mesh, at = network.groups.mesh, network.groups.at
+    try:
+        tensors = CheckpointTensors(folder)
+        for chunk in network.models:
+            for name, weight in weights_of(chunk):
+                kind = kind_of(name)
+                size = weight.shape[kind.piece_dim] * (1 if kind.sharded_dim is None else mesh.tp)
+                parts = [tensors.rows(name, wanted) for wanted in kind.shard(size, mesh.tp, at.tp)]
+                values = torch.cat(parts, dim=kind.piece_dim)
+                fingerprint.add(chunk, name, values)
+                weight.copy_(values)
+    except DAMAGE as error:
+        raise UserError(f"{folder} cannot be read ({error}); it is damaged: give another model") from error

@@ -78,7 +78,7 @@ class ColumnAdapter(Adapter):
     ) -> None:
         super().__init__(adapter, a, b, group, sequence_parallel)
         set_tensor_model_parallel_attributes(self.b, True, 0, 1)
-        self.a.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+        self.a.sequence_parallel = sequence_parallel
         count = a.shape[0] // adapter.rank
         which = parts[:, None] == torch.arange(count)
         self.all_rows_meet_all = count == 1 and bool(which.all())
@@ -112,7 +112,7 @@ class RowAdapter(Adapter):
     def __init__(self, adapter: AdapterConfig, a: Tensor, b: Tensor, group: Any, sequence_parallel: bool) -> None:
         super().__init__(adapter, a, b, group, sequence_parallel)
         set_tensor_model_parallel_attributes(self.a, True, 1, 1)
-        self.b.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+        self.b.sequence_parallel = sequence_parallel
 
     def forward(self, x_SBI: Tensor, y_SBO: Tensor) -> Tensor:
         """The linear's input and its output (this rank's tokens under sequence parallelism) → the output with the
@@ -147,6 +147,7 @@ class _Adapted:
     """The part of a linear that its adapter changes; ``adapter`` is None where it has none."""
 
     adapter: Any
+    tp_group: Any
 
     def _with_adapter(self, x: Tensor, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         y, bias = output
@@ -159,7 +160,7 @@ class _Adapted:
         of a divided factor as the whole."""
         if self.adapter is not None:
             factors = {f"{ADAPTER_MARK[1:]}{name}": factor for name, factor in self.adapter.named_parameters()}
-            groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}  # type: ignore[attr-defined]
+            groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
             found |= make_sharded_tensors_for_checkpoint(factors, prefix, divided, offsets, **groups)
         return found
 

@@ -193,7 +193,7 @@ def build_network(
         for chunk in models:
             chunk.is_frozen = True
             add_adapters(chunk, adapter, groups, seed)
-    return Network.of(models, groups, stages, FrozenBase() if adapter is not None else None)
+    return Network.of(models, groups, stages, None if adapter is None else FrozenBase(adapter))
 
 
 def build_policy(config: RunConfig, groups: Groups) -> Network:

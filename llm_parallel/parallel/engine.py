@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.transformer.module import Float16Module
 
 from llm_parallel.config.tree import OptimConfig, ParallelConfig
+from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.mcore_optimizer import Replica, SoleReplica, build_optimizer, update
 from llm_parallel.parallel.platform import Platform
@@ -19,9 +20,10 @@ from llm_parallel.parallel.stages import Stages
 
 @dataclass
 class FrozenBase:
-    """The weights under a model's adapters, once they are loaded: where from, and a number that tells whether others
-    are the same."""
+    """The weights under a model's adapters. ``path`` and ``fingerprint``: where they were loaded from, and what tells
+    others from them; None until they are loaded."""
 
+    adapter: AdapterConfig
     path: str | None = None
     fingerprint: str | None = None
 

@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_parallel.checkpoint.base import load_base
 from llm_parallel.checkpoint.content import read_config
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import load_checkpoint, refuse_damaged
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.store import CheckpointStore
-from llm_parallel.config.rules import check_config
+from llm_parallel.config.rules import NO_BASE, check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.batch import Batch
 from llm_parallel.errors import UserError
@@ -28,7 +29,7 @@ from llm_parallel.model.numerics import dtype_of
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.likelihood import Likelihood
 from llm_parallel.parallel import comm_time
-from llm_parallel.parallel.engine import POLICY, Engine, Models, build_engine
+from llm_parallel.parallel.engine import POLICY, Engine, Models, build_engine, network_of
 from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, set_deterministic
@@ -93,7 +94,9 @@ def open_run(
     models = method.models(config, groups)
     run_dir = Path(config.run_dir)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
+    under = load_frozen(config, models)
     resumed = watch.restore(models) or resume(config, models, store)
+    resumed.changed.extend(under)
     state = resumed.state
     guard = Guard(config.train.guard)
     guard.restore(state.guard, state.consecutive_skips)
@@ -157,6 +160,24 @@ def open_comm_time(config: RunConfig, groups: Groups) -> comm_time.CommTime:
     return comm_time.open_comm_time(groups, rows * config.model.hidden_size * dtype_of(config.train.precision).itemsize)
 
 
+def load_frozen(config: RunConfig, models: Models) -> list[str]:
+    """Loads the weights under the policy's adapters, if it has any, from ``checkpoint.load``. Returns what is to be
+    said of them."""
+    network, path = network_of(models[POLICY]), config.checkpoint.load
+    if network.base is None:
+        return []
+    if path is None:
+        raise UserError(NO_BASE)
+    if is_hf_folder(path):
+        unused = load_base(path, network)
+        said = changed_model(hf_config_to_model(read_hf_config(path)), config.model)
+        return said + ([named_unused(unused)] if unused else [])
+    if config.checkpoint.verify:
+        refuse_damaged(path, network.groups)
+    load_base(path, network)
+    return changed_model(read_config(find_checkpoint(path)).model, config.model)
+
+
 def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed:
     """Loads the run's newest checkpoint, else ``checkpoint.load`` (ours or a Hugging Face folder), else nothing."""
     latest, passed_over = store.latest()
@@ -167,6 +188,8 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
         return Resumed(state, "; ".join([f"resumed from {latest}", *passed_over]), changed)
     if config.checkpoint.load is None:
         return Resumed(TrainState(), "new run")
+    if config.adapter is not None:
+        return Resumed(TrainState(), f"adapters of the model in {config.checkpoint.load}", changed)
     if is_hf_folder(config.checkpoint.load):
         engine = models[POLICY]
         unused = load_hf_weights(config.checkpoint.load, engine.models)
