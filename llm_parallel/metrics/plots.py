@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,18 @@ import numpy as np
 
 from llm_parallel.files import atomic_write
 from llm_parallel.metrics.history import History, read_history
+from llm_parallel.metrics.time_split import PART_COLOURS, split_by_step
 
 # matplotlib takes 0.4 s to import, so it is imported where a figure is made.
 # Colours of Okabe and Ito, which colour-blind people can distinguish.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_TIME_PARTS = (
-    ("perf/forward_backward_time", "forward and backward", "#56B4E9"),
-    ("perf/optimizer_time", "optimizer", "#E69F00"),
-    ("perf/data_time", "waiting for data", "#D55E00"),
-)
+_MARKS = {"restart": ("0.35", ":", "restart"), "layout": ("#882255", "--", "change of layout")}
+"""Colour, line style and name of a vertical line by the kind of its mark."""
 
 
 def plot_run(run_dir: str | Path, *, unigram_entropy: float | None = None) -> list[Path]:
-    """Draws ``loss.png``, ``throughput.png`` and ``lr_gradnorm.png`` into ``run_dir/plots`` and returns their paths.
+    """Draws ``loss.png``, ``throughput.png``, ``lr_gradnorm.png``, and ``statistics.png`` if the run recorded numbers
+    of its objective, into ``run_dir/plots`` and returns their paths.
 
     ``unigram_entropy`` (nats per token) is what a model reaches that knows only how frequent each token is; it is drawn
     as a dashed line. A run without a step yields no plots. Raises UserError if the folder has no metrics.jsonl.
@@ -41,11 +41,14 @@ def _draw(runs: Sequence[History], folder: Path, prefix: str, unigram_entropy: f
     runs = [run for run in runs if run.steps]
     if not runs:
         return []
-    return [
-        _save(_draw_loss(runs, unigram_entropy), folder / f"{prefix}loss.png"),
-        _save(_draw_throughput(runs), folder / f"{prefix}throughput.png"),
-        _save(_draw_schedule(runs), folder / f"{prefix}lr_gradnorm.png"),
-    ]
+    figures = {
+        "loss": _draw_loss(runs, unigram_entropy),
+        "throughput": _draw_throughput(runs),
+        "lr_gradnorm": _draw_schedule(runs),
+    }
+    if any(run.statistics() for run in runs):
+        figures["statistics"] = draw_statistics(runs)
+    return [_save(figure, folder / f"{prefix}{name}.png") for name, figure in figures.items()]
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -64,43 +67,77 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
         return (sums[last + 1] - sums[first]) / (counts[last + 1] - counts[first])
 
 
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """``smooth`` over a twentieth of the values."""
+    return smooth(values, max(1, len(values) // 20))
+
+
 def _draw_loss(runs: Sequence[History], unigram_entropy: float | None) -> Any:
     figure, (axes,) = _figure("Training loss", 1, runs)
     for history, colour in zip(runs, _colours(runs)):
         tokens, loss = history.column("train/tokens"), history.column("train/loss")
         label = "training" if len(runs) == 1 else history.name
         axes.plot(tokens, loss, _style(history), color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(
-            tokens, smooth(loss, max(1, len(loss) // 20)), color=colour, linewidth=1.8, label=f"{label} (smoothed)"
-        )
+        last = f"{label}, smoothed (last step {_last(loss):.4f})"
+        axes.plot(tokens, smoothed(loss), color=colour, linewidth=1.8, label=last)
         _mark_evals(axes, history, colour, label)
-        skipped = tokens[history.column("train/skipped") > 0]
-        if len(skipped):
-            at_the_bottom = np.full(len(skipped), 0.015)
-            axes.plot(
-                *(skipped, at_the_bottom, "x"),
-                color=colour,
-                markersize=5,
-                transform=axes.get_xaxis_transform(),
-                label=f"{label}: {len(skipped)} skipped",
-            )
     if unigram_entropy is not None:
         axes.axhline(
             unigram_entropy, color="0.35", linestyle="--", linewidth=1.2, label=f"unigram entropy {unigram_entropy:.3f}"
         )
+    _mark(axes, runs, "tokens")
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_formatter(_engineering())
-    axes.legend(loc="upper right")
     if len(runs) == 1:
         _add_step_axis(axes, runs[0])
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _last(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else math.nan
+
+
+def _mark(axes: Any, runs: Sequence[History], x: str, *, named: bool = True) -> None:
+    """Vertical lines where a run was started again, and crosses at the bottom where a step was skipped. ``x`` is the
+    attribute of a mark that the axis shows; ``named``: the legend has them."""
+    for history, colour in zip(runs, _colours(runs)):
+        marks = history.marks()
+        before = "" if len(runs) == 1 else f"{history.name}: "
+        for kind, (line_colour, style, name) in _MARKS.items():
+            found = [mark for mark in marks if mark.kind == kind]
+            what = found[0].text if len(found) == 1 and len(runs) == 1 else f"{before}{_count(len(found), name)}"
+            for index, mark in enumerate(found):
+                label = what if named and index == 0 else None
+                own = line_colour if len(runs) == 1 else colour
+                axes.axvline(getattr(mark, x), color=own, linestyle=style, linewidth=1.1, label=label)
+        skipped = [getattr(mark, x) for mark in marks if mark.kind == "skip"]
+        if skipped:
+            own = "#CC0000" if len(runs) == 1 else colour
+            text = f"{before}{_count(len(skipped), 'skipped step')}"
+            axes.plot(
+                *(skipped, np.full(len(skipped), 0.02), "x"),
+                color=own,
+                markersize=6,
+                markeredgewidth=1.6,
+                transform=axes.get_xaxis_transform(),
+                label=text if named else None,
+            )
+
+
+def _count(number: int, noun: str) -> str:
+    if number == 1:
+        return f"1 {noun}"
+    first, space, rest = noun.partition(" ")
+    return f"{number:,} " + (f"{first}s{space}{rest}" if first in ("restart", "change") else f"{noun}s")
 
 
 def _mark_evals(axes: Any, history: History, colour: str, label: str) -> None:
     if not history.evals:
         return
-    tokens = np.interp(history.eval_column("step"), history.column("step"), history.column("train/tokens"))
+    tokens = history.tokens_at(history.eval_column("step"))
     loss = history.eval_column("eval/loss")
     axes.plot(
         *(tokens, loss, "o-"),
@@ -108,7 +145,7 @@ def _mark_evals(axes: Any, history: History, colour: str, label: str) -> None:
         markersize=5,
         markeredgecolor="white",
         linewidth=0.8,
-        label=f"{'held out' if label == 'training' else label + ' held out'} (last {loss[-1]:.3f})",
+        label=f"{'held out' if label == 'training' else label + ' held out'} (last {loss[-1]:.4f})",
     )
 
 
@@ -145,24 +182,35 @@ def _draw_throughput(runs: Sequence[History]) -> Any:
             _style(history),
             color=colour,
             linewidth=1.0,
-            label=f"{history.name}: {_rates(history)}",
+            label=_rates(history) if len(runs) == 1 else f"{history.name}: {_rates(history)}",
         )
     rate.set_ylabel(f"tokens/s/{unit}")
     rate.set_ylim(bottom=0)
     rate.yaxis.set_major_formatter(_engineering())
-    rate.legend(loc="lower right")
     if len(runs) == 1:
         _stack_times(split, runs[0])
     else:
         for history, colour in zip(runs, _colours(runs)):
             split.plot(history.column("step"), history.column("perf/step_time"), color=colour, label=history.name)
+    for axes in (rate, split):
+        _mark(axes, runs, "step", named=axes is rate)
     # The first steps are slow (allocation, page faults) and must not decide the scale of the axis.
     typical = max(float(np.nanpercentile(history.column("perf/step_time"), 98)) for history in runs)
-    split.set_ylim(0, 1.25 * typical)
+    split.set_ylim(0, 1.1 * typical)
     split.set_ylabel("seconds per step")
     split.set_xlabel("steps")
-    split.legend(loc="lower right")
+    _legend_above(rate)
+    _legend_above(split)
     return figure
+
+
+def _legend_above(axes: Any) -> None:
+    """The legend between the panel and what is above it, where it hides no data."""
+    labels = axes.get_legend_handles_labels()[1]
+    if labels:
+        columns = max(1, min(len(labels), int(110 // (max(map(len, labels)) + 6))))
+        place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+        axes.legend(**place, ncols=columns, frameon=False, fontsize=9, handlelength=1.6, columnspacing=1.2)
 
 
 def _rates(history: History) -> str:
@@ -174,37 +222,73 @@ def _rates(history: History) -> str:
 
 
 def _stack_times(axes: Any, history: History) -> None:
-    steps, whole = history.column("step"), history.column("perf/step_time")
+    steps = history.column("step")
     num_points = max(2, len(steps))
     if len(steps) == 1:  # An area needs two points.
         steps = steps[0] + np.array([-0.5, 0.5])
     bottom = np.zeros(num_points)
-    for name, label, colour in _TIME_PARTS:
-        part = np.broadcast_to(np.nan_to_num(history.column(name)), num_points)
-        axes.fill_between(steps, bottom, bottom + part, color=colour, linewidth=0, label=label)
+    split = split_by_step(history)
+    whole = sum(seconds.sum() for seconds in split.values())
+    for name, seconds in split.items():
+        part = np.broadcast_to(seconds, num_points)
+        share = seconds.sum() / whole
+        label = f"{name} {share:.0%}" if share >= 0.01 else f"{name} < 1%"
+        axes.fill_between(steps, bottom, bottom + part, color=PART_COLOURS[name], linewidth=0, label=label)
         bottom = bottom + part
-    axes.fill_between(steps, bottom, np.maximum(whole, bottom), color="0.75", linewidth=0, label="other")
 
 
 def _draw_schedule(runs: Sequence[History]) -> Any:
     figure, (rate, norm) = _figure("Learning rate and gradient norm", 2, runs)
     for history, colour in zip(runs, _colours(runs)):
-        steps = history.column("step")
-        rate.plot(steps, history.column("train/lr"), _style(history), color=colour, linewidth=1.5, label=history.name)
-        norm.plot(
-            steps, history.column("train/grad_norm"), _style(history), color=colour, linewidth=0.9, label=history.name
-        )
+        steps, label = history.column("step"), None if len(runs) == 1 else history.name
+        rate.plot(steps, history.column("train/lr"), _style(history), color=colour, linewidth=1.5, label=label)
+        norm.plot(steps, history.column("train/grad_norm"), _style(history), color=colour, linewidth=0.9)
     rate.set_ylabel("learning rate")
     rate.set_ylim(bottom=0)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    rate.yaxis.set_major_formatter("{x:g}")
     norms = np.concatenate([history.column("train/grad_norm") for history in runs])
     norms = norms[np.isfinite(norms) & (norms > 0)]
     if len(norms) and norms.max() > 20 * norms.min():
         norm.set_yscale("log")
+    for limit in sorted({limit for run in runs if (limit := clip_limit(run))}):
+        clipped = sum(int((run.column("train/grad_norm") > limit).sum()) for run in runs if clip_limit(run) == limit)
+        text = f"optim.clip_grad {limit:g}, exceeded by {_count(clipped, 'step')}"
+        norm.axhline(limit, color="0.25", linestyle="-.", linewidth=1.2, label=text)
+    _mark(rate, runs, "step")
+    _mark(norm, runs, "step", named=False)
     norm.set_ylabel("gradient norm before clipping")
     norm.set_xlabel("steps")
-    if len(runs) > 1:
-        rate.legend(loc="upper right")
+    _legend_above(rate)
+    _legend_above(norm)
+    return figure
+
+
+def clip_limit(history: History) -> float | None:
+    """Gradient norm to which the run clips; None if it does not clip or its folder does not say."""
+    limit = history.config.get("optim.clip_grad")
+    return float(limit) if isinstance(limit, (int, float)) and limit > 0 else None
+
+
+def draw_statistics(runs: Sequence[History]) -> Any:
+    """A panel for every kind of number that the runs' objectives recorded; at least one run must have one."""
+    kinds = dict.fromkeys(kind for run in runs for kind in run.statistics())
+    figure, panels = _figure("Statistics", len(kinds), runs)
+    for axes, kind in zip(panels, kinds):
+        colours = iter(_COLOURS * 20)
+        for history in runs:
+            for name in history.statistics().get(kind, ()):
+                colour, label = next(colours), name if len(runs) == 1 else f"{history.name}: {name}"
+                if name.startswith("eval/"):
+                    x, values = history.eval_column("step"), history.eval_column(name)
+                    axes.plot(x, values, "o-", color=colour, markersize=4, linewidth=0.8, label=label)
+                else:
+                    x, values = history.column("step"), history.column(name)
+                    axes.plot(x, values, _style(history), color=colour, alpha=0.3, linewidth=0.7)
+                    axes.plot(x, smoothed(values), color=colour, linewidth=1.6, label=f"{label} (smoothed)")
+        _mark(axes, runs, "step", named=axes is panels[0])
+        axes.set_ylabel(kind)
+        _legend_above(axes)
+    panels[-1].set_xlabel("steps")
     return figure
 
 
@@ -212,8 +296,10 @@ def _figure(title: str, num_panels: int, runs: Sequence[History]) -> tuple[Any, 
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 5.2 if num_panels == 1 else 7), dpi=130, layout="constrained")
-    figure.suptitle(f"{title} of {runs[0].name}" if len(runs) == 1 else title, fontsize=13)
+    height = 5.6 if num_panels == 1 else 1.6 + 2.8 * num_panels
+    figure = Figure(figsize=(9, height), dpi=130, layout="constrained")
+    names = runs[0].shown_folder if len(runs) == 1 else ", ".join(run.name for run in runs)
+    figure.suptitle(f"{title} of {names}", fontsize=13, wrap=True)
     panels = figure.subplots(num_panels, 1, sharex=True, squeeze=False)[:, 0]
     for axes in panels:
         axes.grid(color="0.9", linewidth=0.8)

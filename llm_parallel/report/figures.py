@@ -12,21 +12,14 @@ from typing import Any
 import numpy as np
 
 from llm_parallel.metrics.plots import smooth
+from llm_parallel.metrics.time_split import PART_COLOURS, TIME_PARTS
 from llm_parallel.report.efficiency import Series
 from llm_parallel.report.pipeline_of_run import Schedule
 from llm_parallel.report.recovery import Life
-from llm_parallel.report.runs import TIME_PARTS, Run, steady, time_split
+from llm_parallel.report.runs import Run, steady, time_split
 
 # Colours of Okabe and Ito, which colour-blind people can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-PART_COLOURS = dict(
-    zip(
-        TIME_PARTS,
-        ("#56B4E9", "#CC79A7", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#F0E442", "#882255", "#E69F00", "#D55E00",
-         "#BBBBBB"),
-        strict=True,
-    )
-)  # fmt: skip
 SPAN_COLOURS = {
     "starting": "#56B4E9",
     "training": "#009E73",

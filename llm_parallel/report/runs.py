@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import read_jsonlines
 from llm_parallel.metrics.history import History, read_history
+from llm_parallel.metrics.time_split import split_by_step
 
 WORK = (
     "model",
@@ -58,28 +58,10 @@ def _read_run(folder: Path, name: str) -> Run:
     history = read_history(folder)
     if not history.steps:
         raise UserError(f"run {folder} has made no step yet; its metrics.jsonl holds none")
-    config: Any = {}
-    if (folder / "config.yaml").is_file():
-        try:
-            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(
-                f"{folder / 'config.yaml'} cannot be read ({type(error).__name__}); mend or remove it"
-            ) from None
     events = tuple(read_jsonlines(folder / "events.jsonl")) if (folder / "events.jsonl").is_file() else ()
     records = read_jsonlines(folder / "metrics.jsonl")
     times = tuple(record["time"] for record in records if "train/loss" in record and "time" in record)
-    return Run(name, folder, history, flat(config), events, times)
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted names; lists stay whole."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
+    return Run(name, folder, history, history.config, events, times)
 
 
 @dataclass(frozen=True)
@@ -168,43 +150,11 @@ def loss_at(run: Run, tokens: float) -> float:
     return _mean(loss[-max(1, len(loss) // 20) :])
 
 
-BY_AXIS = {
-    "compute": "compute",
-    "tensor parallel": "tp",
-    "context parallel": "cp",
-    "data parallel": "dp",
-    "pipeline sends": "pp",
-    "pipeline bubble": "bubble",
-    "optimizer": "optimizer",
-    "waiting for data": "data",
-    "other": "other",
-}
-"""Parts of a step that a run with log.comm_time records, and their names in the metrics, as in ``time/tp_s``."""
-TIME_PARTS = ("forward and backward", "exposed communication", *BY_AXIS)
-
-
 def time_split(history: History) -> dict[str, float]:
     """Mean seconds by part of steps that are not the first after a start; they add up to the mean step time. They are
     means over all processes if the run recorded those, else of rank 0."""
     kept = steady(history)
-
-    def mean(name: str) -> float:
-        return _mean(np.nan_to_num(history.column(name)[kept]))
-
-    step_s = mean("perf/step_time")
-    if mean("time/compute_s") > 0.0:
-        kind = "_mean_s" if mean("time/compute_mean_s") > 0.0 else "_s"
-        parts = {part: max(0.0, mean(f"time/{name}{kind}")) for part, name in BY_AXIS.items()}
-        return {part: seconds for part, seconds in parts.items() if seconds >= 1e-3 * step_s}
-    exposed = min(mean("perf/communication_time"), mean("perf/forward_backward_time"))
-    parts = {
-        "forward and backward": mean("perf/forward_backward_time") - exposed,
-        "exposed communication": exposed,
-        "optimizer": mean("perf/optimizer_time"),
-        "waiting for data": mean("perf/data_time"),
-    }
-    parts["other"] = max(0.0, step_s - sum(parts.values()))
-    return parts
+    return {part: float(seconds[kept].mean()) for part, seconds in split_by_step(history).items()}
 
 
 def differing_fields(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

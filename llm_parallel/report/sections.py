@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from llm_parallel.metrics.time_split import TIME_PARTS
 from llm_parallel.model.flops import CONVENTIONS
 from llm_parallel.report.efficiency import Series, sentence
 from llm_parallel.report.figures import (
@@ -22,7 +23,6 @@ from llm_parallel.report.page import Section
 from llm_parallel.report.pipeline_of_run import schedule_of
 from llm_parallel.report.recovery import Life, Recovery, life_of
 from llm_parallel.report.runs import (
-    TIME_PARTS,
     Run,
     Summary,
     different_work,

@@ -1,0 +1,300 @@
+"""Records out of data files: JSON lines, JSON, Parquet, Arrow, CSV and TSV, plain or compressed. This is the one place
+that opens such a file and says what is wrong in it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_parallel.data.containers import Damaged, blocks, utf8_blocks
+from llm_parallel.data.json_stream import JsonStream
+from llm_parallel.data.kinds import Kind, NotRead, judge
+from llm_parallel.errors import UserError
+
+SHOWN = 5
+MAX_RECORD_BYTES = 256 << 20
+BATCH_ROWS = 1024
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+UNDECODED = re.compile("[\udc80-\udcff]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record and its place: "FILE line 17" or "FILE row 17"."""
+
+    value: Any
+    where: str
+
+
+class Problems:
+    """What could not be read: how many records, and the first five sentences, each with file and place.
+
+    With ``strict`` the first of them is a UserError."""
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict, self.count = strict, 0
+        self.first: list[str] = []
+
+    def add(self, where: str, reason: str) -> None:
+        """Counts a record at ``where`` that is left out because of ``reason``, which goes on the sentence that
+        ``where`` begins. Raises UserError if the first such record is one too many."""
+        if self.strict:
+            raise UserError(f"{where} {reason}")
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(f"{where} {reason}")
+
+    def summary(self) -> str | None:
+        """One sentence about all of them, or None if there are none."""
+        if not self.count:
+            return None
+        more = f"; and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+        return f"left out {self.count:,} records that cannot be read: {'; '.join(self.first)}{more}"
+
+
+def rows(path: str | Path, problems: Problems | None = None, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """The records of a data file in order, judged by its name and content: each line of JSON lines, each element of a
+    JSON array, each of several JSON objects, each row of a table (as a dict).
+
+    Files are streamed: memory holds a megabyte or the largest record (Parquet: some rows of a row group). What cannot
+    be read goes to ``problems``; without it, the first such record is a UserError, and so is a file that holds no
+    records at all. ``columns`` are read from a Parquet or Arrow table instead of all."""
+    path = Path(path)
+    problems = problems if problems is not None else Problems(strict=True)
+    try:
+        kind = judge(path)
+        if kind.form == "text":
+            raise NotRead("is plain text and no table of records; give JSON lines, JSON, Parquet, Arrow, CSV or TSV")
+        found = records(path, kind, lambda place, reason: problems.add(f"{path} {place}", reason), columns)
+        for place, value in found:
+            yield Row(value, f"{path} {place}")
+    except NotRead as error:
+        raise UserError(f"{path} {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def records(
+    path: Path, kind: Kind, bad: Callable[[str, str], None], columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each record of a file of that kind, which is not text. ``bad`` is called with the place and the
+    reason of what cannot be read. Raises NotRead if a table lacks one of ``columns``."""
+    place = "line 1"
+    try:
+        if kind.form in ("parquet", "arrow"):
+            yield from _table_rows(path, kind.form, bad, columns)
+            return
+        content = utf8_blocks(blocks(path, kind.compression), kind.encoding)
+        if kind.form == "lines":
+            values = _json_lines(content, bad)
+        elif kind.form == "json":
+            values = _json_values(content, bad)
+        else:
+            values = _csv_rows(content, bad, kind.delimiter)
+        for place, value in values:
+            yield place, value
+    except Damaged as error:
+        bad(f"after {place}", str(error))
+
+
+def parse_line(line: bytes) -> tuple[Any, str | None]:
+    """The value of a line of JSON and None, or None and what is wrong with it."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        return None, f"is not UTF-8 (byte 0x{byte:02x} at position {error.start + 1}); convert the file to UTF-8"
+    try:
+        return json.loads(text), None
+    except json.JSONDecodeError as error:
+        reason = error.msg.removesuffix(" starting at").removesuffix(" at")
+        return None, f"is not JSON (character {error.pos + 1}: {reason}); every line has to be a JSON object"
+    except RecursionError:
+        return None, "is nested too deeply"
+    except ValueError as error:  # an integer of over 4300 digits
+        return None, f"is not read ({error})"
+
+
+def surrogates(value: Any) -> str | None:
+    """What is wrong with a value whose text cannot be written as UTF-8, else None."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+        return None
+    except UnicodeEncodeError as error:
+        if UNDECODED.match(text[error.start]):
+            return "holds bytes that are not UTF-8; convert the file to UTF-8"
+        return f"holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character"
+
+
+def _json_lines(content: Iterator[bytes], bad: Callable[[str, str], None]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(split_lines(content), 1):
+        if not line.strip():
+            continue
+        value, wrong = (None, TOO_LONG) if len(line) > MAX_RECORD_BYTES else parse_line(line)
+        if wrong is None and (b"\\ud" in line or b"\\uD" in line):
+            wrong = surrogates(value)
+        if wrong is None:
+            yield f"line {number}", value
+        else:
+            bad(f"line {number}", wrong)
+
+
+TOO_LONG = f"is longer than {MAX_RECORD_BYTES >> 20} MiB"
+
+
+def split_lines(content: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines without their ends. Of a line that is longer than a record may be, only a little more than that is kept."""
+    held: list[bytes] = []
+    size = 0
+    for block in content:
+        first, *others = block.split(b"\n")
+        if size <= MAX_RECORD_BYTES:
+            held.append(first)
+            size += len(first)
+        if others:
+            yield b"".join(held)
+            yield from others[:-1]
+            held, size = [others[-1]], len(others[-1])
+    if size:
+        yield b"".join(held)
+
+
+def _json_values(content: Iterator[bytes], bad: Callable[[str, str], None]) -> Iterator[tuple[str, Any]]:
+    for place, value in JsonStream(content):
+        if wrong := surrogates(value):
+            bad(place, wrong)
+        else:
+            yield place, value
+
+
+def _csv_rows(
+    content: Iterator[bytes], bad: Callable[[str, str], None], delimiter: str
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows of a table whose first line names the columns."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    text = io.TextIOWrapper(io.BufferedReader(_Raw(content)), "utf-8", "surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            bad(f"line {line}", f"is not a row of CSV ({error})")
+            continue
+        if values is None:
+            return
+        if header is None:
+            header = values
+        elif len(values) != len(header) and values:
+            bad(f"line {line}", f"has {len(values)} fields, and the first line names {len(header)} columns")
+        elif wrong := surrogates(values):
+            bad(f"line {line}", wrong)
+        elif values:
+            yield f"line {line}", dict(zip(header, values))
+
+
+class _Raw(io.RawIOBase):
+    """The file interface of an iterator of blocks."""
+
+    def __init__(self, content: Iterator[bytes]) -> None:
+        self._content, self._rest = content, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            block = next(self._content, None)
+            if block is None:
+                return 0
+            self._rest = memoryview(block)
+        taken = min(len(buffer), len(self._rest))
+        buffer[:taken] = self._rest[:taken]
+        self._rest = self._rest[taken:]
+        return taken
+
+
+def _table_rows(
+    path: Path, form: str, bad: Callable[[str, str], None], columns: Sequence[str] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a Parquet or Arrow file, read in batches."""
+    arrow = _pyarrow(form)
+    number = 0
+    try:
+        names, batches = (_parquet if form == "parquet" else _arrow)(path, columns)
+        missing = [name for name in columns or () if name not in names]
+        if missing:
+            raise NotRead(f"has no column {missing[0]!r}; its columns are {', '.join(map(repr, names))}")
+        for batch in batches:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                for value, wrong in _values(batch.slice(start, BATCH_ROWS)):
+                    number += 1
+                    if wrong is None:
+                        yield f"row {number}", value
+                    else:
+                        bad(f"row {number}", wrong)
+    except (arrow.lib.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise Damaged(f"is truncated or damaged ({str(error).splitlines()[0]}); fetch it again") from None
+
+
+def _values(batch: Any) -> Iterator[tuple[Any, str | None]]:
+    """The rows of a batch, each with what is wrong with it."""
+    try:
+        found = batch.to_pylist()
+    except UnicodeDecodeError:  # in one of the rows
+        found = [None] * batch.num_rows
+        for place in range(batch.num_rows):
+            try:
+                found[place] = batch.slice(place, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                continue
+    for value in found:
+        yield value, ("holds bytes that are not UTF-8" if value is None else None)
+
+
+def _pyarrow(form: str) -> Any:
+    try:
+        import pyarrow
+
+        return pyarrow
+    except ImportError:
+        name = {"parquet": "Parquet", "arrow": "Arrow"}[form]
+        raise NotRead(
+            f"is a file of {name}, which needs pyarrow; install it (pip install 'llm-parallel[parquet]')"
+        ) from None
+
+
+def _parquet(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Iterator[Any]]:
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(str(path))
+    held = [name for name in columns or () if name in file.schema_arrow.names]
+    return file.schema_arrow.names, file.iter_batches(BATCH_ROWS, columns=held if columns else None, use_threads=False)
+
+
+def _arrow(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Iterator[Any]]:
+    import pyarrow
+
+    with path.open("rb") as handle:
+        is_file = handle.read(6) == b"ARROW1"
+    if is_file:
+        reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+        batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+    else:
+        reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+        batches = iter(reader)
+    names = reader.schema.names
+    held = [name for name in columns or names if name in names]
+    return names, (batch.select(held) for batch in batches)
