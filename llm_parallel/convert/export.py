@@ -72,6 +72,8 @@ def export_to_hf(checkpoint: str | Path, target: str | Path, max_shard_bytes: in
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; give a new folder")
     config = read_config(source)
+    if config.adapter is not None:
+        raise UserError(f"{source} holds adapters alone; they cannot be converted yet")
     making = target.with_name(f".{target.name}.converting")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)

@@ -21,7 +21,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis
 from llm_parallel.metrics.run import World, open_metrics
-from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
+from llm_parallel.model.flops import CONVENTIONS, adapter_parameters, flops_per_token, parameter_count
 from llm_parallel.model.gpt import build_policy
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights, named_unused
 from llm_parallel.model.hf_config import hf_config_to_model, read_hf_config
@@ -104,7 +104,7 @@ def open_run(
     basis = Basis(
         world_size=place.world_size,
         seq_length=config.data.seq_length_tokens,
-        flops_per_token=flops_per_token(config.model, config.data.seq_length_tokens),
+        flops_per_token=flops_per_token(config.model, config.data.seq_length_tokens, adapter=config.adapter),
         peak_tflops=peak.tflops,
         total_steps=config.train.steps,
     )
@@ -212,10 +212,13 @@ def describe(config: RunConfig, layout: Layout, groups: Groups, resumed: Resumed
     differs = [f"changed since the state was saved: {change}" for change in resumed.changed]
     count = parameter_count(config.model)
     platform, train = groups.platform, config.train
+    trained = ""
+    if config.adapter is not None:
+        trained = f" frozen and {adapter_parameters(config.model, config.adapter) / 1e6:,.2f} M in adapters"
     tokens = train.global_batch_size * config.data.seq_length_tokens
     return [
         f"{layout.world_size} x {platform.device_name} ({platform.backend}), {layout.describe()}",
-        f"{count.total / 1e6:,.1f} M parameters, {train.precision}, vocabulary {config.model.vocab_size}",
+        f"{count.total / 1e6:,.1f} M parameters{trained}, {train.precision}, vocabulary {config.model.vocab_size}",
         f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {resumed.origin}",
         *differs,
         f"run folder {config.run_dir}; MFU ({CONVENTIONS['model']}): {peak.describe()}",
