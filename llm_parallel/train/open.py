@@ -94,9 +94,8 @@ def open_run(
     models = method.models(config, groups)
     run_dir = Path(config.run_dir)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
-    under = load_frozen(config, models)
+    of_base = load_frozen(config, models)
     resumed = watch.restore(models) or resume(config, models, store)
-    resumed.changed.extend(under)
     state = resumed.state
     guard = Guard(config.train.guard)
     guard.restore(state.guard, state.consecutive_skips)
