@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm_parallel.checkpoint.content import BASE, CONFIG_NAME, read_config
+from llm_parallel.checkpoint.content import BASE
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import DAMAGE, content_of
+from llm_parallel.checkpoint.run_file import CONFIG_NAME, read_config
 from llm_parallel.checkpoint.tensors import CheckpointTensors
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture

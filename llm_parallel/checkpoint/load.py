@@ -12,13 +12,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.content import (
     BASE,
-    CONFIG_NAME,
     DISTRIBUTED,
     MODELS,
     SHARDING,
     WEIGHTS_ONLY,
     load_weights_into,
-    read_config,
     training_state,
     weights_state,
 )
@@ -31,6 +29,7 @@ from llm_parallel.checkpoint.optimizer import (
     settings_changed,
     settings_in_use,
 )
+from llm_parallel.checkpoint.run_file import CONFIG_NAME, read_config
 from llm_parallel.checkpoint.sharded import COMMON_NAME, load_sharded, read_common
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import ModelConfig

@@ -23,11 +23,11 @@ from llm_parallel.checkpoint.content import (
     described_models,
     metadata,
     training_state,
-    write_config,
 )
 from llm_parallel.checkpoint.folders import LATEST_NAME, complete_checkpoints, folder_name, latest_checkpoint, step_of
 from llm_parallel.checkpoint.integrity import damage, seal_folder
 from llm_parallel.checkpoint.optimizer import allocate_moments, engines_of
+from llm_parallel.checkpoint.run_file import write_config
 from llm_parallel.checkpoint.sharded import divide, save_planner, split, write_common
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.writer import BackgroundWrite

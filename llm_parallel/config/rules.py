@@ -79,6 +79,37 @@ def check_inputs(config: RunConfig) -> None:
                         " of a .bin/.idx pair"
                     )
                     break
+    _refuse_missing(config, missing)
+
+
+def check_chat_inputs(config: RunConfig) -> None:
+    """Checks that the files of ``chat``, ``data.tokenizer`` and ``checkpoint.load`` are there.
+
+    Raises UserError that names each field whose file is missing."""
+    missing = []
+    if not config.chat.train:
+        missing.append("chat.train is empty; give at least one file of conversations")
+    if config.data.train:
+        missing.append(
+            "data.train names token files, which `llm-parallel sft` does not read; give chat.train conversations, or "
+            "use `llm-parallel pretrain`"
+        )
+    for split, sources in (("train", config.chat.train), ("eval", config.chat.eval)):
+        for index, source in enumerate(sources):
+            if not Path(source.path).exists():
+                missing.append(
+                    f"chat.{split}.{index}.path = {source.path} does not exist; give a file of conversations, or a "
+                    "folder of such files"
+                )
+    if config.data.tokenizer is None:
+        missing.append(
+            "data.tokenizer is not given, and checkpoint.load names no folder that has one; give the tokenizer of the "
+            "model"
+        )
+    _refuse_missing(config, missing)
+
+
+def _refuse_missing(config: RunConfig, missing: list[str]) -> None:
     if config.adapter is not None and config.checkpoint.load is None:
         missing.append(NO_BASE)
     for name, path in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):

@@ -11,9 +11,9 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
-from llm_parallel.config.tree_tune import AdapterConfig, ChatConfig
+from llm_parallel.config.tree_tune import AdapterConfig, ChatConfig, MethodConfig
 
-__all__ = ["AdapterConfig", "ChatConfig", "Node", "RunConfig"]
+__all__ = ["AdapterConfig", "ChatConfig", "MethodConfig", "Node", "RunConfig"]
 
 
 class RopeScaling(Node):
@@ -376,6 +376,7 @@ class RunConfig(Node):
     """Seed of weights and sample order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is a GPU, else CPU."""
+    method: MethodConfig = MethodConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()
@@ -388,3 +389,8 @@ class RunConfig(Node):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     elastic: ElasticConfig = ElasticConfig()
+
+    @property
+    def trains(self) -> Literal["pretrain", "sft"]:
+        """``method.kind``, or what the given data are for."""
+        return self.method.kind or ("sft" if self.chat.train and not self.data.train else "pretrain")

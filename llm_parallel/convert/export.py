@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm_parallel.checkpoint.content import TOKENIZER_NAME, read_config
 from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.checkpoint.run_file import TOKENIZER_NAME, read_config
 from llm_parallel.checkpoint.tensors import CheckpointTensors
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.tokenizer import load_tokenizer

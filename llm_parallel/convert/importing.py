@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from llm_parallel.checkpoint.content import TOKENIZER_NAME, write_config, write_weights_only_parts
+from llm_parallel.checkpoint.content import write_weights_only_parts
 from llm_parallel.checkpoint.folders import LATEST_NAME, folder_name
+from llm_parallel.checkpoint.run_file import TOKENIZER_NAME, write_config
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.errors import UserError

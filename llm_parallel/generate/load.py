@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llm_parallel.checkpoint.base import load_base, path_of_base
-from llm_parallel.checkpoint.content import read_config
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import content_of, load_weights
+from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.config.rules import check_model
 from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from llm_parallel.metrics.record import EvalRecord, StepRecord
+from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord
 from llm_parallel.metrics.step_line import StepLines, duration, eval_line
 
 REDRAW_S = 0.3
@@ -49,6 +49,11 @@ class ConsoleSink:
     def eval(self, record: EvalRecord) -> None:
         """Prints the line of an evaluation."""
         self.message(eval_line(record, self._screen.width if self._screen else None))
+
+    def answer(self, record: AnswerRecord) -> None:
+        """Prints prompt and answer."""
+        ending = "" if record.stopped else " … (cut)"
+        self.message(f"after step {record.step}, {record.prompt!r} is answered: {record.answer!r}{ending}")
 
     def message(self, text: str) -> None:
         """Prints ``text``, above the progress bar if there is one."""

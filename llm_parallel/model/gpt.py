@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from llm_parallel.model.adapters import add_adapters
 from llm_parallel.model.init import initialize
 from llm_parallel.model.layer_spec import block_spec
 from llm_parallel.model.mcore_config import padded_vocab_size, transformer_config
+from llm_parallel.model.noise import add_embedding_noise
 from llm_parallel.model.numerics import Numerics
 from llm_parallel.model.sequence import Angles, KVCache, sequence_info
 from llm_parallel.parallel.engine import FrozenBase, Network
@@ -48,6 +49,7 @@ class LlamaModel(LanguageModule):
         layers = stages.layers(groups.at.pp, virtual_stage)
         super().__init__(transformer_config(model, numerics, mesh, stages, groups.platform), groups.collection)
         self.model_config, self.numerics, self.groups, self.stages = model, numerics, groups, stages
+        self.seed = seed
         self.vocab_size = padded_vocab_size(model.vocab_size, mesh.tp)
         self.pre_process, self.post_process = layers.start == 0, layers.stop == model.num_layers
         self.share_embeddings_and_output_weights = model.tie_embeddings
@@ -102,13 +104,14 @@ class LlamaModel(LanguageModule):
         cache: KVCache | None = None,
         weights: Tensor | None = None,
         loss_options: Mapping[str, float] = NO_OPTIONS,
+        numbers: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens, labels: int64 [B, S] of this process's part of each sample (zigzag under context parallelism).
 
         Last stage: fp32 losses [B, S] if labels are given, else this process's columns of the logits [B, S, V/tp]. With
         ``kernels.output_loss: fused`` and weights fp32 [B, S]: (sum of weighted losses, losses without gradient).
         ``loss_options``: keyword arguments of the loss operator, such as label_smoothing. Other stages: hidden states
-        for the next one.
+        for the next one. ``numbers``: int64 [B] of the samples, which noise on the embeddings depends on.
         """
         mesh = self.groups.mesh
         if cache is None:
@@ -117,8 +120,8 @@ class LlamaModel(LanguageModule):
             ranges = (range(cache.length, cache.length + tokens.shape[1]),)
         shape = tokens.shape[0], tokens.shape[1] * mesh.cp
         info = sequence_info(ranges, documents, self.angles, shape, cache)
-        embedded_SBH = self.embedding(tokens, None) if self.pre_process else None
-        if embedded_SBH is not None and self.training and torch.is_grad_enabled() and self.is_frozen:
+        embedded_SBH = self._embedded(tokens, ranges, numbers) if self.pre_process else None
+        if embedded_SBH is not None and self.is_frozen and self.training and torch.is_grad_enabled():
             # A recomputed layer has a gradient only if its input has one, and a frozen embedding's result has none.
             embedded_SBH.requires_grad_()
         hidden_SBH = self.decoder(embedded_SBH, None, packed_seq_params=info)
@@ -133,6 +136,17 @@ class LlamaModel(LanguageModule):
             return self._loss(logits_SBV, labels, loss_options)
         cap = self.model_config.output_softcap
         return (cap * torch.tanh(logits_SBV / cap) if cap else logits_SBV).transpose(0, 1).contiguous()
+
+    def _embedded(self, tokens: Tensor, ranges: Sequence[range], numbers: Tensor | None) -> Tensor:
+        """Embeddings of the tokens [B, S] at the positions ``ranges``, with noise in training where that is wanted."""
+        embedded_SBH = self.embedding(tokens, None)
+        alpha, mesh = self.numerics.embedding_noise, self.groups.mesh
+        if not alpha or not self.training or numbers is None:
+            return embedded_SBH
+        positions = torch.cat([torch.arange(part.start, part.stop) for part in ranges])
+        if mesh.sequence_parallel:
+            positions = positions.chunk(mesh.tp)[self.groups.at.tp]
+        return add_embedding_noise(embedded_SBH, alpha, self.seed, numbers, positions, tokens.shape[1] * mesh.cp)
 
     def _projection_and_loss(
         self,

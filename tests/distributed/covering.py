@@ -27,6 +27,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "vocabulary": (128, 101),
     "objective": ("likelihood", "dpo"),
     "adapter": ("none", "all", "some"),
+    "noise": ("none", "neftune"),
 }
 """Axis → its values, the plain one first. ``changes`` says what each value is in a run's configuration."""
 
@@ -155,6 +156,8 @@ def reference_changes(row: Mapping[str, Any]) -> dict[str, Any]:
         changes["model.tie_embeddings"] = True
     if row["packing"] != "none":
         changes["data.packing"] = row["packing"]
+    if row["noise"] != "none":
+        changes |= {"method.kind": "sft", "chat.neftune_alpha": 5.0}
     return changes | ADAPTER[row["adapter"]]
 
 

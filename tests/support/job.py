@@ -68,6 +68,7 @@ def make_batch(config: RunConfig, numbers: range) -> Any:
         labels=stacked[:, 1:].contiguous(),
         weights=torch.stack(masks),
         documents=Documents(starts) if config.data.packing == "isolate" else None,
+        numbers=torch.tensor(numbers),
     )
 
 
