@@ -56,7 +56,7 @@ def find_problems(
 def check_model(config: RunConfig) -> None:
     """Checks the rules of the model alone, as for one that was read from a folder. Raises UserError."""
     case = Case(config, 1, "cpu")
-    problems = [problem for rule in (rules_layout.check_heads, rules_layout.check_rope) for problem in rule(case)]
+    problems = [problem for rule in MODEL_RULES for problem in rule(case)]
     if problems:
         raise UserError("\n".join(problem.statement for problem in problems))
 
@@ -286,8 +286,14 @@ def _gluon(case: Case) -> Iterator[Problem]:
             yield Problem(("kernels.attention", f"model.{name}"), statement, fix)
 
 
+MODEL_RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
+    rules_layout.check_heads,
+    rules_layout.check_layer_options,
+    rules_layout.check_rope,
+)
 RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     rules_layout.check_heads,
+    rules_layout.check_layer_options,
     rules_layout.check_tensor_parallel,
     rules_layout.check_pipeline,
     rules_layout.check_recompute,

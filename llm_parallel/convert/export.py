@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llm_parallel.checkpoint.folders import find_checkpoint
-from llm_parallel.checkpoint.run_file import TOKENIZER_NAME, read_config
+from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.checkpoint.tensors import CheckpointTensors
-from llm_parallel.config.tree import RunConfig
-from llm_parallel.data.tokenizer import load_tokenizer
+from llm_parallel.convert.settings import origin, write_settings
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.model.hf import INDEX_NAME, hf_tensors
-from llm_parallel.model.hf_config import model_to_hf_config
+from llm_parallel.model.hf import INDEX_NAME, file_tensors, hf_tensors
+from llm_parallel.model.hf_config import family_of
+from llm_parallel.model.hf_families import FAMILIES
 from llm_parallel.model.tensors import all_names
 
 
@@ -78,34 +77,18 @@ def export_to_hf(checkpoint: str | Path, target: str | Path, max_shard_bytes: in
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     try:
+        family = FAMILIES[family_of(config.model, origin(source, config.model).get("model_type"))]
         tensors, writer = CheckpointTensors(source), ShardWriter(making, max_shard_bytes)
         dtype = None
         for name in all_names(config.model):
             ours = tensors.read(name)
             dtype = dtype or str(ours.dtype).removeprefix("torch.")
-            writer.add(hf_tensors(name, ours, config.model))
+            writer.add(file_tensors(hf_tensors(name, ours, config.model), family))
         writer.close()
-        _write_settings(source, making, config, dtype or "float32")
+        write_settings(source, making, config, dtype or "float32")
         if target.exists():
             target.rmdir()
         making.rename(target)
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return target
-
-
-def _write_settings(source: Path, folder: Path, config: RunConfig, dtype: str) -> None:
-    """config.json, generation_config.json and tokenizer files. Settings that came with an import are written as they
-    came."""
-    beside = source / TOKENIZER_NAME
-    if beside.is_dir():
-        shutil.copytree(beside, folder, dirs_exist_ok=True)
-    special: dict[str, Any] = {}
-    if config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        special = {"eos_token_id": tokenizer.eod, "bos_token_id": tokenizer.bos}
-    with atomic_write(folder / "config.json") as handle:
-        json.dump(model_to_hf_config(config.model, dtype, special), handle, indent=1)
-    if not (folder / "generation_config.json").is_file():
-        with atomic_write(folder / "generation_config.json") as handle:
-            json.dump(special, handle, indent=1)

@@ -62,7 +62,9 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
         embedding=vocabulary * hidden,
         attention_per_layer=query_and_output + key_and_value,
         mlp_per_layer=3 * hidden * model.ffn_hidden_size,
-        norms_per_layer=2 * hidden + 2 * head * model.qk_norm,
+        norms_per_layer=2 * hidden
+        + 2 * head * model.qk_norm
+        + (model.num_attention_heads + model.num_query_groups) * head * model.qk_norm_over_heads,
         biases_per_layer=(model.num_attention_heads + 2 * model.num_query_groups) * head * model.qkv_bias
         + hidden * model.attention_output_bias
         + (2 * model.ffn_hidden_size + hidden) * model.mlp_bias,

@@ -66,7 +66,7 @@ class LlamaModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             self.config,
-            block_spec(len(layers), model.qk_norm),
+            block_spec(len(layers), model),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups.collection,

@@ -54,17 +54,14 @@ def initialize(chunk: nn.Module, model: ModelConfig, groups: Groups, seed: int) 
     tp, tp_rank = groups.mesh.tp, groups.at.tp
     for name, parameter in weights_of(chunk):
         kind = kind_of(name)
-        if kind.role is Role.NORM:
-            parameter.copy_(torch.ones(()))
-            continue
         dim = kind.piece_dim
         # megatron-core before 0.19 marks only shards that it initialized itself; unmarked, they drop out of the
         # gradient norm.
         unmarked = isinstance(parameter, nn.Parameter) and not hasattr(parameter, "tensor_model_parallel")
         if kind.sharded_dim is not None and unmarked:
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-        if kind.role is Role.BIAS:
-            parameter.copy_(torch.zeros(()))
+        if kind.role in (Role.NORM, Role.BIAS):
+            parameter.copy_(torch.tensor(1.0 if kind.role is Role.NORM else 0.0))
             continue
         values = initial_rows(name, kind.shard(parameter.shape[dim] * tp, tp, tp_rank), model, seed)
         parameter.copy_(values.t() if dim == 1 else values)

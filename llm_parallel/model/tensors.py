@@ -37,7 +37,7 @@ class TensorKind:
     name: within its layer if ``in_layer``, else within the model; sharded_dim: the dimension that tensor-parallel ranks
     divide, None if each rank holds the whole; interleaved: matrices that stand one after the other along that
     dimension, each of which is divided separately; hf_names: the tensors of Hugging Face's Llama that it is made of, in
-    order; switch: the field of ``model`` that says whether a model has it, if not all do.
+    order; switch, unless: the fields of ``model`` that say whether a model has it, if not all do.
     """
 
     name: str
@@ -47,10 +47,13 @@ class TensorKind:
     interleaved: int = 1
     in_layer: bool = True
     switch: str | None = None
+    unless: str | None = None
 
     def exists(self, model: ModelConfig) -> bool:
         """Whether a model has such tensors. A tied output projection is the embedding."""
         if self.name == "output_layer.weight" and model.tie_embeddings:
+            return False
+        if self.unless is not None and getattr(model, self.unless):
             return False
         return self.switch is None or bool(getattr(model, self.switch))
 
@@ -74,14 +77,16 @@ class TensorKind:
 
     def shape(self, model: ModelConfig, vocabulary: int | None = None) -> tuple[int, ...]:
         """Shape of the whole tensor. ``vocabulary``: rows of the padded vocabulary, if not the model's own."""
+        heads = model.num_attention_heads * model.kv_channels
+        groups = model.num_query_groups * model.kv_channels
         if self.role is Role.NORM:
+            if self.switch == "qk_norm_over_heads":
+                return (heads if "q_layernorm" in self.name else groups,)
             return (model.kv_channels if self.switch == "qk_norm" else model.hidden_size,)
         if self.role is Role.VOCABULARY:
             rows = vocabulary or model.vocab_size
             assert rows is not None, "the vocabulary is taken from the tokenizer before the model is built"
             return (rows, model.hidden_size)
-        heads = model.num_attention_heads * model.kv_channels
-        groups = model.num_query_groups * model.kv_channels
         if self.role is Role.BIAS and self.sharded_dim is None:
             return (model.hidden_size,)
         along = {
@@ -97,7 +102,7 @@ class TensorKind:
 
 TENSORS = (
     TensorKind("embedding.word_embeddings.weight", Role.VOCABULARY, 0, ("model.embed_tokens.weight",), in_layer=False),
-    TensorKind("input_layernorm.weight", Role.NORM, None, ("input_layernorm.weight",)),
+    TensorKind("input_layernorm.weight", Role.NORM, None, ("input_layernorm.weight",), unless="norm_outputs"),
     TensorKind(
         # For each key/value group its query heads, its key and its value.
         "self_attention.linear_qkv.weight",
@@ -114,6 +119,20 @@ TENSORS = (
     ),
     TensorKind("self_attention.q_layernorm.weight", Role.NORM, None, ("self_attn.q_norm.weight",), switch="qk_norm"),
     TensorKind("self_attention.k_layernorm.weight", Role.NORM, None, ("self_attn.k_norm.weight",), switch="qk_norm"),
+    TensorKind(
+        "self_attention.q_layernorm.heads_weight",
+        Role.NORM,
+        0,
+        ("self_attn.q_norm.weight",),
+        switch="qk_norm_over_heads",
+    ),
+    TensorKind(
+        "self_attention.k_layernorm.heads_weight",
+        Role.NORM,
+        0,
+        ("self_attn.k_norm.weight",),
+        switch="qk_norm_over_heads",
+    ),
     TensorKind("self_attention.linear_proj.weight", Role.RESIDUAL, 1, ("self_attn.o_proj.weight",)),
     TensorKind(
         "self_attention.linear_proj.bias",
@@ -122,7 +141,16 @@ TENSORS = (
         ("self_attn.o_proj.bias",),
         switch="attention_output_bias",
     ),
-    TensorKind("pre_mlp_layernorm.weight", Role.NORM, None, ("post_attention_layernorm.weight",)),
+    TensorKind(
+        "attention_output_layernorm.weight",
+        Role.NORM,
+        None,
+        ("post_attention_layernorm.weight",),
+        switch="norm_outputs",
+    ),
+    TensorKind(
+        "pre_mlp_layernorm.weight", Role.NORM, None, ("post_attention_layernorm.weight",), unless="norm_outputs"
+    ),
     TensorKind("mlp.linear_fc1.weight", Role.INPUT, 0, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), interleaved=2),
     TensorKind(
         "mlp.linear_fc1.bias",
@@ -134,6 +162,13 @@ TENSORS = (
     ),
     TensorKind("mlp.linear_fc2.weight", Role.RESIDUAL, 1, ("mlp.down_proj.weight",)),
     TensorKind("mlp.linear_fc2.bias", Role.BIAS, None, ("mlp.down_proj.bias",), switch="mlp_bias"),
+    TensorKind(
+        "mlp_output_layernorm.weight",
+        Role.NORM,
+        None,
+        ("post_feedforward_layernorm.weight",),
+        switch="norm_outputs",
+    ),
     TensorKind("decoder.final_layernorm.weight", Role.NORM, None, ("model.norm.weight",), in_layer=False),
     TensorKind("output_layer.weight", Role.VOCABULARY, 0, ("lm_head.weight",), in_layer=False),
 )

@@ -24,6 +24,7 @@ MEANINGS = {
     "model.rope_scaling": OTHER_MODEL,
     "model.norm_epsilon": OTHER_MODEL,
     "model.window_tokens": OTHER_MODEL,
+    "model.layers_without_rope": OTHER_MODEL,
     "model.attention_softcap": OTHER_MODEL,
     "model.output_softcap": OTHER_MODEL,
     "train.global_batch_size": "steps before took another number of samples",
@@ -86,6 +87,8 @@ def _value(config: RunConfig, name: str) -> Any:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and all(isinstance(one, int) for one in value):
+        return str(list(value))
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{path} x {weight:g}" for path, weight in value) + "]"
     if hasattr(value, "model_dump"):

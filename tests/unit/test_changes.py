@@ -29,6 +29,7 @@ CHANGES = {
     "model.rope_scaling": {"factor": 4.0},
     "model.norm_epsilon": 1e-6,
     "model.window_tokens": 64,
+    "model.layers_without_rope": [3],
     "model.attention_softcap": 50.0,
     "model.output_softcap": 30.0,
     "train.global_batch_size": 16,
