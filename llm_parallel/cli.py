@@ -122,9 +122,9 @@ def pretrain(
     ] = False,
 ) -> None:
     """Train on next-token prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
-    from llm_parallel.worker.command import pretrain_command
+    from llm_parallel.worker.command import train_command
 
-    raise typer.Exit(pretrain_command(run_file, overrides or [], dry_run))
+    raise typer.Exit(train_command("pretrain", run_file, overrides or [], dry_run))
 
 
 @command(app, "launch", with_overrides=True)

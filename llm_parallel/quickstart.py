@@ -20,7 +20,7 @@ from llm_parallel.files import atomic_write
 from llm_parallel.jsonlines import read_jsonlines
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.train.preflight import NVIDIA_DEVICE
-from llm_parallel.worker.command import pretrain_command
+from llm_parallel.worker.command import train_command
 
 VOCABULARY = 4096
 PROMPT = "def read_lines(path):\n"
@@ -36,7 +36,7 @@ def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
     with atomic_write(run_file) as handle:
         yaml.safe_dump(run_tree(folder, num_gpus()), handle, sort_keys=False)
     print(f"run file: {run_file} (start it again with: llm-parallel pretrain {run_file})", flush=True)
-    status = pretrain_command(str(run_file), [*overrides, "log.plots=false"])
+    status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"])
     if status:
         return status
     run_dir = Path(load_config(run_file, overrides).run_dir)

@@ -26,6 +26,13 @@ def _by_table(target: str, table: dict[Any, Any]) -> Alias:
     return Alias(target, table.__getitem__, " or ".join(str(key).lower() for key in table))
 
 
+def _zeros(flags: Any) -> list[int]:
+    """Places of the zeros of a list of 0 and 1."""
+    if not isinstance(flags, list) or not set(flags) <= {0, 1}:
+        raise KeyError(flags)
+    return [place for place, flag in enumerate(flags) if not flag]
+
+
 _NAMES = {
     "parallel.tp": "tp tensor_model_parallel_size tensor_parallel_size tensor_parallel_degree",
     "parallel.pp": "pp pipeline_model_parallel_size pipeline_parallel_size pipeline_parallel_degree",
@@ -85,5 +92,17 @@ ALIASES: dict[str, Alias] = {
     alias: Alias(target) for target, aliases in _NAMES.items() for alias in aliases.split()
 } | {
     "bf16": _by_table("train.precision", {True: "bf16", False: "fp32"}),
+    "no_rope_layers": Alias("model.layers_without_rope", _zeros, "a list with 1 (rotated) or 0 for each layer"),
     "untie_embeddings_and_output_weights": _by_table("model.tie_embeddings", {True: False, False: True}),
 }
+
+ALIASES_INSIDE: dict[str, dict[str, Alias]] = {
+    "model.rope_scaling": {
+        "rope_type": Alias("model.rope_scaling.kind"),
+        "type": Alias("model.rope_scaling.kind"),
+        "original_max_position_embeddings": Alias("model.rope_scaling.original_max_position"),
+        "short_factor": Alias("model.rope_scaling.short_factors"),
+        "long_factor": Alias("model.rope_scaling.long_factors"),
+    }
+}
+"""Other names of the fields of one section, by the section; understood only there."""

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from llm_parallel.config.aliases import ALIASES
+from llm_parallel.config.aliases import ALIASES, ALIASES_INSIDE
 from llm_parallel.config.fields import (
     FieldDoc,
     config_schema,
@@ -255,8 +255,9 @@ def _may_be_null(key: Key) -> bool:
 def _our_name(key: Key, value: Any, origin: str, given: _Given) -> tuple[Key, Any]:
     """Our key and value for a key that may be another system's name. A data source that is given as a path alone
     becomes a section."""
-    if field_at(key) is None and len(key) <= 2 and key[-1] in ALIASES and section_at(key[:-1]) is not None:
-        alias = ALIASES[str(key[-1])]
+    inside = ALIASES_INSIDE.get(_dotted(key[:-1]), ALIASES if len(key) <= 2 else {})
+    if field_at(key) is None and key[-1] in inside and section_at(key[:-1]) is not None:
+        alias = inside[str(key[-1])]
         if alias.convert is not None:
             try:
                 value = alias.convert(value)

@@ -15,6 +15,11 @@ from llm_parallel.config.problem import Case, Problem, divisors, nearest
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
+NO_BASE = (
+    "adapter is given, and checkpoint.load, which names the model that adapters are trained for, is not; give it a "
+    "Hugging Face folder or a checkpoint"
+)
+
 
 def num_processes(config: RunConfig) -> int:
     """Processes that a run of this configuration needs; one replica where ``parallel.dp`` is left open."""
@@ -51,7 +56,7 @@ def find_problems(
 def check_model(config: RunConfig) -> None:
     """Checks the rules of the model alone, as for one that was read from a folder. Raises UserError."""
     case = Case(config, 1, "cpu")
-    problems = [problem for rule in (rules_layout.check_heads, rules_layout.check_rope) for problem in rule(case)]
+    problems = [problem for rule in MODEL_RULES for problem in rule(case)]
     if problems:
         raise UserError("\n".join(problem.statement for problem in problems))
 
@@ -74,6 +79,39 @@ def check_inputs(config: RunConfig) -> None:
                         " of a .bin/.idx pair"
                     )
                     break
+    _refuse_missing(config, missing)
+
+
+def check_chat_inputs(config: RunConfig) -> None:
+    """Checks that the files of ``chat``, ``data.tokenizer`` and ``checkpoint.load`` are there.
+
+    Raises UserError that names each field whose file is missing."""
+    missing = []
+    if not config.chat.train:
+        missing.append("chat.train is empty; give at least one file of conversations")
+    if config.data.train:
+        missing.append(
+            "data.train names token files, which `llm-parallel sft` does not read; give chat.train conversations, or "
+            "use `llm-parallel pretrain`"
+        )
+    for split, sources in (("train", config.chat.train), ("eval", config.chat.eval)):
+        for index, source in enumerate(sources):
+            if not Path(source.path).exists():
+                missing.append(
+                    f"chat.{split}.{index}.path = {source.path} does not exist; give a file of conversations, or a "
+                    "folder of such files"
+                )
+    if config.data.tokenizer is None:
+        missing.append(
+            "data.tokenizer is not given, and checkpoint.load names no folder that has one; give the tokenizer of the "
+            "model"
+        )
+    _refuse_missing(config, missing)
+
+
+def _refuse_missing(config: RunConfig, missing: list[str]) -> None:
+    if config.adapter is not None and config.checkpoint.load is None:
+        missing.append(NO_BASE)
     for name, path in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
         if path is not None and not Path(path).exists():
             missing.append(f"{name} = {path} does not exist; give the path of one that does")
@@ -248,8 +286,14 @@ def _gluon(case: Case) -> Iterator[Problem]:
             yield Problem(("kernels.attention", f"model.{name}"), statement, fix)
 
 
+MODEL_RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
+    rules_layout.check_heads,
+    rules_layout.check_layer_options,
+    rules_layout.check_rope,
+)
 RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     rules_layout.check_heads,
+    rules_layout.check_layer_options,
     rules_layout.check_tensor_parallel,
     rules_layout.check_pipeline,
     rules_layout.check_recompute,

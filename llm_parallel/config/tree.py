@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
-from llm_parallel.config.tree_tune import AdapterConfig, ChatConfig
+from llm_parallel.config.tree_tune import AdapterConfig, ChatConfig, MethodConfig
 
-__all__ = ["AdapterConfig", "ChatConfig", "Node", "RunConfig"]
+__all__ = ["AdapterConfig", "ChatConfig", "MethodConfig", "Node", "RunConfig"]
 
 
 class RopeScaling(Node):
@@ -78,6 +78,12 @@ class ModelConfig(Node):
     """Add biases in the MLP."""
     qk_norm: bool = False
     """Normalize each head's queries and keys by an RMSNorm before the rotary embedding, as Qwen3 does."""
+    qk_norm_over_heads: bool = False
+    """The same with one RMSNorm over the queries of all heads together and one over the keys, as OLMo 2 does."""
+    norm_outputs: bool = False
+    """Normalize the outputs of attention and MLP instead of their inputs, as OLMo 2 does."""
+    layers_without_rope: tuple[NonNegativeInt, ...] = ()
+    """Layers, counted from 0, whose queries and keys are not rotated; in SmolLM3 every fourth one (3, 7, 11, …)."""
     window_tokens: PositiveInt | None = None
     """Number of tokens that a query attends to, itself and those right before it, as in Mistral 7B; all before it if
     not given. The planner counts attention to all of them in either case."""
@@ -376,6 +382,7 @@ class RunConfig(Node):
     """Seed of weights and sample order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is a GPU, else CPU."""
+    method: MethodConfig = MethodConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()
@@ -388,3 +395,8 @@ class RunConfig(Node):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     elastic: ElasticConfig = ElasticConfig()
+
+    @property
+    def trains(self) -> Literal["pretrain", "sft"]:
+        """``method.kind``, or what the given data are for."""
+        return self.method.kind or ("sft" if self.chat.train and not self.data.train else "pretrain")

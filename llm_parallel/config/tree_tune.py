@@ -75,8 +75,24 @@ class ChatConfig(Node):
     too_long: Literal["cut", "drop"] = "cut"
     """Conversations longer than ``data.seq_length_tokens``: ``cut`` removes the earliest turns, and of an answer that
     is too long alone its end together with its stop token; ``drop`` leaves the conversation out. Both are counted."""
+    show_answers: int = Field(3, ge=0)
+    """Held-out conversations whose last turn the model answers at every evaluation, to look at."""
+    show_prompts: tuple[str, ...] = ()
+    """Questions that the model answers at every evaluation besides."""
+    answer_tokens: PositiveInt = 64
+    """Most tokens of an answer that is shown."""
+    prepared: str | None = None
+    """Folder of the conversations' tokens; the command that starts a run makes it and fills this in."""
     neftune_alpha: float = Field(0.0, ge=0.0)
     """Size of uniform noise on the embeddings while training (Jain et al. 2023, arXiv 2310.05914); 0: none."""
+
+
+class MethodConfig(Node):
+    """What a run trains for."""
+
+    kind: Literal["pretrain", "sft"] | None = None
+    """``pretrain``: the next token of token files (``data.train``); ``sft``: the answers of conversations
+    (``chat.train``). If not given, ``sft`` where there are conversations and no token files."""
 
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]

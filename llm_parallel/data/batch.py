@@ -42,7 +42,7 @@ class Batch:
     """tokens, labels: int64 [b, s]; weights: fp32 [b, s], the weight of each label's loss (0 within a prompt);
     documents: None where attention crosses from one document to another; columns: fp32 [b, s] by name, a number for
     each label, such as its log-probability under a reference model; facts: fp32 [b, d] by name, a number for each
-    document, such as a reward."""
+    document, such as a reward; numbers: int64 [b], the numbers of the samples, if they have any."""
 
     tokens: Tensor
     labels: Tensor
@@ -50,6 +50,7 @@ class Batch:
     documents: Documents | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Tensor] = field(default_factory=dict)
+    numbers: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; copies from pinned memory do not block."""
@@ -64,6 +65,7 @@ class Batch:
             weights=moved(self.weights),
             columns={name: moved(column) for name, column in self.columns.items()},
             facts={name: moved(fact) for name, fact in self.facts.items()},
+            numbers=None if self.numbers is None else moved(self.numbers),
         )
 
     def context_shard(self, mesh: Mesh, cp_rank: int) -> Batch:

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -75,7 +76,8 @@ class MicroBatchLoader(Iterator[Batch]):
                 # A new thread's current device is 0, and pinning would open a context there on every rank.
                 torch.cuda.set_device(self._device)
             for numbers in self._numbers:
-                self._put(self._stack([self._samples.sample(number) for number in numbers]))
+                batch = self._stack([self._samples.sample(number) for number in numbers])
+                self._put(replace(batch, numbers=torch.tensor(numbers)))
                 if self._stop.is_set():
                     return
             self._put(None)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Sequence
-from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
-from llm_parallel.metrics.record import EvalRecord, StepRecord
+from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord
+from llm_parallel.metrics.step_line import StepLines, duration, eval_line
+
+REDRAW_S = 0.3
+"""Lines are printed and the bar is drawn anew at most this often; both flicker otherwise where steps take
+milliseconds."""
+WIDE = 76
+"""Columns from which the bar has room for the time since the start."""
 
 
 class ConsoleSink:
@@ -18,80 +27,122 @@ class ConsoleSink:
     target = "standard output"
 
     def __init__(self, total_steps: int, first_step: int, unit: str, console: Console | None = None) -> None:
-        self._total_steps = total_steps
-        self._unit = unit
-        console = console or Console(soft_wrap=True, highlight=False, markup=False)
-        self._progress: Progress | None = None
-        if console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("loss {task.fields[loss]}"),
-                TextColumn("ETA {task.fields[eta]}"),
-                console=console,
-            )
-            self._task: TaskID = self._progress.add_task(
-                "train", total=total_steps, completed=first_step, loss="…", eta="…"
-            )
+        self._lines = StepLines(total_steps, unit)
+        console = console or Console(highlight=False, markup=False)
+        self._screen = _Screen(console, total_steps, first_step) if console.is_terminal else None
 
     def start(self, lines: Sequence[str]) -> None:
         """Prints ``lines`` and begins the progress bar."""
         for line in lines:
             self.message(line)
-        if self._progress:
-            self._progress.start()
+        if self._screen:
+            self._screen.start()
 
     def step(self, record: StepRecord) -> None:
         """Prints the line of a step."""
-        self.message(step_line(record, self._total_steps, self._unit))
-        if self._progress:
-            loss, eta = f"{record.loss:.4f}", duration(record.eta_s)
-            self._progress.update(self._task, completed=record.step, loss=loss, eta=eta)
+        if self._screen:
+            self._screen.progress(record)
+            self._screen.add(self._lines.line(record, self._screen.width))
+        else:
+            self.message(self._lines.line(record))
 
     def eval(self, record: EvalRecord) -> None:
         """Prints the line of an evaluation."""
-        self.message(
-            f"evaluation after step {record.step} | loss {record.loss:.4f} | perplexity {record.perplexity:.4g} | "
-            f"{record.samples:,} samples, {record.tokens:,} tokens"
-        )
+        self.message(eval_line(record, self._screen.width if self._screen else None))
+
+    def answer(self, record: AnswerRecord) -> None:
+        """Prints prompt and answer."""
+        ending = "" if record.stopped else " … (cut)"
+        self.message(f"after step {record.step}, {record.prompt!r} is answered: {record.answer!r}{ending}")
 
     def message(self, text: str) -> None:
         """Prints ``text``, above the progress bar if there is one."""
-        if self._progress:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self._screen:
+            self._screen.add(text)
+            self._screen.flush()
         else:
             print(text, file=sys.stdout, flush=True)
 
     def close(self) -> None:
         """Ends the progress bar, which stays visible."""
-        if self._progress:
-            self._progress.stop()
+        if self._screen:
+            self._screen.close()
 
 
-def step_line(record: StepRecord, total_steps: int, unit: str) -> str:
-    """One line of a step, its fields aligned from step to step."""
-    width = len(str(total_steps))
-    fields = [
-        f"step {record.step:>{width}}/{total_steps}",
-        f"loss {record.loss:.4f}",
-        f"grad norm {record.grad_norm:.3f}",
-        f"lr {record.lr:.2e}",
-        f"{record.tokens_per_s_per_gpu:,.0f} tokens/s/{unit}",
-        f"{_significant(record.tflops_per_gpu)} TFLOP/s/{unit}",
-        f"MFU {record.mfu:.1%}" if record.mfu is not None else "MFU n/a",
-        f"{record.memory_reserved_gib:.2f} GiB",
-        f"ETA {duration(record.eta_s)}",
-    ]
-    if record.skipped:
-        fields.append(f"SKIPPED: {record.skip_reason}")
-    return " | ".join(fields)
+class _Screen:
+    """A terminal: lines that scroll above a bar. Lines wait for the next time of drawing."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        self._console = console
+        self._waiting: list[str] = []
+        self._lock = threading.Lock()
+        self._drawn_s = 0.0
+        self._later: threading.Timer | None = None
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("loss {task.fields[loss]}"),
+            _Elapsed(console),
+            TextColumn("left {task.fields[left]}"),
+            console=console,
+            auto_refresh=False,
+            expand=True,
+        )
+        self._task = self._bar.add_task("train", total=total_steps, completed=first_step, loss="…", left="…")
+
+    @property
+    def width(self) -> int:
+        """Columns of the terminal at this moment."""
+        return self._console.width
+
+    def start(self) -> None:
+        """Draws the bar."""
+        self._bar.start()
+
+    def progress(self, record: StepRecord) -> None:
+        """Where the bar stands when it is drawn next."""
+        loss, left = f"{record.loss:.4f}", duration(record.eta_s)
+        self._bar.update(self._task, completed=record.step, loss=loss, left=left)
+
+    def add(self, text: str) -> None:
+        """Prints a line at the next time of drawing, which is now if the last one is long enough ago."""
+        with self._lock:
+            self._waiting.append(text)
+            rest_s = self._drawn_s + REDRAW_S - time.monotonic()
+            if rest_s > 0:
+                if self._later is None:
+                    self._later = threading.Timer(rest_s, self.flush)
+                    self._later.daemon = True
+                    self._later.start()
+                return
+        self.flush()
+
+    def flush(self) -> None:
+        """Prints the lines that wait, and draws the bar below them."""
+        with self._lock:
+            if self._later is not None:
+                self._later.cancel()
+                self._later = None
+            text, self._waiting = "\n".join(self._waiting), []
+            self._drawn_s = time.monotonic()
+            with self._console:  # one write for both
+                self._bar.refresh()
+                if text:
+                    self._console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Prints what waits and leaves the bar as it is."""
+        self.flush()
+        self._bar.stop()
 
 
-def duration(seconds: float) -> str:
-    """``1:02:03``, with days before it where there are any."""
-    return str(timedelta(seconds=round(seconds)))
+class _Elapsed(ProgressColumn):
+    """Time since the start, where the terminal is wide enough."""
 
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
 
-def _significant(value: float) -> str:
-    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+    def render(self, task: Task) -> Text:
+        """The time with its name."""
+        return Text(f"since start {duration(task.elapsed or 0.0)}" if self._console.width >= WIDE else "")

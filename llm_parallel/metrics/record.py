@@ -116,6 +116,16 @@ class EvalRecord:
         return cls(step, loss, perplexity, samples, tokens, statistics or {})
 
 
+@dataclass(frozen=True)
+class AnswerRecord:
+    """What the model answered to a prompt after ``step`` steps; ``stopped``: whether it ended the answer itself."""
+
+    step: int
+    prompt: str
+    answer: str
+    stopped: bool
+
+
 def derive(measured: StepMeasurement, basis: Basis, recent_step_times_s: Sequence[float] = ()) -> StepRecord:
     """The record of a step.
 

@@ -14,7 +14,7 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import JsonLines
 from llm_parallel.metrics.console import ConsoleSink
-from llm_parallel.metrics.record import EvalRecord, StepRecord
+from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord
 from llm_parallel.metrics.sinks import JsonlSink, PrometheusSink, Sink, TensorBoardSink, WandbSink
 
 
@@ -71,6 +71,10 @@ class Metrics:
     def eval(self, record: EvalRecord) -> None:
         """Records an evaluation everywhere."""
         self._each(lambda sink: sink.eval(record))
+
+    def answer(self, record: AnswerRecord) -> None:
+        """Records an answer of the model everywhere."""
+        self._each(lambda sink: sink.answer(record))
 
     def message(self, text: str) -> None:
         """Prints ``text`` for a person."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import JsonLines
-from llm_parallel.metrics.record import EvalRecord, StepRecord, scalars
+from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord, scalars
 
 
 class Sink(Protocol):
@@ -30,6 +31,9 @@ class Sink(Protocol):
     def eval(self, record: EvalRecord) -> None:
         """Records an evaluation."""
 
+    def answer(self, record: AnswerRecord) -> None:
+        """Records an answer of the model."""
+
     def message(self, text: str) -> None:
         """Prints ``text`` if the sink is read by a person."""
 
@@ -38,12 +42,15 @@ class Sink(Protocol):
 
 
 class QuietSink:
-    """Base of the sinks that ignore text."""
+    """Base of the sinks that ignore text, and answers if they do not say otherwise."""
 
     target = ""
 
     def start(self, lines: Sequence[str]) -> None:
         """Nothing to say."""
+
+    def answer(self, record: AnswerRecord) -> None:
+        """Nothing to record."""
 
     def message(self, text: str) -> None:
         """Nothing to say."""
@@ -73,6 +80,10 @@ class JsonlSink(QuietSink):
         """Appends the line of an evaluation."""
         self._lines.append({"step": record.step, **scalars(record)})
 
+    def answer(self, record: AnswerRecord) -> None:
+        """Appends the line of an answer."""
+        self._lines.append({"event": "answer", **asdict(record)})
+
     def close(self) -> None:
         """Closes the file."""
         self._lines.close()
@@ -94,6 +105,12 @@ class TensorBoardSink(QuietSink):
     def eval(self, record: EvalRecord) -> None:
         """Writes the scalars of an evaluation."""
         self._write(record)
+
+    def answer(self, record: AnswerRecord) -> None:
+        """Writes prompt and answer as a text under the prompt's name."""
+        ending = "" if record.stopped else " …"
+        text = f"**{record.prompt}**\n\n{record.answer}{ending}"
+        self._writer.add_text(f"answers/{record.prompt[:40]}", text, record.step)
 
     def close(self) -> None:
         """Flushes and closes the event file."""

@@ -28,12 +28,14 @@ class Recompute:
 @dataclass(frozen=True)
 class Numerics:
     """dtype: of weights and activations; kernels: which implementation of each operator; deterministic: whether
-    operators must give the same bits every time; recompute: which activations are not kept."""
+    operators must give the same bits every time; recompute: which activations are not kept; embedding_noise: NEFTune's
+    alpha, the size of noise on the embeddings in training."""
 
     dtype: torch.dtype = torch.float32
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     deterministic: bool = False
     recompute: Recompute = Recompute()
+    embedding_noise: float = 0.0
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Numerics:
@@ -42,4 +44,5 @@ class Numerics:
         recompute = Recompute(
             parallel.recompute, parallel.recompute_modules, parallel.recompute_method, parallel.recompute_num_layers
         )
-        return cls(dtype_of(config.train.precision), config.kernels, config.train.deterministic, recompute)
+        noise = config.chat.neftune_alpha if config.trains == "sft" else 0.0
+        return cls(dtype_of(config.train.precision), config.kernels, config.train.deterministic, recompute, noise)

@@ -7,14 +7,16 @@ from typing import Any
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.train.step_settings import learning_rate
 
-OTHER_SAMPLES = "sample numbers now mean other tokens, so that some text is seen again and some never"
 OTHER_MODEL = "the model computes something else than what its weights were trained for"
-OTHER_HELD_OUT = "documents move between training and held-out data, so that held-out losses are not comparable"
+OTHER_HELD_OUT = (
+    "held-out losses are not comparable: documents that join the held-out ones are not trained on from here on, and "
+    "those that leave them are from each source's next epoch on"
+)
 
 MEANINGS = {
-    "seed": OTHER_SAMPLES,
-    "data.train": OTHER_SAMPLES,
-    "data.seq_length_tokens": OTHER_SAMPLES,
+    "seed": "what is left of each source's epoch is shuffled anew; the same documents stay held out",
+    "data.train": "every source that was read before goes on where it was",
+    "data.seq_length_tokens": "what is left of each source's epoch is cut into samples of the new length",
     "data.packing": "attention and positions begin anew at other places",
     "data.eval": OTHER_HELD_OUT,
     "data.eval_fraction": OTHER_HELD_OUT,
@@ -22,12 +24,17 @@ MEANINGS = {
     "model.rope_scaling": OTHER_MODEL,
     "model.norm_epsilon": OTHER_MODEL,
     "model.window_tokens": OTHER_MODEL,
+    "model.layers_without_rope": OTHER_MODEL,
     "model.attention_softcap": OTHER_MODEL,
     "model.output_softcap": OTHER_MODEL,
     "train.global_batch_size": "steps before took another number of samples",
     "train.rampup": "steps before took another number of samples",
     "train.precision": "losses before were rounded otherwise",
     "optim.clip_grad": "gradients are limited to another norm",
+    "adapter.alpha": "what was trained counts with another factor",
+    "adapter.rank_stabilized": "what was trained counts with another factor",
+    "adapter.dropout": "training losses are not comparable",
+    "adapter.base": "the frozen weights are rounded otherwise",
     "train.label_smoothing": "training losses are not comparable",
     "train.z_loss": "training losses are not comparable",
 }
@@ -73,13 +80,15 @@ def _change(name: str, old: Any, new: Any) -> str:
 def _value(config: RunConfig, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)
     if name in ("data.train", "data.eval"):
         return tuple((source.path, source.weight) for source in value)
     return value
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and all(isinstance(one, int) for one in value):
+        return str(list(value))
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{path} x {weight:g}" for path, weight in value) + "]"
     if hasattr(value, "model_dump"):

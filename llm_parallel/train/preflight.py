@@ -12,6 +12,7 @@ from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
+from llm_parallel.train.inherit import inherited
 from llm_parallel.train.step_settings import total_samples
 
 NVIDIA_DEVICE = Path("/dev/nvidia0")
@@ -38,15 +39,23 @@ def preflight(
     ``world_size``: number of processes if they are already started; ``notice`` is called with what could not be
     checked. Raises UserError.
     """
+    config = inherited(config, notice)
     processes = world_size or num_processes(config)
     device = expected_device(config)
     check_config(config, processes, device)  # type: ignore[arg-type]
     check_kernels(config, device, notice)
-    return check_data(config, notice)
+    config = check_data(config, notice)
+    check_config(config, processes, device)  # type: ignore[arg-type]  # the data may have decided train.steps
+    return config
 
 
 def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
-    """The configuration with its vocabulary, after every check of tokenizer and token files. Raises UserError."""
+    """The configuration with its vocabulary, after every check of tokenizer and data. Raises UserError."""
+    if config.train.epochs is not None:
+        raise UserError(
+            f"train.epochs = {config.train.epochs:g} counts passes over conversations, for `llm-parallel sft`; give "
+            "train.steps, of which `llm-parallel pretrain --dry-run` shows the epochs of every source"
+        )
     check_inputs(config)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
     config = with_vocabulary(config, tokenizer)

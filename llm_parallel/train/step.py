@@ -90,6 +90,7 @@ def _forward(objective: Objective, groups: Groups, iterator: Iterator[Batch], ch
         documents=batch.documents,
         weights=weights,
         loss_options=objective.loss_options,
+        numbers=batch.numbers,
     )
     return output, partial(_terms, objective, groups, batch)
 
@@ -101,7 +102,7 @@ def _micro_batches(network: Network, batches: Sequence[Batch]) -> Iterator[Batch
         yield batch
 
 
-def _schedule(stages: Stages) -> Any:
+def schedule(stages: Stages) -> Any:
     """megatron-core's pipeline schedule for a model's stages."""
     if stages.pp == 1:
         return schedules.forward_backward_no_pipelining
@@ -120,7 +121,7 @@ def run_schedule(
     groups = network.groups
     rows, tokens = batches[0].tokens.shape
     sharded = [batch.context_shard(groups.mesh, groups.at.cp) for batch in batches]
-    results = _schedule(network.stages)(
+    results = schedule(network.stages)(
         forward_step_func=partial(_forward, objective, groups),
         data_iterator=[_micro_batches(network, sharded) for _ in network.chunks],
         model=list(network.chunks),

@@ -49,3 +49,13 @@ def total_samples(train: TrainConfig) -> int:
             return consumed + (train.steps - step) * size
         consumed += size
     return consumed
+
+
+def steps_for(train: TrainConfig, samples: float) -> int:
+    """The fewest steps that consume at least ``samples`` samples."""
+    steps = consumed = 0
+    while train.rampup is not None and consumed < min(samples, train.rampup.samples):
+        consumed += global_batch_size(train, consumed)
+        steps += 1
+    left = max(samples - consumed, 0)
+    return max(1, steps + math.ceil(left / train.global_batch_size - 1e-9))

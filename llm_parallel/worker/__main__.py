@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llm_launch.worker import WorkerEnv, report_error, worker_environment
 from llm_parallel.config.load import load_config
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, UserError
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.versions import refuse_unsupported
@@ -22,8 +23,9 @@ from llm_parallel.versions import refuse_unsupported
 SINGLE = WorkerEnv(rank=0, local_rank=0, world_size=1, local_world_size=1, master_addr="127.0.0.1", master_port=0)
 
 
-def run_worker(arguments: Sequence[str]) -> int:
-    """Trains as the process that the environment says this is; returns the exit status."""
+def run_worker(given: RunConfig | Sequence[str]) -> int:
+    """Trains as the process that the environment says this is; returns the exit status. ``given``: the configuration,
+    or a run file and overrides."""
     quiet_libraries()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # kill -USR1 shows where a process hangs
     environment = worker_environment() or SINGLE
@@ -32,7 +34,7 @@ def run_worker(arguments: Sequence[str]) -> int:
     log_dir = Path("logs")
     try:
         refuse_unsupported()
-        config = load_config(arguments[0], arguments[1:], notice=lambda _: None)
+        config = given if isinstance(given, RunConfig) else load_config(given[0], given[1:], notice=lambda _: None)
         log_dir = Path(config.run_dir) / "logs"
         if environment is not SINGLE:
             environment.export()
@@ -40,9 +42,10 @@ def run_worker(arguments: Sequence[str]) -> int:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         from llm_parallel.train.loop import run_training
         from llm_parallel.train.run import Place
+        from llm_parallel.tune.methods import method_of
 
         place = Place(environment.rank, environment.world_size, environment.local_rank)
-        state = run_training(config, place, asked_to_stop=lambda: bool(requests))
+        state = run_training(config, place, asked_to_stop=lambda: bool(requests), method=method_of(config))
     except Exception as error:
         return report_error(log_dir, environment.rank, explained(error, environment))
     return 0 if state.finished(config.train.steps) else EXIT_STOPPED

@@ -1,4 +1,4 @@
-"""``llm-parallel pretrain``: checks, shows what will run, and starts the processes or becomes one of them."""
+"""``llm-parallel pretrain`` and ``sft``: checks, shows what will run, and starts the processes or is one of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -25,23 +26,40 @@ from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.train.preflight import mixture, preflight, rank_table
 
 CONFIG_NAME = "config.yaml"
+Kind = Literal["pretrain", "sft"]
 
 
-def pretrain_command(run_file: str, overrides: Sequence[str], dry_run: bool = False) -> int:
-    """Exit status of a run. Under torchrun or srun this process is one of the run's; else it starts them all here."""
+def train_command(kind: Kind, run_file: str, overrides: Sequence[str], dry_run: bool = False) -> int:
+    """Exit status of a run of method ``kind``. Under torchrun or srun this process is one of the run's; else it starts
+    them all here."""
     environment = worker_environment()
     world_size = environment.world_size if environment else None
     first = environment is None or environment.rank == 0
     config = load_config(run_file, overrides, notice=_notice if first else _silent)
-    config = preflight(config, world_size, _notice if first else _silent)
+    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent)
     if dry_run:
         show_plan(config, world_size)
         return 0
     with Lease(Path(config.run_dir)) if first else nullcontext():
-        return _pretrain(config, run_file, overrides, environment)
+        return _train(config, environment)
 
 
-def _pretrain(config: RunConfig, run_file: str, overrides: Sequence[str], environment: WorkerEnv | None) -> int:
+def of_kind(config: RunConfig, kind: Kind) -> RunConfig:
+    """The configuration with ``method.kind`` as the command says. Raises UserError if the run file says otherwise."""
+    if config.method.kind not in (None, kind):
+        raise UserError(
+            f"method.kind = {config.method.kind}, and this is `llm-parallel {kind}`; use `llm-parallel "
+            f"{config.method.kind}`, or leave method.kind out"
+        )
+    if kind == "pretrain" and config.trains == "sft":
+        raise UserError(
+            "data.train is empty, and chat.train names conversations; use `llm-parallel sft`, or give data.train the "
+            "prefix of a .bin/.idx pair that `llm-parallel prepare` wrote"
+        )
+    return config.model_copy(update={"method": config.method.model_copy(update={"kind": kind})})
+
+
+def _train(config: RunConfig, environment: WorkerEnv | None) -> int:
     first = environment is None or environment.rank == 0
     saved = Path(config.run_dir) / CONFIG_NAME
     if first:
@@ -50,7 +68,7 @@ def _pretrain(config: RunConfig, run_file: str, overrides: Sequence[str], enviro
     if environment is not None:
         from llm_parallel.worker.__main__ import run_worker
 
-        status = run_worker([run_file, *overrides, f"model.vocab_size={config.model.vocab_size}"])
+        status = run_worker(config)
     else:
         arguments = ["-m", "llm_parallel.worker", str(saved)]
         status = launch_local(num_processes(config), arguments, Path(config.run_dir) / "logs")

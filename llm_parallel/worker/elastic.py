@@ -39,6 +39,7 @@ from llm_parallel.train.run import Place, Run
 from llm_parallel.train.step import StepOutcome
 from llm_parallel.train.step_settings import global_batch_size
 from llm_parallel.train.watch import Resumed, Watch
+from llm_parallel.tune.methods import method_of
 from llm_parallel.worker.probe import DeviceProbe, Stopwatch, Suspect, odd_one_out, weights_checksum
 
 STORE_TIMEOUT_S = 300.0
@@ -219,7 +220,7 @@ def train_generation(member: Member, assignment: Assignment, run_file: str) -> T
     watch = ElasticWatch(member, assignment)
     place = Place(assignment.rank, assignment.world_size, assignment.local_rank, store, assignment.elapsed_s)
     try:
-        return run_training(config, place, asked_to_stop=lambda: member.asked_to_stop, watch=watch)
+        return run_training(config, place, lambda: member.asked_to_stop, watch, method_of(config))
     finally:
         watch.close()
 

@@ -1,4 +1,4 @@
-"""``llm-parallel launch`` and ``submit``: ``pretrain`` under the elastic launcher, here or by SLURM."""
+"""``llm-parallel launch`` and ``submit``: a run under the elastic launcher, here or by SLURM."""
 
 from __future__ import annotations
 

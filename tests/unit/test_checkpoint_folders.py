@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_parallel.checkpoint.content import read_config, write_config
 from llm_parallel.checkpoint.folders import (
     COMPLETE,
     LATEST_NAME,
@@ -21,6 +20,7 @@ from llm_parallel.checkpoint.folders import (
     latest_checkpoint,
     step_of,
 )
+from llm_parallel.checkpoint.run_file import read_config, write_config
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import DataConfig, ModelConfig, RunConfig
 from llm_parallel.errors import UserError

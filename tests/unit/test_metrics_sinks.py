@@ -6,6 +6,7 @@ import builtins
 import io
 import json
 import math
+import re
 import resource
 import signal
 import socket
@@ -14,19 +15,23 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from llm_parallel.config.tree import LogConfig, RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import JsonLines
-from llm_parallel.metrics.console import ConsoleSink, duration, step_line
+from llm_parallel.metrics.console import REDRAW_S, ConsoleSink
 from llm_parallel.metrics.history import read_history
 from llm_parallel.metrics.record import Basis, EvalRecord, StepMeasurement, StepRecord, derive
 from llm_parallel.metrics.run import Metrics, World, open_metrics
+from llm_parallel.metrics.step_line import StepLines, duration, eval_line
 
 BASIS = Basis(world_size=2, seq_length=16, flops_per_token=10**10, peak_tflops=312.0, total_steps=200)
 WORLD = World(2, "TP 2", "NVIDIA A100-SXM4-80GB", True)
@@ -310,20 +315,82 @@ class TestServices:
 
 
 class TestConsole:
+    FULL = replace(record(7), tokens_per_s_per_gpu=12345.6, tflops_per_gpu=152.26, mfu=0.488)
+
     def test_line_names_everything_with_its_unit(self) -> None:
-        line = step_line(replace(record(7), tokens_per_s_per_gpu=12345.6, tflops_per_gpu=152.26, mfu=0.488), 200, "GPU")
-        assert line == (
-            "step   7/200 | loss 2.0000 | grad norm 1.500 | lr 3.00e-04 | 12,346 tokens/s/GPU | "
-            "152.3 TFLOP/s/GPU | MFU 48.8% | 12.25 GiB | ETA 0:01:36"
+        assert StepLines(200, "GPU").line(self.FULL) == (
+            "step   7/200 | loss 2.0000 | grad norm 1.500 | 12,346 tokens/s/GPU | 152.3 TFLOP/s/GPU | MFU 48.8% | "
+            "ETA 0:01:36 | lr 3.00e-04 | 12.25 GiB"
         )
 
     def test_cpu_counts_processes_and_has_no_mfu(self) -> None:
-        line = step_line(replace(record(7), mfu=None, tflops_per_gpu=0.0213), 200, "process")
+        line = StepLines(200, "process").line(replace(record(7), mfu=None, tflops_per_gpu=0.0213))
         assert "GPU" not in line
-        assert "0.021 TFLOP/s/process | MFU n/a" in line
+        assert "0.021 TFLOP/s/process | ETA" in line
+
+    @pytest.mark.parametrize(
+        ("width", "line"),
+        [
+            (
+                110,
+                "step   7/200 | loss 2.0000 | grad 1.500 | 12,346 tok/s/GPU | MFU 48.8% | ETA 0:01:36 | lr 3.00e-04 "
+                "| 12.25 GiB",
+            ),
+            (80, "step   7/200 | loss 2.0000 | grad 1.500 | 12,346 tok/s/GPU | ETA 0:01:36"),
+            (60, "step   7/200 | loss 2.0000 | 12,346 tok/s/GPU | ETA 0:01:36"),
+            (50, "step   7/200 | loss 2.0000 | ETA 0:01:36"),
+            (20, "step   7/200"),
+            (3, "step   7/200"),
+        ],
+    )
+    def test_line_fits_the_terminal(self, width: int, line: str) -> None:
+        assert StepLines(200, "GPU").line(self.FULL, width) == line
+
+    @settings(max_examples=200, deadline=None)
+    @given(
+        st.integers(12, 220),
+        st.lists(st.tuples(st.floats(0.01, 1e5), st.floats(1, 1e7), st.integers(1, 10**7)), min_size=1, max_size=5),
+    )
+    def test_no_line_is_wider_and_no_number_is_cut(self, width: int, steps: list[tuple[float, float, int]]) -> None:
+        lines = StepLines(200, "GPU")
+        for loss, rate, eta in steps:
+            made = replace(self.FULL, loss=loss, tokens_per_s_per_gpu=rate, eta_s=eta)
+            line = lines.line(made, width)
+            assert len(line) <= width
+            whole = {f"{loss:.4f}", f"{rate:,.0f}", str(timedelta(seconds=eta)), "7/200", "1.500", "152.3", "48.8%"}
+            found = re.findall(r"\d[^|a-zA-Z ]*(?:e-\d+| days?, [\d:]+)?", line)
+            assert found and set(found) <= whole | {"3.00e-04", "12.25"}
+
+    def test_numbers_stand_below_each_other(self) -> None:
+        lines = StepLines(200, "GPU")
+        first, second = (lines.line(replace(self.FULL, loss=loss), 200) for loss in (10.5, 9.5))
+        assert first.index("| grad") == second.index("| grad")
+
+    def test_what_does_not_change_is_left_out(self) -> None:
+        lines = StepLines(200, "GPU")
+        assert lines.line(self.FULL).endswith("| lr 3.00e-04 | 12.25 GiB")
+        assert lines.line(self.FULL).endswith("| ETA 0:01:36")
+        assert lines.line(replace(self.FULL, lr=1e-4)).endswith("| ETA 0:01:36 | lr 1.00e-04")
+
+    def test_statistics_of_the_objective_are_shown(self) -> None:
+        line = StepLines(200, "GPU").line(replace(self.FULL, statistics={"accuracy": 0.75}))
+        assert "| loss 2.0000 | accuracy 0.75 | grad norm" in line
 
     def test_skipped_step_says_why(self) -> None:
-        assert step_line(record(7, math.nan, "loss is NaN"), 200, "GPU").endswith("| SKIPPED: loss is NaN")
+        skipped = record(7, math.nan, "loss is NaN")
+        assert StepLines(200, "GPU").line(skipped).endswith("| SKIPPED: loss is NaN")
+        assert StepLines(200, "GPU").line(skipped, 40) == "step   7/200 | SKIPPED | loss nan"
+
+    @pytest.mark.parametrize(
+        ("width", "line"),
+        [
+            (None, "evaluation after step 50 | loss 2.0000 | perplexity 7.389 | 64 samples, 16,384 tokens"),
+            (60, "eval at 50 | loss 2.0000 | ppl 7.389"),
+            (30, "eval at 50 | loss 2.0000"),
+        ],
+    )
+    def test_line_of_an_evaluation(self, width: int | None, line: str) -> None:
+        assert eval_line(EvalRecord.from_loss(50, 2.0, 64, 16384), width) == line
 
     def test_duration(self) -> None:
         assert [duration(s) for s in (0, 59.6, 3723, 90061)] == ["0:00:00", "0:01:00", "1:02:03", "1 day, 1:01:01"]
@@ -335,21 +402,52 @@ class TestConsole:
         run.eval(EvalRecord.from_loss(1, 2.0, 64, 1024))
         run.message("saved [bold]checkpoint[/bold]")
         run.close()
-        out = capsys.readouterr().out.splitlines()
+        text = capsys.readouterr().out
+        out = text.splitlines()
         assert out[:2] == ["layout [TP 2]", "MFU: peak 312"]
         assert out[2].startswith("step   1/200 | loss 2.0000")
         assert out[3] == "evaluation after step 1 | loss 2.0000 | perplexity 7.389 | 64 samples, 1,024 tokens"
         assert out[4] == "saved [bold]checkpoint[/bold]", "text is not taken for markup"
         assert len(out) == 5
+        assert "\x1b" not in text and "\r" not in text
 
-    def test_progress_bar_on_a_terminal(self) -> None:
+    @pytest.mark.parametrize("width", [60, 80, 110, 200])
+    def test_progress_bar_on_a_terminal(self, width: int) -> None:
         out = io.StringIO()
-        sink = ConsoleSink(200, 6, "GPU", Console(file=out, force_terminal=True, width=160, color_system=None))
+        sink = ConsoleSink(200, 6, "GPU", Console(file=out, force_terminal=True, width=width, color_system=None))
         sink.start(["layout [TP 2]"])
         sink.step(record(7))
         sink.close()
         text = out.getvalue()
         assert "layout [TP 2]\n" in text
-        assert step_line(record(7), 200, "GPU") in text
-        assert "7/200" in text.rsplit("step", 1)[-1], "the bar stands at the step done"
-        assert "ETA 0:01:36" in text.rsplit("step", 1)[-1]
+        assert StepLines(200, "GPU").line(record(7), width) in text
+        bar = text.rsplit("step", 1)[-1]
+        assert "7/200" in bar, "the bar stands at the step done"
+        assert "left 0:01:36" in bar and "loss 2.0000" in bar and ("since start" in bar) == (width >= 80)
+
+    def test_fast_steps_redraw_the_bar_a_few_times_a_second(self) -> None:
+        out = io.StringIO()
+        sink = ConsoleSink(2000, 0, "GPU", Console(file=out, force_terminal=True, width=100, color_system=None))
+        sink.start([])
+        began = time.monotonic()
+        for step in range(1, 501):
+            sink.step(record(step))
+        seconds = time.monotonic() - began
+        sink.close()
+        text = out.getvalue()
+        assert all(f"step {step:>4}/2000 |" in text for step in range(1, 501)), "every line is there"
+        assert text.count("since start") <= 8 + 2 * seconds / REDRAW_S, (
+            "with lines above it is drawn twice in one write"
+        )
+
+    def test_the_line_of_a_step_before_a_long_one_does_not_wait_for_it(self) -> None:
+        out = io.StringIO()
+        sink = ConsoleSink(200, 0, "GPU", Console(file=out, force_terminal=True, width=100, color_system=None))
+        sink.start([])
+        sink.step(record(1))
+        sink.step(record(2))
+        deadline = time.monotonic() + 20
+        while "2/200 |" not in out.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert "2/200 |" in out.getvalue()
+        sink.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from llm_parallel.data.batch import Batch, Documents
 from llm_parallel.errors import UserError
+from llm_parallel.objectives.base import reported
+from llm_parallel.objectives.by_source import by_source
 from llm_parallel.objectives.dpo import DPO
 from llm_parallel.objectives.likelihood import Likelihood
 from llm_parallel.parallel.mesh import Coordinates, Mesh
@@ -49,6 +52,26 @@ def test_likelihood_takes_the_sum_that_the_fused_output_loss_made() -> None:
     batch, losses = batch_of(0, [[4, 4]])
     total = (losses * batch.weights).sum()
     assert Likelihood()(batch, ALONE, (total, losses.detach())).total is total
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_losses_by_source_are_means_over_the_labels_of_each_source(seed: int) -> None:
+    batch, losses = batch_of(seed, [[5, 3], [1, 7]])
+    source = torch.tensor(np.random.default_rng(seed).choice([0.0, 2.0], (2, 8)))
+    batch = Batch(batch.tokens, batch.labels, batch.weights, batch.documents, {"source": source})
+    objective = by_source(["web", "code", "chat"])
+    for output in (losses, ((losses * batch.weights).sum(), losses.detach())):
+        found = objective(batch, ALONE, output)
+        assert torch.equal(found.total, Likelihood()(batch, ALONE, output).total)
+        said = reported(objective, {name: float(x) for name, x in found.stats.items()}, float(found.count))
+        weights, values = batch.weights.numpy(), losses.detach().numpy()
+        for number, name in enumerate(("web", "code", "chat")):
+            own = (source.numpy() == number) & (weights != 0)
+            if own.any():
+                assert said[f"loss/{name}"] == pytest.approx((weights * values)[own].sum() / own.sum(), rel=1e-12)
+            else:
+                assert f"loss/{name}" not in said
+    assert len(said) <= 2 and type(by_source(["web"])) is Likelihood
 
 
 def dpo_in_numpy(batch: Batch, losses: np.ndarray, beta: float) -> tuple[float, int, np.ndarray, float]:
@@ -128,8 +151,9 @@ def test_padding_documents_are_no_pair() -> None:
     assert DPO()(batch, ALONE, losses).count.item() == 1
 
 
-@pytest.mark.parametrize("objective", [Likelihood(), DPO()], ids=["likelihood", "dpo"])
+@pytest.mark.parametrize("objective", [Likelihood(), DPO(), by_source("ab")], ids=["likelihood", "dpo", "by source"])
 def test_an_objective_names_its_statistics_beforehand(objective: Any) -> None:
     batch, losses = batch_of(3, [[4, 4]])
+    batch = replace(batch, columns={**batch.columns, "source": torch.zeros(1, 8)})
     assert tuple(objective(batch, ALONE, losses).stats) == objective.statistics
     assert objective.prepare({}, [batch]) == [batch]

@@ -1,0 +1,70 @@
+"""The configuration and the tokenizer that lie beside a checkpoint's tensors. Imports no torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from llm_parallel.config.load import dump_config, load_config
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.tokenizer import DECLARING_NAMES, JSON_NAME, MODEL_NAME
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+
+CONFIG_NAME = "config.yaml"
+TOKENIZER_NAME = "tokenizer"
+END = "...\n"
+"""YAML's end-of-document mark, the last line of the file: without it, a file that was cut short would often be read as
+valid YAML, with defaults for the lost fields."""
+WEIGHT_FILES = (
+    "*.safetensors*",
+    "*.bin*",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx*",
+    ".git",
+    "*.distcp",
+)
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Writes configuration and tokenizer, so that the checkpoint alone suffices to generate and convert."""
+    if config.data.tokenizer is not None and Path(config.data.tokenizer).exists():
+        _copy_tokenizer(Path(config.data.tokenizer), folder / TOKENIZER_NAME)
+    with atomic_write(folder / CONFIG_NAME) as handle:
+        handle.write(dump_config(config) + END)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer under the file names by which ``load_tokenizer`` finds it in a folder; weights beside it are
+    not copied."""
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+        return
+    target.mkdir(exist_ok=True)
+    if source.suffix == ".json":
+        shutil.copy2(source, target / JSON_NAME)
+        for name in DECLARING_NAMES:
+            if (source.parent / name).is_file():
+                shutil.copy2(source.parent / name, target / name)
+    else:
+        shutil.copy2(source, target / MODEL_NAME)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Configuration of a checkpoint folder (``iter_…``), with the tokenizer that lies beside it.
+
+    Raises UserError if there is none or it is cut short."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(f"{folder} has no {CONFIG_NAME}, so it is not a checkpoint; give an iter_… folder of a run")
+    if not path.read_text(errors="replace").endswith(END):
+        raise UserError(f"{path} is cut short (it does not end with '...'); give another checkpoint")
+    config = load_config(path, notice=lambda _: None)
+    tokenizer = folder / TOKENIZER_NAME
+    if (tokenizer / "tokenizer.json").is_file() or any(tokenizer.glob("*.model")):
+        config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(tokenizer)})})
+    return config

@@ -1,0 +1,46 @@
+"""What a run takes from the model that ``checkpoint.load`` names: sizes and tokenizer that the run file leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.checkpoint.run_file import read_config
+from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME
+from llm_parallel.model.hf_config import hf_config_to_model, is_hf_folder, read_hf_config
+
+
+def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
+    """The configuration with every field of ``model`` that is not given, and ``data.tokenizer`` if it is not given,
+    from the folder that ``checkpoint.load`` names; ``notice`` is told. Raises UserError for a folder that holds no
+    model."""
+    folder = config.checkpoint.load
+    if folder is None or not Path(folder).exists():
+        return config
+    given = config.model.model_fields_set
+    wants_tokenizer = config.data.tokenizer is None
+    if given >= set(ModelConfig.model_fields) - {"preset"} and not wants_tokenizer:
+        return config
+    model, tokenizer = _held(folder)
+    changes: dict[str, Any] = {}
+    if config.model.preset is None and not given >= set(ModelConfig.model_fields) - {"preset"}:
+        kept = {name: getattr(config.model, name) for name in given}
+        changes["model"] = ModelConfig.model_validate(model.model_dump() | kept)
+        said = f" but for {', '.join(sorted(given))}, which the run file gives" if given else ""
+        notice(f"model: as in {folder}{said}")
+    if wants_tokenizer and tokenizer is not None:
+        changes["data"] = config.data.model_copy(update={"tokenizer": tokenizer})
+        notice(f"data.tokenizer: {tokenizer}")
+    return config.model_copy(update=changes)
+
+
+def _held(folder: str) -> tuple[ModelConfig, str | None]:
+    """The model of a folder, and its tokenizer if it has one."""
+    if is_hf_folder(folder):
+        found = any((Path(folder) / name).is_file() for name in (JSON_NAME, MODEL_NAME))
+        return hf_config_to_model(read_hf_config(folder)), folder if found else None
+    saved = read_config(find_checkpoint(folder))
+    return saved.model, saved.data.tokenizer

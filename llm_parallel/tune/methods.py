@@ -1,0 +1,13 @@
+"""What a run's configuration trains for, as the training loop wants it."""
+
+from __future__ import annotations
+
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.train.open import PRETRAINING, Method
+
+METHODS = {"pretrain": PRETRAINING}
+
+
+def method_of(config: RunConfig) -> Method:
+    """The method of a run."""
+    return METHODS[config.trains]

@@ -1,0 +1,90 @@
+"""What a run takes from the model that it starts from, and how long it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.config.load import load_config
+from llm_parallel.config.tree import RampUp, TrainConfig
+from llm_parallel.train.inherit import inherited
+from llm_parallel.train.step_settings import global_batch_size, steps_for, total_samples
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3, "hidden_size": 48,
+    "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 300,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 5000.0, "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Hugging Face folder, as far as it is looked at before a run starts."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "tokenizer.json").touch()
+    return tmp_path
+
+
+def resolved(folder: Path, *overrides: str) -> tuple[Any, list[str]]:
+    said: list[str] = []
+    return inherited(load_config(None, [f"checkpoint.load={folder}", *overrides]), said.append), said
+
+
+def test_model_and_tokenizer_come_from_the_folder_and_are_said(folder: Path) -> None:
+    config, said = resolved(folder)
+    model = config.model
+    assert (model.num_layers, model.hidden_size, model.num_query_groups, model.vocab_size) == (3, 48, 2, 300)
+    assert model.rope_base == 5000.0 and model.tie_embeddings and config.data.tokenizer == str(folder)
+    assert said == [f"model: as in {folder}", f"data.tokenizer: {folder}"]
+
+
+def test_what_the_run_file_gives_counts(folder: Path) -> None:
+    config, said = resolved(folder, "model.max_seq_length_tokens=64", "data.tokenizer=other.json")
+    assert (config.model.max_seq_length_tokens, config.model.num_layers) == (64, 3)
+    assert config.data.tokenizer == "other.json"
+    assert said == [f"model: as in {folder} but for max_seq_length_tokens, which the run file gives"]
+    config, said = resolved(folder, "model.preset=debug")
+    assert config.model == load_config(None, ["model.preset=debug"]).model and len(said) == 1
+
+
+def test_without_a_folder_nothing_changes() -> None:
+    config = load_config(None, [])
+    assert inherited(config, pytest.fail) is config
+
+
+@given(st.integers(1, 40), st.floats(0.1, 400.0), st.booleans())
+def test_steps_are_the_fewest_that_consume_the_samples(size: int, samples: float, grows: bool) -> None:
+    ramp = RampUp(start=size, increment=size, samples=50) if grows else None
+    train = TrainConfig(global_batch_size=4 * size, rampup=ramp)
+    steps = steps_for(train, samples)
+    taken = total_samples(train.model_copy(update={"steps": steps}))
+    last = global_batch_size(train, taken - 4 * size) if not grows else 4 * size
+    assert taken >= samples - 1e-6 and (steps == 1 or taken - last < samples)
+
+
+def test_a_run_ends_when_evaluations_find_no_lower_loss() -> None:
+    state = TrainState(step=10)
+    for loss, since in ((3.0, 0), (2.5, 0), (2.6, 1), (float("nan"), 2), (2.4, 0), (2.4, 1), (2.5, 2)):
+        state.evaluated(loss, 3)
+        assert state.evaluations_since_best == since and not state.finished(100)
+    state.evaluated(2.4, 3)
+    assert state.stopped_early and state.finished(100) and state.best_eval_loss == 2.4
+    assert not TrainState(step=10, evaluations_since_best=9).finished(11) and TrainState(step=11).finished(11)
+
+
+def test_states_of_before_early_stops_are_read(tmp_path: Path) -> None:
+    old = {"step": 7, "consumed_samples": 56, "consumed_tokens": 1, "num_skipped": 0, "consecutive_skips": 0}
+    (tmp_path / "train_state.json").write_text(json.dumps({**old, "guard": {}, "elapsed_s": 1.5}))
+    state = TrainState.read(tmp_path)
+    assert state == TrainState(7, 56, 1, elapsed_s=1.5)
+    state.evaluated(2.0, 1)
+    state.write(tmp_path)
+    assert TrainState.read(tmp_path) == state
