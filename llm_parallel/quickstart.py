@@ -26,7 +26,7 @@ from llm_parallel.metrics.plots import plot_run
 from llm_parallel.train.preflight import NVIDIA_DEVICE
 from llm_parallel.worker.command import train_command
 
-VOCABULARY = 2048
+VOCABULARY = 4096
 MODEL = {
     "num_layers": 4,
     "hidden_size": 128,
@@ -102,7 +102,7 @@ def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
     data, replicas = folder / "data", max(1, gpus // 4)
     tp, pp = (1 if gpus == 1 else 2), (2 if gpus == 0 or gpus >= 4 else 1)
     model: dict[str, Any] = MODEL
-    train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 4, "steps": 800, "eval_interval_steps": 200}
+    train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 4, "steps": 900, "eval_interval_steps": 300}
     optim = {"lr": 4e-3, "min_lr": 4e-4, "warmup_steps": 40}
     if gpus:
         model = {"preset": "tiny"}
@@ -121,7 +121,7 @@ def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
         "parallel": {"dp": replicas, "tp": tp, "pp": pp},
         "train": train,
         "optim": optim,
-        "checkpoint": {"interval_steps": 400},
+        "checkpoint": {"interval_steps": 450},
         "log": {"interval_steps": 10},
     }
 
