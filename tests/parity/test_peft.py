@@ -224,7 +224,7 @@ def test_what_would_compute_something_else_is_refused(
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    with pytest.raises(UserError, match="adapter_config.json has ") as error:
+    with pytest.raises(UserError, match=r"adapter_config.json has ") as error:
         PeftFolder(tmp_path)
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -244,7 +244,7 @@ def test_adapters_for_another_model_or_place_are_refused(base: Path, tmp_path: P
     torch.manual_seed(0)
     settings = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     peft.get_peft_model(load_hf(base, torch.float32), settings).save_pretrained(tmp_path / "head")
-    with pytest.raises(UserError, match="lm_head.*; adapters here are on self_attn.q_proj, "):
+    with pytest.raises(UserError, match=r"lm_head.*; adapters here are on self_attn.q_proj, "):
         PeftFolder(tmp_path / "head")
     (tmp_path / "one" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="is not a complete PEFT adapter"):
