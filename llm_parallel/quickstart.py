@@ -81,8 +81,7 @@ def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
         return status
     run_dir = Path(load_config(run_file, overrides).run_dir)
     with parts.part("sample", "sample: loading the model, which then writes on from a prompt (some seconds)"):
-        report(run_dir, corpus.unigram_entropy_nats)
-        sample(run_dir)
+        sample(run_dir, report(run_dir, corpus.unigram_entropy_nats))
     with parts.part("pictures", "pictures: plots and an HTML report (some seconds)"):
         draw(folder, run_dir, corpus)
     print(f"\n{parts.describe()}\nWhat to try next:\n{next_commands(folder, run_file, run_dir)}")
@@ -126,8 +125,9 @@ def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
     }
 
 
-def report(run_dir: Path, unigram_entropy_nats: float) -> None:
-    """Prints the last held-out loss, and the loss of a model that knows only how frequent each token is."""
+def report(run_dir: Path, unigram_entropy_nats: float) -> int:
+    """Prints the last held-out loss, and the loss of a model that knows only how frequent each token is; returns the
+    step after which it was measured, which is the last one."""
     evaluations = [record for record in read_jsonlines(run_dir / "metrics.jsonl") if "eval/loss" in record]
     loss = evaluations[-1]["eval/loss"]
     summary = {
@@ -142,9 +142,11 @@ def report(run_dir: Path, unigram_entropy_nats: float) -> None:
         f"{unigram_entropy_nats - loss:.4f} below",
         flush=True,
     )
+    step: int = evaluations[-1]["step"]
+    return step
 
 
-def sample(run_dir: Path) -> None:
+def sample(run_dir: Path, step: int) -> None:
     """Prints a text that the model writes on from ``PROMPT``, and records it for the report."""
     from llm_parallel.generate.command import generate_command
 
@@ -152,10 +154,9 @@ def sample(run_dir: Path) -> None:
         str(run_dir), [PROMPT], max_new_tokens=SAMPLE_TOKENS, temperature=0.6, top_k=40, top_p=0.9, seed=1,
         device="auto",
     )  # fmt: skip
-    steps = [record["step"] for record in read_jsonlines(run_dir / "metrics.jsonl") if "train/loss" in record]
     lines = JsonLines(run_dir / "metrics.jsonl")
     try:
-        lines.append({"event": "answer", "step": steps[-1], "prompt": PROMPT, "answer": text, "stopped": False})
+        lines.append({"event": "answer", "step": step, "prompt": PROMPT, "answer": text, "stopped": False})
     finally:
         lines.close()
 

@@ -152,7 +152,7 @@ KINDS: dict[str, Callable[[random.Random], tuple[str, ...]]] = {
     "itself": _about_itself,
 }
 """Tasks by name: each makes a question and its answer."""
-SHARES = {"repeat": 4, "count": 2, "next": 2, "sort": 2, "module": 2}
+SHARES = {"repeat": 3, "first": 2, "last": 2, "count": 3, "next": 3, "sort": 3, "module": 2}
 """How often a task is set, others once: those whose answer is worked out take more examples than the facts."""
 THANKS = (("Thank you!", "You are welcome."), ("Thanks.", "You are welcome."), ("Goodbye.", "Goodbye!"))
 
