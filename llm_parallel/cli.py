@@ -99,6 +99,19 @@ def prepare(
     )  # fmt: skip
 
 
+@command(app, "check", with_overrides=True)
+def check(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Samples to show, token by token.")] = 3,
+    html: Annotated[str | None, typer.Option(help="File of an HTML page with the same.")] = None,
+) -> None:
+    """Show the conversations of a run as the model will see them: what is trained, cut, packed, and where it stops."""
+    from llm_parallel.report.check import check_command
+
+    raise typer.Exit(check_command(run_file, overrides or [], html, samples))
+
+
 # Train
 
 
