@@ -339,11 +339,14 @@ def convert(
         bool, typer.Option(help="Compare logits before and after, and print the largest difference.")
     ] = True,
     max_shard_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
+    merge: Annotated[
+        bool, typer.Option(help="Add adapters to the model under them, instead of writing a PEFT folder.")
+    ] = False,
 ) -> None:
-    """Convert between Hugging Face Llama folders and our checkpoints, either way."""
+    """Convert between Hugging Face Llama folders and our checkpoints, either way, and adapters into PEFT's files."""
     from llm_parallel.convert.command import convert_command
 
-    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb)
+    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb, merge=merge)
 
 
 def main() -> None:
