@@ -21,9 +21,10 @@ from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.convert.settings import origin, write_settings
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.model.hf import INDEX_NAME, file_tensors, hf_tensors
+from llm_parallel.model.hf import file_tensors, hf_tensors
 from llm_parallel.model.hf_config import family_of
 from llm_parallel.model.hf_families import FAMILIES
+from llm_parallel.model.hf_files import INDEX_NAME
 from llm_parallel.model.tensors import LAYERS, all_names, split_name
 
 
@@ -108,11 +109,16 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def export_to_hf(checkpoint: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> Path:
+def export_to_hf(
+    checkpoint: str | Path,
+    target: str | Path,
+    max_shard_bytes: int = 5 * 10**9,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Writes the checkpoint's model as a Hugging Face folder, with tokenizer and generation settings; returns it.
 
-    Holds at most one layer and one safetensors file in memory. The folder appears when it is complete. Raises UserError
-    if there is no checkpoint or the target is not empty.
+    dtype: that of the files; the checkpoint's if not given. Holds at most one layer and one safetensors file in memory.
+    The folder appears when it is complete. Raises UserError if there is no checkpoint or the target is not empty.
     """
     source, target = find_checkpoint(checkpoint), Path(target)
     if target.exists() and any(target.iterdir()):
@@ -124,13 +130,12 @@ def export_to_hf(checkpoint: str | Path, target: str | Path, max_shard_bytes: in
     try:
         family = FAMILIES[family_of(config.model, origin(source, config.model).get("model_type"))]
         tensors, writer = CheckpointTensors(source), ShardWriter(making, max_shard_bytes)
-        dtype = None
         for name in all_names(config.model):
             ours = tensors.read(name)
-            dtype = dtype or str(ours.dtype).removeprefix("torch.")
-            writer.add(file_tensors(hf_tensors(name, ours, config.model), family))
+            dtype = dtype or ours.dtype
+            writer.add(file_tensors(hf_tensors(name, ours.to(dtype), config.model), family))
         writer.close()
-        write_settings(source, making, config, dtype or "float32")
+        write_settings(source, making, config, str(dtype).removeprefix("torch."))
         if target.exists():
             target.rmdir()
         making.rename(target)

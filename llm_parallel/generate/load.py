@@ -15,7 +15,7 @@ from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.model.gpt import LlamaModel, build_policy
-from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights, named_unused
+from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
@@ -72,9 +72,8 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
 def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
     network = build_policy(config, groups)
     if is_hf_folder(path):
-        unused = load_hf_weights(path, network.models)
-        if unused:
-            print(named_unused(unused), file=sys.stderr)
+        for said in load_hf_weights(path, network.models):
+            print(said, file=sys.stderr)
     else:
         load_weights(path, network)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None

@@ -23,8 +23,9 @@ from llm_parallel.metrics.record import Basis
 from llm_parallel.metrics.run import World, open_metrics
 from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
 from llm_parallel.model.gpt import build_policy
-from llm_parallel.model.hf import is_hf_folder, load_hf_weights, named_unused
-from llm_parallel.model.hf_config import hf_config_to_model, read_hf_config
+from llm_parallel.model.hf import is_hf_folder, load_hf_weights
+from llm_parallel.model.hf_config import hf_config_to_model
+from llm_parallel.model.hf_files import read_hf_config
 from llm_parallel.model.numerics import dtype_of
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.likelihood import Likelihood
@@ -177,11 +178,11 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
         return Resumed(TrainState(), "new run")
     if is_hf_folder(config.checkpoint.load):
         engine = models[POLICY]
-        unused = load_hf_weights(config.checkpoint.load, engine.models)
+        said = load_hf_weights(config.checkpoint.load, engine.models)
         assert isinstance(engine, Engine)
         engine.optimizer.reload_model_params()
         changed += changed_model(hf_config_to_model(read_hf_config(config.checkpoint.load)), config.model)
-        changed += [named_unused(unused)] if unused else []
+        changed += said
         return Resumed(TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}", changed)
     with_optimizer = config.checkpoint.load_optimizer
     if config.checkpoint.verify:

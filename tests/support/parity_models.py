@@ -124,7 +124,8 @@ def hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
 def our_config(folder: str, seq_length: int, **parallel: Any) -> RunConfig:
     """Run configuration of the model in a Hugging Face folder."""
-    from llm_parallel.model.hf_config import hf_config_to_model, read_hf_config
+    from llm_parallel.model.hf_config import hf_config_to_model
+    from llm_parallel.model.hf_files import read_hf_config
 
     model = hf_config_to_model(read_hf_config(folder))
     return RunConfig(
