@@ -74,21 +74,28 @@ def options(
 
 @command(app, "prepare")
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst …")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders or globs: text, JSON lines, JSON, Parquet, Arrow, CSV; plain or in gz, zst, xz, bz2."
+        ),
+    ],
     out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
     tokenizer: Annotated[str | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")] = None,
     train_vocab: Annotated[int | None, typer.Option(help="Train a tokenizer of that many tokens first.")] = None,
-    key: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
+    key: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     workers: Annotated[int | None, typer.Option(help="Processes; all cores if not given.")] = None,
     append_eod: Annotated[bool, typer.Option(help="End every document with the end-of-document token.")] = True,
     shard_megabytes: Annotated[int, typer.Option(help="Text of one shard: what is redone after a kill.")] = 16,
+    prepend_bos: Annotated[bool, typer.Option(help="Begin every document with the tokenizer's begin token.")] = False,
+    strict: Annotated[bool, typer.Option(help="Stop at the first bad record instead of leaving it out.")] = False,
 ) -> None:
     """Turn raw text into a tokenizer and token files. Started again after a kill, it goes on where it was."""
     from llm_parallel.data.command import prepare_command
 
     prepare_command(
         inputs, out, tokenizer=tokenizer, train_vocab=train_vocab, key=key, workers=workers,
-        append_eod=append_eod, shard_megabytes=shard_megabytes,
+        append_eod=append_eod, shard_megabytes=shard_megabytes, prepend_bos=prepend_bos, strict=strict,
     )  # fmt: skip
 
 

@@ -15,6 +15,11 @@ from llm_parallel.config.problem import Case, Problem, divisors, nearest
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
+NO_BASE = (
+    "adapter is given, and checkpoint.load, which names the model that adapters are trained for, is not; give it a "
+    "Hugging Face folder or a checkpoint"
+)
+
 
 def num_processes(config: RunConfig) -> int:
     """Processes that a run of this configuration needs; one replica where ``parallel.dp`` is left open."""
@@ -105,6 +110,8 @@ def check_chat_inputs(config: RunConfig) -> None:
 
 
 def _refuse_missing(config: RunConfig, missing: list[str]) -> None:
+    if config.adapter is not None and config.checkpoint.load is None:
+        missing.append(NO_BASE)
     for name, path in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
         if path is not None and not Path(path).exists():
             missing.append(f"{name} = {path} does not exist; give the path of one that does")

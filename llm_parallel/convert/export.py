@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.run_file import read_config
+from llm_parallel.checkpoint.tensors import CheckpointTensors
 from llm_parallel.convert.settings import origin, write_settings
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
@@ -25,48 +20,7 @@ from llm_parallel.model.hf import file_tensors, hf_tensors
 from llm_parallel.model.hf_config import family_of
 from llm_parallel.model.hf_families import FAMILIES
 from llm_parallel.model.hf_files import INDEX_NAME
-from llm_parallel.model.tensors import LAYERS, all_names, split_name
-
-
-class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of the tensor that one read fills."""
-        part = self._target
-        for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
-            part = part.narrow(axis, offset, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing: the part is a view."""
-
-
-class CheckpointTensors:
-    """Single tensors of one of our checkpoints, by canonical name, without reading the others."""
-
-    def __init__(self, folder: Path) -> None:
-        self._reader = FileSystemReader(str(folder))
-        self._metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-
-    def read(self, name: str) -> Tensor:
-        """The whole tensor ``name``; if it belongs to a layer, only that layer's part of the stored stack is read."""
-        kind, layer = split_name(name)
-        return self._load(name, ()) if layer is None else self._load(LAYERS + kind.name, (layer,))
-
-    def _load(self, key: str, at: tuple[int, ...]) -> Tensor:
-        stored: Any = self._metadata.state_dict_metadata[key]
-        rest = tuple(stored.size)[len(at) :]
-        wanted = ChunkStorageMetadata(torch.Size((*at, *(0,) * len(rest))), torch.Size((*(1,) * len(at), *rest)))
-        target = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
-        plan = LoadPlan(create_read_items_for_chunk_list(key, stored, [wanted]))
-        self._reader.read_data(self._reader.prepare_local_plan(plan), _Into(target)).wait()
-        return target.view(rest)
+from llm_parallel.model.tensors import all_names
 
 
 class ShardWriter:
@@ -124,6 +78,8 @@ def export_to_hf(
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; give a new folder")
     config = read_config(source)
+    if config.adapter is not None:
+        raise UserError(f"{source} holds adapters alone; they cannot be converted yet")
     making = target.with_name(f".{target.name}.converting")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)

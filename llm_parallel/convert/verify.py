@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.run_file import read_config
+from llm_parallel.checkpoint.tensors import CheckpointTensors
 from llm_parallel.config.tree import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from llm_parallel.convert.export import CheckpointTensors
 from llm_parallel.errors import UserError
 from llm_parallel.generate.forward import pipeline_logits
 from llm_parallel.model.flops import parameter_count

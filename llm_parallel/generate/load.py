@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_parallel.checkpoint.base import load_base, path_of_base
 from llm_parallel.checkpoint.folders import find_checkpoint
-from llm_parallel.checkpoint.load import load_weights
+from llm_parallel.checkpoint.load import content_of, load_weights
 from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.config.rules import check_model
 from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
@@ -59,7 +60,8 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
     config = describe_folder(path)
     train = config.train.model_copy(update={"precision": precision or config.train.precision})
     data = DataConfig(tokenizer=config.data.tokenizer, seq_length_tokens=config.data.seq_length_tokens)
-    config = RunConfig(device=device, seed=config.seed, model=config.model, data=data, train=train)
+    kept = {"model": config.model, "adapter": config.adapter}
+    config = RunConfig(device=device, seed=config.seed, data=data, train=train, **kept)
     config = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
     groups = open_groups(Layout.from_config(config, 1), 0, open_platform(device), config.seed)
     try:
@@ -72,9 +74,13 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
 def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
     network = build_policy(config, groups)
     if is_hf_folder(path):
-        for said in load_hf_weights(path, network.models):
-            print(said, file=sys.stderr)
+        found = load_hf_weights(path, network.models)
     else:
-        load_weights(path, network)
+        folder, found = find_checkpoint(path), []
+        if network.base is not None:
+            found = load_base(path_of_base(folder, content_of(folder)), network)
+        load_weights(folder, network)
+    for said in found:
+        print(said, file=sys.stderr)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     return Loaded(config, list(network.models), tokenizer)

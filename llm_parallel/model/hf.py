@@ -7,7 +7,7 @@ rows are padded with zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.model.hf_config import family_in, hf_config_to_model, unused_fields
 from llm_parallel.model.hf_families import Family
 from llm_parallel.model.hf_files import ADAPTER_NAME, is_hf_folder, is_pointer, read_hf_config, weight_files
-from llm_parallel.model.tensors import EMBEDDING, OUTPUT, all_names, canonical_parameters, kind_of, split_name
+from llm_parallel.model.tensors import EMBEDDING, OUTPUT, all_names, kind_of, split_name, weights_of
 
 __all__ = ["HfReader", "Piece", "hf_tensors", "is_hf_folder", "load_hf_weights", "pieces_of"]
 
@@ -248,9 +248,12 @@ def read_rows(reader: HfReader, name: str, model: ModelConfig, wanted: range) ->
 
 
 @torch.no_grad()
-def load_hf_weights(folder: str | Path, models: Sequence[Any]) -> list[str]:
+def load_hf_weights(
+    folder: str | Path, models: Sequence[Any], seen: Callable[[Any, str, Tensor], None] = lambda *_: None
+) -> list[str]:
     """Reads a Hugging Face model into this process's model chunks, only the rows that they hold, cast to their dtype.
-    Returns a sentence for each thing in the folder that the model does not use.
+    Returns a sentence for each thing in the folder that the model does not use. ``seen`` is called with each chunk,
+    canonical name and values as they were read.
 
     Raises UserError if the folder's architecture is not that of the models, or its tensors are not what its config.json
     means.
@@ -261,12 +264,14 @@ def load_hf_weights(folder: str | Path, models: Sequence[Any]) -> list[str]:
         check_same_architecture(folder, hf_config_to_model(reader.config), config)
         said = reader.check()
         for chunk in models:
-            for name, parameter in canonical_parameters(chunk):
+            for name, weight in weights_of(chunk):
                 kind = kind_of(name)
                 dim = kind.piece_dim
-                ranges = kind.shard(parameter.shape[dim] * (1 if kind.sharded_dim is None else tp), tp, tp_rank)
+                ranges = kind.shard(weight.shape[dim] * (1 if kind.sharded_dim is None else tp), tp, tp_rank)
                 parts = [part for wanted in ranges for part in read_rows(reader, name, config, wanted)]
-                parameter.copy_(torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0])
+                values = torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+                seen(chunk, name, values)
+                weight.copy_(values)
     return said
 
 

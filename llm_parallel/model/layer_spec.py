@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -15,6 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from llm_parallel.config.tree import ModelConfig
+from llm_parallel.model.adapters import ColumnLinear
 from llm_parallel.model.attention import CoreAttention, LlamaAttention
 from llm_parallel.model.modules import (
     AttentionOutput,
@@ -45,7 +45,7 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
         module=LlamaAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=ColumnLinear,
             core_attention=CoreAttention,
             linear_proj=AttentionOutput,
             q_layernorm=query_norm,

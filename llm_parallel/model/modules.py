@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import checkpoint
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from llm_kernels.rms_norm.op import add_rms_norm, rms_norm
 from llm_kernels.swiglu.op import swiglu
+from llm_parallel.model.adapters import ColumnLinear, RowLinear
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
 from llm_parallel.model.sequence import SequenceInfo
 
@@ -109,7 +109,7 @@ class SwiGLU(MegatronModule):
         return swiglu(x_SBF, inplace_backward=True, backend=self.config.kernels.swiglu)
 
 
-class AttentionOutput(RowParallelLinear):
+class AttentionOutput(RowLinear):
     """Attention's output projection. megatron-core has one switch for all biases except those of queries, keys and
     values; here the model's configuration decides about each."""
 
@@ -117,14 +117,16 @@ class AttentionOutput(RowParallelLinear):
         super().__init__(*arguments, config=config, bias=config.attention_output_bias, **named)
 
 
-class MLPInput(ColumnParallelLinear):
-    """The MLP's first matrix, with a bias if the model has one."""
+class MLPInput(ColumnLinear):
+    """The MLP's first matrix, gate and up, with a bias if the model has one."""
+
+    interleaved = 2
 
     def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:
         super().__init__(*arguments, config=config, bias=config.mlp_bias, **named)
 
 
-class MLPOutput(RowParallelLinear):
+class MLPOutput(RowLinear):
     """The MLP's second matrix, with a bias if the model has one."""
 
     def __init__(self, *arguments: Any, config: LlamaTransformerConfig, bias: bool, **named: Any) -> None:

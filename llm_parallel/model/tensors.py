@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llm_parallel.config.tree import ModelConfig
 
@@ -25,6 +27,7 @@ class Role(Enum):
     INPUT = "a matrix that reads the normalized residual stream"
     RESIDUAL = "a matrix whose output is added to the residual stream"
     BIAS = "a vector that is added to a matrix's output"
+    ADAPTER = "a factor of a low-rank matrix that is trained beside a frozen one"
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,27 @@ TENSORS = (
     TensorKind("output_layer.weight", Role.VOCABULARY, 0, ("lm_head.weight",), in_layer=False),
 )
 EMBEDDING, OUTPUT = TENSORS[0], TENSORS[-1]
-_BY_NAME = {kind.name: kind for kind in TENSORS}
+ADAPTER_MARK = ".adapter."
+"""In the name of every tensor of an adapter, and of no other."""
+
+
+def _factors(linear: str, down: int | None, up: int | None, interleaved: int = 1) -> tuple[TensorKind, TensorKind]:
+    """The factors of one linear's adapter. ``down``, ``up``: the dimension of A and of B that ranks divide."""
+    return (
+        TensorKind(f"{linear}{ADAPTER_MARK}a", Role.ADAPTER, down, ()),
+        TensorKind(f"{linear}{ADAPTER_MARK}b", Role.ADAPTER, up, (), interleaved=interleaved),
+    )
+
+
+ADAPTER_TENSORS = (
+    *_factors("self_attention.linear_qkv", None, 0),
+    *_factors("self_attention.linear_proj", 1, None),
+    *_factors("mlp.linear_fc1", None, 0, interleaved=2),
+    *_factors("mlp.linear_fc2", 1, None),
+)
+"""A [rank of all kinds, in] and B [out, rank] of the adapters (``model/adapters.py``), which a model has where a run
+trains them. Their sizes are those of the run's ``adapter`` section, so ``shape`` does not know them."""
+_BY_NAME = {kind.name: kind for kind in (*TENSORS, *ADAPTER_TENSORS)}
 
 
 def split_name(name: str) -> tuple[TensorKind, int | None]:
@@ -203,7 +226,8 @@ def all_names(model: ModelConfig) -> Iterator[str]:
 
 
 def canonical_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of a model chunk with their canonical names; a tied output projection has the embedding's."""
+    """Parameters of a model chunk, adapters included, with their canonical names; a tied output projection has the
+    embedding's."""
     for name, parameter in chunk.named_parameters():
         if name.startswith(LAYERS):
             kind, place = split_name(name)
@@ -211,3 +235,21 @@ def canonical_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
         elif name == OUTPUT.name and chunk.share_embeddings_and_output_weights:
             name = EMBEDDING.name
         yield name, parameter
+
+
+class Weight(Protocol):
+    """A tensor of a model as it is held: a parameter, or a matrix whose values are stored with fewer bits."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of this process's part."""
+
+    def copy_(self, values: Tensor) -> Any:
+        """Takes values of that shape, of whatever dtype."""
+
+
+def weights_of(chunk: nn.Module) -> Iterator[tuple[str, Weight]]:
+    """The model's own tensors in a chunk, without adapters, with their canonical names."""
+    for name, parameter in canonical_parameters(chunk):
+        if ADAPTER_MARK not in name:
+            yield name, getattr(parameter, "stored", parameter)

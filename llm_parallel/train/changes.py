@@ -31,6 +31,10 @@ MEANINGS = {
     "train.rampup": "steps before took another number of samples",
     "train.precision": "losses before were rounded otherwise",
     "optim.clip_grad": "gradients are limited to another norm",
+    "adapter.alpha": "what was trained counts with another factor",
+    "adapter.rank_stabilized": "what was trained counts with another factor",
+    "adapter.dropout": "training losses are not comparable",
+    "adapter.base": "the frozen weights are rounded otherwise",
     "train.label_smoothing": "training losses are not comparable",
     "train.z_loss": "training losses are not comparable",
 }
@@ -76,7 +80,7 @@ def _change(name: str, old: Any, new: Any) -> str:
 def _value(config: RunConfig, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)
     if name in ("data.train", "data.eval"):
         return tuple((source.path, source.weight) for source in value)
     return value

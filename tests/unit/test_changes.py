@@ -14,6 +14,7 @@ SAVED = RunConfig.model_validate(
         "data": {"train": [{"path": "a"}, {"path": "b", "weight": 2.0}], "tokenizer": "t"},
         "train": {"steps": 40},
         "optim": {"lr": 1e-3, "min_lr": 1e-4},
+        "adapter": {"rank": 8},
     }
 )
 
@@ -35,6 +36,10 @@ CHANGES = {
     "train.rampup": {"start": 4, "increment": 4, "samples": 100},
     "train.precision": "bf16",
     "optim.clip_grad": 0.5,
+    "adapter.alpha": 8.0,
+    "adapter.rank_stabilized": True,
+    "adapter.dropout": 0.1,
+    "adapter.base": "nf4",
     "train.label_smoothing": 0.1,
     "train.z_loss": 1e-4,
 }
