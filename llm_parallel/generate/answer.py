@@ -69,9 +69,10 @@ class Answer:
         text = self.text()
         if self._cut is not None:
             return text
-        named = self._text(len(self.tokens), control=True) if self._stops else ""
-        held = max((_overlap(where, stop) for stop in self._stops for where in (text, named)), default=0)
-        text = text[: max(len(text) - held, 0)]
+        if self._stops:
+            named = self._text(len(self.tokens), control=True)
+            in_text, in_named = (max(_overlap(where, stop) for stop in self._stops) for where in (text, named))
+            text = min(text[: len(text) - in_text], self._before(len(named) - in_named), key=len)
         return text.rstrip(HALF) if text.endswith(HALF) else text
 
 
