@@ -99,6 +99,19 @@ def prepare(
     )  # fmt: skip
 
 
+@command(app, "check", with_overrides=True)
+def check(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Samples to show, token by token.")] = 3,
+    html: Annotated[str | None, typer.Option(help="File of an HTML page with the same.")] = None,
+) -> None:
+    """Show the conversations of a run as the model will see them: what is trained, cut, packed, and where it stops."""
+    from llm_parallel.report.check import check_command
+
+    raise typer.Exit(check_command(run_file, overrides or [], html, samples))
+
+
 # Train
 
 
@@ -330,11 +343,14 @@ def convert(
     ] = True,
     max_shard_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the source's if not given.")] = None,
+    merge: Annotated[
+        bool, typer.Option(help="Add adapters to the model under them, instead of writing a PEFT folder.")
+    ] = False,
 ) -> None:
-    """Convert between Hugging Face folders and our checkpoints, either way."""
+    """Convert between Hugging Face folders and our checkpoints, either way, and adapters into PEFT's files."""
     from llm_parallel.convert.command import convert_command
 
-    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb, dtype=dtype)
+    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb, dtype=dtype, merge=merge)
 
 
 def main() -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from llm_parallel.checkpoint.content import BASE
 from llm_parallel.checkpoint.folders import find_checkpoint
-from llm_parallel.checkpoint.load import DAMAGE, content_of
+from llm_parallel.checkpoint.load import DAMAGE, content_of, load_weights
 from llm_parallel.checkpoint.run_file import CONFIG_NAME, read_config
 from llm_parallel.checkpoint.tensors import CheckpointTensors
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights
+from llm_parallel.model.peft_files import PeftFolder, is_peft_folder, load_peft
 from llm_parallel.model.tensors import EMBEDDING, kind_of, weights_of
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups
@@ -79,6 +80,14 @@ def path_of_base(folder: Path, content: dict[str, Any]) -> str:
         f"{folder} holds adapters of the model in {content[BASE]['path']}, which does not exist; put it there, or its "
         f"path as checkpoint.load into {folder / CONFIG_NAME}"
     )
+
+
+def load_adapters(path: str | Path, network: Network) -> None:
+    """Loads adapters from a PEFT folder or one of our checkpoints of adapters. Raises UserError if they do not fit."""
+    if is_peft_folder(path):
+        load_peft(PeftFolder(path), network)
+    else:
+        load_weights(path, network)
 
 
 def _load_from_checkpoint(folder: Path, network: Network, fingerprint: Fingerprint) -> None:

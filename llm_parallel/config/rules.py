@@ -112,7 +112,12 @@ def check_chat_inputs(config: RunConfig) -> None:
 def _refuse_missing(config: RunConfig, missing: list[str]) -> None:
     if config.adapter is not None and config.checkpoint.load is None:
         missing.append(NO_BASE)
-    for name, path in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
+    of_adapter = config.adapter.load if config.adapter is not None else None
+    for name, path in (
+        ("data.tokenizer", config.data.tokenizer),
+        ("checkpoint.load", config.checkpoint.load),
+        ("adapter.load", of_adapter),
+    ):
         if path is not None and not Path(path).exists():
             missing.append(f"{name} = {path} does not exist; give the path of one that does")
     if missing:

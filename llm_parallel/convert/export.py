@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from torch import Tensor
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.checkpoint.tensors import CheckpointTensors
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.convert.settings import origin, write_settings
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
@@ -71,21 +73,43 @@ def export_to_hf(
 ) -> Path:
     """Writes the checkpoint's model as a Hugging Face folder, with tokenizer and generation settings; returns it.
 
-    dtype: that of the files; the checkpoint's if not given. Holds at most one layer and one safetensors file in memory.
-    The folder appears when it is complete. Raises UserError if there is no checkpoint or the target is not empty.
+    dtype: that of the files; the checkpoint's if not given. Raises UserError if there is no checkpoint or the target is
+    not empty.
     """
-    source, target = find_checkpoint(checkpoint), Path(target)
+    source = find_checkpoint(checkpoint)
+    return write_hf_folder(CheckpointTensors(source), read_config(source), source, target, max_shard_bytes, dtype)
+
+
+class Tensors(Protocol):
+    """Whole tensors of a model."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of a canonical name."""
+
+
+def write_hf_folder(
+    tensors: Tensors,
+    config: RunConfig,
+    source: Path,
+    target: str | Path,
+    max_shard_bytes: int,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Writes a model as a Hugging Face folder, with the tokenizer and the settings that lie in ``source`` as in one of
+    our checkpoints; returns it.
+
+    dtype: that of the files; that of ``tensors`` if not given. Holds at most one layer and one safetensors file in
+    memory. The folder appears when it is complete. Raises UserError if the target is not empty.
+    """
+    target = Path(target)
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; give a new folder")
-    config = read_config(source)
-    if config.adapter is not None:
-        raise UserError(f"{source} holds adapters alone; they cannot be converted yet")
     making = target.with_name(f".{target.name}.converting")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     try:
         family = FAMILIES[family_of(config.model, origin(source, config.model).get("model_type"))]
-        tensors, writer = CheckpointTensors(source), ShardWriter(making, max_shard_bytes)
+        writer = ShardWriter(making, max_shard_bytes)
         for name in all_names(config.model):
             ours = tensors.read(name)
             dtype = dtype or ours.dtype

@@ -21,9 +21,11 @@ from llm_parallel.checkpoint.tensors import CheckpointTensors
 from llm_parallel.config.tree import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llm_parallel.errors import UserError
 from llm_parallel.generate.forward import pipeline_logits
+from llm_parallel.generate.load import describe_folder, load_model
 from llm_parallel.model.flops import parameter_count
 from llm_parallel.model.gpt import build_policy
-from llm_parallel.model.hf import HfReader, read_rows
+from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
+from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
 from llm_parallel.model.tensors import all_names, canonical_parameters, kind_of
 from llm_parallel.parallel.groups import close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
@@ -34,6 +36,8 @@ PROBE_TOKENS = 64
 LIMIT = 1e-3
 """Largest difference of logits, relative to the largest logit, that rounding in fp32 explains: 80 layers stay below
 1e-4."""
+ROUNDED_LIMIT = 0.1
+"""The same where weights of one side were rounded to bf16 or fp16: a relative 2^-9 for each weight."""
 USED_SHARE = 0.7
 """Share of the available memory that one model in fp32 may take; the rest is for activations and one file's tensors."""
 
@@ -53,7 +57,7 @@ class Outcome:
         part = f"all {self.layers} layers" if self.layers == self.num_layers else f"the first {self.layers} layers"
         rest = "" if self.layers == self.num_layers else f"; the tensors of all {self.num_layers} are equal bit for bit"
         return (
-            f"largest logit difference from transformers {metadata.version('transformers')}: {self.difference:.1e}, of "
+            f"largest logit difference from transformers {metadata.version('transformers')}: {self.difference:.1e} of "
             f"logits up to {self.largest:.1f} ({self.tokens} random tokens through {part}, weights as stored, fp32 "
             f"compute){rest}"
         )
@@ -84,15 +88,53 @@ def verify(folder: Path, checkpoint: Path, *, rounded: bool = False) -> str:
         return f"written as read; not verified, because transformers {version} cannot load {folder} ({first})"
     gc.collect()
     ours = our_logits(checkpoint, _shortened(model, layers), tokens)
-    outcome = Outcome(
-        (ours - theirs).abs().max().item(), theirs.abs().max().item(), tokens.shape[1], layers, model.num_layers
-    )
-    if not rounded and not outcome.difference <= LIMIT * max(outcome.largest, 1.0):  # true for not-a-number too
-        raise UserError(
-            f"{folder} in transformers and {checkpoint} are not the same model: {outcome.sentence()}; do not use what "
-            "was written, and report this"
+    said = _judged(ours, theirs, layers, model.num_layers, (folder, checkpoint), rounded)
+    return said + (", with weights rounded to the dtype that was asked for" if rounded else "")
+
+
+def verify_adapters(source: str | Path, written: Path) -> str:
+    """The same for adapters: the merged model in transformers, or the PEFT folder in peft, against the adapters and the
+    model under them as we load them. Compares all layers or, where they do not fit into memory, none."""
+    needs = ["transformers", "peft"] if is_peft_folder(written) else ["transformers"]
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not verified, because {' and '.join(missing)} is not installed"
+    model = describe_folder(source).model
+    if layers_that_fit(model, int(psutil.virtual_memory().available * USED_SHARE)) < model.num_layers:
+        return (
+            f"not verified, because the model needs {4 * parameter_count(model).total / 1e9:.1f} GB of memory in fp32"
         )
-    return outcome.sentence() + (", with weights rounded to the dtype that was asked for" if rounded else "")
+    folder = Path(PeftFolder(written).base_path()) if is_peft_folder(written) else written
+    if not is_hf_folder(folder):
+        return f"not verified, because peft cannot load the model under the adapters, {folder}"
+    tokens = _tokens(model)
+    theirs = their_logits(folder, tokens, model.num_layers, written if is_peft_folder(written) else None)
+    gc.collect()
+    loaded = load_model(source, "cpu", "fp32")
+    try:
+        with torch.no_grad():
+            ours = pipeline_logits(loaded.models, tokens)
+    finally:
+        close_groups()
+    assert ours is not None, "one process is the last stage"
+    with HfReader(folder) as reader:
+        rounded = not is_peft_folder(written) and reader.dtype() is not torch.float32
+    return _judged(ours, theirs, model.num_layers, model.num_layers, (written, Path(source)), rounded)
+
+
+def _judged(
+    ours: Tensor, theirs: Tensor, layers: int, num_layers: int, folders: tuple[Path, Path], rounded: bool
+) -> str:
+    """The sentence about two models' logits. Raises UserError if they are further apart than rounding explains."""
+    difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    outcome = Outcome(difference, largest, theirs.shape[1], layers, num_layers)
+    limit = (ROUNDED_LIMIT if rounded else LIMIT) * max(largest, 1.0)
+    if not difference <= limit:  # so that not-a-number is refused too
+        raise UserError(
+            f"{folders[0]} in transformers and {folders[1]} are not the same model: {outcome.sentence()}; do not use "
+            "what was written, and report this"
+        )
+    return outcome.sentence()
 
 
 def layers_that_fit(model: ModelConfig, available_bytes: int) -> int:
@@ -137,8 +179,9 @@ def our_logits(checkpoint: Path, model: ModelConfig, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def their_logits(folder: Path, tokens: Tensor, layers: int) -> Tensor:
-    """Logits fp32 [1, s, v] that transformers gives with the first layers of a Hugging Face folder in fp32."""
+def their_logits(folder: Path, tokens: Tensor, layers: int, adapters: Path | None = None) -> Tensor:
+    """Logits fp32 [1, s, v] that transformers gives with the first layers of a Hugging Face folder in fp32, with the
+    adapters of a PEFT folder if one is given."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -152,7 +195,11 @@ def their_logits(folder: Path, tokens: Tensor, layers: int) -> Tensor:
         dtype = "dtype" if parse(metadata.version("transformers")) >= (4, 56) else "torch_dtype"
         options: dict[str, Any] = {dtype: torch.float32, **local}
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, **options).eval()
-        return model(tokens).logits.float()
+        if adapters is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapters).eval()
+        return model(input_ids=tokens).logits.float()
 
 
 @contextmanager

@@ -57,9 +57,7 @@ class ChatEncoder:
         self.tokenizer, self.template, self._train_on, self._system = tokenizer, template, train_on, system
         self._headers: dict[str, tuple[str, str]] = {}
         self._escape = tokenizer.escaper()
-        self._escape_others = tokenizer.escaper(
-            name for name in tokenizer.added if name.strip() and name in template.literals
-        )
+        self._escape_others = tokenizer.escaper(name for name in tokenizer.added if name in template.literals)
         self.declared = declared_stops(tokenizer)
         self._specials = re.compile(
             "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True))) or "(?!)"
@@ -192,7 +190,7 @@ class ChatEncoder:
     @cached_property
     def _dict_arguments(self) -> bool:
         """Whether the template takes a tool call's arguments as an object; else it takes JSON."""
-        messages = [_user(), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+        messages = [_user(), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
         try:
             self.template.text(messages)
             return True
@@ -219,7 +217,7 @@ class ChatEncoder:
         prefix: list[Message] = [_user()]
         if before == "tool":
             prefix += [
-                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
                 {"role": "tool", "content": "It.", "name": "find", "tool_call_id": CALL["id"]},
             ]
         elif before == "assistant":

@@ -31,7 +31,7 @@ MAX_TOKENS = (1 << 31) - 1
 @dataclass(frozen=True)
 class ShardRecord:
     """What a finished shard holds. ``input_bytes`` is its size on disk, ``text_bytes`` its text in UTF-8; ``bad``,
-    ``first`` and ``skipped`` are those of ``inputs.Losses``."""
+    ``first``, ``damaged`` and ``skipped`` are those of ``inputs.Losses``."""
 
     documents: int
     tokens: int
@@ -40,6 +40,7 @@ class ShardRecord:
     empty: int
     bad: int
     first: list[tuple[str, str | int, str]]
+    damaged: list[str]
     skipped: list[tuple[str, str]]
 
 
@@ -89,6 +90,7 @@ class ShardWriter:
             losses.empty,
             losses.bad,
             losses.first,
+            losses.damaged,
             losses.skipped,
         )
         with atomic_write(self.path(number, "json")) as handle:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_parallel.checkpoint.base import load_base, path_of_base
+from llm_parallel.checkpoint.base import load_adapters, load_base, path_of_base
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import content_of, load_weights
 from llm_parallel.checkpoint.run_file import read_config
@@ -18,6 +18,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.model.gpt import LlamaModel, build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
+from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
 from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform
@@ -35,10 +36,12 @@ class Loaded:
 
 
 def describe_folder(path: str | Path) -> RunConfig:
-    """Configuration of the model in a Hugging Face folder or in one of our run, checkpoints or ``iter_…`` folders, set
-    for one process. Raises UserError if there is no model."""
+    """Configuration of the model in a Hugging Face folder, in one of our run, checkpoints or ``iter_…`` folders, or
+    under the adapter in a PEFT folder, set for one process. Raises UserError if there is no model."""
     if not Path(path).exists():
         raise UserError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face folder")
+    if is_peft_folder(path):
+        return _describe_peft(path)
     if is_hf_folder(path):
         with HfReader(path) as reader:
             model = hf_config_to_model(reader.config)
@@ -53,6 +56,15 @@ def describe_folder(path: str | Path) -> RunConfig:
         check_model(config)
         return config
     return read_config(find_checkpoint(path))
+
+
+def _describe_peft(path: str | Path) -> RunConfig:
+    peft = PeftFolder(path)
+    config = describe_folder(peft.base_path())
+    peft.check(config.model)
+    has_tokenizer = any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+    data = config.data.model_copy(update={"tokenizer": str(path)} if has_tokenizer else {})
+    return config.model_copy(update={"adapter": peft.settings, "data": data})
 
 
 def load_model(path: str | Path, device: str = "auto", precision: str | None = None) -> Loaded:
@@ -73,14 +85,18 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
 
 def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
     network = build_policy(config, groups)
+    said: list[str] = []
     if is_hf_folder(path):
-        found = load_hf_weights(path, network.models)
+        said = load_hf_weights(path, network.models)
+    elif is_peft_folder(path):
+        said = load_base(PeftFolder(path).base_path(), network)
+        load_adapters(path, network)
     else:
-        folder, found = find_checkpoint(path), []
+        folder = find_checkpoint(path)
         if network.base is not None:
-            found = load_base(path_of_base(folder, content_of(folder)), network)
+            said = load_base(path_of_base(folder, content_of(folder)), network)
         load_weights(folder, network)
-    for said in found:
-        print(said, file=sys.stderr)
+    for sentence in said:
+        print(sentence, file=sys.stderr)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     return Loaded(config, list(network.models), tokenizer)

@@ -82,12 +82,12 @@ class ColumnAdapter(Adapter):
         count = a.shape[0] // adapter.rank
         which = parts[:, None] == torch.arange(count)
         self.all_rows_meet_all = count == 1 and bool(which.all())
-        self.register_buffer("meets", which[:, :, None].to(a.device), persistent=False)
+        self.register_buffer("meets", which.to(a.device), persistent=False)
 
     def wide_b(self) -> Tensor:
         """B as a matrix [O, K·R] that is zero where a row does not meet a part of A: one product instead of one for
         each projection, whose results would have to be put into the weight's order."""
-        return self.b if self.all_rows_meet_all else (self.b[:, None] * self.meets).flatten(1)
+        return self.b if self.all_rows_meet_all else _wide(self.b, self.meets)
 
     def forward(self, x_SBI: Tensor, y_SBO: Tensor) -> Tensor:
         """The linear's input (this rank's tokens under sequence parallelism) and its output → the output with the
@@ -101,9 +101,10 @@ class ColumnAdapter(Adapter):
             low_SBR = copy_to_tensor_model_parallel_region(low_SBR, group=self.group)
         return _add_product(y_SBO, low_SBR, self.wide_b(), self.scale)
 
-    def delta(self) -> Tensor:
-        """[O, I]: what the adapter adds to this rank's part of the weight."""
-        return self.scale * (self.wide_b() @ self.a)
+
+def _wide(b: Tensor, meets: Tensor) -> Tensor:
+    """[O, R] and bool [O, K] → [O, K·R]."""
+    return (b[:, None] * meets[:, :, None]).flatten(1)
 
 
 class RowAdapter(Adapter):
@@ -132,10 +133,6 @@ class RowAdapter(Adapter):
             return F.dropout(x_SBI, self.dropout)
         with get_cuda_rng_tracker().fork():
             return F.dropout(x_SBI, self.dropout)
-
-    def delta(self) -> Tensor:
-        """[O, I]: what the adapter adds to this rank's part of the weight."""
-        return self.scale * (self.b @ self.a)
 
 
 def _add_product(y_SBO: Tensor, low_SBR: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -281,6 +278,14 @@ def _parts_of_rows(model: ModelConfig, linear: str, targets: Sequence[str]) -> T
     numbers = {projection: number for number, projection in enumerate(targets)}
     rows = rows_by_projection(model, linear)
     return torch.cat([torch.full((count,), numbers.get(projection, -1)) for projection, count in rows])
+
+
+def whole_delta(model: ModelConfig, adapter: AdapterConfig, linear: str, a: Tensor, b: Tensor) -> Tensor:
+    """What whole factors of a linear's adapter add to its whole weight, in fp32."""
+    a, b, targets = a.float(), b.float(), targets_of(linear, adapter)
+    if len(PROJECTIONS[linear]) > 1:
+        b = _wide(b, _parts_of_rows(model, linear, targets)[:, None] == torch.arange(len(targets)))
+    return scale_of(adapter) * (b @ a)
 
 
 @contextmanager

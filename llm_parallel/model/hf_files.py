@@ -106,8 +106,7 @@ def what_it_is(path: str | Path) -> str | None:
             base = f" {named}" if isinstance(named, str) else ""
         return (
             f"{path} is a PEFT folder: it holds adapters (adapter_config.json), not the model{base} that they change; "
-            "merge them with peft's merge_and_unload and save_pretrained, and give that folder, or train them further "
-            "with adapter.load"
+            "merge them into it with convert --merge, or begin a run from them with adapter.load"
         )
     if weights and not (path / CONFIG_NAME).is_file():
         what = "Mistral's own format" if (path / "params.json").is_file() else "a part of a Hugging Face folder"

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llm_parallel.checkpoint.base import load_base
+from llm_parallel.checkpoint.base import load_adapters, load_base
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import load_checkpoint, refuse_damaged
 from llm_parallel.checkpoint.run_file import read_config
@@ -167,6 +167,17 @@ def open_comm_time(config: RunConfig, groups: Groups) -> comm_time.CommTime:
     return comm_time.open_comm_time(groups, rows * config.model.hidden_size * dtype_of(config.train.precision).itemsize)
 
 
+def new_adapters(config: RunConfig, models: Models) -> Resumed:
+    """Where a run of adapters begins: at random ones, or at those in ``adapter.load``."""
+    engine, path = models[POLICY], config.adapter.load if config.adapter is not None else None
+    origin = f"adapters of the model in {config.checkpoint.load}"
+    if path is not None:
+        load_adapters(path, network_of(engine))
+        assert isinstance(engine, Engine)
+        engine.optimizer.reload_model_params()
+    return Resumed(TrainState(), origin + (f", from {path}" if path else ""))
+
+
 def restored(config: RunConfig, models: Models, store: CheckpointStore, watch: Watch) -> Resumed:
     """Restores the nearest state, on the frozen weights if adapters are trained."""
     of_base = load_frozen(config, models)
@@ -203,7 +214,7 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
     if config.checkpoint.load is None:
         return Resumed(TrainState(), "new run")
     if config.adapter is not None:
-        return Resumed(TrainState(), f"adapters of the model in {config.checkpoint.load}", changed)
+        return new_adapters(config, models)
     if is_hf_folder(config.checkpoint.load):
         engine = models[POLICY]
         said = load_hf_weights(config.checkpoint.load, engine.models)
