@@ -327,11 +327,10 @@ def generate(
 ) -> None:
     """Write on from a prompt."""
     from llm_parallel.generate.command import generate_command
+    from llm_parallel.generate.sampling import Sampling
 
-    generate_command(
-        checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed, device=device, stop=stop or (),
-    )  # fmt: skip
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    generate_command(checkpoint, prompt, sampling, device=device, stop=stop or ())
 
 
 @command(app, "convert")

@@ -42,11 +42,10 @@ def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
     run_dir = Path(load_config(run_file, overrides).run_dir)
     report(run_dir, corpus.unigram_entropy_nats)
     from llm_parallel.generate.command import generate_command
+    from llm_parallel.generate.sampling import Sampling
 
     print("\nsample (temperature 0.7):", flush=True)
-    generate_command(
-        str(run_dir), [PROMPT], max_new_tokens=96, temperature=0.7, top_k=50, top_p=0.95, seed=1, device="auto"
-    )
+    generate_command(str(run_dir), [PROMPT], Sampling(96, temperature=0.7, top_k=50, top_p=0.95, seed=1))
     for picture in plot_run(run_dir, unigram_entropy=corpus.unigram_entropy_nats):
         print(f"plot: {picture}")
     print(f"run folder: {run_dir}\nwall time: {time.monotonic() - started:.0f} s")

@@ -59,12 +59,8 @@ def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
 def generate_command(
     checkpoint: str,
     prompts: Sequence[str],
+    sampling: Sampling,
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
     device: str = "auto",
     stop: Sequence[str] = (),
 ) -> list[str]:
@@ -72,7 +68,6 @@ def generate_command(
     one prompt and a terminal.
 
     Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     loaded = load_model(checkpoint, device)
     tokenizer = loaded.tokenizer
     if tokenizer is None:

@@ -14,6 +14,7 @@ from llm_parallel.data.tokenizer import load_tokenizer, train_sentencepiece
 from llm_parallel.errors import UserError
 from llm_parallel.generate import command
 from llm_parallel.generate.answer import Answer
+from llm_parallel.generate.sampling import Sampling
 
 WORDS = ["<s>", "</s>", "<|end|>", "a", "hello", "world"]
 
@@ -67,7 +68,7 @@ def printed(
                     break
 
     monkeypatch.setattr(command, "generate", generate)
-    command.generate_command("folder", prompts, stop=stop)
+    command.generate_command("folder", prompts, Sampling(), stop=stop)
     return capsys.readouterr().out
 
 
