@@ -78,12 +78,8 @@ class Ours:
     def __init__(self, folder: str) -> None:
         from llm_parallel.generate.engine import Generator, GeneratorOptions
         from llm_parallel.generate.load import load_model
-        from llm_parallel.parallel.engine import Network
-        from llm_parallel.parallel.stages import Stages
 
-        loaded = load_model(folder, "cpu", "fp32")
-        models = loaded.models
-        network = Network.of(models, models[0].groups, Stages.even(models[0].model_config.num_layers, 1))
+        network = load_model(folder, "cpu", "fp32").network
         self.generator = Generator(network, GeneratorOptions(max_running=32, cache_tokens=16384))
 
     def __call__(self, name: str, prompts: list[list[int]]) -> list[list[int]]:

@@ -321,14 +321,16 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text before which an answer ends; may be given several times.")
+    ] = None,
 ) -> None:
     """Write on from a prompt."""
     from llm_parallel.generate.command import generate_command
+    from llm_parallel.generate.sampling import Sampling
 
-    generate_command(
-        checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed, device=device,
-    )  # fmt: skip
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    generate_command(checkpoint, prompt, sampling, device=device, stop=stop or ())
 
 
 @command(app, "convert")
@@ -336,17 +338,18 @@ def convert(
     source: Annotated[str, typer.Argument(help="Hugging Face folder, or a run, checkpoints or iter_… folder of ours.")],
     target: Annotated[str, typer.Argument(help="Folder to write; the other kind.")],
     verify: Annotated[
-        bool, typer.Option(help="Compare logits before and after, and print the largest difference.")
+        bool, typer.Option(help="Compare logits with transformers', where it is installed, and print the difference.")
     ] = True,
     max_shard_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; the source's if not given.")] = None,
     merge: Annotated[
         bool, typer.Option(help="Add adapters to the model under them, instead of writing a PEFT folder.")
     ] = False,
 ) -> None:
-    """Convert between Hugging Face Llama folders and our checkpoints, either way, and adapters into PEFT's files."""
+    """Convert between Hugging Face folders and our checkpoints, either way, and adapters into PEFT's files."""
     from llm_parallel.convert.command import convert_command
 
-    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb, merge=merge)
+    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb, dtype=dtype, merge=merge)
 
 
 def main() -> None:

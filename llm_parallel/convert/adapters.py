@@ -23,8 +23,9 @@ from llm_parallel.errors import UserError
 from llm_parallel.generate.load import describe_folder
 from llm_parallel.model.adapters import PROJECTIONS, targets_of, whole_delta
 from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
-from llm_parallel.model.hf_config import family_of, read_hf_config
+from llm_parallel.model.hf_config import family_of
 from llm_parallel.model.hf_families import FAMILIES
+from llm_parallel.model.hf_files import read_hf_config
 from llm_parallel.model.peft_files import PeftFolder, is_peft_folder, peft_tensors, write_peft
 from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, kind_of, split_name
 
@@ -94,7 +95,9 @@ def _hf_tensor(reader: HfReader, model: ModelConfig) -> Callable[[str], Tensor]:
     return read
 
 
-def export_merged(source: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> Path:
+def export_merged(
+    source: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9, dtype: torch.dtype | None = None
+) -> Path:
     """Writes the model under adapters with the adapters added, as a Hugging Face folder; returns it. Tokenizer and
     settings are those beside the adapters, and for what is not there those of the model."""
     base = Path(base_of(source))
@@ -108,7 +111,7 @@ def export_merged(source: str | Path, target: str | Path, max_shard_bytes: int =
         for path in _tokenizer_files(source):
             beside.mkdir(exist_ok=True)
             shutil.copy2(path, beside / path.name)
-        return write_hf_folder(tensors, describe_folder(source), settings, target, max_shard_bytes)
+        return write_hf_folder(tensors, describe_folder(source), settings, target, max_shard_bytes, dtype)
 
 
 def _tokenizer_files(source: str | Path) -> list[Path]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,24 +19,6 @@ from llm_parallel.model.hf_families import (
     switches_of,
 )
 from llm_parallel.model.hf_rope import hf_to_rope, rope_to_hf
-
-
-def is_hf_folder(path: str | Path) -> bool:
-    """Whether ``path`` is a folder with a Hugging Face model in safetensors files."""
-    folder = Path(path)
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def read_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The parsed ``config.json``. Raises UserError if it is missing or is no JSON object."""
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a Hugging Face model folder") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object; give a Hugging Face model folder")
-    return values
 
 
 def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
