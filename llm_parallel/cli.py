@@ -314,7 +314,9 @@ def report(request: ReportRequest) -> None:
 @command(app, "generate")
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="Run, checkpoints, iter_… or Hugging Face folder.")],
-    prompt: Annotated[list[str], typer.Option(help="Text to go on from; may be given several times.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to go on from; may be given several times. Or give --input.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 for the likeliest token each time (greedy).")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 for all.")] = 0,
@@ -324,13 +326,40 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Text before which an answer ends; may be given several times.")
     ] = None,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens under this share of the likeliest one's.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Over 1: tokens that occurred become less likely.")] = 1.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Taken off for each time a token was written.")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken off once for each token that was written.")] = 0.0,
+    input: Annotated[
+        Path | None, typer.Option(help="JSON lines with prompt, prompt_tokens or messages; answers go to --output.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File of answers with log-probabilities; a killed command goes on with it.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Answers to each line of --input.")] = 1,
+    top_log_probs: Annotated[int, typer.Option(help="Likeliest tokens to write with each token of --output.")] = 0,
+    max_running: Annotated[int, typer.Option(help="Answers to --input in work at a time.")] = 32,
 ) -> None:
-    """Write on from a prompt."""
-    from llm_parallel.generate.command import generate_command
+    """Write on from prompts, or answer a file of prompts or conversations."""
+    from llm_parallel.generate.command import generate_command, generate_file_command
+    from llm_parallel.generate.files import FileJob
     from llm_parallel.generate.sampling import Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    generate_command(checkpoint, prompt, sampling, device=device, stop=stop or ())
+    penalties = (repetition_penalty, frequency_penalty, presence_penalty)
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, min_p, *penalties, (), top_log_probs)
+    if bool(prompt) == (input is not None):
+        raise UserError(f"{'both' if prompt else 'neither'} of --prompt and --input are given; give one of them")
+    if input is None:
+        only = {"output": output is not None, "samples": samples != 1, "top-log-probs": top_log_probs != 0}
+        for name, is_given in only.items():
+            if is_given:
+                raise UserError(f"--{name} is given without --input, which it belongs to; leave it out")
+        generate_command(checkpoint, prompt or [], sampling, device=device, stop=stop or ())
+        return
+    if output is None:
+        raise UserError("--input is given and --output is not; name the file for the answers")
+    job = FileJob(input, output, sampling, tuple(stop or ()), samples, max_running)
+    generate_file_command(checkpoint, job, device)
 
 
 @command(app, "convert")

@@ -78,7 +78,7 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
     config = describe_folder(path)
     train = config.train.model_copy(update={"precision": precision or config.train.precision})
     data = DataConfig(tokenizer=config.data.tokenizer, seq_length_tokens=config.data.seq_length_tokens)
-    kept = {"model": config.model, "adapter": config.adapter}
+    kept = {"model": config.model, "adapter": config.adapter, "chat": config.chat}
     config = RunConfig(device=device, seed=config.seed, data=data, train=train, **kept)
     config = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
     groups = open_groups(Layout.from_config(config, 1), 0, open_platform(device), config.seed)

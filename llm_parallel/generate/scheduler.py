@@ -101,6 +101,11 @@ class Scheduler:
         """Sequences that have pages."""
         return sum(map(len, self._running))
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have none."""
+        return len(self._waiting)
+
     def submit(self, request: Request) -> None:
         """Takes a request that ``check_fits`` accepts."""
         assert request.number not in self._siblings, f"request {request.number} is in work already"
