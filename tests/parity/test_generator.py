@@ -78,7 +78,7 @@ def open_generator(folder: str, rank: int, world_size: int, parallel: dict[str, 
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.parallel.platform import open_platform
 
-    config = our_config(folder, 64, **parallel)
+    config = our_config(folder, 72, **parallel)  # which every size of tp divides
     check_config(config, world_size, "cpu")
     close_groups(world=False)  # those of the model before
     groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
@@ -104,7 +104,9 @@ def generate_job(
     ]
 
 
-def check_against_transformers(folder: Path, made: list[Request], found: list[Finished]) -> None:
+def check_against_transformers(
+    folder: Path, made: list[Request], found: list[Finished], tolerance: float = 2e-5
+) -> None:
     """Each token is the likeliest after the tokens before it, and its log-probability that of transformers in fp64."""
     model = load_hf(folder, torch.float64).eval()
     assert [answer.number for answer in found] == [request.number for request in made]
@@ -115,7 +117,7 @@ def check_against_transformers(folder: Path, made: list[Request], found: list[Fi
         log_probs = logits.log_softmax(-1)
         best, tokens = log_probs.max(-1)
         assert list(answer.tokens) == tokens.tolist()
-        np.testing.assert_allclose(answer.log_probs, best.numpy(), atol=2e-5)
+        np.testing.assert_allclose(answer.log_probs, best.numpy(), atol=tolerance)
         ended = [place for place, token in enumerate(answer.tokens) if token in request.ends]
         if ended:
             assert ended == [len(answer.tokens) - 1] and answer.reason is Reason.STOP
@@ -214,7 +216,8 @@ def test_smollm_answers_as_transformers_does(parallel: dict[str, Any], processes
     options = {"max_running": 16, "pass_tokens": 128, "page_tokens": 16, "cache_tokens": 1024}
     by_rank = run_ranks(generate_job, processes, [str(folder)], made, parallel, options, timeout_s=1500.0)
     found = {answer.number: answer for (answers_,) in by_rank for answer in answers_}
-    check_against_transformers(folder, made, [found[request.number] for request in made])
+    # Its own fp32 logits are 6.9e-5 from those in fp64.
+    check_against_transformers(folder, made, [found[request.number] for request in made], 7e-5)
 
 
 @pytest.mark.gloo
