@@ -9,6 +9,7 @@
 #include "epoch.h"
 #include "mixture.h"
 #include "permutation.h"
+#include "rest.h"
 
 namespace py = pybind11;
 using namespace llm_parallel;
@@ -66,6 +67,17 @@ uint64_t permute(uint64_t position, uint64_t size, uint64_t key) {
     return Permutation(size, key, true)(position);
 }
 
+std::unique_ptr<Rest> open_rest(int64_t size, uint64_t key, int64_t taken) {
+    if (taken < 0 || taken > size) throw std::out_of_range("more taken than there are");
+    py::gil_scoped_release released;
+    return std::make_unique<Rest>(Permutation(size, key, true), taken);
+}
+
+int64_t element_of(const Rest& rest, int64_t place) {
+    if (place < 0 || place >= rest.count()) throw std::out_of_range("place outside the rest");
+    return rest.element(place);
+}
+
 py::tuple continue_mixture_arrays(const std::vector<int64_t>& weights, int64_t start, std::vector<int64_t> taken,
                                   int64_t count) {
     Array<int32_t> sources(count);
@@ -86,6 +98,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("permute", &permute, py::arg("position"), py::arg("size"), py::arg("key"));
     module.def("continue_mixture", &continue_mixture_arrays, py::arg("weights"), py::arg("start"), py::arg("taken"),
                py::arg("count"));
+    py::class_<Rest>(module, "Rest")
+        .def(py::init(&open_rest), py::arg("size"), py::arg("key"), py::arg("taken"))
+        .def_property_readonly("count", &Rest::count)
+        .def("element", &element_of, py::arg("place"));
     py::class_<PyEpoch>(module, "Epoch")
         .def(py::init<Array<uint8_t>, uint64_t, bool, const std::string&, uint64_t, uint64_t, int>(),
              py::arg("lengths").noconvert(), py::arg("key"), py::arg("shuffled"), py::arg("part"), py::arg("hold_key"),

@@ -16,6 +16,17 @@ def continue_mixture(
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], list[int]]:
     """Source and number within it of samples ``start`` to ``start + count``; then how many each source has given."""
 
+class Rest:
+    """``range(size)`` without the first ``taken`` elements of the shuffle of ``key``, ascending; see csrc/rest.h."""
+
+    def __init__(self, size: int, key: int, taken: int) -> None: ...
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+
+    def element(self, place: int) -> int:
+        """Element number ``place``."""
+
 class Epoch:
     """One epoch's documents in order; see csrc/epoch.h. ``lengths`` is the bytes of an int32 array, not copied."""
 

@@ -306,4 +306,4 @@ def restore(
         set_optimizer_steps(engine, record["optimizer_steps"][name])
         apply_configured_settings(engine)
     changed(settings_changed(record.get("settings", {}), settings_in_use(engines[POLICY])))
-    return TrainState(**record["train"])
+    return TrainState.from_record(record["train"])

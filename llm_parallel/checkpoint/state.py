@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from llm_parallel.data.segments import Segment
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 
 STATE_NAME = "train_state.json"
-ADDED = ("best_eval_loss", "evaluations_since_best", "evaluated_step", "stopped_early")
+ADDED = ("best_eval_loss", "evaluations_since_best", "evaluated_step", "stopped_early", "segments")
 """Fields that the first checkpoints do not have."""
 
 
 @dataclass
 class TrainState:
-    """Counters of a run. ``guard`` holds the guard's windows; samples need no state but their count. ``stopped_early``:
-    whether the held-out loss ended the run (``train.early_stop_evaluations``)."""
+    """Counters of a run. ``guard`` holds the guard's windows; ``stopped_early``: whether the held-out loss ended it
+    (``train.early_stop_evaluations``). ``segments``: the settings under which samples of token files were drawn; with
+    ``consumed_samples`` they say where each source stands."""
 
     step: int = 0
     consumed_samples: int = 0
@@ -30,6 +33,7 @@ class TrainState:
     evaluations_since_best: int = 0
     evaluated_step: int = 0
     stopped_early: bool = False
+    segments: tuple[Segment, ...] = ()
 
     def finished(self, steps: int) -> bool:
         """Whether a run of ``steps`` steps has nothing left to do."""
@@ -53,10 +57,15 @@ class TrainState:
     def read(cls, folder: Path) -> TrainState:
         """State of a checkpoint folder. Raises UserError if it is damaged."""
         try:
-            values = json.loads((folder / STATE_NAME).read_text())
-            names = [item.name for item in fields(cls)]
-            return cls(**{name: values[name] for name in names if name in values or name not in ADDED})
+            return cls.from_record(json.loads((folder / STATE_NAME).read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder / STATE_NAME} is missing or damaged ({error}); load another checkpoint"
             ) from error
+
+    @classmethod
+    def from_record(cls, values: dict[str, Any]) -> TrainState:
+        """What ``dataclasses.asdict`` made of one. Raises KeyError and TypeError if something is missing or wrong."""
+        names = [item.name for item in fields(cls)]
+        known = {name: values[name] for name in names if name in values or name not in ADDED}
+        return cls(**{**known, "segments": tuple(map(Segment.from_record, known.get("segments", ())))})

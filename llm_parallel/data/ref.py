@@ -43,6 +43,11 @@ def permutation(size: int, key: int) -> NDArray[np.int64]:
     return found.astype(np.int64)
 
 
+def rest(size: int, key: int, taken: int) -> NDArray[np.int64]:
+    """``range(size)`` without the first ``taken`` elements of the shuffle that ``key`` names, ascending: int64."""
+    return np.sort(permutation(size, key)[taken:])
+
+
 class Epoch:
     """One epoch's documents in order, with the arguments, properties and results of csrc/epoch.h."""
 

@@ -7,14 +7,16 @@ from typing import Any
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.train.step_settings import learning_rate
 
-OTHER_SAMPLES = "sample numbers now mean other tokens, so that some text is seen again and some never"
 OTHER_MODEL = "the model computes something else than what its weights were trained for"
-OTHER_HELD_OUT = "documents move between training and held-out data, so that held-out losses are not comparable"
+OTHER_HELD_OUT = (
+    "held-out losses are not comparable: documents that join the held-out ones are not trained on from here on, and "
+    "those that leave them are from each source's next epoch on"
+)
 
 MEANINGS = {
-    "seed": OTHER_SAMPLES,
-    "data.train": OTHER_SAMPLES,
-    "data.seq_length_tokens": OTHER_SAMPLES,
+    "seed": "what is left of each source's epoch is shuffled anew; the same documents stay held out",
+    "data.train": "every source that was read before goes on where it was",
+    "data.seq_length_tokens": "what is left of each source's epoch is cut into samples of the new length",
     "data.packing": "attention and positions begin anew at other places",
     "data.eval": OTHER_HELD_OUT,
     "data.eval_fraction": OTHER_HELD_OUT,

@@ -26,6 +26,10 @@ class Feed(Protocol):
     def offers(self) -> tuple[str, ...]:
         """Columns and facts that its batches have, and ``documents`` if they have those."""
 
+    @property
+    def notices(self) -> Sequence[str]:
+        """What a resumed run's data do otherwise than before."""
+
     def progress(self, state: TrainState) -> Mapping[str, float]:
         """Numbers that are recorded with the step that led to ``state``, such as the epoch."""
 
@@ -38,7 +42,7 @@ class Feed(Protocol):
 
 class SampleFeed:
     """Samples by number, without end, read ahead in the background. ``step`` must be called for consecutive steps, from
-    the state with which the feed was opened. ``columns``: those that the samples have."""
+    the state with which the feed was opened. ``columns``: those that the samples have; ``notices``: see ``Feed``."""
 
     def __init__(
         self,
@@ -47,7 +51,9 @@ class SampleFeed:
         consumed_samples: int,
         samples: Samples,
         columns: tuple[str, ...] = (),
+        notices: Sequence[str] = (),
     ) -> None:
+        self.notices = notices
         self._train = config.train
         self._layout = Layout.from_config(config, groups.mesh.world_size)
         self._dp_rank = groups.at.dp
@@ -77,18 +83,21 @@ class SampleFeed:
         self._loader.close()
 
 
-def token_feed(config: RunConfig, groups: Groups, consumed_samples: int) -> SampleFeed:
-    """The feed of pretraining: samples of token files."""
-    source = SampleSource(config.data, config.seed, "train", config.model.vocab_size)
-    return SampleFeed(config, groups, consumed_samples, source)
+def token_feed(config: RunConfig, groups: Groups, state: TrainState) -> SampleFeed:
+    """The feed of pretraining: samples of token files. Every source goes on where ``state.segments`` left it, and the
+    present settings become the last of these."""
+    consumed = state.consumed_samples
+    source = SampleSource(config.data, config.seed, "train", config.model.vocab_size, state.segments, consumed)
+    state.segments = source.history
+    return SampleFeed(config, groups, consumed, source, notices=source.notices)
 
 
-def evaluation_batches(config: RunConfig, groups: Groups) -> list[Batch]:
+def evaluation_batches(config: RunConfig, groups: Groups, state: TrainState) -> list[Batch]:
     """This replica's micro batches of held-out token files. Empty if there is no held-out data."""
     data = config.data
     if not data.eval and not data.eval_fraction:
         return []
-    source = SampleSource(data, config.seed, "eval", config.model.vocab_size)
+    source = SampleSource(data, config.seed, "eval", config.model.vocab_size, state.segments)
     return held_out_batches(config, groups, source, config.train.eval_samples)
 
 

@@ -16,6 +16,7 @@ from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.rules import check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.batch import Batch
+from llm_parallel.data.segments import Segment
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis
@@ -71,8 +72,8 @@ class Method:
     objective: Callable[[RunConfig], Objective] = likelihood
     evaluation: Callable[[RunConfig], Objective] = unweighted_likelihood
     models: Callable[[RunConfig, Groups], Models] = policy_alone
-    feed: Callable[[RunConfig, Groups, int], Feed] = token_feed
-    held_out: Callable[[RunConfig, Groups], list[Batch]] = evaluation_batches
+    feed: Callable[[RunConfig, Groups, TrainState], Feed] = token_feed
+    held_out: Callable[[RunConfig, Groups, TrainState], list[Batch]] = evaluation_batches
     evaluated: Callable[[Run], None] = nothing_more
 
 
@@ -106,9 +107,9 @@ def open_run(
         total_steps=config.train.steps,
     )
     world = World(place.world_size, layout.describe(), platform.device_name, platform.is_cuda)
-    held_out = method.held_out(config, groups)
+    held_out = method.held_out(config, groups, state)
     with ExitStack() as opened:  # background threads must end if the rest of this fails
-        feed = method.feed(config, groups, state.consumed_samples)
+        feed = open_feed(config, groups, resumed, method)
         opened.callback(feed.close)
         objective = method.objective(config)
         check_feed(objective, feed)
@@ -142,6 +143,13 @@ def open_run(
     return run
 
 
+def open_feed(config: RunConfig, groups: Groups, resumed: Resumed, method: Method) -> Feed:
+    """The method's feed; what it says about the data joins ``resumed.changed``."""
+    feed = method.feed(config, groups, resumed.state)
+    resumed.changed.extend(feed.notices)
+    return feed
+
+
 def check_feed(objective: Objective, feed: Feed) -> None:
     """Raises UserError if the data lacks a column or a fact that the objective reads."""
     missing = [name for name in objective.reads if name not in feed.offers]
@@ -163,7 +171,7 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
     changed: list[str] = []
     if latest is not None:
         state = load_checkpoint(latest, models, changed=changed.extend)
-        changed += changed_fields(read_config(latest), config, state.step)
+        changed += changed_since(read_config(latest), config, state)
         return Resumed(state, "; ".join([f"resumed from {latest}", *passed_over]), changed)
     if config.checkpoint.load is None:
         return Resumed(TrainState(), "new run")
@@ -180,8 +188,15 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
         refuse_damaged(config.checkpoint.load, store.groups)
     state = load_checkpoint(config.checkpoint.load, models, load_optimizer=with_optimizer, changed=changed.extend)
     saved = read_config(find_checkpoint(config.checkpoint.load))
-    changed += changed_fields(saved, config, state.step) if state.step else changed_model(saved.model, config.model)
+    changed += changed_since(saved, config, state) if state.step else changed_model(saved.model, config.model)
     return Resumed(state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}", changed)
+
+
+def changed_since(saved: RunConfig, config: RunConfig, state: TrainState) -> list[str]:
+    """What differs from the run that saved ``state``, which learns how samples were drawn if it does not say so."""
+    if not state.segments and saved.data.train:
+        state.segments = (Segment.of(saved.data, saved.seed),)
+    return changed_fields(saved, config, state.step)
 
 
 def describe(config: RunConfig, layout: Layout, groups: Groups, resumed: Resumed, peak: Peak) -> list[str]:

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from llm_parallel import _C
 from llm_parallel.config.tree import DataConfig, Source
 from llm_parallel.data import ref
+from llm_parallel.data.epochs import MASK64, Epochs, Selection, derive_key
 from llm_parallel.data.indexed import TokenFile
 from llm_parallel.data.mix import mixture_table
 from llm_parallel.data.samples import SampleSource
-from llm_parallel.data.stream import MASK64, Selection, Stream, derive_key
+from llm_parallel.data.stream import Stream
 from llm_parallel.errors import UserError
 from tests.support.data_helpers import numbered_documents, write_token_file
 
@@ -88,7 +89,7 @@ def test_lengths_that_are_not_bytes_are_refused_and_not_copied() -> None:
 @pytest.mark.parametrize("length", [1, 7, 32, 300, TOKENS - 1])
 def test_stream_is_the_concatenated_epochs_cut_and_shuffled(prefix: str, length: int) -> None:
     documents, key, epochs = numbered_documents(LENGTHS), 11, 4
-    stream = Stream(TokenFile(prefix), length, key, Selection())
+    stream = Stream(Epochs(TokenFile(prefix), key, Selection()), length)
     text: list[int] = []
     for epoch in range(epochs + 1):
         for document in ref.permutation(len(documents), derive_key(key, epoch, 0)):
@@ -99,11 +100,14 @@ def test_stream_is_the_concatenated_epochs_cut_and_shuffled(prefix: str, length:
         here = [k for k in range(len(windows)) if k * length // TOKENS == epoch]
         shuffle = ref.permutation(len(here), derive_key(key, epoch, 1))
         for place in range(0, len(here), max(1, len(here) // 100)):
-            window, boundaries = stream.read(first + place)
+            window = stream.read(first + place)
             expected = windows[here[shuffle[place]]]
-            assert window.dtype == np.int64 and window.tolist() == expected
+            assert window.tokens.dtype == window.labels.dtype == np.int64
+            assert (window.tokens.tolist(), window.labels.tolist()) == (expected[:-1], expected[1:])
             starts = {int(document[0]) for document in documents if len(document)}
-            assert boundaries.tolist() == [at for at in range(1, length + 1) if expected[at] in starts]
+            boundaries = [at for at in range(1, length + 1) if expected[at] in starts]
+            assert window.starts.tolist() == [at for at in boundaries if at < length]
+            assert window.crossings.tolist() == [at - 1 for at in boundaries] and not len(window.excluded)
         first += len(here)
 
 

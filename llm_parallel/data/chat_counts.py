@@ -1,0 +1,126 @@
+"""What became of the records of conversations: counted while they are prepared, and said afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llm_parallel.data.chat import ChatEncoder, ChatTokens
+from llm_parallel.data.formats import Conversation
+
+SHOWN = 5
+
+
+@dataclass
+class Counts:
+    """Counts of one source: ``records`` that it has, conversations that are ``kept``, and of these the ones whose
+    earliest turns (``shortened``, with ``turns_cut`` messages in all) or whose last answer's end (``answers_cut``) were
+    left out, with turns that were joined since the template refuses two of a role (``merged``), and with an answer of
+    nothing (``empty_answers``). Left out are ``unreadable`` records (``first`` says why of five), those with
+    ``nothing_trained`` and those that are ``too_long``."""
+
+    records: int = 0
+    kept: int = 0
+    tokens: int = 0
+    trained: int = 0
+    shortened: int = 0
+    turns_cut: int = 0
+    answers_cut: int = 0
+    merged: int = 0
+    empty_answers: int = 0
+    unreadable: int = 0
+    nothing_trained: int = 0
+    too_long: int = 0
+    first: list[tuple[str, str]] = field(default_factory=list)
+    formats: dict[str, int] = field(default_factory=dict)
+
+    def broken(self, where: str, reason: str) -> None:
+        """Counts a record that is no conversation; ``reason`` goes on a sentence that begins with ``where``."""
+        self.unreadable += 1
+        if len(self.first) < SHOWN:
+            self.first.append((where, reason))
+
+    def add(self, tokens: ChatTokens | None, conversation: Conversation, encoder: ChatEncoder) -> bool:
+        """Counts a conversation by what was made of it; whether it is kept."""
+        if tokens is None:
+            if any(conversation.weights):
+                self.too_long += 1
+            else:
+                self.nothing_trained += 1
+            return False
+        self.kept += 1
+        self.tokens += len(tokens.ids)
+        self.trained += int(np.count_nonzero(tokens.weights))
+        self.shortened += bool(tokens.turns_cut)
+        self.turns_cut += tokens.turns_cut
+        self.answers_cut += tokens.answer_cut
+        self.merged += bool(tokens.merged)
+        self.empty_answers += any(
+            message["role"] == "assistant" and not message.get("content") and not message.get("tool_calls")
+            for message in conversation.messages
+        )
+        return True
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``report.json``."""
+        return asdict(self)
+
+    def why_empty(self, seq_length: int) -> str:
+        """The end of a sentence about a source of which nothing is kept."""
+        if not self.records:
+            return "holds no records"
+        if self.unreadable == self.records:
+            return f"holds no conversations: none of its {self.records} records can be read; {' '.join(self.first[0])}"
+        reasons = []
+        if self.unreadable:
+            reasons.append(f"{self.unreadable} cannot be read ({' '.join(self.first[0])})")
+        if self.nothing_trained:
+            reasons.append(f"{self.nothing_trained} have no answer of the assistant that is trained")
+        if self.too_long:
+            reasons.append(f"{self.too_long} do not fit data.seq_length_tokens = {seq_length}")
+        return f"has no conversation to train on: of {self.records} records {', '.join(reasons)}"
+
+
+def described(report: dict[str, Any]) -> Iterator[str]:
+    """Sentences about prepared conversations, each complete in itself."""
+    yield (f"conversations are written by {report['template_origin']}; answers end with {report['stop_names'][0]}")
+    for path, counts in zip(report["paths"], report["counts"]):
+        formats = ", ".join(f"{count:,} as {name}" for name, count in counts["formats"].items())
+        yield (
+            f"{path}: {counts['kept']:,} conversations of {counts['records']:,} records ({formats}), "
+            f"{counts['tokens']:,} tokens, of which {counts['trained']:,} are trained"
+        )
+        yield from (f"{path}: {text}" for text in _left_out(counts, report))
+
+
+def _likewise(places: list[str]) -> str:
+    return f" (and so {', '.join(places)})" if places else ""
+
+
+def _left_out(counts: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
+    limit = f"data.seq_length_tokens = {report['seq_length']}"
+    if counts["unreadable"]:
+        reasons: dict[str, list[str]] = {}
+        for where, reason in counts["first"]:
+            reasons.setdefault(reason, []).append(where)
+        said = [f"{places[0]} {reason}{_likewise(places[1:])}" for reason, places in reasons.items()]
+        more = "; …" if counts["unreadable"] > len(counts["first"]) else ""
+        yield f"{counts['unreadable']:,} records are no conversations: {'; '.join(said)}{more}"
+    if counts["nothing_trained"]:
+        yield f"{counts['nothing_trained']:,} conversations have no answer that is trained, and are left out"
+    if counts["too_long"]:
+        yield f"{counts['too_long']:,} conversations are left out, since they do not fit {limit}"
+    if counts["shortened"]:
+        yield (
+            f"{counts['turns_cut']:,} messages at the beginning of {counts['shortened']:,} conversations are left out "
+            f"to fit {limit}"
+        )
+    if counts["answers_cut"]:
+        yield f"{counts['answers_cut']:,} answers are cut at {limit}, and do not learn to stop there"
+    if counts["merged"]:
+        yield f"{counts['merged']:,} conversations have turns of the same role joined, since the template refuses them"
+    if counts["empty_answers"]:
+        yield f"{counts['empty_answers']:,} conversations have an answer without text, which is trained to stop at once"

@@ -1,0 +1,118 @@
+"""Conversations become files of tokens once, and samples of them are what the model is trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.chat_data import ChatData
+from llm_parallel.data.chat_files import prepare_conversations
+from llm_parallel.data.tokenizer import train_sentencepiece
+from llm_parallel.errors import UserError
+
+LENGTH = 48
+WORDS = "the sum of two and three is five while a question has an answer and a turn ends".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = " ".join(WORDS * 40)
+    return train_sentencepiece([text, text.title(), "user\nassistant\nsystem\n"], 320, tmp_path_factory.mktemp("tok"))
+
+
+def row(number: int, turns: int = 1) -> dict[str, Any]:
+    messages = []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"what is {number} and {turn}"})
+        messages.append({"role": "assistant", "content": " ".join(WORDS[: 2 + (number + turn) % 5])})
+    return {"messages": messages}
+
+
+def config_of(folder: Path, tokenizer: Path, rows: list[Any], length: int = LENGTH, **chat: Any) -> RunConfig:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(one if isinstance(one, str) else json.dumps(one) for one in rows) + "\n")
+    return RunConfig(
+        run_dir=str(folder / "run"),
+        data={"tokenizer": str(tokenizer), "seq_length_tokens": length},
+        chat={"train": [{"path": str(path)}], **chat},
+    )
+
+
+def test_samples_hold_every_conversation_with_its_weights_and_never_across(tmp_path: Path, tokenizer: Path) -> None:
+    data = prepare_conversations(config_of(tmp_path, tokenizer, [row(n) for n in range(40)], eval_fraction=0.0))
+    samples, seen = data.training(3), []
+    for number in range(data.rows_per_epoch):
+        sample = samples.sample(number)
+        ends = [*sample.document_starts[1:].tolist(), LENGTH]
+        for start, end in zip(sample.document_starts.tolist(), ends):
+            if not sample.weights[start:end].any():
+                assert end == LENGTH and (sample.tokens[start:end] == data.report["pad"]).all()
+                continue
+            whole = [*sample.tokens[start:end].tolist(), int(sample.labels[end - 1])]
+            assert whole[1:] == sample.labels[start:end].tolist()
+            assert whole[0] == 1 and whole[-1] == 2 and sample.weights[end - 1] == 1.0
+            seen.append(whole)
+    stored = [data.conversation(number)[0].tolist() for number in range(40)]
+    assert sorted(seen) == sorted(stored)
+
+
+def test_they_are_prepared_once_and_again_when_something_changes(tmp_path: Path, tokenizer: Path) -> None:
+    config = config_of(tmp_path, tokenizer, [row(n) for n in range(10)])
+    first = prepare_conversations(config)
+    written = (first.folder / "report.json").stat().st_mtime_ns
+    assert prepare_conversations(config).folder == first.folder
+    assert (first.folder / "report.json").stat().st_mtime_ns == written
+    other = config_of(tmp_path, tokenizer, [row(n) for n in range(11)])
+    assert prepare_conversations(other).folder != first.folder
+    assert ChatData.open(first.folder).tokens.num_documents == 10
+
+
+def test_held_out_conversations_are_not_trained_on(tmp_path: Path, tokenizer: Path) -> None:
+    data = prepare_conversations(config_of(tmp_path, tokenizer, [row(n) for n in range(50)], eval_fraction=0.1))
+    train, held = data.numbers("train"), data.numbers("eval")
+    assert len(held) == 5 and sorted([*train.tolist(), *held.tolist()]) == list(range(50))
+    assert data.held_out_rows and not set(held.tolist()) & set(train.tolist())
+    for question, number in zip(data.questions(5), held.tolist()):
+        ids, weights = data.conversation(number)
+        assert ids.tolist()[: len(question)] == question and not weights[: len(question)].any()
+        assert weights[len(question) :].all()
+
+
+def test_long_conversations_lose_their_first_turns_and_then_the_end_of_the_answer(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    long = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "five " * 90}]}
+    told: list[str] = []
+    data = prepare_conversations(config_of(tmp_path, tokenizer, [row(1, 6), long], eval_fraction=0.0), told.append)
+    many, cut = (data.conversation(number) for number in (0, 1))
+    assert len(many[0]) <= LENGTH + 1 and many[0][-1] == 2 and (many[1][np.asarray(many[0]) == 2] > 0).sum() >= 1
+    assert len(cut[0]) == LENGTH + 1 and cut[0][-1] != 2
+    assert any("messages at the beginning of 1 conversations are left out" in text for text in told)
+    assert any("1 answers are cut" in text for text in told)
+    dropped = prepare_conversations(
+        config_of(tmp_path, tokenizer, [row(1, 6), long, row(0)], eval_fraction=0.0, too_long="drop"), told.append
+    )
+    assert dropped.tokens.num_documents == 1
+    assert any("2 conversations are left out, since they do not fit" in text for text in told)
+
+
+def test_a_source_of_which_nothing_is_left_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(UserError, match=r"none of its 1 records can be read; .*line 1 is not JSON"):
+        prepare_conversations(config_of(tmp_path, tokenizer, ["{"]))
+    silent = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]}
+    with pytest.raises(UserError, match="1 have no answer of the assistant that is trained"):
+        prepare_conversations(config_of(tmp_path, tokenizer, [silent]))
+    with pytest.raises(UserError, match=r"data\.seq_length_tokens = 8"):
+        prepare_conversations(config_of(tmp_path, tokenizer, [row(1)], length=8))
+
+
+def test_a_damaged_file_is_named(tmp_path: Path, tokenizer: Path) -> None:
+    data = prepare_conversations(config_of(tmp_path, tokenizer, [row(n) for n in range(3)]))
+    (data.folder / "weights.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"weights\.bin is missing or damaged; remove"):
+        ChatData.open(data.folder)
