@@ -37,6 +37,8 @@ __all__ = ["FieldDoc", "config_schema", "describe_fields", "dump_config", "load_
 Key = tuple[str | int, ...]
 
 MAX_DEPTH = 20
+PATH_LISTS = (("data", "train"), ("data", "eval"), ("chat", "train"), ("chat", "eval"))
+"""Lists of sections whose items may be given as their path alone."""
 NULL_TAG = "tag:yaml.org,2002:null"
 TEXT_TAG = "tag:yaml.org,2002:str"
 
@@ -264,7 +266,7 @@ def _our_name(key: Key, value: Any, origin: str, given: _Given) -> tuple[Key, An
                 raise UserError(f"{origin}: {_dotted(key)} = {_show(value)} must be {alias.allowed}") from None
         given.notices.append(f"{origin}: {_dotted(key)} is read as {alias.target}")
         key = tuple(alias.target.split("."))
-    if key in (("data", "train"), ("data", "eval")):
+    if key in PATH_LISTS:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list):
             value = [{"path": item} if isinstance(item, str) else item for item in items]

@@ -149,7 +149,8 @@ def read_history(run_dir: str | Path) -> History:
     folder = Path(run_dir).resolve()
     steps: dict[int, dict[str, Any]] = {}
     evals: dict[int, dict[str, Any]] = {}
-    starts, answers = [], []
+    starts: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
     for record in read_jsonlines(folder / "metrics.jsonl"):
         if not isinstance(record.get("step"), int):
             continue
