@@ -74,22 +74,42 @@ def options(
 
 @command(app, "prepare")
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders or globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst …")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders or globs: text, JSON lines, JSON, Parquet, Arrow, CSV; plain or in gz, zst, xz, bz2."
+        ),
+    ],
     out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
     tokenizer: Annotated[str | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")] = None,
     train_vocab: Annotated[int | None, typer.Option(help="Train a tokenizer of that many tokens first.")] = None,
-    key: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
+    key: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     workers: Annotated[int | None, typer.Option(help="Processes; all cores if not given.")] = None,
     append_eod: Annotated[bool, typer.Option(help="End every document with the end-of-document token.")] = True,
     shard_megabytes: Annotated[int, typer.Option(help="Text of one shard: what is redone after a kill.")] = 16,
+    prepend_bos: Annotated[bool, typer.Option(help="Begin every document with the tokenizer's begin token.")] = False,
+    strict: Annotated[bool, typer.Option(help="Stop at the first bad record instead of leaving it out.")] = False,
 ) -> None:
     """Turn raw text into a tokenizer and token files. Started again after a kill, it goes on where it was."""
     from llm_parallel.data.command import prepare_command
 
     prepare_command(
         inputs, out, tokenizer=tokenizer, train_vocab=train_vocab, key=key, workers=workers,
-        append_eod=append_eod, shard_megabytes=shard_megabytes,
+        append_eod=append_eod, shard_megabytes=shard_megabytes, prepend_bos=prepend_bos, strict=strict,
     )  # fmt: skip
+
+
+@command(app, "check", with_overrides=True)
+def check(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Samples to show, token by token.")] = 3,
+    html: Annotated[str | None, typer.Option(help="File of an HTML page with the same.")] = None,
+) -> None:
+    """Show the conversations of a run as the model will see them: what is trained, cut, packed, and where it stops."""
+    from llm_parallel.report.check import check_command
+
+    raise typer.Exit(check_command(run_file, overrides or [], html, samples))
 
 
 # Train
@@ -333,11 +353,14 @@ def convert(
         bool, typer.Option(help="Compare logits before and after, and print the largest difference.")
     ] = True,
     max_shard_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
+    merge: Annotated[
+        bool, typer.Option(help="Add adapters to the model under them, instead of writing a PEFT folder.")
+    ] = False,
 ) -> None:
-    """Convert between Hugging Face Llama folders and our checkpoints, either way."""
+    """Convert between Hugging Face Llama folders and our checkpoints, either way, and adapters into PEFT's files."""
     from llm_parallel.convert.command import convert_command
 
-    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb)
+    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb, merge=merge)
 
 
 def main() -> None:

@@ -33,6 +33,9 @@ COMMANDS: dict[str, CommandHelp] = {
             "corpus/*.jsonl.zst --out data/corpus --tokenizer models/llama/tokenizer.json --workers 16",
         ),
     ),
+    "check": CommandHelp(
+        DATA, ("runs/sft.yaml", "runs/sft.yaml chat.packing=pad --samples 5 --html runs/conversations.html")
+    ),
     "quickstart": CommandHelp(TRAIN, ("", "--folder runs/mine train.steps=400")),
     "pretrain": CommandHelp(
         TRAIN,

@@ -10,12 +10,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from llm_parallel.checkpoint.sharded import write_common
+from llm_parallel.model.tensors import ADAPTER_MARK
 from llm_parallel.parallel.engine import POLICY, Engine, Models, Network, network_of
 from llm_parallel.parallel.mcore_optimizer import distributed_parts, padded_buckets
 
 SHARDING = "distrib_optim_sharding_type"
 DISTRIBUTED = "distributed_optimizers"
 """In the metadata: the models whose optimizer is distributed, by name."""
+BASE = "base"
+"""Key of the metadata of a checkpoint that holds adapters alone: path and fingerprint of the weights under them."""
 MODELS = "models"
 """Key of the metadata for the models that a checkpoint holds besides the policy, by name."""
 WEIGHTS_ONLY = "weights_only"
@@ -35,14 +38,16 @@ def metadata(model: Network | Engine) -> dict[str, Any]:
 
 
 def weights_state(network: Network) -> dict[str, Any]:
-    """Sharded weights of this process's chunks of one model, under the keys that megatron-core's optimizer looks for.
-    The extra state of Transformer Engine's modules is left out, since ours have none."""
+    """Sharded weights of this process's chunks of one model, under the keys that megatron-core's optimizer looks for;
+    the adapters alone if it has any. The extra state of Transformer Engine's modules is left out, since ours have
+    none."""
     described, models = metadata(network), network.models
+    mark = "" if network.base is None else ADAPTER_MARK
     return {
         "model" if len(models) == 1 else f"model{number}": {
             key: value
             for key, value in model.sharded_state_dict(metadata=described).items()
-            if not isinstance(value, ShardedObject)
+            if not isinstance(value, ShardedObject) and mark in key
         }
         for number, model in enumerate(models)
     }
@@ -82,9 +87,11 @@ def described_models(models: Models) -> dict[str, Any]:
 
 
 def load_weights_into(network: Network, state: dict[str, Any]) -> None:
-    """Puts loaded weights into a model's chunks."""
+    """Puts loaded weights into a model's chunks, or loaded adapters beside them."""
     for number, model in enumerate(network.models):
-        model.load_state_dict(state["model" if len(network.models) == 1 else f"model{number}"])
+        loaded = state["model" if len(network.models) == 1 else f"model{number}"]
+        unknown = model.load_state_dict(loaded, strict=network.base is None).unexpected_keys
+        assert not unknown, unknown
 
 
 def write_weights_only_parts(folder: Path) -> None:

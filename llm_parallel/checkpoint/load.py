@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.content import (
+    BASE,
     DISTRIBUTED,
     MODELS,
     SHARDING,
@@ -28,7 +29,7 @@ from llm_parallel.checkpoint.optimizer import (
     settings_changed,
     settings_in_use,
 )
-from llm_parallel.checkpoint.run_file import read_config
+from llm_parallel.checkpoint.run_file import CONFIG_NAME, read_config
 from llm_parallel.checkpoint.sharded import COMMON_NAME, load_sharded, read_common
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import ModelConfig
@@ -68,7 +69,7 @@ def load_checkpoint(
     """
     folder = find_checkpoint(path)
     policy = models[POLICY]
-    content = _content(folder)
+    content = content_of(folder)
     if not load_optimizer or content.get(WEIGHTS_ONLY):
         load_weights(folder, network_of(policy))
         if isinstance(policy, Engine):
@@ -94,6 +95,7 @@ def load_weights(path: str | Path, network: Network) -> None:
     """Loads the policy's weights alone into this process's model chunks. Raises UserError as ``load_checkpoint``."""
     folder = find_checkpoint(path)
     check_same_architecture(folder, read_config(folder).model, network.models[0].model_config)
+    _check_adapters(folder, content_of(folder), network)
     load_weights_into(network, _load(folder, weights_state(network)))
 
 
@@ -115,8 +117,8 @@ def _load(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def _content(folder: Path) -> dict[str, Any]:
-    """Metadata that says what a checkpoint holds."""
+def content_of(folder: Path) -> dict[str, Any]:
+    """Metadata that says what a checkpoint holds. Raises UserError if it is damaged."""
     try:
         common = read_common(folder)
     except DAMAGE as error:
@@ -124,6 +126,35 @@ def _content(folder: Path) -> dict[str, Any]:
             f"{folder / COMMON_NAME} is damaged; remove {folder} to load the checkpoint before it"
         ) from error
     return common.get("content_metadata") or {}
+
+
+def _check_adapters(folder: Path, content: dict[str, Any], network: Network) -> None:
+    """Raises UserError if a checkpoint holds whole weights and the network adapters or the other way round, or adapters
+    of another kind or of another model."""
+    saved, here = content.get(BASE), network.base
+    if saved is None and here is None:
+        return
+    if saved is None:
+        raise UserError(
+            f"{folder} holds whole weights, and this run trains adapters; give another run_dir, and the model to adapt "
+            "as checkpoint.load"
+        )
+    theirs = read_config(folder).adapter
+    if here is None or theirs is None:
+        raise UserError(
+            f"{folder} holds adapters alone, and this run has none; give the adapter section of {folder / CONFIG_NAME}"
+        )
+    for name in ("rank", "targets"):
+        old, new = getattr(theirs, name), getattr(here.adapter, name)
+        if set(old) != set(new) if name == "targets" else old != new:
+            old, new = (list(x) if isinstance(x, tuple) else x for x in (old, new))
+            raise UserError(f"adapter.{name} is {new}, and {folder} holds adapters with {old}; make them the same")
+    known = (saved["fingerprint"], here.fingerprint)
+    if None not in known and known[0] != known[1]:
+        raise UserError(
+            f"checkpoint.load = {here.path} is another model than {saved['path']}, on which the adapters in {folder} "
+            f"were trained (fingerprint {here.fingerprint} instead of {saved['fingerprint']}); give that model"
+        )
 
 
 def _check_models(folder: Path, content: dict[str, Any], models: Models) -> list[str]:
@@ -139,6 +170,7 @@ def _check_models(folder: Path, content: dict[str, Any], models: Models) -> list
     for name, model in models.items():
         theirs = read_config(folder).model if name == POLICY else ModelConfig.model_validate(others[name])
         check_same_architecture(folder, theirs, network_of(model).models[0].model_config)
+    _check_adapters(folder, content, network_of(models[POLICY]))
     # A checkpoint from before this list existed holds the policy alone.
     distributed = content.get(DISTRIBUTED, [POLICY] if content.get(SHARDING) else [])
     for name, engine in engines_of(models).items():

@@ -15,7 +15,15 @@ from typing import Any
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llm_parallel.checkpoint.content import DISTRIBUTED, MODELS, SHARDING, described_models, metadata, training_state
+from llm_parallel.checkpoint.content import (
+    BASE,
+    DISTRIBUTED,
+    MODELS,
+    SHARDING,
+    described_models,
+    metadata,
+    training_state,
+)
 from llm_parallel.checkpoint.folders import LATEST_NAME, complete_checkpoints, folder_name, latest_checkpoint, step_of
 from llm_parallel.checkpoint.integrity import damage, seal_folder
 from llm_parallel.checkpoint.optimizer import allocate_moments, engines_of
@@ -191,6 +199,8 @@ class CheckpointStore:
         described[DISTRIBUTED] = [name for name, model in models.items() if SHARDING in metadata(model)]
         if others := described_models(models):
             described[MODELS] = others
+        if base := network_of(models[POLICY]).base:
+            described[BASE] = {"path": base.path, "fingerprint": base.fingerprint}
         problem: Exception | None = None
         try:
             sharded, common = split(training_state(models, loading=False), described)
@@ -288,7 +298,9 @@ def checkpoint_bytes(models: Models) -> int:
     is trained."""
     total = 0
     for model in models.values():
-        numbers: list[Any] = [parameter for chunk in network_of(model).models for parameter in chunk.parameters()]
+        network = network_of(model)
+        numbers: list[Any] = [parameter for chunk in network.models for parameter in chunk.parameters()]
+        numbers = [parameter for parameter in numbers if parameter.requires_grad or network.base is None]
         total += sum(parameter.numel() * parameter.element_size() for parameter in numbers)
         total += sum(parameter.numel() for parameter in numbers) * (12 if isinstance(model, Engine) else 0)
     mesh = network_of(models[POLICY]).groups.mesh

@@ -7,7 +7,6 @@ overrides.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,23 +17,21 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from llm_parallel.config.aliases import ALIASES
+from llm_parallel.config.derived import DERIVED
 from llm_parallel.config.fields import (
     FieldDoc,
     config_schema,
     describe_fields,
     field_at,
-    nearest_name,
     section_at,
     type_in_words,
 )
+from llm_parallel.config.names import Key, dotted, is_flag, show, understood, unknown
 from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
 __all__ = ["FieldDoc", "config_schema", "describe_fields", "dump_config", "load_config"]
-
-Key = tuple[str | int, ...]
 
 MAX_DEPTH = 20
 PATH_LISTS = (("data", "train"), ("data", "eval"), ("chat", "train"), ("chat", "eval"))
@@ -71,6 +68,20 @@ class _Given:
     origins: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    derived: dict[str, tuple[Key, Any, str]] = field(default_factory=dict)
+    """Settings whose value follows from others: name → key, value and origin, the last one given."""
+
+    def complain(self, problem: str) -> None:
+        """Adds a problem, once."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def known(self, name: str) -> Any:
+        """The value of a field by its dotted name: what was given, or the default."""
+        key = tuple(name.split("."))
+        info = field_at(key)
+        assert info is not None, name
+        return self.values.get(key, info.default)
 
     def origin(self, key: Key) -> str:
         """Where the value at ``key`` was given, or else the nearest section or list that contains it."""
@@ -98,9 +109,7 @@ class _Given:
             inside[str(key[-1])] = value
         else:
             size = len(self.values[list_key])
-            self.problems.append(
-                f"{origin}: {_dotted(key)} does not exist; {_dotted(list_key)} has {size} items from 0"
-            )
+            self.problems.append(f"{origin}: {dotted(key)} does not exist; {dotted(list_key)} has {size} items from 0")
             return
         self.origins[key] = origin
 
@@ -134,6 +143,7 @@ def load_config(
     for key, text in _split_overrides(overrides):
         _read_override(key, text, given)
     _fill_preset(given)
+    _derive(given)
     config = _validate(given)
     if given.problems or config is None:
         raise UserError("\n".join(given.problems))
@@ -152,6 +162,10 @@ def _read_file(path: Path, given: _Given) -> None:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
+        if str(path).startswith("-"):
+            raise UserError(
+                f"{path} is no run file; write the run file first, and options and overrides after it"
+            ) from None
         raise UserError(f"configuration file {path} does not exist; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {path} cannot be read as a YAML text file: {error}") from None
@@ -215,7 +229,7 @@ class _Walk:
             if name in seen and name != "<<":
                 where = f"{self.source}:{line}" if self.lines else self.source
                 self.given.problems.append(
-                    f"{where}: {_dotted((*key, name))} is given twice, first in line {seen[name]}; keep one"
+                    f"{where}: {dotted((*key, name))} is given twice, first in line {seen[name]}; keep one"
                 )
             seen[name] = line
         self.loader.flatten_mapping(node)
@@ -234,16 +248,25 @@ class _Walk:
 
     def _put(self, key: Key, value: Any, origin: str) -> None:
         try:
-            ours, value = _our_name(key, value, origin, self.given)
+            named = understood(key, value)
         except UserError as error:
-            self.given.problems.append(str(error))
+            self.given.complain(f"{origin}: {error}")
             return
+        if named.notice:
+            self.given.notices.append(f"{origin}: {named.notice}")
+        if named.derived:
+            self.given.derived[named.derived] = (key, value, origin)
+        if named.key is None:
+            return
+        ours, value = named.key, _sources(named.key, named.value)
         if value is None and section_at(ours) is not None and not _may_be_null(ours):
             return  # a section whose lines are all comments
+        if ours != key and value == {} and any(old[: len(ours)] == ours for old in self.given.values):
+            return  # `finetuning_type: lora` after its settings
         if ours != key and self.lines and ours in self.given.values:
             there = self.given.origins[ours]
             self.given.problems.append(
-                f"{origin}: {_dotted(key)} is another name of {_dotted(ours)}, which is given at {there} too; keep one"
+                f"{origin}: {dotted(key)} is another name of {dotted(ours)}, which is given at {there} too; keep one"
             )
             return
         self.given.put(ours, value, origin)
@@ -254,6 +277,7 @@ def _may_be_null(key: Key) -> bool:
     return info is None or info.default is None
 
 
+<<<<<<< HEAD
 def _our_name(key: Key, value: Any, origin: str, given: _Given) -> tuple[Key, Any]:
     """Our key and value for a key that may be another system's name. A data source that is given as a path alone
     becomes a section."""
@@ -267,10 +291,15 @@ def _our_name(key: Key, value: Any, origin: str, given: _Given) -> tuple[Key, An
         given.notices.append(f"{origin}: {_dotted(key)} is read as {alias.target}")
         key = tuple(alias.target.split("."))
     if key in PATH_LISTS:
+=======
+def _sources(key: Key, value: Any) -> Any:
+    """The value; a data source that is given as a path alone becomes a section."""
+    if key in (("data", "train"), ("data", "eval")):
+>>>>>>> main
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list):
-            value = [{"path": item} if isinstance(item, str) else item for item in items]
-    return key, value
+            return [{"path": item} if isinstance(item, str) else item for item in items]
+    return value
 
 
 def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:
@@ -280,19 +309,54 @@ def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:
     while rest:
         given = rest.pop(0)
         name, equals, text = given.removeprefix("--").partition("=")
-        if not equals:
+        name = name.strip().replace("-", "_")
+        if not equals and given.startswith("--") and is_flag(name) and rest[:1] not in (["true"], ["false"]):
+            text = "true"
+        elif not equals:
             if not given.startswith("--") or not rest or rest[0].startswith("--"):
-                raise UserError(f"override {given!r} has no value; write {name or 'section.field'}=value")
-            text = rest.pop(0)
-        parts = name.strip().replace("-", "_").split(".")
+                if not given.startswith("--") or not _is_left_out(name, given):
+                    raise UserError(f"override {given!r} has no value; write {name or 'section.field'}=value")
+                text = "true"
+            else:
+                text = rest.pop(0)
+        parts = name.split(".")
         if not all(parts):
             raise UserError(f"override {given!r} names no field; write section.field=value")
         found.append((tuple(int(part) if part.isdecimal() else part for part in parts), text))
     return found
 
 
+def _is_left_out(name: str, given: str) -> bool:
+    """Whether a flag of another system asks for what happens here anyway. Raises UserError with what to do for one that
+    has no counterpart here."""
+    try:
+        return bool(name) and understood(tuple(name.split(".")), True).key is None
+    except UserError as error:
+        raise UserError(f"override {given!r}: {error}") from None
+
+
+def _derive(given: _Given) -> None:
+    """Fills in fields whose values follow from settings of other systems and from other fields."""
+    for name, (key, value, origin) in given.derived.items():
+        try:
+            target, ours, how = DERIVED[name](value, given.known)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            reason = str(error) if isinstance(error, ValueError) else "it must be a number"
+            given.problems.append(f"{origin}: {dotted(key)} = {show(value)}: {reason}")
+            continue
+        ours_key = tuple(target.split("."))
+        if given.values.get(ours_key, ours) != ours:
+            given.problems.append(
+                f"{origin}: {dotted(key)} = {show(value)} makes {target} {show(ours)} ({how}), which is given as "
+                f"{show(given.values[ours_key])} at {given.origin(ours_key)}; keep one"
+            )
+            continue
+        given.notices.append(f"{origin}: {dotted(key)} is read as {target}={show(ours)}: {how}")
+        given.put(ours_key, ours, origin)
+
+
 def _read_override(key: Key, text: str, given: _Given) -> None:
-    _read_yaml(text, key, f"override {_dotted(key)}={text}", given)
+    _read_yaml(text, key, f"override {dotted(key)}={text}", given)
 
 
 def _fill_preset(given: _Given) -> None:
@@ -303,7 +367,7 @@ def _fill_preset(given: _Given) -> None:
     if name not in MODEL_PRESETS:
         nearest = difflib.get_close_matches(name, MODEL_PRESETS, n=1, cutoff=0.0)[0]
         given.problems.append(
-            f"{given.origin(('model', 'preset'))}: model.preset = {_show(name)} is unknown; the nearest known one is"
+            f"{given.origin(('model', 'preset'))}: model.preset = {show(name)} is unknown; the nearest known one is"
             f" {nearest}, all are {', '.join(MODEL_PRESETS)}"
         )
         return
@@ -337,44 +401,22 @@ def _in_words(kind: str, key: Key, value: Any, message: str, given: _Given) -> s
     origin = given.origin(key) or next((where for old, where in given.origins.items() if old[: len(key)] == key), "")
     prefix = f"{origin}: " if origin else ""
     if kind == "extra_forbidden":
-        return f"{prefix}unknown key {_dotted(key)}; the nearest known one is {_nearest(key)}"
+        return prefix + unknown(key)
     info = field_at(key)
     if kind == "missing":
         right = type_in_words(info.annotation, info.metadata) if info else "a value"
-        return f"{prefix}{_dotted(key)} is missing; it must be {right}"
+        return f"{prefix}{dotted(key)} is missing; it must be {right}"
     if kind == "finite_number":
-        return f"{prefix}{_dotted(key)} = {value} must be finite"
+        return f"{prefix}{dotted(key)} = {value} must be finite"
     if info is None:  # an item of a list
         parent = field_at(key[:-1])
         right = type_in_words(parent.annotation).removeprefix("a list, each item ") if parent else message
     else:
         right = type_in_words(info.annotation, info.metadata)
-    return f"{prefix}{_dotted(key)} = {_show(value)} must be {right}"
-
-
-def _nearest(key: Key) -> str:
-    known = nearest_name(key)
-    alias = difflib.get_close_matches(str(key[-1]), ALIASES, n=1, cutoff=0.85)
-    leaf = known.rpartition(".")[2]
-    if (
-        alias
-        and difflib.SequenceMatcher(None, alias[0], str(key[-1])).ratio()
-        > difflib.SequenceMatcher(None, leaf, str(key[-1])).ratio()
-    ):
-        return ALIASES[alias[0]].target
-    return known
+    return f"{prefix}{dotted(key)} = {show(value)} must be {right}"
 
 
 def _child(inside: Any, part: str | int) -> Any:
     if isinstance(inside, list):
         return inside[int(part)] if isinstance(part, int) and part < len(inside) else None
     return inside.get(str(part)) if isinstance(inside, dict) else None
-
-
-def _dotted(key: Key) -> str:
-    return ".".join(map(str, key))
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

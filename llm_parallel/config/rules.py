@@ -15,6 +15,11 @@ from llm_parallel.config.problem import Case, Problem, divisors, nearest
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
+NO_BASE = (
+    "adapter is given, and checkpoint.load, which names the model that adapters are trained for, is not; give it a "
+    "Hugging Face folder or a checkpoint"
+)
+
 
 def num_processes(config: RunConfig) -> int:
     """Processes that a run of this configuration needs; one replica where ``parallel.dp`` is left open."""
@@ -51,7 +56,7 @@ def find_problems(
 def check_model(config: RunConfig) -> None:
     """Checks the rules of the model alone, as for one that was read from a folder. Raises UserError."""
     case = Case(config, 1, "cpu")
-    problems = [problem for rule in (rules_layout.check_heads, rules_layout.check_rope) for problem in rule(case)]
+    problems = [problem for rule in MODEL_RULES for problem in rule(case)]
     if problems:
         raise UserError("\n".join(problem.statement for problem in problems))
 
@@ -105,7 +110,14 @@ def check_chat_inputs(config: RunConfig) -> None:
 
 
 def _refuse_missing(config: RunConfig, missing: list[str]) -> None:
-    for name, path in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
+    if config.adapter is not None and config.checkpoint.load is None:
+        missing.append(NO_BASE)
+    of_adapter = config.adapter.load if config.adapter is not None else None
+    for name, path in (
+        ("data.tokenizer", config.data.tokenizer),
+        ("checkpoint.load", config.checkpoint.load),
+        ("adapter.load", of_adapter),
+    ):
         if path is not None and not Path(path).exists():
             missing.append(f"{name} = {path} does not exist; give the path of one that does")
     if missing:
@@ -279,8 +291,14 @@ def _gluon(case: Case) -> Iterator[Problem]:
             yield Problem(("kernels.attention", f"model.{name}"), statement, fix)
 
 
+MODEL_RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
+    rules_layout.check_heads,
+    rules_layout.check_layer_options,
+    rules_layout.check_rope,
+)
 RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     rules_layout.check_heads,
+    rules_layout.check_layer_options,
     rules_layout.check_tensor_parallel,
     rules_layout.check_pipeline,
     rules_layout.check_recompute,

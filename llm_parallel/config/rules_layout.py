@@ -41,6 +41,23 @@ def check_heads(case: Case) -> Iterator[Problem]:
         )
 
 
+def check_layer_options(case: Case) -> Iterator[Problem]:
+    """One kind of query and key norms, and layers without rotary embedding that the model has."""
+    model = case.config.model
+    if model.qk_norm and model.qk_norm_over_heads:
+        statement = "model.qk_norm and model.qk_norm_over_heads are both true, and a model has one of them"
+        yield Problem(("model.qk_norm", "model.qk_norm_over_heads"), statement, {"model.qk_norm_over_heads": False})
+    layers = model.layers_without_rope
+    fitting = tuple(sorted({layer for layer in layers if layer < model.num_layers}))
+    if layers != fitting:
+        yield Problem(
+            ("model.layers_without_rope", "model.num_layers"),
+            f"model.layers_without_rope = {list(layers)} must be rising numbers of layers from 0 to"
+            f" {model.num_layers - 1}, since model.num_layers = {model.num_layers}",
+            {"model.layers_without_rope": list(fitting)},
+        )
+
+
 def _tp_obstacles(config: RunConfig, tp: int) -> dict[str, str]:
     """Model fields that ``tp`` does not fit, with the clause that says so."""
     model = config.model
@@ -52,6 +69,10 @@ def _tp_obstacles(config: RunConfig, tp: int) -> dict[str, str]:
         obstacles["model.num_query_groups"] = f"neither divides nor is a multiple of model.num_query_groups = {groups}"
     if ffn % tp:
         obstacles["model.ffn_hidden_size"] = f"does not divide model.ffn_hidden_size = {ffn}"
+    if model.qk_norm_over_heads and tp > groups:
+        obstacles["model.qk_norm_over_heads"] = (
+            f"is over model.num_query_groups = {groups}, and model.qk_norm_over_heads needs each group on one process"
+        )
     if not obstacles and 2 * groups * model.kv_channels % tp:  # keys and values of one matrix, cut by column
         obstacles["model.head_dim"] = (
             f"does not divide the {2 * groups * model.kv_channels} key and value channels of model.num_query_groups ="

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
 from llm_parallel.config.tree_tune import AdapterConfig, ChatConfig, MethodConfig
@@ -78,6 +78,12 @@ class ModelConfig(Node):
     """Add biases in the MLP."""
     qk_norm: bool = False
     """Normalize each head's queries and keys by an RMSNorm before the rotary embedding, as Qwen3 does."""
+    qk_norm_over_heads: bool = False
+    """The same with one RMSNorm over the queries of all heads together and one over the keys, as OLMo 2 does."""
+    norm_outputs: bool = False
+    """Normalize the outputs of attention and MLP instead of their inputs, as OLMo 2 does."""
+    layers_without_rope: tuple[NonNegativeInt, ...] = ()
+    """Layers, counted from 0, whose queries and keys are not rotated; in SmolLM3 every fourth one (3, 7, 11, …)."""
     window_tokens: PositiveInt | None = None
     """Number of tokens that a query attends to, itself and those right before it, as in Mistral 7B; all before it if
     not given. The planner counts attention to all of them in either case."""

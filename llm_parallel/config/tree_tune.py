@@ -109,10 +109,10 @@ class AdapterConfig(Node):
     """The scale is ``alpha / sqrt(rank)`` (rsLoRA; Kalajdzievski 2023, arXiv 2312.03732)."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of an adapter's inputs that is dropped while training."""
-    targets: tuple[Projection, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    targets: tuple[Projection, ...] = Field(("q", "k", "v", "o", "gate", "up", "down"), min_length=1)
     """Projections of every layer that have adapters."""
     base: Literal["full", "int8", "nf4"] = "full"
     """How the frozen weights of the layers are held: in the run's precision, in 8 bits with a scale for each row, or in
     4 bits with a scale for each block of 64 (NF4, QLoRA; Dettmers et al. 2023, arXiv 2305.14314)."""
     load: str | None = None
-    """PEFT folder whose adapters training starts from; none: A is drawn at random and B is zero."""
+    """PEFT folder or checkpoint of adapters that training starts from; none: A is drawn at random and B is zero."""

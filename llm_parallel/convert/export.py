@@ -5,67 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from llm_parallel.checkpoint.folders import find_checkpoint
-from llm_parallel.checkpoint.run_file import TOKENIZER_NAME, read_config
+from llm_parallel.checkpoint.run_file import read_config
+from llm_parallel.checkpoint.tensors import CheckpointTensors
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.data.tokenizer import load_tokenizer
+from llm_parallel.convert.settings import origin, write_settings
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.model.hf import INDEX_NAME, hf_tensors
-from llm_parallel.model.hf_config import model_to_hf_config
-from llm_parallel.model.tensors import LAYERS, all_names, split_name
-
-
-class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of the tensor that one read fills."""
-        part = self._target
-        for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
-            part = part.narrow(axis, offset, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing: the part is a view."""
-
-
-class CheckpointTensors:
-    """Single tensors of one of our checkpoints, by canonical name, without reading the others."""
-
-    def __init__(self, folder: Path) -> None:
-        self._reader = FileSystemReader(str(folder))
-        self._metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-
-    def read(self, name: str) -> Tensor:
-        """The whole tensor ``name``; if it belongs to a layer, only that layer's part of the stored stack is read."""
-        kind, layer = split_name(name)
-        return self._load(name, ()) if layer is None else self._load(LAYERS + kind.name, (layer,))
-
-    def _load(self, key: str, at: tuple[int, ...]) -> Tensor:
-        stored: Any = self._metadata.state_dict_metadata[key]
-        rest = tuple(stored.size)[len(at) :]
-        wanted = ChunkStorageMetadata(torch.Size((*at, *(0,) * len(rest))), torch.Size((*(1,) * len(at), *rest)))
-        target = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
-        plan = LoadPlan(create_read_items_for_chunk_list(key, stored, [wanted]))
-        self._reader.read_data(self._reader.prepare_local_plan(plan), _Into(target)).wait()
-        return target.view(rest)
+from llm_parallel.model.hf import INDEX_NAME, file_tensors, hf_tensors
+from llm_parallel.model.hf_config import family_of
+from llm_parallel.model.hf_families import FAMILIES
+from llm_parallel.model.tensors import all_names
 
 
 class ShardWriter:
@@ -111,45 +66,47 @@ def _bytes(tensor: Tensor) -> int:
 def export_to_hf(checkpoint: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> Path:
     """Writes the checkpoint's model as a Hugging Face folder, with tokenizer and generation settings; returns it.
 
-    Holds at most one layer and one safetensors file in memory. The folder appears when it is complete. Raises UserError
-    if there is no checkpoint or the target is not empty.
+    Raises UserError if there is no checkpoint or the target is not empty.
     """
-    source, target = find_checkpoint(checkpoint), Path(target)
+    source = find_checkpoint(checkpoint)
+    return write_hf_folder(CheckpointTensors(source), read_config(source), source, target, max_shard_bytes)
+
+
+class Tensors(Protocol):
+    """Whole tensors of a model."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of a canonical name."""
+
+
+def write_hf_folder(
+    tensors: Tensors, config: RunConfig, source: Path, target: str | Path, max_shard_bytes: int
+) -> Path:
+    """Writes a model as a Hugging Face folder, with the tokenizer and the settings that lie in ``source`` as in one of
+    our checkpoints; returns it.
+
+    Holds at most one layer and one safetensors file in memory. The folder appears when it is complete. Raises UserError
+    if the target is not empty.
+    """
+    target = Path(target)
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; give a new folder")
-    config = read_config(source)
     making = target.with_name(f".{target.name}.converting")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     try:
-        tensors, writer = CheckpointTensors(source), ShardWriter(making, max_shard_bytes)
+        family = FAMILIES[family_of(config.model, origin(source, config.model).get("model_type"))]
+        writer = ShardWriter(making, max_shard_bytes)
         dtype = None
         for name in all_names(config.model):
             ours = tensors.read(name)
             dtype = dtype or str(ours.dtype).removeprefix("torch.")
-            writer.add(hf_tensors(name, ours, config.model))
+            writer.add(file_tensors(hf_tensors(name, ours, config.model), family))
         writer.close()
-        _write_settings(source, making, config, dtype or "float32")
+        write_settings(source, making, config, dtype or "float32")
         if target.exists():
             target.rmdir()
         making.rename(target)
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return target
-
-
-def _write_settings(source: Path, folder: Path, config: RunConfig, dtype: str) -> None:
-    """config.json, generation_config.json and tokenizer files. Settings that came with an import are written as they
-    came."""
-    beside = source / TOKENIZER_NAME
-    if beside.is_dir():
-        shutil.copytree(beside, folder, dirs_exist_ok=True)
-    special: dict[str, Any] = {}
-    if config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        special = {"eos_token_id": tokenizer.eod, "bos_token_id": tokenizer.bos}
-    with atomic_write(folder / "config.json") as handle:
-        json.dump(model_to_hf_config(config.model, dtype, special), handle, indent=1)
-    if not (folder / "generation_config.json").is_file():
-        with atomic_write(folder / "generation_config.json") as handle:
-            json.dump(special, handle, indent=1)

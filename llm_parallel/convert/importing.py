@@ -28,16 +28,15 @@ from torch.distributed.checkpoint.planner import (
 
 from llm_parallel.checkpoint.content import write_weights_only_parts
 from llm_parallel.checkpoint.folders import LATEST_NAME, folder_name
-from llm_parallel.checkpoint.run_file import TOKENIZER_NAME, write_config
+from llm_parallel.checkpoint.run_file import write_config
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.convert.settings import carry
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, fsync_dir
 from llm_parallel.model.hf import HfReader, named_unused, read_rows
 from llm_parallel.model.mcore_config import padded_vocab_size
 from llm_parallel.model.tensors import LAYERS, all_names, split_name
-
-CARRIED = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,13 @@ def import_from_hf(
     making.mkdir(parents=True)
     try:
         with HfReader(source) as reader:
-            unused = reader.check(config.model)
+            unused = reader.check()
             if unused:
                 notice(named_unused(unused))
             _write_tensors(reader, config.model, making)
         write_weights_only_parts(making)
         TrainState().write(making)
-        _carry(source, making)
+        carry(source, making)
         write_config(making, config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": None})}))
         making.rename(final)
         fsync_dir(checkpoints)
@@ -134,13 +133,3 @@ def _write_tensors(reader: HfReader, model: ModelConfig, folder: Path) -> None:
     [plan] = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])
     results: Any = writer.write_data(plan, _LazyPlanner(reader, model, by_index)).wait()
     writer.finish(Metadata(state_dict_metadata=dict(sizes)), [results])
-
-
-def _carry(source: Path, folder: Path) -> None:
-    """Copies tokenizer and generation settings beside the weights."""
-    beside = folder / TOKENIZER_NAME
-    beside.mkdir()
-    for pattern in CARRIED:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copy2(path, beside / path.name)

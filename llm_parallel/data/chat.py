@@ -192,7 +192,7 @@ class ChatEncoder:
     @cached_property
     def _dict_arguments(self) -> bool:
         """Whether the template takes a tool call's arguments as an object; else it takes JSON."""
-        messages = [_user(), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+        messages = [_user(), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
         try:
             self.template.text(messages)
             return True
@@ -219,7 +219,7 @@ class ChatEncoder:
         prefix: list[Message] = [_user()]
         if before == "tool":
             prefix += [
-                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
                 {"role": "tool", "content": "It.", "name": "find", "tool_call_id": CALL["id"]},
             ]
         elif before == "assistant":

@@ -84,14 +84,20 @@ class Counts:
         return f"has no conversation to train on: of {self.records} records {', '.join(reasons)}"
 
 
+def some(count: int, one: str, many: str | None = None) -> str:
+    """A count with its noun: 1 record, 2 records."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def described(report: dict[str, Any]) -> Iterator[str]:
     """Sentences about prepared conversations, each complete in itself."""
-    yield (f"conversations are written by {report['template_origin']}; answers end with {report['stop_names'][0]}")
+    stop = report["stop_names"][0]
+    yield f"conversations are written by {report['template_origin']}; answers end with {stop}"
     for path, counts in zip(report["paths"], report["counts"]):
         formats = ", ".join(f"{count:,} as {name}" for name, count in counts["formats"].items())
         yield (
-            f"{path}: {counts['kept']:,} conversations of {counts['records']:,} records ({formats}), "
-            f"{counts['tokens']:,} tokens, of which {counts['trained']:,} are trained"
+            f"{path}: {some(counts['kept'], 'conversation')} of {some(counts['records'], 'record')} ({formats}), "
+            f"{some(counts['tokens'], 'token')}, of which {counts['trained']:,} are trained"
         )
         yield from (f"{path}: {text}" for text in _left_out(counts, report))
 
@@ -108,19 +114,18 @@ def _left_out(counts: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
             reasons.setdefault(reason, []).append(where)
         said = [f"{places[0]} {reason}{_likewise(places[1:])}" for reason, places in reasons.items()]
         more = "; …" if counts["unreadable"] > len(counts["first"]) else ""
-        yield f"{counts['unreadable']:,} records are no conversations: {'; '.join(said)}{more}"
-    if counts["nothing_trained"]:
-        yield f"{counts['nothing_trained']:,} conversations have no answer that is trained, and are left out"
-    if counts["too_long"]:
-        yield f"{counts['too_long']:,} conversations are left out, since they do not fit {limit}"
-    if counts["shortened"]:
-        yield (
-            f"{counts['turns_cut']:,} messages at the beginning of {counts['shortened']:,} conversations are left out "
-            f"to fit {limit}"
-        )
-    if counts["answers_cut"]:
-        yield f"{counts['answers_cut']:,} answers are cut at {limit}, and do not learn to stop there"
-    if counts["merged"]:
-        yield f"{counts['merged']:,} conversations have turns of the same role joined, since the template refuses them"
-    if counts["empty_answers"]:
-        yield f"{counts['empty_answers']:,} conversations have an answer without text, which is trained to stop at once"
+        what = some(counts["unreadable"], "record is no conversation", "records are no conversations")
+        yield f"{what}: {'; '.join(said)}{more}"
+    if count := counts["nothing_trained"]:
+        yield f"left out {some(count, 'conversation')} without an answer that is trained"
+    if count := counts["too_long"]:
+        yield f"left out {some(count, 'conversation')} that {'does' if count == 1 else 'do'} not fit {limit}"
+    if count := counts["shortened"]:
+        turns = some(counts["turns_cut"], "message")
+        yield f"left out {turns} at the beginning of {some(count, 'conversation')} to fit {limit}"
+    if count := counts["answers_cut"]:
+        yield f"cut {some(count, 'answer')} at {limit}, where no stop is learned"
+    if count := counts["merged"]:
+        yield f"joined turns of the same role in {some(count, 'conversation')}, since the template refuses them"
+    if count := counts["empty_answers"]:
+        yield f"{some(count, 'conversation')} with an answer of nothing, which is trained to stop at once"

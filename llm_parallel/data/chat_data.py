@@ -189,13 +189,17 @@ class ChatSamples:
         self._data, self._numbers, self.packer = data, numbers, packer
         self._length, self._pad = data.report["seq_length"], data.report["pad"]
 
+    def conversations(self, number: int) -> list[int]:
+        """Numbers of the conversations that share a sample."""
+        return self._numbers[self.packer.sample(number)].tolist()
+
     def sample(self, number: int) -> Sample:
         """Sample ``number``, from 0."""
         tokens = np.full(self._length, self._pad, np.int64)
         labels = np.full(self._length, self._pad, np.int64)
         weights, source = np.zeros(self._length, np.float32), np.zeros(self._length, np.float32)
         starts, at = [], 0
-        for conversation in self._numbers[self.packer.sample(number)].tolist():
+        for conversation in self.conversations(number):
             ids, own = self._data.conversation(conversation)
             part = slice(at, at + len(ids) - 1)
             # The last token is a label only: nothing is predicted from it.

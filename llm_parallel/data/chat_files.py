@@ -3,12 +3,13 @@ run. ``chat_data.py`` says what the files are."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from llm_parallel.data.chat import ChatEncoder, ChatTokens, holds_private
 from llm_parallel.data.chat_counts import Counts, described
 from llm_parallel.data.chat_data import REPORT, ChatData
 from llm_parallel.data.chat_tokens import ChatTokenizer
+from llm_parallel.data.dataset_info import Opened, open_source
 from llm_parallel.data.formats import BadRecord, Reader
 from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
+from llm_parallel.data.readers import Problems, rows
 from llm_parallel.data.template import DATE, ChatTemplate, Refused, chatml, own_template
 from llm_parallel.data.tokenizer import load_tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, locked
+from llm_parallel.files import atomic_write, open_own
 
 VERSION = 1
 
@@ -45,21 +48,30 @@ def prepare_conversations(config: RunConfig, notice: Callable[[str], None] = lam
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer is not given; give the tokenizer of the model")
     encoder = open_encoder(config)
-    sources = (*chat.train, *chat.eval)
     with file_errors_explained(Path(config.run_dir) / "data"):
-        files = [_files_of(source) for source in sources]
-        settings = _settings(config, encoder, files)
+        opened = [open_source(source) for source in (*chat.train, *chat.eval)]
+        settings = _settings(config, encoder, opened)
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         folder = Path(config.run_dir) / "data" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        held = f"another process prepares the conversations of {config.run_dir}; wait for it, or end it"
-        with locked(folder.parent / ".lock", held):
+        with _turn(folder.parent / ".lock"):
             if not (folder / REPORT).is_file():
-                _write(folder, config, encoder, files, settings)
+                _write(folder, config, encoder, opened, settings)
     data = ChatData.open(folder)
-    for text in described(data.report):
+    for text in (*(text for source in opened for text in source.notices), *described(data.report)):
         notice(text)
     return data
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """One process after the other: those of one job under torchrun or srun all prepare, and the first one does it."""
+    fd = open_own(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def open_encoder(config: RunConfig) -> ChatEncoder:
@@ -108,14 +120,13 @@ def turn_tokens(tokenizer: ChatTokenizer) -> tuple[str, str]:
     return tokenizer.variables.get("bos_token", end), end
 
 
-def _settings(config: RunConfig, encoder: ChatEncoder, files: Sequence[Sequence[Path]]) -> dict[str, Any]:
+def _settings(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened]) -> dict[str, Any]:
     """All that the content of the folder depends on."""
     chat, template = config.chat, encoder.template
-    sources = (*chat.train, *chat.eval)
     return {
         "version": VERSION,
-        "files": [[[path.name, _digest(path)] for path in paths] for paths in files],
-        "sources": [[source.format, source.columns.model_dump(), source.dataset] for source in sources],
+        "files": [[[path.name, _digest(path)] for path in source.files] for source in opened],
+        "sources": [[source.format, source.columns.model_dump(), dict(source.roles)] for source in opened],
         "source_names": _names(chat.train),
         "weights": [source.weight for source in chat.train],
         "eval_fraction": 0.0 if chat.eval else chat.eval_fraction,
@@ -132,7 +143,7 @@ def _settings(config: RunConfig, encoder: ChatEncoder, files: Sequence[Sequence[
 
 
 def _write(
-    folder: Path, config: RunConfig, encoder: ChatEncoder, files: Sequence[Sequence[Path]], settings: dict[str, Any]
+    folder: Path, config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened], settings: dict[str, Any]
 ) -> None:
     making = folder.with_name(f"{folder.name}.making")
     shutil.rmtree(making, ignore_errors=True)
@@ -145,8 +156,8 @@ def _write(
         names = ("tokens", "weights", "sources", "lines")
         out = {name: stack.enter_context((making / f"{name}.bin").open("wb")) for name in names}
         block: list[int] = []
-        for number, (source, paths) in enumerate(zip(sources, files)):
-            for line, tokens in _encoded(source, paths, encoder, config, counts[number]):
+        for number, source in enumerate(opened):
+            for line, tokens in _encoded(source, encoder, config, counts[number]):
                 out["tokens"].write(tokens.ids.astype(dtype).tobytes())
                 out["weights"].write(tokens.weights.tobytes())
                 out["sources"].write(np.int32(number).tobytes())
@@ -182,59 +193,46 @@ def _write(
 
 
 def _encoded(
-    source: ChatSource, paths: Sequence[Path], encoder: ChatEncoder, config: RunConfig, counts: Counts
+    source: Opened, encoder: ChatEncoder, config: RunConfig, counts: Counts
 ) -> Iterator[tuple[int, ChatTokens]]:
     """Number of the record and tokens of each conversation that is kept."""
-    reader = Reader(source.format, source.columns)
+    reader, problems = Reader(source.format, source.columns, source.roles), _Problems(counts)
     limit = config.data.seq_length_tokens + 1
-    for number, (where, record) in enumerate(_records(paths, counts)):
+    found = (row for path in source.files for row in rows(path, problems))
+    for number, row in enumerate(found):
         counts.records += 1
         try:
-            conversation = reader.read(record)
+            conversation = reader.read(row.value)
             if holds_private(conversation):
                 raise BadRecord("holds characters of Unicode's last private range (U+100000 to U+10FFFF)")
         except BadRecord as error:
-            counts.broken(where, str(error))
+            counts.broken(row.where, str(error))
             continue
         try:
             tokens = encoder.encode_within(conversation, limit, config.chat.too_long == "cut")
         except Refused as error:
             raise UserError(
-                f"the chat template ({encoder.template.origin}) refuses {where}: {error}; mend or remove that record, "
-                "or give another chat.template"
+                f"the chat template ({encoder.template.origin}) refuses {row.where}: {error}; mend or remove that "
+                "record, or give another chat.template"
             ) from None
         counts.formats = reader.found
         if counts.add(tokens, conversation, encoder):
             assert tokens is not None
             if not tokens.answer_cut and int(tokens.ids[-1]) not in encoder.stops:
-                _refuse_stop(encoder, tokens, where)
+                _refuse_stop(encoder, tokens, row.where)
             yield number, tokens
 
 
-def _records(paths: Sequence[Path], counts: Counts) -> Iterator[tuple[str, Any]]:
-    for path in paths:
-        with path.open("rb") as handle:
-            for number, line in enumerate(handle, 1):
-                where = f"{path} line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    yield where, json.loads(line)
-                except ValueError as error:
-                    counts.records += 1
-                    counts.broken(where, f"is not JSON ({error})")
+class _Problems(Problems):
+    """Records that cannot be read, as records of their source."""
 
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self._counts = counts
 
-def _files_of(source: ChatSource) -> list[Path]:
-    path = Path(source.path)
-    if path.is_dir():
-        found = sorted(one for one in path.rglob("*.jsonl") if one.is_file())
-        if not found:
-            raise UserError(f"{path} holds no files of conversations")
-        return found
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a file of conversations, or a folder of such files")
-    return [path]
+    def add(self, where: str, reason: str) -> None:
+        self._counts.records += 1
+        self._counts.broken(where, reason)
 
 
 def _digest(path: Path) -> str:

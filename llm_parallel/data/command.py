@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llm_parallel.data.display import print_report, shown_progress
 from llm_parallel.data.inputs import find_files
@@ -18,38 +20,34 @@ def prepare_command(
     *,
     tokenizer: str | None = None,
     train_vocab: int | None = None,
-    key: str = "text",
-    workers: int | None = None,
-    append_eod: bool = True,
-    shard_megabytes: int = 16,
+    **options: Any,
 ) -> PrepareReport:
-    """Trains a tokenizer beside ``out`` if ``train_vocab`` asks for one, prepares, and prints the report.
+    """Trains a tokenizer beside ``out`` if ``train_vocab`` asks for one, prepares, and prints the report. ``options``
+    are further fields of PrepareConfig.
 
     Raises UserError on options that do not fit together and as ``prepare`` does.
     """
     if (tokenizer is None) == (train_vocab is None):
         given = "neither" if tokenizer is None else "both"
         raise UserError(f"--tokenizer and --train-vocab: {given} given; give one of them")
-    for name, value in (("--train-vocab", train_vocab), ("--workers", workers), ("--shard-megabytes", shard_megabytes)):
+    config = PrepareConfig(tuple(inputs), out, tokenizer or "", **options)
+    for name, value in (
+        ("--train-vocab", train_vocab),
+        ("--workers", config.workers),
+        ("--shard-megabytes", config.shard_megabytes),
+    ):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; give 1 or more")
-    if not Path(out).name:
+    target = Path(out)
+    if not target.name:
         raise UserError(f"--out {out!r} is not a prefix of files; give one such as data/corpus")
-    if tokenizer is None:
-        assert train_vocab is not None
+    if train_vocab is not None:
         print(f"training a tokenizer of {train_vocab} tokens", flush=True)
-        with file_errors_explained(Path(out)):
-            files, target = find_files(inputs), Path(out)
-            tokenizer = str(vocabulary_from_files(files, train_vocab, target.parent, key, prefixes=[target.name]))
-    config = PrepareConfig(
-        tuple(inputs),
-        out,
-        tokenizer,
-        key=key,
-        workers=workers,
-        append_eod=append_eod,
-        shard_megabytes=shard_megabytes,
-    )
+        with file_errors_explained(target):
+            files = find_files(inputs, config.extensions, config.strict).files
+            prefixes = [target.name]
+            trained = vocabulary_from_files(files, train_vocab, target.parent, config.key, prefixes=prefixes)
+        config = replace(config, tokenizer=str(trained))
     with shown_progress("preparing") as progress:
         report = prepare(config, progress)
     print_report(report)

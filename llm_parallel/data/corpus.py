@@ -13,6 +13,7 @@ import numpy as np
 
 from llm_parallel.data.display import shown_progress
 from llm_parallel.data.indexed import TokenFile
+from llm_parallel.data.inputs import find_files
 from llm_parallel.data.prepare import PrepareConfig, PrepareReport, prepare
 from llm_parallel.data.vocabulary import vocabulary_from_files
 from llm_parallel.errors import UserError
@@ -73,7 +74,8 @@ def prepare_python_corpus(out_dir: str | Path, vocab_size: int, workers: int | N
     held_out = math.ceil(EVAL_SHARE * len(by_hash))
     parts = {"eval": sorted(by_hash[:held_out]), "train": sorted(by_hash[held_out:])}
     print(f"training a tokenizer of {vocab_size} tokens on {len(parts['train'])} files", flush=True)
-    tokenizer = vocabulary_from_files(parts["train"], vocab_size, out, prefixes=sorted(parts))
+    found = find_files([str(path) for path in parts["train"]])
+    tokenizer = vocabulary_from_files(found.files, vocab_size, out, prefixes=sorted(parts))
     reports = {}
     for name, files in parts.items():
         with shown_progress(f"tokenising {name}") as progress:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from llm_parallel.data.inputs import SHOWN
 from llm_parallel.data.prepare import PrepareReport, Progress
 
 LINE_INTERVAL_S = 5.0
@@ -46,19 +48,50 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
     """A table of what was written."""
     table = Table(title=f"{report.prefix}.bin, .idx", title_justify="left", show_header=False)
     again = f", {report.shards_reused} of {report.shards} shards done before" if report.shards_reused else ""
+    forms = ", ".join(f"{count:,} {form}" for form, count in report.forms.items())
     rows = [
-        ("documents", f"{report.documents:,} of {report.files:,} files"),
+        ("documents", f"{report.documents:,} of {report.files:,} files ({forms})"),
         ("tokens", f"{report.tokens:,} ({report.dtype}, vocabulary {report.vocab_size:,})"),
         ("bytes per token", f"{report.bytes_per_token:.3f}"),
         ("time", f"{report.seconds:.1f} s, {report.tokens_per_s:,.0f} tokens/s, {report.workers} processes{again}"),
         ("tokenizer", report.tokenizer),
+        *_left_out(report),
     ]
-    left_out = [(report.empty_documents, "empty documents"), (report.undecodable_files, "files that are not UTF-8")]
-    if any(count for count, _ in left_out):
-        rows.append(("left out", ", ".join(f"{count:,} {what}" for count, what in left_out if count)))
+    if report.prepend_bos or not report.append_eod:
+        begin, end = "a begin token" if report.prepend_bos else "", "an end token" if report.append_eod else ""
+        rows.insert(
+            2, ("every document has", " and ".join(filter(None, (begin, end))) or "neither begin nor end token")
+        )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     (console or Console()).print(table)
+
+
+def _left_out(report: PrepareReport) -> Iterator[tuple[str, str]]:
+    """Rows about what was not read: the files with their reasons, other endings in folders, and records."""
+    if report.skipped_files:
+        by_reason: dict[str, list[str]] = {}
+        for path, reason in report.skipped:
+            by_reason.setdefault(reason, []).append(path)
+        lines = [f"{_some(paths)} {reason}" for reason, paths in by_reason.items()]
+        yield f"{report.skipped_files:,} files not read", _shown(lines, len(lines))
+    if report.other_endings:
+        others = [f"{count:,} {kind}" for kind, count in report.other_endings.items()]
+        yield "endings not taken", _shown(others, len(others), ", ")
+    if report.bad_records:
+        yield f"{report.bad_records:,} bad records", _shown(report.first_bad, report.bad_records)
+    if report.empty_documents:
+        yield "empty documents", f"{report.empty_documents:,}"
+
+
+def _some(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1:,} more, each of which"
+
+
+def _shown(lines: Sequence[str], count: int, between: str = "\n") -> str:
+    """The first five of ``count``."""
+    more = [f"and {count - SHOWN:,} more in the report"] if count > SHOWN else []
+    return between.join([*lines[:SHOWN], *more])
 
 
 def _line_printer(title: str, console: Console) -> Callable[[Progress], None]:

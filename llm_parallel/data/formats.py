@@ -17,6 +17,7 @@ ROLES = {
     "tool": ("tool", "observation", "function", "function_response", "ipython", "tool_response", "environment"),
     "function_call": ("function_call", "tool_call", "tool_calls"),
 }
+KNOWN_ROLES = "user or human, assistant or gpt, system, tool or observation, function_call"
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 USUAL: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation"),
@@ -49,7 +50,7 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: dicts with ``role`` (system, user, assistant, tool), ``content`` (text, or None beside ``tool_calls``)
+    """messages: dicts with ``role`` (system, user, assistant, tool), ``content`` (text)
     and what else templates read; weights: of each message's tokens in the loss, 0 for whatever is not the assistant's;
     tools: what the assistant may call, or None."""
 
@@ -92,13 +93,16 @@ def merged(conversation: Conversation) -> Conversation:
 
 
 class Reader:
-    """Reads the records of one source. ``wanted`` is a format or "auto"; ``columns`` are the names of its fields."""
+    """Reads the records of one source. ``wanted`` is a format or "auto"; ``columns`` are the names of its fields, and
+    ``roles`` names of roles besides the usual ones."""
 
-    def __init__(self, wanted: str = "auto", columns: Columns | None = None) -> None:
+    def __init__(
+        self, wanted: str = "auto", columns: Columns | None = None, roles: Mapping[str, str] | None = None
+    ) -> None:
         self._wanted = wanted
         given = (columns or Columns()).model_dump()
         self._names = {field: ((given[field],) if given.get(field) else names) for field, names in USUAL.items()}
-        self._roles = ROLE_OF
+        self._roles = {**ROLE_OF, **(roles or {})}
         self.found: dict[str, int] = {}
 
     def read(self, record: Any) -> Conversation:
@@ -195,10 +199,10 @@ class Reader:
         if role is None:
             names = " or ".join(map(repr, self._names["role"]))
             what = f"the role {named!r}" if named is not None else f"no {names}"
-            raise BadRecord(f"has a turn {number} with {what}; known roles are {', '.join(sorted(self._roles))}")
+            raise BadRecord(f"has a turn {number} with {what}; known roles are {KNOWN_ROLES}")
         content = self._get(turn, "content")
         if role == "function_call":
-            return {"role": "assistant", "content": None, "tool_calls": _calls_of(content, number)}
+            return {"role": "assistant", "content": "", "tool_calls": _calls_of(content, number)}
         message: dict[str, Any] = {"role": role, "content": _joined(content, number)}
         for field in KEPT:
             if turn.get(field):
@@ -207,9 +211,12 @@ class Reader:
             message["tool_calls"] = [
                 _call(call, number) for call in _listed(_parsed(message["tool_calls"]), "tool_calls")
             ]
-        if message["content"] is None and "tool_calls" not in message:
-            names = " or ".join(map(repr, self._names["content"]))
-            raise BadRecord(f"has a turn {number} of the role {named!r} without {names}")
+        if message["content"] is None:
+            if "tool_calls" not in message:
+                names = " or ".join(map(repr, self._names["content"]))
+                raise BadRecord(f"has a turn {number} of the role {named!r} without {names}")
+            # None is the word "None" in templates that know no tool calls.
+            message["content"] = ""
         return message
 
     def _tools(self, record: Mapping[str, Any]) -> list[Any] | None:

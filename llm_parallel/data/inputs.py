@@ -2,103 +2,226 @@
 
 from __future__ import annotations
 
+import codecs
+import difflib
 import glob
-import gzip
-import json
 import os
-import zlib
+import shlex
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import Any
 
+from llm_parallel.data.containers import Damaged, blocks, utf8_blocks
+from llm_parallel.data.kinds import TELLING, Kind, NotRead, ending, judge
+from llm_parallel.data.readers import (
+    MAX_RECORD_BYTES,
+    SHOWN,
+    TOO_LONG,
+    MissingColumn,
+    parse_line,
+    records,
+    surrogates,
+)
 from llm_parallel.errors import UserError
 
-JSON_LINES = (".jsonl", ".ndjson")
-COMPRESSED = (".gz", ".zst")
-PROSE = (".txt", ".md", ".rst", ".tex")
-SOURCE_CODE = (
-    ".py",
-    ".pyi",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".cu",
-    ".java",
-    ".js",
-    ".ts",
-    ".go",
-    ".rs",
-    ".rb",
-    ".sh",
-)
-TEXT_EXTENSIONS = frozenset((*JSON_LINES, *PROSE, *SOURCE_CODE))
-"""Endings of the files that are read from a folder, compressed or not; a file that is named itself or matches a glob is
-always read."""
+TEXT_EXTENSIONS = frozenset(TELLING)
+"""Endings of the files that are read from a folder, compressed or not, in small or capital letters; a file that is
+named itself or matches a glob is always read."""
 MAX_DOCUMENT_BYTES = 256 << 20
 """A tokenizer works on a whole document at once and needs some hundred bytes of memory for each of its bytes."""
-BLOCK_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 20
+SHOWN_FIELDS = 12
+USUAL_FIELDS = ("text", "content", "raw_content", "body", "document", "article", "code", "completion", "response")
+"""Names under which published corpora keep their text."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file to read: its path as it was given, its size in bytes, and what it holds."""
+
+    path: str
+    size: int
+    kind: Kind
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """What tells whether it is still the same file: where it lies, size, and time of its last change."""
+        return os.path.realpath(self.path), self.size, Path(self.path).stat().st_mtime_ns
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The bytes [start, end) of a file. Of a file of JSON lines they stand for the lines that begin in this range; of
-    any other file they are always the whole."""
+    """The bytes [start, end) of a file. Of uncompressed JSON lines they stand for the lines that begin in this range;
+    of any other file they are always the whole."""
 
     path: str
     start: int
     end: int
-
-    @property
-    def json_lines(self) -> bool:
-        """Whether each line is a document; else the file is one."""
-        return _plain_suffix(self.path) in JSON_LINES
+    kind: Kind
+    whole: bool = True
+    """Whether it is all of the file."""
 
 
 @dataclass
-class Skipped:
-    """What was left out: files that are not UTF-8, and documents without text."""
+class Found:
+    """What the inputs name: ``files`` to read, ``skipped`` (path, reason), and how many files of folders were not
+    looked at because of their ending."""
 
-    undecodable: int = 0
+    files: list[Input] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    other_endings: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Losses:
+    """What was left out of the pieces that were read: documents without text, bad records (how many, and of the first
+    five path, place and reason; a place that is a number is an offset in bytes), and files of which nothing was read
+    (path, reason). With ``strict`` the first bad record or unread file is a UserError."""
+
+    strict: bool = False
     empty: int = 0
+    bad: int = 0
+    first: list[tuple[str, str | int, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, path: str, place: str | int, reason: str) -> None:
+        """Counts a bad record."""
+        if self.strict:
+            raise UserError(sentence(path, place, reason))
+        self.bad += 1
+        if len(self.first) < SHOWN:
+            self.first.append((path, place, reason))
+
+    def skip(self, path: str, reason: str) -> None:
+        """Notes a file of which nothing is read."""
+        if self.strict:
+            raise UserError(f"{path} {reason}")
+        self.skipped.append((path, reason))
+
+    def merge(self, other: Losses, whole: Piece | None) -> None:
+        """Adds what was left out of a piece. whole: the piece, if it is a whole file that gave nothing at all; then
+        its bad records are the reason why the file was not read."""
+        self.empty += other.empty
+        self.skipped += other.skipped
+        if whole and not other.bad and not other.skipped:
+            self.skipped.append((whole.path, "holds no records"))
+            return
+        if whole and other.bad:
+            path, place, reason = other.first[0]
+            where = f"{place_of(path, place)} {reason}"
+            others = f"none of its {other.bad:,} records can be read; " if other.bad > 1 else ""
+            self.skipped.append((path, f"gives no document: {others}{where}"))
+            return
+        self.bad += other.bad
+        self.first += other.first[: SHOWN - len(self.first)]
 
 
-def find_files(inputs: Sequence[str], extensions: Collection[str] | None = None) -> list[Path]:
+def find_files(inputs: Sequence[str], extensions: Collection[str] | None = None, strict: bool = False) -> Found:
     """Files that ``inputs`` (files, folders, globs) name, in that order, folders and globs sorted, each file once.
 
-    ``extensions``: what is taken from folders instead of TEXT_EXTENSIONS. Raises UserError if an input names nothing.
-    """
-    wanted = frozenset(extensions) if extensions is not None else TEXT_EXTENSIONS
-    found: dict[Path, None] = {}
+    ``extensions``: what is taken from folders instead of TEXT_EXTENSIONS. Raises UserError if an input names nothing,
+    if no file is left to read, and, with ``strict``, on the first file named by itself or a glob that is not read."""
+    search = _Search(frozenset(extensions) if extensions is not None else TEXT_EXTENSIONS, strict)
     for name in inputs:
         path = Path(name).expanduser()
         if path.is_dir():
-            here = list(_walk(path, wanted))
-            if not here:
-                raise UserError(f"input folder {name} holds no text files; endings taken: {' '.join(sorted(wanted))}")
+            if not search.walk(path):
+                raise UserError(f"input folder {name} holds no files that are read{search.what_else()}")
         elif path.exists():
-            here = [path]
+            search.add(path, named=True)
+        elif path.is_symlink():
+            raise UserError(f"input {name} is a link to {path.readlink()}, which does not exist")
         else:
             # Path.glob takes no absolute patterns.
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-            here = [file for match in matches for file in _files_of(match, wanted)]
-            if not here:
-                raise UserError(f"input {name} does not exist and matches no file; give files, folders or globs")
-        found.update(dict.fromkeys(file.resolve() for file in here))
-    return list(found)
+            taken = [search.walk(match) if match.is_dir() else search.add(match, named=True) for match in matches]
+            if not any(taken):
+                what = "matches only folders without such files" if matches else "does not exist and matches no file"
+                raise UserError(f"input {name} {what}; give files, folders or globs")
+    found = search.found
+    if not found.files:
+        raise UserError(f"none of the files given can be read: {'; '.join(map(' '.join, found.skipped[:SHOWN]))}")
+    return found
 
 
-def plan_shards(files: Sequence[Path], max_bytes: int) -> list[list[Piece]]:
+class _Search:
+    """Collects files, each once."""
+
+    def __init__(self, wanted: Collection[str], strict: bool) -> None:
+        self.found = Found()
+        self._wanted, self._strict = wanted, strict
+        self._known: dict[tuple[int, int], str] = {}
+
+    def add(self, path: Path, named: bool = False) -> bool:
+        """Takes a file, or says why not. Returns whether there was anything to say about it."""
+        try:
+            about = path.stat()
+            if (first := self._known.get((about.st_dev, about.st_ino))) is not None:
+                same = (
+                    "is given twice and read once"
+                    if first == str(path)
+                    else f"is the same file as {first}, which is read"
+                )
+                self.found.skipped.append((str(path), same))
+                return True
+            self.found.files.append(Input(str(path), about.st_size, judge(path)))
+            self._known[about.st_dev, about.st_ino] = str(path)
+        except NotRead as error:
+            self._refuse(path, str(error), named)
+        except FileNotFoundError:
+            self._refuse(path, "is a link to something that does not exist", named)
+        except OSError as error:
+            self._refuse(path, f"cannot be opened: {error.strerror or error}", named)
+        return True
+
+    def walk(self, folder: Path) -> bool:
+        """Takes the files in a folder and its folders. Returns whether there were any that it could take."""
+        before = len(self.found.files), len(self.found.skipped)
+        walk = os.walk(folder, onerror=lambda error: self._refuse(Path(error.filename), _not_listed(error), False))
+        for here, subfolders, names in walk:
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in subfolders:
+                if (linked := Path(here) / name).is_symlink():
+                    self._refuse(linked, "is a link to a folder, which is not followed; give it by itself", False)
+            for name in sorted(names):
+                path = Path(here) / name
+                if name.startswith("."):
+                    continue
+                kind = ending(name)
+                if kind not in self._wanted and path.is_symlink():
+                    kind = ending(path.resolve().name)
+                if kind in self._wanted:
+                    self.add(path)
+                else:
+                    self.found.other_endings[kind or "no ending"] += 1
+        return (len(self.found.files), len(self.found.skipped)) != before
+
+    def what_else(self) -> str:
+        """What a folder without files to take holds instead."""
+        others = ", ".join(f"{count:,} {kind}" for kind, count in self.found.other_endings.most_common(SHOWN))
+        return f"; endings taken: {' '.join(sorted(self._wanted))}" + (f"; it holds {others}" if others else "")
+
+    def _refuse(self, path: Path, reason: str, named: bool) -> None:
+        if named and self._strict and reason != "is empty":
+            raise UserError(f"{path} {reason}")
+        self.found.skipped.append((str(path), reason))
+
+
+def _not_listed(error: OSError) -> str:
+    return f"cannot be listed: {error.strerror}"
+
+
+def plan_shards(files: Sequence[Input], max_bytes: int) -> list[list[Piece]]:
     """Divides files, in order, into shards of about ``max_bytes``; uncompressed JSON lines are cut within a file."""
     shards: list[list[Piece]] = [[]]
     room = max_bytes
-    for path in files:
-        size = path.stat().st_size
-        step = max_bytes if path.suffix in JSON_LINES else max(size, 1)
+    for file in files:
+        size = file.size
+        step = max_bytes if file.kind.divisible else max(size, 1)
         for start in range(0, max(size, 1), step):
-            piece = Piece(str(path), start, min(start + step, size))
+            piece = Piece(file.path, start, min(start + step, size), file.kind, size <= step)
             if shards[-1] and piece.end - piece.start > room:
                 shards.append([])
                 room = max_bytes
@@ -107,135 +230,150 @@ def plan_shards(files: Sequence[Path], max_bytes: int) -> list[list[Piece]]:
     return [shard for shard in shards if shard]
 
 
-def documents(piece: Piece, key: str, skipped: Skipped) -> Iterator[str]:
-    """Non-empty texts of a piece. ``key`` is the field of a JSON line that holds the text.
-
-    Raises UserError on a line that is not JSON or lacks the field, and on damaged compressed files.
-    """
+def documents(piece: Piece, key: str, losses: Losses) -> Iterator[str]:
+    """Non-empty texts of a piece. ``key`` is the field or column that holds the text of a record. What cannot be read
+    goes to ``losses``."""
+    here = Losses(losses.strict)
+    given = 0
     try:
-        texts = _json_texts(piece, key) if piece.json_lines else _whole_text(piece, skipped)
-        for text in texts:
+        for text in _whole_text(piece) if piece.kind.form == "text" else _texts(piece, key, here):
+            given += 1
             if text:
                 yield text
             else:
-                skipped.empty += 1
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise UserError(f"compressed input {piece.path} is truncated or damaged; fetch or compress it again") from None
+                here.empty += 1
+    except MissingColumn as error:
+        name = _likely_field(key, error.names)
+        here.skip(piece.path, f"{error}; name the column with --key{name}")
+    except (NotRead, Damaged) as error:
+        here.skip(piece.path, str(error))
+    losses.merge(here, piece if piece.whole and not given else None)
 
 
-def _files_of(path: Path, extensions: Collection[str]) -> Iterator[Path]:
-    if path.is_dir():
-        yield from _walk(path, extensions)
-    elif path.is_file():
-        yield path
+def sentence(path: str, place: str | int, reason: str) -> str:
+    """A bad record as a sentence."""
+    return f"{path} {place_of(path, place)} {reason}"
 
 
-def _walk(folder: Path, extensions: Collection[str]) -> Iterator[Path]:
-    for here, subfolders, names in os.walk(folder):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(here) / name
-            if not name.startswith(".") and _plain_suffix(name) in extensions and path.is_file():
-                yield path
+def place_of(path: str, place: str | int) -> str:
+    """A place in words: an offset in bytes becomes the number of its line, which reads the file up to there."""
+    if isinstance(place, str):
+        return place
+    number, left = 1, place
+    with Path(path).open("rb") as handle:
+        while left and (block := handle.read(min(BUFFER_BYTES, left))):
+            number += block.count(b"\n")
+            left -= len(block)
+    return f"line {number}"
 
 
-def _plain_suffix(name: str) -> str:
-    """The ending that says what a file holds: that before .gz or .zst."""
-    path = Path(name)
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+def _texts(piece: Piece, key: str, here: Losses) -> Iterator[str]:
+    """The texts of records."""
+    path, kind = piece.path, piece.kind
+    found: Iterator[tuple[str | int, Any]]
+    if kind.divisible:
+        found = _cut_lines(piece, here)
+    else:
+        found = records(Path(path), kind, lambda place, reason: here.add(path, place, reason), (key,))
+    for place, record in found:
+        text = record.get(key) if type(record) is dict else None
+        if type(text) is str and text.isascii():
+            yield text
+            continue
+        text, wrong = _text_of(record, key)
+        if wrong is None:
+            yield text
+        else:
+            here.add(path, place, wrong)
 
 
-def _whole_text(piece: Piece, skipped: Skipped) -> Iterator[str]:
+def _cut_lines(piece: Piece, here: Losses) -> Iterator[tuple[int, Any]]:
+    """Values of the lines that begin in a piece of uncompressed JSON lines, each with its offset in the file."""
+    with Path(piece.path).open("rb", buffering=BUFFER_BYTES) as handle:
+        if piece.start:
+            # Reads on from the byte before ``start``: if that byte ends a line, the first line of this piece begins
+            # at ``start``, else after the next line end.
+            handle.seek(piece.start - 1)
+            while (line := handle.readline(MAX_RECORD_BYTES)) and not line.endswith(b"\n"):
+                pass
+        offset = handle.tell()
+        while offset < piece.end and (line := handle.readline(MAX_RECORD_BYTES)):
+            size = len(line)
+            if size == MAX_RECORD_BYTES and not line.endswith(b"\n"):
+                while (more := handle.readline(MAX_RECORD_BYTES)) and not more.endswith(b"\n"):
+                    size += len(more)
+                size += len(more)
+                here.add(piece.path, offset, TOO_LONG)
+            else:
+                if not offset:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                value, wrong = parse_line(line)
+                if wrong is None:
+                    yield offset, value
+                elif line.strip():
+                    here.add(piece.path, offset, wrong)
+            offset += size
+
+
+def _whole_text(piece: Piece) -> Iterator[str]:
+    """A file as one document. Raises NotRead or Damaged if it is none."""
     content = bytearray()
-    for block in _blocks(piece):
+    for block in utf8_blocks(blocks(Path(piece.path), piece.kind.compression), piece.kind.encoding):
         content += block
         if len(content) > MAX_DOCUMENT_BYTES:
-            raise UserError(
-                f"input {piece.path} is one document of over {MAX_DOCUMENT_BYTES >> 20} MiB; divide it into files or "
-                "JSON lines"
-            )
+            raise NotRead(f"is one document of over {MAX_DOCUMENT_BYTES >> 20} MiB; divide it into files or JSON lines")
     try:
-        yield content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        skipped.undecodable += 1
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise NotRead(
+            f"is not UTF-8 (byte 0x{byte:02x} at position {error.start + 1}): it is binary or of another encoding; "
+            "convert text to UTF-8"
+        ) from None
+    if "\0" in text:
+        raise NotRead("holds NUL bytes: it is binary, or UTF-16 without a byte order mark; convert it to UTF-8")
+    yield text
 
 
-def _json_texts(piece: Piece, key: str) -> Iterator[str]:
-    for offset, line in _lines(piece):
-        if not line.strip():
-            continue
+def _text_of(record: Any, key: str) -> tuple[str, None] | tuple[str, str]:
+    """The text of a record and None, or what is wrong with it second."""
+    if not isinstance(record, dict):
+        return "", f"has no text under {key!r}: it is no object but {_what(record)}"
+    if key not in record:
+        names = [name for name, value in record.items() if isinstance(value, str)] or list(record)
+        shown = ", ".join(map(repr, list(record)[:SHOWN_FIELDS])) + (" …" if len(record) > SHOWN_FIELDS else "")
+        fields = f"its fields are {shown}" if record else "it is empty"
+        return "", f"has no text under {key!r}: {fields}; name the field with --key{_likely_field(key, names)}"
+    text = record[key]
+    if isinstance(text, bytes):
         try:
-            record = json.loads(line)
-        except ValueError:
-            raise UserError(f"{_place(piece, offset)} is not JSON; every line has to be a JSON object") from None
-        text = record.get(key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            fields = f"its fields are {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
-            raise UserError(f"{_place(piece, offset)} has no text under {key!r}: {fields}; name the field with --key")
-        yield text
+            return text.decode(), None
+        except UnicodeDecodeError:
+            return "", f"has no text under {key!r}: its bytes are not UTF-8"
+    if not isinstance(text, str):
+        return "", f"has no text under {key!r} but {_what(text)}"
+    wrong = surrogates(text)
+    return ("", wrong) if wrong else (text, None)
 
 
-def _place(piece: Piece, offset: int) -> str:
-    """File and line of the byte at ``offset`` of the uncompressed text. Counts lines; only for messages."""
-    whole = Piece(piece.path, 0, offset) if Path(piece.path).suffix in COMPRESSED else Piece(piece.path, 0, 0)
-    seen, number = 0, 1
-    for block in _blocks(whole):
-        number += block[: max(offset - seen, 0)].count(b"\n")
-        seen += len(block)
-        if seen >= offset:
-            break
-    return f"{piece.path} line {number}"
+def _what(value: Any) -> str:
+    """What a value of JSON is called."""
+    if value is None:
+        return "null"
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
-def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """Lines that begin in a piece, each with its offset in the uncompressed file."""
-    if Path(piece.path).suffix not in COMPRESSED:
-        with Path(piece.path).open("rb", buffering=BLOCK_BYTES) as handle:
-            if piece.start:
-                # Reads on from the byte before ``start``: if that byte ends a line, the first line of this piece begins
-                # at ``start``, else after the next line end.
-                handle.seek(piece.start - 1)
-                handle.readline()
-            offset = handle.tell()
-            while offset < piece.end and (line := handle.readline()):
-                yield offset, line
-                offset += len(line)
-        return
-    offset, rest = 0, b""
-    for block in _blocks(piece):
-        *whole, rest = (rest + block).split(b"\n")
-        for line in whole:
-            yield offset, line
-            offset += len(line) + 1
-    if rest:
-        yield offset, rest
-
-
-def _blocks(piece: Piece) -> Iterator[bytes]:
-    """The uncompressed bytes of the whole file."""
-    with Path(piece.path).open("rb") as raw:
-        if piece.path.endswith(".zst"):
-            yield from _zstd_blocks(raw)
-            return
-        with gzip.open(raw) if piece.path.endswith(".gz") else raw as handle:
-            while block := handle.read(BLOCK_BYTES):
-                yield block
-
-
-def _zstd_blocks(raw: IO[bytes]) -> Iterator[bytes]:
-    """Every frame of a .zst file. The library's own reader takes a truncated file for a complete one."""
-    import zstandard
-
-    frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
-    started = False
-    try:
-        while block := rest or raw.read(BLOCK_BYTES):
-            if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-            started = True
-            yield frame.decompress(block)
-            rest = frame.unused_data if frame.eof else b""
-    except zstandard.ZstdError:
-        raise EOFError from None
-    if started and not frame.eof:
-        raise EOFError
+def _likely_field(key: str, names: Sequence[str]) -> str:
+    """The name among those of a record that its text probably has, as the end of a command line."""
+    near = difflib.get_close_matches(key, names, 1) or [name for name in USUAL_FIELDS if name in names]
+    if not near and len(names) == 1:
+        near = list(names)
+    return f" {shlex.quote(near[0])}" if near else ""

@@ -63,6 +63,11 @@ class Kind:
     encoding: str = "utf-8"
     delimiter: str = ","
 
+    @property
+    def divisible(self) -> bool:
+        """Whether a part of such a file can be read without what comes before: uncompressed JSON lines."""
+        return self.form == "lines" and not self.compression and self.encoding.startswith("utf-8")
+
 
 def ending(name: str) -> str:
     """The ending that says what a file holds, in lower case: that before .gz, .zst, .xz or .bz2 if there is one."""

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -24,15 +25,18 @@ from pathlib import Path
 import numpy as np
 
 from llm_parallel.data.indexed import REPORT_ENDING, token_dtype, write_index
-from llm_parallel.data.inputs import Piece, find_files, plan_shards
+from llm_parallel.data.inputs import SHOWN, Found, Input, Piece, find_files, plan_shards, sentence
+from llm_parallel.data.kinds import FORM_NAMES
 from llm_parallel.data.shards import ShardRecord, ShardWriter, start_worker, work
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, fsync_dir, locked, refuse_strangers
 
-FORMAT = 1
+FORMAT = 2
 """To be incremented when the same inputs would give other files than before."""
 MIN_SHARD_BYTES = 1 << 20
+LISTED = 1000
+"""Files that were not read are listed in the report up to this number, and counted beyond it."""
 LEAST_SHARDS = 32
 """Small inputs are divided into about this many shards, so that processes end together and progress is smooth."""
 
@@ -42,13 +46,14 @@ class PrepareConfig:
     """What to prepare."""
 
     inputs: tuple[str, ...]
-    """Files, folders and globs: JSON lines (one document a line), anything else (one document a file)."""
+    """Files, folders and globs: records (JSON lines, JSON, Parquet, Arrow, CSV), one document each, and text, one
+    document a file; plain or compressed."""
     out: str
     """Prefix of the files to write."""
     tokenizer: str
     """SentencePiece .model, Hugging Face tokenizer.json, or a folder with one."""
     key: str = "text"
-    """Field of a JSON line that holds the text."""
+    """Field or column of a record that holds the text."""
     workers: int | None = None
     """Processes; all cores that this process may use if not given."""
     append_eod: bool = True
@@ -57,6 +62,10 @@ class PrepareConfig:
     """Largest size of a shard in megabytes of text: as much work is lost when a process is killed."""
     extensions: tuple[str, ...] | None = None
     """Endings taken from folders, ``inputs.TEXT_EXTENSIONS`` if not given."""
+    prepend_bos: bool = False
+    """Begin every document with the tokenizer's begin token."""
+    strict: bool = False
+    """Stop at the first record or named file that cannot be read, instead of leaving it out."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What was written; also in PREFIX.report.json. ``tokens_per_s`` counts only tokens that this run wrote itself."""
+    """What was written; also in PREFIX.report.json. ``tokens_per_s`` counts only tokens that this run wrote itself.
+
+    ``files`` were read, ``forms`` of them each (JSON lines, text …), and ``skipped_files`` were not, of which
+    ``skipped`` has the first 1000 as (path, reason). ``other_endings`` counts the files of folders whose ending is not
+    taken. ``bad_records`` were left out of files that were read, ``first_bad`` says where the first five are and
+    why."""
 
     prefix: str
     documents: int
@@ -90,8 +104,15 @@ class PrepareReport:
     seconds: float
     tokens_per_s: float
     files: int
+    forms: dict[str, int]
+    skipped_files: int
+    skipped: list[tuple[str, str]]
+    other_endings: dict[str, int]
     empty_documents: int
-    undecodable_files: int
+    bad_records: int
+    first_bad: list[str]
+    append_eod: bool
+    prepend_bos: bool
     shards: int
     shards_reused: int
     workers: int
@@ -110,25 +131,30 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] | None =
     """
     started = time.monotonic()
     tokenizer = load_tokenizer(config.tokenizer)
+    if config.prepend_bos and tokenizer.bos is None:
+        raise UserError(
+            f"--prepend-bos: tokenizer {tokenizer.name} has no token that begins a document; leave --prepend-bos out"
+        )
     prefix, parts = Path(config.out), Path(f"{config.out}.parts")
     with file_errors_explained(prefix):
-        files = find_files(config.inputs, config.extensions)
-        shards = plan_shards(files, _shard_bytes(files, config.shard_megabytes))
-        fingerprint = _fingerprint(config, files, shards, tokenizer)
+        found = find_files(config.inputs, config.extensions, config.strict)
+        shards = plan_shards(found.files, _shard_bytes(found.files, config.shard_megabytes))
+        fingerprint = _fingerprint(config, found.files, shards, tokenizer)
         prefix.parent.mkdir(parents=True, exist_ok=True)
         with _alone(parts):
             if report := _finished(prefix, fingerprint):
                 return report
             _keep_only(parts, fingerprint)
-            writer = ShardWriter(parts, tokenizer.name, config.key, config.append_eod)
+            bos = tokenizer.bos if config.prepend_bos else None
+            writer = ShardWriter(parts, tokenizer.name, config.key, config.append_eod, bos, config.strict)
             run = _Run(writer, shards, started, progress)
             workers = min(config.workers or len(os.sched_getaffinity(0)), len(shards))
             run.tokenise(workers, tokenizer)
-            if not sum(record.documents for record in run.records):
+            report = _report(config, run, tokenizer, found, workers, fingerprint)
+            if not report.documents:
                 shutil.rmtree(parts)
-                raise UserError(f"no document with text in {len(files)} input files ({', '.join(config.inputs)[:200]})")
+                raise _no_text(config, report)
             _join(prefix, writer, run.records, tokenizer)
-            report = _report(config, run, tokenizer, len(files), workers, fingerprint)
             with atomic_write(f"{prefix}{REPORT_ENDING}") as handle:
                 json.dump(asdict(report), handle, indent=2)
             shutil.rmtree(parts)
@@ -225,15 +251,24 @@ class _Run:
             )
 
 
-def _shard_bytes(files: list[Path], megabytes: int) -> int:
-    total = sum(path.stat().st_size for path in files)
+def _shard_bytes(files: list[Input], megabytes: int) -> int:
+    total = sum(file.size for file in files)
     return max(min(megabytes << 20, total // LEAST_SHARDS), MIN_SHARD_BYTES)
 
 
-def _fingerprint(config: PrepareConfig, files: list[Path], shards: list[list[Piece]], tokenizer: Tokenizer) -> str:
+def _fingerprint(config: PrepareConfig, files: list[Input], shards: list[list[Piece]], tokenizer: Tokenizer) -> str:
     """Hash of everything that decides what the files will hold and how they are divided into shards."""
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    content = [FORMAT, stats, len(shards), config.shard_megabytes, config.key, config.append_eod, tokenizer.fingerprint]
+    content = [
+        FORMAT,
+        [(*file.identity, str(file.kind)) for file in files],
+        len(shards),
+        config.shard_megabytes,
+        config.key,
+        config.append_eod,
+        config.prepend_bos,
+        config.strict,
+        tokenizer.fingerprint,
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
@@ -282,28 +317,42 @@ def _join(prefix: Path, writer: ShardWriter, records: list[ShardRecord], tokeniz
         write_index(handle.write, token_dtype(tokenizer.vocab_size), lengths)
 
 
+def _no_text(config: PrepareConfig, report: PrepareReport) -> UserError:
+    """What to say when nothing was written."""
+    why = [*(f"{path} {reason}" for path, reason in report.skipped), *report.first_bad]
+    files = f"{report.files + report.skipped_files} input files ({', '.join(config.inputs)[:200]})"
+    return UserError(f"no document with text in {files}" + "".join(f"; {reason}" for reason in why[:SHOWN]))
+
+
 def _report(
-    config: PrepareConfig,
-    run: _Run,
-    tokenizer: Tokenizer,
-    files: int,
-    workers: int,
-    fingerprint: str,
+    config: PrepareConfig, run: _Run, tokenizer: Tokenizer, found: Found, workers: int, fingerprint: str
 ) -> PrepareReport:
     records = run.records
     tokens = sum(record.tokens for record in records)
     text_bytes = sum(record.text_bytes for record in records)
+    first = [bad for record in records for bad in record.first][:SHOWN]
+    unread = [(path, reason) for record in records for path, reason in record.skipped]
+    skipped = [*found.skipped, *unread]
+    left = {path for path, _ in unread}
+    forms = Counter(FORM_NAMES[file.kind.form] for file in found.files if file.path not in left)
     return PrepareReport(
         prefix=config.out,
         documents=sum(record.documents for record in records),
         tokens=tokens,
         text_bytes=text_bytes,
-        bytes_per_token=text_bytes / tokens,
+        bytes_per_token=text_bytes / max(tokens, 1),
         seconds=run.seconds,
         tokens_per_s=run.new_tokens / run.seconds,
-        files=files,
+        files=forms.total(),
+        forms=dict(forms.most_common()),
+        skipped_files=len(skipped),
+        skipped=skipped[:LISTED],
+        other_endings=dict(found.other_endings.most_common()),
         empty_documents=sum(record.empty for record in records),
-        undecodable_files=sum(record.undecodable for record in records),
+        bad_records=sum(record.bad for record in records),
+        first_bad=[sentence(*bad) for bad in first],
+        append_eod=config.append_eod,
+        prepend_bos=config.prepend_bos,
         shards=len(records),
         shards_reused=len(run.reused),
         workers=workers,

@@ -32,6 +32,14 @@ class Row:
     where: str
 
 
+class MissingColumn(NotRead):
+    """A table lacks a column; ``names`` are those that it has."""
+
+    def __init__(self, missing: str, names: Sequence[str]) -> None:
+        super().__init__(f"has no column {missing!r}; its columns are {', '.join(map(repr, names))}")
+        self.names = names
+
+
 class Problems:
     """What could not be read: how many records, and the first five sentences, each with file and place.
 
@@ -84,7 +92,8 @@ def records(
     path: Path, kind: Kind, bad: Callable[[str, str], None], columns: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Any]]:
     """(place, value) of each record of a file of that kind, which is not text. ``bad`` is called with the place and the
-    reason of what cannot be read. Raises NotRead if a table lacks one of ``columns``."""
+    reason of what cannot be read. Raises MissingColumn if a table lacks one of ``columns``. With ``columns`` the caller
+    looks only at them, and has to call ``surrogates`` itself; else records with such text are bad."""
     place = "line 1"
     try:
         if kind.form in ("parquet", "arrow"):
@@ -94,11 +103,14 @@ def records(
         if kind.form == "lines":
             values = _json_lines(content, bad)
         elif kind.form == "json":
-            values = _json_values(content, bad)
+            values = iter(JsonStream(content))
         else:
-            values = _csv_rows(content, bad, kind.delimiter)
+            values = _csv_rows(content, bad, kind.delimiter, columns)
         for place, value in values:
-            yield place, value
+            if columns is None and (wrong := surrogates(value)):
+                bad(place, wrong)
+            else:
+                yield place, value
     except Damaged as error:
         bad(f"after {place}", str(error))
 
@@ -123,7 +135,7 @@ def parse_line(line: bytes) -> tuple[Any, str | None]:
 
 def surrogates(value: Any) -> str | None:
     """What is wrong with a value whose text cannot be written as UTF-8, else None."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if text.isascii():
         return None
     try:
@@ -140,8 +152,6 @@ def _json_lines(content: Iterator[bytes], bad: Callable[[str, str], None]) -> It
         if not line.strip():
             continue
         value, wrong = (None, TOO_LONG) if len(line) > MAX_RECORD_BYTES else parse_line(line)
-        if wrong is None and (b"\\ud" in line or b"\\uD" in line):
-            wrong = surrogates(value)
         if wrong is None:
             yield f"line {number}", value
         else:
@@ -168,16 +178,8 @@ def split_lines(content: Iterator[bytes]) -> Iterator[bytes]:
         yield b"".join(held)
 
 
-def _json_values(content: Iterator[bytes], bad: Callable[[str, str], None]) -> Iterator[tuple[str, Any]]:
-    for place, value in JsonStream(content):
-        if wrong := surrogates(value):
-            bad(place, wrong)
-        else:
-            yield place, value
-
-
 def _csv_rows(
-    content: Iterator[bytes], bad: Callable[[str, str], None], delimiter: str
+    content: Iterator[bytes], bad: Callable[[str, str], None], delimiter: str, columns: Sequence[str] | None
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Rows of a table whose first line names the columns."""
     csv.field_size_limit(MAX_RECORD_BYTES)
@@ -195,10 +197,10 @@ def _csv_rows(
             return
         if header is None:
             header = values
+            if missing := [name for name in columns or () if name not in header]:
+                raise MissingColumn(missing[0], header)
         elif len(values) != len(header) and values:
             bad(f"line {line}", f"has {len(values)} fields, and the first line names {len(header)} columns")
-        elif wrong := surrogates(values):
-            bad(f"line {line}", wrong)
         elif values:
             yield f"line {line}", dict(zip(header, values))
 
@@ -232,9 +234,8 @@ def _table_rows(
     number = 0
     try:
         names, batches = (_parquet if form == "parquet" else _arrow)(path, columns)
-        missing = [name for name in columns or () if name not in names]
-        if missing:
-            raise NotRead(f"has no column {missing[0]!r}; its columns are {', '.join(map(repr, names))}")
+        if missing := [name for name in columns or () if name not in names]:
+            raise MissingColumn(missing[0], names)
         for batch in batches:
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 for value, wrong in _values(batch.slice(start, BATCH_ROWS)):

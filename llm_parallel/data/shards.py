@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_parallel.data.indexed import token_dtype
-from llm_parallel.data.inputs import Piece, Skipped, documents
+from llm_parallel.data.inputs import Losses, Piece, documents
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
@@ -30,24 +30,30 @@ MAX_TOKENS = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What a finished shard holds. ``input_bytes`` is its size on disk, ``text_bytes`` its text in UTF-8."""
+    """What a finished shard holds. ``input_bytes`` is its size on disk, ``text_bytes`` its text in UTF-8; ``bad``,
+    ``first`` and ``skipped`` are those of ``inputs.Losses``."""
 
     documents: int
     tokens: int
     text_bytes: int
     input_bytes: int
     empty: int
-    undecodable: int
+    bad: int
+    first: list[tuple[str, str | int, str]]
+    skipped: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """How shards are written: into folder ``parts``, with the tokenizer at ``tokenizer``."""
+    """How shards are written: into folder ``parts``, with the tokenizer at ``tokenizer``. ``bos`` is the token that
+    begins every document, if one does; with ``strict`` the first bad record is a UserError."""
 
     parts: Path
     tokenizer: str
     key: str
     append_eod: bool
+    bos: int | None = None
+    strict: bool = False
 
     def path(self, number: int, ending: str) -> Path:
         """File of a shard: ``bin`` (tokens), ``len`` (int32 lengths of its documents) or ``json`` (its record)."""
@@ -61,17 +67,17 @@ class ShardWriter:
             return None
 
     def write(self, number: int, pieces: list[Piece], tokenizer: Tokenizer) -> ShardRecord:
-        """Tokenises one shard. Raises UserError on bad input."""
-        skipped = Skipped()
+        """Tokenises one shard. Raises UserError on a document that is too long, and on bad input if ``strict``."""
+        losses = Losses(self.strict)
         lengths: list[NDArray[np.int32]] = []
         tokens = text_bytes = 0
         with atomic_write(self.path(number, "bin"), "wb") as handle:
-            for texts in _batches(pieces, self.key, skipped):
+            for texts in _batches(pieces, self.key, losses):
                 ids, held = self._tokenise(texts, tokenizer)
                 handle.write(ids)
                 lengths.append(held)
                 tokens += len(ids)
-                text_bytes += sum(len(text.encode()) for text in texts)
+                text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         counts = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
         with atomic_write(self.path(number, "len"), "wb") as handle:
             handle.write(counts)
@@ -80,8 +86,10 @@ class ShardWriter:
             tokens,
             text_bytes,
             sum(piece.end - piece.start for piece in pieces),
-            skipped.empty,
-            skipped.undecodable,
+            losses.empty,
+            losses.bad,
+            losses.first,
+            losses.skipped,
         )
         with atomic_write(self.path(number, "json")) as handle:
             json.dump(asdict(record), handle)
@@ -90,22 +98,22 @@ class ShardWriter:
     def _tokenise(self, texts: list[str], tokenizer: Tokenizer) -> tuple[NDArray[Any], NDArray[np.int32]]:
         """Tokens of all texts in the file's type, and how many each has."""
         parts = tokenizer.encode_batch(texts)
-        if self.append_eod:
-            end = np.array([tokenizer.eod], np.int32)
-            parts = [part for ids in parts for part in (ids, end)]
         lengths = np.array([len(part) for part in parts], np.int64)
-        if self.append_eod:
-            lengths = lengths[0::2] + lengths[1::2]
+        before = [np.array([self.bos], np.int32)] if self.bos is not None else []
+        after = [np.array([tokenizer.eod], np.int32)] if self.append_eod else []
+        if before or after:
+            parts = [part for ids in parts for part in (*before, ids, *after)]
+            lengths += len(before) + len(after)
         if lengths.max() > MAX_TOKENS:
             raise UserError(f"a document has {lengths.max()} tokens, more than the {MAX_TOKENS} that an index can hold")
         return np.concatenate(parts).astype(token_dtype(tokenizer.vocab_size)), lengths.astype(np.int32)
 
 
-def _batches(pieces: list[Piece], key: str, skipped: Skipped) -> Iterator[list[str]]:
+def _batches(pieces: list[Piece], key: str, losses: Losses) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
     for piece in pieces:
-        for text in documents(piece, key, skipped):
+        for text in documents(piece, key, losses):
             batch.append(text)
             size += len(text)
             if size >= BATCH_CHARACTERS:

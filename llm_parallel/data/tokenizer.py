@@ -42,8 +42,11 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Ids of several texts, int32 each."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; control tokens give nothing."""
+    def decode(self, ids: Sequence[int], control: bool = False) -> str:
+        """Text of ids. Control tokens give nothing, or their names if ``control``."""
+
+    def token(self, number: int) -> str:
+        """Name of one id in the vocabulary."""
 
 
 class SentencePieceTokenizer:
@@ -78,9 +81,22 @@ class SentencePieceTokenizer:
             return [self._model.EncodeAsNumpy(text) for text in texts]
         return [np.array(self._model.encode(text), np.int32) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], control: bool = False) -> str:
         """See Tokenizer."""
-        return self._model.decode([int(i) for i in ids])
+        numbers = [int(i) for i in ids]
+        text = self._model.decode(numbers)
+        if not control or not any(map(self._model.is_control, numbers)):
+            return text
+        shown, before = "", 0  # the library leaves control tokens out: each follows the text of all ids before it
+        for at, number in enumerate(numbers):
+            if self._model.is_control(number):
+                so_far = self._model.decode(numbers[:at])
+                shown, before = shown + so_far[before:] + self._model.id_to_piece(number), len(so_far)
+        return shown + text[before:]
+
+    def token(self, number: int) -> str:
+        """See Tokenizer."""
+        return self._model.id_to_piece(number)
 
 
 class HuggingFaceTokenizer:
@@ -125,9 +141,13 @@ class HuggingFaceTokenizer:
         """See Tokenizer. In this thread only: ``prepare`` is parallel over processes."""
         return [np.array(self.encode(text), np.int32) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], control: bool = False) -> str:
         """See Tokenizer."""
-        return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._model.decode([int(i) for i in ids], skip_special_tokens=not control)
+
+    def token(self, number: int) -> str:
+        """See Tokenizer."""
+        return self._model.id_to_token(number) or ""
 
     def _id_of(self, names: Iterable[str | None]) -> int | None:
         found = (self._model.token_to_id(name) for name in names if name)

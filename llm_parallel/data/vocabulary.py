@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_parallel.data.indexed import REPORT_ENDING
-from llm_parallel.data.inputs import Piece, Skipped, documents, plan_shards
+from llm_parallel.data.inputs import Input, Losses, Piece, documents, plan_shards
 from llm_parallel.data.tokenizer import MODEL_NAME, TRAIN_BYTES, fingerprint_of, sentencepiece_model
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, locked
@@ -23,7 +23,7 @@ MAX_STRETCHES = 4096
 
 
 def vocabulary_from_files(
-    files: Sequence[Path], vocab_size: int, out_dir: str | Path, key: str = "text", *, prefixes: Sequence[str]
+    files: Sequence[Input], vocab_size: int, out_dir: str | Path, key: str = "text", *, prefixes: Sequence[str]
 ) -> Path:
     """Trains ``out_dir``/tokenizer.model on a sample from all over ``files``, for the token files ``prefixes`` (names
     in that folder), and returns its path. A tokenizer that is there already is kept if it came from the same files or
@@ -33,7 +33,7 @@ def vocabulary_from_files(
     which other token files were or are being made, or that ``prepare`` did not train."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stats = [file.identity for file in files]
     source = {
         "vocab_size": vocab_size,
         "inputs": hashlib.sha256(json.dumps([stats, key, TRAIN_BYTES]).encode()).hexdigest()[:32],
@@ -82,9 +82,9 @@ def _refuse_to_replace(model: Path, others: set[str], prefixes: Sequence[str], o
     )
 
 
-def _sample(files: Sequence[Path], key: str) -> Iterator[str]:
+def _sample(files: Sequence[Input], key: str) -> Iterator[str]:
     """Documents from the heads of shuffled stretches, so that the first megabytes represent the whole."""
-    total = sum(path.stat().st_size for path in files)
+    total = sum(file.size for file in files)
     stretches = plan_shards(files, max(STRETCH_BYTES, total // MAX_STRETCHES))
     random.Random(0).shuffle(stretches)
     share = max(STRETCH_BYTES, TRAIN_BYTES // max(len(stretches), 1))
@@ -94,7 +94,7 @@ def _sample(files: Sequence[Path], key: str) -> Iterator[str]:
 
 def _head(pieces: Sequence[Piece], key: str, size: int) -> Iterator[str]:
     for piece in pieces:
-        for text in documents(piece, key, Skipped()):
+        for text in documents(piece, key, Losses()):
             yield text
             size -= len(text)
             if size <= 0:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_parallel.checkpoint.base import load_adapters, load_base, path_of_base
 from llm_parallel.checkpoint.folders import find_checkpoint
-from llm_parallel.checkpoint.load import load_weights
+from llm_parallel.checkpoint.load import content_of, load_weights
 from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.config.rules import check_model
 from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
@@ -17,6 +18,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.model.gpt import LlamaModel, build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights, named_unused
 from llm_parallel.model.hf_config import hf_config_to_model
+from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
 from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform
@@ -34,10 +36,12 @@ class Loaded:
 
 
 def describe_folder(path: str | Path) -> RunConfig:
-    """Configuration of the model in a Hugging Face folder or in one of our run, checkpoints or ``iter_…`` folders, set
-    for one process. Raises UserError if there is no model."""
+    """Configuration of the model in a Hugging Face folder, in one of our run, checkpoints or ``iter_…`` folders, or
+    under the adapter in a PEFT folder, set for one process. Raises UserError if there is no model."""
     if not Path(path).exists():
         raise UserError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face folder")
+    if is_peft_folder(path):
+        return _describe_peft(path)
     if is_hf_folder(path):
         with HfReader(path) as reader:
             model = hf_config_to_model(reader.config)
@@ -54,12 +58,22 @@ def describe_folder(path: str | Path) -> RunConfig:
     return read_config(find_checkpoint(path))
 
 
+def _describe_peft(path: str | Path) -> RunConfig:
+    peft = PeftFolder(path)
+    config = describe_folder(peft.base_path())
+    peft.check(config.model)
+    has_tokenizer = any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+    data = config.data.model_copy(update={"tokenizer": str(path)} if has_tokenizer else {})
+    return config.model_copy(update={"adapter": peft.settings, "data": data})
+
+
 def load_model(path: str | Path, device: str = "auto", precision: str | None = None) -> Loaded:
     """Loads the model in ``path`` into this one process. ``precision``: fp32 or bf16; the saved one if not given."""
     config = describe_folder(path)
     train = config.train.model_copy(update={"precision": precision or config.train.precision})
     data = DataConfig(tokenizer=config.data.tokenizer, seq_length_tokens=config.data.seq_length_tokens)
-    config = RunConfig(device=device, seed=config.seed, model=config.model, data=data, train=train)
+    kept = {"model": config.model, "adapter": config.adapter}
+    config = RunConfig(device=device, seed=config.seed, data=data, train=train, **kept)
     config = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
     groups = open_groups(Layout.from_config(config, 1), 0, open_platform(device), config.seed)
     try:
@@ -71,11 +85,18 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
 
 def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
     network = build_policy(config, groups)
+    unused: list[str] = []
     if is_hf_folder(path):
         unused = load_hf_weights(path, network.models)
-        if unused:
-            print(named_unused(unused), file=sys.stderr)
+    elif is_peft_folder(path):
+        unused = load_base(PeftFolder(path).base_path(), network)
+        load_adapters(path, network)
     else:
-        load_weights(path, network)
+        folder = find_checkpoint(path)
+        if network.base is not None:
+            unused = load_base(path_of_base(folder, content_of(folder)), network)
+        load_weights(folder, network)
+    if unused:
+        print(named_unused(unused), file=sys.stderr)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     return Loaded(config, list(network.models), tokenizer)

@@ -86,7 +86,7 @@ class History:
         """Restarts, changes of the layout, and skipped steps, each kind by ascending step."""
         found = []
         for before, start in zip(self.starts, self.starts[1:]):
-            step, old, new = start["step"], _short(before.get("layout")), _short(start.get("layout"))
+            step, old, new = start["step"], short_layout(before.get("layout")), short_layout(start.get("layout"))
             kind: Literal["restart", "layout"] = "restart" if old == new else "layout"
             text = f"restart after step {step:,}" + (f": {old} → {new}" if kind == "layout" else "")
             found.append(Mark(kind, step, self._tokens(step), text))
@@ -125,7 +125,7 @@ def _numbers_of(records: tuple[dict[str, Any], ...], prefix: str, known: dict[st
     }
 
 
-def _short(layout: str | None) -> str:
+def short_layout(layout: str | None) -> str:
     """A layout without what stands in parentheses, as "TP 2 + SP x PP 2 x DP 1"."""
     return re.sub(r" ?\([^)]*\)", "", layout or "an unknown layout")
 

@@ -21,6 +21,8 @@ ARCHITECTURE = (
     "attention_output_bias",
     "mlp_bias",
     "qk_norm",
+    "qk_norm_over_heads",
+    "norm_outputs",
 )
 
 

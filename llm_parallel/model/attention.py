@@ -20,12 +20,19 @@ from llm_kernels.dispatch import backend_for
 from llm_kernels.rope.op import rope, rope_qkv_
 from llm_parallel.errors import UserError
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
+from llm_parallel.model.modules import HeadsNorm
 from llm_parallel.model.sequence import SequenceInfo
 from llm_parallel.parallel.scatter import all_gather, reduce_scatter
 
 
 class LlamaAttention(SelfAttention):
     """megatron-core's projections around our core attention."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        for norm in (self.q_layernorm, self.k_layernorm):
+            if isinstance(norm, HeadsNorm):
+                norm.group = self.pg_collection.tp
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, info: SequenceInfo, **_: Any
@@ -63,8 +70,11 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.head_dim = config.kv_channels
-        self.scale = softmax_scale or config.attention_scale or config.kv_channels**-0.5
-        self.normed = config.qk_layernorm
+        self.rotates = layer_number - 1 not in config.layers_without_rope
+        # The configured scale holds the factor of the rotary angles, which a layer that does not rotate leaves out.
+        configured = softmax_scale or config.attention_scale if self.rotates else None
+        self.scale = configured or config.kv_channels**-0.5
+        self.normed = config.qk_layernorm or config.qk_norm_over_heads
         self.window, self.softcap = (config.keys_to_the_left, -1), config.attention_softcap
         self.cp_group = pg_collection.cp
         self.kernels = config.kernels
@@ -95,6 +105,8 @@ class CoreAttention(nn.Module):
 
     def rotate_packed(self, qkv_SBW: Tensor, info: SequenceInfo) -> Tensor:
         """Rotates queries and keys in place: the projection's result is needed in no other form."""
+        if not self.rotates:
+            return qkv_SBW
         return rope_qkv_(
             qkv_SBW, info.rope, num_groups=self.num_groups, head_dim=self.head_dim, backend=self.kernels.rope
         )
@@ -106,7 +118,8 @@ class CoreAttention(nn.Module):
             (_, segments), *_ = info.tables()
             return attention_qkv(qkv_SBGMD, segments, **self._options()).flatten(2)
         q_SBND, k_SBGD, v_SBGD = inputs
-        q_SBND, k_SBGD = rope(q_SBND, k_SBGD, info.rope, backend=self.kernels.rope)
+        if self.rotates:
+            q_SBND, k_SBGD = rope(q_SBND, k_SBGD, info.rope, backend=self.kernels.rope)
         if info.cache is not None:
             k_SBGD, v_SBGD = info.cache.extend(self.layer_number, k_SBGD, v_SBGD)
         elif self.cp_group.size() > 1:

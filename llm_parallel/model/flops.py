@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm_parallel.config.tree import ModelConfig
+from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
 
 Convention = Literal["model", "megatron"]
@@ -61,7 +62,9 @@ def parameter_count(model: ModelConfig) -> ParameterCount:
         embedding=vocabulary * hidden,
         attention_per_layer=query_and_output + key_and_value,
         mlp_per_layer=3 * hidden * model.ffn_hidden_size,
-        norms_per_layer=2 * hidden + 2 * head * model.qk_norm,
+        norms_per_layer=2 * hidden
+        + 2 * head * model.qk_norm
+        + (model.num_attention_heads + model.num_query_groups) * head * model.qk_norm_over_heads,
         biases_per_layer=(model.num_attention_heads + 2 * model.num_query_groups) * head * model.qkv_bias
         + hidden * model.attention_output_bias
         + (2 * model.ffn_hidden_size + hidden) * model.mlp_bias,
@@ -95,12 +98,38 @@ def forward_flops_per_token(model: ModelConfig, seq_length: int, convention: Con
     return 2 * (weights + output) + attention
 
 
-def flops_per_token(model: ModelConfig, seq_length: int, convention: Convention = "model") -> int:
-    """FLOPs of training on one token: forward once, and backward twice that (gradients of inputs and of weights).
+def flops_per_token(
+    model: ModelConfig, seq_length: int, convention: Convention = "model", adapter: AdapterConfig | None = None
+) -> int:
+    """FLOPs of training on one token: forward once, and backward twice that (gradients of inputs and of weights). With
+    adapters the frozen weights need no gradient of their own, and the adapters are counted.
 
     See ``forward_flops_per_token`` for what a convention counts. Raises UserError if the vocabulary size is not known.
     """
-    return 3 * forward_flops_per_token(model, seq_length, convention)
+    whole = 3 * forward_flops_per_token(model, seq_length, convention)
+    if adapter is None:
+        return whole
+    count = parameter_count(model)
+    frozen = (
+        model.num_layers * (count.attention_per_layer + count.mlp_per_layer) + _vocabulary(model) * model.hidden_size
+    )
+    return whole - 2 * frozen + 6 * adapter_parameters(model, adapter)
+
+
+def adapter_parameters(model: ModelConfig, adapter: AdapterConfig) -> int:
+    """Parameters of all adapters of a model."""
+    heads, groups = (count * model.kv_channels for count in (model.num_attention_heads, model.num_query_groups))
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    sides = {
+        "q": hidden + heads,
+        "k": hidden + groups,
+        "v": hidden + groups,
+        "o": heads + hidden,
+        "gate": hidden + ffn,
+        "up": hidden + ffn,
+        "down": ffn + hidden,
+    }
+    return model.num_layers * adapter.rank * sum(sides[target] for target in set(adapter.targets))
 
 
 def _vocabulary(model: ModelConfig) -> int:

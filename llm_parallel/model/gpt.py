@@ -17,14 +17,16 @@ from torch import Tensor
 from llm_kernels.cross_entropy.op import cross_entropy
 from llm_kernels.linear_cross_entropy.op import linear_cross_entropy, weighted_linear_cross_entropy
 from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.data.batch import Documents
+from llm_parallel.model.adapters import add_adapters
 from llm_parallel.model.init import initialize
 from llm_parallel.model.layer_spec import block_spec
 from llm_parallel.model.mcore_config import padded_vocab_size, transformer_config
 from llm_parallel.model.noise import add_embedding_noise
 from llm_parallel.model.numerics import Numerics
 from llm_parallel.model.sequence import Angles, KVCache, sequence_info
-from llm_parallel.parallel.engine import Network
+from llm_parallel.parallel.engine import FrozenBase, Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.stages import Stages
@@ -64,7 +66,7 @@ class LlamaModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             self.config,
-            block_spec(len(layers), model.qk_norm),
+            block_spec(len(layers), model),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups.collection,
@@ -86,6 +88,8 @@ class LlamaModel(LanguageModule):
         shard = self.vocab_size // mesh.tp
         self.num_valid_tokens = min(max(model.vocab_size - groups.at.tp * shard, 0), shard)
         self.angles = Angles(model, groups.platform.device)
+        self.is_frozen = False
+        """Whether adapters are trained in place of the weights."""
         initialize(self, model, groups, seed)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
@@ -117,6 +121,9 @@ class LlamaModel(LanguageModule):
         shape = tokens.shape[0], tokens.shape[1] * mesh.cp
         info = sequence_info(ranges, documents, self.angles, shape, cache)
         embedded_SBH = self._embedded(tokens, ranges, numbers) if self.pre_process else None
+        if embedded_SBH is not None and self.is_frozen and self.training and torch.is_grad_enabled():
+            # A recomputed layer has a gradient only if its input has one, and a frozen embedding's result has none.
+            embedded_SBH.requires_grad_()
         hidden_SBH = self.decoder(embedded_SBH, None, packed_seq_params=info)
         if not self.post_process:
             return hidden_SBH
@@ -185,14 +192,26 @@ class LlamaModel(LanguageModule):
         return losses_SB.t()
 
 
-def build_network(model: ModelConfig, numerics: Numerics, groups: Groups, stages: Stages, seed: int) -> Network:
+def build_network(
+    model: ModelConfig,
+    numerics: Numerics,
+    groups: Groups,
+    stages: Stages,
+    seed: int,
+    adapter: AdapterConfig | None = None,
+) -> Network:
     """This process's chunks of a model, in the order of their virtual stages, with initial weights that ``seed``
-    decides. A process may hold several networks."""
+    decides, and with adapters in place of trainable weights if they are given. A process may hold several networks."""
     models = [LlamaModel(model, numerics, groups, stages, seed, stage) for stage in range(stages.vpp)]
-    return Network.of(models, groups, stages)
+    if adapter is not None:
+        for chunk in models:
+            chunk.is_frozen = True
+            add_adapters(chunk, adapter, groups, seed)
+    return Network.of(models, groups, stages, None if adapter is None else FrozenBase(adapter))
 
 
 def build_policy(config: RunConfig, groups: Groups) -> Network:
-    """The model that a run configuration describes."""
+    """The model that a run configuration describes, with its adapters if it has them. The base that these change is
+    not loaded yet."""
     stages = Layout.from_config(config, groups.mesh.world_size).stages
-    return build_network(config.model, Numerics.from_config(config), groups, stages, config.seed)
+    return build_network(config.model, Numerics.from_config(config), groups, stages, config.seed, config.adapter)

@@ -8,7 +8,7 @@ rows are padded with zeros.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,16 @@ from torch import Tensor
 from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
-from llm_parallel.model.hf_config import hf_config_to_model, is_hf_folder, read_hf_config
-from llm_parallel.model.tensors import EMBEDDING, OUTPUT, all_names, canonical_parameters, kind_of, split_name
+from llm_parallel.model.hf_config import family_in, hf_config_to_model, is_hf_folder, read_hf_config
+from llm_parallel.model.hf_families import Family
+from llm_parallel.model.tensors import EMBEDDING, OUTPUT, all_names, kind_of, split_name, weights_of
 
 __all__ = ["HfReader", "Piece", "hf_tensors", "is_hf_folder", "load_hf_weights", "pieces_of"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes of weights, by their name in safetensors."""
 INDEX_NAME = "model.safetensors.index.json"
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,34 @@ def hf_tensors(name: str, ours: Tensor, model: ModelConfig) -> dict[str, Tensor]
     return {hf_name: torch.cat(rows, dim=dim).contiguous() for hf_name, rows in parts.items()}
 
 
-def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's tensors of a model, and the shape of each."""
-    found: dict[str, tuple[int, ...]] = {}
+def in_file(name: str, family: Family) -> str:
+    """The tensor of a family's files that is Hugging Face's tensor ``name``, or holds it among others."""
+    return next((name.removesuffix(part) + whole for part, whole in family.fused.items() if name.endswith(part)), name)
+
+
+def file_tensors(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Hugging Face's tensors of one of ours, as a family's files hold them."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(in_file(name, family), []).append(tensor)
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in groups.items()}
+
+
+def places_in_files(shapes: Mapping[str, Shape], family: Family) -> tuple[dict[str, tuple[str, int]], dict[str, Shape]]:
+    """For every tensor of a model, the tensor of a family's files with it and its first row there; and the shapes of
+    those in the files."""
+    places: dict[str, tuple[str, int]] = {}
+    found: dict[str, Shape] = {}
+    for name, (rows, *rest) in shapes.items():
+        stored = in_file(name, family)
+        start = found[stored][0] if stored in found else 0
+        places[name], found[stored] = (stored, start), (start + rows, *rest)
+    return places, found
+
+
+def expected_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Hugging Face's tensors of a model, each matrix apart, and the shape of each."""
+    found: dict[str, Shape] = {}
     for name in all_names(model):
         kind = kind_of(name)
         rows: dict[str, int] = {}
@@ -90,6 +117,8 @@ class HfReader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = read_hf_config(folder)
+        self.model = hf_config_to_model(self.config)
+        self._places, self._shapes = places_in_files(expected_shapes(self.model), family_in(self.config))
         self._stack, self._files = ExitStack(), self._index()
         self._open: dict[Path, Any] = {}
 
@@ -117,8 +146,11 @@ class HfReader:
 
     def read(self, name: str, dim: int, rows: range) -> Tensor:
         """Rows of tensor ``name`` along ``dim``. Raises UserError if it is missing."""
-        part, whole = self._slice(name), slice(None)
-        return part[rows.start : rows.stop] if dim == 0 else part[whole, rows.start : rows.stop]
+        stored, first = self._places[name]
+        part, whole = self._slice(stored), slice(None)
+        if dim == 0:
+            return part[first + rows.start : first + rows.stop]
+        return part[whole, rows.start : rows.stop]
 
     def _slice(self, name: str) -> Any:
         path = self._files.get(name)
@@ -132,17 +164,17 @@ class HfReader:
     def dtype(self) -> torch.dtype:
         """The widest dtype of the tensors that the model uses: fp32 where some are fp32, or where bf16 and fp16 are
         mixed. Others do not count: old Llama folders keep rotary frequencies in fp32 beside weights in bf16."""
-        used = expected_shapes(hf_config_to_model(self.config)).keys() & self._files.keys()
+        used = self._shapes.keys() & self._files.keys()
         kinds = {self._slice(name).get_dtype() for name in used} & set(DTYPES)
         return DTYPES[kinds.pop()] if len(kinds) == 1 else torch.float32
 
-    def check(self, model: ModelConfig) -> list[str]:
+    def check(self) -> list[str]:
         """Compares all tensors with what a model needs. Returns the names of those that it does not use.
 
         Raises UserError for a tensor that is missing, has another shape or a dtype of quantized weights, and for an
         output projection that differs from the embedding although config.json says that they are one.
         """
-        wanted = expected_shapes(model)
+        wanted = self._shapes
         for hf_name, expected in wanted.items():
             part = self._slice(hf_name)
             if tuple(part.get_shape()) != expected:
@@ -179,9 +211,12 @@ def read_rows(reader: HfReader, name: str, model: ModelConfig, wanted: range) ->
 
 
 @torch.no_grad()
-def load_hf_weights(folder: str | Path, models: Sequence[Any]) -> list[str]:
+def load_hf_weights(
+    folder: str | Path, models: Sequence[Any], seen: Callable[[Any, str, Tensor], None] = lambda *_: None
+) -> list[str]:
     """Reads a Hugging Face model into this process's model chunks, only the rows that they hold, cast to their dtype.
-    Returns the names of the folder's tensors that the model does not use.
+    Returns the names of the folder's tensors that the model does not use. ``seen`` is called with each chunk, canonical
+    name and values as they were read.
 
     Raises UserError if the folder's architecture is not that of the models, or its tensors are not what its config.json
     means.
@@ -190,14 +225,16 @@ def load_hf_weights(folder: str | Path, models: Sequence[Any]) -> list[str]:
     tp, tp_rank = groups.mesh.tp, groups.at.tp
     with HfReader(folder) as reader:
         check_same_architecture(folder, hf_config_to_model(reader.config), config)
-        unused = reader.check(config)
+        unused = reader.check()
         for chunk in models:
-            for name, parameter in canonical_parameters(chunk):
+            for name, weight in weights_of(chunk):
                 kind = kind_of(name)
                 dim = kind.piece_dim
-                ranges = kind.shard(parameter.shape[dim] * (1 if kind.sharded_dim is None else tp), tp, tp_rank)
+                ranges = kind.shard(weight.shape[dim] * (1 if kind.sharded_dim is None else tp), tp, tp_rank)
                 parts = [part for wanted in ranges for part in read_rows(reader, name, config, wanted)]
-                parameter.copy_(torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0])
+                values = torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+                seen(chunk, name, values)
+                weight.copy_(values)
     return unused
 
 

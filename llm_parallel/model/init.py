@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 
 from llm_parallel.config.tree import ModelConfig
-from llm_parallel.model.tensors import Role, canonical_parameters, kind_of
+from llm_parallel.model.tensors import Role, kind_of, weights_of
 from llm_parallel.parallel.groups import Groups
 
 BLOCK_ROWS = 64
@@ -52,18 +52,16 @@ def initial_rows(name: str, rows: Sequence[range], model: ModelConfig, seed: int
 def initialize(chunk: nn.Module, model: ModelConfig, groups: Groups, seed: int) -> None:
     """Fills all weights of a chunk: norms with 1, biases with 0, matrices with ``initial_rows``."""
     tp, tp_rank = groups.mesh.tp, groups.at.tp
-    for name, parameter in canonical_parameters(chunk):
+    for name, parameter in weights_of(chunk):
         kind = kind_of(name)
-        if kind.role is Role.NORM:
-            parameter.fill_(1.0)
-            continue
         dim = kind.piece_dim
         # megatron-core before 0.19 marks only shards that it initialized itself; unmarked, they drop out of the
         # gradient norm.
-        if kind.sharded_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
+        unmarked = isinstance(parameter, nn.Parameter) and not hasattr(parameter, "tensor_model_parallel")
+        if kind.sharded_dim is not None and unmarked:
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-        if kind.role is Role.BIAS:
-            parameter.zero_()
+        if kind.role in (Role.NORM, Role.BIAS):
+            parameter.copy_(torch.tensor(1.0 if kind.role is Role.NORM else 0.0))
             continue
         values = initial_rows(name, kind.shard(parameter.shape[dim] * tp, tp, tp_rank), model, seed)
         parameter.copy_(values.t() if dim == 1 else values)

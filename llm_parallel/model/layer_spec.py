@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -12,23 +13,43 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from llm_parallel.config.tree import ModelConfig
+from llm_parallel.model.adapters import ColumnLinear
 from llm_parallel.model.attention import CoreAttention, LlamaAttention
-from llm_parallel.model.modules import AttentionOutput, LlamaLayer, MLPInput, MLPOutput, RMSNorm, SwiGLU
+from llm_parallel.model.modules import (
+    AttentionOutput,
+    KeyNorm,
+    LlamaLayer,
+    MLPInput,
+    MLPOutput,
+    OutputNormLayer,
+    QueryNorm,
+    RMSNorm,
+    SwiGLU,
+)
 
 
-def layer_spec(qk_norm: bool) -> ModuleSpec:
-    """One Llama layer: norm, attention, residual, norm, MLP, residual. ``qk_norm``: norms of each head's queries and
-    keys."""
-    head_norm = RMSNorm if qk_norm else IdentityOp
+def head_norms(model: ModelConfig) -> tuple[Any, Any]:
+    """Modules that normalize queries and keys."""
+    if model.qk_norm_over_heads:
+        return QueryNorm, KeyNorm
+    return (RMSNorm, RMSNorm) if model.qk_norm else (IdentityOp, IdentityOp)
+
+
+def layer_spec(model: ModelConfig) -> ModuleSpec:
+    """One layer: norm, attention, residual, norm, MLP, residual; or, with ``norm_outputs``, each norm after attention
+    and MLP."""
+    query_norm, key_norm = head_norms(model)
+    input_norm = IdentityOp if model.norm_outputs else RMSNorm
     attention = ModuleSpec(
         module=LlamaAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=ColumnLinear,
             core_attention=CoreAttention,
             linear_proj=AttentionOutput,
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
+            q_layernorm=query_norm,
+            k_layernorm=key_norm,
         ),
     )
     mlp = ModuleSpec(
@@ -36,18 +57,18 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
         submodules=MLPSubmodules(linear_fc1=MLPInput, activation_func=SwiGLU, linear_fc2=MLPOutput),
     )
     return ModuleSpec(
-        module=LlamaLayer,
+        module=OutputNormLayer if model.norm_outputs else LlamaLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=input_norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=input_norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
+def block_spec(num_layers: int, model: ModelConfig) -> TransformerBlockSubmodules:
     """The layers of one model chunk and the norm after the last layer of the model."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(qk_norm)] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(model)] * num_layers, layer_norm=RMSNorm)

@@ -37,6 +37,9 @@ class LlamaTransformerConfig(TransformerConfig):
     """Factor of the scores before the softmax; 1 / sqrt(head dim) if not given."""
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm_over_heads: bool = False
+    layers_without_rope: tuple[int, ...] = ()
+    """Layers, counted from 0, whose queries and keys are not rotated."""
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -84,6 +87,10 @@ def transformer_config(
         add_qkv_bias=model.qkv_bias,
         attention_output_bias=model.attention_output_bias,
         mlp_bias=model.mlp_bias,
+        layers_without_rope=model.layers_without_rope,
+        qk_norm_over_heads=model.qk_norm_over_heads,
+        # With this, megatron-core sums the gradients of both norms over the tensor-parallel group, as norms of single
+        # heads need. The norm over all heads is divided over that group instead.
         qk_layernorm=model.qk_norm,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

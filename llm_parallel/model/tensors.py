@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llm_parallel.config.tree import ModelConfig
 
@@ -25,6 +27,7 @@ class Role(Enum):
     INPUT = "a matrix that reads the normalized residual stream"
     RESIDUAL = "a matrix whose output is added to the residual stream"
     BIAS = "a vector that is added to a matrix's output"
+    ADAPTER = "a factor of a low-rank matrix that is trained beside a frozen one"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class TensorKind:
     name: within its layer if ``in_layer``, else within the model; sharded_dim: the dimension that tensor-parallel ranks
     divide, None if each rank holds the whole; interleaved: matrices that stand one after the other along that
     dimension, each of which is divided separately; hf_names: the tensors of Hugging Face's Llama that it is made of, in
-    order; switch: the field of ``model`` that says whether a model has it, if not all do.
+    order; switch, unless: the fields of ``model`` that say whether a model has it, if not all do.
     """
 
     name: str
@@ -44,10 +47,13 @@ class TensorKind:
     interleaved: int = 1
     in_layer: bool = True
     switch: str | None = None
+    unless: str | None = None
 
     def exists(self, model: ModelConfig) -> bool:
         """Whether a model has such tensors. A tied output projection is the embedding."""
         if self.name == "output_layer.weight" and model.tie_embeddings:
+            return False
+        if self.unless is not None and getattr(model, self.unless):
             return False
         return self.switch is None or bool(getattr(model, self.switch))
 
@@ -71,14 +77,16 @@ class TensorKind:
 
     def shape(self, model: ModelConfig, vocabulary: int | None = None) -> tuple[int, ...]:
         """Shape of the whole tensor. ``vocabulary``: rows of the padded vocabulary, if not the model's own."""
+        heads = model.num_attention_heads * model.kv_channels
+        groups = model.num_query_groups * model.kv_channels
         if self.role is Role.NORM:
+            if self.switch == "qk_norm_over_heads":
+                return (heads if "q_layernorm" in self.name else groups,)
             return (model.kv_channels if self.switch == "qk_norm" else model.hidden_size,)
         if self.role is Role.VOCABULARY:
             rows = vocabulary or model.vocab_size
             assert rows is not None, "the vocabulary is taken from the tokenizer before the model is built"
             return (rows, model.hidden_size)
-        heads = model.num_attention_heads * model.kv_channels
-        groups = model.num_query_groups * model.kv_channels
         if self.role is Role.BIAS and self.sharded_dim is None:
             return (model.hidden_size,)
         along = {
@@ -94,7 +102,7 @@ class TensorKind:
 
 TENSORS = (
     TensorKind("embedding.word_embeddings.weight", Role.VOCABULARY, 0, ("model.embed_tokens.weight",), in_layer=False),
-    TensorKind("input_layernorm.weight", Role.NORM, None, ("input_layernorm.weight",)),
+    TensorKind("input_layernorm.weight", Role.NORM, None, ("input_layernorm.weight",), unless="norm_outputs"),
     TensorKind(
         # For each key/value group its query heads, its key and its value.
         "self_attention.linear_qkv.weight",
@@ -111,6 +119,20 @@ TENSORS = (
     ),
     TensorKind("self_attention.q_layernorm.weight", Role.NORM, None, ("self_attn.q_norm.weight",), switch="qk_norm"),
     TensorKind("self_attention.k_layernorm.weight", Role.NORM, None, ("self_attn.k_norm.weight",), switch="qk_norm"),
+    TensorKind(
+        "self_attention.q_layernorm.heads_weight",
+        Role.NORM,
+        0,
+        ("self_attn.q_norm.weight",),
+        switch="qk_norm_over_heads",
+    ),
+    TensorKind(
+        "self_attention.k_layernorm.heads_weight",
+        Role.NORM,
+        0,
+        ("self_attn.k_norm.weight",),
+        switch="qk_norm_over_heads",
+    ),
     TensorKind("self_attention.linear_proj.weight", Role.RESIDUAL, 1, ("self_attn.o_proj.weight",)),
     TensorKind(
         "self_attention.linear_proj.bias",
@@ -119,7 +141,16 @@ TENSORS = (
         ("self_attn.o_proj.bias",),
         switch="attention_output_bias",
     ),
-    TensorKind("pre_mlp_layernorm.weight", Role.NORM, None, ("post_attention_layernorm.weight",)),
+    TensorKind(
+        "attention_output_layernorm.weight",
+        Role.NORM,
+        None,
+        ("post_attention_layernorm.weight",),
+        switch="norm_outputs",
+    ),
+    TensorKind(
+        "pre_mlp_layernorm.weight", Role.NORM, None, ("post_attention_layernorm.weight",), unless="norm_outputs"
+    ),
     TensorKind("mlp.linear_fc1.weight", Role.INPUT, 0, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), interleaved=2),
     TensorKind(
         "mlp.linear_fc1.bias",
@@ -131,11 +162,38 @@ TENSORS = (
     ),
     TensorKind("mlp.linear_fc2.weight", Role.RESIDUAL, 1, ("mlp.down_proj.weight",)),
     TensorKind("mlp.linear_fc2.bias", Role.BIAS, None, ("mlp.down_proj.bias",), switch="mlp_bias"),
+    TensorKind(
+        "mlp_output_layernorm.weight",
+        Role.NORM,
+        None,
+        ("post_feedforward_layernorm.weight",),
+        switch="norm_outputs",
+    ),
     TensorKind("decoder.final_layernorm.weight", Role.NORM, None, ("model.norm.weight",), in_layer=False),
     TensorKind("output_layer.weight", Role.VOCABULARY, 0, ("lm_head.weight",), in_layer=False),
 )
 EMBEDDING, OUTPUT = TENSORS[0], TENSORS[-1]
-_BY_NAME = {kind.name: kind for kind in TENSORS}
+ADAPTER_MARK = ".adapter."
+"""In the name of every tensor of an adapter, and of no other."""
+
+
+def _factors(linear: str, down: int | None, up: int | None, interleaved: int = 1) -> tuple[TensorKind, TensorKind]:
+    """The factors of one linear's adapter. ``down``, ``up``: the dimension of A and of B that ranks divide."""
+    return (
+        TensorKind(f"{linear}{ADAPTER_MARK}a", Role.ADAPTER, down, ()),
+        TensorKind(f"{linear}{ADAPTER_MARK}b", Role.ADAPTER, up, (), interleaved=interleaved),
+    )
+
+
+ADAPTER_TENSORS = (
+    *_factors("self_attention.linear_qkv", None, 0),
+    *_factors("self_attention.linear_proj", 1, None),
+    *_factors("mlp.linear_fc1", None, 0, interleaved=2),
+    *_factors("mlp.linear_fc2", 1, None),
+)
+"""A [rank of all kinds, in] and B [out, rank] of the adapters (``model/adapters.py``), which a model has where a run
+trains them. Their sizes are those of the run's ``adapter`` section, so ``shape`` does not know them."""
+_BY_NAME = {kind.name: kind for kind in (*TENSORS, *ADAPTER_TENSORS)}
 
 
 def split_name(name: str) -> tuple[TensorKind, int | None]:
@@ -168,7 +226,8 @@ def all_names(model: ModelConfig) -> Iterator[str]:
 
 
 def canonical_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of a model chunk with their canonical names; a tied output projection has the embedding's."""
+    """Parameters of a model chunk, adapters included, with their canonical names; a tied output projection has the
+    embedding's."""
     for name, parameter in chunk.named_parameters():
         if name.startswith(LAYERS):
             kind, place = split_name(name)
@@ -176,3 +235,21 @@ def canonical_parameters(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
         elif name == OUTPUT.name and chunk.share_embeddings_and_output_weights:
             name = EMBEDDING.name
         yield name, parameter
+
+
+class Weight(Protocol):
+    """A tensor of a model as it is held: a parameter, or a matrix whose values are stored with fewer bits."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of this process's part."""
+
+    def copy_(self, values: Tensor) -> Any:
+        """Takes values of that shape, of whatever dtype."""
+
+
+def weights_of(chunk: nn.Module) -> Iterator[tuple[str, Weight]]:
+    """The model's own tensors in a chunk, without adapters, with their canonical names."""
+    for name, parameter in canonical_parameters(chunk):
+        if ADAPTER_MARK not in name:
+            yield name, getattr(parameter, "stored", parameter)

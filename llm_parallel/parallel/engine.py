@@ -11,10 +11,21 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.transformer.module import Float16Module
 
 from llm_parallel.config.tree import OptimConfig, ParallelConfig
+from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.mcore_optimizer import Replica, SoleReplica, build_optimizer, update
 from llm_parallel.parallel.platform import Platform
 from llm_parallel.parallel.stages import Stages
+
+
+@dataclass
+class FrozenBase:
+    """The weights under a model's adapters. ``path`` and ``fingerprint``: where they were loaded from, and what tells
+    others from them; None until they are loaded."""
+
+    adapter: AdapterConfig
+    path: str | None = None
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,8 @@ class Network:
     """One process's part of a model.
 
     chunks: what the pipeline schedule runs, the models within megatron-core's wrappers; models: the same without
-    wrappers, one for each virtual stage; before_micro_batch: called before each forward.
+    wrappers, one for each virtual stage; before_micro_batch: called before each forward; base: the frozen weights, if
+    the model has adapters, else None.
     """
 
     chunks: Sequence[Any]
@@ -30,12 +42,13 @@ class Network:
     groups: Groups
     stages: Stages
     before_micro_batch: list[Callable[[], None]] = field(default_factory=list)
+    base: FrozenBase | None = None
 
     @classmethod
-    def of(cls, models: Sequence[Any], groups: Groups, stages: Stages) -> Network:
+    def of(cls, models: Sequence[Any], groups: Groups, stages: Stages, base: FrozenBase | None = None) -> Network:
         """Freshly built model chunks, wrapped for their dtype."""
         chunks = [Float16Module(model.config, model) if model.config.bf16 else model for model in models]
-        return cls(chunks, models, groups, stages)
+        return cls(chunks, models, groups, stages, base=base)
 
     @property
     def config(self) -> Any:

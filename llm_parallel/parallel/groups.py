@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,14 @@ def open_groups(
     collection = ProcessGroupCollection.use_mpu_process_groups()
     seed_everything(seed)
     return Groups(layout.mesh, rank, layout.coordinates(rank), collection, platform)
+
+
+def seed_step(seed: int, step: int, groups: Groups) -> None:
+    """Seeds the generators for one step of a model with dropout. Ranks that see the same tokens have the same default
+    generator; a run that is resumed in its layout drops what it would have dropped."""
+    at = groups.at
+    place = f"{seed}/{step}/{at.dp}/{at.cp}/{at.pp}"
+    seed_everything(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=4).digest(), "little") >> 1)
 
 
 def close_groups(world: bool = True) -> None:

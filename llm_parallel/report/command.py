@@ -26,8 +26,9 @@ def report_command(request: ReportRequest) -> int:
     sweeps = [series for path in request.sweeps for series in read_sweep(path)]
     sections: list[Section] = []
     pictures: list[Picture] = []
+    data = ""
     if runs:
-        sections += runs_sections(runs, pictures)
+        sections, data = runs_sections(runs, pictures)
     if sweeps:
         sections.append(scaling_section(sweeps, pictures))
     title = request.title or _title([run.name for run in runs], [series.name for series in sweeps])
@@ -36,7 +37,7 @@ def report_command(request: ReportRequest) -> int:
     made = f"Made {moment} by llm-parallel report, commit {commit()}, from {', '.join(sources)}."
     try:
         with atomic_write(request.out) as handle:
-            handle.write(render(title, made, sections))
+            handle.write(render(title, made, sections, data))
         for picture in pictures if request.png else ():
             with atomic_write(Path(request.png or "") / f"{picture.name}.png", "wb") as handle:
                 handle.write(picture.png())

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from llm_parallel.metrics.plots import smooth
 from llm_parallel.metrics.time_split import PART_COLOURS, TIME_PARTS
+from llm_parallel.report.charts import Chart, thin
 from llm_parallel.report.efficiency import Series
 from llm_parallel.report.pipeline_of_run import Schedule
 from llm_parallel.report.recovery import Life
-from llm_parallel.report.runs import Run, steady, time_split
+from llm_parallel.report.runs import Run, time_split
 
 # Colours of Okabe and Ito, which colour-blind people can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -28,8 +28,11 @@ SPAN_COLOURS = {
     "waiting": "#E69F00",
     "stopped": "#DDDDDD",
 }
-MOST_POINTS = 1200
-"""Most points of a curve, so that a long run does not make a page of many megabytes."""
+MOST_POINTS = 400
+"""Most points of a curve in a picture, which the page's script replaces by one with more points."""
+INKS = {"#000000": "currentColor", "#ffffff": "none", "#b0b0b0": "var(--faint)", "#cccccc": "var(--line)"}
+INKS |= {colour.lower(): f"var(--c{index})" for index, colour in enumerate(COLOURS)}
+"""What matplotlib's colours become on a page that may be dark."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Picture:
     name: str
     caption: str
     figure: Any
+    is_chart: bool = False
+    """Whether the page's script draws it anew."""
+    wide: bool = True
+    """Whether it takes the whole width of a large page."""
 
     def svg(self) -> str:
         """The figure as an ``svg`` element as wide as the page, with text as text, and identifiers that no other figure
@@ -59,6 +66,9 @@ class Picture:
         # Figures on one page must not share the identifiers of their clip paths and markers.
         text = re.sub(r'id="([\w.-]+)"', rf'id="{self.name}-\1"', text)
         text = re.sub(r'(url\(#|href="#)([\w.-]+)', rf"\1{self.name}-\2", text)
+        text = re.sub(
+            r"(fill|stroke): (#[0-9a-f]{6})", lambda found: f"{found[1]}: {INKS.get(found[2], found[2])}", text
+        )
         return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.caption)}"', 1)
 
     def png(self) -> bytes:
@@ -80,22 +90,40 @@ def new_figure(height: float = 3.6, panels: int = 1) -> tuple[Any, Any]:
     return figure, axes
 
 
-def thin(*columns: np.ndarray) -> list[np.ndarray]:
-    """The columns at no more than about MOST_POINTS indices, including the last one."""
-    count = len(columns[0])
-    if count <= MOST_POINTS:
-        return list(columns)
-    index = np.unique(np.linspace(0, count - 1, MOST_POINTS).astype(int))
-    return [column[index] for column in columns]
-
-
-def run_pictures(runs: Sequence[Run]) -> list[Picture]:
-    """Figures of loss, throughput, MFU if it is known, memory and time split, each with all runs."""
-    found = [_loss(runs), _curve(runs, "throughput", "perf/tokens_per_s_per_gpu", f"tokens/s/{runs[0].history.unit}")]
-    if any(np.isfinite(run.history.column("perf/mfu")).any() for run in runs):
-        found.append(_curve(runs, "mfu", "perf/mfu", "MFU, share of the peak"))
-    found.append(_curve(runs, "memory", "memory/allocated_gib", "GiB, peak of rank 0"))
-    return [*found, _split(runs)]
+def chart_picture(chart: Chart, runs: Sequence[Run]) -> Picture:
+    """Draws curves over steps, or over tokens if there are several runs."""
+    figure, axes = new_figure(4.0 if chart.wide else 3.2)
+    axis = "step" if len(runs) == 1 else "tokens"
+    for curve in chart.curves:
+        history = runs[curve.run].history
+        steps = history.eval_column("step") if curve.kind == "dots" else history.column("step")
+        kept = thin(len(steps), MOST_POINTS)
+        x = steps if axis == "step" else history.tokens_at(steps)
+        colour, style = _colour(curve.colour)
+        style = style if len(runs) > 1 and curve.kind == "line" else "-"
+        looks: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.7}
+        if curve.kind != "faint":
+            looks = {"linewidth": 1.6, "label": curve.label} | ({"marker": "o"} if curve.kind == "dots" else {})
+        axes.plot(x[kept], curve.values[kept], color=colour, linestyle=style, **looks)
+    for limit, label in chart.limits:
+        axes.axhline(limit, color="#555555", linestyle="-.", linewidth=1, label=label)
+    for run in runs:
+        for mark in run.history.marks():
+            at, name = (mark.step if axis == "step" else mark.tokens), mark.kind
+            if name == "skip":
+                axes.plot([at], [0.02], "x", color="#CC0000", markersize=4, transform=axes.get_xaxis_transform())
+            else:
+                axes.axvline(at, color="#882255" if name == "layout" else "#555555", linestyle="--", linewidth=1)
+    if chart.log:
+        axes.set_yscale("log")
+    elif chart.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("steps" if axis == "step" else "tokens")
+    axes.set_ylabel(chart.unit)
+    axes.xaxis.set_major_formatter(_engineering())
+    if axes.get_legend_handles_labels()[1]:
+        figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=9)
+    return Picture(chart.name, chart.title, figure, is_chart=True, wide=chart.wide)
 
 
 def _colour(index: int) -> tuple[str, str]:
@@ -103,47 +131,8 @@ def _colour(index: int) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], ("-", "--", ":", "-.")[index % 4]
 
 
-def _loss(runs: Sequence[Run]) -> Picture:
-    figure, axes = new_figure(4.0)
-    for index, run in enumerate(runs):
-        colour, style = _colour(index)
-        tokens, loss = run.history.column("train/tokens"), run.history.column("train/loss")
-        mean = smooth(loss, max(1, len(loss) // 20))
-        axes.plot(*thin(tokens, loss), color=colour, alpha=0.25, linewidth=0.7)
-        axes.plot(*thin(tokens, mean), color=colour, linestyle=style, linewidth=1.8, label=f"{run.name} (smoothed)")
-        if run.history.evals:
-            at = np.interp(run.history.eval_column("step"), run.history.column("step"), tokens)
-            losses = run.history.eval_column("eval/loss")
-            axes.plot(at, losses, "o", color=colour, markeredgecolor="white", label=f"{run.name} held out")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss, nats per token")
-    axes.xaxis.set_major_formatter(_engineering())
-    axes.legend(frameon=False)
-    return Picture("loss", "Training loss by tokens: each step thin, smoothed thick", figure)
-
-
-def _curve(runs: Sequence[Run], name: str, column: str, unit: str) -> Picture:
-    figure, axes = new_figure(3.2)
-    highest = 0.0
-    for index, run in enumerate(runs):
-        colour, _ = _colour(index)
-        steps, values = thin(run.history.column("step"), run.history.column(column))
-        if not np.isfinite(values).any():
-            continue
-        median = float(np.nanmedian(run.history.column(column)[steady(run.history)]))
-        label = f"{run.name}: median {median:.1%}" if name == "mfu" else f"{run.name}: median {median:,.4g}"
-        axes.plot(steps, values, color=colour, linewidth=0.9, label=label)
-        highest = max(highest, float(np.nanpercentile(values, 99)))
-    axes.set_ylim(0, 1.15 * highest if highest else 1)
-    axes.set_xlabel("steps")
-    axes.set_ylabel(unit)
-    if name == "throughput":
-        axes.yaxis.set_major_formatter(_engineering())
-    axes.legend(frameon=False, loc="lower right")
-    return Picture(name, f"{unit[:1].upper() + unit[1:]} by step", figure)
-
-
-def _split(runs: Sequence[Run]) -> Picture:
+def split_picture(runs: Sequence[Run]) -> Picture:
+    """Draws where the time of a step goes, a bar for each run."""
     figure, axes = new_figure(1.3 + 0.45 * len(runs))
     splits = [time_split(run.history) for run in runs]
     left = np.zeros(len(runs))

@@ -70,9 +70,20 @@ class Summary:
 
     steps: int
     tokens: float
+    last_loss: float
+    """Loss of the last step, as the console printed it, nats per token."""
     loss: float
-    """Mean over the last twentieth of the steps, nats per token."""
+    """Mean over the last twentieth of the steps."""
     eval_loss: float
+    """Of the last evaluation."""
+    eval_step: int | None
+    """After which step that was."""
+    best_eval: tuple[float, int | None]
+    """Lowest held-out loss and its step."""
+    total_steps: int | None
+    """Steps that the last start was to reach."""
+    trained_s: float | None
+    """Sum of the recorded steps' times; None if not every step was recorded."""
     sizes: tuple[int, ...]
     """Numbers of processes that it ran on, one after the other."""
     layouts: tuple[str, ...]
@@ -106,11 +117,19 @@ def summarize(run: Run) -> Summary:
     history, kept = run.history, steady(run.history)
     step_s = history.column("perf/step_time")[kept]
     starts = history.starts
+    every, losses = history.column("perf/step_time"), history.column("train/loss")
+    whole = len(history.steps) == history.steps[-1]["step"] and np.isfinite(every).all()
+    held_out = [(record["eval/loss"], record["step"]) for record in history.evals if record["eval/loss"] is not None]
     return Summary(
         steps=int(history.steps[-1]["step"]),
         tokens=float(history.column("train/tokens")[-1]),
+        last_loss=float(losses[-1]),
         loss=loss_at(run, math.inf),
         eval_loss=float(history.eval_column("eval/loss")[-1]) if history.evals else float("nan"),
+        eval_step=history.evals[-1]["step"] if history.evals else None,
+        best_eval=min(held_out) if held_out else (math.nan, None),
+        total_steps=starts[-1].get("total_steps") if starts else None,
+        trained_s=float(every.sum()) if whole else None,
         sizes=tuple(_in_turn([start.get("size") for start in starts])),
         layouts=tuple(_in_turn([start.get("layout") for start in starts])),
         device=str(starts[-1].get("device_name", "")) if starts else "",

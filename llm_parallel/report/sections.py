@@ -2,111 +2,62 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
-from llm_parallel.metrics.time_split import TIME_PARTS
-from llm_parallel.model.flops import CONVENTIONS
+from llm_parallel.report.charts import charts_of, page_data
 from llm_parallel.report.efficiency import Series, sentence
 from llm_parallel.report.figures import (
     Picture,
+    chart_picture,
     layout_map,
     life_picture,
-    run_pictures,
     scaling_pictures,
     schedule_picture,
+    split_picture,
 )
 from llm_parallel.report.gap import causes_of, explained
 from llm_parallel.report.heatmap import heat_map
 from llm_parallel.report.page import Section
 from llm_parallel.report.pipeline_of_run import schedule_of
 from llm_parallel.report.recovery import Life, Recovery, life_of
-from llm_parallel.report.runs import (
-    Run,
-    Summary,
-    different_work,
-    differing_fields,
-    loss_at,
-    summarize,
-    time_split,
-)
+from llm_parallel.report.runs import Run, Summary, different_work, differing_fields, loss_at, summarize
+from llm_parallel.report.summary import answers_section, settings_section, split_section, summary_section
+from llm_parallel.report.text import count, time_text, unbroken, written
 
 
-def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> list[Section]:
-    """Summary, curves, comparison and recoveries of the runs; their figures are added to ``pictures``."""
+def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> tuple[list[Section], str]:
+    """Summary, curves, answers, time, configuration, comparison and recoveries of the runs, and the data of the page's
+    script; figures are added to ``pictures``."""
     summaries = [summarize(run) for run in runs]
-    sections = [_summary(runs, summaries)]
+    charts = charts_of(runs)
     curves = Section("curves", "Curves")
-    for picture in run_pictures(runs):
-        pictures.append(picture)
-        curves.picture(picture)
-        if picture.name == "time_split":
-            _split_table(curves, runs)
-    sections.append(curves)
+    drawn = [chart_picture(chart, runs) for chart in charts]
+    curves.charts(drawn)
+    pictures += [*drawn, split_picture(runs)]
     pipelines = Section("pipeline", "Pipeline schedule")
     for number, run in enumerate(runs):
         schedule = schedule_of(run)
         if schedule is not None:
-            drawn = schedule_picture(run, schedule, number)
-            pictures.append(drawn)
-            pipelines.picture(drawn)
-    if pipelines.blocks:
-        sections.append(pipelines)
-    if len(runs) > 1:
-        sections.append(_comparison(runs, summaries))
+            picture = schedule_picture(run, schedule, number)
+            pictures.append(picture)
+            pipelines.picture(picture)
     lives = [(run, life_of(run.events, run.step_times)) for run in runs]
     recovery = Section("recovery", "Failures and recovery")
     for number, (run, life) in enumerate(lives):
         if life is not None:
             _life(recovery, run, life, number, pictures)
-    return [*sections, recovery] if recovery.blocks else sections
-
-
-def _summary(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
-    section = Section("summary", "Summary")
-    unit = summaries[0].unit
-    lines = {
-        "steps": [f"{one.steps:,}" for one in summaries],
-        "tokens": [_big(one.tokens) for one in summaries],
-        "loss": [_number(one.loss, ".4f") for one in summaries],
-        "held-out loss": [_number(one.eval_loss, ".4f") for one in summaries],
-        "device": [one.device or "—" for one in summaries],
-        _plural(unit): [_changes(list(map(str, one.sizes))) for one in summaries],
-        "layout": [_changes(one.layouts) for one in summaries],
-        "step time": [_time(one.step_s) for one in summaries],
-        "10 to 90 % of steps": [f"{_time(one.step_low_s)} to {_time(one.step_high_s)}" for one in summaries],
-        f"tokens/s/{unit}": [_number(one.tokens_per_s_per_gpu, ",.0f") for one in summaries],
-        "MFU": [_number(one.mfu, ".1%") for one in summaries],
-        "memory": [_number(one.memory_gib, ".2f", " GiB") for one in summaries],
-        "skipped steps": [str(one.skipped) for one in summaries],
-    }
-    known = {name: values for name, values in lines.items() if set(values) != {"—"}}
-    section.table(("", *(run.name for run in runs)), [(name, *values) for name, values in known.items()])
-    section.text(
-        "Loss: mean over the last twentieth of the steps, nats per token. Step time, tokens/s and MFU: medians over all"
-        " steps but the first after each start. Memory: the largest peak of rank 0"
-        + ("." if unit == "GPU" else ", on a CPU the resident set of the process."),
-        "faint",
-    )
-    if any(math.isfinite(one.mfu) for one in summaries):
-        section.text(
-            f"MFU: {CONVENTIONS['model']}; divided by the peak that the run's configuration or chip has.", "faint"
-        )
-    return section
-
-
-def _split_table(section: Section, runs: Sequence[Run]) -> None:
-    splits = [time_split(run.history) for run in runs]
-    parts = [part for part in TIME_PARTS if any(split.get(part) for split in splits)]
-    rows = [
-        (
-            run.name,
-            *(f"{_time(split.get(part, 0.0))} ({split.get(part, 0.0) / sum(split.values()):.0%})" for part in parts),
-        )
-        for run, split in zip(runs, splits)
+    sections = [
+        summary_section(runs, summaries),
+        curves,
+        answers_section(runs),
+        split_section(runs),
+        pipelines if pipelines.blocks else None,
+        _comparison(runs, summaries) if len(runs) > 1 else None,
+        recovery if recovery.blocks else None,
+        settings_section(runs),
     ]
-    section.table(("run", *parts), rows)
+    return [section for section in sections if section is not None], page_data(runs, charts)
 
 
 def _comparison(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
@@ -123,7 +74,7 @@ def _comparison(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
             (
                 *(run.name, f"{first.step_s / one.step_s:.3f}"),
                 f"{one.tokens_per_s_per_gpu / first.tokens_per_s_per_gpu:.3f}",
-                *(_number(one.memory_gib / first.memory_gib, ".3f"), _loss_difference(base, run)),
+                *(written(one.memory_gib / first.memory_gib, ".3f"), _loss_difference(base, run)),
                 "yes" if _ranges_overlap(first, one) else "no",
             )
         )
@@ -149,7 +100,7 @@ def _comparison(runs: Sequence[Run], summaries: Sequence[Summary]) -> Section:
 
 def _loss_difference(base: Run, run: Run) -> str:
     tokens = min(float(one.history.column("train/tokens")[-1]) for one in (base, run))
-    return _number(loss_at(run, tokens) - loss_at(base, tokens), "+.4f")
+    return written(loss_at(run, tokens) - loss_at(base, tokens), "+.4f")
 
 
 def _ranges_overlap(first: Summary, second: Summary) -> bool:
@@ -161,12 +112,12 @@ def _life(section: Section, run: Run, life: Life, number: int, pictures: list[Pi
     done = [recovery for recovery in life.recoveries if recovery.seconds is not None]
     text = f"Trained {life.goodput:.1%} of the time from its first event to its last, stops left out"
     if life.recoveries:
-        text += f"; {_count(len(life.recoveries), 'fault')}, {len(done)} recovered from"
+        text += f"; {count(len(life.recoveries), 'fault')}, {len(done)} recovered from"
     if done:
         seconds = [recovery.seconds or 0.0 for recovery in done]
         lost = sum(recovery.lost_steps or 0 for recovery in done)
         text += f" in {statistics.median(seconds):.1f} s (median), {max(seconds):.1f} s at most"
-        text += f"; {_count(lost, 'step')} made again"
+        text += f"; {count(lost, 'step')} made again"
     section.text(text + ".")
     picture = life_picture(run, life, number)
     pictures.append(picture)
@@ -182,7 +133,7 @@ def _recovery_row(index: int, recovery: Recovery) -> tuple[str, ...]:
     return (
         *(str(index), f"{recovery.at_s:.1f} s", str(recovery.step), recovery.fault, _short(recovery.cause)),
         *(", ".join(recovery.removed), "not recovered" if seconds is None else f"{seconds:.2f} s"),
-        *("" if recovery.lost_steps is None else str(recovery.lost_steps), _unbroken(recovery.layout)),
+        *("" if recovery.lost_steps is None else str(recovery.lost_steps), unbroken(recovery.layout)),
     )
 
 
@@ -204,7 +155,7 @@ def scaling_section(sweeps: Sequence[Series], pictures: list[Picture]) -> Sectio
             section.text("Work: " + ", ".join(f"{name} {value}" for name, value in series.work.items()) + ".", "faint")
         section.table(*_scaling_table(series), text_columns=(1,))
         flags = [
-            f"{_count(point.world_size, 'process')}: {flag}" for point in series.best for flag in series.flags(point)
+            f"{count(point.world_size, 'process')}: {flag}" for point in series.best for flag in series.flags(point)
         ]
         section.list(flags, "flag")
         if f"lost_{number}" in lost:
@@ -229,7 +180,7 @@ def _scaling_table(series: Series) -> tuple[Sequence[str], list[Sequence[str]]]:
         efficiency, predicted = series.efficiency(point), series.predicted(point)
         rows.append(
             (
-                *(f"{point.world_size:,}", _unbroken(point.layout) or "—", _time(point.step_s)),
+                *(f"{point.world_size:,}", unbroken(point.layout) or "—", time_text(point.step_s)),
                 *("—" if point.spread is None else f"{point.spread:.1%}", f"{point.batch / point.step_s:,.4g}"),
                 *(f"{efficiency * point.world_size / series.baseline.world_size:.2f}", f"{efficiency:.1%}"),
                 "—" if predicted is None else f"{predicted:.1%}",
@@ -247,12 +198,12 @@ def _gap(section: Section, series: Series) -> None:
     if not causes:
         return
     section.table(
-        (f"lost per step on {_count(last.world_size, 'process')}", "predicted", "measured", "gap"),
+        (f"lost per step on {count(last.world_size, 'process')}", "predicted", "measured", "gap"),
         [
             (
-                *(cause.name, "—" if cause.predicted_s is None else _time(cause.predicted_s)),
-                "not measured" if cause.measured_s is None else _time(cause.measured_s),
-                "—" if cause.gap_s is None else _time(cause.gap_s),
+                *(cause.name, "—" if cause.predicted_s is None else time_text(cause.predicted_s)),
+                "not measured" if cause.measured_s is None else time_text(cause.measured_s),
+                "—" if cause.gap_s is None else time_text(cause.gap_s),
             )
             for cause in causes
         ],
@@ -266,47 +217,8 @@ def _largest_loss(series: Series) -> str:
     growth = 1.0 if series.mode == "weak" else last.world_size / base.world_size
     whole = last.step_s - base.step_s / growth
     text = (
-        f"On {_count(last.world_size, 'process')} a step takes {_time(abs(whole))} {'more' if whole >= 0 else 'less'}"
-        " than the ideally scaled baseline"
+        f"On {count(last.world_size, 'process')} a step takes {time_text(abs(whole))}"
+        f" {'more' if whole >= 0 else 'less'} than the ideally scaled baseline"
     )
     name, seconds = max(lost.items(), key=lambda item: item[1])
-    return f"{text}; the largest part is {name} with {_time(seconds)}." if seconds > 0 else f"{text}; no part grew."
-
-
-def _plural(noun: str) -> str:
-    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun if number == 1 else _plural(noun)}"
-
-
-def _unbroken(layout: str) -> str:
-    """The layout with spaces at which no line is broken."""
-    return layout.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def _changes(values: Sequence[str]) -> str:
-    """The values one after the other; of many only the first, the last, and the number of changes."""
-    shown = values if len(values) <= 4 else (values[0], "…", values[-1])
-    text = " → ".join(map(_unbroken, shown)) or "—"
-    return text if len(values) <= 4 else f"{text} ({len(values) - 1} changes)"
-
-
-def _number(value: float, form: str, unit: str = "") -> str:
-    return f"{value:{form}}{unit}" if math.isfinite(value) else "—"
-
-
-def _big(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
-            return f"{value / size:.4g} {letter}"
-    return f"{value:g}"
-
-
-def _time(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "—"
-    if abs(seconds) >= 1.0:
-        return f"{seconds:.3g} s"
-    return f"{1e3 * seconds:.3g} ms"
+    return f"{text}; the largest part is {name} with {time_text(seconds)}." if seconds > 0 else f"{text}; no part grew."

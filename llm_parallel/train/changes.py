@@ -27,12 +27,17 @@ MEANINGS = {
     "model.rope_scaling": OTHER_MODEL,
     "model.norm_epsilon": OTHER_MODEL,
     "model.window_tokens": OTHER_MODEL,
+    "model.layers_without_rope": OTHER_MODEL,
     "model.attention_softcap": OTHER_MODEL,
     "model.output_softcap": OTHER_MODEL,
     "train.global_batch_size": "steps before took another number of samples",
     "train.rampup": "steps before took another number of samples",
     "train.precision": "losses before were rounded otherwise",
     "optim.clip_grad": "gradients are limited to another norm",
+    "adapter.alpha": "what was trained counts with another factor",
+    "adapter.rank_stabilized": "what was trained counts with another factor",
+    "adapter.dropout": "training losses are not comparable",
+    "adapter.base": "the frozen weights are rounded otherwise",
     "train.label_smoothing": "training losses are not comparable",
     "train.z_loss": "training losses are not comparable",
 }
@@ -78,7 +83,7 @@ def _change(name: str, old: Any, new: Any) -> str:
 def _value(config: RunConfig, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)
     if name == "chat.prepared":  # the folder's name is a hash of all that the tokens depend on
         return None if value is None else Path(value).name
     if name in ("data.train", "data.eval"):
@@ -87,6 +92,8 @@ def _value(config: RunConfig, name: str) -> Any:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and all(isinstance(one, int) for one in value):
+        return str(list(value))
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{path} x {weight:g}" for path, weight in value) + "]"
     if hasattr(value, "model_dump"):

@@ -12,7 +12,7 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, UserError
 from llm_parallel.metrics.record import EvalRecord
 from llm_parallel.parallel import comm_time
-from llm_parallel.parallel.groups import close_groups
+from llm_parallel.parallel.groups import close_groups, seed_step
 from llm_parallel.train.guard import TooManySkips
 from llm_parallel.train.open import PRETRAINING, Method, open_run
 from llm_parallel.train.record import Step, StepTimes, judge, record_step
@@ -88,6 +88,8 @@ def train_step(run: Run, watch: Watch) -> StepOutcome:
         batches = run.objective.prepare(run.models, run.feed.step(state))
     data_s = time.perf_counter() - started
     wishes = Wishes(run.wants_to_stop(), watch.wants_to_pause(), watch.before_agreement)
+    if config.adapter is not None and config.adapter.dropout:
+        seed_step(config.seed, state.step, run.groups)
     with run.comm.during(comm_time.FORWARD_BACKWARD):
         outcome = forward_backward(engine, run.objective, batches, wishes)
     watch.judged(run, outcome, size)

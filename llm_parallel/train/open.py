@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llm_parallel.checkpoint.base import load_adapters, load_base
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import load_checkpoint, refuse_damaged
 from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.store import CheckpointStore
-from llm_parallel.config.rules import check_config
+from llm_parallel.config.rules import NO_BASE, check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.batch import Batch
 from llm_parallel.data.segments import Segment
@@ -21,7 +22,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis
 from llm_parallel.metrics.run import World, open_metrics
-from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
+from llm_parallel.model.flops import CONVENTIONS, adapter_parameters, flops_per_token, parameter_count
 from llm_parallel.model.gpt import build_policy
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights, named_unused
 from llm_parallel.model.hf_config import hf_config_to_model, read_hf_config
@@ -29,7 +30,7 @@ from llm_parallel.model.numerics import dtype_of
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.likelihood import Likelihood
 from llm_parallel.parallel import comm_time
-from llm_parallel.parallel.engine import POLICY, Engine, Models, build_engine
+from llm_parallel.parallel.engine import POLICY, Engine, Models, build_engine, network_of
 from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, set_deterministic
@@ -94,7 +95,7 @@ def open_run(
     models = method.models(config, groups)
     run_dir = Path(config.run_dir)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
-    resumed = watch.restore(models) or resume(config, models, store)
+    resumed = restored(config, models, store, watch)
     state = resumed.state
     guard = Guard(config.train.guard)
     guard.restore(state.guard, state.consecutive_skips)
@@ -102,7 +103,7 @@ def open_run(
     basis = Basis(
         world_size=place.world_size,
         seq_length=config.data.seq_length_tokens,
-        flops_per_token=flops_per_token(config.model, config.data.seq_length_tokens),
+        flops_per_token=flops_per_token(config.model, config.data.seq_length_tokens, adapter=config.adapter),
         peak_tflops=peak.tflops,
         total_steps=config.train.steps,
     )
@@ -165,6 +166,42 @@ def open_comm_time(config: RunConfig, groups: Groups) -> comm_time.CommTime:
     return comm_time.open_comm_time(groups, rows * config.model.hidden_size * dtype_of(config.train.precision).itemsize)
 
 
+def new_adapters(config: RunConfig, models: Models) -> Resumed:
+    """Where a run of adapters begins: at random ones, or at those in ``adapter.load``."""
+    engine, path = models[POLICY], config.adapter.load if config.adapter is not None else None
+    origin = f"adapters of the model in {config.checkpoint.load}"
+    if path is not None:
+        load_adapters(path, network_of(engine))
+        assert isinstance(engine, Engine)
+        engine.optimizer.reload_model_params()
+    return Resumed(TrainState(), origin + (f", from {path}" if path else ""))
+
+
+def restored(config: RunConfig, models: Models, store: CheckpointStore, watch: Watch) -> Resumed:
+    """Restores the nearest state, on the frozen weights if adapters are trained."""
+    of_base = load_frozen(config, models)
+    found = watch.restore(models) or resume(config, models, store)
+    return replace(found, changed=[*found.changed, *of_base])
+
+
+def load_frozen(config: RunConfig, models: Models) -> list[str]:
+    """Loads the weights under the policy's adapters, if it has any, from ``checkpoint.load``. Returns what is to be
+    said of them."""
+    network, path = network_of(models[POLICY]), config.checkpoint.load
+    if network.base is None:
+        return []
+    if path is None:
+        raise UserError(NO_BASE)
+    if is_hf_folder(path):
+        unused = load_base(path, network)
+        said = changed_model(hf_config_to_model(read_hf_config(path)), config.model)
+        return said + ([named_unused(unused)] if unused else [])
+    if config.checkpoint.verify:
+        refuse_damaged(path, network.groups)
+    load_base(path, network)
+    return changed_model(read_config(find_checkpoint(path)).model, config.model)
+
+
 def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed:
     """Loads the run's newest checkpoint, else ``checkpoint.load`` (ours or a Hugging Face folder), else nothing."""
     latest, passed_over = store.latest()
@@ -175,6 +212,8 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
         return Resumed(state, "; ".join([f"resumed from {latest}", *passed_over]), changed)
     if config.checkpoint.load is None:
         return Resumed(TrainState(), "new run")
+    if config.adapter is not None:
+        return new_adapters(config, models)
     if is_hf_folder(config.checkpoint.load):
         engine = models[POLICY]
         unused = load_hf_weights(config.checkpoint.load, engine.models)
@@ -204,10 +243,13 @@ def describe(config: RunConfig, layout: Layout, groups: Groups, resumed: Resumed
     differs = [f"changed since the state was saved: {change}" for change in resumed.changed]
     count = parameter_count(config.model)
     platform, train = groups.platform, config.train
+    trained = ""
+    if config.adapter is not None:
+        trained = f" frozen and {adapter_parameters(config.model, config.adapter) / 1e6:,.2f} M in adapters"
     tokens = train.global_batch_size * config.data.seq_length_tokens
     return [
         f"{layout.world_size} x {platform.device_name} ({platform.backend}), {layout.describe()}",
-        f"{count.total / 1e6:,.1f} M parameters, {train.precision}, vocabulary {config.model.vocab_size}",
+        f"{count.total / 1e6:,.1f} M parameters{trained}, {train.precision}, vocabulary {config.model.vocab_size}",
         f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {resumed.origin}",
         *differs,
         f"run folder {config.run_dir}; MFU ({CONVENTIONS['model']}): {peak.describe()}",

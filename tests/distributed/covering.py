@@ -26,6 +26,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "recompute": ("none", "selective", "uniform", "block"),
     "vocabulary": (128, 101),
     "objective": ("likelihood", "dpo"),
+    "adapter": ("none", "all", "some"),
     "noise": ("none", "neftune"),
 }
 """Axis → its values, the plain one first. ``changes`` says what each value is in a run's configuration."""
@@ -140,6 +141,11 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "uniform": {"parallel.recompute": "full"},
     "block": {"parallel.recompute": "full", "parallel.recompute_method": "block", "parallel.recompute_num_layers": 2},
 }
+ADAPTER: dict[str, dict[str, Any]] = {
+    "none": {},
+    "all": {"adapter.rank": 4},
+    "some": {"adapter.rank": 3, "adapter.targets": ("v", "q", "o", "up"), "adapter.rank_stabilized": True},
+}
 UNEVEN = {2: [3, 1], 4: [2, 1, 1, 2]}
 
 
@@ -152,7 +158,7 @@ def reference_changes(row: Mapping[str, Any]) -> dict[str, Any]:
         changes["data.packing"] = row["packing"]
     if row["noise"] != "none":
         changes |= {"method.kind": "sft", "chat.neftune_alpha": 5.0}
-    return changes
+    return changes | ADAPTER[row["adapter"]]
 
 
 def changes(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.gloo
 
 OPTIONS: dict[str, Any] = {
     "model.window_tokens": 9,
+    "model.layers_without_rope": (1,),
     "model.attention_softcap": 2.0,
     "model.output_softcap": 1.5,
     "train.label_smoothing": 0.1,
@@ -37,27 +38,38 @@ FAMILY: dict[str, Any] = {
     "model.mlp_bias": True,
     "model.qk_norm": True,
 }
+NORMS: dict[str, Any] = {
+    "model.qkv_bias": True,
+    "model.qk_norm_over_heads": True,
+    "model.norm_outputs": True,
+    "model.mlp_bias": True,
+}
 FAMILY_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 without SP": (2, {"parallel.tp": 2, "parallel.sequence_parallel": False}),
     "TP4 SP, each group's keys on two ranks": (4, {"parallel.tp": 4}),
+}
+NORMS_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 SP CP2": (4, {"parallel.tp": 2, "parallel.cp": 2}),
     "PP2 DP2, full recompute": (4, {"parallel.pp": 2, "parallel.dp": 2, "parallel.recompute": "full"}),
 }
 
 
+SETS = ((OPTIONS, LAYOUTS), (FAMILY, FAMILY_LAYOUTS), (NORMS, NORMS_LAYOUTS))
+
+
 @cache
-def reference(family: bool) -> dict[str, Any]:
-    return run_ranks(compare_layout, 1, FAMILY if family else OPTIONS, 3)[0]
+def reference(number: int) -> dict[str, Any]:
+    return run_ranks(compare_layout, 1, SETS[number][0], 3)[0]
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *FAMILY_LAYOUTS])
-def test_options_in_a_layout_equal_one_process(name: str) -> None:
-    family = name in FAMILY_LAYOUTS
-    processes, changes = (FAMILY_LAYOUTS if family else LAYOUTS)[name]
-    ranks = run_ranks(compare_layout, processes, (FAMILY if family else OPTIONS) | changes, 3)
+@pytest.mark.parametrize(("number", "name"), [(n, name) for n, (_, layouts) in enumerate(SETS) for name in layouts])
+def test_options_in_a_layout_equal_one_process(number: int, name: str) -> None:
+    options, layouts = SETS[number]
+    processes, changes = layouts[name]
+    ranks = run_ranks(compare_layout, processes, options | changes, 3)
     for found in ranks:
-        np.testing.assert_allclose(found["history"], reference(family)["history"], rtol=2e-5, atol=1e-5)
-    worst, tensor = worst_gradient(reference(family)["gradients"], ranks)
+        np.testing.assert_allclose(found["history"], reference(number)["history"], rtol=2e-5, atol=1e-5)
+    worst, tensor = worst_gradient(reference(number)["gradients"], ranks)
     assert worst <= 1e-5, tensor
 
 

@@ -63,7 +63,8 @@ def trained_and_saved(rank: int, world_size: int, folder: str) -> None:
     from tests.support.ckpt_jobs import open_store
     from tests.support.job import base_config, changed, open_engine, train_steps
 
-    config = changed(base_config(), {"parallel.tp": 2, "parallel.pp": 2, "model.vocab_size": 101})
+    norms = {"model.qk_norm_over_heads": True, "model.norm_outputs": True}  # the first of which tp divides
+    config = changed(base_config(), {"parallel.tp": 2, "parallel.pp": 2, "model.vocab_size": 101} | norms)
     engine = open_engine(config, rank, world_size)
     train_steps(engine, config, 0, 2)
     open_store(engine, config, folder).save({"policy": engine}, TrainState(step=2), blocking=True)

@@ -16,12 +16,10 @@ from tests.support.parity_models import load_hf, our_config, random_folder
 pytestmark = pytest.mark.gloo
 
 STEPS, ROWS, LENGTH, LR = 10, 4, 48, 3e-3
-KINDS = {
-    "mistral": {"tp": 2, "pp": 2},
-    "qwen2": {"tp": 2, "pp": 2},
-    "qwen3": {"tp": 2, "pp": 2},
-    "llama with every bias": {"tp": 2, "pp": 2},
-}
+KINDS = ["mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3", "llama with every bias"]
+SLOW = {"smollm3", "phi3", "qwen2"}
+"""Kinds whose ten steps are the same as others' but for what the logits show already."""
+STEPPED = [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in KINDS]
 
 
 def tokens_of(step: int) -> torch.Tensor:
@@ -83,11 +81,11 @@ def their_losses(folder: Path) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STEPPED)
 def test_ten_steps_in_tp2_pp2(kind: str, tmp_path: Path) -> None:
     folder = random_folder(kind, tmp_path)
     theirs = their_losses(folder)
-    ours = run_ranks(our_losses, 4, str(folder), KINDS[kind])[0]
+    ours = run_ranks(our_losses, 4, str(folder), {"tp": 2, "pp": 2})[0]
     worst = max(abs(a - b) for a, b in zip(ours, theirs))
     print(f"| {kind} | TP2 SP PP2 | {STEPS} AdamW steps | {worst:.1e} |")
     assert worst <= 1e-4

@@ -44,7 +44,8 @@ def load_job(rank: int, world_size: int, changes: dict[str, Any], folder: str, a
     engine = open_engine(config, rank, world_size)
     for model in engine.models:
         for parameter in model.parameters():
-            parameter.data.add_(0.37)
+            if parameter.requires_grad:
+                parameter.data.add_(0.37)
     engine.optimizer.reload_model_params()
     state = load_checkpoint(folder, {"policy": engine})
     assert state.guard == {"losses": [1.0]}

@@ -38,7 +38,7 @@ def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     tree = config.model_dump()
     for name, value in changes.items():
         section, key = name.split(".")
-        tree[section][key] = value
+        tree[section] = {**(tree[section] or {}), key: value}
     return RunConfig.model_validate(tree)
 
 
@@ -98,7 +98,26 @@ def open_engine(config: RunConfig, rank: int, world_size: int) -> Any:
     check_config(config, world_size, "cpu")
     platform = open_platform("cpu")
     groups = open_groups(Layout.from_config(config, world_size), rank, platform, config.seed)
-    return policy_engine(config, groups)
+    engine = policy_engine(config, groups)
+    fill_adapters(engine)
+    return engine
+
+
+@torch.no_grad()
+def fill_adapters(engine: Any) -> None:
+    """Gives adapters a second factor that is not zero, the same in every layout, so that both have a gradient."""
+    from llm_parallel.model.init import normal_rows
+    from llm_parallel.model.tensors import canonical_parameters, kind_of
+
+    mesh, at = engine.groups.mesh, engine.groups.at
+    for model in engine.models:
+        for name, parameter in canonical_parameters(model):
+            if name.endswith(".adapter.b"):
+                kind, (rows, rank) = kind_of(name), parameter.shape
+                held = kind.shard(rows * (1 if kind.sharded_dim is None else mesh.tp), mesh.tp, at.tp)
+                parameter.copy_(0.1 * torch.cat([normal_rows(1, name, part, rank) for part in held]))
+    if engine.network.base is not None:
+        engine.optimizer.reload_model_params()
 
 
 def train_steps(
@@ -140,7 +159,8 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
                     mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
         for name, parameter in canonical_parameters(model):
-            found[name] = parameter.main_grad.detach().clone()
+            if parameter.requires_grad:
+                found[name] = parameter.main_grad.detach().clone()
     return found
 
 

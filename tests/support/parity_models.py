@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
+from llm_parallel.model.hf_families import FAMILIES
 from llm_parallel.versions import parse
 
 RANDOM = {
@@ -19,6 +20,9 @@ RANDOM = {
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
     "llama with every bias": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "smollm3": {"num_key_value_heads": 2, "tie_word_embeddings": True, "no_rope_layer_interval": 2},
+    "olmo2": {"num_key_value_heads": 2},
+    "phi3": {"num_key_value_heads": 2, "sliding_window": 12},
     "linear": {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "dynamic, longer than its context": {
         "num_key_value_heads": 2,
@@ -96,8 +100,9 @@ def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -
         "initializer_range": 0.15,
         "rms_norm_eps": 1e-5,
     }
-    family = next((name for name in ("mistral", "qwen2", "qwen3") if kind.startswith(name)), "llama")
-    config = AutoConfig.for_model(family, **_as_this_version_has_it({**settings, **RANDOM[kind]}))
+    family = next((name for name in FAMILIES if kind.startswith(name)), "llama")
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = AutoConfig.for_model(family, **_as_this_version_has_it({**settings, **special, **RANDOM[kind]}))
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ SAVED = RunConfig.model_validate(
         "data": {"train": [{"path": "a"}, {"path": "b", "weight": 2.0}], "tokenizer": "t"},
         "train": {"steps": 40},
         "optim": {"lr": 1e-3, "min_lr": 1e-4},
+        "adapter": {"rank": 8},
     }
 )
 
@@ -28,12 +29,17 @@ CHANGES = {
     "model.rope_scaling": {"factor": 4.0},
     "model.norm_epsilon": 1e-6,
     "model.window_tokens": 64,
+    "model.layers_without_rope": [3],
     "model.attention_softcap": 50.0,
     "model.output_softcap": 30.0,
     "train.global_batch_size": 16,
     "train.rampup": {"start": 4, "increment": 4, "samples": 100},
     "train.precision": "bf16",
     "optim.clip_grad": 0.5,
+    "adapter.alpha": 8.0,
+    "adapter.rank_stabilized": True,
+    "adapter.dropout": 0.1,
+    "adapter.base": "nf4",
     "train.label_smoothing": 0.1,
     "train.z_loss": 1e-4,
 }

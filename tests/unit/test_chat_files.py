@@ -92,13 +92,13 @@ def test_long_conversations_lose_their_first_turns_and_then_the_end_of_the_answe
     many, cut = (data.conversation(number) for number in (0, 1))
     assert len(many[0]) <= LENGTH + 1 and many[0][-1] == 2 and (many[1][np.asarray(many[0]) == 2] > 0).sum() >= 1
     assert len(cut[0]) == LENGTH + 1 and cut[0][-1] != 2
-    assert any("messages at the beginning of 1 conversations are left out" in text for text in told)
-    assert any("1 answers are cut" in text for text in told)
+    assert any("at the beginning of 1 conversation to fit" in text for text in told)
+    assert any("cut 1 answer at" in text for text in told)
     dropped = prepare_conversations(
         config_of(tmp_path, tokenizer, [row(1, 6), long, row(0)], eval_fraction=0.0, too_long="drop"), told.append
     )
     assert dropped.tokens.num_documents == 1
-    assert any("2 conversations are left out, since they do not fit" in text for text in told)
+    assert any("left out 2 conversations that do not fit" in text for text in told)
 
 
 def test_a_source_of_which_nothing_is_left_is_refused(tmp_path: Path, tokenizer: Path) -> None:

@@ -325,6 +325,20 @@ def test_an_alias_beside_its_field_is_refused_in_a_file_and_wins_as_an_override(
     assert load_config(path, ["train_iters=9"], notice=lambda _: None).train.steps == 9
 
 
+def test_the_names_of_config_json_are_understood_in_the_rotary_scaling(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model:\n  vocab_size: 100\n  no_rope_layers: [1, 1, 1, 0]\n  rope_scaling:\n    rope_type: linear\n"
+        "    factor: 4.0\n    original_max_position_embeddings: 2048\n"
+    )
+    said: list[str] = []
+    model = load_config(path, notice=said.append).model
+    assert model.layers_without_rope == (3,)
+    assert model.rope_scaling is not None
+    assert (model.rope_scaling.kind, model.rope_scaling.original_max_position) == ("linear", 2048)
+    assert len(said) == 3 and any("model.rope_scaling.rope_type is read as model.rope_scaling.kind" in s for s in said)
+
+
 def test_every_alias_leads_to_a_field_and_hides_none():
     for name, alias in ALIASES.items():
         assert alias.target in known_names()

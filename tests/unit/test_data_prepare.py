@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,8 @@ from llm_parallel.data.command import prepare_command
 from llm_parallel.data.corpus import prepare_python_corpus, python_corpus, unigram_entropy
 from llm_parallel.data.display import shown_progress
 from llm_parallel.data.indexed import TokenFile
-from llm_parallel.data.inputs import Piece, Skipped, documents, find_files, plan_shards
+from llm_parallel.data.inputs import Input, Losses, Piece, documents, find_files, plan_shards
+from llm_parallel.data.kinds import Kind
 from llm_parallel.data.mix import check_token_files
 from llm_parallel.data.prepare import PrepareConfig, PrepareReport, Progress, prepare
 from llm_parallel.data.tokenizer import train_sentencepiece
@@ -114,7 +116,15 @@ def test_folders_globs_and_files_in_order_each_once(tmp_path: Path, tokenizer: s
     (folder / "marked.txt").write_bytes(b"\xef\xbb\xbfmarked\r\n")
     report = run(tmp_path / "folder", tokenizer, folder)
     assert read_back(tmp_path / "folder", tokenizer) == ["first", "compressed", "marked\r\n", "last", "code"]
-    assert (report.undecodable_files, report.files) == (1, 6)
+    assert (report.skipped_files, report.files, report.forms) == (2, 5, {"text": 5})
+    assert report.skipped == [
+        (str(folder / "broken.txt"), "is a link to something that does not exist"),
+        (
+            str(folder / "latin.txt"),
+            "is not UTF-8 (byte 0xef at position 3): it is binary or of another encoding; convert text to UTF-8",
+        ),
+    ]
+    assert report.other_endings == {".bin": 1}
     run(tmp_path / "globs", tokenizer, folder / "z.txt", f"{folder}/*.txt", folder / "b" / "x.bin", f"{folder}/**/*.py")
     assert read_back(tmp_path / "globs", tokenizer) == ["last", "marked\r\n", "no ending known", "code"]
     run(tmp_path / "endings", tokenizer, folder, extensions=(".py", ".md"))
@@ -129,19 +139,18 @@ def test_cutting_json_lines_anywhere_loses_and_repeats_nothing(
     path = write_jsonl(tmp_path_factory.mktemp("cut") / "x.jsonl", texts)
     if not newline_at_end:
         path.write_bytes(path.read_bytes().rstrip(b"\n"))
-    shards = plan_shards([path], size)
-    found = [text for shard in shards for piece in shard for text in documents(piece, "text", Skipped())]
+    shards = plan_shards([Input(str(path), path.stat().st_size, Kind("lines"))], size)
+    found = [text for shard in shards for piece in shard for text in documents(piece, "text", Losses(strict=True))]
     assert found == [text for text in texts if text]
     pieces = [piece for shard in shards for piece in shard]
     assert [piece.start for piece in pieces[1:]] == [piece.end for piece in pieces[:-1]]
     assert all(len(shard) == 1 for shard in shards) and pieces[-1].end == path.stat().st_size
 
 
-def test_small_files_share_shards_and_large_json_lines_are_divided(tmp_path: Path) -> None:
+def test_small_files_share_shards_and_large_json_lines_are_divided() -> None:
     sizes = {"a.txt": 10, "b.txt": 50, "c.txt": 60, "d.jsonl": 250, "e.txt": 0, "f.jsonl.gz": 500}
-    for name, size in sizes.items():
-        (tmp_path / name).write_bytes(b"x" * size)
-    shards = plan_shards([tmp_path / name for name in sizes], 100)
+    forms = {"txt": Kind("text"), "jsonl": Kind("lines"), "gz": Kind("lines", "gzip")}
+    shards = plan_shards([Input(name, size, forms[name.split(".")[-1]]) for name, size in sizes.items()], 100)
     assert [[(Path(piece.path).name, piece.start, piece.end) for piece in shard] for shard in shards] == [
         [("a.txt", 0, 10), ("b.txt", 0, 50)],
         [("c.txt", 0, 60)],
@@ -328,8 +337,11 @@ def test_killed_worker_is_one_sentence(tmp_path: Path, tokenizer: str) -> None:
     assert list((tmp_path / "out.parts").glob("[0-9]*.json")), "what was finished is kept"
 
 
+SHORT = [f"text {n}" for n in range(30)]
+
+
 def bad_line(tmp_path: Path, line: bytes, name: str = "x.jsonl") -> Path:
-    good = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS[:30])
+    good = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in SHORT)
     content = good + line + b"\n" + good
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
@@ -341,34 +353,70 @@ def bad_line(tmp_path: Path, line: bytes, name: str = "x.jsonl") -> Path:
     ("line", "message"),
     [
         (b'{"text": "cut', "is not JSON"),
-        (b'{"text": "\xff\xfe"}', "is not JSON"),
-        (b'{"txt": "a"}', "has no text under 'text': its fields are 'txt'; name the field with --key"),
-        (b'{"text": 5}', "has no text under 'text'"),
-        (b'["text"]', "has no text under 'text': it is no object"),
+        (b'{"text": "\xff\xfe"}', "is not UTF-8 .byte 0xff at position 11"),
+        (b'{"text": "\\ud83d"}', "holds half of a surrogate pair"),
+        (b'{"txt": "a"}', "has no text under 'text': its fields are 'txt'; name the field with --key txt"),
+        (b'{"id": "7", "body": "a"}', "its fields are 'id', 'body'; name the field with --key body"),
+        (b'{"text": 5}', "has no text under 'text' but a number"),
+        (b'{"text": null}', "has no text under 'text' but null"),
+        (b'{"text": ["a"]}', "has no text under 'text' but a list"),
+        (b'["text"]', "has no text under 'text': it is no object but a list"),
+        (b"\0" * 7, "is not JSON"),
     ],
 )
-def test_bad_lines_are_named(tmp_path: Path, tokenizer: str, name: str, line: bytes, message: str) -> None:
+def test_bad_lines_are_counted_and_named(tmp_path: Path, tokenizer: str, name: str, line: bytes, message: str) -> None:
     path = bad_line(tmp_path, line, name)
-    with pytest.raises(UserError, match=message) as caught:
-        run(tmp_path / "out", tokenizer, path)
-    assert f"{path} line 31 " in str(caught.value)
+    report = run(tmp_path / "out", tokenizer, path)
+    assert read_back(tmp_path / "out", tokenizer) == SHORT * 2
+    assert report.bad_records == 1 and re.search(message, report.first_bad[0])
+    assert report.first_bad[0].startswith(f"{path} line 31 ")
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "out", tokenizer, path, strict=True)
+    assert str(caught.value) == report.first_bad[0]
 
 
 def test_line_number_is_right_in_a_later_piece(tmp_path: Path) -> None:
     path = bad_line(tmp_path, b"{")
     middle = path.read_bytes().index(b"\n{\n") - 10
     with pytest.raises(UserError, match="line 31 is not JSON"):
-        list(documents(Piece(str(path), middle, path.stat().st_size), "text", Skipped()))
+        piece = Piece(str(path), middle, path.stat().st_size, Kind("lines"), whole=False)
+        list(documents(piece, "text", Losses(strict=True)))
 
 
-@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst", "x.txt.gz", "x.txt.zst"])
-def test_damaged_compressed_files_are_refused(tmp_path: Path, tokenizer: str, name: str) -> None:
-    path = write_jsonl(tmp_path / name, TEXTS[:10])
+def test_bad_lines_of_all_shards_are_counted_and_five_shown(tmp_path: Path, tokenizer: str) -> None:
+    path = large_input(tmp_path, 2)
+    lines = path.read_bytes().splitlines(keepends=True)
+    bad = list(range(0, len(lines), 7))
+    for n in bad:
+        lines[n] = b'{"text"}\n'
+    path.write_bytes(b"".join(lines))
+    report = run(tmp_path / "out", tokenizer, path)
+    assert report.shards > 1 and report.bad_records == len(bad)
+    assert report.documents == len(lines) - len(bad)
+    assert [int(said.split(" line ")[1].split()[0]) for said in report.first_bad] == [n + 1 for n in bad[:5]]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst", "x.md.gz", "x.md.zst"])
+def test_damaged_compressed_files_are_named(tmp_path: Path, tokenizer: str, name: str) -> None:
+    """Lines before the damage are read; a text is read whole or not at all."""
+    path = write_jsonl(tmp_path / name, TEXTS[:20])
     content = path.read_bytes()
-    for damaged in (content[:-1], content[: len(content) // 2], b"\x00" * 20 + content[20:]):
+    for damaged, said in (
+        (content[:-1], "data that ends early"),
+        (content[: len(content) // 2], "data that ends early"),
+        (b"\x00" * 20 + content[20:], "holds NUL bytes: it is binary"),
+    ):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="is truncated or damaged"):
-            run(tmp_path / "out", tokenizer, path)
+        with pytest.raises(UserError, match=said):
+            run(tmp_path / "out", tokenizer, path, strict=True)
+        if "md" in name or damaged[0] == 0:
+            with pytest.raises(UserError, match=said):
+                run(tmp_path / "out", tokenizer, path)
+        else:
+            report = run(tmp_path / "out", tokenizer, path)
+            assert report.bad_records == 1 and re.search(rf"after line \d+ holds \w+ {said}", report.first_bad[0])
+            texts = read_back(tmp_path / "out", tokenizer)
+            assert texts == TEXTS[: len(texts)] and len(texts) >= 5
 
 
 @pytest.mark.parametrize(
@@ -376,9 +424,12 @@ def test_damaged_compressed_files_are_refused(tmp_path: Path, tokenizer: str, na
     [
         (lambda folder: folder / "missing.txt", "does not exist and matches no file"),
         (lambda folder: folder / "*.jsonl", "does not exist and matches no file"),
-        (lambda folder: folder, "holds no text files"),
+        (lambda folder: folder, "holds no files that are read; endings taken"),
         (lambda folder: write_jsonl(folder / "x.jsonl", ["", ""]), "no document with text in 1 input files"),
-        (lambda folder: write_jsonl(folder / "x.jsonl", []), "no document with text"),
+        (
+            lambda folder: write_jsonl(folder / "x.jsonl", []),
+            r"none of the files given can be read: .*x\.jsonl is empty",
+        ),
     ],
 )
 def test_empty_document_sets_are_refused(
@@ -402,7 +453,7 @@ def test_documents_too_large_for_a_tokenizer_are_refused(
 def test_unreadable_files_are_named(tmp_path: Path, tokenizer: str) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", TEXTS[:2])
     path.chmod(0)
-    with pytest.raises(UserError, match=r"cannot use .*x\.jsonl: Permission denied"):
+    with pytest.raises(UserError, match=r"x\.jsonl cannot be opened: Permission denied"):
         run(tmp_path / "out", tokenizer, path)
 
 
@@ -449,7 +500,9 @@ def test_user_error_of_a_worker_is_one_line_and_status_2(tmp_path: Path, tokeniz
     with path.open("a") as handle:
         handle.write('{"text": 1}\n')
     command = [sys.executable, "-m", "llm_parallel.cli", "prepare", str(path), "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--tokenizer", tokenizer, "--workers", "2"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--tokenizer", tokenizer, "--workers", "2", "--strict"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and "has no text under" in done.stderr
 
@@ -525,4 +578,6 @@ def test_progress_elsewhere_is_lines_with_the_time_left(monkeypatch: pytest.Monk
 def test_find_files_follows_the_order_of_inputs(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt"):
         (tmp_path / name).write_text("x")
-    assert [path.name for path in find_files([str(tmp_path / "b.txt"), str(tmp_path)])] == ["b.txt", "a.txt"]
+    found = find_files([str(tmp_path / "b.txt"), str(tmp_path)])
+    assert [file.path for file in found.files] == [str(tmp_path / name) for name in ("b.txt", "a.txt")]
+    assert found.skipped == [(str(tmp_path / "b.txt"), "is given twice and read once")]

@@ -21,6 +21,8 @@ def build(choice: str) -> CoreAttention:
         attention_softcap=0.0,
         keys_to_the_left=-1,
         qk_layernorm=False,
+        qk_norm_over_heads=False,
+        layers_without_rope=(),
     )
     return CoreAttention(config, 1, pg_collection=SimpleNamespace(cp=None))
 

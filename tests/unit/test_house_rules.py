@@ -35,6 +35,7 @@ MEGATRON_FILES = {
     "llm_parallel/model/mcore_config.py": "its configuration",
     "llm_parallel/model/layer_spec.py": "layers and their slots",
     "llm_parallel/model/modules.py": "the protocols of the slots, and the layer",
+    "llm_parallel/model/adapters.py": "adapters beside its linears, and how they are sharded",
     "llm_parallel/model/attention.py": "self-attention's projections",
     "llm_parallel/model/gpt.py": "the model",
     "llm_parallel/model/init.py": "marks of sharded parameters",

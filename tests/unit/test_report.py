@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import random
 import re
@@ -24,8 +26,9 @@ from llm_parallel.report.pipeline_of_run import schedule_of
 from llm_parallel.report.recovery import KINDS, life_of
 from llm_parallel.report.request import ReportRequest
 from llm_parallel.report.runs import different_work, loss_at, read_runs, summarize, time_split
-from llm_parallel.report.sections import _changes
-from tests.support.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_run, write_sweep
+from llm_parallel.report.settings import settings
+from llm_parallel.report.text import changes
+from tests.support.report_helpers import CONFIG, EVENTS, PIPELINE, SWEEP, at, write_lines, write_run, write_sweep
 
 
 def test_summary_is_the_arithmetic_of_the_records(tmp_path: Path) -> None:
@@ -45,8 +48,8 @@ def test_summary_is_the_arithmetic_of_the_records(tmp_path: Path) -> None:
 
 
 def test_many_changes_of_layout_are_counted() -> None:
-    assert _changes(["A", "B", "A", "B"]) == "A → B → A → B" and _changes([]) == "—"
-    assert _changes(["A", "B"] * 20) == "A → … → B (39 changes)"
+    assert changes(["A", "B", "A", "B"]) == "A → B → A → B" and changes([]) == "—"
+    assert changes(["A", "B"] * 20) == "A → … → B (39 changes)"
 
 
 def test_split_by_axis(tmp_path: Path) -> None:
@@ -333,7 +336,7 @@ def test_the_heat_map_is_measured_first_and_predicted_else(tmp_path: Path) -> No
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:
-    """No address to fetch, no script, unique identifiers, no reference into nothing, foreign text escaped."""
+    """No address, no script but its own, unique identifiers, no reference into nothing, foreign text escaped."""
     folders = [
         write_run(tmp_path / "<b>one", events=EVENTS, peak_tflops=1e-3),
         write_run(tmp_path / "two", step_s=[0.2] * 3000, config={**CONFIG, **PIPELINE}),
@@ -342,30 +345,97 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     page = tmp_path / "out" / "r.html"
     assert report_command(ReportRequest([str(f) for f in folders], [str(sweep)], str(page), str(tmp_path / "png"))) == 0
     text = page.read_text()
-    assert not re.search(r"<script|<link(?! rel=\"icon\" href=\"data:)|<b>one|n1 <lost>", text)
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", text, re.DOTALL)
+    assert [attributes for attributes, _ in scripts] == [' type="application/json" id="data"', ""]
+    fingerprint = base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{fingerprint}'" in text and len(scripts[1][1]) < 40_000
+    assert not re.search(r"<link(?! rel=\"icon\" href=\"data:)|<b>one|n1 <lost>", text)
     addresses = set(re.findall(r"https?://[^\s\"'<)]+", text))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, addresses
     identifiers = re.findall(r'\bid="([^"]+)"', text)
     assert len(identifiers) == len(set(identifiers))
-    references = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+    references = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text.replace(scripts[1][1], "")))
     assert references <= set(identifiers)
     assert len(text) < 1_500_000  # 3,000 steps were thinned
     names = re.findall(r'<figure id="figure-([^"]+)"', text)
     assert names == [
-        *(
-            "loss",
-            "throughput",
-            "mfu",
-            "memory",
-            "time_split",
-            "schedule_1",
-            "life_0",
-            "scaling",
-            "lost_0",
-            "layouts_0",
-        ),
+        *("loss", "lr", "grad_norm", "throughput", "mfu", "memory", "time_split", "schedule_1", "life_0", "scaling"),
+        *("lost_0", "layouts_0"),
     ]
     assert sorted(path.stem for path in (tmp_path / "png").iterdir()) == sorted(names)
     for message in ("&lt;b&gt;one", "n1 &lt;lost&gt;", "2 steps made again", "Baseline: 1 process", "measured once"):
         assert message in text, message
     assert "tokens/s/process" in text and "causal (half) attention" in text
+
+
+def _page(tmp_path: Path, *folders: Path) -> tuple[str, dict[str, Any]]:
+    """The page of some runs, and what its script draws."""
+    assert report_command(ReportRequest([str(folder) for folder in folders], out=str(tmp_path / "r.html"))) == 0
+    text = (tmp_path / "r.html").read_text()
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert data is not None
+    return text, json.loads(data.group(1))
+
+
+def test_the_script_draws_what_the_run_recorded(tmp_path: Path) -> None:
+    """Values, the three axes, and where the run was restarted or skipped a step; 8 samples of 64 tokens a step."""
+    folder = write_run(tmp_path / "one")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records[5] |= {"train/skipped": 1, "train/skip_reason": "spike", "train/loss/code": 2.0, "eval/loss/code": 1.0}
+    records.insert(11, {**records[0], "step": 10, "layout": "TP 2 x PP 1 x DP 2", "time": at(22)})
+    records[-1]["eval/loss/code"] = 1.5
+    write_lines(folder / "metrics.jsonl", records)
+    text, data = _page(tmp_path, folder)
+    (run,) = data["runs"]
+    assert run["steps"]["step"] == list(range(1, 41)) and run["evals"]["step"] == [40]
+    assert run["steps"]["tokens"][:2] == [512, 1024] and run["steps"]["seconds"][:3] == [0, 1, 2]
+    assert [mark["kind"] for mark in run["marks"]] == ["layout", "skip"]
+    assert run["at"]["step"] == [10, 5] and run["at"]["tokens"] == [5120, 2560]
+    curves = {curve["label"]: curve for curve in data["charts"]["loss"]["curves"]}
+    assert curves["each step"]["y"] == pytest.approx([6 - step / 20 for step in range(1, 41)])
+    assert curves["held out"]["y"] == [4.25] and curves["held out"]["kind"] == "dots"
+    code = {curve["label"]: curve["y"] for curve in data["charts"]["statistic_0"]["curves"]}
+    assert code["eval/loss/code"] == [1.5] and code["train/loss/code, each step"][:5] == [None] * 4 + [2]
+    assert "restart after step 10: TP 1 x PP 1 x DP 4 → TP 2 x PP 1 x DP 2" in json.dumps(data, ensure_ascii=False)
+    # The loss of the last step with four digits, as the console prints it, and not the smoothed one.
+    assert "<b>4.0000</b>" in text and "mean of the last twentieth 4.0250" in text
+
+
+def test_configuration_begins_with_what_differs_from_the_defaults(tmp_path: Path) -> None:
+    """The preset's shape is the default of the model's fields; the limit of the gradient norm is a line."""
+    config = {
+        "model": {"preset": "debug", "num_layers": 3, "hidden_size": 64},
+        "data": {"train": [{"path": "data/<gone>", "weight": 2.0}], "seq_length_tokens": 64},
+        "optim": {"clip_grad": 0.5, "beta1": 0.9},
+    }
+    (folder,) = [write_run(tmp_path / "one", config=config)]
+    (run,) = read_runs([folder])
+    differing, every = settings(run)
+    assert set(differing) == {
+        *(("model.preset", "debug", "none"), ("model.num_layers", "3", "2"), ("data.seq_length_tokens", "64", "256")),
+        ("optim.clip_grad", "0.5", "1"),
+    }
+    assert ("optim.beta1", "0.9") in every
+    text, data = _page(tmp_path, folder)
+    assert data["charts"]["grad_norm"]["limits"] == [{"y": 0.5, "label": "clipped over 0.5"}]
+    assert "data/&lt;gone&gt;" in text and "token files are not where the run had them" in text
+
+
+def test_what_a_model_wrote_is_shown(tmp_path: Path) -> None:
+    """The newest answers first; a question and its answer on two lines; foreign text escaped; nothing of lost steps."""
+    folder = write_run(tmp_path / "one")
+    answers = [
+        {"event": "answer", "step": 39, "prompt": "How?", "answer": "<i>So.</i>", "stopped": True},
+        {"event": "answer", "step": 40, "prompt": "def f():\n", "answer": "    return 1", "stopped": False},
+    ]
+    with (folder / "metrics.jsonl").open("a") as handle:
+        handle.writelines(json.dumps(record) + "\n" for record in answers)
+    text, _ = _page(tmp_path, folder)
+    written = re.findall(r'<pre><span class="prompt">(.*?)</span>(.*?)</pre>', text, re.DOTALL)
+    assert written == [("def f():\n", "    return 1"), ("How?\n", "&lt;i&gt;So.&lt;/i&gt;")]
+    assert "after step 40, cut at its longest length" in text
+    start = {"event": "run_start", "step": 39, "size": 4, "layout": "TP 1", "time": at(200)}
+    with (folder / "metrics.jsonl").open("a") as handle:
+        handle.write(json.dumps(start) + "\n")
+    (run,) = read_runs([folder])
+    assert [answer["step"] for answer in run.history.answers] == [39]

@@ -420,3 +420,28 @@ def test_by_segment(case: str, groups: int, dtype: torch.dtype) -> None:
     assert_matches(
         lambda q, k, v: ref.attention(q, k, v, segments, 0.3), lambda q, k, v: truth(q, k, v, segments), inputs
     )
+
+
+def documents(*lengths: int) -> tuple[ref.Segment, ...]:
+    ends = list(itertools.accumulate(lengths))
+    return tuple(ref.Segment(end - length, end, end - length, end) for length, end in zip(lengths, ends))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_many_documents_are_computed_together(data: st.DataObject) -> None:
+    """With documents of many lengths, in several buckets, and a window."""
+    cuts = st.sets(st.integers(1, 79), min_size=5, max_size=30).map(sorted)
+    rows = []
+    for _ in range(2):
+        edges = [0, *data.draw(cuts), 80]
+        rows.append(documents(*(stop - start for start, stop in itertools.pairwise(edges))))
+    left = data.draw(st.sampled_from([-1, 3, 40]))
+    inputs = inputs_of(80, 80, 2, 4, 2, 8, torch.float64)
+    assert sum(map(len, rows)) >= ref.MANY
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        table = [(r, x.q_start, x.q_end, x.k_start, x.k_end) for r, parts in enumerate(rows) for x in parts]
+        return ref.explicit(q, k, v, torch.tensor(table), Options(0.3, left, 0))[0]
+
+    assert_matches(lambda q, k, v: ref.attention(q, k, v, tuple(rows), 0.3, left), exact, inputs)

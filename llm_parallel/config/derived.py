@@ -1,0 +1,54 @@
+"""Settings of other systems whose counterpart here follows from several values, as steps of gradient accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Known = Callable[[str], Any]
+"""The value of a field by its dotted name, as far as it is known."""
+
+
+def _global_batch(value: Any, known: Known) -> tuple[str, Any, str]:
+    micro, replicas = known("train.micro_batch_size"), known("parallel.dp") or 1
+    return (
+        "train.global_batch_size",
+        value * micro * replicas,
+        f"{value} x micro batch {micro} x parallel.dp {replicas}",
+    )
+
+
+def _warmup(value: Any, known: Known) -> tuple[str, Any, str]:
+    steps = known("train.steps")
+    return "optim.warmup_steps", round(value * steps), f"{value} x train.steps {steps}"
+
+
+def _min_lr(value: Any, known: Known) -> tuple[str, Any, str]:
+    lr = known("optim.lr")
+    return "optim.min_lr", value * lr, f"{value} x optim.lr {lr}"
+
+
+def _chunks(value: Any, known: Known) -> tuple[str, Any, str]:
+    layers, stages = known("model.num_layers"), known("parallel.pp")
+    if layers % (stages * value):
+        raise ValueError(f"{value} layers do not divide the {layers // stages} of a stage")
+    return "parallel.vpp", layers // (stages * value), f"model.num_layers {layers} / parallel.pp {stages} / {value}"
+
+
+def _steps(value: Any, known: Known) -> tuple[str, Any, str]:
+    size = known("train.global_batch_size")
+    return "train.steps", value // size, f"{value} / train.global_batch_size {size}"
+
+
+DERIVED: dict[str, Callable[[Any, Known], tuple[str, Any, str]]] = {
+    "gradient_accumulation_steps": _global_batch,
+    "accumulate_grad_batches": _global_batch,
+    "warmup_ratio": _warmup,
+    "lr_warmup_fraction": _warmup,
+    "min_lr_ratio": _min_lr,
+    "min_lr_factor": _min_lr,
+    "num_layers_per_virtual_pipeline_stage": _chunks,
+    "pipeline_parallel_layers_per_stage": _chunks,
+    "train_samples": _steps,
+}
+"""Name of a setting → our field, its value, and how that was computed."""

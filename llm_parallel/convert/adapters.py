@@ -1,0 +1,153 @@
+"""Adapters → PEFT's files, or merged into the weights under them, one matrix at a time."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm_parallel.checkpoint.base import path_of_base
+from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.checkpoint.load import content_of
+from llm_parallel.checkpoint.run_file import TOKENIZER_NAME, read_config
+from llm_parallel.checkpoint.tensors import CheckpointTensors
+from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.convert.export import write_hf_folder
+from llm_parallel.convert.settings import CARRIED, carry
+from llm_parallel.errors import UserError
+from llm_parallel.generate.load import describe_folder
+from llm_parallel.model.adapters import PROJECTIONS, targets_of, whole_delta
+from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
+from llm_parallel.model.hf_config import family_of, read_hf_config
+from llm_parallel.model.hf_families import FAMILIES
+from llm_parallel.model.peft_files import PeftFolder, is_peft_folder, peft_tensors, write_peft
+from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, kind_of, split_name
+
+Factors = Callable[[int, str], tuple[Tensor, Tensor]]
+"""Whole A and B of the adapter of one linear, by layer and linear."""
+
+
+def base_of(source: str | Path) -> str:
+    """Path of the weights under the adapters in a checkpoint or a PEFT folder. Raises UserError if they are gone."""
+    if is_peft_folder(source):
+        return PeftFolder(source).base_path()
+    folder = find_checkpoint(source)
+    return path_of_base(folder, content_of(folder))
+
+
+def _factors(source: str | Path, model: ModelConfig) -> Factors:
+    if is_peft_folder(source):
+        peft = PeftFolder(source)
+        peft.check(model)
+        return lambda layer, linear: peft.factors(model, layer, linear)
+    tensors = CheckpointTensors(find_checkpoint(source))
+
+    def read(layer: int, linear: str) -> tuple[Tensor, Tensor]:
+        name = f"{LAYERS}{layer}.{linear}{ADAPTER_MARK}"
+        return tensors.read(name + "a"), tensors.read(name + "b")
+
+    return read
+
+
+class MergedTensors:
+    """The weights under adapters with the adapters added, by canonical name, in the dtype of the weights."""
+
+    def __init__(self, base: Callable[[str], Tensor], factors: Factors, config: RunConfig) -> None:
+        self._base, self._factors, self._config = base, factors, config
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor ``name``."""
+        weight, (kind, layer) = self._base(name), split_name(name)
+        linear, adapter = kind.name.removesuffix(".weight"), self._config.adapter
+        assert adapter is not None
+        if layer is None or linear not in PROJECTIONS or not targets_of(linear, adapter):
+            return weight
+        delta = whole_delta(self._config.model, adapter, linear, *self._factors(layer, linear))
+        return (weight.float() + delta).to(weight.dtype)
+
+
+@contextmanager
+def merged_tensors(source: str | Path) -> Iterator[MergedTensors]:
+    """While inside, the tensors of an adapter's model with the adapter added can be read."""
+    config, base = describe_folder(source), base_of(source)
+    with ExitStack() as opened:
+        if is_hf_folder(base):
+            reader = opened.enter_context(HfReader(base))
+            reader.check()
+            read = _hf_tensor(reader, config.model)
+        else:
+            read = CheckpointTensors(find_checkpoint(base)).read
+        yield MergedTensors(read, _factors(source, config.model), config)
+
+
+def _hf_tensor(reader: HfReader, model: ModelConfig) -> Callable[[str], Tensor]:
+    def read(name: str) -> Tensor:
+        kind = kind_of(name)
+        [*parts] = read_rows(reader, name, model, range(kind.shape(model)[kind.piece_dim]))
+        return torch.cat(parts, dim=kind.piece_dim)
+
+    return read
+
+
+def export_merged(source: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> Path:
+    """Writes the model under adapters with the adapters added, as a Hugging Face folder; returns it. Tokenizer and
+    settings are those beside the adapters, and for what is not there those of the model."""
+    base = Path(base_of(source))
+    with tempfile.TemporaryDirectory() as folder, merged_tensors(source) as tensors:
+        settings = Path(folder)
+        beside = settings / TOKENIZER_NAME
+        if is_hf_folder(base):
+            carry(base, settings)
+        elif (theirs := find_checkpoint(base) / TOKENIZER_NAME).is_dir():
+            shutil.copytree(theirs, beside)
+        for path in _tokenizer_files(source):
+            beside.mkdir(exist_ok=True)
+            shutil.copy2(path, beside / path.name)
+        return write_hf_folder(tensors, describe_folder(source), settings, target, max_shard_bytes)
+
+
+def _tokenizer_files(source: str | Path) -> list[Path]:
+    """Files of the tokenizer and the settings beside adapters."""
+    folder = Path(source) if is_peft_folder(source) else find_checkpoint(source) / TOKENIZER_NAME
+    files = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in files if path.is_file() and any(path.match(pattern) for pattern in CARRIED)]
+
+
+def export_to_peft(source: str | Path, target: str | Path) -> Path:
+    """Writes a checkpoint's adapters as a PEFT folder; returns it. Raises UserError if the target is not empty, or the
+    model's family keeps several projections in one module, for which PEFT has one pair of factors."""
+    folder, target = find_checkpoint(source), Path(target)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty; give a new folder")
+    config, base = read_config(folder), base_of(source)
+    assert config.adapter is not None
+    name = read_hf_config(base)["model_type"] if is_hf_folder(base) else family_of(config.model, None)
+    if FAMILIES[name].fused:
+        raise UserError(
+            f"{name} keeps several projections in one module, so that PEFT cannot have the adapters in {folder}; merge "
+            "them with --merge"
+        )
+    making = target.with_name(f".{target.name}.converting")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    try:
+        read, found = _factors(source, config.model), dict[str, Tensor]()
+        for layer in range(config.model.num_layers):
+            for linear in PROJECTIONS:
+                if targets_of(linear, config.adapter):
+                    found |= peft_tensors(config.model, config.adapter, layer, linear, *read(layer, linear))
+        write_peft(making, found, config.adapter, base)
+        for path in _tokenizer_files(folder):
+            if path.name != "config.json":  # that of the model, by which the folder would be taken for one
+                shutil.copy2(path, making / path.name)
+        if target.exists():
+            target.rmdir()
+        making.rename(target)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return target

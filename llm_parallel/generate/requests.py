@@ -1,0 +1,99 @@
+"""What a generator is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from llm_parallel.errors import UserError
+from llm_parallel.generate.sampling import GREEDY, Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, to be answered ``n`` times.
+
+    number: the request's name, different from those of all other requests in work; prompt: token ids; ends: tokens that
+    end an answer and belong to it; stop: texts that end an answer; priority: higher ones go first and may interrupt
+    lower ones; stream: the number that draws depend on beside the seed, ``number`` if not given.
+    """
+
+    number: int
+    prompt: tuple[int, ...]
+    sampling: Sampling = GREEDY
+    ends: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    priority: int = 0
+    stream: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UserError(f"prompt {self.number} is empty; give at least one token")
+        if self.n < 1:
+            raise UserError(f"n of prompt {self.number} is {self.n}; it must be at least 1")
+        if "" in self.stop:
+            raise UserError(f"stop of prompt {self.number} has an empty text; leave it out")
+
+    @property
+    def draw_stream(self) -> int:
+        """The number that draws depend on beside the seed."""
+        return self.number if self.stream is None else self.stream
+
+
+class Reason(str, Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+TopTokens = tuple[tuple[int, float], ...]
+"""Token ids and their log-probabilities, likeliest first."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One answer.
+
+    number, sample: the request, and which of its answers this is; tokens: with the one that ended the answer;
+    log_probs: of each token, under the distribution that it was drawn from (for temperature 0, the model's); top: for
+    each token the ``Sampling.top_log_probs`` likeliest ones of that distribution; stopped_by: the text of ``stop`` that
+    ended the answer, if one did.
+    """
+
+    number: int
+    sample: int
+    tokens: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    top: tuple[TopTokens, ...]
+    reason: Reason
+    stopped_by: str | None = None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the answer was cut off and so has no end."""
+        return self.reason is not Reason.STOP
+
+
+def check_fits(request: Request, context: int, cache_tokens: int, vocabulary: int) -> None:
+    """Raises UserError for a request that the model or the cache has no room for, or whose tokens do not exist."""
+    length, wanted = len(request.prompt), request.sampling.max_new_tokens
+    for limit, what in ((context, "model.max_seq_length_tokens"), (cache_tokens, "the tokens that the cache holds,")):
+        if length + wanted > limit:
+            raise UserError(
+                f"prompt {request.number} has {length} tokens and max_new_tokens is {wanted}, over {what} {limit}; "
+                "shorten one of them"
+            )
+    _check_tokens(request, request.prompt, "prompt", vocabulary)
+    _check_tokens(request, [token for token, _ in request.sampling.logit_bias], "logit_bias", vocabulary)
+
+
+def _check_tokens(request: Request, tokens: Sequence[int], what: str, vocabulary: int) -> None:
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        wrong = next(token for token in tokens if not 0 <= token < vocabulary)
+        raise UserError(
+            f"{what} of request {request.number} has token {wrong}, and the model's vocabulary is 0 to {vocabulary - 1}"
+        )

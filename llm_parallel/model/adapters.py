@@ -1,0 +1,301 @@
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv 2106.09685) beside the linears of a layer: y = W x + scale · B A x.
+
+A linear of ours holds several projections, whose rows lie in the order of its weight: queries, keys and values of each
+group, or gate and up. One adapter serves them all. A stacks one factor [rank, in] for each projection that has an
+adapter, and B [out, rank] has a row for each row of the weight, divided over tensor-parallel ranks as the weight is. A
+row of B meets the part of A of its own projection; rows of a projection without an adapter meet none, so that their
+gradient is zero and they stay zero.
+
+Only activations of the rank's width are communicated. A factor that all ranks hold is marked ``sequence_parallel``
+where each of them saw its own tokens alone, so that megatron-core sums its gradient over them.
+
+Shapes: S tokens, B samples, I and O inputs and outputs of the linear on this rank, R rank, K projections with adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from llm_parallel.config.tree import ModelConfig
+from llm_parallel.config.tree_tune import AdapterConfig
+from llm_parallel.model.init import normal_rows
+from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, kind_of
+from llm_parallel.parallel.engine import Network
+from llm_parallel.parallel.groups import Groups
+
+PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "self_attention.linear_qkv": ("q", "k", "v"),
+    "self_attention.linear_proj": ("o",),
+    "mlp.linear_fc1": ("gate", "up"),
+    "mlp.linear_fc2": ("down",),
+}
+"""The linears of a layer, and the projections that each holds, in the order of ``hf_names`` in ``model/tensors.py``."""
+
+
+def scale_of(adapter: AdapterConfig) -> float:
+    """The factor of B A."""
+    return adapter.alpha / (math.sqrt(adapter.rank) if adapter.rank_stabilized else adapter.rank)
+
+
+class Adapter(nn.Module):
+    """What the adapters of all linears share. ``on``: whether it takes part in forward."""
+
+    def __init__(self, adapter: AdapterConfig, a: Tensor, b: Tensor, group: Any, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.scale, self.dropout = scale_of(adapter), adapter.dropout
+        self.group, self.sequence_parallel = group, sequence_parallel
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.on = True
+
+
+class ColumnAdapter(Adapter):
+    """Beside a linear whose rows ranks divide. ``parts``: for each row of this rank's weight, which part of A it meets,
+    -1 for none."""
+
+    def __init__(
+        self, adapter: AdapterConfig, a: Tensor, b: Tensor, group: Any, sequence_parallel: bool, parts: Tensor
+    ) -> None:
+        super().__init__(adapter, a, b, group, sequence_parallel)
+        set_tensor_model_parallel_attributes(self.b, True, 0, 1)
+        self.a.sequence_parallel = sequence_parallel
+        count = a.shape[0] // adapter.rank
+        which = parts[:, None] == torch.arange(count)
+        self.all_rows_meet_all = count == 1 and bool(which.all())
+        self.register_buffer("meets", which.to(a.device), persistent=False)
+
+    def wide_b(self) -> Tensor:
+        """B as a matrix [O, K·R] that is zero where a row does not meet a part of A: one product instead of one for
+        each projection, whose results would have to be put into the weight's order."""
+        return self.b if self.all_rows_meet_all else _wide(self.b, self.meets)
+
+    def forward(self, x_SBI: Tensor, y_SBO: Tensor) -> Tensor:
+        """The linear's input (this rank's tokens under sequence parallelism) and its output → the output with the
+        adapter's added."""
+        # The default generator gives ranks that see the same tokens the same mask, and under sequence parallelism
+        # megatron-core has replaced it by one that differs between ranks.
+        low_SBR = F.linear(F.dropout(x_SBI, self.dropout, self.training), self.a)
+        if self.sequence_parallel:
+            low_SBR = gather_from_sequence_parallel_region(low_SBR, group=self.group)
+        else:
+            low_SBR = copy_to_tensor_model_parallel_region(low_SBR, group=self.group)
+        return _add_product(y_SBO, low_SBR, self.wide_b(), self.scale)
+
+
+def _wide(b: Tensor, meets: Tensor) -> Tensor:
+    """[O, R] and bool [O, K] → [O, K·R]."""
+    return (b[:, None] * meets[:, :, None]).flatten(1)
+
+
+class RowAdapter(Adapter):
+    """Beside a linear whose columns ranks divide."""
+
+    def __init__(self, adapter: AdapterConfig, a: Tensor, b: Tensor, group: Any, sequence_parallel: bool) -> None:
+        super().__init__(adapter, a, b, group, sequence_parallel)
+        set_tensor_model_parallel_attributes(self.a, True, 1, 1)
+        self.b.sequence_parallel = sequence_parallel
+
+    def forward(self, x_SBI: Tensor, y_SBO: Tensor) -> Tensor:
+        """The linear's input and its output (this rank's tokens under sequence parallelism) → the output with the
+        adapter's added."""
+        low_SBR = F.linear(self._dropped(x_SBI), self.a)
+        if self.sequence_parallel:
+            low_SBR = reduce_scatter_to_sequence_parallel_region(low_SBR, group=self.group)
+        else:
+            low_SBR = reduce_from_tensor_model_parallel_region(low_SBR, group=self.group)
+        return _add_product(y_SBO, low_SBR, self.b, self.scale)
+
+    def _dropped(self, x_SBI: Tensor) -> Tensor:
+        """Dropout with a mask of each rank's own, as every rank has other columns."""
+        if not self.dropout or not self.training:
+            return x_SBI
+        if self.sequence_parallel or self.group.size() == 1:
+            return F.dropout(x_SBI, self.dropout)
+        with get_cuda_rng_tracker().fork():
+            return F.dropout(x_SBI, self.dropout)
+
+
+def _add_product(y_SBO: Tensor, low_SBR: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y + scale · low bᵀ, in one product."""
+    return torch.addmm(y_SBO.flatten(0, 1), low_SBR.flatten(0, 1), b.t(), alpha=scale).view_as(y_SBO)
+
+
+class _Adapted:
+    """The part of a linear that its adapter changes; ``adapter`` is None where it has none."""
+
+    adapter: Any
+    tp_group: Any
+
+    def _with_adapter(self, x: Tensor, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        y, bias = output
+        return (y if self.adapter is None or not self.adapter.on else self.adapter(x, y)), bias
+
+    def _describe_adapter(
+        self, found: dict[str, Any], divided: dict[str, int], prefix: str, offsets: tuple, metadata: Any
+    ) -> dict[str, Any]:
+        """megatron-core takes tensors that it does not know for replicated ones, and would save the first rank's part
+        of a divided factor as the whole."""
+        if self.adapter is not None:
+            factors = {f"{ADAPTER_MARK[1:]}{name}": factor for name, factor in self.adapter.named_parameters()}
+            groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+            found |= make_sharded_tensors_for_checkpoint(factors, prefix, divided, offsets, **groups)
+        return found
+
+
+class ColumnLinear(_Adapted, ColumnParallelLinear):
+    """megatron-core's linear whose rows ranks divide, with room for an adapter. ``interleaved``: matrices that stand
+    one after the other in it, each of which is divided."""
+
+    interleaved = 1
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.adapter = None
+
+    def forward(self, input_: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+        """As megatron-core's, with the adapter's output added."""
+        return self._with_adapter(input_, super().forward(input_, *arguments, **named))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """As megatron-core's, with the adapter's factors as they are divided."""
+        found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        up = f"{ADAPTER_MARK[1:]}b"
+        found = self._describe_adapter(found, {up: 0}, prefix, sharded_offsets, metadata)
+        if self.adapter is not None and self.interleaved > 1:
+            found[prefix + up] = apply_swiglu_sharded_factory(found[prefix + up], sharded_offsets)
+        return found
+
+
+class RowLinear(_Adapted, RowParallelLinear):
+    """megatron-core's linear whose columns ranks divide, with room for an adapter."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.adapter = None
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As megatron-core's, with the adapter's output added."""
+        return self._with_adapter(input_, super().forward(input_))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """As megatron-core's, with the adapter's factors as they are divided."""
+        found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return self._describe_adapter(found, {f"{ADAPTER_MARK[1:]}a": 1}, prefix, sharded_offsets, metadata)
+
+
+def targets_of(linear: str, adapter: AdapterConfig) -> list[str]:
+    """The projections of a linear that have adapters."""
+    return [projection for projection in PROJECTIONS[linear] if projection in adapter.targets]
+
+
+def linears_of(chunk: Any) -> Iterator[tuple[int, str, Any]]:
+    """The linears in the layers of a model chunk: the layer's number over the whole model, from 0, the linear's name in
+    its layer, and the module."""
+    for layer in chunk.decoder.layers:
+        for linear in PROJECTIONS:
+            yield layer.layer_number - 1, linear, layer.get_submodule(linear)
+
+
+def adapters_of(models: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
+    """The same for the adapters of all linears that have one."""
+    for chunk in models:
+        for layer, linear, module in linears_of(chunk):
+            if module.adapter is not None:
+                yield layer, linear, module.adapter
+
+
+@torch.no_grad()
+def add_adapters(chunk: Any, adapter: AdapterConfig, groups: Groups, seed: int) -> None:
+    """Freezes a model chunk and gives its linears adapters: A is drawn, B is zero.
+
+    A has the deviation of PEFT's, 1 / sqrt(3 in), and is drawn for the whole matrix and then divided, so that every
+    layout starts from the same adapters."""
+    for parameter in chunk.parameters():
+        parameter.requires_grad_(False)
+    for layer, linear, module in linears_of(chunk):
+        if targets := targets_of(linear, adapter):
+            module.adapter = _new_adapter(chunk, layer, linear, module, targets, adapter, groups, seed)
+
+
+def _new_adapter(
+    chunk: Any,
+    layer: int,
+    linear: str,
+    module: Any,
+    targets: list[str],
+    adapter: AdapterConfig,
+    groups: Groups,
+    seed: int,
+) -> Adapter:
+    where = f"{LAYERS}{layer}.{linear}{ADAPTER_MARK}a"
+    width, device = module.input_size, groups.platform.device
+    a = torch.cat([normal_rows(seed, f"{where}/{target}", range(adapter.rank), width) for target in targets])
+    a = (a / math.sqrt(3 * width)).to(device, module.config.params_dtype)
+    shared = (groups.collection.tp, module.config.sequence_parallel)
+    mesh, at = groups.mesh, groups.at
+    if isinstance(module, ColumnParallelLinear):
+        rows = module.output_size_per_partition
+        b = torch.zeros(rows, adapter.rank, dtype=a.dtype, device=device)
+        held = kind_of(f"{LAYERS}{linear}{ADAPTER_MARK}b").shard(rows * mesh.tp, mesh.tp, at.tp)
+        parts = _parts_of_rows(chunk.model_config, linear, targets)
+        return ColumnAdapter(adapter, a, b, *shared, torch.cat([parts[rows.start : rows.stop] for rows in held]))
+    a = a.chunk(mesh.tp, dim=1)[at.tp].contiguous()
+    return RowAdapter(adapter, a, torch.zeros(module.output_size, adapter.rank, dtype=a.dtype, device=device), *shared)
+
+
+def rows_by_projection(model: ModelConfig, linear: str) -> list[tuple[str, int]]:
+    """Whose rows follow each other in a column-parallel linear's weight, and how many: (projection, rows)."""
+    projections = PROJECTIONS[linear]
+    if linear != "self_attention.linear_qkv":
+        return [(projection, model.ffn_hidden_size) for projection in projections]
+    head, groups = model.kv_channels, model.num_query_groups
+    each = (head * model.num_attention_heads // groups, head, head)
+    return [*zip(projections, each)] * groups
+
+
+def _parts_of_rows(model: ModelConfig, linear: str, targets: Sequence[str]) -> Tensor:
+    """For each row of the whole weight, which of ``targets`` it belongs to, -1 for none."""
+    numbers = {projection: number for number, projection in enumerate(targets)}
+    rows = rows_by_projection(model, linear)
+    return torch.cat([torch.full((count,), numbers.get(projection, -1)) for projection, count in rows])
+
+
+def whole_delta(model: ModelConfig, adapter: AdapterConfig, linear: str, a: Tensor, b: Tensor) -> Tensor:
+    """What whole factors of a linear's adapter add to its whole weight, in fp32."""
+    a, b, targets = a.float(), b.float(), targets_of(linear, adapter)
+    if len(PROJECTIONS[linear]) > 1:
+        b = _wide(b, _parts_of_rows(model, linear, targets)[:, None] == torch.arange(len(targets)))
+    return scale_of(adapter) * (b @ a)
+
+
+@contextmanager
+def adapters_off(network: Network) -> Iterator[None]:
+    """While inside, a model computes what it computes without its adapters: the reference of a preference loss."""
+    found = [adapter for *_, adapter in adapters_of(network.models)]
+    for adapter in found:
+        adapter.on = False
+    try:
+        yield
+    finally:
+        for adapter in found:
+            adapter.on = True

@@ -1,0 +1,246 @@
+"""Adapters in the files of Hugging Face's PEFT: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+PEFT has two factors for each projection, A [rank, in] and B [out, rank]. Ours stand together in one adapter for each
+linear (``model/adapters.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llm_parallel.config.tree import ModelConfig
+from llm_parallel.config.tree_tune import AdapterConfig
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+from llm_parallel.model.adapters import PROJECTIONS, adapters_of, rows_by_projection, targets_of
+from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, kind_of
+from llm_parallel.parallel.engine import Network
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base's weights
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "loftq_config": ({},),
+}
+"""Options of PEFT that change what an adapted model computes, and the values with which they do not; for all others in
+``CHANGING`` that is ``null`` or ``false``."""
+CHANGING = (
+    *PLAIN,
+    *("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "modules_to_save", "layers_to_transform"),
+    *("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
+    *("arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+)
+_PLACES = {
+    kind_of(f"{LAYERS}{linear}.weight").hf_names[number].removesuffix(".weight"): (linear, projection)
+    for linear, projections in PROJECTIONS.items()
+    for number, projection in enumerate(projections)
+}
+"""Where a module of Hugging Face's layer is in ours: linear and projection."""
+_MODULES = {projection: module for module, (_, projection) in _PLACES.items()}
+_TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.([a-z_.]+)\.lora_([AB])\.weight")
+
+
+def is_peft_folder(path: str | Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's files."""
+    return (Path(path) / CONFIG_NAME).is_file()
+
+
+class PeftFolder:
+    """An adapter of PEFT for a model of ours. ``settings``: what it is as an adapter of ours; ``base``: the name or
+    path of its model, as it is written there.
+
+    Raises UserError for an adapter that computes something else than ours, or does not fit the model."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            values = json.loads((self.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            self._tensors = _read_tensors(self.folder / WEIGHTS_NAME)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{self.folder} is not a complete PEFT adapter ({error}); save it again") from error
+        self._refuse_other_functions(values)
+        self.base: str | None = values.get("base_model_name_or_path")
+        self.settings = AdapterConfig(
+            rank=values["r"],
+            alpha=values["lora_alpha"],
+            rank_stabilized=bool(values.get("use_rslora")),
+            dropout=values.get("lora_dropout", 0.0),
+            targets=self._targets(),
+        )
+
+    def _refuse_other_functions(self, values: Mapping[str, Any]) -> None:
+        for name in CHANGING:
+            value = values.get(name)
+            if (value and value not in PLAIN.get(name, ())) or (name == "peft_type" and not value):
+                raise UserError(
+                    f"{self.folder / CONFIG_NAME} has {name} = {json.dumps(value)}, which adapters here do not have; "
+                    "give a LoRA without it, or merge it into its model with PEFT"
+                )
+        for name in ("r", "lora_alpha"):
+            if not isinstance(values.get(name), int | float) or values[name] <= 0:
+                raise UserError(f"{self.folder / CONFIG_NAME} has {name} = {values.get(name)}; it must be over 0")
+
+    def _targets(self) -> tuple[Any, ...]:
+        """The projections that have factors, which says more than ``target_modules``: a list, a pattern, or
+        "all-linear"."""
+        found: dict[str, set[int]] = {}
+        for name in self._tensors:
+            parts = _TENSOR.fullmatch(name)
+            if parts is None or parts[2] not in _PLACES:
+                raise UserError(
+                    f"{self.folder / WEIGHTS_NAME} has {name}; adapters here are on {', '.join(_MODULES.values())} of "
+                    "the layers only"
+                )
+            found.setdefault(_PLACES[parts[2]][1], set()).add(int(parts[1]))
+        layers = max(found.values(), key=len, default=set())
+        for projection, those in found.items():
+            if those != layers or those != set(range(len(those))):
+                raise UserError(
+                    f"{self.folder / WEIGHTS_NAME} has {_MODULES[projection]} of some layers only; adapters here are "
+                    "on the same projections of all layers"
+                )
+        if not found:
+            raise UserError(f"{self.folder / WEIGHTS_NAME} holds no adapters; give another folder")
+        self.num_layers = len(layers)
+        return tuple(
+            projection for projections in PROJECTIONS.values() for projection in projections if projection in found
+        )
+
+    def base_path(self) -> str:
+        """Where the model under the adapter is. Raises UserError if it is not a folder here."""
+        if self.base is None or not Path(self.base).is_dir():
+            raise UserError(
+                f"{self.folder} adapts {self.base}, which is not a folder here; put it there, or its path as "
+                f"base_model_name_or_path into {self.folder / CONFIG_NAME}"
+            )
+        return self.base
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError if the adapter is for a model of other sizes."""
+        if self.num_layers != model.num_layers:
+            raise UserError(
+                f"{self.folder} has adapters for {self.num_layers} layers, and the model has {model.num_layers}; give "
+                "the model that they were trained on"
+            )
+        for projection in self.settings.targets:
+            linear = next(linear for linear, those in PROJECTIONS.items() if projection in those)
+            rows, columns = _size(model, linear, projection)
+            for factor, wanted in (("A", (self.settings.rank, columns)), ("B", (rows, self.settings.rank))):
+                name = _tensor_name(0, projection, factor)
+                shape = tuple(self._tensors[name].shape) if name in self._tensors else None
+                if shape != wanted:
+                    raise UserError(
+                        f"{name} in {self.folder} has shape {shape and list(shape)}, and the model needs "
+                        f"{list(wanted)}; give the model that the adapters were trained on"
+                    )
+
+    def factors(self, model: ModelConfig, layer: int, linear: str) -> tuple[Tensor, Tensor]:
+        """A and B of the adapter of one linear, whole, as ours are."""
+        targets = targets_of(linear, self.settings)
+        found = {
+            target: tuple(self._tensors[_tensor_name(layer, target, factor)] for factor in "AB") for target in targets
+        }
+        a = torch.cat([found[target][0] for target in targets])
+        if linear not in _COLUMN:
+            return a, found[targets[0]][1]
+        taken, parts = dict.fromkeys(PROJECTIONS[linear], 0), []
+        for projection, rows in rows_by_projection(model, linear):
+            start = taken[projection]
+            taken[projection] += rows
+            of_rows = found[projection][1][start : start + rows] if projection in found else None
+            parts.append(torch.zeros(rows, self.settings.rank, dtype=a.dtype) if of_rows is None else of_rows)
+        return a, torch.cat(parts)
+
+
+_COLUMN = ("self_attention.linear_qkv", "mlp.linear_fc1")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a mapping)
+
+
+def _size(model: ModelConfig, linear: str, projection: str) -> tuple[int, int]:
+    """Rows and columns of a projection's weight."""
+    shape = kind_of(f"{LAYERS}{linear}.weight").shape(model)
+    if linear not in _COLUMN:
+        return shape[0], shape[1]
+    return sum(rows for name, rows in rows_by_projection(model, linear) if name == projection), shape[1]
+
+
+def _tensor_name(layer: int, projection: str, factor: str) -> str:
+    return f"base_model.model.model.layers.{layer}.{_MODULES[projection]}.lora_{factor}.weight"
+
+
+@torch.no_grad()
+def load_peft(folder: PeftFolder, network: Network) -> None:
+    """Puts PEFT's factors into a network's adapters, each process the parts that it holds. The optimizer's fp32 copies
+    are not changed. Raises UserError if the adapters are not of the network's kind."""
+    assert network.base is not None
+    here, theirs = network.base.adapter, folder.settings
+    for name in ("rank", "alpha", "rank_stabilized", "targets"):
+        ours, saved = getattr(here, name), getattr(theirs, name)
+        if set(ours) != set(saved) if name == "targets" else ours != saved:
+            ours, saved = (list(x) if isinstance(x, tuple) else x for x in (ours, saved))
+            raise UserError(f"adapter.{name} is {ours}, and {folder.folder} has {saved}; make them the same")
+    mesh, at, model = network.groups.mesh, network.groups.at, network.models[0].model_config
+    folder.check(model)
+    for layer, linear, adapter in adapters_of(network.models):
+        for name, whole in zip("ab", folder.factors(model, layer, linear)):
+            kind, factor = kind_of(f"{LAYERS}{linear}{ADAPTER_MARK}{name}"), getattr(adapter, name)
+            parts = [
+                whole.narrow(kind.piece_dim, r.start, len(r))
+                for r in kind.shard(whole.shape[kind.piece_dim], mesh.tp, at.tp)
+            ]
+            factor.copy_(torch.cat(parts, dim=kind.piece_dim))
+
+
+def peft_tensors(
+    model: ModelConfig, adapter: AdapterConfig, layer: int, linear: str, a: Tensor, b: Tensor
+) -> dict[str, Tensor]:
+    """PEFT's tensors of the adapter of one linear, from its whole factors."""
+    targets, found = targets_of(linear, adapter), {}
+    for number, target in enumerate(targets):
+        part = slice(number * adapter.rank, (number + 1) * adapter.rank)
+        found[_tensor_name(layer, target, "A")] = a[part].contiguous()
+    if linear not in _COLUMN:
+        return found | {_tensor_name(layer, targets[0], "B"): b.contiguous()}
+    parts: dict[str, list[Tensor]] = {target: [] for target in targets}
+    offset = 0
+    for projection, rows in rows_by_projection(model, linear):
+        if projection in parts:
+            parts[projection].append(b[offset : offset + rows])
+        offset += rows
+    return found | {_tensor_name(layer, target, "B"): torch.cat(rows) for target, rows in parts.items()}
+
+
+def write_peft(folder: Path, tensors: dict[str, Tensor], adapter: AdapterConfig, base: str) -> None:
+    """Writes both files as PEFT writes them."""
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rank_stabilized,
+        "target_modules": sorted(_MODULES[target].rpartition(".")[2] for target in adapter.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with atomic_write(folder / CONFIG_NAME) as handle:
+        json.dump(values, handle, indent=1)

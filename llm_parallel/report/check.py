@@ -1,0 +1,158 @@
+"""``llm-parallel check``: the conversations of a run as its model will see them, as text and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from rich.console import Console
+from rich.text import Text
+
+from llm_parallel.config.load import load_config
+from llm_parallel.data.chat_counts import some
+from llm_parallel.data.chat_data import ChatData
+from llm_parallel.data.chat_files import prepare_conversations
+from llm_parallel.data.check import Packing, Piece, Row, histogram, packing_of, quantiles, rows_of
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+from llm_parallel.train.inherit import inherited
+
+TRAINED, SPECIAL, ASKED = "bold green", "cyan", "dim"
+BEGIN, END = "⟦", "⟧"
+"""Around what is trained, where there are no colours."""
+BAR = 40
+
+
+@dataclass(frozen=True)
+class Checked:
+    """All that the command shows."""
+
+    data: ChatData
+    notices: list[str]
+    sources: list[tuple[str, ...]]
+    lengths: list[int]
+    bins: list[tuple[int, int, int]]
+    packing: Packing
+    held_out: int
+    rows: list[Row]
+
+    @property
+    def facts(self) -> list[tuple[str, str, str]]:
+        """Label, value and note of the numbers that matter most."""
+        report, packing = self.data.report, self.packing
+        total = sum(counts["tokens"] for counts in report["counts"])
+        trained = sum(counts["trained"] for counts in report["counts"])
+        tokenizer = self.data.encoder.tokenizer
+        stops = [f"{tokenizer.name_of(n) or ''} {n}".strip() for n in self.data.stops]
+        each = packing.conversations / max(packing.samples, 1)
+        return [
+            ("conversations", f"{packing.conversations:,}", f"in one epoch; {self.held_out:,} are held out"),
+            ("tokens", f"{total:,}", f"{trained / total:.1%} are trained"),
+            ("samples of an epoch", f"{packing.samples:,}", f"of {report['seq_length']:,} tokens"),
+            ("filled", f"{packing.fill:.1%}", f"{each:.1f} conversations in a sample, at most {packing.most}"),
+            ("stops", ", ".join(stops), "the first of them ends the answers here"),
+        ]
+
+
+def check_command(run_file: str, overrides: Sequence[str], html: str | None, samples: int) -> int:
+    """Prepares the conversations of a run file, prints what the model will see of them, and writes it as a page if
+    ``html`` names a file. Raises UserError."""
+    if samples < 0:
+        raise UserError(f"--samples is {samples}; give 0 or more")
+    notices: list[str] = []
+    config = inherited(load_config(run_file, overrides, notice=notices.append), notices.append)
+    data = prepare_conversations(config, notices.append)
+    checked = checked_data(data, config.seed, samples, notices)
+    show(checked, Console(soft_wrap=True))
+    if html is not None:
+        with atomic_write(html) as handle:
+            handle.write(page(checked))
+        print(f"wrote {html}")
+    return 0
+
+
+def checked_data(data: ChatData, seed: int, samples: int, notices: list[str]) -> Checked:
+    """What there is to say about prepared conversations, with the first ``samples`` samples of training."""
+    lengths = data.tokens.document_lengths.astype(np.int64)
+    training = data.training(seed)
+    return Checked(
+        data,
+        notices,
+        list(_sources(data)),
+        quantiles(lengths),
+        histogram(lengths, data.report["seq_length"] + 1),
+        packing_of(training, data.report["seq_length"], lengths[data.numbers("train")]),
+        len(data.numbers("eval")),
+        list(rows_of(data, seed, samples)),
+    )
+
+
+HEAD = ("source", "weight", "records", "kept", "no conversation", "nothing trained", "too long", "turns cut",
+        "answers cut", "tokens", "trained")  # fmt: skip
+
+
+def _sources(data: ChatData) -> Iterator[tuple[str, ...]]:
+    weights = data.report["weights"]
+    for place, (path, counts) in enumerate(zip(data.report["paths"], data.report["counts"])):
+        numbers = [counts[name] for name in ("records", "kept", "unreadable", "nothing_trained", "too_long")]
+        numbers += [counts[name] for name in ("turns_cut", "answers_cut", "tokens", "trained")]
+        weight = f"{weights[place]:g}" if place < len(weights) else "held out"
+        yield path, weight, *(f"{number:,}" for number in numbers)
+
+
+def show(checked: Checked, console: Console) -> None:
+    """Prints it: trained tokens in green, or between marks where there are no colours."""
+    for notice in checked.notices:
+        console.print(Text(notice))
+    for label, value, note in checked.facts:
+        console.print(Text(f"{label}: {value} ({note})"))
+    shortest, median, nine, most, longest = checked.lengths
+    console.print(
+        Text(
+            f"tokens of a conversation: {shortest} to {longest}, median {median}, 90 % up to {nine}, 99 % up to {most}"
+        )
+    )
+    highest = max((count for _, _, count in checked.bins), default=1) or 1
+    for first, last, count in checked.bins:
+        if count:
+            console.print(Text(f"{first:>7} to {last:<7} {'█' * max(1, round(BAR * count / highest))} {count:,}"))
+    if checked.rows:
+        how = "in green" if console.is_terminal else f"between {BEGIN} and {END}"
+        console.print(Text(f"\nsamples as the model sees them, trained tokens {how}:"))
+    for sample in checked.rows:
+        for shown in sample.conversations:
+            place = f"{shown.source} record {shown.line}, {shown.tokens} tokens, {shown.trained} trained"
+            console.rule(Text(f"sample {sample.number}: {place}"), style=ASKED, align="left")
+            console.print(coloured(shown.pieces, console.is_terminal))
+        if sample.padding:
+            console.print(Text(f"and {some(sample.padding, 'token')} of padding", style=ASKED))
+
+
+def coloured(pieces: Sequence[Piece], colours: bool) -> Text:
+    """The text of tokens, with what is trained marked."""
+    text, trained = Text(), False
+    for piece in pieces:
+        if not colours and bool(piece.weight) != trained:
+            text.append(END if trained else BEGIN)
+            trained = not trained
+        style = TRAINED if piece.weight else SPECIAL if piece.special else ASKED
+        text.append(piece.text, style)
+    return text.append(END) if trained else text
+
+
+def page(checked: Checked) -> str:
+    """One HTML page that needs no network."""
+    environment = Environment(loader=PackageLoader("llm_parallel.report", "."), autoescape=True)
+    style = environment.get_template("page.css").render()
+    highest = max((count for _, _, count in checked.bins), default=1) or 1
+    values: dict[str, Any] = {
+        "style": style,
+        "head": HEAD,
+        "highest": highest,
+        "checked": checked,
+        "report": checked.data.report,
+    }
+    return environment.get_template("check.html.j2").render(**values)

@@ -1,0 +1,83 @@
+"""``llm-parallel check`` shows what the model will see: the marks stand around what is trained, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from llm_parallel.data.tokenizer import train_sentencepiece
+from llm_parallel.errors import UserError
+from llm_parallel.report.check import check_command
+
+ANSWERS = ["five is the sum, 漢😀", "a question has  an answer"]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    text = "the sum of two and three is five while a question has an answer, and every turn ends\n" * 40
+    train_sentencepiece([text, "user\nassistant\nsystem\n"], 320, tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": f"</s> what is {n}"}, {"role": "assistant", "content": answer}]}
+        for n, answer in enumerate(ANSWERS)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nnonsense\n")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"run_dir: {tmp_path}/run\ndata: {{tokenizer: {tmp_path}, seq_length_tokens: 128}}\n"
+        f"chat: {{train: [{{path: {tmp_path}/rows.jsonl}}], eval_fraction: 0}}\n"
+    )
+    return path
+
+
+class Spans(HTMLParser):
+    """Text of a page in its spans, by class, and addresses that it refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_class: dict[str, list[str]] = {}
+        self.addresses: list[str] = []
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.addresses += [value for name, value in values.items() if name in ("href", "src") and value]
+        self._open.append(values.get("class") or "") if tag == "span" else None
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "span":
+            self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.by_class.setdefault(self._open[-1], []).append(data)
+
+
+def test_what_is_trained_is_the_answers_with_their_stop(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_command(str(run_file), [], None, 3) == 0
+    out = capsys.readouterr().out
+    assert sorted(re.findall("⟦(.*?)⟧", out.split("between ⟦ and ⟧")[1], re.S)) == sorted(f"{a}</s>" for a in ANSWERS)
+    assert out.count("<s> user\n</s> what is") + out.count("<s>user\n</s> what is") == 2
+    assert "1 record is no conversation" in out and "line 3 is not JSON" in out
+    assert "stops: </s> 2" in out and "samples of an epoch: 1 (of 128 tokens)" in out
+
+
+def test_the_page_shows_the_same_and_needs_no_network(run_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    check_command(str(run_file), ["chat.packing=pad"], str(file), 2)
+    spans = Spans()
+    spans.feed(file.read_text(encoding="utf-8"))
+    trained = "".join(spans.by_class["t"])
+    assert all(answer.replace(" ", "") in trained.replace(" ", "") for answer in ANSWERS)
+    assert spans.by_class["t s"] == ["</s>"] * 2
+    assert all(address.startswith(("#", "data:")) for address in spans.addresses)
+
+
+def test_bad_options_are_refused(run_file: Path) -> None:
+    with pytest.raises(UserError, match="--samples is -1"):
+        check_command(str(run_file), [], None, -1)
+    with pytest.raises(UserError, match=r"chat\.train is empty"):
+        check_command(str(run_file), ["chat.train=[]"], None, 1)

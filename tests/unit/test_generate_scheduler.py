@@ -1,0 +1,221 @@
+"""The scheduler against a cache that remembers which tokens each slot was computed from, and against each request
+answered alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from hashlib import blake2b
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_parallel.errors import UserError
+from llm_parallel.generate.draw import Choice
+from llm_parallel.generate.pages import PagePool
+from llm_parallel.generate.requests import Finished, Reason, Request, check_fits
+from llm_parallel.generate.sampling import Sampling
+from llm_parallel.generate.scheduler import Limits, Part, Scheduler
+
+PAGE, PAGES, END = 4, 12, 0
+
+
+def next_token(tokens: tuple[int, ...], sample: int) -> int:
+    """A model: any function of the tokens so far, which ends now and then."""
+    return blake2b(bytes(tokens) + bytes([255, sample]), digest_size=2).digest()[0] % 9
+
+
+def alone(request: Request, sample: int) -> tuple[int, ...]:
+    tokens = request.prompt
+    for _ in range(request.sampling.max_new_tokens):
+        tokens += (next_token(tokens, sample),)
+        if tokens[-1] in request.ends:
+            break
+    return tokens[len(request.prompt) :]
+
+
+class Cache:
+    """What the device would hold: for each slot, the tokens that its key was computed from."""
+
+    def __init__(self, pages: int) -> None:
+        self.slots: list[tuple[int, ...] | None] = [None] * (pages * PAGE)
+
+    def run(self, parts: list[Part]) -> list[Choice]:
+        """Stores the keys of all parts, as a layer does, and then reads those that each part attends to."""
+        for part in parts:
+            tokens = tuple(part.sequence.tokens)
+            for position in range(part.start, part.start + part.count):
+                self.slots[self.place(part, position)] = tokens[: position + 1]
+        choices = []
+        for part in parts:
+            tokens = tuple(part.sequence.tokens)
+            for position in range(part.start + part.count):
+                assert self.slots[self.place(part, position)] == tokens[: position + 1], "another sequence's key"
+            assert part.chooses == (part.start + part.count == len(tokens))
+            if part.chooses:
+                choices.append(Choice(next_token(tokens, part.sequence.sample), -1.0))
+        return choices
+
+    def place(self, part: Part, position: int) -> int:
+        return part.sequence.pages[position // PAGE] * PAGE + position % PAGE
+
+
+def check_pool(pool: PagePool, sequences: list[Any]) -> None:
+    """Every page is used by exactly the sequences that list it, and none is lost."""
+    users = [0] * pool.num_pages
+    for sequence in sequences:
+        assert len(set(sequence.pages)) == len(sequence.pages)
+        for page in sequence.pages:
+            users[page] += 1
+    assert users == pool._users
+    free, kept, used = set(pool._free.nonzero()[0].tolist()), set(pool._kept), {p for p, n in enumerate(users) if n}
+    assert not (free & kept or free & used or kept & used) and len(free | kept | used) == pool.num_pages
+    assert len(free) == pool._num_free
+
+
+requests = st.builds(
+    lambda head, tail, new, n, priority: {
+        "prompt": (*range(1, head + 1), *tail),
+        "new": new,
+        "n": n,
+        "priority": priority,
+    },
+    st.integers(1, 14),
+    st.lists(st.integers(1, 3), max_size=12),
+    st.integers(1, 20),
+    st.integers(1, 3),
+    st.integers(0, 2),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), requests), min_size=1, max_size=10),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(0, 8),
+    st.sets(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=4),
+)
+def test_every_request_is_answered_as_if_it_were_alone(
+    arriving: list[tuple[int, dict]], waves: int, max_running: int, more: int, cancels: set[tuple[int, int]]
+) -> None:
+    scheduler = Scheduler(Limits(PAGES, PAGE, max_running, max_running + more), waves)
+    cache, made, finished, round_ = Cache(PAGES), [], [], 0
+    queue = deque(arriving)
+    pending: list[tuple[list[Part], list[Choice]]] = [([], [])] * waves
+    for round_ in range(4000):
+        while queue and queue[0][0] <= round_:
+            wanted = queue.popleft()[1]
+            sampling = Sampling(max_new_tokens=wanted["new"])
+            made.append(
+                Request(
+                    len(made), wanted["prompt"], sampling, frozenset([END]), n=wanted["n"], priority=wanted["priority"]
+                )
+            )
+            scheduler.submit(made[-1])
+        for at, number in cancels:
+            if at == round_:
+                scheduler.cancel(number)
+        finished += scheduler.take_cancelled()
+        for wave in range(waves):
+            finished += scheduler.apply(*pending[wave])
+            parts = scheduler.plan(wave)
+            assert sum(part.count for part in parts) <= max_running + more
+            assert len({part.sequence for part in parts}) == len(parts)
+            # Stages run passes in the order of the plans; the answers come when the wave's turn comes again.
+            pending[wave] = (parts, cache.run(parts))
+            check_pool(scheduler.pool, [s for wave in scheduler._running for s in wave])
+            assert scheduler.num_running <= max_running
+        if not queue and scheduler.idle:
+            break
+    assert scheduler.idle, "a request starves"
+    for wave in range(waves):
+        assert not scheduler.apply(*pending[wave])
+    assert scheduler.pool.used == 0 and scheduler.pool.available == PAGES
+    assert sorted((f.number, f.sample) for f in finished) == [(r.number, n) for r in made for n in range(r.n)]
+    for found in finished:
+        expected = alone(made[found.number], found.sample)
+        if found.reason is Reason.CANCELLED:
+            assert found.tokens == expected[: len(found.tokens)] and found.truncated
+        else:
+            assert found.tokens == expected and len(found.log_probs) == len(expected)
+            assert found.truncated == (expected[-1] != END)
+
+
+def run_all(scheduler: Scheduler, cache: Cache) -> tuple[list[Finished], int]:
+    """Answers to everything, and how many tokens ran."""
+    finished, ran = [], 0
+    while not scheduler.idle:
+        parts = scheduler.plan()
+        ran += sum(part.count for part in parts)
+        finished += scheduler.apply(parts, cache.run(parts))
+    return finished, ran
+
+
+def test_answers_to_one_prompt_compute_its_pages_once() -> None:
+    scheduler = Scheduler(Limits(100, PAGE, 16, 64))
+    prompt = tuple([1, 2, 3] * 13 + [4])
+    scheduler.submit(Request(0, prompt, Sampling(max_new_tokens=1), n=16))
+    finished, ran = run_all(scheduler, Cache(100))
+    assert len(finished) == 16
+    assert ran == 40 + 15 * PAGE, "all but the last page, of which a token must run to choose the next one"
+
+
+def test_a_prompt_that_was_answered_is_not_computed_again_until_the_weights_change() -> None:
+    scheduler = Scheduler(Limits(100, PAGE, 4, 64))
+    prompt = tuple([1, 2, 3] * 13 + [4])
+    ran, cache = [], Cache(100)
+    for number in range(3):
+        if number == 2:
+            scheduler.pool.forget()
+        scheduler.submit(Request(number, prompt, Sampling(max_new_tokens=1)))
+        ran.append(run_all(scheduler, cache)[1])
+    assert ran == [40, PAGE, 40]
+
+
+def test_the_salt_keeps_equal_tokens_apart() -> None:
+    scheduler = Scheduler(Limits(100, PAGE, 4, 64), salt=lambda length: bytes([length > 20]))
+    ran, cache = [], Cache(100)
+    for number, length in enumerate((16, 20, 32, 36)):
+        scheduler.submit(Request(number, (5,) * length, Sampling(max_new_tokens=1)))
+        ran.append(run_all(scheduler, cache)[1])
+    assert ran == [16, 4, 32, 4]
+
+
+def test_a_more_urgent_request_interrupts_others() -> None:
+    scheduler = Scheduler(Limits(PAGES, PAGE, 2, 8))
+    for number in range(3):
+        scheduler.submit(Request(number, (1, 2, 3), Sampling(max_new_tokens=20), priority=int(number == 2)))
+        if number == 1:
+            scheduler.apply(scheduler.plan(), [Choice(5, -1.0)] * 2)
+    assert {part.sequence.request.number for part in scheduler.plan()} == {0, 2}
+
+
+def test_sequences_stay_in_one_piece_of_memory() -> None:
+    pool = PagePool(64, PAGE)
+    sequences: list[list[int]] = [[] for _ in range(4)]
+    for _ in range(6):
+        for pages in sequences:
+            pages.append(pool.take(pages[-1] if pages else None))
+    assert all(pages == list(range(pages[0], pages[0] + 6)) for pages in sequences)
+
+
+@pytest.mark.parametrize(
+    ("request_", "named"),
+    [
+        (Request(3, (1,) * 30, Sampling(max_new_tokens=3)), "max_seq_length_tokens 32"),
+        (Request(3, (1,) * 10, Sampling(max_new_tokens=15)), "cache holds, 24"),
+        (Request(3, (1, 50), Sampling(max_new_tokens=1)), "token 50.*0 to 49"),
+        (Request(3, (1,), Sampling(max_new_tokens=1, logit_bias=((-1, 2.0),))), "logit_bias.*token -1"),
+    ],
+)
+def test_requests_that_cannot_be_answered_are_refused(request_: Request, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        check_fits(request_, 32, 24, 50)
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": ()}, {"n": 0}, {"stop": ("",)}])
+def test_malformed_requests_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="prompt 7"):
+        Request(**{"number": 7, "prompt": (1,), **wrong})
