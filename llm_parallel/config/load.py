@@ -277,25 +277,9 @@ def _may_be_null(key: Key) -> bool:
     return info is None or info.default is None
 
 
-<<<<<<< HEAD
-def _our_name(key: Key, value: Any, origin: str, given: _Given) -> tuple[Key, Any]:
-    """Our key and value for a key that may be another system's name. A data source that is given as a path alone
-    becomes a section."""
-    if field_at(key) is None and len(key) <= 2 and key[-1] in ALIASES and section_at(key[:-1]) is not None:
-        alias = ALIASES[str(key[-1])]
-        if alias.convert is not None:
-            try:
-                value = alias.convert(value)
-            except (KeyError, TypeError):
-                raise UserError(f"{origin}: {_dotted(key)} = {_show(value)} must be {alias.allowed}") from None
-        given.notices.append(f"{origin}: {_dotted(key)} is read as {alias.target}")
-        key = tuple(alias.target.split("."))
-    if key in PATH_LISTS:
-=======
 def _sources(key: Key, value: Any) -> Any:
     """The value; a data source that is given as a path alone becomes a section."""
-    if key in (("data", "train"), ("data", "eval")):
->>>>>>> main
+    if key in PATH_LISTS:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list):
             return [{"path": item} if isinstance(item, str) else item for item in items]
