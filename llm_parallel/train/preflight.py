@@ -16,6 +16,7 @@ from llm_parallel.parallel.layout import Layout
 from llm_parallel.train.inherit import inherited
 from llm_parallel.train.step_settings import steps_for, total_samples
 
+MANY_STEPS = 10**9
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
@@ -43,7 +44,10 @@ def preflight(
     config = inherited(config, notice)
     processes = world_size or num_processes(config)
     device = expected_device(config)
-    check_config(config, processes, device)  # type: ignore[arg-type]
+    train = config.train
+    if train.epochs is not None:  # until the conversations are counted, train.steps may be any number
+        train = train.model_copy(update={"steps": MANY_STEPS})
+    check_config(config.model_copy(update={"train": train}), processes, device)  # type: ignore[arg-type]
     check_kernels(config, device, notice)
     config = check_data(config, notice)
     check_config(config, processes, device)  # type: ignore[arg-type]  # the data may have decided train.steps

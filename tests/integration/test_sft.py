@@ -36,7 +36,7 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
         "log": {"tensorboard": False, "plots": False},
     }  # fmt: skip
     for name, section in sections.items():
-        tree[name] = {**tree.get(name, {}), **section}
+        tree[name] = tree.get(name, {}) | section
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -128,8 +128,7 @@ def test_the_command_says_what_it_does(task: Callable[..., Path], tmp_path: Path
 
 def test_held_out_loss_that_no_longer_falls_ends_the_run(task: Callable[..., Path], tmp_path: Path) -> None:
     wanted = {"steps": 40, "eval_interval_steps": 1, "early_stop_evaluations": 2}
-    run_file = task(200, train=wanted, optim={"lr": 1e-7, "min_lr": 0.0, "warmup_steps": 0}, seed=3)
-    run_file.write_text(run_file.read_text().replace("lr: 1.0e-07", "lr: 1.0"))
+    run_file = task(200, train=wanted, optim={"lr": 1.0, "warmup_steps": 0})
     steps = train_in_ranks(run_file, 2, "parallel.dp=2")
     assert steps[0] == steps[1] < 40
     assert [event["step"] for event in events(tmp_path / "run", "early_stop")] == [steps[0]]
@@ -152,7 +151,7 @@ def test_bad_input_is_one_sentence(task: Callable[..., Path], tmp_path: Path) ->
 
 def test_pretrained_weights_are_taken_without_their_step(task: Callable[..., Path], tmp_path: Path) -> None:
     """Fine-tuning from a checkpoint of a run begins at step 0 with its weights, sizes and tokenizer."""
-    run_file = task(100, train={"steps": 2})
+    run_file = task(100, train={"steps": 2}, optim={"warmup_steps": 0})
     train_in_ranks(run_file, 1)
     tree = yaml.safe_load(run_file.read_text())
     del tree["model"], tree["data"]["tokenizer"]

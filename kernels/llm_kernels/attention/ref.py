@@ -108,7 +108,8 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, rows: tuple[tuple[Segment, ...], .
     for queries, keys in places:
         chosen = zip(flat, (queries, keys, keys))
         taken = [x.index_select(0, at.flatten().to(x.device)).unflatten(0, at.shape) for x, at in chosen]
-        out = _segment(*(x.transpose(0, 1) for x in taken), scale, left, 0.0)
+        q_LND, k_LND, v_LND = (x.transpose(0, 1) for x in taken)
+        out = _segment(q_LND, k_LND, v_LND, scale, left, 0.0)
         found.append(out.transpose(0, 1).flatten(0, 1))
     return torch.cat(found).index_select(0, results.to(q.device)).view_as(q)
 

@@ -435,7 +435,7 @@ def test_many_documents_are_computed_together(cuts: list[set[int]], left: int) -
     rows = []
     for inner in cuts:
         edges = [0, *sorted(inner), 80]
-        rows.append(documents(*(stop - start for start, stop in zip(edges, edges[1:]))))
+        rows.append(documents(*(stop - start for start, stop in itertools.pairwise(edges))))
     assert sum(map(len, rows)) >= ref.MANY
     inputs = [torch.randn(80, 2, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     table = torch.tensor([(r, x.q_start, x.q_end, x.k_start, x.k_end) for r, row in enumerate(rows) for x in row])
