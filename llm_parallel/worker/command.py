@@ -24,8 +24,8 @@ from llm_parallel.parallel.layout import Layout
 from llm_parallel.planner.memory import CONTEXT_BYTES, memory
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.train.preflight import mixture, preflight, rank_table
-from llm_parallel.worker.chat_table import show_conversations
 from llm_parallel.train.room import check_room, checkpoint_bytes, checkpoints_at_once, existing_part, free_bytes
+from llm_parallel.worker.chat_table import show_conversations
 
 CONFIG_NAME = "config.yaml"
 Kind = Literal["pretrain", "sft"]
