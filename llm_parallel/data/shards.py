@@ -132,9 +132,7 @@ _worker: tuple[ShardWriter, Tokenizer]
 def start_worker(writer: ShardWriter) -> None:
     """Starts a worker process: loads the tokenizer, and makes the process end when its parent ends."""
     global _worker
-    parent = parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    end_with_parent()
     _worker = writer, load_tokenizer(writer.tokenizer)
 
 
@@ -142,6 +140,13 @@ def work(number: int, pieces: list[Piece]) -> ShardRecord:
     """Tokenises a shard in a worker process."""
     writer, tokenizer = _worker
     return writer.write(number, pieces, tokenizer)
+
+
+def end_with_parent() -> None:
+    """Makes this process, which serves a pool, end when its parent ends."""
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
 def _end_with(sentinel: Any) -> None:
