@@ -142,28 +142,34 @@ def _add_product(y_SBO: Tensor, low_SBR: Tensor, b: Tensor, scale: float) -> Ten
     return torch.addmm(y_SBO.flatten(0, 1), low_SBR.flatten(0, 1), b.t(), alpha=scale).view_as(y_SBO)
 
 
+def _without_weight(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leaves the empty parameter of a weight in few bits out of a state, for megatron-core would divide by its size."""
+    del state[f"{prefix}weight"]
+
+
 class _Adapted(nn.Module):
     """What our linears have besides megatron-core's: a place for an adapter, None where it has none, and for a frozen
     weight in few bits, whose parameter then is empty."""
 
     adapter: Any
     tp_group: Any
+    weight: Any
 
     def _prepare(self, config: Any, columns: range, width: int, group: Any) -> None:
         """Called when the linear is built, before it has values. ``columns`` of ``width``: those on this rank."""
         self.adapter = None
         if config.base != "full":
-            held: Any = self.weight
+            held = self.weight
             matrix = QuantizedMatrix(config.base, held.shape[0], columns, width, held.device, group)
             self.weight = nn.Parameter(torch.empty(0, dtype=held.dtype, device=held.device), requires_grad=False)
-            self.weight.stored = matrix  # type: ignore[assignment]
-            self._register_state_dict_hook(lambda _, state, prefix, __: state.pop(f"{prefix}weight"))
+            self.weight.stored = matrix
+            self._register_state_dict_hook(_without_weight)
 
     def _forward_impl(self, input: Any, weight: Any, *arguments: Any, **named: Any) -> Any:
         """megatron-core's product, and what it does with a frozen weight for one in few bits."""
         stored = getattr(weight, "stored", None)
         if stored is None:
-            return super()._forward_impl(input, weight, *arguments, **named)  # type: ignore[misc]
+            return super()._forward_impl(input, weight, *arguments, **named)
         group, bias = named["tp_group"], named["bias"]
         if named["sequence_parallel"]:
             input = gather_from_sequence_parallel_region(input, group=group)
