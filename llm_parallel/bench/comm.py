@@ -23,6 +23,7 @@ from llm_parallel.bench.gate import load_result, slower_than, write_result
 from llm_parallel.bench.requests import CommRequest
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.platform import resolve_device
+from llm_parallel.screen import say_next, show
 
 DEFAULT_SIZES = {"cpu": "8K:32M:8", "cuda": "8K:1G:4"}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -170,13 +171,19 @@ def report(request: CommRequest, samples: Sequence[Sample], place: WorkerEnv, de
         "rows": rows,
         "fits": fits_of(rows),
     }
-    print(table(result))
+    show(table(result))
     if request.out:
         try:
             write_result(Path(request.out), result)
         except OSError as error:
             raise UserError(f"--out {request.out} cannot be written ({error.strerror})") from None
-    return slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0
+    status = slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0
+    say_next(
+        f"llm-parallel plan --calibrate {request.out}.json --cluster-out my-cluster.yaml"
+        if request.out
+        else "llm-parallel bench comm --out runs/comm"
+    )
+    return status
 
 
 def as_row(sample: Sample, num_ranks: int, backend: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from llm_parallel.bench.gate import slower_than
 from llm_parallel.bench.requests import KernelsRequest
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.screen import say_next, show
 
 # Counted in the SASS of flash-attn-4 4.0.0b36 compiled for sm_90, head dim 128, tiles of 128 x 128.
 PEER_LOOPS = (
@@ -54,8 +55,7 @@ def aot_command(names: Sequence[str], archs: Sequence[int], jobs: int, out: str 
     if dispatch.interpreting():
         raise UserError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
     reports = aot.inspect_all(operators, archs or aot.ARCHS, jobs, Path(dump) if dump else None)
-    print(aot.table(reports))
-    print(f"\n{PEER_LOOPS}")
+    show(f"{aot.table(reports)}\n\n{PEER_LOOPS}")
     bad = [report for report in reports if report.problems]
     seconds = sum(report.compile_s for report in reports)
     print(
@@ -66,6 +66,7 @@ def aot_command(names: Sequence[str], archs: Sequence[int], jobs: int, out: str 
         found = {"triton": version("triton"), "date": str(date.today()), "reports": aot.as_data(reports)}
         with atomic_write(out) as handle:
             json.dump(found, handle, indent=1)
+    say_next("llm-parallel bench kernels")
     return 1 if bad else 0
 
 
@@ -83,7 +84,8 @@ def bench_command(request: KernelsRequest) -> int:
         print(f"{name}: {'right' if problem is None else problem}")
     if not torch.cuda.is_available():
         print("\nThere is no GPU here, so nothing is timed. On one, this would be measured, forward and backward:")
-        print(_plan(benchmarks))
+        show(_plan(benchmarks))
+        say_next("llm-parallel bench kernels --aot")
         return 1 if any(wrong.values()) else 0
     right = [benchmark for benchmark in benchmarks if wrong[benchmark.name] is None]
     return max(_measure(right, request, torch.device("cuda")), int(any(wrong.values())))
@@ -137,14 +139,18 @@ def _measure(benchmarks: Sequence[Benchmark], request: KernelsRequest, device: t
     result: dict[str, Any] = {"environment": environment(), "card": vars(card), "rows": []}
     failed = 0
     for _, rows in measure.measure_all(benchmarks, card, device, request.rounds):
-        print(f"{measure.table(rows)}\n", flush=True)
+        show(f"{measure.table(rows)}\n")
         result["rows"] += measure.as_data(rows)
         failed |= int(any(row.provider == "ours" and row.median_ms is None for row in rows))
         if request.out:
             write_data(Path(request.out), result)
     if request.out and result["rows"]:
         write_result(Path(request.out), result)
-    return max(failed, slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0)
+    failed = max(failed, slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0)
+    say_next(
+        "llm-parallel bench kernels " + (f"--baseline {request.out}.json" if request.out else "--out runs/kernels")
+    )
+    return failed
 
 
 def write_data(prefix: Path, result: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from llm_parallel.bench.dp_peers import chosen_in_layout
 from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than, write_result
 from llm_parallel.bench.requests import StepRequest
-from llm_parallel.bench.step_request import LOSS_TOLERANCE, label, peak_of, read_request
+from llm_parallel.bench.step_request import LOSS_TOLERANCE, after_step, label, peak_of, read_request
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.indexed import write_index
@@ -33,6 +33,7 @@ from llm_parallel.jsonlines import read_jsonlines
 from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
 from llm_parallel.parallel.layout import Layout
+from llm_parallel.screen import say_next, show
 from llm_parallel.train.preflight import expected_device, preflight
 
 WARMUP_STEPS = 3
@@ -74,10 +75,12 @@ def layout_command(request: StepRequest) -> int:
             jobs[name].add(at, name, rounds, request.steps)
     shutil.rmtree(folder)
     result = as_result(request, config, layout, jobs, peak)
-    print(layout_table(result))
+    show(layout_table(result))
     if request.out:
         write_result(Path(request.out), result)
-    return slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0
+    status = slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0
+    say_next(after_step(request))
+    return status
 
 
 @dataclass

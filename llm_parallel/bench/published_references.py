@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from llm_parallel.config.rules import check_config, num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
@@ -21,12 +18,11 @@ from llm_parallel.planner.published.fit import clusters_with, predict
 from llm_parallel.planner.published.rows import Row, read_rows
 from llm_parallel.planner.search import Candidate, evaluate, fits
 from llm_parallel.planner.shapes import SOFTWARE_NAMES, shape_of, strategy_of
+from llm_parallel.screen import show, show_table
 
 NONE = "none published"
 CONVENTIONS = ("full", "causal", "six_n", "hardware")
 LAYOUTS = ("published", "ours")
-WIDTH = 180
-"""Width of the table in characters where the output is not a terminal."""
 _FIGURES = ("tokens_per_s_per_gpu", "step_time_s", "mfu_pct")
 _FIELDS = ("row", "source", *_FIGURES, "mfu_convention", "layout")
 
@@ -167,17 +163,11 @@ def measured_rate(rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> flo
 
 def print_table(lines: Sequence[Line], cluster: Cluster | None, min_ratio: float) -> None:
     """Prints measured, predicted and published speeds, with a verdict where there are measured and published ones."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=WIDTH)
-    table = Table(title="tokens/s/GPU (step time) and MFU with square attention", title_justify="left")
     names = ("--index", "series", "GPUs", "layout", "GiB", "measured", "our trainer, predicted", "published", "row",
              "its software, predicted", "verdict")  # fmt: skip
-    for name in names:
-        table.add_column(name, justify="left" if name in ("series", "layout", "verdict") else "right")
-    for line in lines:
-        table.add_row(*_cells(line, cluster, min_ratio))
-    console.print(table)
-    console.print(_legend(cluster), highlight=False)
+    title = "tokens/s/GPU (step time) and MFU with square attention"
+    show_table(title, names, [_cells(line, cluster, min_ratio) for line in lines])
+    show(_legend(cluster))
 
 
 def _legend(cluster: Cluster | None) -> str:

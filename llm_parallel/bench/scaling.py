@@ -61,6 +61,7 @@ from llm_parallel.jsonlines import read_jsonlines
 from llm_parallel.planner.hardware import Cluster, load_cluster
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.planner.steptime import StepTime, step_time
+from llm_parallel.screen import say_next
 from llm_parallel.train.preflight import with_vocabulary
 
 KEYS = {"base", "steps", "warmup", "repeats", "series", "cluster"}
@@ -162,12 +163,14 @@ def scaling_command(request: ScalingRequest) -> int:
     if request.dry_run or any(line.reference for line in lines):
         print_table(lines, cluster, request.min_ratio)
     if request.dry_run:
+        say_next(f"llm-parallel bench scaling {request.sweep} --out {out}")
         return 0
     failed += slower_than_published(lines, request.min_ratio)
     if request.baseline:
         failed += slower_than(request.baseline, _as_result(read_csv(out)), request.min_ratio)
     with atomic_write(out.with_suffix(".json")) as handle:
         json.dump(_as_result(read_csv(out)), handle, indent=1)
+    say_next(f"llm-parallel report --csv {out} --out {out.with_suffix('.html')}")
     return int(failed > 0)
 
 

@@ -19,13 +19,14 @@ from llm_parallel.bench.environment import environment
 from llm_parallel.bench.gate import load_result, slower_than, write_result
 from llm_parallel.bench.layout_step import layout_command
 from llm_parallel.bench.requests import StepRequest
-from llm_parallel.bench.step_request import LOSS_TOLERANCE, label, peak_of, read_request
+from llm_parallel.bench.step_request import LOSS_TOLERANCE, after_step, label, peak_of, read_request
 from llm_parallel.bench.turns import Finding, one_after_the_other, taking_turns
 from llm_parallel.config.rules import check_config, num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
+from llm_parallel.screen import say_next, show
 from llm_parallel.train.preflight import check_kernels, expected_device
 
 REFERENCE = "ours"
@@ -68,12 +69,13 @@ def step_command(request: StepRequest) -> int:
         "config": config.model_dump(mode="json"),
         "rows": rows,
     }
-    print(table(result))
+    show(table(result))
     if request.out:
         write_result(Path(request.out), result)
     failed = int(any(row["median_ms"] is None for row in rows))
     if request.baseline:
         failed |= slower_than(request.baseline, result, request.min_ratio)
+    say_next(after_step(request))
     return failed
 
 

@@ -54,3 +54,10 @@ def label(config: RunConfig) -> str:
         f"{name} L{model.num_layers} h{model.hidden_size} v{model.vocab_size} s{config.data.seq_length_tokens} "
         f"b{config.train.global_batch_size}/{config.train.micro_batch_size}"
     )
+
+
+def after_step(request: StepRequest) -> str:
+    """The command to try after ``bench step``: hold a later version against this result, or write it first."""
+    if request.out:
+        return f"{request.command} --baseline {request.out}.json"
+    return f"{request.command} --out runs/step"

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
@@ -18,6 +17,7 @@ from llm_parallel.goodput.published_checks import TOLERANCE, agreements, bounds,
 from llm_parallel.goodput.rates import HOUR_S, MONTH_S, POLICIES, Job, find_profile, llama3_causes
 from llm_parallel.goodput.request import GoodputRequest
 from llm_parallel.goodput.simulate import simulate
+from llm_parallel.screen import say_next, show_table
 
 WIDTH = 120
 """Columns of the output where it is no terminal."""
@@ -55,6 +55,10 @@ def _goodput(request: GoodputRequest) -> int:
         row["goodput_elastic"] = dict(zip((f"{seconds:g} s" for seconds in RECOVERIES_S), gain.elastic))
     if request.out:
         _write(request, rows, source)
+    if request.gpus is None:
+        say_next("llm-parallel goodput --gpus 1024 --policy wait")
+    else:
+        say_next(f"llm-parallel plan --model llama2-70b --gpus {request.gpus} --tokens 2e12")
     return 0
 
 
@@ -63,6 +67,7 @@ def claims_command() -> int:
     console = _console()
     for claim in deck_claims():
         console.print(f"[bold]{claim.claim}[/bold]: {claim.verdict}.\n    {claim.sentence}", highlight=False)
+    say_next("llm-parallel goodput --validate")
     return 0
 
 
@@ -71,17 +76,16 @@ def validate_command() -> int:
     simulations; exit status 1 if a formula and its simulation differ by more than ``TOLERANCE``."""
     agreed = agreements()
     worst = max(agreed, key=lambda one: abs(one.difference))
-    console, table = _console(), Table(title="Published figures that give enough inputs", title_justify="left")
-    for name in ("source", "figure", "published", "predicted", "error", "kind", "inputs"):
-        number = name in ("published", "predicted", "error")
-        table.add_column(name, justify="right" if number else "left", no_wrap=number)
-    found = checks()
-    for check in found:
-        table.add_row(
+    console, found = _console(), checks()
+    heads = ("source", "figure", "published", "predicted", "error", "kind", "inputs")
+    rows = [
+        (
             *(check.system, check.figure, f"{check.published:g} {check.unit}", f"{check.predicted:.3g} {check.unit}"),
             *(f"{check.error:+.1%}", check.kind, check.inputs),
         )
-    console.print(table)
+        for check in found
+    ]
+    show_table("Published figures that give enough inputs", heads, rows, console)
     for name, group in (
         ("mean times between failures", [check for check in found if check.unit != "%" and check.kind == "measured"]),
         ("shares of time or steps", [check for check in found if check.unit == "%"]),
@@ -107,6 +111,7 @@ def validate_command() -> int:
         f" largest difference is {abs(worst.difference):.2%} ({worst.name}).",
         highlight=False,
     )
+    say_next("llm-parallel goodput --gpus 16384")
     return int(not holds)
 
 
@@ -208,26 +213,23 @@ def _with_policy(job: Job, policy: str) -> Job:
 
 def _print_spares(console: Console, job: Job) -> None:
     best = closed_form.best_spares(job)
-    table = Table(title=f"Spare nodes (best: {best})", title_justify="left")
-    for name in ("spares", "goodput", "per reserved GPU"):
-        table.add_column(name, justify="right")
+    rows = []
     for spares in sorted({0, 1, 2, best // 2, best - 1, best, best + 1, 2 * best} - {-1}):
         trial = replace(job, spare_nodes=spares)
         values = closed_form.goodput(trial), closed_form.goodput_per_reserved_gpu(trial)
-        table.add_row(str(spares), f"{values[0]:.2%}", f"{values[1]:.2%}")
-    console.print(table)
+        rows.append((spares, f"{values[0]:.2%}", f"{values[1]:.2%}"))
+    show_table(f"Spare nodes (best: {best})", ("spares", "goodput", "per reserved GPU"), rows, console)
 
 
 def _print_causes(console: Console, job: Job) -> None:
     causes = llama3_causes()
     total = sum(count for _, count in causes)
-    table = Table(title=f"By cause, as in Llama 3's 54 days; {job.num_gpus:,} GPUs", title_justify="left")
-    for name in ("cause", "count", "% per GPU-month", "one in"):
-        table.add_column(name, justify="left" if name == "cause" else "right")
+    rows = []
     for cause, count in causes:
         rate = job.rate_per_gpu_month * count / total
-        table.add_row(cause, str(count), f"{100 * rate:.4f}", _time(MONTH_S / rate / job.num_gpus))
-    console.print(table)
+        rows.append((cause, count, f"{100 * rate:.4f}", _time(MONTH_S / rate / job.num_gpus)))
+    title = f"By cause, as in Llama 3's 54 days; {job.num_gpus:,} GPUs"
+    show_table(title, ("cause", "count", "% per GPU-month", "one in"), rows, console)
 
 
 def _size_row(request: GoodputRequest, gpus: int) -> dict[str, Any]:
@@ -247,28 +249,27 @@ def _size_row(request: GoodputRequest, gpus: int) -> dict[str, Any]:
 
 
 def _print_sizes(console: Console, rows: list[dict[str, Any]], job: Job) -> None:
-    table = Table(title="By size", title_justify="left")
-    for name in ("GPUs", "MTBF", "interval", "spares", "formula", "simulated", "± s.e.", "Kokolis", "per reserved"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            *(f"{row['gpus']:,}", _time(row["mtbf_s"]), _time(row["interval_s"]), str(row["spare_nodes"])),
+    heads = ("GPUs", "MTBF", "interval", "spares", "formula", "simulated", "± s.e.", "Kokolis", "per reserved")
+    cells = [
+        (
+            *(f"{row['gpus']:,}", _time(row["mtbf_s"]), _time(row["interval_s"]), row["spare_nodes"]),
             *(f"{row['goodput_formula']:.2%}", f"{row['goodput_simulated']:.2%}", f"{row['standard_error']:.2%}"),
             *(f"{row['kokolis_ettr']:.2%}", f"{row['goodput_per_reserved_gpu']:.2%}"),
         )
-    console.print(table)
+        for row in rows
+    ]
+    show_table("By size", heads, cells, console)
 
 
 def _print_worth(console: Console, gains: list[Worth], step_s: float) -> None:
     title = f"Restart from checkpoints against elastic recovery, which loses at most a step of {step_s:g} s"
-    table = Table(title=title, title_justify="left")
     elastic = [f"elastic {seconds:g} s" for seconds in RECOVERIES_S]
-    for name in ("GPUs", "restart", *elastic, *(f"{name} simulated" for name in elastic), "GPUs won"):
-        table.add_column(name, justify="right")
+    heads = ("GPUs", "restart", *elastic, *(f"{name} simulated" for name in elastic), "GPUs won")
+    rows = []
     for gain in gains:
         shares = (gain.restart, *gain.elastic, *gain.simulated)
-        table.add_row(f"{gain.gpus:,}", *(f"{share:.2%}" for share in shares), f"{gain.gpus_won:,.1f}")
-    console.print(table)
+        rows.append((f"{gain.gpus:,}", *(f"{share:.2%}" for share in shares), f"{gain.gpus_won:,.1f}"))
+    show_table(title, heads, rows, console)
     console.print(
         f"Elastic: state copied after every step without stopping, {RECOVERIES_S[0]:g} or {RECOVERIES_S[1]:g} s from"
         " the failure until training goes on, lost nodes replaced in both columns; these are assumptions of the"

@@ -27,6 +27,7 @@ from llm_parallel.planner.request import DEFAULT_GPUS, PlanRequest
 from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
 from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, shape_of, with_software
 from llm_parallel.planner.steptime import Model
+from llm_parallel.screen import say_next, show
 
 HOUR_S = 3600.0
 DEFAULT_VOCAB = 32000
@@ -37,7 +38,7 @@ _WHAT_IF = ("cluster", "gpus", "global_batch", "seq", "precision", "software")
 def plan_command(request: PlanRequest) -> int:
     """Does what the request asks; exit status 1 if no layout fits. Raises UserError for what can't be planned."""
     if request.validate:
-        return validate_command(request.rows, request.json)
+        return validate_command(request.rows, request.json, request.all)
     if request.refit:
         return refit_command(request.refit)
     if request.calibrate:
@@ -58,26 +59,39 @@ def _plan(request: PlanRequest) -> int:
         strategy = _explained(request.explain, base)
         _check_explained(request, shape, strategy, cluster)
         found = [evaluate(shape, strategy, cluster)]
-        _explain(found[0], shape, cluster, print)
+        lines: list[str] = []
+        _explain(found[0], shape, cluster, lines.append)
+        show("\n".join(lines))
     else:
         found, looked, fitting = best_layouts(shape, base, cluster, request.top)
-        print(
+        show(
             f"{request.model}, {shape.parameters / 1e9:.1f} B parameters, on {request.gpus} GPUs of {cluster.name}: "
             f"{looked} layouts in {time.monotonic() - began:.1f} s, {fitting} fit into "
             f"{cluster.chip.memory_bytes / GIB:.0f} GiB"
         )
         if not found:
-            print(_why_none(request, looked))
+            show(_why_none(request, looked))
             return 1
-        print(_table(found, shape, cluster))
-    print(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, request.software)}")
+        show(_table(found, shape, cluster))
+    show(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, request.software)}")
     _say_run(request, found[0], cluster)
     if request.write:
         write_run_file(request, shape, found[0], cluster)
     if request.json:
         with atomic_write(request.json) as handle:
             json.dump([as_data(item, shape, cluster) for item in found], handle, indent=1)
+    if request.write:
+        say_next(f"llm-parallel pretrain {request.write} data.train=PREFIX data.tokenizer=FOLDER --dry-run")
+    else:
+        say_next(f"{_as_command(request)} --write runs/{request.model}.yaml")
     return 0
+
+
+def _as_command(request: PlanRequest) -> str:
+    return (
+        f"llm-parallel plan --model {request.model} --cluster {request.cluster_name} --gpus {request.gpus} "
+        f"--global-batch {request.global_batch} --seq {request.seq}"
+    )
 
 
 def _why_none(request: PlanRequest, looked: int) -> str:
@@ -120,15 +134,18 @@ def what_if_command(request: PlanRequest) -> int:
     days = "days, GPU-hours" if request.tokens else "tokens/s in all"
     heads = ["what if", "cluster", "GPUs", "batch", "seq", "best layout", "step s", "tokens/s/GPU", "MFU full",
              "memory GiB", days]  # fmt: skip
-    print(f"{request.model}, {shape.parameters / 1e9:.1f} B parameters; the best layout of each case")
-    print("\n".join(["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), *rows]))
+    show(f"{request.model}, {shape.parameters / 1e9:.1f} B parameters; the best layout of each case")
+    show("\n".join(["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), *rows]))
     for (name, software), cluster in trusted.items():
         said = f"{name}: predicted for {SOFTWARE_NAMES[software]}, not measured."
-        print(f"{said} {_trust(cluster, software)}")
+        show(f"{said} {_trust(cluster, software)}")
     if request.json:
         with atomic_write(request.json) as handle:
             json.dump(records, handle, indent=1)
-    return 0 if any(record["best"] for record in records) else 1
+    fits_somewhere = any(record["best"] for record in records)
+    if fits_somewhere:
+        say_next(f"{_as_command(request)} --explain LAYOUT  (as tp=8,pp=4,mbs=1)")
+    return 0 if fits_somewhere else 1
 
 
 def changed(request: PlanRequest, text: str) -> PlanRequest:
@@ -308,12 +325,12 @@ def _say_run(request: PlanRequest, best: Candidate, cluster: Cluster) -> None:
         return
     seconds = request.tokens / (best.tokens_per_s() * request.gpus)
     price = request.price_per_gpu_hour or cluster.price_per_gpu_hour
-    print(f"{request.tokens:.3g} tokens without a failure: {_bill(seconds, request.gpus, price)}")
+    show(f"{request.tokens:.3g} tokens without a failure: {_bill(seconds, request.gpus, price)}")
     profile = find_profile("llama3")
     job = Job(request.gpus, profile.rate_per_gpu_month, profile.hardware_share, gpus_per_node=cluster.gpus_per_node)
     job = replace(job, interval_s=best_interval_s(1.0 / job.failures_per_s, job.write_s))
     share = goodput(job)
-    print(
+    show(
         f"with Llama 3's failure rate, {job.detect_s:.0f} s to notice, {job.restart_s:.0f} s to restart and a "
         f"checkpoint of {job.write_s:.0f} s every {job.interval_s / 60:.0f} min, goodput is {share:.1%}: "
         f"{_bill(seconds / share, request.gpus, price)} (llm-parallel goodput for other rates)"
@@ -354,13 +371,12 @@ def write_run_file(request: PlanRequest, shape: Shape, best: Candidate, cluster:
         raise UserError(f"--write: our trainer refuses this layout: {problems[0].message}")
     tree = _run_tree(request, shape, best.strategy, cluster, whole=False)
     header = (
-        f"# llm-parallel plan --model {request.model} --cluster {request.cluster_name} --gpus {request.gpus} "
-        f"--global-batch {request.global_batch} --seq {request.seq}\n# predicted: {best.time.total:.3f} s a step, "
+        f"# {_as_command(request)}\n# predicted: {best.time.total:.3f} s a step, "
         f"{best.tokens_per_s():,.0f} tokens/s/GPU, {best.memory.total / GIB:.1f} GiB\n"
     )
     with atomic_write(Path(request.write or "run.yaml")) as handle:
         handle.write(header + yaml.safe_dump(tree, sort_keys=False))
-    print(f"written: {request.write}; add data.train and data.tokenizer, or give them as overrides")
+    show(f"written: {request.write}; add data.train and data.tokenizer, or give them as overrides")
 
 
 def as_data(item: Candidate, shape: Shape, cluster: Cluster) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class PlanRequest:
     """Write the layouts, or the validation, as JSON."""
     validate: bool = option(False, flag=True)
     """Score predictions against published rows."""
+    all: bool = option(False, flag=True)
+    """With --validate: every source, ranking and row, not the summary alone."""
     rows: str | None = None
     """With --validate: CSV of your own rows."""
     refit: str | None = None

@@ -15,6 +15,7 @@ from llm_parallel.planner.memory import GIB
 from llm_parallel.planner.published.fit import clusters_with, family_of, is_fitted, predict
 from llm_parallel.planner.published.peers import printed_bytes, say_peers
 from llm_parallel.planner.published.rows import Refused, Row, read_rows
+from llm_parallel.screen import markdown_table
 
 CHIPS = ("A100", "H100")
 
@@ -207,6 +208,34 @@ def report(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
         },
         "refused": [asdict(item) for item in refused],
     }
+
+
+def summary() -> list[str]:
+    """The validation in about ten lines of Markdown."""
+    scored, refused = score_rows()
+    rows = []
+    for chip in (*CHIPS, "all"):
+        of = [item for item in scored if chip == "all" or family_of(item.row.chip) == chip]
+        held = [item for item in of if not item.fitted]
+        score = score_of(held)
+        errors = f"{score.mape:.1%}", f"{score.bias:+.1%}", f"{score.worst:+.0%} (row {score.worst_row})"
+        rows.append([chip, len(by_source(of)), len(of), len(held), *errors])
+    heads = ["chip", "sources", "rows", "held out", "mean error of the step time", "bias", "worst"]
+    ranked, trended, memory = rankings(scored), trends(scored), memory_errors(scored)
+    worst = max(ranked, key=lambda item: item.regret)
+    counted = [trend for trend in trended if trend.measured <= 1.0]
+    near = sum(abs(trend.predicted - trend.measured) <= 0.02 for trend in counted)
+    mean = statistics.fmean(abs(error) for _, error in memory)
+    return [
+        "Predictions against published measurements; the figures are of rows that no constant was fitted to.",
+        *markdown_table(heads, rows).split("\n"),
+        f"choice of a layout: in {len(ranked)} sets of measured layouts the predicted best is "
+        f"{statistics.fmean(item.regret for item in ranked):.1%} slower than the measured best on average, "
+        f"{worst.regret:.1%} at worst ({worst.name})",
+        f"weak scaling: {near} of {len(counted)} series are within 2 points of the measured efficiency",
+        f"peak memory: mean error {mean:.1%} on the {len(memory)} rows that print it; nothing was fitted to them",
+        f"not predicted: {len(refused)} rows, which do not state what a prediction needs",
+    ]
 
 
 def _cells(held: Sequence[Scored]) -> str:
