@@ -211,8 +211,24 @@ def _base(request: PlanRequest, cluster: Cluster) -> Strategy:
     plain = Strategy(
         gpus=request.gpus, global_batch=request.global_batch, micro_batch=1, seq=request.seq,
         precision="fp32" if cluster.host else request.precision,  # type: ignore[arg-type]
+        adapter=_adapter(request.adapter),
     )  # fmt: skip
     return with_software(plain, request.software)
+
+
+def _adapter(text: str | None) -> AdapterConfig | None:
+    if text is None:
+        return None
+    fields = dict(part.strip().partition("=")[::2] for part in text.split(","))
+    try:
+        return AdapterConfig.model_validate(
+            {"rank": fields.pop("rank", 16), "base": fields.pop("base", "full"), **fields}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"--adapter {text}: {'.'.join(map(str, first['loc']))}: {first['msg']}; give as rank=16,base=nf4"
+        ) from error
 
 
 def _explained(text: str, base: Strategy) -> Strategy:
