@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.rules import find_problems
 from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.goodput.closed_form import best_interval_s, goodput
@@ -74,6 +76,8 @@ def _plan(request: PlanRequest) -> int:
             return 1
         show(_table(found, shape, cluster))
     show(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, request.software)}")
+    if request.adapter:
+        show("Memory is that of adapters; times are those of training all weights, which takes longer.")
     _say_run(request, found[0], cluster)
     if request.write:
         write_run_file(request, shape, found[0], cluster)
