@@ -27,14 +27,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import CheckpointConfig, RunConfig
 from llm_parallel.config.tree_tune import AdapterConfig
+from llm_parallel.model.hf_config import hf_config_to_model, read_hf_config
 
 ROOT = Path(__file__).parents[1]
 LR, RANK, ALPHA = 1e-3, 8, 16
 
 
-def bench_config(base: str | None, kind: str) -> RunConfig:
-    """The 17 M parameter model of ``configs/bench-17m.yaml`` in fp32 on one thread."""
+def bench_config(base: str | None, kind: str, given: bool = False) -> RunConfig:
+    """The 17 M parameter model of ``configs/bench-17m.yaml``, or that of a Hugging Face folder that was given with one
+    sample a step, in fp32 on one thread."""
     config = load_config(str(ROOT / "configs/bench-17m.yaml"), notice=lambda _: None)
+    if given:
+        assert base is not None
+        model = hf_config_to_model(read_hf_config(base))
+        train = config.train.model_copy(update={"global_batch_size": 1, "micro_batch_size": 1})
+        config = config.model_copy(update={"model": model, "train": train})
     settings = {"full": None, "lora": "full", "nf4": "nf4", "int8": "int8"}[kind]
     adapter = AdapterConfig(rank=RANK, alpha=ALPHA, base=settings) if settings else None
     train = config.train.model_copy(update={"precision": "fp32", "threads_per_process": 1})
@@ -62,7 +69,7 @@ def write_base(folder: Path) -> None:
     export_to_hf(folder / "checkpoints", folder / "hf")
 
 
-def our_step(base: str, kind: str, groups: Any, tokens: torch.Tensor) -> Callable[[], float]:
+def our_step(config: RunConfig, groups: Any, tokens: torch.Tensor) -> Callable[[], float]:
     """A function that makes one optimizer step and returns its loss."""
     from llm_parallel.checkpoint.base import load_base
     from llm_parallel.data.batch import Batch
@@ -70,8 +77,8 @@ def our_step(base: str, kind: str, groups: Any, tokens: torch.Tensor) -> Callabl
     from llm_parallel.train.open import likelihood, policy_engine
     from llm_parallel.train.step import apply_gradient, forward_backward
 
-    config = bench_config(base, kind)
-    engine = policy_engine(config, groups)
+    base, engine = config.checkpoint.load, policy_engine(config, groups)
+    assert base is not None
     if engine.network.base is None:
         load_hf_weights(base, engine.models)
         engine.optimizer.reload_model_params()
@@ -115,7 +122,7 @@ def their_step(base: str, kind: str, tokens: torch.Tensor) -> Callable[[], float
     return step
 
 
-def measure(kinds: list[str], rounds: int) -> list[dict[str, Any]]:
+def measure(kinds: list[str], rounds: int, given: str | None) -> list[dict[str, Any]]:
     """Tokens per processor-second of every kind, ours and theirs, over rounds in turns."""
     from llm_parallel.parallel.groups import open_groups
     from llm_parallel.parallel.layout import Layout
@@ -123,14 +130,16 @@ def measure(kinds: list[str], rounds: int) -> list[dict[str, Any]]:
 
     found = []
     with tempfile.TemporaryDirectory() as name:
-        write_base(Path(name))
-        base = f"{name}/hf"
-        config = bench_config(base, "full")
+        if given is None:
+            write_base(Path(name))
+        base = given or f"{name}/hf"
+        config = bench_config(base, "full", given is not None)
         groups = open_groups(Layout.from_config(config, 1), 0, open_platform("cpu", 0, 1), config.seed)
         shape = (config.train.micro_batch_size, config.data.seq_length_tokens + 1)
         tokens = torch.randint(0, config.model.vocab_size or 1, shape, generator=torch.Generator().manual_seed(0))
         for kind in kinds:
-            steps = {"ours": our_step(base, kind, groups, tokens), "theirs": their_step(base, kind, tokens)}
+            ours = our_step(bench_config(base, kind, given is not None), groups, tokens)
+            steps = {"ours": ours, "theirs": their_step(base, kind, tokens)}
             first = {name: step() for name, step in steps.items()}
             seconds: dict[str, list[float]] = {name: [] for name in steps}
             for _ in range(rounds):
@@ -155,11 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", nargs="+", default=["full", "lora", "nf4"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--base", help="Hugging Face folder to take instead of the 17 M parameter model")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    rows = measure(asked.kinds, asked.rounds)
+    rows = measure(asked.kinds, asked.rounds, asked.base)
     if asked.out:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "megatron-core")}
