@@ -120,7 +120,7 @@ def verify_adapters(source: str | Path, written: Path) -> str:
     assert ours is not None, "one process is the last stage"
     folders = (written, Path(source))
     if is_peft_folder(written) and config.adapter is not None and config.adapter.base != "full":
-        # peft has the matrices under the adapters as they are in the files, and how far these are from ours is no error.
+        # peft has the matrices as they are in the files; how far those are from ours is no error.
         outcome = _outcome(ours, theirs, model.num_layers, model.num_layers)
         return f"{outcome.sentence()}; the adapters were trained on matrices in {config.adapter.base}"
     with HfReader(folder) as reader:
