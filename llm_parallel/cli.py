@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -175,22 +176,32 @@ def submit(
 
 
 @command(app, "status")
-def status(run_dir: Annotated[str, typer.Argument(help="Folder of a run that `launch` started.")]) -> None:
-    """Show an elastic run's state, nodes, excluded devices and goodput."""
+def status(run_dir: Annotated[str, typer.Argument(help="Folder of a run.")]) -> None:
+    """Show what a run is doing: state, step, loss, time left; of an elastic run also nodes, devices and goodput."""
     from rich.console import Console
 
     from llm_launch.show import show_status
+    from llm_parallel.screen import say_next
 
-    show_status(Path(run_dir), Console())
+    say_next(show_status(Path(run_dir), Console(highlight=False)))
 
 
 @command(app, "events")
-def events(run_dir: Annotated[str, typer.Argument(help="Folder of a run.")]) -> None:
-    """Show what happened to a run, line by line."""
-    from llm_launch.show import timeline
+def events(
+    run_dir: Annotated[str, typer.Argument(help="Folder of a run.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with events to come, until the run ends.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as it is in events.jsonl.")] = False,
+) -> None:
+    """Show what happened to a run, line by line, with the time of day."""
+    from llm_launch.show import show_events
+    from llm_parallel.screen import say_next
 
-    for line in timeline(Path(run_dir)):
-        typer.echo(line)
+    with suppress(KeyboardInterrupt):
+        show_events(Path(run_dir), follow, as_json, typer.echo)
+    if not as_json:
+        say_next(f"llm-parallel status {run_dir}")
 
 
 @command(app, "drill")

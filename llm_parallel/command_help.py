@@ -60,7 +60,7 @@ COMMANDS: dict[str, CommandHelp] = {
         ),
     ),
     "status": CommandHelp(OPERATE, ("runs/first",)),
-    "events": CommandHelp(OPERATE, ("runs/elastic",)),
+    "events": CommandHelp(OPERATE, ("runs/elastic", "runs/elastic --follow", "runs/elastic --json")),
     "drill": CommandHelp(
         OPERATE, ("configs/first-run.yaml --blame 1 --seed 4", "configs/first-run.yaml --blame 0 --soak-s 120")
     ),
