@@ -275,12 +275,13 @@ class CheckpointStore:
         free = shutil.disk_usage(self.folder).free
         # After a failed write of common.pt torch reports only "iostream error", and after a short one "unexpected pos";
         # by then another writer's file may have been removed.
-        full = "No space left" in text or "unexpected pos" in text
-        full = full or (isinstance(error, RuntimeError) and free < SPARE_BYTES)
-        if getattr(error, "errno", None) == errno.ENOSPC or full:
+        number = getattr(error, "errno", None)
+        quota = number == errno.EDQUOT or "quota exceeded" in text
+        full = number == errno.ENOSPC or "No space left" in text or "unexpected pos" in text
+        if quota or full or (isinstance(error, RuntimeError) and free < SPARE_BYTES):
             return UserError(
-                f"the disk of {self.folder} became full while a checkpoint was saved ({free / 2**20:.0f} MiB free); "
-                "the checkpoint before it is untouched: make room and start again"
+                f"{'your quota on ' * quota}the disk of {self.folder} became full while a checkpoint was saved "
+                f"({free / 2**20:.0f} MiB free); the checkpoint before it is untouched: make room and start again"
             )
         if isinstance(error, OSError):
             reason = error.strerror or str(error)

@@ -57,9 +57,7 @@ class ChatEncoder:
         self.tokenizer, self.template, self._train_on, self._system = tokenizer, template, train_on, system
         self._headers: dict[str, tuple[str, str]] = {}
         self._escape = tokenizer.escaper()
-        self._escape_others = tokenizer.escaper(
-            name for name in tokenizer.added if name.strip() and name in template.literals
-        )
+        self._escape_others = tokenizer.escaper(name for name in tokenizer.added if name in template.literals)
         self.declared = declared_stops(tokenizer)
         self._specials = re.compile(
             "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True))) or "(?!)"

@@ -27,6 +27,7 @@ PRIVATE = re.compile("[\U00100000-\U0010ffff]")
 """Characters that stand for something else on the way from a message to tokens; no message may hold one."""
 TYPED, RENAMED, FILL = 0x100000, 0x108000, "\U0010f000"
 MOST_NAMES = 0x6F00
+NO_NAME = re.compile(r"\s*|<0x[0-9A-F]{2}>")
 CONFIG_NAMES = ("special_tokens_map.json", "tokenizer_config.json")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -85,7 +86,8 @@ class ChatTokenizer:
     def escaper(self, also: Iterable[str] = ()) -> Callable[[str], str]:
         """A function that replaces names of special tokens, and of the added tokens ``also``, by private characters of
         the same number."""
-        names = [name for name in self.added if name in self.special or name in set(also)]
+        more = frozenset(also)
+        names = [name for name in self.added if name in self.special or name in more]
         if not names:
             return lambda text: text
         found = re.compile(_any_of(names))
@@ -136,7 +138,9 @@ class _JsonModel:
         from tokenizers import Tokenizer as Fast
 
         self._model = _unlimited(Fast.from_file(str(path)))
-        tokens = sorted(self._model.get_added_tokens_decoder().items())
+        # Blanks, and the bytes of characters that are not in the vocabulary, are no names even if they are declared so.
+        declared = sorted(self._model.get_added_tokens_decoder().items())
+        tokens = [(number, token) for number, token in declared if not NO_NAME.fullmatch(token.content)]
         self.added = {token.content: number for number, token in tokens}
         self.flagged = {token.content for _, token in tokens if token.special}
 
@@ -148,14 +152,12 @@ class _JsonModel:
 
         content = json.loads(self._model.to_str())
         for token in content["added_tokens"]:
-            # Added tokens of words that the vocabulary has as well, such as a row of blanks, are no special names.
-            if token["content"] in names and token["content"].strip():
-                token["content"] = names[token["content"]]
+            token["content"] = names.get(token["content"], token["content"])
         _rename_pieces(content["model"], names, {token["id"] for token in content["added_tokens"]})
         content["post_processor"] = None
         renamed = _unlimited(Fast.from_str(json.dumps(content)))
         for name, number in self.added.items():
-            assert renamed.token_to_id(names[name] if name.strip() else name) == number, name
+            assert renamed.token_to_id(names[name]) == number, name
         return lambda text: self._encoded(renamed, text)
 
     def _encoded(self, model: Any, text: str) -> Encoded:
@@ -244,11 +246,11 @@ def _rename_pieces(model: dict[str, Any], names: Mapping[str, str], ids: set[int
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         for name, alias in names.items():
-            if name.strip() and vocabulary.get(name) in ids:
+            if vocabulary.get(name) in ids:
                 vocabulary[alias] = vocabulary.pop(name)
     elif isinstance(vocabulary, list):
         for number in ids:
-            if number < len(vocabulary) and vocabulary[number][0].strip():
+            if number < len(vocabulary):
                 vocabulary[number][0] = names.get(vocabulary[number][0], vocabulary[number][0])
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])

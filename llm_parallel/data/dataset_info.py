@@ -84,7 +84,7 @@ def _declared(source: ChatSource, name: str) -> Opened:
     path = given if given.name == NAME else given / NAME
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"dataset is {name!r}, but {path} does not exist; give the folder of that file in path"
         ) from None

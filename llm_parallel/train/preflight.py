@@ -49,6 +49,25 @@ def preflight(
     return config
 
 
+def preflight_job(
+    config: RunConfig, gpus: int, processes: int, notice: Callable[[str], None] = lambda _: None
+) -> RunConfig:
+    """The same for a job of ``processes`` processes on nodes with ``gpus`` GPUs each, of which this machine is none:
+    whether their GPUs run the kernels is found there. Raises UserError."""
+    if config.device == "cuda" and not gpus:
+        raise UserError(
+            "device = cuda, and --gpus-per-node 0 asks for nodes without GPUs; give --gpus-per-node, or device=cpu"
+        )
+    if config.device == "cpu" and gpus:
+        notice(f"device = cpu: the {gpus} GPUs of each node that --gpus-per-node asks for are not used")
+    device = "cuda" if gpus and config.device != "cpu" else "cpu"
+    config = inherited(config, notice)
+    check_config(config, processes, device, uneven=True)  # type: ignore[arg-type]
+    if device == "cpu":
+        check_kernels(config, device, notice)
+    return check_data(config, notice)
+
+
 def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
     """The configuration with its vocabulary, after every check of tokenizer and data. Raises UserError."""
     if config.train.epochs is not None:

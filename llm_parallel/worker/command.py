@@ -24,6 +24,7 @@ from llm_parallel.parallel.layout import Layout
 from llm_parallel.planner.memory import CONTEXT_BYTES, memory
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.train.preflight import mixture, preflight, rank_table
+from llm_parallel.train.room import check_room, checkpoint_bytes, checkpoints_at_once, existing_part, free_bytes
 
 CONFIG_NAME = "config.yaml"
 Kind = Literal["pretrain", "sft"]
@@ -40,6 +41,8 @@ def train_command(kind: Kind, run_file: str, overrides: Sequence[str], dry_run: 
     if dry_run:
         show_plan(config, world_size)
         return 0
+    if first:
+        check_room(config, _notice)
     with Lease(Path(config.run_dir)) if first else nullcontext():
         return _train(config, environment)
 
@@ -102,7 +105,7 @@ def show_mixture(config: RunConfig) -> None:
 
 
 def show_plan(config: RunConfig, world_size: int | None) -> None:
-    """What a dry run prints: configuration, ranks, mixture and memory."""
+    """What a dry run prints: configuration, ranks, mixture, memory and disk."""
     layout = Layout.from_config(config, world_size or num_processes(config))
     print(dump_config(config))
     print(layout.describe())
@@ -113,6 +116,10 @@ def show_plan(config: RunConfig, world_size: int | None) -> None:
     print(
         f"predicted memory of the fullest process: {_size(found.total)} of tensors ({named}), and about "
         f"{_size(CONTEXT_BYTES)} of context on a GPU"
+    )
+    print(
+        f"checkpoints: {_size(checkpoint_bytes(config))} each, at most {checkpoints_at_once(config)} at a time; "
+        f"{_size(free_bytes(existing_part(Path(config.run_dir))))} are free for run_dir = {config.run_dir}"
     )
 
 

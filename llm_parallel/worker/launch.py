@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from llm_launch.copy_files import run_folder
 from llm_launch.lease import Lease
 from llm_launch.slurm import SlurmJob
 from llm_launch.submit import SubmitRequest, batch_file, check_request, submit
@@ -17,7 +18,8 @@ from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED
 from llm_parallel.parallel.platform import resolve_device
-from llm_parallel.train.preflight import check_data, preflight
+from llm_parallel.train.preflight import preflight, preflight_job
+from llm_parallel.train.room import check_copies, check_room
 from llm_parallel.worker.command import CONFIG_NAME, save_config, show_mixture
 
 
@@ -32,6 +34,7 @@ def launch_command(
     requests = StopRequests(environment.get(ASKED))
     requests.catch()
     config = preflight(load_config(run_file, overrides, notice=print), None, print)
+    check_room(config, print)
     with Lease(Path(config.run_dir), environment):
         return _launch(config, requests, processes, nodes, environment)
 
@@ -52,6 +55,9 @@ def _launch(
         starter = starter_of_job(config, saved, job, device, environment)
     else:
         starter = starter_here(config, saved, processes or num_processes(config), nodes or 1, environment)
+    working = max(1, len(starter.expected) - (config.elastic.spare_nodes if job is not None else 0))
+    copies = run_folder(Path(config.elastic.replica_dir), Path(config.run_dir))
+    check_copies(config, working, 1 if job is not None else working, copies)
     status = launch_elastic(starter, device, requests, partial(newest_step, config), job)
     if status in (0, EXIT_STOPPED) and config.log.plots:
         from llm_parallel.metrics.plots import plot_run
@@ -75,7 +81,9 @@ def submit_command(run_file: str, overrides: Sequence[str], request: SubmitReque
         one = load_config(run_file, [*overrides, *differs])
         check_request(request, one)
         if not dry_run:
-            check_data(one, print)
+            gpus = request.gpus_per_node
+            one = preflight_job(one, gpus, request.nodes * gpus or num_processes(one), print)
+            check_room(one, print, max(1, len(request.sweep)))
     text = batch_file(request, config, Path(run_file).resolve(), overrides)
     if dry_run:
         print(text, end="")

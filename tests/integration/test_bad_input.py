@@ -259,10 +259,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_ends_all_ranks_and_keeps_the_last_checkpoint(
     corpus: Corpus, run_file: Path, small_disk: Path
 ) -> None:
-    """One checkpoint of 2.6 MB fits, a second or third does not."""
+    """One checkpoint of 2.6 MB fits, a second or third does not, which is said at the start."""
     every = ["checkpoint.interval_steps=2", "checkpoint.keep_last=9", "train.steps=20"]
     run_dir = small_disk / "run"
     result = llm_parallel("pretrain", run_file, f"run_dir={run_dir}", "parallel.tp=2", *every)
+    first, _, result.stderr = result.stderr.partition("\n")
+    assert first.startswith(f"run_dir = {run_dir} has ") and "checkpoint.keep_last=9 want 10 more at a time" in first
     assert_refused(result, "checkpoint", str(run_dir), "make room")
     latest = int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert latest in (2, 4)
