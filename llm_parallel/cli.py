@@ -49,6 +49,13 @@ Overrides = Annotated[
     ),
 ]
 
+WithoutStart = Annotated[
+    bool, typer.Option("--dry-run", help="Show settings, ranks, memory and disk of the run; start nothing.")
+]
+Everything = Annotated[
+    bool, typer.Option("--all", help="With --dry-run: the whole configuration and all ranks, not a selection.")
+]
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -131,14 +138,13 @@ def quickstart(
 def pretrain(
     run_file: RunFile,
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option(help="Print configuration, ranks and memory of the run; start nothing.")
-    ] = False,
+    dry_run: WithoutStart = False,
+    everything: Everything = False,
 ) -> None:
     """Train on next-token prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
-    from llm_parallel.worker.command import train_command
+    from llm_parallel.worker.command import DryRun, train_command
 
-    raise typer.Exit(train_command("pretrain", run_file, overrides or [], dry_run))
+    raise typer.Exit(train_command("pretrain", run_file, overrides or [], DryRun(everything) if dry_run else None))
 
 
 @command(app, "launch", with_overrides=True)
@@ -243,15 +249,35 @@ def goodput(request: GoodputRequest) -> None:
 @command(app, "fields")
 def fields(section: Annotated[str, typer.Argument(help="Show only fields that begin so.")] = "") -> None:
     """List every configuration field with its type, default and meaning."""
+    from llm_parallel.config.differences import in_words
     from llm_parallel.config.fields import describe_fields
+    from llm_parallel.screen import say_next
 
     found = [doc for doc in describe_fields() if doc.name.startswith(section)]
     if not found:
         sections = sorted({doc.name.split(".")[0] for doc in describe_fields() if "." in doc.name})
         raise UserError(f"no field begins with {section!r}; the sections are {', '.join(sections)}")
     for doc in found:
-        given = "must be given" if doc.default is ... else f"= {doc.default}"
-        typer.echo(f"{doc.name}: {doc.type} {given}\n    {doc.doc}")
+        default = (
+            "" if doc.is_section else ", must be given" if doc.default is ... else f"; default {in_words(doc.default)}"
+        )
+        typer.echo(f"{doc.name}: {doc.type}{default}\n    {doc.doc.replace('``', '`')}")
+    named = next((doc for doc in found if not doc.is_section and doc.default is not ...), None)
+    if named is not None:
+        say_next(f"llm-parallel pretrain RUN.yaml {named.name}={in_words(named.default)} --dry-run")
+
+
+@command(app, "schema")
+def schema() -> None:
+    """Print the JSON schema of run files, by which editors complete and check them."""
+    import json
+
+    from llm_parallel.config.schema import SCHEMA_NAME, config_schema
+    from llm_parallel.screen import say_next
+
+    typer.echo(json.dumps(config_schema(), indent=1, ensure_ascii=False))
+    say_next(f"llm-parallel schema > {SCHEMA_NAME}; a run file beside it begins with # yaml-language-server: "
+             f"$schema={SCHEMA_NAME}")  # fmt: skip
 
 
 # Measure

@@ -36,7 +36,7 @@ def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
     with atomic_write(run_file) as handle:
         yaml.safe_dump(run_tree(folder, num_gpus()), handle, sort_keys=False)
     print(f"run file: {run_file} (start it again with: llm-parallel pretrain {run_file})", flush=True)
-    status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"])
+    status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"], suggest=lambda _: None)
     if status:
         return status
     run_dir = Path(load_config(run_file, overrides).run_dir)
