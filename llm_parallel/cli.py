@@ -142,9 +142,9 @@ def pretrain(
     everything: Everything = False,
 ) -> None:
     """Train on next-token prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
-    from llm_parallel.worker.command import DryRun, train_command
+    from llm_parallel.worker.command import train_command
 
-    raise typer.Exit(train_command("pretrain", run_file, overrides or [], DryRun(everything) if dry_run else None))
+    raise typer.Exit(train_command("pretrain", run_file, overrides or [], dry_run, everything))
 
 
 @command(app, "launch", with_overrides=True)

@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,23 +29,17 @@ CONFIG_NAME = "config.yaml"
 Kind = Literal["pretrain", "sft"]
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """What to show instead of training."""
-
-    everything: bool = False
-    """The whole configuration and all ranks too."""
-
-
 def train_command(
     kind: Kind,
     run_file: str,
     overrides: Sequence[str],
-    dry_run: DryRun | None = None,
+    dry_run: bool = False,
+    everything: bool = False,
     suggest: Callable[[str], None] = say_next,
 ) -> int:
     """Exit status of a run of method ``kind``. Under torchrun or srun this process is one of the run's; else it starts
-    them all here. ``suggest`` is called at the end with the command to try next."""
+    them all here. ``everything``: a dry run shows the whole
+    configuration. ``suggest`` is called at the end with the command to try next."""
     environment = worker_environment()
     world_size = environment.world_size if environment else None
     first = environment is None or environment.rank == 0
@@ -55,7 +48,7 @@ def train_command(
     again = " ".join(["llm-parallel", kind, run_file, *map(shlex.quote, overrides)])
     if dry_run:
         if first:
-            show_plan(config, world_size, origins, dry_run.everything)
+            show_plan(config, world_size, origins, everything)
             suggest(again)
         return 0
     if environment is None and is_finished(config):
