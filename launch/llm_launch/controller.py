@@ -18,7 +18,7 @@ from llm_launch.copy_catalog import CopyCatalog, Restore
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
-from llm_launch.placement import Placement, Trained, fingerprint, place
+from llm_launch.placement import Placement, Trained, crowded, fingerprint, place
 from llm_launch.snapshot import snapshot, used_up
 from llm_launch.starters import AgentStarter
 from llm_launch.states import EXIT_TOO_FEW, Outcome, Phase, check_transition
@@ -185,6 +185,8 @@ class Controller:
         if before is not None and before != placement.layout:
             self.fleet.new_pace()
             self.journal.event("reshape", before=before.describe(), after=placement.layout.describe())
+        if (cause := crowded(config, placement.layout)) and before != placement.layout:
+            self.journal.event("crowded", cause=cause)
         self._turn = False
         self.fleet.begin(placement)
         self._assign(placement, restore)

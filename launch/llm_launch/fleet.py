@@ -23,6 +23,8 @@ MANY_NODES = 64
 LOOK_S = 0.3
 PATIENT_S = 3.0
 """Time that a process which is not stopped has to answer before it counts as hung."""
+ALONE_S = 30.0
+"""Shortest hang of the only process of a run: no collective with others tells it from a pause of a busy machine."""
 STOPPED = ("T", "t", "Z", "X")
 """States of a process in /proc that cannot go on by itself."""
 
@@ -264,6 +266,8 @@ class Fleet:
             self.journal.event("stall", step=self.step, cause=f"{names}: waiting for files", seconds=longest)
         if moved or waiting or self.evidence:
             self.pace.add(longest)
+            return {}
+        if len(devices) == 1 and longest < ALONE_S:
             return {}
         return find_hung(devices, answered)
 

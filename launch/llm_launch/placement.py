@@ -147,6 +147,20 @@ def slowest_device_work(config: RunConfig, parallel: ParallelConfig) -> float:
     return (batches + parallel.pp - 1) * work
 
 
+def crowded(config: RunConfig, layout: Layout) -> str | None:
+    """What it means for memory that not one replica of the run file's layout fits on the devices that are left; None if
+    one does, or the model is divided as finely as it asks for."""
+    asked = config.parallel
+    parts = asked.tp * asked.pp
+    if layout.tp * layout.pp >= parts:
+        return None
+    return (
+        f"no replica of TP {asked.tp} x PP {asked.pp} fits on the devices that are left, so that each holds "
+        f"{parts / (layout.tp * layout.pp):.3g} times as much of the model; if that is too much for its memory, "
+        f"elastic.min_devices={parts * asked.cp} lets the run wait for devices instead"
+    )
+
+
 def as_overrides(parallel: ParallelConfig, before: ParallelConfig) -> tuple[str, ...]:
     """Overrides, as ``section.field=value``, that change ``before`` into ``parallel``."""
     changed = []

@@ -355,7 +355,7 @@ class ElasticConfig(Node):
     runs of more than 250 nodes."""
     hang_deviations: PositiveFloat = 8.0
     """A step that takes the median plus this many robust deviations (1.4826 MAD), and at least three medians, plus a
-    second, is a hang."""
+    second, is a hang; of the only process of a run, which may be paused by a busy machine, at least 30 seconds."""
     first_step_limit_s: PositiveFloat = 600.0
     """Longest time for building the model and the first steps, which compile and allocate."""
     checksum_every_steps: int = Field(50, ge=0)

@@ -69,6 +69,28 @@ class ChatEncoder:
         names = [name for name, number in tokenizer.special.items() if number in self._stop_ids]
         self._stop_names = tuple(names)
 
+    def remarks(self) -> list[str]:
+        """What a user should know about this template and tokenizer."""
+        found = []
+        stop = self.stops[0]
+        if stop not in self.declared:
+            named = " and ".join(self.tokenizer.name_of(n) or str(n) for n in self.declared)
+            found.append(
+                f"{self.tokenizer.name_of(stop)} ends answers, and the model's files name {named} only: whatever "
+                f"generates with the trained model has to stop at token {stop} too"
+            )
+        if self.template.has_generation:
+            rendered = self.template.render([_user(), _assistant()])
+            turn, answers = rendered.turns[1], rendered.answers
+            if turn is not None and answers:
+                asked = turn[0] + self._header_length(rendered.text[turn[0] : turn[1]], "user")
+                if answers[0][0] < asked:
+                    found.append(
+                        f"the template marks {rendered.text[answers[0][0] : asked]!r} as written by the assistant, "
+                        "though it writes that itself to ask for an answer; it is trained as marked"
+                    )
+        return found
+
     def encode(self, conversation: Conversation) -> ChatTokens:
         """All tokens of a conversation. Raises Refused if the template refuses it."""
         return self._encode(conversation)[0]

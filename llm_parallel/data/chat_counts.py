@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,18 @@ class Counts:
         )
         return True
 
+    def merge(self, other: Counts) -> None:
+        """Adds what was counted of later records."""
+        for one in fields(self):
+            held, more = getattr(self, one.name), getattr(other, one.name)
+            if isinstance(held, dict):
+                for name, count in more.items():
+                    held[name] = held.get(name, 0) + count
+            elif isinstance(held, list):
+                held += more[: SHOWN - len(held)]
+            else:
+                setattr(self, one.name, held + more)
+
     def as_dict(self) -> dict[str, Any]:
         """For ``report.json``."""
         return asdict(self)
@@ -93,6 +105,7 @@ def described(report: dict[str, Any]) -> Iterator[str]:
     """Sentences about prepared conversations, each complete in itself."""
     stop = report["stop_names"][0]
     yield f"conversations are written by {report['template_origin']}; answers end with {stop}"
+    yield from report["remarks"]
     for path, counts in zip(report["paths"], report["counts"]):
         formats = ", ".join(f"{count:,} as {name}" for name, count in counts["formats"].items())
         yield (

@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,27 @@ from numpy.typing import NDArray
 
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.config.tree_tune import ChatConfig, ChatSource
-from llm_parallel.data.chat import ChatEncoder, ChatTokens, holds_private
+from llm_parallel.data.chat import ChatEncoder
 from llm_parallel.data.chat_counts import Counts, described
 from llm_parallel.data.chat_data import REPORT, ChatData
-from llm_parallel.data.chat_tokens import ChatTokenizer
+from llm_parallel.data.chat_open import open_encoder
+from llm_parallel.data.chat_rows import encoded
 from llm_parallel.data.dataset_info import Opened, open_source
-from llm_parallel.data.formats import BadRecord, Reader
 from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
-from llm_parallel.data.readers import Problems, rows
-from llm_parallel.data.template import DATE, ChatTemplate, Refused, chatml, own_template
-from llm_parallel.data.tokenizer import load_tokenizer
+from llm_parallel.data.template import DATE
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, open_own
 
 VERSION = 1
 
 
-def prepare_conversations(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> ChatData:
+def prepare_conversations(
+    config: RunConfig, notice: Callable[[str], None] = lambda _: None, workers: int | None = None
+) -> ChatData:
     """Reads, renders and encodes the conversations of ``config.chat``, unless the run folder has them already, and
-    opens them. ``notice`` is told what was recognised, cut and left out.
+    opens them. ``notice`` is told what was recognised, cut and left out; ``workers``: processes that encode (None: all
+    cores for large files).
 
     Raises UserError on what cannot be read, on a template that refuses a conversation, and if nothing is left to train
     on."""
@@ -56,11 +56,26 @@ def prepare_conversations(config: RunConfig, notice: Callable[[str], None] = lam
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _turn(folder.parent / ".lock"):
             if not (folder / REPORT).is_file():
-                _write(folder, config, encoder, opened, settings)
+                with _made_whole(folder) as making:
+                    _write(making, config, encoder, opened, settings, workers)
     data = ChatData.open(folder)
     for text in (*(text for source in opened for text in source.notices), *described(data.report)):
         notice(text)
     return data
+
+
+@contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its place at the end, and is removed if it did not come to that."""
+    making = folder.with_name(f"{folder.name}.making")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    try:
+        yield making
+        shutil.rmtree(folder, ignore_errors=True)
+        making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
 
 
 @contextmanager
@@ -74,52 +89,6 @@ def _turn(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def open_encoder(config: RunConfig) -> ChatEncoder:
-    """The encoder of a configuration: its tokenizer and template. Raises UserError."""
-    assert config.data.tokenizer is not None
-    tokenizer = ChatTokenizer(load_tokenizer(config.data.tokenizer))
-    return ChatEncoder(tokenizer, open_template(config.chat, tokenizer), config.chat.train_on, config.chat.system)
-
-
-def open_template(chat: ChatConfig, tokenizer: ChatTokenizer) -> ChatTemplate:
-    """The template that ``chat.template`` names, else the tokenizer's own, else ChatML. Raises UserError."""
-    day = DATE
-    if chat.date is not None:
-        try:
-            day = date.fromisoformat(chat.date)
-        except ValueError:
-            raise UserError(f"chat.date = {chat.date!r} is no date; give one such as 2026-01-31") from None
-    source: tuple[str, str] | None
-    if chat.template not in (None, "chatml"):
-        try:
-            source = Path(chat.template).read_text(encoding="utf-8"), chat.template
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise UserError(
-                f"chat.template = {chat.template} cannot be read: {reason}; give a file with a Jinja template, or "
-                "chatml"
-            ) from None
-    else:
-        source = own_template(tokenizer.folder) if chat.template is None else None
-    if source is None:
-        begin, end = turn_tokens(tokenizer)
-        source = chatml(begin, end), f"ChatML with {begin} and {end}"
-    return ChatTemplate(*source, tokenizer.variables, day)
-
-
-def turn_tokens(tokenizer: ChatTokenizer) -> tuple[str, str]:
-    """The tokens with which ChatML begins and ends a turn: its own, if the tokenizer has them, else those that begin
-    and end a text. No row of the embedding is added for it."""
-    if "<|im_start|>" in tokenizer.added and "<|im_end|>" in tokenizer.added:
-        return "<|im_start|>", "<|im_end|>"
-    end = tokenizer.name_of(tokenizer.eos)
-    if end is None:
-        raise UserError(
-            f"tokenizer {tokenizer.tokenizer.name} has no special token that could end an answer; give chat.template"
-        )
-    return tokenizer.variables.get("bos_token", end), end
-
-
 def _settings(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened]) -> dict[str, Any]:
     """All that the content of the folder depends on."""
     chat, template = config.chat, encoder.template
@@ -127,11 +96,14 @@ def _settings(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened])
         "version": VERSION,
         "files": [[[path.name, _digest(path)] for path in source.files] for source in opened],
         "sources": [[source.format, source.columns.model_dump(), dict(source.roles)] for source in opened],
+        "paths": [source.path for source in (*chat.train, *chat.eval)],
         "source_names": _names(chat.train),
         "weights": [source.weight for source in chat.train],
         "eval_fraction": 0.0 if chat.eval else chat.eval_fraction,
         "packing": chat.packing,
+        "tokenizer": str(Path(encoder.tokenizer.tokenizer.name).resolve()),
         "tokenizer_fingerprint": encoder.tokenizer.tokenizer.fingerprint,
+        "declared_stops": list(encoder.declared),
         "variables": encoder.tokenizer.variables,
         "template": template.source,
         "date": chat.date or DATE.isoformat(),
@@ -143,11 +115,14 @@ def _settings(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened])
 
 
 def _write(
-    folder: Path, config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened], settings: dict[str, Any]
+    making: Path,
+    config: RunConfig,
+    encoder: ChatEncoder,
+    opened: Sequence[Opened],
+    settings: dict[str, Any],
+    workers: int | None,
 ) -> None:
-    making = folder.with_name(f"{folder.name}.making")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
+    """Writes everything into the folder ``making``."""
     sources = (*config.chat.train, *config.chat.eval)
     counts = [Counts() for _ in sources]
     dtype = token_dtype(encoder.tokenizer.tokenizer.vocab_size)
@@ -155,18 +130,17 @@ def _write(
     with ExitStack() as stack:
         names = ("tokens", "weights", "sources", "lines")
         out = {name: stack.enter_context((making / f"{name}.bin").open("wb")) for name in names}
-        block: list[int] = []
         for number, source in enumerate(opened):
-            for line, tokens in _encoded(source, encoder, config, counts[number]):
-                out["tokens"].write(tokens.ids.astype(dtype).tobytes())
-                out["weights"].write(tokens.weights.tobytes())
-                out["sources"].write(np.int32(number).tobytes())
-                out["lines"].write(np.int64(line).tobytes())
-                block.append(len(tokens.ids))
-                if len(block) == 1 << 16:
-                    lengths.append(np.array(block, np.int32))
-                    block = []
-        lengths.append(np.array(block, np.int32))
+            for block in encoded(source, config, encoder, workers):
+                counts[number].merge(block.counts)
+                if not block.kept:
+                    continue
+                lines, held = zip(*block.kept)
+                out["tokens"].write(np.concatenate([tokens.ids for tokens in held]).astype(dtype).tobytes())
+                out["weights"].write(np.concatenate([tokens.weights for tokens in held]).tobytes())
+                out["sources"].write(np.full(len(held), number, np.int32).tobytes())
+                out["lines"].write(np.array(lines, np.int64).tobytes())
+                lengths.append(np.array([len(tokens.ids) for tokens in held], np.int32))
         for handle in out.values():
             handle.flush()
             os.fsync(handle.fileno())
@@ -177,62 +151,15 @@ def _write(
         os.fsync(index.fileno())
     report = {
         **settings,
-        "tokenizer": str(Path(encoder.tokenizer.tokenizer.name).resolve()),
         "template_origin": encoder.template.origin,
         "pad": encoder.tokenizer.pad,
         "stops": list(encoder.stops),
         "stop_names": [encoder.tokenizer.name_of(number) or str(number) for number in encoder.stops],
-        "declared_stops": list(encoder.declared),
-        "paths": [source.path for source in sources],
+        "remarks": encoder.remarks(),
         "counts": [count.as_dict() for count in counts],
     }
     with atomic_write(making / REPORT) as text:
         json.dump(report, text, indent=1, ensure_ascii=False)
-    shutil.rmtree(folder, ignore_errors=True)
-    making.rename(folder)
-
-
-def _encoded(
-    source: Opened, encoder: ChatEncoder, config: RunConfig, counts: Counts
-) -> Iterator[tuple[int, ChatTokens]]:
-    """Number of the record and tokens of each conversation that is kept."""
-    reader, problems = Reader(source.format, source.columns, source.roles), _Problems(counts)
-    limit = config.data.seq_length_tokens + 1
-    found = (row for path in source.files for row in rows(path, problems))
-    for number, row in enumerate(found):
-        counts.records += 1
-        try:
-            conversation = reader.read(row.value)
-            if holds_private(conversation):
-                raise BadRecord("holds characters of Unicode's last private range (U+100000 to U+10FFFF)")
-        except BadRecord as error:
-            counts.broken(row.where, str(error))
-            continue
-        try:
-            tokens = encoder.encode_within(conversation, limit, config.chat.too_long == "cut")
-        except Refused as error:
-            raise UserError(
-                f"the chat template ({encoder.template.origin}) refuses {row.where}: {error}; mend or remove that "
-                "record, or give another chat.template"
-            ) from None
-        counts.formats = reader.found
-        if counts.add(tokens, conversation, encoder):
-            assert tokens is not None
-            if not tokens.answer_cut and int(tokens.ids[-1]) not in encoder.stops:
-                _refuse_stop(encoder, tokens, row.where)
-            yield number, tokens
-
-
-class _Problems(Problems):
-    """Records that cannot be read, as records of their source."""
-
-    def __init__(self, counts: Counts) -> None:
-        super().__init__()
-        self._counts = counts
-
-    def add(self, where: str, reason: str) -> None:
-        self._counts.records += 1
-        self._counts.broken(where, reason)
 
 
 def _digest(path: Path) -> str:
@@ -255,12 +182,3 @@ def _refuse_empty(chat: ChatConfig, counts: Sequence[Counts], seq_length: int) -
             continue
         split, index = ("train", place) if place < len(chat.train) else ("eval", place - len(chat.train))
         raise UserError(f"chat.{split}.{index}.path = {source.path} {count.why_empty(seq_length)}")
-
-
-def _refuse_stop(encoder: ChatEncoder, tokens: ChatTokens, where: str) -> None:
-    last = int(tokens.ids[-1])
-    stops = ", ".join(encoder.tokenizer.name_of(number) or str(number) for number in encoder.stops)
-    raise UserError(
-        f"the answer of {where} ends with {encoder.tokenizer.tokenizer.decode([last])!r} (token {last}), which does "
-        f"not stop the model: {stops} does; let {encoder.template.origin} write it within the answer"
-    )

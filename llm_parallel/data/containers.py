@@ -47,7 +47,12 @@ FOREIGN: tuple[tuple[bytes, int, str], ...] = (
 
 
 class Damaged(Exception):
-    """The content of a file is not what its first bytes announce; the text says what is wrong."""
+    """The content of a file is not what its first bytes announce. ``reason`` says what is wrong, ``place`` where, if
+    that is another place than the end of what was read."""
+
+    def __init__(self, reason: str, place: str = "") -> None:
+        super().__init__(f"{place} {reason}".strip())
+        self.reason, self.place = reason, place
 
 
 def compression_of(head: bytes) -> str | None:
@@ -90,7 +95,10 @@ def blocks(path: Path, compression: str | None) -> Iterator[bytes]:
             try:
                 out = member.decompress(block)
             except errors as error:
-                raise Damaged(f"holds damaged {compression} data ({error}); fetch or compress it again") from None
+                raise Damaged(
+                    f"holds damaged {compression} data ({error}), so that what was read of it may be wrong too; fetch "
+                    "or compress it again"
+                ) from None
             rest = member.unused_data if member.eof else b""
             if out:
                 yield out

@@ -78,6 +78,8 @@ def _left_out(report: PrepareReport) -> Iterator[tuple[str, str]]:
     if report.other_endings:
         others = [f"{count:,} {kind}" for kind, count in report.other_endings.items()]
         yield "endings not taken", _shown(others, len(others), ", ")
+    if report.damaged:
+        yield f"{len(report.damaged):,} damaged files", _shown(report.damaged, len(report.damaged))
     if report.bad_records:
         yield f"{report.bad_records:,} bad records", _shown(report.first_bad, report.bad_records)
     if report.empty_documents:

@@ -77,13 +77,15 @@ class Found:
 @dataclass
 class Losses:
     """What was left out of the pieces that were read: documents without text, bad records (how many, and of the first
-    five path, place and reason; a place that is a number is an offset in bytes), and files of which nothing was read
-    (path, reason). With ``strict`` the first bad record or unread file is a UserError."""
+    five path, place and reason; a place that is a number is an offset in bytes), the rest of damaged files (a sentence
+    each), and files of which nothing was read (path, reason). With ``strict`` the first that is bad, damaged or not
+    read is a UserError."""
 
     strict: bool = False
     empty: int = 0
     bad: int = 0
     first: list[tuple[str, str | int, str]] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, path: str, place: str | int, reason: str) -> None:
@@ -105,10 +107,11 @@ class Losses:
         its bad records are the reason why the file was not read."""
         self.empty += other.empty
         self.skipped += other.skipped
-        if whole and not other.bad and not other.skipped:
-            self.skipped.append((whole.path, "holds no records"))
-            return
-        if whole and other.bad:
+        self.damaged += other.damaged
+        if whole and not other.skipped:
+            if not other.bad:
+                self.skipped.append((whole.path, "holds no records"))
+                return
             path, place, reason = other.first[0]
             where = f"{place_of(path, place)} {reason}"
             others = f"none of its {other.bad:,} records can be read; " if other.bad > 1 else ""
@@ -159,12 +162,8 @@ class _Search:
         try:
             about = path.stat()
             if (first := self._known.get((about.st_dev, about.st_ino))) is not None:
-                same = (
-                    "is given twice and read once"
-                    if first == str(path)
-                    else f"is the same file as {first}, which is read"
-                )
-                self.found.skipped.append((str(path), same))
+                again = "is given twice and read once" if first == str(path) else ""
+                self.found.skipped.append((str(path), again or f"is the same file as {first}, which is read"))
                 return True
             self.found.files.append(Input(str(path), about.st_size, judge(path)))
             self._known[about.st_dev, about.st_ino] = str(path)
@@ -245,8 +244,13 @@ def documents(piece: Piece, key: str, losses: Losses) -> Iterator[str]:
     except MissingColumn as error:
         name = _likely_field(key, error.names)
         here.skip(piece.path, f"{error}; name the column with --key{name}")
-    except (NotRead, Damaged) as error:
+    except NotRead as error:
         here.skip(piece.path, str(error))
+    except Damaged as error:
+        if losses.strict or not given:
+            here.skip(piece.path, str(error))
+        else:
+            here.damaged.append(f"{piece.path} {error}")
     losses.merge(here, piece if piece.whole and not given else None)
 
 
@@ -340,10 +344,7 @@ def _text_of(record: Any, key: str) -> tuple[str, None] | tuple[str, str]:
     if not isinstance(record, dict):
         return "", f"has no text under {key!r}: it is no object but {_what(record)}"
     if key not in record:
-        names = [name for name, value in record.items() if isinstance(value, str)] or list(record)
-        shown = ", ".join(map(repr, list(record)[:SHOWN_FIELDS])) + (" …" if len(record) > SHOWN_FIELDS else "")
-        fields = f"its fields are {shown}" if record else "it is empty"
-        return "", f"has no text under {key!r}: {fields}; name the field with --key{_likely_field(key, names)}"
+        return "", f"has no text under {key!r}: {_fields(record, key)}"
     text = record[key]
     if isinstance(text, bytes):
         try:
@@ -354,6 +355,18 @@ def _text_of(record: Any, key: str) -> tuple[str, None] | tuple[str, str]:
         return "", f"has no text under {key!r} but {_what(text)}"
     wrong = surrogates(text)
     return ("", wrong) if wrong else (text, None)
+
+
+def _fields(record: dict[str, Any], key: str) -> str:
+    """What a record has instead of ``key``, and what to do."""
+    if not record:
+        return "it is empty"
+    shown = ", ".join(map(repr, list(record)[:SHOWN_FIELDS])) + (" …" if len(record) > SHOWN_FIELDS else "")
+    names = [name for name, value in record.items() if isinstance(value, str)]
+    lists = [name for name, value in record.items() if isinstance(value, list) and value and type(value[0]) is dict]
+    if lists and not names:
+        return f"its fields are {shown}; write the list under {lists[0]!r} to a file of its own"
+    return f"its fields are {shown}; name the field with --key{_likely_field(key, names)}"
 
 
 def _what(value: Any) -> str:
@@ -372,8 +385,6 @@ def _what(value: Any) -> str:
 
 
 def _likely_field(key: str, names: Sequence[str]) -> str:
-    """The name among those of a record that its text probably has, as the end of a command line."""
+    """The name among those of a record that its text probably has, as the end of a command; "" if none is likely."""
     near = difflib.get_close_matches(key, names, 1) or [name for name in USUAL_FIELDS if name in names]
-    if not near and len(names) == 1:
-        near = list(names)
     return f" {shlex.quote(near[0])}" if near else ""

@@ -42,7 +42,8 @@ class JsonStream:
             self._skip()
             if self._at == len(self._text):
                 if in_array:
-                    raise Damaged(f"line {self._line} ends within a JSON array of which {record:,} elements were read")
+                    reason = f"ends within a JSON array of which {record:,} elements were read"
+                    raise Damaged(reason, f"line {self._line}")
                 return
             mark = self._text[self._at]
             if mark == "[" and not in_array:
@@ -78,10 +79,15 @@ class JsonStream:
                     continue
                 line = self._line + self._text.count("\n", self._at, error.pos)
                 what = "is over 256 MiB large" if held >= MAX_VALUE_CHARACTERS else f"is not JSON ({error.msg})"
-                raise Damaged(f"line {line} (record {record}) {what}; nothing after it was read") from None
+                raise Damaged(f"{what}; nothing after it was read", f"line {line} (record {record})") from None
             except (RecursionError, ValueError) as error:
-                what = "is nested too deeply" if isinstance(error, RecursionError) else f"is not read ({error})"
-                raise Damaged(f"line {self._line} (record {record}) {what}; nothing after it was read") from None
+                what = (
+                    "is nested too deeply"
+                    if isinstance(error, RecursionError)
+                    else f"is not read ({str(error).partition(';')[0]})"
+                )
+                place = f"line {self._line} (record {record})"
+                raise Damaged(f"{what}; nothing after it was read", place) from None
 
     def _advance(self, end: int) -> None:
         self._line += self._text.count("\n", self._at, end)

@@ -23,6 +23,9 @@ from llm_parallel.errors import UserError
 
 REPORTED = {"vocab_size": int, "tokens": int, "tokenizer": str, "tokenizer_fingerprint": str}
 """Fields that are read from a report of ``prepare``, with their types."""
+MARKS = {"prepend_bos": (False, "begin", "--prepend-bos"), "append_eod": (True, "end", "--append-eod")}
+"""Fields of a report that say whether every document begins or ends with a token: what holds for reports without them,
+the token's name, and the option."""
 NOTICES = 8
 """Sources that a notice lists."""
 HOLD_OUT, ORDER = 1, 2
@@ -201,7 +204,8 @@ def mixture_table(data: DataConfig, seed: int, total_samples: int) -> list[Mixtu
 
 def check_token_files(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None = None) -> list[str]:
     """Compares the tokenizers that the reports of all sources, for training and held out, name with ``tokenizer`` or,
-    where none is given, with each other. Returns notices about files without a report.
+    where none is given, with each other. Returns notices about files without a report, and about sources whose
+    documents begin or end in different ways.
 
     Raises UserError if the vocabularies of two of them, or of a source and the tokenizer, are not the same, or one is
     larger than the model's."""
@@ -223,7 +227,26 @@ def check_token_files(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | 
                 f"{report['vocab_size']} or more"
             )
     _refuse_mixed_tokenizers(reported, tokenizer)
+    return notices + _different_marks(reported)
+
+
+def _different_marks(reported: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A notice for each token that begins or ends the documents of some sources and not of others."""
+    notices = []
+    for field, (_, token, option) in MARKS.items():
+        marked = [path for path, report in reported.items() if report[field]]
+        others = [path for path, report in reported.items() if not report[field]]
+        if marked and others:
+            notices.append(
+                f"the documents of {_listed(marked)} {token} with the tokenizer's {token} token and those of "
+                f"{_listed(others)} do not; prepare all with {option} or all without, unless that is meant"
+            )
     return notices
+
+
+def _listed(paths: list[str]) -> str:
+    more = f" and {len(paths) - NOTICES} more sources" if len(paths) > NOTICES else ""
+    return ", ".join(paths[:NOTICES]) + more
 
 
 def _refuse_mixed_tokenizers(reported: Mapping[str, Mapping[str, Any]], tokenizer: Tokenizer | None) -> None:
@@ -249,6 +272,7 @@ def _report_of(path: str) -> dict[str, Any] | None:
     try:
         report = json.loads(Path(path + REPORT_ENDING).read_text(encoding="utf-8"))
         found = {name: kind(report[name]) for name, kind in REPORTED.items()}
+        found |= {name: bool(report.get(name, usual)) for name, (usual, _, _) in MARKS.items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -94,7 +94,7 @@ class PrepareReport:
     ``files`` were read, ``forms`` of them each (JSON lines, text …), and ``skipped_files`` were not, of which
     ``skipped`` has the first 1000 as (path, reason). ``other_endings`` counts the files of folders whose ending is not
     taken. ``bad_records`` were left out of files that were read, ``first_bad`` says where the first five are and
-    why."""
+    why; ``damaged`` names files of which only the beginning was read."""
 
     prefix: str
     documents: int
@@ -111,6 +111,7 @@ class PrepareReport:
     empty_documents: int
     bad_records: int
     first_bad: list[str]
+    damaged: list[str]
     append_eod: bool
     prepend_bos: bool
     shards: int
@@ -351,6 +352,7 @@ def _report(
         empty_documents=sum(record.empty for record in records),
         bad_records=sum(record.bad for record in records),
         first_bad=[sentence(*bad) for bad in first],
+        damaged=[damage for record in records for damage in record.damaged],
         append_eod=config.append_eod,
         prepend_bos=config.prepend_bos,
         shards=len(records),

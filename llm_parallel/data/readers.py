@@ -80,9 +80,16 @@ def rows(path: str | Path, problems: Problems | None = None, columns: Sequence[s
         if kind.form == "text":
             raise NotRead("is plain text and no table of records; give JSON lines, JSON, Parquet, Arrow, CSV or TSV")
         found = records(path, kind, lambda place, reason: problems.add(f"{path} {place}", reason), columns)
-        for place, value in found:
-            yield Row(value, f"{path} {place}")
-    except NotRead as error:
+        given = False
+        try:
+            for place, value in found:
+                given = True
+                yield Row(value, f"{path} {place}")
+        except Damaged as error:
+            if not given:
+                raise
+            problems.add(f"{path} {error.place}", error.reason)
+    except (NotRead, Damaged) as error:
         raise UserError(f"{path} {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -92,27 +99,28 @@ def records(
     path: Path, kind: Kind, bad: Callable[[str, str], None], columns: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Any]]:
     """(place, value) of each record of a file of that kind, which is not text. ``bad`` is called with the place and the
-    reason of what cannot be read. Raises MissingColumn if a table lacks one of ``columns``. With ``columns`` the caller
+    reason of what cannot be read. Raises Damaged where the rest of the file cannot be read, and MissingColumn if
+    a table lacks one of ``columns``. With ``columns`` the caller
     looks only at them, and has to call ``surrogates`` itself; else records with such text are bad."""
-    place = "line 1"
+    content = utf8_blocks(blocks(path, kind.compression), kind.encoding)
+    values: Iterator[tuple[str, Any]]
+    if kind.form in ("parquet", "arrow"):
+        values = _table_rows(path, kind.form, bad, columns)
+    elif kind.form == "lines":
+        values = _json_lines(content, bad)
+    elif kind.form == "json":
+        values = iter(JsonStream(content))
+    else:
+        values = _csv_rows(content, bad, kind.delimiter, columns)
+    place = ""
     try:
-        if kind.form in ("parquet", "arrow"):
-            yield from _table_rows(path, kind.form, bad, columns)
-            return
-        content = utf8_blocks(blocks(path, kind.compression), kind.encoding)
-        if kind.form == "lines":
-            values = _json_lines(content, bad)
-        elif kind.form == "json":
-            values = iter(JsonStream(content))
-        else:
-            values = _csv_rows(content, bad, kind.delimiter, columns)
         for place, value in values:
             if columns is None and (wrong := surrogates(value)):
                 bad(place, wrong)
             else:
                 yield place, value
     except Damaged as error:
-        bad(f"after {place}", str(error))
+        raise Damaged(error.reason, error.place or (f"after {place}" if place else "")) from None
 
 
 def parse_line(line: bytes) -> tuple[Any, str | None]:
@@ -125,12 +133,14 @@ def parse_line(line: bytes) -> tuple[Any, str | None]:
     try:
         return json.loads(text), None
     except json.JSONDecodeError as error:
+        if text.endswith("\n"):  # else a string that is cut off seems to go on and hold the end of the line
+            return parse_line(line.rstrip(b"\r\n"))
         reason = error.msg.removesuffix(" starting at").removesuffix(" at")
         return None, f"is not JSON (character {error.pos + 1}: {reason}); every line has to be a JSON object"
     except RecursionError:
         return None, "is nested too deeply"
     except ValueError as error:  # an integer of over 4300 digits
-        return None, f"is not read ({error})"
+        return None, f"is not read ({str(error).partition(';')[0]})"
 
 
 def surrogates(value: Any) -> str | None:

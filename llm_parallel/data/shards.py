@@ -31,7 +31,7 @@ MAX_TOKENS = (1 << 31) - 1
 @dataclass(frozen=True)
 class ShardRecord:
     """What a finished shard holds. ``input_bytes`` is its size on disk, ``text_bytes`` its text in UTF-8; ``bad``,
-    ``first`` and ``skipped`` are those of ``inputs.Losses``."""
+    ``first``, ``damaged`` and ``skipped`` are those of ``inputs.Losses``."""
 
     documents: int
     tokens: int
@@ -40,6 +40,7 @@ class ShardRecord:
     empty: int
     bad: int
     first: list[tuple[str, str | int, str]]
+    damaged: list[str]
     skipped: list[tuple[str, str]]
 
 
@@ -89,6 +90,7 @@ class ShardWriter:
             losses.empty,
             losses.bad,
             losses.first,
+            losses.damaged,
             losses.skipped,
         )
         with atomic_write(self.path(number, "json")) as handle:
@@ -130,9 +132,7 @@ _worker: tuple[ShardWriter, Tokenizer]
 def start_worker(writer: ShardWriter) -> None:
     """Starts a worker process: loads the tokenizer, and makes the process end when its parent ends."""
     global _worker
-    parent = parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    end_with_parent()
     _worker = writer, load_tokenizer(writer.tokenizer)
 
 
@@ -140,6 +140,13 @@ def work(number: int, pieces: list[Piece]) -> ShardRecord:
     """Tokenises a shard in a worker process."""
     writer, tokenizer = _worker
     return writer.write(number, pieces, tokenizer)
+
+
+def end_with_parent() -> None:
+    """Makes this process, which serves a pool, end when its parent ends."""
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
 def _end_with(sentinel: Any) -> None:

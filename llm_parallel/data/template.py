@@ -137,7 +137,9 @@ def own_template(folder: Path) -> tuple[str, str] | None:
                 f"{path} has the chat templates {', '.join(map(repr, found))} and none named 'default'; write one of "
                 "them to a file and name it in chat.template"
             )
-        found = found["default"]
+        others = [repr(name) for name in found if name != "default"]
+        named = f"{path} (the one named 'default', not {' or '.join(others)})" if others else str(path)
+        return str(found["default"]), named
     return None if found is None else (str(found), str(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import statistics
@@ -10,6 +11,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llm_parallel
+from llm_launch import fleet
 from llm_launch.blame import Device, Kind
 from llm_launch.hang import FILE_CODE, _median_of_others, find_hung, find_slow, waits_for_files
 from llm_launch.progress import Marker, Pace, Progress, ProgressPage
 from llm_launch.roster import Worker
+from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.jsonlines import JsonLines
 
 A, B, C = (Device("n", index) for index in range(3))
@@ -168,3 +172,28 @@ def test_progress_is_seen_through_shared_memory() -> None:
     marker.busy(True)
     assert page.read(2).stepped_s < 0
     assert page.read(1) == Progress()
+
+
+@pytest.mark.parametrize(
+    ("devices", "age_s", "state", "expected"),
+    [
+        ([A], 5.0, "R", []),
+        ([A], 31.0, "R", [A]),
+        ([A], 5.0, "T", [A]),
+        ([A, B], 5.0, "R", [A, B]),
+    ],
+)
+def test_the_only_process_of_a_run_may_pause(
+    devices: list[Device], age_s: float, state: str, expected: list[Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No peer tells a pause of a busy machine from a hang; a process that is stopped needs no peer."""
+    monkeypatch.setattr(fleet, "LOOK_S", 0.0)
+
+    async def same_look(asked: list[Device], _: float) -> dict[Device, dict[str, Any]]:
+        return {device: {**look(COMPUTING), "state": state} for device in asked}
+
+    workers = [SimpleNamespace(age_s=age_s)]
+    known: Any = SimpleNamespace(
+        look=same_look, workers=lambda: workers, evidence=[], elastic=ElasticConfig(), generation=1, step=1, pace=Pace()
+    )
+    assert list(asyncio.run(fleet.Fleet.find_hung(known, devices))) == expected

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_launch.blame import Device
-from llm_launch.placement import Trained, place, recoverable_step
+from llm_launch.placement import Trained, crowded, place, recoverable_step
 from llm_parallel.config.tree import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llm_parallel.parallel.layout import Layout
 
@@ -77,6 +77,10 @@ def test_fewer_devices_than_a_replica_takes_the_legal_layout_with_least_work() -
     layout = placement.layout
     assert (layout.tp, layout.pp, layout.dp) == (1, 1, 3)
     assert placement.overrides == ("parallel.tp=1",)
+    said = crowded(asked, layout)
+    assert said is not None and "4 times as much of the model" in said and "elastic.min_devices=4" in said
+    kept = place(asked, devices(1, 5), "cpu")
+    assert kept is not None and crowded(asked, kept.layout) is None
 
 
 def test_sixteen_thousand_ranks_are_placed_in_a_linear_number_of_calls() -> None:

@@ -224,6 +224,18 @@ def test_marks_of_the_template_say_what_is_trained(plain: ChatTokenizer) -> None
     assert trained_text(plain, encoder(plain, source).encode(conversation("a", "one"))) == ["one<|im_end|>"]
 
 
+def test_marks_and_stops_that_deserve_a_remark(plain: ChatTokenizer) -> None:
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ ':' + m.content + end }}{% endgeneration %}{% else %}{{ ':' + m.content + end }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+    )
+    first, second = encoder(plain, "{% set end = '<|im_end|>' %}" + source).remarks()
+    assert "<|im_end|> ends answers, and the model's files name </s> only" in first
+    assert "marks ':' as written by the assistant" in second
+    assert len(encoder(plain, "{% set end = '</s>' %}" + source).remarks()) == 1
+
+
 def test_two_of_a_role_are_joined_only_if_the_template_refuses_them(plain: ChatTokenizer) -> None:
     turns = [("user", "a"), ("user", "b"), ("assistant", "c")]
     found = Reader().read({"conversations": [{"from": role, "value": text} for role, text in turns]})
@@ -277,7 +289,7 @@ def test_the_template_of_the_folder(tmp_path: Path) -> None:
     assert own_template(tmp_path) == ("A", str(config))
     several = [{"name": "tool_use", "template": "B"}, {"name": "default", "template": "C"}]
     config.write_text(json.dumps({"chat_template": several}))
-    assert own_template(tmp_path) == ("C", str(config))
+    assert own_template(tmp_path) == ("C", f"{config} (the one named 'default', not 'tool_use')")
     (tmp_path / "chat_template.jinja").write_text("D")
     assert own_template(tmp_path) == ("D", str(tmp_path / "chat_template.jinja"))
     (tmp_path / "chat_template.jinja").unlink()

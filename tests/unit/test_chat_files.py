@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,18 @@ def test_they_are_prepared_once_and_again_when_something_changes(tmp_path: Path,
     other = config_of(tmp_path, tokenizer, [row(n) for n in range(11)])
     assert prepare_conversations(other).folder != first.folder
     assert ChatData.open(first.folder).tokens.num_documents == 10
+
+
+@pytest.mark.processes
+def test_several_processes_write_the_same_files(tmp_path: Path, tokenizer: Path) -> None:
+    """More records than one block holds, some of them broken."""
+    rows = [row(n) if n % 100 else "{" for n in range(600)]
+    one = prepare_conversations(config_of(tmp_path, tokenizer, rows))
+    names = ("tokens.bin", "tokens.idx", "weights.bin", "sources.bin", "lines.bin", "report.json")
+    before = [(one.folder / name).read_bytes() for name in names]
+    shutil.rmtree(one.folder)
+    prepare_conversations(config_of(tmp_path, tokenizer, rows), workers=2)
+    assert [(one.folder / name).read_bytes() for name in names] == before
 
 
 def test_held_out_conversations_are_not_trained_on(tmp_path: Path, tokenizer: Path) -> None:

@@ -13,11 +13,13 @@ import pytest
 
 from llm_parallel.config.tree import DataConfig, Source
 from llm_parallel.data.mix import check_token_files
+from llm_parallel.data.prepare import PrepareConfig
+from llm_parallel.data.prepare import prepare as prepare_tokens
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import load_tokenizer, train_sentencepiece
 from llm_parallel.errors import UserError
 from llm_parallel.files import locked
-from tests.support.data_helpers import WORDS, write_token_file
+from tests.support.data_helpers import WORDS, text_of, write_token_file
 from tests.support.data_helpers import prepare_small as prepare
 
 
@@ -128,6 +130,21 @@ def test_files_from_elsewhere_are_named(made: Path) -> None:
     elsewhere = Path(write_token_file(made / "elsewhere", [np.arange(300, dtype=np.int32)]))
     (notice,) = check_token_files(data_of(made / "a", held_out=[elsewhere]), 300, load_tokenizer(made))
     assert notice.startswith(f"{elsewhere} came without a report") and "is not known" in notice
+
+
+def test_documents_that_begin_or_end_in_different_ways_are_named(made: Path, tmp_path: Path) -> None:
+    for name, marks in (("begun", {"prepend_bos": True}), ("open", {"append_eod": False})):
+        text = str(text_of("a", tmp_path))
+        prepare_tokens(PrepareConfig((text,), str(made / name), str(made), workers=1, **marks))  # type: ignore[arg-type]
+    a, begun, ends_open = made / "a", made / "begun", made / "open"
+    old = json.loads((made / "a.report.json").read_text())
+    assert old.pop("append_eod") and not old.pop("prepend_bos")
+    (made / "a.report.json").write_text(json.dumps(old))  # as before these fields were written
+    assert check_token_files(data_of(begun, begun), 300) == []
+    (notice,) = check_token_files(data_of(a, held_out=[begun]), 300)
+    assert notice.startswith(f"the documents of {begun} begin with the tokenizer's begin token and those of {a} do not")
+    (notice,) = check_token_files(data_of(ends_open, a), 300)
+    assert notice.startswith(f"the documents of {a} end with the tokenizer's end token and those of {ends_open} do not")
 
 
 @pytest.mark.parametrize("wrong", [300, -1, 70000])

@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 import zstandard
 from hypothesis import given, settings
@@ -87,6 +88,25 @@ def test_files_equal_those_of_megatron_byte_for_byte(tmp_path: Path, tokenizer: 
     builder.finalize(str(tmp_path / "theirs.idx"))
     for ending in ("bin", "idx"):
         assert (tmp_path / f"ours.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_documents_begin_with_the_begin_token_when_asked(tmp_path: Path, tokenizer: str, append_eod: bool) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", TEXTS[:5])
+    report = run(tmp_path / "o", tokenizer, source, prepend_bos=True, append_eod=append_eod)
+    model = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
+    end = [model.eos_id()] * append_eod
+    wanted = [[model.bos_id(), *model.encode(text), *end] for text in TEXTS[:5]]
+    assert [ids.tolist() for ids in IndexedDataset(str(tmp_path / "o"))] == wanted
+    assert (report.prepend_bos, report.append_eod, report.tokens) == (True, append_eod, sum(map(len, wanted)))
+    assert json.loads((tmp_path / "o.report.json").read_text())["prepend_bos"] is True
+
+
+def test_a_tokenizer_without_a_begin_token_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, "a")).save(str(path))
+    with pytest.raises(UserError, match=r"--prepend-bos: tokenizer .*tokenizer\.json has no token that begins a doc"):
+        run(tmp_path / "o", str(path), write_jsonl(tmp_path / "x.jsonl", ["a"]), prepend_bos=True)
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.jsonl.zst"])
@@ -414,7 +434,7 @@ def test_damaged_compressed_files_are_named(tmp_path: Path, tokenizer: str, name
                 run(tmp_path / "out", tokenizer, path)
         else:
             report = run(tmp_path / "out", tokenizer, path)
-            assert report.bad_records == 1 and re.search(rf"after line \d+ holds \w+ {said}", report.first_bad[0])
+            assert re.search(rf"after line \d+ holds \w+ {said}", report.damaged[0])
             texts = read_back(tmp_path / "out", tokenizer)
             assert texts == TEXTS[: len(texts)] and len(texts) >= 5
 
@@ -461,6 +481,50 @@ def test_output_folder_that_is_a_file_is_named(tmp_path: Path, tokenizer: str) -
     path = write_jsonl(tmp_path / "x.jsonl", TEXTS[:2])
     with pytest.raises(UserError, match=r"cannot use .*x\.jsonl"):
         run(path / "out", tokenizer, path)
+
+
+def test_a_file_that_may_not_be_opened_is_named(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The superuser, as whom tests may run, may open every file."""
+    locked_away = write_jsonl(tmp_path / "a.jsonl", TEXTS[:2])
+    opened = Path.open
+
+    def refuse(path: Path, *more: Any, **named: Any) -> Any:
+        if path == locked_away:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *more, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    report = run(tmp_path / "o", tokenizer, locked_away, write_jsonl(tmp_path / "b.jsonl", TEXTS[2:4]))
+    assert report.skipped == [(str(locked_away), "cannot be opened: Permission denied")]
+    assert read_back(tmp_path / "o", tokenizer) == TEXTS[2:4]
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be opened: Permission denied"):
+        run(tmp_path / "o", tokenizer, locked_away, strict=True)
+
+
+def test_what_was_left_out_is_in_the_table(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    for number in range(7):
+        (tmp_path / f"{number}.txt").touch()
+    (tmp_path / "picture.png").touch()
+    (tmp_path / "damaged.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "a"}).encode() + b"\n")[:-4])
+    bad_line(tmp_path, b"\n".join([b'{"txt": "a"}'] * 8))
+    report = prepare_command([str(tmp_path)], str(tmp_path / "o" / "p"), tokenizer=tokenizer, workers=1)
+    assert (report.bad_records, report.skipped_files, len(report.damaged)) == (8, 7, 1)
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for said in (
+        "7 files not read",
+        "0.txt and 6 more, each of which is empty",
+        "endings not taken 1 .png",
+        "1 damaged files",
+        "8 bad records",
+        "and 3 more in the report",
+        "2 files (2 JSON lines)",
+    ):
+        assert said in printed
 
 
 def test_command_trains_prepares_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
