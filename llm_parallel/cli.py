@@ -11,10 +11,14 @@ from typing import Annotated
 
 import typer
 
+from llm_launch.drill_request import DrillRequest
 from llm_launch.submit_request import SubmitRequest
 from llm_parallel.bench.requests import CommRequest, KernelsRequest, ScalingRequest, StepRequest
 from llm_parallel.command_help import MEASURE, command
+from llm_parallel.convert.request import ConvertRequest
+from llm_parallel.data.request import PrepareRequest
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
+from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.goodput.request import GoodputRequest
 from llm_parallel.options import with_options
 from llm_parallel.planner.request import PlanRequest
@@ -81,30 +85,14 @@ def options(
 
 
 @command(app, "prepare")
-def prepare(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            help="Files, folders or globs: text, JSON lines, JSON, Parquet, Arrow, CSV; plain or in gz, zst, xz, bz2."
-        ),
-    ],
-    out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
-    tokenizer: Annotated[str | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")] = None,
-    train_vocab: Annotated[int | None, typer.Option(help="Train a tokenizer of that many tokens first.")] = None,
-    key: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    workers: Annotated[int | None, typer.Option(help="Processes; all cores if not given.")] = None,
-    append_eod: Annotated[bool, typer.Option(help="End every document with the end-of-document token.")] = True,
-    shard_megabytes: Annotated[int, typer.Option(help="Text of one shard: what is redone after a kill.")] = 16,
-    prepend_bos: Annotated[bool, typer.Option(help="Begin every document with the tokenizer's begin token.")] = False,
-    strict: Annotated[bool, typer.Option(help="Stop at the first bad record instead of leaving it out.")] = False,
-) -> None:
+@with_options
+def prepare(request: PrepareRequest) -> None:
     """Turn raw text into a tokenizer and token files. Started again after a kill, it goes on where it was."""
     from llm_parallel.data.command import prepare_command
+    from llm_parallel.screen import say_next
 
-    prepare_command(
-        inputs, out, tokenizer=tokenizer, train_vocab=train_vocab, key=key, workers=workers,
-        append_eod=append_eod, shard_megabytes=shard_megabytes, prepend_bos=prepend_bos, strict=strict,
-    )  # fmt: skip
+    report = prepare_command(**vars(request))
+    say_next(f"llm-parallel pretrain RUN.yaml data.train={request.out} data.tokenizer={report.tokenizer} --dry-run")
 
 
 @command(app, "check", with_overrides=True)
@@ -116,8 +104,11 @@ def check(
 ) -> None:
     """Show the conversations of a run as the model will see them: what is trained, cut, packed, and where it stops."""
     from llm_parallel.report.check import check_command
+    from llm_parallel.screen import say_next
 
-    raise typer.Exit(check_command(run_file, overrides or [], html, samples))
+    status = check_command(run_file, overrides or [], html, samples)
+    say_next(" ".join(["llm-parallel sft", run_file, *(overrides or []), "--dry-run"]))
+    raise typer.Exit(status)
 
 
 # Train
@@ -211,18 +202,16 @@ def events(
 
 
 @command(app, "drill")
-def drill(
-    run_file: Annotated[str, typer.Argument(help="YAML run file of a small model whose data is here.")],
-    folder: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/drill",
-    blame: Annotated[int, typer.Option(help="Short runs with one random fault each, whose culprit is known.")] = 10,
-    soak_s: Annotated[float, typer.Option(help="Seconds of one run with faults all the time; 0: none.")] = 0.0,
-    every_s: Annotated[float, typer.Option(help="Mean seconds between the faults of the soak.")] = 20.0,
-    seed: Annotated[int, typer.Option(help="Seed of what fails, where and when.")] = 0,
-) -> None:
+@with_options
+def drill(request: DrillRequest) -> None:
     """Break real runs of four processes on this machine in random ways, and see that they go on and blame rightly."""
     from llm_launch.drill import drill_command
+    from llm_parallel.screen import say_next
 
-    raise typer.Exit(drill_command(Path(run_file), Path(folder), blame, soak_s, every_s, seed))
+    folders = Path(request.run_file), Path(request.folder)
+    status = drill_command(*folders, request.blame, request.soak_s, request.every_s, request.seed)
+    say_next(f"llm-parallel drill {request.run_file} --seed {request.seed + 1}")
+    raise typer.Exit(status)
 
 
 # Plan
@@ -329,11 +318,13 @@ def _command_line() -> str:
 def plot(run_dirs: Annotated[list[str], typer.Argument(help="Run folders; several are drawn together.")]) -> None:
     """Draw loss, throughput and learning rate of runs as PNG files."""
     from llm_parallel.metrics.plots import compare_runs, plot_run
+    from llm_parallel.screen import say_next
 
     folders = [Path(folder) for folder in run_dirs]
     pictures = plot_run(folders[0]) if len(folders) == 1 else compare_runs(folders, folders[0] / "plots")
     for picture in pictures:
         typer.echo(str(picture))
+    say_next(f"llm-parallel report {' '.join(run_dirs)} --out {run_dirs[0].rstrip('/')}/report.html")
 
 
 @command(app, "report")
@@ -341,49 +332,45 @@ def plot(run_dirs: Annotated[list[str], typer.Argument(help="Run folders; severa
 def report(request: ReportRequest) -> None:
     """One HTML page of runs and sweeps: curves, time split, recoveries, scaling efficiency. It needs no network."""
     from llm_parallel.report.command import report_command
+    from llm_parallel.screen import say_next
 
-    raise typer.Exit(report_command(request))
+    status = report_command(request)
+    say_next(
+        f'llm-parallel generate {request.runs[0]} --prompt "…"' if request.runs else "llm-parallel plan --validate"
+    )
+    raise typer.Exit(status)
 
 
 # Use
 
 
 @command(app, "generate")
-def generate(
-    checkpoint: Annotated[str, typer.Argument(help="Run, checkpoints, iter_… or Hugging Face folder.")],
-    prompt: Annotated[list[str], typer.Option(help="Text to go on from; may be given several times.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 for the likeliest token each time (greedy).")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
+@with_options
+def generate(request: GenerateRequest) -> None:
     """Write on from a prompt."""
     from llm_parallel.generate.command import generate_command
+    from llm_parallel.screen import say_next
 
-    generate_command(
-        checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed, device=device,
-    )  # fmt: skip
+    generate_command(**vars(request))
+    if not (Path(request.checkpoint) / "config.json").exists():
+        target = str(Path(request.checkpoint)).rstrip("/") + "-hf"
+        say_next(f"llm-parallel convert {request.checkpoint} {target}")
+    else:
+        say_next(f"llm-parallel generate {request.checkpoint} --prompt … --temperature 0.7 --top-p 0.95")
 
 
 @command(app, "convert")
-def convert(
-    source: Annotated[str, typer.Argument(help="Hugging Face folder, or a run, checkpoints or iter_… folder of ours.")],
-    target: Annotated[str, typer.Argument(help="Folder to write; the other kind.")],
-    verify: Annotated[
-        bool, typer.Option(help="Compare logits before and after, and print the largest difference.")
-    ] = True,
-    max_shard_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
-    merge: Annotated[
-        bool, typer.Option(help="Add adapters to the model under them, instead of writing a PEFT folder.")
-    ] = False,
-) -> None:
-    """Convert between Hugging Face Llama folders and our checkpoints, either way, and adapters into PEFT's files."""
+@with_options
+def convert(request: ConvertRequest) -> None:
+    """Convert between Hugging Face folders and our checkpoints, either way, and adapters into PEFT's files."""
     from llm_parallel.convert.command import convert_command
+    from llm_parallel.screen import say_next
 
-    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb, merge=merge)
+    written = convert_command(**vars(request))
+    if (Path(written) / "adapter_config.json").exists():
+        say_next(f"llm-parallel convert {request.source} {request.target}-merged --merge")
+    else:
+        say_next(f'llm-parallel generate {request.target} --prompt "…"')
 
 
 def main() -> None:
