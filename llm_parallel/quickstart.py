@@ -1,55 +1,93 @@
 """``llm-parallel quickstart``: from text on this machine to a small Llama that was trained with TP 2 x PP 2.
 
-The corpus is the source and documentation of the Python standard library of the running interpreter: tens of megabytes
-of real text that every machine has.
+The corpus is the source and documentation of the Python standard library of the running interpreter: megabytes of real
+text that every machine has.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from llm_parallel.config.load import load_config
-from llm_parallel.data.corpus import prepare_python_corpus
+from llm_parallel.config.schema import SCHEMA_LINE, write_schema
+from llm_parallel.data.corpus import PythonCorpus, prepare_python_corpus
 from llm_parallel.files import atomic_write
-from llm_parallel.jsonlines import read_jsonlines
+from llm_parallel.jsonlines import JsonLines, read_jsonlines
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.train.preflight import NVIDIA_DEVICE
 from llm_parallel.worker.command import train_command
 
 VOCABULARY = 4096
-PROMPT = "def read_lines(path):\n"
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "ffn_hidden_size": 352,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "max_seq_length_tokens": 1024,
+    "tie_embeddings": True,
+}
+"""A million parameters, which two CPU cores train on some two million tokens in a few minutes."""
+PROMPT = '    def __init__(self, name, path=None):\n        """'
+SAMPLE_TOKENS = 96
+
+
+@dataclass
+class Parts:
+    """The parts of the quickstart, announced as they begin, with the seconds that each took."""
+
+    number: int
+    done: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str, what: str) -> Iterator[None]:
+        """Prints a heading, and keeps the time until the end of the block."""
+        print(f"\n[{len(self.done) + 1}/{self.number}] {what}", flush=True)
+        started = time.monotonic()
+        yield
+        self.done[name] = time.monotonic() - started
+
+    def describe(self) -> str:
+        """The time of every part and of all together."""
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.done.items())
+        return f"time: {sum(self.done.values()):.0f} s ({parts})"
 
 
 def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
-    """Prepares text once, trains or resumes the run in ``folder``, draws its curves, and generates text; returns the
-    exit status."""
-    started = time.monotonic()
-    corpus = prepare_python_corpus(folder / "data", vocab_size=VOCABULARY)
-    print(f"corpus: {corpus.describe()}", flush=True)
+    """Prepares text once, trains or resumes the run in ``folder``, generates text, and draws plots and the report;
+    returns the exit status."""
+    parts = Parts(4)
+    with parts.part("text", "text: files of this machine's Python library become tokens (about ten seconds)"):
+        corpus = prepare_python_corpus(folder / "data", vocab_size=VOCABULARY)
+        print(f"corpus: {corpus.describe()}", flush=True)
+    tree = run_tree(folder, num_gpus())
     run_file = folder / "run.yaml"
     with atomic_write(run_file) as handle:
-        yaml.safe_dump(run_tree(folder, num_gpus()), handle, sort_keys=False)
-    print(f"run file: {run_file} (start it again with: llm-parallel pretrain {run_file})", flush=True)
-    status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"], suggest=lambda _: None)
+        handle.write(SCHEMA_LINE)
+        yaml.safe_dump(tree, handle, sort_keys=False)
+    write_schema(folder)
+    layout = f"TP {tree['parallel']['tp']} x PP {tree['parallel']['pp']}"
+    with parts.part("training", f"training with {layout}: starting the processes takes some seconds"):
+        print(f"run file: {run_file}", flush=True)
+        status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"], suggest=lambda _: None)
     if status:
         return status
     run_dir = Path(load_config(run_file, overrides).run_dir)
-    report(run_dir, corpus.unigram_entropy_nats)
-    from llm_parallel.generate.command import generate_command
-
-    print("\nsample (temperature 0.7):", flush=True)
-    generate_command(
-        str(run_dir), [PROMPT], max_new_tokens=96, temperature=0.7, top_k=50, top_p=0.95, seed=1, device="auto"
-    )
-    for picture in plot_run(run_dir, unigram_entropy=corpus.unigram_entropy_nats):
-        print(f"plot: {picture}")
-    print(f"run folder: {run_dir}\nwall time: {time.monotonic() - started:.0f} s")
+    with parts.part("sample", "sample: loading the model, which then writes on from a prompt (some seconds)"):
+        sample(run_dir, report(run_dir, corpus.unigram_entropy_nats))
+    with parts.part("pictures", "pictures: plots and an HTML report (some seconds)"):
+        draw(folder, run_dir, corpus)
+    print(f"\n{parts.describe()}\nWhat to try next:\n{next_commands(folder, run_file, run_dir)}")
     return 0
 
 
@@ -61,16 +99,21 @@ def num_gpus() -> int:
 def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
     """The run file for this machine: TP 2 x PP 2 on four CPU processes or at least four GPUs; what fits fewer GPUs.
 
-    On GPUs the batch is larger and the precision is bf16.
+    On GPUs model and batch are larger and the precision is bf16.
     """
     data, replicas = folder / "data", max(1, gpus // 4)
     tp, pp = (1 if gpus == 1 else 2), (2 if gpus == 0 or gpus >= 4 else 1)
-    train: dict[str, Any] = {"global_batch_size": 16, "micro_batch_size": 4, "steps": 200, "eval_interval_steps": 50}
+    model: dict[str, Any] = MODEL
+    train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 4, "steps": 900, "eval_interval_steps": 300}
+    optim = {"lr": 4e-3, "min_lr": 4e-4, "warmup_steps": 40}
     if gpus:
-        train |= {"global_batch_size": 64 * replicas, "steps": 1000, "precision": "bf16"}
+        model = {"preset": "tiny"}
+        train = {"global_batch_size": 64 * replicas, "micro_batch_size": 4, "steps": 1000, "eval_interval_steps": 200}
+        train["precision"] = "bf16"
+        optim = {"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 20}
     return {
         "run_dir": str(folder / "run"),
-        "model": {"preset": "tiny"},
+        "model": model,
         "data": {
             "train": [{"path": str(data / "train")}],
             "eval": [{"path": str(data / "eval")}],
@@ -79,13 +122,15 @@ def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
         },
         "parallel": {"dp": replicas, "tp": tp, "pp": pp},
         "train": train,
-        "optim": {"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 20},
-        "checkpoint": {"interval_steps": 100},
+        "optim": optim,
+        "checkpoint": {"interval_steps": 450},
+        "log": {"interval_steps": 10},
     }
 
 
-def report(run_dir: Path, unigram_entropy_nats: float) -> None:
-    """Prints the last held-out loss, and the loss of a model that knows only how frequent each token is."""
+def report(run_dir: Path, unigram_entropy_nats: float) -> int:
+    """Prints the last held-out loss, and the loss of a model that knows only how frequent each token is; returns the
+    step after which it was measured, which is the last one."""
     evaluations = [record for record in read_jsonlines(run_dir / "metrics.jsonl") if "eval/loss" in record]
     loss = evaluations[-1]["eval/loss"]
     summary = {
@@ -96,6 +141,49 @@ def report(run_dir: Path, unigram_entropy_nats: float) -> None:
     with atomic_write(run_dir / "summary.json") as handle:
         json.dump(summary, handle, indent=1)
     print(
-        f"held-out loss {loss:.3f} nats per token; unigram entropy of the corpus {unigram_entropy_nats:.3f}: "
-        f"{unigram_entropy_nats - loss:.3f} below"
+        f"held-out loss {loss:.4f} nats per token; unigram entropy of the corpus {unigram_entropy_nats:.4f}: "
+        f"{unigram_entropy_nats - loss:.4f} below",
+        flush=True,
     )
+    step: int = evaluations[-1]["step"]
+    return step
+
+
+def sample(run_dir: Path, step: int) -> None:
+    """Prints a text that the model writes on from ``PROMPT``, and records it for the report."""
+    from llm_parallel.generate.command import generate_command
+
+    (text,) = generate_command(
+        str(run_dir), [PROMPT], max_new_tokens=SAMPLE_TOKENS, temperature=0.6, top_k=40, top_p=0.9, seed=1,
+        device="auto",
+    )  # fmt: skip
+    lines = JsonLines(run_dir / "metrics.jsonl")
+    try:
+        lines.append({"event": "answer", "step": step, "prompt": PROMPT, "answer": text, "stopped": False})
+    finally:
+        lines.close()
+
+
+def draw(folder: Path, run_dir: Path, corpus: PythonCorpus) -> None:
+    """Draws the plots, and writes the report beside the run."""
+    from llm_parallel.report.command import report_command
+    from llm_parallel.report.request import ReportRequest
+
+    for picture in plot_run(run_dir, unigram_entropy=corpus.unigram_entropy_nats):
+        print(f"plot: {picture}")
+    report_command(ReportRequest([str(run_dir)], out=str(folder / "report.html")))
+
+
+def next_commands(folder: Path, run_file: Path, run_dir: Path) -> str:
+    """Three commands that go on from here, a line each, as they can be typed in this shell."""
+    command = sys.argv[0] if Path(sys.argv[0]).name == "llm-parallel" else "llm-parallel"
+    if shutil.which("llm-parallel"):
+        command = "llm-parallel"
+    steps = 2 * yaml.safe_load(run_file.read_text())["train"]["steps"]
+    lines = (
+        (f'{command} generate {run_dir} --prompt "import " --temperature 0.6', "another text"),
+        (f"{command} pretrain {run_file} train.steps={steps} parallel.pp=1", "trains on in another layout"),
+        (f"{command} convert {run_dir} {folder / 'hf'}", "a folder that Hugging Face transformers loads"),
+    )
+    width = max(len(line) for line, _ in lines)
+    return "\n".join(f"  {line:<{width}}  # {what}" for line, what in lines)

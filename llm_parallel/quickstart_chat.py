@@ -100,7 +100,7 @@ def _end_of_list(place: int, name: str) -> Callable[[random.Random], tuple[str, 
 
 
 def _next(rng: random.Random) -> tuple[str, ...]:
-    first = rng.randint(1, 95)
+    first = rng.randint(1, 60)
     asked = rng.choice(("What comes after {}?", "Which number follows {}?", "Next number after {}, please."))
     return asked.format(_listed([str(first), str(first + 1), str(first + 2)])), f"{first + 3}."
 
@@ -152,6 +152,8 @@ KINDS: dict[str, Callable[[random.Random], tuple[str, ...]]] = {
     "itself": _about_itself,
 }
 """Tasks by name: each makes a question and its answer."""
+SHARES = {"repeat": 3, "first": 2, "last": 2, "count": 3, "next": 3, "sort": 3, "module": 2}
+"""How often a task is set, others once: those whose answer is worked out take more examples than the facts."""
 THANKS = (("Thank you!", "You are welcome."), ("Thanks.", "You are welcome."), ("Goodbye.", "Goodbye!"))
 
 
@@ -159,14 +161,15 @@ def conversations(seed: int) -> Iterator[Conversation]:
     """Endless conversations, the same for the same seed: one question in four of five, else a second one or a farewell
     after it."""
     rng = random.Random(seed)
+    kinds = [kind for kind in sorted(KINDS) for _ in range(SHARES.get(kind, 1))]
     while True:
-        kind = rng.choice(sorted(KINDS))
+        kind = rng.choice(kinds)
         turns = KINDS[kind](rng)
         more = rng.random()
         if more < 0.1:
             turns += rng.choice(THANKS)
         elif more < 0.2:
-            turns += KINDS[rng.choice(sorted(KINDS))](rng)
+            turns += KINDS[rng.choice(kinds)](rng)
         yield Conversation(kind, turns)
 
 
@@ -193,7 +196,7 @@ def _is_held_out(question: str) -> bool:
 
 
 def write_conversations(
-    folder: str | Path, num_train: int = 4000, num_held_out: int = 200, seed: int = 0
+    folder: str | Path, num_train: int = 8000, num_held_out: int = 200, seed: int = 0
 ) -> tuple[Path, Path]:
     """Writes ``chat.train.jsonl`` and ``chat.eval.jsonl``, a line ``{"messages": […]}`` for each conversation, and
     returns their paths."""

@@ -22,7 +22,7 @@ from llm_parallel.files import atomic_write
 SUFFIXES = (".py", ".txt", ".rst")
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 TESTS = {"test", "tests", "idle_test"}
-ENOUGH_BYTES = 20 << 20
+ENOUGH_BYTES = 8 << 20
 EVAL_SHARE = 0.02
 
 
@@ -48,7 +48,7 @@ class PythonCorpus:
 
 def python_corpus() -> list[Path]:
     """Source and text files of the running interpreter's standard library, sorted; its tests only where the rest is
-    less than 20 MB. Raises UserError if there are none."""
+    less than 8 MB. Raises UserError if there are none."""
     library = _library()
     files = sorted(
         path

@@ -119,17 +119,21 @@ def _statistics(runs: Sequence[Run]) -> list[Chart]:
     kinds = dict.fromkeys(kind for run in runs for kind in run.history.statistics())
     for number, kind in enumerate(kinds):
         curves: list[Curve] = []
+        colours: dict[tuple[int, str], int] = {}
         for index, run in enumerate(runs):
             for name in run.history.statistics().get(kind, ()):
-                label = name if len(runs) == 1 else f"{run.name}: {name}"
-                colour = sum(curve.kind != "faint" for curve in curves)
+                bare = name.partition("/")[2]
+                label = bare.removeprefix(f"{kind}/")
+                label = label if len(runs) == 1 else f"{run.name}: {label}"
+                colour = colours.setdefault((index, bare), len(colours))
                 if name.startswith("eval/"):
-                    curves.append(Curve(label, index, run.history.eval_column(name), "dots", colour))
+                    curves.append(Curve(f"{label}, held out", index, run.history.eval_column(name), "dots", colour))
                     continue
                 values = run.history.column(name)
                 curves.append(Curve(f"{label}, each step", index, values, "faint", colour))
                 curves.append(Curve(label, index, smoothed(values), "line", colour))
-        found.append(Chart(f"statistic_{number}", kind[:1].upper() + kind[1:], kind, curves))
+        title = "Loss by part" if kind == "loss" else kind[:1].upper() + kind[1:].replace("_", " ")
+        found.append(Chart(f"statistic_{number}", title, kind, curves))
     return found
 
 

@@ -30,9 +30,9 @@ SPAN_COLOURS = {
 }
 MOST_POINTS = 400
 """Most points of a curve in a picture, which the page's script replaces by one with more points."""
-INKS = {"#000000": "currentColor", "#ffffff": "none", "#b0b0b0": "var(--faint)", "#cccccc": "var(--line)"}
+INKS = {"#000000": "currentColor", "#222222": "currentColor", "#444444": "currentColor", "#b0b0b0": "var(--faint)"}
 INKS |= {colour.lower(): f"var(--c{index})" for index, colour in enumerate(COLOURS)}
-"""What matplotlib's colours become on a page that may be dark."""
+"""What matplotlib's colours become on a page that may be dark; white is left out where it is no text."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Picture:
         text = re.sub(
             r"(fill|stroke): (#[0-9a-f]{6})", lambda found: f"{found[1]}: {INKS.get(found[2], found[2])}", text
         )
+        text = re.sub(r"(<path[^>]*style=\"[^\"]*fill: )#ffffff", r"\1none", text)
         return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.caption)}"', 1)
 
     def png(self) -> bytes:

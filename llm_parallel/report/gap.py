@@ -90,5 +90,7 @@ def explained(causes: list[Cause]) -> str:
     rest = whole - sum(cause.gap_s or 0.0 for cause in known)
     missing = [cause.name for cause in causes if cause.measured_s is None]
     text += f"; the largest known part is {largest.name} with {1e3 * (largest.gap_s or 0.0):+.3g} ms, and"
-    text += f" {1e3 * rest:+.3g} ms are in no cause that was both measured and predicted"
+    nothing = abs(rest) < 1e-6 * max(abs(cause.gap_s or 0.0) for cause in causes)
+    text += " no time is" if nothing else f" {1e3 * rest:+.3g} ms are"
+    text += " outside the causes that were both measured and predicted"
     return text + (f". Not measured: {', '.join(missing)}." if missing else ".")

@@ -90,7 +90,7 @@ def heat_map(series: Series, number: int) -> Picture | None:
         dark = cell.step_s > fastest + 0.6 * (slowest - fastest)
         weight, style = ("bold", "normal") if cell.is_measured else ("normal", "italic")
         axes.text(column, row, text, ha="center", va="center", fontsize=8, weight=weight, style=style,
-                  color="white" if dark else "#222222")  # fmt: skip
+                  color="#ffffff" if dark else "#10161c")  # fmt: skip
     axes.set_xticks(range(len(tps)), [f"TP {tp}" for tp in tps])
     axes.set_yticks(range(len(pps)), [f"PP {pp}" for pp in pps])
     caption = (

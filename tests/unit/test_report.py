@@ -395,7 +395,7 @@ def test_the_script_draws_what_the_run_recorded(tmp_path: Path) -> None:
     assert curves["each step"]["y"] == pytest.approx([6 - step / 20 for step in range(1, 41)])
     assert curves["held out"]["y"] == [4.25] and curves["held out"]["kind"] == "dots"
     code = {curve["label"]: curve["y"] for curve in data["charts"]["statistic_0"]["curves"]}
-    assert code["eval/loss/code"] == [1.5] and code["train/loss/code, each step"][:5] == [None] * 4 + [2]
+    assert code["code, held out"] == [1.5] and code["code, each step"][:5] == [None] * 4 + [2]
     assert "restart after step 10: TP 1 x PP 1 x DP 4 → TP 2 x PP 1 x DP 2" in json.dumps(data, ensure_ascii=False)
     # The loss of the last step with four digits, as the console prints it, and not the smoothed one.
     assert "<b>4.0000</b>" in text and "mean of the last twentieth 4.0250" in text

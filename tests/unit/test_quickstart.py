@@ -1,0 +1,93 @@
+"""The quickstart's run file is valid on every machine, and its conversations are right, the same for the same seed, and
+divided so that held-out questions are new."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm_parallel.config.load import load_config
+from llm_parallel.config.rules import num_processes
+from llm_parallel.quickstart import next_commands, run_tree
+from llm_parallel.quickstart_chat import (
+    HELP,
+    KINDS,
+    MODULES,
+    NUMBERS,
+    THANKS,
+    Conversation,
+    divided,
+    write_conversations,
+)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "layout"), [(0, 4, (2, 2)), (1, 1, (1, 1)), (2, 2, (2, 1)), (4, 4, (2, 2)), (8, 8, (2, 2))]
+)
+def test_the_run_file_fits_the_machine(tmp_path: Path, gpus: int, processes: int, layout: tuple[int, int]) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump(run_tree(tmp_path, gpus)))
+    config = load_config(run_file, [])
+    assert num_processes(config) == processes and (config.parallel.tp, config.parallel.pp) == layout
+    assert config.train.precision == ("bf16" if gpus else "fp32")
+    replica = config.train.micro_batch_size * (config.parallel.dp or 1)
+    assert config.train.global_batch_size % replica == 0
+    commands = next_commands(tmp_path, run_file, tmp_path / "run").splitlines()
+    assert len(commands) == 3 and all("llm-parallel " in command and "  # " in command for command in commands)
+    assert f"train.steps={2 * config.train.steps}" in commands[1]
+
+
+def right(question: str, answer: str) -> bool:
+    """Whether an answer is right, worked out from the question's text."""
+    asked, _, rest = question.partition(": ") if ": " in question else question.partition("? ")
+    items = re.findall(r"\w+", rest)
+    if question in dict(THANKS):
+        return answer == dict(THANKS)[question]
+    if asked in ("Repeat", "Say this again", "Copy these words"):
+        return answer == rest
+    if asked in ("How many words are there", "Count the words", "How long is this list"):
+        return NUMBERS.index(answer.rstrip(".").lower()) == len(items)
+    if "first" in asked or "last" in asked:
+        return answer.split()[-1] == f"{items[0 if 'first' in asked else -1]}."
+    if asked in ("Sort these numbers", "Put in order"):
+        return answer.split(", ") == sorted(items)
+    if "after" in question or "follows" in question:
+        return int(answer.rstrip(".")) == int(re.findall(r"\d+", question)[-1]) + 1
+    if answer.startswith("Hello! "):
+        return HELP in answer or "small model" in answer
+    named = re.search(r"(?:The module|import) (\w+)", answer)
+    assert named is not None, (question, answer)
+    return named[1] in question or MODULES[named[1]] in question
+
+
+def turns(part: list[Conversation]) -> list[tuple[str, str]]:
+    return [(one.turns[n], one.turns[n + 1]) for one in part for n in range(0, len(one.turns), 2)]
+
+
+def test_every_answer_is_right_and_held_out_questions_are_new() -> None:
+    train, held_out = divided(2000, 150, seed=3)
+    assert (len(train), len(held_out)) == (2000, 150)
+    assert {one.kind for one in train} == {one.kind for one in held_out} == set(KINDS)
+    assert [pair for pair in turns(train + held_out) if not right(*pair)] == []
+    asked = {question for question, _ in turns(train)}
+    assert not asked & {one.turns[0] for one in held_out}
+    assert len({one.turns[0] for one in held_out}) == 150
+    assert max(len(text) for one in train for text in one.turns) < 130
+    assert 0.1 < sum(len(one.turns) > 2 for one in train) / len(train) < 0.3
+
+
+def test_a_seed_says_which_conversations(tmp_path: Path) -> None:
+    first, second = divided(50, 10, seed=1), divided(50, 10, seed=1)
+    assert first == second and divided(50, 10, seed=2) != first
+    train, held_out = write_conversations(tmp_path, 50, 10, seed=1)
+    for path, part in ((train, first[0]), (held_out, first[1])):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [list(line) for line in lines] == [["messages"]] * len(part)
+        assert [message["content"] for line in lines for message in line["messages"]] == [
+            text for one in part for text in one.turns
+        ]
+        assert [message["role"] for message in lines[0]["messages"]][:2] == ["user", "assistant"]
