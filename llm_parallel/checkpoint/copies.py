@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +79,7 @@ class MemoryCopies:
         """Begins the copy of the state after ``state.step``, which must not change before ``finish``."""
         self.finish()
         record = {
-            "train": asdict(state),
+            "train": state.record(),
             "optimizer_steps": {name: optimizer_steps(engine) for name, engine in self._engines.items()},
             "settings": settings_in_use(self._engines[POLICY]),
         }
