@@ -94,7 +94,7 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "blame": lambda r: f"found to blame ({r['fault']}): {r['cause']}",
     "remove": lambda r: f"device {r['device']} of {r['node']} is removed: {r['cause']}",
     "reshape": lambda r: f"another layout: {r['after']} instead of {r['before']}",
-    "crowded": lambda r: f"less room than this layout needs: {r['cause']}",
+    "crowded": lambda r: f"{r['cause']}",
     "lost": lambda r: f"node {r['node']} is lost: {r['cause']}",
     "join": lambda r: f"node {r['node']} is there",
     "health": lambda r: f"{r['node']}, device {r['device']}: {r['cause']}",
