@@ -15,6 +15,7 @@ from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.screen import show, show_table
 from llm_parallel.train.preflight import mixture, rank_table
 from llm_parallel.train.room import checkpoint_bytes, checkpoints_at_once, existing_part, free_bytes
+from llm_parallel.worker.chat_table import show_conversations
 
 MOST_RANKS = 16
 """Ranks that a dry run lists unless all are wanted."""
@@ -22,6 +23,9 @@ MOST_RANKS = 16
 
 def show_mixture(config: RunConfig) -> None:
     """Prints tokens and epochs of each source before anything starts."""
+    if config.trains == "sft":
+        show_conversations(config)
+        return
     rows = [
         (row.path, f"{row.weight:.4f}", f"{row.tokens_available:,}", f"{row.tokens_used:,}", f"{row.epochs:.2f}")
         for row in mixture(config)
