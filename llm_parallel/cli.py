@@ -140,6 +140,20 @@ def pretrain(
     raise typer.Exit(train_command("pretrain", run_file, overrides or [], dry_run))
 
 
+@command(app, "sft", with_overrides=True)
+def sft(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Prepare the conversations, print configuration, ranks and memory; start nothing.")
+    ] = False,
+) -> None:
+    """Fine-tune a model on conversations (chat.train), so that it answers and stops. Starts like pretrain."""
+    from llm_parallel.worker.command import train_command
+
+    raise typer.Exit(train_command("sft", run_file, overrides or [], dry_run))
+
+
 @command(app, "launch", with_overrides=True)
 def launch(
     run_file: RunFile,

@@ -45,6 +45,13 @@ COMMANDS: dict[str, CommandHelp] = {
             "configs/first-run.yaml train.steps=150 parallel.pp=1 parallel.dp=2",
         ),
     ),
+    "sft": CommandHelp(
+        TRAIN,
+        (
+            "configs/sft.yaml --dry-run",
+            "configs/sft.yaml checkpoint.load=models/SmolLM2-135M adapter.rank=16",
+        ),
+    ),
     "launch": CommandHelp(
         TRAIN,
         (

@@ -8,7 +8,7 @@ A worker copies its share of the optimizer state (fp32 weights and both AdamW mo
 the file outlives the worker. The agent of a partner node keeps a second copy, which outlives the node.
 
     header   JSON, padded to a page: run, generation, rank, numbers, index (only workers interpret it)
-    2 slots  1 MiB of state each: step + 1 (0 while the slot is being written), length, JSON
+    2 slots  1 MiB of state each: step + 1 (0 while the slot is being written), length, JSON (by zlib if it is longer)
     2 slots  3 * numbers fp32 values each: weights, first moments, second moments
 """
 
@@ -23,6 +23,7 @@ import re
 import secrets
 import struct
 import time
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ class CopyFile:
         """The JSON object that was committed with the numbers of ``slot``."""
         offset = self.state_offset(slot)
         _, length = SLOT_HEAD.unpack_from(self.map, offset)
-        return json.loads(self.map[offset + SLOT_HEAD.size : offset + SLOT_HEAD.size + length])
+        data = self.map[offset + SLOT_HEAD.size : offset + SLOT_HEAD.size + length]
+        return json.loads(data if data.startswith(b"{") else zlib.decompress(data))
 
     def begin(self, slot: int) -> None:
         """Declares ``slot`` incomplete; its numbers may be overwritten after this."""
@@ -198,6 +200,8 @@ class CopyFile:
     def commit(self, slot: int, step: int, state: dict[str, Any]) -> None:
         """Declares ``slot`` to hold ``step``."""
         data = json.dumps(state, separators=(",", ":")).encode()
+        if len(data) > STATE_BYTES - SLOT_HEAD.size:  # a run of thousands of sources, changed many times
+            data = zlib.compress(data)
         assert len(data) <= STATE_BYTES - SLOT_HEAD.size
         offset = self.state_offset(slot)
         self.map[offset + SLOT_HEAD.size : offset + SLOT_HEAD.size + len(data)] = data

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,8 +31,9 @@ from llm_parallel.checkpoint.optimizer import (
 )
 from llm_parallel.checkpoint.pieces import Piece, held_pieces, weights_follow
 from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.errors import UserError
 from llm_parallel.model.tensors import Role, kind_of
-from llm_parallel.parallel.engine import POLICY, Models, network_of
+from llm_parallel.parallel.engine import POLICY, Models, Network, network_of
 
 PARTNER_TIMEOUT_S = 60.0
 
@@ -80,9 +80,10 @@ class MemoryCopies:
         """Begins the copy of the state after ``state.step``, which must not change before ``finish``."""
         self.finish()
         record = {
-            "train": asdict(state),
+            "train": state.record(),
             "optimizer_steps": {name: optimizer_steps(engine) for name, engine in self._engines.items()},
             "settings": settings_in_use(self._engines[POLICY]),
+            "base": _fingerprint(self._engines[POLICY].network),
         }
         self._step = state.step
         device_done = None
@@ -128,6 +129,11 @@ class MemoryCopies:
             where = slice(piece.at, piece.at + piece.stop - piece.start)
             for target, plane in zip(targets, planes):
                 target[where].copy_(plane)
+
+
+def _fingerprint(network: Network) -> str | None:
+    """Of the weights under adapters, if there are any; the copies hold adapters alone."""
+    return network.base.fingerprint if network.base is not None else None
 
 
 def _planes(file: CopyFile, slot: int) -> torch.Tensor:
@@ -302,6 +308,11 @@ def restore(
     finally:
         for source in assembler.opened:
             source.close()
+    before, now = record.get("base"), _fingerprint(engines[POLICY].network)
+    if before != now:
+        raise UserError(
+            f"checkpoint.load is another model (fingerprint {now}) than when the run began ({before}); put that back"
+        )
     for name, engine in engines.items():
         set_optimizer_steps(engine, record["optimizer_steps"][name])
         apply_configured_settings(engine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class TrainState:
     def write(self, folder: Path) -> None:
         """Writes the state into a checkpoint folder."""
         with atomic_write(folder / STATE_NAME) as handle:
-            json.dump(asdict(self), handle)
+            json.dump(self.record(), handle)
 
     @classmethod
     def read(cls, folder: Path) -> TrainState:
@@ -63,9 +63,15 @@ class TrainState:
                 f"{folder / STATE_NAME} is missing or damaged ({error}); load another checkpoint"
             ) from error
 
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        guard = {name: list(window) for name, window in self.guard.items()}
+        return {**values, "guard": guard, "segments": [segment.record for segment in self.segments]}
+
     @classmethod
     def from_record(cls, values: dict[str, Any]) -> TrainState:
-        """What ``dataclasses.asdict`` made of one. Raises KeyError and TypeError if something is missing or wrong."""
+        """What ``record`` gave. Raises KeyError and TypeError if something is missing or wrong."""
         names = [item.name for item in fields(cls)]
         known = {name: values[name] for name in names if name in values or name not in ADDED}
         return cls(**{**known, "segments": tuple(map(Segment.from_record, known.get("segments", ())))})

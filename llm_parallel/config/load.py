@@ -34,6 +34,8 @@ from llm_parallel.errors import UserError
 __all__ = ["FieldDoc", "config_schema", "describe_fields", "dump_config", "load_config"]
 
 MAX_DEPTH = 20
+PATH_LISTS = (("data", "train"), ("data", "eval"), ("chat", "train"), ("chat", "eval"))
+"""Lists of sections whose items may be given as their path alone."""
 NULL_TAG = "tag:yaml.org,2002:null"
 TEXT_TAG = "tag:yaml.org,2002:str"
 
@@ -277,7 +279,7 @@ def _may_be_null(key: Key) -> bool:
 
 def _sources(key: Key, value: Any) -> Any:
     """The value; a data source that is given as a path alone becomes a section."""
-    if key in (("data", "train"), ("data", "eval")):
+    if key in PATH_LISTS:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list):
             return [{"path": item} if isinstance(item, str) else item for item in items]

@@ -7,7 +7,8 @@ before n, and a source that an earlier segment read goes on where that left it. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from llm_parallel.config.tree import DataConfig
@@ -57,8 +58,14 @@ class Segment:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Segment:
-        """What ``dataclasses.asdict`` made of one. Raises KeyError and TypeError if it is damaged."""
-        return cls(**{**record, "sources": tuple(SourceUse(**source) for source in record["sources"])})
+        """What ``record`` is. Raises KeyError and TypeError if it is damaged."""
+        return cls(**{**record, "sources": tuple(SourceUse(*source) for source in record["sources"])})
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """For JSON; short and made once, since a run may have thousands of sources and copies this after every step."""
+        sources = [[use.path, use.weight, use.documents, use.tokens] for use in self.sources]
+        return {**{item.name: getattr(self, item.name) for item in fields(self)}, "sources": sources}
 
     def same_samples(self, other: Segment) -> bool:
         """Whether samples are drawn in the same way from both."""
@@ -67,6 +74,12 @@ class Segment:
             return False
         pairs = list(zip(self.sources, other.sources))
         return all(one.weight == two.weight and (one.same_file(two) or one.moved_from(two)) for one, two in pairs)
+
+
+def tokens_read(history: Sequence[Segment], consumed: int) -> int:
+    """Tokens of the first ``consumed`` samples."""
+    ends = [*(segment.first for segment in history[1:]), consumed]
+    return sum((end - one.first) * one.seq_length_tokens for one, end in zip(history, ends))
 
 
 def continued(history: Sequence[Segment], now: Segment) -> tuple[Segment, ...]:

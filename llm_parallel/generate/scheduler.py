@@ -115,6 +115,12 @@ class Scheduler:
         for sequence in list(self._siblings.get(number, ())):
             self._cancelled.append(self._end(sequence, Reason.CANCELLED))
 
+    def start_over(self) -> None:
+        """Forgets all keys, as a change of the weights asks for; answers in work go on from their tokens."""
+        for sequence in [sequence for wave in self._running for sequence in wave]:
+            self._interrupt(sequence)
+        self.pool.forget()
+
     def take_cancelled(self) -> list[Finished]:
         """Answers that were cancelled since the last call."""
         taken, self._cancelled = self._cancelled, []

@@ -63,6 +63,8 @@ class Basis:
     """Dense peak of one device that MFU divides by; None if it is not known."""
     total_steps: int
     """Steps of the whole run."""
+    other_tokens: int = 0
+    """Tokens that samples had, before this start, more than ``seq_length``."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def derive(measured: StepMeasurement, basis: Basis, recent_step_times_s: Sequenc
     return StepRecord(
         step=measured.step,
         consumed_samples=measured.consumed_samples,
-        consumed_tokens=measured.consumed_samples * basis.seq_length,
+        consumed_tokens=measured.consumed_samples * basis.seq_length + basis.other_tokens,
         loss=measured.loss,
         grad_norm=measured.grad_norm,
         lr=measured.lr,

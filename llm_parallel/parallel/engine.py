@@ -66,13 +66,15 @@ class Engine:
     """A network and its optimizer.
 
     optimizer: megatron-core's (chained) optimizer; overlap: whether communication overlaps compute; before_reduction:
-    called when this process has computed its gradient and is about to wait for the other replicas.
+    called when this process has computed its gradient and is about to wait for the other replicas; after_step: called
+    when the weights have been updated.
     """
 
     network: Network
     optimizer: Any
     overlap: bool
     before_reduction: list[Callable[[], None]] = field(default_factory=list)
+    after_step: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def chunks(self) -> Sequence[Any]:
@@ -99,6 +101,8 @@ class Engine:
         """Updates the weights by gradients scaled so that their global norm, ``total_norm``, is at most ``max_norm``
         (0: not scaled)."""
         update(self.optimizer, max_norm / (total_norm + 1e-6) if 0.0 < max_norm < total_norm else 1.0)
+        for hook in list(self.after_step):
+            hook()
 
     def parameters_up_to_date(self) -> None:
         """Waits for parameters that are still being gathered; with overlapped gathering the last step's parameters

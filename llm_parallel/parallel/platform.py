@@ -57,6 +57,12 @@ class Platform:
         resident = psutil.Process().memory_info().rss / 2**30
         return resident, resident
 
+    def free_bytes(self) -> int:
+        """Memory that is free: on the GPU, or on a CPU in this machine."""
+        if self.is_cuda:
+            return torch.cuda.mem_get_info(self.device)[0]
+        return psutil.virtual_memory().available
+
 
 def resolve_device(choice: str) -> str:
     """``cpu`` or ``cuda`` for ``device=auto|cpu|cuda``. Raises UserError if CUDA is asked for and absent."""

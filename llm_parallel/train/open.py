@@ -17,7 +17,7 @@ from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.rules import NO_BASE, check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.batch import Batch
-from llm_parallel.data.segments import Segment
+from llm_parallel.data.segments import Segment, tokens_read
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
 from llm_parallel.metrics.record import Basis
@@ -100,13 +100,7 @@ def open_run(
     guard = Guard(config.train.guard)
     guard.restore(state.guard, state.consecutive_skips)
     peak = find_peak(platform.device_name, config.log.peak_tflops)
-    basis = Basis(
-        world_size=place.world_size,
-        seq_length=config.data.seq_length_tokens,
-        flops_per_token=flops_per_token(config.model, config.data.seq_length_tokens, adapter=config.adapter),
-        peak_tflops=peak.tflops,
-        total_steps=config.train.steps,
-    )
+    basis = basis_of(config, place, state, peak)
     world = World(place.world_size, layout.describe(), platform.device_name, platform.is_cuda)
     held_out = method.held_out(config, groups, state)
     with ExitStack() as opened:  # background threads must end if the rest of this fails
@@ -142,6 +136,20 @@ def open_run(
         watch.opened(run)
         opened.pop_all()
     return run
+
+
+def basis_of(config: RunConfig, place: Place, state: TrainState, peak: Peak) -> Basis:
+    """What the rates of a run that goes on from ``state`` are computed from."""
+    length = config.data.seq_length_tokens
+    read = tokens_read(state.segments, state.consumed_samples) if state.segments else 0
+    return Basis(
+        world_size=place.world_size,
+        seq_length=length,
+        flops_per_token=flops_per_token(config.model, length, adapter=config.adapter),
+        peak_tflops=peak.tflops,
+        total_steps=config.train.steps,
+        other_tokens=read - state.consumed_samples * length if read else 0,
+    )
 
 
 def open_feed(config: RunConfig, groups: Groups, resumed: Resumed, method: Method) -> Feed:

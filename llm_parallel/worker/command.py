@@ -25,6 +25,7 @@ from llm_parallel.planner.memory import CONTEXT_BYTES, memory
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.train.preflight import mixture, preflight, rank_table
 from llm_parallel.train.room import check_room, checkpoint_bytes, checkpoints_at_once, existing_part, free_bytes
+from llm_parallel.worker.chat_table import show_conversations
 
 CONFIG_NAME = "config.yaml"
 Kind = Literal["pretrain", "sft"]
@@ -94,6 +95,9 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def show_mixture(config: RunConfig) -> None:
     """Prints tokens and epochs of each source before anything starts."""
+    if config.trains == "sft":
+        show_conversations(config)
+        return
     table = Table(title="Training mixture", title_justify="left")
     for name in ("source", "weight", "tokens held", "tokens used", "epochs"):
         table.add_column(name, justify="left" if name == "source" else "right")

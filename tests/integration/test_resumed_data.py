@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.commands import Corpus, events, train_in_ranks, write_run_file
+from tests.support.commands import Corpus, events, read_records, train_in_ranks, write_run_file
 from tests.support.data_helpers import numbered_documents, write_token_file
 
 pytestmark = pytest.mark.gloo
@@ -65,6 +65,12 @@ def test_no_token_is_seen_twice_across_changes_of_length_seed_and_mixture(tmp_pa
         (16, segments[0]["seed"], 64),
         (24, 9, 32),
     ]
+    read = [
+        record["train/tokens"]
+        for record in read_records(tmp_path / "run" / "metrics.jsonl")
+        if "train/tokens" in record
+    ]
+    assert read == [128, 256, 384, 512, 768, 1024, 1152, 1280]
     second, third = (event["changed"] for event in events(tmp_path / "run", "settings_changed"))
     assert f"{path} goes on with {sum(LENGTHS) - 512:,} tokens that are left of its epoch 1, in parts of " in second[-1]
     assert third[-1] == f"{other} begins at its start" and third[0].startswith("seed ")

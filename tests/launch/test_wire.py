@@ -71,6 +71,10 @@ def test_a_slot_counts_only_when_committed(tmp_path: Path) -> None:
     assert inventory(tmp_path) == []
     file.begin(0)
     file.data(0)[:] = bytes(range(60))
+    large = {"paths": [f"/data/part-{number:05d}/tokens" for number in range(60_000)]}
+    file.commit(1, 7, large)
+    assert file.state(1) == large, "more than a slot holds as it is"
+    file.begin(1)
     file.commit(0, 0, {"x": 1})
     file.begin(1)
     assert inventory(tmp_path) == [{"kind": "own", "generation": 1, "rank": 0, "steps": [0]}]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,9 @@ class Trained:
 
     def train(self, data: DataConfig, samples: int, seed: int = 1) -> SampleSource:
         """Goes on under these settings, as a run does that was started again; the checkpoint is JSON."""
-        self.history = TrainState.from_record(asdict(TrainState(segments=self.history))).segments
+        self.history = TrainState.from_record(
+            json.loads(json.dumps(TrainState(segments=self.history).record()))
+        ).segments
         source = SampleSource(data, seed, "train", None, self.history, self.consumed)
         self.history, self.notices = source.history, source.notices
         self.samples += [source.sample(number) for number in range(self.consumed, self.consumed + samples)]
@@ -274,7 +277,7 @@ def test_old_checkpoints_have_no_segments_and_damaged_ones_are_refused(folder: P
     (tmp_path / "train_state.json").write_text(written.replace('"seq_length_tokens"', '"length"'))
     with pytest.raises(UserError, match=r"train_state.json is missing or damaged"):
         TrainState.read(tmp_path)
-    assert TrainState.from_record({k: v for k, v in asdict(state).items() if k != "segments"}).segments == ()
+    assert TrainState.from_record({k: v for k, v in state.record().items() if k != "segments"}).segments == ()
 
 
 def test_an_old_checkpoints_sources_go_on_where_their_counts_are_not_known(folder: Path) -> None:

@@ -1,0 +1,287 @@
+"""Answers requests with the weights of a network, in any layout, between two training steps or without training.
+
+Each replica (data-parallel and context-parallel ranks alike) is a generator of its own. All processes of a replica make
+the same calls with the same requests, plan the same passes, and learn the chosen tokens by one small broadcast a pass.
+With a pipeline, one pass for each stage is under way at a time; the tokens of a pass are taken up when its turn comes
+again, by when the last stage has chosen them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm_parallel.errors import UserError
+from llm_parallel.generate.draw import Choice, Draw, choose_tokens
+from llm_parallel.generate.layers import PlainChunk
+from llm_parallel.generate.paged import LayerCache, Pass, Rotation, make_pass
+from llm_parallel.generate.requests import Finished, Request, check_fits
+from llm_parallel.generate.scheduler import Answer, Limits, Part, Scheduler
+from llm_parallel.parallel.engine import Engine, Network, network_of
+
+CACHE_SHARE = 0.25
+"""Of the free memory, for the cache if its size is not given."""
+
+
+@dataclass(frozen=True)
+class GeneratorOptions:
+    """max_running: answers in work at a time; pass_tokens: tokens of one pass, prompts in chunks; page_tokens: tokens
+    of a page of the cache; cache_tokens: tokens that the cache holds, by default as many as ``max_running`` texts of
+    the model's full context, if a quarter of the free memory is enough for them."""
+
+    max_running: int = 64
+    pass_tokens: int = 512
+    page_tokens: int = 16
+    cache_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "page_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.pass_tokens < self.max_running:
+            raise UserError(
+                f"pass_tokens is {self.pass_tokens} and max_running is {self.max_running}; a pass must have room for "
+                "one token of each answer"
+            )
+        if self.cache_tokens is not None and self.cache_tokens < self.page_tokens:
+            raise UserError(f"cache_tokens is {self.cache_tokens}; it must be at least page_tokens, {self.page_tokens}")
+
+
+@dataclass
+class _Running:
+    """A pass under way. chosen: what the last stage has chosen, on the process that chooses; sent: its broadcast."""
+
+    parts: list[Part]
+    info: Pass
+    chosen: Tensor | None = None
+    sent: dist.Work | None = None
+
+
+class Generator:
+    """Continuous batching over a network. All processes of the run make one; those of a replica make the same calls.
+
+    decode: text of token ids, special tokens included, which requests with ``stop`` need; on_token: called with the
+    number and sample of an answer and its next token.
+    """
+
+    def __init__(
+        self,
+        model: Network | Engine,
+        options: GeneratorOptions | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+        on_token: Callable[[int, int, int], None] | None = None,
+    ) -> None:
+        options = options or GeneratorOptions()
+        self._model, network = model, network_of(model)
+        self.groups, self._models = network.groups, network.models
+        self.model_config = self._models[0].model_config
+        self._decode, self._on_token = decode, on_token
+        self._pp, self._device = self.groups.mesh.pp, self.groups.platform.device
+        num_pages = _num_pages(network, options)
+        self.limits = Limits(num_pages, options.page_tokens, options.max_running, options.pass_tokens)
+        self._rotation = Rotation(self.model_config, self._device)
+        self.scheduler = Scheduler(self.limits, self._pp, self._stopped_by, self._rotation.salt)
+        self._caches = [LayerCache.of_chunk(chunk, num_pages * options.page_tokens) for chunk in self._models]
+        self._passes: list[_Running | None] = [None] * self._pp
+        self._sends: deque[tuple[dist.Work, Tensor]] = deque()
+        self.is_stale = False
+        if isinstance(model, Engine):
+            _mark_stale_after_steps(model, self)
+        self.refresh()
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        """Number of this process's replica, and how many there are."""
+        at, mesh = self.groups.at, self.groups.mesh
+        return at.dp * mesh.cp + at.cp, mesh.dp * mesh.cp
+
+    @property
+    def idle(self) -> bool:
+        """Whether all answers have been returned."""
+        return self.scheduler.idle and not any(self._passes)
+
+    def refresh(self) -> None:
+        """Takes up weights that have changed: waits for those that are still being gathered and forgets all keys. All
+        processes of the run call this after a training step, before the next ``tick``."""
+        if isinstance(self._model, Engine):
+            self._model.parameters_up_to_date()
+        self.scheduler.start_over()
+        with torch.inference_mode():
+            self._chunks = [PlainChunk(model, caches) for model, caches in zip(self._models, self._caches)]
+        self.is_stale = False
+
+    def submit(self, request: Request) -> None:
+        """Takes a request. Raises UserError for one that the model or the cache has no room for."""
+        vocabulary = self.model_config.vocab_size
+        assert vocabulary is not None
+        cache_tokens = self.limits.num_pages * self.limits.page_tokens
+        check_fits(request, self.model_config.max_seq_length_tokens, cache_tokens, vocabulary)
+        if request.stop and self._decode is None:
+            raise UserError(f"stop of prompt {request.number} is given, and the model has no tokenizer to find it with")
+        self.scheduler.submit(request)
+
+    def cancel(self, number: int) -> None:
+        """Ends the unfinished answers to a request; ``tick`` returns them with the reason ``cancelled``."""
+        self.scheduler.cancel(number)
+
+    def run(self, requests: Sequence[Request]) -> list[Finished]:
+        """Answers of this replica, in the order of the requests, of which every replica takes its part. All processes
+        of the run call this with the same requests."""
+        if self.is_stale:
+            self.refresh()
+        own, replicas = self.replica
+        mine = requests[own::replicas]
+        for request in mine:
+            self.submit(request)
+        finished = [answer for answers in self.ticks() for answer in answers]
+        places = {request.number: place for place, request in enumerate(mine)}
+        return sorted(finished, key=lambda answer: (places[answer.number], answer.sample))
+
+    def ticks(self) -> Iterator[list[Finished]]:
+        """``tick`` until all is answered."""
+        while not self.idle:
+            yield self.tick()
+
+    def tick(self) -> list[Finished]:
+        """One pass for each pipeline stage; prompts, chunks and single tokens together. Returns what was finished."""
+        assert not self.is_stale, "the weights have changed; call refresh() on all processes first"
+        finished = self.scheduler.take_cancelled()
+        # The mode that platform.py installs on a CPU is for megatron-core, which is not called here.
+        with torch.inference_mode(), torch._C.DisableTorchFunction():
+            for wave in range(self._pp):
+                finished += self._settle(wave)
+                parts = self.scheduler.plan(wave)
+                if parts:
+                    info = make_pass(parts, self.limits.page_tokens, self._rotation, self._device, self._chunks[0].flat)
+                    self._passes[wave] = _Running(parts, info)
+                    self._run(0, wave)
+            for stage in range(1, len(self._chunks)):
+                for wave in range(self._pp):
+                    self._run(stage, wave)
+            if self._pp == 1:
+                finished += self._settle(0)
+        return finished
+
+    def _run(self, stage: int, wave: int) -> None:
+        """One model chunk's part of a pass."""
+        running, chunk = self._passes[wave], self._chunks[stage]
+        if running is None:
+            return
+        pipeline, at = self.groups.collection.pp, self.groups.at.pp
+        hidden = None
+        if not chunk.is_first:
+            shape = len(running.info.tokens), self.model_config.hidden_size
+            hidden = torch.empty(shape, dtype=chunk.model.numerics.dtype, device=self._device)
+            dist.recv(hidden, group=pipeline, group_src=(at - 1) % self._pp)
+        out = chunk(hidden, running.info)
+        if chunk.is_last:
+            self._choose(running, out)
+            return
+        work = dist.isend(out, group=pipeline, group_dst=(at + 1) % self._pp)
+        assert work is not None
+        self._sends.append((work, out))
+        while self._sends and (self._sends[0][0].is_completed() or len(self._sends) > 4 * len(self._chunks)):
+            self._sends.popleft()[0].wait()
+
+    def _choose(self, running: _Running, logits: Tensor) -> None:
+        """Chooses on one process of the last stage, and sends."""
+        if self.groups.at.tp > 0:
+            return
+        draws = [_draw(part) for part in running.parts if part.chooses]
+        if draws:
+            running.chosen = _packed(choose_tokens(logits, draws), _width(running.parts)).to(self._device)
+            running.sent = self._broadcast(running.chosen, wait=False)
+
+    def _broadcast(self, chosen: Tensor, wait: bool) -> dist.Work | None:
+        mesh = self.groups.mesh
+        if mesh.tp * mesh.pp == 1:
+            return None
+        source = (mesh.pp - 1) * mesh.tp
+        return dist.broadcast(chosen, group=self.groups.collection.mp, group_src=source, async_op=not wait)
+
+    def _settle(self, wave: int) -> list[Finished]:
+        """Takes up the tokens of the wave's last pass."""
+        running, self._passes[wave] = self._passes[wave], None
+        if running is None:
+            return []
+        count = sum(part.chooses for part in running.parts)
+        if not count:
+            return []
+        if running.chosen is None:
+            running.chosen = torch.empty(count, _width(running.parts), dtype=torch.float64, device=self._device)
+            self._broadcast(running.chosen, wait=True)
+        elif running.sent is not None:
+            running.sent.wait()
+        choices = [_unpacked(row) for row in running.chosen.tolist()]
+        if self._on_token is not None:
+            for part, choice in zip((part for part in running.parts if part.chooses), choices):
+                if not part.sequence.ended:
+                    self._on_token(part.sequence.request.number, part.sequence.sample, choice.token)
+        return self.scheduler.apply(running.parts, choices)
+
+    def _stopped_by(self, answer: Answer) -> str | None:
+        """The text of ``stop`` that the last token completed. A token has a character at least, or a byte of one, of
+        which a character has four at most."""
+        assert self._decode is not None
+        longest = max(map(len, answer.request.stop))
+        text = self._decode(answer.tokens[max(len(answer.request.prompt), len(answer.tokens) - 4 * longest - 4) :])
+        found = [(text.find(stop), stop) for stop in answer.request.stop if stop in text]
+        return min(found)[1] if found else None
+
+
+def _mark_stale_after_steps(engine: Engine, generator: Generator) -> None:
+    """Weakly, so that the engine does not keep a generator's cache alive."""
+    reference = weakref.ref(generator)
+
+    def mark() -> None:
+        alive = reference()
+        if alive is None:
+            engine.after_step.remove(mark)
+        else:
+            alive.is_stale = True
+
+    engine.after_step.append(mark)
+
+
+def _draw(part: Part) -> Draw:
+    answer = part.sequence
+    request = answer.request
+    return Draw(request.sampling, request.draw_stream, answer.sample, answer.tokens, len(request.prompt))
+
+
+def _width(parts: Sequence[Part]) -> int:
+    """Numbers of one choice: token and log-probability, and the same for the likeliest ones."""
+    return 2 + 2 * max(part.sequence.request.sampling.top_log_probs for part in parts)
+
+
+def _packed(choices: Sequence[Choice], width: int) -> Tensor:
+    """fp64 [choices, width], which holds token ids exactly; -1 where a choice has fewer."""
+    rows = [[choice.token, choice.log_prob, *(x for pair in choice.top for x in pair)] for choice in choices]
+    return torch.tensor([row + [-1.0] * (width - len(row)) for row in rows], dtype=torch.float64)
+
+
+def _unpacked(row: Sequence[float]) -> Choice:
+    pairs = zip(row[2::2], row[3::2])
+    return Choice(int(row[0]), row[1], tuple((int(token), log_prob) for token, log_prob in pairs if token >= 0))
+
+
+def _num_pages(network: Network, options: GeneratorOptions) -> int:
+    """Pages of the cache, the same on all processes."""
+    models, groups = network.models, network.groups
+    if options.cache_tokens is not None:
+        return options.cache_tokens // options.page_tokens
+    context = models[0].model_config.max_seq_length_tokens
+    share = CACHE_SHARE * groups.platform.free_bytes()
+    if not groups.platform.is_cuda:
+        share /= groups.mesh.world_size  # which may all be on this machine
+    fits = torch.tensor(int(share / LayerCache.bytes_per_token(models)), device=groups.platform.device)
+    if groups.mesh.world_size > 1:
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    tokens = min(options.max_running * context, max(int(fits), options.page_tokens))
+    return -(-tokens // options.page_tokens)

@@ -1,0 +1,258 @@
+"""A model chunk's forward for generation: plain operators on the weights where they are.
+
+The modules of training cost more than the matrix products where a pass has few tokens: each of megatron-core's calls
+goes through several Python functions, and on a CPU each of torch's through the mode that ``parallel/platform.py``
+installs. The weights are those of the modules themselves, looked up once, so a training step changes them here too.
+Tokens are never divided over tensor-parallel ranks, whatever ``sequence_parallel`` says of training.
+
+Shapes: T tokens of a pass, H hidden, N query heads and G key/value groups of this process, M = N/G, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_kernels.attention.op import backend_for as attention_backend
+from llm_kernels.rms_norm.op import rms_norm
+from llm_kernels.swiglu.op import swiglu
+from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass, attend
+from llm_parallel.model.gpt import LlamaModel
+from llm_parallel.model.modules import HeadsNorm, OutputNormLayer, RMSNorm
+
+Function = Callable[[Tensor], Tensor]
+
+ONEDNN_ROWS = 3
+"""From so many rows on, fp32 products go through oneDNN: on an AMD EPYC 1.7 to 2.2 times as fast as the library that
+``F.linear`` calls from 4 rows on, and no faster below (benchmarks/results/generate_2026-11-30.md)."""
+
+
+def _onednn() -> Any:
+    """torch's linear operator over oneDNN, or None where it has none."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def product(weight: Tensor) -> Function:
+    """x [T, in] → x Wᵀ [T, out]."""
+    onednn = _onednn() if weight.device.type == "cpu" and weight.dtype == torch.float32 else None
+
+    def multiply(x: Tensor) -> Tensor:
+        if onednn is not None and x.shape[0] >= ONEDNN_ROWS:
+            return onednn(x, weight, None, "none", [], "")
+        return F.linear(x, weight)
+
+    return multiply
+
+
+def norm(module: Any) -> Function:
+    """The RMSNorm of a module over the last dim."""
+    weight, eps, backend = module.weight, module.eps, module.backend
+    if weight.is_cuda or backend == "triton":
+        return lambda x: rms_norm(x, weight, eps, backend=backend)
+    shape = tuple(weight.shape)
+    return lambda x: F.rms_norm(x, shape, weight, eps)
+
+
+def heads_norm(module: Any) -> Function | None:
+    """The norm of queries or keys [T, heads, D], or None where there is none."""
+    if isinstance(module, RMSNorm):
+        return norm(module)
+    if not isinstance(module, HeadsNorm):
+        return None
+    weight, eps, channels, group = module.heads_weight, module.eps, module.channels, module.group
+
+    def over_heads(x_TND: Tensor) -> Tensor:
+        x = x_TND.flatten(1).float()
+        squares = x.square().sum(-1, keepdim=True)
+        if x.shape[-1] != channels:
+            dist.all_reduce(squares, group=group)
+        normed = x * torch.rsqrt(squares / channels + eps) * weight.float()
+        return normed.to(x_TND.dtype).view(x_TND.shape)
+
+    return over_heads
+
+
+def column(module: Any) -> Function:
+    """A linear whose rows ranks divide: x [T, H] → this rank's columns of the output."""
+    multiply, bias, adapter = product(module.weight), module.bias, module.adapter
+    wide_b = None if adapter is None else adapter.wide_b()
+
+    def forward(x: Tensor) -> Tensor:
+        y = multiply(x)
+        if bias is not None:
+            y += bias
+        if wide_b is not None and adapter.on:
+            y.addmm_(F.linear(x, adapter.a), wide_b.t(), alpha=adapter.scale)
+        return y
+
+    return forward
+
+
+def row(module: Any, group: Any) -> Function:
+    """A linear whose columns ranks divide: this rank's columns of the input → the whole output [T, H]."""
+    multiply, bias, adapter = product(module.weight), module.bias, module.adapter
+    several = group.size() > 1
+
+    def forward(x: Tensor) -> Tensor:
+        y = multiply(x)
+        if adapter is not None and adapter.on:
+            # B is whole on every rank, so the ranks' parts of B A x add up to it as those of W x do.
+            y.addmm_(F.linear(x, adapter.a), adapter.b.t(), alpha=adapter.scale)
+        if several:
+            dist.all_reduce(y, group=group)
+        if bias is not None:
+            y += bias
+        return y
+
+    return forward
+
+
+def rotate(x: Tensor, info: Pass) -> Tensor:
+    """Rotates [T, …, …, D] in fp32."""
+    wide = x.float()
+    half = x.shape[-1] // 2
+    out = wide * info.cos
+    return out.addcmul_(wide.roll(half, -1), info.sin).to(x.dtype)
+
+
+class AttentionLayer:
+    """Projection, norms of queries and keys, rotation, cache, attention, output projection: [T, H] → [T, H]."""
+
+    def __init__(self, module: Any, cache: LayerCache) -> None:
+        core, config = module.core_attention, module.config
+        self.cache = cache
+        self.group = module.pg_collection.tp
+        self.tp, self.tp_rank = self.group.size(), self.group.rank()
+        self.head_dim = core.head_dim
+        # With more ranks than groups, each group's heads are divided over several ranks, all of which hold its keys.
+        self.sharing = max(self.tp // config.num_query_groups, 1)
+        self.groups = max(config.num_query_groups // self.tp, 1)
+        self.project, self.output = column(module.linear_qkv), row(module.linear_proj, self.group)
+        self.norm_q, self.norm_k = heads_norm(module.q_layernorm), heads_norm(module.k_layernorm)
+        self.rotates = core.rotates
+        self.options = AttentionOptions(core.scale, core.window[0], core.softcap, core.kernels.attention)
+
+    def __call__(self, x_TH: Tensor, info: Pass) -> Tensor:
+        qkv = self._whole_groups(self.project(x_TH))
+        per_group = qkv.shape[2] - 2
+        if self.norm_q is None and self.norm_k is None and self.sharing == 1:
+            qk = qkv[:, :, : per_group + 1]
+            qk = rotate(qk, info) if self.rotates else qk
+            q, k = qk[:, :, :per_group], qk[:, :, per_group]
+        else:
+            q, k = self._apart(qkv, info)
+        self.cache.k.index_copy_(0, info.slots, k)
+        self.cache.v.index_copy_(0, info.slots, qkv[:, :, per_group + 1])
+        return self.output(attend(q, self.cache, info, self.options))
+
+    def _whole_groups(self, qkv_TW: Tensor) -> Tensor:
+        """[T, G, M + 2, D] of this rank's groups: for each its query heads, its key and its value. Where ranks share a
+        group, all of its query heads."""
+        if self.sharing > 1:
+            parts = [torch.empty_like(qkv_TW) for _ in range(self.tp)]
+            dist.all_gather(parts, qkv_TW, group=self.group)
+            first = self.tp_rank // self.sharing * self.sharing
+            qkv_TW = torch.cat(parts[first : first + self.sharing], dim=-1)
+        return qkv_TW.view(qkv_TW.shape[0], self.groups, -1, self.head_dim)
+
+    def _apart(self, qkv: Tensor, info: Pass) -> tuple[Tensor, Tensor]:
+        """Queries [T, G, M, D] and keys [T, G, D], normalized and rotated."""
+        q, k = qkv[:, :, :-2], qkv[:, :, -2]
+        if self.sharing > 1:
+            q = q.unflatten(2, (self.sharing, -1))[:, :, self.tp_rank % self.sharing]
+        shape = q.shape
+        if self.norm_q is not None:
+            q = self.norm_q(q.reshape(shape[0], -1, self.head_dim)).view(shape)
+        if self.norm_k is not None:
+            k = self.norm_k(k.contiguous())
+        if self.rotates:
+            q, k = rotate(q, info), rotate(k.unsqueeze(2), info).squeeze(2)
+        return q, k
+
+
+class Layer:
+    """One layer on the residual stream [T, H]."""
+
+    def __init__(self, module: Any, cache: LayerCache) -> None:
+        self.attention = AttentionLayer(module.self_attention, cache)
+        group = module.self_attention.pg_collection.tp
+        self.up, self.down = column(module.mlp.linear_fc1), row(module.mlp.linear_fc2, group)
+        self.norms_outputs = isinstance(module, OutputNormLayer)
+        if self.norms_outputs:
+            norms = module.attention_output_layernorm, module.mlp_output_layernorm
+        else:
+            norms = module.input_layernorm, module.pre_mlp_layernorm
+        self.norm_attention, self.norm_mlp = map(norm, norms)
+        self.swiglu_backend = module.config.kernels.swiglu
+
+    def __call__(self, x_TH: Tensor, info: Pass) -> Tensor:
+        if self.norms_outputs:
+            x_TH = x_TH + self.norm_attention(self.attention(x_TH, info))
+            return x_TH + self.norm_mlp(self._mlp(x_TH))
+        x_TH = x_TH + self.attention(self.norm_attention(x_TH), info)
+        return x_TH + self._mlp(self.norm_mlp(x_TH))
+
+    def _mlp(self, x_TH: Tensor) -> Tensor:
+        wide = self.up(x_TH)
+        if wide.is_cuda or self.swiglu_backend == "triton":
+            return self.down(swiglu(wide, backend=self.swiglu_backend))
+        gate, up = wide.chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up))
+
+
+class PlainChunk:
+    """One model chunk. Adapters are looked up once too: make it anew when they have changed. Call it within
+    ``torch.inference_mode``."""
+
+    def __init__(self, model: LlamaModel, caches: Sequence[LayerCache]) -> None:
+        self.model, device = model, model.groups.platform.device
+        self.group = model.groups.collection.tp
+        self.layers = [Layer(layer, cache) for layer, cache in zip(model.decoder.layers, caches)]
+        self.is_first, self.is_last = model.pre_process, model.post_process
+        attention = model.config.kernels.attention
+        probe = torch.empty(0, dtype=model.numerics.dtype, device=device)
+        self.flat = attention_backend(probe, attention) != "torch"
+        if self.is_first:
+            self.embedding = model.embedding.word_embeddings.weight
+        if self.is_last:
+            tied = model.share_embeddings_and_output_weights
+            weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+            self.norm, self.output = norm(model.decoder.final_layernorm), product(weight)
+
+    def __call__(self, x_TH: Tensor | None, info: Pass) -> Tensor:
+        """The stream of the chunk before (None for the first) → the stream after this one, or of the last chunk the
+        logits of the whole vocabulary, fp32 [rows that choose, v], on every rank."""
+        if self.is_first:
+            x_TH = self._embed(info.tokens)
+        assert x_TH is not None
+        for layer in self.layers:
+            x_TH = layer(x_TH, info)
+        return self._logits(x_TH.index_select(0, info.last_rows)) if self.is_last else x_TH
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if self.group.size() == 1:
+            return self.embedding.index_select(0, tokens)
+        held = self.embedding.shape[0]
+        places = tokens - self.group.rank() * held
+        outside = (places < 0) | (places >= held)
+        found = self.embedding.index_select(0, places.clamp(0, held - 1)).masked_fill_(outside.unsqueeze(1), 0.0)
+        dist.all_reduce(found, group=self.group)
+        return found
+
+    def _logits(self, x_RH: Tensor) -> Tensor:
+        model = self.model.model_config
+        logits = self.output(self.norm(x_RH)).float()
+        if self.group.size() > 1:
+            parts = [torch.empty_like(logits) for _ in range(self.group.size())]
+            dist.all_gather(parts, logits, group=self.group)
+            logits = torch.cat(parts, dim=-1)
+        if model.output_softcap:
+            logits = model.output_softcap * torch.tanh(logits / model.output_softcap)
+        return logits[:, : model.vocab_size]

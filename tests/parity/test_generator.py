@@ -1,0 +1,161 @@
+"""The generator against transformers: requests of mixed lengths that arrive at random, in a cache that is too small for
+all of them, are answered as each would be alone, with transformers' log-probabilities."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llm_parallel.generate.requests import Finished, Reason, Request
+from llm_parallel.generate.sampling import Sampling
+from tests.support.harness import run_ranks
+from tests.support.parity_models import RANDOM, load_hf, our_config, random_folder
+
+FOLLOWS_LENGTH = ("dynamic, longer than its context", "longrope")
+KINDS = [kind for kind in RANDOM if kind not in FOLLOWS_LENGTH]
+LAYOUTS = (
+    ({"tp": 2, "pp": 2}, "olmo2"),
+    ({"pp": 2, "vpp": 2}, "qwen3"),
+    ({"dp": 2}, "mistral"),
+)
+SLOW_LAYOUTS = (
+    ({"tp": 2}, "qwen3"),
+    ({"pp": 2}, "smollm3"),
+    ({"cp": 2}, "qwen2"),
+    ({"tp": 4}, "grouped"),
+    ({"tp": 2, "cp": 2, "dp": 2}, "llama with every bias"),
+    ({"pp": 2, "dp": 2, "tp": 2}, "llama-3.1 tied"),
+)
+VOCABULARY = 301
+
+
+def mixed_requests(count: int, seed: int, longest: int = 60, **settings: Any) -> list[Request]:
+    """Prompts of 1 to ``longest`` tokens, some of which begin alike, for answers of 1 to 20 tokens."""
+    draw = random.Random(seed)
+    head = [draw.randrange(VOCABULARY) for _ in range(40)]
+    made = []
+    for number in range(count):
+        own = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, longest))]
+        prompt = (head[: draw.randint(0, 40)] + own)[:longest] if number % 3 == 0 else own
+        ends = frozenset(draw.sample(range(VOCABULARY), 4))
+        sampling = Sampling(max_new_tokens=draw.randint(1, 20), **settings)
+        made.append(Request(number, tuple(prompt), sampling, ends, priority=draw.randint(0, 1)))
+    return made
+
+
+def answers(generator: Any, requests: list[Request], seed: int) -> list[Finished]:
+    """Answers of this process's replica to requests that arrive at random, with some cancelled ones among them."""
+    draw, finished = random.Random(seed), []
+    own, replicas = generator.replica
+    waiting = requests[own::replicas]
+    while waiting or not generator.idle:
+        for _ in range(draw.randint(0, 3)):
+            if waiting:
+                generator.submit(waiting.pop(0))
+        if draw.random() < 0.1:
+            lost = Request(10_000 + draw.randrange(10**9), (1, 2, 3), Sampling(max_new_tokens=9))
+            generator.submit(lost)
+            finished += generator.tick()
+            generator.cancel(lost.number)
+        finished += generator.tick()
+    assert generator.scheduler.pool.used == 0
+    return sorted((f for f in finished if f.number < 10_000), key=lambda f: (f.number, f.sample))
+
+
+def open_generator(folder: str, rank: int, world_size: int, parallel: dict[str, Any], **options: Any) -> Any:
+    from llm_parallel.config.rules import check_config
+    from llm_parallel.generate.engine import Generator, GeneratorOptions
+    from llm_parallel.model.gpt import build_policy
+    from llm_parallel.model.hf import load_hf_weights
+    from llm_parallel.parallel.groups import close_groups, open_groups
+    from llm_parallel.parallel.layout import Layout
+    from llm_parallel.parallel.platform import open_platform
+
+    config = our_config(folder, 64, **parallel)
+    check_config(config, world_size, "cpu")
+    close_groups(world=False)  # those of the model before
+    groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
+    network = build_policy(config, groups)
+    load_hf_weights(folder, network.models)
+    return Generator(network, GeneratorOptions(**options))
+
+
+SMALL = {"max_running": 6, "pass_tokens": 24, "page_tokens": 4, "cache_tokens": 160}
+
+
+def generate_job(
+    rank: int,
+    world_size: int,
+    folders: list[str],
+    made: list[Request],
+    parallel: dict[str, Any],
+    options: dict[str, int],
+) -> list[list[Finished]]:
+    return [
+        answers(open_generator(folder, rank, world_size, parallel, **options), made, seed)
+        for seed, folder in enumerate(folders)
+    ]
+
+
+def check_against_transformers(folder: Path, made: list[Request], found: list[Finished]) -> None:
+    """Each token is the likeliest after the tokens before it, and its log-probability that of transformers in fp64."""
+    model = load_hf(folder, torch.float64).eval()
+    assert [answer.number for answer in found] == [request.number for request in made]
+    for request, answer in zip(made, found):
+        text = torch.tensor([*request.prompt, *answer.tokens])
+        with torch.no_grad():
+            logits = model(text[None]).logits[0, len(request.prompt) - 1 : -1]
+        log_probs = logits.log_softmax(-1)
+        best, tokens = log_probs.max(-1)
+        assert list(answer.tokens) == tokens.tolist()
+        np.testing.assert_allclose(answer.log_probs, best.numpy(), atol=2e-5)
+        ended = [place for place, token in enumerate(answer.tokens) if token in request.ends]
+        if ended:
+            assert ended == [len(answer.tokens) - 1] and answer.reason is Reason.STOP
+        else:
+            assert len(answer.tokens) == request.sampling.max_new_tokens and answer.truncated
+
+
+@pytest.mark.gloo
+def test_every_family_answers_as_transformers_does(tmp_path: Path) -> None:
+    made = mixed_requests(24, 1)
+    folders = [random_folder(kind, tmp_path / str(number)) for number, kind in enumerate(KINDS)]
+    found = run_ranks(generate_job, 1, [str(folder) for folder in folders], made, {}, SMALL)[0]
+    for folder, answers_ in zip(folders, found):
+        check_against_transformers(folder, made, answers_)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("parallel", "kind"), [*LAYOUTS, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW_LAYOUTS)], ids=str
+)
+def test_every_layout_answers_as_transformers_does(parallel: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    made = mixed_requests(24, 2)
+    folder = random_folder(kind, tmp_path)
+    processes = int(np.prod([size for axis, size in parallel.items() if axis != "vpp"]))
+    by_rank = [found for (found,) in run_ranks(generate_job, processes, [str(folder)], made, parallel, SMALL)]
+    found = {answer.number: answer for answers_ in by_rank for answer in answers_}
+    for answers_ in by_rank:  # all ranks of a replica have the same answers
+        assert all(found[answer.number] == answer for answer in answers_)
+    check_against_transformers(folder, made, [found[request.number] for request in made])
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("kind", FOLLOWS_LENGTH)
+def test_frequencies_that_follow_the_length_are_transformers(kind: str, tmp_path: Path) -> None:
+    """Prompts and answers on both sides of the original context, in chunks and with interruptions."""
+    folder = random_folder(kind, tmp_path)
+    made = mixed_requests(10, 3)
+    found = run_ranks(generate_job, 1, [str(folder)], made, {}, SMALL)[0][0]
+    for request, answer in zip(made, found):
+        model = load_hf(folder, torch.float32).eval()  # anew, since it keeps the frequencies of a longer text
+        out = model.generate(
+            torch.tensor([request.prompt]), max_new_tokens=len(answer.tokens), min_new_tokens=len(answer.tokens),
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        assert list(answer.tokens) == out[0, len(request.prompt) :].tolist()
