@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from llm_parallel.config.node import Node
 
@@ -85,6 +86,12 @@ class ChatConfig(Node):
     """Folder of the conversations' tokens; the command that starts a run makes it and fills this in."""
     neftune_alpha: float = Field(0.0, ge=0.0)
     """Size of uniform noise on the embeddings while training (Jain et al. 2023, arXiv 2310.05914); 0: none."""
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        """YAML reads 2026-01-31 as a date."""
+        return value.isoformat() if isinstance(value, date) else value
 
 
 class MethodConfig(Node):

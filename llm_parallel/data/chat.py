@@ -98,18 +98,18 @@ class ChatEncoder:
     def encode_within(self, conversation: Conversation, limit: int, cut: bool = True) -> ChatTokens | None:
         """Tokens up to the last trained one, at most ``limit``: the earliest turns are left out, and of the last answer
         its end. None if nothing trained is left, or, without ``cut``, if they are more. Raises Refused."""
-        found, places = self._encode(conversation)
+        found, places, conversation = self._encode(conversation)
         tokens = _trimmed(found)
         if tokens is None or len(tokens.ids) <= limit:
             return tokens
         if not cut:
             return None
         heads = _heads(conversation.messages)
-        gone = 0
+        gone, whole = 0, len(tokens.ids)
         for place in heads[1:]:
             if len(tokens.ids) <= limit:
                 break
-            if len(found.ids) - (places[place] - places[heads[0]]) > limit and place != heads[-1]:
+            if whole - (places[place] - places[heads[0]]) > limit and place != heads[-1]:
                 continue
             shorter = conversation.without(heads[0], place)
             shortened = _trimmed(self._encode(shorter)[0])
@@ -118,16 +118,17 @@ class ChatEncoder:
             tokens, gone = shortened, place - heads[0]
         if len(tokens.ids) > limit:
             kept = _trimmed(replace(tokens, ids=tokens.ids[:limit], weights=tokens.weights[:limit]))
-            return None if kept is None else replace(kept, turns_cut=gone, answer_cut=True)
-        return replace(tokens, turns_cut=gone)
+            return None if kept is None else replace(kept, turns_cut=gone, answer_cut=True, merged=found.merged)
+        return replace(tokens, turns_cut=gone, merged=found.merged)
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> NDArray[np.int32]:
         """Tokens of a conversation up to where the assistant answers. Raises Refused."""
         text = self.template.text(self._escaped(messages), self._escaped_value(tools), generation_prompt=True)
         return self.tokenizer.encode(text).ids
 
-    def _encode(self, conversation: Conversation) -> tuple[ChatTokens, list[int]]:
-        """All tokens, and the number of tokens before each message."""
+    def _encode(self, conversation: Conversation) -> tuple[ChatTokens, list[int], Conversation]:
+        """All tokens, the number of tokens before each message, and the conversation with its system message and what
+        had to be joined."""
         conversation = conversation.with_system(self._system)
         rendered, conversation, gone = self._rendered(conversation)
         encoded = self.tokenizer.encode(rendered.text)
@@ -149,7 +150,7 @@ class ChatEncoder:
                 ids = np.append(ids, np.int32(self._appended))
                 weights = np.append(weights, np.float32(weight))
         places = _places(rendered, encoded)
-        return ChatTokens(ids, weights, merged=gone), places
+        return ChatTokens(ids, weights, merged=gone), places, conversation
 
     def _trained(
         self, rendered: Rendered, messages: Sequence[Message], wanted: Sequence[float]
@@ -157,11 +158,7 @@ class ChatEncoder:
         """Characters that are trained, with their weights."""
         found = []
         if self.template.has_generation:
-            for start, end in rendered.answers:
-                inside = [n for n, one in enumerate(rendered.turns) if one and one[0] <= start < one[1]]
-                weight = float(wanted[inside[0]]) if inside else 1.0
-                found.append((start, self._end(rendered.text, start, end), weight))
-            return [one for one in found if one[2] and one[1] > one[0]]
+            return self._marked(rendered, messages, wanted)
         for number, weight in enumerate(wanted):
             if not weight:
                 continue
@@ -176,6 +173,20 @@ class ChatEncoder:
             start += self._header_length(rendered.text[start:end], before)
             found.append((start, self._end(rendered.text, start, end), float(weight)))
         return found
+
+    def _marked(
+        self, rendered: Rendered, messages: Sequence[Message], wanted: Sequence[float]
+    ) -> list[tuple[int, int, float]]:
+        """Characters that the template marks as the assistant's, with their weights."""
+        spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        found = []
+        for place, (start, end) in enumerate(rendered.answers):
+            inside = [n for n, one in enumerate(rendered.turns) if one and one[0] <= start < one[1]]
+            # Where no loop over messages tells whose turn it is, the marks stand for the assistant's in order.
+            in_order = spoken if len(spoken) == len(rendered.answers) else []
+            weight = float(wanted[inside[0]]) if inside else float(wanted[in_order[place]]) if in_order else 1.0
+            found.append((start, self._end(rendered.text, start, end), weight))
+        return [one for one in found if one[2] and one[1] > one[0]]
 
     def _end(self, text: str, start: int, end: int) -> int:
         """Where the trained part of a turn ends: behind its stop token, without the blanks after that."""

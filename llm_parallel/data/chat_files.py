@@ -48,7 +48,7 @@ def prepare_conversations(
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer is not given; give the tokenizer of the model")
     encoder = open_encoder(config)
-    with file_errors_explained(Path(config.run_dir) / "data"):
+    with file_errors_explained(Path(config.run_dir) / "data", kept=""):
         opened = [open_source(source) for source in (*chat.train, *chat.eval)]
         settings = _settings(config, encoder, opened)
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

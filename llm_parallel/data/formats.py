@@ -26,11 +26,11 @@ USUAL: dict[str, tuple[str, ...]] = {
     "system": ("system", "system_prompt"),
     "tools": ("tools", "functions"),
     "instruction": ("instruction",),
-    "input": ("input",),
+    "input": ("input", "context"),
     "output": ("output", "response"),
     "history": ("history",),
-    "prompt": ("prompt",),
-    "completion": ("completion", "response"),
+    "prompt": ("prompt", "question"),
+    "completion": ("completion", "response", "answer"),
 }
 """Names that fields have if the run file does not say otherwise."""
 FORMATS = {

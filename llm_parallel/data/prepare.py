@@ -163,8 +163,9 @@ def prepare(config: PrepareConfig, progress: Callable[[Progress], None] | None =
 
 
 @contextmanager
-def file_errors_explained(prefix: Path) -> Iterator[None]:
-    """Turns errors of the file system that the user can mend, while ``prefix`` is prepared, into UserError."""
+def file_errors_explained(prefix: Path, kept: str = ": finished shards are kept") -> Iterator[None]:
+    """Turns errors of the file system that the user can mend, while ``prefix`` is prepared, into UserError. ``kept``:
+    end of the sentence about a full disk."""
     try:
         yield
     except (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
@@ -174,7 +175,7 @@ def file_errors_explained(prefix: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"no space left on the disk of {prefix.parent} while preparing {prefix}; make room and run the same "
-            "command again: finished shards are kept"
+            f"command again{kept}"
         ) from None
 
 

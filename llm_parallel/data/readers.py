@@ -6,8 +6,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from llm_parallel.errors import UserError
 SHOWN = 5
 MAX_RECORD_BYTES = 256 << 20
 BATCH_ROWS = 1024
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+"""The last bytes of an Arrow stream."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 UNDECODED = re.compile("[\udc80-\udcff]")
 
@@ -240,46 +244,56 @@ def _table_rows(
     path: Path, form: str, bad: Callable[[str, str], None], columns: Sequence[str] | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a Parquet or Arrow file, read in batches."""
-    arrow = _pyarrow(form)
-    number = 0
-    try:
+    _need_pyarrow(form)
+    with _damage_named():
         names, batches = (_parquet if form == "parquet" else _arrow)(path, columns)
-        if missing := [name for name in columns or () if name not in names]:
-            raise MissingColumn(missing[0], names)
-        for batch in batches:
-            for start in range(0, batch.num_rows, BATCH_ROWS):
-                for value, wrong in _values(batch.slice(start, BATCH_ROWS)):
-                    number += 1
-                    if wrong is None:
-                        yield f"row {number}", value
-                    else:
-                        bad(f"row {number}", wrong)
-    except (arrow.lib.ArrowException, OSError) as error:
+    if missing := [name for name in columns or () if name not in names]:
+        raise MissingColumn(missing[0], names)
+    number = 0
+    while True:
+        with _damage_named():
+            batch = next(batches, None)
+            found = _values(batch) if batch is not None else None
+        if found is None:
+            return
+        for value, wrong in found:
+            number += 1
+            if wrong is None:
+                yield f"row {number}", value
+            else:
+                bad(f"row {number}", wrong)
+
+
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    """Turns what pyarrow raises on damaged files into Damaged."""
+    try:
+        yield
+    except Exception as error:  # of many types, depending on the bytes
         if isinstance(error, OSError) and error.errno:
             raise
-        raise Damaged(f"is truncated or damaged ({str(error).splitlines()[0]}); fetch it again") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Damaged(f"is truncated or damaged ({reason}); fetch it again") from None
 
 
-def _values(batch: Any) -> Iterator[tuple[Any, str | None]]:
+def _values(batch: Any) -> list[tuple[Any, str | None]]:
     """The rows of a batch, each with what is wrong with it."""
     try:
-        found = batch.to_pylist()
+        return [(value, None) for value in batch.to_pylist()]
     except UnicodeDecodeError:  # in one of the rows
-        found = [None] * batch.num_rows
-        for place in range(batch.num_rows):
-            try:
-                found[place] = batch.slice(place, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                continue
-    for value in found:
-        yield value, ("holds bytes that are not UTF-8" if value is None else None)
+        return [_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
 
 
-def _pyarrow(form: str) -> Any:
+def _row(batch: Any) -> tuple[Any, str | None]:
     try:
-        import pyarrow
+        return batch.to_pylist()[0], None
+    except UnicodeDecodeError:
+        return None, "holds bytes that are not UTF-8"
 
-        return pyarrow
+
+def _need_pyarrow(form: str) -> None:
+    try:
+        import pyarrow  # noqa: F401
     except ImportError:
         name = {"parquet": "Parquet", "arrow": "Arrow"}[form]
         raise NotRead(
@@ -300,6 +314,8 @@ def _arrow(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Iterat
 
     with path.open("rb") as handle:
         is_file = handle.read(6) == b"ARROW1"
+        handle.seek(-min(len(STREAM_END), path.stat().st_size), os.SEEK_END)
+        ended = is_file or handle.read() == STREAM_END
     if is_file:
         reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
         batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
@@ -308,4 +324,23 @@ def _arrow(path: Path, columns: Sequence[str] | None) -> tuple[list[str], Iterat
         batches = iter(reader)
     names = reader.schema.names
     held = [name for name in columns or names if name in names]
-    return names, (batch.select(held) for batch in batches)
+    return names, _parts((batch.select(held) for batch in batches), ended)
+
+
+def _parts(batches: Iterator[Any], ended: bool) -> Iterator[Any]:
+    """Batches in parts that are small as Python objects. Their offsets are checked, since damaged ones would be
+    followed to anywhere in memory; text that is not UTF-8 is found when it is read. ended: whether the file has the
+    mark that ends a stream, without which pyarrow takes a truncated file for a complete one."""
+    import pyarrow
+
+    for batch in batches:
+        for column in batch.columns:
+            try:
+                column.validate(full=True)
+            except pyarrow.ArrowInvalid as error:
+                if "UTF8" not in str(error):
+                    raise
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            yield batch.slice(start, BATCH_ROWS)
+    if not ended:
+        raise ValueError("the mark that ends a stream is missing")

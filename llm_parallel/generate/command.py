@@ -16,6 +16,7 @@ from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.decode import generate
 from llm_parallel.generate.files import FileJob, PromptReader, answer_file
 from llm_parallel.generate.load import Loaded, load_model
+from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.parallel.groups import close_groups
 
@@ -68,12 +69,22 @@ def _open(checkpoint: str, device: str) -> tuple[Loaded, Tokenizer, list[Path]]:
     return loaded, loaded.tokenizer, [Path(checkpoint), beside if beside.is_dir() else beside.parent]
 
 
-def generate_file_command(checkpoint: str, job: FileJob, device: str = "auto") -> int:
+def sampling_of(request: GenerateRequest) -> Sampling:
+    """How tokens are drawn. Raises UserError for a value out of range."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "min_p", "top_log_probs")
+    penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    return Sampling(**{name: getattr(request, name) for name in (*names, *penalties)})
+
+
+def generate_file_command(request: GenerateRequest) -> int:
     """Answers a file of prompts; see ``generate/files.py``. Returns the number of new answers. Raises UserError."""
-    loaded, tokenizer, folders = _open(checkpoint, device)
+    assert request.input is not None and request.output is not None
+    settings = (sampling_of(request), tuple(request.stop), request.samples, request.max_running)
+    job = FileJob(request.input, request.output, *settings)
+    loaded, tokenizer, folders = _open(request.checkpoint, request.device)
     try:
         reader = PromptReader(loaded, prompt_prefix(tokenizer, folders), frozenset(end_tokens(tokenizer, folders)))
-        return answer_file(job, loaded, reader, checkpoint)
+        return answer_file(job, loaded, reader, request.checkpoint)
     finally:
         close_groups()
 

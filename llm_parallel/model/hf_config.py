@@ -26,6 +26,8 @@ def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
     missing or no value of its field."""
     try:
         return _to_model(values)
+    except UserError:
+        raise  # it is a ValueError, and says already what is wrong
     except KeyError as error:
         raise UserError(f"config.json has no {error.args[0]}; give a complete Hugging Face folder") from error
     except ValidationError as error:
@@ -53,7 +55,8 @@ def _refuse_what_differs(values: dict[str, Any], family: Family) -> None:
     """Raises UserError that names a field which makes the model another one than its family's."""
     for key, needed in {**NEEDED_EVERYWHERE, **family.needed}.items():
         if values.get(key, needed) not in (needed, None):
-            raise UserError(f"{key} is {values[key]!r} in config.json; only {needed!r} can be converted")
+            right = "models without it" if needed is None else repr(needed)
+            raise UserError(f"{key} is {values[key]!r} in config.json; only {right} can be converted")
     if values.get("quantization_config") is not None:
         raise UserError("quantization_config is given in config.json; only weights that are not quantized can be read")
     kinds = set(values.get("layer_types") or ())

@@ -68,8 +68,11 @@ def check_command(run_file: str, overrides: Sequence[str], html: str | None, sam
     checked = checked_data(data, config.seed, samples, notices)
     show(checked, Console(soft_wrap=True))
     if html is not None:
-        with atomic_write(html) as handle:
-            handle.write(page(checked))
+        try:
+            with atomic_write(html) as handle:
+                handle.write(page(checked))
+        except OSError as error:
+            raise UserError(f"--html {html} cannot be written: {error.strerror or error}") from None
         print(f"wrote {html}")
     return 0
 

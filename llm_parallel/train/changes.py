@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llm_parallel.config.tree import ModelConfig, RunConfig
@@ -20,6 +21,8 @@ MEANINGS = {
     "data.packing": "attention and positions begin anew at other places",
     "data.eval": OTHER_HELD_OUT,
     "data.eval_fraction": OTHER_HELD_OUT,
+    "chat.prepared": "other conversations, or other tokens of them: the order of samples begins anew within the epoch",
+    "chat.neftune_alpha": "training losses are not comparable",
     "model.rope_base": OTHER_MODEL,
     "model.rope_scaling": OTHER_MODEL,
     "model.norm_epsilon": OTHER_MODEL,
@@ -81,6 +84,8 @@ def _value(config: RunConfig, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
         value = getattr(value, part, None)
+    if name == "chat.prepared":  # the folder's name is a hash of all that the tokens depend on
+        return None if value is None else Path(value).name
     if name in ("data.train", "data.eval"):
         return tuple((source.path, source.weight) for source in value)
     return value

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from llm_parallel.config.rules import check_config, check_inputs, num_processes
+from llm_parallel.config.rules import check_chat_inputs, check_config, check_inputs, num_processes
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.chat_files import prepare_conversations
 from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.train.inherit import inherited
-from llm_parallel.train.step_settings import total_samples
+from llm_parallel.train.step_settings import steps_for, total_samples
 
+MANY_STEPS = 10**9
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
@@ -42,7 +44,10 @@ def preflight(
     config = inherited(config, notice)
     processes = world_size or num_processes(config)
     device = expected_device(config)
-    check_config(config, processes, device)  # type: ignore[arg-type]
+    train = config.train
+    if train.epochs is not None:  # until the conversations are counted, train.steps may be any number
+        train = train.model_copy(update={"steps": MANY_STEPS})
+    check_config(config.model_copy(update={"train": train}), processes, device)  # type: ignore[arg-type]
     check_kernels(config, device, notice)
     config = check_data(config, notice)
     check_config(config, processes, device)  # type: ignore[arg-type]  # the data may have decided train.steps
@@ -70,6 +75,8 @@ def preflight_job(
 
 def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
     """The configuration with its vocabulary, after every check of tokenizer and data. Raises UserError."""
+    if config.trains == "sft":
+        return check_conversations(config, notice)
     if config.train.epochs is not None:
         raise UserError(
             f"train.epochs = {config.train.epochs:g} counts passes over conversations, for `llm-parallel sft`; give "
@@ -85,6 +92,26 @@ def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None
     if config.data.eval or config.data.eval_fraction:
         SampleSource(config.data, config.seed, "eval").close()
     return config
+
+
+def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
+    """The configuration of supervised fine-tuning with its vocabulary, its steps and the folder of its conversations'
+    tokens, which are written if they are not there. Raises UserError."""
+    check_chat_inputs(config)
+    assert config.data.tokenizer is not None
+    config = with_vocabulary(config, load_tokenizer(config.data.tokenizer))
+    data = prepare_conversations(config, notice)
+    chat = config.chat.model_copy(update={"prepared": str(data.folder)})
+    train = config.train
+    if train.epochs is not None:
+        steps = steps_for(train, data.training(config.seed).packer.samples_before(train.epochs))
+        if "steps" in train.model_fields_set and train.steps != steps:
+            notice(f"train.steps = {train.steps} is replaced by {steps}, which are train.epochs = {train.epochs:g}")
+        train = train.model_copy(update={"steps": steps})
+    checkpoint = config.checkpoint
+    if "load_optimizer" not in checkpoint.model_fields_set:  # fine-tuning has a schedule of its own
+        checkpoint = checkpoint.model_copy(update={"load_optimizer": False})
+    return config.model_copy(update={"chat": chat, "train": train, "checkpoint": checkpoint})
 
 
 def check_kernels(config: RunConfig, device: str, notice: Callable[[str], None] = lambda _: None) -> None:

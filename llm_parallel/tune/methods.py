@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.train.open import PRETRAINING, Method
+from llm_parallel.tune.sft import SFT
 
-METHODS = {"pretrain": PRETRAINING}
+METHODS = {"pretrain": PRETRAINING, "sft": SFT}
 
 
 def method_of(config: RunConfig) -> Method:

@@ -111,6 +111,7 @@ def _worker(
     from llm_parallel.train import loop
     from llm_parallel.train.preflight import preflight
     from llm_parallel.train.run import Place
+    from llm_parallel.tune.methods import method_of
 
     config = preflight(load_config(run_file, overrides, notice=lambda _: None), world_size)
     found = prepare(rank, loop) if prepare else None
@@ -119,7 +120,7 @@ def _worker(
     last = rank == world_size - 1
     place = Place(rank, world_size, rank)
     asks = stop_at is not None and last
-    state = loop.run_training(config, place, asked_to_stop=lambda: asks and next(asked) == stop_at)
+    state = loop.run_training(config, place, lambda: asks and next(asked) == stop_at, method=method_of(config))
     return found if prepare else state.step
 
 

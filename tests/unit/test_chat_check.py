@@ -77,6 +77,8 @@ def test_the_page_shows_the_same_and_needs_no_network(run_file: Path, tmp_path: 
 
 
 def test_bad_options_are_refused(run_file: Path) -> None:
+    with pytest.raises(UserError, match=r"--html .*run\.yaml/page\.html cannot be written: "):
+        check_command(str(run_file), [], str(run_file / "page.html"), 1)
     with pytest.raises(UserError, match="--samples is -1"):
         check_command(str(run_file), [], None, -1)
     with pytest.raises(UserError, match=r"chat\.train is empty"):

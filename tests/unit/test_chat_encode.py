@@ -269,6 +269,43 @@ def test_what_is_cut_fits_and_stops_only_where_the_answer_is_whole(
     assert kept == every[len(every) - len(kept) :] or found.answer_cut
 
 
+def test_what_is_cut_keeps_the_system_message_and_what_was_joined(plain: ChatTokenizer) -> None:
+    """A system message and joined turns move the places of messages, by which the turns that go are chosen."""
+    strict = (
+        "{% for m in messages %}{% if loop.index0 and m.role == messages[loop.index0 - 1].role %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    turns = [{"role": "user", "content": "one"}]
+    for number in range(4):
+        turns += [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number} " * 8}]
+    made = encoder(plain, strict, system="Be kind.")
+    conversation = Reader().read({"messages": turns})
+    rounds = [made.encode(conversation.without(0, cut)) for cut in (1, 3, 5, 7)]
+    for kept, whole in enumerate(rounds):
+        length = len(whole.ids) - 1  # the line break behind the last stop is not kept
+        found = made.encode_within(conversation, length)
+        assert (
+            found is not None and len(found.ids) <= length and "Be kind." in plain.tokenizer.decode(found.ids.tolist())
+        )
+        expected = [f"a{number} " * 8 + "<|im_end|>" for number in range(kept, 4)]
+        assert trained_text(plain, found) == expected[-len(trained_text(plain, found)) :]
+        assert len(trained_text(plain, found)) >= 4 - kept - (kept == 0)
+        assert found.merged == 1 and not found.answer_cut
+
+
+def test_marks_without_a_loop_over_messages_follow_the_order_of_answers(plain: ChatTokenizer) -> None:
+    source = (
+        "{% for n in range(messages | length) %}{% set m = messages[n] %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    )
+    both = conversation("a", "one", "b", "two")
+    assert trained_text(plain, encoder(plain, source).encode(both)) == ["one<|im_end|>", "two<|im_end|>"]
+    assert trained_text(plain, encoder(plain, source, train_on="last_turn").encode(both)) == ["two<|im_end|>"]
+
+
 def test_sentencepiece_control_tokens(tmp_path: Path) -> None:
     path = train_sentencepiece([*TEXT, "漢"], 340, tmp_path)
     tokenizer = ChatTokenizer(load_tokenizer(path))

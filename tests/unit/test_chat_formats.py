@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.config.tree_tune import ChatSource, Columns
 from llm_parallel.data.chat_data import ChatData
@@ -56,6 +57,12 @@ def read(record: Any, **options: Any) -> Conversation:
             [0, 1, 0, 1],
         ),
         ({"prompt": "2+2?", "completion": "4"}, [ASKED, SAID], [0, 1]),
+        ({"question": "2+2?", "answer": "4"}, [ASKED, SAID], [0, 1]),
+        (
+            {"instruction": "Add", "context": "2+2", "response": "4"},
+            [{"role": "user", "content": "Add\n2+2"}, SAID],
+            [0, 1],
+        ),
         (
             {"prompt": [RULE, ASKED, SAID, ASKED], "completion": [SAID]},
             [RULE, ASKED, SAID, ASKED, SAID],
@@ -287,3 +294,10 @@ def test_settings_that_cannot_be_used(tmp_path: Path, tokenizer: Path, chat: dic
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [ASKED, SAID]}))
     with pytest.raises(UserError, match=said):
         prepared(tmp_path, tokenizer, tmp_path / "a.jsonl", **chat)
+
+
+def test_a_date_of_yaml_is_a_date(tmp_path: Path) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("chat: {date: 2026-01-31}\n")
+    assert load_config(str(run_file), []).chat.date == "2026-01-31"
+    assert load_config(str(run_file), ["chat.date=2025-02-03"]).chat.date == "2025-02-03"

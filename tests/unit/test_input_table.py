@@ -94,6 +94,16 @@ def arrow(new: Callable[..., Any]) -> bytes:
     return out.getvalue()
 
 
+def arrow_with_offsets(*offsets: int) -> bytes:
+    """An Arrow stream of strings that lie where these numbers say."""
+    buffers = pyarrow.py_buffer(np.array(offsets, np.int32).tobytes()), pyarrow.py_buffer(b"abcdefgh")
+    column = pyarrow.StringArray.from_buffers(len(offsets) - 1, *buffers)
+    out, schema = io.BytesIO(), pyarrow.schema([("text", pyarrow.string())])
+    with pyarrow.ipc.new_stream(out, schema) as writer:
+        writer.write_batch(pyarrow.RecordBatch.from_arrays([column], schema=schema))
+    return out.getvalue()
+
+
 def linked(link: str, target: str, content: bytes) -> Make:
     def make(folder: Path) -> list[Path]:
         (folder / "blobs").mkdir()
@@ -282,7 +292,7 @@ def cut(name: str, content: bytes, said: str, texts: list[str] = MANY) -> dict[s
 
 
 WHOLE = lines(MANY)
-FRAMES = zstandard.ZstdCompressor().compressobj()
+STREAM = arrow(pyarrow.ipc.new_stream)
 COUNTED = [
     Case("truncated line", **around(b'{"text": "cu', "is not JSON (character 10: Unterminated string)")),
     Case("broken JSON", **around(b'{"text" "c"}', "is not JSON (character 9: Expecting ':' delimiter)")),
@@ -393,6 +403,9 @@ NAMED = [
         "gives no document: line 1 (record 1) has no text under 'text': it is no object",
     ),
     unread("truncated Parquet", "x.parquet", table(TRUTH)[:-9], "is truncated or damaged"),
+    unread("Arrow whose offsets go back", "x.arrow", arrow_with_offsets(0, 6, 2, 8), "is truncated or damaged (Offset"),
+    unread("truncated Arrow", "x.arrow", STREAM[:120], "is truncated or damaged ("),
+    unread("Arrow file without its end", "x.arrow", arrow(pyarrow.ipc.new_file)[:-9], "is truncated or damaged ("),
     unread(
         "HTML named .parquet",
         "x.parquet",

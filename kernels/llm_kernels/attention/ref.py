@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ def attention(
     if len(segments) == 1 and len(segments[0]) == 1:
         return _segment(q, k, v, scale, left, softcap)
     rows = segments if len(segments) > 1 else segments * q.shape[1]
+    if softcap <= 0 and sum(map(len, rows)) >= MANY and _whole(rows):
+        return _batched(q, k, v, rows, scale, left)
     if len(segments) == 1:
         return torch.cat([_segment(*_slice(q, k, v, part), scale, left, softcap) for part in segments[0]], dim=0)
     outputs = []
@@ -49,6 +52,66 @@ def attention(
         qkv = (q[:, row : row + 1], k[:, row : row + 1], v[:, row : row + 1])
         outputs.append(torch.cat([_segment(*_slice(*qkv, part), scale, left, softcap) for part in parts], dim=0))
     return torch.cat(outputs, dim=1)
+
+
+MANY = 8
+"""Segments from which it pays to compute several in one call of torch's attention, padded to one length."""
+LONGER = 1.25
+"""Segments share a call if the longest has at most this many times the tokens of the shortest, or ``SHORT`` tokens."""
+SHORT = 32
+
+
+def _whole(rows: tuple[tuple[Segment, ...], ...]) -> bool:
+    """Whether every segment has as many keys as queries, as documents that are not divided have."""
+    return all(part.q_end - part.q_start == part.k_end - part.k_start for parts in rows for part in parts)
+
+
+@lru_cache(maxsize=8)
+def _buckets(rows: tuple[tuple[Segment, ...], ...], sq: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Places of the segments' tokens in tensors [sq, b] made flat: for each bucket of segments of similar lengths
+    (queries, keys), int64 [segments, longest], in which padding repeats the last token; and where each token's result
+    lies among those of all buckets."""
+    b = len(rows)
+    ordered = sorted(
+        ((part.q_end - part.q_start, row, part) for row, parts in enumerate(rows) for part in parts),
+        key=lambda item: (item[0], item[1], item[2].q_start),
+    )
+    buckets: list[list[tuple[int, int, Segment]]] = []
+    for item in ordered:
+        if not buckets or item[0] > max(LONGER * buckets[-1][0][0], SHORT):
+            buckets.append([])
+        buckets[-1].append(item)
+    places, results, before = [], torch.empty(sq * b, dtype=torch.int64), 0
+    for bucket in buckets:
+        lengths, of_row = (torch.tensor([item[n] for item in bucket]).unsqueeze(1) for n in (0, 1))
+        starts = [
+            torch.tensor([part.q_start for _, _, part in bucket]),
+            torch.tensor([p.k_start for _, _, p in bucket]),
+        ]
+        longest = bucket[-1][0]
+        steps = torch.arange(longest).minimum(lengths - 1)
+        queries, keys = ((start.unsqueeze(1) + steps) * b + of_row for start in starts)
+        places.append((queries, keys))
+        slots = torch.arange(before, before + queries.numel()).view_as(queries)
+        real = torch.arange(longest) < lengths
+        results[queries[real]] = slots[real]
+        before += queries.numel()
+    return places, results
+
+
+def _batched(q: Tensor, k: Tensor, v: Tensor, rows: tuple[tuple[Segment, ...], ...], scale: float, left: int) -> Tensor:
+    """``attention`` for segments with as many keys as queries. A query does not see what comes after it, so padding at
+    a segment's end changes nothing before it."""
+    places, results = _buckets(rows, q.shape[0])
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    found = []
+    for queries, keys in places:
+        chosen = zip(flat, (queries, keys, keys))
+        taken = [x.index_select(0, at.flatten().to(x.device)).unflatten(0, at.shape) for x, at in chosen]
+        q_LND, k_LND, v_LND = (x.transpose(0, 1) for x in taken)
+        out = _segment(q_LND, k_LND, v_LND, scale, left, 0.0)
+        found.append(out.transpose(0, 1).flatten(0, 1))
+    return torch.cat(found).index_select(0, results.to(q.device)).view_as(q)
 
 
 def _slice(q: Tensor, k: Tensor, v: Tensor, part: Segment) -> tuple[Tensor, Tensor, Tensor]:

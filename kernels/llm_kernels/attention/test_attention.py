@@ -6,6 +6,7 @@ sizes fp32 has whole tiles as well as edges; in bf16 only what depends on the dt
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -420,3 +421,26 @@ def test_by_segment(case: str, groups: int, dtype: torch.dtype) -> None:
     assert_matches(
         lambda q, k, v: ref.attention(q, k, v, segments, 0.3), lambda q, k, v: truth(q, k, v, segments), inputs
     )
+
+
+def documents(*lengths: int) -> tuple[ref.Segment, ...]:
+    ends = list(itertools.accumulate(lengths))
+    return tuple(ref.Segment(end - length, end, end - length, end) for length, end in zip(lengths, ends))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.sets(st.integers(1, 79), min_size=5, max_size=30), min_size=2, max_size=2), st.sampled_from([-1, 3]))
+def test_many_documents_are_computed_together(cuts: list[set[int]], left: int) -> None:
+    """With documents of many lengths, in several buckets, and a window."""
+    rows = []
+    for inner in cuts:
+        edges = [0, *sorted(inner), 80]
+        rows.append(documents(*(stop - start for start, stop in itertools.pairwise(edges))))
+    assert sum(map(len, rows)) >= ref.MANY
+    inputs = [torch.randn(80, 2, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    table = torch.tensor([(r, x.q_start, x.q_end, x.k_start, x.k_end) for r, row in enumerate(rows) for x in row])
+    found = ref.attention(*inputs, tuple(rows), 0.3, left)
+    wanted, _ = ref.explicit(*inputs, table, Options(0.3, left, 0))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)

@@ -1,0 +1,96 @@
+"""Supervised fine-tuning: conversations in, an assistant that answers and stops out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.batch import Batch
+from llm_parallel.data.chat_files import ChatData
+from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
+from llm_parallel.metrics.record import AnswerRecord
+from llm_parallel.objectives.base import Objective
+from llm_parallel.objectives.by_source import by_source
+from llm_parallel.parallel.groups import Groups
+from llm_parallel.train.answers import greedy_answers
+from llm_parallel.train.feed import SampleFeed, held_out_batches
+from llm_parallel.train.open import Method
+from llm_parallel.train.run import Run
+
+
+class ConversationFeed(SampleFeed):
+    """Samples of conversations; records the epoch, which is the number of passes over ``chat.train``."""
+
+    def __init__(self, config: RunConfig, groups: Groups, state: TrainState) -> None:
+        samples = conversations(config).training(config.seed)
+        self._packer = samples.packer
+        super().__init__(config, groups, state.consumed_samples, samples, ("source",))
+
+    def progress(self, state: TrainState) -> Mapping[str, float]:
+        """The epoch, with its fraction."""
+        epoch, place = self._packer.locate(state.consumed_samples)
+        return {"epoch": epoch + place / self._packer.samples_of(epoch)}
+
+
+def conversations(config: RunConfig) -> ChatData:
+    """The prepared conversations of a run, which the process that started it has written."""
+    assert config.chat.prepared is not None, "conversations are prepared before processes start"
+    return _opened(config.chat.prepared)
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: str) -> ChatData:
+    return ChatData.open(folder)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: str) -> Tokenizer:
+    return load_tokenizer(path)
+
+
+def answers_loss(config: RunConfig) -> Objective:
+    """-log p of the tokens of answers."""
+    train = config.train
+    return by_source(conversations(config).source_names, train.label_smoothing, train.z_loss)
+
+
+def plain_answers_loss(config: RunConfig) -> Objective:
+    """The same without the terms that only training has."""
+    return by_source(conversations(config).source_names)
+
+
+def held_out_conversations(config: RunConfig, groups: Groups, state: TrainState) -> list[Batch]:
+    """This replica's micro batches of held-out conversations, at most ``train.eval_samples`` samples over all."""
+    data = conversations(config)
+    if not data.held_out_rows:
+        return []
+    wanted = min(config.train.eval_samples, data.held_out_rows)
+    return held_out_batches(config, groups, data.held_out(), wanted)
+
+
+def show_answers(run: Run) -> None:
+    """Lets the model answer some prompts and records what it said."""
+    chat, data = run.config.chat, conversations(run.config)
+    prompts = [*data.questions(chat.show_answers), *data.encode_prompts(chat.show_prompts)]
+    room = run.config.model.max_seq_length_tokens - chat.answer_tokens
+    prompts = [prompt for prompt in prompts if len(prompt) <= room]
+    if not prompts:
+        return
+    answers = greedy_answers(run.engine.network, prompts, data.stops, chat.answer_tokens)
+    assert run.config.data.tokenizer is not None
+    tokenizer = _tokenizer(run.config.data.tokenizer)
+    for prompt, answer in zip(prompts, answers):
+        stopped = answer[-1] in data.stops
+        text = tokenizer.decode(answer[:-1] if stopped else answer)
+        run.metrics.answer(AnswerRecord(run.state.step, tokenizer.decode(prompt), text, stopped))
+
+
+SFT = Method(
+    objective=answers_loss,
+    evaluation=plain_answers_loss,
+    feed=ConversationFeed,
+    held_out=held_out_conversations,
+    evaluated=show_answers,
+)
