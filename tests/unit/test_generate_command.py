@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.tokenizer import load_tokenizer, train_sentencepiece
 from llm_parallel.errors import UserError
 from llm_parallel.generate import command
@@ -78,6 +79,28 @@ def test_the_space_between_prompt_and_answer_stays(
     texts = ["the cat sat on the mat and the dog ran to the cat " * 20]
     tokenizer = load_tokenizer(train_sentencepiece(texts, 290, tmp_path))
     assert printed(monkeypatch, capsys, tokenizer, ["the cat"], " sat on the mat") == "the cat sat on the mat\n"
+
+
+def test_a_chats_prompt_is_written_by_the_template_and_ends_where_the_template_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(train_sentencepiece(["the cat sat on the mat and ran " * 20], 290, tmp_path))
+    config = RunConfig(data={"tokenizer": tokenizer.name}, chat={"system": "sat"})
+    groups = SimpleNamespace(platform=SimpleNamespace(device_name="CPU"))
+    loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], network=None, config=config, tokenizer=tokenizer)
+    monkeypatch.setattr(command, "load_model", lambda *_: loaded)
+    seen: list[Any] = []
+
+    def generate(models: Any, numbers: Any, sampling: Any, ends: set[int], on_token: Any) -> None:
+        seen.extend((tokenizer.decode(numbers[0], control=True), ends))
+        for token in tokenizer.encode("assistant\nthe mat")[len(tokenizer.encode("assistant\n")) :]:
+            on_token(0, token)
+
+    monkeypatch.setattr(command, "generate", generate)
+    command.generate_command("folder", ["the cat"], Sampling(), chat=True)
+    assert capsys.readouterr().out == "the cat\nthe mat\n"
+    turns = ("system\nsat", "user\nthe cat", "assistant\n")
+    assert seen[0] == "</s>\n".join(f"<s>{turn}" for turn in turns) and seen[1] == {tokenizer.eod}
 
 
 def test_answers_to_several_prompts_are_told_apart(
