@@ -121,7 +121,7 @@ def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
     data, replicas = folder / "data", max(1, gpus // 4)
     tp, pp = (1 if gpus == 1 else 2), (2 if gpus == 0 or gpus >= 4 else 1)
     model: dict[str, Any] = MODEL
-    train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 8, "steps": 600, "eval_interval_steps": 200}
+    train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 8, "steps": 800, "eval_interval_steps": 200}
     optim = {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 60}
     if gpus:
         model = {"preset": "tiny"}
@@ -140,7 +140,7 @@ def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
         "parallel": {"dp": replicas, "tp": tp, "pp": pp},
         "train": train,
         "optim": optim,
-        "checkpoint": {"interval_steps": 300},
+        "checkpoint": {"interval_steps": 400},
         "log": {"interval_steps": 10},
     }
 
