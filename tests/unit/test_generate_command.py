@@ -16,7 +16,9 @@ from llm_parallel.data.tokenizer import load_tokenizer, train_sentencepiece
 from llm_parallel.errors import UserError
 from llm_parallel.generate import command
 from llm_parallel.generate.answer import Answer
+from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.sampling import Sampling
+from llm_parallel.worker.command import after_run
 
 WORDS = ["<s>", "</s>", "<|end|>", "a", "hello", "world"]
 
@@ -185,3 +187,15 @@ def test_a_terminal_shows_nothing_of_a_stop_string(
 def test_an_empty_stop_string_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="empty"):
         Answer(byte_tokenizer(tmp_path), [0], ["", "x"])
+
+
+@pytest.mark.parametrize(("sections", "chat"), [({"chat": {"train": [{"path": "a.jsonl"}]}}, True), ({}, False)])
+def test_a_run_that_fine_tuned_suggests_a_chat(sections: dict[str, Any], chat: bool) -> None:
+    said = after_run(RunConfig.model_validate({"run_dir": "runs/x", **sections}), 0, "again")
+    assert said.startswith("llm-parallel generate runs/x --") and ("--chat " in said) == chat
+
+
+def test_chat_belongs_to_prompts() -> None:
+    with pytest.raises(UserError, match=r"--chat .* --input"):
+        GenerateRequest("folder", chat=True, input=Path("in"), output=Path("out"))
+    assert GenerateRequest("folder", ["a"], chat=True).chat
