@@ -208,20 +208,19 @@ def next_commands(folder: Path, run_file: Path, run_dir: Path, chat: bool) -> st
         command = "llm-parallel"
     steps = 2 * yaml.safe_load(run_file.read_text())["train"]["steps"]
     assistant, tokenizer, mine = folder / "chat", folder / "data" / "tokenizer.model", folder.parent / "mine"
+    ask_it = f'generate {assistant} --chat --prompt "{TRY}"'
+    other_layout = f"pretrain {run_file} train.steps={steps} parallel.pp=1"
+    own_tokens = f"prepare YOUR_FOLDER --out {mine} --tokenizer {tokenizer}"
+    own_text = f"pretrain {run_file} run_dir={mine}-run data.train={mine} 'data.eval=[]' data.eval_fraction=0.1"
+    own_chat = f"sft {folder / 'chat.yaml'} run_dir={mine}-chat chat.train=YOUR.jsonl 'chat.eval=[]'"
+    export = f"convert {assistant if chat else run_dir} {folder / 'hf'}"
     lines = [
-        ("trains on, in another layout", f"pretrain {run_file} train.steps={steps} parallel.pp=1"),
-        ("train on your own text: first tokens", f"prepare YOUR_FOLDER --out {mine} --tokenizer {tokenizer}"),
-        (
-            "then the run",
-            f"pretrain {run_file} run_dir={mine}-run data.train={mine} data.eval=[]",
-        ),
-    ]
-    if chat:
-        lines.insert(0, ("ask the assistant", f'generate {assistant} --chat --prompt "{TRY}"'))
-        own = f"sft {folder / 'chat.yaml'} run_dir={mine}-chat chat.train=YOUR.jsonl chat.eval=[]"
-        lines.append(("fine-tune on your own conversations", own))
-    lines += [
-        ("a folder that Hugging Face transformers loads", f"convert {assistant if chat else run_dir} {folder / 'hf'}"),
-        ("one page of numbers, curves and settings", f"report {run_dir} --out {folder.parent / 'report.html'}"),
+        *([("ask the assistant", ask_it)] if chat else []),
+        ("train the first model on, in another layout", other_layout),
+        ("train on your own text: first its tokens", own_tokens),
+        ("then the run", own_text),
+        *([("fine-tune on your own conversations", f"{own_chat} train.epochs=3 optim.warmup_steps=0")] if chat else []),
+        ("write a folder that Hugging Face transformers loads", export),
+        ("write one page of numbers, curves and settings", f"report {run_dir} --out {folder.parent / 'report.html'}"),
     ]
     return "\n".join(f"  # {what}\n  {command} {line}" for what, line in lines)

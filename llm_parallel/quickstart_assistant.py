@@ -17,7 +17,7 @@ from llm_parallel.checkpoint.folders import latest_checkpoint
 from llm_parallel.config.schema import SCHEMA_LINE
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.files import atomic_write
-from llm_parallel.quickstart_chat import Conversation, divided, write_conversations
+from llm_parallel.quickstart_chat import divided, write_conversations
 from llm_parallel.worker.command import train_command
 
 CHAT_STEPS = 400
@@ -53,7 +53,6 @@ def chat_tree(folder: Path, pretrained: RunConfig, steps: int) -> dict[str, Any]
     """The run file of the fine-tuning: model, tokenizer and weights come from the pretrained run, and so do layout,
     device and batch, so that settings with which that one ran suit this one too."""
     data, train = folder / "data", pretrained.train
-    shown = shown_questions(divided(0, NUM_QUESTIONS)[1])
     return {
         "run_dir": str(folder / "chat"),
         "device": pretrained.device,
@@ -62,8 +61,6 @@ def chat_tree(folder: Path, pretrained: RunConfig, steps: int) -> dict[str, Any]
         "chat": {
             "train": [{"path": str(data / "chat.train.jsonl")}],
             "eval": [{"path": str(data / "chat.eval.jsonl")}],
-            "show_answers": 0,
-            "show_prompts": [one.turns[0] for one in shown],
             "answer_tokens": ANSWER_TOKENS,
         },
         "parallel": pretrained.parallel.model_dump(exclude_defaults=True),
@@ -72,17 +69,12 @@ def chat_tree(folder: Path, pretrained: RunConfig, steps: int) -> dict[str, Any]
             "micro_batch_size": train.micro_batch_size,
             "precision": train.precision,
             "steps": steps,
-            "eval_interval_steps": min(200, steps),
+            "eval_interval_steps": min(100, steps),
         },
         "optim": {"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": min(20, steps // 4)},
         "checkpoint": {"load": pretrained.run_dir},
         "log": {"interval_steps": 10},
     }
-
-
-def shown_questions(held_out: Sequence[Conversation]) -> list[Conversation]:
-    """The first conversation of each kind that is shown."""
-    return [next(one for one in held_out if one.kind == kind) for kind in SHOWN_KINDS]
 
 
 def fine_tune(folder: Path, pretrained: RunConfig, step: int, steps: int) -> int:

@@ -46,7 +46,6 @@ def test_the_run_file_fits_the_machine(tmp_path: Path, gpus: int, processes: int
     assert (chat.parallel, chat.train.precision) == (config.parallel, config.train.precision)
     assert chat.train.global_batch_size == config.train.global_batch_size
     assert chat.train.eval_interval_steps == 3 and chat.optim.warmup_steps < 3
-    assert len(chat.chat.show_prompts) == 3
 
 
 def test_the_fine_tuning_follows_overrides_of_the_pretraining(tmp_path: Path) -> None:
