@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from llm_parallel.config.load import load_config
+from llm_parallel.config.schema import SCHEMA_LINE, write_schema
 from llm_parallel.data.corpus import PythonCorpus, prepare_python_corpus
 from llm_parallel.files import atomic_write
 from llm_parallel.jsonlines import JsonLines, read_jsonlines
@@ -72,11 +73,13 @@ def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
     tree = run_tree(folder, num_gpus())
     run_file = folder / "run.yaml"
     with atomic_write(run_file) as handle:
+        handle.write(SCHEMA_LINE)
         yaml.safe_dump(tree, handle, sort_keys=False)
+    write_schema(folder)
     layout = f"TP {tree['parallel']['tp']} x PP {tree['parallel']['pp']}"
     with parts.part("training", f"training with {layout}: starting the processes takes some seconds"):
         print(f"run file: {run_file}", flush=True)
-        status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"])
+        status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"], suggest=lambda _: None)
     if status:
         return status
     run_dir = Path(load_config(run_file, overrides).run_dir)
@@ -150,11 +153,9 @@ def report(run_dir: Path, unigram_entropy_nats: float) -> int:
 def sample(run_dir: Path, step: int) -> None:
     """Prints a text that the model writes on from ``PROMPT``, and records it for the report."""
     from llm_parallel.generate.command import generate_command
+    from llm_parallel.generate.sampling import Sampling
 
-    (text,) = generate_command(
-        str(run_dir), [PROMPT], max_new_tokens=SAMPLE_TOKENS, temperature=0.6, top_k=40, top_p=0.9, seed=1,
-        device="auto",
-    )  # fmt: skip
+    (text,) = generate_command(str(run_dir), [PROMPT], Sampling(SAMPLE_TOKENS, 0.6, top_k=40, top_p=0.9, seed=1))
     lines = JsonLines(run_dir / "metrics.jsonl")
     try:
         lines.append({"event": "answer", "step": step, "prompt": PROMPT, "answer": text, "stopped": False})

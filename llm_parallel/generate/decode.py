@@ -22,13 +22,14 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     ends: Collection[int] = (),
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
     """New tokens for each prompt, up to and without one of ``ends``.
 
     prompts: token ids, of any lengths; prompts of one length run as a batch, so nothing is padded. ``on_token`` is
-    called with (prompt number, token) as they come. Every rank of the job calls this with the same arguments and gets
-    the same answer. Raises UserError for an empty prompt or one that leaves no room in the model's context.
+    called with (prompt number, token) as they come, and an answer ends with the token for which it returns true. Every
+    rank of the job calls this with the same arguments and gets the same answer. Raises UserError for an empty prompt or
+    one that leaves no room in the model's context.
     """
     limit = models[0].model_config.max_seq_length_tokens
     for number, prompt in enumerate(prompts):
@@ -57,7 +58,7 @@ def _generate_batch(
     ends: Collection[int],
     generator: torch.Generator,
     answers: list[list[int]],
-    on_token: Callable[[int, int], None] | None,
+    on_token: Callable[[int, int], bool | None] | None,
 ) -> None:
     """Answers the prompts ``rows``, all of one length; rows that reach one of ``ends`` leave the batch."""
     device = models[0].groups.platform.device
@@ -70,9 +71,8 @@ def _generate_batch(
             if token in ends:
                 continue
             answers[row].append(token)
-            going_on.append(place)
-            if on_token is not None:
-                on_token(row, token)
+            if on_token is None or not on_token(row, token):
+                going_on.append(place)
         if not going_on:
             return
         if len(going_on) < len(rows):

@@ -16,7 +16,7 @@ from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.model.gpt import LlamaModel, build_policy
-from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights, named_unused
+from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
 from llm_parallel.parallel.groups import Groups, close_groups, open_groups
@@ -85,18 +85,18 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
 
 def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
     network = build_policy(config, groups)
-    unused: list[str] = []
+    said: list[str] = []
     if is_hf_folder(path):
-        unused = load_hf_weights(path, network.models)
+        said = load_hf_weights(path, network.models)
     elif is_peft_folder(path):
-        unused = load_base(PeftFolder(path).base_path(), network)
+        said = load_base(PeftFolder(path).base_path(), network)
         load_adapters(path, network)
     else:
         folder = find_checkpoint(path)
         if network.base is not None:
-            unused = load_base(path_of_base(folder, content_of(folder)), network)
+            said = load_base(path_of_base(folder, content_of(folder)), network)
         load_weights(folder, network)
-    if unused:
-        print(named_unused(unused), file=sys.stderr)
+    for sentence in said:
+        print(sentence, file=sys.stderr)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     return Loaded(config, list(network.models), tokenizer)
