@@ -40,7 +40,7 @@ def answered(rank: int, world_size: int, run_dir: str) -> tuple[int, int, int]:
     data = ChatData.open(next(path for path in (Path(run_dir) / "data").iterdir() if path.is_dir()))
     asked = problems(0, HELD_OUT)
     prompts = data.encode_prompts([question(a, b) for a, b in asked])
-    found = generate(loaded.models, prompts, Sampling(max_new_tokens=16), set(data.stops))
+    found = generate(loaded.network, prompts, Sampling(max_new_tokens=16), set(data.stops))
     texts = [re.fullmatch(r"Answer: (\d+)", loaded.tokenizer.decode(tokens)) for tokens in found]
     right = sum(text is not None and int(text[1]) == a + b for text, (a, b) in zip(texts, asked))
     return sum(text is not None for text in texts), sum(len(tokens) < 16 for tokens in found), right
