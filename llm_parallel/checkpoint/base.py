@@ -62,11 +62,12 @@ def load_base(path: str | Path, network: Network) -> list[str]:
     """
     assert network.base is not None
     fingerprint, unused = Fingerprint(network.groups), list[str]()
+    folder = Path(path) if is_hf_folder(path) else find_checkpoint(path)  # the one of now: a run's latest may change
     if is_hf_folder(path):
-        unused = load_hf_weights(path, network.models, fingerprint.add)
+        unused = load_hf_weights(folder, network.models, fingerprint.add)
     else:
-        _load_from_checkpoint(find_checkpoint(path), network, fingerprint)
-    network.base.path, network.base.fingerprint = str(Path(path).absolute()), fingerprint.value()
+        _load_from_checkpoint(folder, network, fingerprint)
+    network.base.path, network.base.fingerprint = str(folder.absolute()), fingerprint.value()
     return unused
 
 

@@ -31,8 +31,9 @@ from llm_parallel.checkpoint.optimizer import (
 )
 from llm_parallel.checkpoint.pieces import Piece, held_pieces, weights_follow
 from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.errors import UserError
 from llm_parallel.model.tensors import Role, kind_of
-from llm_parallel.parallel.engine import POLICY, Models, network_of
+from llm_parallel.parallel.engine import POLICY, Models, Network, network_of
 
 PARTNER_TIMEOUT_S = 60.0
 
@@ -82,6 +83,7 @@ class MemoryCopies:
             "train": state.record(),
             "optimizer_steps": {name: optimizer_steps(engine) for name, engine in self._engines.items()},
             "settings": settings_in_use(self._engines[POLICY]),
+            "base": _fingerprint(self._engines[POLICY].network),
         }
         self._step = state.step
         device_done = None
@@ -127,6 +129,11 @@ class MemoryCopies:
             where = slice(piece.at, piece.at + piece.stop - piece.start)
             for target, plane in zip(targets, planes):
                 target[where].copy_(plane)
+
+
+def _fingerprint(network: Network) -> str | None:
+    """Of the weights under adapters, if there are any; the copies hold adapters alone."""
+    return network.base.fingerprint if network.base is not None else None
 
 
 def _planes(file: CopyFile, slot: int) -> torch.Tensor:
@@ -301,6 +308,11 @@ def restore(
     finally:
         for source in assembler.opened:
             source.close()
+    before, now = record.get("base"), _fingerprint(engines[POLICY].network)
+    if before != now:
+        raise UserError(
+            f"checkpoint.load is another model (fingerprint {now}) than when the run began ({before}); put that back"
+        )
     for name, engine in engines.items():
         set_optimizer_steps(engine, record["optimizer_steps"][name])
         apply_configured_settings(engine)

@@ -291,6 +291,23 @@ def _gluon(case: Case) -> Iterator[Problem]:
             yield Problem(("kernels.attention", f"model.{name}"), statement, fix)
 
 
+def _adapter(case: Case) -> Iterator[Problem]:
+    adapter, model, tp = case.config.adapter, case.config.model, case.config.parallel.tp
+    if adapter is None or adapter.base != "nf4":
+        return
+    heads = model.num_attention_heads * model.kv_channels
+    widths = {"model.hidden_size": model.hidden_size, "model.ffn_hidden_size": model.ffn_hidden_size // tp}
+    widths["model.num_attention_heads times model.head_dim"] = heads // tp
+    for name, width in widths.items():
+        if width % 2:
+            divided = "" if name == "model.hidden_size" else f" divided by parallel.tp = {tp}"
+            yield Problem(
+                ("adapter.base", "parallel.tp"),
+                f"adapter.base = nf4 holds two numbers in a byte, and {name}{divided} is {width}, which is odd",
+                {"adapter.base": "int8"},
+            )
+
+
 MODEL_RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     rules_layout.check_heads,
     rules_layout.check_layer_options,
@@ -311,6 +328,7 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _machine,
     rules_layout.check_rope,
     _gluon,
+    _adapter,
 )
 
 

@@ -26,7 +26,8 @@ from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
 from llm_parallel.model.hf_config import family_of, read_hf_config
 from llm_parallel.model.hf_families import FAMILIES
 from llm_parallel.model.peft_files import PeftFolder, is_peft_folder, peft_tensors, write_peft
-from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, kind_of, split_name
+from llm_parallel.model.quant import QuantizedMatrix
+from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, Role, kind_of, split_name
 
 Factors = Callable[[int, str], tuple[Tensor, Tensor]]
 """Whole A and B of the adapter of one linear, by layer and linear."""
@@ -55,20 +56,42 @@ def _factors(source: str | Path, model: ModelConfig) -> Factors:
 
 
 class MergedTensors:
-    """The weights under adapters with the adapters added, by canonical name, in the dtype of the weights."""
+    """The weights under adapters with the adapters added, by canonical name, in the dtype of the weights. Where the
+    adapters were trained on matrices in few bits, these are what is merged; ``rounding``: their relative distance from
+    the matrices of the files, as a root mean square."""
 
     def __init__(self, base: Callable[[str], Tensor], factors: Factors, config: RunConfig) -> None:
         self._base, self._factors, self._config = base, factors, config
+        self._lost = self._whole = 0.0
+
+    @property
+    def rounding(self) -> float:
+        """0 where nothing was rounded."""
+        return (self._lost / self._whole) ** 0.5 if self._whole else 0.0
 
     def read(self, name: str) -> Tensor:
         """The whole tensor ``name``."""
         weight, (kind, layer) = self._base(name), split_name(name)
         linear, adapter = kind.name.removesuffix(".weight"), self._config.adapter
         assert adapter is not None
-        if layer is None or linear not in PROJECTIONS or not targets_of(linear, adapter):
+        if layer is None or linear not in PROJECTIONS or kind.role is Role.BIAS:
             return weight
-        delta = whole_delta(self._config.model, adapter, linear, *self._factors(layer, linear))
-        return (weight.float() + delta).to(weight.dtype)
+        held = self._as_held(weight, adapter.base)
+        if targets_of(linear, adapter):
+            held = held + whole_delta(self._config.model, adapter, linear, *self._factors(layer, linear))
+        return held.to(weight.dtype)
+
+    def _as_held(self, weight: Tensor, kind: str) -> Tensor:
+        """A matrix in fp32 as it was under the adapters in training."""
+        values = weight.float()
+        if kind == "full":
+            return values
+        rows, columns = values.shape
+        matrix = QuantizedMatrix(kind, rows, range(columns), columns, values.device, None)  # type: ignore[arg-type]
+        held = matrix.copy_(values).values(torch.float32)
+        self._lost += float((held - values).square().sum())
+        self._whole += float(values.square().sum())
+        return held
 
 
 @contextmanager
@@ -108,7 +131,14 @@ def export_merged(source: str | Path, target: str | Path, max_shard_bytes: int =
         for path in _tokenizer_files(source):
             beside.mkdir(exist_ok=True)
             shutil.copy2(path, beside / path.name)
-        return write_hf_folder(tensors, describe_folder(source), settings, target, max_shard_bytes)
+        config = describe_folder(source)
+        written = write_hf_folder(tensors, config, settings, target, max_shard_bytes)
+        if tensors.rounding and config.adapter is not None:
+            print(
+                f"the matrices under the adapters were merged in {config.adapter.base}, as in training; they differ "
+                f"from those of {base} by {tensors.rounding:.2%} (root mean square)"
+            )
+        return written
 
 
 def _tokenizer_files(source: str | Path) -> list[Path]:

@@ -40,6 +40,8 @@ from torch import Tensor, nn
 from llm_parallel.config.tree import ModelConfig
 from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.model.init import normal_rows
+from llm_parallel.model.mcore_config import LlamaTransformerConfig
+from llm_parallel.model.quant import FrozenProduct, QuantizedMatrix
 from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, kind_of
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups
@@ -140,11 +142,41 @@ def _add_product(y_SBO: Tensor, low_SBR: Tensor, b: Tensor, scale: float) -> Ten
     return torch.addmm(y_SBO.flatten(0, 1), low_SBR.flatten(0, 1), b.t(), alpha=scale).view_as(y_SBO)
 
 
-class _Adapted:
-    """The part of a linear that its adapter changes; ``adapter`` is None where it has none."""
+def _without_weight(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leaves the empty parameter of a weight in few bits out of a state, for megatron-core would divide by its size."""
+    del state[f"{prefix}weight"]
+
+
+class _Adapted(nn.Module):
+    """What our linears have besides megatron-core's: a place for an adapter, None where it has none, and for a frozen
+    weight in few bits, whose parameter then is empty."""
 
     adapter: Any
     tp_group: Any
+    weight: Any
+
+    def _prepare(self, config: Any, columns: range, width: int, group: Any) -> None:
+        """Called when the linear is built, before it has values. ``columns`` of ``width``: those on this rank."""
+        self.adapter = None
+        if config.base != "full":
+            held = self.weight
+            matrix = QuantizedMatrix(config.base, held.shape[0], columns, width, held.device, group)
+            self.weight = nn.Parameter(torch.empty(0, dtype=held.dtype, device=held.device), requires_grad=False)
+            self.weight.stored = matrix
+            self._register_state_dict_hook(_without_weight)
+
+    def _forward_impl(self, input: Any, weight: Any, *arguments: Any, **named: Any) -> Any:
+        """megatron-core's product, and what it does with a frozen weight for one in few bits."""
+        stored = getattr(weight, "stored", None)
+        if stored is None:
+            return super()._forward_impl(input, weight, *arguments, **named)
+        group, bias = named["tp_group"], named["bias"]
+        if named["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(input, group=group)
+        elif named["allreduce_dgrad"]:
+            input = copy_to_tensor_model_parallel_region(input, group=group)
+        product = FrozenProduct.apply(input, stored)
+        return product if bias is None else product + bias
 
     def _with_adapter(self, x: Tensor, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         y, bias = output
@@ -168,9 +200,9 @@ class ColumnLinear(_Adapted, ColumnParallelLinear):
 
     interleaved = 1
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.adapter = None
+    def __init__(self, *arguments: Any, config: LlamaTransformerConfig, **named: Any) -> None:
+        super().__init__(*arguments, config=config, **named)
+        self._prepare(config, range(self.input_size), self.input_size, None)
 
     def forward(self, input_: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
         """As megatron-core's, with the adapter's output added."""
@@ -189,9 +221,11 @@ class ColumnLinear(_Adapted, ColumnParallelLinear):
 class RowLinear(_Adapted, RowParallelLinear):
     """megatron-core's linear whose columns ranks divide, with room for an adapter."""
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.adapter = None
+    def __init__(self, *arguments: Any, config: LlamaTransformerConfig, **named: Any) -> None:
+        super().__init__(*arguments, config=config, **named)
+        each, group = self.input_size_per_partition, self.tp_group if self.tp_group.size() > 1 else None
+        start = self.tp_group.rank() * each
+        self._prepare(config, range(start, start + each), self.input_size, group)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """As megatron-core's, with the adapter's output added."""

@@ -40,6 +40,8 @@ class LlamaTransformerConfig(TransformerConfig):
     qk_norm_over_heads: bool = False
     layers_without_rope: tuple[int, ...] = ()
     """Layers, counted from 0, whose queries and keys are not rotated."""
+    base: str = "full"
+    """How the matrices of the layers are held: "full" in ``params_dtype``, or frozen in "int8" or "nf4"."""
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -81,6 +83,7 @@ def transformer_config(
     dtype = numerics.dtype
     return LlamaTransformerConfig(
         kernels=numerics.kernels,
+        base=numerics.base,
         keys_to_the_left=-1 if model.window_tokens is None else model.window_tokens - 1,
         attention_softcap=model.attention_softcap,
         attention_scale=attention_factor(model) ** 2 * model.kv_channels**-0.5,

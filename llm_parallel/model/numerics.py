@@ -29,13 +29,14 @@ class Recompute:
 class Numerics:
     """dtype: of weights and activations; kernels: which implementation of each operator; deterministic: whether
     operators must give the same bits every time; recompute: which activations are not kept; embedding_noise: NEFTune's
-    alpha, the size of noise on the embeddings in training."""
+    alpha, the size of noise on the embeddings in training; base: how the layers' matrices are held under adapters."""
 
     dtype: torch.dtype = torch.float32
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     deterministic: bool = False
     recompute: Recompute = Recompute()
     embedding_noise: float = 0.0
+    base: Literal["full", "int8", "nf4"] = "full"
 
     @classmethod
     def from_config(cls, config: RunConfig) -> Numerics:
@@ -45,4 +46,5 @@ class Numerics:
             parallel.recompute, parallel.recompute_modules, parallel.recompute_method, parallel.recompute_num_layers
         )
         noise = config.chat.neftune_alpha if config.trains == "sft" else 0.0
-        return cls(dtype_of(config.train.precision), config.kernels, config.train.deterministic, recompute, noise)
+        base = config.adapter.base if config.adapter is not None else "full"
+        return cls(dtype_of(config.train.precision), config.kernels, config.train.deterministic, recompute, noise, base)

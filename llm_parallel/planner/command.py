@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.rules import find_problems
 from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.goodput.closed_form import best_interval_s, goodput
@@ -74,6 +76,8 @@ def _plan(request: PlanRequest) -> int:
             return 1
         show(_table(found, shape, cluster))
     show(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, request.software)}")
+    if request.adapter:
+        show("Memory is that of adapters; times are those of training all weights, which takes longer.")
     _say_run(request, found[0], cluster)
     if request.write:
         write_run_file(request, shape, found[0], cluster)
@@ -211,8 +215,24 @@ def _base(request: PlanRequest, cluster: Cluster) -> Strategy:
     plain = Strategy(
         gpus=request.gpus, global_batch=request.global_batch, micro_batch=1, seq=request.seq,
         precision="fp32" if cluster.host else request.precision,  # type: ignore[arg-type]
+        adapter=_adapter(request.adapter),
     )  # fmt: skip
     return with_software(plain, request.software)
+
+
+def _adapter(text: str | None) -> AdapterConfig | None:
+    if text is None:
+        return None
+    fields = dict(part.strip().partition("=")[::2] for part in text.split(","))
+    try:
+        return AdapterConfig.model_validate(
+            {"rank": fields.pop("rank", 16), "base": fields.pop("base", "full"), **fields}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"--adapter {text}: {'.'.join(map(str, first['loc']))}: {first['msg']}; give as rank=16,base=nf4"
+        ) from error
 
 
 def _explained(text: str, base: Strategy) -> Strategy:

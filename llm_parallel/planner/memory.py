@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llm_parallel.planner import adapters
 from llm_parallel.planner.shapes import Shape, Strategy
 
 GIB = 2.0**30
@@ -106,6 +107,8 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
         found += per_score * tokens * strategy.seq * shape.heads / tp
     elif strategy.flash:
         found += 4 * tokens * shape.heads / tp  # logarithms of the sums, fp32
+    if strategy.adapter is not None:
+        found += size * tokens * adapters.kept_columns(strategy, strategy.adapter)
     if strategy.cp > 1 and strategy.cp_gathers:
         found += _gathered_attention(shape, strategy)
     return found
@@ -160,7 +163,13 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
         return shard + size * gathered, shard + 4 * gathered / strategy.vpp, 2 * shard
     states = 8 if strategy.precision == "fp32" else 12
     held = strategy.grad_bytes + strategy.copied_grad_bytes
-    return size * parameters, held * parameters, states * parameters / (replicas if strategy.zero == 1 else 1)
+    frozen = 0.0
+    if strategy.adapter is not None:
+        layers = sum(stage_layers(shape, strategy)[stage])
+        dense = size * (parameters - layers * shape.layer_matrices / strategy.tp)
+        frozen = dense + layers * adapters.frozen_layer_bytes(shape, strategy, strategy.adapter)
+        parameters = layers * adapters.layer_parameters(shape, strategy, strategy.adapter)
+    return frozen + size * parameters, held * parameters, states * parameters / (replicas if strategy.zero == 1 else 1)
 
 
 def _logits(shape: Shape, strategy: Strategy) -> float:
@@ -184,6 +193,8 @@ def _temporary(shape: Shape, strategy: Strategy) -> float:
     size = 4 if strategy.precision == "fp32" else 2
     found = recomputed_activations(shape, strategy)
     found += size * strategy.tokens * shape.ffn * (2 if shape.gated else 1) / strategy.tp
+    if strategy.adapter is not None:
+        found += adapters.dequantized_bytes(shape, strategy, strategy.adapter)
     if not strategy.fused:  # inputs and results of norms in fp32, and the activated gate
         found += strategy.tokens * (16 * shape.hidden + size * shape.ffn * shape.gated / strategy.tp)
     if strategy.sequence_parallel and strategy.tp > 1:

@@ -53,6 +53,8 @@ class PlanRequest:
     """With --calibrate: description to write."""
     what_if: Sequence[str] = ()
     """A case to compare with: gpus=512, cluster=dgx-h200, seq=131072 …; several times."""
+    adapter: str | None = None
+    """Train adapters of this kind on frozen weights, as rank=16,base=nf4; it changes memory only."""
     software: str = "ours"
     """ours, or nvidia: Megatron-Core, Transformer Engine."""
 

@@ -131,10 +131,15 @@ def best_layouts(shape: Shape, base: Strategy, cluster: Cluster, top: int) -> tu
 
 
 def as_run_fields(shape: Shape, s: Strategy) -> dict[str, dict[str, Any]]:
-    """Sections ``parallel`` and ``train`` of a run file with this layout."""
+    """Sections ``parallel`` and ``train`` of a run file with this layout, and ``adapter`` if it trains adapters."""
     parallel: dict[str, Any] = {"dp": s.dp, "tp": s.tp, "pp": s.pp, "cp": s.cp, "vpp": s.vpp, "recompute": s.recompute}
     layers = spread(shape.layers, s.pp * s.vpp)
     if len(set(layers)) > 1 and min(layers):
         parallel["stage_layers"] = list(layers)
     train = {"global_batch_size": s.global_batch, "micro_batch_size": s.micro_batch, "precision": "bf16"}
-    return {"parallel": parallel, "train": train}
+    adapter = (
+        {}
+        if s.adapter is None
+        else {"adapter": s.adapter.model_dump(mode="json", exclude_defaults=True) or {"rank": s.adapter.rank}}
+    )
+    return {"parallel": parallel, "train": train, **adapter}

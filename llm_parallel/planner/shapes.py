@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
 
 Recompute = Literal["none", "selective", "ops", "qkv", "full"]
@@ -131,6 +132,8 @@ class Strategy:
     """Whether backward keeps a SwiGLU's activated gate beside its product with the other half."""
     stage_layers: tuple[int, ...] | None = None
     """Layers of each model chunk in the order of the layers, where they are not even."""
+    adapter: AdapterConfig | None = None
+    """Adapters that are trained in place of the weights. Only memory knows of them."""
 
     @property
     def dp(self) -> int:
@@ -207,4 +210,5 @@ def strategy_of(config: RunConfig, gpus: int) -> Strategy:
         overlap_dp=parallel.overlap is not False,
         overlap_pp=parallel.vpp > 1,
         stage_layers=parallel.stage_layers,
+        adapter=config.adapter,
     )

@@ -111,8 +111,9 @@ def weights_checksum(models: Models) -> Tensor:
     that exchanged values show too."""
     total = torch.zeros(1, dtype=torch.int64)
     weights = [p for model in models.values() for chunk in network_of(model).models for p in chunk.parameters()]
-    for number, parameter in enumerate(weights):
-        integers = parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+    held = [part for weight in weights for part in (weight.stored.tensors if hasattr(weight, "stored") else (weight,))]
+    for number, tensor in enumerate(held):
+        integers = tensor.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
         total += integers.sum(dtype=torch.int64).cpu() * (2 * number + 1)
     return total
 

@@ -26,7 +26,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "recompute": ("none", "selective", "uniform", "block"),
     "vocabulary": (128, 101),
     "objective": ("likelihood", "dpo"),
-    "adapter": ("none", "all", "some"),
+    "adapter": ("none", "all", "some", "nf4"),
     "noise": ("none", "neftune"),
 }
 """Axis → its values, the plain one first. ``changes`` says what each value is in a run's configuration."""
@@ -144,7 +144,13 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 ADAPTER: dict[str, dict[str, Any]] = {
     "none": {},
     "all": {"adapter.rank": 4},
-    "some": {"adapter.rank": 3, "adapter.targets": ("v", "q", "o", "up"), "adapter.rank_stabilized": True},
+    "nf4": {"adapter.rank": 4, "adapter.base": "nf4"},
+    "some": {
+        "adapter.rank": 3,
+        "adapter.targets": ("v", "q", "o", "up"),
+        "adapter.rank_stabilized": True,
+        "adapter.base": "int8",
+    },
 }
 UNEVEN = {2: [3, 1], 4: [2, 1, 1, 2]}
 

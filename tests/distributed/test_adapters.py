@@ -239,3 +239,42 @@ def test_adapters_can_be_switched_off() -> None:
     with_them, off, plain = run_ranks(without, 1)[0]
     assert off == plain
     assert abs(with_them - plain) > 1e-4
+
+
+def held_bytes(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Bytes of weights, gradients and optimizer state that a rank holds, and the prediction for its stage."""
+    from llm_parallel.checkpoint.optimizer import allocate_moments
+    from llm_parallel.parallel.mcore_optimizer import inner_optimizers
+    from llm_parallel.planner.memory import memory_of_stage
+    from llm_parallel.planner.shapes import shape_of, strategy_of
+
+    config = changed(base_config(), {"model.hidden_size": 256, "model.ffn_hidden_size": 640} | changes)
+    engine = open_engine(config, rank, world_size)
+    allocate_moments(engine)
+    parameters = [parameter for model in engine.models for parameter in model.parameters()]
+    weights = [part for p in parameters for part in (p.stored.tensors if hasattr(p, "stored") else (p,))]
+    inner = inner_optimizers(engine.optimizer)
+    mains = [p for one in inner for group in one.param_groups for p in group["params"]]
+    moments = [one.state[p][name] for one in inner for p in one.state for name in ("exp_avg", "exp_avg_sq")]
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    copies = [p for p in mains if p.untyped_storage().data_ptr() not in own]
+    measured = {
+        "weights": sum(part.nbytes for part in weights),
+        "gradients": sum(p.main_grad.nbytes for p in parameters if p.requires_grad),
+        "optimizer": sum(part.nbytes for part in (*moments, *copies)),
+    }
+    predicted = memory_of_stage(shape_of(config.model), strategy_of(config, world_size), engine.groups.at.pp).by_kind()
+    return {kind: (size, predicted[kind]) for kind, size in measured.items()}
+
+
+@pytest.mark.parametrize("kind", ["full", "int8", "nf4"])
+def test_bytes_that_are_held_are_those_predicted(kind: str) -> None:
+    layout = {
+        "full": _p(tp=2) | {"train.precision": "bf16"},
+        "int8": _p(dp=2) | {"train.precision": "bf16"},
+        "nf4": _p(tp=2, pp=2),
+    }[kind]
+    for rank in run_ranks(held_bytes, 4 if kind == "nf4" else 2, layout | SOME | {"adapter.base": kind}):
+        for name, (measured, predicted) in rank.items():
+            print(f"| {kind} | {name} | {measured:.0f} | {predicted:.0f} | {predicted / measured - 1:+.2%} |")
+            assert abs(predicted / measured - 1) <= 0.05, (name, measured, predicted)

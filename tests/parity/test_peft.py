@@ -92,6 +92,21 @@ def adapter_config(kind: str, folder: Path | None) -> dict[str, Any]:
     }
 
 
+def rounded_folder(base: Path, kind: str, folder: Path) -> Path:
+    """The model with the matrices of its layers as they are in few bits, one by one as Hugging Face has them."""
+    from llm_parallel.model.quant import QuantizedMatrix
+
+    model = load_hf(base, torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_proj" in name:
+                rows, columns = parameter.shape
+                matrix = QuantizedMatrix(kind, rows, range(columns), columns, parameter.device, None)  # type: ignore[arg-type]
+                parameter.copy_(matrix.copy_(parameter).values(torch.float32))
+    model.save_pretrained(folder)
+    return folder
+
+
 def ours(
     rank: int, world_size: int, base: str, adapter: dict[str, Any], parallel: dict[str, Any], run_dir: str
 ) -> dict[str, Any]:
@@ -169,6 +184,27 @@ def test_gradients_steps_and_logits_are_pefts(kind: str, base: Path, tmp_path: P
 
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert adapter_parameters(our_config(str(base), LENGTH).model, AdapterConfig(**settings)) == count
+
+
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_base_in_few_bits_is_peft_on_its_values(kind: str, base: Path, tmp_path: Path) -> None:
+    """NF4 in two ranks, whose blocks are not those of one rank; merged, it is the model that was trained."""
+    expected = theirs(adapted(rounded_folder(base, kind, tmp_path / "rounded"), "all", tmp_path / "peft"))
+    settings = adapter_config("all", tmp_path / "peft") | {"base": kind}
+    ranks = 2 if kind == "nf4" else 1
+    found = run_ranks(ours, ranks, str(base), settings, {"tp": ranks}, str(tmp_path / "run"))[0]
+    losses = np.abs(np.array(found["losses"]) / expected["losses"] - 1).max()
+    print(f"| {kind} | losses {losses:.1e} |")
+    assert losses <= 1e-5
+    for name, gradient in expected["gradients"].items() if ranks == 1 else ():
+        distance = np.linalg.norm(found["gradients"][name] - gradient) / np.linalg.norm(gradient)
+        assert distance <= 1e-5, name
+    done = in_process("convert", tmp_path / "run", tmp_path / "merged", "--merge")
+    assert done.returncode == 0, done.stderr
+    assert f"were merged in {kind}, as in training; they differ from those of " in done.stdout
+    with torch.no_grad():
+        logits = load_hf(tmp_path / "merged", torch.float32)(tokens_of(9)[:, :-1]).logits
+    assert np.abs(logits.numpy() - expected["logits"]).max() <= 2e-4
 
 
 def test_more_ranks_than_groups_read_pefts_files_too(base: Path, tmp_path: Path) -> None:

@@ -156,3 +156,24 @@ def test_memory_in_8b_runs_of_torchtitan_by_hand() -> None:
     assert found.activations == pytest.approx(by_hand, rel=0.05)
     assert found.logits == tokens * (12 * 128256 + 12 * 4096)
     assert 0.97 < found.total / 2**30 / 62.0 < 1.03
+
+
+def test_adapters_of_a_published_model() -> None:
+    """Llama 3 8B with rank 16 on all projections has 41.9 M numbers in adapters (PEFT's print_trainable_parameters),
+    and in 4 bits its layers take 4.5 bits a number; embedding and output stay in bf16."""
+    from llm_parallel.config.presets import MODEL_PRESETS
+    from llm_parallel.config.tree import ModelConfig
+    from llm_parallel.config.tree_tune import AdapterConfig
+    from llm_parallel.planner.adapters import layer_parameters
+    from llm_parallel.planner.shapes import shape_of
+
+    shape = shape_of(ModelConfig(**MODEL_PRESETS["llama3-8b"]))
+    adapter = AdapterConfig(rank=16, base="nf4")
+    strategy = Strategy(gpus=1, global_batch=1, micro_batch=1, seq=128, adapter=adapter)
+    trained = 32 * layer_parameters(shape, strategy, adapter)
+    assert trained == 41_943_040
+    found = memory_of_stage(shape, strategy, 0)
+    dense = 2 * 128256 * 4096 + 65 * 4096
+    matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert found.weights == 2 * dense + matrices * 4.5 / 8 + 2 * trained
+    assert (found.gradients, found.optimizer) == (4 * trained, 12 * trained)

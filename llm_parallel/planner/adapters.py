@@ -1,0 +1,75 @@
+"""Memory of adapters, and of frozen matrices in few bits, on one GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm_parallel.config.tree_tune import AdapterConfig
+from llm_parallel.planner.shapes import Shape, Strategy
+
+BLOCK = 64
+"""Numbers that share a scale in NF4."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix of a layer on one GPU. ``kinds``: projections in it that have adapters; ``divided_rows``: whether
+    tensor parallelism divides its rows, else its columns."""
+
+    rows: float
+    columns: float
+    kinds: int
+    divided_rows: bool
+
+    @property
+    def numbers(self) -> float:
+        """Its size."""
+        return self.rows * self.columns
+
+
+def linears(shape: Shape, tp: int, adapter: AdapterConfig) -> tuple[Linear, ...]:
+    """The matrices of a layer on one GPU."""
+    targets, width = set(adapter.targets), shape.heads * shape.channels
+
+    def count(*names: str) -> int:
+        return len(targets & set(names))
+
+    return (
+        Linear((width + 2 * shape.groups * shape.channels) / tp, shape.hidden, count("q", "k", "v"), True),
+        Linear(shape.hidden, width / tp, count("o"), False),
+        Linear(2 * shape.ffn / tp, shape.hidden, count("gate", "up"), True),
+        Linear(shape.hidden, shape.ffn / tp, count("down"), False),
+    )
+
+
+def layer_parameters(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Numbers of the adapters of one layer: A for each projection, and B for all rows of the matrix."""
+    found = [one for one in linears(shape, strategy.tp, adapter) if one.kinds]
+    return sum(adapter.rank * (one.kinds * one.columns + one.rows) for one in found)
+
+
+def frozen_layer_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Bytes of the matrices of one layer, with the scales of their blocks."""
+    found = linears(shape, strategy.tp, adapter)
+    if adapter.base == "full":
+        return (4 if strategy.precision == "fp32" else 2) * sum(one.numbers for one in found)
+    if adapter.base == "int8":
+        return sum(one.numbers + 4 * one.rows for one in found)
+    return sum(one.numbers / 2 + 4 * one.rows * -(-one.columns // BLOCK) for one in found)
+
+
+def kept_columns(strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Columns of the activations of the rank's width that one layer's adapters keep for backward: of all tokens beside
+    matrices whose rows are divided, else of those that sequence parallelism leaves."""
+    whole = strategy.tp if strategy.sequence_parallel else 1
+    targets = set(adapter.targets)
+    return adapter.rank * (len(targets & {"q", "k", "v", "gate", "up"}) + len(targets & {"o", "down"}) / whole)
+
+
+def dequantized_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Bytes that live while the largest matrix is made from its codes: the numbers without and with their scales in
+    fp32, and codes as indices."""
+    if adapter.base == "full":
+        return 0.0
+    largest = max(one.numbers for one in linears(shape, strategy.tp, adapter))
+    return largest * (8 if adapter.base == "int8" else 10)
