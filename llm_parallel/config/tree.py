@@ -305,8 +305,9 @@ class CheckpointConfig(Node):
     asynchronous: bool = True
     """Write in the background while training goes on."""
     load: str | None = None
-    """Checkpoint folder (a run's ``checkpoints`` folder or one ``iter_…`` in it) to start from when the run folder has
-    none of its own; any layout."""
+    """What to start from when the run folder has no checkpoint of its own: a run's folder, its ``checkpoints`` folder or
+    one ``iter_…`` in it, of any layout, or a Hugging Face folder. Sizes of the model and the tokenizer that the run file
+    leaves out are taken from there."""
     load_optimizer: bool = True
     """Take optimizer state and the sample counter from ``load`` too; false starts a new schedule from its weights."""
     verify: bool = True

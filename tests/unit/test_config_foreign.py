@@ -144,16 +144,15 @@ def test_a_file_of_llama_factory(tmp_path: Path) -> None:
 
 def test_what_a_file_of_llama_factory_says_otherwise_is_answered(tmp_path: Path) -> None:
     path = tmp_path / "sft.yaml"
-    path.write_text("model_name_or_path: meta-llama/Llama-3\ndataset: identity,alpaca\ntemplate: llama3\nfp16: true\n")
+    path.write_text("dataset: identity,alpaca\ntemplate: llama3\nfp16: true\n")
     lines = refusal(file=path)
-    assert len(lines) == 4
+    assert len(lines) == 3
     for line, parts in zip(
         lines,
         (
-            (":1: model_name_or_path = ", "llm-parallel convert FOLDER"),
-            (":2: dataset = ", "chat.train", "dataset: NAME"),
-            (":3: template = ", "chatml", "the tokenizer's own template"),
-            (":4: fp16 = true is not a field here: fp16 is not supported; use train.precision=bf16",),
+            (":1: dataset = ", "chat.train", "dataset: NAME"),
+            (":2: template = ", "chatml", "the tokenizer's own template"),
+            (":3: fp16 = true is not a field here: fp16 is not supported; use train.precision=bf16",),
         ),
     ):
         assert all(part in line for part in parts), line
