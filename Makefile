@@ -15,7 +15,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train    prepare real text, pretrain a small Llama in TP 2 x PP 2, sample from it"
+	@echo "make train    prepare real text, pretrain a small Llama in TP 2 x PP 2, sample from it, plots and report"
 	@echo "make quick    run the tests that start no process (under 2 minutes of processor time)"
 	@echo "make test     run all but the slow tests (25 minutes of processor time; TEST_WORKERS=2)"
 	@echo "make test-all run every test"

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llm_launch.drill_request import DrillRequest
 from llm_launch.submit_request import SubmitRequest
 from llm_parallel.bench.requests import CommRequest, KernelsRequest, ScalingRequest, StepRequest
 from llm_parallel.command_help import MEASURE, command
+from llm_parallel.convert.request import ConvertRequest
+from llm_parallel.data.request import PrepareRequest
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
+from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.goodput.request import GoodputRequest
 from llm_parallel.options import with_options
 from llm_parallel.planner.request import PlanRequest
@@ -48,6 +53,13 @@ Overrides = Annotated[
     ),
 ]
 
+WithoutStart = Annotated[
+    bool, typer.Option("--dry-run", help="Show settings, ranks, memory and disk of the run; start nothing.")
+]
+Everything = Annotated[
+    bool, typer.Option("--all", help="With --dry-run: the whole configuration and all ranks, not a selection.")
+]
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -73,30 +85,14 @@ def options(
 
 
 @command(app, "prepare")
-def prepare(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            help="Files, folders or globs: text, JSON lines, JSON, Parquet, Arrow, CSV; plain or in gz, zst, xz, bz2."
-        ),
-    ],
-    out: Annotated[str, typer.Option(help="Prefix of the .bin/.idx pair to write.")],
-    tokenizer: Annotated[str | None, typer.Option(help="SentencePiece .model or Hugging Face tokenizer.json.")] = None,
-    train_vocab: Annotated[int | None, typer.Option(help="Train a tokenizer of that many tokens first.")] = None,
-    key: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    workers: Annotated[int | None, typer.Option(help="Processes; all cores if not given.")] = None,
-    append_eod: Annotated[bool, typer.Option(help="End every document with the end-of-document token.")] = True,
-    shard_megabytes: Annotated[int, typer.Option(help="Text of one shard: what is redone after a kill.")] = 16,
-    prepend_bos: Annotated[bool, typer.Option(help="Begin every document with the tokenizer's begin token.")] = False,
-    strict: Annotated[bool, typer.Option(help="Stop at the first bad record instead of leaving it out.")] = False,
-) -> None:
+@with_options
+def prepare(request: PrepareRequest) -> None:
     """Turn raw text into a tokenizer and token files. Started again after a kill, it goes on where it was."""
     from llm_parallel.data.command import prepare_command
+    from llm_parallel.screen import say_next
 
-    prepare_command(
-        inputs, out, tokenizer=tokenizer, train_vocab=train_vocab, key=key, workers=workers,
-        append_eod=append_eod, shard_megabytes=shard_megabytes, prepend_bos=prepend_bos, strict=strict,
-    )  # fmt: skip
+    report = prepare_command(**vars(request))
+    say_next(f"llm-parallel pretrain RUN.yaml data.train={request.out} data.tokenizer={report.tokenizer} --dry-run")
 
 
 @command(app, "check", with_overrides=True)
@@ -108,8 +104,11 @@ def check(
 ) -> None:
     """Show the conversations of a run as the model will see them: what is trained, cut, packed, and where it stops."""
     from llm_parallel.report.check import check_command
+    from llm_parallel.screen import say_next
 
-    raise typer.Exit(check_command(run_file, overrides or [], html, samples))
+    status = check_command(run_file, overrides or [], html, samples)
+    say_next(" ".join(["llm-parallel sft", run_file, *(overrides or []), "--dry-run"]))
+    raise typer.Exit(status)
 
 
 # Train
@@ -130,28 +129,26 @@ def quickstart(
 def pretrain(
     run_file: RunFile,
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option(help="Print configuration, ranks and memory of the run; start nothing.")
-    ] = False,
+    dry_run: WithoutStart = False,
+    everything: Everything = False,
 ) -> None:
     """Train on next-token prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
     from llm_parallel.worker.command import train_command
 
-    raise typer.Exit(train_command("pretrain", run_file, overrides or [], dry_run))
+    raise typer.Exit(train_command("pretrain", run_file, overrides or [], dry_run, everything))
 
 
 @command(app, "sft", with_overrides=True)
 def sft(
     run_file: RunFile,
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option(help="Prepare the conversations, print configuration, ranks and memory; start nothing.")
-    ] = False,
+    dry_run: WithoutStart = False,
+    everything: Everything = False,
 ) -> None:
     """Fine-tune a model on conversations (chat.train), so that it answers and stops. Starts like pretrain."""
     from llm_parallel.worker.command import train_command
 
-    raise typer.Exit(train_command("sft", run_file, overrides or [], dry_run))
+    raise typer.Exit(train_command("sft", run_file, overrides or [], dry_run, everything))
 
 
 @command(app, "launch", with_overrides=True)
@@ -189,37 +186,45 @@ def submit(
 
 
 @command(app, "status")
-def status(run_dir: Annotated[str, typer.Argument(help="Folder of a run that `launch` started.")]) -> None:
-    """Show an elastic run's state, nodes, excluded devices and goodput."""
+def status(run_dir: Annotated[str, typer.Argument(help="Folder of a run.")]) -> None:
+    """Show what a run is doing: state, step, loss, time left; of an elastic run also nodes, devices and goodput."""
     from rich.console import Console
 
     from llm_launch.show import show_status
+    from llm_parallel.screen import say_next
 
-    show_status(Path(run_dir), Console())
+    say_next(show_status(Path(run_dir), Console(highlight=False)))
 
 
 @command(app, "events")
-def events(run_dir: Annotated[str, typer.Argument(help="Folder of a run.")]) -> None:
-    """Show what happened to a run, line by line."""
-    from llm_launch.show import timeline
+def events(
+    run_dir: Annotated[str, typer.Argument(help="Folder of a run.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with events to come, until the run ends.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as it is in events.jsonl.")] = False,
+) -> None:
+    """Show what happened to a run, line by line, with the time of day."""
+    from llm_launch.show import show_events
+    from llm_parallel.screen import say_next
 
-    for line in timeline(Path(run_dir)):
-        typer.echo(line)
+    with suppress(KeyboardInterrupt):
+        show_events(Path(run_dir), follow, as_json, typer.echo)
+    if not as_json:
+        say_next(f"llm-parallel status {run_dir}")
 
 
 @command(app, "drill")
-def drill(
-    run_file: Annotated[str, typer.Argument(help="YAML run file of a small model whose data is here.")],
-    folder: Annotated[str, typer.Option(help="Where the runs go.")] = "runs/drill",
-    blame: Annotated[int, typer.Option(help="Short runs with one random fault each, whose culprit is known.")] = 10,
-    soak_s: Annotated[float, typer.Option(help="Seconds of one run with faults all the time; 0: none.")] = 0.0,
-    every_s: Annotated[float, typer.Option(help="Mean seconds between the faults of the soak.")] = 20.0,
-    seed: Annotated[int, typer.Option(help="Seed of what fails, where and when.")] = 0,
-) -> None:
+@with_options
+def drill(request: DrillRequest) -> None:
     """Break real runs of four processes on this machine in random ways, and see that they go on and blame rightly."""
     from llm_launch.drill import drill_command
+    from llm_parallel.screen import say_next
 
-    raise typer.Exit(drill_command(Path(run_file), Path(folder), blame, soak_s, every_s, seed))
+    folders = Path(request.run_file), Path(request.folder)
+    status = drill_command(*folders, request.blame, request.soak_s, request.every_s, request.seed)
+    say_next(f"llm-parallel drill {request.run_file} --seed {request.seed + 1}")
+    raise typer.Exit(status)
 
 
 # Plan
@@ -246,15 +251,35 @@ def goodput(request: GoodputRequest) -> None:
 @command(app, "fields")
 def fields(section: Annotated[str, typer.Argument(help="Show only fields that begin so.")] = "") -> None:
     """List every configuration field with its type, default and meaning."""
+    from llm_parallel.config.differences import in_words
     from llm_parallel.config.fields import describe_fields
+    from llm_parallel.screen import say_next
 
     found = [doc for doc in describe_fields() if doc.name.startswith(section)]
     if not found:
         sections = sorted({doc.name.split(".")[0] for doc in describe_fields() if "." in doc.name})
         raise UserError(f"no field begins with {section!r}; the sections are {', '.join(sections)}")
     for doc in found:
-        given = "must be given" if doc.default is ... else f"= {doc.default}"
-        typer.echo(f"{doc.name}: {doc.type} {given}\n    {doc.doc}")
+        default = (
+            "" if doc.is_section else ", must be given" if doc.default is ... else f"; default {in_words(doc.default)}"
+        )
+        typer.echo(f"{doc.name}: {doc.type}{default}\n    {doc.doc.replace('``', '`')}")
+    named = next((doc for doc in found if not doc.is_section and doc.default is not ...), None)
+    if named is not None:
+        say_next(f"llm-parallel pretrain RUN.yaml {named.name}={in_words(named.default)} --dry-run")
+
+
+@command(app, "schema")
+def schema() -> None:
+    """Print the JSON schema of run files, by which editors complete and check them."""
+    import json
+
+    from llm_parallel.config.schema import SCHEMA_NAME, config_schema
+    from llm_parallel.screen import say_next
+
+    typer.echo(json.dumps(config_schema(), indent=1, ensure_ascii=False))
+    say_next(f"llm-parallel schema > {SCHEMA_NAME}; a run file beside it begins with # yaml-language-server: "
+             f"$schema={SCHEMA_NAME}")  # fmt: skip
 
 
 # Measure
@@ -306,11 +331,13 @@ def _command_line() -> str:
 def plot(run_dirs: Annotated[list[str], typer.Argument(help="Run folders; several are drawn together.")]) -> None:
     """Draw loss, throughput and learning rate of runs as PNG files."""
     from llm_parallel.metrics.plots import compare_runs, plot_run
+    from llm_parallel.screen import say_next
 
     folders = [Path(folder) for folder in run_dirs]
     pictures = plot_run(folders[0]) if len(folders) == 1 else compare_runs(folders, folders[0] / "plots")
     for picture in pictures:
         typer.echo(str(picture))
+    say_next(f"llm-parallel report {' '.join(run_dirs)} --out {run_dirs[0].rstrip('/')}/report.html")
 
 
 @command(app, "report")
@@ -318,49 +345,45 @@ def plot(run_dirs: Annotated[list[str], typer.Argument(help="Run folders; severa
 def report(request: ReportRequest) -> None:
     """One HTML page of runs and sweeps: curves, time split, recoveries, scaling efficiency. It needs no network."""
     from llm_parallel.report.command import report_command
+    from llm_parallel.screen import say_next
 
-    raise typer.Exit(report_command(request))
+    status = report_command(request)
+    say_next(
+        f'llm-parallel generate {request.runs[0]} --prompt "…"' if request.runs else "llm-parallel plan --validate"
+    )
+    raise typer.Exit(status)
 
 
 # Use
 
 
 @command(app, "generate")
-def generate(
-    checkpoint: Annotated[str, typer.Argument(help="Run, checkpoints, iter_… or Hugging Face folder.")],
-    prompt: Annotated[list[str], typer.Option(help="Text to go on from; may be given several times.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 for the likeliest token each time (greedy).")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
+@with_options
+def generate(request: GenerateRequest) -> None:
     """Write on from a prompt."""
     from llm_parallel.generate.command import generate_command
+    from llm_parallel.screen import say_next
 
-    generate_command(
-        checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed, device=device,
-    )  # fmt: skip
+    generate_command(**vars(request))
+    if not (Path(request.checkpoint) / "config.json").exists():
+        target = str(Path(request.checkpoint)).rstrip("/") + "-hf"
+        say_next(f"llm-parallel convert {request.checkpoint} {target}")
+    else:
+        say_next(f"llm-parallel generate {request.checkpoint} --prompt … --temperature 0.7 --top-p 0.95")
 
 
 @command(app, "convert")
-def convert(
-    source: Annotated[str, typer.Argument(help="Hugging Face folder, or a run, checkpoints or iter_… folder of ours.")],
-    target: Annotated[str, typer.Argument(help="Folder to write; the other kind.")],
-    verify: Annotated[
-        bool, typer.Option(help="Compare logits before and after, and print the largest difference.")
-    ] = True,
-    max_shard_gb: Annotated[float, typer.Option(help="Largest safetensors file, in GB.")] = 5.0,
-    merge: Annotated[
-        bool, typer.Option(help="Add adapters to the model under them, instead of writing a PEFT folder.")
-    ] = False,
-) -> None:
-    """Convert between Hugging Face Llama folders and our checkpoints, either way, and adapters into PEFT's files."""
+@with_options
+def convert(request: ConvertRequest) -> None:
+    """Convert between Hugging Face folders and our checkpoints, either way, and adapters into PEFT's files."""
     from llm_parallel.convert.command import convert_command
+    from llm_parallel.screen import say_next
 
-    convert_command(source, target, verify=verify, max_shard_gb=max_shard_gb, merge=merge)
+    written = convert_command(**vars(request))
+    if (Path(written) / "adapter_config.json").exists():
+        say_next(f"llm-parallel convert {request.source} {request.target}-merged --merge")
+    else:
+        say_next(f'llm-parallel generate {request.target} --prompt "…"')
 
 
 def main() -> None:

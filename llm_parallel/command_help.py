@@ -41,6 +41,7 @@ COMMANDS: dict[str, CommandHelp] = {
         TRAIN,
         (
             "configs/first-run.yaml --dry-run",
+            "configs/first-run.yaml --dry-run --all",
             "configs/first-run.yaml",
             "configs/first-run.yaml train.steps=150 parallel.pp=1 parallel.dp=2",
         ),
@@ -67,7 +68,7 @@ COMMANDS: dict[str, CommandHelp] = {
         ),
     ),
     "status": CommandHelp(OPERATE, ("runs/first",)),
-    "events": CommandHelp(OPERATE, ("runs/elastic",)),
+    "events": CommandHelp(OPERATE, ("runs/elastic", "runs/elastic --follow", "runs/elastic --json")),
     "drill": CommandHelp(
         OPERATE, ("configs/first-run.yaml --blame 1 --seed 4", "configs/first-run.yaml --blame 0 --soak-s 120")
     ),
@@ -82,6 +83,7 @@ COMMANDS: dict[str, CommandHelp] = {
     ),
     "goodput": CommandHelp(PLAN, ("--gpus 16384 --policy wait", "--gpus 1024 --interval 600 --spares 2")),
     "fields": CommandHelp(PLAN, ("", "parallel", "optim.lr")),
+    "schema": CommandHelp(PLAN, ("",)),
     "bench kernels": CommandHelp(MEASURE, ("--op rms_norm --op swiglu --out runs/kernels", "--aot --arch 90")),
     "bench step": CommandHelp(
         MEASURE,

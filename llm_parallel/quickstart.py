@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from llm_parallel.config.load import load_config
+from llm_parallel.config.schema import SCHEMA_LINE, write_schema
 from llm_parallel.data.corpus import PythonCorpus, prepare_python_corpus
 from llm_parallel.files import atomic_write
 from llm_parallel.jsonlines import JsonLines, read_jsonlines
@@ -72,11 +73,13 @@ def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
     tree = run_tree(folder, num_gpus())
     run_file = folder / "run.yaml"
     with atomic_write(run_file) as handle:
+        handle.write(SCHEMA_LINE)
         yaml.safe_dump(tree, handle, sort_keys=False)
+    write_schema(folder)
     layout = f"TP {tree['parallel']['tp']} x PP {tree['parallel']['pp']}"
     with parts.part("training", f"training with {layout}: starting the processes takes some seconds"):
         print(f"run file: {run_file}", flush=True)
-        status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"])
+        status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"], suggest=lambda _: None)
     if status:
         return status
     run_dir = Path(load_config(run_file, overrides).run_dir)
@@ -96,13 +99,14 @@ def num_gpus() -> int:
 def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
     """The run file for this machine: TP 2 x PP 2 on four CPU processes or at least four GPUs; what fits fewer GPUs.
 
-    On GPUs model and batch are larger and the precision is bf16.
+    On GPUs model and batch are larger and the precision is bf16. On a CPU the batch is one micro batch: four processes
+    share two cores, which the two of either stage keep busy, so smaller ones cost time and fill no bubble.
     """
     data, replicas = folder / "data", max(1, gpus // 4)
     tp, pp = (1 if gpus == 1 else 2), (2 if gpus == 0 or gpus >= 4 else 1)
     model: dict[str, Any] = MODEL
-    train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 4, "steps": 900, "eval_interval_steps": 300}
-    optim = {"lr": 4e-3, "min_lr": 4e-4, "warmup_steps": 40}
+    train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 8, "steps": 800, "eval_interval_steps": 200}
+    optim = {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 60}
     if gpus:
         model = {"preset": "tiny"}
         train = {"global_batch_size": 64 * replicas, "micro_batch_size": 4, "steps": 1000, "eval_interval_steps": 200}
@@ -120,7 +124,7 @@ def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
         "parallel": {"dp": replicas, "tp": tp, "pp": pp},
         "train": train,
         "optim": optim,
-        "checkpoint": {"interval_steps": 450},
+        "checkpoint": {"interval_steps": 400},
         "log": {"interval_steps": 10},
     }
 

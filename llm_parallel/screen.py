@@ -103,7 +103,8 @@ def _print_table(console: Console, heads: list[str], rows: list[list[str]], righ
         console.print(table)
         return
     for row in rows:
-        console.print(row[0], style="bold", markup=False, highlight=False)
+        name = f"{heads[0]} {row[0]}" if _NUMBER.fullmatch(row[0]) else row[0]
+        console.print(name, style="bold", markup=False, highlight=False)
         rest = ", ".join(f"{head} {cell}".strip() for head, cell in zip(heads[1:], row[1:]) if cell)
         console.print(Padding(Text(rest), (0, 0, 0, 2)))
 

@@ -1,68 +1,142 @@
-"""``llm-parallel status`` and ``events``: what an elastic run is doing and what happened to it."""
+"""``llm-parallel status`` and ``events``: what a run is doing and what happened to it."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from llm_launch.run_status import RunStatus, living_holder, read_status
+from llm_launch.sentences import line
 from llm_launch.states import OVER
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import read_jsonlines
+from llm_parallel.screen import show, show_table
 
 STALE_S = 10.0
+FOLLOW_S = 0.5
+LAST_EVENTS = 5
 
 
-def show_status(run_dir: Path, console: Console) -> None:
-    """Prints state, world, nodes, what is excluded, and goodput. Raises UserError if it is no elastic run's folder."""
-    path = run_dir / "elastic.json"
+def show_status(run_dir: Path, console: Console) -> str:
+    """Prints what a run is doing and its last events; returns the command to try next. Raises UserError if it is no
+    run's folder."""
+    elastic = _elastic(run_dir)
+    status = read_status(run_dir) if elastic is None or (run_dir / "metrics.jsonl").exists() else RunStatus("running")
+    state = status.state
+    if elastic is not None:
+        state = elastic["state"]
+        _show_elastic(run_dir, elastic, status, console)
+    else:
+        first, *rest = status.lines(_now())
+        show("\n".join([f"{run_dir}: {first}", *rest]), console)
+    if (run_dir / "events.jsonl").exists():
+        show("\n".join(list(timeline(run_dir))[-LAST_EVENTS:]), console)
+    return next_command(run_dir, state, elastic is not None)
+
+
+def next_command(run_dir: Path, state: str, elastic: bool) -> str:
+    """What to try after looking at a run in a state."""
+    if state == "finished":
+        return f'llm-parallel generate {run_dir} --prompt "…"'
+    if state in ("stopped", "failed", "ended"):
+        return f"llm-parallel {'launch' if elastic else _method(run_dir)} {run_dir}/config.yaml"
+    return f"llm-parallel events {run_dir} --follow"
+
+
+def _method(run_dir: Path) -> str:
+    import yaml
+
     try:
-        status = json.loads(path.read_text())
+        tree = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        return tree["method"]["kind"] or "pretrain"
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return "pretrain"
+
+
+def _elastic(run_dir: Path) -> dict[str, Any] | None:
+    """State that ``launch`` keeps; None where it did not write any."""
+    try:
+        return json.loads((run_dir / "elastic.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"{path} is missing; give the folder of a run that `llm-parallel launch` started") from None
-    age = time.time() - status["updated"]
-    state = status["state"]
+        return None
+
+
+def _show_elastic(run_dir: Path, elastic: dict[str, Any], status: RunStatus, console: Console) -> None:
+    age = time.time() - elastic["updated"]
+    state = elastic["state"]
     if state not in [phase.value for phase in OVER] and age > STALE_S:
         state += f", but nothing was written for {age:.0f} s: the launcher is gone"
-    goodput = status["goodput"]
-    console.print(f"{run_dir}: {state}", highlight=False)
-    console.print(
-        f"step {status['step']}, generation {status['generation']}, {status['world_size']} processes,"
-        f" {status['layout'] or 'no layout'}",
-        highlight=False,
+    goodput = elastic["goodput"]
+    loss = status.record.get("train/loss")
+    of = f" of {status.total_steps}" if status.total_steps is not None else ""
+    numbers = f", loss {loss:.4f}" if isinstance(loss, float) else ""
+    show(
+        f"{run_dir}: {state}\n"
+        f"step {elastic['step']}{of}{numbers}, generation {elastic['generation']}, {elastic['world_size']} processes, "
+        f"{elastic['layout'] or 'no layout'}\n"
+        f"{elastic['recoveries']} recoveries, {elastic['lost_steps']} steps made again, {goodput['down_s']:.1f} s of "
+        f"{goodput['elapsed_s']:.0f} s recovering: goodput {goodput['fraction']:.1%} (wall time of this start)",
+        console,
     )
-    console.print(
-        f"{status['recoveries']} recoveries, {status['lost_steps']} steps made again, {goodput['down_s']:.1f} s of"
-        f" {goodput['elapsed_s']:.0f} s recovering: goodput {goodput['fraction']:.1%} (wall time of this start)",
-        highlight=False,
-    )
-    table = Table("node", "state", "devices", "excluded")
-    excluded = {(entry["node"], entry["device"]): entry["reason"] for entry in status["excluded"]}
-    for node in status["nodes"]:
+    excluded = {(entry["node"], entry["device"]): entry["reason"] for entry in elastic["excluded"]}
+    rows = []
+    for node in elastic["nodes"]:
         gone = [f"{number}: {reason[:80]}" for (name, number), reason in excluded.items() if name == node["name"]]
-        table.add_row(node["name"], node["state"], " ".join(map(str, node["devices"])), "; ".join(gone))
-    console.print(table)
-    for line in list(timeline(run_dir))[-5:]:
-        console.print(line, highlight=False, markup=False)
+        rows.append((node["name"], node["state"], " ".join(map(str, node["devices"])), "; ".join(gone)))
+    show_table("Nodes", ("node", "state", "devices", "excluded"), rows, console)
 
 
 def timeline(run_dir: Path) -> Iterator[str]:
-    """One line per event, with seconds since the first."""
-    first: float | None = None
-    for record in read_jsonlines(run_dir / "events.jsonl"):
-        if "event" not in record or "time" not in record:
-            continue
-        at = datetime.fromisoformat(record["time"]).timestamp()
-        first = at if first is None else first
-        yield f"{at - first:10.3f} s  {record['event']:<9} {_details(record)}"
+    """One line for each event: the time of day, and a sentence."""
+    return (line(record, _now()) for record in _events(read_jsonlines(run_dir / "events.jsonl")))
 
 
-def _details(record: dict[str, Any]) -> str:
-    hidden = ("event", "time", "versions")
-    return ", ".join(f"{name} {value}" for name, value in record.items() if name not in hidden)
+def show_events(run_dir: Path, follow: bool, as_json: bool, say: Callable[[str], None]) -> None:
+    """Hands each event to ``say``, as a sentence or as JSON; with ``follow`` also those to come, until the run ends.
+    Raises UserError if there are none."""
+    path = run_dir / "events.jsonl"
+    records = following(path, lambda: living_holder(run_dir) is None) if follow else read_jsonlines(path)
+    for record in _events(records):
+        say(json.dumps(record, ensure_ascii=False) if as_json else line(record, _now()))
+
+
+def following(
+    path: Path, is_over: Callable[[], bool], pause: Callable[[float], None] = time.sleep
+) -> Iterator[dict[str, Any]]:
+    """Records of a file of JSON lines as they come, until it does not grow and ``is_over`` says so. A line counts when
+    it is complete. A run that has just begun may not have the file yet. Raises UserError if it cannot be read."""
+    while not path.exists() and not is_over():
+        pause(FOLLOW_S)
+    try:
+        with path.open("rb") as handle:
+            rest = b""
+            while True:
+                over = is_over()
+                rest += handle.read()
+                *lines, rest = rest.split(b"\n")
+                for text in lines:
+                    try:
+                        record = json.loads(text)
+                    except ValueError:
+                        continue
+                    if isinstance(record, dict):
+                        yield record
+                if over and not lines:
+                    return
+                pause(FOLLOW_S)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give the folder of a run") from error
+
+
+def _events(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (record for record in records if "event" in record and "time" in record)
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)

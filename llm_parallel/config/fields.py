@@ -151,10 +151,3 @@ def nearest_name(path: Sequence[str | int]) -> str:
         return max(by_leaf, by_name) + by_name / 10
 
     return max(elsewhere or known_names(), key=likeness)
-
-
-def config_schema() -> dict[str, Any]:
-    """JSON schema of a run file, with every field's docstring, for editors."""
-    schema = RunConfig.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return schema

@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from llm_parallel.config.derived import DERIVED
 from llm_parallel.config.fields import (
     FieldDoc,
-    config_schema,
     describe_fields,
     field_at,
     section_at,
@@ -28,10 +27,11 @@ from llm_parallel.config.fields import (
 )
 from llm_parallel.config.names import Key, dotted, is_flag, show, understood, unknown
 from llm_parallel.config.presets import MODEL_PRESETS
+from llm_parallel.config.schema import config_schema
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
-__all__ = ["FieldDoc", "config_schema", "describe_fields", "dump_config", "load_config"]
+__all__ = ["FieldDoc", "config_schema", "describe_fields", "dump_config", "load_config", "load_with_origins"]
 
 MAX_DEPTH = 20
 PATH_LISTS = (("data", "train"), ("data", "eval"), ("chat", "train"), ("chat", "eval"))
@@ -137,6 +137,14 @@ def load_config(
 
     Raises UserError that lists everything that is wrong, one line each, with file, line, key, value and what is right.
     """
+    return load_with_origins(path, overrides, notice)[0]
+
+
+def load_with_origins(
+    path: str | Path | None, overrides: Sequence[str], notice: Callable[[str], None]
+) -> tuple[RunConfig, dict[str, str]]:
+    """The configuration as ``load_config`` reads it, and where each value was given, by dotted name: file and line, an
+    override, or a preset."""
     given = _Given()
     if path is not None:
         _read_file(Path(path), given)
@@ -149,7 +157,7 @@ def load_config(
         raise UserError("\n".join(given.problems))
     for text in given.notices:
         notice(text)
-    return config
+    return config, {dotted(key): where for key, where in given.origins.items()}
 
 
 def dump_config(config: RunConfig) -> str:

@@ -31,6 +31,7 @@ def shown_progress(title: str, console: Console | None = None) -> Iterator[Calla
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[tokens]} tokens"),
+        TextColumn("since start"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

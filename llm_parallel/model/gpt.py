@@ -121,7 +121,8 @@ class LlamaModel(LanguageModule):
         shape = tokens.shape[0], tokens.shape[1] * mesh.cp
         info = sequence_info(ranges, documents, self.angles, shape, cache)
         embedded_SBH = self._embedded(tokens, ranges, numbers) if self.pre_process else None
-        if embedded_SBH is not None and self.is_frozen and self.training and torch.is_grad_enabled():
+        recomputes = self.numerics.recompute.granularity != "none"
+        if embedded_SBH is not None and self.is_frozen and recomputes and torch.is_grad_enabled():
             # A recomputed layer has a gradient only if its input has one, and a frozen embedding's result has none.
             embedded_SBH.requires_grad_()
         hidden_SBH = self.decoder(embedded_SBH, None, packed_seq_params=info)

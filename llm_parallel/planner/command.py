@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.rules import find_problems
+from llm_parallel.config.schema import SCHEMA_LINE, write_schema
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
@@ -394,8 +395,10 @@ def write_run_file(request: PlanRequest, shape: Shape, best: Candidate, cluster:
         f"# {_as_command(request)}\n# predicted: {best.time.total:.3f} s a step, "
         f"{best.tokens_per_s():,.0f} tokens/s/GPU, {best.memory.total / GIB:.1f} GiB\n"
     )
-    with atomic_write(Path(request.write or "run.yaml")) as handle:
-        handle.write(header + yaml.safe_dump(tree, sort_keys=False))
+    path = Path(request.write or "run.yaml")
+    write_schema(path.parent)
+    with atomic_write(path) as handle:
+        handle.write(SCHEMA_LINE + header + yaml.safe_dump(tree, sort_keys=False))
     show(f"written: {request.write}; add data.train and data.tokenizer, or give them as overrides")
 
 

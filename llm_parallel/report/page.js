@@ -246,7 +246,11 @@ class Plot {
       if (from !== null && Math.abs(place(event) - from) >= 6) zoom(this.fromX(from), this.fromX(place(event)));
       from = null;
     });
-    this.box.addEventListener("pointerleave", () => { from = null; this.leave(); });
+    // A finger leaves when it is lifted; what it pointed at stays until another place is touched.
+    this.box.addEventListener("pointerleave", (event) => {
+      from = null;
+      if (event.pointerType !== "touch") this.leave();
+    });
     this.box.addEventListener("blur", () => this.leave());
     this.box.addEventListener("dblclick", () => zoom(null));
     this.box.addEventListener("keydown", (event) => {

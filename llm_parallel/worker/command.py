@@ -2,50 +2,85 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from llm_launch.lease import Lease
 from llm_launch.local import launch_local
 from llm_launch.worker import WorkerEnv, worker_environment
-from llm_parallel.config.load import dump_config, load_config
+from llm_parallel.checkpoint.folders import latest_checkpoint, step_of
+from llm_parallel.config.load import dump_config, load_with_origins
 from llm_parallel.config.rules import num_processes
+from llm_parallel.config.schema import SCHEMA_LINE, write_schema
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.errors import EXIT_STOPPED, UserError
+from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.metrics.plots import plot_run
-from llm_parallel.parallel.layout import Layout
-from llm_parallel.planner.memory import CONTEXT_BYTES, memory
-from llm_parallel.planner.shapes import shape_of, strategy_of
-from llm_parallel.train.preflight import mixture, preflight, rank_table
-from llm_parallel.train.room import check_room, checkpoint_bytes, checkpoints_at_once, existing_part, free_bytes
-from llm_parallel.worker.chat_table import show_conversations
+from llm_parallel.screen import say_next
+from llm_parallel.train.preflight import preflight
+from llm_parallel.train.room import check_room
+from llm_parallel.worker.show import show_mixture, show_plan
 
 CONFIG_NAME = "config.yaml"
 Kind = Literal["pretrain", "sft"]
 
 
-def train_command(kind: Kind, run_file: str, overrides: Sequence[str], dry_run: bool = False) -> int:
+def train_command(
+    kind: Kind,
+    run_file: str,
+    overrides: Sequence[str],
+    dry_run: bool = False,
+    everything: bool = False,
+    suggest: Callable[[str], None] = say_next,
+) -> int:
     """Exit status of a run of method ``kind``. Under torchrun or srun this process is one of the run's; else it starts
-    them all here."""
+    them all here. ``everything``: a dry run shows the whole
+    configuration. ``suggest`` is called at the end with the command to try next."""
     environment = worker_environment()
     world_size = environment.world_size if environment else None
     first = environment is None or environment.rank == 0
-    config = load_config(run_file, overrides, notice=_notice if first else _silent)
+    config, origins = load_with_origins(run_file, overrides, _notice if first else _silent)
     config = preflight(of_kind(config, kind), world_size, _notice if first else _silent)
+    again = " ".join(["llm-parallel", kind, run_file, *map(shlex.quote, overrides)])
     if dry_run:
-        show_plan(config, world_size)
+        if first:
+            show_plan(config, world_size, origins, everything)
+            suggest(again)
+        return 0
+    if environment is None and is_finished(config):
+        suggest(after_run(config.run_dir, 0, again))
         return 0
     if first:
         check_room(config, _notice)
     with Lease(Path(config.run_dir)) if first else nullcontext():
-        return _train(config, environment)
+        status = _train(config, environment)
+    if first and status != EXIT_USER_ERROR:
+        suggest(after_run(config.run_dir, status, again))
+    return status
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run has made all its steps; if so, says it."""
+    newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
+    step = step_of(newest) if newest is not None else None
+    if step is None or step < config.train.steps:
+        return False
+    print(
+        f"{config.run_dir} is finished: {newest} holds step {step}, and train.steps is {config.train.steps}; set a "
+        "larger train.steps to go on, or another run_dir to begin anew"
+    )
+    return True
+
+
+def after_run(run_dir: str, status: int, again: str) -> str:
+    """The command to try after a run that ended with ``status``; ``again`` is the one that started it."""
+    if status == 0:
+        return f'llm-parallel generate {run_dir} --prompt "…"'
+    return again if status == EXIT_STOPPED else f"llm-parallel status {run_dir}"
 
 
 def of_kind(config: RunConfig, kind: Kind) -> RunConfig:
@@ -83,52 +118,16 @@ def _train(config: RunConfig, environment: WorkerEnv | None) -> int:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes the merged configuration into the run folder. Raises UserError if that cannot be written."""
+    """Writes the merged configuration and its JSON schema into the run folder. Raises UserError if that cannot be
+    written."""
     try:
+        write_schema(path.parent)
         with atomic_write(path) as handle:
-            handle.write(dump_config(config))
+            handle.write(SCHEMA_LINE + dump_config(config))
     except OSError as error:
         raise UserError(
             f"run_dir = {config.run_dir} cannot be written ({error.strerror}); give a folder that can be"
         ) from None
-
-
-def show_mixture(config: RunConfig) -> None:
-    """Prints tokens and epochs of each source before anything starts."""
-    if config.trains == "sft":
-        show_conversations(config)
-        return
-    table = Table(title="Training mixture", title_justify="left")
-    for name in ("source", "weight", "tokens held", "tokens used", "epochs"):
-        table.add_column(name, justify="left" if name == "source" else "right")
-    for row in mixture(config):
-        table.add_row(
-            row.path, f"{row.weight:.4f}", f"{row.tokens_available:,}", f"{row.tokens_used:,}", f"{row.epochs:.2f}"
-        )
-    Console().print(table)
-
-
-def show_plan(config: RunConfig, world_size: int | None) -> None:
-    """What a dry run prints: configuration, ranks, mixture, memory and disk."""
-    layout = Layout.from_config(config, world_size or num_processes(config))
-    print(dump_config(config))
-    print(layout.describe())
-    print("\n".join(rank_table(layout)))
-    show_mixture(config)
-    found = memory(shape_of(config.model), strategy_of(config, layout.world_size))
-    named = ", ".join(f"{name} {_size(size)}" for name, size in found.by_kind().items())
-    print(
-        f"predicted memory of the fullest process: {_size(found.total)} of tensors ({named}), and about "
-        f"{_size(CONTEXT_BYTES)} of context on a GPU"
-    )
-    print(
-        f"checkpoints: {_size(checkpoint_bytes(config))} each, at most {checkpoints_at_once(config)} at a time; "
-        f"{_size(free_bytes(existing_part(Path(config.run_dir))))} are free for run_dir = {config.run_dir}"
-    )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _notice(text: str) -> None:

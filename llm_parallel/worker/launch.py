@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,13 @@ from llm_parallel.checkpoint.folders import latest_checkpoint, step_of
 from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.errors import EXIT_STOPPED
+from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from llm_parallel.parallel.platform import resolve_device
+from llm_parallel.screen import say_next
 from llm_parallel.train.preflight import preflight, preflight_job
 from llm_parallel.train.room import check_copies, check_room
-from llm_parallel.worker.command import CONFIG_NAME, save_config, show_mixture
+from llm_parallel.worker.command import CONFIG_NAME, after_run, is_finished, save_config
+from llm_parallel.worker.show import show_mixture
 
 
 def launch_command(
@@ -34,9 +37,16 @@ def launch_command(
     requests = StopRequests(environment.get(ASKED))
     requests.catch()
     config = preflight(load_config(run_file, overrides, notice=print), None, print)
+    again = " ".join(["llm-parallel launch", run_file, *map(shlex.quote, overrides)])
+    if is_finished(config):
+        say_next(after_run(config.run_dir, 0, again))
+        return 0
     check_room(config, print)
     with Lease(Path(config.run_dir), environment):
-        return _launch(config, requests, processes, nodes, environment)
+        status = _launch(config, requests, processes, nodes, environment)
+    if status != EXIT_USER_ERROR:
+        say_next(after_run(config.run_dir, status, again))
+    return status
 
 
 def _launch(
@@ -87,7 +97,9 @@ def submit_command(run_file: str, overrides: Sequence[str], request: SubmitReque
     text = batch_file(request, config, Path(run_file).resolve(), overrides)
     if dry_run:
         print(text, end="")
+        say_next("the same without --dry-run")
         return 0
     job = submit(text, Path(config.run_dir).resolve())
-    print(f"job {job}; batch file and log in {config.run_dir}; llm-parallel status {config.run_dir}")
+    print(f"job {job}; batch file and log in {config.run_dir}")
+    say_next(f"llm-parallel status {config.run_dir}")
     return 0

@@ -74,7 +74,8 @@ def test_a_run_leaves_its_files(alone: tuple[Path, subprocess.CompletedProcess[s
     pictures = [line.removeprefix("plot: ") for line in result.stdout.splitlines() if line.startswith("plot: ")]
     assert pictures
     assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    assert result.stderr == ""
+    assert result.stderr == f'next: llm-parallel generate {run_dir} --prompt "…"\n'
+    assert (run_dir / "schema.json").is_file()
 
 
 def test_the_console_shows_mixture_steps_and_evaluation(alone: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,15 @@ def test_dry_run_shows_all_and_starts_nothing(corpus: Corpus, tmp_path: Path) ->
     result = llm_parallel("pretrain", run_file, "parallel.tp=2", "parallel.pp=2", "--dry-run")
     assert result.returncode == 0, result.stderr
     for part in (
-        "vocab_size: 400",
+        "| model.vocab_size | 400 | none | derived |",
+        "| parallel.tp | 2 | 1 | override |",
         "TP 2 + SP x PP 2",
         "rank   3: tp 1 cp 0 dp 0 pp 1, layers 1-1",
         str(corpus.prefix),
     ):
         assert part in result.stdout
     assert "predicted memory of the fullest process" in result.stdout
+    assert result.stderr.splitlines()[-1] == f"next: llm-parallel pretrain {run_file} parallel.tp=2 parallel.pp=2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
 
@@ -35,6 +38,7 @@ def test_fields_are_listed_with_their_meaning() -> None:
     assert result.returncode == 0
     names = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
     assert names and all(name.startswith("train.guard") for name in names)
+    assert not re.search(r"\b(None|True|False|Ellipsis|PydanticUndefined)\b|= \(", in_process("fields").stdout)
     assert "train.guard.max_consecutive_skips: " in result.stdout and "exit status 1" in result.stdout
 
 

@@ -9,8 +9,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from llm_launch.drill_request import DrillRequest
 from llm_launch.submit_request import SubmitRequest
 from llm_parallel.bench.requests import CommRequest, KernelsRequest, ScalingRequest, StepRequest
+from llm_parallel.convert.request import ConvertRequest
+from llm_parallel.data.request import PrepareRequest
+from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.goodput.request import GoodputRequest
 from llm_parallel.options import argument, documentation_of, not_an_option, option, with_options
 from llm_parallel.planner.request import PlanRequest
@@ -19,6 +23,7 @@ from llm_parallel.report.request import ReportRequest
 REQUESTS = (
     *(SubmitRequest, CommRequest, KernelsRequest, ScalingRequest, StepRequest),
     *(GoodputRequest, PlanRequest, ReportRequest),
+    *(PrepareRequest, GenerateRequest, ConvertRequest, DrillRequest),
 )
 
 

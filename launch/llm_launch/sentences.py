@@ -1,0 +1,105 @@
+"""Events of a run as sentences, with clock times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime, tzinfo
+from typing import Any
+
+Record = Mapping[str, Any]
+_HIDDEN = ("event", "time", "versions")
+
+
+def clock(at: datetime, now: datetime, zone: tzinfo | None = None) -> str:
+    """A time of day in the zone (the machine's own if none is given); with the date where it is not that of ``now``."""
+    local, today = at.astimezone(zone), now.astimezone(zone).date()
+    return local.strftime("%H:%M:%S" if local.date() == today else "%Y-%m-%d %H:%M:%S")
+
+
+def line(record: Record, now: datetime, zone: tzinfo | None = None) -> str:
+    """One line of ``llm-parallel events``: when, and what happened."""
+    at = clock(datetime.fromisoformat(record["time"]), now, zone)
+    return f"{at}  {sentence(record)}"
+
+
+def sentence(record: Record) -> str:
+    """What an event says. A kind that is not known here is shown with its fields, and so is one that lacks a field."""
+    make = _SENTENCES.get(str(record.get("event")))
+    if make is not None:
+        try:
+            return make(record)
+        except KeyError:
+            pass
+    rest = ", ".join(f"{name} {value}" for name, value in record.items() if name not in _HIDDEN)
+    return f"{record.get('event')}: {rest}" if rest else str(record.get("event"))
+
+
+def _start(record: Record) -> str:
+    what = f"{record['size']} x {record['device_name']}, {record['layout']}"
+    if record["step"]:
+        return f"the run goes on after step {record['step']} of {record['total_steps']}: {what}"
+    return f"the run begins, {record['total_steps']} steps: {what}"
+
+
+def _form(record: Record) -> str:
+    source = "copies in memory" if record["cause"] == "memory" else record["cause"]
+    step = f" of step {record['step']}" if record.get("step") is not None else ""
+    return (
+        f"generation {record['generation']}: {record['world_size']} processes, {record['layout']}; state from "
+        f"{source}{step}"
+    )
+
+
+def _resume(record: Record) -> str:
+    seconds = record.get("seconds_since_detection")
+    after = f", {seconds:.2f} s after the fault was noticed" if seconds is not None else ""
+    return f"training at step {record['step']} in generation {record['generation']}{after}"
+
+
+def _ended(record: Record) -> str:
+    return f"all steps are done, the last one is {record['step']}{_because(record)}"
+
+
+def _stopped(record: Record) -> str:
+    return f"stopped after step {record['step']}, with its state saved{_because(record)}"
+
+
+def _wait(record: Record) -> str:
+    seconds = record.get("seconds")
+    return f"waiting{f' for up to {seconds:.0f} s' if seconds is not None else ''}: {record['cause']}"
+
+
+def _because(record: Record) -> str:
+    return f"; {record['cause']}" if record.get("cause") else ""
+
+
+_SENTENCES: dict[str, Callable[[Record], str]] = {
+    "run_start": _start,
+    "form": _form,
+    "resume": _resume,
+    "wait": _wait,
+    "end": _ended,
+    "stopped": _stopped,
+    "stop": lambda r: f"stopped after step {r['step']}: asked to, or out of time",
+    "early_stop": lambda r: (
+        f"ended after step {r['step']}: held-out loss no longer falls (train.early_stop_evaluations)"
+    ),
+    "save": lambda r: f"checkpoint of step {r['step']}",
+    "save_failed": lambda r: f"the checkpoint of step {r['step']} could not be saved: {r['cause']}",
+    "skip": lambda r: (
+        f"step {r['step']} was not applied: {r['reason']}; samples {r['first_sample']} to {r['last_sample']}"
+    ),
+    "settings_changed": lambda r: f"goes on with other settings: {'; '.join(r['changed'])}",
+    "detect": lambda r: f"a fault in step {r['step']}, generation {r['generation']}: {r['cause']}",
+    "blame": lambda r: f"found to blame ({r['fault']}): {r['cause']}",
+    "remove": lambda r: f"device {r['device']} of {r['node']} is removed: {r['cause']}",
+    "reshape": lambda r: f"another layout: {r['after']} instead of {r['before']}",
+    "crowded": lambda r: f"{r['cause']}",
+    "lost": lambda r: f"node {r['node']} is lost: {r['cause']}",
+    "join": lambda r: f"node {r['node']} is there",
+    "health": lambda r: f"{r['node']}, device {r['device']}: {r['cause']}",
+    "stall": lambda r: f"step {r['step']} has taken {r['seconds']:.1f} s: {r['cause']}",
+    "requeue": lambda r: f"back to SLURM's queue: {r['cause']}",
+    "fail": lambda r: f"the run cannot go on ({r['fault']}): {r['cause']}",
+}
+"""Kind of an event → its sentence. A lambda raises KeyError where a field is missing."""
