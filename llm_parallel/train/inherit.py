@@ -24,8 +24,8 @@ def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
     if not Path(folder).exists():
         if config.data.tokenizer is None and config.model.vocab_size is None:
             raise UserError(
-                f"checkpoint.load = {folder} does not exist; give the path of a run or of a Hugging Face folder on this "
-                "machine: models are not downloaded"
+                f"checkpoint.load = {folder} does not exist; give the path of a run or of a Hugging Face folder "
+                "here: models are not downloaded"
             )
         return config  # the files that are missing are named together later
     given = config.model.model_fields_set
