@@ -360,11 +360,16 @@ def report(request: ReportRequest) -> None:
 @command(app, "generate")
 @with_options
 def generate(request: GenerateRequest) -> None:
-    """Write on from a prompt."""
-    from llm_parallel.generate.command import generate_command
+    """Write on from prompts, or answer a file of prompts or conversations."""
+    from llm_parallel.generate.command import generate_command, generate_file_command, sampling_of
     from llm_parallel.screen import say_next
 
-    generate_command(**vars(request))
+    if request.input is not None:
+        generate_file_command(request)
+        return
+    generate_command(
+        request.checkpoint, request.prompts, sampling_of(request), device=request.device, stop=request.stop
+    )
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"
         say_next(f"llm-parallel convert {request.checkpoint} {target}")

@@ -106,6 +106,7 @@ COMMANDS: dict[str, CommandHelp] = {
         (
             'runs/first --prompt "def " --temperature 0.7 --top-k 50',
             'runs/first-hf --prompt "import " --prompt "class "',
+            "runs/first-hf --input prompts.jsonl --output answers.jsonl --samples 4 --temperature 0.7",
         ),
     ),
     "convert": CommandHelp(USE, ("runs/first runs/first-hf", "models/Llama-3.2-1B runs/imported")),

@@ -153,11 +153,9 @@ def report(run_dir: Path, unigram_entropy_nats: float) -> int:
 def sample(run_dir: Path, step: int) -> None:
     """Prints a text that the model writes on from ``PROMPT``, and records it for the report."""
     from llm_parallel.generate.command import generate_command
+    from llm_parallel.generate.sampling import Sampling
 
-    (text,) = generate_command(
-        str(run_dir), [PROMPT], max_new_tokens=SAMPLE_TOKENS, temperature=0.6, top_k=40, top_p=0.9, seed=1,
-        device="auto",
-    )  # fmt: skip
+    (text,) = generate_command(str(run_dir), [PROMPT], Sampling(SAMPLE_TOKENS, 0.6, top_k=40, top_p=0.9, seed=1))
     lines = JsonLines(run_dir / "metrics.jsonl")
     try:
         lines.append({"event": "answer", "step": step, "prompt": PROMPT, "answer": text, "stopped": False})

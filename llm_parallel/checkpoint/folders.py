@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from llm_parallel.errors import UserError
+from llm_parallel.model.hf_files import what_it_is
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
 COMPLETE = ("metadata.json", ".metadata", "common.pt", "train_state.json", "config.yaml")
@@ -64,4 +65,7 @@ def find_checkpoint(path: str | Path) -> Path:
         found = latest_checkpoint(folder)
         if found is not None:
             return found
-    raise UserError(f"{path} holds no checkpoint; give a run folder, its checkpoints folder, or an iter_… folder in it")
+    raise UserError(
+        what_it_is(path)
+        or f"{path} holds no checkpoint; give a run folder, its checkpoints folder, or an iter_… folder in it"
+    )

@@ -23,8 +23,9 @@ from llm_parallel.errors import UserError
 from llm_parallel.generate.load import describe_folder
 from llm_parallel.model.adapters import PROJECTIONS, targets_of, whole_delta
 from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
-from llm_parallel.model.hf_config import family_of, read_hf_config
+from llm_parallel.model.hf_config import family_of
 from llm_parallel.model.hf_families import FAMILIES
+from llm_parallel.model.hf_files import read_hf_config
 from llm_parallel.model.peft_files import PeftFolder, is_peft_folder, peft_tensors, write_peft
 from llm_parallel.model.quant import QuantizedMatrix
 from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, Role, kind_of, split_name
@@ -117,7 +118,9 @@ def _hf_tensor(reader: HfReader, model: ModelConfig) -> Callable[[str], Tensor]:
     return read
 
 
-def export_merged(source: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> Path:
+def export_merged(
+    source: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9, dtype: torch.dtype | None = None
+) -> Path:
     """Writes the model under adapters with the adapters added, as a Hugging Face folder; returns it. Tokenizer and
     settings are those beside the adapters, and for what is not there those of the model."""
     base = Path(base_of(source))
@@ -132,7 +135,7 @@ def export_merged(source: str | Path, target: str | Path, max_shard_bytes: int =
             beside.mkdir(exist_ok=True)
             shutil.copy2(path, beside / path.name)
         config = describe_folder(source)
-        written = write_hf_folder(tensors, config, settings, target, max_shard_bytes)
+        written = write_hf_folder(tensors, config, settings, target, max_shard_bytes, dtype)
         if tensors.rounding and config.adapter is not None:
             print(
                 f"the matrices under the adapters were merged in {config.adapter.base}, as in training; they differ "

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,9 +18,10 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.convert.settings import origin, write_settings
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.model.hf import INDEX_NAME, file_tensors, hf_tensors
+from llm_parallel.model.hf import file_tensors, hf_tensors
 from llm_parallel.model.hf_config import family_of
 from llm_parallel.model.hf_families import FAMILIES
+from llm_parallel.model.hf_files import INDEX_NAME
 from llm_parallel.model.tensors import all_names
 
 
@@ -63,13 +65,19 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def export_to_hf(checkpoint: str | Path, target: str | Path, max_shard_bytes: int = 5 * 10**9) -> Path:
+def export_to_hf(
+    checkpoint: str | Path,
+    target: str | Path,
+    max_shard_bytes: int = 5 * 10**9,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Writes the checkpoint's model as a Hugging Face folder, with tokenizer and generation settings; returns it.
 
-    Raises UserError if there is no checkpoint or the target is not empty.
+    dtype: that of the files; the checkpoint's if not given. Raises UserError if there is no checkpoint or the target is
+    not empty.
     """
     source = find_checkpoint(checkpoint)
-    return write_hf_folder(CheckpointTensors(source), read_config(source), source, target, max_shard_bytes)
+    return write_hf_folder(CheckpointTensors(source), read_config(source), source, target, max_shard_bytes, dtype)
 
 
 class Tensors(Protocol):
@@ -80,13 +88,18 @@ class Tensors(Protocol):
 
 
 def write_hf_folder(
-    tensors: Tensors, config: RunConfig, source: Path, target: str | Path, max_shard_bytes: int
+    tensors: Tensors,
+    config: RunConfig,
+    source: Path,
+    target: str | Path,
+    max_shard_bytes: int,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Writes a model as a Hugging Face folder, with the tokenizer and the settings that lie in ``source`` as in one of
     our checkpoints; returns it.
 
-    Holds at most one layer and one safetensors file in memory. The folder appears when it is complete. Raises UserError
-    if the target is not empty.
+    dtype: that of the files; that of ``tensors`` if not given. Holds at most one layer and one safetensors file in
+    memory. The folder appears when it is complete. Raises UserError if the target is not empty.
     """
     target = Path(target)
     if target.exists() and any(target.iterdir()):
@@ -97,13 +110,12 @@ def write_hf_folder(
     try:
         family = FAMILIES[family_of(config.model, origin(source, config.model).get("model_type"))]
         writer = ShardWriter(making, max_shard_bytes)
-        dtype = None
         for name in all_names(config.model):
             ours = tensors.read(name)
-            dtype = dtype or str(ours.dtype).removeprefix("torch.")
-            writer.add(file_tensors(hf_tensors(name, ours, config.model), family))
+            dtype = dtype or ours.dtype
+            writer.add(file_tensors(hf_tensors(name, ours.to(dtype), config.model), family))
         writer.close()
-        write_settings(source, making, config, dtype or "float32")
+        write_settings(source, making, config, str(dtype).removeprefix("torch."))
         if target.exists():
             target.rmdir()
         making.rename(target)

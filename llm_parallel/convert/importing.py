@@ -34,7 +34,7 @@ from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.convert.settings import carry
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, fsync_dir
-from llm_parallel.model.hf import HfReader, named_unused, read_rows
+from llm_parallel.model.hf import HfReader, read_rows
 from llm_parallel.model.mcore_config import padded_vocab_size
 from llm_parallel.model.tensors import LAYERS, all_names, split_name
 
@@ -67,10 +67,11 @@ def stored_tensors(model: ModelConfig) -> Iterator[Stored]:
 class _LazyPlanner(DefaultSavePlanner):
     """Reads each tensor when the writer comes to it, so that one at a time is in memory."""
 
-    def __init__(self, reader: HfReader, model: ModelConfig, by_index: dict[MetadataIndex, Stored]) -> None:
+    def __init__(
+        self, reader: HfReader, model: ModelConfig, by_index: dict[MetadataIndex, Stored], dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self._reader, self._model, self._by_index = reader, model, by_index
-        self._dtype = reader.dtype()
+        self._reader, self._model, self._by_index, self._dtype = reader, model, by_index, dtype
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The tensor of one write item, read now."""
@@ -83,12 +84,17 @@ class _LazyPlanner(DefaultSavePlanner):
 
 
 def import_from_hf(
-    source: str | Path, target: str | Path, config: RunConfig, notice: Callable[[str], None] = print
+    source: str | Path,
+    target: str | Path,
+    config: RunConfig,
+    notice: Callable[[str], None] = print,
+    dtype: torch.dtype | None = None,
 ) -> Path:
-    """Writes ``target/checkpoints/iter_0000000`` from a Hugging Face folder in its own dtype; returns that folder.
+    """Writes ``target/checkpoints/iter_0000000`` from a Hugging Face folder; returns that folder.
 
-    config: the run configuration to store, with the folder's model. Tokenizer and generation settings are copied too.
-    Holds one tensor in memory. Raises UserError if the target holds checkpoints already or the source is damaged.
+    config: the run configuration to store, with the folder's model; dtype: of the weights, the folder's if not given.
+    Tokenizer and generation settings are copied too. Holds one tensor in memory. Raises UserError if the target holds
+    checkpoints already or the source is damaged.
     """
     source, checkpoints = Path(source), Path(target) / "checkpoints"
     if checkpoints.exists() and any(checkpoints.iterdir()):
@@ -98,10 +104,9 @@ def import_from_hf(
     making.mkdir(parents=True)
     try:
         with HfReader(source) as reader:
-            unused = reader.check()
-            if unused:
-                notice(named_unused(unused))
-            _write_tensors(reader, config.model, making)
+            for said in reader.check():
+                notice(said)
+            _write_tensors(reader, config.model, making, dtype or reader.dtype())
         write_weights_only_parts(making)
         TrainState().write(making)
         carry(source, making)
@@ -115,8 +120,7 @@ def import_from_hf(
     return final
 
 
-def _write_tensors(reader: HfReader, model: ModelConfig, folder: Path) -> None:
-    dtype = reader.dtype()
+def _write_tensors(reader: HfReader, model: ModelConfig, folder: Path, dtype: torch.dtype) -> None:
     properties = TensorProperties(dtype=dtype)
     items, by_index = [], {}
     sizes: dict[str, TensorStorageMetadata] = {}
@@ -131,5 +135,5 @@ def _write_tensors(reader: HfReader, model: ModelConfig, folder: Path) -> None:
     writer = FileSystemWriter(str(folder), thread_count=1)
     writer.set_up_storage_writer(True)
     [plan] = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])
-    results: Any = writer.write_data(plan, _LazyPlanner(reader, model, by_index)).wait()
+    results: Any = writer.write_data(plan, _LazyPlanner(reader, model, by_index, dtype)).wait()
     writer.finish(Metadata(state_dict_metadata=dict(sizes)), [results])

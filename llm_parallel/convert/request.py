@@ -16,8 +16,10 @@ class ConvertRequest:
     target: str = argument()
     """Folder to write; the other kind."""
     verify: bool = True
-    """Compare logits before and after, and print the largest difference."""
+    """Compare logits with transformers', where it is installed, and print the largest difference."""
     max_shard_gb: float = 5.0
     """Largest safetensors file, in GB."""
+    dtype: str | None = None
+    """fp32, bf16 or fp16; the source's if not given."""
     merge: bool = False
     """Add adapters to the model under them, instead of writing a PEFT folder."""

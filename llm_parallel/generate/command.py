@@ -12,8 +12,11 @@ from typing import Any
 
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
+from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.decode import generate
-from llm_parallel.generate.load import load_model
+from llm_parallel.generate.files import FileJob, PromptReader, answer_file
+from llm_parallel.generate.load import Loaded, load_model
+from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.parallel.groups import close_groups
 
@@ -55,64 +58,75 @@ def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
         print(prompt + text)
 
 
-def generate_command(
-    checkpoint: str,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-) -> list[str]:
-    """Prints each prompt and its continuation; token by token if there is one prompt and a terminal.
-
-    Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+def _open(checkpoint: str, device: str) -> tuple[Loaded, Tokenizer, list[Path]]:
+    """The model, its tokenizer, and the folders whose files say how texts begin and end."""
     loaded = load_model(checkpoint, device)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
+    if loaded.tokenizer is None:
         raise UserError(
             f"{checkpoint} has no tokenizer beside its weights; put a tokenizer.json or tokenizer.model there"
         )
     beside = Path(loaded.config.data.tokenizer or checkpoint)
-    folders = [Path(checkpoint), beside if beside.is_dir() else beside.parent]
+    return loaded, loaded.tokenizer, [Path(checkpoint), beside if beside.is_dir() else beside.parent]
+
+
+def sampling_of(request: GenerateRequest) -> Sampling:
+    """How tokens are drawn. Raises UserError for a value out of range."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "min_p", "top_log_probs")
+    penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    return Sampling(**{name: getattr(request, name) for name in (*names, *penalties)})
+
+
+def generate_file_command(request: GenerateRequest) -> int:
+    """Answers a file of prompts; see ``generate/files.py``. Returns the number of new answers. Raises UserError."""
+    assert request.input is not None and request.output is not None
+    settings = (sampling_of(request), tuple(request.stop), request.samples, request.max_running)
+    job = FileJob(request.input, request.output, *settings)
+    loaded, tokenizer, folders = _open(request.checkpoint, request.device)
+    try:
+        reader = PromptReader(loaded, prompt_prefix(tokenizer, folders), frozenset(end_tokens(tokenizer, folders)))
+        return answer_file(job, loaded, reader, request.checkpoint)
+    finally:
+        close_groups()
+
+
+def generate_command(
+    checkpoint: str,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    device: str = "auto",
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """Prints each prompt and its continuation, up to the first of the texts ``stop`` in it; token by token if there is
+    one prompt and a terminal.
+
+    Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
+    loaded, tokenizer, folders = _open(checkpoint, device)
     begin = prompt_prefix(tokenizer, folders)
     encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
-    numbers = [[*begin, *tokens] for tokens in encoded]
-
-    decoded_lengths = [len(tokenizer.decode(tokens)) for tokens in encoded]
-
-    def continuation(number: int, answer: Sequence[int]) -> str:
-        """The new text. A tokenizer drops the space before the first token that it decodes, so the prompt is decoded
-        with it."""
-        return tokenizer.decode([*encoded[number], *answer])[decoded_lengths[number] :]
-
+    answers = [Answer(tokenizer, tokens, stop) for tokens in encoded]
     streaming = len(prompts) == 1 and sys.stdout.isatty()
-    written: list[int] = []
-    shown = ""
+    shown = 0
 
-    def show(_: int, token: int) -> None:
+    def take(number: int, token: int) -> bool:
         nonlocal shown
-        written.append(token)
-        text = continuation(0, written)
-        if not text.endswith("\ufffd"):  # half of a character; the next token brings the rest
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+        ended = answers[number].add(token)
+        if streaming and len(text := answers[number].certain()) > shown:
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+        return ended
 
     if streaming:
         print(prompts[0], end="", flush=True)
     started = time.perf_counter()
-    ends = end_tokens(tokenizer, folders)
-    answers = generate(loaded.models, numbers, sampling, ends, show if streaming else None)
+    generate(loaded.network, [[*begin, *tokens] for tokens in encoded], sampling, end_tokens(tokenizer, folders), take)
     seconds = time.perf_counter() - started
-    texts = [continuation(number, answer) for number, answer in enumerate(answers)]
+    texts = [answer.text() for answer in answers]
     if streaming:
-        print()
+        print(texts[0][shown:])
     else:
         _print_answers(prompts, texts)
-    count = sum(map(len, answers))
+    count = sum(len(answer.tokens) for answer in answers)
     where = loaded.models[0].groups.platform.device_name
     print(f"[{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s on {where}]", file=sys.stderr)
     close_groups()

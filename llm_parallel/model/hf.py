@@ -7,7 +7,6 @@ rows are padded with zeros.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,15 +20,15 @@ from torch import Tensor
 from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
-from llm_parallel.model.hf_config import family_in, hf_config_to_model, is_hf_folder, read_hf_config
+from llm_parallel.model.hf_config import family_in, hf_config_to_model, unused_fields
 from llm_parallel.model.hf_families import Family
+from llm_parallel.model.hf_files import ADAPTER_NAME, is_hf_folder, is_pointer, read_hf_config, weight_files
 from llm_parallel.model.tensors import EMBEDDING, OUTPUT, all_names, kind_of, split_name, weights_of
 
 __all__ = ["HfReader", "Piece", "hf_tensors", "is_hf_folder", "load_hf_weights", "pieces_of"]
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes of weights, by their name in safetensors."""
-INDEX_NAME = "model.safetensors.index.json"
 Shape = tuple[int, ...]
 
 
@@ -129,16 +128,20 @@ class HfReader:
         self._stack.close()
 
     def _index(self) -> dict[str, Path]:
-        index = self.folder / INDEX_NAME
-        if index.is_file():
-            return {name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        found = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        files = weight_files(self.folder)
+        if isinstance(files, dict):
+            return files
+        found: dict[str, Path] = {}
+        for path in files:
             with self._opened(path) as handle:
                 found.update(dict.fromkeys(handle.keys(), path))
         return found
 
     def _opened(self, path: Path) -> Any:
+        if is_pointer(path):
+            raise UserError(
+                f"{path} is Git LFS's pointer to the weights, not the weights; fetch them with git lfs pull"
+            )
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -156,20 +159,32 @@ class HfReader:
         path = self._files.get(name)
         if path is None:
             family = self.config.get("model_type")
-            raise UserError(f"{self.folder} has no tensor {name}; it is not a complete {family} model")
+            tied = OUTPUT.hf_names[0] == name
+            hint = ", or its config.json must say that tie_word_embeddings is true" if tied else ""
+            raise UserError(f"{self.folder} has no tensor {name}; it is not a complete {family} model{hint}")
         if path not in self._open:
             self._open[path] = self._stack.enter_context(self._opened(path))
-        return self._open[path].get_slice(name)
+        try:
+            return self._open[path].get_slice(name)
+        except SafetensorError as error:
+            raise UserError(f"{path} does not hold {name}, as the index says; fetch the folder again") from error
 
     def dtype(self) -> torch.dtype:
         """The widest dtype of the tensors that the model uses: fp32 where some are fp32, or where bf16 and fp16 are
         mixed. Others do not count: old Llama folders keep rotary frequencies in fp32 beside weights in bf16."""
-        used = self._shapes.keys() & self._files.keys()
-        kinds = {self._slice(name).get_dtype() for name in used} & set(DTYPES)
+        kinds = set(self._kinds())
         return DTYPES[kinds.pop()] if len(kinds) == 1 else torch.float32
 
+    def _kinds(self) -> dict[str, list[str]]:
+        """The dtypes of the tensors that the model uses, by safetensors' names, and the tensors of each."""
+        found: dict[str, list[str]] = {}
+        for name in sorted(self._shapes.keys() & self._files.keys()):
+            found.setdefault(self._slice(name).get_dtype(), []).append(name)
+        return {kind: names for kind, names in found.items() if kind in DTYPES}
+
     def check(self) -> list[str]:
-        """Compares all tensors with what a model needs. Returns the names of those that it does not use.
+        """Compares all tensors with what a model needs. Returns a sentence for each thing in the folder that the model
+        does not use or that is not kept as it is.
 
         Raises UserError for a tensor that is missing, has another shape or a dtype of quantized weights, and for an
         output projection that differs from the embedding although config.json says that they are one.
@@ -193,7 +208,29 @@ class HfReader:
                     "true; set it to false there"
                 )
         known = {*wanted, output}
-        return sorted(name for name in self._files if name not in known and not name.endswith("rotary_emb.inv_freq"))
+        rest = sorted(name for name in self._files if name not in known and not name.endswith("rotary_emb.inv_freq"))
+        return self._notices(rest)
+
+    def _notices(self, unused: list[str]) -> list[str]:
+        found = [f"tensors of the folder that this model does not have are left out: {shortened(unused)}"]
+        found = found if unused else []
+        kinds = sorted(self._kinds().items(), key=lambda entry: len(entry[1]))
+        if len(kinds) > 1:
+            fewest, names = kinds[0]
+            found.append(
+                f"weights are in {' and '.join(kind for kind, _ in kinds)} ({fewest}: {shortened(names)}); all are "
+                f"taken as {str(self.dtype()).removeprefix('torch.')}"
+            )
+        fields = unused_fields(self.config)
+        if "auto_map" in fields:
+            family = self.config["model_type"]
+            found.append(f"config.json names code of the folder (auto_map), which is not run: the model is a {family}")
+        fields = [name for name in fields if name != "auto_map"]
+        if fields:
+            found.append(f"fields of config.json that this program does not know have no effect: {shortened(fields)}")
+        if (self.folder / ADAPTER_NAME).is_file():
+            found.append(f"{ADAPTER_NAME} in the folder is left out: its adapters are not merged into the model")
+        return found
 
 
 def read_rows(reader: HfReader, name: str, model: ModelConfig, wanted: range) -> Iterator[Tensor]:
@@ -215,8 +252,8 @@ def load_hf_weights(
     folder: str | Path, models: Sequence[Any], seen: Callable[[Any, str, Tensor], None] = lambda *_: None
 ) -> list[str]:
     """Reads a Hugging Face model into this process's model chunks, only the rows that they hold, cast to their dtype.
-    Returns the names of the folder's tensors that the model does not use. ``seen`` is called with each chunk, canonical
-    name and values as they were read.
+    Returns a sentence for each thing in the folder that the model does not use. ``seen`` is called with each chunk,
+    canonical name and values as they were read.
 
     Raises UserError if the folder's architecture is not that of the models, or its tensors are not what its config.json
     means.
@@ -225,7 +262,7 @@ def load_hf_weights(
     tp, tp_rank = groups.mesh.tp, groups.at.tp
     with HfReader(folder) as reader:
         check_same_architecture(folder, hf_config_to_model(reader.config), config)
-        unused = reader.check()
+        said = reader.check()
         for chunk in models:
             for name, weight in weights_of(chunk):
                 kind = kind_of(name)
@@ -235,10 +272,10 @@ def load_hf_weights(
                 values = torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
                 seen(chunk, name, values)
                 weight.copy_(values)
-    return unused
+    return said
 
 
-def named_unused(unused: Sequence[str]) -> str:
-    """What is said of tensors that a folder has and the model does not use."""
-    more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-    return f"tensors of the folder that this model does not have are left out: {', '.join(unused[:3])}{more}"
+def shortened(names: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

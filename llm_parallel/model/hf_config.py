@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,29 +21,13 @@ from llm_parallel.model.hf_families import (
 from llm_parallel.model.hf_rope import hf_to_rope, rope_to_hf
 
 
-def is_hf_folder(path: str | Path) -> bool:
-    """Whether ``path`` is a folder with a Hugging Face model in safetensors files."""
-    folder = Path(path)
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def read_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The parsed ``config.json``. Raises UserError if it is missing or is no JSON object."""
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a Hugging Face model folder") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object; give a Hugging Face model folder")
-    return values
-
-
 def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
     """Our configuration of a Hugging Face model. Raises UserError that names what we cannot represent, and what is
     missing or no value of its field."""
     try:
         return _to_model(values)
+    except UserError:
+        raise  # it is a ValueError, and says already what is wrong
     except KeyError as error:
         raise UserError(f"config.json has no {error.args[0]}; give a complete Hugging Face folder") from error
     except ValidationError as error:
@@ -73,7 +55,8 @@ def _refuse_what_differs(values: dict[str, Any], family: Family) -> None:
     """Raises UserError that names a field which makes the model another one than its family's."""
     for key, needed in {**NEEDED_EVERYWHERE, **family.needed}.items():
         if values.get(key, needed) not in (needed, None):
-            raise UserError(f"{key} is {values[key]!r} in config.json; only {needed!r} can be converted")
+            right = "models without it" if needed is None else repr(needed)
+            raise UserError(f"{key} is {values[key]!r} in config.json; only {right} can be converted")
     if values.get("quantization_config") is not None:
         raise UserError("quantization_config is given in config.json; only weights that are not quantized can be read")
     kinds = set(values.get("layer_types") or ())

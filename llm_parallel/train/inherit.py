@@ -11,7 +11,8 @@ from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME
 from llm_parallel.errors import UserError
-from llm_parallel.model.hf_config import hf_config_to_model, is_hf_folder, read_hf_config
+from llm_parallel.model.hf_config import hf_config_to_model
+from llm_parallel.model.hf_files import is_hf_folder, read_hf_config
 
 
 def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:

@@ -24,8 +24,9 @@ from llm_parallel.metrics.record import Basis
 from llm_parallel.metrics.run import World, open_metrics
 from llm_parallel.model.flops import CONVENTIONS, adapter_parameters, flops_per_token, parameter_count
 from llm_parallel.model.gpt import build_policy
-from llm_parallel.model.hf import is_hf_folder, load_hf_weights, named_unused
-from llm_parallel.model.hf_config import hf_config_to_model, read_hf_config
+from llm_parallel.model.hf import is_hf_folder, load_hf_weights
+from llm_parallel.model.hf_config import hf_config_to_model
+from llm_parallel.model.hf_files import read_hf_config
 from llm_parallel.model.numerics import dtype_of
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.likelihood import Likelihood
@@ -203,7 +204,7 @@ def load_frozen(config: RunConfig, models: Models) -> list[str]:
     if is_hf_folder(path):
         unused = load_base(path, network)
         said = changed_model(hf_config_to_model(read_hf_config(path)), config.model)
-        return said + ([named_unused(unused)] if unused else [])
+        return said + unused
     if config.checkpoint.verify:
         refuse_damaged(path, network.groups)
     load_base(path, network)
@@ -224,11 +225,11 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
         return new_adapters(config, models)
     if is_hf_folder(config.checkpoint.load):
         engine = models[POLICY]
-        unused = load_hf_weights(config.checkpoint.load, engine.models)
+        said = load_hf_weights(config.checkpoint.load, engine.models)
         assert isinstance(engine, Engine)
         engine.optimizer.reload_model_params()
         changed += changed_model(hf_config_to_model(read_hf_config(config.checkpoint.load)), config.model)
-        changed += [named_unused(unused)] if unused else []
+        changed += said
         return Resumed(TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}", changed)
     with_optimizer = config.checkpoint.load_optimizer
     if config.checkpoint.verify:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
@@ -87,7 +88,7 @@ def load_hf(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
 def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Hugging Face folder of a random Llama or Mistral with an odd vocabulary, and weights that are large enough to
     tell mistakes apart."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     settings = {
@@ -101,6 +102,8 @@ def random_folder(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -
         "rms_norm_eps": 1e-5,
     }
     family = next((name for name in FAMILIES if kind.startswith(name)), "llama")
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {metadata.version('transformers')} has no {family}")
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config = AutoConfig.for_model(family, **_as_this_version_has_it({**settings, **special, **RANDOM[kind]}))
     model = AutoModelForCausalLM.from_config(config).to(dtype)
@@ -124,7 +127,8 @@ def hf_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
 def our_config(folder: str, seq_length: int, **parallel: Any) -> RunConfig:
     """Run configuration of the model in a Hugging Face folder."""
-    from llm_parallel.model.hf_config import hf_config_to_model, read_hf_config
+    from llm_parallel.model.hf_config import hf_config_to_model
+    from llm_parallel.model.hf_files import read_hf_config
 
     model = hf_config_to_model(read_hf_config(folder))
     return RunConfig(
@@ -137,6 +141,11 @@ def our_config(folder: str, seq_length: int, **parallel: Any) -> RunConfig:
 
 def open_models(config: RunConfig, rank: int, world_size: int) -> Any:
     """Model chunks of this rank."""
+    return open_network(config, rank, world_size).models
+
+
+def open_network(config: RunConfig, rank: int, world_size: int) -> Any:
+    """This rank's part of a model, with random weights."""
     from llm_parallel.config.rules import check_config
     from llm_parallel.model.gpt import build_policy
     from llm_parallel.parallel.groups import open_groups
@@ -145,7 +154,7 @@ def open_models(config: RunConfig, rank: int, world_size: int) -> Any:
 
     check_config(config, world_size, "cpu")
     groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
-    return build_policy(config, groups).models
+    return build_policy(config, groups)
 
 
 def logits_job(

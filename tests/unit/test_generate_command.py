@@ -8,10 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from llm_parallel.data.tokenizer import load_tokenizer, train_sentencepiece
+from llm_parallel.errors import UserError
 from llm_parallel.generate import command
+from llm_parallel.generate.answer import Answer
+from llm_parallel.generate.sampling import Sampling
 
 WORDS = ["<s>", "</s>", "<|end|>", "a", "hello", "world"]
 
@@ -49,18 +52,23 @@ def test_all_end_tokens_end_an_answer(named: object, expected: set[int], tmp_pat
     assert command.end_tokens(load_tokenizer(folder), [folder]) == expected
 
 
-def printed(monkeypatch: pytest.MonkeyPatch, capsys: Any, tokenizer: Any, prompts: list[str], answer: str) -> str:
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tokenizer: Any, prompts: list[str], answer: str, stop: Any = ()
+) -> str:
     """What the command prints if the model goes on with the tokens that ``answer`` has behind each prompt."""
     config = SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer.name))
     groups = SimpleNamespace(platform=SimpleNamespace(device_name="CPU"))
-    loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], config=config, tokenizer=tokenizer)
+    loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], network=None, config=config, tokenizer=tokenizer)
     monkeypatch.setattr(command, "load_model", lambda *_: loaded)
 
-    def generate(models: Any, numbers: list[list[int]], *_: Any) -> list[list[int]]:
-        return [tokenizer.encode(prompt + answer)[len(tokenizer.encode(prompt)) :] for prompt in prompts]
+    def generate(models: Any, numbers: list[list[int]], sampling: Any, ends: Any, on_token: Any) -> None:
+        for number, prompt in enumerate(prompts):
+            for token in tokenizer.encode(prompt + answer)[len(tokenizer.encode(prompt)) :]:
+                if on_token(number, token):
+                    break
 
     monkeypatch.setattr(command, "generate", generate)
-    command.generate_command("folder", prompts)
+    command.generate_command("folder", prompts, Sampling(), stop=stop)
     return capsys.readouterr().out
 
 
@@ -80,3 +88,73 @@ def test_answers_to_several_prompts_are_told_apart(
     assert printed(monkeypatch, capsys, tokenizer, ["the cat", "the dog"], " ran") == (
         "--- prompt 1 of 2 ---\nthe cat ran\n\n--- prompt 2 of 2 ---\nthe dog ran\n"
     )
+
+
+def byte_tokenizer(folder: Path) -> Any:
+    """A tokenizer.json of bytes, with two special tokens."""
+    made = Tokenizer(models.BPE({one: n for n, one in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["</s>", "<|end|>"])
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one two three", [" two"], "one"),
+        ("one two three", ["three", "two"], "one "),
+        ("one two", ["twoo", "ones"], "one two"),
+        ("one<|end|>two", ["<|end|>"], "one"),
+        ("a\n<|end|>b", ["\n<|end|>b"], "a"),
+        ("one<|end|>two", ["etw"], "on"),
+        ("zwölf böse", ["ö"], "zw"),
+        ("aaab", ["aab"], "a"),
+        ("stop", ["stop"], ""),
+    ],
+)
+def test_an_answer_ends_before_its_stop_string_and_shows_none_of_it_before(
+    text: str, stops: list[str], expected: str, tmp_path: Path
+) -> None:
+    """``certain`` is what a terminal shows while tokens come: it only grows, and it is always a beginning of the end
+    result."""
+    tokenizer = byte_tokenizer(tmp_path)
+    answer = Answer(tokenizer, tokenizer.encode("prompt stop"), stops)
+    shown = ""
+    for token in tokenizer.encode(text):
+        ended = answer.add(token)
+        assert answer.certain().startswith(shown) and expected.startswith(answer.certain())
+        shown = answer.certain()
+        if ended:
+            break
+    assert answer.text() == expected
+    assert ended == (expected != text)
+
+
+def test_the_names_of_sentencepieces_control_tokens_are_found(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(train_sentencepiece(["the cat sat on the mat and ran " * 20], 290, tmp_path))
+    numbers = [*tokenizer.encode("the cat"), 1, *tokenizer.encode("sat")]
+    assert tokenizer.decode(numbers) == "the cat sat" and tokenizer.decode(numbers, control=True) == "the cat<s> sat"
+    answer = Answer(tokenizer, numbers[:2], ["<s> s"])
+    assert [answer.add(number) for number in numbers[2:]][-1]
+    assert tokenizer.decode(numbers[:2]) + answer.text() == "the cat"
+
+
+def test_every_prompt_ends_at_its_stop_string(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    said = printed(monkeypatch, capsys, byte_tokenizer(tmp_path), ["a", "b"], " go. on", stop=[".", "never"])
+    assert said == "--- prompt 1 of 2 ---\na go\n\n--- prompt 2 of 2 ---\nb go\n"
+
+
+def test_a_terminal_shows_nothing_of_a_stop_string(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert printed(monkeypatch, capsys, byte_tokenizer(tmp_path), ["a"], "b<|end|>c", stop=["<|end|>"]) == "ab\n"
+    assert printed(monkeypatch, capsys, byte_tokenizer(tmp_path), ["a"], "b<|en", stop=["<|end|>"]) == "ab<|en\n"
+
+
+def test_an_empty_stop_string_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="empty"):
+        Answer(byte_tokenizer(tmp_path), [0], ["", "x"])
