@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from llm_launch.drill_request import DrillRequest
 from llm_launch.submit_request import SubmitRequest
@@ -84,7 +85,17 @@ def options(
 # Data
 
 
-@command(app, "prepare")
+class _Prepare(TyperCommand):
+    """``prepare``, which understands the options of Megatron-LM's ``preprocess_data.py`` too."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Translates the options first."""
+        from llm_parallel.data.foreign_options import translated
+
+        return super().parse_args(ctx, translated(args))
+
+
+@command(app, "prepare", cls=_Prepare)
 @with_options
 def prepare(request: PrepareRequest) -> None:
     """Turn raw text into a tokenizer and token files. Started again after a kill, it goes on where it was."""
