@@ -158,10 +158,6 @@ ROWS: tuple[Foreign, ...] = (
     _row("per_device_eval_batch_size eval_batch_size", "an evaluation takes train.micro_batch_size samples at a time",
          "train.micro_batch_size", ANY),
     # What is set otherwise.
-    _row("model_name_or_path base_model pretrained_model_name_or_path model_id restore_from_path",
-         "convert the folder first (`llm-parallel convert FOLDER runs/imported`), then set "
-         "checkpoint.load=runs/imported and checkpoint.load_optimizer=false",
-         "checkpoint.load checkpoint.load_optimizer"),
     _row("model.name model.flavor model_type", "model.preset names a model's shape", "model.preset", "llama"),
     _row("dataset datasets dataset_dir dataset_path training.dataset training.dataset_path eval_dataset test_datasets",
          "raw text becomes token files by `llm-parallel prepare`, named in data.train; conversations are named in "
