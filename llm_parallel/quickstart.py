@@ -25,6 +25,7 @@ from llm_parallel.files import atomic_write
 from llm_parallel.jsonlines import JsonLines, read_jsonlines
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.quickstart_assistant import CHAT_STEPS, GPU_CHAT_STEPS, TRY, ask, fine_tune, report_answers
+from llm_parallel.screen import show
 from llm_parallel.train.preflight import NVIDIA_DEVICE
 from llm_parallel.worker.command import train_command
 
@@ -53,7 +54,7 @@ class Parts:
     @contextmanager
     def part(self, name: str, what: str) -> Iterator[None]:
         """Prints a heading, and keeps the time until the end of the block."""
-        print(f"\n[{len(self.done) + 1}/{self.number}] {what}", flush=True)
+        show(f"\n[{len(self.done) + 1}/{self.number}] {what}")
         started = time.monotonic()
         yield
         self.done[name] = time.monotonic() - started
@@ -103,7 +104,8 @@ def quickstart_command(folder: Path, overrides: Sequence[str], chat: bool = True
         draw(folder, run_dir, corpus)
         if chat:
             draw_assistant(folder, said)
-    print(f"\n{parts.describe()}\nWhat to try next:\n{next_commands(folder, run_file, run_dir, chat)}")
+    show(f"\n{parts.describe()}")
+    print(f"What to try next:\n{next_commands(folder, run_file, run_dir, chat)}")
     return 0
 
 

@@ -18,6 +18,7 @@ from llm_parallel.config.schema import SCHEMA_LINE
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.files import atomic_write
 from llm_parallel.quickstart_chat import divided, write_conversations
+from llm_parallel.screen import show
 from llm_parallel.worker.command import train_command
 
 CHAT_STEPS = 500
@@ -131,9 +132,9 @@ def report_answers(run_dir: Path, asked: Sequence[Asked]) -> str:
         print(f"\n  {one.question}\n    {one.answer.strip()}   ({verdict}{'' if one.stopped else '; it did not stop'})")
     said = f"{right} of {len(asked)} held-out questions right ({right / len(asked):.1%})"
     kinds = ", ".join(f"{kind} {of[0]}/{of[1]}" for kind, of in by_kind.items())
-    print(f"\n{said}; {stopped} of {len(asked)} answers ended by themselves")
-    print(f"by kind: {kinds}")
-    print("held out: no such question is in the training conversations; right: every letter of the answer", flush=True)
+    show(f"\n{said}; {stopped} of {len(asked)} answers ended by themselves")
+    show(f"by kind: {kinds}")
+    show("held out: no such question is in the training conversations; right: every letter of the answer")
     return said
 
 
