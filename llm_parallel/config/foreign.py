@@ -116,6 +116,8 @@ ROWS: tuple[Foreign, ...] = (
          "nccl gloo gpu cuda cpu"),
     _row("stage", "the command says what is trained: `llm-parallel pretrain` or `llm-parallel sft`", same="pt sft"),
     _row("do_train", "a run trains", same="true"),
+    _row("completion_only_loss assistant_only_loss", "answers alone are trained; `llm-parallel pretrain` learns from "
+         "whole texts", same="true none null"),
     _row("train_on_prompt train_on_inputs", "answers alone are trained; `llm-parallel pretrain` learns from whole "
          "texts", same="false"),
     _row("save_strategy", "checkpoints come every checkpoint.interval_steps, and at the end",
