@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from llm_launch.drill_request import DrillRequest
 from llm_launch.submit_request import SubmitRequest
@@ -84,7 +85,17 @@ def options(
 # Data
 
 
-@command(app, "prepare")
+class _Prepare(TyperCommand):
+    """``prepare``, which understands the options of Megatron-LM's ``preprocess_data.py`` too."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Translates the options first."""
+        from llm_parallel.data.foreign_options import translated
+
+        return super().parse_args(ctx, translated(args))
+
+
+@command(app, "prepare", cls=_Prepare)
 @with_options
 def prepare(request: PrepareRequest) -> None:
     """Turn raw text into a tokenizer and token files. Started again after a kill, it goes on where it was."""
@@ -360,13 +371,16 @@ def report(request: ReportRequest) -> None:
 @command(app, "generate")
 @with_options
 def generate(request: GenerateRequest) -> None:
-    """Write on from a prompt."""
-    from llm_parallel.generate.command import generate_command
-    from llm_parallel.generate.sampling import Sampling
+    """Write on from prompts, or answer a file of prompts or conversations."""
+    from llm_parallel.generate.command import generate_command, generate_file_command, sampling_of
     from llm_parallel.screen import say_next
 
-    sampling = Sampling(request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed)
-    generate_command(request.checkpoint, request.prompts, sampling, device=request.device, stop=request.stop)
+    if request.input is not None:
+        generate_file_command(request)
+        return
+    generate_command(
+        request.checkpoint, request.prompts, sampling_of(request), device=request.device, stop=request.stop
+    )
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"
         say_next(f"llm-parallel convert {request.checkpoint} {target}")

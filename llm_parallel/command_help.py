@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 DATA, TRAIN, OPERATE, PLAN, MEASURE, USE = "Data", "Train", "Operate", "Plan", "Measure", "Use"
 """Groups of commands, in the order in which ``llm-parallel --help`` lists them."""
@@ -106,6 +107,7 @@ COMMANDS: dict[str, CommandHelp] = {
         (
             'runs/first --prompt "def " --temperature 0.7 --top-k 50',
             'runs/first-hf --prompt "import " --prompt "class "',
+            "runs/first-hf --input prompts.jsonl --output answers.jsonl --samples 4 --temperature 0.7",
         ),
     ),
     "convert": CommandHelp(USE, ("runs/first runs/first-hf", "models/Llama-3.2-1B runs/imported")),
@@ -114,15 +116,16 @@ COMMANDS: dict[str, CommandHelp] = {
 
 
 def command(
-    of: typer.Typer, name: str, *, within: str = "", with_overrides: bool = False
+    of: typer.Typer, name: str, *, within: str = "", with_overrides: bool = False, cls: type[TyperCommand] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds a function to ``of`` as the command ``name``, with its group and examples. ``within`` is the name of the
-    group of commands that ``of`` is."""
+    group of commands that ``of`` is, ``cls`` the class of the command."""
     full = f"{within} {name}".strip()
     described = COMMANDS[full]
     settings: dict[str, Any] = WITH_OVERRIDES if with_overrides else {}
     return of.command(
         name,
+        cls=cls,
         rich_help_panel=described.group if not within else None,
         epilog=epilog(full, described.examples),
         context_settings=settings,

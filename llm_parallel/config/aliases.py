@@ -23,6 +23,8 @@ class Alias:
     """Values that ``convert`` understands, in words."""
     is_flag: bool = False
     """On a command line it may stand without a value, which means true."""
+    several: bool = False
+    """On a command line it may have several values, which ``convert`` gets as one text with blanks between them."""
 
 
 def _by_table(target: str, table: Mapping[Any, Any], more: str = "") -> Alias:
@@ -56,12 +58,25 @@ def _is_number(part: Any) -> bool:
     return isinstance(part, int | float) or (isinstance(part, str) and part.replace(".", "", 1).isdecimal())
 
 
+def _items(value: Any) -> list[Any]:
+    """A list, or words with blanks between them."""
+    return list(value) if isinstance(value, list) else str(value).split()
+
+
 def _rampup(value: Any) -> dict[str, Any]:
     """Megatron's ``32 32 1000`` as a section."""
     parts = value.split() if isinstance(value, str) else value
     if not isinstance(parts, list) or len(parts) != 3:
         raise KeyError(value)
     return dict(zip(("start", "increment", "samples"), map(int, parts)))
+
+
+def _held_out(value: Any) -> float:
+    """Megatron's ``949,50,1``: documents for training, validation and test. Here the last two are held out together."""
+    parts = [float(part) for part in (value if isinstance(value, list) else str(value).split(","))]
+    if not 1 <= len(parts) <= 3 or min(parts) < 0 or parts[0] == 0:
+        raise KeyError(value)
+    return round(sum(parts[1:]) / sum(parts), 9)
 
 
 _PROJECTIONS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
@@ -109,7 +124,6 @@ _NAMES = {
     "parallel.recompute": "recompute_granularity",
     "parallel.recompute_method": "recompute_method",
     "parallel.recompute_num_layers": "recompute_num_layers",
-    "parallel.recompute_modules": "recompute_modules",
     "model.num_layers": "num_layers num_hidden_layers n_layers n_layer",
     "model.hidden_size": "hidden_size n_embd d_model",
     "model.ffn_hidden_size": "ffn_hidden_size intermediate_size",
@@ -148,7 +162,8 @@ _NAMES = {
     "optim.epsilon": "adam_eps adam_epsilon eps",
     "optim.weight_decay": "weight_decay",
     "optim.clip_grad": "clip_grad max_grad_norm gradient_clipping gradient_clip_val max_norm",
-    "checkpoint.load": "load pretrained_checkpoint initial_load_path",
+    "checkpoint.load": "load pretrained_checkpoint initial_load_path model_name_or_path base_model "
+    "pretrained_model_name_or_path model_id restore_from_path",
     "checkpoint.interval_steps": "save_interval save_steps",
     "checkpoint.keep_every_steps": "save_retain_interval",
     "checkpoint.keep_last": "save_total_limit keep_latest_k",
@@ -223,10 +238,21 @@ _CONVERTED: dict[str, Alias] = {
     "reset_attention_mask": _by_table("data.packing", {True: "isolate", False: "concatenate"}),
     **dict.fromkeys(
         ("data_path", "train_data_path", "data_prefix", "model.data.data_prefix"),
-        Alias("data.train", _blend, "prefixes of token files, or weights and prefixes in turn"),
+        Alias("data.train", _blend, "prefixes of token files, or weights and prefixes in turn", several=True),
     ),
-    "valid_data_path": Alias("data.eval", _blend, "prefixes of token files, or weights and prefixes in turn"),
-    "rampup_batch_size": Alias("train.rampup", _rampup, "three numbers: start, increment, samples"),
+    "valid_data_path": Alias(
+        "data.eval", _blend, "prefixes of token files, or weights and prefixes in turn", several=True
+    ),
+    "recompute_modules": Alias("parallel.recompute_modules", _items, "names of modules", several=True),
+    **dict.fromkeys(
+        ("split", "splits_string"),
+        Alias(
+            "data.eval_fraction",
+            _held_out,
+            "up to three shares, as 949,50,1; the second and third are held out together",
+        ),
+    ),
+    "rampup_batch_size": Alias("train.rampup", _rampup, "three numbers: start, increment, samples", several=True),
     "exit_duration_in_mins": _scaled("train.time_limit_s", 60.0, "a number of minutes"),
     **dict.fromkeys(
         ("lr_decay_style", "lr_scheduler_type", "lr_scheduler.decay_type", "model.optim.sched.name"),

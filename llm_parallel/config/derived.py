@@ -19,6 +19,8 @@ def _global_batch(value: Any, known: Known) -> tuple[str, Any, str]:
 
 
 def _warmup(value: Any, known: Known) -> tuple[str, Any, str]:
+    if known("train.epochs") is not None:
+        return "optim.warmup_fraction", value, "of the steps that train.epochs makes"
     steps = known("train.steps")
     return "optim.warmup_steps", round(value * steps), f"{value} x train.steps {steps}"
 
@@ -40,6 +42,20 @@ def _steps(value: Any, known: Known) -> tuple[str, Any, str]:
     return "train.steps", value // size, f"{value} / train.global_batch_size {size}"
 
 
+def _eval_samples(value: Any, known: Known) -> tuple[str, Any, str]:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError("it must be a whole number over 0; data.eval_fraction=0 switches evaluations off")
+    size = known("train.global_batch_size")
+    return "train.eval_samples", value * size, f"{value} x train.global_batch_size {size}"
+
+
+def _apart(value: Any, known: Known) -> tuple[str, Any, str]:
+    if not isinstance(value, bool | int):
+        raise ValueError("it must be true or false")
+    how = "positions and attention begin anew at every document, and no token is predicted across a boundary"
+    return "data.packing", "isolate" if value else known("data.packing"), how if value else "nothing else is asked for"
+
+
 DERIVED: dict[str, Callable[[Any, Known], tuple[str, Any, str]]] = {
     "gradient_accumulation_steps": _global_batch,
     "accumulate_grad_batches": _global_batch,
@@ -50,5 +66,10 @@ DERIVED: dict[str, Callable[[Any, Known], tuple[str, Any, str]]] = {
     "num_layers_per_virtual_pipeline_stage": _chunks,
     "pipeline_parallel_layers_per_stage": _chunks,
     "train_samples": _steps,
+    "eval_iters": _eval_samples,
+    "limit_val_batches": _eval_samples,
+    "validation.steps": _eval_samples,
+    "reset_position_ids": _apart,
+    "eod_mask_loss": _apart,
 }
 """Name of a setting → our field, its value, and how that was computed."""

@@ -94,8 +94,6 @@ ROWS: tuple[Foreign, ...] = (
     _row("decoupled_lr decoupled_min_lr", "one learning rate holds for all matrices: optim.lr", "optim.lr", "none"),
     _row("start_weight_decay end_weight_decay weight_decay_incr_style", "weight decay is constant: optim.weight_decay",
          "optim.weight_decay", "constant"),
-    _row("eod_mask_loss", "the end-of-document token is learned like every other; data.packing=isolate keeps documents "
-         "apart", "data.packing", "false"),
     # What is always so here.
     _row("swiglu", "the MLP is SwiGLU", same="true"),
     _row("normalization", "norms are RMSNorm", same="rmsnorm"),
@@ -160,10 +158,6 @@ ROWS: tuple[Foreign, ...] = (
     _row("per_device_eval_batch_size eval_batch_size", "an evaluation takes train.micro_batch_size samples at a time",
          "train.micro_batch_size", ANY),
     # What is set otherwise.
-    _row("model_name_or_path base_model pretrained_model_name_or_path model_id restore_from_path",
-         "convert the folder first (`llm-parallel convert FOLDER runs/imported`), then set "
-         "checkpoint.load=runs/imported and checkpoint.load_optimizer=false",
-         "checkpoint.load checkpoint.load_optimizer"),
     _row("model.name model.flavor model_type", "model.preset names a model's shape", "model.preset", "llama"),
     _row("dataset datasets dataset_dir dataset_path training.dataset training.dataset_path eval_dataset test_datasets",
          "raw text becomes token files by `llm-parallel prepare`, named in data.train; conversations are named in "
@@ -172,13 +166,9 @@ ROWS: tuple[Foreign, ...] = (
     _row("mix_strategy interleave_probs", "each source has a weight, in data.train or chat.train",
          "data.train chat.train", "concat"),
     _row("test_data_path test_data", "there is no test set beside the held-out data: data.eval", "data.eval"),
-    _row("split splits_string", "data.eval_fraction is the held-out share: `split: 969,30,1` is 0.03",
-         "data.eval_fraction"),
     _row("vocab_file merge_file vocab_path", "data.tokenizer takes a SentencePiece .model or a tokenizer.json; "
          "transformers writes the latter by AutoTokenizer.from_pretrained(FOLDER).save_pretrained(TARGET)",
          "data.tokenizer"),
-    _row("reset_position_ids", "data.packing=isolate starts positions and attention anew at every document",
-         "data.packing", "false"),
     _row("window_size", "model.window_tokens counts the tokens that a query attends to, itself too",
          "model.window_tokens", "none"),
     _row("use_rope_scaling rope_type", "the section model.rope_scaling has the kind and its parameters",
@@ -197,8 +187,6 @@ ROWS: tuple[Foreign, ...] = (
          "the sizes in the section parallel say how many processes a run has; torchrun, srun or `llm-parallel submit` "
          "start them on several machines", "parallel"),
     _row("exit_interval", "train.steps ends a run, and a run that is started again goes on", "train.steps"),
-    _row("eval_iters limit_val_batches validation.steps", "train.eval_samples counts the samples of an evaluation: "
-         "batches x train.global_batch_size", "train.eval_samples train.global_batch_size"),
     _row("validation.enable do_eval", "evaluations come with held-out data: data.eval_fraction, data.eval",
          "data.eval_fraction data.eval", "true"),
     _row("lr_warmup_samples lr_decay_samples", "optim.warmup_steps and optim.decay_steps count steps: samples / "

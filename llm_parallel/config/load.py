@@ -25,7 +25,7 @@ from llm_parallel.config.fields import (
     section_at,
     type_in_words,
 )
-from llm_parallel.config.names import Key, dotted, is_flag, show, understood, unknown
+from llm_parallel.config.names import Key, dotted, is_flag, show, takes_several, understood, unknown
 from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.schema import config_schema
 from llm_parallel.config.tree import RunConfig
@@ -45,14 +45,15 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     1.1."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 class _Dumper(yaml.SafeDumper):
-    """Quotes text whose characters a reader would take for line ends (U+0085, U+2028) or refuse."""
+    """Quotes text that ``_Loader`` would take for a number, or whose characters a reader would take for line ends
+    (U+0085, U+2028) or refuse."""
 
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 _Dumper.add_representer(
     str,
@@ -131,7 +132,8 @@ def load_config(
 ) -> RunConfig:
     """Reads a run file and overrides into a validated configuration.
 
-    ``overrides`` are ``section.field=value``, ``--section.field=value`` or ``--section.field value``, values in YAML.
+    ``overrides`` are ``section.field=value``, ``--section.field=value`` or ``--section.field value``, values in YAML;
+    ``--data-path 0.3 a 0.7 b`` has four. Hyphens in names are underscores, in the file too.
     ``notice`` is called with one line for each name of another system that was understood (see aliases.py). The limits
     of single fields are checked here, rules between fields in rules.py.
 
@@ -233,7 +235,7 @@ class _Walk:
         seen: dict[str, int] = {}
         for name_node, _ in node.value:
             line = name_node.start_mark.line + 1
-            name = str(name_node.value)
+            name = str(name_node.value).replace("-", "_")
             if name in seen and name != "<<":
                 where = f"{self.source}:{line}" if self.lines else self.source
                 self.given.problems.append(
@@ -241,7 +243,8 @@ class _Walk:
                 )
             seen[name] = line
         self.loader.flatten_mapping(node)
-        return [(str(self.loader.construct_object(name, deep=True)), child) for name, child in node.value]
+        pairs = [(str(self.loader.construct_object(name, deep=True)), child) for name, child in node.value]
+        return [(name.replace("-", "_"), child) for name, child in pairs]
 
     def _note_lines(self, node: yaml.SequenceNode, key: Key) -> None:
         if not self.lines:
@@ -311,6 +314,8 @@ def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:
                 text = "true"
             else:
                 text = rest.pop(0)
+                while takes_several(name) and rest and not rest[0].startswith("--") and "=" not in rest[0]:
+                    text += " " + rest.pop(0)
         parts = name.split(".")
         if not all(parts):
             raise UserError(f"override {given!r} names no field; write section.field=value")

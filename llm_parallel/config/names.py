@@ -69,6 +69,11 @@ def is_flag(name: str) -> bool:
     return False
 
 
+def takes_several(name: str) -> bool:
+    """Whether a name on a command line may have several values, as Megatron's ``--data-path 0.3 a 0.7 b``."""
+    return name in ALIASES and ALIASES[name].several
+
+
 def _candidates(key: Key) -> Iterator[str]:
     """Names under which a key may stand in the tables: with its sections, and alone where these are ours, another
     system's, or none."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from llm_parallel.config import rules_layout
 from llm_parallel.config.problem import Case, Problem, divisors, nearest
-from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree import OptimConfig, RunConfig
 from llm_parallel.errors import UserError
 
 NO_BASE = (
@@ -196,10 +196,13 @@ def _rampup(case: Case) -> Iterator[Problem]:
 
 def _schedule(case: Case) -> Iterator[Problem]:
     optim, steps = case.config.optim, case.config.train.steps
-    warmup, decay = optim.warmup_steps, optim.decay_steps
+    warmup, decay = optim.warmup(steps), optim.decay_steps
     if optim.min_lr > optim.lr and optim.schedule != "constant":
         statement = f"optim.min_lr = {optim.min_lr} is over optim.lr = {optim.lr}"
         yield Problem(("optim.min_lr", "optim.lr"), statement, {"optim.min_lr": float(f"{optim.lr / 10:.3g}")})
+    if optim.warmup_fraction is not None:
+        yield from _warmup_fraction(optim, steps)
+        return
     if optim.schedule == "wsd":
         length = decay or max(1, steps // 10)
         if warmup + length > steps:
@@ -221,6 +224,22 @@ def _schedule(case: Case) -> Iterator[Problem]:
         name = "optim.decay_steps" if decay else "train.steps"
         statement = f"optim.warmup_steps = {warmup} leaves no step to decay before {name} = {decay or steps}"
         yield Problem(("optim.warmup_steps", name), statement, {"optim.warmup_steps": (decay or steps) // 10})
+
+
+def _warmup_fraction(optim: OptimConfig, steps: int) -> Iterator[Problem]:
+    fraction, warmup = optim.warmup_fraction, optim.warmup(steps)
+    if optim.warmup_steps:
+        statement = (
+            f"optim.warmup_fraction = {fraction} and optim.warmup_steps = {optim.warmup_steps} both say how long"
+        )
+        fields = ("optim.warmup_fraction", "optim.warmup_steps")
+        yield Problem(fields, f"{statement} warm-up is", {"optim.warmup_steps": 0})
+    decay = optim.decay_steps or (max(1, steps // 10) if optim.schedule == "wsd" else steps)
+    room = {"constant": steps, "wsd": steps - decay}.get(optim.schedule, decay - 1)
+    if warmup > room:
+        statement = f"optim.warmup_fraction = {fraction} makes {warmup} steps, which leave none to decay"
+        fix = {"optim.warmup_fraction": 0.0}
+        yield Problem(("optim.warmup_fraction", "optim.decay_steps", "train.steps"), statement, fix)
 
 
 def _intervals(case: Case) -> Iterator[Problem]:

@@ -14,7 +14,9 @@ from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.decode import generate
-from llm_parallel.generate.load import load_model
+from llm_parallel.generate.files import FileJob, PromptReader, answer_file
+from llm_parallel.generate.load import Loaded, load_model
+from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.parallel.groups import close_groups
 
@@ -56,6 +58,37 @@ def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
         print(prompt + text)
 
 
+def _open(checkpoint: str, device: str) -> tuple[Loaded, Tokenizer, list[Path]]:
+    """The model, its tokenizer, and the folders whose files say how texts begin and end."""
+    loaded = load_model(checkpoint, device)
+    if loaded.tokenizer is None:
+        raise UserError(
+            f"{checkpoint} has no tokenizer beside its weights; put a tokenizer.json or tokenizer.model there"
+        )
+    beside = Path(loaded.config.data.tokenizer or checkpoint)
+    return loaded, loaded.tokenizer, [Path(checkpoint), beside if beside.is_dir() else beside.parent]
+
+
+def sampling_of(request: GenerateRequest) -> Sampling:
+    """How tokens are drawn. Raises UserError for a value out of range."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "min_p", "top_log_probs")
+    penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    return Sampling(**{name: getattr(request, name) for name in (*names, *penalties)})
+
+
+def generate_file_command(request: GenerateRequest) -> int:
+    """Answers a file of prompts; see ``generate/files.py``. Returns the number of new answers. Raises UserError."""
+    assert request.input is not None and request.output is not None
+    settings = (sampling_of(request), tuple(request.stop), request.samples, request.max_running)
+    job = FileJob(request.input, request.output, *settings)
+    loaded, tokenizer, folders = _open(request.checkpoint, request.device)
+    try:
+        reader = PromptReader(loaded, prompt_prefix(tokenizer, folders), frozenset(end_tokens(tokenizer, folders)))
+        return answer_file(job, loaded, reader, request.checkpoint)
+    finally:
+        close_groups()
+
+
 def generate_command(
     checkpoint: str,
     prompts: Sequence[str],
@@ -68,14 +101,7 @@ def generate_command(
     one prompt and a terminal.
 
     Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
-    loaded = load_model(checkpoint, device)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise UserError(
-            f"{checkpoint} has no tokenizer beside its weights; put a tokenizer.json or tokenizer.model there"
-        )
-    beside = Path(loaded.config.data.tokenizer or checkpoint)
-    folders = [Path(checkpoint), beside if beside.is_dir() else beside.parent]
+    loaded, tokenizer, folders = _open(checkpoint, device)
     begin = prompt_prefix(tokenizer, folders)
     encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
     answers = [Answer(tokenizer, tokens, stop) for tokens in encoded]
@@ -93,7 +119,7 @@ def generate_command(
     if streaming:
         print(prompts[0], end="", flush=True)
     started = time.perf_counter()
-    generate(loaded.models, [[*begin, *tokens] for tokens in encoded], sampling, end_tokens(tokenizer, folders), take)
+    generate(loaded.network, [[*begin, *tokens] for tokens in encoded], sampling, end_tokens(tokenizer, folders), take)
     seconds = time.perf_counter() - started
     texts = [answer.text() for answer in answers]
     if streaming:

@@ -17,12 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
+from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.draw import Choice, Draw, choose_tokens
 from llm_parallel.generate.layers import PlainChunk
 from llm_parallel.generate.paged import LayerCache, Pass, Rotation, make_pass
 from llm_parallel.generate.requests import Finished, Request, check_fits
-from llm_parallel.generate.scheduler import Answer, Limits, Part, Scheduler
+from llm_parallel.generate.scheduler import Draft, Limits, Part, Scheduler
 from llm_parallel.parallel.engine import Engine, Network, network_of
 
 CACHE_SHARE = 0.25
@@ -66,27 +68,28 @@ class _Running:
 class Generator:
     """Continuous batching over a network. All processes of the run make one; those of a replica make the same calls.
 
-    decode: text of token ids, special tokens included, which requests with ``stop`` need; on_token: called with the
-    number and sample of an answer and its next token.
+    tokenizer: needed for requests with ``stop``; on_token: called with the number and sample of an answer and its next
+    token.
     """
 
     def __init__(
         self,
         model: Network | Engine,
         options: GeneratorOptions | None = None,
-        decode: Callable[[Sequence[int]], str] | None = None,
+        tokenizer: Tokenizer | None = None,
         on_token: Callable[[int, int, int], None] | None = None,
     ) -> None:
         options = options or GeneratorOptions()
         self._model, network = model, network_of(model)
         self.groups, self._models = network.groups, network.models
         self.model_config = self._models[0].model_config
-        self._decode, self._on_token = decode, on_token
+        self._tokenizer, self._on_token = tokenizer, on_token
+        self._texts: weakref.WeakKeyDictionary[Draft, Answer] = weakref.WeakKeyDictionary()
         self._pp, self._device = self.groups.mesh.pp, self.groups.platform.device
         num_pages = _num_pages(network, options)
         self.limits = Limits(num_pages, options.page_tokens, options.max_running, options.pass_tokens)
         self._rotation = Rotation(self.model_config, self._device)
-        self.scheduler = Scheduler(self.limits, self._pp, self._stopped_by, self._rotation.salt)
+        self.scheduler = Scheduler(self.limits, self._pp, self._ends, self._rotation.salt)
         self._caches = [LayerCache.of_chunk(chunk, num_pages * options.page_tokens) for chunk in self._models]
         self._passes: list[_Running | None] = [None] * self._pp
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
@@ -122,7 +125,7 @@ class Generator:
         assert vocabulary is not None
         cache_tokens = self.limits.num_pages * self.limits.page_tokens
         check_fits(request, self.model_config.max_seq_length_tokens, cache_tokens, vocabulary)
-        if request.stop and self._decode is None:
+        if request.stop and self._tokenizer is None:
             raise UserError(f"stop of prompt {request.number} is given, and the model has no tokenizer to find it with")
         self.scheduler.submit(request)
 
@@ -225,14 +228,13 @@ class Generator:
                     self._on_token(part.sequence.request.number, part.sequence.sample, choice.token)
         return self.scheduler.apply(running.parts, choices)
 
-    def _stopped_by(self, answer: Answer) -> str | None:
-        """The text of ``stop`` that the last token completed. A token has a character at least, or a byte of one, of
-        which a character has four at most."""
-        assert self._decode is not None
-        longest = max(map(len, answer.request.stop))
-        text = self._decode(answer.tokens[max(len(answer.request.prompt), len(answer.tokens) - 4 * longest - 4) :])
-        found = [(text.find(stop), stop) for stop in answer.request.stop if stop in text]
-        return min(found)[1] if found else None
+    def _ends(self, draft: Draft) -> bool:
+        """Whether the last token completed a stop string."""
+        assert self._tokenizer is not None
+        text = self._texts.get(draft)
+        if text is None:
+            text = self._texts[draft] = Answer(self._tokenizer, draft.request.prompt, draft.request.stop)
+        return text.add(draft.tokens[-1])
 
 
 def _mark_stale_after_steps(engine: Engine, generator: Generator) -> None:
@@ -250,9 +252,9 @@ def _mark_stale_after_steps(engine: Engine, generator: Generator) -> None:
 
 
 def _draw(part: Part) -> Draw:
-    answer = part.sequence
-    request = answer.request
-    return Draw(request.sampling, request.draw_stream, answer.sample, answer.tokens, len(request.prompt))
+    draft = part.sequence
+    request = draft.request
+    return Draw(request.sampling, request.draw_stream, draft.sample, draft.tokens, len(request.prompt))
 
 
 def _width(parts: Sequence[Part]) -> int:

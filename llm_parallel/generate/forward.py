@@ -10,10 +10,9 @@ from torch import Tensor
 
 from llm_parallel.errors import UserError
 from llm_parallel.model.gpt import LlamaModel
-from llm_parallel.model.sequence import KVCache
 
 
-def pipeline_logits(models: Sequence[LlamaModel], tokens: Tensor, cache: KVCache | None = None) -> Tensor | None:
+def pipeline_logits(models: Sequence[LlamaModel], tokens: Tensor) -> Tensor | None:
     """Logits of the whole vocabulary, fp32 [b, s, v] without padding, on every rank of the last pipeline stage.
 
     tokens: int64 [b, s], the same on every rank. Other stages get None. Call without gradients. Raises UserError for
@@ -45,9 +44,7 @@ def pipeline_logits(models: Sequence[LlamaModel], tokens: Tensor, cache: KVCache
         )
         dist.recv(hidden, group=pipeline, group_src=groups.at.pp - 1)
         model.set_input_tensor([hidden])
-    output = model(tokens, cache=cache)
-    if cache is not None:
-        cache.advance(length)
+    output = model(tokens)
     if groups.at.pp < mesh.pp - 1:
         dist.send(output.contiguous(), group=pipeline, group_dst=groups.at.pp + 1)
         return None

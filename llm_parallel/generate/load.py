@@ -19,6 +19,7 @@ from llm_parallel.model.gpt import LlamaModel, build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
+from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform
@@ -31,8 +32,13 @@ class Loaded:
     """A model on this process's device; ``tokenizer`` is None where none lies beside the weights."""
 
     config: RunConfig
-    models: list[LlamaModel]
+    network: Network
     tokenizer: Tokenizer | None
+
+    @property
+    def models(self) -> list[LlamaModel]:
+        """The network's chunks."""
+        return list(self.network.models)
 
 
 def describe_folder(path: str | Path) -> RunConfig:
@@ -72,7 +78,7 @@ def load_model(path: str | Path, device: str = "auto", precision: str | None = N
     config = describe_folder(path)
     train = config.train.model_copy(update={"precision": precision or config.train.precision})
     data = DataConfig(tokenizer=config.data.tokenizer, seq_length_tokens=config.data.seq_length_tokens)
-    kept = {"model": config.model, "adapter": config.adapter}
+    kept = {"model": config.model, "adapter": config.adapter, "chat": config.chat}
     config = RunConfig(device=device, seed=config.seed, data=data, train=train, **kept)
     config = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
     groups = open_groups(Layout.from_config(config, 1), 0, open_platform(device), config.seed)
@@ -99,4 +105,4 @@ def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
     for sentence in said:
         print(sentence, file=sys.stderr)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    return Loaded(config, list(network.models), tokenizer)
+    return Loaded(config, network, tokenizer)

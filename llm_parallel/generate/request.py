@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from llm_parallel.errors import UserError
 from llm_parallel.options import argument, option
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """A model, prompts, and how tokens are drawn."""
+    """A model, prompts or a file of them, and how tokens are drawn."""
 
     checkpoint: str = argument()
     """Run, checkpoints, iter_… or Hugging Face folder."""
-    prompts: Sequence[str] = option(name="--prompt")
-    """Text to go on from; may be given several times."""
+    prompts: Sequence[str] = option((), name="--prompt")
+    """Text to go on from; may be given several times. Or give --input."""
     max_new_tokens: int = 64
     """Tokens to write."""
     temperature: float = 0.0
@@ -30,3 +32,33 @@ class GenerateRequest:
     """auto, cpu or cuda."""
     stop: Sequence[str] = option((), name="--stop")
     """Text before which an answer ends; may be given several times."""
+    min_p: float = 0.0
+    """Leave out tokens under this share of the likeliest one's."""
+    repetition_penalty: float = 1.0
+    """Over 1: tokens that occurred become less likely."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time that it was written."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that was written."""
+    input: Path | None = None
+    """JSON lines with prompt, prompt_tokens or messages; the answers go to --output."""
+    output: Path | None = None
+    """File of answers with log-probabilities and reasons; a command that was killed goes on with it."""
+    samples: int = 1
+    """Answers to each line of --input."""
+    top_log_probs: int = 0
+    """Likeliest tokens to write to --output with each token."""
+    max_running: int = 32
+    """Answers to --input in work at a time."""
+
+    def __post_init__(self) -> None:
+        if bool(self.prompts) == (self.input is not None):
+            given = "both" if self.prompts else "neither"
+            raise UserError(f"{given} of --prompt and --input are given; give one of them")
+        if self.input is not None and self.output is None:
+            raise UserError("--input is given and --output is not; name the file for the answers")
+        with_input = {"output": None, "samples": 1, "top_log_probs": 0, "max_running": 32}
+        for name, default in with_input.items():
+            if self.input is None and getattr(self, name) != default:
+                option_name = name.replace("_", "-")
+                raise UserError(f"--{option_name} is given without --input, which it belongs to; leave it out")

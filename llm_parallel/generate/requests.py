@@ -15,8 +15,9 @@ class Request:
     """One prompt, to be answered ``n`` times.
 
     number: the request's name, different from those of all other requests in work; prompt: token ids; ends: tokens that
-    end an answer and belong to it; stop: texts that end an answer; priority: higher ones go first and may interrupt
-    lower ones; stream: the number that draws depend on beside the seed, ``number`` if not given.
+    end an answer and belong to it; stop: texts that end an answer with the token that completes them; priority: higher
+    ones go first and may interrupt lower ones; stream: the number that draws depend on beside the seed, ``number`` if
+    not given.
     """
 
     number: int
@@ -60,8 +61,7 @@ class Finished:
 
     number, sample: the request, and which of its answers this is; tokens: with the one that ended the answer;
     log_probs: of each token, under the distribution that it was drawn from (for temperature 0, the model's); top: for
-    each token the ``Sampling.top_log_probs`` likeliest ones of that distribution; stopped_by: the text of ``stop`` that
-    ended the answer, if one did.
+    each token the ``Sampling.top_log_probs`` likeliest ones of that distribution.
     """
 
     number: int
@@ -70,7 +70,6 @@ class Finished:
     log_probs: tuple[float, ...]
     top: tuple[TopTokens, ...]
     reason: Reason
-    stopped_by: str | None = None
 
     @property
     def truncated(self) -> bool:

@@ -75,11 +75,3 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
         shares = logits.softmax(dim=-1)
         logits = logits.masked_fill(shares < sampling.min_p * shares.max(dim=-1, keepdim=True).values, -torch.inf)
     return logits
-
-
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Next tokens, int64 [b], of fp32 logits [b, v]. Drawn on the CPU, so that a seed means the same everywhere."""
-    if sampling.temperature == 0.0:
-        return logits.argmax(dim=-1)
-    shares = filtered(logits.float(), sampling).softmax(dim=-1)
-    return torch.multinomial(shares.cpu(), 1, generator=generator).squeeze(-1).to(logits.device)

@@ -31,7 +31,7 @@ class Limits:
 
 
 @dataclass(eq=False)
-class Answer:
+class Draft:
     """One answer in the making. tokens: the prompt and what has been written; computed: how many of them have keys and
     values in ``pages``; digests: of the pages that are full; wave: which plans it takes part in, None while it waits;
     in_flight: its next token is being computed."""
@@ -64,30 +64,30 @@ class Answer:
 class Part:
     """``count`` tokens of a sequence from position ``start``; ``chooses``: whether its next token follows."""
 
-    sequence: Answer
+    sequence: Draft
     start: int
     count: int
     chooses: bool
 
 
 class Scheduler:
-    """stopped_by: the text of the request's ``stop`` that a sequence ends with, if it does. salt: bytes that tell apart
-    the keys of equal tokens, by the length of the prompt (for rotary frequencies that depend on it)."""
+    """ends: whether the text of a request's ``stop`` has come, called with each new token of such requests. salt: bytes
+    that tell apart the keys of equal tokens, by the length of the prompt (for rotary frequencies that depend on it)."""
 
     def __init__(
         self,
         limits: Limits,
         waves: int = 1,
-        stopped_by: Callable[[Answer], str | None] = lambda _: None,
+        ends: Callable[[Draft], bool] = lambda _: False,
         salt: Callable[[int], bytes] = lambda _: b"",
     ) -> None:
         assert limits.pass_tokens >= limits.max_running >= 1
         self.limits, self.waves = limits, waves
         self.pool = PagePool(limits.num_pages, limits.page_tokens)
-        self._stopped_by, self._salt = stopped_by, salt
-        self._running: list[list[Answer]] = [[] for _ in range(waves)]
-        self._waiting: list[Answer] = []
-        self._siblings: dict[int, list[Answer]] = {}
+        self._ends, self._salt = ends, salt
+        self._running: list[list[Draft]] = [[] for _ in range(waves)]
+        self._waiting: list[Draft] = []
+        self._siblings: dict[int, list[Draft]] = {}
         self._cancelled: list[Finished] = []
         self._arrivals = 0
 
@@ -101,11 +101,16 @@ class Scheduler:
         """Sequences that have pages."""
         return sum(map(len, self._running))
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have none."""
+        return len(self._waiting)
+
     def submit(self, request: Request) -> None:
         """Takes a request that ``check_fits`` accepts."""
         assert request.number not in self._siblings, f"request {request.number} is in work already"
         self._arrivals += 1
-        made = [Answer(request, n, self._arrivals, list(request.prompt)) for n in range(request.n)]
+        made = [Draft(request, n, self._arrivals, list(request.prompt)) for n in range(request.n)]
         self._siblings[request.number] = made
         for sequence in made:
             insort(self._waiting, sequence, key=_urgency)
@@ -133,7 +138,7 @@ class Scheduler:
         running = list(self._running[wave])
         decoding = sum(len(s.tokens) - s.computed == 1 for s in running)
         budget = self.limits.pass_tokens - decoding
-        parts: dict[Answer, Part] = {}
+        parts: dict[Draft, Part] = {}
         for sequence in running:
             left = len(sequence.tokens) - sequence.computed
             count = 1 if left == 1 else min(left, budget)
@@ -155,16 +160,15 @@ class Scheduler:
             sequence.tokens.append(choice.token)
             sequence.log_probs.append(choice.log_prob)
             sequence.top.append(choice.top)
-            request, stopped_by = sequence.request, None
-            if request.stop:
-                stopped_by = self._stopped_by(sequence)
-            if choice.token in request.ends or stopped_by is not None:
-                finished.append(self._end(sequence, Reason.STOP, stopped_by))
+            request = sequence.request
+            stopped = bool(request.stop) and self._ends(sequence)
+            if stopped or choice.token in request.ends:
+                finished.append(self._end(sequence, Reason.STOP))
             elif len(sequence.log_probs) >= request.sampling.max_new_tokens:
                 finished.append(self._end(sequence, Reason.LENGTH))
         return finished
 
-    def _schedule(self, sequence: Answer, count: int) -> Part:
+    def _schedule(self, sequence: Draft, count: int) -> Part:
         """The pages exist. A page that this fills is known from now on: whoever shares it runs later, or in the same
         pass, where each layer stores all keys before any query reads them."""
         start = sequence.computed
@@ -177,7 +181,7 @@ class Scheduler:
         sequence.in_flight = sequence.computed == len(sequence.tokens)
         return Part(sequence, start, count, sequence.in_flight)
 
-    def _find_room(self, sequence: Answer, count: int, planned: dict[Answer, Part]) -> bool:
+    def _find_room(self, sequence: Draft, count: int, planned: dict[Draft, Part]) -> bool:
         """Gives the sequence pages for ``count`` more tokens, if need be those of less urgent sequences that are not in
         the plan. If there are none, the sequence gives up its own and waits."""
         missing = -(-(sequence.computed + count) // self.limits.page_tokens) - len(sequence.pages)
@@ -191,15 +195,15 @@ class Scheduler:
             sequence.pages.append(self.pool.take(sequence.pages[-1] if sequence.pages else None))
         return True
 
-    def _least_urgent(self, planned: dict[Answer, Part]) -> Answer | None:
+    def _least_urgent(self, planned: dict[Draft, Part]) -> Draft | None:
         others = (sequence for wave in self._running for sequence in wave if sequence not in planned)
         return max(others, key=_urgency, default=None)
 
-    def _interrupt(self, sequence: Answer) -> None:
+    def _interrupt(self, sequence: Draft) -> None:
         self._leave(sequence)
         insort(self._waiting, sequence, key=_urgency)
 
-    def _leave(self, sequence: Answer) -> None:
+    def _leave(self, sequence: Draft) -> None:
         """Takes a sequence out of its wave and its pages away. A pass in flight that still reads them is done before
         another one writes: all stages run the passes in the order of the plans."""
         assert sequence.wave is not None
@@ -207,7 +211,7 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.wave, sequence.computed, sequence.pages, sequence.digests = None, 0, [], []
 
-    def _end(self, sequence: Answer, reason: Reason, stopped_by: str | None = None) -> Finished:
+    def _end(self, sequence: Draft, reason: Reason) -> Finished:
         if sequence.wave is None:
             self._waiting.remove(sequence)
         else:
@@ -224,10 +228,9 @@ class Scheduler:
             tuple(sequence.log_probs),
             tuple(sequence.top),
             reason,
-            stopped_by,
         )
 
-    def _admit(self, wave: int, budget: int, parts: dict[Answer, Part]) -> None:
+    def _admit(self, wave: int, budget: int, parts: dict[Draft, Part]) -> None:
         """Starts waiting sequences in order of urgency while there is room. One that does not fit keeps the others
         waiting, or a long one would never start."""
         for sequence in list(self._waiting):
@@ -248,12 +251,12 @@ class Scheduler:
             self._find_room(sequence, count, parts)
             parts[sequence] = self._schedule(sequence, count)
 
-    def _waits_for_sibling(self, sequence: Answer) -> bool:
+    def _waits_for_sibling(self, sequence: Draft) -> bool:
         """Whether the first answer to the same prompt, whose pages the others share, has not come through it."""
         first = self._siblings[sequence.request.number][0]
         return first is not sequence and first.computed < len(first.request.prompt)
 
-    def _make_way(self, sequence: Answer, planned: dict[Answer, Part]) -> bool:
+    def _make_way(self, sequence: Draft, planned: dict[Draft, Part]) -> bool:
         """Whether a waiting sequence can start, having interrupted sequences of lower priority if that was needed. It
         starts if all of its tokens fit and every running sequence can grow, so that none is interrupted at once."""
         while True:
@@ -268,7 +271,7 @@ class Scheduler:
                 return False
             self._interrupt(victim)
 
-    def _known_pages(self, sequence: Answer) -> list[int]:
+    def _known_pages(self, sequence: Draft) -> list[int]:
         """Pages that hold the sequence's first tokens already. At least one token is left to compute, from whose output
         the next one is chosen."""
         size = self.limits.page_tokens
@@ -281,5 +284,5 @@ class Scheduler:
         return known
 
 
-def _urgency(sequence: Answer) -> tuple[int, int, int]:
+def _urgency(sequence: Draft) -> tuple[int, int, int]:
     return sequence.urgency

@@ -98,8 +98,8 @@ class CoreAttention(nn.Module):
 
     def takes_packed(self, x: Tensor, info: SequenceInfo) -> bool:
         """Whether rotary embedding and attention work in place on the packed projection: with Triton, unless queries
-        and keys are normalized before, or keys and values must be cached or gathered separately."""
-        alone = info.cache is None and self.cp_group.size() == 1 and not self.normed
+        and keys are normalized before, or keys and values must be gathered separately."""
+        alone = self.cp_group.size() == 1 and not self.normed
         rotates = backend_for(x, self.kernels.rope) == "triton"
         return alone and rotates and attention_backend(x, self.kernels.attention) != "torch"
 
@@ -120,11 +120,9 @@ class CoreAttention(nn.Module):
         q_SBND, k_SBGD, v_SBGD = inputs
         if self.rotates:
             q_SBND, k_SBGD = rope(q_SBND, k_SBGD, info.rope, backend=self.kernels.rope)
-        if info.cache is not None:
-            k_SBGD, v_SBGD = info.cache.extend(self.layer_number, k_SBGD, v_SBGD)
-        elif self.cp_group.size() > 1:
+        if self.cp_group.size() > 1:
             k_SBGD, v_SBGD = gather_keys_values(torch.stack((k_SBGD, v_SBGD), dim=1), self.cp_group)
-        if info.cache is not None or attention_backend(q_SBND, self.kernels.attention) == "torch":
+        if attention_backend(q_SBND, self.kernels.attention) == "torch":
             seen = (info.segments, self.scale, self.window[0], self.softcap)
             return attention_by_segment(q_SBND, k_SBGD, v_SBGD, *seen).flatten(2)
         # One call for each range of this process's tokens: the keys that two ranges see overlap.

@@ -25,7 +25,7 @@ from llm_parallel.model.layer_spec import block_spec
 from llm_parallel.model.mcore_config import padded_vocab_size, transformer_config
 from llm_parallel.model.noise import add_embedding_noise
 from llm_parallel.model.numerics import Numerics
-from llm_parallel.model.sequence import Angles, KVCache, sequence_info
+from llm_parallel.model.sequence import Angles, sequence_info
 from llm_parallel.parallel.engine import FrozenBase, Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
@@ -101,7 +101,6 @@ class LlamaModel(LanguageModule):
         tokens: Tensor,
         labels: Tensor | None = None,
         documents: Documents | None = None,
-        cache: KVCache | None = None,
         weights: Tensor | None = None,
         loss_options: Mapping[str, float] = NO_OPTIONS,
         numbers: Tensor | None = None,
@@ -114,12 +113,9 @@ class LlamaModel(LanguageModule):
         for the next one. ``numbers``: int64 [B] of the samples, which noise on the embeddings depends on.
         """
         mesh = self.groups.mesh
-        if cache is None:
-            ranges = mesh.token_ranges(tokens.shape[1] * mesh.cp, self.groups.at.cp)
-        else:
-            ranges = (range(cache.length, cache.length + tokens.shape[1]),)
+        ranges = mesh.token_ranges(tokens.shape[1] * mesh.cp, self.groups.at.cp)
         shape = tokens.shape[0], tokens.shape[1] * mesh.cp
-        info = sequence_info(ranges, documents, self.angles, shape, cache)
+        info = sequence_info(ranges, documents, self.angles, shape)
         embedded_SBH = self._embedded(tokens, ranges, numbers) if self.pre_process else None
         recomputes = self.numerics.recompute.granularity != "none"
         if embedded_SBH is not None and self.is_frozen and recomputes and torch.is_grad_enabled():

@@ -1,8 +1,4 @@
-"""What attention must know about a micro batch: positions, which tokens attend to which, and cached keys while
-generating.
-
-Shapes: S tokens of this process, B samples, G key/value groups, D head dim.
-"""
+"""What attention must know about a micro batch: positions, and which tokens attend to which."""
 
 from __future__ import annotations
 
@@ -21,43 +17,12 @@ from llm_parallel.data.batch import Documents
 from llm_parallel.model.rotary import frequencies
 
 
-class KVCache:
-    """Keys (rotated) and values of all tokens so far, [max_length, B, G, D] for each layer."""
-
-    def __init__(self, max_length: int, batch: int) -> None:
-        self.max_length, self.batch, self.length = max_length, batch, 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, layer_number: int, k_SBGD: Tensor, v_SBGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends this call's keys and values of one layer and returns all of that layer's, [length, B, G, D].
-
-        ``advance`` must follow when every layer has appended."""
-        if layer_number not in self._layers:
-            shape = (self.max_length, *k_SBGD.shape[1:])
-            self._layers[layer_number] = (k_SBGD.new_empty(shape), v_SBGD.new_empty(shape))
-        keys, values = self._layers[layer_number]
-        end = self.length + k_SBGD.shape[0]
-        assert end <= self.max_length, "the cache is full"
-        keys[self.length : end], values[self.length : end] = k_SBGD, v_SBGD
-        return keys[:end], values[:end]
-
-    def advance(self, num_tokens: int) -> None:
-        """Counts tokens that all layers have appended."""
-        self.length += num_tokens
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keeps the given batch rows, in that order."""
-        self._layers = {n: (k[:, rows], v[:, rows]) for n, (k, v) in self._layers.items()}
-        self.batch = len(rows)
-
-
 @dataclass
 class SequenceInfo(PackedSeqParams):
     """Passes through megatron-core's layers as ``packed_seq_params`` to our core attention.
 
     rope: angles of this process's tokens; segments: as in llm_kernels.attention.ref, for each batch row or one for all;
-    parts: lengths of the token ranges that this process holds; shape: samples and tokens of a whole sample; cache: keys
-    and values so far, while generating.
+    parts: lengths of the token ranges that this process holds; shape: samples and tokens of a whole sample.
     """
 
     qkv_format: str = "sbhd"
@@ -65,7 +30,6 @@ class SequenceInfo(PackedSeqParams):
     segments: tuple[tuple[Segment, ...], ...] = ()
     parts: tuple[int, ...] = ()
     shape: tuple[int, int] = (1, 0)
-    cache: KVCache | None = field(default=None)
     _tables: list[tuple[slice, Segments]] = field(default_factory=list, repr=False)
 
     def tables(self) -> list[tuple[slice, Segments]]:
@@ -134,16 +98,14 @@ def sequence_info(
     documents: Documents | None,
     angles: Angles,
     shape: tuple[int, int],
-    cache: KVCache | None = None,
 ) -> SequenceInfo:
     """Positions and segments of a micro batch of which this process holds ``token_ranges`` of every sample. shape:
     samples, and tokens of a whole sample.
 
-    documents: None where attention crosses from one document to another. With a cache, ``token_ranges`` is one range
-    that begins at the cache's length.
+    documents: None where attention crosses from one document to another.
     """
     reached = max(part.stop for part in token_ranges)
-    table = angles.reaching(reached, reached if cache is not None else shape[1])
+    table = angles.reaching(reached, shape[1])
     parts = tuple(len(part) for part in token_ranges)
     positions = torch.cat([torch.arange(part.start, part.stop) for part in token_ranges])
     if documents is None:
@@ -153,4 +115,4 @@ def sequence_info(
         segments = tuple(document_segments(starts.tolist(), token_ranges) for starts in documents.starts)
         rows = zip(documents.starts, documents.of_positions(positions))
         rope = table.at(torch.stack([positions - starts.long()[numbers] for starts, numbers in rows], dim=1))
-    return SequenceInfo(rope=rope, segments=segments, parts=parts, shape=shape, cache=cache)
+    return SequenceInfo(rope=rope, segments=segments, parts=parts, shape=shape)

@@ -45,7 +45,10 @@ MEANINGS = {
 the optimizer's betas, epsilon and weight decay are compared with its state; all other fields (layout, logging, folders)
 may change freely."""
 
-RATE = ("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps", "optim.decay_steps", "train.steps")
+RATE = (
+    *("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps", "optim.warmup_fraction"),
+    *("optim.decay_steps", "train.steps"),
+)
 """Fields that decide the learning rate of a step."""
 
 

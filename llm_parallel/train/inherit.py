@@ -10,6 +10,7 @@ from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME
+from llm_parallel.errors import UserError
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.model.hf_files import is_hf_folder, read_hf_config
 
@@ -19,8 +20,15 @@ def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
     from the folder that ``checkpoint.load`` names; ``notice`` is told. Raises UserError for a folder that holds no
     model."""
     folder = config.checkpoint.load
-    if folder is None or not Path(folder).exists():
+    if folder is None:
         return config
+    if not Path(folder).exists():
+        if config.data.tokenizer is None and config.model.vocab_size is None:
+            raise UserError(
+                f"checkpoint.load = {folder} does not exist; give the path of a run or of a Hugging Face folder "
+                "here: models are not downloaded"
+            )
+        return config  # the files that are missing are named together later
     given = config.model.model_fields_set
     wants_tokenizer = config.data.tokenizer is None
     if given >= set(ModelConfig.model_fields) - {"preset"} and not wants_tokenizer:

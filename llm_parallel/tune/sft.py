@@ -9,11 +9,12 @@ from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat_files import ChatData
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
+from llm_parallel.generate.decode import generate
+from llm_parallel.generate.sampling import Sampling
 from llm_parallel.metrics.record import AnswerRecord
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.by_source import by_source
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.train.answers import greedy_answers
 from llm_parallel.train.feed import HeldOut, SampleFeed, held_out_batches
 from llm_parallel.train.open import Method
 from llm_parallel.train.run import Run
@@ -77,13 +78,12 @@ def show_answers(run: Run) -> None:
     prompts = [prompt for prompt in prompts if len(prompt) <= room]
     if not prompts:
         return
-    answers = greedy_answers(run.engine.network, prompts, data.stops, chat.answer_tokens)
     assert run.config.data.tokenizer is not None
     tokenizer = _tokenizer(run.config.data.tokenizer)
-    for prompt, answer in zip(prompts, answers):
-        stopped = answer[-1] in data.stops
-        text = tokenizer.decode(answer[:-1] if stopped else answer)
-        run.metrics.answer(AnswerRecord(run.state.step, tokenizer.decode(prompt), text, stopped))
+    wanted = Sampling(max_new_tokens=chat.answer_tokens)
+    for prompt, answer in zip(prompts, generate(run.engine, prompts, wanted, data.stops)):
+        stopped = len(answer) < chat.answer_tokens
+        run.metrics.answer(AnswerRecord(run.state.step, tokenizer.decode(prompt), tokenizer.decode(answer), stopped))
 
 
 SFT = Method(

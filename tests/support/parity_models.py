@@ -141,6 +141,11 @@ def our_config(folder: str, seq_length: int, **parallel: Any) -> RunConfig:
 
 def open_models(config: RunConfig, rank: int, world_size: int) -> Any:
     """Model chunks of this rank."""
+    return open_network(config, rank, world_size).models
+
+
+def open_network(config: RunConfig, rank: int, world_size: int) -> Any:
+    """This rank's part of a model, with random weights."""
     from llm_parallel.config.rules import check_config
     from llm_parallel.model.gpt import build_policy
     from llm_parallel.parallel.groups import open_groups
@@ -149,7 +154,7 @@ def open_models(config: RunConfig, rank: int, world_size: int) -> Any:
 
     check_config(config, world_size, "cpu")
     groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
-    return build_policy(config, groups).models
+    return build_policy(config, groups)
 
 
 def logits_job(

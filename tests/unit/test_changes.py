@@ -42,6 +42,8 @@ CHANGES = {
     "adapter.base": "nf4",
     "train.label_smoothing": 0.1,
     "train.z_loss": 1e-4,
+    "chat.prepared": "data/0123456789abcdef",
+    "chat.neftune_alpha": 5.0,
 }
 
 

@@ -74,17 +74,19 @@ MEGATRON = """--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --
  --untie-embeddings-and-output-weights --attention-dropout 0.0 --hidden-dropout 0.0 --use-flash-attn
  --transformer-impl transformer_engine --tokenizer-type Llama2Tokenizer --tokenizer-model tok.model
  --no-masked-softmax-fusion --distributed-backend nccl --save runs/m --save-interval 100 --log-interval 10
- --recompute-activations --rampup-batch-size [4,4,100] --exit-duration-in-mins 30 --optimizer adam"""
+ --recompute-activations --rampup-batch-size 4 4 100 --exit-duration-in-mins 30 --optimizer adam
+ --data-path 0.3 a 0.7 b --split 949,50,1 --eval-iters 10 --reset-position-ids --eod-mask-loss --reset-attention-mask"""
 
 
 def test_a_command_line_of_megatron_lm() -> None:
-    config, notices = loaded(*MEGATRON.split(), "data_path=0.3 a 0.7 b")
+    config, notices = loaded(*MEGATRON.split())
     assert (config.parallel.tp, config.parallel.pp, config.parallel.vpp) == (2, 2, 4)
     assert (config.parallel.sequence_parallel, config.parallel.overlap, config.parallel.recompute) == (
         True, True, "selective",
     )  # fmt: skip
     assert (config.train.steps, config.optim.warmup_steps, config.train.precision) == (1000, 10, "bf16")
     assert config.train.rampup == RampUp(start=4, increment=4, samples=100)
+    assert (config.data.eval_fraction, config.train.eval_samples, config.data.packing) == (0.051, 80, "isolate")
     assert (config.train.time_limit_s, config.model.tie_embeddings) == (1800.0, False)
     assert config.data.train == (Source(path="a", weight=0.3), Source(path="b", weight=0.7))
     said = "\n".join(notices)
@@ -93,7 +95,32 @@ def test_a_command_line_of_megatron_lm() -> None:
     assert "is read as train.steps=1000: 8000 / train.global_batch_size 8" in said
 
 
+def test_a_file_with_megatrons_options(tmp_path: Path) -> None:
+    """Options copied from a command line keep their hyphens, and one that is given twice is refused."""
+    path = tmp_path / "run.yaml"
+    path.write_text("tensor-model-parallel-size: 2\ndata-path: [0.3, a, 0.7, b]\nsplit: 99,1,0\nseq_length: 64\n")
+    config, _ = loaded(file=path)
+    assert (config.parallel.tp, config.data.eval_fraction, len(config.data.train)) == (2, 0.01, 2)
+    path.write_text("seq-length: 64\nseq_length: 128\n")
+    assert "seq_length is given twice, first in line 1" in refusal(file=path)[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "share"), [("split=100,0,0", 0.0), ("split=100", 0.0), ("split=[8,1,1]", 0.2), ("split=98,2", 0.02)]
+)
+def test_megatrons_split_is_the_share_that_is_held_out(override: str, share: float) -> None:
+    assert loaded(override)[0].data.eval_fraction == share
+
+
+def test_separate_documents_by_one_of_megatrons_switches() -> None:
+    assert loaded("--eod-mask-loss")[0].data.packing == "isolate"
+    assert loaded("eod_mask_loss=false")[0].data.packing == "concatenate"
+    assert loaded("eod_mask_loss=false", "data.packing=isolate")[0].data.packing == "isolate"
+    assert "data.packing" in refusal("--reset-position-ids", "data.packing=concatenate")[0]
+
+
 LLAMA_FACTORY = """\
+model_name_or_path: models/base
 stage: sft
 do_train: true
 finetuning_type: lora
@@ -111,7 +138,6 @@ gradient_accumulation_steps: 8
 learning_rate: 1.0e-4
 num_train_epochs: 3.0
 lr_scheduler_type: cosine
-train: {steps: 200}
 warmup_ratio: 0.1
 bf16: true
 ddp_timeout: 180000000
@@ -137,23 +163,24 @@ def test_a_file_of_llama_factory(tmp_path: Path) -> None:
     assert config.adapter is not None
     assert (config.adapter.rank, config.adapter.targets, config.run_dir) == (8, ("q", "v"), "saves/llama3")
     assert (config.train.micro_batch_size, config.train.global_batch_size) == (1, 16)
-    assert (config.train.epochs, config.optim.warmup_steps) == (3.0, 20)
+    assert (config.train.epochs, config.optim.warmup_fraction) == (3.0, 0.1)
+    assert config.optim.warmup(5000) == 500
     assert (config.chat.eval_fraction, config.chat.packing) == (0.1, "best_fit")
     assert config.chat.train == (ChatSource(path="data", dataset="identity"),)
+    assert config.checkpoint.load == "models/base"
 
 
 def test_what_a_file_of_llama_factory_says_otherwise_is_answered(tmp_path: Path) -> None:
     path = tmp_path / "sft.yaml"
-    path.write_text("model_name_or_path: meta-llama/Llama-3\ndataset: identity,alpaca\ntemplate: llama3\nfp16: true\n")
+    path.write_text("dataset: identity,alpaca\ntemplate: llama3\nfp16: true\n")
     lines = refusal(file=path)
-    assert len(lines) == 4
+    assert len(lines) == 3
     for line, parts in zip(
         lines,
         (
-            (":1: model_name_or_path = ", "llm-parallel convert FOLDER"),
-            (":2: dataset = ", "chat.train", "dataset: NAME"),
-            (":3: template = ", "chatml", "the tokenizer's own template"),
-            (":4: fp16 = true is not a field here: fp16 is not supported; use train.precision=bf16",),
+            (":1: dataset = ", "chat.train", "dataset: NAME"),
+            (":2: template = ", "chatml", "the tokenizer's own template"),
+            (":3: fp16 = true is not a field here: fp16 is not supported; use train.precision=bf16",),
         ),
     ):
         assert all(part in line for part in parts), line
@@ -213,7 +240,8 @@ def test_sections_of_nemo_and_deepspeed(tmp_path: Path) -> None:
         ("normalization=LayerNorm", ["norms are RMSNorm"]),
         ("attention_dropout=0.1", ["dropout in the model is not supported"]),
         ("exp_manager.exp_dir=x", ["exp_manager.exp_dir", "run_dir"]),
-        ("split=969,30,1", ["data.eval_fraction"]),
+        ("split=0,1", ["split", "949,50,1"]),
+        ("eval_iters=0", ["eval_iters = 0", "data.eval_fraction=0"]),
         ("lora_target=embed", ["lora_target", "q_proj"]),
         ("val_size=100", ["val_size = 100", "a share"]),
         ("packing=maybe", ["must be true or false"]),

@@ -464,6 +464,18 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         "optim.warmup_steps = 200 is over train.steps = 100; use optim.warmup_steps=10",
     ),
     (
+        {"optim__warmup_fraction": 0.1, "optim__warmup_steps": 5},
+        None,
+        "cpu",
+        "optim.warmup_fraction = 0.1 and optim.warmup_steps = 5 both say how long warm-up is; use optim.warmup_steps=0",
+    ),
+    (
+        {"optim__warmup_fraction": 0.95, "optim__schedule": "wsd"},
+        None,
+        "cpu",
+        "optim.warmup_fraction = 0.95 makes 95 steps, which leave none to decay; use optim.warmup_fraction=0.0",
+    ),
+    (
         {"checkpoint__keep_every_steps": 25, "checkpoint__interval_steps": 10},
         None,
         "cpu",

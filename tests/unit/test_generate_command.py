@@ -58,7 +58,7 @@ def printed(
     """What the command prints if the model goes on with the tokens that ``answer`` has behind each prompt."""
     config = SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer.name))
     groups = SimpleNamespace(platform=SimpleNamespace(device_name="CPU"))
-    loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], config=config, tokenizer=tokenizer)
+    loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], network=None, config=config, tokenizer=tokenizer)
     monkeypatch.setattr(command, "load_model", lambda *_: loaded)
 
     def generate(models: Any, numbers: list[list[int]], sampling: Any, ends: Any, on_token: Any) -> None:

@@ -3,6 +3,7 @@ answered alone."""
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from hashlib import blake2b
 from typing import Any
@@ -190,6 +191,24 @@ def test_a_more_urgent_request_interrupts_others() -> None:
         if number == 1:
             scheduler.apply(scheduler.plan(), [Choice(5, -1.0)] * 2)
     assert {part.sequence.request.number for part in scheduler.plan()} == {0, 2}
+
+
+def test_a_thousand_requests_leave_nothing_behind() -> None:
+    draw, cache = random.Random(0), Cache(PAGES)
+    scheduler, finished, number = Scheduler(Limits(PAGES, PAGE, 4, 16)), 0, 0
+    while number < 1000 or not scheduler.idle:
+        for _ in range(draw.randint(0, 4) if number < 1000 else 0):
+            prompt = tuple(draw.randint(1, 3) for _ in range(draw.randint(1, 20)))
+            scheduler.submit(Request(number, prompt, Sampling(max_new_tokens=draw.randint(1, 6)), frozenset([END])))
+            number += 1
+        if draw.random() < 0.3:
+            scheduler.cancel(draw.randrange(max(number - 20, 0), number + 1))
+        finished += len(scheduler.take_cancelled())
+        parts = scheduler.plan()
+        finished += len(scheduler.apply(parts, cache.run(parts)))
+    assert finished == number and scheduler.pool.available == PAGES
+    assert len(scheduler.pool._by_digest) == len(scheduler.pool._digests) <= PAGES
+    assert not scheduler.num_waiting and not scheduler.num_running and not scheduler._siblings
 
 
 def test_sequences_stay_in_one_piece_of_memory() -> None:

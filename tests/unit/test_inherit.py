@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import RampUp, TrainConfig
+from llm_parallel.errors import UserError
 from llm_parallel.train.inherit import inherited
 from llm_parallel.train.step_settings import global_batch_size, steps_for, total_samples
 
@@ -53,6 +54,11 @@ def test_what_the_run_file_gives_counts(folder: Path) -> None:
     assert said == [f"model: as in {folder} but for max_seq_length_tokens, which the run file gives"]
     config, said = resolved(folder, "model.preset=debug")
     assert config.model == load_config(None, ["model.preset=debug"]).model and len(said) == 1
+
+
+def test_a_model_that_is_not_here_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint.load = some/Llama does not exist; .* not downloaded"):
+        inherited(load_config(None, ["model_name_or_path=some/Llama"]), pytest.fail)
 
 
 def test_without_a_folder_nothing_changes() -> None:
