@@ -81,11 +81,14 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
     ),
     "an empty file": (data(), ("rows.jsonl", "empty")),
     "an empty held-out file": (data(split="eval"), ("rows.jsonl", "empty")),
-    "a folder without conversations": (given("chat.train=[FOLDER/tokenizer/..nothing]"), ("does not exist",)),
+    "a file that is not there": (given("chat.train=[FOLDER/gone.jsonl]"), ("chat.train.0.path", "does not exist")),
     "several splits of a saved data set": (splits, ("holds the splits train", "give the folder of one")),
     "a data set that is not declared": (given("chat.train=[{path: FOLDER, dataset: x}]"), ("dataset_info.json", "'x'")),
     "a weight of 0": (given("chat.train=[{path: FOLDER/train.jsonl, weight: 0}]"), ("chat.train.0.weight = 0",)),
-    "all held out": (data(record(Q, A)), ("chat.eval_fraction = 0.9 holds all conversations out",)),
+    "all held out": (
+        lambda folder: [*data(record(Q, A))(folder), "chat.eval_fraction=0.9"],
+        ("chat.eval_fraction = 0.9 holds all conversations out",),
+    ),
     "nothing that fits": (
         given("data.seq_length_tokens=3", "chat.too_long=drop"), ("40 do not fit data.seq_length_tokens = 3",)
     ),
@@ -147,8 +150,7 @@ def test_a_mistake_is_one_sentence(
     run_file: Path, tmp_path: Path, overrides: Overrides, words: tuple[str, ...]
 ) -> None:
     shutil.copytree(run_file.parent, tmp_path, dirs_exist_ok=True)
-    more = ["chat.eval_fraction=0.9"] if "holds all" in words[0] else []
-    result = in_process("sft", run_file, *overrides(tmp_path), *more, f"run_dir={tmp_path / 'x'}", "--dry-run")
+    result = in_process("sft", run_file, *overrides(tmp_path), f"run_dir={tmp_path / 'x'}", "--dry-run")
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and result.stderr.splitlines()[-1] == said[0], result.stderr
@@ -161,10 +163,13 @@ CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "argument
 COUNTED: dict[str, tuple[Overrides, str]] = {
     "a broken row among others": (
         data(record(Q, A), "{", record(Q), record(Q, A)),
-        "2 records are no conversations: FOLDER/rows.jsonl line 2",
+        "2 records are no conversations: FOLDER/rows.jsonl line",
     ),
     "conversations that are too long": (given("data.seq_length_tokens=15"), "cut 40 answers at data.seq_length_tokens"),
-    "turns of one role": (data(record(Q, A), record(Q, ("assistant", ""))), "1 conversation with an answer of nothing"),
+    "an answer of nothing": (
+        data(record(Q, A), record(Q, ("assistant", ""))),
+        "1 conversation with an answer of nothing",
+    ),
     "calls that the template drops": (
         lambda folder: [
             *template(LOOP + "{{ m.role + m.content }}<|im_end|>{% endfor %}")(folder),
