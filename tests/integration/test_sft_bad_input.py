@@ -84,6 +84,10 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
     "a file that is not there": (given("chat.train=[FOLDER/gone.jsonl]"), ("chat.train.0.path", "does not exist")),
     "several splits of a saved data set": (splits, ("holds the splits train", "give the folder of one")),
     "a data set that is not declared": (given("chat.train=[{path: FOLDER, dataset: x}]"), ("dataset_info.json", "'x'")),
+    "columns the wrong way round": (
+        given("chat.train=[{path: FOLDER/train.jsonl, columns: {q: prompt}}]"),
+        ("unknown key chat.train.0.columns.q", "llm-parallel fields chat.train.N.columns"),
+    ),
     "a weight of 0": (given("chat.train=[{path: FOLDER/train.jsonl, weight: 0}]"), ("chat.train.0.weight = 0",)),
     "all held out": (
         lambda folder: [*data(record(Q, A))(folder), "chat.eval_fraction=0.9"],
