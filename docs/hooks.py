@@ -162,24 +162,20 @@ def anchor(name: str) -> str:
 
 def names_page() -> str:
     """Names that Megatron-LM, torchtitan, NeMo, DeepSpeed, Hugging Face's trainers, LLaMA-Factory and axolotl have for
-    our fields."""
-    rows = [
-        f"| `{name}` | [`{alias.target}`]({FIELDS}#{anchor(alias.target)}) | {prose(alias.allowed)} |"
-        for name, alias in sorted(ALIASES.items())
+    our fields, by our field."""
+    parts = [
+        "# Names of other systems",
+        "These names are understood in a run file and on a command line, with a notice that says what they are read "
+        "as; in brackets the values of those whose values differ. Names that have no field here are answered with what "
+        "to do instead.",
     ]
-    return "\n".join(
-        [
-            "# Names of other systems",
-            "",
-            "These names are understood in a run file and on a command line, with a notice that says what they are "
-            "read as. Names that have no field here are answered with what to do instead.",
-            "",
-            "| their name | our field | values, where they differ |",
-            "| --- | --- | --- |",
-            *rows,
-            "",
-        ]
-    )
+    names: dict[str, list[str]] = {}
+    for name, alias in ALIASES.items():
+        names.setdefault(alias.target, []).append(f"`{name}`" + (f" ({prose(alias.allowed)})" if alias.allowed else ""))
+    for target in (doc.name for doc in describe_fields()):
+        if target in names:
+            parts.append(f"[`{target}`]({FIELDS}#{anchor(target)})\n:   {', '.join(names[target])}")
+    return "\n\n".join(parts) + "\n"
 
 
 def prose(text: str) -> str:

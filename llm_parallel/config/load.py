@@ -274,7 +274,7 @@ class _Walk:
             return  # a section whose lines are all comments
         if ours != key and value == {} and any(old[: len(ours)] == ours for old in self.given.values):
             return  # `finetuning_type: lora` after its settings
-        if ours != key and self.lines and ours in self.given.values:
+        if ours != key and self.lines and self.given.values.get(ours, value) != value:
             there = self.given.origins[ours]
             self.given.problems.append(
                 f"{origin}: {dotted(key)} is another name of {dotted(ours)}, which is given at {there} too; keep one"

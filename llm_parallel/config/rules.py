@@ -257,13 +257,7 @@ def _intervals(case: Case) -> Iterator[Problem]:
             f"checkpoint.keep_every_steps = {every} is not a multiple of checkpoint.interval_steps = {interval}",
             {"checkpoint.keep_every_steps": -(-every // interval) * interval},
         )
-    if config.train.eval_interval_steps and not config.data.eval and not config.data.eval_fraction:
-        yield Problem(
-            ("train.eval_interval_steps", "data.eval", "data.eval_fraction"),
-            f"train.eval_interval_steps = {config.train.eval_interval_steps} has nothing to evaluate on: data.eval is"
-            " empty and data.eval_fraction = 0",
-            {"data.eval_fraction": 0.01},
-        )
+    yield from _evaluations(config)
     guard = config.train.guard
     if guard.spike_zscore is not None and guard.spike_min_steps > guard.spike_window_steps:
         yield Problem(
@@ -271,6 +265,25 @@ def _intervals(case: Case) -> Iterator[Problem]:
             f"train.guard.spike_min_steps = {guard.spike_min_steps} is over train.guard.spike_window_steps ="
             f" {guard.spike_window_steps}, so that spike detection would never begin",
             {"train.guard.spike_min_steps": guard.spike_window_steps},
+        )
+
+
+def _evaluations(config: RunConfig) -> Iterator[Problem]:
+    interval, patience = config.train.eval_interval_steps, config.train.early_stop_evaluations
+    name, held = ("chat", config.chat) if config.trains == "sft" else ("data", config.data)
+    if interval and not held.eval and not held.eval_fraction:
+        yield Problem(
+            ("train.eval_interval_steps", f"{name}.eval", f"{name}.eval_fraction"),
+            f"train.eval_interval_steps = {interval} has nothing to evaluate on: {name}.eval is empty and"
+            f" {name}.eval_fraction = 0",
+            {f"{name}.eval_fraction": 0.01},
+        )
+    if patience and not interval:
+        yield Problem(
+            ("train.early_stop_evaluations", "train.eval_interval_steps"),
+            f"train.early_stop_evaluations = {patience} never ends a run whose only evaluation comes after its last"
+            " step: train.eval_interval_steps is not given",
+            {"train.eval_interval_steps": max(1, config.train.steps // 10)},
         )
 
 

@@ -30,7 +30,7 @@ from llm_parallel.data.template import DATE
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, open_own
 
-VERSION = 1
+VERSION = 2
 
 
 def prepare_conversations(

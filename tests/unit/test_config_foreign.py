@@ -147,6 +147,9 @@ per_device_eval_batch_size: 1
 eval_strategy: steps
 eval_steps: 500
 packing: true
+neat_packing: true
+quantization_bit: 4
+quantization_method: bnb
 optim: adamw_torch
 report_to: none
 chat:
@@ -162,6 +165,7 @@ def test_a_file_of_llama_factory(tmp_path: Path) -> None:
     config, _ = loaded("parallel.dp=2", file=path)
     assert config.adapter is not None
     assert (config.adapter.rank, config.adapter.targets, config.run_dir) == (8, ("q", "v"), "saves/llama3")
+    assert config.adapter.base == "nf4"
     assert (config.train.micro_batch_size, config.train.global_batch_size) == (1, 16)
     assert (config.train.epochs, config.optim.warmup_fraction) == (3.0, 0.1)
     assert config.optim.warmup(5000) == 500

@@ -490,6 +490,20 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         " use data.eval_fraction=0.01",
     ),
     (
+        {"method__kind": "sft", "train__eval_interval_steps": 10, "chat__eval_fraction": 0.0},
+        None,
+        "cpu",
+        "train.eval_interval_steps = 10 has nothing to evaluate on: chat.eval is empty and chat.eval_fraction = 0;"
+        " use chat.eval_fraction=0.01",
+    ),
+    (
+        {"train__early_stop_evaluations": 2, "train__steps": 60},
+        None,
+        "cpu",
+        "train.early_stop_evaluations = 2 never ends a run whose only evaluation comes after its last step:"
+        " train.eval_interval_steps is not given; use train.eval_interval_steps=6",
+    ),
+    (
         {"optim__implementation": "apex"},
         None,
         "cpu",

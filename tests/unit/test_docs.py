@@ -59,9 +59,12 @@ def test_every_field_is_on_the_page_of_fields() -> None:
 
 def test_every_other_name_leads_to_its_field() -> None:
     anchors = set(re.findall(r"\{ #(\S+) \}", PAGES["fields.md"])) | set(re.findall(r"\n## (\w+)", PAGES["fields.md"]))
-    linked = re.findall(r"^\| `(.+?)` \| \[.*?\]\(fields\.md#(\S+)\)", PAGES["names.md"], re.MULTILINE)
-    assert {name for name, _ in linked} == ALIASES.keys()
-    assert {anchor for _, anchor in linked} <= anchors
+    rows = re.findall(r"^\[`(.+?)`\]\(fields\.md#(\S+)\)\n:   (.*)$", PAGES["names.md"], re.MULTILINE)
+    targets = {name: alias.target for name, alias in ALIASES.items()}
+    assert {target for target, _, _ in rows} == set(targets.values())
+    assert {place for _, place, _ in rows} <= anchors
+    for name, target in targets.items():
+        assert any(f"`{name}`" in names for row, _, names in rows if row == target)
 
 
 def test_prose_is_read_as_it_is_written() -> None:
