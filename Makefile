@@ -11,7 +11,7 @@ EXTRAS := dev
 TORCH ?=
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help train quick test test-all test-affected test-versions budgets check bench format
+.PHONY: help train quick test test-all test-affected test-versions budgets check docs bench format
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-versions    run the few tests that CI runs on a second Python"
 	@echo "make budgets  run what make test runs, and write its processor time into tests/budgets.txt"
 	@echo "make check    formatting, lint, types, import layers"
+	@echo "make docs     build the documentation site into build/docs"
 	@echo "make bench    measure a training step and data preparation"
 	@echo "make format   format the code"
 
@@ -54,6 +55,9 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f docs/mkdocs.yml
 
 bench: $(STAMP)
 	$(BIN)/llm-parallel bench step configs/bench-17m.yaml

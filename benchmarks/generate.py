@@ -130,7 +130,7 @@ def work(kind: str, folder: str, pipe: Any) -> None:
         pipe.send((sum(map(len, answers)) / seconds, answers))
 
 
-def measure(folder: str, vocabulary: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+def measure(folder: str, vocabulary: int, rounds: int, wanted: list[str] | None) -> dict[str, dict[str, list[float]]]:
     """Tokens per processor-second of each round, by case and contender. Both must write the same."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
@@ -141,6 +141,8 @@ def measure(folder: str, vocabulary: int, rounds: int) -> dict[str, dict[str, li
     found: dict[str, dict[str, list[float]]] = {}
     for round_ in range(rounds + 1):  # the first one warms up
         for name, prompts in cases(vocabulary).items():
+            if wanted and name not in wanted:
+                continue
             wrote = {}
             for kind in CONTENDERS if round_ % 2 else CONTENDERS[::-1]:
                 pipes[kind].send((name, prompts))
@@ -171,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="+", default=["17m", "smollm"], choices=["17m", "smollm"])
+    parser.add_argument("--cases", nargs="+", help="names of cases; all if not given")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     chip = next(
@@ -195,10 +198,10 @@ def main() -> None:
             folder = tempfile.mkdtemp()
             random_17m(Path(folder))
         vocabulary = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
-        lines += ["", f"## {name}", *table(measure(folder, vocabulary, options.rounds))]
-    print("\n".join(lines))
-    if options.out:
-        options.out.write_text("# Generation beside transformers\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        lines += ["", f"## {name}", *table(measure(folder, vocabulary, options.rounds, options.cases))]
+        print("\n".join(lines), flush=True)
+        if options.out:
+            options.out.write_text("# Generation beside transformers\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

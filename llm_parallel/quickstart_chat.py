@@ -1,5 +1,5 @@
 """Conversations for the assistant that the quickstart trains: short tasks that a model of a million parameters learns
-in a minute or two on two cores.
+in a minute or two on two cores. ``python -m llm_parallel.quickstart_chat FOLDER`` writes them.
 
 All text is made here: facts about modules of the Python library, which is the text that the quickstart's model has
 seen, small tasks with words and numbers, and what the assistant says about itself. The words of the tasks and the facts
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,3 +206,10 @@ def write_conversations(
         with atomic_write(path) as handle:
             handle.writelines(json.dumps({"messages": one.messages}) + "\n" for one in part)
     return paths
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("give one argument, the folder to write into")
+    for written in write_conversations(sys.argv[1]):
+        print(written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def write_config(folder: Path, config: RunConfig) -> None:
     """Writes configuration and tokenizer, so that the checkpoint alone suffices to generate and convert."""
     if config.data.tokenizer is not None and Path(config.data.tokenizer).exists():
         _copy_tokenizer(Path(config.data.tokenizer), folder / TOKENIZER_NAME)
+        if config.trains == "sft" and config.chat.prepared is not None:
+            _write_chat(folder / TOKENIZER_NAME, Path(config.chat.prepared))
     with atomic_write(folder / CONFIG_NAME) as handle:
         handle.write(dump_config(config) + END)
 
@@ -52,6 +55,21 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
                 shutil.copy2(source.parent / name, target / name)
     else:
         shutil.copy2(source, target / MODEL_NAME)
+
+
+def _write_chat(target: Path, prepared: Path) -> None:
+    """Writes the template by which a model was fine-tuned, and the tokens that end its answers besides those that the
+    tokenizer's files name, where transformers, vLLM and ``generate`` look for them."""
+    report = json.loads((prepared / "report.json").read_text(encoding="utf-8"))
+    with atomic_write(target / "chat_template.jinja") as handle:
+        handle.write(report["template"])
+    path = target / "generation_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = values.get("eos_token_id", [])
+    ends = [*report["stops"], *(named if isinstance(named, list) else [named])]
+    values["eos_token_id"] = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
+    with atomic_write(path) as handle:
+        json.dump(values, handle, indent=1)
 
 
 def read_config(folder: Path) -> RunConfig:

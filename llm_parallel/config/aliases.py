@@ -162,7 +162,8 @@ _NAMES = {
     "optim.epsilon": "adam_eps adam_epsilon eps",
     "optim.weight_decay": "weight_decay",
     "optim.clip_grad": "clip_grad max_grad_norm gradient_clipping gradient_clip_val max_norm",
-    "checkpoint.load": "load pretrained_checkpoint initial_load_path",
+    "checkpoint.load": "load pretrained_checkpoint initial_load_path model_name_or_path base_model "
+    "pretrained_model_name_or_path model_id restore_from_path",
     "checkpoint.interval_steps": "save_interval save_steps",
     "checkpoint.keep_every_steps": "save_retain_interval",
     "checkpoint.keep_last": "save_total_limit keep_latest_k",

@@ -19,6 +19,8 @@ def _global_batch(value: Any, known: Known) -> tuple[str, Any, str]:
 
 
 def _warmup(value: Any, known: Known) -> tuple[str, Any, str]:
+    if known("train.epochs") is not None:
+        return "optim.warmup_fraction", value, "of the steps that train.epochs makes"
     steps = known("train.steps")
     return "optim.warmup_steps", round(value * steps), f"{value} x train.steps {steps}"
 

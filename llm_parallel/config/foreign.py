@@ -116,6 +116,8 @@ ROWS: tuple[Foreign, ...] = (
          "nccl gloo gpu cuda cpu"),
     _row("stage", "the command says what is trained: `llm-parallel pretrain` or `llm-parallel sft`", same="pt sft"),
     _row("do_train", "a run trains", same="true"),
+    _row("completion_only_loss assistant_only_loss", "answers alone are trained; `llm-parallel pretrain` learns from "
+         "whole texts", same="true none null"),
     _row("train_on_prompt train_on_inputs", "answers alone are trained; `llm-parallel pretrain` learns from whole "
          "texts", same="false"),
     _row("save_strategy", "checkpoints come every checkpoint.interval_steps, and at the end",
@@ -133,6 +135,12 @@ ROWS: tuple[Foreign, ...] = (
          "attention_backend sdp_attention xformers_attention no_*_fusion *_fusion no_persist_layer_norm "
          "enable_liger_kernel liger_* use_fused_rmsnorm no_async_tensor_model_parallel_allreduce "
          "apply_query_key_layer_scaling no_rope_fusion", _KERNELS, "kernels", ANY),
+    _row("quantization_method quantization_type quantization_device_map bnb_4bit_quant_type",
+         "adapter.base says how the matrices under adapters are held: int8, or nf4 with a scale for each block of 64",
+         "adapter.base", "bnb bitsandbytes nf4 none null auto"),
+    _row("double_quantization bnb_4bit_use_double_quant", "the scales of adapter.base=nf4 are not quantised themselves",
+         "adapter.base", "false"),
+    _row("bnb_4bit_compute_dtype", "products are computed in train.precision", "train.precision", ANY),
     _row("tokenizer_type tokenizer_use_fast use_fast_tokenizer", _BY_FILE, same=ANY),
     _row("tf32 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis fp16_lm_cross_entropy "
          "params_dtype torch_dtype use_cpu_initialization low_cpu_mem_usage ddp_find_unused_parameters "
@@ -158,10 +166,6 @@ ROWS: tuple[Foreign, ...] = (
     _row("per_device_eval_batch_size eval_batch_size", "an evaluation takes train.micro_batch_size samples at a time",
          "train.micro_batch_size", ANY),
     # What is set otherwise.
-    _row("model_name_or_path base_model pretrained_model_name_or_path model_id restore_from_path",
-         "convert the folder first (`llm-parallel convert FOLDER runs/imported`), then set "
-         "checkpoint.load=runs/imported and checkpoint.load_optimizer=false",
-         "checkpoint.load checkpoint.load_optimizer"),
     _row("model.name model.flavor model_type", "model.preset names a model's shape", "model.preset", "llama"),
     _row("dataset datasets dataset_dir dataset_path training.dataset training.dataset_path eval_dataset test_datasets",
          "raw text becomes token files by `llm-parallel prepare`, named in data.train; conversations are named in "

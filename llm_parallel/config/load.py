@@ -45,14 +45,15 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     1.1."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 class _Dumper(yaml.SafeDumper):
-    """Quotes text whose characters a reader would take for line ends (U+0085, U+2028) or refuse."""
+    """Quotes text that ``_Loader`` would take for a number, or whose characters a reader would take for line ends
+    (U+0085, U+2028) or refuse."""
 
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 _Dumper.add_representer(
     str,
@@ -273,7 +274,7 @@ class _Walk:
             return  # a section whose lines are all comments
         if ours != key and value == {} and any(old[: len(ours)] == ours for old in self.given.values):
             return  # `finetuning_type: lora` after its settings
-        if ours != key and self.lines and ours in self.given.values:
+        if ours != key and self.lines and self.given.values.get(ours, value) != value:
             there = self.given.origins[ours]
             self.given.problems.append(
                 f"{origin}: {dotted(key)} is another name of {dotted(ours)}, which is given at {there} too; keep one"

@@ -105,7 +105,8 @@ def unknown(key: Key) -> str:
     if alias and _likeness(alias[0], leaf) > likeness:
         known, likeness = ALIASES[alias[0]].target, 1.0
     if likeness < NEAR:
-        where = f" {dotted(key[:-1])}" if key[:-1] and section_at(key[:-1]) is not None else ""
+        section = tuple("N" if isinstance(part, int) else part for part in key[:-1])
+        where = f" {dotted(section)}" if section and section_at(key[:-1]) is not None else ""
         return f"unknown key {dotted(key)}; `llm-parallel fields{where}` lists those that there are"
     return f"unknown key {dotted(key)}; the nearest known one is {known}"
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from llm_parallel.config import rules_layout
 from llm_parallel.config.problem import Case, Problem, divisors, nearest
-from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree import OptimConfig, RunConfig
 from llm_parallel.errors import UserError
 
 NO_BASE = (
@@ -196,10 +196,13 @@ def _rampup(case: Case) -> Iterator[Problem]:
 
 def _schedule(case: Case) -> Iterator[Problem]:
     optim, steps = case.config.optim, case.config.train.steps
-    warmup, decay = optim.warmup_steps, optim.decay_steps
+    warmup, decay = optim.warmup(steps), optim.decay_steps
     if optim.min_lr > optim.lr and optim.schedule != "constant":
         statement = f"optim.min_lr = {optim.min_lr} is over optim.lr = {optim.lr}"
         yield Problem(("optim.min_lr", "optim.lr"), statement, {"optim.min_lr": float(f"{optim.lr / 10:.3g}")})
+    if optim.warmup_fraction is not None:
+        yield from _warmup_fraction(optim, steps)
+        return
     if optim.schedule == "wsd":
         length = decay or max(1, steps // 10)
         if warmup + length > steps:
@@ -223,6 +226,22 @@ def _schedule(case: Case) -> Iterator[Problem]:
         yield Problem(("optim.warmup_steps", name), statement, {"optim.warmup_steps": (decay or steps) // 10})
 
 
+def _warmup_fraction(optim: OptimConfig, steps: int) -> Iterator[Problem]:
+    fraction, warmup = optim.warmup_fraction, optim.warmup(steps)
+    if optim.warmup_steps:
+        statement = (
+            f"optim.warmup_fraction = {fraction} and optim.warmup_steps = {optim.warmup_steps} both say how long"
+        )
+        fields = ("optim.warmup_fraction", "optim.warmup_steps")
+        yield Problem(fields, f"{statement} warm-up is", {"optim.warmup_steps": 0})
+    decay = optim.decay_steps or (max(1, steps // 10) if optim.schedule == "wsd" else steps)
+    room = {"constant": steps, "wsd": steps - decay}.get(optim.schedule, decay - 1)
+    if warmup > room:
+        statement = f"optim.warmup_fraction = {fraction} makes {warmup} steps, which leave none to decay"
+        fix = {"optim.warmup_fraction": 0.0}
+        yield Problem(("optim.warmup_fraction", "optim.decay_steps", "train.steps"), statement, fix)
+
+
 def _intervals(case: Case) -> Iterator[Problem]:
     config = case.config
     every, interval = config.checkpoint.keep_every_steps, config.checkpoint.interval_steps
@@ -238,13 +257,7 @@ def _intervals(case: Case) -> Iterator[Problem]:
             f"checkpoint.keep_every_steps = {every} is not a multiple of checkpoint.interval_steps = {interval}",
             {"checkpoint.keep_every_steps": -(-every // interval) * interval},
         )
-    if config.train.eval_interval_steps and not config.data.eval and not config.data.eval_fraction:
-        yield Problem(
-            ("train.eval_interval_steps", "data.eval", "data.eval_fraction"),
-            f"train.eval_interval_steps = {config.train.eval_interval_steps} has nothing to evaluate on: data.eval is"
-            " empty and data.eval_fraction = 0",
-            {"data.eval_fraction": 0.01},
-        )
+    yield from _evaluations(config)
     guard = config.train.guard
     if guard.spike_zscore is not None and guard.spike_min_steps > guard.spike_window_steps:
         yield Problem(
@@ -252,6 +265,25 @@ def _intervals(case: Case) -> Iterator[Problem]:
             f"train.guard.spike_min_steps = {guard.spike_min_steps} is over train.guard.spike_window_steps ="
             f" {guard.spike_window_steps}, so that spike detection would never begin",
             {"train.guard.spike_min_steps": guard.spike_window_steps},
+        )
+
+
+def _evaluations(config: RunConfig) -> Iterator[Problem]:
+    interval, patience = config.train.eval_interval_steps, config.train.early_stop_evaluations
+    name, held = ("chat", config.chat) if config.trains == "sft" else ("data", config.data)
+    if interval and not held.eval and not held.eval_fraction:
+        yield Problem(
+            ("train.eval_interval_steps", f"{name}.eval", f"{name}.eval_fraction"),
+            f"train.eval_interval_steps = {interval} has nothing to evaluate on: {name}.eval is empty and"
+            f" {name}.eval_fraction = 0",
+            {f"{name}.eval_fraction": 0.01},
+        )
+    if patience and not interval:
+        yield Problem(
+            ("train.early_stop_evaluations", "train.eval_interval_steps"),
+            f"train.early_stop_evaluations = {patience} never ends a run whose only evaluation comes after its last"
+            " step: train.eval_interval_steps is not given",
+            {"train.eval_interval_steps": max(1, config.train.steps // 10)},
         )
 
 

@@ -275,6 +275,8 @@ class OptimConfig(Node):
     """Shape after warm-up; ``wsd`` is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395)."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear warm-up from 0."""
+    warmup_fraction: float | None = Field(None, ge=0.0, lt=1.0)
+    """Share of the run's steps that warm-up takes, in place of ``warmup_steps``; none: ``warmup_steps`` counts."""
     decay_steps: PositiveInt | None = None
     """Last step of cosine and linear decay (``train.steps`` if not given); for ``wsd`` the length of the final decay
     (a tenth of ``train.steps`` if not given)."""
@@ -292,6 +294,10 @@ class OptimConfig(Node):
     """``triton``: our fused AdamW; ``torch``: fused AdamW of torch; ``apex``: FusedAdam of NVIDIA's apex; ``auto``:
     Triton on CUDA where it is installed, else torch."""
 
+    def warmup(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of ``total_steps``."""
+        return self.warmup_steps if self.warmup_fraction is None else round(self.warmup_fraction * total_steps)
+
 
 class CheckpointConfig(Node):
     """Saving and loading of training state."""
@@ -305,8 +311,9 @@ class CheckpointConfig(Node):
     asynchronous: bool = True
     """Write in the background while training goes on."""
     load: str | None = None
-    """Checkpoint folder (a run's ``checkpoints`` folder or one ``iter_…`` in it) to start from when the run folder has
-    none of its own; any layout."""
+    """What to start from when the run folder has no checkpoint of its own: a run's folder, its ``checkpoints`` folder
+    or one ``iter_…`` in it, of any layout, or a Hugging Face folder. Sizes of the model and the tokenizer that the run
+    file leaves out are taken from there."""
     load_optimizer: bool = True
     """Take optimizer state and the sample counter from ``load`` too; false starts a new schedule from its weights."""
     verify: bool = True

@@ -23,7 +23,7 @@ from llm_parallel.data.template import ChatTemplate, Message, Refused, Rendered
 from llm_parallel.errors import UserError
 
 QUESTION, ANSWER = "A question?", "An answer."
-CALL = {"type": "function", "id": "call00001", "function": {"name": "find", "arguments": {"what": "it"}}}
+CALL: Message = {"type": "function", "id": "call00001", "function": {"name": "find", "arguments": {"what": "it"}}}
 NO_THOUGHT = {"enable_thinking": False}
 
 
@@ -68,6 +68,24 @@ class ChatEncoder:
         self._stop_ids = {*self.stops, ends[0][0]}
         names = [name for name, number in tokenizer.special.items() if number in self._stop_ids]
         self._stop_names = tuple(names)
+
+    @cached_property
+    def writes_calls(self) -> bool:
+        """Whether the template writes calls of tools; if it cannot be tried, it is taken to."""
+        return self._writes([_user(), {"role": "assistant", "content": "", "tool_calls": [CALL]}])
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template writes which tools there are; if it cannot be tried, it is taken to."""
+        function = {**CALL["function"], "description": ANSWER, "parameters": {"type": "object", "properties": {}}}
+        return self._writes([_user(), _assistant()], [{"type": "function", "function": function}])
+
+    def _writes(self, messages: Sequence[Message], tools: Any = None) -> bool:
+        """Whether the name of the function in ``CALL`` is part of the text."""
+        try:
+            return CALL["function"]["name"] in self.template.text(self._escaped(messages), tools)
+        except Refused:
+            return True
 
     def remarks(self) -> list[str]:
         """What a user should know about this template and tokenizer."""

@@ -12,14 +12,16 @@ from llm_parallel.data.chat import ChatEncoder, ChatTokens
 from llm_parallel.data.formats import Conversation
 
 SHOWN = 5
+HELP = "give a chat.template that writes them, such as chatml"
 
 
 @dataclass
 class Counts:
     """Counts of one source: ``records`` that it has, conversations that are ``kept``, and of these the ones whose
     earliest turns (``shortened``, with ``turns_cut`` messages in all) or whose last answer's end (``answers_cut``) were
-    left out, with turns that were joined since the template refuses two of a role (``merged``), and with an answer of
-    nothing (``empty_answers``). Left out are ``unreadable`` records (``first`` says why of five), those with
+    left out, with turns that were joined since the template refuses two of a role (``merged``), with an answer of
+    nothing (``empty_answers``), and with calls of tools (``calls_unwritten``) or tools (``tools_unwritten``) that the
+    template does not write. Left out are ``unreadable`` records (``first`` says why of five), those with
     ``nothing_trained`` and those that are ``too_long``."""
 
     records: int = 0
@@ -31,6 +33,8 @@ class Counts:
     answers_cut: int = 0
     merged: int = 0
     empty_answers: int = 0
+    calls_unwritten: int = 0
+    tools_unwritten: int = 0
     unreadable: int = 0
     nothing_trained: int = 0
     too_long: int = 0
@@ -62,6 +66,9 @@ class Counts:
             message["role"] == "assistant" and not message.get("content") and not message.get("tool_calls")
             for message in conversation.messages
         )
+        called = any(message.get("tool_calls") for message in conversation.messages)
+        self.calls_unwritten += called and not encoder.writes_calls
+        self.tools_unwritten += bool(conversation.tools) and not encoder.writes_tools
         return True
 
     def merge(self, other: Counts) -> None:
@@ -142,3 +149,9 @@ def _left_out(counts: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
         yield f"joined turns of the same role in {some(count, 'conversation')}, since the template refuses them"
     if count := counts["empty_answers"]:
         yield f"{some(count, 'conversation')} with an answer of nothing, which is trained to stop at once"
+    if count := counts["calls_unwritten"]:
+        what = some(count, "conversation has", "conversations have")
+        yield f"{what} calls of tools, which the template does not write, so that the answer there is nothing; {HELP}"
+    if count := counts["tools_unwritten"]:
+        what = some(count, "conversation has", "conversations have")
+        yield f"{what} a list of tools, which the template does not write; {HELP}"

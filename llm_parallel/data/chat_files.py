@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from llm_parallel.data.template import DATE
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, open_own
 
-VERSION = 1
+VERSION = 2
 
 
 def prepare_conversations(
@@ -51,17 +51,29 @@ def prepare_conversations(
     with file_errors_explained(Path(config.run_dir) / "data", kept=""):
         opened = [open_source(source) for source in (*chat.train, *chat.eval)]
         settings = _settings(config, encoder, opened)
-        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        # The same tokenizer may lie elsewhere, as beside a newer checkpoint of the model that is fine-tuned.
+        content = {key: value for key, value in settings.items() if key != "tokenizer"}
+        name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         folder = Path(config.run_dir) / "data" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _turn(folder.parent / ".lock"):
             if not (folder / REPORT).is_file():
                 with _made_whole(folder) as making:
                     _write(making, config, encoder, opened, settings, workers)
+            _point_to_tokenizer(folder / REPORT, settings["tokenizer"])
     data = ChatData.open(folder)
     for text in (*(text for source in opened for text in source.notices), *described(data.report)):
         notice(text)
     return data
+
+
+def _point_to_tokenizer(path: Path, tokenizer: str) -> None:
+    """Writes where the tokenizer is into a report that says otherwise; one that cannot be read is refused later."""
+    with suppress(OSError, ValueError):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if report["tokenizer"] != tokenizer:
+            with atomic_write(path) as handle:
+                json.dump(report | {"tokenizer": tokenizer}, handle, indent=1, ensure_ascii=False)
 
 
 @contextmanager

@@ -84,7 +84,9 @@ def encode_block(source: Opened, config: RunConfig, encoder: ChatEncoder, block:
 
 
 def _blocks(source: Opened, counts: Counts) -> Iterator[list[tuple[int, Row]]]:
-    found = enumerate(row for path in source.files for row in rows(path, _Problems(counts)))
+    read = enumerate(row for path in source.files for row in rows(path, _Problems(counts)))
+    # Records that cannot be read are counted before the next one comes, and have numbers too.
+    found = ((number + counts.records, row) for number, row in read)
     while block := list(islice(found, ROWS)):
         yield block
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from llm_parallel.data.kinds import RECORDS, ending
 from llm_parallel.errors import UserError
 
 NAME = "dataset_info.json"
+STATE, SPLITS = "state.json", "dataset_dict.json"
+"""What ``save_to_disk`` writes beside the records of a data set, and beside the folders of its splits."""
 HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 WITHOUT_EFFECT = ("subset", "split", "folder", "file_sha1")
 """Keys that matter for data sets of a hub only, and a checksum."""
@@ -70,13 +72,41 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         inside = [one for one in sorted(path.rglob("*")) if ending(one.name) in RECORDS and one.is_file()]
         visible = [one for one in inside if not any(part.startswith(".") for part in one.relative_to(path).parts)]
-        files = [one for one in visible if one.name != NAME]
+        files = [one for one in _of_saved(visible) if one.name != NAME]
         if not files:
             raise UserError(f"{path} holds no files of conversations, which end with {', '.join(RECORDS)}")
         return files
     if not path.exists():
         raise UserError(f"{path} does not exist; give a file of conversations, or a folder of such files")
     return [path]
+
+
+def _of_saved(files: Sequence[Path]) -> Iterator[Path]:
+    """The files, and of a folder that ``save_to_disk`` of Hugging Face's datasets wrote those with its records: beside
+    them lie the state of the data set, and caches of what was once computed from it."""
+    held: dict[Path, set[str] | None] = {}
+    for file in files:
+        folder = file.parent
+        if file.name == SPLITS:
+            splits = sorted(one.parent.name for one in folder.glob(f"*/{STATE}"))
+            raise UserError(
+                f"{folder} holds the splits {', '.join(splits) or 'of a data set'}, some of which may not be meant for "
+                f"training; give the folder of one of them"
+            )
+        if folder not in held:
+            held[folder] = _named_by_state(folder / STATE)
+        names = held[folder]
+        if names is None or file.name in names:
+            yield file
+
+
+def _named_by_state(path: Path) -> set[str] | None:
+    """Names of the files with the records of a saved data set; None where there is no such data set."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {one["filename"] for one in state["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _declared(source: ChatSource, name: str) -> Opened:

@@ -133,8 +133,9 @@ class Scheduler:
 
     def plan(self, wave: int = 0) -> list[Part]:
         """The next pass of a wave, none of whose tokens are in flight: single tokens first, then chunks."""
-        if self._waiting and not self._waiting[0].in_flight:
-            self._make_way(self._waiting[0], {})  # before the sequences that it may interrupt are in the plan
+        first = next((sequence for sequence in self._waiting if self._can_start(sequence)), None)
+        if first is not None:
+            self._make_way(first, {})  # before the sequences that it may interrupt are in the plan
         running = list(self._running[wave])
         decoding = sum(len(s.tokens) - s.computed == 1 for s in running)
         budget = self.limits.pass_tokens - decoding
@@ -236,7 +237,7 @@ class Scheduler:
         for sequence in list(self._waiting):
             if budget <= 0 or len(self._running[wave]) > min(map(len, self._running)):
                 return
-            if sequence.in_flight or self._waits_for_sibling(sequence):
+            if not self._can_start(sequence):
                 continue
             if not self._make_way(sequence, parts):
                 return
@@ -251,10 +252,11 @@ class Scheduler:
             self._find_room(sequence, count, parts)
             parts[sequence] = self._schedule(sequence, count)
 
-    def _waits_for_sibling(self, sequence: Draft) -> bool:
-        """Whether the first answer to the same prompt, whose pages the others share, has not come through it."""
+    def _can_start(self, sequence: Draft) -> bool:
+        """Whether a waiting sequence knows all of its tokens, and the first answer to the same prompt, whose pages the
+        others share, has come through it."""
         first = self._siblings[sequence.request.number][0]
-        return first is not sequence and first.computed < len(first.request.prompt)
+        return not sequence.in_flight and (first is sequence or first.computed >= len(first.request.prompt))
 
     def _make_way(self, sequence: Draft, planned: dict[Draft, Part]) -> bool:
         """Whether a waiting sequence can start, having interrupted sequences of lower priority if that was needed. It

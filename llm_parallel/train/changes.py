@@ -58,7 +58,10 @@ WITHOUT_EFFECT = {
 }
 """Fields that matter to a new run alone → what is said of a change of them where a run goes on in its own folder."""
 
-RATE = ("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps", "optim.decay_steps", "train.steps")
+RATE = (
+    *("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps", "optim.warmup_fraction"),
+    *("optim.decay_steps", "train.steps"),
+)
 """Fields that decide the learning rate of a step."""
 COMPARED = 500
 """Steps of what is left at which learning rates are compared."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -92,18 +92,27 @@ def token_feed(config: RunConfig, groups: Groups, state: TrainState) -> SampleFe
     return SampleFeed(config, groups, consumed, source, notices=source.notices)
 
 
-def evaluation_batches(config: RunConfig, groups: Groups, state: TrainState) -> list[Batch]:
-    """This replica's micro batches of held-out token files. Empty if there is no held-out data."""
+def evaluation_batches(config: RunConfig, groups: Groups, state: TrainState) -> HeldOut:
+    """Held-out samples of token files."""
     data = config.data
     if not data.eval and not data.eval_fraction:
-        return []
+        return HeldOut()
     source = SampleSource(data, config.seed, "eval", config.model.vocab_size, state.segments)
     return held_out_batches(config, groups, source, config.train.eval_samples)
 
 
-def held_out_batches(config: RunConfig, groups: Groups, source: Samples, wanted: int) -> list[Batch]:
-    """This replica's micro batches of the first ``wanted`` samples: the same samples in every layout. Micro batches
-    that only complete the number that the replicas or the interleaved schedule need have weight 0."""
+@dataclass(frozen=True)
+class HeldOut:
+    """What is evaluated on: this replica's micro batches, and the number of samples over all replicas. No batches if
+    nothing is held out."""
+
+    batches: Sequence[Batch] = ()
+    samples: int = 0
+
+
+def held_out_batches(config: RunConfig, groups: Groups, source: Samples, wanted: int) -> HeldOut:
+    """The first ``wanted`` samples: the same ones in every layout. Micro batches that only complete the number that the
+    replicas or the interleaved schedule need have weight 0."""
     layout = Layout.from_config(config, groups.mesh.world_size)
     unit = layout.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
     filled = -(-wanted // unit) * unit
@@ -111,7 +120,7 @@ def held_out_batches(config: RunConfig, groups: Groups, source: Samples, wanted:
     prefetch = config.data.prefetch_batches
     with MicroBatchLoader(source, iter(numbers), groups.platform.device, prefetch) as loader:
         batches = list(islice(loader, len(numbers)))
-    return [_without_surplus(batch, part, wanted) for batch, part in zip(batches, numbers)]
+    return HeldOut([_without_surplus(batch, part, wanted) for batch, part in zip(batches, numbers)], wanted)
 
 
 def _without_surplus(batch: Batch, numbers: range, wanted: int) -> Batch:

@@ -9,7 +9,8 @@ from typing import Any
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.config.tree import ModelConfig, RunConfig
-from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME
+from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, load_tokenizer
+from llm_parallel.errors import UserError
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.model.hf_files import is_hf_folder, read_hf_config
 
@@ -19,8 +20,15 @@ def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
     from the folder that ``checkpoint.load`` names; ``notice`` is told. Raises UserError for a folder that holds no
     model."""
     folder = config.checkpoint.load
-    if folder is None or not Path(folder).exists():
+    if folder is None:
         return config
+    if not Path(folder).exists():
+        if config.data.tokenizer is None and config.model.vocab_size is None:
+            raise UserError(
+                f"checkpoint.load = {folder} does not exist; give the path of a run or of a Hugging Face folder "
+                "here: models are not downloaded"
+            )
+        return config  # the files that are missing are named together later
     given = config.model.model_fields_set
     wants_tokenizer = config.data.tokenizer is None
     if given >= set(ModelConfig.model_fields) - {"preset"} and not wants_tokenizer:
@@ -36,6 +44,27 @@ def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
         changes["data"] = config.data.model_copy(update={"tokenizer": tokenizer})
         notice(f"data.tokenizer: {tokenizer}")
     return config.model_copy(update=changes)
+
+
+def other_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> str | None:
+    """A sentence about tokens of ``data.tokenizer``, which is given opened, that are others in the tokenizer of the
+    model that ``checkpoint.load`` names; None if there are none, or that model has no tokenizer here."""
+    folder = config.checkpoint.load
+    held = _held(folder)[1] if folder is not None else None
+    if held is None or not Path(held).exists():
+        return None
+    theirs = load_tokenizer(held)
+    if theirs.fingerprint == tokenizer.fingerprint:
+        return None
+    both = min(theirs.vocab_size, tokenizer.vocab_size)
+    changed = sum(theirs.token(number) != tokenizer.token(number) for number in range(both))
+    if not changed:
+        return None
+    return (
+        f"data.tokenizer = {config.data.tokenizer} is another one than that of checkpoint.load = {folder}: {changed:,} "
+        f"of its {tokenizer.vocab_size:,} tokens are other texts there, and the model has to learn them anew; leave "
+        "data.tokenizer out to keep the model's"
+    )
 
 
 def _held(folder: str) -> tuple[ModelConfig, str | None]:

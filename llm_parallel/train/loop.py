@@ -184,10 +184,10 @@ def early_stop(run: Run) -> str:
 
 def run_evaluation(run: Run) -> float:
     """Held-out loss in nats per token, recorded; NaN if nothing is held out."""
-    if not run.held_out:
+    if not run.held_out.batches:
         return math.nan
-    loss, tokens, statistics = evaluate(run.engine.network, run.evaluation, run.held_out)
-    run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, run.config.train.eval_samples, tokens, statistics))
+    loss, tokens, statistics = evaluate(run.engine.network, run.evaluation, run.held_out.batches)
+    run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, run.held_out.samples, tokens, statistics))
     run.evaluated(run)
     run.state.evaluated(loss, run.config.train.early_stop_evaluations)
     return loss

@@ -16,7 +16,6 @@ from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.rules import NO_BASE, check_config
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.data.batch import Batch
 from llm_parallel.data.segments import Segment, tokens_read
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.peaks import Peak, find_peak
@@ -41,7 +40,7 @@ from llm_parallel.train.changes import (
     changed_tokenizer,
     changed_without_effect,
 )
-from llm_parallel.train.feed import Feed, evaluation_batches, token_feed
+from llm_parallel.train.feed import Feed, HeldOut, evaluation_batches, token_feed
 from llm_parallel.train.guard import Guard
 from llm_parallel.train.run import Place, Run
 from llm_parallel.train.watch import Resumed, Watch
@@ -80,7 +79,7 @@ class Method:
     evaluation: Callable[[RunConfig], Objective] = unweighted_likelihood
     models: Callable[[RunConfig, Groups], Models] = policy_alone
     feed: Callable[[RunConfig, Groups, TrainState], Feed] = token_feed
-    held_out: Callable[[RunConfig, Groups, TrainState], list[Batch]] = evaluation_batches
+    held_out: Callable[[RunConfig, Groups, TrainState], HeldOut] = evaluation_batches
     evaluated: Callable[[Run], None] = nothing_more
 
 

@@ -13,7 +13,7 @@ from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.train.inherit import inherited
+from llm_parallel.train.inherit import inherited, other_tokenizer
 from llm_parallel.train.step_settings import steps_for, total_samples
 
 MANY_STEPS = 10**9
@@ -95,6 +95,8 @@ def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None
     check_inputs(config)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
     config = with_vocabulary(config, tokenizer)
+    if tokenizer is not None and (differs := other_tokenizer(config, tokenizer)):
+        notice(differs)
     assert config.model.vocab_size is not None
     for text in check_token_files(config.data, config.model.vocab_size, tokenizer):
         notice(text)
@@ -109,7 +111,10 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
     tokens, which are written if they are not there. Raises UserError."""
     check_chat_inputs(config)
     assert config.data.tokenizer is not None
-    config = with_vocabulary(config, load_tokenizer(config.data.tokenizer))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = with_vocabulary(config, tokenizer)
+    if differs := other_tokenizer(config, tokenizer):
+        notice(differs)
     data = prepare_conversations(config, notice)
     chat = config.chat.model_copy(update={"prepared": str(data.folder)})
     train = config.train

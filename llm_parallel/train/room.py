@@ -11,7 +11,7 @@ from llm_parallel.checkpoint.folders import complete_checkpoints
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
-from llm_parallel.model.flops import parameter_count
+from llm_parallel.model.flops import adapter_parameters, parameter_count
 
 VOCABULARY_ROWS = 128
 """``model.mcore_config.padded_vocab_size`` rounds up to a multiple of it."""
@@ -19,6 +19,8 @@ TENSOR_BYTES = 2100
 """Bytes beside the numbers, in the file and in the index, of each tensor that a process writes: 1,760 to 2,170 in
 checkpoints of the debug preset in fp32 and bf16, TP 1 and 2, DP 1 and 2."""
 TENSORS_PER_LAYER, TENSORS_OUTSIDE = 6, 3
+FACTORS = 8
+"""Tensors of a layer's adapters: A and B of each of its four linears."""
 COPY_STATE_BYTES = 1 << 20
 """Room for counters in each slot of a process's copy in memory (``llm_launch.copy_files.STATE_BYTES``)."""
 MIB = 2.0**20
@@ -26,13 +28,13 @@ MIB = 2.0**20
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Size of one checkpoint: weights, two AdamW moments and, unless fp32 weights are updated in place, the optimizer's
-    fp32 weights. With adapters the weights alone, since little else is trained. ``model.vocab_size`` is known."""
-    model, tp = config.model, config.parallel.tp
+    fp32 weights; of the adapters alone if there are any. ``model.vocab_size`` is known."""
+    model, tp, adapter = config.model, config.parallel.tp, config.adapter
     weight = 4 if config.train.precision == "fp32" else 2
-    sets, bytes_each = 1, weight
-    if config.adapter is None:
-        masters = config.parallel.distributed_optimizer or config.train.precision == "bf16"
-        sets, bytes_each = 3 + masters, weight + 8 + 4 * masters
+    masters = config.parallel.distributed_optimizer or config.train.precision == "bf16"
+    sets, bytes_each = 3 + masters, weight + 8 + 4 * masters
+    if adapter is not None:
+        return adapter_parameters(model, adapter) * bytes_each + TENSOR_BYTES * FACTORS * model.num_layers * sets * tp
     tensors = TENSORS_PER_LAYER * model.num_layers + TENSORS_OUTSIDE
     return num_parameters(config) * bytes_each + TENSOR_BYTES * tensors * sets * tp
 

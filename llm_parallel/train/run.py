@@ -12,7 +12,6 @@ import torch.distributed as dist
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.checkpoint.store import CheckpointStore
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.data.batch import Batch
 from llm_parallel.metrics.record import Basis
 from llm_parallel.metrics.run import Metrics
 from llm_parallel.objectives.base import Objective
@@ -20,7 +19,7 @@ from llm_parallel.parallel import comm_time
 from llm_parallel.parallel.engine import POLICY, Engine, Models
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.train.feed import Feed
+from llm_parallel.train.feed import Feed, HeldOut
 from llm_parallel.train.guard import Guard
 
 
@@ -51,7 +50,7 @@ class Run:
     objective: Objective
     evaluation: Objective
     feed: Feed
-    held_out: list[Batch]
+    held_out: HeldOut
     evaluated: Callable[[Run], None]
     store: CheckpointStore
     state: TrainState

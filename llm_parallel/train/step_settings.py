@@ -10,11 +10,12 @@ from llm_parallel.config.tree import OptimConfig, TrainConfig
 def learning_rate(optim: OptimConfig, total_steps: int, step: int) -> float:
     """Learning rate of optimizer step ``step``, counted from 1.
 
-    Warm-up is linear and reaches the peak at step ``warmup_steps``. Then cosine (Loshchilov and Hutter 2016, arXiv
+    Warm-up is linear and reaches the peak at its last step. Then cosine (Loshchilov and Hutter 2016, arXiv
     1608.03983) or linear decay to ``min_lr``, constant, or the peak with linear decay over the last steps (``wsd``).
     """
-    if step <= optim.warmup_steps:
-        return optim.lr * step / optim.warmup_steps
+    warmup = optim.warmup(total_steps)
+    if step <= warmup:
+        return optim.lr * step / warmup
     if optim.schedule == "constant":
         return optim.lr
     if optim.schedule == "wsd":
@@ -22,7 +23,7 @@ def learning_rate(optim: OptimConfig, total_steps: int, step: int) -> float:
         done = (step - (total_steps - length)) / length
     else:
         end = optim.decay_steps or total_steps
-        done = (step - optim.warmup_steps) / max(1, end - optim.warmup_steps)
+        done = (step - warmup) / max(1, end - warmup)
     done = min(max(done, 0.0), 1.0)
     share = 0.5 * (1.0 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1.0 - done
     return optim.min_lr + (optim.lr - optim.min_lr) * share

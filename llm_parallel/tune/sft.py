@@ -7,15 +7,15 @@ from functools import lru_cache
 
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.data.batch import Batch
 from llm_parallel.data.chat_files import ChatData
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
+from llm_parallel.generate.decode import generate
+from llm_parallel.generate.sampling import Sampling
 from llm_parallel.metrics.record import AnswerRecord
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.by_source import by_source
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.train.answers import greedy_answers
-from llm_parallel.train.feed import SampleFeed, held_out_batches
+from llm_parallel.train.feed import HeldOut, SampleFeed, held_out_batches
 from llm_parallel.train.open import Method
 from llm_parallel.train.run import Run
 
@@ -61,11 +61,11 @@ def plain_answers_loss(config: RunConfig) -> Objective:
     return by_source(conversations(config).source_names)
 
 
-def held_out_conversations(config: RunConfig, groups: Groups, state: TrainState) -> list[Batch]:
-    """This replica's micro batches of held-out conversations, at most ``train.eval_samples`` samples over all."""
+def held_out_conversations(config: RunConfig, groups: Groups, state: TrainState) -> HeldOut:
+    """Samples of held-out conversations, each at most once and at most ``train.eval_samples`` of them."""
     data = conversations(config)
     if not data.held_out_rows:
-        return []
+        return HeldOut()
     wanted = min(config.train.eval_samples, data.held_out_rows)
     return held_out_batches(config, groups, data.held_out(), wanted)
 
@@ -78,13 +78,12 @@ def show_answers(run: Run) -> None:
     prompts = [prompt for prompt in prompts if len(prompt) <= room]
     if not prompts:
         return
-    answers = greedy_answers(run.engine.network, prompts, data.stops, chat.answer_tokens)
     assert run.config.data.tokenizer is not None
     tokenizer = _tokenizer(run.config.data.tokenizer)
-    for prompt, answer in zip(prompts, answers):
-        stopped = answer[-1] in data.stops
-        text = tokenizer.decode(answer[:-1] if stopped else answer)
-        run.metrics.answer(AnswerRecord(run.state.step, tokenizer.decode(prompt), text, stopped))
+    wanted = Sampling(max_new_tokens=chat.answer_tokens)
+    for prompt, answer in zip(prompts, generate(run.engine, prompts, wanted, data.stops)):
+        stopped = len(answer) < chat.answer_tokens
+        run.metrics.answer(AnswerRecord(run.state.step, tokenizer.decode(prompt), tokenizer.decode(answer), stopped))
 
 
 SFT = Method(

@@ -19,6 +19,7 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "fp32 in place": ({"parallel.distributed_optimizer": False}, 1),
     "bf16": ({"train.precision": "bf16", "parallel.dp": 2}, 2),
     "bf16 in place": ({"train.precision": "bf16", "parallel.distributed_optimizer": False, **BIASES}, 1),
+    "adapters": ({"adapter.rank": 64}, 1),
     "bf16 in TP 2": ({"train.precision": "bf16", "parallel.tp": 2}, 2),
 }
 

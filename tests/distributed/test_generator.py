@@ -35,8 +35,8 @@ def trained(rank: int, world_size: int, changes: dict[str, Any], generates: bool
     forward's log-probabilities of the greedy ones."""
     from llm_parallel.generate.engine import Generator, GeneratorOptions
     from llm_parallel.objectives.likelihood import Likelihood
-    from llm_parallel.train.answers import greedy_answers
     from llm_parallel.train.step import apply_gradient, forward_backward
+    from tests.support.plain_answers import greedy_answers
 
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)

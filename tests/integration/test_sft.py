@@ -63,7 +63,7 @@ def answered(rank: int, world_size: int, run_dir: str) -> tuple[float, float]:
     prompts = [four_digits.prompt_tokens(a, b) for a, b in asked]
     sampling = Sampling(max_new_tokens=four_digits.ANSWER_TOKENS, temperature=1.0, seed=5)
     loaded = load_model(run_dir, device="cpu")
-    found = generate(loaded.models, prompts, sampling, {four_digits.END})
+    found = generate(loaded.network, prompts, sampling, {four_digits.END})
     assert loaded.tokenizer is not None
     texts = [loaded.tokenizer.decode(tokens) for tokens in found]
     right = [text == four_digits.right_answer(a, b) for text, (a, b) in zip(texts, asked)]
@@ -71,11 +71,37 @@ def answered(rank: int, world_size: int, run_dir: str) -> tuple[float, float]:
     return sum(stopped) / HELD_OUT, sum(right) / HELD_OUT
 
 
+def exported_answers(rank: int, world_size: int, run_dir: str, target: str) -> bool:
+    """Whether transformers, with nothing but the exported folder, writes the prompt that the model was trained on, and
+    stops by itself with the answers of ``generate``."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llm_parallel.convert.export import export_to_hf
+    from llm_parallel.generate.decode import generate
+    from llm_parallel.generate.load import load_model
+    from llm_parallel.generate.sampling import Sampling
+
+    export_to_hf(run_dir, target)
+    tokenizer, model = AutoTokenizer.from_pretrained(target), AutoModelForCausalLM.from_pretrained(target)
+    loaded = load_model(run_dir, device="cpu")
+    for a, b in islice(four_digits.problems(3, held_out=True), 5):
+        turn = [{"role": "user", "content": four_digits.question(a, b)}]
+        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        assert prompt == four_digits.prompt_tokens(a, b)
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
+        ours = generate(loaded.network, [prompt], Sampling(max_new_tokens=20), {four_digits.END})[0]
+        assert theirs == [*ours, four_digits.END] or theirs == ours, (theirs, ours)
+        assert theirs[-1] == four_digits.END and len(theirs) < 20
+    return True
+
+
 def test_a_small_model_learns_to_stop(task: Callable[..., Path], tmp_path: Path) -> None:
     run_file = task(9000, train={"steps": 130, "eval_interval_steps": 65}, optim={"warmup_steps": 20})
     assert train_in_ranks(run_file, 1) == [130]
     stopped, _ = run_ranks(answered, 1, str(tmp_path / "run"))[0]
     assert stopped >= 0.99
+    assert run_ranks(exported_answers, 1, str(tmp_path / "run"), str(tmp_path / "hf"))[0]
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     answers = [record for record in records if record.get("event") == "answer"]
     assert [(record["step"], record["stopped"]) for record in answers[-2:]] == [(130, True)] * 2
@@ -123,7 +149,7 @@ def test_the_command_says_what_it_does(task: Callable[..., Path], tmp_path: Path
     assert "train.steps = 9 is replaced by" in result.stderr
     assert "epochs" in result.stdout and "is answered" in result.stdout
     again = llm_parallel("sft", tmp_path / "run" / "config.yaml")
-    assert again.returncode == 0 and "nothing to train" in again.stdout, again.stderr
+    assert again.returncode == 0 and "is finished" in again.stdout, again.stderr
 
 
 def test_held_out_loss_that_no_longer_falls_ends_the_run(task: Callable[..., Path], tmp_path: Path) -> None:

@@ -35,16 +35,22 @@ Start = Callable[..., LiveRun]
 @contextmanager
 def elastic_runs(corpus: Corpus, folder: Path) -> Iterator[Start]:
     """Starts runs on four devices of one or more agents, each of which imports torch; ends them with the block."""
+    # A constant learning rate: a step's loss does not depend on how many steps there will be.
+    train, optim = {"global_batch_size": BATCH, "steps": 40}, {"schedule": "constant"}
+    with runs_of(write_run_file(corpus, folder, train=train, optim=optim, data={"eval_fraction": 0.0})) as starting:
+        yield starting
+
+
+@contextmanager
+def runs_of(run_file: Path) -> Iterator[Start]:
+    """The same of a run file, whose learning rate is constant; the runs' folders lie beside it."""
     runs: list[LiveRun] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("TRITON_INTERPRET", raising=False)
-        # A constant learning rate: a step's loss does not depend on how many steps there will be.
-        train, optim = {"global_batch_size": BATCH, "steps": 40}, {"schedule": "constant"}
-        run_file = write_run_file(corpus, folder, train=train, optim=optim, data={"eval_fraction": 0.0})
 
         def starting(*overrides: str, nodes: int = 2, name: str = "run") -> LiveRun:
-            runs.append(LiveRun.start(run_file, [*PATIENT, *overrides], folder / name, nodes, 4))
+            runs.append(LiveRun.start(run_file, [*PATIENT, *overrides], run_file.parent / name, nodes, 4))
             return runs[-1]
 
         try:

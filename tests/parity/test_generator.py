@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from llm_parallel.config.tree import KernelsConfig
 from llm_parallel.generate.requests import Finished, Reason, Request
 from llm_parallel.generate.sampling import Sampling
 from tests.support.harness import run_ranks
@@ -69,7 +70,9 @@ def answers(generator: Any, requests: list[Request], seed: int) -> list[Finished
     return sorted((f for f in finished if f.number < 10_000), key=lambda f: (f.number, f.sample))
 
 
-def open_generator(folder: str, rank: int, world_size: int, parallel: dict[str, Any], **options: Any) -> Any:
+def open_generator(
+    folder: str, rank: int, world_size: int, parallel: dict[str, Any], attention: Any = "auto", **options: int
+) -> Any:
     from llm_parallel.config.rules import check_config
     from llm_parallel.generate.engine import Generator, GeneratorOptions
     from llm_parallel.model.gpt import build_policy
@@ -79,6 +82,7 @@ def open_generator(folder: str, rank: int, world_size: int, parallel: dict[str, 
     from llm_parallel.parallel.platform import open_platform
 
     config = our_config(folder, 72, **parallel)  # which every size of tp divides
+    config = config.model_copy(update={"kernels": KernelsConfig(attention=attention)})
     check_config(config, world_size, "cpu")
     close_groups(world=False)  # those of the model before
     groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
@@ -173,6 +177,27 @@ def test_a_drawn_answer_depends_on_its_request_alone(tmp_path: Path) -> None:
                 other.number, other.sample, other.tokens, other.reason
             )  # fmt: skip
             np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2e-5)
+
+
+def kernels_job(rank: int, world_size: int, folder: str, made: list[Request]) -> list[list[Finished]]:
+    """Answers by torch's attention, and by the operator on all parts at once, as on a GPU, in Triton's interpreter."""
+    import os
+
+    os.environ["TRITON_INTERPRET"] = "1"
+    options = {**SMALL, "max_running": 4}
+    return [
+        answers(open_generator(folder, rank, world_size, {}, attention=attention, **options), made, 7)
+        for attention in ("torch", "triton")
+    ]
+
+
+@pytest.mark.gloo
+def test_one_call_of_the_operator_for_all_parts_gives_the_same(tmp_path: Path) -> None:
+    folder = random_folder("mistral", tmp_path)
+    made = [replace(request, sampling=Sampling(max_new_tokens=2)) for request in mixed_requests(4, 7, longest=20)]
+    for one, other in zip(*run_ranks(kernels_job, 1, str(folder), made)[0], strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2e-5)
 
 
 class Letters:

@@ -130,10 +130,11 @@ def train_in_ranks(
     *overrides: str,
     stop_at: int | None = None,
     prepare: Callable[[int, Any], Any] | None = None,
+    timeout_s: float = 300.0,
 ) -> list[Any]:
     """Trains as ``llm-parallel pretrain`` does once its processes have started; returns the last step of each rank.
 
     ``stop_at``: the step in which one rank is asked to stop. ``prepare(rank, train_loop_module)``, a top-level
     function, is called before, and what it returned is returned after the run.
     """
-    return run_ranks(_worker, processes, str(run_file), overrides, stop_at, prepare)
+    return run_ranks(_worker, processes, str(run_file), overrides, stop_at, prepare, timeout_s=timeout_s)

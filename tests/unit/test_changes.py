@@ -40,11 +40,11 @@ CHANGES = {
     "adapter.rank_stabilized": True,
     "adapter.dropout": 0.1,
     "adapter.base": "nf4",
-    "chat.prepared": "data/0a1b",
-    "chat.neftune_alpha": 5.0,
     "train.eval_samples": 16,
     "train.label_smoothing": 0.1,
     "train.z_loss": 1e-4,
+    "chat.prepared": "data/0123456789abcdef",
+    "chat.neftune_alpha": 5.0,
 }
 
 

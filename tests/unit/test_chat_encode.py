@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from llm_parallel.data.chat import ChatEncoder, ChatTokens
+from llm_parallel.data.chat_counts import Counts
 from llm_parallel.data.chat_tokens import ChatTokenizer
 from llm_parallel.data.formats import Conversation, Reader
 from llm_parallel.data.template import ChatTemplate, Refused, chatml, own_template
@@ -180,6 +181,24 @@ def test_tool_results_are_not_trained_and_calls_are(plain: ChatTokenizer) -> Non
         '<tool_call>\n{"name": "find", "arguments": {"what": "it"}}\n</tool_call><|im_end|>', "b<|im_end|>"
     ]  # fmt: skip
     assert '{"name": "find"}' in plain.tokenizer.decode(encoder(plain).encode(found).ids.tolist())
+
+
+def test_a_template_that_writes_no_tools_is_said(plain: ChatTokenizer) -> None:
+    """Of four conversations, two with tools and one of them with a call, and by a template that writes them nothing."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": {"what": "it"}}}]}
+    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+    records: list[dict[str, Any]] = [
+        {"messages": [asked, answer]}, {"messages": [asked, answer], "tools": tools},
+        {"messages": [asked, call, {"role": "tool", "content": "c"}, answer], "tools": tools},
+        {"messages": [asked, call]},
+    ]  # fmt: skip
+    for source, expected in ((None, (0, 0)), (loop("<|im_end|>"), (2, 2))):
+        writer, counts = encoder(plain, source), Counts()
+        for record in records:
+            found = Reader().read(record)
+            counts.add(writer.encode_within(found, 1000), found, writer)
+        assert (counts.calls_unwritten, counts.tools_unwritten) == expected
 
 
 def test_earlier_thoughts_that_a_template_drops_are_not_looked_for(plain: ChatTokenizer) -> None:

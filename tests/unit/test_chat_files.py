@@ -73,6 +73,22 @@ def test_they_are_prepared_once_and_again_when_something_changes(tmp_path: Path,
     assert ChatData.open(first.folder).tokens.num_documents == 10
 
 
+def test_the_same_tokenizer_elsewhere_makes_the_same_conversations(tmp_path: Path, tokenizer: Path) -> None:
+    """As when the model that is fine-tuned has a newer checkpoint, and the older one is gone."""
+    moved = Path(shutil.copy(tokenizer, tmp_path / "moved.model"))
+    first = prepare_conversations(config_of(tmp_path, tokenizer, [row(n) for n in range(4)]))
+    second = prepare_conversations(config_of(tmp_path, moved, [row(n) for n in range(4)]))
+    assert second.folder == first.folder and second.report["tokenizer"] == str(moved)
+    assert second.encode_prompts(["what"]) == first.encode_prompts(["what"])
+
+
+def test_records_have_the_numbers_of_their_lines(tmp_path: Path, tokenizer: Path) -> None:
+    """Also behind lines that are no records, and lines that are no conversations."""
+    rows = [row(0), "{", row(2), {"text": "a"}, "{", row(5)]
+    data = prepare_conversations(config_of(tmp_path, tokenizer, rows, eval_fraction=0.0))
+    assert data.lines.tolist() == [0, 2, 5]
+
+
 @pytest.mark.processes
 def test_several_processes_write_the_same_files(tmp_path: Path, tokenizer: Path) -> None:
     """More records than one block holds, some of them broken."""

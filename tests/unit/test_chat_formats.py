@@ -209,6 +209,23 @@ def test_data_sets_that_cannot_be_used(factory: Path, name: str, said: str) -> N
     assert said in str(error.value)
 
 
+def test_of_a_saved_data_set_its_records_are_read_and_of_splits_one_is_chosen(tmp_path: Path) -> None:
+    """As ``save_to_disk`` of datasets 4 leaves folders; a cache of ``map`` holds the same records again."""
+    for split in ("train", "test"):
+        folder = tmp_path / "saved" / split
+        folder.mkdir(parents=True)
+        for name in ("data-00000-of-00001.arrow", "cache-0123456789abcdef.arrow"):
+            (folder / name).write_bytes(b"")
+        (folder / "dataset_info.json").write_text('{"features": {}}')
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "1", "_split": split}
+        (folder / "state.json").write_text(json.dumps(state, indent=2))
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    found = open_source(ChatSource(path=str(tmp_path / "saved" / "train"))).files
+    assert found == [tmp_path / "saved" / "train" / "data-00000-of-00001.arrow"]
+    with pytest.raises(UserError, match="saved holds the splits test, train, some"):
+        open_source(ChatSource(path=str(tmp_path)))
+
+
 def test_a_folder_stands_for_its_files_and_not_for_dataset_info(factory: Path) -> None:
     found = open_source(ChatSource(path=str(factory))).files
     assert [path.name for path in found] == ["alpaca.json", "openai.jsonl", "turns.jsonl"]

@@ -120,6 +120,7 @@ def test_separate_documents_by_one_of_megatrons_switches() -> None:
 
 
 LLAMA_FACTORY = """\
+model_name_or_path: models/base
 stage: sft
 do_train: true
 finetuning_type: lora
@@ -137,7 +138,6 @@ gradient_accumulation_steps: 8
 learning_rate: 1.0e-4
 num_train_epochs: 3.0
 lr_scheduler_type: cosine
-train: {steps: 200}
 warmup_ratio: 0.1
 bf16: true
 ddp_timeout: 180000000
@@ -147,6 +147,9 @@ per_device_eval_batch_size: 1
 eval_strategy: steps
 eval_steps: 500
 packing: true
+neat_packing: true
+quantization_bit: 4
+quantization_method: bnb
 optim: adamw_torch
 report_to: none
 chat:
@@ -162,24 +165,26 @@ def test_a_file_of_llama_factory(tmp_path: Path) -> None:
     config, _ = loaded("parallel.dp=2", file=path)
     assert config.adapter is not None
     assert (config.adapter.rank, config.adapter.targets, config.run_dir) == (8, ("q", "v"), "saves/llama3")
+    assert config.adapter.base == "nf4"
     assert (config.train.micro_batch_size, config.train.global_batch_size) == (1, 16)
-    assert (config.train.epochs, config.optim.warmup_steps) == (3.0, 20)
+    assert (config.train.epochs, config.optim.warmup_fraction) == (3.0, 0.1)
+    assert config.optim.warmup(5000) == 500
     assert (config.chat.eval_fraction, config.chat.packing) == (0.1, "best_fit")
     assert config.chat.train == (ChatSource(path="data", dataset="identity"),)
+    assert config.checkpoint.load == "models/base"
 
 
 def test_what_a_file_of_llama_factory_says_otherwise_is_answered(tmp_path: Path) -> None:
     path = tmp_path / "sft.yaml"
-    path.write_text("model_name_or_path: meta-llama/Llama-3\ndataset: identity,alpaca\ntemplate: llama3\nfp16: true\n")
+    path.write_text("dataset: identity,alpaca\ntemplate: llama3\nfp16: true\n")
     lines = refusal(file=path)
-    assert len(lines) == 4
+    assert len(lines) == 3
     for line, parts in zip(
         lines,
         (
-            (":1: model_name_or_path = ", "llm-parallel convert FOLDER"),
-            (":2: dataset = ", "chat.train", "dataset: NAME"),
-            (":3: template = ", "chatml", "the tokenizer's own template"),
-            (":4: fp16 = true is not a field here: fp16 is not supported; use train.precision=bf16",),
+            (":1: dataset = ", "chat.train", "dataset: NAME"),
+            (":2: template = ", "chatml", "the tokenizer's own template"),
+            (":3: fp16 = true is not a field here: fp16 is not supported; use train.precision=bf16",),
         ),
     ):
         assert all(part in line for part in parts), line

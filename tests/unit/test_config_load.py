@@ -138,7 +138,7 @@ def test_dumped_configuration_is_complete_and_reads_back(tmp_path, preset):
                 "parallel": {"stage_layers": layers},
             }
         ),
-        st.text(max_size=20) | st.text("\x85\u2028\n\t\x07:#'\" é", max_size=5),
+        st.text(max_size=20) | st.text("\x85\u2028\n\t\x07:#'\" é", max_size=5) | st.text("01.eE+-_", max_size=5),
         st.floats(0, 0.999),
         st.integers(0, 2**70),
         st.lists(st.integers(1, 9), max_size=4),
@@ -175,8 +175,8 @@ optim: 3
         f'{path}:5: train.precision = "fp16" must be one of bf16, fp32',
         f"{path}:10: unknown key data.train.1.wieght; the nearest known one is data.train.1.weight",
         f"{path}:11: data.eval_fraction = 1.5 must be a number of at least 0.0 and below 1.0",
-        f"{path}:12: optim = 3 must be a section with lr, min_lr, schedule, warmup_steps, decay_steps, beta1, beta2,"
-        " epsilon, weight_decay, clip_grad, implementation",
+        f"{path}:12: optim = 3 must be a section with lr, min_lr, schedule, warmup_steps, warmup_fraction,"
+        " decay_steps, beta1, beta2, epsilon, weight_decay, clip_grad, implementation",
         "override parallel.tp=0: parallel.tp = 0 must be a whole number over 0",
         "override lgo.interval_steps=1: unknown key lgo; the nearest known one is log",
     }

@@ -98,3 +98,15 @@ def test_run_file_fits_the_machines_in_its_name(path):
 
 def test_there_are_run_files_to_check():
     assert len(list(CONFIGS.glob("*x[0-9]*.yaml"))) >= 3
+
+
+@pytest.mark.parametrize(
+    "path", sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "first-sweep"), ids=lambda path: path.stem
+)
+def test_every_run_file_is_a_run_that_the_rules_allow(path):
+    """A sweep is no run file. A run file that takes its model from a checkpoint has no vocabulary of its own."""
+    notices: list[str] = []
+    overrides = [] if load_config(path).data.tokenizer else ["model.vocab_size=4096"]
+    config = load_config(path, overrides, notice=notices.append)
+    assert find_problems(config, num_processes(config), "cuda" if "x" in path.stem else "cpu") == []
+    assert notices == []

@@ -464,6 +464,18 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         "optim.warmup_steps = 200 is over train.steps = 100; use optim.warmup_steps=10",
     ),
     (
+        {"optim__warmup_fraction": 0.1, "optim__warmup_steps": 5},
+        None,
+        "cpu",
+        "optim.warmup_fraction = 0.1 and optim.warmup_steps = 5 both say how long warm-up is; use optim.warmup_steps=0",
+    ),
+    (
+        {"optim__warmup_fraction": 0.95, "optim__schedule": "wsd"},
+        None,
+        "cpu",
+        "optim.warmup_fraction = 0.95 makes 95 steps, which leave none to decay; use optim.warmup_fraction=0.0",
+    ),
+    (
         {"checkpoint__keep_every_steps": 25, "checkpoint__interval_steps": 10},
         None,
         "cpu",
@@ -476,6 +488,20 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         "cpu",
         "train.eval_interval_steps = 10 has nothing to evaluate on: data.eval is empty and data.eval_fraction = 0;"
         " use data.eval_fraction=0.01",
+    ),
+    (
+        {"method__kind": "sft", "train__eval_interval_steps": 10, "chat__eval_fraction": 0.0},
+        None,
+        "cpu",
+        "train.eval_interval_steps = 10 has nothing to evaluate on: chat.eval is empty and chat.eval_fraction = 0;"
+        " use chat.eval_fraction=0.01",
+    ),
+    (
+        {"train__early_stop_evaluations": 2, "train__steps": 60},
+        None,
+        "cpu",
+        "train.early_stop_evaluations = 2 never ends a run whose only evaluation comes after its last step:"
+        " train.eval_interval_steps is not given; use train.eval_interval_steps=6",
     ),
     (
         {"optim__implementation": "apex"},

@@ -112,7 +112,10 @@ def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunc
 
 def source_files() -> list[Path]:
     others = [
-        p for folder in ("benchmarks", "csrc") for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")
+        p
+        for folder in ("benchmarks", "csrc", "docs")
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in (".py", ".cpp", ".h")
     ]
     return [*package_files(), *(p for p in others if in_sources(p)), ROOT / "setup.py"]
 

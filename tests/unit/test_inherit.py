@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import RampUp, TrainConfig
-from llm_parallel.train.inherit import inherited
+from llm_parallel.data.tokenizer import load_tokenizer
+from llm_parallel.errors import UserError
+from llm_parallel.train.inherit import inherited, other_tokenizer
 from llm_parallel.train.step_settings import global_batch_size, steps_for, total_samples
+from tests.support import four_digits
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3, "hidden_size": 48,
@@ -55,6 +58,11 @@ def test_what_the_run_file_gives_counts(folder: Path) -> None:
     assert config.model == load_config(None, ["model.preset=debug"]).model and len(said) == 1
 
 
+def test_a_model_that_is_not_here_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint.load = some/Llama does not exist; .* not downloaded"):
+        inherited(load_config(None, ["model_name_or_path=some/Llama"]), pytest.fail)
+
+
 def test_without_a_folder_nothing_changes() -> None:
     config = load_config(None, [])
     assert inherited(config, pytest.fail) is config
@@ -88,3 +96,18 @@ def test_states_of_before_early_stops_are_read(tmp_path: Path) -> None:
     state.evaluated(2.0, 1)
     state.write(tmp_path)
     assert TrainState.read(tmp_path) == state
+
+
+def test_tokens_that_the_model_knows_as_others_are_counted(tmp_path: Path) -> None:
+    """Two of 16 change places; the same file elsewhere is the same tokenizer."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 16}))
+    (tmp_path / "model.safetensors").touch()
+    four_digits.write_tokenizer(tmp_path)
+    for name, places, said in (("same", (3, 4), None), ("other", (4, 3), "2 of its 16 tokens are other texts there")):
+        path = four_digits.write_tokenizer(tmp_path / name) / "tokenizer.json"
+        tree = json.loads(path.read_text())
+        tree["model"]["vocab"].update(zip("34", places))
+        path.write_text(json.dumps(tree))
+        config, _ = resolved(tmp_path, f"data.tokenizer={path}")
+        found = other_tokenizer(config, load_tokenizer(path))
+        assert found is None if said is None else said in str(found)

@@ -115,8 +115,9 @@ ONE_RESULT = {
     "checkpoint.keep_last": "1",
 }
 """Changes that must leave every loss as it is, but for the rounding of a sum in another order."""
-NOT_TRIED = {"model.preset", "train.threads_per_process"}
-"""The first only fills in other fields; the second is speed alone, and costs more threads than a test may have."""
+NOT_TRIED = {"model.preset", "train.threads_per_process", "optim.warmup_fraction"}
+"""The first only fills in other fields; the second is speed alone, and costs more threads than a test may have; the
+third takes the place of another field and has a test of its own."""
 
 
 @dataclass(frozen=True)
@@ -190,15 +191,15 @@ def test_an_unchanged_run_file_says_nothing(unchanged: Outcome) -> None:
     assert unchanged.said == () and not unchanged.refusal
 
 
+ALONE = ("optim.schedule", "optim.warmup_steps")
 TOGETHER = (
     [name for name in REFUSED if name.startswith("model.") and "qk_norm" not in name],
     [name for name in NOTICED if name.startswith("model.")],
     ["seed", "data.train", "data.tokenizer", "data.seq_length_tokens", "data.packing", "data.eval_fraction"],
     ["data.eval", "train.eval_samples", "train.rampup", "train.precision", *WITHOUT_EFFECT.keys() - {"adapter.load"}],
-    [name for name in NOTICED if name.startswith("optim.") and name not in ("optim.schedule", "optim.warmup_steps")],
+    [name for name in NOTICED if name.startswith("optim.") and name not in ALONE],
     ["train.global_batch_size", "train.steps", "train.label_smoothing", "train.z_loss"],
-    ["optim.schedule"],
-    ["optim.warmup_steps"],
+    *([name] for name in ALONE),
 )
 """Changes that are made together by default; ``make test-all`` makes each alone."""
 
@@ -213,6 +214,11 @@ def test_every_change_is_named(folder: Path, names: list[str]) -> None:
     for name in names:
         name = name.replace("head_dim", "kv_channels")
         assert f"{name} is " in text if outcome.refusal else f"{name} " in text, (name, text)
+
+
+def test_warm_up_as_a_share_is_named(folder: Path) -> None:
+    outcome = go_on(folder, "optim.warmup_steps=0", "optim.warmup_fraction=0.5")
+    assert any("optim.warmup_fraction none → 0.5" in text for text in outcome.said), outcome
 
 
 def test_changes_that_are_not_said_change_no_loss(folder: Path, unchanged: Outcome) -> None:
@@ -275,7 +281,7 @@ def test_every_field_of_data_model_optim_and_train_is_tried() -> None:
     }
     assert fields <= set(REFUSED) | set(NOTICED) | set(ONE_RESULT) | NOT_TRIED
     said = {name for name in (*MEANINGS, *RATE, *WITHOUT_EFFECT) if name.split(".")[0] not in ("chat", "adapter")}
-    assert said <= set(NOTICED)
+    assert said <= set(NOTICED) | NOT_TRIED
 
 
 def rows(folder: Path) -> Iterator[str]:

@@ -58,3 +58,9 @@ def test_total_samples_is_the_sum_of_all_steps() -> None:
         consumed += global_batch_size(train, consumed)
     assert total_samples(train) == consumed
     assert total_samples(TrainConfig(global_batch_size=8, steps=5)) == 40
+
+
+def test_a_fraction_of_the_steps_is_that_many_steps_of_warmup() -> None:
+    by_steps, by_share = OptimConfig(lr=1e-2, warmup_steps=20), OptimConfig(lr=1e-2, warmup_fraction=0.1)
+    rates = [[learning_rate(optim, 200, step) for step in range(1, 201)] for optim in (by_steps, by_share)]
+    assert rates[0] == rates[1]

@@ -1,8 +1,4 @@
-"""Answers of a model in training to a few prompts, to look at between two steps.
-
-The forward of training is used as it is, without a key/value cache, so this works in every layout, on the weights where
-they are. It costs one forward of all prompts for each token, which suits some prompts and some dozens of tokens.
-"""
+"""Greedy answers by the forward of training alone, without a cache, in every layout: what the generator is held to."""
 
 from __future__ import annotations
 
