@@ -15,7 +15,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train    prepare real text, pretrain a small Llama in TP 2 x PP 2, sample from it, plots and report"
+	@echo "make train    prepare real text, pretrain a small Llama in TP 2 x PP 2, fine-tune it into an assistant, ask it"
 	@echo "make quick    run the tests that start no process (under 2 minutes of processor time)"
 	@echo "make test     run all but the slow tests (25 minutes of processor time; TEST_WORKERS=2)"
 	@echo "make test-all run every test"
@@ -45,7 +45,7 @@ test-affected: $(STAMP)
 
 test-versions: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) @tests/versions.txt
-	$(BIN)/llm-parallel quickstart --folder $(VENV)/quickstart train.steps=20 train.eval_interval_steps=20 optim.warmup_steps=5
+	$(BIN)/llm-parallel quickstart --folder $(VENV)/quickstart --chat-steps 10 train.steps=20 train.eval_interval_steps=20 optim.warmup_steps=5
 
 budgets: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --write-budgets

@@ -128,12 +128,14 @@ def check(
 @command(app, "quickstart", with_overrides=True)
 def quickstart(
     overrides: Overrides = None,
-    folder: Annotated[str, typer.Option(help="Where token files and the run go.")] = "runs/quickstart",
+    folder: Annotated[str, typer.Option(help="Where token files and the runs go.")] = "runs/quickstart",
+    chat: Annotated[bool, typer.Option(help="Fine-tune the model into an assistant at the end.")] = True,
+    chat_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the fine-tuning.")] = None,
 ) -> None:
-    """From this machine's Python library to a small trained Llama: prepare, pretrain with TP 2 x PP 2, generate."""
+    """From this machine's Python library to a small assistant: prepare, pretrain with TP 2 x PP 2, fine-tune, ask."""
     from llm_parallel.quickstart import quickstart_command
 
-    raise typer.Exit(quickstart_command(Path(folder), overrides or []))
+    raise typer.Exit(quickstart_command(Path(folder), overrides or [], chat, chat_steps))
 
 
 @command(app, "pretrain", with_overrides=True)
@@ -379,7 +381,12 @@ def generate(request: GenerateRequest) -> None:
         generate_file_command(request)
         return
     generate_command(
-        request.checkpoint, request.prompts, sampling_of(request), device=request.device, stop=request.stop
+        request.checkpoint,
+        request.prompts,
+        sampling_of(request),
+        device=request.device,
+        stop=request.stop,
+        chat=request.chat,
     )
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"

@@ -37,7 +37,7 @@ COMMANDS: dict[str, CommandHelp] = {
     "check": CommandHelp(
         DATA, ("runs/sft.yaml", "runs/sft.yaml chat.packing=pad --samples 5 --html runs/conversations.html")
     ),
-    "quickstart": CommandHelp(TRAIN, ("", "--folder runs/mine train.steps=400")),
+    "quickstart": CommandHelp(TRAIN, ("", "--folder runs/mine train.steps=400 --chat-steps 200", "--no-chat")),
     "pretrain": CommandHelp(
         TRAIN,
         (
@@ -107,6 +107,7 @@ COMMANDS: dict[str, CommandHelp] = {
         (
             'runs/first --prompt "def " --temperature 0.7 --top-k 50',
             'runs/first-hf --prompt "import " --prompt "class "',
+            'runs/quickstart/chat --chat --prompt "What is json for?"',
             "runs/first-hf --input prompts.jsonl --output answers.jsonl --samples 4 --temperature 0.7",
         ),
     ),

@@ -24,6 +24,8 @@ from llm_parallel.data.corpus import PythonCorpus, prepare_python_corpus
 from llm_parallel.files import atomic_write
 from llm_parallel.jsonlines import JsonLines, read_jsonlines
 from llm_parallel.metrics.plots import plot_run
+from llm_parallel.quickstart_assistant import CHAT_STEPS, GPU_CHAT_STEPS, TRY, ask, fine_tune, report_answers
+from llm_parallel.screen import show
 from llm_parallel.train.preflight import NVIDIA_DEVICE
 from llm_parallel.worker.command import train_command
 
@@ -52,7 +54,7 @@ class Parts:
     @contextmanager
     def part(self, name: str, what: str) -> Iterator[None]:
         """Prints a heading, and keeps the time until the end of the block."""
-        print(f"\n[{len(self.done) + 1}/{self.number}] {what}", flush=True)
+        show(f"\n[{len(self.done) + 1}/{self.number}] {what}")
         started = time.monotonic()
         yield
         self.done[name] = time.monotonic() - started
@@ -63,14 +65,16 @@ class Parts:
         return f"time: {sum(self.done.values()):.0f} s ({parts})"
 
 
-def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
-    """Prepares text once, trains or resumes the run in ``folder``, generates text, and draws plots and the report;
-    returns the exit status."""
-    parts = Parts(4)
+def quickstart_command(folder: Path, overrides: Sequence[str], chat: bool = True, chat_steps: int | None = None) -> int:
+    """Prepares text once, trains or resumes the run in ``folder``, generates text, fine-tunes the model into an
+    assistant (``chat``) and asks it, and draws plots and reports; returns the exit status. ``overrides`` are of the
+    pretraining; the fine-tuning takes model, layout and batch from it, and makes ``chat_steps`` steps."""
+    parts = Parts(6 if chat else 4)
     with parts.part("text", "text: files of this machine's Python library become tokens (about ten seconds)"):
         corpus = prepare_python_corpus(folder / "data", vocab_size=VOCABULARY)
         print(f"corpus: {corpus.describe()}", flush=True)
-    tree = run_tree(folder, num_gpus())
+    gpus = num_gpus()
+    tree = run_tree(folder, gpus)
     run_file = folder / "run.yaml"
     with atomic_write(run_file) as handle:
         handle.write(SCHEMA_LINE)
@@ -82,12 +86,26 @@ def quickstart_command(folder: Path, overrides: Sequence[str]) -> int:
         status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"], suggest=lambda _: None)
     if status:
         return status
-    run_dir = Path(load_config(run_file, overrides).run_dir)
+    config = load_config(run_file, overrides)
+    run_dir = Path(config.run_dir)
     with parts.part("sample", "sample: loading the model, which then writes on from a prompt (some seconds)"):
-        sample(run_dir, report(run_dir, corpus.unigram_entropy_nats))
+        step = report(run_dir, corpus.unigram_entropy_nats)
+        sample(run_dir, step)
+    if chat:
+        what = "fine-tuning: the model learns from conversations to answer and to stop"
+        with parts.part("fine-tuning", what):
+            steps = chat_steps or (GPU_CHAT_STEPS if gpus else CHAT_STEPS)
+            status = fine_tune(folder, config, step, steps)
+        if status:
+            return status
+        with parts.part("assistant", "assistant: it answers questions that were not in its training (some seconds)"):
+            said = report_answers(folder / "chat", ask(folder / "chat"))
     with parts.part("pictures", "pictures: plots and an HTML report (some seconds)"):
         draw(folder, run_dir, corpus)
-    print(f"\n{parts.describe()}\nWhat to try next:\n{next_commands(folder, run_file, run_dir)}")
+        if chat:
+            draw_assistant(folder, said)
+    show(f"\n{parts.describe()}")
+    print(f"What to try next:\n{next_commands(folder, run_file, run_dir, chat)}")
     return 0
 
 
@@ -173,16 +191,38 @@ def draw(folder: Path, run_dir: Path, corpus: PythonCorpus) -> None:
     report_command(ReportRequest([str(run_dir)], out=str(folder / "report.html")))
 
 
-def next_commands(folder: Path, run_file: Path, run_dir: Path) -> str:
-    """Three commands that go on from here, a line each, as they can be typed in this shell."""
+def draw_assistant(folder: Path, said: str) -> None:
+    """Draws the plots of the fine-tuning and its own report, since its losses are of other tokens than the
+    pretraining's; ``said``: how many answers were right."""
+    from llm_parallel.report.command import report_command
+    from llm_parallel.report.request import ReportRequest
+
+    for picture in plot_run(folder / "chat"):
+        print(f"plot: {picture}")
+    title = f"The assistant: {said}"
+    report_command(ReportRequest([str(folder / "chat")], out=str(folder / "chat.html"), title=title))
+
+
+def next_commands(folder: Path, run_file: Path, run_dir: Path, chat: bool) -> str:
+    """Commands that go on from here, each under what it does, as they can be typed in this shell."""
     command = sys.argv[0] if Path(sys.argv[0]).name == "llm-parallel" else "llm-parallel"
     if shutil.which("llm-parallel"):
         command = "llm-parallel"
     steps = 2 * yaml.safe_load(run_file.read_text())["train"]["steps"]
-    lines = (
-        (f'{command} generate {run_dir} --prompt "import " --temperature 0.6', "another text"),
-        (f"{command} pretrain {run_file} train.steps={steps} parallel.pp=1", "trains on in another layout"),
-        (f"{command} convert {run_dir} {folder / 'hf'}", "a folder that Hugging Face transformers loads"),
-    )
-    width = max(len(line) for line, _ in lines)
-    return "\n".join(f"  {line:<{width}}  # {what}" for line, what in lines)
+    assistant, tokenizer, mine = folder / "chat", folder / "data" / "tokenizer.model", folder.parent / "mine"
+    ask_it = f'generate {assistant} --chat --prompt "{TRY}"'
+    other_layout = f"pretrain {run_file} train.steps={steps} parallel.pp=1"
+    own_tokens = f"prepare YOUR_FOLDER --out {mine} --tokenizer {tokenizer}"
+    own_text = f"pretrain {run_file} run_dir={mine}-run data.train={mine} 'data.eval=[]' data.eval_fraction=0.1"
+    own_chat = f"sft {folder / 'chat.yaml'} run_dir={mine}-chat chat.train=YOUR.jsonl 'chat.eval=[]'"
+    export = f"convert {assistant if chat else run_dir} {folder / 'hf'}"
+    lines = [
+        *([("ask the assistant", ask_it)] if chat else []),
+        ("train the first model on, in another layout", other_layout),
+        ("train on your own text: first its tokens", own_tokens),
+        ("then the run", own_text),
+        *([("fine-tune on your own conversations", f"{own_chat} train.epochs=3 optim.warmup_steps=0")] if chat else []),
+        ("write a folder that Hugging Face transformers loads", export),
+        ("write one page of numbers, curves and settings", f"report {run_dir} --out {folder.parent / 'report.html'}"),
+    ]
+    return "\n".join(f"  # {what}\n  {command} {line}" for what, line in lines)

@@ -10,6 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llm_parallel.data.chat import ChatEncoder
+from llm_parallel.data.chat_open import open_encoder
+from llm_parallel.data.template import Refused
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
@@ -48,6 +51,16 @@ def end_tokens(tokenizer: Tokenizer, folders: Sequence[Path]) -> set[int]:
         named = found.get("eos_token_id")
         ends |= {number for number in (named if isinstance(named, list) else [named]) if isinstance(number, int)}
     return ends
+
+
+def chat_prompts(encoder: ChatEncoder, questions: Sequence[str], system: str | None = None) -> list[list[int]]:
+    """Tokens of each question as a user's message, up to where the assistant answers; before it the system message, if
+    there is one. Raises UserError if the template refuses one."""
+    first = [{"role": "system", "content": system}] if system else []
+    try:
+        return [encoder.prompt([*first, {"role": "user", "content": text}]).tolist() for text in questions]
+    except Refused as error:
+        raise UserError(f"the chat template refuses the prompt: {error}") from None
 
 
 def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
@@ -96,14 +109,21 @@ def generate_command(
     *,
     device: str = "auto",
     stop: Sequence[str] = (),
+    chat: bool = False,
 ) -> list[str]:
     """Prints each prompt and its continuation, up to the first of the texts ``stop`` in it; token by token if there is
-    one prompt and a terminal.
+    one prompt and a terminal. ``chat``: prompts are a user's messages, and answers stand on a line of their own.
 
     Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
     loaded, tokenizer, folders = _open(checkpoint, device)
-    begin = prompt_prefix(tokenizer, folders)
-    encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
+    begin, ends = prompt_prefix(tokenizer, folders), end_tokens(tokenizer, folders)
+    if chat:
+        encoder = open_encoder(loaded.config)
+        begin, ends = [], ends | set(encoder.stops)
+        encoded = chat_prompts(encoder, prompts, loaded.config.chat.system)
+        prompts = [prompt + "\n" for prompt in prompts]
+    else:
+        encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
     answers = [Answer(tokenizer, tokens, stop) for tokens in encoded]
     streaming = len(prompts) == 1 and sys.stdout.isatty()
     shown = 0
@@ -119,7 +139,7 @@ def generate_command(
     if streaming:
         print(prompts[0], end="", flush=True)
     started = time.perf_counter()
-    generate(loaded.network, [[*begin, *tokens] for tokens in encoded], sampling, end_tokens(tokenizer, folders), take)
+    generate(loaded.network, [[*begin, *tokens] for tokens in encoded], sampling, ends, take)
     seconds = time.perf_counter() - started
     texts = [answer.text() for answer in answers]
     if streaming:

@@ -18,6 +18,8 @@ class GenerateRequest:
     """Run, checkpoints, iter_… or Hugging Face folder."""
     prompts: Sequence[str] = option((), name="--prompt")
     """Text to go on from; may be given several times. Or give --input."""
+    chat: bool = option(False, flag=True)
+    """Each --prompt is a user's message, which the model's chat template writes."""
     max_new_tokens: int = 64
     """Tokens to write."""
     temperature: float = 0.0
@@ -57,6 +59,10 @@ class GenerateRequest:
             raise UserError(f"{given} of --prompt and --input are given; give one of them")
         if self.input is not None and self.output is None:
             raise UserError("--input is given and --output is not; name the file for the answers")
+        if self.chat and self.input is not None:
+            raise UserError(
+                "--chat is given with --input, whose lines say by messages what is a chat; leave --chat out"
+            )
         with_input = {"output": None, "samples": 1, "top_log_probs": 0, "max_running": 32}
         for name, default in with_input.items():
             if self.input is None and getattr(self, name) != default:

@@ -52,14 +52,14 @@ def train_command(
             suggest(again)
         return 0
     if environment is None and is_finished(config):
-        suggest(after_run(config.run_dir, 0, again))
+        suggest(after_run(config, 0, again))
         return 0
     if first:
         check_room(config, _notice)
     with Lease(Path(config.run_dir)) if first else nullcontext():
         status = _train(config, environment)
     if first and status != EXIT_USER_ERROR:
-        suggest(after_run(config.run_dir, status, again))
+        suggest(after_run(config, status, again))
     return status
 
 
@@ -76,10 +76,11 @@ def is_finished(config: RunConfig) -> bool:
     return True
 
 
-def after_run(run_dir: str, status: int, again: str) -> str:
+def after_run(config: RunConfig, status: int, again: str) -> str:
     """The command to try after a run that ended with ``status``; ``again`` is the one that started it."""
+    run_dir = config.run_dir
     if status == 0:
-        return f'llm-parallel generate {run_dir} --prompt "…"'
+        return f'llm-parallel generate {run_dir} {"--chat " if config.trains == "sft" else ""}--prompt "…"'
     return again if status == EXIT_STOPPED else f"llm-parallel status {run_dir}"
 
 

@@ -39,13 +39,13 @@ def launch_command(
     config = preflight(load_config(run_file, overrides, notice=print), None, print)
     again = " ".join(["llm-parallel launch", run_file, *map(shlex.quote, overrides)])
     if is_finished(config):
-        say_next(after_run(config.run_dir, 0, again))
+        say_next(after_run(config, 0, again))
         return 0
     check_room(config, print)
     with Lease(Path(config.run_dir), environment):
         status = _launch(config, requests, processes, nodes, environment)
     if status != EXIT_USER_ERROR:
-        say_next(after_run(config.run_dir, status, again))
+        say_next(after_run(config, status, again))
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.tokenizer import load_tokenizer, train_sentencepiece
 from llm_parallel.errors import UserError
 from llm_parallel.generate import command
 from llm_parallel.generate.answer import Answer
+from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.sampling import Sampling
+from llm_parallel.worker.command import after_run
 
 WORDS = ["<s>", "</s>", "<|end|>", "a", "hello", "world"]
 
@@ -78,6 +82,31 @@ def test_the_space_between_prompt_and_answer_stays(
     texts = ["the cat sat on the mat and the dog ran to the cat " * 20]
     tokenizer = load_tokenizer(train_sentencepiece(texts, 290, tmp_path))
     assert printed(monkeypatch, capsys, tokenizer, ["the cat"], " sat on the mat") == "the cat sat on the mat\n"
+
+
+def test_a_chats_prompt_is_written_by_the_template_and_ends_where_the_template_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(train_sentencepiece(["the cat sat on the mat and ran " * 20], 290, tmp_path))
+    config = RunConfig(data={"tokenizer": tokenizer.name}, chat={"system": "sat"})
+    groups = SimpleNamespace(platform=SimpleNamespace(device_name="CPU"))
+    loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], network=None, config=config, tokenizer=tokenizer)
+    monkeypatch.setattr(command, "load_model", lambda *_: loaded)
+    seen: list[Any] = []
+
+    def generate(models: Any, numbers: Any, sampling: Any, ends: set[int], on_token: Any) -> None:
+        seen.extend((tokenizer.decode(numbers[0], control=True), ends))
+        for token in tokenizer.encode("assistant\nthe mat")[len(tokenizer.encode("assistant\n")) :]:
+            on_token(0, token)
+
+    monkeypatch.setattr(command, "generate", generate)
+    command.generate_command("folder", ["the cat"], Sampling(), chat=True)
+    assert capsys.readouterr().out == "the cat\nthe mat\n"
+    turns = ("system\nsat", "user\nthe cat", "assistant\n")
+    # SentencePiece begins every piece of text between control tokens with a space.
+    assert re.sub("(</?s>) ", r"\1", seen[0]) == "</s>\n".join(f"<s>{turn}" for turn in turns) and seen[1] == {
+        tokenizer.eod
+    }
 
 
 def test_answers_to_several_prompts_are_told_apart(
@@ -158,3 +187,15 @@ def test_a_terminal_shows_nothing_of_a_stop_string(
 def test_an_empty_stop_string_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="empty"):
         Answer(byte_tokenizer(tmp_path), [0], ["", "x"])
+
+
+@pytest.mark.parametrize(("sections", "chat"), [({"chat": {"train": [{"path": "a.jsonl"}]}}, True), ({}, False)])
+def test_a_run_that_fine_tuned_suggests_a_chat(sections: dict[str, Any], chat: bool) -> None:
+    said = after_run(RunConfig.model_validate({"run_dir": "runs/x", **sections}), 0, "again")
+    assert said.startswith("llm-parallel generate runs/x --") and ("--chat " in said) == chat
+
+
+def test_chat_belongs_to_prompts() -> None:
+    with pytest.raises(UserError, match=r"--chat .* --input"):
+        GenerateRequest("folder", chat=True, input=Path("in"), output=Path("out"))
+    assert GenerateRequest("folder", ["a"], chat=True).chat

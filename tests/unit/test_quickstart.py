@@ -1,5 +1,5 @@
-"""The quickstart's run file is valid on every machine, and its conversations are right, the same for the same seed, and
-divided so that held-out questions are new."""
+"""The quickstart's run files are valid on every machine, its conversations are right, the same for the same seed, and
+divided so that held-out questions are new, and what it says about the answers is counted rightly."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llm_parallel.checkpoint.folders import COMPLETE
+from llm_parallel.command_help import COMMANDS
 from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.quickstart import next_commands, run_tree
+from llm_parallel.quickstart_assistant import Asked, begin_from, chat_tree, report_answers
 from llm_parallel.quickstart_chat import (
     HELP,
     KINDS,
@@ -36,9 +39,71 @@ def test_the_run_file_fits_the_machine(tmp_path: Path, gpus: int, processes: int
     assert config.train.precision == ("bf16" if gpus else "fp32")
     replica = config.train.micro_batch_size * (config.parallel.dp or 1)
     assert config.train.global_batch_size % replica == 0
-    commands = next_commands(tmp_path, run_file, tmp_path / "run").splitlines()
-    assert len(commands) == 3 and all("llm-parallel " in command and "  # " in command for command in commands)
-    assert f"train.steps={2 * config.train.steps}" in commands[1]
+    chat_file = tmp_path / "chat.yaml"
+    chat_file.write_text(yaml.safe_dump(chat_tree(tmp_path, config, steps=3)))
+    chat = load_config(chat_file, [])
+    assert chat.trains == "sft" and chat.checkpoint.load == config.run_dir and chat.run_dir != config.run_dir
+    assert (chat.parallel, chat.train.precision) == (config.parallel, config.train.precision)
+    assert chat.train.global_batch_size == config.train.global_batch_size
+    assert chat.train.eval_interval_steps == 3 and chat.optim.warmup_steps < 3
+
+
+def test_the_fine_tuning_follows_overrides_of_the_pretraining(tmp_path: Path) -> None:
+    run_file, chat_file = tmp_path / "run.yaml", tmp_path / "chat.yaml"
+    run_file.write_text(yaml.safe_dump(run_tree(tmp_path, 0)))
+    overrides = [
+        "parallel.pp=1",
+        "parallel.cp=2",
+        "train.micro_batch_size=2",
+        "device=cpu",
+        f"run_dir={tmp_path}/other",
+    ]
+    chat_file.write_text(yaml.safe_dump(chat_tree(tmp_path, load_config(run_file, overrides), steps=400)))
+    chat = load_config(chat_file, [])
+    assert (chat.parallel.tp, chat.parallel.pp, chat.parallel.cp, chat.device) == (2, 1, 2, "cpu")
+    assert (chat.train.micro_batch_size, chat.checkpoint.load) == (2, f"{tmp_path}/other")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_next_commands_stand_under_what_they_do(tmp_path: Path, chat: bool) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump(run_tree(tmp_path, 0)))
+    lines = next_commands(tmp_path, run_file, tmp_path / "run", chat).splitlines()
+    titles, commands = lines[::2], lines[1::2]
+    assert len(titles) == len(commands) == (7 if chat else 5)
+    assert all(line.startswith("  # ") for line in titles)
+    assert all(line.split()[0].endswith("llm-parallel") and line.split()[1] in COMMANDS for line in commands)
+    assert any(f"train.steps={2 * load_config(run_file, []).train.steps}" in line for line in commands)
+    assert any("--chat --prompt" in line for line in commands) == chat
+
+
+def test_right_answers_are_counted_to_the_letter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        Asked("count", "How many?", "Two.", "Two.", True),
+        Asked("count", "How many now?", "Two.", "Two.", False),
+        Asked("sort", "Sort!", "1, 2", "1, 2, 3", True),
+        Asked("module", "What?", "It does.", " It does.", True),
+    ]
+    assert report_answers(tmp_path, asked) == "2 of 4 held-out questions right (50.0%)"
+    said = capsys.readouterr().out
+    assert "3 of 4 answers ended" in said and "count 1/2, module 1/1, sort 0/1" in said
+    assert "Sort!\n    1, 2, 3   (right would be: 1, 2)" in said and "How many now?" not in said
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["right"], summary["stopped"], len(summary["answers"])) == (2, 3, 4)
+
+
+def test_an_assistant_of_an_older_model_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin_from(tmp_path, 600)
+    folder = tmp_path / "checkpoints" / "iter_0000400"
+    folder.mkdir(parents=True)
+    for name in COMPLETE:
+        (folder / name).write_text("")
+    begin_from(tmp_path, 600)
+    assert capsys.readouterr().err == ""
+    begin_from(tmp_path, 1200)
+    begin_from(tmp_path, 1200)
+    said = capsys.readouterr().err
+    assert said.count("step 600") == 2 and "step 1200" in said and f"remove {tmp_path}" in said
 
 
 def right(question: str, answer: str) -> bool:
