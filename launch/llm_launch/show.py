@@ -94,7 +94,7 @@ def _show_elastic(run_dir: Path, elastic: dict[str, Any], status: RunStatus, con
 
 def timeline(run_dir: Path) -> Iterator[str]:
     """One line for each event: the time of day, and a sentence."""
-    return (line(record, _now()) for record in _events(read_jsonlines(run_dir / "events.jsonl")))
+    return (line(record, _now()) for record in _told_once(_events(read_jsonlines(run_dir / "events.jsonl"))))
 
 
 def show_events(run_dir: Path, follow: bool, as_json: bool, say: Callable[[str], None]) -> None:
@@ -102,8 +102,12 @@ def show_events(run_dir: Path, follow: bool, as_json: bool, say: Callable[[str],
     Raises UserError if there are none."""
     path = run_dir / "events.jsonl"
     records = following(path, lambda: living_holder(run_dir) is None) if follow else read_jsonlines(path)
-    for record in _events(records):
-        say(json.dumps(record, ensure_ascii=False) if as_json else line(record, _now()))
+    if as_json:
+        for record in _events(records):
+            say(json.dumps(record, ensure_ascii=False))
+        return
+    for record in _told_once(_events(records)):
+        say(line(record, _now()))
 
 
 def following(
@@ -136,6 +140,15 @@ def following(
 
 def _events(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     return (record for record in records if "event" in record and "time" in record)
+
+
+def _told_once(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Without the second record of a run's end, which under ``launch`` both worker and controller write."""
+    before: Any = None
+    for record in records:
+        if record["event"] != "end" or before != ("end", record.get("step")):
+            yield record
+        before = record["event"], record.get("step")
 
 
 def _now() -> datetime:

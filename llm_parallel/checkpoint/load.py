@@ -179,6 +179,7 @@ def _check_models(folder: Path, content: dict[str, Any], models: Models) -> list
             of_model = "" if name == POLICY else f" of the {name}"
             raise UserError(
                 f"parallel.distributed_optimizer{of_model} was {str(saved).lower()} when {folder} was saved and is "
-                f"{str(here).lower()} now; set it to {str(saved).lower()}, or checkpoint.load_optimizer=false"
+                f"{str(here).lower()} now; set it to {str(saved).lower()}, or begin anew from its weights "
+                f"with another run_dir, checkpoint.load={folder} and checkpoint.load_optimizer=false"
             )
     return [f"model {name} saved → not used" for name in others if name not in models]

@@ -343,6 +343,8 @@ def _derive(given: _Given) -> None:
             continue
         ours_key = tuple(target.split("."))
         if given.values.get(ours_key, ours) != ours:
+            if given.origin(ours_key).startswith("override ") and not origin.startswith("override "):
+                continue  # as every override, it takes the place of what the file says
             given.problems.append(
                 f"{origin}: {dotted(key)} = {show(value)} makes {target} {show(ours)} ({how}), which is given as "
                 f"{show(given.values[ours_key])} at {given.origin(ours_key)}; keep one"

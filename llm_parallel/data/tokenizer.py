@@ -155,11 +155,17 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Opens a ``.model`` or ``tokenizer.json``, or the one in a folder (tokenizer.json first, since it knows added
-    tokens).
+    """Opens a ``.model`` or ``tokenizer.json``, or the one in a folder.
 
     Raises UserError if there is none or it cannot be read.
     """
+    path = tokenizer_file(path)
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The file of a tokenizer that is given as a file or as its folder (tokenizer.json first, since it knows added
+    tokens). Raises UserError if there is none."""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in (JSON_NAME, MODEL_NAME) if (path / name).is_file()]
@@ -170,7 +176,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(
             f"tokenizer {path} does not exist; give a SentencePiece .model, a tokenizer.json or their folder"
         )
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    return path
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.config.differences import in_words
+from llm_parallel.config.node import Node
+from llm_parallel.config.tree import ModelConfig, RopeScaling, RunConfig
+from llm_parallel.data.tokenizer import fingerprint_of, tokenizer_file
 from llm_parallel.train.step_settings import learning_rate
 
 OTHER_MODEL = "the model computes something else than what its weights were trained for"
@@ -38,6 +41,7 @@ MEANINGS = {
     "adapter.rank_stabilized": "what was trained counts with another factor",
     "adapter.dropout": "training losses are not comparable",
     "adapter.base": "the frozen weights are rounded otherwise",
+    "train.eval_samples": "held-out losses are of another number of samples",
     "train.label_smoothing": "training losses are not comparable",
     "train.z_loss": "training losses are not comparable",
 }
@@ -45,11 +49,22 @@ MEANINGS = {
 the optimizer's betas, epsilon and weight decay are compared with its state; all other fields (layout, logging, folders)
 may change freely."""
 
+_NOT_AGAIN = "without effect, since the run goes on from its own checkpoint; for another start give another run_dir"
+WITHOUT_EFFECT = {
+    "checkpoint.load": _NOT_AGAIN,
+    "checkpoint.load_optimizer": _NOT_AGAIN,
+    "adapter.load": _NOT_AGAIN,
+    "model.init_std": "without effect, since the weights are there already",
+}
+"""Fields that matter to a new run alone → what is said of a change of them where a run goes on in its own folder."""
+
 RATE = (
     *("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps", "optim.warmup_fraction"),
     *("optim.decay_steps", "train.steps"),
 )
 """Fields that decide the learning rate of a step."""
+COMPARED = 500
+"""Steps of what is left at which learning rates are compared."""
 
 
 def changed_fields(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
@@ -59,14 +74,43 @@ def changed_fields(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
         old, new = _value(saved, name), _value(now, name)
         if old != new:
             found.append(f"{_change(name, old, new)} ({meaning})")
-    before = learning_rate(saved.optim, saved.train.steps, step + 1)
-    after = learning_rate(now.optim, now.train.steps, step + 1)
-    if abs(before - after) > 1e-9 * max(before, after):
+    for at in _some_steps(step + 1, now.train.steps):
+        before = learning_rate(saved.optim, saved.train.steps, at)
+        after = learning_rate(now.optim, now.train.steps, at)
+        if abs(before - after) <= 1e-9 * max(before, after):
+            continue
         both = [(name, _value(saved, name), _value(now, name)) for name in RATE]
         fields = [_change(*one) for one in both if one[1] != one[2]]
-        rates = f"the learning rate of step {step + 1} is {after:.3g} instead of {before:.3g}"
+        rates = f"the learning rate of step {at} is {after:.3g} instead of {before:.3g}"
         found.append(f"{', '.join(fields)} ({rates})")
+        break
     return found
+
+
+def _some_steps(first: int, last: int) -> list[int]:
+    """Steps at which learning rates are compared: the first, and in equal distances up to the last."""
+    distance = max(1, (last - first) // COMPARED)
+    return [*range(first, last, distance), max(first, last)]
+
+
+def changed_without_effect(saved: RunConfig, now: RunConfig) -> list[str]:
+    """The same for fields that a run that goes on in its own folder does not follow. Where adapters are trained,
+    ``checkpoint.load`` names the model under them, which other checks compare."""
+    found = []
+    for name, meaning in WITHOUT_EFFECT.items():
+        old, new = _value(saved, name), _value(now, name)
+        if old != new and not (name == "checkpoint.load" and now.adapter is not None):
+            found.append(f"{_change(name, old, new)} ({meaning})")
+    return found
+
+
+def changed_tokenizer(saved: RunConfig, now: RunConfig) -> list[str]:
+    """Whether the run's tokenizer is another than the one that lies beside its checkpoint."""
+    paths = saved.data.tokenizer, now.data.tokenizer
+    if None in paths or not all(Path(str(path)).exists() for path in paths):
+        return []
+    old, new = (fingerprint_of(tokenizer_file(str(path)).read_bytes()) for path in paths)
+    return [f"data.tokenizer {old} → {new} (ids stand for other text than before)"] if old != new else []
 
 
 def changed_model(saved: ModelConfig, now: ModelConfig) -> list[str]:
@@ -99,6 +143,7 @@ def _shown(value: Any) -> str:
         return str(list(value))
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{path} x {weight:g}" for path, weight in value) + "]"
-    if hasattr(value, "model_dump"):
-        return str({"kind": getattr(value, "kind", None), **value.model_dump(exclude_defaults=True)})
+    if isinstance(value, Node):
+        kind = {"kind": value.kind} if isinstance(value, RopeScaling) else {}
+        return in_words(kind | value.model_dump(exclude_defaults=True))
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

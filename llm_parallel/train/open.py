@@ -34,7 +34,12 @@ from llm_parallel.parallel.engine import POLICY, Engine, Models, build_engine, n
 from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, set_deterministic
-from llm_parallel.train.changes import changed_fields, changed_model
+from llm_parallel.train.changes import (
+    changed_fields,
+    changed_model,
+    changed_tokenizer,
+    changed_without_effect,
+)
 from llm_parallel.train.feed import Feed, HeldOut, evaluation_batches, token_feed
 from llm_parallel.train.guard import Guard
 from llm_parallel.train.run import Place, Run
@@ -216,7 +221,10 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
     changed: list[str] = []
     if latest is not None:
         state = load_checkpoint(latest, models, changed=changed.extend)
-        changed += changed_since(read_config(latest), config, state)
+        saved = read_config(latest)
+        changed += changed_since(saved, config, state)
+        if state.step:
+            changed += changed_without_effect(saved, config)
         return Resumed(state, "; ".join([f"resumed from {latest}", *passed_over]), changed)
     if config.checkpoint.load is None:
         return Resumed(TrainState(), "new run")
@@ -243,7 +251,7 @@ def changed_since(saved: RunConfig, config: RunConfig, state: TrainState) -> lis
     """What differs from the run that saved ``state``, which learns how samples were drawn if it does not say so."""
     if not state.segments and saved.data.train:
         state.segments = (Segment.of(saved.data, saved.seed),)
-    return changed_fields(saved, config, state.step)
+    return changed_fields(saved, config, state.step) + changed_tokenizer(saved, config)
 
 
 def describe(config: RunConfig, layout: Layout, groups: Groups, resumed: Resumed, peak: Peak) -> list[str]:

@@ -41,7 +41,7 @@ def preflight(
     ``world_size``: number of processes if they are already started; ``notice`` is called with what could not be
     checked. Raises UserError.
     """
-    config = inherited(config, notice)
+    config = inherited(without_own_load(config, notice), notice)
     processes = world_size or num_processes(config)
     device = expected_device(config)
     train = config.train
@@ -66,11 +66,21 @@ def preflight_job(
     if config.device == "cpu" and gpus:
         notice(f"device = cpu: the {gpus} GPUs of each node that --gpus-per-node asks for are not used")
     device = "cuda" if gpus and config.device != "cpu" else "cpu"
-    config = inherited(config, notice)
+    config = inherited(without_own_load(config, notice), notice)
     check_config(config, processes, device, uneven=True)  # type: ignore[arg-type]
     if device == "cpu":
         check_kernels(config, device, notice)
     return check_data(config, notice)
+
+
+def without_own_load(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
+    """The configuration without a ``checkpoint.load`` that names the run's own folder, as Megatron-LM's ``--save`` and
+    ``--load`` are usually the same."""
+    load, run_dir = config.checkpoint.load, Path(config.run_dir)
+    if load is None or Path(load).resolve() not in {path.resolve() for path in (run_dir, run_dir / "checkpoints")}:
+        return config
+    notice(f"checkpoint.load = {load} is left out: a run goes on by itself from the checkpoints of its run_dir")
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"load": None})})
 
 
 def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:

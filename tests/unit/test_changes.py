@@ -40,6 +40,7 @@ CHANGES = {
     "adapter.rank_stabilized": True,
     "adapter.dropout": 0.1,
     "adapter.base": "nf4",
+    "train.eval_samples": 16,
     "train.label_smoothing": 0.1,
     "train.z_loss": 1e-4,
     "chat.prepared": "data/0123456789abcdef",
@@ -88,6 +89,14 @@ def test_a_moved_end_of_the_cosine_says_both_learning_rates() -> None:
     """At step 41 the saved schedule has reached its end, 1e-4; over 400 steps it is still near the peak of 1e-3."""
     (said,) = changed_fields(SAVED, with_field("train.steps", 400), 40)
     assert said.startswith("train.steps 40 → 400 (the learning rate of step 41 is 0.000977 instead of 0.0001)")
+
+
+def test_a_decay_that_is_moved_before_it_begins_is_said() -> None:
+    """The next step has the peak rate either way, and step 37 does not."""
+    wsd = SAVED.model_copy(update={"optim": SAVED.optim.model_copy(update={"schedule": "wsd", "decay_steps": 4})})
+    longer = wsd.model_copy(update={"optim": wsd.optim.model_copy(update={"decay_steps": 10})})
+    (said,) = changed_fields(wsd, longer, 20)
+    assert said.startswith("optim.decay_steps 4 → 10 (the learning rate of step 31 is ")
 
 
 def test_a_schedule_that_gives_the_same_rate_is_not_said() -> None:

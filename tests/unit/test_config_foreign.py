@@ -268,6 +268,12 @@ def test_a_derived_value_that_contradicts_a_given_one_is_refused() -> None:
     assert config.train.global_batch_size == 4
 
 
+def test_an_override_takes_the_place_of_a_derived_value_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("eval_iters: 2\n")
+    assert loaded("train.eval_samples=5", file=path)[0].train.eval_samples == 5
+
+
 @pytest.mark.parametrize("name", ["zzz", "fantastic_option", "train.qqq", "model.blub"])
 def test_far_names_get_no_suggestion(name: str) -> None:
     (line,) = refusal(f"{name}=1")
