@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ def config_schema() -> dict[str, Any]:
     schema = RunConfig.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Run file of llm-parallel"
-    for name in ("train", "eval"):  # a source may be given as its path alone, and one source without a list
-        sources = schema["$defs"]["DataConfig"]["properties"][name]
+    for section, name in itertools.product(("DataConfig", "ChatConfig"), ("train", "eval")):
+        # A source may be given as its path alone, and one source without a list.
+        sources = schema["$defs"][section]["properties"][name]
         sources["items"] = {"anyOf": [sources["items"], {"type": "string"}]}
         kept = {key: sources.pop(key) for key in ("type", "items")}
         sources["anyOf"] = [kept, {"type": "string"}]

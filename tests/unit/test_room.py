@@ -51,6 +51,7 @@ def test_checkpoints_at_once(tmp_path: Path, steps: int, checkpoint: dict[str, i
     assert room.checkpoints_at_once(config) == expected
 
 
+@pytest.mark.processes
 def test_a_small_disk_is_found_before_the_run(tmp_path: Path) -> None:
     """A checkpoint of this model takes 5.5 MiB."""
     every = {"checkpoint": {"interval_steps": 10, "keep_every_steps": 50}}
@@ -86,6 +87,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
         said(config_of(tmp_path / "run"))
 
 
+@pytest.mark.processes
 def test_copies_in_memory_need_room(tmp_path: Path) -> None:
     """Two slots of 12 bytes for 354,624 parameters and 1 MiB for counters are 10.1 MiB; twice with a partner."""
     assert room.num_parameters(config_of(tmp_path)) == 354_624
@@ -134,6 +136,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", REFUSED)
 def test_submit_refuses_what_must_fail_before_anything_is_written(name: str, run_file: Path, disk: Path) -> None:
     arguments, words = REFUSED[name]
