@@ -71,7 +71,7 @@ class TokenFile:
         self.dtype, self.num_documents, entries = _read_header(idx_path)
         end = HEADER.size + 12 * self.num_documents + 8 * entries
         size = idx_path.stat().st_size
-        if size == end + entries - 1:
+        if self.num_documents and size == end + self.num_documents:
             raise UserError(f"index {idx_path} has a mode for every sequence (multimodal data), which is not read")
         if size != end:
             raise UserError(

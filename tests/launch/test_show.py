@@ -15,7 +15,7 @@ from rich.console import Console
 from llm_launch.lease import Lease
 from llm_launch.run_status import read_status
 from llm_launch.sentences import clock, sentence
-from llm_launch.show import following, show_events, show_status
+from llm_launch.show import following, show_events, show_status, timeline
 from llm_parallel.errors import UserError
 
 NOW = datetime(2026, 11, 30, 12, 0, 0, tzinfo=timezone.utc)
@@ -157,3 +157,10 @@ def test_events_as_json_are_those_of_the_file(tmp_path: Path) -> None:
     lines: list[str] = []
     show_events(run_dir, False, True, lines.append)
     assert lines == (run_dir / "events.jsonl").read_text().splitlines()
+
+
+def test_the_end_that_worker_and_controller_both_write_is_told_once(tmp_path: Path) -> None:
+    end = {"event": "end", "time": "2026-11-30T02:46:18+00:00", "step": 100}
+    later = {**end, "step": 150}
+    (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in (end, end, later)))
+    assert [text.rpartition(" ")[2] for text in timeline(tmp_path)] == ["100", "150"]

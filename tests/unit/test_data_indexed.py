@@ -141,3 +141,12 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
 def test_empty_document_set_is_refused(tmp_path: Path, documents: list, message: str) -> None:
     with pytest.raises(UserError, match=message):
         TokenFile(write_token_file(tmp_path / "x", documents))
+
+
+def test_a_pair_of_multimodal_data_is_named(tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(f"{tmp_path}/m.bin", dtype=np.int32, multimodal=True)
+    for _ in range(3):
+        builder.add_document(torch.tensor([1, 2, 3, 4]), [4], [1])
+    builder.finalize(f"{tmp_path}/m.idx")
+    with pytest.raises(UserError, match="multimodal data"):
+        TokenFile(tmp_path / "m")
