@@ -64,10 +64,15 @@ def convert_command(
     kind = "Hugging Face folder" if to_hf else "checkpoint"
     if config.adapter is not None and not merge:
         count, kind = adapter_parameters(config.model, config.adapter), "PEFT adapter"
-    print(f"{count / 1e6:,.1f} M parameters written as {kind} {written} in {seconds:.1f} s")
+    print(f"{parameters(count)} parameters written as {kind} {written} in {seconds:.1f} s")
     if verify and config.adapter is not None:
         print(verify_adapters(source, written))
     elif verify:
         folder, checkpoint = (written, Path(source)) if to_hf else (Path(source), written)
         print(verified(folder, checkpoint, rounded=wanted is not None))
     return written
+
+
+def parameters(count: int) -> str:
+    """A number of parameters in millions, or in thousands if it is smaller."""
+    return f"{count / 1e6:,.1f} M" if count >= 10**6 else f"{count / 1e3:,.1f} k"

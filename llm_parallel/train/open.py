@@ -27,6 +27,7 @@ from llm_parallel.model.hf import is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.model.hf_files import read_hf_config
 from llm_parallel.model.numerics import dtype_of
+from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.likelihood import Likelihood
 from llm_parallel.parallel import comm_time
@@ -183,11 +184,22 @@ def new_adapters(config: RunConfig, models: Models) -> Resumed:
     """Where a run of adapters begins: at random ones, or at those in ``adapter.load``."""
     engine, path = models[POLICY], config.adapter.load if config.adapter is not None else None
     origin = f"adapters of the model in {config.checkpoint.load}"
+    said: list[str] = []
     if path is not None:
         load_adapters(path, network_of(engine))
         assert isinstance(engine, Engine)
         engine.optimizer.reload_model_params()
-    return Resumed(TrainState(), origin + (f", from {path}" if path else ""))
+        said = made_for_another(path, str(config.checkpoint.load))
+    return Resumed(TrainState(), origin + (f", from {path}" if path else ""), said)
+
+
+def made_for_another(path: str, base: str) -> list[str]:
+    """What is to be said of adapters in a PEFT folder whose file names another model than the one that they are put on.
+    The name may be that of the same model elsewhere, so it is no mistake for sure."""
+    named = PeftFolder(path).base if is_peft_folder(path) else None
+    if named is None or Path(named).resolve() == Path(base).resolve():
+        return []
+    return [f"adapter.load = {path} names the model {named}, and checkpoint.load is {base}"]
 
 
 def restored(config: RunConfig, models: Models, store: CheckpointStore, watch: Watch) -> Resumed:

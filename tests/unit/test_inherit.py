@@ -111,3 +111,22 @@ def test_tokens_that_the_model_knows_as_others_are_counted(tmp_path: Path) -> No
         config, _ = resolved(tmp_path, f"data.tokenizer={path}")
         found = other_tokenizer(config, load_tokenizer(path))
         assert found is None if said is None else said in str(found)
+
+
+def test_adapters_of_another_model_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from llm_parallel.train import open as opening
+
+    class Named:
+        base: str | None = str(tmp_path / "llama")
+
+        def __init__(self, path: str) -> None:
+            assert path == "lora"
+
+    monkeypatch.setattr(opening, "PeftFolder", Named)
+    monkeypatch.setattr(opening, "is_peft_folder", lambda path: path == "lora")
+    assert opening.made_for_another("lora", f"{tmp_path}/x/../llama") == []
+    (said,) = opening.made_for_another("lora", "qwen")
+    assert "llama" in said and "checkpoint.load is qwen" in said
+    assert opening.made_for_another("runs/lora", "qwen") == [], "our checkpoints know their base by its content"
+    Named.base = None
+    assert opening.made_for_another("lora", "qwen") == []
