@@ -17,7 +17,7 @@ from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 def find_others(name, *rest, **more):
     return None if name.split(".")[0] in ("triton", "megatron") else find(name, *rest, **more)
-PathFinder.find_spec = find_others
+PathFinder.find_spec = staticmethod(find_others)
 import torch
 from importlib import import_module
 from llm_kernels import aot, dispatch

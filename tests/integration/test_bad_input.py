@@ -77,7 +77,7 @@ CONFIGURATIONS = {
     "unknown key": (["train.stepz=3"], ["train.stepz", "train.steps"]),
     "triton without a GPU": (["kernels.rope=triton"], ["kernels.rope", "TRITON_INTERPRET"]),
     "our AdamW without a GPU": (["optim.implementation=triton"], ["optim.implementation", "TRITON_INTERPRET"]),
-    "unknown section": (["optimizer.lr=1"], ["optimizer", "optim"]),
+    "unknown section": (["optima.lr=1"], ["optima", "optim"]),
     "wrong type": (["train.steps=many"], ["train.steps", "many"]),
     "heads and tp": (
         ["parallel.tp=4", "model.num_query_groups=1", "model.num_attention_heads=2"],
@@ -180,7 +180,7 @@ def test_damaged_token_files_are_named(run_file: Path, tokens: Path, damage: obj
 def test_prepare_refuses_input_without_text(tmp_path: Path, corpus: Corpus) -> None:
     (tmp_path / "empty.txt").write_text("")
     result = in_process("prepare", tmp_path / "empty.txt", "--out", tmp_path / "out", "--tokenizer", corpus.tokenizer)
-    assert_refused(result, "no document with text", "empty.txt")
+    assert_refused(result, "none of the files given can be read", "empty.txt is empty")
     assert not list(tmp_path.glob("out*"))
 
 

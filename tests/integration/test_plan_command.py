@@ -52,7 +52,7 @@ def test_the_written_run_file_passes_the_dry_run(tmp_path: Path, corpus: Corpus)
                         "--tokens", "1e10", "--write", tmp_path / "run.yaml")  # fmt: skip
     assert done.returncode == 0, done.stderr
     dry = in_process(
-        "pretrain", tmp_path / "run.yaml", f"data.train=[{corpus.prefix}]", "data.eval_fraction=0", "--dry-run"
+        "pretrain", tmp_path / "run.yaml", f"data.train=[{corpus.prefix}]", "data.eval_fraction=0", "--dry-run", "--all"
     )
     assert dry.returncode == 0, dry.stderr
     assert "predicted memory of the fullest process" in dry.stdout and "rank  63:" in dry.stdout

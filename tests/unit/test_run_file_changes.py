@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
 from llm_parallel.config.load import describe_fields, load_config
 from llm_parallel.data.indexed import TokenFile
@@ -26,7 +25,9 @@ from llm_parallel.train.preflight import preflight
 from llm_parallel.train.run import Place
 from llm_parallel.worker.command import is_finished
 from tests.support.data_helpers import write_token_file
+from tests.support.harness import run_ranks
 
+pytestmark = pytest.mark.gloo
 STOPPED_AT = 2
 RUN = """\
 run_dir: {folder}/run
@@ -138,13 +139,22 @@ def write_tokenizer(folder: Path, order: list[int]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": chr(0x4E00)}))
 
 
-def train(folder: Path, *overrides: str, stop_at: int | None = None) -> None:
-    """Trains in this process as ``pretrain`` does in a worker. Raises UserError as ``pretrain`` does."""
-    config = preflight(load_config(folder / "run.yaml", overrides, notice=lambda _: None), 1)
-    if is_finished(config):
-        raise UserError("the run is finished")
-    steps = iter(range(1, 1000))
-    run_training(config, Place(0, 1, 0, store=dist.HashStore()), lambda: next(steps) == stop_at)
+def trained(rank: int, world_size: int, folder: Path, overrides: tuple[str, ...], stop_at: int | None) -> str:
+    """Trains as ``pretrain`` does in a worker; what ``pretrain`` refuses, if it does."""
+    try:
+        config = preflight(load_config(folder / "run.yaml", overrides, notice=lambda _: None), 1)
+        if is_finished(config):
+            return "the run is finished"
+        steps = iter(range(1, 1000))
+        run_training(config, Place(0, 1, 0), lambda: next(steps) == stop_at)
+    except UserError as refusal:
+        return str(refusal)
+    return ""
+
+
+def train(folder: Path, *overrides: str, stop_at: int | None = None) -> str:
+    """The same in a process of its own, which may change torch as training on a CPU does."""
+    return run_ranks(trained, 1, folder, overrides, stop_at)[0]
 
 
 def make_run(folder: Path) -> None:
@@ -155,7 +165,7 @@ def make_run(folder: Path) -> None:
     write_tokenizer(folder / "one", list(range(64)))
     write_tokenizer(folder / "two", list(range(63, -1, -1)))
     (folder / "run.yaml").write_text(RUN.format(folder=folder))
-    train(folder, stop_at=STOPPED_AT)
+    assert train(folder, stop_at=STOPPED_AT) == ""
     assert (folder / "run/checkpoints/latest_checkpointed_iteration.txt").read_text().strip() == str(STOPPED_AT)
 
 
@@ -164,10 +174,9 @@ def go_on(folder: Path, *overrides: str) -> Outcome:
     copy = folder / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder / "run/checkpoints", copy / "checkpoints")
-    try:
-        train(folder, *(text.replace("FOLDER", str(folder)) for text in overrides), f"run_dir={copy}")
-    except UserError as refusal:
-        return Outcome(refusal=str(refusal))
+    refusal = train(folder, *(text.replace("FOLDER", str(folder)) for text in overrides), f"run_dir={copy}")
+    if refusal:
+        return Outcome(refusal=refusal)
     records = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     events = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
     said = [text for event in events if event["event"] == "settings_changed" for text in event["changed"]]
