@@ -46,6 +46,7 @@ checkpoint: {{asynchronous: false}}
 """
 
 REFUSED = {
+    "train.early_stop_evaluations": "5",
     "model.num_layers": "3",
     "model.hidden_size": "64",
     "model.ffn_hidden_size": "96",
@@ -106,7 +107,6 @@ ONE_RESULT = {
     "data.prefetch_batches": "1",
     "train.micro_batch_size": "2",
     "train.eval_interval_steps": "1",
-    "train.early_stop_evaluations": "5",
     "train.deterministic": "true",
     "train.time_limit_s": "9999",
     "train.guard": "{spike_zscore: 5.0, spike_window_steps: 64}",
