@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llm_parallel.data.batch import Batch
@@ -27,8 +28,8 @@ class LikelihoodBySource(Likelihood):
         weighted, counted = losses * batch.weights, batch.weights != 0
         stats = {}
         for number, name in enumerate(self.sources):
-            own = batch.columns["source"] == number
-            stats[f"loss/{name}"] = weighted[own].sum()
+            own = batch.columns["source"] == number  # no indexing by it, which would wait for a GPU
+            stats[f"loss/{name}"] = torch.where(own, weighted, 0.0).sum()
             stats[f"labels/{name}"] = (counted & own).sum()
         return Terms(terms.total, terms.count, stats)
 

@@ -153,7 +153,7 @@ def going_on(run: Run, watch: Watch) -> Iterator[None]:
 def evaluation_is_due(run: Run) -> bool:
     """Whether held-out data is judged after the present step."""
     interval = run.config.train.eval_interval_steps
-    return bool(interval) and run.state.step % (interval or 1) == 0
+    return interval is not None and run.state.step % interval == 0
 
 
 def make_up_evaluation(run: Run, watch: Watch) -> None:

@@ -75,13 +75,19 @@ def show_answers(run: Run) -> None:
     chat, data = run.config.chat, conversations(run.config)
     prompts = [*data.questions(chat.show_answers), *data.encode_prompts(chat.show_prompts)]
     room = run.config.model.max_seq_length_tokens - chat.answer_tokens
-    prompts = [prompt for prompt in prompts if len(prompt) <= room]
-    if not prompts:
+    fitting = [prompt for prompt in prompts if len(prompt) <= room]
+    if len(fitting) < len(prompts):
+        run.metrics.message(
+            f"{len(prompts) - len(fitting)} of {len(prompts)} prompts are not answered: with chat.answer_tokens = "
+            f"{chat.answer_tokens} they are longer than model.max_seq_length_tokens = "
+            f"{run.config.model.max_seq_length_tokens}"
+        )
+    if not fitting:
         return
     assert run.config.data.tokenizer is not None
     tokenizer = _tokenizer(run.config.data.tokenizer)
     wanted = Sampling(max_new_tokens=chat.answer_tokens)
-    for prompt, answer in zip(prompts, generate(run.engine, prompts, wanted, data.stops)):
+    for prompt, answer in zip(fitting, generate(run.engine, fitting, wanted, data.stops)):
         stopped = len(answer) < chat.answer_tokens
         run.metrics.answer(AnswerRecord(run.state.step, tokenizer.decode(prompt), tokenizer.decode(answer), stopped))
 

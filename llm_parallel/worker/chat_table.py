@@ -18,9 +18,9 @@ def show_conversations(config: RunConfig) -> None:
     epoch, place = samples.packer.locate(train)
     epochs = epoch + place / samples.packer.samples_of(epoch)
     lengths, sources = data.tokens.document_lengths, np.asarray(data.sources)
-    trained, held = (np.bincount(sources[data.numbers(split)], minlength=len(lengths)) for split in ("train", "eval"))
-    weights, rows = data.report["weights"], []
-    for number, path in enumerate(data.report["paths"]):
+    paths, weights, rows = data.report["paths"], data.report["weights"], []
+    trained, held = (np.bincount(sources[data.numbers(split)], minlength=len(paths)) for split in ("train", "eval"))
+    for number, path in enumerate(paths):
         weight = weights[number] if number < len(weights) else 0.0
         tokens = int(lengths[sources == number].sum())
         shares = (f"{weight:g}", f"{weight * epochs:.2f}") if weight else ("held out", "")

@@ -67,7 +67,9 @@ def _whole(rows: tuple[tuple[Segment, ...], ...]) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _buckets(rows: tuple[tuple[Segment, ...], ...], sq: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def _buckets(
+    rows: tuple[tuple[Segment, ...], ...], sq: int, device: torch.device
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Places of the segments' tokens in tensors [sq, b] made flat: for each bucket of segments of similar lengths
     (queries, keys), int64 [segments, longest], in which padding repeats the last token; and where each token's result
     lies among those of all buckets."""
@@ -91,27 +93,27 @@ def _buckets(rows: tuple[tuple[Segment, ...], ...], sq: int) -> tuple[list[tuple
         longest = bucket[-1][0]
         steps = torch.arange(longest).minimum(lengths - 1)
         queries, keys = ((start.unsqueeze(1) + steps) * b + of_row for start in starts)
-        places.append((queries, keys))
+        places.append((queries.to(device), keys.to(device)))
         slots = torch.arange(before, before + queries.numel()).view_as(queries)
         real = torch.arange(longest) < lengths
         results[queries[real]] = slots[real]
         before += queries.numel()
-    return places, results
+    return places, results.to(device)
 
 
 def _batched(q: Tensor, k: Tensor, v: Tensor, rows: tuple[tuple[Segment, ...], ...], scale: float, left: int) -> Tensor:
     """``attention`` for segments with as many keys as queries. A query does not see what comes after it, so padding at
     a segment's end changes nothing before it."""
-    places, results = _buckets(rows, q.shape[0])
+    places, results = _buckets(rows, q.shape[0], q.device)
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     found = []
     for queries, keys in places:
         chosen = zip(flat, (queries, keys, keys))
-        taken = [x.index_select(0, at.flatten().to(x.device)).unflatten(0, at.shape) for x, at in chosen]
+        taken = [x.index_select(0, at.flatten()).unflatten(0, at.shape) for x, at in chosen]
         q_LND, k_LND, v_LND = (x.transpose(0, 1) for x in taken)
         out = _segment(q_LND, k_LND, v_LND, scale, left, 0.0)
         found.append(out.transpose(0, 1).flatten(0, 1))
-    return torch.cat(found).index_select(0, results.to(q.device)).view_as(q)
+    return torch.cat(found).index_select(0, results).view_as(q)
 
 
 def _slice(q: Tensor, k: Tensor, v: Tensor, part: Segment) -> tuple[Tensor, Tensor, Tensor]:
