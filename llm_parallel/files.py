@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm_parallel.errors import UserError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+"""Errors of a place that a user can mend or avoid."""
 
 
 def fsync_dir(path: Path) -> None:
@@ -47,11 +52,44 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
+def folder_in_whole(target: Path) -> Iterator[Path]:
+    """A hidden folder beside ``target`` to write into, which becomes ``target`` on a clean exit, and is removed if the
+    body raises. What a process left there that died is removed at the next start.
+
+    Raises UserError if ``target`` is not empty, another process is writing it, the place cannot be written to, or the
+    disk is full."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is not empty; give a new folder")
+    making = target.with_name(f".{target.name}.making")
+    try:
+        making.mkdir(parents=True, exist_ok=True)
+        held = f"another process is writing {target}; wait for it, or give another folder"
+        with locked(making, held):
+            if not making.is_dir():  # the other one finished between our opening the folder and locking it
+                raise UserError(held)
+            try:
+                for left in making.iterdir():
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+                yield making
+                if target.exists():
+                    target.rmdir()
+                making.rename(target)
+                fsync_dir(target.parent)
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UserError(f"{target} cannot be written ({error.strerror}); make room, or give another folder") from None
+
+
+@contextmanager
 def locked(path: Path, held: str) -> Iterator[None]:
-    """Holds the lock file ``path`` while the body runs, so that only one process at a time runs it. The file is never
-    deleted: a process that still has it open and one that creates it again would both enter. Raises UserError with the
-    text ``held`` if another process holds the lock, and UserError if another user put a link or a file there."""
-    fd = open_own(path, os.O_RDWR | os.O_CREAT)
+    """Holds the lock file ``path``, or a folder that is there, while the body runs, so that only one process at a time
+    runs it. The file is never deleted: a process that still has it open and one that creates it again would both enter.
+    Raises UserError with the text ``held`` if another process holds the lock, and UserError if another user put a link
+    or a file there."""
+    fd = open_own(path, os.O_RDONLY | os.O_DIRECTORY if path.is_dir() else os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,6 +20,7 @@ from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.convert.export import write_hf_folder
 from llm_parallel.convert.settings import CARRIED, carry
 from llm_parallel.errors import UserError
+from llm_parallel.files import folder_in_whole
 from llm_parallel.generate.load import describe_folder
 from llm_parallel.model.adapters import PROJECTIONS, targets_of, whole_delta
 from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
@@ -155,8 +156,6 @@ def export_to_peft(source: str | Path, target: str | Path) -> Path:
     """Writes a checkpoint's adapters as a PEFT folder; returns it. Raises UserError if the target is not empty, or the
     model's family keeps several projections in one module, for which PEFT has one pair of factors."""
     folder, target = find_checkpoint(source), Path(target)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty; give a new folder")
     config, base = read_config(folder), base_of(source)
     assert config.adapter is not None
     name = read_hf_config(base)["model_type"] if is_hf_folder(base) else family_of(config.model, None)
@@ -165,10 +164,7 @@ def export_to_peft(source: str | Path, target: str | Path) -> Path:
             f"{name} keeps several projections in one module, so that PEFT cannot have the adapters in {folder}; merge "
             "them with --merge"
         )
-    making = target.with_name(f".{target.name}.converting")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    try:
+    with folder_in_whole(target) as making:
         read, found = _factors(source, config.model), dict[str, Tensor]()
         for layer in range(config.model.num_layers):
             for linear in PROJECTIONS:
@@ -178,9 +174,4 @@ def export_to_peft(source: str | Path, target: str | Path) -> Path:
         for path in _tokenizer_files(folder):
             if path.name != "config.json":  # that of the model, by which the folder would be taken for one
                 shutil.copy2(path, making / path.name)
-        if target.exists():
-            target.rmdir()
-        making.rename(target)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
     return target

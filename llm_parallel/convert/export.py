@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import shutil
+import os
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,8 +18,7 @@ from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.checkpoint.tensors import CheckpointTensors
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.convert.settings import origin, write_settings
-from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, folder_in_whole
 from llm_parallel.model.hf import file_tensors, hf_tensors
 from llm_parallel.model.hf_config import family_of
 from llm_parallel.model.hf_families import FAMILIES
@@ -44,7 +45,12 @@ class ShardWriter:
             self._total += _bytes(tensor)
 
     def _flush(self) -> None:
-        save_file(self._held, self.folder / f"part-{len(self._files)}.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(self._held, self.folder / f"part-{len(self._files)}.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # of Rust, which has no number for a full disk
+            if "os error 28" not in str(error) and "os error 122" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         self._files.append(list(self._held))
         self._held = {}
 
@@ -102,12 +108,7 @@ def write_hf_folder(
     memory. The folder appears when it is complete. Raises UserError if the target is not empty.
     """
     target = Path(target)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty; give a new folder")
-    making = target.with_name(f".{target.name}.converting")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    try:
+    with folder_in_whole(target) as making:
         family = FAMILIES[family_of(config.model, origin(source, config.model).get("model_type"))]
         writer = ShardWriter(making, max_shard_bytes)
         for name in all_names(config.model):
@@ -116,9 +117,4 @@ def write_hf_folder(
             writer.add(file_tensors(hf_tensors(name, ours.to(dtype), config.model), family))
         writer.close()
         write_settings(source, making, config, str(dtype).removeprefix("torch."))
-        if target.exists():
-            target.rmdir()
-        making.rename(target)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
     return target

@@ -28,7 +28,7 @@ from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
 from llm_parallel.data.template import DATE
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, open_own
+from llm_parallel.files import atomic_write, folder_in_whole, open_own
 
 VERSION = 2
 
@@ -58,7 +58,8 @@ def prepare_conversations(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _turn(folder.parent / ".lock"):
             if not (folder / REPORT).is_file():
-                with _made_whole(folder) as making:
+                shutil.rmtree(folder, ignore_errors=True)  # without a report it is not whole
+                with folder_in_whole(folder) as making:
                     _write(making, config, encoder, opened, settings, workers)
             _point_to_tokenizer(folder / REPORT, settings["tokenizer"])
     data = ChatData.open(folder)
@@ -74,20 +75,6 @@ def _point_to_tokenizer(path: Path, tokenizer: str) -> None:
         if report["tokenizer"] != tokenizer:
             with atomic_write(path) as handle:
                 json.dump(report | {"tokenizer": tokenizer}, handle, indent=1, ensure_ascii=False)
-
-
-@contextmanager
-def _made_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its place at the end, and is removed if it did not come to that."""
-    making = folder.with_name(f"{folder.name}.making")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    try:
-        yield making
-        shutil.rmtree(folder, ignore_errors=True)
-        making.rename(folder)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
 
 
 @contextmanager
