@@ -20,7 +20,7 @@ from llm_kernels.dispatch import backend_for
 from llm_kernels.rope.op import rope, rope_qkv_
 from llm_parallel.errors import UserError
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
-from llm_parallel.model.modules import HeadsNorm
+from llm_parallel.model.modules import KeyNorm, QueryNorm
 from llm_parallel.model.sequence import SequenceInfo
 from llm_parallel.parallel.scatter import all_gather, reduce_scatter
 
@@ -30,9 +30,10 @@ class LlamaAttention(SelfAttention):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        for norm in (self.q_layernorm, self.k_layernorm):
-            if isinstance(norm, HeadsNorm):
-                norm.group = self.pg_collection.tp
+        if self.config.qk_norm_over_heads:
+            # Not by the layer spec: megatron-core refuses norms there unless its qk_layernorm is true.
+            self.q_layernorm = QueryNorm(self.config, self.pg_collection.tp)
+            self.k_layernorm = KeyNorm(self.config, self.pg_collection.tp)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, info: SequenceInfo, **_: Any

@@ -18,28 +18,23 @@ from llm_parallel.model.adapters import ColumnLinear
 from llm_parallel.model.attention import CoreAttention, LlamaAttention
 from llm_parallel.model.modules import (
     AttentionOutput,
-    KeyNorm,
     LlamaLayer,
     MLPInput,
     MLPOutput,
     OutputNormLayer,
-    QueryNorm,
     RMSNorm,
     SwiGLU,
 )
 
 
-def head_norms(model: ModelConfig) -> tuple[Any, Any]:
-    """Modules that normalize queries and keys."""
-    if model.qk_norm_over_heads:
-        return QueryNorm, KeyNorm
-    return (RMSNorm, RMSNorm) if model.qk_norm else (IdentityOp, IdentityOp)
+def head_norm(model: ModelConfig) -> Any:
+    """Module that normalizes the queries, and the keys, of one head; LlamaAttention makes norms over all heads."""
+    return RMSNorm if model.qk_norm else IdentityOp
 
 
 def layer_spec(model: ModelConfig) -> ModuleSpec:
     """One layer: norm, attention, residual, norm, MLP, residual; or, with ``norm_outputs``, each norm after attention
     and MLP."""
-    query_norm, key_norm = head_norms(model)
     input_norm = IdentityOp if model.norm_outputs else RMSNorm
     attention = ModuleSpec(
         module=LlamaAttention,
@@ -48,8 +43,8 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
             linear_qkv=ColumnLinear,
             core_attention=CoreAttention,
             linear_proj=AttentionOutput,
-            q_layernorm=query_norm,
-            k_layernorm=key_norm,
+            q_layernorm=head_norm(model),
+            k_layernorm=head_norm(model),
         ),
     )
     mlp = ModuleSpec(

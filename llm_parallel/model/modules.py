@@ -51,14 +51,13 @@ class HeadsNorm(nn.Module):
     """RMSNorm over all heads together, of which this process has those of its tensor-parallel rank: the squares are
     summed over the group, and the weight is divided as the heads are (another name than RMSNorm's whole one)."""
 
-    def __init__(self, config: LlamaTransformerConfig, num_heads: int, eps: float) -> None:
+    def __init__(self, config: LlamaTransformerConfig, num_heads: int, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.eps, self.backend = eps, config.kernels.rms_norm
+        self.eps, self.backend, self.group = config.layernorm_epsilon, config.kernels.rms_norm, group
         self.channels = num_heads * config.kv_channels
         shape = (self.channels // config.tensor_model_parallel_size,)
         device = "cpu" if config.use_cpu_initialization else "cuda"
         self.heads_weight = nn.Parameter(torch.ones(shape, dtype=config.params_dtype, device=device))
-        self.group: dist.ProcessGroup | None = None  # the attention that holds this norm sets it
 
     def forward(self, x_SBND: Tensor) -> Tensor:
         """[S, B, heads of this process, D] → the same shape."""
@@ -87,15 +86,15 @@ class HeadsNorm(nn.Module):
 class QueryNorm(HeadsNorm):
     """RMSNorm over the queries of all heads."""
 
-    def __init__(self, config: LlamaTransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(config, config.num_attention_heads, eps)
+    def __init__(self, config: LlamaTransformerConfig, group: dist.ProcessGroup) -> None:
+        super().__init__(config, config.num_attention_heads, group)
 
 
 class KeyNorm(HeadsNorm):
     """RMSNorm over the keys of all groups."""
 
-    def __init__(self, config: LlamaTransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(config, config.num_query_groups, eps)
+    def __init__(self, config: LlamaTransformerConfig, group: dist.ProcessGroup) -> None:
+        super().__init__(config, config.num_query_groups, group)
 
 
 class SwiGLU(MegatronModule):
