@@ -34,7 +34,7 @@ def browser() -> Iterator[Any]:
 
 
 def until(tab: Any, expression: str) -> None:
-    """Waits until an expression is true. playwright's own way evaluates it within the page, which the policy refuses."""
+    """Waits until an expression is true. playwright's own way evaluates it in the page, which the policy refuses."""
     end = time.monotonic() + 20
     while not tab.evaluate(expression):
         assert time.monotonic() < end, expression
