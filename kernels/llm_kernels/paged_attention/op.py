@@ -47,7 +47,7 @@ def paged_attention(
         raise ValueError(f"scale = {scale} must be > 0 and softcap = {softcap} must be >= 0")
     options = scale, max(left, -1), float(softcap)
     if backend_for(q, backend) == "torch":
-        return ref.paged_attention(q, k, v, plan.parts, plan.pages, plan.page_tokens, *options)
+        return ref.paged_attention(q, k, v, plan, *options)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     small, large = plan.small, plan.large
     return _paged_attention(
