@@ -37,7 +37,7 @@ def dpo_job(rank: int, world_size: int, changes: dict[str, Any], steps: int = 3)
             first = {name: gradient.numpy() for name, gradient in gradients(engine).items()}
             # Gathering the gradient for the comparison leaves the distributed optimizer's own part as it was.
         apply_gradient(engine, outcome, config.optim.lr, config.optim.clip_grad)
-        history.append((outcome.loss, outcome.grad_norm, outcome.statistics["accuracy"], outcome.count))
+        history.append((outcome.loss, outcome.grad_norm, outcome.statistics["rewards/accuracies"], outcome.count))
     mesh, at = engine.groups.mesh, engine.groups.at
     close_groups(world=False)
     return {"gradients": first, "history": history, "tp": mesh.tp, "tp_rank": at.tp}
