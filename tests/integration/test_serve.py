@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,5 +44,5 @@ def test_a_streamed_answer_is_the_whole_one(client: Any) -> None:
 
 def test_a_model_that_is_not_there(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["small"]
-    with pytest.raises(openai.NotFoundError, match="'other'|\"other\""):
+    with pytest.raises(openai.NotFoundError, match='"other"'):
         client.completions.create(model="other", prompt="x")
