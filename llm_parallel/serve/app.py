@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import re
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp
 
+from llm_parallel.lines import note
 from llm_parallel.serve.answers import Service
 from llm_parallel.serve.chat import chat_completion
 from llm_parallel.serve.completions import completion
@@ -133,7 +133,7 @@ def _say_once(names: list[str], state: State) -> None:
     fresh = [name for name in names if name not in state.said]
     if fresh and len(state.said) < 100:
         state.said.update(fresh)
-        print(f"[fields of requests that are ignored: {', '.join(fresh)}]", file=sys.stderr, flush=True)
+        note(f"[fields of requests that are ignored: {', '.join(fresh)}]")
 
 
 async def _read_body(http: HttpRequest, most: int) -> bytes:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from llm_parallel.errors import UserError
 from llm_parallel.generate.engine import Generator, GeneratorOptions
+from llm_parallel.lines import note, say
 from llm_parallel.parallel.groups import close_groups
 from llm_parallel.serve.answers import Service
 from llm_parallel.serve.followers import Control
@@ -81,10 +81,7 @@ def _is_loopback(host: str) -> bool:
 def access_of(request: ServeRequest, keys: Sequence[str]) -> Access:
     """Who may ask. Says it if everyone on the network may."""
     if not _is_loopback(request.host) and not keys:
-        print(
-            f"warning: --host {request.host} lets other machines in, and no key is asked for; give --api-key-file",
-            file=sys.stderr,
-        )
+        note(f"warning: --host {request.host} lets other machines in, and no key is asked for; give --api-key-file")
     hosts = (*LOOPBACK_NAMES, request.host) if _is_loopback(request.host) else None
     return Access(digests(keys), hosts, tuple(request.allow_origin))
 
@@ -116,7 +113,7 @@ def _serve(request: ServeRequest, opened: OpenedModel, keys: Sequence[str], list
     server = Server(app, request.host, address[1], driver, state, request.finish_s)
     listener.listen(1024)
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-    print(f"{name} is served at http://{shown}:{address[1]}/v1 ({context} tokens of context)", flush=True)
+    say(f"{name} is served at http://{shown}:{address[1]}/v1 ({context} tokens of context)")
     server.run(sockets=[listener])
     driver.stop()
     driver.join(30.0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.generate.draw import Choice
 from llm_parallel.generate.engine import Generator
 from llm_parallel.generate.requests import Finished, Request
+from llm_parallel.lines import note, say
 from llm_parallel.serve.errors import ApiError, wrong
 from llm_parallel.serve.followers import HEARTBEAT_S, Cancel, Command, Control, Load, Stop, Submit, apply
 from llm_parallel.serve.metrics import Metrics
@@ -211,7 +211,7 @@ class Driver:
             place = (
                 f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else "an unknown place"
             )
-            print(f"error: the generator has failed: {self.failure} at {place}", file=sys.stderr, flush=True)
+            note(f"error: the generator has failed: {self.failure} at {place}")
             self._call(self._hand_out_failure)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -223,7 +223,7 @@ class Driver:
         started = time.monotonic()
         self._load(folder)
         self.metrics.reloads.inc()
-        print(f"[took up {folder} in {time.monotonic() - started:.1f} s]", flush=True)
+        say(f"[took up {folder} in {time.monotonic() - started:.1f} s]")
 
     def _commands(self) -> list[Command]:
         """What all processes do before the next pass. Waits while there is nothing to do."""

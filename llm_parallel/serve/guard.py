@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llm_parallel.lines import note
 from llm_parallel.serve.errors import ApiError, shown
 from llm_parallel.serve.metrics import Metrics
 
@@ -114,7 +114,7 @@ class Guard:
             self._metrics.requests.labels(path, status or "gone").inc()
             if self._log:
                 took = time.monotonic() - started
-                print(f"{scope['method']} {path} {status or 'gone'} {took:.3f} s", file=sys.stderr, flush=True)
+                note(f"{scope['method']} {path} {status or 'gone'} {took:.3f} s")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -134,7 +134,7 @@ class Guard:
         while where is not None and where.tb_next is not None:
             where = where.tb_next
         place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else "unknown place"
-        print(f"error: {type(error).__name__} at {place}", file=sys.stderr, flush=True)
+        note(f"error: {type(error).__name__} at {place}")
 
 
 def _refusal(error: ApiError) -> JSONResponse:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import sys
 import time
 from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from llm_parallel.lines import note
 from llm_parallel.serve.driver import Driver
 from llm_parallel.serve.guard import State
 
@@ -66,11 +66,7 @@ class Server(uvicorn.Server):
     async def _end(self, finish_s: float) -> None:
         self._state.draining = True
         if self._state.answering:
-            print(
-                f"[ending: {self._state.answering} requests may finish within {finish_s:.0f} s]",
-                file=sys.stderr,
-                flush=True,
-            )
+            note(f"[ending: {self._state.answering} requests may finish within {finish_s:.0f} s]")
         await self._idle(finish_s)
         self._driver.cancel_all()
         await self._idle(CANCEL_S)
