@@ -8,6 +8,7 @@ from enum import Enum
 
 from llm_parallel.errors import UserError
 from llm_parallel.generate.sampling import GREEDY, Sampling
+from llm_parallel.generate.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Request:
     number: the request's name, different from those of all other requests in work; prompt: token ids; ends: tokens that
     end an answer and belong to it; stop: texts that end an answer with the token that completes them; priority: higher
     ones go first and may interrupt lower ones; stream: the number that draws depend on beside the seed, ``number`` if
-    not given.
+    not given; structure: the form that answers have, which ends where it is complete (by one of ``ends``, or by the
+    tokenizer's end-of-document token if there are none).
     """
 
     number: int
@@ -28,6 +30,7 @@ class Request:
     n: int = 1
     priority: int = 0
     stream: int | None = None
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -44,11 +47,13 @@ class Request:
 
 
 class Reason(str, Enum):
-    """Why an answer ended."""
+    """Why an answer ended. ``structure``: no token of the vocabulary continues the structure that was asked for, or the
+    library that enforces it gave up."""
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    STRUCTURE = "structure"
 
 
 TopTokens = tuple[tuple[int, float], ...]
