@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+
+from llm_parallel.help_page import Command
 
 DATA, TRAIN, OPERATE, PLAN, MEASURE, USE = "Data", "Train", "Operate", "Plan", "Measure", "Use"
 """Groups of commands, in the order in which ``llm-parallel --help`` lists them."""
@@ -118,7 +119,7 @@ COMMANDS: dict[str, CommandHelp] = {
 
 
 def command(
-    of: typer.Typer, name: str, *, within: str = "", with_overrides: bool = False, cls: type[TyperCommand] | None = None
+    of: typer.Typer, name: str, *, within: str = "", with_overrides: bool = False, cls: type[Command] = Command
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds a function to ``of`` as the command ``name``, with its group and examples. ``within`` is the name of the
     group of commands that ``of`` is, ``cls`` the class of the command."""

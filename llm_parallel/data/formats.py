@@ -120,6 +120,10 @@ class Reader:
         self.found[shown] = self.found.get(shown, 0) + 1
         return replace(conversation, tools=tools)
 
+    def turns(self, value: Any, field: str = "messages") -> list[dict[str, Any]]:
+        """A list of turns as messages. Raises BadRecord."""
+        return self._turns(_parsed(value), field)[0]
+
     def _recognised(self, record: Mapping[str, Any]) -> str:
         if self._wanted != "auto":
             return self._wanted

@@ -23,6 +23,7 @@ from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.requests import Reason
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.structure import Structure
+from llm_parallel.lines import note
 from llm_parallel.parallel.groups import close_groups
 
 
@@ -115,7 +116,7 @@ def _say_unfinished(structured: Structured, sampling: Sampling) -> None:
             if reason is Reason.LENGTH
             else "because no token of the vocabulary continues it"
         )
-        print(f"[the answer to prompt {number + 1} ended before its structure was complete, {why}]", file=sys.stderr)
+        note(f"[the answer to prompt {number + 1} ended before its structure was complete, {why}]")
 
 
 def generate_file_command(request: GenerateRequest) -> int:

@@ -181,7 +181,8 @@ class Generator:
                 finished += self._settle(wave)
                 parts = self.scheduler.plan(wave)
                 if parts:
-                    info = make_pass(parts, self.limits.page_tokens, self._rotation, self._device, self._chunks[0].flat)
+                    pages, paging = self.limits.page_tokens, self._chunks[0].paging
+                    info = make_pass(parts, pages, self._rotation, self._device, paging)
                     self._passes[wave] = _Running(parts, info)
                     self._run(0, wave)
             for stage in range(1, len(self._chunks)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from llm_parallel.generate.requests import Finished, Request, check_fits
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.structure import Structure
 from llm_parallel.jsonlines import JsonLines, read_jsonlines
+from llm_parallel.lines import note
 
 PROGRESS_S = 5.0
 
@@ -157,7 +157,7 @@ def answer_file(job: FileJob, loaded: Loaded, reader: PromptReader, checkpoint: 
     waiting = [request for request in reversed(requests) if request.number in left]
     total = len(places) - len(done)
     if done:
-        print(f"[{job.target} has {len(done)} answers already; {total} are left]", file=sys.stderr)
+        note(f"[{job.target} has {len(done)} answers already; {total} are left]")
     assert loaded.tokenizer is not None
     progress, target = _Progress(total, job.structure is not None), JsonLines(job.target)
     try:
@@ -211,11 +211,6 @@ class _Progress:
         """Says it now."""
         self._said = time.monotonic()
         speed = self._tokens / max(self._said - self._started, 1e-9)
-        print(
-            f"[{self._answers} of {self._total} answers, {self._tokens} tokens, {speed:.1f} tokens/s]", file=sys.stderr
-        )
+        note(f"[{self._answers} of {self._total} answers, {self._tokens} tokens, {speed:.1f} tokens/s]")
         if self._unfinished:
-            print(
-                f"[{self._unfinished} answers ended before their structure was complete; give more --max-new-tokens]",
-                file=sys.stderr,
-            )
+            note(f"[{self._unfinished} answers ended before their structure was complete; give more --max-new-tokens]")
