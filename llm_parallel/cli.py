@@ -26,6 +26,7 @@ from llm_parallel.options import with_options
 from llm_parallel.planner.request import PlanRequest
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.report.request import ReportRequest
+from llm_parallel.serve.request import ServeRequest
 from llm_parallel.versions import refuse_unsupported
 
 
@@ -396,6 +397,15 @@ def generate(request: GenerateRequest) -> None:
         say_next(f"llm-parallel convert {request.checkpoint} {target}")
     else:
         say_next(f"llm-parallel generate {request.checkpoint} --prompt … --temperature 0.7 --top-p 0.95")
+
+
+@command(app, "serve")
+@with_options
+def serve(request: ServeRequest) -> None:
+    """Serve a model to clients of OpenAI's interface over HTTP, with a chat page for the browser."""
+    from llm_parallel.serve.command import serve_command
+
+    raise typer.Exit(serve_command(request, os.environ.get("LLM_PARALLEL_API_KEYS", "")))
 
 
 @command(app, "convert")

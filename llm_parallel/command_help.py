@@ -113,6 +113,7 @@ COMMANDS: dict[str, CommandHelp] = {
             "runs/first-hf --input prompts.jsonl --output answers.jsonl --samples 4 --temperature 0.7",
         ),
     ),
+    "serve": CommandHelp(USE, ("runs/quickstart/chat", "runs/first-hf --port 9000 --api-key-file keys.txt")),
     "convert": CommandHelp(USE, ("runs/first runs/first-hf", "models/Llama-3.2-1B runs/imported")),
 }
 """Every command by its name, with that of its group of commands before it where it has one."""

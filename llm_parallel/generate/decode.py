@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from llm_parallel.data.tokenizer import Tokenizer
+from llm_parallel.generate.draw import Choice
 from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.requests import Reason, Request
 from llm_parallel.generate.sampling import Sampling
@@ -41,8 +42,8 @@ def generate(
     ended: list[int] = []
     cut: set[int] = set()
 
-    def take(number: int, _: int, token: int) -> None:
-        if on_token is not None and token not in stops and on_token(number, token):
+    def take(number: int, _: int, choice: Choice) -> None:
+        if on_token is not None and choice.token not in stops and on_token(number, choice.token):
             ended.append(number)
 
     stops = frozenset(ends)

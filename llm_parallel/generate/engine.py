@@ -70,7 +70,7 @@ class Generator:
     """Continuous batching over a network. All processes of the run make one; those of a replica make the same calls.
 
     tokenizer: needed for requests with ``stop`` or ``structure``; on_token: called with the number and sample of an
-    answer and its next token.
+    answer and its next choice.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Generator:
         model: Network | Engine,
         options: GeneratorOptions | None = None,
         tokenizer: Tokenizer | None = None,
-        on_token: Callable[[int, int, int], None] | None = None,
+        on_token: Callable[[int, int, Choice], None] | None = None,
     ) -> None:
         options = options or GeneratorOptions()
         self._model, network = model, network_of(model)
         self.groups, self._models = network.groups, network.models
         self.model_config = self._models[0].model_config
-        self._tokenizer, self._on_token = tokenizer, on_token
+        self._tokenizer, self.on_token = tokenizer, on_token
         self._structures: Structures | None = None
         self._texts: weakref.WeakKeyDictionary[Draft, Answer] = weakref.WeakKeyDictionary()
         self._pp, self._device = self.groups.mesh.pp, self.groups.platform.device
@@ -250,10 +250,10 @@ class Generator:
         elif running.sent is not None:
             running.sent.wait()
         choices = [_unpacked(row) for row in running.chosen.tolist()]
-        if self._on_token is not None:
+        if self.on_token is not None:
             for part, choice in zip((part for part in running.parts if part.chooses), choices):
                 if not part.sequence.ended and choice.token != NO_TOKEN:
-                    self._on_token(part.sequence.request.number, part.sequence.sample, choice.token)
+                    self.on_token(part.sequence.request.number, part.sequence.sample, choice)
         return self.scheduler.apply(running.parts, choices)
 
     def _ends(self, draft: Draft) -> bool:
