@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,13 @@ from torch import Tensor
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
-from llm_parallel.generate.draw import Choice, Draw, choose_tokens
+from llm_parallel.generate.draw import NO_TOKEN, Choice, Draw, choose_tokens
 from llm_parallel.generate.extras import Extras
 from llm_parallel.generate.layers import PlainChunk
 from llm_parallel.generate.paged import LayerCache, Pass, Rotation, make_pass
 from llm_parallel.generate.requests import Finished, Request, check_fits
 from llm_parallel.generate.scheduler import Draft, Limits, Part, Scheduler
+from llm_parallel.generate.structure import Structures
 from llm_parallel.parallel.engine import Engine, Network, network_of
 
 CACHE_SHARE = 0.25
@@ -88,8 +89,8 @@ class _Running:
 class Generator:
     """Continuous batching over a network. All processes of the run make one; those of a replica make the same calls.
 
-    tokenizer: needed for requests with ``stop``; on_token: called with the number and sample of an answer and its next
-    choice.
+    tokenizer: needed for requests with ``stop`` or ``structure``; on_token: called with the number and sample of an
+    answer and its next choice.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Generator:
         self.groups, self._models = network.groups, network.models
         self.model_config = self._models[0].model_config
         self._tokenizer, self.on_token = tokenizer, on_token
+        self._structures: Structures | None = None
         self._texts: weakref.WeakKeyDictionary[Draft, Answer] = weakref.WeakKeyDictionary()
         self._pp, self._device = self.groups.mesh.pp, self.groups.platform.device
         num_pages = _num_pages(network, options)
@@ -140,14 +142,32 @@ class Generator:
         self.is_stale = False
 
     def submit(self, request: Request) -> None:
-        """Takes a request. Raises UserError for one that the model or the cache has no room for."""
+        """Takes a request. Raises UserError as ``checked`` does."""
+        self.scheduler.submit(self.checked(request))
+
+    def checked(self, request: Request) -> Request:
+        """The request as it is taken. Raises UserError for one that the model or the cache has no room for, or whose
+        structure cannot be enforced."""
         vocabulary = self.model_config.vocab_size
         assert vocabulary is not None
         cache_tokens = self.limits.num_pages * self.limits.page_tokens
         check_fits(request, self.model_config.max_seq_length_tokens, cache_tokens, vocabulary)
         if request.stop and self._tokenizer is None:
             raise UserError(f"stop of prompt {request.number} is given, and the model has no tokenizer to find it with")
-        self.scheduler.submit(request)
+        return request if request.structure is None else self._with_structure(request, vocabulary)
+
+    def _with_structure(self, request: Request, vocabulary: int) -> Request:
+        """The request, in which some token ends the answer. Every process checks the structure, so that all refuse."""
+        if self._tokenizer is None:
+            raise UserError(
+                f"structure of prompt {request.number} is given, and the model has no tokenizer to follow it"
+            )
+        if self._structures is None:
+            self._structures = Structures(self._tokenizer, vocabulary)
+        assert request.structure is not None
+        self._structures.check(request.structure)
+        has_end = any(token < vocabulary for token in request.ends)
+        return request if has_end else replace(request, ends=frozenset([self._tokenizer.eod]))
 
     def cancel(self, number: int) -> None:
         """Ends the unfinished answers to a request; ``tick`` returns them with the reason ``cancelled``."""
@@ -221,7 +241,7 @@ class Generator:
         logits = chunk.logits(x.index_select(0, rows))
         if self.groups.at.tp > 0:
             return
-        draws = [_draw(part) for part in running.parts if part.chooses]
+        draws = [self._draw(part.sequence) for part in running.parts if part.chooses]
         if running.num_chosen:
             choices = choose_tokens(logits[: len(draws)], draws) if draws else []
             choices += extras.scores(logits[len(draws) :]) if extras is not None else []
@@ -230,6 +250,13 @@ class Generator:
         if extras is not None and extras.pooled:
             running.sums = extras.sums(chunk.norm(x))
             running.sent.append(self._broadcast(running.sums, wait=False))
+
+    def _draw(self, draft: Draft) -> Draw:
+        request, allowed = draft.request, None
+        if request.structure is not None:
+            assert self._structures is not None
+            allowed = self._structures.allowed(draft, request.structure, draft.written, request.ends)
+        return Draw(request.sampling, request.draw_stream, draft.sample, draft.tokens, len(request.prompt), allowed)
 
     def _broadcast(self, chosen: Tensor, wait: bool) -> dist.Work | None:
         mesh = self.groups.mesh
@@ -254,7 +281,7 @@ class Generator:
         choices = choices[:count]
         if self.on_token is not None:
             for part, choice in zip((part for part in running.parts if part.chooses), choices):
-                if not part.sequence.ended:
+                if not part.sequence.ended and choice.token != NO_TOKEN:
                     self.on_token(part.sequence.request.number, part.sequence.sample, choice)
         return self.scheduler.apply(running.parts, choices)
 
@@ -293,12 +320,6 @@ def _mark_stale_after_steps(engine: Engine, generator: Generator) -> None:
             alive.is_stale = True
 
     engine.after_step.append(mark)
-
-
-def _draw(part: Part) -> Draw:
-    draft = part.sequence
-    request = draft.request
-    return Draw(request.sampling, request.draw_stream, draft.sample, draft.tokens, len(request.prompt))
 
 
 def _packed(choices: Sequence[Choice], width: int) -> Tensor:

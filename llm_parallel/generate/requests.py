@@ -8,6 +8,7 @@ from enum import Enum
 
 from llm_parallel.errors import UserError
 from llm_parallel.generate.sampling import GREEDY, Sampling
+from llm_parallel.generate.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,11 @@ class Request:
     number: the request's name, different from those of all other requests in work; prompt: token ids; ends: tokens that
     end an answer and belong to it; stop: texts that end an answer with the token that completes them; priority: higher
     ones go first and may interrupt lower ones; stream: the number that draws depend on beside the seed, ``number`` if
-    not given; prompt_log_probs: how many of the likeliest tokens are wanted at each place of the prompt, with the
-    log-probabilities of its own tokens, None for none of it; embeds: whether the mean of the prompt's hidden states is
-    wanted; adapter: the adapters on the model that answer, by their name, None for the model without any.
+    not given; structure: the form that answers have, which ends where it is complete (by one of ``ends``, or by the
+    tokenizer's end-of-document token if there are none); prompt_log_probs: how many of the likeliest tokens are wanted
+    at each place of the prompt, with the log-probabilities of its own tokens, None for none of it; embeds: whether the
+    mean of the prompt's hidden states is wanted; adapter: the adapters on the model that answer, by their name, None
+    for the model without any.
     """
 
     number: int
@@ -30,6 +33,7 @@ class Request:
     n: int = 1
     priority: int = 0
     stream: int | None = None
+    structure: Structure | None = None
     prompt_log_probs: int | None = None
     embeds: bool = False
     adapter: str | None = None
@@ -54,11 +58,13 @@ class Request:
 
 
 class Reason(str, Enum):
-    """Why an answer ended."""
+    """Why an answer ended. ``structure``: no token of the vocabulary continues the structure that was asked for, or the
+    library that enforces it gave up."""
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    STRUCTURE = "structure"
 
 
 TopTokens = tuple[tuple[int, float], ...]

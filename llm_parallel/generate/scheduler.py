@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_parallel.generate.draw import Choice
+from llm_parallel.generate.draw import NO_TOKEN, Choice
 from llm_parallel.generate.pages import PagePool, digest_of
 from llm_parallel.generate.requests import Finished, Reason, Request, TopTokens
 
@@ -163,6 +163,9 @@ class Scheduler:
             if sequence.ended:
                 continue
             sequence.in_flight = False
+            if choice.token == NO_TOKEN:
+                finished.append(self._end(sequence, Reason.STRUCTURE))
+                continue
             sequence.tokens.append(choice.token)
             sequence.log_probs.append(choice.log_prob)
             sequence.top.append(choice.top)

@@ -71,7 +71,13 @@ def answers(generator: Any, requests: list[Request], seed: int) -> list[Finished
 
 
 def open_generator(
-    folder: str, rank: int, world_size: int, parallel: dict[str, Any], attention: Any = "auto", **options: int
+    folder: str,
+    rank: int,
+    world_size: int,
+    parallel: dict[str, Any],
+    attention: Any = "auto",
+    tokenizer: Any = None,
+    **options: int,
 ) -> Any:
     from llm_parallel.config.rules import check_config
     from llm_parallel.generate.engine import Generator, GeneratorOptions
@@ -88,7 +94,7 @@ def open_generator(
     groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
     network = build_policy(config, groups)
     load_hf_weights(folder, network.models)
-    return Generator(network, GeneratorOptions(**options))
+    return Generator(network, GeneratorOptions(**options), tokenizer)
 
 
 SMALL = {"max_running": 6, "pass_tokens": 24, "page_tokens": 4, "cache_tokens": 160}
