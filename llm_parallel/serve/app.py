@@ -22,6 +22,7 @@ from llm_parallel.lines import note
 from llm_parallel.serve.answers import Service
 from llm_parallel.serve.chat import chat_completion
 from llm_parallel.serve.completions import completion
+from llm_parallel.serve.embeddings import embeddings
 from llm_parallel.serve.errors import ApiError
 from llm_parallel.serve.fields import Fields, parse_body
 from llm_parallel.serve.guard import Access, Guard, State
@@ -38,6 +39,7 @@ Route = Callable[[HttpRequest, Fields, Service, dict[str, str]], Awaitable[Respo
 ROUTES: dict[str, Route] = {
     "/v1/chat/completions": chat_completion,
     "/v1/completions": completion,
+    "/v1/embeddings": embeddings,
 }
 
 

@@ -19,7 +19,8 @@ from llm_parallel.serve.wanted import MOST_TOP, Wanted, read_wanted
 from llm_parallel.serve.writer import Piece
 
 LIMITS = ("max_completion_tokens", "max_tokens")
-FINISH = {Reason.STOP: "stop", Reason.LENGTH: "length"}
+FINISH = {Reason.STOP: "stop", Reason.LENGTH: "length", Reason.STRUCTURE: "length"}
+"""A structure that no token continues is cut off as an answer that is too long is."""
 
 
 async def chat_completion(http: HttpRequest, fields: Fields, service: Service, headers: dict[str, str]) -> Response:
@@ -36,7 +37,7 @@ async def chat_completion(http: HttpRequest, fields: Fields, service: Service, h
         raise wrong(f"{wanted.limit_name} is 0; it must be at least 1", wanted.limit_name)
     prompt = await asyncio.to_thread(served.conversation_tokens, messages)
     length = served.most_new_tokens(prompt, wanted.limit, "messages")
-    answers = service.ask([wanted.request(prompt, length)], wanted.stream)
+    answers = await service.ask([wanted.request(prompt, length)], wanted.stream)
     model = fields.text("model") or served.names[0]
     if wanted.stream:
         start = head("chat.completion.chunk", "chatcmpl", model)
