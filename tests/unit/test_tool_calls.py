@@ -40,6 +40,9 @@ HERMES, LLAMA = ToolFormat("hermes"), ToolFormat("llama")
 MISTRAL, NAMED = ToolFormat("mistral"), ToolFormat("mistral", True)
 FORMS = [HERMES, LLAMA, MISTRAL, NAMED]
 
+SCRAPS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", '{"name": "f", ', '"arguments": ']
+SCRAPS += ['"parameters": ', "{}", "{", "}", "[", "]", ",", ";", " ", "\n", '"', "a", 'f.call(q="x")', "\\", "1"]
+
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-99, 99), st.text('a"\\{}[]<, é\n', max_size=6)),
     lambda inner: st.one_of(
@@ -116,11 +119,9 @@ def test_what_is_parsed_is_what_was_written(
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(FORMS),
-    st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", '{"name": "f", ',
-                              '"arguments": ', '"parameters": ', "{}", "{", "}", "[", "]", ",", ";", " ", "\n", '"', "a",
-                              'f.call(q="x")', "\\", "1"]), max_size=12).map("".join),
+    st.lists(st.sampled_from(SCRAPS), max_size=12).map("".join),
     st.lists(st.integers(0, 999), max_size=5),
-)  # fmt: skip
+)
 def test_no_text_is_lost_and_nothing_depends_on_the_pieces(form: ToolFormat, text: str, cuts: list[int]) -> None:
     found = parse_tool_calls(text, form)
     if not found.calls:
