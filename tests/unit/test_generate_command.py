@@ -203,9 +203,8 @@ def test_chat_belongs_to_prompts() -> None:
 
 
 def test_text_that_comes_token_by_token_is_the_text_of_all_tokens(tmp_path: Path) -> None:
-    pieces = train_sentencepiece(
-        ["h\u00e9llo w\u00f6rld, a \u65e5\u672c \U0001f389 x = 3;\n" * 40], 320, tmp_path / "p"
-    )
+    parts = ["h\u00e9llo ", "\u65e5\u672c", "\U0001f389", " a b", "x = 3;"]
+    pieces = train_sentencepiece(["".join(parts) * 40], 290, tmp_path / "p")
     draw = random.Random(0)
     for tokenizer in (load_tokenizer(pieces), byte_tokenizer(tmp_path)):
         for number in range(30):
