@@ -50,15 +50,17 @@ class Answer:
 
     A stop string is looked for twice: in the text as it is shown, and with the names of control tokens in it, so that
     ``<|im_end|>`` is found as well as a text that a control token interrupts. It is not looked for in the prompt.
-    Raises UserError for an empty stop string.
+    ``names``: control tokens are shown by their names. Raises UserError for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = (), names: bool = False
+    ) -> None:
         if not all(stops):
             raise UserError("a stop string is empty, which every answer would end at; give at least one character")
         self.tokens: list[int] = []
         self._stops = tuple(stops)
-        self._shown = _Text(tokenizer, prompt, False)
+        self._shown = _Text(tokenizer, prompt, names)
         self._named = _Text(tokenizer, prompt, True) if stops else self._shown
         self._cut: str | None = None
 

@@ -21,11 +21,12 @@ from llm_parallel.serve.writer import Piece, Writer
 @dataclass
 class Answers:
     """The answers to one HTTP request. writers: by number of the prompt and of the sample; scores, embeddings: what was
-    wanted of the prompts themselves, by their numbers."""
+    wanted of the prompts themselves, by their numbers; names_in_text: texts show control tokens by their names."""
 
     batch: Batch
     served: Served
     names: Names
+    names_in_text: bool = False
     writers: dict[tuple[int, int], Writer] = field(init=False)
     scores: dict[int, tuple[tuple[float, TopTokens], ...]] = field(default_factory=dict)
     embeddings: dict[int, tuple[float, ...]] = field(default_factory=dict)
@@ -33,7 +34,7 @@ class Answers:
     def __post_init__(self) -> None:
         requests = enumerate(self.batch.requests)
         self.writers = {
-            (place, sample): Writer(self.served.tokenizer, request)
+            (place, sample): Writer(self.served.tokenizer, request, self.names_in_text)
             for place, request in requests
             for sample in range(request.n)
         }
@@ -95,11 +96,11 @@ class Service:
     driver: Driver
     names: Names
 
-    async def ask(self, requests: Sequence[Request], streams: bool) -> Answers:
+    async def ask(self, requests: Sequence[Request], streams: bool, names: bool = False) -> Answers:
         """Hands requests to the generator. Raises ApiError if the queue is full, or for a structure that cannot be
-        enforced."""
+        enforced. ``names``: texts show control tokens by their names."""
         requests = await asyncio.to_thread(self._checked, requests)
-        return Answers(self.driver.submit(requests, streams), self.served, self.names)
+        return Answers(self.driver.submit(requests, streams), self.served, self.names, names)
 
     def _checked(self, requests: Sequence[Request]) -> list[Request]:
         """Refused here, since the generator's thread has nobody to tell; a grammar may take seconds to compile."""

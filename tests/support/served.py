@@ -19,7 +19,7 @@ import torch
 
 from tests.support.commands import COMMAND, environment
 
-CONTEXT = 256
+CONTEXT = 512
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
