@@ -198,8 +198,11 @@ class Generator:
             return
         draws = [_draw(part) for part in running.parts if part.chooses]
         if draws:
-            running.chosen = _packed(choose_tokens(logits, draws), _width(running.parts)).to(self._device)
+            running.chosen = _packed(self._choices(logits, draws), _width(running.parts)).to(self._device)
             running.sent = self._broadcast(running.chosen, wait=False)
+
+    def _choices(self, logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
+        return choose_tokens(logits, draws, self._models[0].config.kernels.deterministic)
 
     def _broadcast(self, chosen: Tensor, wait: bool) -> dist.Work | None:
         mesh = self.groups.mesh
