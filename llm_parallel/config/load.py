@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.schema import config_schema
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
+from llm_parallel.lines import note
 
 __all__ = ["FieldDoc", "config_schema", "describe_fields", "dump_config", "load_config", "load_with_origins"]
 
@@ -128,7 +128,7 @@ class _Given:
 def load_config(
     path: str | Path | None,
     overrides: Sequence[str] = (),
-    notice: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    notice: Callable[[str], None] = lambda text: note(text),
 ) -> RunConfig:
     """Reads a run file and overrides into a validated configuration.
 

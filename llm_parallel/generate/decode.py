@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from llm_parallel.generate.draw import Choice
 from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.requests import Reason, Request
 from llm_parallel.generate.sampling import Sampling
@@ -25,8 +26,8 @@ def generate(
     """
     ended: list[int] = []
 
-    def take(number: int, _: int, token: int) -> None:
-        if on_token is not None and token not in stops and on_token(number, token):
+    def take(number: int, _: int, choice: Choice) -> None:
+        if on_token is not None and choice.token not in stops and on_token(number, choice.token):
             ended.append(number)
 
     stops = frozenset(ends)

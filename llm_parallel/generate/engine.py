@@ -69,7 +69,7 @@ class Generator:
     """Continuous batching over a network. All processes of the run make one; those of a replica make the same calls.
 
     tokenizer: needed for requests with ``stop``; on_token: called with the number and sample of an answer and its next
-    token.
+    choice.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class Generator:
         model: Network | Engine,
         options: GeneratorOptions | None = None,
         tokenizer: Tokenizer | None = None,
-        on_token: Callable[[int, int, int], None] | None = None,
+        on_token: Callable[[int, int, Choice], None] | None = None,
     ) -> None:
         options = options or GeneratorOptions()
         self._model, network = model, network_of(model)
         self.groups, self._models = network.groups, network.models
         self.model_config = self._models[0].model_config
-        self._tokenizer, self._on_token = tokenizer, on_token
+        self._tokenizer, self.on_token = tokenizer, on_token
         self._texts: weakref.WeakKeyDictionary[Draft, Answer] = weakref.WeakKeyDictionary()
         self._pp, self._device = self.groups.mesh.pp, self.groups.platform.device
         num_pages = _num_pages(network, options)
@@ -161,7 +161,8 @@ class Generator:
                 finished += self._settle(wave)
                 parts = self.scheduler.plan(wave)
                 if parts:
-                    info = make_pass(parts, self.limits.page_tokens, self._rotation, self._device, self._chunks[0].flat)
+                    pages, paging = self.limits.page_tokens, self._chunks[0].paging
+                    info = make_pass(parts, pages, self._rotation, self._device, paging)
                     self._passes[wave] = _Running(parts, info)
                     self._run(0, wave)
             for stage in range(1, len(self._chunks)):
@@ -225,10 +226,10 @@ class Generator:
         elif running.sent is not None:
             running.sent.wait()
         choices = [_unpacked(row) for row in running.chosen.tolist()]
-        if self._on_token is not None:
+        if self.on_token is not None:
             for part, choice in zip((part for part in running.parts if part.chooses), choices):
                 if not part.sequence.ended:
-                    self._on_token(part.sequence.request.number, part.sequence.sample, choice.token)
+                    self.on_token(part.sequence.request.number, part.sequence.sample, choice)
         return self.scheduler.apply(running.parts, choices)
 
     def _ends(self, draft: Draft) -> bool:

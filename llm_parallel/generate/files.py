@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from llm_parallel.generate.load import Loaded
 from llm_parallel.generate.requests import Finished, Request, check_fits
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.jsonlines import JsonLines, read_jsonlines
+from llm_parallel.lines import note
 
 PROGRESS_S = 5.0
 
@@ -150,7 +150,7 @@ def answer_file(job: FileJob, loaded: Loaded, reader: PromptReader, checkpoint: 
     waiting = [request for request in reversed(requests) if request.number in left]
     total = len(places) - len(done)
     if done:
-        print(f"[{job.target} has {len(done)} answers already; {total} are left]", file=sys.stderr)
+        note(f"[{job.target} has {len(done)} answers already; {total} are left]")
     assert loaded.tokenizer is not None
     progress, target = _Progress(total), JsonLines(job.target)
     try:
@@ -202,6 +202,4 @@ class _Progress:
         """Says it now."""
         self._said = time.monotonic()
         speed = self._tokens / max(self._said - self._started, 1e-9)
-        print(
-            f"[{self._answers} of {self._total} answers, {self._tokens} tokens, {speed:.1f} tokens/s]", file=sys.stderr
-        )
+        note(f"[{self._answers} of {self._total} answers, {self._tokens} tokens, {speed:.1f} tokens/s]")

@@ -18,11 +18,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_kernels.attention.op import backend_for as attention_backend
 from llm_kernels.rms_norm.op import rms_norm
 from llm_kernels.swiglu.op import swiglu
 from llm_parallel.generate import deterministic
 from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass, attend
+from llm_parallel.generate.paging import Paging
 from llm_parallel.model.deterministic import gated
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.modules import HeadsNorm, OutputNormLayer, RMSNorm
@@ -220,13 +220,11 @@ class PlainChunk:
     ``torch.inference_mode``."""
 
     def __init__(self, model: LlamaModel, caches: Sequence[LayerCache]) -> None:
-        self.model, device = model, model.groups.platform.device
+        self.model = model
         self.group = model.groups.collection.tp
         self.layers = [Layer(layer, cache) for layer, cache in zip(model.decoder.layers, caches)]
         self.is_first, self.is_last = model.pre_process, model.post_process
-        attention = model.config.kernels.attention
-        probe = torch.empty(0, dtype=model.numerics.dtype, device=device)
-        self.flat = attention_backend(probe, attention) != "torch"
+        self.paging = Paging.of(model)
         if self.is_first:
             self.embedding = model.embedding.word_embeddings.weight
         if self.is_last:

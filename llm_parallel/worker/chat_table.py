@@ -6,6 +6,7 @@ import numpy as np
 
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat_data import ChatData
+from llm_parallel.lines import say
 from llm_parallel.screen import show_table
 from llm_parallel.train.step_settings import total_samples
 
@@ -29,7 +30,7 @@ def show_conversations(config: RunConfig) -> None:
     size, count = config.data.seq_length_tokens, samples.packer.samples_of(0)
     used = int((lengths[data.numbers("train")] - 1).sum()) if all(weight == 1 for weight in weights) else None
     filled = f", {used / (count * size):.0%} of them filled" if used is not None else ""
-    print(
+    say(
         f"an epoch has {count:,} samples of {size:,} tokens{filled}; {config.train.steps:,} steps of "
         f"{config.train.global_batch_size} samples are {epochs:.2f} epochs"
     )

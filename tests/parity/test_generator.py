@@ -210,7 +210,7 @@ class Letters:
 def stops_job(rank: int, world_size: int, folder: str) -> tuple[list[Finished], list[Finished], list[tuple]]:
     generator = open_generator(folder, rank, world_size, {}, **SMALL)
     seen: list[tuple] = []
-    generator._tokenizer, generator._on_token = Letters(), lambda *token: seen.append(token)
+    generator._tokenizer, generator.on_token = Letters(), lambda *at: seen.append((*at[:2], at[2].token))
     free = Request(1, (7, 8, 9), Sampling(max_new_tokens=12))
     whole = generator.run([free])
     text = Letters().decode(whole[0].tokens, True)

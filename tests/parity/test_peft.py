@@ -207,6 +207,7 @@ def test_a_base_in_few_bits_is_peft_on_its_values(kind: str, base: Path, tmp_pat
     assert np.abs(logits.numpy() - expected["logits"]).max() <= 2e-4
 
 
+@pytest.mark.slow
 def test_more_ranks_than_groups_read_pefts_files_too(base: Path, tmp_path: Path) -> None:
     expected = theirs(adapted(base, "some, rsLoRA", tmp_path / "peft"))
     settings = adapter_config("some, rsLoRA", tmp_path / "peft")
