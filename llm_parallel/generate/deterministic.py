@@ -82,7 +82,7 @@ def attend(q_TGMD: Tensor, cache: LayerCache, info: Pass, options: AttentionOpti
         k, v = (_side_by_side(x.index_select(0, index), len(rows)) for x in (cache.k, cache.v))
         q = q_TGMD.index_select(0, rows).flatten(0, 1).unsqueeze(0)
         found = attend_blocks(q, k, v, lengths.repeat_interleave(q_TGMD.shape[1]), how)
-        out.index_copy_(0, rows, found.view(len(rows), -1))
+        out.index_copy_(0, rows, found.reshape(len(rows), -1))
     row = info.num_singles
     for keys, count in zip(info.keys[row:], info.counts[row:]):
         found = attend_in_chunks(q_TGMD[row : row + count], keys.of(cache.k), keys.of(cache.v), how)
