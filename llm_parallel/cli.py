@@ -377,7 +377,7 @@ def report(request: ReportRequest) -> None:
 @with_options
 def generate(request: GenerateRequest) -> None:
     """Write on from prompts, or answer a file of prompts or conversations."""
-    from llm_parallel.generate.command import generate_command, generate_file_command, sampling_of
+    from llm_parallel.generate.command import generate_command, generate_file_command, sampling_of, structure_of
     from llm_parallel.screen import say_next
 
     if request.input is not None:
@@ -390,6 +390,7 @@ def generate(request: GenerateRequest) -> None:
         device=request.device,
         stop=request.stop,
         chat=request.chat,
+        structure=structure_of(request),
     )
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"

@@ -109,6 +109,7 @@ COMMANDS: dict[str, CommandHelp] = {
             'runs/first --prompt "def " --temperature 0.7 --top-k 50',
             'runs/first-hf --prompt "import " --prompt "class "',
             'runs/quickstart/chat --chat --prompt "What is json for?"',
+            'runs/first-hf --prompt "Is it spam? " --choice yes --choice no',
             "runs/first-hf --input prompts.jsonl --output answers.jsonl --samples 4 --temperature 0.7",
         ),
     ),

@@ -22,7 +22,7 @@ from llm_parallel.data.chat import ChatEncoder
 from llm_parallel.data.chat_counts import Counts, described
 from llm_parallel.data.chat_data import REPORT, ChatData
 from llm_parallel.data.chat_open import open_encoder
-from llm_parallel.data.chat_rows import encoded
+from llm_parallel.data.chat_rows import Block, encoded
 from llm_parallel.data.dataset_info import Opened, open_source
 from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
@@ -49,7 +49,10 @@ def prepare_conversations(
         raise UserError("data.tokenizer is not given; give the tokenizer of the model")
     encoder = open_encoder(config)
     with file_errors_explained(Path(config.run_dir) / "data", kept=""):
-        opened = [open_source(source) for source in (*chat.train, *chat.eval)]
+        opened = []
+        for number, one in enumerate((*chat.train, *chat.eval)):
+            with _named(chat, number):
+                opened.append(open_source(one))
         settings = _settings(config, encoder, opened)
         # The same tokenizer may lie elsewhere, as beside a newer checkpoint of the model that is fine-tuned.
         content = {key: value for key, value in settings.items() if key != "tokenizer"}
@@ -95,7 +98,10 @@ def _settings(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened])
         "version": VERSION,
         "files": [[[path.name, _digest(path)] for path in source.files] for source in opened],
         "sources": [[source.format, source.columns.model_dump(), dict(source.roles)] for source in opened],
-        "paths": [source.path for source in (*chat.train, *chat.eval)],
+        "paths": [
+            source.path if source.dataset is None else f"{source.path}: {source.dataset}"
+            for source in (*chat.train, *chat.eval)
+        ],
         "source_names": _names(chat.train),
         "weights": [source.weight for source in chat.train],
         "eval_fraction": 0.0 if chat.eval else chat.eval_fraction,
@@ -130,7 +136,7 @@ def _write(
         names = ("tokens", "weights", "sources", "lines")
         out = {name: stack.enter_context((making / f"{name}.bin").open("wb")) for name in names}
         for number, source in enumerate(opened):
-            for block in encoded(source, config, encoder, workers):
+            for block in _blocks(config, number, encoded(source, config, encoder, workers)):
                 counts[number].merge(block.counts)
                 if not block.kept:
                     continue
@@ -161,6 +167,26 @@ def _write(
         json.dump(report, text, indent=1, ensure_ascii=False)
 
 
+def _field(chat: ChatConfig, number: int) -> str:
+    """The name of a source's field in the run file, by the number among all sources."""
+    split, index = ("train", number) if number < len(chat.train) else ("eval", number - len(chat.train))
+    return f"chat.{split}.{index}.path"
+
+
+@contextmanager
+def _named(chat: ChatConfig, number: int) -> Iterator[None]:
+    """Puts the field of a source before what is wrong about its file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{_field(chat, number)}: {error}") from None
+
+
+def _blocks(config: RunConfig, number: int, blocks: Iterator[Block]) -> Iterator[Block]:
+    with _named(config.chat, number):
+        yield from blocks
+
+
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as handle:
@@ -179,5 +205,4 @@ def _refuse_empty(chat: ChatConfig, counts: Sequence[Counts], seq_length: int) -
     for place, (source, count) in enumerate(zip((*chat.train, *chat.eval), counts)):
         if count.kept:
             continue
-        split, index = ("train", place) if place < len(chat.train) else ("eval", place - len(chat.train))
-        raise UserError(f"chat.{split}.{index}.path = {source.path} {count.why_empty(seq_length)}")
+        raise UserError(f"{_field(chat, place)} = {source.path} {count.why_empty(seq_length)}")

@@ -234,14 +234,13 @@ class PlainChunk:
             self.norm, self.output = norm(model.decoder.final_layernorm), multiply(weight)
 
     def __call__(self, x_TH: Tensor | None, info: Pass) -> Tensor:
-        """The stream of the chunk before (None for the first) → the stream after this one, or of the last chunk the
-        logits of the whole vocabulary, fp32 [rows that choose, v], on every rank."""
+        """The stream of the chunk before (None for the first) → the stream after this one."""
         if self.is_first:
             x_TH = self._embed(info.tokens)
         assert x_TH is not None
         for layer in self.layers:
             x_TH = layer(x_TH, info)
-        return self._logits(x_TH.index_select(0, info.last_rows)) if self.is_last else x_TH
+        return x_TH
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.group.size() == 1:
@@ -253,7 +252,8 @@ class PlainChunk:
         dist.all_reduce(found, group=self.group)
         return found
 
-    def _logits(self, x_RH: Tensor) -> Tensor:
+    def logits(self, x_RH: Tensor) -> Tensor:
+        """Rows of the last chunk's stream → logits of the whole vocabulary, fp32 [R, v], on every rank."""
         model = self.model.model_config
         logits = self.output(self.norm(x_RH)).float()
         if self.group.size() > 1:
