@@ -329,7 +329,9 @@ def _deterministic(case: Case) -> Iterator[Problem]:
     if not kernels.deterministic:
         return
     if case.device == "cuda":
-        statement = f"{name} = true is for a CPU, whose products are known to round a row alike; the run's device is cuda"
+        statement = (
+            f"{name} = true is for a CPU, whose products are known to round a row alike; the run's device is cuda"
+        )
         yield Problem((name, "device"), statement, {name: False})
     for operator in ("rms_norm", "rope", "attention", "swiglu", "cross_entropy"):
         if (chosen := getattr(kernels, operator)) not in ("auto", "torch"):
@@ -341,8 +343,8 @@ def _deterministic(case: Case) -> Iterator[Problem]:
     scaling = config.model.rope_scaling
     if scaling is not None and scaling.kind in ("dynamic", "longrope"):
         statement = (
-            f"{name} = true, and model.rope_scaling.kind = {scaling.kind} turns keys by angles that depend on the length "
-            "of the text, which training does not know token by token"
+            f"{name} = true, and model.rope_scaling.kind = {scaling.kind} turns keys by angles that depend on the "
+            "length of the text, which training does not know token by token"
         )
         yield Problem((name, "model.rope_scaling.kind"), statement, {name: False})
     if math.gcd(config.parallel.tp, 16) > 8:

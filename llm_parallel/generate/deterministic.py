@@ -11,12 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_parallel.config.tree import ModelConfig
+from llm_parallel.errors import UserError
 from llm_parallel.generate.paged import AttentionOptions, Keys, LayerCache, Pass
 from llm_parallel.model.deterministic import cut, parted_product, product, squares_of_heads, sum_over_ranks
 from llm_parallel.model.deterministic_attention import Scores, attend_in_chunks, whole_blocks
 from llm_parallel.model.deterministic_attention import attend as attend_blocks
 
 Function = Callable[[Tensor], Tensor]
+PRICE = "generation takes 1.3 to 2 times the processor time, a training step up to 1.3 times"
+"""As benchmarks/deterministic.py measured it, see benchmarks/results/generation_same_numbers_2026-11-30.md."""
+
+
+def deterministic_notice(model: ModelConfig, device: str) -> str:
+    """What the mode means for generation with a model. Raises UserError on a GPU."""
+    if device != "cpu":
+        raise UserError(
+            "deterministic is given, and the device is cuda, whose matrix products depend on the number of rows; use "
+            "--device cpu"
+        )
+    scaling = model.rope_scaling
+    same = ", and are those of training with kernels.deterministic=true"
+    if scaling is not None and scaling.kind in ("dynamic", "longrope"):
+        same = f"; those of training differ, because {scaling.kind} turns keys by angles that follow a text's length"
+    return f"deterministic: log-probabilities depend on neither batch nor layout{same}; {PRICE}"
 
 
 def linear(weight: Tensor) -> Function:

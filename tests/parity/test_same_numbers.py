@@ -1,5 +1,7 @@
 """Log-probabilities of generated tokens and those of the training forward on the same tokens, through the training
-schedule: to rounding, and bit for bit under ``kernels.deterministic``."""
+schedule: to rounding, and bit for bit under ``kernels.deterministic``.
+
+``python -m tests.parity.test_same_numbers`` prints the table of layouts, precisions and modes."""
 
 from __future__ import annotations
 
@@ -121,3 +123,105 @@ def differences(by_rank: list[tuple[list[Finished], dict]]) -> tuple[float, int,
     ]  # fmt: skip
     generated, trained = (np.concatenate([np.asarray(pair[side]) for pair in pairs]) for side in (0, 1))
     return float(np.abs(generated - trained).max()), int((generated == trained).sum()), len(generated)
+
+
+LAYOUTS = (
+    {},
+    {"tp": 2},
+    {"tp": 2, "sequence_parallel": False},
+    {"pp": 2},
+    {"tp": 2, "pp": 2},
+    {"tp": 2, "pp": 2, "sequence_parallel": False},
+    {"pp": 2, "vpp": 2},
+    {"cp": 2},
+    {"dp": 2},
+)
+EQUAL_IN_ALL = "olmo2"
+"""A family with a norm over the heads of all ranks."""
+
+
+def processes_of(parallel: dict[str, Any]) -> int:
+    return int(np.prod([size for axis, size in parallel.items() if axis in ("tp", "pp", "cp", "dp")]))
+
+
+def drawn(count: int) -> list[Request]:
+    """Requests whose answers are drawn from the model's own distribution, which training scores."""
+    return mixed_requests(count, 1, temperature=1.0)
+
+
+def compare(
+    folders: list[Path], parallel: dict[str, Any], precision: str, deterministic: bool, count: int = 12,
+    options: dict[str, int] = SMALL,
+) -> list[list[tuple[list[Finished], dict]]]:  # fmt: skip
+    """For each folder what every process found."""
+    job = [str(folder) for folder in folders], drawn(count), parallel, precision, deterministic, options
+    by_rank = run_ranks(compare_job, processes_of(parallel), *job, timeout_s=900.0)
+    return [[found[number] for found in by_rank] for number in range(len(folders))]
+
+
+def answers_of(by_rank: list[tuple[list[Finished], dict]]) -> list[Finished]:
+    return sorted({answer.number: answer for found, _ in by_rank for answer in found}.values(), key=lambda a: a.number)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_every_family_has_the_numbers_of_training(precision: str, tmp_path: Path) -> None:
+    """Without the mode to rounding; with it to the last bit, in chunks of prompts, after interruptions, and from pages
+    that requests share."""
+    folders = [random_folder(kind, tmp_path / str(number)) for number, kind in enumerate(KINDS)]
+    for deterministic in (False, True):
+        for kind, by_rank in zip(KINDS, compare(folders, {}, precision, deterministic)):
+            largest, equal, count = differences(by_rank)
+            if deterministic:
+                assert (largest, equal) == (0.0, count), kind
+            elif precision == "fp32":
+                assert largest < 2e-5 and equal < count, kind
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_layout_has_the_same_numbers_to_the_last_bit(precision: str, tmp_path: Path) -> None:
+    """Tokens drawn, their log-probabilities, and those of training."""
+    folder = random_folder(EQUAL_IN_ALL, tmp_path)
+    (one,) = compare([folder], {}, precision, True)
+    for parallel in LAYOUTS[1:]:
+        (by_rank,) = compare([folder], parallel, precision, True)
+        assert answers_of(by_rank) == answers_of(one), parallel
+        scores = {key: numbers for _, found in by_rank for key, numbers in found.items()}
+        if "cp" not in parallel:  # of which a process has a part of each row
+            assert all(list(answer.log_probs) == scores[answer.number, 0] for answer in answers_of(by_rank)), parallel
+
+
+@pytest.mark.gloo
+def test_two_shards_have_the_numbers_of_one(tmp_path: Path) -> None:
+    folder = random_folder(EQUAL_IN_ALL, tmp_path)
+    one, two = ([compare([folder], parallel, "fp32", True, 6)][0][0] for parallel in ({}, {"tp": 2}))
+    assert answers_of(one) == answers_of(two) and differences(two)[0] == 0.0
+
+
+def print_table() -> None:
+    """Largest difference and equal numbers by mode, precision and layout, over two families and SmolLM2-135M."""
+    import tempfile
+
+    print("| model | layout | precision | mode | largest difference | equal | tokens |\n|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as made:
+        for kind in ("olmo2", "llama-3.1 tied"):
+            folder = random_folder(kind, Path(made) / kind)
+            for parallel in LAYOUTS:
+                if "cp" in parallel:
+                    continue
+                for precision in ("fp32", "bf16"):
+                    for deterministic in (False, True):
+                        (by_rank,) = compare([folder], parallel, precision, deterministic, 16)
+                        largest, equal, count = differences(by_rank)
+                        layout = " ".join(f"{axis} {size}" for axis, size in parallel.items()) or "one process"
+                        mode = "deterministic" if deterministic else "normal"
+                        print(
+                            f"| {kind} | {layout} | {precision} | {mode} | {largest:.1e} | {equal} | {count} |",
+                            flush=True,
+                        )
+
+
+if __name__ == "__main__":
+    print_table()
