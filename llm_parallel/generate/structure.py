@@ -11,7 +11,7 @@ import json
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +46,8 @@ class Structure:
 
     kind: Kind
     text: str
+    about: str = field(default="", compare=False)
+    """What messages call it, if not by its kind and text."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -315,9 +317,8 @@ def _compile(structure: Structure, tokenizer: Any) -> Any:
     except ValueError as error:
         reason = str(error)
     if reason:
-        raise UserError(
-            f"the {NAMES[structure.kind]} {structure.text[:80]!r} cannot be enforced: {_reason(reason)}; change it"
-        )
+        what = structure.about or f"{NAMES[structure.kind]} {structure.text[:80]!r}"
+        raise UserError(f"the {what} cannot be enforced: {_reason(reason)}; change it")
     return matcher
 
 
