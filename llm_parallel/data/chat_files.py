@@ -3,7 +3,6 @@ run. ``chat_data.py`` says what the files are."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
 from llm_parallel.data.template import DATE
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, folder_in_whole, open_own
+from llm_parallel.files import atomic_write, folder_in_whole, turn
 
 VERSION = 2
 
@@ -59,7 +58,8 @@ def prepare_conversations(
         name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         folder = Path(config.run_dir) / "data" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(folder.parent / ".lock"):
+        # Processes of one job under torchrun or srun all come here, and the first one does it.
+        with turn(folder.parent / ".lock"):
             if not (folder / REPORT).is_file():
                 shutil.rmtree(folder, ignore_errors=True)  # without a report it is not whole
                 with folder_in_whole(folder) as making:
@@ -78,17 +78,6 @@ def _point_to_tokenizer(path: Path, tokenizer: str) -> None:
         if report["tokenizer"] != tokenizer:
             with atomic_write(path) as handle:
                 json.dump(report | {"tokenizer": tokenizer}, handle, indent=1, ensure_ascii=False)
-
-
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """One process after the other: those of one job under torchrun or srun all prepare, and the first one does it."""
-    fd = open_own(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _settings(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def train_command(
     world_size = environment.world_size if environment else None
     first = environment is None or environment.rank == 0
     config, origins = load_with_origins(run_file, overrides, _notice if first else _silent)
-    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent)
+    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent, starts=not dry_run)
     again = " ".join(["llm-parallel", kind, run_file, *map(shlex.quote, overrides)])
     if dry_run:
         if first:
