@@ -88,6 +88,7 @@ class Driver:
         gauge("queue", "Answers that wait.", lambda: max(self.num_open - scheduler.num_running, 0))
         gauge("running", "Answers in work.", lambda: scheduler.num_running)
         gauge("pages_used", "Pages of the cache that answers use.", lambda: scheduler.pool.used)
+        gauge("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks(self._loop)))
         gauge("pages_total", "Pages of the cache.", lambda: scheduler.pool.num_pages)
 
     # In the event loop
