@@ -59,8 +59,8 @@ class ChatSource(Node):
     weight: PositiveFloat = 1.0
     """How often each conversation is seen in one epoch; with 0.5 every epoch takes another half of them."""
     format: Literal["auto", "alpaca", "sharegpt", "messages", "completion", "pair", "label", "scores", "arena"] = "auto"
-    """Which fields a record has; ``auto``: found by their names, and said. ``pair``, ``label``, ``scores`` and ``arena``
-    are preferences."""
+    """Which fields a record has; ``auto``: found by their names, and said. ``pair``, ``label``, ``scores`` and
+    ``arena`` are preferences."""
     columns: Columns = Columns()
     """Names of this file's fields where they are not the format's, such as ``{instruction: question}``."""
     dataset: str | None = None
