@@ -50,22 +50,30 @@ def prepare_conversations(
     encoder = open_encoder(config)
     with file_errors_explained(Path(config.run_dir) / "data", kept=""):
         opened = [open_source(source) for source in (*chat.train, *chat.eval)]
-        settings = _settings(config, encoder, opened)
-        # The same tokenizer may lie elsewhere, as beside a newer checkpoint of the model that is fine-tuned.
-        content = {key: value for key, value in settings.items() if key != "tokenizer"}
-        name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-        folder = Path(config.run_dir) / "data" / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(folder.parent / ".lock"):
-            if not (folder / REPORT).is_file():
-                shutil.rmtree(folder, ignore_errors=True)  # without a report it is not whole
-                with folder_in_whole(folder) as making:
-                    _write(making, config, encoder, opened, settings, workers)
-            _point_to_tokenizer(folder / REPORT, settings["tokenizer"])
+        settings = settings_of(config, encoder, opened)
+        folder = written_once(
+            config, settings, lambda making: _write(making, config, encoder, opened, settings, workers)
+        )
     data = ChatData.open(folder)
     for text in (*(text for source in opened for text in source.notices), *described(data.report)):
         notice(text)
     return data
+
+
+def written_once(config: RunConfig, settings: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """The folder of the run that has the content which ``settings`` say; ``write`` makes it if it is not there."""
+    # The same tokenizer may lie elsewhere, as beside a newer checkpoint of the model that is fine-tuned.
+    content = {key: value for key, value in settings.items() if key != "tokenizer"}
+    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.run_dir) / "data" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _turn(folder.parent / ".lock"):
+        if not (folder / REPORT).is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # without a report it is not whole
+            with folder_in_whole(folder) as making:
+                write(making)
+        _point_to_tokenizer(folder / REPORT, settings["tokenizer"])
+    return folder
 
 
 def _point_to_tokenizer(path: Path, tokenizer: str) -> None:
@@ -88,7 +96,7 @@ def _turn(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _settings(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened]) -> dict[str, Any]:
+def settings_of(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened]) -> dict[str, Any]:
     """All that the content of the folder depends on."""
     chat, template = config.chat, encoder.template
     return {
@@ -143,11 +151,16 @@ def _write(
         for handle in out.values():
             handle.flush()
             os.fsync(handle.fileno())
-    _refuse_empty(config.chat, counts, config.data.seq_length_tokens)
+    refuse_empty(config.chat, counts, config.data.seq_length_tokens)
     with (making / "tokens.idx").open("wb") as index:
         write_index(index.write, dtype, lengths)
         index.flush()
         os.fsync(index.fileno())
+    write_report(making, settings, encoder, counts)
+
+
+def write_report(making: Path, settings: dict[str, Any], encoder: ChatEncoder, counts: Sequence[Counts]) -> None:
+    """Writes ``report.json``, the last file of a folder."""
     report = {
         **settings,
         "template_origin": encoder.template.origin,
@@ -175,7 +188,8 @@ def _names(sources: Sequence[ChatSource]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}-{n + 1}" for n, name in enumerate(names)]
 
 
-def _refuse_empty(chat: ChatConfig, counts: Sequence[Counts], seq_length: int) -> None:
+def refuse_empty(chat: ChatConfig, counts: Sequence[Counts], seq_length: int) -> None:
+    """Raises UserError about a source of which nothing is kept."""
     for place, (source, count) in enumerate(zip((*chat.train, *chat.eval), counts)):
         if count.kept:
             continue
