@@ -86,7 +86,7 @@ class ModelConfig(Node):
     """Layers, counted from 0, whose queries and keys are not rotated; in SmolLM3 every fourth one (3, 7, 11, …)."""
     window_tokens: PositiveInt | None = None
     """Number of tokens that a query attends to, itself and those right before it, as in Mistral 7B; all before it if
-    not given. The planner counts attention to all of them in either case."""
+    not given."""
     attention_softcap: float = Field(0.0, ge=0.0)
     """Attention scores x become ``cap · tanh(x / cap)``, as in Gemma 2; 0: they stay as they are."""
     output_softcap: float = Field(0.0, ge=0.0)

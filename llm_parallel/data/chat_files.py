@@ -3,7 +3,6 @@ run. ``chat_data.py`` says what the files are."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
 from llm_parallel.data.template import DATE
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, folder_in_whole, open_own
+from llm_parallel.files import atomic_write, folder_in_whole, turn
 
 VERSION = 2
 
@@ -49,7 +48,7 @@ def prepare_conversations(
         raise UserError("data.tokenizer is not given; give the tokenizer of the model")
     encoder = open_encoder(config)
     with file_errors_explained(Path(config.run_dir) / "data", kept=""):
-        opened = [open_source(source) for source in (*chat.train, *chat.eval)]
+        opened = opened_sources(chat)
         settings = settings_of(config, encoder, opened)
         folder = written_once(
             config, settings, lambda making: _write(making, config, encoder, opened, settings, workers)
@@ -60,6 +59,15 @@ def prepare_conversations(
     return data
 
 
+def opened_sources(chat: ChatConfig) -> list[Opened]:
+    """The files of all sources, those of training first. Raises UserError that names the field of one that is not."""
+    opened = []
+    for number, one in enumerate((*chat.train, *chat.eval)):
+        with named_source(chat, number):
+            opened.append(open_source(one))
+    return opened
+
+
 def written_once(config: RunConfig, settings: dict[str, Any], write: Callable[[Path], None]) -> Path:
     """The folder of the run that has the content which ``settings`` say; ``write`` makes it if it is not there."""
     # The same tokenizer may lie elsewhere, as beside a newer checkpoint of the model that is fine-tuned.
@@ -67,7 +75,8 @@ def written_once(config: RunConfig, settings: dict[str, Any], write: Callable[[P
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(config.run_dir) / "data" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _turn(folder.parent / ".lock"):
+    # Processes of one job under torchrun or srun all come here, and the first one does it.
+    with turn(folder.parent / ".lock"):
         if not (folder / REPORT).is_file():
             shutil.rmtree(folder, ignore_errors=True)  # without a report it is not whole
             with folder_in_whole(folder) as making:
@@ -85,17 +94,6 @@ def _point_to_tokenizer(path: Path, tokenizer: str) -> None:
                 json.dump(report | {"tokenizer": tokenizer}, handle, indent=1, ensure_ascii=False)
 
 
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """One process after the other: those of one job under torchrun or srun all prepare, and the first one does it."""
-    fd = open_own(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
 def settings_of(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened]) -> dict[str, Any]:
     """All that the content of the folder depends on."""
     chat, template = config.chat, encoder.template
@@ -103,7 +101,10 @@ def settings_of(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened
         "version": VERSION,
         "files": [[[path.name, _digest(path)] for path in source.files] for source in opened],
         "sources": [[source.format, source.columns.model_dump(), dict(source.roles)] for source in opened],
-        "paths": [source.path for source in (*chat.train, *chat.eval)],
+        "paths": [
+            source.path if source.dataset is None else f"{source.path}: {source.dataset}"
+            for source in (*chat.train, *chat.eval)
+        ],
         "source_names": _names(chat.train),
         "weights": [source.weight for source in chat.train],
         "eval_fraction": 0.0 if chat.eval else chat.eval_fraction,
@@ -138,7 +139,7 @@ def _write(
         names = ("tokens", "weights", "sources", "lines")
         out = {name: stack.enter_context((making / f"{name}.bin").open("wb")) for name in names}
         for number, source in enumerate(opened):
-            for block in encoded(source, config, encoder, workers):
+            for block in blocks_of(config, number, encoded(source, config, encoder, workers)):
                 counts[number].merge(block.counts)
                 if not block.kept:
                     continue
@@ -174,6 +175,27 @@ def write_report(making: Path, settings: dict[str, Any], encoder: ChatEncoder, c
         json.dump(report, text, indent=1, ensure_ascii=False)
 
 
+def _field(chat: ChatConfig, number: int) -> str:
+    """The name of a source's field in the run file, by the number among all sources."""
+    split, index = ("train", number) if number < len(chat.train) else ("eval", number - len(chat.train))
+    return f"chat.{split}.{index}.path"
+
+
+@contextmanager
+def named_source(chat: ChatConfig, number: int) -> Iterator[None]:
+    """Puts the field of a source before what is wrong about its file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{_field(chat, number)}: {error}") from None
+
+
+def blocks_of(config: RunConfig, number: int, blocks: Iterator[Any]) -> Iterator[Any]:
+    """The blocks of source ``number``; what is wrong about one of them names the source's field."""
+    with named_source(config.chat, number):
+        yield from blocks
+
+
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as handle:
@@ -193,5 +215,4 @@ def refuse_empty(chat: ChatConfig, counts: Sequence[Counts], seq_length: int) ->
     for place, (source, count) in enumerate(zip((*chat.train, *chat.eval), counts)):
         if count.kept:
             continue
-        split, index = ("train", place) if place < len(chat.train) else ("eval", place - len(chat.train))
-        raise UserError(f"chat.{split}.{index}.path = {source.path} {count.why_empty(seq_length)}")
+        raise UserError(f"{_field(chat, place)} = {source.path} {count.why_empty(seq_length)}")

@@ -14,10 +14,17 @@ from numpy.typing import NDArray
 
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat import ChatEncoder
-from llm_parallel.data.chat_files import refuse_empty, settings_of, write_report, written_once
+from llm_parallel.data.chat_files import (
+    blocks_of,
+    opened_sources,
+    refuse_empty,
+    settings_of,
+    write_report,
+    written_once,
+)
 from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.chat_rows import encoded
-from llm_parallel.data.dataset_info import Opened, open_source
+from llm_parallel.data.dataset_info import Opened
 from llm_parallel.data.group_data import COLUMNS, GroupData
 from llm_parallel.data.group_rows import GroupCounts, described_groups, encode_groups
 from llm_parallel.data.indexed import token_dtype, write_index
@@ -43,7 +50,7 @@ def prepare_groups(
         raise UserError("data.tokenizer is not given; give the tokenizer of the model")
     encoder = open_encoder(config)
     with file_errors_explained(Path(config.run_dir) / "data", kept=""):
-        opened = [open_source(source) for source in (*chat.train, *chat.eval)]
+        opened = opened_sources(chat)
         settings = {**settings_of(config, encoder, opened), "method": config.trains, "groups": VERSION}
         folder = written_once(
             config, settings, lambda making: _write(making, config, encoder, opened, settings, workers)
@@ -74,7 +81,7 @@ def _write(
             out[name].write(np.asarray(values, COLUMNS[name]).tobytes())
 
         for number, source in enumerate(opened):
-            for block in encoded(source, config, encoder, workers, encode_groups):
+            for block in blocks_of(config, number, encoded(source, config, encoder, workers, encode_groups)):
                 counts[number].merge(block.counts)
                 for line, group in block.kept:
                     size = len(group.answers)

@@ -10,10 +10,12 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm_parallel.errors import UserError
@@ -24,23 +26,27 @@ from llm_parallel.generate.sampling import Sampling, filtered
 @dataclass(frozen=True)
 class Draw:
     """One token to choose: the settings, and what has been written so far. ``prompt_length`` of ``tokens`` are the
-    prompt's."""
+    prompt's. ``allowed``: bool [v], the tokens that may be chosen, by default all."""
 
     sampling: Sampling
     stream: int
     sample: int
     tokens: Sequence[int]
     prompt_length: int
+    allowed: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
     """A chosen token, the logarithm of its probability, and the likeliest tokens, all of the distribution drawn from
-    (for temperature 0, the model's)."""
+    (for temperature 0, the model's over the allowed tokens). ``NO_TOKEN`` if none was allowed."""
 
     token: int
     log_prob: float
     top: TopTokens = ()
+
+
+NO_TOKEN = -1
 
 
 def uniform(seed: int, stream: int, sample: int, position: int) -> float:
@@ -51,7 +57,12 @@ def uniform(seed: int, stream: int, sample: int, position: int) -> float:
 
 def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """One token for each row of fp32 logits [b, v]."""
-    logits = _changed(logits, draws)
+    lost = [draw.allowed is not None and not draw.allowed.any() for draw in draws]
+    if any(lost):
+        draws = [replace(draw, allowed=None) if without else draw for draw, without in zip(draws, lost)]
+        chosen = choose_tokens(logits, draws)
+        return [Choice(NO_TOKEN, 0.0) if without else choice for choice, without in zip(chosen, lost)]
+    logits = _allowed(_changed(logits, draws), draws)
     by_settings: dict[tuple[float, int, float, float], list[int]] = {}
     for row, draw in enumerate(draws):
         how = draw.sampling
@@ -83,6 +94,16 @@ def _changed(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         for token, bias in how.logit_bias:
             row[token] += bias
     return logits
+
+
+def _allowed(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Logits with minus infinity for tokens that are not allowed."""
+    rows = [row for row, draw in enumerate(draws) if draw.allowed is not None]
+    if not rows:
+        return logits
+    refused = torch.zeros(logits.shape, dtype=torch.bool)
+    refused[rows] = torch.from_numpy(~np.stack([draw.allowed for draw in draws if draw.allowed is not None]))
+    return logits.masked_fill(refused.to(logits.device), -torch.inf)
 
 
 def _alike(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_kernels.attention.op import backend_for as attention_backend
 from llm_kernels.rms_norm.op import rms_norm
 from llm_kernels.swiglu.op import swiglu
 from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass, attend
+from llm_parallel.generate.paging import Paging
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.modules import HeadsNorm, OutputNormLayer, RMSNorm
 
@@ -209,13 +209,11 @@ class PlainChunk:
     ``torch.inference_mode``."""
 
     def __init__(self, model: LlamaModel, caches: Sequence[LayerCache]) -> None:
-        self.model, device = model, model.groups.platform.device
+        self.model = model
         self.group = model.groups.collection.tp
         self.layers = [Layer(layer, cache) for layer, cache in zip(model.decoder.layers, caches)]
         self.is_first, self.is_last = model.pre_process, model.post_process
-        attention = model.config.kernels.attention
-        probe = torch.empty(0, dtype=model.numerics.dtype, device=device)
-        self.flat = attention_backend(probe, attention) != "torch"
+        self.paging = Paging.of(model)
         if self.is_first:
             self.embedding = model.embedding.word_embeddings.weight
         if self.is_last:
@@ -224,14 +222,13 @@ class PlainChunk:
             self.norm, self.output = norm(model.decoder.final_layernorm), product(weight)
 
     def __call__(self, x_TH: Tensor | None, info: Pass) -> Tensor:
-        """The stream of the chunk before (None for the first) → the stream after this one, or of the last chunk the
-        logits of the whole vocabulary, fp32 [rows that choose, v], on every rank."""
+        """The stream of the chunk before (None for the first) → the stream after this one."""
         if self.is_first:
             x_TH = self._embed(info.tokens)
         assert x_TH is not None
         for layer in self.layers:
             x_TH = layer(x_TH, info)
-        return self._logits(x_TH.index_select(0, info.last_rows)) if self.is_last else x_TH
+        return x_TH
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.group.size() == 1:
@@ -243,7 +240,8 @@ class PlainChunk:
         dist.all_reduce(found, group=self.group)
         return found
 
-    def _logits(self, x_RH: Tensor) -> Tensor:
+    def logits(self, x_RH: Tensor) -> Tensor:
+        """Rows of the last chunk's stream → logits of the whole vocabulary, fp32 [R, v], on every rank."""
         model = self.model.model_config
         logits = self.output(self.norm(x_RH)).float()
         if self.group.size() > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from llm_parallel.config.rules import check_model
 from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
+from llm_parallel.lines import note
 from llm_parallel.model.gpt import LlamaModel, build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
@@ -103,6 +103,6 @@ def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
             said = load_base(path_of_base(folder, content_of(folder)), network)
         load_weights(folder, network)
     for sentence in said:
-        print(sentence, file=sys.stderr)
+        note(sentence)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     return Loaded(config, network, tokenizer)

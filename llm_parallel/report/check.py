@@ -18,6 +18,8 @@ from llm_parallel.data.chat_files import prepare_conversations
 from llm_parallel.data.check import Packing, Piece, Row, histogram, packing_of, quantiles, rows_of
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import say
+from llm_parallel.screen import show as tell
 from llm_parallel.train.inherit import inherited
 
 TRAINED, SPECIAL, ASKED = "bold green", "cyan", "dim"
@@ -66,14 +68,14 @@ def check_command(run_file: str, overrides: Sequence[str], html: str | None, sam
     config = inherited(load_config(run_file, overrides, notice=notices.append), notices.append)
     data = prepare_conversations(config, notices.append)
     checked = checked_data(data, config.seed, samples, notices)
-    show(checked, Console(soft_wrap=True))
+    show(checked, Console())
     if html is not None:
         try:
             with atomic_write(html) as handle:
                 handle.write(page(checked))
         except OSError as error:
             raise UserError(f"--html {html} cannot be written: {error.strerror or error}") from None
-        print(f"wrote {html}")
+        say(f"wrote {html}")
     return 0
 
 
@@ -109,27 +111,27 @@ def _sources(data: ChatData) -> Iterator[tuple[str, ...]]:
 def show(checked: Checked, console: Console) -> None:
     """Prints it: trained tokens in green, or between marks where there are no colours."""
     for notice in checked.notices:
-        console.print(Text(notice))
+        tell(notice, console)
     for label, value, note in checked.facts:
-        console.print(Text(f"{label}: {value} ({note})"))
+        tell(f"{label}: {value} ({note})", console)
     shortest, median, nine, most, longest = checked.lengths
-    console.print(
-        Text(
-            f"tokens of a conversation: {shortest} to {longest}, median {median}, 90 % up to {nine}, 99 % up to {most}"
-        )
+    tell(
+        f"tokens of a conversation: {shortest} to {longest}, median {median}, 90 % up to {nine}, 99 % up to {most}",
+        console,
     )
     highest = max((count for _, _, count in checked.bins), default=1) or 1
+    bar = min(BAR, console.width - 30)  # what stands before and after it
     for first, last, count in checked.bins:
         if count:
-            console.print(Text(f"{first:>7} to {last:<7} {'█' * max(1, round(BAR * count / highest))} {count:,}"))
+            tell(f"{first:>7} to {last:<7} {'█' * max(1, round(bar * count / highest))} {count:,}", console)
     if checked.rows:
         how = "in green" if console.is_terminal else f"between {BEGIN} and {END}"
-        console.print(Text(f"\nsamples as the model sees them, trained tokens {how}:"))
+        tell(f"\nsamples as the model sees them, trained tokens {how}:", console)
     for sample in checked.rows:
         for shown in sample.conversations:
             place = f"{shown.source} record {shown.line}, {shown.tokens} tokens, {shown.trained} trained"
-            console.rule(Text(f"sample {sample.number}: {place}"), style=ASKED, align="left")
-            console.print(coloured(shown.pieces, console.is_terminal))
+            tell(f"\nsample {sample.number}: {place}", console)
+            console.print(coloured(shown.pieces, console.is_terminal), soft_wrap=not console.is_terminal)
         if sample.padding:
             console.print(Text(f"and {some(sample.padding, 'token')} of padding", style=ASKED))
 

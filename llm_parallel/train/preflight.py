@@ -16,7 +16,8 @@ from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.train.inherit import inherited, other_tokenizer
+from llm_parallel.train.inherit import inherited, other_tokenizer, with_own_tokenizer
+from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import steps_for, total_samples
 
 MANY_STEPS = 10**9
@@ -37,14 +38,19 @@ def expected_device(config: RunConfig) -> str:
 
 
 def preflight(
-    config: RunConfig, world_size: int | None = None, notice: Callable[[str], None] = lambda _: None
+    config: RunConfig,
+    world_size: int | None = None,
+    notice: Callable[[str], None] = lambda _: None,
+    starts: bool = False,
 ) -> RunConfig:
     """The configuration with the vocabulary filled in from the tokenizer, after every check that needs no process.
 
     ``world_size``: number of processes if they are already started; ``notice`` is called with what could not be
-    checked. Raises UserError.
+    checked; ``starts``: the run begins after this, so that what may vanish is copied to its folder. Raises UserError.
     """
     config = inherited(without_own_load(config, notice), notice)
+    if starts:
+        config = with_own_tokenizer(config, notice)
     processes = world_size or num_processes(config)
     device = expected_device(config)
     train = config.train
@@ -124,6 +130,8 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
         check_preferences(config, data, notice)
     else:
         data = prepare_conversations(config, notice)
+    if unused := unused_conversations(Path(config.run_dir), data.folder):
+        notice(unused)
     chat = config.chat.model_copy(update={"prepared": str(data.folder)})
     train = config.train
     if train.epochs is not None:

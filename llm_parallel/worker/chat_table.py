@@ -8,6 +8,7 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat_data import ChatData
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.group_rows import UNITS
+from llm_parallel.lines import say
 from llm_parallel.screen import show_table
 from llm_parallel.train.step_settings import total_samples
 
@@ -31,7 +32,7 @@ def show_conversations(config: RunConfig) -> None:
     size, count = config.data.seq_length_tokens, samples.packer.samples_of(0)
     used = int((lengths[data.numbers("train")] - 1).sum()) if all(weight == 1 for weight in weights) else None
     filled = f", {used / (count * size):.0%} of them filled" if used is not None else ""
-    print(
+    say(
         f"an epoch has {count:,} samples of {size:,} tokens{filled}; {config.train.steps:,} steps of "
         f"{config.train.global_batch_size} samples are {epochs:.2f} epochs"
     )
@@ -55,7 +56,7 @@ def show_preferences(config: RunConfig) -> None:
         rows.append((path, shares[0], f"{trained[number]:,}", f"{held[number]:,}", f"{tokens:,}", shares[1]))
     unit = f"{UNITS[config.trains]}s"
     show_table(f"Preferences, as {unit}", ("source", "weight", "trained on", "held out", "tokens", "times seen"), rows)
-    print(
+    say(
         f"an epoch has {packer.samples_of(0):,} samples of {config.data.seq_length_tokens:,} tokens; "
         f"{config.train.steps:,} steps of {config.train.global_batch_size} samples are {epochs:.2f} epochs"
     )

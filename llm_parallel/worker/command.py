@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.config.tree_tune import PREFERENCES
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import note, say
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.screen import say_next
 from llm_parallel.train.preflight import preflight
@@ -45,7 +45,7 @@ def train_command(
     world_size = environment.world_size if environment else None
     first = environment is None or environment.rank == 0
     config, origins = load_with_origins(run_file, overrides, _notice if first else _silent)
-    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent)
+    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent, starts=not dry_run)
     again = " ".join(["llm-parallel", kind, run_file, *map(shlex.quote, overrides)])
     if dry_run:
         if first:
@@ -70,7 +70,7 @@ def is_finished(config: RunConfig) -> bool:
     step = step_of(newest) if newest is not None else None
     if step is None or step < config.train.steps:
         return False
-    print(
+    say(
         f"{config.run_dir} is finished: {newest} holds step {step}, and train.steps is {config.train.steps}; set a "
         "larger train.steps to go on, or another run_dir to begin anew"
     )
@@ -123,7 +123,7 @@ def _train(config: RunConfig, environment: WorkerEnv | None) -> int:
         status = launch_local(num_processes(config), arguments, Path(config.run_dir) / "logs")
     if first and status in (0, EXIT_STOPPED) and config.log.plots:
         for picture in plot_run(Path(config.run_dir)):
-            print(f"plot: {picture}")
+            say(f"plot: {picture}")
     return status
 
 
@@ -141,7 +141,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def _notice(text: str) -> None:
-    print(text, file=sys.stderr)
+    note(text)
 
 
 def _silent(_: str) -> None:

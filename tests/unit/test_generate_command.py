@@ -65,7 +65,7 @@ def printed(
     loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], network=None, config=config, tokenizer=tokenizer)
     monkeypatch.setattr(command, "load_model", lambda *_: loaded)
 
-    def generate(models: Any, numbers: list[list[int]], sampling: Any, ends: Any, on_token: Any) -> None:
+    def generate(models: Any, numbers: list[list[int]], sampling: Any, ends: Any, on_token: Any, _: Any) -> None:
         for number, prompt in enumerate(prompts):
             for token in tokenizer.encode(prompt + answer)[len(tokenizer.encode(prompt)) :]:
                 if on_token(number, token):
@@ -94,7 +94,7 @@ def test_a_chats_prompt_is_written_by_the_template_and_ends_where_the_template_d
     monkeypatch.setattr(command, "load_model", lambda *_: loaded)
     seen: list[Any] = []
 
-    def generate(models: Any, numbers: Any, sampling: Any, ends: set[int], on_token: Any) -> None:
+    def generate(models: Any, numbers: Any, sampling: Any, ends: set[int], on_token: Any, _: Any) -> None:
         seen.extend((tokenizer.decode(numbers[0], control=True), ends))
         for token in tokenizer.encode("assistant\nthe mat")[len(tokenizer.encode("assistant\n")) :]:
             on_token(0, token)
