@@ -405,6 +405,7 @@ def generate(request: GenerateRequest) -> None:
         stop=request.stop,
         chat=request.chat,
         structure=structure_of(request),
+        deterministic=request.deterministic,
     )
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"

@@ -6,6 +6,7 @@ make another rule fail; following the fixes always ends in a configuration that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -331,6 +332,34 @@ def _gluon(case: Case) -> Iterator[Problem]:
             yield Problem(("kernels.attention", f"model.{name}"), statement, fix)
 
 
+def _deterministic(case: Case) -> Iterator[Problem]:
+    config, kernels, name = case.config, case.config.kernels, "kernels.deterministic"
+    if not kernels.deterministic:
+        return
+    if case.device == "cuda":
+        statement = (
+            f"{name} = true is for a CPU, whose products are known to round a row alike; the run's device is cuda"
+        )
+        yield Problem((name, "device"), statement, {name: False})
+    for operator in ("rms_norm", "rope", "attention", "swiglu", "cross_entropy"):
+        if (chosen := getattr(kernels, operator)) not in ("auto", "torch"):
+            statement = f"{name} = true computes by torch, and kernels.{operator} = {chosen}"
+            yield Problem((name, f"kernels.{operator}"), statement, {f"kernels.{operator}": "auto"})
+    if kernels.output_loss != "separate":
+        statement = f"{name} = true needs the logits of all tokens, and kernels.output_loss = {kernels.output_loss}"
+        yield Problem((name, "kernels.output_loss"), statement, {"kernels.output_loss": "separate"})
+    scaling = config.model.rope_scaling
+    if scaling is not None and scaling.kind in ("dynamic", "longrope"):
+        statement = (
+            f"{name} = true, and model.rope_scaling.kind = {scaling.kind} turns keys by angles that depend on the "
+            "length of the text, which training does not know token by token"
+        )
+        yield Problem((name, "model.rope_scaling.kind"), statement, {name: False})
+    if math.gcd(config.parallel.tp, 16) > 8:
+        statement = f"{name} = true has at most 8 shards of the vocabulary, and parallel.tp = {config.parallel.tp}"
+        yield Problem((name, "parallel.tp"), statement, {name: False})
+
+
 def _adapter(case: Case) -> Iterator[Problem]:
     adapter, model, tp = case.config.adapter, case.config.model, case.config.parallel.tp
     if adapter is None or adapter.base != "nf4":
@@ -368,6 +397,7 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _machine,
     rules_layout.check_rope,
     _gluon,
+    _deterministic,
     _adapter,
     rules_method.check_method,
 )

@@ -195,6 +195,9 @@ class KernelsConfig(Node):
     output matrix is held in fp32 until backward (less memory than logits where a micro batch has over 2 hidden_size
     tokens). ``fused-recompute``: holds no gradients, for the least memory, and computes the logits a second time in
     backward."""
+    deterministic: bool = False
+    """What a token gets in forward depends neither on the tokens computed with it nor on the layout, to the last bit,
+    so that log-probabilities are the same in generation and in training. On CPU only, and slower."""
 
 
 class RampUp(Node):

@@ -87,6 +87,10 @@ class Method:
 
 
 PRETRAINING = Method()
+DETERMINISTIC = (
+    "kernels.deterministic: what a token gets depends on neither batch nor layout, to the last bit; a step takes up to "
+    "1.3 times the processor time"
+)
 
 
 def open_run(
@@ -282,5 +286,6 @@ def describe(config: RunConfig, layout: Layout, groups: Groups, resumed: Resumed
         f"{count.total / 1e6:,.1f} M parameters{trained}, {train.precision}, vocabulary {config.model.vocab_size}",
         f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {resumed.origin}",
         *differs,
+        *([DETERMINISTIC] if config.kernels.deterministic else []),
         f"run folder {config.run_dir}; MFU ({CONVENTIONS['model']}): {peak.describe()}",
     ]
