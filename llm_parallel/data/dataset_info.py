@@ -64,8 +64,8 @@ def open_source(source: ChatSource, preferences: bool = False) -> Opened:
         return _declared(source, source.dataset, preferences)
     if source.format in PREFERENCES and not preferences:
         raise UserError(
-            f"format of {source.path} is {source.format}, for training by preferences (llm-parallel prefer); give auto, "
-            "alpaca, sharegpt, messages or completion"
+            f"format of {source.path} is {source.format}, for training by preferences (llm-parallel prefer); give "
+            "auto, alpaca, sharegpt, messages or completion"
         )
     wrong = [name for name in PREFERRED if getattr(source.columns, name) is not None and not preferences]
     if wrong:

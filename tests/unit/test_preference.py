@@ -266,5 +266,5 @@ def test_columns_of_preferences_are_refused_for_conversations(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"columns\.chosen .*preferences"):
         open_source(source)
     assert open_source(source, preferences=True).columns.chosen == "good"
-    with pytest.raises(UserError, match="format of .* is pair, for training by preferences"):
+    with pytest.raises(UserError, match=r"format of .* is pair, for training by preferences"):
         open_source(ChatSource(path=str(tmp_path / "a.jsonl"), format="pair"))
