@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -40,7 +41,10 @@ def serve_command(request: ServeRequest, keys_of_environment: str = "") -> int:
     logs = request.logs or Path(tempfile.mkdtemp(prefix="llm-parallel-serve-"))
     note(f"[{request.num_processes} processes; their logs are in {logs}]")
     content = json.dumps({**asdict(request), "logs": str(logs)}, default=str)
-    return launch_local(request.num_processes, ["-m", "llm_parallel.serve", content], logs)
+    status = launch_local(request.num_processes, ["-m", "llm_parallel.serve", content], logs)
+    if status == 0 and request.logs is None:
+        shutil.rmtree(logs, ignore_errors=True)
+    return status
 
 
 def serve_here(request: ServeRequest, keys: Sequence[str], member: Member) -> int:
