@@ -74,7 +74,8 @@ def nothing_more(run: Run) -> None:
 @dataclass(frozen=True)
 class Method:
     """What a run trains: what a step minimises, with which models, on what; which data are held out and how they are
-    judged; ``evaluated`` is called after each evaluation, on every process."""
+    judged; ``evaluated`` is called after each evaluation, on every process; ``observes``: with accuracy and entropy of
+    the labels, at steps that are logged and in evaluations."""
 
     objective: Callable[[RunConfig], Objective] = likelihood
     evaluation: Callable[[RunConfig], Objective] = unweighted_likelihood
@@ -82,6 +83,7 @@ class Method:
     feed: Callable[[RunConfig, Groups, TrainState], Feed] = token_feed
     held_out: Callable[[RunConfig, Groups, TrainState], HeldOut] = evaluation_batches
     evaluated: Callable[[Run], None] = nothing_more
+    observes: bool = False
 
 
 PRETRAINING = Method()
@@ -128,6 +130,7 @@ def open_run(
             objective=objective,
             evaluation=method.evaluation(config),
             evaluated=method.evaluated,
+            observes=method.observes,
             feed=feed,
             held_out=held_out,
             store=store,
