@@ -61,8 +61,8 @@ def prepare_groups(
     if data.method == "kto" and 0 in data.liked:
         kind, other = ("liked", "not liked") if data.liked[0] else ("not liked", "liked")
         notice(
-            f"all {sum(data.liked):,} answers to train on are {kind}, and kto compares both kinds; add answers that were "
-            f"{other}"
+            f"all {sum(data.liked):,} answers to train on are {kind}, and kto compares both kinds; add answers that "
+            f"were {other}"
         )
     return data
 
