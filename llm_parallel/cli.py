@@ -26,6 +26,7 @@ from llm_parallel.options import with_options
 from llm_parallel.planner.request import PlanRequest
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.report.request import ReportRequest
+from llm_parallel.serve.request import ServeRequest
 from llm_parallel.versions import refuse_unsupported
 
 
@@ -115,13 +116,12 @@ def check(
     samples: Annotated[int, typer.Option(help="Samples to show, token by token.")] = 3,
     html: Annotated[str | None, typer.Option(help="File of an HTML page with the same.")] = None,
 ) -> None:
-    """Show the conversations of a run as the model will see them: what is trained, cut, packed, and where it stops."""
+    """Show conversations or preferences as the model will see them: what is trained, cut and packed, where it stops."""
     from llm_parallel.report.check import check_command
     from llm_parallel.screen import say_next
 
-    status = check_command(run_file, overrides or [], html, samples)
-    say_next(" ".join(["llm-parallel sft", run_file, *(overrides or []), "--dry-run"]))
-    raise typer.Exit(status)
+    trains = check_command(run_file, overrides or [], html, samples)
+    say_next(" ".join([f"llm-parallel {trains}", run_file, *(overrides or []), "--dry-run"]))
 
 
 # Train
@@ -142,10 +142,7 @@ def quickstart(
 
 @command(app, "pretrain", with_overrides=True)
 def pretrain(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    dry_run: WithoutStart = False,
-    everything: Everything = False,
+    run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
 ) -> None:
     """Train on next-token prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
     from llm_parallel.worker.command import train_command
@@ -155,15 +152,23 @@ def pretrain(
 
 @command(app, "sft", with_overrides=True)
 def sft(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    dry_run: WithoutStart = False,
-    everything: Everything = False,
+    run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
 ) -> None:
     """Fine-tune a model on conversations (chat.train), so that it answers and stops. Starts like pretrain."""
     from llm_parallel.worker.command import train_command
 
     raise typer.Exit(train_command("sft", run_file, overrides or [], dry_run, everything))
+
+
+@command(app, "prefer", with_overrides=True)
+def prefer(
+    run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
+) -> None:
+    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf). Starts like
+    pretrain."""
+    from llm_parallel.worker.command import train_command
+
+    raise typer.Exit(train_command("prefer", run_file, overrides or [], dry_run, everything))
 
 
 @command(app, "launch", with_overrides=True)
@@ -376,7 +381,7 @@ def report(request: ReportRequest) -> None:
 @with_options
 def generate(request: GenerateRequest) -> None:
     """Write on from prompts, or answer a file of prompts or conversations."""
-    from llm_parallel.generate.command import generate_command, generate_file_command, sampling_of
+    from llm_parallel.generate.command import generate_command, generate_file_command, sampling_of, structure_of
     from llm_parallel.screen import say_next
 
     if request.input is not None:
@@ -389,12 +394,23 @@ def generate(request: GenerateRequest) -> None:
         device=request.device,
         stop=request.stop,
         chat=request.chat,
+        structure=structure_of(request),
+        deterministic=request.deterministic,
     )
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"
         say_next(f"llm-parallel convert {request.checkpoint} {target}")
     else:
         say_next(f"llm-parallel generate {request.checkpoint} --prompt … --temperature 0.7 --top-p 0.95")
+
+
+@command(app, "serve")
+@with_options
+def serve(request: ServeRequest) -> None:
+    """Serve a model to clients of OpenAI's interface over HTTP, with a chat page for the browser."""
+    from llm_parallel.serve.command import serve_command
+
+    raise typer.Exit(serve_command(request, os.environ.get("LLM_PARALLEL_API_KEYS", "")))
 
 
 @command(app, "convert")

@@ -55,6 +55,13 @@ COMMANDS: dict[str, CommandHelp] = {
             "configs/sft.yaml checkpoint.load=models/SmolLM2-135M adapter.rank=16",
         ),
     ),
+    "prefer": CommandHelp(
+        TRAIN,
+        (
+            "configs/prefer.yaml --dry-run",
+            "configs/prefer.yaml method.kind=kto checkpoint.load=runs/sft adapter.rank=16",
+        ),
+    ),
     "launch": CommandHelp(
         TRAIN,
         (
@@ -109,9 +116,11 @@ COMMANDS: dict[str, CommandHelp] = {
             'runs/first --prompt "def " --temperature 0.7 --top-k 50',
             'runs/first-hf --prompt "import " --prompt "class "',
             'runs/quickstart/chat --chat --prompt "What is json for?"',
+            'runs/first-hf --prompt "Is it spam? " --choice yes --choice no',
             "runs/first-hf --input prompts.jsonl --output answers.jsonl --samples 4 --temperature 0.7",
         ),
     ),
+    "serve": CommandHelp(USE, ("runs/quickstart/chat", "runs/first-hf --port 9000 --api-key-file keys.txt")),
     "convert": CommandHelp(USE, ("runs/first runs/first-hf", "models/Llama-3.2-1B runs/imported")),
 }
 """Every command by its name, with that of its group of commands before it where it has one."""

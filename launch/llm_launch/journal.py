@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -105,6 +106,8 @@ class Journal:
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")  # a worker's progress bar may stand there; it is drawn anew below
         note(f"elastic | {text}")
 
     def fail(self, verdict: Verdict) -> None:
