@@ -14,13 +14,14 @@ import typer
 from llm_launch.drill_request import DrillRequest
 from llm_launch.submit_request import SubmitRequest
 from llm_parallel.bench.requests import CommRequest, KernelsRequest, ScalingRequest, StepRequest
+from llm_parallel.chat.request import ChatRequest
 from llm_parallel.command_help import MEASURE, command
 from llm_parallel.convert.request import ConvertRequest
 from llm_parallel.data.request import PrepareRequest
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
 from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.goodput.request import GoodputRequest
-from llm_parallel.help_page import Command, Group, explain_usage
+from llm_parallel.help_page import Command, Group, explain_usage, show_version
 from llm_parallel.lines import note, say
 from llm_parallel.options import with_options
 from llm_parallel.planner.request import PlanRequest
@@ -28,14 +29,6 @@ from llm_parallel.quiet import quiet_libraries
 from llm_parallel.report.request import ReportRequest
 from llm_parallel.serve.request import ServeRequest
 from llm_parallel.versions import refuse_unsupported
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from llm_parallel.metrics.run import installed_versions
-
-        typer.echo("\n".join(f"{name} {version}" for name, version in installed_versions().items()))
-        raise typer.Exit
 
 
 def complete_field(incomplete: str) -> list[str]:
@@ -79,7 +72,7 @@ bench = typer.Typer(cls=Group, no_args_is_help=True, help="Measure kernels and t
 def options(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show versions and exit.", callback=_show_version, is_eager=True),
+        typer.Option("--version", help="Show versions and exit.", callback=show_version, is_eager=True),
     ] = False,
 ) -> None:
     """Options of the whole program; its help is that of ``app``."""
@@ -411,6 +404,15 @@ def serve(request: ServeRequest) -> None:
     from llm_parallel.serve.command import serve_command
 
     raise typer.Exit(serve_command(request, os.environ.get("LLM_PARALLEL_API_KEYS", "")))
+
+
+@command(app, "chat")
+@with_options
+def chat(request: ChatRequest) -> None:
+    """Talk with a model in the terminal: one in this process, or one behind an address with OpenAI's interface."""
+    from llm_parallel.chat.command import chat_command
+
+    raise typer.Exit(chat_command(replace(request, environment=dict(os.environ))))
 
 
 @command(app, "convert")

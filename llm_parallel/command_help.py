@@ -121,6 +121,14 @@ COMMANDS: dict[str, CommandHelp] = {
         ),
     ),
     "serve": CommandHelp(USE, ("runs/quickstart/chat", "runs/first-hf --port 9000 --api-key-file keys.txt")),
+    "chat": CommandHelp(
+        USE,
+        (
+            "runs/quickstart/chat",
+            "runs/quickstart/chat --system 'Answer briefly.' --temperature 0",
+            "http://127.0.0.1:8000 --load conversation.json",
+        ),
+    ),
     "convert": CommandHelp(USE, ("runs/first runs/first-hf", "models/Llama-3.2-1B runs/imported")),
 }
 """Every command by its name, with that of its group of commands before it where it has one."""

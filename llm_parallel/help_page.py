@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, get_args
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from llm_parallel.lines import note, terminal_width, wrapped
@@ -39,6 +40,15 @@ class Group(TyperGroup):
 def _page_here(command: Any, ctx: Any) -> str | None:
     width = terminal_width(sys.stdout)
     return page(command, ctx, width) if width is None or width < PANELS_FROM else None
+
+
+def show_version(wanted: bool) -> None:
+    """Prints the installed versions, if they are asked for, and ends."""
+    if wanted:
+        from llm_parallel.metrics.run import installed_versions
+
+        typer.echo("\n".join(f"{name} {version}" for name, version in installed_versions().items()))
+        raise typer.Exit
 
 
 def explain_usage(error: Exception) -> None:

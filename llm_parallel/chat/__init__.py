@@ -1,0 +1,1 @@
+"""``llm-parallel chat``: a conversation with a model in the terminal."""
