@@ -167,6 +167,20 @@ def sft(
     raise typer.Exit(train_command("sft", run_file, overrides or [], dry_run, everything))
 
 
+@command(app, "prefer", with_overrides=True)
+def prefer(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    dry_run: WithoutStart = False,
+    everything: Everything = False,
+) -> None:
+    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf). Starts like
+    pretrain."""
+    from llm_parallel.worker.command import train_command
+
+    raise typer.Exit(train_command("prefer", run_file, overrides or [], dry_run, everything))
+
+
 @command(app, "launch", with_overrides=True)
 def launch(
     run_file: RunFile,
@@ -391,6 +405,7 @@ def generate(request: GenerateRequest) -> None:
         stop=request.stop,
         chat=request.chat,
         structure=structure_of(request),
+        deterministic=request.deterministic,
     )
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"

@@ -74,9 +74,9 @@ def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
         print(prompt + text)
 
 
-def _open(checkpoint: str, device: str) -> tuple[Loaded, Tokenizer, list[Path]]:
+def _open(checkpoint: str, device: str, deterministic: bool) -> tuple[Loaded, Tokenizer, list[Path]]:
     """The model, its tokenizer, and the folders whose files say how texts begin and end."""
-    loaded = load_model(checkpoint, device)
+    loaded = load_model(checkpoint, device, deterministic=deterministic)
     if loaded.tokenizer is None:
         raise UserError(
             f"{checkpoint} has no tokenizer beside its weights; put a tokenizer.json or tokenizer.model there"
@@ -124,7 +124,7 @@ def generate_file_command(request: GenerateRequest) -> int:
     assert request.input is not None and request.output is not None
     settings = (sampling_of(request), tuple(request.stop), request.samples, request.max_running)
     job = FileJob(request.input, request.output, *settings, structure_of(request))
-    loaded, tokenizer, folders = _open(request.checkpoint, request.device)
+    loaded, tokenizer, folders = _open(request.checkpoint, request.device, request.deterministic)
     try:
         reader = PromptReader(loaded, prompt_prefix(tokenizer, folders), frozenset(end_tokens(tokenizer, folders)))
         return answer_file(job, loaded, reader, request.checkpoint)
@@ -141,13 +141,14 @@ def generate_command(
     stop: Sequence[str] = (),
     chat: bool = False,
     structure: Structure | None = None,
+    deterministic: bool = False,
 ) -> list[str]:
     """Prints each prompt and its continuation, up to the first of the texts ``stop`` in it; token by token if there is
     one prompt and a terminal. ``chat``: prompts are a user's messages, and answers stand on a line of their own.
     ``structure``: the form that answers must have.
 
     Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
-    loaded, tokenizer, folders = _open(checkpoint, device)
+    loaded, tokenizer, folders = _open(checkpoint, device, deterministic)
     begin, ends = prompt_prefix(tokenizer, folders), end_tokens(tokenizer, folders)
     if chat:
         encoder = open_encoder(loaded.config)

@@ -107,6 +107,7 @@ class Generator:
         self._tokenizer, self.on_token = tokenizer, on_token
         self._structures: Structures | None = None
         self._texts: weakref.WeakKeyDictionary[Draft, Answer] = weakref.WeakKeyDictionary()
+        self._deterministic = self._models[0].config.kernels.deterministic
         self._pp, self._device = self.groups.mesh.pp, self.groups.platform.device
         num_pages = _num_pages(network, options)
         self.limits = Limits(num_pages, options.page_tokens, options.max_running, options.pass_tokens)
@@ -243,8 +244,8 @@ class Generator:
             return
         draws = [self._draw(part.sequence) for part in running.parts if part.chooses]
         if running.num_chosen:
-            choices = choose_tokens(logits[: len(draws)], draws) if draws else []
-            choices += extras.scores(logits[len(draws) :]) if extras is not None else []
+            choices = choose_tokens(logits[: len(draws)], draws, self._deterministic) if draws else []
+            choices += extras.scores(logits[len(draws) :], self._deterministic) if extras is not None else []
             running.chosen = _packed(choices, running.width).to(self._device)
             running.sent.append(self._broadcast(running.chosen, wait=False))
         if extras is not None and extras.pooled:

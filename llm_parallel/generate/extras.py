@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm_parallel.generate.draw import Choice
 from llm_parallel.generate.scheduler import Part
+from llm_parallel.model.deterministic import log_probs_of
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,15 @@ class Extras:
         """Most of the likeliest tokens that are wanted with one."""
         return max((top for _, top in self.scored), default=0)
 
-    def scores(self, logits: Tensor) -> list[Choice]:
+    def scores(self, logits: Tensor, deterministic: bool = False) -> list[Choice]:
         """The prompt's own tokens as if they had been chosen, under the model's distribution. logits: fp32 [scored
-        rows, v]."""
+        rows, v]; deterministic: as of ``choose_tokens``."""
         if not self.scored:
             return []
         log_probs = logits.log_softmax(-1)
         tokens = torch.tensor([token for token, _ in self.scored], device=logits.device)
-        own = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
+        exact = log_probs_of(logits, tokens) if deterministic else log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        own = exact.tolist()
         if not self.width:
             return [Choice(token, log_prob) for (token, _), log_prob in zip(self.scored, own)]
         top = log_probs.topk(min(self.width, logits.shape[1]), dim=-1)

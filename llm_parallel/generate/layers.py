@@ -20,8 +20,10 @@ from torch import Tensor
 
 from llm_kernels.rms_norm.op import rms_norm
 from llm_kernels.swiglu.op import swiglu
+from llm_parallel.generate import deterministic
 from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass, attend
 from llm_parallel.generate.paging import Paging
+from llm_parallel.model.deterministic import gated
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.modules import HeadsNorm, OutputNormLayer, RMSNorm
 
@@ -51,7 +53,7 @@ def product(weight: Tensor) -> Function:
 def norm(module: Any) -> Function:
     """The RMSNorm of a module over the last dim."""
     weight, eps, backend = module.weight, module.eps, module.backend
-    if weight.is_cuda or backend == "triton":
+    if weight.is_cuda or backend == "triton" or module.deterministic:
         return lambda x: rms_norm(x, weight, eps, backend=backend)
     shape = tuple(weight.shape)
     return lambda x: F.rms_norm(x, shape, weight, eps)
@@ -63,6 +65,8 @@ def heads_norm(module: Any) -> Function | None:
         return norm(module)
     if not isinstance(module, HeadsNorm):
         return None
+    if module.deterministic:
+        return deterministic.over_heads(module)
     weight, eps, channels, group = module.heads_weight, module.eps, module.channels, module.group
 
     def over_heads(x_TND: Tensor) -> Tensor:
@@ -78,6 +82,8 @@ def heads_norm(module: Any) -> Function | None:
 
 def column(module: Any) -> Function:
     """A linear whose rows ranks divide: x [T, H] → this rank's columns of the output."""
+    if module.config.kernels.deterministic:
+        return deterministic.column(module)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     wide_b = None if adapter is None else adapter.wide_b()
 
@@ -94,6 +100,8 @@ def column(module: Any) -> Function:
 
 def row(module: Any, group: Any) -> Function:
     """A linear whose columns ranks divide: this rank's columns of the input → the whole output [T, H]."""
+    if module.config.kernels.deterministic:
+        return deterministic.row(module, group)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     several = group.size() > 1
 
@@ -134,6 +142,7 @@ class AttentionLayer:
         self.project, self.output = column(module.linear_qkv), row(module.linear_proj, self.group)
         self.norm_q, self.norm_k = heads_norm(module.q_layernorm), heads_norm(module.k_layernorm)
         self.rotates = core.rotates
+        self.attend = deterministic.attend if config.kernels.deterministic else attend
         self.options = AttentionOptions(core.scale, core.window[0], core.softcap, core.kernels.attention)
 
     def __call__(self, x_TH: Tensor, info: Pass) -> Tensor:
@@ -147,7 +156,7 @@ class AttentionLayer:
             q, k = self._apart(qkv, info)
         self.cache.k.index_copy_(0, info.slots, k)
         self.cache.v.index_copy_(0, info.slots, qkv[:, :, per_group + 1])
-        return self.output(attend(q, self.cache, info, self.options))
+        return self.output(self.attend(q, self.cache, info, self.options))
 
     def _whole_groups(self, qkv_TW: Tensor) -> Tensor:
         """[T, G, M + 2, D] of this rank's groups: for each its query heads, its key and its value. Where ranks share a
@@ -166,7 +175,7 @@ class AttentionLayer:
             q = q.unflatten(2, (self.sharing, -1))[:, :, self.tp_rank % self.sharing]
         shape = q.shape
         if self.norm_q is not None:
-            q = self.norm_q(q.reshape(shape[0], -1, self.head_dim)).view(shape)
+            q = self.norm_q(q.reshape(shape[0], -1, self.head_dim).contiguous()).view(shape)
         if self.norm_k is not None:
             k = self.norm_k(k.contiguous())
         if self.rotates:
@@ -187,7 +196,7 @@ class Layer:
         else:
             norms = module.input_layernorm, module.pre_mlp_layernorm
         self.norm_attention, self.norm_mlp = map(norm, norms)
-        self.swiglu_backend = module.config.kernels.swiglu
+        self.kernels = module.config.kernels
 
     def __call__(self, x_TH: Tensor, info: Pass) -> Tensor:
         if self.norms_outputs:
@@ -198,8 +207,10 @@ class Layer:
 
     def _mlp(self, x_TH: Tensor) -> Tensor:
         wide = self.up(x_TH)
-        if wide.is_cuda or self.swiglu_backend == "triton":
-            return self.down(swiglu(wide, backend=self.swiglu_backend))
+        if self.kernels.deterministic:
+            return self.down(gated(wide))
+        if wide.is_cuda or self.kernels.swiglu == "triton":
+            return self.down(swiglu(wide, backend=self.kernels.swiglu))
         gate, up = wide.chunk(2, dim=-1)
         return self.down(F.silu(gate).mul_(up))
 
@@ -219,7 +230,8 @@ class PlainChunk:
         if self.is_last:
             tied = model.share_embeddings_and_output_weights
             weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-            self.norm, self.output = norm(model.decoder.final_layernorm), product(weight)
+            multiply = deterministic.linear if model.config.kernels.deterministic else product
+            self.norm, self.output = norm(model.decoder.final_layernorm), multiply(weight)
 
     def __call__(self, x_TH: Tensor | None, info: Pass) -> Tensor:
         """The stream of the chunk before (None for the first) → the stream after this one."""

@@ -11,9 +11,10 @@ from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import content_of, load_weights
 from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.config.rules import check_model
-from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
+from llm_parallel.config.tree import DataConfig, KernelsConfig, ParallelConfig, RunConfig
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
+from llm_parallel.generate.deterministic import deterministic_notice
 from llm_parallel.lines import note
 from llm_parallel.model.gpt import LlamaModel, build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
@@ -22,7 +23,7 @@ from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.parallel.platform import open_platform
+from llm_parallel.parallel.platform import open_platform, resolve_device
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -73,12 +74,19 @@ def _describe_peft(path: str | Path) -> RunConfig:
     return config.model_copy(update={"adapter": peft.settings, "data": data})
 
 
-def load_model(path: str | Path, device: str = "auto", precision: str | None = None) -> Loaded:
-    """Loads the model in ``path`` into this one process. ``precision``: fp32 or bf16; the saved one if not given."""
+def load_model(
+    path: str | Path, device: str = "auto", precision: str | None = None, *, deterministic: bool = False
+) -> Loaded:
+    """Loads the model in ``path`` into this one process. ``precision``: fp32 or bf16; the saved one if not given.
+    ``deterministic``: as ``kernels.deterministic`` of a run file; raises UserError where it cannot be had, and says
+    what it costs."""
     config = describe_folder(path)
     train = config.train.model_copy(update={"precision": precision or config.train.precision})
     data = DataConfig(tokenizer=config.data.tokenizer, seq_length_tokens=config.data.seq_length_tokens)
-    kept = {"model": config.model, "adapter": config.adapter, "chat": config.chat}
+    kept: dict[str, Any] = {"model": config.model, "adapter": config.adapter, "chat": config.chat}
+    if deterministic:
+        kept["kernels"] = KernelsConfig(deterministic=True)
+        note(deterministic_notice(config.model, resolve_device(device)))
     config = RunConfig(device=device, seed=config.seed, data=data, train=train, **kept)
     config = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
     groups = open_groups(Layout.from_config(config, 1), 0, open_platform(device), config.seed)

@@ -52,6 +52,8 @@ class GenerateRequest:
     """Likeliest tokens to write to --output with each token."""
     max_running: int = 32
     """Answers to --input in work at a time."""
+    deterministic: bool = option(False, flag=True)
+    """The same log-probabilities, to the last bit, whatever else runs; on a CPU, slower."""
     json_schema: Path | None = None
     """File of a JSON schema that answers must satisfy; {"type": "object"} for any JSON object."""
     regex: str | None = None

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -19,7 +18,8 @@ from llm_kernels.linear_cross_entropy.op import linear_cross_entropy, weighted_l
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.data.batch import Documents
-from llm_parallel.model.adapters import add_adapters
+from llm_parallel.model.adapters import OutputLayer, add_adapters
+from llm_parallel.model.deterministic import token_losses
 from llm_parallel.model.init import initialize
 from llm_parallel.model.layer_spec import block_spec
 from llm_parallel.model.mcore_config import padded_vocab_size, transformer_config
@@ -73,7 +73,7 @@ class LlamaModel(LanguageModule):
             vp_stage=self.vp_stage,
         )
         if self.post_process:
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = OutputLayer(
                 model.hidden_size,
                 self.vocab_size,
                 config=self.config,
@@ -175,12 +175,18 @@ class LlamaModel(LanguageModule):
 
     def _loss(self, logits_SBV: Tensor, labels: Tensor, loss_options: Mapping[str, float]) -> Tensor:
         """logits [S, B, V/tp], labels [B, S] → fp32 losses [B, S]; padding of the vocabulary takes no part."""
+        group = self.pg_collection.tp if self.groups.mesh.tp > 1 else None
+        if self.numerics.kernels.deterministic and not any(loss_options.values()):
+            model = self.model_config
+            assert model.vocab_size is not None
+            shape = self.num_valid_tokens, model.vocab_size, model.output_softcap
+            return token_losses(logits_SBV, labels.t(), *shape, group).t()
         options: dict[str, Any] = dict(loss_options)
         losses_SB: Any = cross_entropy(
             logits_SBV,
             labels.t(),
             num_valid=self.num_valid_tokens,
-            group=self.pg_collection.tp if self.groups.mesh.tp > 1 else None,
+            group=group,
             softcap=self.model_config.output_softcap,
             inplace_backward=True,  # nothing else reads the logits
             backend=self.numerics.kernels.cross_entropy,

@@ -37,7 +37,7 @@ def launch_command(
     """
     requests = StopRequests(environment.get(ASKED))
     requests.catch()
-    config = preflight(load_config(run_file, overrides, notice=say), None, say)
+    config = preflight(load_config(run_file, overrides, notice=say), None, say, starts=True)
     again = " ".join(["llm-parallel launch", run_file, *map(shlex.quote, overrides)])
     if is_finished(config):
         say_next(after_run(config, 0, again))

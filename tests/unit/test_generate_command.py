@@ -63,7 +63,7 @@ def printed(
     config = SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer.name))
     groups = SimpleNamespace(platform=SimpleNamespace(device_name="CPU"))
     loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], network=None, config=config, tokenizer=tokenizer)
-    monkeypatch.setattr(command, "load_model", lambda *_: loaded)
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: loaded)
 
     def generate(models: Any, numbers: list[list[int]], sampling: Any, ends: Any, on_token: Any, _: Any) -> None:
         for number, prompt in enumerate(prompts):
@@ -91,7 +91,7 @@ def test_a_chats_prompt_is_written_by_the_template_and_ends_where_the_template_d
     config = RunConfig(data={"tokenizer": tokenizer.name}, chat={"system": "sat"})
     groups = SimpleNamespace(platform=SimpleNamespace(device_name="CPU"))
     loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], network=None, config=config, tokenizer=tokenizer)
-    monkeypatch.setattr(command, "load_model", lambda *_: loaded)
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: loaded)
     seen: list[Any] = []
 
     def generate(models: Any, numbers: Any, sampling: Any, ends: set[int], on_token: Any, _: Any) -> None:
