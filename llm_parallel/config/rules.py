@@ -90,6 +90,8 @@ def check_chat_inputs(config: RunConfig) -> None:
     Raises UserError that names each field whose file is missing."""
     missing = []
     what, command = ("preferences", "prefer") if config.prefers else ("conversations", "sft")
+    if config.collects:
+        what, command = "prompts", "prefer"
     if not config.chat.train:
         missing.append(f"chat.train is empty; give at least one file of {what}")
     if config.data.train:
@@ -97,7 +99,7 @@ def check_chat_inputs(config: RunConfig) -> None:
             f"data.train names token files, which `llm-parallel {command}` does not read; give chat.train {what}, or "
             "use `llm-parallel pretrain`"
         )
-    if config.prefers and config.checkpoint.load is None:
+    if (config.prefers or config.collects) and config.checkpoint.load is None:
         missing.append(
             "checkpoint.load, which names the model whose answers are to become better, is not given; give it a run "
             "of `llm-parallel sft` or a Hugging Face folder"

@@ -85,29 +85,6 @@ class GRPOConfig(Node):
     """Truncated importance weights for the difference between what sampled and what trains; none: not weighted."""
 
 
-class PPOConfig(Node):
-    """Proximal policy optimization with a critic (Schulman et al. 2017, arXiv 1707.06347)."""
-
-    gamma: float = Field(1.0, gt=0.0, le=1.0)
-    """Discount of later rewards."""
-    lam: float = Field(0.95, ge=0.0, le=1.0)
-    """Lambda of generalized advantage estimation (arXiv 1506.02438)."""
-    clip: PositiveFloat = 0.2
-    """Bound of the ratio from 1."""
-    value_clip: PositiveFloat | None = 0.2
-    """Bound of a value's change within a round; none: not bounded."""
-    kl_weight: float = Field(0.05, ge=0.0)
-    """Weight of the divergence from the reference (``method.reference``), taken off the reward of each token."""
-    entropy_weight: float = Field(0.0, ge=0.0)
-    """Weight of the entropy in the loss."""
-    whiten: bool = True
-    """Advantages have mean 0 and standard deviation 1 over the tokens of a round."""
-    critic_lr: PositiveFloat = 1e-5
-    """Learning rate of the critic, which follows the schedule of ``optim.lr``."""
-    critic_load: str | None = None
-    """Reward model or critic that the critic begins as; none: the policy with a value head of 0."""
-
-
 class RejectConfig(Node):
     """Rejection sampling: fine-tuning on the best of several answers of the model's own (Llama 2, arXiv 2307.09288)."""
 
@@ -118,5 +95,5 @@ class RejectConfig(Node):
     """Answers with less are not kept; none: all may be."""
 
 
-ONLINE = ("reject", "ppo", "grpo")
+ONLINE = ("reject", "grpo")
 """Kinds of methods that learn from answers that the model gives while it is trained."""

@@ -68,7 +68,9 @@ def _open(config: JudgeConfig, field: str) -> Judge:
         return Length(config.max_tokens)
     if config.kind == "json":
         return FitsSchema(config.field)
-    return {"exact": Exact, "contains": Contains, "number": Number}[config.kind](config.field)
+    if config.kind == "number":
+        return Number(config.field)
+    return Exact(config.field) if config.kind == "exact" else Contains(config.field)
 
 
 def _pattern(pattern: str | None, field: str) -> str:

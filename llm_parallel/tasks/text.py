@@ -11,7 +11,8 @@ from typing import Any
 
 from llm_parallel.tasks.base import Asked, Given, JudgeFailed, where_of
 
-NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+−]?\.\d+")
+MINUS = "\u2212"
+NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+\u2212]?\.\d+")
 
 
 def last_number(text: str) -> Decimal | None:
@@ -20,7 +21,7 @@ def last_number(text: str) -> Decimal | None:
     if not found:
         return None
     try:
-        return Decimal(found[-1].replace(",", "").replace("−", "-"))
+        return Decimal(found[-1].replace(",", "").replace(MINUS, "-"))
     except InvalidOperation:
         return None
 
@@ -110,7 +111,9 @@ class FitsSchema:
             validator.check_schema(schema)
             return float(validator(schema).is_valid(value))
         except jsonschema.SchemaError as error:
-            raise JudgeFailed(f"{where_of(asked)} has a field {self.field} that is no JSON schema: {error.message}") from None
+            raise JudgeFailed(
+                f"{where_of(asked)} has a field {self.field} that is no JSON schema: {error.message}"
+            ) from None
 
 
 def _parsed_schema(text: str, asked: Asked, field: str) -> Any:

@@ -134,6 +134,7 @@ def open_run(
             objective=objective,
             evaluation=method.evaluation(config),
             evaluated=method.evaluated,
+            long=watch.long,
             feed=feed,
             held_out=held_out,
             store=store,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.prompts import Prompt
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
@@ -17,8 +18,7 @@ from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.requests import Finished, Request
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.parallel.engine import Engine
-from llm_parallel.tasks.base import Given, Judge
-from llm_parallel.tune.prompts import Prompt
+from llm_parallel.tasks.base import Asked, Given, Judge
 from llm_parallel.tune.round_files import Answered, Key, RoundFolder
 
 Asking = Sequence[tuple[int, Prompt]]
@@ -127,7 +127,7 @@ class Collector:
         if not answered.complete and unfinished is not None:
             return unfinished
         given = Given(self.text(prompt, answered.tokens), len(answered.tokens), answered.complete)
-        return self.judge(prompt.asked, given)
+        return self.judge(Asked(prompt.messages, prompt.record, prompt.where), given)
 
     def text(self, prompt: Prompt, tokens: Sequence[int]) -> str:
         """The text of an answer."""
@@ -197,10 +197,9 @@ def remarks(numbers: Mapping[str, float], config: RunConfig) -> list[str]:
             f"method.rollout.max_new_tokens = {rollout.max_new_tokens}; raise it, or fine-tune the model to stop first"
         )
     if numbers["frac_reward_zero_std"] == 1.0 and rollout.answers > 1:
-        what = "the same score" if numbers["reward_std"] == 0.0 else "no difference"
         found.append(
-            f"all answers to every prompt have {what}, of which nothing is learned; give prompts that the model answers "
-            "well sometimes, more method.rollout.answers, or a judge that says more than right or wrong"
+            "the answers to each prompt all have the same score, of which nothing is learned; give prompts that the "
+            "model answers well sometimes, more method.rollout.answers, or a judge that says more than right or wrong"
         )
     return found
 

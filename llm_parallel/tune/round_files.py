@@ -1,9 +1,9 @@
 """What a round leaves on disk, so that a run that is interrupted goes on in the middle of it.
 
 ``rounds/000012/`` holds ``round.json`` (which weights answer which prompts), ``answers-N.jsonl`` (one line for each
-answer, by the process of replica N that wrote it, as soon as it is complete), ``scores-N.jsonl`` (what the judge said of
-it), and ``columns.npz`` (numbers for each token of each answer, found by the weights that answered). Answers are known
-by prompt and sample, not by the process that made them, so that a round goes on in any layout.
+answer, by the process of replica N that wrote it, as soon as it is complete), ``scores-N.jsonl`` (what the judge said
+of it), and ``columns.npz`` (numbers for each token of each answer, found by the weights that answered). Answers are
+known by prompt and sample, not by the process that made them, so that a round goes on in any layout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer. tokens: with the one that ended it; log_probs: of each, where it was sampled; reason: why it ended."""
+    """One answer. tokens: with the one that ended it; log_probs: of each, as it was sampled; reason: why it ended."""
 
     prompt: int
     sample: int
@@ -118,7 +118,7 @@ class RoundFolder:
     def write_columns(self, columns: Mapping[str, NDArray[np.float32]]) -> None:
         """Writes them, whole or not at all. One process calls this."""
         with atomic_write(self.path / "columns.npz", "wb") as handle:
-            np.savez(handle, **columns)
+            np.savez(handle, **dict(columns))  # type: ignore[arg-type]
 
 
 def forget_rounds(run_dir: str | Path, before: int) -> None:

@@ -1,5 +1,5 @@
-"""Training on the model's own answers: a round lets the model answer prompts, has the answers judged, and makes steps on
-them (rejection sampling, PPO, GRPO).
+"""Training on the model's own answers: a round lets the model answer prompts, has the answers judged, and makes steps
+on them (rejection sampling, GRPO).
 
 Everything that a step needs of a round is on disk before the round's first step, so that a run that is interrupted goes
 on in the middle of a round, in any layout, without making, judging or training anything twice.
@@ -23,11 +23,12 @@ from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.batch import Batch
 from llm_parallel.data.epochs import derive_key
+from llm_parallel.data.prompts import Prompts
 from llm_parallel.data.tokenizer import load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.record import AnswerRecord
 from llm_parallel.model.adapters import adapters_off
-from llm_parallel.objectives.advantage import gae, group_advantages, token_rewards, whitened
+from llm_parallel.objectives.advantage import group_advantages
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.likelihood import Likelihood
 from llm_parallel.objectives.policy import ClippedPolicy
@@ -37,7 +38,6 @@ from llm_parallel.tasks.open import open_judge
 from llm_parallel.train.feed import HeldOut
 from llm_parallel.train.open import Method
 from llm_parallel.train.run import Run
-from llm_parallel.tune.prompts import Prompts, open_prompts
 from llm_parallel.tune.reference import REFERENCE, is_the_base, second_model
 from llm_parallel.tune.rollout import Asking, Collector, Judged, best_keys, remarks, statistics
 from llm_parallel.tune.round_batches import Rows, Text
@@ -50,8 +50,7 @@ SHUFFLE = 13
 
 def reads_reference(config: RunConfig) -> bool:
     """Whether the run holds its model to a reference."""
-    weight = {"grpo": config.method.grpo.kl_weight, "ppo": config.method.ppo.kl_weight}
-    return weight.get(config.trains, 0.0) > 0
+    return config.trains == "grpo" and config.method.grpo.kl_weight > 0
 
 
 def trained_answers(config: RunConfig) -> int:
@@ -75,9 +74,6 @@ def objective_of(config: RunConfig) -> Objective:
     """What a step of the run minimises."""
     if config.trains == "reject":
         return Likelihood()
-    if config.trains == "ppo":
-        ppo = config.method.ppo
-        return ClippedPolicy(ppo.clip, ppo.clip, entropy_weight=ppo.entropy_weight)
     grpo = config.method.grpo
     return ClippedPolicy(
         grpo.clip_low,
@@ -146,7 +142,7 @@ class RoundFeed:
     def _collect(self, number: int, within: int) -> Round:
         """Completes the round's files and reads them. Collective."""
         run, config = self._run, self._run.config
-        asking = self._prompts.of_round(number, config.method.rollout.prompts)
+        asking = self._prompts.of_round(number, config.method.rollout.prompts, config.seed)
         folder = RoundFolder(config.run_dir, number)
         self._begin(folder, within)
         numbers: dict[str, float] = {}
@@ -187,7 +183,7 @@ class RoundFeed:
             "max_new_tokens": rollout.max_new_tokens,
             "temperature": rollout.temperature,
             "seed": config.seed,
-            "data": [source.path for source in config.chat.train],
+            "data": self._prompts.folder.name,
         }
         if within == 0:
             about["weights"] = describe_model(network_of(run.engine))
@@ -311,7 +307,7 @@ class RoundFeed:
 
     def _forget(self, number: int) -> None:
         """Removes rounds that neither a checkpoint nor a person needs."""
-        run, config = self._run, self._run.config
+        config = self._run.config
         keep = config.method.rollout.keep_rounds
         oldest = number * steps_of_round(config)
         for checkpoint in complete_checkpoints(Path(config.run_dir) / "checkpoints"):
@@ -362,7 +358,8 @@ class PromisedFeed:
 
 def begin(run: Run) -> None:
     """Gives the run its prompts."""
-    run.feed = RoundFeed(run, open_prompts(run.config))
+    assert run.config.chat.prepared is not None, "prompts are prepared before processes start"
+    run.feed = RoundFeed(run, Prompts.open(run.config.chat.prepared))
 
 
 def nothing_held_out(config: RunConfig, groups: Groups, state: TrainState) -> HeldOut:
@@ -370,4 +367,6 @@ def nothing_held_out(config: RunConfig, groups: Groups, state: TrainState) -> He
     return HeldOut()
 
 
-ROUNDS = Method(objective=objective_of, evaluation=objective_of, feed=PromisedFeed, held_out=nothing_held_out, begin=begin)
+ROUNDS = Method(
+    objective=objective_of, evaluation=objective_of, feed=PromisedFeed, held_out=nothing_held_out, begin=begin
+)
