@@ -108,6 +108,7 @@ class RoundFeed:
         judge = open_judge(config.method.rollout.judges)
         self._collector = Collector(config, run.engine, self._tokenizer, judge, prompts.stops)
         self._round: Round | None = None
+        self.step_tokens: int | None = 0
         self.offers = offers(config)
 
     def step(self, state: TrainState) -> list[Batch]:
@@ -116,13 +117,16 @@ class RoundFeed:
         if self._round is None or self._round.number != number:
             with self._run.long():
                 self._round = self._collect(number, within)
-        return self._batches(self._rows(self._round, within))
+        rows = self._rows(self._round, within)
+        self.step_tokens = len(rows.of_row) * rows.length
+        return self._batches(rows)
 
     def progress(self, state: TrainState) -> Mapping[str, float]:
-        """The round, and what was measured of it."""
+        """The round, and with its first step what was measured of it."""
         if self._round is None:
             return {}
-        return {"round": float(self._round.number), **self._round.numbers}
+        number, within = divmod(state.step - 1, steps_of_round(self._run.config))
+        return {"round": float(number), **(self._round.numbers if within == 0 else {})}
 
     def close(self) -> None:
         """Nothing runs in the background."""
@@ -157,6 +161,7 @@ class RoundFeed:
             self._show(asking, judged)
             for text in remarks(numbers, config):
                 run.metrics.message(f"round {number}: {text}")
+            run.metrics.message(f"round {number}: {_described(numbers)}")
             run.metrics.event("round", number=number, step=run.state.step, **numbers)
         texts = self._texts(asking, judged)
         if config.trains == "reject":
@@ -315,6 +320,18 @@ class RoundFeed:
         forget_rounds(config.run_dir, min(oldest // steps_of_round(config), number - keep))
 
 
+def _described(numbers: Mapping[str, float]) -> str:
+    """A round in one line for a person."""
+    said = [
+        f"mean score {numbers['reward']:.3g}, of the best answer to each prompt {numbers['reward_best']:.3g}",
+        f"{numbers['completions/mean_length']:.1f} tokens an answer",
+        f"{numbers['completions/clipped_ratio']:.1%} not ended",
+    ]
+    if "held_out/reward" in numbers:
+        said.append(f"held-out prompts, greedy: {numbers['held_out/reward']:.3g}")
+    return ", ".join(said)
+
+
 @contextmanager
 def reference_of(run: Run) -> Iterator[Network]:
     """The reference: the policy without its adapters, else a second model, which is loaded once."""
@@ -340,6 +357,7 @@ class PromisedFeed:
     """What a run has until ``begin`` gives it its feed, which needs the run."""
 
     notices: Sequence[str] = ()
+    step_tokens = None
 
     def __init__(self, config: RunConfig, groups: Groups, state: TrainState) -> None:
         self.offers = offers(config)
