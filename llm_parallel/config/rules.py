@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_parallel.config import rules_layout, rules_method
+from llm_parallel.config import rules_layout, rules_method, rules_rounds
 from llm_parallel.config.problem import Case, Problem, divisors, nearest
 from llm_parallel.config.tree import OptimConfig, RunConfig
 from llm_parallel.errors import UserError
@@ -402,6 +402,7 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _deterministic,
     _adapter,
     rules_method.check_method,
+    rules_rounds.check_rounds,
 )
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from llm_parallel.checkpoint.folders import complete_checkpoints, step_of
 from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.config.rules_rounds import steps_of_epoch, steps_of_round
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.batch import Batch
 from llm_parallel.data.epochs import derive_key
@@ -51,23 +52,6 @@ SHUFFLE = 13
 def reads_reference(config: RunConfig) -> bool:
     """Whether the run holds its model to a reference."""
     return config.trains == "grpo" and config.method.grpo.kl_weight > 0
-
-
-def trained_answers(config: RunConfig) -> int:
-    """Answers of a round that are trained on; with ``reject.keep`` above, at most."""
-    rollout = config.method.rollout
-    alone = config.trains == "reject" and config.method.reject.keep == "best"
-    return rollout.prompts * (1 if alone else rollout.answers)
-
-
-def steps_of_epoch(config: RunConfig) -> int:
-    """Steps that go once over the answers of a round."""
-    return max(1, trained_answers(config) // config.train.global_batch_size)
-
-
-def steps_of_round(config: RunConfig) -> int:
-    """Steps of a round."""
-    return steps_of_epoch(config) * config.method.rollout.epochs
 
 
 def objective_of(config: RunConfig) -> Objective:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llm_parallel.config.rules_rounds import steps_of_round
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat_data import ChatData
 from llm_parallel.data.group_data import GroupData
@@ -12,7 +13,6 @@ from llm_parallel.data.prompts import Prompts
 from llm_parallel.lines import say
 from llm_parallel.screen import show_table
 from llm_parallel.train.step_settings import total_samples
-from llm_parallel.tune import rounds
 
 
 def show_conversations(config: RunConfig) -> None:
@@ -68,7 +68,7 @@ def show_rounds(config: RunConfig) -> None:
     """Prints how many rounds the run has, and of what."""
     assert config.chat.prepared is not None
     prompts, rollout = Prompts.open(config.chat.prepared), config.method.rollout
-    steps = rounds.steps_of_round(config)
+    steps = steps_of_round(config)
     count = -(-config.train.steps // steps)
     say(
         f"{count:,} rounds of {rollout.prompts:,} prompts with {rollout.answers} answers of at most "
