@@ -58,6 +58,12 @@ def prepare_groups(
     data = GroupData.open(folder)
     for text in (*(text for source in opened for text in source.notices), *described_groups(data.report)):
         notice(text)
+    if data.method == "kto" and 0 in data.liked:
+        kind, other = ("liked", "not liked") if data.liked[0] else ("not liked", "liked")
+        notice(
+            f"all {sum(data.liked):,} answers to train on are {kind}, and kto compares both kinds; add answers that "
+            f"were {other}"
+        )
     return data
 
 

@@ -201,3 +201,12 @@ def test_columns_of_the_run_file_name_the_fields(tmp_path: Path, tokenizer: Path
     assert prepare_groups(config.model_copy(update={"chat": chat})).num_groups == 3
     with pytest.raises(UserError, match="no preference can be made"):
         prepare_groups(config)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_labels_that_are_all_alike_are_said(label: bool, tmp_path: Path, tokenizer: Path) -> None:  # noqa: F811
+    rows = [{"prompt": f"what is {n}", "completion": "one", "label": label} for n in range(4)]
+    notices: list[str] = []
+    config = of_method(config_of(tmp_path, tokenizer, rows, LENGTH, eval_fraction=0.0), "kto")
+    prepare_groups(config, notices.append)
+    assert notices[-1].startswith(f"all 4 answers to train on are {'liked' if label else 'not liked'}, and kto")
