@@ -132,7 +132,8 @@ def test_a_judge_that_fails_is_an_error_and_what_it_judged_is_kept(task: Callabl
     run_file, judge = task("grpo", "run"), tmp_path / "judge.py"
     mended = judge.read_text()
     judge.write_text(
-        "calls = []\ndef reward(answer, record, **_):\n    calls.append(1)\n    if len(calls) > 7:\n"
+        # Four held-out prompts are judged first.
+        "calls = []\ndef reward(answer, record, **_):\n    calls.append(1)\n    if len(calls) > 11:\n"
         "        raise ValueError('no answer from the judge')\n    return 1.0\n"
     )
     with pytest.raises(AssertionError, match=r"raised ValueError: no answer from the judge \(for .*prompts.jsonl"):
@@ -157,7 +158,7 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LEARN: dict[str, dict[str, Any]] = {
     "grpo": {
-        "rollout": {"prompts": 64, "answers": 8, "epochs": 2}, "steps": 96, "batch": 128, "least": 0.9
+        "rollout": {"prompts": 64, "answers": 8, "epochs": 2}, "steps": 128, "batch": 128, "least": 0.9
     },
     "reject": {
         "rollout": {"prompts": 128, "answers": 4, "epochs": 2}, "steps": 40, "batch": 32, "least": 0.9
