@@ -5,16 +5,29 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from llm_parallel.checkpoint.base import load_adapters, load_base, path_of_base
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import content_of, load_weights
 from llm_parallel.checkpoint.run_file import read_config
-from llm_parallel.config.rules import check_model
+from llm_parallel.config.rules import check_layout, check_model
 from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
+from llm_parallel.generate.weights import (
+    WEIGHTS,
+    check_packable,
+    difference,
+    pack_network,
+    sample_tokens,
+    text_logits,
+)
+from llm_parallel.model.flops import parameter_count
 from llm_parallel.model.gpt import LlamaModel, build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
@@ -24,6 +37,7 @@ from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform
 
+BITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -73,23 +87,93 @@ def _describe_peft(path: str | Path) -> RunConfig:
     return config.model_copy(update={"adapter": peft.settings, "data": data})
 
 
-def load_model(path: str | Path, device: str = "auto", precision: str | None = None) -> Loaded:
-    """Loads the model in ``path`` into this one process. ``precision``: fp32 or bf16; the saved one if not given."""
+@dataclass(frozen=True)
+class Member:
+    """Which of the processes this is that hold the model together, and how they divide it."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    parallel: ParallelConfig = ParallelConfig()
+
+
+def load_model(
+    path: str | Path,
+    device: str = "auto",
+    precision: str | None = None,
+    *,
+    weights: str = "saved",
+    member: Member | None = None,
+) -> Loaded:
+    """Loads the model in ``path`` into this process, or this process's part of it.
+
+    precision: fp32 or bf16; the saved one if not given. weights: one of ``WEIGHTS``; int8 and int4 need a CPU, compute
+    in bf16, and say on standard error how far their logits are from those in fp32. Raises UserError for a layout that
+    the model does not have, and for weights that cannot be had.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
+    member = member or Member()
     config = describe_folder(path)
+    bits = BITS.get(weights)
+    precision = "bf16" if bits else precision if weights == "saved" else weights
     train = config.train.model_copy(update={"precision": precision or config.train.precision})
     data = DataConfig(tokenizer=config.data.tokenizer, seq_length_tokens=config.data.seq_length_tokens)
     kept = {"model": config.model, "adapter": config.adapter, "chat": config.chat}
     config = RunConfig(device=device, seed=config.seed, data=data, train=train, **kept)
-    config = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
-    groups = open_groups(Layout.from_config(config, 1), 0, open_platform(device), config.seed)
+    config = config.model_copy(
+        update={"parallel": member.parallel.model_copy(update={"sequence_parallel": False, "overlap": False})}
+    )
+    platform = open_platform(device, member.local_rank)
+    check_layout(config, member.world_size)
+    if bits:
+        check_packable(platform.device)
+    layout = Layout.from_config(config, member.world_size)
+    groups = open_groups(layout, member.rank, platform, config.seed)
     try:
-        return _loaded(path, config, groups)
+        return _loaded(path, config, groups, weights)
     except BaseException:
         close_groups()  # the next model of this process can be opened
         raise
 
 
-def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
+def _loaded(path: str | Path, config: RunConfig, groups: Groups, weights: str) -> Loaded:
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    exact: Tensor | None = None
+    compared = weights in ("bf16", *BITS) and _has_room(config, groups)
+    assert config.model.vocab_size is not None
+    text = sample_tokens(tokenizer, config.model.vocab_size)
+    if compared:
+        train = config.train.model_copy(update={"precision": "fp32"})
+        whole, _ = _filled(path, config.model_copy(update={"train": train}), groups)
+        exact = text_logits(whole, text)
+        del whole
+    network, said = _filled(path, config, groups)
+    if weights in BITS:
+        said.append(str(pack_network(network, BITS[weights])))
+        if not compared:
+            said.append("logits are not compared with those in fp32, for which there is too little memory")
+    if compared and (found := text_logits(network, text)) is not None:
+        assert exact is not None
+        said.append(f"weights in {weights}: {difference(found, exact)}")
+    if groups.reports_loss and groups.at.dp == groups.at.cp == 0:
+        for sentence in said:
+            print(sentence, file=sys.stderr)
+    return Loaded(config, network, tokenizer)
+
+
+def _has_room(config: RunConfig, groups: Groups) -> bool:
+    """Whether the model in fp32 takes less than half of the free memory, on all processes."""
+    needed = 4 * parameter_count(config.model).total / (groups.mesh.tp * groups.mesh.pp)
+    processes = 1 if groups.platform.is_cuda else groups.mesh.world_size
+    fits = torch.tensor(int(needed * processes < 0.5 * groups.platform.free_bytes()), device=groups.platform.device)
+    if groups.mesh.world_size > 1:
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    return bool(fits)
+
+
+def _filled(path: str | Path, config: RunConfig, groups: Groups) -> tuple[Network, list[str]]:
+    """The network with the weights of the folder, and what is to be said about them."""
     network = build_policy(config, groups)
     said: list[str] = []
     if is_hf_folder(path):
@@ -102,7 +186,4 @@ def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
         if network.base is not None:
             said = load_base(path_of_base(folder, content_of(folder)), network)
         load_weights(folder, network)
-    for sentence in said:
-        print(sentence, file=sys.stderr)
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    return Loaded(config, network, tokenizer)
+    return network, said
