@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import CheckpointConfig, RunConfig
 from llm_parallel.config.tree_tune import AdapterConfig
-from llm_parallel.model.hf_config import hf_config_to_model, read_hf_config
+from llm_parallel.model.hf_config import hf_config_to_model
+from llm_parallel.model.hf_files import read_hf_config
+from llm_parallel.parallel.cpu_products import as_torch_multiplies
 
 ROOT = Path(__file__).parents[1]
 LR, RANK, ALPHA = 1e-3, 8, 16
@@ -110,6 +112,7 @@ def their_step(base: str, kind: str, tokens: torch.Tensor) -> Callable[[], float
     optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
+    @as_torch_multiplies()
     def step() -> float:
         optimizer.zero_grad()
         logits = model(input_ids=inputs, use_cache=False).logits

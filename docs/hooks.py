@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from llm_parallel.cli import app
 from llm_parallel.command_help import COMMANDS
 from llm_parallel.config.aliases import ALIASES
 from llm_parallel.config.fields import FieldDoc, describe_fields
+from llm_parallel.help_page import argument_name, default_of, kind_of
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -69,14 +70,14 @@ def command_page(name: str, command: Any) -> str:
     """What ``--help`` shows of a command: what it does, examples, arguments and options."""
     arguments = [option for option in command.params if option.param_type_name == "argument"]
     options = [option for option in command.params if option.param_type_name == "option"]
-    usage = " ".join([f"llm-parallel {name}", *(["[OPTIONS]"] if options else []), *map(_argument, arguments)])
+    usage = " ".join([f"llm-parallel {name}", *(["[OPTIONS]"] if options else []), *map(argument_name, arguments)])
     examples = [f"llm-parallel {name} {example}".rstrip() for example in COMMANDS[name].examples]
     parts = [
         f"# {name}",
         prose(" ".join((command.help or "").split())),
         _code([usage]),
         *(["## Examples", _code(examples)] if examples else []),
-        *(["## Arguments", *(_entry(f"`{_argument(one)}`", one) for one in arguments)] if arguments else []),
+        *(["## Arguments", *(_entry(f"`{argument_name(one)}`", one) for one in arguments)] if arguments else []),
         *(["## Options", *(_entry(_option(one), one) for one in options)] if options else []),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -86,31 +87,13 @@ def _code(lines: list[str]) -> str:
     return "\n".join(["```", *lines, "```"])
 
 
-def _argument(argument: Any) -> str:
-    name = argument.metavar or argument.name.upper()
-    name += "..." if argument.nargs == -1 else ""
-    return name if argument.required else f"[{name}]"
-
-
 def _option(option: Any) -> str:
-    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
-    kind = "" if option.is_flag else f" {_kind(option)}"
-    default = option.default() if callable(option.default) else option.default
-    if default in (None, "", (), []) or default is False:
-        return names + kind
-    return f"{names}{kind}, default `{option.opts[0] if option.is_flag else getattr(default, 'value', default)}`"
-
-
-def _kind(option: Any) -> str:
-    """What an option takes, in capitals. typer has had parsers of two kinds: click's, and one of its own."""
-    own = getattr(option, "type_descriptor", None)
-    kind = option.metavar or (_python_kind(own.annotation) if own else option.type.name)
-    return kind.upper().replace("INTEGER", "INT") + (" ..." if option.multiple else "")
-
-
-def _python_kind(annotation: Any) -> str:
-    names = {int: "int", float: "float", str: "text"}
-    return next((names[kind] for kind in (annotation, *get_args(annotation)) if kind in names), "value")
+    names, kind, default = (
+        ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts)),
+        kind_of(option),
+        default_of(option),
+    )
+    return " ".join(filter(None, (names, kind))) + (f", default `{default}`" if default is not None else "")
 
 
 def _entry(title: str, option: Any) -> str:

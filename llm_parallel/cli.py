@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from llm_launch.drill_request import DrillRequest
 from llm_launch.submit_request import SubmitRequest
@@ -21,10 +20,13 @@ from llm_parallel.data.request import PrepareRequest
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
 from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.goodput.request import GoodputRequest
+from llm_parallel.help_page import Command, Group, explain_usage
+from llm_parallel.lines import note, say
 from llm_parallel.options import with_options
 from llm_parallel.planner.request import PlanRequest
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.report.request import ReportRequest
+from llm_parallel.serve.request import ServeRequest
 from llm_parallel.versions import refuse_unsupported
 
 
@@ -62,6 +64,7 @@ Everything = Annotated[
 ]
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -69,7 +72,7 @@ app = typer.Typer(
     epilog="First steps: `llm-parallel quickstart` trains a small model on this machine in minutes. "
     "`llm-parallel COMMAND --help` has examples of every command.",
 )
-bench = typer.Typer(no_args_is_help=True, help="Measure kernels and training steps.")
+bench = typer.Typer(cls=Group, no_args_is_help=True, help="Measure kernels and training steps.")
 
 
 @app.callback()
@@ -85,7 +88,7 @@ def options(
 # Data
 
 
-class _Prepare(TyperCommand):
+class _Prepare(Command):
     """``prepare``, which understands the options of Megatron-LM's ``preprocess_data.py`` too."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
@@ -113,13 +116,12 @@ def check(
     samples: Annotated[int, typer.Option(help="Samples to show, token by token.")] = 3,
     html: Annotated[str | None, typer.Option(help="File of an HTML page with the same.")] = None,
 ) -> None:
-    """Show the conversations of a run as the model will see them: what is trained, cut, packed, and where it stops."""
+    """Show conversations or preferences as the model will see them: what is trained, cut and packed, where it stops."""
     from llm_parallel.report.check import check_command
     from llm_parallel.screen import say_next
 
-    status = check_command(run_file, overrides or [], html, samples)
-    say_next(" ".join(["llm-parallel sft", run_file, *(overrides or []), "--dry-run"]))
-    raise typer.Exit(status)
+    trains = check_command(run_file, overrides or [], html, samples)
+    say_next(" ".join([f"llm-parallel {trains}", run_file, *(overrides or []), "--dry-run"]))
 
 
 # Train
@@ -140,10 +142,7 @@ def quickstart(
 
 @command(app, "pretrain", with_overrides=True)
 def pretrain(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    dry_run: WithoutStart = False,
-    everything: Everything = False,
+    run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
 ) -> None:
     """Train on next-token prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
     from llm_parallel.worker.command import train_command
@@ -153,15 +152,23 @@ def pretrain(
 
 @command(app, "sft", with_overrides=True)
 def sft(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    dry_run: WithoutStart = False,
-    everything: Everything = False,
+    run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
 ) -> None:
     """Fine-tune a model on conversations (chat.train), so that it answers and stops. Starts like pretrain."""
     from llm_parallel.worker.command import train_command
 
     raise typer.Exit(train_command("sft", run_file, overrides or [], dry_run, everything))
+
+
+@command(app, "prefer", with_overrides=True)
+def prefer(
+    run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
+) -> None:
+    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf). Starts like
+    pretrain."""
+    from llm_parallel.worker.command import train_command
+
+    raise typer.Exit(train_command("prefer", run_file, overrides or [], dry_run, everything))
 
 
 @command(app, "launch", with_overrides=True)
@@ -222,7 +229,7 @@ def events(
     from llm_parallel.screen import say_next
 
     with suppress(KeyboardInterrupt):
-        show_events(Path(run_dir), follow, as_json, typer.echo)
+        show_events(Path(run_dir), follow, as_json, typer.echo if as_json else say)
     if not as_json:
         say_next(f"llm-parallel status {run_dir}")
 
@@ -276,7 +283,7 @@ def fields(section: Annotated[str, typer.Argument(help="Show only fields that be
         default = (
             "" if doc.is_section else ", must be given" if doc.default is ... else f"; default {in_words(doc.default)}"
         )
-        typer.echo(f"{doc.name}: {doc.type}{default}\n    {doc.doc.replace('``', '`')}")
+        say(f"{doc.name}: {doc.type}{default}\n    {doc.doc.replace('``', '`')}")
     named = next((doc for doc in found if not doc.is_section and doc.default is not ...), None)
     if named is not None:
         say_next(f"llm-parallel pretrain RUN.yaml {named.name}={in_words(named.default)} --dry-run")
@@ -374,25 +381,35 @@ def report(request: ReportRequest) -> None:
 @with_options
 def generate(request: GenerateRequest) -> None:
     """Write on from prompts, or answer a file of prompts or conversations."""
-    from llm_parallel.generate.command import generate_command, generate_file_command, sampling_of
+    from llm_parallel.generate import command as use
     from llm_parallel.screen import say_next
 
     if request.input is not None:
-        generate_file_command(request)
+        use.generate_file_command(request)
         return
-    generate_command(
+    use.generate_command(
         request.checkpoint,
         request.prompts,
-        sampling_of(request),
-        device=request.device,
+        use.sampling_of(request),
+        held=use.held_by(request),
         stop=request.stop,
         chat=request.chat,
+        structure=use.structure_of(request),
     )
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"
         say_next(f"llm-parallel convert {request.checkpoint} {target}")
     else:
         say_next(f"llm-parallel generate {request.checkpoint} --prompt … --temperature 0.7 --top-p 0.95")
+
+
+@command(app, "serve")
+@with_options
+def serve(request: ServeRequest) -> None:
+    """Serve a model to clients of OpenAI's interface over HTTP, with a chat page for the browser."""
+    from llm_parallel.serve.command import serve_command
+
+    raise typer.Exit(serve_command(request, os.environ.get("LLM_PARALLEL_API_KEYS", "")))
 
 
 @command(app, "convert")
@@ -410,14 +427,19 @@ def convert(request: ConvertRequest) -> None:
 
 
 def main() -> None:
-    """Runs the command. A UserError becomes one sentence on standard error, and exit status 2."""
+    """Runs the command. A UserError becomes one sentence on standard error, and exit status 2; so does a wrong command
+    line."""
     quiet_libraries()
     try:
         refuse_unsupported()
-        app()
+        status = app(standalone_mode=False)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         raise SystemExit(EXIT_USER_ERROR) from None
+    except Exception as error:
+        explain_usage(error)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    raise SystemExit(status if isinstance(status, int) else 0)
 
 
 if __name__ == "__main__":

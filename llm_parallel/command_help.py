@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+
+from llm_parallel.help_page import Command
 
 DATA, TRAIN, OPERATE, PLAN, MEASURE, USE = "Data", "Train", "Operate", "Plan", "Measure", "Use"
 """Groups of commands, in the order in which ``llm-parallel --help`` lists them."""
@@ -52,6 +53,13 @@ COMMANDS: dict[str, CommandHelp] = {
         (
             "configs/sft.yaml --dry-run",
             "configs/sft.yaml checkpoint.load=models/SmolLM2-135M adapter.rank=16",
+        ),
+    ),
+    "prefer": CommandHelp(
+        TRAIN,
+        (
+            "configs/prefer.yaml --dry-run",
+            "configs/prefer.yaml method.kind=kto checkpoint.load=runs/sft adapter.rank=16",
         ),
     ),
     "launch": CommandHelp(
@@ -108,16 +116,18 @@ COMMANDS: dict[str, CommandHelp] = {
             'runs/first --prompt "def " --temperature 0.7 --top-k 50',
             'runs/first-hf --prompt "import " --prompt "class "',
             'runs/quickstart/chat --chat --prompt "What is json for?"',
+            'runs/first-hf --prompt "Is it spam? " --choice yes --choice no',
             "runs/first-hf --input prompts.jsonl --output answers.jsonl --samples 4 --temperature 0.7",
         ),
     ),
+    "serve": CommandHelp(USE, ("runs/quickstart/chat", "runs/first-hf --port 9000 --api-key-file keys.txt")),
     "convert": CommandHelp(USE, ("runs/first runs/first-hf", "models/Llama-3.2-1B runs/imported")),
 }
 """Every command by its name, with that of its group of commands before it where it has one."""
 
 
 def command(
-    of: typer.Typer, name: str, *, within: str = "", with_overrides: bool = False, cls: type[TyperCommand] | None = None
+    of: typer.Typer, name: str, *, within: str = "", with_overrides: bool = False, cls: type[Command] = Command
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds a function to ``of`` as the command ``name``, with its group and examples. ``within`` is the name of the
     group of commands that ``of`` is, ``cls`` the class of the command."""

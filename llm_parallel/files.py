@@ -100,6 +100,17 @@ def locked(path: Path, held: str) -> Iterator[None]:
         os.close(fd)
 
 
+@contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Holds the lock file ``path`` while the body runs, and waits for it first: processes enter one after the other."""
+    fd = open_own(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def open_own(path: Path, flags: int) -> int:
     """Opens ``path`` and returns its descriptor. Raises UserError if it is a symbolic link, or belongs to another user
     in a folder that everyone may write to."""

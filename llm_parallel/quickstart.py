@@ -23,6 +23,7 @@ from llm_parallel.config.schema import SCHEMA_LINE, write_schema
 from llm_parallel.data.corpus import PythonCorpus, prepare_python_corpus
 from llm_parallel.files import atomic_write
 from llm_parallel.jsonlines import JsonLines, read_jsonlines
+from llm_parallel.lines import say
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.quickstart_assistant import CHAT_STEPS, GPU_CHAT_STEPS, TRY, ask, fine_tune, report_answers
 from llm_parallel.screen import show
@@ -72,7 +73,7 @@ def quickstart_command(folder: Path, overrides: Sequence[str], chat: bool = True
     parts = Parts(6 if chat else 4)
     with parts.part("text", "text: files of this machine's Python library become tokens (about ten seconds)"):
         corpus = prepare_python_corpus(folder / "data", vocab_size=VOCABULARY)
-        print(f"corpus: {corpus.describe()}", flush=True)
+        say(f"corpus: {corpus.describe()}")
     gpus = num_gpus()
     tree = run_tree(folder, gpus)
     run_file = folder / "run.yaml"
@@ -82,7 +83,7 @@ def quickstart_command(folder: Path, overrides: Sequence[str], chat: bool = True
     write_schema(folder)
     layout = f"TP {tree['parallel']['tp']} x PP {tree['parallel']['pp']}"
     with parts.part("training", f"training with {layout}: starting the processes takes some seconds"):
-        print(f"run file: {run_file}", flush=True)
+        say(f"run file: {run_file}")
         status = train_command("pretrain", str(run_file), [*overrides, "log.plots=false"], suggest=lambda _: None)
     if status:
         return status
@@ -105,7 +106,7 @@ def quickstart_command(folder: Path, overrides: Sequence[str], chat: bool = True
         if chat:
             draw_assistant(folder, said)
     show(f"\n{parts.describe()}")
-    print(f"What to try next:\n{next_commands(folder, run_file, run_dir, chat)}")
+    say(f"What to try next:\n{next_commands(folder, run_file, run_dir, chat)}")
     return 0
 
 
@@ -159,10 +160,9 @@ def report(run_dir: Path, unigram_entropy_nats: float) -> int:
     }
     with atomic_write(run_dir / "summary.json") as handle:
         json.dump(summary, handle, indent=1)
-    print(
+    say(
         f"held-out loss {loss:.4f} nats per token; unigram entropy of the corpus {unigram_entropy_nats:.4f}: "
-        f"{unigram_entropy_nats - loss:.4f} below",
-        flush=True,
+        f"{unigram_entropy_nats - loss:.4f} below"
     )
     step: int = evaluations[-1]["step"]
     return step
@@ -187,7 +187,7 @@ def draw(folder: Path, run_dir: Path, corpus: PythonCorpus) -> None:
     from llm_parallel.report.request import ReportRequest
 
     for picture in plot_run(run_dir, unigram_entropy=corpus.unigram_entropy_nats):
-        print(f"plot: {picture}")
+        say(f"plot: {picture}")
     report_command(ReportRequest([str(run_dir)], out=str(folder / "report.html")))
 
 
@@ -198,7 +198,7 @@ def draw_assistant(folder: Path, said: str) -> None:
     from llm_parallel.report.request import ReportRequest
 
     for picture in plot_run(folder / "chat"):
-        print(f"plot: {picture}")
+        say(f"plot: {picture}")
     title = f"The assistant: {said}"
     report_command(ReportRequest([str(folder / "chat")], out=str(folder / "chat.html"), title=title))
 

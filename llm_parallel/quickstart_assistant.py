@@ -4,7 +4,6 @@ not seen."""
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from llm_parallel.checkpoint.folders import latest_checkpoint
 from llm_parallel.config.schema import SCHEMA_LINE
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import note, say
 from llm_parallel.quickstart_chat import divided, write_conversations
 from llm_parallel.screen import show
 from llm_parallel.worker.command import train_command
@@ -88,7 +88,7 @@ def fine_tune(folder: Path, pretrained: RunConfig, step: int, steps: int) -> int
     with atomic_write(run_file) as handle:
         handle.write(SCHEMA_LINE)
         yaml.safe_dump(chat_tree(folder, pretrained, steps), handle, sort_keys=False, allow_unicode=True)
-    print(f"run file: {run_file}", flush=True)
+    say(f"run file: {run_file}")
     return train_command("sft", str(run_file), ["log.plots=false"], suggest=lambda _: None)
 
 
@@ -129,7 +129,7 @@ def report_answers(run_dir: Path, asked: Sequence[Asked]) -> str:
     for kind in SHOWN_KINDS:
         one = next(one for one in asked if one.kind == kind)
         verdict = "right" if one.is_right else f"right would be: {one.right_answer}"
-        print(f"\n  {one.question}\n    {one.answer.strip()}   ({verdict}{'' if one.stopped else '; it did not stop'})")
+        say(f"\n  {one.question}\n    {one.answer.strip()}   ({verdict}{'' if one.stopped else '; it did not stop'})")
     said = f"{right} of {len(asked)} held-out questions right ({right / len(asked):.1%})"
     kinds = ", ".join(f"{kind} {of[0]}/{of[1]}" for kind, of in by_kind.items())
     show(f"\n{said}; {stopped} of {len(asked)} answers ended by themselves")
@@ -148,9 +148,7 @@ def begin_from(run_dir: Path, step: int) -> None:
         return
     begun = json.loads(kept.read_text())["pretraining_step"] if kept.is_file() else None
     if begun is not None and begun != step:
-        print(
+        note(
             f"{run_dir} began from step {begun} of the pretraining, which is at step {step}; remove {run_dir} to "
-            "fine-tune the newer model",
-            file=sys.stderr,
-            flush=True,
+            "fine-tune the newer model"
         )

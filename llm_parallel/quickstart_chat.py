@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import say
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = (
@@ -212,4 +213,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("give one argument, the folder to write into")
     for written in write_conversations(sys.argv[1]):
-        print(written)
+        say(str(written))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -11,6 +10,8 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from llm_parallel.lines import note, wrapped
 
 _BETWEEN = 3
 """Characters between two columns of a drawn table."""
@@ -33,7 +34,7 @@ def show(text: str, console: Console | None = None) -> None:
         return
     for block in _blocks(text):
         if isinstance(block, str):
-            console.print(block, markup=False, highlight=False)
+            console.print(wrapped(block, console.width), markup=False, highlight=False, soft_wrap=True)
         else:
             _print_table(console, *block)
 
@@ -45,10 +46,25 @@ def show_table(
     show(f"\n{title}\n\n{markdown_table(heads, rows)}\n", console)
 
 
+def show_facts(title: str, facts: Iterable[tuple[str, str]], console: Console | None = None) -> None:
+    """Prints a title, and below it names with what is to say of each, which may be several lines. On a terminal that is
+    too narrow for a value beside its name, the value stands below it."""
+    console = console or Console(highlight=False)
+    rows = list(facts)
+    wide = max(len(name) for name, _ in rows)
+    lines = [title]
+    for name, value in rows:
+        values = value.split("\n")
+        beside = [f"  {name if at == 0 else '':{wide}}   {one}" for at, one in enumerate(values)]
+        fits = not console.is_terminal or max(map(len, beside)) <= console.width
+        lines += beside if fits else [f"  {name}", *(f"    {one}" for one in values)]
+    show("\n".join(lines), console)
+
+
 def say_next(command: str) -> None:
     """The one line with which a command ends: what to try next. It goes to standard error, so that what a pipe reads
     is the command's output alone."""
-    print(f"next: {command}", file=sys.stderr, flush=True)
+    note(f"next: {command}")
 
 
 def _blocks(text: str) -> Iterator[str | tuple[list[str], list[list[str]], list[bool]]]:

@@ -29,6 +29,7 @@ from llm_launch.network import interface_of
 from llm_launch.progress import ProgressPage
 from llm_launch.slurm import SlurmError, SlurmJob
 from llm_parallel.errors import UserError
+from llm_parallel.lines import note
 
 WORKER_MODULE = "llm_parallel.worker.elastic"
 PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "torch._dynamo")
@@ -366,7 +367,7 @@ class Agent:
         """To the terminal, and to a file: the terminal of a SLURM step is gone with the batch script's node."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):
-            print(f"agent {self.settings.node}: {text}", file=sys.stderr, flush=True)
+            note(f"agent {self.settings.node}: {text}")
             with (self.settings.run_dir / "logs" / "agents.log").open("a") as log:
                 log.write(f"{stamp} {self.settings.node}: {text}\n")
 

@@ -18,7 +18,7 @@ from llm_launch.copy_catalog import CopyCatalog, Restore
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
-from llm_launch.placement import Placement, Trained, crowded, fingerprint, place
+from llm_launch.placement import Placement, Trained, crowded, fingerprint, other_copies, place
 from llm_launch.snapshot import snapshot, used_up
 from llm_launch.starters import AgentStarter
 from llm_launch.states import EXIT_TOO_FEW, Outcome, Phase, check_transition
@@ -64,8 +64,10 @@ class Controller:
         self.ledger = Ledger.from_json(remembered, config.elastic.strikes)
         self.fleet = Fleet(config.elastic, starter.secret, self.journal)
         self._model = fingerprint(config)
-        mine = remembered.get("model") == self._model
-        trained = [Trained.read(item) for item in remembered.get("trained", [])] if mine else []
+        trained = [Trained.read(item) for item in remembered.get("trained", [])]
+        if trained and remembered.get("model") != self._model:
+            self.journal.event("copies_ignored", cause=other_copies(self._model, remembered.get("model")))
+            trained = []
         self.copies = CopyCatalog(self.fleet, self.journal, trained, newest_step())
         self._started_s = time.monotonic()
         self._stop = False
@@ -94,7 +96,7 @@ class Controller:
             return end.status
         finally:
             ticker.cancel()
-            self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s))
+            self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s, self.config))
 
     def close(self) -> None:
         """Closes the files."""
@@ -119,7 +121,7 @@ class Controller:
         if phase is not self.fleet.phase:
             check_transition(self.fleet.phase, phase)
             self.fleet.phase = phase
-            self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s))
+            self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s, self.config))
 
     def _all_expected_ready(self) -> bool:
         nodes = {node.name: node for node in self.fleet.roster.alive()}
@@ -441,4 +443,4 @@ class Controller:
                         channel.close()
             if now - last_status >= max(1.0, 20.0 * self.fleet.tick_s):
                 last_status = now
-                self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s))
+                self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s, self.config))

@@ -21,6 +21,7 @@ from llm_launch.show import timeline
 from llm_parallel.errors import UserError
 from llm_parallel.goodput.rates import MONTH_S, Job
 from llm_parallel.goodput.simulate import simulate
+from llm_parallel.lines import say
 
 DEVICES = 4
 START_S = 180.0
@@ -256,18 +257,17 @@ def drill_command(run_file: Path, folder: Path, blame: int, soak_s: float, every
         finding = blame_drill(run_file, folder, number, rng)
         failed += bool(finding.wrong)
         verdict = "; ".join(finding.wrong) or "right"
-        print(f"blame {finding.scenario}: {verdict} ({finding.seconds:.0f} s)", flush=True)
+        say(f"blame {finding.scenario}: {verdict} ({finding.seconds:.0f} s)")
     if blame:
-        print(f"{blame} blame drills, seed {seed}: {blame - failed} right, {failed} wrong", flush=True)
+        say(f"{blame} blame drills, seed {seed}: {blame - failed} right, {failed} wrong")
     if soak_s:
         result = soak(run_file, folder, soak_s, every_s, rng)
         failed += bool(result.finding.wrong)
         mean = sum(result.recover_s) / max(len(result.recover_s), 1)
-        print(
+        say(
             f"{result.finding.scenario}: {sum(result.faults.values())} faults {result.faults}, {result.steps} steps in "
             f"{result.seconds:.0f} s, {len(result.recover_s)} recoveries of {mean:.2f} s on average; not recovering "
             f"{result.goodput:.1%} of the time, steps kept are worth {result.useful:.1%} of it, the simulator says "
-            f"{result.simulated:.1%} for such interruptions: {'; '.join(result.finding.wrong) or 'ended right'}",
-            flush=True,
+            f"{result.simulated:.1%} for such interruptions: {'; '.join(result.finding.wrong) or 'ended right'}"
         )
     return int(failed > 0)

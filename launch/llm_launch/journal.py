@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from llm_launch.blame import Device, Verdict
+from llm_launch.sentences import sentence
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.jsonlines import JsonLines
+from llm_parallel.lines import note
 
 QUIET = {"join", "status"}
 
@@ -90,7 +92,7 @@ class Journal:
         record = {"event": kind, **{name: value for name, value in fields.items() if value is not None}}
         self._later(partial(self._events.append, record, datetime.now(timezone.utc)))
         if kind not in QUIET:
-            self.say(kind + ": " + ", ".join(f"{name} {value}" for name, value in record.items() if name != "event"))
+            self.say(sentence(record))
         if self._elastic.on_event:
             self._later(partial(self._hook, self._elastic.on_event, record))
 
@@ -104,7 +106,9 @@ class Journal:
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
-        print(f"elastic | {text}", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")  # a worker's progress bar may stand there; it is drawn anew below
+        note(f"elastic | {text}")
 
     def fail(self, verdict: Verdict) -> None:
         """Records and prints why the run cannot go on, after the first traceback."""
@@ -112,12 +116,12 @@ class Journal:
         self._later(partial(self._events.append, record, datetime.now(timezone.utc)))
         if verdict.fault.value != "user":
             self._later(self._print_first_traceback)
-        self._writer.submit(print, verdict.reason, file=sys.stderr, flush=True)
+        self._writer.submit(note, verdict.reason)
 
     def _print_first_traceback(self) -> None:
         traces = sorted(self._run_dir.glob("logs/traceback_*.txt"), key=lambda path: path.stat().st_mtime)
         if traces:
-            print(traces[0].read_text(), file=sys.stderr)
+            note(traces[0].read_text())
 
     def keep_traceback(self, device: Device, generation: int, text: str) -> None:
         """A worker's traceback, in the logs."""

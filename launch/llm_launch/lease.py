@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from types import TracebackType
 
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, open_own, refuse_strangers
+from llm_parallel.lines import note
 
 RECORD_NAME, LOCK_NAME = "lease.json", ".lease.lock"
 RECORD_BYTES = 512
@@ -151,10 +151,7 @@ class Lease:
         if found.job and found.job == self.holder.job and found.start < self.holder.start:
             return False  # SLURM starts a job again when its last start has ended
         wait_s = DEAD_BEATS * BEAT_S
-        print(
-            f"{self.path} names {found.describe()}; watching for {wait_s:.0f} s whether that run is alive",
-            file=sys.stderr,
-        )
+        note(f"{self.path} names {found.describe()}; watching for {wait_s:.0f} s whether that run is alive")
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline:
             time.sleep(BEAT_S / 5)
@@ -207,5 +204,5 @@ def _boot() -> str:
 
 
 def _end_at_once(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    note(text)
     os._exit(1)

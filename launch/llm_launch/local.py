@@ -20,6 +20,7 @@ from typing import Any
 
 from llm_launch.worker import EXIT_CRASH, error_path
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from llm_parallel.lines import note
 
 POLL_S = 0.05
 SETTLE_S = 1.0
@@ -157,7 +158,7 @@ def launch_local(
     if statuses <= {0, EXIT_STOPPED}:
         return max(statuses)
     last = signal.Signals(signals.received[-1])
-    print(f"ended by {last.name} before all processes could finish", file=sys.stderr, flush=True)
+    note(f"ended by {last.name} before all processes could finish")
     return 128 + last
 
 
@@ -298,7 +299,7 @@ def _explain(workers: list[_Worker], failed: list[_Worker], log_dir: Path) -> in
     if user is None and not reports:
         user = next((worker.last_log_line() for worker in failed if worker.status == EXIT_USER_ERROR), None)
     if user:
-        print(user, file=sys.stderr, flush=True)
+        note(user)
         return EXIT_USER_ERROR
     dead = next((worker for worker in failed if worker.status < 0 and -worker.status in _OWN_DEATH), None)
     if dead is None and reports:
@@ -307,7 +308,7 @@ def _explain(workers: list[_Worker], failed: list[_Worker], log_dir: Path) -> in
     else:
         culprit = dead or failed[0]
         reason = _how_it_ended(culprit)
-    print(f"rank {culprit.rank} of {len(workers)} {reason} (log: {culprit.log})", file=sys.stderr, flush=True)
+    note(f"rank {culprit.rank} of {len(workers)} {reason} (log: {culprit.log})")
     return EXIT_CRASH
 
 

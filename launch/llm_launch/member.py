@@ -25,6 +25,7 @@ from typing import Any
 from llm_launch import wire
 from llm_launch.progress import Marker
 from llm_launch.states import Outcome
+from llm_parallel.lines import note
 
 SLOW_TO_LEAVE_S = 0.6
 """A process that is still in a generation so long after it was given up logs its stacks; it will be killed."""
@@ -204,8 +205,7 @@ class Member:
                     self._shut_down(inode, how)
             if not said and passed_s > SLOW_TO_LEAVE_S:
                 said = True
-                print(f"still in generation {generation}, which was given up; where its threads are:",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                note(f"still in generation {generation}, which was given up; where its threads are:")  # fmt: skip
                 faulthandler.dump_traceback(all_threads=True)
             time.sleep(ABORT_EVERY_S)
 

@@ -8,14 +8,18 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from llm_launch.blame import Device
 from llm_parallel.config.problem import divisors
 from llm_parallel.config.rules import find_problems
 from llm_parallel.config.tree import ParallelConfig, RunConfig
 from llm_parallel.parallel.layout import Layout
+from llm_parallel.planner.memory import memory
+from llm_parallel.planner.shapes import shape_of, strategy_of
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,24 @@ class Trained:
         return groups, [at.pp * layout.tp + at.tp for at in places]
 
 
-def fingerprint(config: RunConfig) -> str:
-    """Hash of model, data and seed: memory copies are restored only into a run with the same ones."""
-    parts = {"model": config.model, "data": config.data}
-    text = json.dumps({name: part.model_dump(mode="json") for name, part in parts.items()} | {"seed": config.seed})
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+def fingerprint(config: RunConfig) -> dict[str, str]:
+    """Hashes of model, data and seed: memory copies are restored only into a run with the same ones."""
+    dump = partial(BaseModel.model_dump, mode="json")
+    parts = {"section model": dump(config.model), "section data": dump(config.data), "seed": config.seed}
+    return {name: _hash(part) for name, part in parts.items()}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
+
+
+def other_copies(now: Mapping[str, str], then: Any) -> str:
+    """Why copies in memory, which were made by a run with the fingerprint ``then``, are not used."""
+    differs = [name for name in now if isinstance(then, dict) and then.get(name) != now[name]]
+    return (
+        f"copies in memory are not used, because the run file has another {' and another '.join(differs) or 'content'} "
+        "than when they were made; training goes on from the last checkpoint"
+    )
 
 
 def best_layout(config: RunConfig, num_devices: int, device: Literal["cpu", "cuda"]) -> ParallelConfig | None:
@@ -156,9 +173,28 @@ def crowded(config: RunConfig, layout: Layout) -> str | None:
         return None
     return (
         f"no replica of TP {asked.tp} x PP {asked.pp} fits on the devices that are left, so that each holds "
-        f"{parts / (layout.tp * layout.pp):.3g} times as much of the model; if that is too much for its memory, "
-        f"elastic.min_devices={parts * asked.cp} lets the run wait for devices instead"
+        f"{parts / (layout.tp * layout.pp):.3g} times as much of the model{_predicted(config, layout)}; what fits as "
+        f"before are {parts * asked.cp} devices, and elastic.min_devices={parts * asked.cp} lets the run wait for them"
     )
+
+
+def _predicted(config: RunConfig, layout: Layout) -> str:
+    """What a process holds of tensors in the layout and in the run file's, as the planner predicts it."""
+    if config.model.vocab_size is None:
+        return ""
+    asked = strategy_of(config, config.parallel.tp * config.parallel.pp * config.parallel.cp)
+    now = replace(
+        asked,
+        gpus=layout.world_size,
+        tp=layout.tp,
+        pp=layout.pp,
+        cp=layout.cp,
+        vpp=layout.vpp,
+        stage_layers=layout.stage_layers,
+        sequence_parallel=layout.sequence_parallel and layout.tp > 1,
+    )
+    gib = [memory(shape_of(config.model), strategy).total / 2**30 for strategy in (now, asked)]
+    return f", by prediction {gib[0]:.3g} GiB of tensors instead of {gib[1]:.3g} GiB"
 
 
 def as_overrides(parallel: ParallelConfig, before: ParallelConfig) -> tuple[str, ...]:

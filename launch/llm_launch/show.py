@@ -84,6 +84,8 @@ def _show_elastic(run_dir: Path, elastic: dict[str, Any], status: RunStatus, con
         f"{goodput['elapsed_s']:.0f} s recovering: goodput {goodput['fraction']:.1%} (wall time of this start)",
         console,
     )
+    if elastic.get("crowded"):
+        show(elastic["crowded"], console)
     excluded = {(entry["node"], entry["device"]): entry["reason"] for entry in elastic["excluded"]}
     rows = []
     for node in elastic["nodes"]:

@@ -7,10 +7,13 @@ from typing import Any
 
 from llm_launch.blame import Device, Ledger
 from llm_launch.fleet import Fleet
+from llm_launch.placement import crowded
+from llm_parallel.config.tree import RunConfig
 
 
-def snapshot(fleet: Fleet, ledger: Ledger, started_s: float) -> dict[str, Any]:
-    """Phase, step, layout, nodes and what is excluded. ``started_s``: monotonic time of the launcher's start."""
+def snapshot(fleet: Fleet, ledger: Ledger, started_s: float, config: RunConfig) -> dict[str, Any]:
+    """Phase, step, layout, nodes, what is excluded, and what a layout smaller than the run file's means for memory.
+    ``started_s``: monotonic time of the launcher's start."""
     placement = fleet.placement
     active = {device.node for device in placement.devices} if placement else set()
     return {
@@ -18,6 +21,7 @@ def snapshot(fleet: Fleet, ledger: Ledger, started_s: float) -> dict[str, Any]:
         "generation": fleet.generation,
         "step": fleet.step,
         "world_size": placement.layout.world_size if placement else 0,
+        "crowded": crowded(config, placement.layout) if placement else None,
         "layout": placement.layout.describe() if placement else "",
         "nodes": [
             {

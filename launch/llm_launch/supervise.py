@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from llm_launch.states import EXIT_TOO_FEW
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, UserError
+from llm_parallel.lines import note
 
 SECRET = "LLM_PARALLEL_SECRET"
 ASKED = "LLM_PARALLEL_ASKED"
@@ -156,8 +156,5 @@ def starter_of_job(
         active = max(1, len(names) - config.elastic.spare_nodes)
         per_node = math.ceil(num_processes(config) / active)
     secret = environment.get(SECRET) or wire.new_secret()
-    print(
-        f"elastic | SLURM job {job.job_id}, start {job.restart_count + 1}: {len(names)} nodes with {per_node} devices",
-        file=sys.stderr,
-    )
+    note(f"elastic | SLURM job {job.job_id}, start {job.restart_count + 1}: {len(names)} nodes with {per_node} devices")
     return SlurmStarter(paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import note
 
 EXIT_CRASH = 1
 
@@ -137,5 +137,5 @@ def report_error(log_dir: Path, rank: int, error: BaseException) -> int:
             json.dump(record, handle)
     except OSError:
         pass  # the log and the exit status say it too
-    print(message if is_user_error else trace, file=sys.stderr, flush=True)
+    note(message if is_user_error else trace)
     return EXIT_USER_ERROR if is_user_error else EXIT_CRASH

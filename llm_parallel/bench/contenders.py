@@ -24,6 +24,7 @@ from llm_parallel.model.init import initial_rows, initialize
 from llm_parallel.model.mcore_config import transformer_config
 from llm_parallel.model.numerics import Numerics, dtype_of
 from llm_parallel.model.tensors import Role, all_names, kind_of
+from llm_parallel.parallel.cpu_products import as_torch_multiplies
 from llm_parallel.parallel.groups import Groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform
@@ -170,6 +171,7 @@ def transformers(config: RunConfig, compiled: bool = False) -> Contender:
     run: Any = torch.compile(model) if compiled else model
     batches = global_batch(config, device)
 
+    @as_torch_multiplies()
     def gradient() -> float:
         total = torch.zeros((), device=device)
         for tokens, labels in batches:
@@ -235,7 +237,8 @@ def megatron(config: RunConfig, engine: bool = False) -> Contender:
     theirs.finalize_model_grads_func = lambda models, count, **_: finalize_model_grads(
         models, count, pg_collection=groups.collection
     )
-    return Contender([model], _megatron_gradient(config, chunk, optimizer, groups), lambda: optimizer.step())
+    gradient = as_torch_multiplies()(_megatron_gradient(config, chunk, optimizer, groups))
+    return Contender([model], gradient, lambda: optimizer.step())
 
 
 def _megatron_config(config: RunConfig, groups: Groups, engine: bool) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import say
 
 _KEYS = ("operator", "shape", "dtype", "mode", "provider")
 
@@ -50,10 +51,10 @@ def slower_than(baseline: str, result: dict[str, Any], min_ratio: float) -> int:
         found = now.get(key)
         if found is None or ms / found < min_ratio:
             ratio = "was not measured" if found is None else f"{ms / found:.3f} of the baseline's speed"
-            print(f"SLOWER: {' '.join(key)}: {ratio} ({ms:.4f} ms before)")
+            say(f"SLOWER: {' '.join(key)}: {ratio} ({ms:.4f} ms before)")
             failed = 1
     verdict = "failed" if failed else "passed"
-    print(f"{len(compared)} rows held against {baseline}, at least {min_ratio} of its speed: {verdict}")
+    say(f"{len(compared)} rows held against {baseline}, at least {min_ratio} of its speed: {verdict}")
     return failed
 
 
@@ -66,4 +67,4 @@ def write_result(prefix: Path, result: Mapping[str, Any]) -> None:
         writer = csv.DictWriter(handle, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(result["rows"])
-    print(f"written: {prefix}.json, {prefix}.csv")
+    say(f"written: {prefix}.json, {prefix}.csv")

@@ -24,6 +24,7 @@ from llm_parallel.bench.gate import slower_than
 from llm_parallel.bench.requests import KernelsRequest
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import say
 from llm_parallel.screen import say_next, show
 
 # Counted in the SASS of flash-attn-4 4.0.0b36 compiled for sm_90, head dim 128, tiles of 128 x 128.
@@ -58,7 +59,7 @@ def aot_command(names: Sequence[str], archs: Sequence[int], jobs: int, out: str 
     show(f"{aot.table(reports)}\n\n{PEER_LOOPS}")
     bad = [report for report in reports if report.problems]
     seconds = sum(report.compile_s for report in reports)
-    print(
+    say(
         f"{len(reports)} kernel configurations, triton {version('triton')}, {seconds:.0f} compile seconds on "
         f"{platform.machine()} without a GPU; {len(bad)} with a problem."
     )
@@ -81,9 +82,9 @@ def bench_command(request: KernelsRequest) -> int:
         raise UserError(f"--shape {request.shapes[0]} is in no shape's name of {of}; without --shape all are measured")
     wrong = check_all([benchmark.name for benchmark in benchmarks], request.environment)
     for name, problem in wrong.items():
-        print(f"{name}: {'right' if problem is None else problem}")
+        say(f"{name}: {'right' if problem is None else problem}")
     if not torch.cuda.is_available():
-        print("\nThere is no GPU here, so nothing is timed. On one, this would be measured, forward and backward:")
+        say("\nThere is no GPU here, so nothing is timed. On one, this would be measured, forward and backward:")
         show(_plan(benchmarks))
         say_next("llm-parallel bench kernels --aot")
         return 1 if any(wrong.values()) else 0
@@ -96,7 +97,7 @@ def check_all(operators: Sequence[str], environment: Mapping[str, str]) -> dict[
     if torch.cuda.is_available():
         return {name: check(name) for name in operators}
     if not dispatch.triton_installed():
-        print(f"{dispatch.triton_fault()}: the kernels can't be checked, only their references would run")
+        say(f"{dispatch.triton_fault()}: the kernels can't be checked, only their references would run")
         return dict.fromkeys(operators)
     command = [sys.executable, "-m", "llm_kernels.check", "--op", *operators]
     interpreting = {**environment, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -132,7 +133,7 @@ def _measure(benchmarks: Sequence[Benchmark], request: KernelsRequest, device: t
     from llm_kernels import measure
 
     card = measure.measure_card(device)
-    print(
+    say(
         f"{card.name}: copy {card.copy_bytes_per_s / 1e9:.0f} GB/s, bf16 product {card.matmul_flops_per_s / 1e12:.0f} "
         "TFLOP/s, both measured here now"
     )

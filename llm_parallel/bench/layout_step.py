@@ -30,6 +30,7 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.indexed import write_index
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import read_jsonlines
+from llm_parallel.lines import say
 from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
 from llm_parallel.parallel.layout import Layout
@@ -58,11 +59,10 @@ def layout_command(request: StepRequest) -> int:
     names = chosen_in_layout(request.providers, config)
     layout = Layout.from_config(config, processes)
     tokens = config.train.global_batch_size * config.data.seq_length_tokens
-    print(
+    say(
         f"{parameter_count(config.model).total / 1e6:,.1f} M parameters, {config.train.precision}, {tokens:,} tokens a "
         f"step; {layout.describe()} on {processes} processes; {WARMUP_STEPS} steps of warm-up, "
-        f"{request.rounds * request.steps} timed{', 1 traced' if request.trace else ''}; {', '.join(names)}",
-        flush=True,
+        f"{request.rounds * request.steps} timed{', 1 traced' if request.trace else ''}; {', '.join(names)}"
     )
     peak = peak_of(config)
     jobs: dict[str, Job] = {name: Job() for name in names}

@@ -58,6 +58,7 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.jsonlines import read_jsonlines
+from llm_parallel.lines import say
 from llm_parallel.planner.hardware import Cluster, load_cluster
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.planner.steptime import StepTime, step_time
@@ -186,7 +187,7 @@ def _run_missing(
         # Long lists, such as stage_layers, would fill the screen.
         overrides = " ".join(text if len(text) < 60 else f"{text[:56]} …" for text in entry.overrides)
         there = f": already in {out}" if entry.key in done else ""
-        print(f"--index {index}: {name}: {overrides}{there}", flush=True)
+        say(f"--index {index}: {name}: {overrides}{there}")
         if not there and not request.dry_run:
             failed += not _run(entry, sweep, out, cluster, request.environment)
     return failed
@@ -224,7 +225,7 @@ def _run(entry: Entry, sweep: Sweep, out: Path, cluster: Cluster | None, environ
         records = list(read_jsonlines(folder / "run" / "metrics.jsonl")) if ended.returncode == 0 else []
         measured = [record for record in records if record.get("step", 0) > sweep.warmup and "perf/step_time" in record]
         if not measured:
-            print(f"  failed with status {ended.returncode}: {(ended.stderr or ended.stdout).strip()[-500:]}")
+            say(f"  failed with status {ended.returncode}: {(ended.stderr or ended.stdout).strip()[-500:]}")
             return False
         start = next(record for record in records if record.get("event") == "run_start")
         append_csv(out, as_row(entry, measured, start, cluster))

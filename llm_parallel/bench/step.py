@@ -24,6 +24,7 @@ from llm_parallel.bench.turns import Finding, one_after_the_other, taking_turns
 from llm_parallel.config.rules import check_config, num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
+from llm_parallel.lines import say
 from llm_parallel.metrics.peaks import Peak
 from llm_parallel.model.flops import CONVENTIONS, flops_per_token, parameter_count
 from llm_parallel.screen import say_next, show
@@ -50,11 +51,10 @@ def step_command(request: StepRequest) -> int:
     config = one_process_config(request)
     names = chosen(request.providers, config)
     tokens = config.train.global_batch_size * config.data.seq_length_tokens
-    print(
+    say(
         f"{parameter_count(config.model).total / 1e6:,.1f} M parameters, {config.train.precision}, {tokens:,} tokens a "
         f"step ({config.train.global_batch_size} x {config.data.seq_length_tokens}, micro batch "
-        f"{config.train.micro_batch_size}); {', '.join(names)}",
-        flush=True,
+        f"{config.train.micro_batch_size}); {', '.join(names)}"
     )
     measure = one_after_the_other if config.device == "cuda" else taking_turns
     findings = measure(names, config, request.rounds, request.steps, request.trace)

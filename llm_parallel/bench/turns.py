@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.lines import say
 
 WARMUP_STEPS = 3
 
@@ -85,9 +86,9 @@ def _contender(name: str, config: RunConfig, finding: Finding) -> Iterator[Conne
     first = _ask(here, finding)
     if first is not None:
         finding.losses, finding.peak_bytes = first
-        print(f"{name}: first losses {', '.join(f'{loss:.6f}' for loss in finding.losses)}", flush=True)
+        say(f"{name}: first losses {', '.join(f'{loss:.6f}' for loss in finding.losses)}")
     else:
-        print(f"{name}: {finding.problem}", flush=True)
+        say(f"{name}: {finding.problem}")
     try:
         yield here
     finally:

@@ -34,14 +34,14 @@ WEIGHT_FILES = (
 def write_config(folder: Path, config: RunConfig) -> None:
     """Writes configuration and tokenizer, so that the checkpoint alone suffices to generate and convert."""
     if config.data.tokenizer is not None and Path(config.data.tokenizer).exists():
-        _copy_tokenizer(Path(config.data.tokenizer), folder / TOKENIZER_NAME)
-        if config.trains == "sft" and config.chat.prepared is not None:
+        copy_tokenizer(Path(config.data.tokenizer), folder / TOKENIZER_NAME)
+        if config.reads_chat and config.chat.prepared is not None:
             _write_chat(folder / TOKENIZER_NAME, Path(config.chat.prepared))
     with atomic_write(folder / CONFIG_NAME) as handle:
         handle.write(dump_config(config) + END)
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer under the file names by which ``load_tokenizer`` finds it in a folder; weights beside it are
     not copied."""
     if source.is_dir():

@@ -56,6 +56,41 @@ def _apart(value: Any, known: Known) -> tuple[str, Any, str]:
     return "data.packing", "isolate" if value else known("data.packing"), how if value else "nothing else is asked for"
 
 
+DATASET_DIR = "data"
+"""Where LLaMA-Factory looks for dataset_info.json if it is not told."""
+
+
+def _datasets(target: str) -> Callable[[Any, Known], tuple[str, Any, str]]:
+    """LLaMA-Factory's names of data sets, with commas, as sources; its ``dataset_dir`` is their folder."""
+
+    def derive(value: Any, known: Known) -> tuple[str, Any, str]:
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError(
+                "it must be names of a dataset_info.json, with commas; conversations are named in chat.train, as "
+                "{path: FILE}, or {path: DATASET_DIR, dataset: NAME}, and token files in data.train"
+            )
+        folder = known("dataset_dir")
+        if folder is not None and not isinstance(folder, str):
+            raise ValueError(f"dataset_dir = {folder} must be a folder with a dataset_info.json")
+        folder = folder or DATASET_DIR
+        said = f"data sets of {folder}/dataset_info.json"
+        return target, [{"path": folder, "dataset": name.strip()} for name in names], said
+
+    return derive
+
+
+def _dataset_dir(value: Any, known: Known) -> tuple[str, Any, str]:
+    """Where the data sets are; it has no field of its own, and says nothing without them."""
+    if known("dataset") is None and known("eval_dataset") is None:
+        raise ValueError(
+            "it is the folder of a dataset_info.json, and no data set is named; give dataset: NAME, or name the "
+            "conversations in chat.train"
+        )
+    target, name = ("chat.train", "dataset") if known("dataset") is not None else ("chat.eval", "eval_dataset")
+    return _datasets(target)(known(name), known)
+
+
 DERIVED: dict[str, Callable[[Any, Known], tuple[str, Any, str]]] = {
     "gradient_accumulation_steps": _global_batch,
     "accumulate_grad_batches": _global_batch,
@@ -71,5 +106,8 @@ DERIVED: dict[str, Callable[[Any, Known], tuple[str, Any, str]]] = {
     "validation.steps": _eval_samples,
     "reset_position_ids": _apart,
     "eod_mask_loss": _apart,
+    "dataset": _datasets("chat.train"),
+    "eval_dataset": _datasets("chat.eval"),
+    "dataset_dir": _dataset_dir,
 }
 """Name of a setting → our field, its value, and how that was computed."""

@@ -167,7 +167,7 @@ ROWS: tuple[Foreign, ...] = (
          "train.micro_batch_size", ANY),
     # What is set otherwise.
     _row("model.name model.flavor model_type", "model.preset names a model's shape", "model.preset", "llama"),
-    _row("dataset datasets dataset_dir dataset_path training.dataset training.dataset_path eval_dataset test_datasets",
+    _row("datasets dataset_path training.dataset training.dataset_path test_datasets",
          "raw text becomes token files by `llm-parallel prepare`, named in data.train; conversations are named in "
          "chat.train, as {path: FILE}, or {path: DATASET_DIR, dataset: NAME} of a dataset_info.json",
          "data.train chat.train"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.schema import config_schema
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
+from llm_parallel.lines import note
 
 __all__ = ["FieldDoc", "config_schema", "describe_fields", "dump_config", "load_config", "load_with_origins"]
 
@@ -81,7 +81,8 @@ class _Given:
         """The value of a field by its dotted name: what was given, or the default."""
         key = tuple(name.split("."))
         info = field_at(key)
-        assert info is not None, name
+        if info is None:  # a setting of another system, from which a value follows together with others
+            return self.derived[name][1] if name in self.derived else None
         return self.values.get(key, info.default)
 
     def origin(self, key: Key) -> str:
@@ -128,7 +129,7 @@ class _Given:
 def load_config(
     path: str | Path | None,
     overrides: Sequence[str] = (),
-    notice: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    notice: Callable[[str], None] = lambda text: note(text),
 ) -> RunConfig:
     """Reads a run file and overrides into a validated configuration.
 
@@ -274,6 +275,12 @@ class _Walk:
             return  # a section whose lines are all comments
         if ours != key and value == {} and any(old[: len(ours)] == ours for old in self.given.values):
             return  # `finetuning_type: lora` after its settings
+        if ours != key and self.lines and (other := self._contradicted(ours, value)):
+            self.given.problems.append(
+                f"{origin}: {dotted(key)} = {show(value)} and {dotted(other)}, given at {self.given.origins[other]}, "
+                f"contradict each other: without the section {ours[0]} all weights are trained; keep one"
+            )
+            return
         if ours != key and self.lines and self.given.values.get(ours, value) != value:
             there = self.given.origins[ours]
             self.given.problems.append(
@@ -281,6 +288,14 @@ class _Walk:
             )
             return
         self.given.put(ours, value, origin)
+
+    def _contradicted(self, ours: Key, value: Any) -> Key | None:
+        """What was given before that a section without a value (``finetuning_type: full``) leaves no room for, or that
+        leaves none for a field of it."""
+        values = self.given.values
+        if value is None and section_at(ours) is not None:
+            return next((old for old in values if len(old) > len(ours) and old[: len(ours)] == ours), None)
+        return next((ours[:end] for end in range(1, len(ours)) if values.get(ours[:end], ours) is None), None)
 
 
 def _may_be_null(key: Key) -> bool:

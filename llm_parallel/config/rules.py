@@ -6,11 +6,12 @@ make another rule fail; following the fixes always ends in a configuration that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_parallel.config import rules_layout
+from llm_parallel.config import rules_layout, rules_method
 from llm_parallel.config.problem import Case, Problem, divisors, nearest
 from llm_parallel.config.tree import OptimConfig, RunConfig
 from llm_parallel.errors import UserError
@@ -92,23 +93,30 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def check_chat_inputs(config: RunConfig) -> None:
-    """Checks that the files of ``chat``, ``data.tokenizer`` and ``checkpoint.load`` are there.
+    """Checks that the files of ``chat``, ``data.tokenizer``, ``checkpoint.load`` and ``method.reference.load`` are
+    there.
 
     Raises UserError that names each field whose file is missing."""
     missing = []
+    what, command = ("preferences", "prefer") if config.prefers else ("conversations", "sft")
     if not config.chat.train:
-        missing.append("chat.train is empty; give at least one file of conversations")
+        missing.append(f"chat.train is empty; give at least one file of {what}")
     if config.data.train:
         missing.append(
-            "data.train names token files, which `llm-parallel sft` does not read; give chat.train conversations, or "
+            f"data.train names token files, which `llm-parallel {command}` does not read; give chat.train {what}, or "
             "use `llm-parallel pretrain`"
+        )
+    if config.prefers and config.checkpoint.load is None:
+        missing.append(
+            "checkpoint.load, which names the model whose answers are to become better, is not given; give it a run "
+            "of `llm-parallel sft` or a Hugging Face folder"
         )
     for split, sources in (("train", config.chat.train), ("eval", config.chat.eval)):
         for index, source in enumerate(sources):
             if not Path(source.path).exists():
                 missing.append(
-                    f"chat.{split}.{index}.path = {source.path} does not exist; give a file of conversations, or a "
-                    "folder of such files"
+                    f"chat.{split}.{index}.path = {source.path} does not exist; give a file of {what}, or a folder of "
+                    "such files"
                 )
     if config.data.tokenizer is None:
         missing.append(
@@ -126,6 +134,7 @@ def _refuse_missing(config: RunConfig, missing: list[str]) -> None:
         ("data.tokenizer", config.data.tokenizer),
         ("checkpoint.load", config.checkpoint.load),
         ("adapter.load", of_adapter),
+        ("method.reference.load", config.method.reference.load),
     ):
         if path is not None and not Path(path).exists():
             missing.append(f"{name} = {path} does not exist; give the path of one that does")
@@ -279,7 +288,7 @@ def _intervals(case: Case) -> Iterator[Problem]:
 
 def _evaluations(config: RunConfig) -> Iterator[Problem]:
     interval, patience = config.train.eval_interval_steps, config.train.early_stop_evaluations
-    name, held = ("chat", config.chat) if config.trains == "sft" else ("data", config.data)
+    name, held = ("chat", config.chat) if config.reads_chat else ("data", config.data)
     if interval and not held.eval and not held.eval_fraction:
         yield Problem(
             ("train.eval_interval_steps", f"{name}.eval", f"{name}.eval_fraction"),
@@ -332,6 +341,34 @@ def _gluon(case: Case) -> Iterator[Problem]:
             yield Problem(("kernels.attention", f"model.{name}"), statement, fix)
 
 
+def _deterministic(case: Case) -> Iterator[Problem]:
+    config, kernels, name = case.config, case.config.kernels, "kernels.deterministic"
+    if not kernels.deterministic:
+        return
+    if case.device == "cuda":
+        statement = (
+            f"{name} = true is for a CPU, whose products are known to round a row alike; the run's device is cuda"
+        )
+        yield Problem((name, "device"), statement, {name: False})
+    for operator in ("rms_norm", "rope", "attention", "swiglu", "cross_entropy"):
+        if (chosen := getattr(kernels, operator)) not in ("auto", "torch"):
+            statement = f"{name} = true computes by torch, and kernels.{operator} = {chosen}"
+            yield Problem((name, f"kernels.{operator}"), statement, {f"kernels.{operator}": "auto"})
+    if kernels.output_loss != "separate":
+        statement = f"{name} = true needs the logits of all tokens, and kernels.output_loss = {kernels.output_loss}"
+        yield Problem((name, "kernels.output_loss"), statement, {"kernels.output_loss": "separate"})
+    scaling = config.model.rope_scaling
+    if scaling is not None and scaling.kind in ("dynamic", "longrope"):
+        statement = (
+            f"{name} = true, and model.rope_scaling.kind = {scaling.kind} turns keys by angles that depend on the "
+            "length of the text, which training does not know token by token"
+        )
+        yield Problem((name, "model.rope_scaling.kind"), statement, {name: False})
+    if math.gcd(config.parallel.tp, 16) > 8:
+        statement = f"{name} = true has at most 8 shards of the vocabulary, and parallel.tp = {config.parallel.tp}"
+        yield Problem((name, "parallel.tp"), statement, {name: False})
+
+
 def _adapter(case: Case) -> Iterator[Problem]:
     adapter, model, tp = case.config.adapter, case.config.model, case.config.parallel.tp
     if adapter is None or adapter.base != "nf4":
@@ -375,7 +412,9 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _machine,
     rules_layout.check_rope,
     _gluon,
+    _deterministic,
     _adapter,
+    rules_method.check_method,
 )
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
-from llm_parallel.config.tree_tune import AdapterConfig, ChatConfig, MethodConfig
+from llm_parallel.config.tree_tune import PREFERENCES, AdapterConfig, ChatConfig, MethodConfig
 
 __all__ = ["AdapterConfig", "ChatConfig", "MethodConfig", "Node", "RunConfig"]
 
@@ -86,7 +86,7 @@ class ModelConfig(Node):
     """Layers, counted from 0, whose queries and keys are not rotated; in SmolLM3 every fourth one (3, 7, 11, …)."""
     window_tokens: PositiveInt | None = None
     """Number of tokens that a query attends to, itself and those right before it, as in Mistral 7B; all before it if
-    not given. The planner counts attention to all of them in either case."""
+    not given."""
     attention_softcap: float = Field(0.0, ge=0.0)
     """Attention scores x become ``cap · tanh(x / cap)``, as in Gemma 2; 0: they stay as they are."""
     output_softcap: float = Field(0.0, ge=0.0)
@@ -195,6 +195,9 @@ class KernelsConfig(Node):
     output matrix is held in fp32 until backward (less memory than logits where a micro batch has over 2 hidden_size
     tokens). ``fused-recompute``: holds no gradients, for the least memory, and computes the logits a second time in
     backward."""
+    deterministic: bool = False
+    """What a token gets in forward depends neither on the tokens computed with it nor on the layout, to the last bit,
+    so that log-probabilities are the same in generation and in training. On CPU only, and slower."""
 
 
 class RampUp(Node):
@@ -404,6 +407,16 @@ class RunConfig(Node):
     elastic: ElasticConfig = ElasticConfig()
 
     @property
-    def trains(self) -> Literal["pretrain", "sft"]:
+    def trains(self) -> Literal["pretrain", "sft", "dpo", "kto", "rrhf"]:
         """``method.kind``, or what the given data are for."""
         return self.method.kind or ("sft" if self.chat.train and not self.data.train else "pretrain")
+
+    @property
+    def prefers(self) -> bool:
+        """Whether the run learns from answers that are compared or judged."""
+        return self.trains in PREFERENCES
+
+    @property
+    def reads_chat(self) -> bool:
+        """Whether the run's data are ``chat.train`` and not token files."""
+        return self.trains != "pretrain"

@@ -22,6 +22,7 @@ from llm_parallel.convert.settings import CARRIED, carry
 from llm_parallel.errors import UserError
 from llm_parallel.files import folder_in_whole
 from llm_parallel.generate.load import describe_folder
+from llm_parallel.lines import say
 from llm_parallel.model.adapters import PROJECTIONS, targets_of, whole_delta
 from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
 from llm_parallel.model.hf_config import family_of
@@ -138,7 +139,7 @@ def export_merged(
         config = describe_folder(source)
         written = write_hf_folder(tensors, config, settings, target, max_shard_bytes, dtype)
         if tensors.rounding and config.adapter is not None:
-            print(
+            say(
                 f"the matrices under the adapters were merged in {config.adapter.base}, as in training; they differ "
                 f"from those of {base} by {tensors.rounding:.2%} (root mean square)"
             )

@@ -14,6 +14,7 @@ from llm_parallel.convert.verify import verify as verified
 from llm_parallel.convert.verify import verify_adapters
 from llm_parallel.errors import UserError
 from llm_parallel.generate.load import describe_folder
+from llm_parallel.lines import say
 from llm_parallel.model.flops import adapter_parameters, parameter_count
 from llm_parallel.model.hf import is_hf_folder
 from llm_parallel.model.peft_files import is_peft_folder
@@ -64,12 +65,12 @@ def convert_command(
     kind = "Hugging Face folder" if to_hf else "checkpoint"
     if config.adapter is not None and not merge:
         count, kind = adapter_parameters(config.model, config.adapter), "PEFT adapter"
-    print(f"{parameters(count)} parameters written as {kind} {written} in {seconds:.1f} s")
+    say(f"{parameters(count)} parameters written as {kind} {written} in {seconds:.1f} s")
     if verify and config.adapter is not None:
-        print(verify_adapters(source, written))
+        say(verify_adapters(source, written))
     elif verify:
         folder, checkpoint = (written, Path(source)) if to_hf else (Path(source), written)
-        print(verified(folder, checkpoint, rounded=wanted is not None))
+        say(verified(folder, checkpoint, rounded=wanted is not None))
     return written
 
 

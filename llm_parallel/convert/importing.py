@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.convert.settings import carry
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, fsync_dir
+from llm_parallel.files import atomic_write, folder_in_whole
 from llm_parallel.model.hf import HfReader, read_rows
 from llm_parallel.model.mcore_config import padded_vocab_size
 from llm_parallel.model.tensors import LAYERS, all_names, split_name
@@ -97,24 +96,17 @@ def import_from_hf(
     checkpoints already or the source is damaged.
     """
     source, checkpoints = Path(source), Path(target) / "checkpoints"
-    if checkpoints.exists() and any(checkpoints.iterdir()):
+    if checkpoints.exists() and any(not path.name.startswith(".") for path in checkpoints.iterdir()):
         raise UserError(f"{checkpoints} is not empty; give a new folder")
     final = checkpoints / folder_name(0)
-    making = checkpoints / f".{final.name}.saving"
-    making.mkdir(parents=True)
-    try:
-        with HfReader(source) as reader:
-            for said in reader.check():
-                notice(said)
-            _write_tensors(reader, config.model, making, dtype or reader.dtype())
+    with HfReader(source) as reader, folder_in_whole(final) as making:
+        for said in reader.check():
+            notice(said)
+        _write_tensors(reader, config.model, making, dtype or reader.dtype())
         write_weights_only_parts(making)
         TrainState().write(making)
         carry(source, making)
         write_config(making, config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": None})}))
-        making.rename(final)
-        fsync_dir(checkpoints)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
     with atomic_write(checkpoints / LATEST_NAME) as handle:
         handle.write("0")
     return final

@@ -71,12 +71,15 @@ def verify(folder: Path, checkpoint: Path, *, rounded: bool = False) -> str:
     rounded: the weights of one side were rounded on purpose. Raises UserError if the two are not the same model.
     """
     if importlib.util.find_spec("transformers") is None:
-        return "written as read; not verified, because transformers is not installed"
+        return "written as read, and not compared with transformers, which is not installed"
     model = read_config(find_checkpoint(checkpoint)).model
     layers = layers_that_fit(model, int(psutil.virtual_memory().available * USED_SHARE))
     if layers == 0:
         needed = 4 * parameter_count(model.model_copy(update={"num_layers": 1})).total / 1e9
-        return f"written as read; not verified, because one layer with the embeddings needs {needed:.1f} GB of memory"
+        return (
+            "written as read, and not compared with transformers: one layer with the embeddings needs "
+            f"{needed:.1f} GB of memory"
+        )
     if layers < model.num_layers and not rounded:
         _refuse_other_tensors(folder, checkpoint, model)
     tokens = _tokens(model)
@@ -85,7 +88,7 @@ def verify(folder: Path, checkpoint: Path, *, rounded: bool = False) -> str:
     except Exception as error:  # transformers raises errors of many kinds, all of which mean the same here
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         version = metadata.version("transformers")
-        return f"written as read; not verified, because transformers {version} cannot load {folder} ({first})"
+        return f"written as read, and not compared: transformers {version} cannot load {folder} ({first})"
     gc.collect()
     ours = our_logits(checkpoint, _shortened(model, layers), tokens)
     said = _judged(ours, theirs, layers, model.num_layers, (folder, checkpoint), rounded)
@@ -98,16 +101,24 @@ def verify_adapters(source: str | Path, written: Path) -> str:
     needs = ["transformers", "peft"] if is_peft_folder(written) else ["transformers"]
     missing = [name for name in needs if importlib.util.find_spec(name) is None]
     if missing:
-        return f"not verified, because {' and '.join(missing)} is not installed"
+        return (
+            f"not compared: {' and '.join(missing)}, in which the written model would compute the same numbers once "
+            f"more, {'is' if len(missing) == 1 else 'are'} not installed"
+        )
     config = describe_folder(source)
     model = config.model
     if layers_that_fit(model, int(psutil.virtual_memory().available * USED_SHARE)) < model.num_layers:
         return (
-            f"not verified, because the model needs {4 * parameter_count(model).total / 1e9:.1f} GB of memory in fp32"
+            f"not compared with transformers: two models of {4 * parameter_count(model).total / 1e9:.1f} GB in fp32, "
+            "one after the other, do not fit into this machine's memory"
         )
     folder = Path(PeftFolder(written).base_path()) if is_peft_folder(written) else written
     if not is_hf_folder(folder):
-        return f"not verified, because peft cannot load the model under the adapters, {folder}"
+        return (
+            f"not compared with peft, which loads folders of Hugging Face alone: the model under these adapters, "
+            f"{folder}, is a checkpoint of ours. To use them with peft, write that model by `llm-parallel convert "
+            f"{folder} TARGET`, and name TARGET as base_model_name_or_path in {written / 'adapter_config.json'}"
+        )
     tokens = _tokens(model)
     theirs = their_logits(folder, tokens, model.num_layers, written if is_peft_folder(written) else None)
     gc.collect()

@@ -3,7 +3,6 @@ run. ``chat_data.py`` says what the files are."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,12 +22,12 @@ from llm_parallel.data.chat_counts import Counts, described
 from llm_parallel.data.chat_data import REPORT, ChatData
 from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.chat_rows import encoded
-from llm_parallel.data.dataset_info import Opened, open_source
+from llm_parallel.data.dataset_info import PREFERRED, Opened, open_source
 from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
 from llm_parallel.data.template import DATE
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, folder_in_whole, open_own
+from llm_parallel.files import atomic_write, folder_in_whole, turn
 
 VERSION = 2
 
@@ -49,23 +48,48 @@ def prepare_conversations(
         raise UserError("data.tokenizer is not given; give the tokenizer of the model")
     encoder = open_encoder(config)
     with file_errors_explained(Path(config.run_dir) / "data", kept=""):
-        opened = [open_source(source) for source in (*chat.train, *chat.eval)]
-        settings = _settings(config, encoder, opened)
-        # The same tokenizer may lie elsewhere, as beside a newer checkpoint of the model that is fine-tuned.
-        content = {key: value for key, value in settings.items() if key != "tokenizer"}
-        name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-        folder = Path(config.run_dir) / "data" / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(folder.parent / ".lock"):
-            if not (folder / REPORT).is_file():
-                shutil.rmtree(folder, ignore_errors=True)  # without a report it is not whole
-                with folder_in_whole(folder) as making:
-                    _write(making, config, encoder, opened, settings, workers)
-            _point_to_tokenizer(folder / REPORT, settings["tokenizer"])
+        opened = opened_sources(chat)
+        settings = settings_of(config, encoder, opened)
+        folder = written_once(
+            config, settings, lambda making: _write(making, config, encoder, opened, settings, workers)
+        )
     data = ChatData.open(folder)
     for text in (*(text for source in opened for text in source.notices), *described(data.report)):
         notice(text)
     return data
+
+
+def opened_sources(chat: ChatConfig, preferences: bool = False) -> list[Opened]:
+    """The files of all sources, of conversations or of ``preferences``, those of training first. Raises UserError that
+    names the field of one that is not."""
+    opened = []
+    for number, one in enumerate((*chat.train, *chat.eval)):
+        with named_source(chat, number):
+            opened.append(open_source(one, preferences))
+    return opened
+
+
+def written_once(config: RunConfig, settings: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """The folder of the run that has the content which ``settings`` say; ``write`` makes it if it is not there."""
+    # The same tokenizer may lie elsewhere, as beside a newer checkpoint of the model that is fine-tuned.
+    content = {key: value for key, value in settings.items() if key != "tokenizer"}
+    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.run_dir) / "data" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Processes of one job under torchrun or srun all come here, and the first one does it.
+    with turn(folder.parent / ".lock"):
+        if not (folder / REPORT).is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # without a report it is not whole
+            with folder_in_whole(folder) as making:
+                write(making)
+        _point_to_tokenizer(folder / REPORT, settings["tokenizer"])
+    return folder
+
+
+def _columns(source: Opened) -> dict[str, str | None]:
+    """Names of fields; those of preferences only where they are given, since conversations do not depend on them."""
+    named = source.columns.model_dump()
+    return {field: name for field, name in named.items() if name is not None or field not in PREFERRED}
 
 
 def _point_to_tokenizer(path: Path, tokenizer: str) -> None:
@@ -77,25 +101,17 @@ def _point_to_tokenizer(path: Path, tokenizer: str) -> None:
                 json.dump(report | {"tokenizer": tokenizer}, handle, indent=1, ensure_ascii=False)
 
 
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """One process after the other: those of one job under torchrun or srun all prepare, and the first one does it."""
-    fd = open_own(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _settings(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened]) -> dict[str, Any]:
+def settings_of(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened]) -> dict[str, Any]:
     """All that the content of the folder depends on."""
     chat, template = config.chat, encoder.template
     return {
         "version": VERSION,
         "files": [[[path.name, _digest(path)] for path in source.files] for source in opened],
-        "sources": [[source.format, source.columns.model_dump(), dict(source.roles)] for source in opened],
-        "paths": [source.path for source in (*chat.train, *chat.eval)],
+        "sources": [[source.format, _columns(source), dict(source.roles)] for source in opened],
+        "paths": [
+            source.path if source.dataset is None else f"{source.path}: {source.dataset}"
+            for source in (*chat.train, *chat.eval)
+        ],
         "source_names": _names(chat.train),
         "weights": [source.weight for source in chat.train],
         "eval_fraction": 0.0 if chat.eval else chat.eval_fraction,
@@ -130,7 +146,7 @@ def _write(
         names = ("tokens", "weights", "sources", "lines")
         out = {name: stack.enter_context((making / f"{name}.bin").open("wb")) for name in names}
         for number, source in enumerate(opened):
-            for block in encoded(source, config, encoder, workers):
+            for block in blocks_of(config, number, encoded(source, config, encoder, workers)):
                 counts[number].merge(block.counts)
                 if not block.kept:
                     continue
@@ -143,11 +159,16 @@ def _write(
         for handle in out.values():
             handle.flush()
             os.fsync(handle.fileno())
-    _refuse_empty(config.chat, counts, config.data.seq_length_tokens)
+    refuse_empty(config.chat, counts, config.data.seq_length_tokens)
     with (making / "tokens.idx").open("wb") as index:
         write_index(index.write, dtype, lengths)
         index.flush()
         os.fsync(index.fileno())
+    write_report(making, settings, encoder, counts)
+
+
+def write_report(making: Path, settings: dict[str, Any], encoder: ChatEncoder, counts: Sequence[Counts]) -> None:
+    """Writes ``report.json``, the last file of a folder."""
     report = {
         **settings,
         "template_origin": encoder.template.origin,
@@ -159,6 +180,27 @@ def _write(
     }
     with atomic_write(making / REPORT) as text:
         json.dump(report, text, indent=1, ensure_ascii=False)
+
+
+def _field(chat: ChatConfig, number: int) -> str:
+    """The name of a source's field in the run file, by the number among all sources."""
+    split, index = ("train", number) if number < len(chat.train) else ("eval", number - len(chat.train))
+    return f"chat.{split}.{index}.path"
+
+
+@contextmanager
+def named_source(chat: ChatConfig, number: int) -> Iterator[None]:
+    """Puts the field of a source before what is wrong about its file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{_field(chat, number)}: {error}") from None
+
+
+def blocks_of(config: RunConfig, number: int, blocks: Iterator[Any]) -> Iterator[Any]:
+    """The blocks of source ``number``; what is wrong about one of them names the source's field."""
+    with named_source(config.chat, number):
+        yield from blocks
 
 
 def _digest(path: Path) -> str:
@@ -175,9 +217,9 @@ def _names(sources: Sequence[ChatSource]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}-{n + 1}" for n, name in enumerate(names)]
 
 
-def _refuse_empty(chat: ChatConfig, counts: Sequence[Counts], seq_length: int) -> None:
+def refuse_empty(chat: ChatConfig, counts: Sequence[Counts], seq_length: int) -> None:
+    """Raises UserError about a source of which nothing is kept."""
     for place, (source, count) in enumerate(zip((*chat.train, *chat.eval), counts)):
         if count.kept:
             continue
-        split, index = ("train", place) if place < len(chat.train) else ("eval", place - len(chat.train))
-        raise UserError(f"chat.{split}.{index}.path = {source.path} {count.why_empty(seq_length)}")
+        raise UserError(f"{_field(chat, place)} = {source.path} {count.why_empty(seq_length)}")

@@ -12,6 +12,7 @@ from llm_parallel.data.inputs import find_files
 from llm_parallel.data.prepare import PrepareConfig, PrepareReport, file_errors_explained, prepare
 from llm_parallel.data.vocabulary import vocabulary_from_files
 from llm_parallel.errors import UserError
+from llm_parallel.lines import say
 
 
 def prepare_command(
@@ -42,7 +43,7 @@ def prepare_command(
     if not target.name:
         raise UserError(f"--out {out!r} is not a prefix of files; give one such as data/corpus")
     if train_vocab is not None:
-        print(f"training a tokenizer of {train_vocab} tokens", flush=True)
+        say(f"training a tokenizer of {train_vocab} tokens")
         with file_errors_explained(target):
             files = find_files(inputs, config.extensions, config.strict).files
             prefixes = [target.name]

@@ -18,6 +18,7 @@ from llm_parallel.data.prepare import PrepareConfig, PrepareReport, prepare
 from llm_parallel.data.vocabulary import vocabulary_from_files
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import say
 
 SUFFIXES = (".py", ".txt", ".rst")
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
@@ -73,7 +74,7 @@ def prepare_python_corpus(out_dir: str | Path, vocab_size: int, workers: int | N
     by_hash = sorted(python_corpus(), key=lambda path: _hash(path.relative_to(library).as_posix()))
     held_out = math.ceil(EVAL_SHARE * len(by_hash))
     parts = {"eval": sorted(by_hash[:held_out]), "train": sorted(by_hash[held_out:])}
-    print(f"training a tokenizer of {vocab_size} tokens on {len(parts['train'])} files", flush=True)
+    say(f"training a tokenizer of {vocab_size} tokens on {len(parts['train'])} files")
     found = find_files([str(path) for path in parts["train"]])
     tokenizer = vocabulary_from_files(found.files, vocab_size, out, prefixes=sorted(parts))
     reports = {}

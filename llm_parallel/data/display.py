@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 
 from llm_parallel.data.inputs import SHOWN
 from llm_parallel.data.prepare import PrepareReport, Progress
+from llm_parallel.screen import show_facts
 
 LINE_INTERVAL_S = 5.0
+WIDE = 90
+"""Columns from which the bar has room for the time since the start."""
 
 
 @contextmanager
@@ -26,15 +27,15 @@ def shown_progress(title: str, console: Console | None = None) -> Iterator[Calla
     if not console.is_terminal:
         yield _line_printer(title, console)
         return
+    since = (TextColumn("since start"), TimeElapsedColumn()) if console.width >= WIDE else ()
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None if console.width >= WIDE else 6),
         TaskProgressColumn(),
         TextColumn("{task.fields[tokens]} tokens"),
-        TextColumn("since start"),
-        TimeElapsedColumn(),
+        *since,
         TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
     )
     with RichProgress(*columns, console=console) as bar:
         task = bar.add_task(title, tokens="0", total=None)
@@ -47,7 +48,6 @@ def shown_progress(title: str, console: Console | None = None) -> Iterator[Calla
 
 def print_report(report: PrepareReport, console: Console | None = None) -> None:
     """A table of what was written."""
-    table = Table(title=f"{report.prefix}.bin, .idx", title_justify="left", show_header=False)
     again = f", {report.shards_reused} of {report.shards} shards done before" if report.shards_reused else ""
     forms = ", ".join(f"{count:,} {form}" for form, count in report.forms.items())
     rows = [
@@ -63,9 +63,7 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
         rows.insert(
             2, ("every document has", " and ".join(filter(None, (begin, end))) or "neither begin nor end token")
         )
-    for row in rows:
-        table.add_row(*map(escape, row))
-    (console or Console()).print(table)
+    show_facts(f"{report.prefix}.bin, .idx", rows, console)
 
 
 def _left_out(report: PrepareReport) -> Iterator[tuple[str, str]]:

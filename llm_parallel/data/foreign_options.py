@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 from llm_parallel.errors import UserError
+from llm_parallel.lines import note
 
 SAME = {
     "--input": "",
@@ -37,9 +37,7 @@ REFUSED = {
 """Options without a counterpart → what to do."""
 
 
-def translated(
-    arguments: Sequence[str], notice: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
-) -> list[str]:
+def translated(arguments: Sequence[str], notice: Callable[[str], None] = lambda text: note(text)) -> list[str]:
     """``arguments`` with Megatron-LM's options as those of ``prepare``; ``notice`` is called with one line for each.
 
     Raises UserError with what to do for one that has no counterpart."""

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from llm_parallel.data.template import Refused
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
-from llm_parallel.generate.decode import generate
+from llm_parallel.generate.decode import Structured, generate
 from llm_parallel.generate.files import FileJob, PromptReader, answer_file
 from llm_parallel.generate.load import Loaded, load_model
 from llm_parallel.generate.request import GenerateRequest
+from llm_parallel.generate.requests import Reason
 from llm_parallel.generate.sampling import Sampling
+from llm_parallel.generate.structure import Structure
+from llm_parallel.lines import note
 from llm_parallel.parallel.groups import close_groups
 
 
@@ -71,9 +75,18 @@ def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
         print(prompt + text)
 
 
-def _open(checkpoint: str, device: str) -> tuple[Loaded, Tokenizer, list[Path]]:
+@dataclass(frozen=True)
+class Held:
+    """How the model is held: its device, its ``weights`` (as for ``load_model``), and whether it is deterministic."""
+
+    device: str = "auto"
+    weights: str = "saved"
+    deterministic: bool = False
+
+
+def _open(checkpoint: str, held: Held) -> tuple[Loaded, Tokenizer, list[Path]]:
     """The model, its tokenizer, and the folders whose files say how texts begin and end."""
-    loaded = load_model(checkpoint, device)
+    loaded = load_model(checkpoint, held.device, weights=held.weights, deterministic=held.deterministic)
     if loaded.tokenizer is None:
         raise UserError(
             f"{checkpoint} has no tokenizer beside its weights; put a tokenizer.json or tokenizer.model there"
@@ -89,15 +102,49 @@ def sampling_of(request: GenerateRequest) -> Sampling:
     return Sampling(**{name: getattr(request, name) for name in (*names, *penalties)})
 
 
+def held_by(request: GenerateRequest) -> Held:
+    """How a request wants the model held."""
+    return Held(request.device, request.weights, request.deterministic)
+
+
+def structure_of(request: GenerateRequest) -> Structure | None:
+    """The form that answers must have. Raises UserError for a file that cannot be read, or what is no such form."""
+    if request.regex is not None:
+        return Structure.regex(request.regex)
+    if request.choice:
+        return Structure.choice(request.choice)
+    for name, make in (("json_schema", Structure.json_schema), ("grammar", Structure.grammar)):
+        path = getattr(request, name)
+        if path is not None:
+            try:
+                return make(path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "it is not UTF-8"
+                raise UserError(f"--{name.replace('_', '-')} {path} cannot be read: {reason}") from None
+    return None
+
+
+def _say_unfinished(structured: Structured, sampling: Sampling) -> None:
+    for number, reason in sorted(structured.unfinished.items()):
+        why = (
+            f"at --max-new-tokens {sampling.max_new_tokens}; give more"
+            if reason is Reason.LENGTH
+            else "because no token of the vocabulary continues it"
+        )
+        note(f"[the answer to prompt {number + 1} ended before its structure was complete, {why}]")
+
+
 def generate_file_command(request: GenerateRequest) -> int:
     """Answers a file of prompts; see ``generate/files.py``. Returns the number of new answers. Raises UserError."""
     assert request.input is not None and request.output is not None
     settings = (sampling_of(request), tuple(request.stop), request.samples, request.max_running)
-    job = FileJob(request.input, request.output, *settings)
-    loaded, tokenizer, folders = _open(request.checkpoint, request.device)
+    job = FileJob(request.input, request.output, *settings, structure_of(request))
+    loaded, tokenizer, folders = _open(request.checkpoint, held_by(request))
     try:
         reader = PromptReader(loaded, prompt_prefix(tokenizer, folders), frozenset(end_tokens(tokenizer, folders)))
-        return answer_file(job, loaded, reader, request.checkpoint)
+        # Answers of weights in few bits are not those of the saved ones, and a file has one kind.
+        model = request.checkpoint if request.weights == "saved" else f"{request.checkpoint} in {request.weights}"
+        return answer_file(job, loaded, reader, model)
     finally:
         close_groups()
 
@@ -107,15 +154,17 @@ def generate_command(
     prompts: Sequence[str],
     sampling: Sampling,
     *,
-    device: str = "auto",
+    held: Held = Held(),
     stop: Sequence[str] = (),
     chat: bool = False,
+    structure: Structure | None = None,
 ) -> list[str]:
     """Prints each prompt and its continuation, up to the first of the texts ``stop`` in it; token by token if there is
     one prompt and a terminal. ``chat``: prompts are a user's messages, and answers stand on a line of their own.
+    ``structure``: the form that answers must have.
 
     Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
-    loaded, tokenizer, folders = _open(checkpoint, device)
+    loaded, tokenizer, folders = _open(checkpoint, held)
     begin, ends = prompt_prefix(tokenizer, folders), end_tokens(tokenizer, folders)
     if chat:
         encoder = open_encoder(loaded.config)
@@ -139,13 +188,16 @@ def generate_command(
     if streaming:
         print(prompts[0], end="", flush=True)
     started = time.perf_counter()
-    generate(loaded.network, [[*begin, *tokens] for tokens in encoded], sampling, ends, take)
+    structured = Structured(structure, tokenizer) if structure else None
+    generate(loaded.network, [[*begin, *tokens] for tokens in encoded], sampling, ends, take, structured)
     seconds = time.perf_counter() - started
     texts = [answer.text() for answer in answers]
     if streaming:
         print(texts[0][shown:])
     else:
         _print_answers(prompts, texts)
+    if structured is not None:
+        _say_unfinished(structured, sampling)
     count = sum(len(answer.tokens) for answer in answers)
     where = loaded.models[0].groups.platform.device_name
     print(f"[{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s on {where}]", file=sys.stderr)

@@ -10,37 +10,44 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm_parallel.errors import UserError
 from llm_parallel.generate.requests import TopTokens
 from llm_parallel.generate.sampling import Sampling, filtered
+from llm_parallel.model.deterministic import log_probs_of
 
 
 @dataclass(frozen=True)
 class Draw:
     """One token to choose: the settings, and what has been written so far. ``prompt_length`` of ``tokens`` are the
-    prompt's."""
+    prompt's. ``allowed``: bool [v], the tokens that may be chosen, by default all."""
 
     sampling: Sampling
     stream: int
     sample: int
     tokens: Sequence[int]
     prompt_length: int
+    allowed: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
     """A chosen token, the logarithm of its probability, and the likeliest tokens, all of the distribution drawn from
-    (for temperature 0, the model's)."""
+    (for temperature 0, the model's over the allowed tokens). ``NO_TOKEN`` if none was allowed."""
 
     token: int
     log_prob: float
     top: TopTokens = ()
+
+
+NO_TOKEN = -1
 
 
 def uniform(seed: int, stream: int, sample: int, position: int) -> float:
@@ -49,9 +56,15 @@ def uniform(seed: int, stream: int, sample: int, position: int) -> float:
     return (int.from_bytes(blake2b(words, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
-def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
-    """One token for each row of fp32 logits [b, v]."""
-    logits = _changed(logits, draws)
+def choose_tokens(logits: Tensor, draws: Sequence[Draw], deterministic: bool = False) -> list[Choice]:
+    """One token for each row of fp32 logits [b, v]. ``deterministic``: log-probabilities have the roundings of
+    training under ``kernels.deterministic``."""
+    lost = [draw.allowed is not None and not draw.allowed.any() for draw in draws]
+    if any(lost):
+        draws = [replace(draw, allowed=None) if without else draw for draw, without in zip(draws, lost)]
+        chosen = choose_tokens(logits, draws, deterministic)
+        return [Choice(NO_TOKEN, 0.0) if without else choice for choice, without in zip(chosen, lost)]
+    logits = _allowed(_changed(logits, draws), draws)
     by_settings: dict[tuple[float, int, float, float], list[int]] = {}
     for row, draw in enumerate(draws):
         how = draw.sampling
@@ -59,7 +72,7 @@ def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
     found: list[Choice | None] = [None] * len(draws)
     for rows in by_settings.values():
         part = logits if len(rows) == len(draws) else logits[torch.tensor(rows, device=logits.device)]
-        for row, choice in zip(rows, _alike(part, [draws[row] for row in rows])):
+        for row, choice in zip(rows, _alike(part, [draws[row] for row in rows], deterministic)):
             found[row] = choice
     return [choice for choice in found if choice is not None]
 
@@ -85,7 +98,17 @@ def _changed(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     return logits
 
 
-def _alike(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
+def _allowed(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Logits with minus infinity for tokens that are not allowed."""
+    rows = [row for row, draw in enumerate(draws) if draw.allowed is not None]
+    if not rows:
+        return logits
+    refused = torch.zeros(logits.shape, dtype=torch.bool)
+    refused[rows] = torch.from_numpy(~np.stack([draw.allowed for draw in draws if draw.allowed is not None]))
+    return logits.masked_fill(refused.to(logits.device), -torch.inf)
+
+
+def _alike(logits: Tensor, draws: Sequence[Draw], deterministic: bool) -> list[Choice]:
     """The same for rows that agree about everything but penalties, biases and top_log_probs."""
     how = draws[0].sampling
     if how.temperature == 0.0:
@@ -95,7 +118,8 @@ def _alike(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
         tokens = _drawn(logits, draws)
         best = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
     totals = torch.logsumexp(logits, dim=-1)
-    numbers = torch.stack((tokens.double(), (best - totals).double())).tolist()
+    log_probs = log_probs_of(logits, tokens) if deterministic else best - totals
+    numbers = torch.stack((tokens.double(), log_probs.double())).tolist()
     if not all(map(math.isfinite, numbers[1])):
         raise UserError("the model's output is not finite; its weights are damaged, or training has diverged")
     most = max(draw.sampling.top_log_probs for draw in draws)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,15 @@ from torch import Tensor
 
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
+from llm_parallel.generate.adapters import AdapterBank
 from llm_parallel.generate.answer import Answer
-from llm_parallel.generate.draw import Choice, Draw, choose_tokens
+from llm_parallel.generate.draw import NO_TOKEN, Choice, Draw, choose_tokens
+from llm_parallel.generate.extras import Extras
 from llm_parallel.generate.layers import PlainChunk
 from llm_parallel.generate.paged import LayerCache, Pass, Rotation, make_pass
 from llm_parallel.generate.requests import Finished, Request, check_fits
 from llm_parallel.generate.scheduler import Draft, Limits, Part, Scheduler
+from llm_parallel.generate.structure import Structures
 from llm_parallel.parallel.engine import Engine, Network, network_of
 
 CACHE_SHARE = 0.25
@@ -57,19 +60,39 @@ class GeneratorOptions:
 
 @dataclass
 class _Running:
-    """A pass under way. chosen: what the last stage has chosen, on the process that chooses; sent: its broadcast."""
+    """A pass under way. extras: what it gives beside tokens; chosen: what the last stage has chosen, on the process
+    that chooses, and the scores of prompts behind it; sums: of hidden states; sent: broadcasts of both."""
 
     parts: list[Part]
     info: Pass
+    extras: Extras | None = None
     chosen: Tensor | None = None
-    sent: dist.Work | None = None
+    sums: Tensor | None = None
+    sent: list[dist.Work | None] = field(default_factory=list)
+
+    @property
+    def num_chosen(self) -> int:
+        """Rows of ``chosen``."""
+        return sum(part.chooses for part in self.parts) + (len(self.extras.scored) if self.extras else 0)
+
+    @property
+    def num_sums(self) -> int:
+        """Rows of ``sums``."""
+        return len(self.extras.pooled) if self.extras else 0
+
+    @property
+    def width(self) -> int:
+        """Numbers of one choice: token and log-probability, and the same for the likeliest ones."""
+        tops = [part.sequence.request.sampling.top_log_probs for part in self.parts]
+        return 2 + 2 * max(*tops, self.extras.width if self.extras else 0)
 
 
 class Generator:
     """Continuous batching over a network. All processes of the run make one; those of a replica make the same calls.
 
-    tokenizer: needed for requests with ``stop``; on_token: called with the number and sample of an answer and its next
-    token.
+    tokenizer: needed for requests with ``stop`` or ``structure``; on_token: called with the number and sample of an
+    answer and its next choice.
+    bank: the adapters that requests may name.
     """
 
     def __init__(
@@ -77,14 +100,18 @@ class Generator:
         model: Network | Engine,
         options: GeneratorOptions | None = None,
         tokenizer: Tokenizer | None = None,
-        on_token: Callable[[int, int, int], None] | None = None,
+        on_token: Callable[[int, int, Choice], None] | None = None,
+        bank: AdapterBank | None = None,
     ) -> None:
         options = options or GeneratorOptions()
         self._model, network = model, network_of(model)
         self.groups, self._models = network.groups, network.models
         self.model_config = self._models[0].model_config
-        self._tokenizer, self._on_token = tokenizer, on_token
+        self._tokenizer, self.on_token = tokenizer, on_token
+        self._structures: Structures | None = None
+        self._bank = bank
         self._texts: weakref.WeakKeyDictionary[Draft, Answer] = weakref.WeakKeyDictionary()
+        self._deterministic = self._models[0].config.kernels.deterministic
         self._pp, self._device = self.groups.mesh.pp, self.groups.platform.device
         num_pages = _num_pages(network, options)
         self.limits = Limits(num_pages, options.page_tokens, options.max_running, options.pass_tokens)
@@ -116,18 +143,38 @@ class Generator:
             self._model.parameters_up_to_date()
         self.scheduler.start_over()
         with torch.inference_mode():
-            self._chunks = [PlainChunk(model, caches) for model, caches in zip(self._models, self._caches)]
+            self._chunks = [PlainChunk(model, caches, self._bank) for model, caches in zip(self._models, self._caches)]
         self.is_stale = False
 
     def submit(self, request: Request) -> None:
-        """Takes a request. Raises UserError for one that the model or the cache has no room for."""
+        """Takes a request. Raises UserError as ``checked`` does."""
+        self.scheduler.submit(self.checked(request))
+
+    def checked(self, request: Request) -> Request:
+        """The request as it is taken. Raises UserError for one that the model or the cache has no room for, or whose
+        structure cannot be enforced."""
         vocabulary = self.model_config.vocab_size
         assert vocabulary is not None
         cache_tokens = self.limits.num_pages * self.limits.page_tokens
         check_fits(request, self.model_config.max_seq_length_tokens, cache_tokens, vocabulary)
+        if request.adapter is not None and (self._bank is None or request.adapter not in self._bank.names):
+            raise UserError(f"adapter of prompt {request.number} is {request.adapter!r}, which is not loaded")
         if request.stop and self._tokenizer is None:
             raise UserError(f"stop of prompt {request.number} is given, and the model has no tokenizer to find it with")
-        self.scheduler.submit(request)
+        return request if request.structure is None else self._with_structure(request, vocabulary)
+
+    def _with_structure(self, request: Request, vocabulary: int) -> Request:
+        """The request, in which some token ends the answer. Every process checks the structure, so that all refuse."""
+        if self._tokenizer is None:
+            raise UserError(
+                f"structure of prompt {request.number} is given, and the model has no tokenizer to follow it"
+            )
+        if self._structures is None:
+            self._structures = Structures(self._tokenizer, vocabulary)
+        assert request.structure is not None
+        self._structures.check(request.structure)
+        has_end = any(token < vocabulary for token in request.ends)
+        return request if has_end else replace(request, ends=frozenset([self._tokenizer.eod]))
 
     def cancel(self, number: int) -> None:
         """Ends the unfinished answers to a request; ``tick`` returns them with the reason ``cancelled``."""
@@ -161,8 +208,9 @@ class Generator:
                 finished += self._settle(wave)
                 parts = self.scheduler.plan(wave)
                 if parts:
-                    info = make_pass(parts, self.limits.page_tokens, self._rotation, self._device, self._chunks[0].flat)
-                    self._passes[wave] = _Running(parts, info)
+                    pages, paging = self.limits.page_tokens, self._chunks[0].paging
+                    info = make_pass(parts, pages, self._rotation, self._device, paging)
+                    self._passes[wave] = _Running(parts, info, Extras.of(parts))
                     self._run(0, wave)
             for stage in range(1, len(self._chunks)):
                 for wave in range(self._pp):
@@ -182,9 +230,11 @@ class Generator:
             shape = len(running.info.tokens), self.model_config.hidden_size
             hidden = torch.empty(shape, dtype=chunk.model.numerics.dtype, device=self._device)
             dist.recv(hidden, group=pipeline, group_src=(at - 1) % self._pp)
+        if self._bank is not None:
+            self._bank.select(running.parts, self._device)
         out = chunk(hidden, running.info)
         if chunk.is_last:
-            self._choose(running, out)
+            self._choose(running, chunk, out)
             return
         work = dist.isend(out, group=pipeline, group_dst=(at + 1) % self._pp)
         assert work is not None
@@ -192,14 +242,30 @@ class Generator:
         while self._sends and (self._sends[0][0].is_completed() or len(self._sends) > 4 * len(self._chunks)):
             self._sends.popleft()[0].wait()
 
-    def _choose(self, running: _Running, logits: Tensor) -> None:
+    def _choose(self, running: _Running, chunk: PlainChunk, x: Tensor) -> None:
         """Chooses on one process of the last stage, and sends."""
+        extras, rows = running.extras, running.info.last_rows
+        if extras is not None and extras.scored:
+            rows = torch.cat((rows, torch.tensor(extras.scored_rows, device=rows.device)))
+        logits = chunk.logits(x.index_select(0, rows))
         if self.groups.at.tp > 0:
             return
-        draws = [_draw(part) for part in running.parts if part.chooses]
-        if draws:
-            running.chosen = _packed(choose_tokens(logits, draws), _width(running.parts)).to(self._device)
-            running.sent = self._broadcast(running.chosen, wait=False)
+        draws = [self._draw(part.sequence) for part in running.parts if part.chooses]
+        if running.num_chosen:
+            choices = choose_tokens(logits[: len(draws)], draws, self._deterministic) if draws else []
+            choices += extras.scores(logits[len(draws) :], self._deterministic) if extras is not None else []
+            running.chosen = _packed(choices, running.width).to(self._device)
+            running.sent.append(self._broadcast(running.chosen, wait=False))
+        if extras is not None and extras.pooled:
+            running.sums = extras.sums(chunk.norm(x))
+            running.sent.append(self._broadcast(running.sums, wait=False))
+
+    def _draw(self, draft: Draft) -> Draw:
+        request, allowed = draft.request, None
+        if request.structure is not None:
+            assert self._structures is not None
+            allowed = self._structures.allowed(draft, request.structure, draft.written, request.ends)
+        return Draw(request.sampling, request.draw_stream, draft.sample, draft.tokens, len(request.prompt), allowed)
 
     def _broadcast(self, chosen: Tensor, wait: bool) -> dist.Work | None:
         mesh = self.groups.mesh
@@ -213,20 +279,34 @@ class Generator:
         running, self._passes[wave] = self._passes[wave], None
         if running is None:
             return []
-        count = sum(part.chooses for part in running.parts)
+        choices, sums = self._received(running)
+        count = len(choices) - (len(running.extras.scored) if running.extras else 0)
+        if running.extras is not None:
+            running.extras.keep_scores(running.parts, choices[count:])
+            if sums is not None:
+                running.extras.keep_sums(sums)
         if not count:
             return []
-        if running.chosen is None:
-            running.chosen = torch.empty(count, _width(running.parts), dtype=torch.float64, device=self._device)
-            self._broadcast(running.chosen, wait=True)
-        elif running.sent is not None:
-            running.sent.wait()
-        choices = [_unpacked(row) for row in running.chosen.tolist()]
-        if self._on_token is not None:
+        choices = choices[:count]
+        if self.on_token is not None:
             for part, choice in zip((part for part in running.parts if part.chooses), choices):
-                if not part.sequence.ended:
-                    self._on_token(part.sequence.request.number, part.sequence.sample, choice.token)
+                if not part.sequence.ended and choice.token != NO_TOKEN:
+                    self.on_token(part.sequence.request.number, part.sequence.sample, choice)
         return self.scheduler.apply(running.parts, choices)
+
+    def _received(self, running: _Running) -> tuple[list[Choice], Tensor | None]:
+        """What the process that chooses has sent, or on that process has at hand."""
+        chosen, sums = running.chosen, running.sums
+        for work in running.sent:
+            if work is not None:
+                work.wait()
+        if chosen is None and running.num_chosen:
+            chosen = torch.empty(running.num_chosen, running.width, dtype=torch.float64, device=self._device)
+            self._broadcast(chosen, wait=True)
+        if sums is None and running.num_sums:
+            sums = torch.empty(running.num_sums, self.model_config.hidden_size, device=self._device)
+            self._broadcast(sums, wait=True)
+        return ([] if chosen is None else [_unpacked(row) for row in chosen.tolist()]), sums
 
     def _ends(self, draft: Draft) -> bool:
         """Whether the last token completed a stop string."""
@@ -249,17 +329,6 @@ def _mark_stale_after_steps(engine: Engine, generator: Generator) -> None:
             alive.is_stale = True
 
     engine.after_step.append(mark)
-
-
-def _draw(part: Part) -> Draw:
-    draft = part.sequence
-    request = draft.request
-    return Draw(request.sampling, request.draw_stream, draft.sample, draft.tokens, len(request.prompt))
-
-
-def _width(parts: Sequence[Part]) -> int:
-    """Numbers of one choice: token and log-probability, and the same for the likeliest ones."""
-    return 2 + 2 * max(part.sequence.request.sampling.top_log_probs for part in parts)
 
 
 def _packed(choices: Sequence[Choice], width: int) -> Tensor:

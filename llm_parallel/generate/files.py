@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,9 @@ from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.load import Loaded
 from llm_parallel.generate.requests import Finished, Request, check_fits
 from llm_parallel.generate.sampling import Sampling
+from llm_parallel.generate.structure import Structure
 from llm_parallel.jsonlines import JsonLines, read_jsonlines
+from llm_parallel.lines import note
 
 PROGRESS_S = 5.0
 
@@ -29,7 +30,8 @@ PROGRESS_S = 5.0
 @dataclass(frozen=True)
 class FileJob:
     """source: JSON lines, each with ``prompt`` (a text), ``prompt_tokens`` (token ids) or ``messages`` (a conversation,
-    with ``tools`` if it has any), and an ``id`` if wanted; target: where the answers go; samples: answers to each."""
+    with ``tools`` if it has any), and an ``id`` if wanted; target: where the answers go; samples: answers to each;
+    structure: the form of all answers."""
 
     source: Path
     target: Path
@@ -37,10 +39,13 @@ class FileJob:
     stop: tuple[str, ...] = ()
     samples: int = 1
     max_running: int = 32
+    structure: Structure | None = None
 
     def fingerprint(self, checkpoint: str) -> str:
         """What tells answers of this job from those of others."""
-        settings = [checkpoint, asdict(self.sampling), self.stop, self.samples]
+        settings: list[Any] = [checkpoint, asdict(self.sampling), self.stop, self.samples]
+        if self.structure is not None:
+            settings.append(asdict(self.structure))
         digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8)
         digest.update(self.source.read_bytes())
         return digest.hexdigest()
@@ -66,7 +71,7 @@ class PromptReader:
         if given[0] == "messages":
             ends = ends | frozenset(self._chat().stops)
         model = self._loaded.config.model
-        request = Request(number, prompt, job.sampling, ends, job.stop, job.samples)
+        request = Request(number, prompt, job.sampling, ends, job.stop, job.samples, structure=job.structure)
         assert model.vocab_size is not None
         try:
             check_fits(request, model.max_seq_length_tokens, model.max_seq_length_tokens, model.vocab_size)
@@ -145,14 +150,16 @@ def answer_file(job: FileJob, loaded: Loaded, reader: PromptReader, checkpoint: 
     done = finished_before(job, mark)
     options = GeneratorOptions(max_running=job.max_running, pass_tokens=max(512, job.max_running))
     generator = Generator(loaded.network, options, loaded.tokenizer)
+    if requests:
+        generator.checked(requests[0])  # its structure, which is that of all
     places = [(request.number, sample) for request in requests for sample in range(request.n)]
     left = {number for number, sample in places if (number, sample) not in done}
     waiting = [request for request in reversed(requests) if request.number in left]
     total = len(places) - len(done)
     if done:
-        print(f"[{job.target} has {len(done)} answers already; {total} are left]", file=sys.stderr)
+        note(f"[{job.target} has {len(done)} answers already; {total} are left]")
     assert loaded.tokenizer is not None
-    progress, target = _Progress(total), JsonLines(job.target)
+    progress, target = _Progress(total, job.structure is not None), JsonLines(job.target)
     try:
         while waiting or not generator.idle:
             while waiting and generator.scheduler.num_waiting < job.max_running:
@@ -172,7 +179,7 @@ def answer_file(job: FileJob, loaded: Loaded, reader: PromptReader, checkpoint: 
 def _line(answer: Finished, request: Request, record: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """What is written about an answer; its text is without the token or the text that ended it."""
     text = Answer(tokenizer, request.prompt, request.stop)
-    for token in answer.tokens[: -1 if answer.tokens[-1] in request.ends else None]:
+    for token in answer.tokens[: -1 if answer.tokens and answer.tokens[-1] in request.ends else None]:
         text.add(token)
     line: dict[str, Any] = {"number": answer.number, "sample": answer.sample}
     if "id" in record:
@@ -187,14 +194,16 @@ def _line(answer: Finished, request: Request, record: dict[str, Any], tokenizer:
 class _Progress:
     """Says on standard error how far the work is, every few seconds."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, structured: bool = False) -> None:
         self._total, self._answers, self._tokens = total, 0, 0
+        self._structured, self._unfinished = structured, 0
         self._started = self._said = time.monotonic()
 
     def count(self, answer: Finished) -> None:
         """Counts a finished answer."""
         self._answers += 1
         self._tokens += len(answer.tokens)
+        self._unfinished += self._structured and answer.truncated
         if time.monotonic() - self._said > PROGRESS_S:
             self.end()
 
@@ -202,6 +211,6 @@ class _Progress:
         """Says it now."""
         self._said = time.monotonic()
         speed = self._tokens / max(self._said - self._started, 1e-9)
-        print(
-            f"[{self._answers} of {self._total} answers, {self._tokens} tokens, {speed:.1f} tokens/s]", file=sys.stderr
-        )
+        note(f"[{self._answers} of {self._total} answers, {self._tokens} tokens, {speed:.1f} tokens/s]")
+        if self._unfinished:
+            note(f"[{self._unfinished} answers ended before their structure was complete; give more --max-new-tokens]")

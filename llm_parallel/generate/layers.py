@@ -18,10 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_kernels.attention.op import backend_for as attention_backend
 from llm_kernels.rms_norm.op import rms_norm
 from llm_kernels.swiglu.op import swiglu
+from llm_parallel.generate import deterministic
+from llm_parallel.generate.adapters import AdapterBank, beside
 from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass, attend
+from llm_parallel.generate.paging import Paging
+from llm_parallel.model.deterministic import gated
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.modules import HeadsNorm, OutputNormLayer, RMSNorm
 
@@ -54,7 +57,7 @@ def product(weight: Tensor) -> Function:
 def norm(module: Any) -> Function:
     """The RMSNorm of a module over the last dim."""
     weight, eps, backend = module.weight, module.eps, module.backend
-    if weight.is_cuda or backend == "triton":
+    if weight.is_cuda or backend == "triton" or module.deterministic:
         return lambda x: rms_norm(x, weight, eps, backend=backend)
     shape = tuple(weight.shape)
     return lambda x: F.rms_norm(x, shape, weight, eps)
@@ -66,6 +69,8 @@ def heads_norm(module: Any) -> Function | None:
         return norm(module)
     if not isinstance(module, HeadsNorm):
         return None
+    if module.deterministic:
+        return deterministic.over_heads(module)
     weight, eps, channels, group = module.heads_weight, module.eps, module.channels, module.group
 
     def over_heads(x_TND: Tensor) -> Tensor:
@@ -81,6 +86,8 @@ def heads_norm(module: Any) -> Function | None:
 
 def column(module: Any) -> Function:
     """A linear whose rows ranks divide: x [T, H] → this rank's columns of the output."""
+    if module.config.kernels.deterministic:
+        return deterministic.column(module)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     wide_b = None if adapter is None else adapter.wide_b()
 
@@ -97,6 +104,8 @@ def column(module: Any) -> Function:
 
 def row(module: Any, group: Any) -> Function:
     """A linear whose columns ranks divide: this rank's columns of the input → the whole output [T, H]."""
+    if module.config.kernels.deterministic:
+        return deterministic.row(module, group)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     several = group.size() > 1
 
@@ -125,7 +134,7 @@ def rotate(x: Tensor, info: Pass) -> Tensor:
 class AttentionLayer:
     """Projection, norms of queries and keys, rotation, cache, attention, output projection: [T, H] → [T, H]."""
 
-    def __init__(self, module: Any, cache: LayerCache) -> None:
+    def __init__(self, module: Any, cache: LayerCache, bank: AdapterBank | None = None) -> None:
         core, config = module.core_attention, module.config
         self.cache = cache
         self.group = module.pg_collection.tp
@@ -134,9 +143,11 @@ class AttentionLayer:
         # With more ranks than groups, each group's heads are divided over several ranks, all of which hold its keys.
         self.sharing = max(self.tp // config.num_query_groups, 1)
         self.groups = max(config.num_query_groups // self.tp, 1)
-        self.project, self.output = column(module.linear_qkv), row(module.linear_proj, self.group)
+        self.project = beside(bank, column(module.linear_qkv), module.linear_qkv)
+        self.output = beside(bank, row(module.linear_proj, self.group), module.linear_proj, self.group)
         self.norm_q, self.norm_k = heads_norm(module.q_layernorm), heads_norm(module.k_layernorm)
         self.rotates = core.rotates
+        self.attend = deterministic.attend if config.kernels.deterministic else attend
         self.options = AttentionOptions(core.scale, core.window[0], core.softcap, core.kernels.attention)
 
     def __call__(self, x_TH: Tensor, info: Pass) -> Tensor:
@@ -150,7 +161,7 @@ class AttentionLayer:
             q, k = self._apart(qkv, info)
         self.cache.k.index_copy_(0, info.slots, k)
         self.cache.v.index_copy_(0, info.slots, qkv[:, :, per_group + 1])
-        return self.output(attend(q, self.cache, info, self.options))
+        return self.output(self.attend(q, self.cache, info, self.options))
 
     def _whole_groups(self, qkv_TW: Tensor) -> Tensor:
         """[T, G, M + 2, D] of this rank's groups: for each its query heads, its key and its value. Where ranks share a
@@ -169,7 +180,7 @@ class AttentionLayer:
             q = q.unflatten(2, (self.sharing, -1))[:, :, self.tp_rank % self.sharing]
         shape = q.shape
         if self.norm_q is not None:
-            q = self.norm_q(q.reshape(shape[0], -1, self.head_dim)).view(shape)
+            q = self.norm_q(q.reshape(shape[0], -1, self.head_dim).contiguous()).view(shape)
         if self.norm_k is not None:
             k = self.norm_k(k.contiguous())
         if self.rotates:
@@ -180,17 +191,18 @@ class AttentionLayer:
 class Layer:
     """One layer on the residual stream [T, H]."""
 
-    def __init__(self, module: Any, cache: LayerCache) -> None:
-        self.attention = AttentionLayer(module.self_attention, cache)
+    def __init__(self, module: Any, cache: LayerCache, bank: AdapterBank | None = None) -> None:
+        self.attention = AttentionLayer(module.self_attention, cache, bank)
         group = module.self_attention.pg_collection.tp
-        self.up, self.down = column(module.mlp.linear_fc1), row(module.mlp.linear_fc2, group)
+        up, down = module.mlp.linear_fc1, module.mlp.linear_fc2
+        self.up, self.down = beside(bank, column(up), up), beside(bank, row(down, group), down, group)
         self.norms_outputs = isinstance(module, OutputNormLayer)
         if self.norms_outputs:
             norms = module.attention_output_layernorm, module.mlp_output_layernorm
         else:
             norms = module.input_layernorm, module.pre_mlp_layernorm
         self.norm_attention, self.norm_mlp = map(norm, norms)
-        self.swiglu_backend = module.config.kernels.swiglu
+        self.kernels = module.config.kernels
 
     def __call__(self, x_TH: Tensor, info: Pass) -> Tensor:
         if self.norms_outputs:
@@ -201,8 +213,10 @@ class Layer:
 
     def _mlp(self, x_TH: Tensor) -> Tensor:
         wide = self.up(x_TH)
-        if wide.is_cuda or self.swiglu_backend == "triton":
-            return self.down(swiglu(wide, backend=self.swiglu_backend))
+        if self.kernels.deterministic:
+            return self.down(gated(wide))
+        if wide.is_cuda or self.kernels.swiglu == "triton":
+            return self.down(swiglu(wide, backend=self.kernels.swiglu))
         gate, up = wide.chunk(2, dim=-1)
         return self.down(F.silu(gate).mul_(up))
 
@@ -211,30 +225,28 @@ class PlainChunk:
     """One model chunk. Adapters are looked up once too: make it anew when they have changed. Call it within
     ``torch.inference_mode``."""
 
-    def __init__(self, model: LlamaModel, caches: Sequence[LayerCache]) -> None:
-        self.model, device = model, model.groups.platform.device
+    def __init__(self, model: LlamaModel, caches: Sequence[LayerCache], bank: AdapterBank | None = None) -> None:
+        self.model = model
         self.group = model.groups.collection.tp
-        self.layers = [Layer(layer, cache) for layer, cache in zip(model.decoder.layers, caches)]
+        self.layers = [Layer(layer, cache, bank) for layer, cache in zip(model.decoder.layers, caches)]
         self.is_first, self.is_last = model.pre_process, model.post_process
-        attention = model.config.kernels.attention
-        probe = torch.empty(0, dtype=model.numerics.dtype, device=device)
-        self.flat = attention_backend(probe, attention) != "torch"
+        self.paging = Paging.of(model)
         if self.is_first:
             self.embedding = model.embedding.word_embeddings.weight
         if self.is_last:
             tied = model.share_embeddings_and_output_weights
             weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-            self.norm, self.output = norm(model.decoder.final_layernorm), product(weight)
+            multiply = deterministic.linear if model.config.kernels.deterministic else product
+            self.norm, self.output = norm(model.decoder.final_layernorm), multiply(weight)
 
     def __call__(self, x_TH: Tensor | None, info: Pass) -> Tensor:
-        """The stream of the chunk before (None for the first) → the stream after this one, or of the last chunk the
-        logits of the whole vocabulary, fp32 [rows that choose, v], on every rank."""
+        """The stream of the chunk before (None for the first) → the stream after this one."""
         if self.is_first:
             x_TH = self._embed(info.tokens)
         assert x_TH is not None
         for layer in self.layers:
             x_TH = layer(x_TH, info)
-        return self._logits(x_TH.index_select(0, info.last_rows)) if self.is_last else x_TH
+        return x_TH
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.group.size() == 1:
@@ -246,7 +258,8 @@ class PlainChunk:
         dist.all_reduce(found, group=self.group)
         return found
 
-    def _logits(self, x_RH: Tensor) -> Tensor:
+    def logits(self, x_RH: Tensor) -> Tensor:
+        """Rows of the last chunk's stream → logits of the whole vocabulary, fp32 [R, v], on every rank."""
         model = self.model.model_config
         logits = self.output(self.norm(x_RH)).float()
         if self.group.size() > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,11 @@ from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import content_of, load_weights
 from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.config.rules import check_layout, check_model
-from llm_parallel.config.tree import DataConfig, ParallelConfig, RunConfig
+from llm_parallel.config.tree import DataConfig, KernelsConfig, ParallelConfig, RunConfig
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
+from llm_parallel.generate.adapters import AdapterBank, load_bank, settings_of
+from llm_parallel.generate.deterministic import deterministic_notice
 from llm_parallel.generate.weights import (
     WEIGHTS,
     check_packable,
@@ -27,6 +29,7 @@ from llm_parallel.generate.weights import (
     sample_tokens,
     text_logits,
 )
+from llm_parallel.lines import note
 from llm_parallel.model.flops import parameter_count
 from llm_parallel.model.gpt import LlamaModel, build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
@@ -35,7 +38,7 @@ from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.parallel.platform import open_platform
+from llm_parallel.parallel.platform import open_platform, resolve_device
 
 BITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -48,6 +51,7 @@ class Loaded:
     config: RunConfig
     network: Network
     tokenizer: Tokenizer | None
+    bank: AdapterBank | None = None
 
     @property
     def models(self) -> list[LlamaModel]:
@@ -94,7 +98,7 @@ class Member:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009  (frozen)
 
 
 def load_model(
@@ -103,52 +107,62 @@ def load_model(
     precision: str | None = None,
     *,
     weights: str = "saved",
+    deterministic: bool = False,
     member: Member | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> Loaded:
-    """Loads the model in ``path`` into this process, or this process's part of it.
-
-    precision: fp32 or bf16; the saved one if not given. weights: one of ``WEIGHTS``; int8 and int4 need a CPU, compute
-    in bf16, and say on standard error how far their logits are from those in fp32. Raises UserError for a layout that
-    the model does not have, and for weights that cannot be had.
-    """
+    """Loads the model in ``path`` into this process, or this process's part of it. ``precision``: fp32 or bf16; the
+    saved one if not given. ``weights``: one of ``WEIGHTS``; int8 and int4 need a CPU, compute in bf16, and say on
+    standard error how far their logits are from those in fp32. ``deterministic``: as ``kernels.deterministic`` of a run
+    file; raises UserError where it cannot be had, and says what it costs. ``adapters``: PEFT folders or checkpoints of
+    adapters on the model, by the names under which requests choose them."""
     if weights not in WEIGHTS:
         raise UserError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
-    member = member or Member()
-    config = describe_folder(path)
-    bits = BITS.get(weights)
-    precision = "bf16" if bits else precision if weights == "saved" else weights
+    if weights in BITS and deterministic:
+        raise UserError(
+            f"weights is {weights} and deterministic is given, which needs whole matrices; take fp32 or bf16"
+        )
+    precision = "bf16" if weights in BITS else precision if weights == "saved" else weights
+    config, member = describe_folder(path), member or Member()
+    if adapters:
+        if config.adapter is not None:
+            raise UserError(f"{path} is an adapter, and others are given too; give the model under it")
+        first = settings_of(next(iter(adapters.values())))
+        config = config.model_copy(update={"adapter": first.model_copy(update={"base": "full"})})
     train = config.train.model_copy(update={"precision": precision or config.train.precision})
     data = DataConfig(tokenizer=config.data.tokenizer, seq_length_tokens=config.data.seq_length_tokens)
-    kept = {"model": config.model, "adapter": config.adapter, "chat": config.chat}
+    kept: dict[str, Any] = {"model": config.model, "adapter": config.adapter, "chat": config.chat}
+    if deterministic:
+        kept["kernels"] = KernelsConfig(deterministic=True)
+        note(deterministic_notice(config.model, resolve_device(device)))
     config = RunConfig(device=device, seed=config.seed, data=data, train=train, **kept)
-    config = config.model_copy(
-        update={"parallel": member.parallel.model_copy(update={"sequence_parallel": False, "overlap": False})}
-    )
+    parallel = member.parallel.model_copy(update={"sequence_parallel": False, "overlap": False})
+    config = config.model_copy(update={"parallel": parallel})
     platform = open_platform(device, member.local_rank)
-    check_layout(config, member.world_size)
-    if bits:
+    if member.world_size > 1:
+        check_layout(config, member.world_size)
+    if weights in BITS:
         check_packable(platform.device)
     layout = Layout.from_config(config, member.world_size)
     groups = open_groups(layout, member.rank, platform, config.seed)
     try:
-        return _loaded(path, config, groups, weights)
+        return _loaded(path, config, groups, weights, adapters)
     except BaseException:
         close_groups()  # the next model of this process can be opened
         raise
 
 
-def _loaded(path: str | Path, config: RunConfig, groups: Groups, weights: str) -> Loaded:
+def _loaded(
+    path: str | Path, config: RunConfig, groups: Groups, weights: str, adapters: Mapping[str, str] | None
+) -> Loaded:
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    exact: Tensor | None = None
     compared = weights in ("bf16", *BITS) and _has_room(config, groups)
-    assert config.model.vocab_size is not None
-    text = sample_tokens(tokenizer, config.model.vocab_size)
+    text = sample_tokens(tokenizer, config.model.vocab_size or 0)
+    exact: Tensor | None = None
     if compared:
         train = config.train.model_copy(update={"precision": "fp32"})
-        whole, _ = _filled(path, config.model_copy(update={"train": train}), groups)
-        exact = text_logits(whole, text)
-        del whole
-    network, said = _filled(path, config, groups)
+        exact = text_logits(_filled(path, config.model_copy(update={"train": train}), groups, adapters)[0], text)
+    network, bank, said = _filled(path, config, groups, adapters)
     if weights in BITS:
         said.append(str(pack_network(network, BITS[weights])))
         if not compared:
@@ -158,8 +172,8 @@ def _loaded(path: str | Path, config: RunConfig, groups: Groups, weights: str) -
         said.append(f"weights in {weights}: {difference(found, exact)}")
     if groups.reports_loss and groups.at.dp == groups.at.cp == 0:
         for sentence in said:
-            print(sentence, file=sys.stderr)
-    return Loaded(config, network, tokenizer)
+            note(sentence)
+    return Loaded(config, network, tokenizer, bank)
 
 
 def _has_room(config: RunConfig, groups: Groups) -> bool:
@@ -172,11 +186,17 @@ def _has_room(config: RunConfig, groups: Groups) -> bool:
     return bool(fits)
 
 
-def _filled(path: str | Path, config: RunConfig, groups: Groups) -> tuple[Network, list[str]]:
+def _filled(
+    path: str | Path, config: RunConfig, groups: Groups, adapters: Mapping[str, str] | None
+) -> tuple[Network, AdapterBank | None, list[str]]:
     """The network with the weights of the folder, and what is to be said about them."""
     network = build_policy(config, groups)
     said: list[str] = []
-    if is_hf_folder(path):
+    bank = None
+    if adapters:
+        said = load_base(path, network)
+        bank = load_bank(adapters, network, config.seed)
+    elif is_hf_folder(path):
         said = load_hf_weights(path, network.models)
     elif is_peft_folder(path):
         said = load_base(PeftFolder(path).base_path(), network)
@@ -186,4 +206,4 @@ def _filled(path: str | Path, config: RunConfig, groups: Groups) -> tuple[Networ
         if network.base is not None:
             said = load_base(path_of_base(folder, content_of(folder)), network)
         load_weights(folder, network)
-    return network, said
+    return network, bank, said

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_kernels.attention.op import Segments, attention
 from llm_kernels.attention.ref import Segment
 from llm_kernels.attention.ref import attention as attention_by_segment
+from llm_kernels.paged_attention.op import paged_attention
+from llm_kernels.paged_attention.plan import Plan
 from llm_parallel.config.tree import ModelConfig
+from llm_parallel.generate.paging import Paging, backend_of
 from llm_parallel.generate.scheduler import Part
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.rotary import frequencies
@@ -66,7 +68,7 @@ class Pass:
 
     tokens: int64 [T]; slots: where the keys of each go; cos, sin: fp32 [T, 1, 1, D], the sines with the sign of the
     rotation; keys: those that each part attends to; counts: tokens of each part; last_rows: the rows from which tokens
-    are chosen; flat: all parts' keys and segments in one call of the operator, for devices that run it.
+    are chosen; plan: the tables of the paged attention kernel instead of ``keys``, on devices that run it.
     """
 
     tokens: Tensor
@@ -76,7 +78,7 @@ class Pass:
     keys: tuple[Keys, ...]
     counts: tuple[int, ...]
     last_rows: Tensor
-    flat: tuple[Tensor, Segments] | None
+    plan: Plan | None
 
     @property
     def num_singles(self) -> int:
@@ -140,8 +142,10 @@ def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), -1)[:, None, None], torch.cat((-sin, sin), -1)[:, None, None]
 
 
-def make_pass(parts: Sequence[Part], page_tokens: int, rotation: Rotation, device: torch.device, flat: bool) -> Pass:
-    """The pass of a plan. ``flat``: whether attention is one call of the operator."""
+def make_pass(
+    parts: Sequence[Part], page_tokens: int, rotation: Rotation, device: torch.device, paging: Paging | None
+) -> Pass:
+    """The pass of a plan. ``paging``: where attention is the paged kernel."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -155,28 +159,18 @@ def make_pass(parts: Sequence[Part], page_tokens: int, rotation: Rotation, devic
     counts = tuple(part.count for part in parts)
     ends = np.cumsum(counts)
     last = torch.tensor([int(end) - 1 for end, part in zip(ends, parts) if part.chooses], dtype=torch.int64)
-    keys = tuple(_keys(part, page_tokens, device, flat) for part in parts)
+    plan = None if paging is None else paging.plan(parts, page_tokens)
+    keys = tuple(_keys(part, page_tokens, device) for part in parts) if plan is None else ()
     cos, sin = rotation.of(parts, numbers[1])
-    return Pass(
-        numbers[0], numbers[2], cos, sin, keys, counts, last.to(device), _flat(keys, counts, device) if flat else None
-    )
+    return Pass(numbers[0], numbers[2], cos, sin, keys, counts, last.to(device), plan)
 
 
-def _keys(part: Part, page_tokens: int, device: torch.device, as_index: bool) -> Keys:
+def _keys(part: Part, page_tokens: int, device: torch.device) -> Keys:
     length, pages = part.start + part.count, part.sequence.pages
-    if not as_index and pages == list(range(pages[0], pages[0] + len(pages))):
+    if pages == list(range(pages[0], pages[0] + len(pages))):
         return Keys(length, pages[0] * page_tokens)
     slots = np.asarray(pages)[:, None] * page_tokens + np.arange(page_tokens)
     return Keys(length, index=torch.from_numpy(slots.ravel()[:length].copy()).to(device))
-
-
-def _flat(keys: Sequence[Keys], counts: Sequence[int], device: torch.device) -> tuple[Tensor, Segments]:
-    rows, query, key = [], 0, 0
-    for part, count in zip(keys, counts):
-        rows.append((0, query, query + count, key, key + part.length))
-        query, key = query + count, key + part.length
-    index = torch.cat([part.index for part in keys if part.index is not None])
-    return index, Segments.from_rows(rows, 1, query, key, device)
 
 
 @dataclass(frozen=True)
@@ -192,16 +186,11 @@ class AttentionOptions:
 
 def attend(q_TGMD: Tensor, cache: LayerCache, info: Pass, options: AttentionOptions) -> Tensor:
     """Attention of all parts over the cache, in which their own keys are stored already → [T, N·D]."""
-    if info.flat is not None:
-        index, segments = info.flat
-        k, v = (x.index_select(0, index).unsqueeze(1) for x in (cache.k, cache.v))
-        window, backend = (options.left, -1), options.backend
-        out = attention(
-            q_TGMD.flatten(1, 2).unsqueeze(1), k, v, segments=segments, scale=options.scale, window=window,
-            softcap=options.softcap, backend=backend,
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out.flatten(1)
+    if info.plan is not None:
+        return paged_attention(
+            q_TGMD.flatten(1, 2), cache.k, cache.v, info.plan, scale=options.scale, left=options.left,
+            softcap=options.softcap, backend=backend_of(options.backend),
+        ).flatten(1)  # fmt: skip
     found, row = [], 0
     for keys, count in zip(info.keys, info.counts):
         k_LGD, v_LGD = keys.of(cache.k), keys.of(cache.v)

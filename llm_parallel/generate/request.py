@@ -32,6 +32,8 @@ class GenerateRequest:
     """Seed of the drawing."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    weights: str = "saved"
+    """How weights are held: saved (as in the folder), fp32, bf16, or on a CPU int8 or int4."""
     stop: Sequence[str] = option((), name="--stop")
     """Text before which an answer ends; may be given several times."""
     min_p: float = 0.0
@@ -52,6 +54,16 @@ class GenerateRequest:
     """Likeliest tokens to write to --output with each token."""
     max_running: int = 32
     """Answers to --input in work at a time."""
+    deterministic: bool = option(False, flag=True)
+    """The same log-probabilities, to the last bit, whatever else runs; on a CPU, slower."""
+    json_schema: Path | None = None
+    """File of a JSON schema that answers must satisfy; {"type": "object"} for any JSON object."""
+    regex: str | None = None
+    """Regular expression that answers must match as a whole."""
+    grammar: Path | None = None
+    """File of a grammar (GBNF or Lark) that answers must follow."""
+    choice: Sequence[str] = option((), name="--choice")
+    """Text that is one of the possible answers; give several."""
 
     def __post_init__(self) -> None:
         if bool(self.prompts) == (self.input is not None):
@@ -68,3 +80,9 @@ class GenerateRequest:
             if self.input is None and getattr(self, name) != default:
                 option_name = name.replace("_", "-")
                 raise UserError(f"--{option_name} is given without --input, which it belongs to; leave it out")
+        forms = [
+            name for name in ("json_schema", "regex", "grammar", "choice") if getattr(self, name) not in (None, ())
+        ]
+        if len(forms) > 1:
+            named = " and ".join("--" + name.replace("_", "-") for name in forms)
+            raise UserError(f"{named} are given together; an answer has one form, so give one of them")

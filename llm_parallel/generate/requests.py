@@ -8,6 +8,7 @@ from enum import Enum
 
 from llm_parallel.errors import UserError
 from llm_parallel.generate.sampling import GREEDY, Sampling
+from llm_parallel.generate.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,11 @@ class Request:
     number: the request's name, different from those of all other requests in work; prompt: token ids; ends: tokens that
     end an answer and belong to it; stop: texts that end an answer with the token that completes them; priority: higher
     ones go first and may interrupt lower ones; stream: the number that draws depend on beside the seed, ``number`` if
-    not given.
+    not given; structure: the form that answers have, which ends where it is complete (by one of ``ends``, or by the
+    tokenizer's end-of-document token if there are none); prompt_log_probs: how many of the likeliest tokens are wanted
+    at each place of the prompt, with the log-probabilities of its own tokens, None for none of it; embeds: whether the
+    mean of the prompt's hidden states is wanted; adapter: the adapters on the model that answer, by their name, None
+    for the model without any.
     """
 
     number: int
@@ -28,6 +33,10 @@ class Request:
     n: int = 1
     priority: int = 0
     stream: int | None = None
+    structure: Structure | None = None
+    prompt_log_probs: int | None = None
+    embeds: bool = False
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -38,17 +47,24 @@ class Request:
             raise UserError(f"stop of prompt {self.number} has an empty text; leave it out")
 
     @property
+    def looks_at_prompt(self) -> bool:
+        """Whether something is wanted of the prompt itself, all of which then is computed."""
+        return self.prompt_log_probs is not None or self.embeds
+
+    @property
     def draw_stream(self) -> int:
         """The number that draws depend on beside the seed."""
         return self.number if self.stream is None else self.stream
 
 
 class Reason(str, Enum):
-    """Why an answer ended."""
+    """Why an answer ended. ``structure``: no token of the vocabulary continues the structure that was asked for, or the
+    library that enforces it gave up."""
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    STRUCTURE = "structure"
 
 
 TopTokens = tuple[tuple[int, float], ...]
@@ -61,7 +77,10 @@ class Finished:
 
     number, sample: the request, and which of its answers this is; tokens: with the one that ended the answer;
     log_probs: of each token, under the distribution that it was drawn from (for temperature 0, the model's); top: for
-    each token the ``Sampling.top_log_probs`` likeliest ones of that distribution.
+    each token the ``Sampling.top_log_probs`` likeliest ones of that distribution; prompt_scores: if they were wanted,
+    of each token of the prompt but the first its log-probability and the likeliest tokens in its place, of the model's
+    distribution (with the first sample of a request alone); embedding: the mean of the prompt's hidden states after the
+    last norm, if it was wanted.
     """
 
     number: int
@@ -70,6 +89,8 @@ class Finished:
     log_probs: tuple[float, ...]
     top: tuple[TopTokens, ...]
     reason: Reason
+    prompt_scores: tuple[tuple[float, TopTokens], ...] = ()
+    embedding: tuple[float, ...] = ()
 
     @property
     def truncated(self) -> bool:

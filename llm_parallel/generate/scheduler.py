@@ -15,7 +15,10 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from llm_parallel.generate.draw import Choice
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_parallel.generate.draw import NO_TOKEN, Choice
 from llm_parallel.generate.pages import PagePool, digest_of
 from llm_parallel.generate.requests import Finished, Reason, Request, TopTokens
 
@@ -48,6 +51,8 @@ class Draft:
     ended: bool = False
     log_probs: list[float] = field(default_factory=list)
     top: list[TopTokens] = field(default_factory=list)
+    prompt_scores: list[tuple[float, TopTokens]] = field(default_factory=list)
+    hidden_sum: NDArray[np.float64] | None = None
 
     @property
     def written(self) -> list[int]:
@@ -158,6 +163,9 @@ class Scheduler:
             if sequence.ended:
                 continue
             sequence.in_flight = False
+            if choice.token == NO_TOKEN:
+                finished.append(self._end(sequence, Reason.STRUCTURE))
+                continue
             sequence.tokens.append(choice.token)
             sequence.log_probs.append(choice.log_prob)
             sequence.top.append(choice.top)
@@ -176,7 +184,7 @@ class Scheduler:
         sequence.computed += count
         size = self.limits.page_tokens
         for page in range(len(sequence.digests), sequence.computed // size):
-            before = sequence.digests[-1] if sequence.digests else self._salt(len(sequence.request.prompt))
+            before = sequence.digests[-1] if sequence.digests else self._salt_of(sequence.request)
             sequence.digests.append(digest_of(before, sequence.tokens[page * size : (page + 1) * size]))
             self.pool.record(sequence.pages[page], sequence.digests[-1])
         sequence.in_flight = sequence.computed == len(sequence.tokens)
@@ -229,6 +237,8 @@ class Scheduler:
             tuple(sequence.log_probs),
             tuple(sequence.top),
             reason,
+            tuple(sequence.prompt_scores),
+            _mean(sequence),
         )
 
     def _admit(self, wave: int, budget: int, parts: dict[Draft, Part]) -> None:
@@ -276,14 +286,27 @@ class Scheduler:
     def _known_pages(self, sequence: Draft) -> list[int]:
         """Pages that hold the sequence's first tokens already. At least one token is left to compute, from whose output
         the next one is chosen."""
+        if sequence.request.looks_at_prompt and sequence.sample == 0:
+            sequence.digests = []
+            return []
         size = self.limits.page_tokens
-        sequence.digests, digest = [], self._salt(len(sequence.request.prompt))
+        sequence.digests, digest = [], self._salt_of(sequence.request)
         for start in range(0, len(sequence.tokens) - size, size):
             digest = digest_of(digest, sequence.tokens[start : start + size])
             sequence.digests.append(digest)
         known = self.pool.find(sequence.digests)
         del sequence.digests[len(known) :]
         return known
+
+    def _salt_of(self, request: Request) -> bytes:
+        """Adapters change the keys of equal tokens."""
+        return self._salt(len(request.prompt)) + (request.adapter or "").encode()
+
+
+def _mean(sequence: Draft) -> tuple[float, ...]:
+    if sequence.hidden_sum is None:
+        return ()
+    return tuple((sequence.hidden_sum / len(sequence.request.prompt)).tolist())
 
 
 def _urgency(sequence: Draft) -> tuple[int, int, int]:

@@ -6,8 +6,6 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich.console import Console
-
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.goodput import closed_form
@@ -17,10 +15,9 @@ from llm_parallel.goodput.published_checks import TOLERANCE, agreements, bounds,
 from llm_parallel.goodput.rates import HOUR_S, MONTH_S, POLICIES, Job, find_profile, llama3_causes
 from llm_parallel.goodput.request import GoodputRequest
 from llm_parallel.goodput.simulate import simulate
+from llm_parallel.lines import say
 from llm_parallel.screen import say_next, show_table
 
-WIDTH = 120
-"""Columns of the output where it is no terminal."""
 SIZES = tuple(2**exponent for exponent in range(4, 18))
 
 
@@ -33,24 +30,23 @@ def goodput_command(request: GoodputRequest) -> int:
 
 def _goodput(request: GoodputRequest) -> int:
     """Prints the job's goodput, where the time goes, spares and the table of sizes."""
-    console = _console()
     base, source = _job(request, 1024 if request.gpus is None else request.gpus)
     elastic_job(base, request.step_s, RECOVERIES_S[0])  # raises for a bad --step-s before anything is printed
-    console.print(f"Failure rate: {100 * base.rate_per_gpu_month:.3g} % per GPU and month, {source}.")
-    console.print(
+    say(f"Failure rate: {100 * base.rate_per_gpu_month:.3g} % per GPU and month, {source}.")
+    say(
         f"Detection {base.detect_s:g} s, restart {base.restart_s:g} s, a checkpoint stops training for"
         f" {base.write_s:g} s; policy {base.policy}"
         + ("." if base.policy == "restart" else f", a broken node is away for {base.repair_s / HOUR_S:g} h on average.")
         + " All figures are computed, none is measured."
     )
     if request.gpus is not None:
-        _print_job(console, base, request)
+        _print_job(base, request)
         if request.profile in (None, "llama3") and request.rate_per_gpu_month is None:
-            _print_causes(console, base)
+            _print_causes(base)
     rows = [_size_row(request, gpus) for gpus in SIZES if _fits(request, gpus)]
-    _print_sizes(console, rows, base)
+    _print_sizes(rows, base)
     gains = worth([_job(request, row["gpus"])[0] for row in rows], request.step_s, request.seed)
-    _print_worth(console, gains, request.step_s)
+    _print_worth(gains, request.step_s)
     for row, gain in zip(rows, gains):
         row["goodput_elastic"] = dict(zip((f"{seconds:g} s" for seconds in RECOVERIES_S), gain.elastic))
     if request.out:
@@ -64,9 +60,8 @@ def _goodput(request: GoodputRequest) -> int:
 
 def claims_command() -> int:
     """Prints the well-known claims, and which of them hold."""
-    console = _console()
     for claim in deck_claims():
-        console.print(f"[bold]{claim.claim}[/bold]: {claim.verdict}.\n    {claim.sentence}", highlight=False)
+        say(f"{claim.claim}: {claim.verdict}.\n    {claim.sentence}")
     say_next("llm-parallel goodput --validate")
     return 0
 
@@ -76,7 +71,7 @@ def validate_command() -> int:
     simulations; exit status 1 if a formula and its simulation differ by more than ``TOLERANCE``."""
     agreed = agreements()
     worst = max(agreed, key=lambda one: abs(one.difference))
-    console, found = _console(), checks()
+    found = checks()
     heads = ("source", "figure", "published", "predicted", "error", "kind", "inputs")
     rows = [
         (
@@ -85,39 +80,30 @@ def validate_command() -> int:
         )
         for check in found
     ]
-    show_table("Published figures that give enough inputs", heads, rows, console)
+    show_table("Published figures that give enough inputs", heads, rows)
     for name, group in (
         ("mean times between failures", [check for check in found if check.unit != "%" and check.kind == "measured"]),
         ("shares of time or steps", [check for check in found if check.unit == "%"]),
     ):
         mean = sum(abs(check.error) for check in group) / len(group)
-        console.print(f"{len(group)} measured {name}: mean absolute error {mean:.1%}; nothing was fitted to them.")
-    console.print(
+        say(f"{len(group)} measured {name}: mean absolute error {mean:.1%}; nothing was fitted to them.")
+    say(
         "The rate in proportion to GPUs is optimistic at both ends: small jobs die of other causes too, and at 98,000"
         " GPUs failures come three times as often as at 32,000 would say."
     )
     for line in bounds():
-        console.print(f"bound: {line}", highlight=False)
+        say(f"bound: {line}")
     for line in without_inputs():
-        console.print(f"no failure rate given, not predicted: {line}", highlight=False)
+        say(f"no failure rate given, not predicted: {line}")
     for one in agreed:
-        console.print(
-            f"formula {one.formula:.2%}, simulated {one.simulated:.2%} ({one.difference:+.2%}): {one.name}",
-            highlight=False,
-        )
+        say(f"formula {one.formula:.2%}, simulated {one.simulated:.2%} ({one.difference:+.2%}): {one.name}")
     holds = abs(worst.difference) <= TOLERANCE
-    console.print(
+    say(
         f"formula and simulation {'agree' if holds else 'DISAGREE'} within {TOLERANCE:.0%} in {len(agreed)} jobs; the"
-        f" largest difference is {abs(worst.difference):.2%} ({worst.name}).",
-        highlight=False,
+        f" largest difference is {abs(worst.difference):.2%} ({worst.name})."
     )
     say_next("llm-parallel goodput --gpus 16384")
     return int(not holds)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
 
 
 def _job(request: GoodputRequest, gpus: int) -> tuple[Job, str]:
@@ -171,16 +157,16 @@ def _fits(request: GoodputRequest, gpus: int) -> bool:
     return request.policy != "shrink" or -(-gpus // request.gpus_per_node) % replica_nodes == 0
 
 
-def _print_job(console: Console, job: Job, request: GoodputRequest) -> None:
+def _print_job(job: Job, request: GoodputRequest) -> None:
     outcome = simulate(job, request.seed)
     ledger = outcome.ledger
     first_order = closed_form.kokolis_ettr(job.mtbf_s, job.down_s, job.interval_s, job.write_s)
-    console.print(
-        f"\n[bold]{job.num_gpus:,} GPUs[/bold]: one failure in {_time(job.mtbf_s)}; checkpoint every"
+    say(
+        f"\n{job.num_gpus:,} GPUs: one failure in {_time(job.mtbf_s)}; checkpoint every"
         f" {_time(job.interval_s)} (best: {_best_interval(job)}, Young: "
         f"{_time(closed_form.young_interval_s(job.mtbf_s, job.write_s))}); {job.spare_nodes} spare nodes."
     )
-    console.print(
+    say(
         f"goodput {closed_form.goodput(job):.2%} by formula, {outcome.goodput:.2%} ± {outcome.standard_error:.2%}"
         f" simulated over {ledger.failures:,} failures (seed {request.seed}); Kokolis' first-order ETTR"
         f" {first_order:.2%}{'' if job.policy == 'restart' else ', which counts no missing nodes'}"
@@ -194,11 +180,11 @@ def _print_job(console: Console, job: Job, request: GoodputRequest) -> None:
         "fewer replicas": ledger.shrunken_s,
     }
     shares = [f"{name} {part / ledger.elapsed_s:.2%}" for name, part in parts.items() if part]
-    console.print("simulated time: " + ", ".join(shares))
+    say("simulated time: " + ", ".join(shares))
     months = ", ".join(f"{policy} {closed_form.goodput(_with_policy(job, policy)):.2%}" for policy in POLICIES)
-    console.print(f"with these spares, by policy: {months}")
+    say(f"with these spares, by policy: {months}")
     if job.policy != "restart":
-        _print_spares(console, job)
+        _print_spares(job)
 
 
 def _best_interval(job: Job) -> str:
@@ -211,17 +197,17 @@ def _with_policy(job: Job, policy: str) -> Job:
     return replace(job, policy=policy, replica_nodes=job.replica_nodes if whole else job.num_nodes)
 
 
-def _print_spares(console: Console, job: Job) -> None:
+def _print_spares(job: Job) -> None:
     best = closed_form.best_spares(job)
     rows = []
     for spares in sorted({0, 1, 2, best // 2, best - 1, best, best + 1, 2 * best} - {-1}):
         trial = replace(job, spare_nodes=spares)
         values = closed_form.goodput(trial), closed_form.goodput_per_reserved_gpu(trial)
         rows.append((spares, f"{values[0]:.2%}", f"{values[1]:.2%}"))
-    show_table(f"Spare nodes (best: {best})", ("spares", "goodput", "per reserved GPU"), rows, console)
+    show_table(f"Spare nodes (best: {best})", ("spares", "goodput", "per reserved GPU"), rows)
 
 
-def _print_causes(console: Console, job: Job) -> None:
+def _print_causes(job: Job) -> None:
     causes = llama3_causes()
     total = sum(count for _, count in causes)
     rows = []
@@ -229,7 +215,7 @@ def _print_causes(console: Console, job: Job) -> None:
         rate = job.rate_per_gpu_month * count / total
         rows.append((cause, count, f"{100 * rate:.4f}", _time(MONTH_S / rate / job.num_gpus)))
     title = f"By cause, as in Llama 3's 54 days; {job.num_gpus:,} GPUs"
-    show_table(title, ("cause", "count", "% per GPU-month", "one in"), rows, console)
+    show_table(title, ("cause", "count", "% per GPU-month", "one in"), rows)
 
 
 def _size_row(request: GoodputRequest, gpus: int) -> dict[str, Any]:
@@ -248,7 +234,7 @@ def _size_row(request: GoodputRequest, gpus: int) -> dict[str, Any]:
     }
 
 
-def _print_sizes(console: Console, rows: list[dict[str, Any]], job: Job) -> None:
+def _print_sizes(rows: list[dict[str, Any]], job: Job) -> None:
     heads = ("GPUs", "MTBF", "interval", "spares", "formula", "simulated", "± s.e.", "Kokolis", "per reserved")
     cells = [
         (
@@ -258,10 +244,10 @@ def _print_sizes(console: Console, rows: list[dict[str, Any]], job: Job) -> None
         )
         for row in rows
     ]
-    show_table("By size", heads, cells, console)
+    show_table("By size", heads, cells)
 
 
-def _print_worth(console: Console, gains: list[Worth], step_s: float) -> None:
+def _print_worth(gains: list[Worth], step_s: float) -> None:
     title = f"Restart from checkpoints against elastic recovery, which loses at most a step of {step_s:g} s"
     elastic = [f"elastic {seconds:g} s" for seconds in RECOVERIES_S]
     heads = ("GPUs", "restart", *elastic, *(f"{name} simulated" for name in elastic), "GPUs won")
@@ -269,12 +255,11 @@ def _print_worth(console: Console, gains: list[Worth], step_s: float) -> None:
     for gain in gains:
         shares = (gain.restart, *gain.elastic, *gain.simulated)
         rows.append((f"{gain.gpus:,}", *(f"{share:.2%}" for share in shares), f"{gain.gpus_won:,.1f}"))
-    show_table(title, heads, rows, console)
-    console.print(
+    show_table(title, heads, rows)
+    say(
         f"Elastic: state copied after every step without stopping, {RECOVERIES_S[0]:g} or {RECOVERIES_S[1]:g} s from"
         " the failure until training goes on, lost nodes replaced in both columns; these are assumptions of the"
-        " comparison, not measured on GPUs. GPUs won: training of so many GPUs more, by the slower recovery.",
-        highlight=False,
+        " comparison, not measured on GPUs. GPUs won: training of so many GPUs more, by the slower recovery."
     )
 
 
@@ -295,4 +280,4 @@ def _write(request: GoodputRequest, rows: list[dict[str, Any]], source: str) -> 
         picture = draw(rows, f"{request.out}.png", f"policy {request.policy}; rate: {source}")
     except OSError as error:
         raise UserError(f"--out {request.out} cannot be written ({error.strerror})") from None
-    print(f"written: {request.out}.json, {picture}")
+    say(f"written: {request.out}.json, {picture}")

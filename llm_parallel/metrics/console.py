@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from llm_parallel.lines import say, wrapped
 from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord
 from llm_parallel.metrics.step_line import StepLines, duration, eval_line
 
@@ -61,7 +61,7 @@ class ConsoleSink:
             self._screen.add(text)
             self._screen.flush()
         else:
-            print(text, file=sys.stdout, flush=True)
+            say(text)
 
     def close(self) -> None:
         """Ends the progress bar, which stays visible."""
@@ -128,7 +128,7 @@ class _Screen:
             with self._console:  # one write for both
                 self._bar.refresh()
                 if text:
-                    self._console.print(text, markup=False, highlight=False)
+                    self._console.print(wrapped(text, self.width), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Prints what waits and leaves the bar as it is."""

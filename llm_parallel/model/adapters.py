@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from llm_parallel.config.tree import ModelConfig
 from llm_parallel.config.tree_tune import AdapterConfig
+from llm_parallel.model.deterministic import ColumnProduct, RowProduct
 from llm_parallel.model.init import normal_rows
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
 from llm_parallel.model.quant import FrozenProduct, QuantizedMatrix
@@ -69,6 +70,8 @@ class Adapter(nn.Module):
         self.group, self.sequence_parallel = group, sequence_parallel
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.on = True
+        self.row_parts = 0
+        """With ``kernels.deterministic``, parts of the sum of a row-parallel product; 0 without it."""
 
 
 class ColumnAdapter(Adapter):
@@ -96,12 +99,13 @@ class ColumnAdapter(Adapter):
         adapter's added."""
         # The default generator gives ranks that see the same tokens the same mask, and under sequence parallelism
         # megatron-core has replaced it by one that differs between ranks.
-        low_SBR = F.linear(F.dropout(x_SBI, self.dropout, self.training), self.a)
+        x_SBI = F.dropout(x_SBI, self.dropout, self.training)
+        low_SBR: Any = ColumnProduct.apply(x_SBI, self.a) if self.row_parts else F.linear(x_SBI, self.a)
         if self.sequence_parallel:
             low_SBR = gather_from_sequence_parallel_region(low_SBR, group=self.group)
         else:
             low_SBR = copy_to_tensor_model_parallel_region(low_SBR, group=self.group)
-        return _add_product(y_SBO, low_SBR, self.wide_b(), self.scale)
+        return _add_product(y_SBO, low_SBR, self.wide_b(), self.scale, bool(self.row_parts))
 
 
 def _wide(b: Tensor, meets: Tensor) -> Tensor:
@@ -120,12 +124,16 @@ class RowAdapter(Adapter):
     def forward(self, x_SBI: Tensor, y_SBO: Tensor) -> Tensor:
         """The linear's input and its output (this rank's tokens under sequence parallelism) → the output with the
         adapter's added."""
-        low_SBR = F.linear(self._dropped(x_SBI), self.a)
+        x_SBI = self._dropped(x_SBI)
+        if self.row_parts:
+            low_SBR: Any = RowProduct.apply(x_SBI, self.a, self.row_parts, self.group, self.sequence_parallel)
+            return _add_product(y_SBO, low_SBR, self.b, self.scale, True)
+        low_SBR = F.linear(x_SBI, self.a)
         if self.sequence_parallel:
             low_SBR = reduce_scatter_to_sequence_parallel_region(low_SBR, group=self.group)
         else:
             low_SBR = reduce_from_tensor_model_parallel_region(low_SBR, group=self.group)
-        return _add_product(y_SBO, low_SBR, self.b, self.scale)
+        return _add_product(y_SBO, low_SBR, self.b, self.scale, False)
 
     def _dropped(self, x_SBI: Tensor) -> Tensor:
         """Dropout with a mask of each rank's own, as every rank has other columns."""
@@ -137,9 +145,20 @@ class RowAdapter(Adapter):
             return F.dropout(x_SBI, self.dropout)
 
 
-def _add_product(y_SBO: Tensor, low_SBR: Tensor, b: Tensor, scale: float) -> Tensor:
+def _add_product(y_SBO: Tensor, low_SBR: Tensor, b: Tensor, scale: float, deterministic: bool) -> Tensor:
     """y + scale · low bᵀ, in one product."""
+    if deterministic:
+        # Multiplied and added apart: whether one operation rounds once or twice depends on the place in memory.
+        added: Any = ColumnProduct.apply(low_SBR, b)
+        return y_SBO + scale * added
     return torch.addmm(y_SBO.flatten(0, 1), low_SBR.flatten(0, 1), b.t(), alpha=scale).view_as(y_SBO)
+
+
+def _seen_by_all(x: Any, named: dict[str, Any]) -> Any:
+    """The input of a product whose rows ranks divide: all tokens, with the gradient summed over the ranks."""
+    if named["sequence_parallel"]:
+        return gather_from_sequence_parallel_region(x, group=named["tp_group"])
+    return copy_to_tensor_model_parallel_region(x, group=named["tp_group"]) if named["allreduce_dgrad"] else x
 
 
 def _without_weight(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -167,15 +186,11 @@ class _Adapted(nn.Module):
 
     def _forward_impl(self, input: Any, weight: Any, *arguments: Any, **named: Any) -> Any:
         """megatron-core's product, and what it does with a frozen weight for one in few bits."""
-        stored = getattr(weight, "stored", None)
-        if stored is None:
+        stored, deterministic = getattr(weight, "stored", None), self.config.kernels.deterministic
+        if stored is None and not deterministic:
             return super()._forward_impl(input, weight, *arguments, **named)
-        group, bias = named["tp_group"], named["bias"]
-        if named["sequence_parallel"]:
-            input = gather_from_sequence_parallel_region(input, group=group)
-        elif named["allreduce_dgrad"]:
-            input = copy_to_tensor_model_parallel_region(input, group=group)
-        product = FrozenProduct.apply(input, stored)
+        input, bias = _seen_by_all(input, named), named["bias"]
+        product: Any = ColumnProduct.apply(input, weight) if deterministic else FrozenProduct.apply(input, stored)
         return product if bias is None else product + bias
 
     def _with_adapter(self, x: Tensor, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -218,6 +233,16 @@ class ColumnLinear(_Adapted, ColumnParallelLinear):
         return found
 
 
+class OutputLayer(ColumnParallelLinear):
+    """The projection on the vocabulary, whose rows ranks divide."""
+
+    def _forward_impl(self, input: Any, weight: Any, *arguments: Any, **named: Any) -> Any:
+        """megatron-core's product, or that of ``kernels.deterministic``."""
+        if not self.config.kernels.deterministic:
+            return super()._forward_impl(input, weight, *arguments, **named)
+        return ColumnProduct.apply(_seen_by_all(input, named), weight)
+
+
 class RowLinear(_Adapted, RowParallelLinear):
     """megatron-core's linear whose columns ranks divide, with room for an adapter."""
 
@@ -229,6 +254,11 @@ class RowLinear(_Adapted, RowParallelLinear):
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """As megatron-core's, with the adapter's output added."""
+        if self.config.kernels.deterministic:
+            how = self.config.row_parts, self.tp_group, self.sequence_parallel
+            output: Any = RowProduct.apply(input_, self.weight, *how)
+            added, bias = self._with_adapter(input_, (output, self.bias))
+            return (added, bias) if self.skip_bias_add or bias is None else (added + bias, None)
         return self._with_adapter(input_, super().forward(input_))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
@@ -269,6 +299,8 @@ def add_adapters(chunk: Any, adapter: AdapterConfig, groups: Groups, seed: int) 
     for layer, linear, module in linears_of(chunk):
         if targets := targets_of(linear, adapter):
             module.adapter = _new_adapter(chunk, layer, linear, module, targets, adapter, groups, seed)
+            if chunk.config.kernels.deterministic:
+                module.adapter.row_parts = chunk.config.row_parts
 
 
 def _new_adapter(

@@ -19,6 +19,8 @@ from llm_kernels.attention.ref import attention as attention_by_segment
 from llm_kernels.dispatch import backend_for
 from llm_kernels.rope.op import rope, rope_qkv_
 from llm_parallel.errors import UserError
+from llm_parallel.model.deterministic_attention import Scores
+from llm_parallel.model.deterministic_attention import attention as deterministic_attention
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
 from llm_parallel.model.modules import KeyNorm, QueryNorm
 from llm_parallel.model.sequence import SequenceInfo
@@ -123,6 +125,9 @@ class CoreAttention(nn.Module):
             q_SBND, k_SBGD = rope(q_SBND, k_SBGD, info.rope, backend=self.kernels.rope)
         if self.cp_group.size() > 1:
             k_SBGD, v_SBGD = gather_keys_values(torch.stack((k_SBGD, v_SBGD), dim=1), self.cp_group)
+        if self.kernels.deterministic:
+            how = Scores(self.scale, self.window[0], self.softcap)
+            return deterministic_attention(q_SBND, k_SBGD, v_SBGD, info.segments, how).flatten(2)
         if attention_backend(q_SBND, self.kernels.attention) == "torch":
             seen = (info.segments, self.scale, self.window[0], self.softcap)
             return attention_by_segment(q_SBND, k_SBGD, v_SBGD, *seen).flatten(2)

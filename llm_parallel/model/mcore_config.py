@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_parallel.config.tree import KernelsConfig, ModelConfig
+from llm_parallel.model.deterministic import num_parts
 from llm_parallel.model.numerics import Numerics, Recompute
 from llm_parallel.model.rotary import attention_factor
 from llm_parallel.parallel.mesh import Mesh
@@ -42,6 +43,8 @@ class LlamaTransformerConfig(TransformerConfig):
     """Layers, counted from 0, whose queries and keys are not rotated."""
     base: str = "full"
     """How the matrices of the layers are held: "full" in ``params_dtype``, or frozen in "int8" or "nf4"."""
+    row_parts: int = 1
+    """With ``kernels.deterministic``, parts into which the sum of a row-parallel product is cut on each rank."""
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -84,6 +87,7 @@ def transformer_config(
     return LlamaTransformerConfig(
         kernels=numerics.kernels,
         base=numerics.base,
+        row_parts=num_parts(model, mesh.tp) // mesh.tp,
         keys_to_the_left=-1 if model.window_tokens is None else model.window_tokens - 1,
         attention_softcap=model.attention_softcap,
         attention_scale=attention_factor(model) ** 2 * model.kv_channels**-0.5,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llm_kernels.rms_norm.op import add_rms_norm, rms_norm
 from llm_kernels.swiglu.op import swiglu
+from llm_parallel.model import deterministic
 from llm_parallel.model.adapters import ColumnLinear, RowLinear
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
 from llm_parallel.model.sequence import SequenceInfo
@@ -33,13 +34,15 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: LlamaTransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.eps, self.backend = eps, config.kernels.rms_norm
+        self.eps, self.backend, self.deterministic = eps, config.kernels.rms_norm, config.kernels.deterministic
         device = "cpu" if config.use_cpu_initialization else "cuda"
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         """[S, B, H] → [S, B, H]."""
+        # torch reduces a row in the same order wherever it lies only if its numbers are contiguous.
+        x_SBH = x_SBH.contiguous() if self.deterministic else x_SBH
         return rms_norm(x_SBH, self.weight, self.eps, backend=self.backend)
 
     def of_sum(self, x_SBH: Tensor, residual_SBH: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +57,7 @@ class HeadsNorm(nn.Module):
     def __init__(self, config: LlamaTransformerConfig, num_heads: int, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.eps, self.backend, self.group = config.layernorm_epsilon, config.kernels.rms_norm, group
+        self.deterministic = config.kernels.deterministic
         self.channels = num_heads * config.kv_channels
         shape = (self.channels // config.tensor_model_parallel_size,)
         device = "cpu" if config.use_cpu_initialization else "cuda"
@@ -62,14 +66,19 @@ class HeadsNorm(nn.Module):
     def forward(self, x_SBND: Tensor) -> Tensor:
         """[S, B, heads of this process, D] → the same shape."""
         x_SBW = x_SBND.flatten(2)
-        if x_SBW.shape[-1] == self.channels:
+        if x_SBW.shape[-1] == self.channels and not self.deterministic:
             return rms_norm(x_SBW, self.heads_weight, self.eps, backend=self.backend).view_as(x_SBND)
         x = x_SBW.float()
+        if self.deterministic:
+            found: Any = deterministic.SquaresOfHeads.apply(x_SBND.contiguous().flatten(0, 1), self.group)
+            return self._scaled(x, found.unflatten(0, x.shape[:2])).to(x_SBND.dtype).view_as(x_SBND)
         # Every rank's output depends on the whole sum, so its gradient is summed over the group as well.
         squares = reduce_from_tensor_model_parallel_region(x.square().sum(-1, keepdim=True), group=self.group)
         squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
-        normed = x * torch.rsqrt(squares / self.channels + self.eps)
-        return (normed * self.heads_weight.float()).to(x_SBND.dtype).view_as(x_SBND)
+        return self._scaled(x, squares).to(x_SBND.dtype).view_as(x_SBND)
+
+    def _scaled(self, x: Tensor, squares: Tensor) -> Tensor:
+        return x * torch.rsqrt(squares / self.channels + self.eps) * self.heads_weight.float()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """For megatron-core's checkpoints: the weight is divided over the tensor-parallel group."""
@@ -105,6 +114,9 @@ class SwiGLU(MegatronModule):
 
     def forward(self, x_SBF: Tensor) -> Tensor:
         """[S, B, 2F] (gate, then up) → [S, B, F]. The gradient is written over x, which nothing else keeps."""
+        if self.config.kernels.deterministic:
+            out: Tensor = deterministic.SwiGLU.apply(x_SBF)
+            return out
         return swiglu(x_SBF, inplace_backward=True, backend=self.config.kernels.swiglu)
 
 

@@ -13,8 +13,9 @@ from llm_parallel.data.batch import Batch
 from llm_parallel.parallel.groups import Groups
 
 Output: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
-"""What the last stage hands to an objective: fp32 losses [b, s] (-log p of each label), or, if the objective is
-``weighted_in_model``, their weighted sum and the losses without gradient."""
+"""What the last stage hands to an objective: fp32 losses [b, s] (-log p of each label); of a model with a value head
+fp32 values [b, s], each of the text up to and with a token; if the objective is ``weighted_in_model``, the losses'
+weighted sum and the losses without gradient; if its ``loss_options`` ask for ``entropy``, losses and entropies."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,30 @@ class Objective(Protocol):
 
     def __call__(self, batch: Batch, groups: Groups, output: Output) -> Terms:
         """Terms of one micro batch, of which ``batch`` and ``output`` are this process's context shard."""
+
+
+class Unweighted:
+    """The members of ``Objective`` that most objectives over documents share: they need the model's output as it is,
+    weigh it themselves, and compute nothing before the first micro batch."""
+
+    @property
+    def ratios(self) -> Mapping[str, str]:
+        """See ``Objective``."""
+        return {}
+
+    @property
+    def weighted_in_model(self) -> bool:
+        """See ``Objective``."""
+        return False
+
+    @property
+    def loss_options(self) -> Mapping[str, float]:
+        """See ``Objective``."""
+        return {}
+
+    def prepare(self, models: Mapping[str, Any], batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The batches as they are."""
+        return batches
 
 
 def reported(objective: Objective, totals: Mapping[str, float], count: float) -> dict[str, float]:

@@ -19,6 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from llm_parallel.errors import UserError
+from llm_parallel.parallel import cpu_products
 from llm_parallel.parallel.gloo_device import share_gloo_device
 from llm_parallel.parallel.scatter import all_gather, reduce_scatter
 
@@ -183,6 +184,7 @@ def _install_on_cpu() -> None:
     if _installed:
         return
     _keep_freed_memory()
+    cpu_products.install()
     import torch._dynamo
 
     # megatron's @jit_fuser is torch.compile, which would run a C++ compiler at the first step.

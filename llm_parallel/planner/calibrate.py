@@ -16,6 +16,7 @@ import yaml
 
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import say
 from llm_parallel.planner.calibrate_host import host_description
 from llm_parallel.planner.hardware import DATA, Chip, Cluster, load_cluster
 from llm_parallel.planner.results import Measured, field, read_results, step_config, step_seconds
@@ -43,14 +44,14 @@ def calibrate_command(paths: Sequence[str], cluster: str | None, out: str) -> in
     with atomic_write(out) as handle:
         handle.write(text)
     found = load_cluster(out)
-    print(f"written: {out}, from {len(results)} results on {results[0].chip}")
+    say(f"written: {out}, from {len(results)} results on {results[0].chip}")
     for result in results:
         if result.kind == "step":
             predicted, measured = predict_step(result, found), step_seconds(result)
-            print(f"{Path(result.path).name}: predicted {predicted:.4g} s, measured {measured:.4g} s, "
+            say(f"{Path(result.path).name}: predicted {predicted:.4g} s, measured {measured:.4g} s, "
                   f"{predicted / measured - 1:+.1%}")  # fmt: skip
     if not any(result.kind == "step" for result in results):
-        print("No bench step was given: what training reaches of the chip's rates is not calibrated.")
+        say("No bench step was given: what training reaches of the chip's rates is not calibrated.")
     return 0
 
 

@@ -67,9 +67,11 @@ def stage_layers(shape: Shape, strategy: Strategy) -> list[list[int]]:
 
 
 def parameters_of_stage(shape: Shape, strategy: Strategy, stage: int) -> float:
-    """Number of weights on one GPU of a stage. Matrices are divided by tensor parallelism, norms are not."""
+    """Number of weights on one GPU of a stage. Matrices are divided by tensor parallelism, norms of
+    the residual stream are not."""
     layers = sum(stage_layers(shape, strategy)[stage])
-    held = layers * (shape.layer_matrices / strategy.tp + 2 * shape.hidden)
+    vectors = shape.divided_vectors / strategy.tp + shape.whole_vectors + 2 * shape.hidden
+    held = layers * (shape.layer_matrices / strategy.tp + vectors)
     table = shape.vocab * shape.hidden / strategy.tp
     first, last = stage == 0, stage == strategy.pp - 1
     tables = int(first) + int(last) - int(shape.tied and first and last)
@@ -107,11 +109,28 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
         found += per_score * tokens * strategy.seq * shape.heads / tp
     elif strategy.flash:
         found += 4 * tokens * shape.heads / tp  # logarithms of the sums, fp32
+    if shape.qk_norm != "none":
+        found += _normed_attention(shape, strategy)
     if strategy.adapter is not None:
         found += size * tokens * adapters.kept_columns(strategy, strategy.adapter)
     if strategy.cp > 1 and strategy.cp_gathers:
         found += _gathered_attention(shape, strategy)
     return found
+
+
+def _normed_attention(shape: Shape, strategy: Strategy) -> float:
+    """Bytes that norms of queries and keys keep more. Attention does not read the projection in place then: queries and
+    keys are kept as the norms read them (copies where the projection has them apart) and as they are after rotation,
+    with the rotation's table. A norm over heads that tensor parallelism divides is computed in fp32."""
+    size, wide = 4 if strategy.precision == "fp32" else 2, shape.qk_norm == "wide"
+    queries, keys = (count * shape.channels / strategy.tp for count in (shape.heads, shape.groups))
+    rotated = size * (queries + keys)
+    table = 2 * shape.channels / strategy.micro_batch
+    if wide and strategy.tp > 1:
+        return strategy.tokens * (rotated + 2 * 4 * (queries + keys) + table)
+    copied = (queries if wide or shape.heads != shape.groups else 0) + (keys if wide else 0)
+    scales = 2 if wide else (shape.heads + shape.groups) / strategy.tp
+    return strategy.tokens * (rotated + size * copied + 4 * scales + table)
 
 
 def _gathered_attention(shape: Shape, strategy: Strategy) -> float:

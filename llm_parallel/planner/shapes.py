@@ -44,6 +44,16 @@ class Shape:
     rotary: bool = True
     """Whether positions are rotary (RoPE) rather than a learned table."""
 
+    window: int = 0
+    """Tokens that a query attends to; 0: all before it."""
+    divided_vectors: int = 0
+    """Weights of a layer's biases and norms, besides the two norms of the residual stream, that tensor parallelism
+    divides."""
+    whole_vectors: int = 0
+    """The same, that every tensor-parallel rank holds."""
+    qk_norm: Literal["none", "each", "wide"] = "none"
+    """Norms of queries and keys: of each head, or of all heads together."""
+
     @property
     def channels(self) -> int:
         """Width of a head."""
@@ -58,7 +68,7 @@ class Shape:
     @property
     def layer_parameters(self) -> int:
         """Number of all weights of one layer."""
-        return self.layer_matrices + 2 * self.hidden
+        return self.layer_matrices + 2 * self.hidden + self.divided_vectors + self.whole_vectors
 
     @property
     def parameters(self) -> int:
@@ -66,10 +76,15 @@ class Shape:
         ends = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + ends + self.hidden
 
+    def seen(self, seq: int) -> float:
+        """Share of a sample of ``seq`` tokens that a token attends to, on average."""
+        window = min(self.window or seq, seq)
+        return (2 * seq - window) * window / (2 * seq**2)
+
     def flops_per_token(self, seq: int, causal: bool = False) -> float:
         """Training FLOPs of one token of a sample of ``seq``, recomputation not counted; ``causal`` counts half of
-        attention (see model/flops.py for the conventions)."""
-        attention = 4 * seq * self.heads * self.channels * self.layers * (0.5 if causal else 1.0)
+        attention, or what a window sees (see model/flops.py for the conventions)."""
+        attention = 4 * seq * self.heads * self.channels * self.layers * (self.seen(seq) if causal else 1.0)
         return 3.0 * (2 * (self.layers * self.layer_matrices + self.vocab * self.hidden) + attention)
 
 
@@ -179,6 +194,7 @@ def with_software(strategy: Strategy, name: str) -> Strategy:
 def shape_of(model: ModelConfig) -> Shape:
     """Dimensions of a model from its configuration, whose vocabulary size must be set."""
     assert model.vocab_size is not None
+    queries, keys = (count * model.kv_channels for count in (model.num_attention_heads, model.num_query_groups))
     return Shape(
         layers=model.num_layers,
         hidden=model.hidden_size,
@@ -188,6 +204,13 @@ def shape_of(model: ModelConfig) -> Shape:
         vocab=model.vocab_size,
         head_dim=model.kv_channels,
         tied=model.tie_embeddings,
+        window=model.window_tokens or 0,
+        divided_vectors=(queries + 2 * keys) * model.qkv_bias
+        + 2 * model.ffn_hidden_size * model.mlp_bias
+        + (queries + keys) * model.qk_norm_over_heads,
+        whole_vectors=model.hidden_size * (model.attention_output_bias + model.mlp_bias)
+        + 2 * model.kv_channels * model.qk_norm,
+        qk_norm="wide" if model.qk_norm_over_heads else "each" if model.qk_norm else "none",
     )
 
 

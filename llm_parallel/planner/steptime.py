@@ -191,8 +191,9 @@ class Model:
     def _attention(self, backward: bool) -> tuple[float, float]:
         """Seconds of attention's matrix products, and bytes of scores that are moved."""
         shape, strategy = self.shape, self.strategy
-        # Causal flash attention skips half of the pairs, and context parallelism divides the rest evenly.
-        pairs = strategy.tokens * strategy.seq * (0.5 if strategy.flash else 1.0)
+        # Causal flash attention skips half of the pairs and all outside of a window, and context parallelism divides
+        # the rest evenly.
+        pairs = strategy.tokens * strategy.seq * (shape.seen(strategy.seq) if strategy.flash else 1.0)
         flops = 4.0 * pairs * shape.heads * shape.channels / strategy.tp
         if strategy.flash:
             share = self.constants.flash_te if strategy.te else self.constants.flash
@@ -210,6 +211,8 @@ class Model:
         shape, strategy = self.shape, self.strategy
         rows = (22 if shape.dropout else 16) * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
         rotary = 4 * (shape.heads + shape.groups) * shape.channels if shape.rotary else 0
+        if shape.qk_norm != "none":  # queries and keys are read and written once more
+            rotary += 4 * (shape.heads + shape.groups) * shape.channels
         activation = (6 if shape.gated else 4) * shape.ffn
         factor = 1.0 if strategy.fused else UNFUSED
         cast = 0.0

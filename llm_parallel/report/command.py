@@ -9,6 +9,7 @@ from pathlib import Path
 from llm_parallel.bench.environment import commit
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import say
 from llm_parallel.report.efficiency import read_sweep, sentence
 from llm_parallel.report.figures import Picture
 from llm_parallel.report.page import Section, render
@@ -44,14 +45,14 @@ def report_command(request: ReportRequest) -> int:
     except OSError as error:
         raise UserError(f"--out {request.out} cannot be written ({error.strerror}); name another file") from None
     for series in sweeps:
-        print(sentence(series))
+        say(sentence(series))
         for point in series.best:
             for flag in series.flags(point):
-                print(f"  on {point.world_size}: {flag}")
+                say(f"  on {point.world_size}: {flag}")
     size = Path(request.out).stat().st_size
-    print(f"report: {request.out} ({size / 1024:,.0f} KiB, {len(pictures)} figures)")
+    say(f"report: {request.out} ({size / 1024:,.0f} KiB, {len(pictures)} figures)")
     if request.png:
-        print(f"figures: {', '.join(f'{request.png}/{picture.name}.png' for picture in pictures)}")
+        say(f"figures: {', '.join(f'{request.png}/{picture.name}.png' for picture in pictures)}")
     return 0
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm_parallel.checkpoint.folders import find_checkpoint
-from llm_parallel.checkpoint.run_file import read_config
+from llm_parallel.checkpoint.folders import find_checkpoint, step_of
+from llm_parallel.checkpoint.run_file import copy_tokenizer, read_config
 from llm_parallel.config.tree import ModelConfig, RunConfig
-from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, load_tokenizer
+from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, fingerprint_of, load_tokenizer, tokenizer_file
 from llm_parallel.errors import UserError
+from llm_parallel.files import folder_in_whole, turn
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.model.hf_files import is_hf_folder, read_hf_config
 
@@ -44,6 +45,29 @@ def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
         changes["data"] = config.data.model_copy(update={"tokenizer": tokenizer})
         notice(f"data.tokenizer: {tokenizer}")
     return config.model_copy(update=changes)
+
+
+def with_own_tokenizer(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
+    """The configuration with a copy of the tokenizer in the run folder where ``data.tokenizer`` lies in a checkpoint:
+    the run that the checkpoint belongs to may remove it (``checkpoint.keep_last``), and every checkpoint here needs the
+    tokenizer. ``notice`` is told of the copy. Raises UserError if it cannot be written."""
+    path = config.data.tokenizer
+    if path is None or not Path(path).exists() or all(step_of(one) is None for one in Path(path).resolve().parents):
+        return config
+    run_dir = Path(config.run_dir)
+    target = run_dir / f"tokenizer-{fingerprint_of(tokenizer_file(path).read_bytes())[:8]}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with turn(run_dir / ".tokenizer.lock"):
+            if not target.is_dir():
+                with folder_in_whole(target) as making:
+                    copy_tokenizer(Path(path), making)
+                notice(f"data.tokenizer: copied to {target}, since the checkpoint {path} may be removed by its run")
+    except OSError as error:
+        raise UserError(
+            f"run_dir = {run_dir} cannot be written ({error.strerror}); give a folder that can be"
+        ) from None
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(target)})})
 
 
 def other_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> str | None:

@@ -15,7 +15,7 @@ from llm_parallel.parallel import comm_time
 from llm_parallel.parallel.groups import close_groups, seed_step
 from llm_parallel.train.guard import TooManySkips
 from llm_parallel.train.open import PRETRAINING, Method, open_run
-from llm_parallel.train.record import Step, StepTimes, judge, record_step
+from llm_parallel.train.record import Step, StepTimes, is_logged, judge, record_step
 from llm_parallel.train.run import Place, Run
 from llm_parallel.train.step import StepOutcome, Wishes, apply_gradient, evaluate, forward_backward
 from llm_parallel.train.step_settings import global_batch_size, learning_rate
@@ -40,6 +40,8 @@ def run_training(
         try:
             if run.state.finished(config.train.steps):
                 run.metrics.message(nothing_to_train(run))
+            with watch.long():
+                method.begin(run)
             make_up_evaluation(run, watch)
             with run.comm.recording():
                 while not run.state.finished(config.train.steps):
@@ -85,13 +87,15 @@ def train_step(run: Run, watch: Watch) -> StepOutcome:
     with run.comm.during(comm_time.DATA):
         watch.before_step(run)
         size = global_batch_size(config.train, state.consumed_samples)
-        batches = run.objective.prepare(run.models, run.feed.step(state))
+        batches = run.objective.prepare(run.all_models, run.feed.step(state))
     data_s = time.perf_counter() - started
     wishes = Wishes(run.wants_to_stop(), watch.wants_to_pause(), watch.before_agreement)
     if config.adapter is not None and config.adapter.dropout:
         seed_step(config.seed, state.step, run.groups)
     with run.comm.during(comm_time.FORWARD_BACKWARD):
-        outcome = forward_backward(engine, run.objective, batches, wishes)
+        outcome = forward_backward(
+            engine, run.objective, batches, wishes, run.observes and is_logged(run, state.step + 1)
+        )
     watch.judged(run, outcome, size)
     lr = learning_rate(config.optim, config.train.steps, state.step + 1)
     reason = judge(run, outcome, size)
@@ -183,11 +187,13 @@ def early_stop(run: Run) -> str:
 
 
 def run_evaluation(run: Run) -> float:
-    """Held-out loss in nats per token, recorded; NaN if nothing is held out."""
+    """Held-out loss, for tokens in nats, recorded; NaN if nothing is held out."""
     if not run.held_out.batches:
         return math.nan
-    loss, tokens, statistics = evaluate(run.engine.network, run.evaluation, run.held_out.batches)
-    run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, run.held_out.samples, tokens, statistics))
+    batches = run.evaluation.prepare(run.all_models, run.held_out.batches)
+    loss, units, statistics = evaluate(run.engine.network, run.evaluation, batches, run.observes)
+    unit, samples = run.evaluation.unit, run.held_out.samples
+    run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, samples, units, statistics, unit))
     run.evaluated(run)
     run.state.evaluated(loss, run.config.train.early_stop_evaluations)
     return loss

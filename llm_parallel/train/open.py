@@ -68,23 +68,31 @@ def unweighted_likelihood(config: RunConfig) -> Objective:
 
 
 def nothing_more(run: Run) -> None:
-    """For methods that do nothing after an evaluation."""
+    """For methods that do nothing before the first step or after an evaluation."""
 
 
 @dataclass(frozen=True)
 class Method:
     """What a run trains: what a step minimises, with which models, on what; which data are held out and how they are
-    judged; ``evaluated`` is called after each evaluation, on every process."""
+    judged; ``begin`` is called when the run is open, before its first step, and may take long; ``evaluated`` is called
+    after each evaluation. Every process calls both. ``observes``: with accuracy and entropy of the labels, at steps
+    that are logged and in evaluations."""
 
     objective: Callable[[RunConfig], Objective] = likelihood
     evaluation: Callable[[RunConfig], Objective] = unweighted_likelihood
     models: Callable[[RunConfig, Groups], Models] = policy_alone
     feed: Callable[[RunConfig, Groups, TrainState], Feed] = token_feed
     held_out: Callable[[RunConfig, Groups, TrainState], HeldOut] = evaluation_batches
+    begin: Callable[[Run], None] = nothing_more
     evaluated: Callable[[Run], None] = nothing_more
+    observes: bool = False
 
 
 PRETRAINING = Method()
+DETERMINISTIC = (
+    "kernels.deterministic: what a token gets depends on neither batch nor layout, to the last bit; a step takes up to "
+    "1.3 times the processor time"
+)
 
 
 def open_run(
@@ -128,6 +136,7 @@ def open_run(
             objective=objective,
             evaluation=method.evaluation(config),
             evaluated=method.evaluated,
+            observes=method.observes,
             feed=feed,
             held_out=held_out,
             store=store,
@@ -280,5 +289,6 @@ def describe(config: RunConfig, layout: Layout, groups: Groups, resumed: Resumed
         f"{count.total / 1e6:,.1f} M parameters{trained}, {train.precision}, vocabulary {config.model.vocab_size}",
         f"global batch {train.global_batch_size} samples = {tokens:,} tokens, {train.steps:,} steps; {resumed.origin}",
         *differs,
+        *([DETERMINISTIC] if config.kernels.deterministic else []),
         f"run folder {config.run_dir}; MFU ({CONVENTIONS['model']}): {peak.describe()}",
     ]

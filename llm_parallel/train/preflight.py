@@ -7,13 +7,17 @@ from pathlib import Path
 
 from llm_parallel.config.rules import check_chat_inputs, check_config, check_inputs, num_processes
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.chat_data import ChatData
 from llm_parallel.data.chat_files import prepare_conversations
+from llm_parallel.data.group_data import GroupData
+from llm_parallel.data.group_files import prepare_groups
 from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.train.inherit import inherited, other_tokenizer
+from llm_parallel.train.inherit import inherited, other_tokenizer, with_own_tokenizer
+from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import steps_for, total_samples
 
 MANY_STEPS = 10**9
@@ -34,14 +38,19 @@ def expected_device(config: RunConfig) -> str:
 
 
 def preflight(
-    config: RunConfig, world_size: int | None = None, notice: Callable[[str], None] = lambda _: None
+    config: RunConfig,
+    world_size: int | None = None,
+    notice: Callable[[str], None] = lambda _: None,
+    starts: bool = False,
 ) -> RunConfig:
     """The configuration with the vocabulary filled in from the tokenizer, after every check that needs no process.
 
     ``world_size``: number of processes if they are already started; ``notice`` is called with what could not be
-    checked. Raises UserError.
+    checked; ``starts``: the run begins after this, so that what may vanish is copied to its folder. Raises UserError.
     """
     config = inherited(without_own_load(config, notice), notice)
+    if starts:
+        config = with_own_tokenizer(config, notice)
     processes = world_size or num_processes(config)
     device = expected_device(config)
     train = config.train
@@ -85,7 +94,7 @@ def without_own_load(config: RunConfig, notice: Callable[[str], None]) -> RunCon
 
 def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
     """The configuration with its vocabulary, after every check of tokenizer and data. Raises UserError."""
-    if config.trains == "sft":
+    if config.reads_chat:
         return check_conversations(config, notice)
     if config.train.epochs is not None:
         raise UserError(
@@ -107,15 +116,22 @@ def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None
 
 
 def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
-    """The configuration of supervised fine-tuning with its vocabulary, its steps and the folder of its conversations'
-    tokens, which are written if they are not there. Raises UserError."""
+    """The configuration of a run over conversations or preferences with its vocabulary, its steps and the folder of
+    their tokens, which are written if they are not there. Raises UserError."""
     check_chat_inputs(config)
     assert config.data.tokenizer is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocabulary(config, tokenizer)
     if differs := other_tokenizer(config, tokenizer):
         notice(differs)
-    data = prepare_conversations(config, notice)
+    data: GroupData | ChatData
+    if config.prefers:
+        data = prepare_groups(config, notice)
+        check_preferences(config, data, notice)
+    else:
+        data = prepare_conversations(config, notice)
+    if unused := unused_conversations(Path(config.run_dir), data.folder):
+        notice(unused)
     chat = config.chat.model_copy(update={"prepared": str(data.folder)})
     train = config.train
     if train.epochs is not None:
@@ -127,6 +143,24 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
     if "load_optimizer" not in checkpoint.model_fields_set:  # fine-tuning has a schedule of its own
         checkpoint = checkpoint.model_copy(update={"load_optimizer": False})
     return config.model_copy(update={"chat": chat, "train": train, "checkpoint": checkpoint})
+
+
+def check_preferences(config: RunConfig, data: GroupData, notice: Callable[[str], None]) -> None:
+    """Says what follows from preferences for the run's method. Raises UserError if it cannot learn from them."""
+    data.training(config.seed)
+    if config.trains == "kto":
+        good, bad = data.liked
+        if not good or not bad:
+            raise UserError(
+                f"method.kind = kto learns from answers that were liked and from others, and of the {good + bad:,} "
+                f"here {'none was' if not good else 'all were'} liked; give both kinds"
+            )
+        weights = "desirable_weight", "undesirable_weight"
+        if all(getattr(config.method.kto, name) is None for name in weights):
+            notice(
+                f"{good:,} answers were liked and {bad:,} not; method.kto.desirable_weight = {max(bad / good, 1):.3g} "
+                f"and method.kto.undesirable_weight = {max(good / bad, 1):.3g} let both kinds weigh the same"
+            )
 
 
 def check_kernels(config: RunConfig, device: str, notice: Callable[[str], None] = lambda _: None) -> None:

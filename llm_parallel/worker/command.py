@@ -1,9 +1,8 @@
-"""``llm-parallel pretrain`` and ``sft``: checks, shows what will run, and starts the processes or is one of them."""
+"""What ``llm-parallel pretrain``, ``sft`` and ``prefer`` do: check, show what will run, and start its processes."""
 
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,8 +16,10 @@ from llm_parallel.config.load import dump_config, load_with_origins
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.schema import SCHEMA_LINE, write_schema
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree_tune import PREFERENCES
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import note, say
 from llm_parallel.metrics.plots import plot_run
 from llm_parallel.screen import say_next
 from llm_parallel.train.preflight import preflight
@@ -26,7 +27,7 @@ from llm_parallel.train.room import check_room
 from llm_parallel.worker.show import show_mixture, show_plan
 
 CONFIG_NAME = "config.yaml"
-Kind = Literal["pretrain", "sft"]
+Kind = Literal["pretrain", "sft", "prefer"]
 
 
 def train_command(
@@ -44,7 +45,7 @@ def train_command(
     world_size = environment.world_size if environment else None
     first = environment is None or environment.rank == 0
     config, origins = load_with_origins(run_file, overrides, _notice if first else _silent)
-    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent)
+    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent, starts=not dry_run)
     again = " ".join(["llm-parallel", kind, run_file, *map(shlex.quote, overrides)])
     if dry_run:
         if first:
@@ -69,7 +70,7 @@ def is_finished(config: RunConfig) -> bool:
     step = step_of(newest) if newest is not None else None
     if step is None or step < config.train.steps:
         return False
-    print(
+    say(
         f"{config.run_dir} is finished: {newest} holds step {step}, and train.steps is {config.train.steps}; set a "
         "larger train.steps to go on, or another run_dir to begin anew"
     )
@@ -80,16 +81,24 @@ def after_run(config: RunConfig, status: int, again: str) -> str:
     """The command to try after a run that ended with ``status``; ``again`` is the one that started it."""
     run_dir = config.run_dir
     if status == 0:
-        return f'llm-parallel generate {run_dir} {"--chat " if config.trains == "sft" else ""}--prompt "…"'
+        return f'llm-parallel generate {run_dir} {"--chat " if config.reads_chat else ""}--prompt "…"'
     return again if status == EXIT_STOPPED else f"llm-parallel status {run_dir}"
 
 
 def of_kind(config: RunConfig, kind: Kind) -> RunConfig:
     """The configuration with ``method.kind`` as the command says. Raises UserError if the run file says otherwise."""
+    if kind == "prefer":
+        if config.method.kind not in PREFERENCES:
+            given = "is not given" if config.method.kind is None else f"= {config.method.kind}"
+            raise UserError(
+                f"method.kind {given}, and `llm-parallel prefer` trains by {', '.join(PREFERENCES)}; give one of these"
+            )
+        return config
     if config.method.kind not in (None, kind):
+        command = "prefer" if config.method.kind in PREFERENCES else config.method.kind
         raise UserError(
-            f"method.kind = {config.method.kind}, and this is `llm-parallel {kind}`; use `llm-parallel "
-            f"{config.method.kind}`, or leave method.kind out"
+            f"method.kind = {config.method.kind}, and this is `llm-parallel {kind}`; use `llm-parallel {command}`, or "
+            "leave method.kind out"
         )
     if kind == "pretrain" and config.trains == "sft":
         raise UserError(
@@ -114,7 +123,7 @@ def _train(config: RunConfig, environment: WorkerEnv | None) -> int:
         status = launch_local(num_processes(config), arguments, Path(config.run_dir) / "logs")
     if first and status in (0, EXIT_STOPPED) and config.log.plots:
         for picture in plot_run(Path(config.run_dir)):
-            print(f"plot: {picture}")
+            say(f"plot: {picture}")
     return status
 
 
@@ -132,7 +141,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def _notice(text: str) -> None:
-    print(text, file=sys.stderr)
+    note(text)
 
 
 def _silent(_: str) -> None:

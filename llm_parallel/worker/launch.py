@@ -18,6 +18,7 @@ from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from llm_parallel.lines import say
 from llm_parallel.parallel.platform import resolve_device
 from llm_parallel.screen import say_next
 from llm_parallel.train.preflight import preflight, preflight_job
@@ -36,12 +37,12 @@ def launch_command(
     """
     requests = StopRequests(environment.get(ASKED))
     requests.catch()
-    config = preflight(load_config(run_file, overrides, notice=print), None, print)
+    config = preflight(load_config(run_file, overrides, notice=say), None, say, starts=True)
     again = " ".join(["llm-parallel launch", run_file, *map(shlex.quote, overrides)])
     if is_finished(config):
         say_next(after_run(config, 0, again))
         return 0
-    check_room(config, print)
+    check_room(config, say)
     with Lease(Path(config.run_dir), environment):
         status = _launch(config, requests, processes, nodes, environment)
     if status != EXIT_USER_ERROR:
@@ -73,7 +74,7 @@ def _launch(
         from llm_parallel.metrics.plots import plot_run
 
         for picture in plot_run(Path(config.run_dir)):
-            print(f"plot: {picture}")
+            say(f"plot: {picture}")
     return status
 
 
@@ -86,20 +87,20 @@ def newest_step(config: RunConfig) -> int:
 def submit_command(run_file: str, overrides: Sequence[str], request: SubmitRequest, dry_run: bool) -> int:
     """Exit status of ``llm-parallel submit``: checks the run as ``launch`` will, then hands it to SLURM; ``dry_run``
     prints the batch file instead."""
-    config = load_config(run_file, overrides, notice=print)
+    config = load_config(run_file, overrides, notice=say)
     for differs in [[override] for override in request.sweep] or [[]]:
         one = load_config(run_file, [*overrides, *differs])
         check_request(request, one)
         if not dry_run:
             gpus = request.gpus_per_node
-            one = preflight_job(one, gpus, request.nodes * gpus or num_processes(one), print)
-            check_room(one, print, max(1, len(request.sweep)))
+            one = preflight_job(one, gpus, request.nodes * gpus or num_processes(one), say)
+            check_room(one, say, max(1, len(request.sweep)))
     text = batch_file(request, config, Path(run_file).resolve(), overrides)
     if dry_run:
         print(text, end="")
         say_next("the same without --dry-run")
         return 0
     job = submit(text, Path(config.run_dir).resolve())
-    print(f"job {job}; batch file and log in {config.run_dir}")
+    say(f"job {job}; batch file and log in {config.run_dir}")
     say_next(f"llm-parallel status {config.run_dir}")
     return 0

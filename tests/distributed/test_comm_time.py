@@ -77,7 +77,13 @@ def profiled_step(rank: int, world_size: int, changes: dict[str, Any]) -> tuple[
     return events, comm.calls
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in {"tp 2 x pp 2 with sp", "cp 2"} else [pytest.mark.slow])
+        for name in LAYOUTS
+    ],
+)
 def test_every_call_is_seen(name: str) -> None:
     processes, changes = LAYOUTS[name]
     axes: set[str] = set()
@@ -178,10 +184,10 @@ def slow_update(rank: int, loop: Any) -> list[float]:
     ("layout", "processes", "prepare", "column"),
     [
         ({"tp": 2}, 2, partial(slow_forward, 1), "tp"),
-        ({"cp": 2}, 2, partial(slow_forward, 1), "cp"),
-        ({"dp": 2}, 2, partial(slow_forward, 1), "dp"),
+        pytest.param({"cp": 2}, 2, partial(slow_forward, 1), "cp", marks=pytest.mark.slow),
+        pytest.param({"dp": 2}, 2, partial(slow_forward, 1), "dp", marks=pytest.mark.slow),
         ({"pp": 2}, 2, partial(slow_forward, 1), "bubble"),
-        ({"tp": 2}, 2, partial(slow_forward, 0), "compute"),
+        pytest.param({"tp": 2}, 2, partial(slow_forward, 0), "compute", marks=pytest.mark.slow),
         ({"pp": 2}, 2, slow_update, "optimizer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from llm_launch.blame import Device
+from llm_launch.controller import Controller
+from llm_launch.placement import Trained
+from llm_launch.show import show_status
 from llm_parallel.config.tree import (
     CheckpointConfig,
     ElasticConfig,
@@ -17,6 +22,7 @@ from llm_parallel.config.tree import (
     TrainConfig,
 )
 from llm_parallel.errors import EXIT_STOPPED
+from llm_parallel.jsonlines import read_jsonlines
 from tests.launch.fake_agents import Nodes, Story, play
 
 FOUR = ["n1", "n2", "n3", "n4"]
@@ -172,3 +178,41 @@ def test_a_killed_worker_whose_end_is_late_is_no_second_fault(tmp_path: Path) ->
     _, story = play(config, nodes, act)
     assert not story.events("remove")
     assert [event["cause"] for event in story.events("blame") if "n2" in event["cause"]] == []
+
+
+def test_copies_of_other_data_are_not_used_and_that_is_said(tmp_path: Path) -> None:
+    config, run_dir = config_of(tmp_path), tmp_path / "run"
+
+    def begun(of: RunConfig) -> Controller:
+        controller = Controller(of, run_dir, Nodes(of, FOUR), "cpu")  # type: ignore[arg-type]
+        controller.copies.trained.append(Trained(1, 4, (1, 1, 1, 1, 4))) if not controller.copies.trained else None
+        controller._remember()
+        controller.close()
+        return controller
+
+    begun(config)
+    assert begun(config) and not list(read_jsonlines(run_dir / "events.jsonl"))
+    other = config.model_copy(update={"data": config.data.model_copy(update={"seq_length_tokens": 64})})
+    begun(other)
+    (event,) = read_jsonlines(run_dir / "events.jsonl")
+    assert event["event"] == "copies_ignored" and "another section data than" in event["cause"]
+
+
+def test_a_layout_that_holds_more_of_the_model_is_in_the_status(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    config = config.model_copy(update={"parallel": ParallelConfig(dp=1, tp=4)})
+    nodes = Nodes(config, FOUR)
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        nodes.restarts = False
+        nodes.lose("n2", "n3")
+        await story.until(lambda: story.events("form")[1:], "a new generation")
+        await story.training(2)
+
+    _, story = play(config, nodes, act)
+    (crowd,) = story.events("crowded")
+    assert "elastic.min_devices=4" in crowd["cause"] and "GiB of tensors instead of" in crowd["cause"]
+    out = io.StringIO()
+    show_status(tmp_path / "run", Console(file=out, width=120))
+    assert crowd["cause"] in out.getvalue().split("Nodes")[0]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_launch.blame import Device
-from llm_launch.placement import Trained, crowded, place, recoverable_step
+from llm_launch.placement import Trained, crowded, fingerprint, other_copies, place, recoverable_step
+from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from llm_parallel.parallel.layout import Layout
+from llm_parallel.planner.memory import memory
+from llm_parallel.planner.shapes import Strategy, shape_of
 
 
 def config(batch: int = 8, **parallel: Any) -> RunConfig:
@@ -79,8 +85,25 @@ def test_fewer_devices_than_a_replica_takes_the_legal_layout_with_least_work() -
     assert placement.overrides == ("parallel.tp=1",)
     said = crowded(asked, layout)
     assert said is not None and "4 times as much of the model" in said and "elastic.min_devices=4" in said
+    model = shape_of(asked.model)
+    expected = [memory(model, Strategy(n, 8, 1, 256, tp=tp, precision="fp32", overlap_dp=True)).total / 2**30
+                for n, tp in ((3, 1), (4, 4))]  # fmt: skip
+    named = re.search(r"by prediction (\S+) GiB of tensors instead of (\S+) GiB", said)
+    assert named is not None and [float(value) for value in named.groups()] == pytest.approx(expected, rel=5e-3)
     kept = place(asked, devices(1, 5), "cpu")
     assert kept is not None and crowded(asked, kept.layout) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [("seed=5", "seed"), ("data.seq_length_tokens=64", "section data"), ("model.rope_base=5", "section model")],
+)
+def test_it_is_said_why_copies_in_memory_are_not_used(field: str, named: str) -> None:
+    before, now = fingerprint(load_config(None)), fingerprint(load_config(None, [field]))
+    assert before != now
+    said = other_copies(now, json.loads(json.dumps(before)))
+    assert f"another {named} than" in said and "last checkpoint" in said
+    assert "another content than" in other_copies(now, "the hash of an earlier version")
 
 
 def test_sixteen_thousand_ranks_are_placed_in_a_linear_number_of_calls() -> None:

@@ -19,7 +19,12 @@ from tests.support.parity_models import load_hf, random_folder
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a tokenizer of bytes and ChatML's tokens."""
-    made = random_folder("llama-2", tmp_path_factory.mktemp("model"))
+    return byte_folder(tmp_path_factory.mktemp("model"))
+
+
+def byte_folder(path: Path) -> Path:
+    """The same in a folder."""
+    made = random_folder("llama-2", path)
     tokenizer = Tokenizer(models.BPE({one: n for n, one in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -121,3 +126,43 @@ def test_lines_that_cannot_be_answered_are_named(folder: Path, tmp_path: Path, l
 def test_options_that_do_not_go_together_are_refused(arguments: tuple[str, ...], named: str) -> None:
     done = in_process("generate", "nowhere", *arguments)
     assert done.returncode == 2 and named in done.stderr
+
+
+@pytest.mark.gloo
+def test_answers_of_a_given_form(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="pip install llguidance")
+    found = in_process(
+        "generate", str(folder), "--prompt", "Is it? ", "--choice", "yes", "--choice", "no", "--device", "cpu"
+    )
+    assert found.returncode == 0 and found.stdout.splitlines()[0] in ("Is it? yes", "Is it? no"), found.stderr
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["a longer text"]}')
+    cut = in_process(
+        "generate", str(folder), "--prompt", "x", "--json-schema", schema, "--max-new-tokens", "3", "--device", "cpu"
+    )
+    assert cut.returncode == 0 and "ended before its structure was complete, at --max-new-tokens 3" in cut.stderr
+
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text("\n".join(map(json.dumps, RECORDS)))
+    arguments = ("generate", str(folder), "--input", source, "--output", target, "--device", "cpu")
+    schema.write_text('{"type": "array", "uniqueItems": true}')
+    refused = in_process(*arguments, "--json-schema", schema)
+    assert refused.returncode == 2 and "uniqueItems" in refused.stderr and not target.exists()
+    assert in_process(*arguments, "--regex", "[ab]{2}", "--max-new-tokens", "9", "--samples", "2").returncode == 0
+    lines = lines_of(target)
+    assert len(lines) == 8 and all(set(line["text"]) <= {"a", "b"} and len(line["text"]) == 2 for line in lines)
+    other = in_process(*arguments, "--regex", "[abc]{2}", "--max-new-tokens", "9", "--samples", "2")
+    assert other.returncode == 2 and "holds something else" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (["--regex", "a", "--choice", "b"], "--regex and --choice are given together"),
+        (["--grammar", "none.gbnf"], "--grammar none.gbnf cannot be read"),
+        (["--choice", ""], "none empty"),
+    ],
+)
+def test_forms_that_are_none(folder: Path, more: list[str], part: str) -> None:
+    found = in_process("generate", str(folder), "--prompt", "x", *more)
+    assert found.returncode == 2 and part in found.stderr

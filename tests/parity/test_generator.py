@@ -71,7 +71,13 @@ def answers(generator: Any, requests: list[Request], seed: int) -> list[Finished
 
 
 def open_generator(
-    folder: str, rank: int, world_size: int, parallel: dict[str, Any], attention: Any = "auto", **options: int
+    folder: str,
+    rank: int,
+    world_size: int,
+    parallel: dict[str, Any],
+    attention: Any = "auto",
+    tokenizer: Any = None,
+    **options: int,
 ) -> Any:
     from llm_parallel.config.rules import check_config
     from llm_parallel.generate.engine import Generator, GeneratorOptions
@@ -88,7 +94,7 @@ def open_generator(
     groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
     network = build_policy(config, groups)
     load_hf_weights(folder, network.models)
-    return Generator(network, GeneratorOptions(**options))
+    return Generator(network, GeneratorOptions(**options), tokenizer)
 
 
 SMALL = {"max_running": 6, "pass_tokens": 24, "page_tokens": 4, "cache_tokens": 160}
@@ -210,7 +216,7 @@ class Letters:
 def stops_job(rank: int, world_size: int, folder: str) -> tuple[list[Finished], list[Finished], list[tuple]]:
     generator = open_generator(folder, rank, world_size, {}, **SMALL)
     seen: list[tuple] = []
-    generator._tokenizer, generator._on_token = Letters(), lambda *token: seen.append(token)
+    generator._tokenizer, generator.on_token = Letters(), lambda *at: seen.append((*at[:2], at[2].token))
     free = Request(1, (7, 8, 9), Sampling(max_new_tokens=12))
     whole = generator.run([free])
     text = Letters().decode(whole[0].tokens, True)
@@ -259,3 +265,38 @@ def test_frequencies_that_follow_the_length_are_transformers(kind: str, tmp_path
             do_sample=False, pad_token_id=0,
         )  # fmt: skip
         assert list(answer.tokens) == out[0, len(request.prompt) :].tolist()
+
+
+def looked_at_job(rank: int, world_size: int, folder: str, parallel: dict[str, Any]) -> list[Finished]:
+    generator = open_generator(folder, rank, world_size, parallel, **SMALL)
+    made = [replace(request, prompt_log_probs=3, embeds=True) for request in mixed_requests(8, 3)]
+    return answers(generator, [*made, replace(made[0], number=99, n=2)], 3)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("parallel", "processes"),
+    [({}, 1), *(pytest.param({axis: 2}, 2, marks=pytest.mark.slow) for axis in ("tp", "pp"))],
+    ids=str,
+)
+def test_prompts_are_scored_and_embedded_as_by_transformers(
+    parallel: dict[str, int], processes: int, tmp_path: Path
+) -> None:
+    folder = random_folder("qwen3", tmp_path)
+    found = run_ranks(looked_at_job, processes, str(folder), parallel)
+    assert found[1:] == found[:-1]
+    model = load_hf(folder, torch.float64).eval()
+    by_number = {(answer.number, answer.sample): answer for answer in found[0]}
+    for request in mixed_requests(8, 3):
+        answer, text = by_number[request.number, 0], torch.tensor([request.prompt])
+        with torch.no_grad():
+            out = model(text, output_hidden_states=True)
+        log_probs = out.logits[0].log_softmax(-1)
+        wanted = log_probs[:-1].gather(1, text[0, 1:, None]).squeeze(1)
+        np.testing.assert_allclose([score for score, _ in answer.prompt_scores], wanted.numpy(), atol=2e-5)
+        best = log_probs[:-1].topk(3)
+        assert [[token for token, _ in top] for _, top in answer.prompt_scores] == best.indices.tolist()
+        mean = out.hidden_states[-1][0].mean(0)
+        np.testing.assert_allclose(answer.embedding, mean.numpy(), atol=2e-5)
+    assert len(by_number[99, 0].prompt_scores) == len(by_number[0, 0].prompt_scores)
+    assert not by_number[99, 1].prompt_scores and not by_number[99, 1].embedding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,12 @@ def ours(
 
 @pytest.mark.parametrize("kind", ["all", "some, rsLoRA", pytest.param("pattern", marks=pytest.mark.slow)])
 def test_gradients_steps_and_logits_are_pefts(kind: str, base: Path, tmp_path: Path) -> None:
-    """From PEFT's files, which thus are read."""
+    """From PEFT's files, which thus are read. Adam divides a gradient by its size, so that the rounding of small ones
+    grows: PEFT itself in fp32 says how far logits may be from its own in fp64."""
     model = adapted(base, kind, tmp_path / "peft")
+    in_fp32 = theirs(deepcopy(model).float())["logits"]
     expected = theirs(model)
+    rounding = np.abs(in_fp32 - expected["logits"]).max()
     settings = adapter_config(kind, tmp_path / "peft")
     found = run_ranks(ours, 1, str(base), settings, {}, str(tmp_path / "run"))[0]
     assert found["gradients"].keys() == expected["gradients"].keys()
@@ -176,9 +180,10 @@ def test_gradients_steps_and_logits_are_pefts(kind: str, base: Path, tmp_path: P
         assert distance <= 1e-5, name
     difference = np.abs(found["logits"] - expected["logits"]).max()
     losses = np.abs(np.array(found["losses"]) / expected["losses"] - 1).max()
-    print(f"| {kind} | gradients {worst:.1e} | losses {losses:.1e} | logits after {STEPS} steps {difference:.1e} |")
+    logits = f"logits after {STEPS} steps {difference:.1e}, PEFT's own in fp32 {rounding:.1e}"
+    print(f"| {kind} | gradients {worst:.1e} | losses {losses:.1e} | {logits} |")
     assert losses <= 1e-5
-    assert difference <= 1e-4
+    assert difference <= 1e-4 + 4 * rounding
     from llm_parallel.config.tree_tune import AdapterConfig
     from llm_parallel.model.flops import adapter_parameters
 
@@ -207,6 +212,7 @@ def test_a_base_in_few_bits_is_peft_on_its_values(kind: str, base: Path, tmp_pat
     assert np.abs(logits.numpy() - expected["logits"]).max() <= 2e-4
 
 
+@pytest.mark.slow
 def test_more_ranks_than_groups_read_pefts_files_too(base: Path, tmp_path: Path) -> None:
     expected = theirs(adapted(base, "some, rsLoRA", tmp_path / "peft"))
     settings = adapter_config("some, rsLoRA", tmp_path / "peft")

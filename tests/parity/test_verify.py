@@ -84,7 +84,7 @@ def test_the_first_layers_are_compared_if_more_do_not_fit(tmp_path: Path, monkey
     with pytest.raises(UserError, match=r"decoder\.layers\.3\.self_attention\.linear_qkv\.weight in .* is not what"):
         verify(source, checkpoint)
     leave_room_for(0.5, describe_folder(source).model, monkeypatch)
-    assert "not verified, because one layer with the embeddings needs 0.0 GB" in verify(source, checkpoint)
+    assert "not compared with transformers: one layer with the embeddings needs 0.0 GB" in verify(source, checkpoint)
 
 
 def test_the_first_layers_of_fused_and_normed_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_the_first_layers_of_fused_and_normed_models(tmp_path: Path, monkeypatch
 def test_without_transformers_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
     said = verify(tmp_path, tmp_path)
-    assert said == "written as read; not verified, because transformers is not installed"
+    assert said == "written as read, and not compared with transformers, which is not installed"
 
 
 def test_what_transformers_cannot_load_is_said(tmp_path: Path) -> None:

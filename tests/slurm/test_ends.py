@@ -41,7 +41,7 @@ def test_a_cancelled_job_stays_cancelled(when: str, cluster: Cluster, corpus: Co
     if when == "starting":
         wait_for_line(submitted, "elastic | SLURM job")
     elif when == "waiting":
-        wait_for_line(submitted, "elastic | wait:")
+        wait_for_line(submitted, "elastic | waiting")
     else:
         submitted.reach(3)
     cluster.run(["scancel", submitted.job])

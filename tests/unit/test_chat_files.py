@@ -145,3 +145,38 @@ def test_a_damaged_file_is_named(tmp_path: Path, tokenizer: Path) -> None:
     (data.folder / "weights.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"weights\.bin is missing or damaged; remove"):
         ChatData.open(data.folder)
+
+
+@pytest.mark.parametrize(
+    ("split", "content"), [("train", ""), ("eval", ""), ("eval", None), ("train", "plain text\n" * 9)]
+)
+def test_what_is_wrong_about_a_file_names_its_field(
+    tmp_path: Path, tokenizer: Path, split: str, content: str | None
+) -> None:
+    config = config_of(tmp_path, tokenizer, [row(n) for n in range(4)])
+    bad = tmp_path / "bad.txt"
+    if content is not None:
+        bad.write_text(content)
+    sources = {"train": [*config.chat.train], "eval": []}
+    sources[split] += [type(config.chat.train[0])(path=str(bad))]
+    chat = config.chat.model_copy(update={name: tuple(found) for name, found in sources.items()})
+    number = len(sources[split]) - 1
+    with pytest.raises(UserError, match=rf"^chat\.{split}\.{number}\.path: .*bad\.txt (is|does not exist)"):
+        prepare_conversations(config.model_copy(update={"chat": chat}))
+
+
+def test_data_sets_of_one_folder_have_their_own_names(tmp_path: Path, tokenizer: Path) -> None:
+    names = ("first", "second")
+    for name in names:
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"instruction": "what", "output": f"the {name}"}] * 5))
+    declared = {name: {"file_name": f"{name}.json"} for name in names}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(declared))
+    sources = [{"path": str(tmp_path), "dataset": name} for name in names]
+    config = config_of(tmp_path, tokenizer, [row(0)])
+    config = config.model_copy(update={"chat": type(config.chat).model_validate({"train": sources})})
+    said: list[str] = []
+    data = prepare_conversations(config, said.append)
+    assert data.report["paths"] == [f"{tmp_path}: first", f"{tmp_path}: second"]
+    assert [any(text.startswith(f"{tmp_path}: {name}: 5 conversations") for text in said) for name in names] == [
+        True
+    ] * 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
 import shlex
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import typer
 
 from llm_parallel import cli
 from llm_parallel.command_help import COMMANDS, DATA, MEASURE, OPERATE, PLAN, TRAIN, USE
+from llm_parallel.help_page import PANELS_FROM, page
 from tests.support.in_process import in_process
 
 ROOT: Any = typer.main.get_command(cli.app)
@@ -37,8 +41,47 @@ def test_examples_are_understood(name: str, example: str) -> None:
 
 def test_the_overview_lists_groups_in_the_order_of_the_work() -> None:
     text = in_process("-h").stdout
-    at = [text.index(f" {group} ─") for group in (DATA, TRAIN, OPERATE, PLAN, MEASURE, USE)]
+    at = [text.index(f"\n{group}:\n") for group in (DATA, TRAIN, OPERATE, PLAN, MEASURE, USE)]
     assert at == sorted(at)
+
+
+def names_of(command: Any) -> list[str]:
+    return [name for one in command.params for name in (one.opts if one.param_type_name == "option" else [])]
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_divides_no_word_at_60_columns(name: str) -> None:
+    command = leaves(ROOT)[name] if name else ROOT
+    context = command.make_context(f"llm-parallel {name}".strip(), [], resilient_parsing=True)
+    whole, text = page(command, context, None), page(command, context, 60)
+    assert text.replace(" \\\n", " ").split() == whole.split()
+    assert max(map(len, text.splitlines())) <= 60
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_panels_cut_no_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the terminal is wide enough for them to be drawn."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", str(PANELS_FROM))
+    monkeypatch.setattr(sys, "stdout", screen := Terminal())
+    command = leaves(ROOT)[name]
+    command.get_help(command.make_context(f"llm-parallel {name}", [], resilient_parsing=True))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    assert "╭" in text
+    assert [one for one in names_of(command) if f"{one} " not in text] == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [("prepare", "--frobnicate"), ("no-such-command",), ("plan", "--gpus", "many"), ("pretrain",)]
+)
+def test_a_wrong_command_line_is_one_sentence(arguments: tuple[str, ...]) -> None:
+    done = in_process(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "--help`" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["pretrain", "bench step"])

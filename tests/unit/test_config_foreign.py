@@ -49,8 +49,10 @@ def test_every_field_that_the_tables_name_exists() -> None:
 
 
 def test_derived_values_belong_to_fields() -> None:
+    others = {"dataset": "one", "eval_dataset": None, "dataset_dir": None}
     for name, rule in DERIVED.items():
-        target, _, how = rule(1, lambda field: value_of(RunConfig(), field))
+        value: Any = name if "dataset" in name else 1
+        target, _, how = rule(value, lambda field: others[field] if field in others else value_of(RunConfig(), field))
         assert target in known_names() and how, name
 
 
@@ -152,10 +154,8 @@ quantization_bit: 4
 quantization_method: bnb
 optim: adamw_torch
 report_to: none
-chat:
-  train:
-  - path: data
-    dataset: identity
+dataset: identity,alpaca_en_demo
+dataset_dir: corpora
 """
 
 
@@ -170,24 +170,56 @@ def test_a_file_of_llama_factory(tmp_path: Path) -> None:
     assert (config.train.epochs, config.optim.warmup_fraction) == (3.0, 0.1)
     assert config.optim.warmup(5000) == 500
     assert (config.chat.eval_fraction, config.chat.packing) == (0.1, "best_fit")
-    assert config.chat.train == (ChatSource(path="data", dataset="identity"),)
+    assert config.chat.train == tuple(
+        ChatSource(path="corpora", dataset=name) for name in ("identity", "alpaca_en_demo")
+    )
     assert config.checkpoint.load == "models/base"
 
 
 def test_what_a_file_of_llama_factory_says_otherwise_is_answered(tmp_path: Path) -> None:
     path = tmp_path / "sft.yaml"
-    path.write_text("dataset: identity,alpaca\ntemplate: llama3\nfp16: true\n")
+    path.write_text("dataset: [1, 2]\ntemplate: llama3\nfp16: true\n")
     lines = refusal(file=path)
     assert len(lines) == 3
     for line, parts in zip(
         lines,
         (
-            (":1: dataset = ", "chat.train", "dataset: NAME"),
             (":2: template = ", "chatml", "the tokenizer's own template"),
             (":3: fp16 = true is not a field here: fp16 is not supported; use train.precision=bf16",),
+            (":1: dataset = ", "chat.train", "dataset: NAME"),
         ),
     ):
         assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("first", ["dataset", "dataset_dir"])
+def test_data_sets_of_llama_factory_in_any_order(tmp_path: Path, first: str) -> None:
+    lines = ["dataset: one, two\n", "dataset_dir: here\n"]
+    path = tmp_path / "sft.yaml"
+    path.write_text("".join(lines if first == "dataset" else reversed(lines)))
+    config, notices = loaded(file=path)
+    assert config.chat.train == (ChatSource(path="here", dataset="one"), ChatSource(path="here", dataset="two"))
+    assert any("dataset" in said and "here/dataset_info.json" in said for said in notices)
+    assert loaded("dataset=three", file=path)[0].chat.train == (ChatSource(path="here", dataset="three"),)
+    assert loaded("chat.train=x.jsonl", file=path)[0].chat.train == (ChatSource(path="x.jsonl"),)
+
+
+def test_data_sets_lie_in_the_folder_data_if_none_is_named() -> None:
+    config, _ = loaded("dataset=one", "eval_dataset=two")
+    assert (config.chat.train[0].path, config.chat.eval) == ("data", (ChatSource(path="data", dataset="two"),))
+    assert "no data set is named" in refusal("dataset_dir=there")[0]
+
+
+@pytest.mark.parametrize(
+    "order", [("finetuning_type: full", "lora_rank: 8"), ("lora_rank: 8", "finetuning_type: full")]
+)
+def test_all_weights_and_adapters_contradict_each_other(tmp_path: Path, order: tuple[str, str]) -> None:
+    path = tmp_path / "sft.yaml"
+    path.write_text("\n".join(order) + "\n")
+    (line,) = refusal(file=path)
+    assert line.startswith(f"{path}:2: ") and f"{path}:1" in line and "contradict" in line and "keep one" in line
+    path.write_text("finetuning_type: full\n")
+    assert loaded(file=path)[0].adapter is None
 
 
 TORCHTITAN = """\

@@ -530,6 +530,28 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         "kernels.attention = gluon does not support model.window_tokens = 9; use kernels.attention=auto",
     ),
     (
+        {"kernels__deterministic": True},
+        None,
+        "cuda",
+        "kernels.deterministic = true is for a CPU, whose products are known to round a row alike; the run's device is "
+        "cuda; use kernels.deterministic=false",
+    ),
+    (
+        {
+            "kernels__deterministic": True,
+            "kernels__swiglu": "triton",
+            "kernels__output_loss": "fused",
+            "model__rope_scaling": {"kind": "dynamic", "factor": 2.0, "original_max_position": 64},
+        },
+        None,
+        "cpu",
+        "kernels.deterministic = true computes by torch, and kernels.swiglu = triton; use kernels.swiglu=auto\n"
+        "kernels.deterministic = true needs the logits of all tokens, and kernels.output_loss = fused; use "
+        "kernels.output_loss=separate\n"
+        "kernels.deterministic = true, and model.rope_scaling.kind = dynamic turns keys by angles that depend on the "
+        "length of the text, which training does not know token by token; use kernels.deterministic=false",
+    ),
+    (
         {"model__head_dim": 8, "model__rope_scaling": {"kind": "longrope", "short_factors": [1.0, 2.0, 3.0]}},
         None,
         "cpu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,9 +64,9 @@ def printed(
     config = SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer.name))
     groups = SimpleNamespace(platform=SimpleNamespace(device_name="CPU"))
     loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], network=None, config=config, tokenizer=tokenizer)
-    monkeypatch.setattr(command, "load_model", lambda *_: loaded)
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: loaded)
 
-    def generate(models: Any, numbers: list[list[int]], sampling: Any, ends: Any, on_token: Any) -> None:
+    def generate(models: Any, numbers: list[list[int]], sampling: Any, ends: Any, on_token: Any, _: Any) -> None:
         for number, prompt in enumerate(prompts):
             for token in tokenizer.encode(prompt + answer)[len(tokenizer.encode(prompt)) :]:
                 if on_token(number, token):
@@ -91,10 +92,10 @@ def test_a_chats_prompt_is_written_by_the_template_and_ends_where_the_template_d
     config = RunConfig(data={"tokenizer": tokenizer.name}, chat={"system": "sat"})
     groups = SimpleNamespace(platform=SimpleNamespace(device_name="CPU"))
     loaded = SimpleNamespace(models=[SimpleNamespace(groups=groups)], network=None, config=config, tokenizer=tokenizer)
-    monkeypatch.setattr(command, "load_model", lambda *_: loaded)
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: loaded)
     seen: list[Any] = []
 
-    def generate(models: Any, numbers: Any, sampling: Any, ends: set[int], on_token: Any) -> None:
+    def generate(models: Any, numbers: Any, sampling: Any, ends: set[int], on_token: Any, _: Any) -> None:
         seen.extend((tokenizer.decode(numbers[0], control=True), ends))
         for token in tokenizer.encode("assistant\nthe mat")[len(tokenizer.encode("assistant\n")) :]:
             on_token(0, token)
@@ -199,3 +200,34 @@ def test_chat_belongs_to_prompts() -> None:
     with pytest.raises(UserError, match=r"--chat .* --input"):
         GenerateRequest("folder", chat=True, input=Path("in"), output=Path("out"))
     assert GenerateRequest("folder", ["a"], chat=True).chat
+
+
+def test_text_that_comes_token_by_token_is_the_text_of_all_tokens(tmp_path: Path) -> None:
+    parts = ["h\u00e9llo ", "\u65e5\u672c", "\U0001f389", " a b", "x = 3;"]
+    pieces = train_sentencepiece(["".join(parts) * 40], 290, tmp_path / "p")
+    draw = random.Random(0)
+    for tokenizer in (load_tokenizer(pieces), byte_tokenizer(tmp_path)):
+        for number in range(30):
+            text = "".join(draw.choice(parts) for _ in range(40))
+            tokens = [int(token) for token in tokenizer.encode(text)]
+            cut = draw.randint(0, len(tokens) // 2)
+            if number % 3 == 0:
+                tokens[cut:] = [draw.randrange(tokenizer.vocab_size) for _ in range(90)]
+            prompt, written = tokens[:cut], tokens[cut:]
+            whole = tokenizer.decode(tokens)[len(tokenizer.decode(prompt)) :]
+            stop = whole[len(whole) // 2 :][:3]
+            assert streamed(Answer(tokenizer, prompt), written) == whole
+            if stop and "\ufffd" not in stop:
+                assert streamed(Answer(tokenizer, prompt, [stop]), written) == whole[: whole.index(stop)]
+
+
+def streamed(answer: Answer, tokens: list[int]) -> str:
+    """The text of an answer, of which nothing that was certain is taken back."""
+    shown = ""
+    for token in tokens:
+        ended = answer.add(token)
+        assert answer.certain().startswith(shown)
+        shown = answer.certain()
+        if ended:
+            break
+    return answer.text()

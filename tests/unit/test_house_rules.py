@@ -198,6 +198,31 @@ def test_environment_is_read_at_the_edge_only() -> None:
     assert not found
 
 
+# What is printed as it is, and why: everything else is for people, and goes through llm_parallel.lines, which divides
+# it between words on a terminal.
+PRINTS_ITSELF = {
+    "llm_parallel/lines.py": "it is what the others use",
+    "llm_parallel/help_page.py": "a page that is divided already",
+    "llm_parallel/screen.py": "tables in a pipe",
+    "llm_parallel/generate/command.py": "text of a model, whose line ends are its own",
+    "llm_parallel/worker/launch.py": "a batch file",
+    "llm_parallel/cli.py": "JSON, versions and paths, each on a line of its own",
+}
+
+
+def test_what_people_read_goes_through_one_place() -> None:
+    found = []
+    for path in package_files():
+        name = name_of(path)
+        if name in PRINTS_ITSELF or is_test(path) or name.startswith("kernels/"):
+            continue
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo"):
+                found.append(f"{name}:{node.lineno}")
+    assert not found
+    assert all((ROOT / name).exists() for name in PRINTS_ITSELF)
+
+
 def imported_packages(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name.split(".")[0] for alias in node.names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_parallel.checkpoint.folders import COMPLETE
+from llm_parallel.checkpoint.run_file import write_config
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import RampUp, TrainConfig
 from llm_parallel.data.tokenizer import load_tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.train.inherit import inherited, other_tokenizer
+from llm_parallel.train.inherit import inherited, other_tokenizer, with_own_tokenizer
+from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import global_batch_size, steps_for, total_samples
 from tests.support import four_digits
 
@@ -130,3 +134,46 @@ def test_adapters_of_another_model_are_said(monkeypatch: pytest.MonkeyPatch, tmp
     assert opening.made_for_another("runs/lora", "qwen") == [], "our checkpoints know their base by its content"
     Named.base = None
     assert opening.made_for_another("lora", "qwen") == []
+
+
+def test_a_tokenizer_in_a_checkpoint_is_copied_to_the_run(tmp_path: Path) -> None:
+    """The run that the checkpoint belongs to removes it when it has newer ones (checkpoint.keep_last)."""
+    inside = tmp_path / "other" / "checkpoints" / "iter_0000020" / "tokenizer"
+    inside.mkdir(parents=True)
+    (inside / "tokenizer.json").write_text("{}")
+    (inside / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (inside / "model.safetensors").write_text("weights")
+    config, said = load_config(None, [f"run_dir={tmp_path / 'run'}", f"data.tokenizer={inside}"]), list[str]()
+    own = with_own_tokenizer(config, said.append)
+    shutil.rmtree(tmp_path / "other")
+    assert own.data.tokenizer is not None
+    copied = Path(own.data.tokenizer)
+    assert copied.parent == tmp_path / "run"
+    assert sorted(path.name for path in copied.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert len(said) == 1 and str(copied) in said[0] and str(inside) in said[0]
+    assert with_own_tokenizer(own, said.append) == own and len(said) == 1, "the copy stays where it is"
+
+
+def test_other_tokenizers_stay_where_they_are(folder: Path) -> None:
+    config = load_config(None, [f"run_dir={folder / 'run'}", f"data.tokenizer={folder}"])
+    assert with_own_tokenizer(config, pytest.fail) == config
+    assert not (folder / "run").exists()
+
+
+def test_conversations_of_earlier_settings_are_named_with_their_size(tmp_path: Path) -> None:
+    names = current, saved, old = [letter * 16 for letter in "abc"]
+    for name in names:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "report.json").write_text("{}")
+        (tmp_path / "data" / name / "tokens.bin").write_bytes(bytes(3 << 20))
+    (tmp_path / "data" / "mine").mkdir()
+    checkpoint = tmp_path / "checkpoints" / "iter_0000005"
+    checkpoint.mkdir(parents=True)
+    for name in COMPLETE:
+        (checkpoint / name).touch()
+    write_config(checkpoint, load_config(None, [f"chat.prepared={tmp_path / 'data' / saved}"]))
+    said = unused_conversations(tmp_path, tmp_path / "data" / current)
+    assert said is not None and f"needs: {old} (3.0 MiB);" in said
+    assert all((tmp_path / "data" / name).is_dir() for name in names), "nothing is removed"
+    (tmp_path / "data" / old / "report.json").unlink()
+    assert unused_conversations(tmp_path, tmp_path / "data" / current) is None

@@ -107,7 +107,7 @@ def test_dpo_is_its_formula(seed: int, beta: float) -> None:
     total, count, gradient, right = dpo_in_numpy(batch, losses.detach().numpy(), beta)
     assert found.total.item() == pytest.approx(total, rel=1e-10, abs=1e-12)
     assert found.count.item() == count
-    assert found.stats["accuracy"].item() == right
+    assert found.stats["rewards/accuracies"].item() == right
     found.total.backward()
     np.testing.assert_allclose(losses.grad, gradient, rtol=1e-9, atol=1e-12)
 
@@ -117,7 +117,7 @@ def test_dpo_of_a_policy_that_is_its_reference_is_log_2() -> None:
     losses = -batch.columns["reference"].clone()
     found = DPO()(batch, ALONE, losses)
     assert found.total.item() == pytest.approx(np.log(2), rel=1e-12)
-    assert found.stats["chosen_reward"].item() == found.stats["rejected_reward"].item() == 0.0
+    assert found.stats["rewards/chosen"].item() == found.stats["rewards/rejected"].item() == 0.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_parallel.config.tree import ModelConfig
+from llm_parallel.model.flops import flops_per_token
+from llm_parallel.model.tensors import all_names, split_name
+from llm_parallel.planner.hardware import load_cluster
 from llm_parallel.planner.memory import (
     in_flight,
     layer_activations,
@@ -17,7 +23,8 @@ from llm_parallel.planner.memory import (
     stage_layers,
 )
 from llm_parallel.planner.pipeline_simulation import simulate
-from llm_parallel.planner.shapes import Shape, Strategy
+from llm_parallel.planner.shapes import Shape, Strategy, shape_of
+from llm_parallel.planner.steptime import step_time
 
 GPT_175B = Shape(96, 12288, 96, 96, 4 * 12288, 51200, gated=False, dropout=True, tied=True, rotary=False)
 LLAMA_70B = Shape(80, 8192, 64, 8, 28672, 32000)
@@ -177,3 +184,38 @@ def test_adapters_of_a_published_model() -> None:
     matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert found.weights == 2 * dense + matrices * 4.5 / 8 + 2 * trained
     assert (found.gradients, found.optimizer) == (4 * trained, 12 * trained)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qkv_bias": True},
+        {"attention_output_bias": True, "mlp_bias": True},
+        {"qk_norm": True, "tie_embeddings": True},
+        {"qk_norm_over_heads": True, "qkv_bias": True, "norm_outputs": True},
+    ],
+)
+def test_weights_of_every_option_are_those_of_the_table_of_tensors(options: dict[str, Any]) -> None:
+    model = ModelConfig(vocab_size=1000, num_layers=4, num_attention_heads=8, num_query_groups=4, **options)
+    whole = sum(math.prod(split_name(name)[0].shape(model)) for name in all_names(model))
+    assert shape_of(model).parameters == whole
+    two = replace(Strategy(gpus=2, global_batch=1, micro_batch=1, seq=128), tp=2)
+    halves = 0
+    for name in all_names(model):
+        kind, _ = split_name(name)
+        halves += math.prod(kind.shape(model)) // (1 if kind.sharded_dim is None else 2)
+    assert parameters_of_stage(shape_of(model), two, 0) == halves
+
+
+@pytest.mark.parametrize(("window", "seq"), [(None, 64), (64, 64), (16, 64), (1000, 64), (33, 1024)])
+def test_a_window_counts_the_pairs_that_its_mask_has(window: int | None, seq: int) -> None:
+    model = ModelConfig(vocab_size=1000, window_tokens=window)
+    shape = shape_of(model)
+    pairs = sum(min(row + 1, window or seq) for row in range(seq))
+    assert shape.seen(seq) == pytest.approx(pairs / seq**2, abs=0.5 / seq)
+    assert shape.flops_per_token(seq, causal=True) == pytest.approx(flops_per_token(model, seq), rel=1e-6)
+    cluster, strategy = load_cluster("dgx-h100"), Strategy(gpus=8, global_batch=8, micro_batch=1, seq=65536)
+    wide = Shape(layers=2, hidden=4096, heads=32, groups=8, ffn=14336, vocab=32000)
+    times = [step_time(one, strategy, cluster).total for one in (wide, replace(wide, window=4096))]
+    assert times[1] < 0.6 * times[0]

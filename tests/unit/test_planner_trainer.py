@@ -26,12 +26,22 @@ def _p(**parallel: Any) -> dict[str, Any]:
 
 
 LAYERS = {"model.num_layers": 4}
+BIASES = {"model.qkv_bias": True, "model.attention_output_bias": True, "model.mlp_bias": True}
 ROWS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "micro batch 2, tied": (1, {"train.micro_batch_size": 2, "model.tie_embeddings": True}),
     "fp32": (1, {"train.precision": "fp32"}),
     "full recompute": (1, _p(recompute="full") | LAYERS),
     "multi-head attention": (1, {"model.num_query_groups": 8}),
+    "biases": (1, BIASES),
+    "QK norms": (1, {"model.qk_norm": True}),
+    "wide QK norms": (1, {"model.qk_norm_over_heads": True}),
+    "multi-head attention, QK norms, micro batch 2": (
+        1,
+        {"model.num_query_groups": 8, "model.qk_norm": True, "train.micro_batch_size": 2},
+    ),
+    "TP2, biases and QK norms": (2, _p(tp=2) | BIASES | {"model.qk_norm": True}),
+    "TP2, wide QK norms": (2, _p(tp=2) | {"model.qk_norm_over_heads": True}),
     "TP2": (2, _p(tp=2)),
     "TP2 without SP": (2, _p(tp=2, sequence_parallel=False)),
     "DP2": (2, _p(dp=2)),
@@ -45,7 +55,7 @@ ROWS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-QUICK = ("one process", "full recompute", "TP2 PP2")
+QUICK = ("one process", "full recompute", "TP2, biases and QK norms", "TP2 PP2")
 """Rows that are not slow: every kind of memory, recomputation, and both kinds of model parallelism with their ends."""
 
 

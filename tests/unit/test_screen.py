@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from llm_parallel.screen import markdown_table, say_next, show
+from llm_parallel.screen import markdown_table, say_next, show, show_facts
 
 TABLE = markdown_table(
     ["layout", "step s", "tokens/s/GPU", "memory GiB"],
@@ -57,3 +57,29 @@ def test_rows_become_paragraphs_where_a_table_does_not_fit() -> None:
 def test_the_next_command_is_one_line_on_the_error_stream(capsys: pytest.CaptureFixture[str]) -> None:
     say_next("llm-parallel status runs/first")
     assert capsys.readouterr() == ("", "next: llm-parallel status runs/first\n")
+
+
+FACTS = [("tokens", "1,234,567"), ("files not read", "a/path/of/a/file.csv has no column 'text'\nb is empty")]
+
+
+@pytest.mark.parametrize(
+    ("width", "terminal", "expected"),
+    [
+        (
+            20,
+            False,
+            "x.bin\n  tokens           1,234,567\n  files not read   a/path/of/a/file.csv has no column 'text'\n"
+            "                   b is empty\n",
+        ),
+        (
+            44,
+            True,
+            "x.bin\n  tokens           1,234,567\n  files not read\n    a/path/of/a/file.csv has no column\n"
+            "      'text'\n    b is empty\n",
+        ),
+    ],
+)
+def test_facts_stand_beside_their_names_or_below(width: int, terminal: bool, expected: str) -> None:
+    out = io.StringIO()
+    show_facts("x.bin", FACTS, Console(file=out, force_terminal=terminal, width=width, color_system=None))
+    assert out.getvalue() == expected

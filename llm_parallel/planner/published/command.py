@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import say
 from llm_parallel.planner.published import scores
 from llm_parallel.planner.published.fit import as_record, fit_chip
 from llm_parallel.planner.published.rows import read_rows
@@ -32,5 +33,5 @@ def refit_command(target: str) -> int:
     records = {chip: as_record(fit_chip(chip, rows), rows, chip) for chip in scores.CHIPS}
     with atomic_write(target) as handle:
         json.dump(records, handle, indent=1)
-    print(f"written: {target}")
+    say(f"written: {target}")
     return 0

@@ -1,0 +1,133 @@
+"""``--help`` without boxes: names and descriptions below each other, divided between words at the terminal's width.
+
+typer draws panels of columns, which cut the names of options where the terminal is not wide enough for all columns, and
+where there is no terminal at all. On a wide terminal the panels stay.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from typer.core import TyperCommand, TyperGroup
+
+from llm_parallel.lines import note, terminal_width, wrapped
+
+PANELS_FROM = 100
+"""Columns from which no panel cuts a name (tests/unit/test_command_help.py holds it)."""
+
+
+class Command(TyperCommand):
+    """A command whose help is this page where the panels do not fit."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Writes the page, or has typer draw its panels."""
+        text = _page_here(self, ctx)
+        super().format_help(ctx, formatter) if text is None else formatter.write(text)
+
+
+class Group(TyperGroup):
+    """A group of commands whose help is this page where the panels do not fit."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Writes the page, or has typer draw its panels."""
+        text = _page_here(self, ctx)
+        super().format_help(ctx, formatter) if text is None else formatter.write(text)
+
+
+def _page_here(command: Any, ctx: Any) -> str | None:
+    width = terminal_width(sys.stdout)
+    return page(command, ctx, width) if width is None or width < PANELS_FROM else None
+
+
+def explain_usage(error: Exception) -> None:
+    """Prints what is wrong about a command line, as one sentence. Raises any other error again.
+
+    typer has had the exceptions of click and its own copies of them, so they are told by their methods."""
+    message = getattr(error, "format_message", None)
+    if message is None:
+        raise error
+    text, context = message(), getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the page, unless typer drew its panels
+        print(text, end="\n" if text else "")
+        return
+    more = f"; see `{context.command_path} --help`" if context is not None else ""
+    note(f"error: {text.rstrip('.')}{more}")
+
+
+def page(command: Any, ctx: Any, width: int | None) -> str:
+    """The whole text; ``width``: columns of the terminal, None where lines may be as long as they are."""
+    text = "\n".join(_lines(command, ctx)) + "\n"
+    return text if width is None else wrapped(text, width, hang=0)
+
+
+def _lines(command: Any, ctx: Any) -> Iterator[str]:
+    shown = [one for one in command.get_params(ctx) if not getattr(one, "hidden", False)]
+    arguments = [one for one in shown if one.param_type_name == "argument"]
+    options = [one for one in shown if one.param_type_name == "option"]
+    what = ["COMMAND ..."] if hasattr(command, "list_commands") else map(argument_name, arguments)
+    yield " ".join([f"Usage: {ctx.command_path}", *(["[OPTIONS]"] if options else []), *what])
+    yield ""
+    yield " ".join((command.help or "").split())
+    if arguments:
+        yield "\nArguments:"
+        for one in arguments:
+            yield from _entry(argument_name(one), one)
+    if options:
+        yield "\nOptions:"
+        for one in options:
+            yield from _entry(f"{', '.join([*one.opts, *one.secondary_opts])} {kind_of(one)}".rstrip(), one)
+    if hasattr(command, "list_commands"):
+        yield from _commands(command, ctx)
+    for at, paragraph in enumerate((command.epilog or "").split("\n\n")):
+        yield f"\n{paragraph}" if at == 0 else f"  {paragraph}" if paragraph.startswith("llm-parallel") else paragraph
+
+
+def _commands(group: Any, ctx: Any) -> Iterator[str]:
+    panels: dict[str, list[Any]] = {}
+    for name in group.list_commands(ctx):
+        one = group.get_command(ctx, name)
+        panel = getattr(one, "rich_help_panel", None)
+        panels.setdefault(panel if isinstance(panel, str) else "Commands", []).append(one)
+    for panel, members in panels.items():
+        yield f"\n{panel}:"
+        for one in members:
+            yield f"  {one.name}"
+            yield f"    {' '.join((one.short_help or one.help or '').split())}"
+
+
+def argument_name(argument: Any) -> str:
+    """How an argument is written in a command."""
+    name = argument.metavar or argument.name.upper()
+    name += "..." if argument.nargs == -1 else ""
+    return name if argument.required else f"[{name}]"
+
+
+def kind_of(option: Any) -> str:
+    """What an option takes, in capitals. typer has had parsers of two kinds: click's, and one of its own."""
+    if option.is_flag:
+        return ""
+    own = getattr(option, "type_descriptor", None)
+    kind = option.metavar or (_python_kind(own.annotation) if own else option.type.name)
+    return kind.upper().replace("INTEGER", "INT") + (" ..." if option.multiple else "")
+
+
+def default_of(option: Any) -> str | None:
+    """The value that an option has where it is not given; None if there is none worth saying."""
+    default = option.default() if callable(option.default) else option.default
+    if default in (None, "", (), []) or default is False:
+        return None
+    return option.opts[0] if option.is_flag else str(getattr(default, "value", default))
+
+
+def _python_kind(annotation: Any) -> str:
+    names = {int: "int", float: "float", str: "text"}
+    return next((names[kind] for kind in (annotation, *get_args(annotation)) if kind in names), "value")
+
+
+def _entry(title: str, option: Any) -> Iterator[str]:
+    default = default_of(option)
+    said = " [required]" if option.required else f" [default: {default}]" if default is not None else ""
+    yield f"  {title}"
+    yield f"    {' '.join((option.help or '').split())}{said}"

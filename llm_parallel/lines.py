@@ -1,0 +1,86 @@
+"""Lines that commands print for people: whole in a pipe or a file, divided between words on a terminal.
+
+A terminal breaks a long line wherever it is full, in the middle of a word, a number or a path. So everything that is a
+sentence for people goes through ``say`` or ``note``; what a program may read (JSON, a batch file, a model's text) is
+printed as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+_COMMAND = re.compile(r"\s*(next: )?(\S*/)?(llm-parallel|python[\d.]* -m) ")
+"""How a line begins that is to be copied into a shell."""
+_UNIT = re.compile(r"""(?:`[^`]+`|[^\s`]|`)+""")
+"""What stays together in a sentence: a word, a path, a number, or a command between backquotes."""
+_ARGUMENT = re.compile(r"""(?:--[\w-]+ (?=[^-\s]))?(?:"[^"]*"|'[^']*'|[^\s"']|["'])+""")
+"""What stays together in a command: an argument, an option with its value."""
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Prints lines for people on standard output (or ``stream``), at once."""
+    stream = sys.stdout if stream is None else stream
+    width = terminal_width(stream)
+    print(text if width is None else wrapped(text, width), file=stream, flush=True)
+
+
+def note(text: str) -> None:
+    """Prints lines for people on standard error, so that what a pipe reads is the command's output alone."""
+    say(text, sys.stderr)
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Columns of the terminal that a stream writes to; None if it is none."""
+    if not stream.isatty():
+        return None
+    from rich.console import Console
+
+    return Console(file=stream).width
+
+
+def wrapped(text: str, width: int, hang: int = 2) -> str:
+    """Each line in pieces of at most ``width`` columns; those after the first stand ``hang`` columns to its right.
+
+    What stands between spaces is never divided, and a command between backquotes only where it does not fit at all. A
+    command gets the shell's mark that it goes on, so that it can be copied."""
+    return "\n".join(piece for line in text.split("\n") for piece in _pieces(line, width, hang))
+
+
+def _pieces(line: str, width: int, hang: int) -> Iterator[str]:
+    if _columns(line) <= width:
+        yield line
+    elif _COMMAND.match(line):
+        yield from _filled(line, _ARGUMENT, width, 2, " \\")
+    else:
+        for piece in _filled(line, _UNIT, width, hang, ""):
+            if _columns(piece) > width:  # it is one unit; if that is a command, it has arguments
+                yield from _filled(piece, _ARGUMENT, width, 2, " \\")
+            else:
+                yield piece
+
+
+def _filled(line: str, units: re.Pattern[str], width: int, hang: int, mark: str) -> Iterator[str]:
+    """Pieces of a line that end before a unit would run over the edge; all but the last end with ``mark``."""
+    indent = line[: len(line) - len(line.lstrip(" "))] + " " * hang
+    piece, end = "", 0
+    for unit in units.finditer(line):
+        longer = piece + line[end : unit.start()] + unit.group()
+        end = unit.end()
+        last = not line[end:].strip()
+        if piece.strip() and _columns(longer) + (0 if last else len(mark)) > width:
+            yield piece + mark
+            piece = indent + unit.group()
+        else:
+            piece = longer
+    yield piece
+
+
+def _columns(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
