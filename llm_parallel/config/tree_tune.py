@@ -36,6 +36,20 @@ class Columns(Node):
     """The text or messages that a completion answers."""
     completion: str | None = None
     """The answer to ``prompt``."""
+    chosen: str | None = None
+    """The better answer of a pair."""
+    rejected: str | None = None
+    """The worse answer of a pair."""
+    label: str | None = None
+    """Whether an answer was liked: ``label`` or ``kto_tag``."""
+    responses: str | None = None
+    """Several answers to one prompt."""
+    scores: str | None = None
+    """A number for each of ``responses``, of which more is better."""
+    ranks: str | None = None
+    """A number for each of ``responses``, of which 1 is the best."""
+    margin: str | None = None
+    """By how much the better answer of a pair is better."""
 
 
 class ChatSource(Node):
@@ -45,8 +59,9 @@ class ChatSource(Node):
     """JSON lines (also .gz, .zst, .xz, .bz2), a JSON array, or Parquet; a folder stands for all such files in it."""
     weight: PositiveFloat = 1.0
     """How often each conversation is seen in one epoch; with 0.5 every epoch takes another half of them."""
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "completion"] = "auto"
-    """Which fields a record has; ``auto``: found by their names, and said."""
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "completion", "pair", "label", "scores", "arena"] = "auto"
+    """Which fields a record has; ``auto``: found by their names, and said. ``pair``, ``label``, ``scores`` and
+    ``arena`` are preferences."""
     columns: Columns = Columns()
     """Names of this file's fields where they are not the format's, such as ``{instruction: question}``."""
     dataset: str | None = None
