@@ -59,12 +59,13 @@ def prepare_conversations(
     return data
 
 
-def opened_sources(chat: ChatConfig) -> list[Opened]:
-    """The files of all sources, those of training first. Raises UserError that names the field of one that is not."""
+def opened_sources(chat: ChatConfig, preferences: bool = False) -> list[Opened]:
+    """The files of all sources of conversations, or of ``preferences``, those of training first. Raises UserError that
+    names the field of one that is not there."""
     opened = []
     for number, one in enumerate((*chat.train, *chat.eval)):
         with named_source(chat, number):
-            opened.append(open_source(one))
+            opened.append(open_source(one, preferences))
     return opened
 
 

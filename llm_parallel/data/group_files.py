@@ -50,7 +50,7 @@ def prepare_groups(
         raise UserError("data.tokenizer is not given; give the tokenizer of the model")
     encoder = open_encoder(config)
     with file_errors_explained(Path(config.run_dir) / "data", kept=""):
-        opened = opened_sources(chat)
+        opened = opened_sources(chat, preferences=True)
         settings = {**settings_of(config, encoder, opened), "method": config.trains, "groups": VERSION}
         folder = written_once(
             config, settings, lambda making: _write(making, config, encoder, opened, settings, workers)

@@ -75,12 +75,19 @@ def _describe_peft(path: str | Path) -> RunConfig:
 
 
 def load_model(
-    path: str | Path, device: str = "auto", precision: str | None = None, *, deterministic: bool = False
+    path: str | Path,
+    device: str = "auto",
+    precision: str | None = None,
+    *,
+    deterministic: bool = False,
+    values: bool = False,
 ) -> Loaded:
     """Loads the model in ``path`` into this one process. ``precision``: fp32 or bf16; the saved one if not given.
     ``deterministic``: as ``kernels.deterministic`` of a run file; raises UserError where it cannot be had, and says
-    what it costs."""
+    what it costs. ``values``: whether the model may be one that gives texts a value and writes none."""
     config = describe_folder(path)
+    if config.model.value_head and not values:
+        raise UserError(f"{path} holds a reward model, which values answers and writes none; give a language model")
     train = config.train.model_copy(update={"precision": precision or config.train.precision})
     data = DataConfig(tokenizer=config.data.tokenizer, seq_length_tokens=config.data.seq_length_tokens)
     kept: dict[str, Any] = {"model": config.model, "adapter": config.adapter, "chat": config.chat}

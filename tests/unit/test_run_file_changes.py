@@ -61,6 +61,7 @@ REFUSED = {
     "model.qk_norm_over_heads": "true",
     "model.norm_outputs": "true",
     "model.tie_embeddings": "true",
+    "model.value_head": "true",
     "train.epochs": "2",
     "train.steps": "2",
     "parallel.distributed_optimizer": "false",
