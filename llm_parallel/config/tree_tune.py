@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from llm_parallel.config.node import Node
+from llm_parallel.config.tree_online import GRPOConfig, RejectConfig, RolloutConfig
 
 
 class Columns(Node):
@@ -176,16 +177,20 @@ class ReferenceConfig(Node):
 class MethodConfig(Node):
     """What a run trains for."""
 
-    kind: Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reward"] | None = None
+    kind: Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reward", "reject", "grpo"] | None = None
     """``pretrain``: the next token of token files (``data.train``); ``sft``: the answers of conversations
     (``chat.train``); ``dpo``: chosen answers over rejected ones; ``kto``: answers that were liked or not; ``rrhf``:
-    answers in their order; ``reward``: a model that values answers, learned from pairs. If not given, ``sft``
-    where there are conversations and no token files."""
+    answers in their order; ``reward``: a model that values answers, learned from pairs; ``reject``, ``grpo``: answers
+    that the model gives to prompts while it is trained, the best of which it is fine-tuned on, or which are compared
+    with each other. If not given, ``sft`` where there are conversations and no token files."""
     dpo: DPOConfig = DPOConfig()
     kto: KTOConfig = KTOConfig()
     rrhf: RRHFConfig = RRHFConfig()
     reward: RewardConfig = RewardConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reject: RejectConfig = RejectConfig()
+    grpo: GRPOConfig = GRPOConfig()
 
 
 PREFERENCES = ("dpo", "kto", "rrhf", "reward")
