@@ -143,10 +143,7 @@ def quickstart(
 
 @command(app, "pretrain", with_overrides=True)
 def pretrain(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    dry_run: WithoutStart = False,
-    everything: Everything = False,
+    run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
 ) -> None:
     """Train on next-token prediction. Starts the run's processes here, or is one of them under torchrun or srun."""
     from llm_parallel.worker.command import train_command
@@ -156,15 +153,23 @@ def pretrain(
 
 @command(app, "sft", with_overrides=True)
 def sft(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    dry_run: WithoutStart = False,
-    everything: Everything = False,
+    run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
 ) -> None:
     """Fine-tune a model on conversations (chat.train), so that it answers and stops. Starts like pretrain."""
     from llm_parallel.worker.command import train_command
 
     raise typer.Exit(train_command("sft", run_file, overrides or [], dry_run, everything))
+
+
+@command(app, "prefer", with_overrides=True)
+def prefer(
+    run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
+) -> None:
+    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf). Starts like
+    pretrain."""
+    from llm_parallel.worker.command import train_command
+
+    raise typer.Exit(train_command("prefer", run_file, overrides or [], dry_run, everything))
 
 
 @command(app, "launch", with_overrides=True)

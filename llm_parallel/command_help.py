@@ -55,6 +55,13 @@ COMMANDS: dict[str, CommandHelp] = {
             "configs/sft.yaml checkpoint.load=models/SmolLM2-135M adapter.rank=16",
         ),
     ),
+    "prefer": CommandHelp(
+        TRAIN,
+        (
+            "configs/prefer.yaml --dry-run",
+            "configs/prefer.yaml method.kind=kto checkpoint.load=runs/sft adapter.rank=16",
+        ),
+    ),
     "launch": CommandHelp(
         TRAIN,
         (

@@ -35,7 +35,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
     """Writes configuration and tokenizer, so that the checkpoint alone suffices to generate and convert."""
     if config.data.tokenizer is not None and Path(config.data.tokenizer).exists():
         copy_tokenizer(Path(config.data.tokenizer), folder / TOKENIZER_NAME)
-        if config.trains == "sft" and config.chat.prepared is not None:
+        if config.reads_chat and config.chat.prepared is not None:
             _write_chat(folder / TOKENIZER_NAME, Path(config.chat.prepared))
     with atomic_write(folder / CONFIG_NAME) as handle:
         handle.write(dump_config(config) + END)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_parallel.config import rules_layout
+from llm_parallel.config import rules_layout, rules_method
 from llm_parallel.config.problem import Case, Problem, divisors, nearest
 from llm_parallel.config.tree import OptimConfig, RunConfig
 from llm_parallel.errors import UserError
@@ -84,23 +84,30 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def check_chat_inputs(config: RunConfig) -> None:
-    """Checks that the files of ``chat``, ``data.tokenizer`` and ``checkpoint.load`` are there.
+    """Checks that the files of ``chat``, ``data.tokenizer``, ``checkpoint.load`` and ``method.reference.load`` are
+    there.
 
     Raises UserError that names each field whose file is missing."""
     missing = []
+    what, command = ("preferences", "prefer") if config.prefers else ("conversations", "sft")
     if not config.chat.train:
-        missing.append("chat.train is empty; give at least one file of conversations")
+        missing.append(f"chat.train is empty; give at least one file of {what}")
     if config.data.train:
         missing.append(
-            "data.train names token files, which `llm-parallel sft` does not read; give chat.train conversations, or "
+            f"data.train names token files, which `llm-parallel {command}` does not read; give chat.train {what}, or "
             "use `llm-parallel pretrain`"
+        )
+    if config.prefers and config.checkpoint.load is None:
+        missing.append(
+            "checkpoint.load, which names the model whose answers are to become better, is not given; give it a run "
+            "of `llm-parallel sft` or a Hugging Face folder"
         )
     for split, sources in (("train", config.chat.train), ("eval", config.chat.eval)):
         for index, source in enumerate(sources):
             if not Path(source.path).exists():
                 missing.append(
-                    f"chat.{split}.{index}.path = {source.path} does not exist; give a file of conversations, or a "
-                    "folder of such files"
+                    f"chat.{split}.{index}.path = {source.path} does not exist; give a file of {what}, or a folder of "
+                    "such files"
                 )
     if config.data.tokenizer is None:
         missing.append(
@@ -118,6 +125,7 @@ def _refuse_missing(config: RunConfig, missing: list[str]) -> None:
         ("data.tokenizer", config.data.tokenizer),
         ("checkpoint.load", config.checkpoint.load),
         ("adapter.load", of_adapter),
+        ("method.reference.load", config.method.reference.load),
     ):
         if path is not None and not Path(path).exists():
             missing.append(f"{name} = {path} does not exist; give the path of one that does")
@@ -271,7 +279,7 @@ def _intervals(case: Case) -> Iterator[Problem]:
 
 def _evaluations(config: RunConfig) -> Iterator[Problem]:
     interval, patience = config.train.eval_interval_steps, config.train.early_stop_evaluations
-    name, held = ("chat", config.chat) if config.trains == "sft" else ("data", config.data)
+    name, held = ("chat", config.chat) if config.reads_chat else ("data", config.data)
     if interval and not held.eval and not held.eval_fraction:
         yield Problem(
             ("train.eval_interval_steps", f"{name}.eval", f"{name}.eval_fraction"),
@@ -391,6 +399,7 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _gluon,
     _deterministic,
     _adapter,
+    rules_method.check_method,
 )
 
 

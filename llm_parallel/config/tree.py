@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
-from llm_parallel.config.tree_tune import AdapterConfig, ChatConfig, MethodConfig
+from llm_parallel.config.tree_tune import PREFERENCES, AdapterConfig, ChatConfig, MethodConfig
 
 __all__ = ["AdapterConfig", "ChatConfig", "MethodConfig", "Node", "RunConfig"]
 
@@ -407,6 +407,16 @@ class RunConfig(Node):
     elastic: ElasticConfig = ElasticConfig()
 
     @property
-    def trains(self) -> Literal["pretrain", "sft"]:
+    def trains(self) -> Literal["pretrain", "sft", "dpo", "kto", "rrhf"]:
         """``method.kind``, or what the given data are for."""
         return self.method.kind or ("sft" if self.chat.train and not self.data.train else "pretrain")
+
+    @property
+    def prefers(self) -> bool:
+        """Whether the run learns from answers that are compared or judged."""
+        return self.trains in PREFERENCES
+
+    @property
+    def reads_chat(self) -> bool:
+        """Whether the run's data are ``chat.train`` and not token files."""
+        return self.trains != "pretrain"

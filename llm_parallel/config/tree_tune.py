@@ -1,4 +1,5 @@
-"""The sections of a run's configuration that are about training after pretraining: conversations and adapters."""
+"""The sections of a run's configuration that are about training after pretraining: conversations, preferences and
+adapters."""
 
 from __future__ import annotations
 
@@ -35,6 +36,20 @@ class Columns(Node):
     """The text or messages that a completion answers."""
     completion: str | None = None
     """The answer to ``prompt``."""
+    chosen: str | None = None
+    """The better answer of a pair."""
+    rejected: str | None = None
+    """The worse answer of a pair."""
+    label: str | None = None
+    """Whether an answer was liked: ``label`` or ``kto_tag``."""
+    responses: str | None = None
+    """Several answers to one prompt."""
+    scores: str | None = None
+    """A number for each of ``responses``, of which more is better."""
+    ranks: str | None = None
+    """A number for each of ``responses``, of which 1 is the best."""
+    margin: str | None = None
+    """By how much the better answer of a pair is better."""
 
 
 class ChatSource(Node):
@@ -44,8 +59,9 @@ class ChatSource(Node):
     """JSON lines (also .gz, .zst, .xz, .bz2), a JSON array, or Parquet; a folder stands for all such files in it."""
     weight: PositiveFloat = 1.0
     """How often each conversation is seen in one epoch; with 0.5 every epoch takes another half of them."""
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "completion"] = "auto"
-    """Which fields a record has; ``auto``: found by their names, and said."""
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "completion", "pair", "label", "scores", "arena"] = "auto"
+    """Which fields a record has; ``auto``: found by their names, and said. ``pair``, ``label``, ``scores`` and
+    ``arena`` are preferences."""
     columns: Columns = Columns()
     """Names of this file's fields where they are not the format's, such as ``{instruction: question}``."""
     dataset: str | None = None
@@ -94,13 +110,76 @@ class ChatConfig(Node):
         return value.isoformat() if isinstance(value, date) else value
 
 
+class DPOConfig(Node):
+    """Losses over pairs of a chosen and a rejected answer (``objectives/dpo.py`` has the formulas)."""
+
+    beta: PositiveFloat = 0.1
+    """How strongly the model is held to its reference; the factor of the difference in ``simpo`` and of the odds in
+    ``orpo``, where 2.0 and 0.1 are usual."""
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"] = "sigmoid"
+    """``sigmoid``: DPO (Rafailov et al. 2023, arXiv 2305.18290); ``robust`` (arXiv 2403.00409), ``hinge`` (SLiC, arXiv
+    2305.10425), ``ipo`` (arXiv 2310.12036); ``simpo`` (arXiv 2405.14734) and ``orpo`` (arXiv 2403.07691) have no
+    reference model."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
+    """Share of the pairs that are taken to be the wrong way round, in ``sigmoid`` and ``robust``."""
+    length_normalised: bool = False
+    """Log-probabilities divided by the number of an answer's tokens, in ``sigmoid``, ``robust`` and ``hinge``."""
+    sft_weight: float = Field(0.0, ge=0.0)
+    """Weight of the loss per token of the chosen answer, which is added."""
+    gamma: float = Field(0.5, ge=0.0)
+    """``simpo``: by how much the chosen answer must be better."""
+
+
+class KTOConfig(Node):
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv 2402.01306)."""
+
+    beta: PositiveFloat = 0.1
+    """How strongly the model is held to its reference."""
+    desirable_weight: PositiveFloat | None = None
+    """Weight of answers that were liked. If neither weight is given, the rarer kind has the weight that lets both
+    kinds weigh the same over the training data, and the other 1."""
+    undesirable_weight: PositiveFloat | None = None
+    """Weight of the other answers; 1 if only the other weight is given."""
+
+
+class RRHFConfig(Node):
+    """Ranking of answers (Yuan et al. 2023, arXiv 2304.05302)."""
+
+    best_weight: float = Field(1.0, ge=0.0)
+    """Weight of the likelihood of each prompt's best answer beside the ranking."""
+    mean_best: bool = False
+    """The best answer's loss is a mean over its tokens, in place of their sum."""
+
+
+class ReferenceConfig(Node):
+    """The model that ``dpo`` and ``kto`` hold the trained one to."""
+
+    load: str | None = None
+    """Hugging Face folder or checkpoint; if not given, the model that training begins with."""
+    keep: Literal["file", "memory"] = "file"
+    """``file``: log-probabilities of all answers are computed once and written beside their tokens; ``memory``: they
+    are computed in every step, by the model without its adapters, or else by a second model in the run's precision."""
+    folder: str | None = None
+    """Where files of log-probabilities are kept, for several runs over the same data; if not given, in the run folder,
+    beside the data."""
+
+
 class MethodConfig(Node):
     """What a run trains for."""
 
-    kind: Literal["pretrain", "sft"] | None = None
+    kind: Literal["pretrain", "sft", "dpo", "kto", "rrhf"] | None = None
     """``pretrain``: the next token of token files (``data.train``); ``sft``: the answers of conversations
-    (``chat.train``). If not given, ``sft`` where there are conversations and no token files."""
+    (``chat.train``); ``dpo``: chosen answers over rejected ones; ``kto``: answers that were liked or not; ``rrhf``:
+    answers in their order. If not given, ``sft`` where there are
+    conversations and no token files."""
+    dpo: DPOConfig = DPOConfig()
+    kto: KTOConfig = KTOConfig()
+    rrhf: RRHFConfig = RRHFConfig()
+    reference: ReferenceConfig = ReferenceConfig()
 
+
+PREFERENCES = ("dpo", "kto", "rrhf")
+"""Kinds of methods that learn from answers that are compared or judged: ``llm-parallel prefer``."""
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 

@@ -42,7 +42,8 @@ class Batch:
     """tokens, labels: int64 [b, s]; weights: fp32 [b, s], the weight of each label's loss (0 within a prompt);
     documents: None where attention crosses from one document to another; columns: fp32 [b, s] by name, a number for
     each label, such as its log-probability under a reference model; facts: fp32 [b, d] by name, a number for each
-    document, such as a reward; numbers: int64 [b], the numbers of the samples, if they have any."""
+    document, such as a reward; numbers: int64 [b], the numbers of the samples, if they have any; mismatched: the same
+    prompts with answers to others, where an objective needs those (``objectives/kto.py``)."""
 
     tokens: Tensor
     labels: Tensor
@@ -51,6 +52,7 @@ class Batch:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Tensor] = field(default_factory=dict)
     numbers: Tensor | None = None
+    mismatched: Batch | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; copies from pinned memory do not block."""
@@ -66,10 +68,17 @@ class Batch:
             columns={name: moved(column) for name, column in self.columns.items()},
             facts={name: moved(fact) for name, fact in self.facts.items()},
             numbers=None if self.numbers is None else moved(self.numbers),
+            mismatched=None if self.mismatched is None else self.mismatched.to(device),
         )
 
+    def without_rows(self, keep: Tensor) -> Batch:
+        """The batch in which nothing counts of the rows where ``keep`` [b] is 0."""
+        beside = None if self.mismatched is None else self.mismatched.without_rows(keep)
+        return replace(self, weights=self.weights * keep.unsqueeze(1), mismatched=beside)
+
     def context_shard(self, mesh: Mesh, cp_rank: int) -> Batch:
-        """The tokens that context-parallel rank ``cp_rank`` holds; documents and their facts stay whole."""
+        """The tokens that context-parallel rank ``cp_rank`` holds; documents, their facts and ``mismatched`` stay
+        whole."""
         if mesh.cp == 1:
             return self
         ranges = mesh.token_ranges(self.tokens.shape[1], cp_rank)

@@ -122,7 +122,7 @@ class ChatEncoder:
             return tokens
         if not cut:
             return None
-        heads = _heads(conversation.messages)
+        heads = heads_of(conversation.messages)
         gone, whole = 0, len(tokens.ids)
         for place in heads[1:]:
             if len(tokens.ids) <= limit:
@@ -390,7 +390,7 @@ def _places(rendered: Rendered, encoded: Encoded) -> list[int]:
     return list(accumulate(starts, max))
 
 
-def _heads(messages: Sequence[Message]) -> list[int]:
+def heads_of(messages: Sequence[Message]) -> list[int]:
     """The messages with which a question begins: the first of the user's after another role."""
     roles = [message["role"] for message in messages]
     heads = [n for n, role in enumerate(roles) if role == "user" and (not n or roles[n - 1] != "user")]

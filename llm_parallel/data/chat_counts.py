@@ -73,7 +73,7 @@ class Counts:
 
     def merge(self, other: Counts) -> None:
         """Adds what was counted of later records."""
-        for one in fields(self):
+        for one in fields(other):
             held, more = getattr(self, one.name), getattr(other, one.name)
             if isinstance(held, dict):
                 for name, count in more.items():

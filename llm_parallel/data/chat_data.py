@@ -161,7 +161,7 @@ class ChatData:
         for source in np.unique(sources).tolist():
             members = np.nonzero(sources == source)[0]
             count = round(self.report["eval_fraction"] * len(members))
-            order = np.argsort(_hashed(self.lines[members], derive_key(HOLD_OUT)), kind="stable")
+            order = np.argsort(hashed(self.lines[members], derive_key(HOLD_OUT)), kind="stable")
             held[members[order[:count]]] = True
         return held
 
@@ -212,7 +212,8 @@ class ChatSamples:
         return Sample(tokens, labels, weights, np.array(starts, np.int32), {"source": source})
 
 
-def _hashed(numbers: NDArray[np.int64], key: int) -> NDArray[np.uint64]:
+def hashed(numbers: NDArray[np.int64], key: int) -> NDArray[np.uint64]:
+    """A number for each of ``numbers`` that looks random and follows from it and the uint64 ``key`` alone."""
     with np.errstate(over="ignore"):
         x = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

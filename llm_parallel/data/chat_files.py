@@ -21,7 +21,7 @@ from llm_parallel.data.chat import ChatEncoder
 from llm_parallel.data.chat_counts import Counts, described
 from llm_parallel.data.chat_data import REPORT, ChatData
 from llm_parallel.data.chat_open import open_encoder
-from llm_parallel.data.chat_rows import Block, encoded
+from llm_parallel.data.chat_rows import encoded
 from llm_parallel.data.dataset_info import Opened, open_source
 from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
@@ -48,27 +48,41 @@ def prepare_conversations(
         raise UserError("data.tokenizer is not given; give the tokenizer of the model")
     encoder = open_encoder(config)
     with file_errors_explained(Path(config.run_dir) / "data", kept=""):
-        opened = []
-        for number, one in enumerate((*chat.train, *chat.eval)):
-            with _named(chat, number):
-                opened.append(open_source(one))
-        settings = _settings(config, encoder, opened)
-        # The same tokenizer may lie elsewhere, as beside a newer checkpoint of the model that is fine-tuned.
-        content = {key: value for key, value in settings.items() if key != "tokenizer"}
-        name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-        folder = Path(config.run_dir) / "data" / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Processes of one job under torchrun or srun all come here, and the first one does it.
-        with turn(folder.parent / ".lock"):
-            if not (folder / REPORT).is_file():
-                shutil.rmtree(folder, ignore_errors=True)  # without a report it is not whole
-                with folder_in_whole(folder) as making:
-                    _write(making, config, encoder, opened, settings, workers)
-            _point_to_tokenizer(folder / REPORT, settings["tokenizer"])
+        opened = opened_sources(chat)
+        settings = settings_of(config, encoder, opened)
+        folder = written_once(
+            config, settings, lambda making: _write(making, config, encoder, opened, settings, workers)
+        )
     data = ChatData.open(folder)
     for text in (*(text for source in opened for text in source.notices), *described(data.report)):
         notice(text)
     return data
+
+
+def opened_sources(chat: ChatConfig) -> list[Opened]:
+    """The files of all sources, those of training first. Raises UserError that names the field of one that is not."""
+    opened = []
+    for number, one in enumerate((*chat.train, *chat.eval)):
+        with named_source(chat, number):
+            opened.append(open_source(one))
+    return opened
+
+
+def written_once(config: RunConfig, settings: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """The folder of the run that has the content which ``settings`` say; ``write`` makes it if it is not there."""
+    # The same tokenizer may lie elsewhere, as beside a newer checkpoint of the model that is fine-tuned.
+    content = {key: value for key, value in settings.items() if key != "tokenizer"}
+    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.run_dir) / "data" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Processes of one job under torchrun or srun all come here, and the first one does it.
+    with turn(folder.parent / ".lock"):
+        if not (folder / REPORT).is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # without a report it is not whole
+            with folder_in_whole(folder) as making:
+                write(making)
+        _point_to_tokenizer(folder / REPORT, settings["tokenizer"])
+    return folder
 
 
 def _point_to_tokenizer(path: Path, tokenizer: str) -> None:
@@ -80,7 +94,7 @@ def _point_to_tokenizer(path: Path, tokenizer: str) -> None:
                 json.dump(report | {"tokenizer": tokenizer}, handle, indent=1, ensure_ascii=False)
 
 
-def _settings(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened]) -> dict[str, Any]:
+def settings_of(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened]) -> dict[str, Any]:
     """All that the content of the folder depends on."""
     chat, template = config.chat, encoder.template
     return {
@@ -125,7 +139,7 @@ def _write(
         names = ("tokens", "weights", "sources", "lines")
         out = {name: stack.enter_context((making / f"{name}.bin").open("wb")) for name in names}
         for number, source in enumerate(opened):
-            for block in _blocks(config, number, encoded(source, config, encoder, workers)):
+            for block in blocks_of(config, number, encoded(source, config, encoder, workers)):
                 counts[number].merge(block.counts)
                 if not block.kept:
                     continue
@@ -138,11 +152,16 @@ def _write(
         for handle in out.values():
             handle.flush()
             os.fsync(handle.fileno())
-    _refuse_empty(config.chat, counts, config.data.seq_length_tokens)
+    refuse_empty(config.chat, counts, config.data.seq_length_tokens)
     with (making / "tokens.idx").open("wb") as index:
         write_index(index.write, dtype, lengths)
         index.flush()
         os.fsync(index.fileno())
+    write_report(making, settings, encoder, counts)
+
+
+def write_report(making: Path, settings: dict[str, Any], encoder: ChatEncoder, counts: Sequence[Counts]) -> None:
+    """Writes ``report.json``, the last file of a folder."""
     report = {
         **settings,
         "template_origin": encoder.template.origin,
@@ -163,7 +182,7 @@ def _field(chat: ChatConfig, number: int) -> str:
 
 
 @contextmanager
-def _named(chat: ChatConfig, number: int) -> Iterator[None]:
+def named_source(chat: ChatConfig, number: int) -> Iterator[None]:
     """Puts the field of a source before what is wrong about its file."""
     try:
         yield
@@ -171,8 +190,9 @@ def _named(chat: ChatConfig, number: int) -> Iterator[None]:
         raise UserError(f"{_field(chat, number)}: {error}") from None
 
 
-def _blocks(config: RunConfig, number: int, blocks: Iterator[Block]) -> Iterator[Block]:
-    with _named(config.chat, number):
+def blocks_of(config: RunConfig, number: int, blocks: Iterator[Any]) -> Iterator[Any]:
+    """The blocks of source ``number``; what is wrong about one of them names the source's field."""
+    with named_source(config.chat, number):
         yield from blocks
 
 
@@ -190,7 +210,8 @@ def _names(sources: Sequence[ChatSource]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}-{n + 1}" for n, name in enumerate(names)]
 
 
-def _refuse_empty(chat: ChatConfig, counts: Sequence[Counts], seq_length: int) -> None:
+def refuse_empty(chat: ChatConfig, counts: Sequence[Counts], seq_length: int) -> None:
+    """Raises UserError about a source of which nothing is kept."""
     for place, (source, count) in enumerate(zip((*chat.train, *chat.eval), counts)):
         if count.kept:
             continue

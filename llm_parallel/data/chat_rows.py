@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
+from typing import Any, TypeAlias
 
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat import ChatEncoder, ChatTokens, holds_private
@@ -22,6 +23,8 @@ from llm_parallel.data.shards import end_with_parent
 from llm_parallel.data.template import Refused
 from llm_parallel.errors import UserError
 
+Encode: TypeAlias = Callable[[Opened, RunConfig, ChatEncoder, Sequence[tuple[int, Row]]], Any]
+"""Makes a block of some records of a source; a function at the top level of a module, as processes need it."""
 ROWS = 256
 """Records that a process encodes at a time."""
 BYTES_FOR_PROCESSES = 32 << 20
@@ -38,19 +41,26 @@ class Block:
     counts: Counts = field(default_factory=Counts)
 
 
-def encoded(source: Opened, config: RunConfig, encoder: ChatEncoder, workers: int | None = None) -> Iterator[Block]:
+def encoded(
+    source: Opened,
+    config: RunConfig,
+    encoder: ChatEncoder,
+    workers: int | None = None,
+    encode: Encode | None = None,
+) -> Iterator[Any]:
     """The conversations of a source in order, block by block, encoded by ``workers`` processes (None: as many as there
-    are cores, if the source is large). Raises UserError on a record that the template refuses."""
-    unread = Block()
+    are cores, if the source is large). ``encode``: what makes a block of records, ``encode_block`` if it is not given.
+    Raises UserError on a record that the template refuses."""
+    unread, encode = Block(), encode or encode_block
     blocks = _blocks(source, unread.counts)
     size = sum(path.stat().st_size for path in source.files)
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if size >= BYTES_FOR_PROCESSES else 1
     if workers > 1:
-        yield from _in_processes(source, config, blocks, workers)
+        yield from _in_processes((source, config, encode), blocks, workers)
     else:
         for block in blocks:
-            yield encode_block(source, config, encoder, block)
+            yield encode(source, config, encoder, block)
     yield unread
 
 
@@ -77,7 +87,7 @@ def encode_block(source: Opened, config: RunConfig, encoder: ChatEncoder, block:
         if found.counts.add(tokens, conversation, encoder):
             assert tokens is not None
             if not tokens.answer_cut and int(tokens.ids[-1]) not in encoder.stops:
-                _refuse_stop(encoder, tokens, row.where)
+                refuse_stop(encoder, tokens, row.where)
             found.kept.append((number, tokens))
     found.counts.formats = reader.found
     return found
@@ -104,11 +114,11 @@ class _Problems(Problems):
 
 
 def _in_processes(
-    source: Opened, config: RunConfig, blocks: Iterator[list[tuple[int, Row]]], workers: int
-) -> Iterator[Block]:
+    work: tuple[Opened, RunConfig, Encode], blocks: Iterator[list[tuple[int, Row]]], workers: int
+) -> Iterator[Any]:
     """Blocks in order. No more are read than the processes are about to need: a source may be larger than memory."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (source, config))
-    waiting: deque[Future[Block]] = deque()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, work)
+    waiting: deque[Future[Any]] = deque()
     try:
         for block in blocks:
             waiting.append(pool.submit(_work, block))
@@ -124,21 +134,23 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Opened, RunConfig, ChatEncoder]
+_worker: tuple[Encode, Opened, RunConfig, ChatEncoder]
 """What a process encodes, and with what."""
 
 
-def _start(source: Opened, config: RunConfig) -> None:
+def _start(source: Opened, config: RunConfig, encode: Encode) -> None:
     global _worker
     end_with_parent()
-    _worker = source, config, open_encoder(config)
+    _worker = encode, source, config, open_encoder(config)
 
 
-def _work(block: list[tuple[int, Row]]) -> Block:
-    return encode_block(*_worker, block)
+def _work(block: list[tuple[int, Row]]) -> Any:
+    encode, source, config, encoder = _worker
+    return encode(source, config, encoder, block)
 
 
-def _refuse_stop(encoder: ChatEncoder, tokens: ChatTokens, where: str) -> None:
+def refuse_stop(encoder: ChatEncoder, tokens: ChatTokens, where: str) -> None:
+    """Raises UserError about an answer whose last token does not stop the model."""
     last = int(tokens.ids[-1])
     stops = ", ".join(encoder.tokenizer.name_of(number) or str(number) for number in encoder.stops)
     raise UserError(

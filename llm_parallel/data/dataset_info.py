@@ -30,14 +30,12 @@ COLUMNS = {
     "tools": "tools",
 }
 """Names of columns there, and what they are called in the run file."""
-REFUSED_COLUMNS = {
-    "images": "only text can be trained on",
-    "videos": "only text can be trained on",
-    "audios": "only text can be trained on",
-    "chosen": "it is for training by preferences",
-    "rejected": "it is for training by preferences",
-    "kto_tag": "it is for training by preferences",
-}
+PREFERENCE_COLUMNS = {"chosen": "chosen", "rejected": "rejected", "kto_tag": "label"}
+"""The same of those that only training by preferences reads."""
+REFUSED_COLUMNS = dict.fromkeys(("images", "videos", "audios"), "only text can be trained on")
+PREFERENCES = ("pair", "label", "scores", "arena")
+"""Formats of the run file that only training by preferences reads, and columns."""
+PREFERRED = ("chosen", "rejected", "label", "responses", "scores", "ranks", "margin")
 TAGS = {
     "user_tag": ("user", "human"),
     "assistant_tag": ("assistant", "gpt"),
@@ -60,10 +58,20 @@ class Opened:
     notices: tuple[str, ...] = ()
 
 
-def open_source(source: ChatSource) -> Opened:
-    """The files of a source. Raises UserError."""
+def open_source(source: ChatSource, preferences: bool = False) -> Opened:
+    """The files of a source of conversations, or of ``preferences``. Raises UserError."""
     if source.dataset is not None:
-        return _declared(source, source.dataset)
+        return _declared(source, source.dataset, preferences)
+    if source.format in PREFERENCES and not preferences:
+        raise UserError(
+            f"format of {source.path} is {source.format}, for training by preferences (llm-parallel prefer); give "
+            "auto, alpaca, sharegpt, messages or completion"
+        )
+    wrong = [name for name in PREFERRED if getattr(source.columns, name) is not None and not preferences]
+    if wrong:
+        raise UserError(
+            f"columns.{wrong[0]} of {source.path} is for training by preferences (llm-parallel prefer); leave it out"
+        )
     return Opened(_files(Path(source.path)), source.format, source.columns)
 
 
@@ -109,7 +117,7 @@ def _named_by_state(path: Path) -> set[str] | None:
         return None
 
 
-def _declared(source: ChatSource, name: str) -> Opened:
+def _declared(source: ChatSource, name: str, preferences: bool) -> Opened:
     given = Path(source.path)
     path = given if given.name == NAME else given / NAME
     try:
@@ -129,7 +137,7 @@ def _declared(source: ChatSource, name: str) -> Opened:
     if not isinstance(info, dict):
         raise UserError(f"{path} describes {name!r} by something that is no object")
     place = f"{path} describes {name!r} with"
-    _refuse(info, place)
+    _refuse(info, place, preferences)
     form = info.get("formatting", "alpaca")
     if form not in ("alpaca", "sharegpt", "openai"):
         raise UserError(f"{place} the formatting {form!r}; known are 'alpaca', 'sharegpt' and 'openai'")
@@ -138,7 +146,7 @@ def _declared(source: ChatSource, name: str) -> Opened:
         raise UserError(f"{place} the file_name {info['file_name']!r}, which lies outside its folder")
     files = _files(file)
     roles, turn = _tags(info.get("tags") or {}, place, form)
-    columns = _columns(info.get("columns") or {}, place)
+    columns = _columns(info.get("columns") or {}, place, preferences)
     if form == "sharegpt":
         columns.setdefault("messages", "conversations")
     ignored = [key for key in WITHOUT_EFFECT if key in info]
@@ -146,12 +154,12 @@ def _declared(source: ChatSource, name: str) -> Opened:
     return Opened(files, "alpaca" if form == "alpaca" else "messages", Columns(**columns, **turn), roles, notices)
 
 
-def _refuse(info: Mapping[str, Any], place: str) -> None:
+def _refuse(info: Mapping[str, Any], place: str, preferences: bool) -> None:
     for key in info:
         if key not in KNOWN:
             near = difflib.get_close_matches(key, KNOWN, 1)
             raise UserError(f"{place} the unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if info.get("ranking"):
+    if info.get("ranking") and not preferences:
         raise UserError(f"{place} ranking, for training by preferences; fine-tuning needs one answer for each question")
     if info.get("num_samples"):
         raise UserError(
@@ -163,16 +171,18 @@ def _refuse(info: Mapping[str, Any], place: str) -> None:
         raise UserError(f"{place} {what} the name of a file beside {NAME}")
 
 
-def _columns(given: Mapping[str, str], place: str) -> dict[str, str]:
-    found = {}
+def _columns(given: Mapping[str, str], place: str, preferences: bool) -> dict[str, str]:
+    known, found = {**COLUMNS, **PREFERENCE_COLUMNS}, {}
     for key, column in given.items():
         if column is None:
             continue
         if key in REFUSED_COLUMNS:
             raise UserError(f"{place} the column {key!r}: {REFUSED_COLUMNS[key]}")
-        if key not in COLUMNS:
-            raise UserError(f"{place} the unknown column {key!r}; known are {', '.join(COLUMNS)}")
-        found[COLUMNS[key]] = column
+        if key in PREFERENCE_COLUMNS and not preferences:
+            raise UserError(f"{place} the column {key!r}: it is for training by preferences")
+        if key not in known:
+            raise UserError(f"{place} the unknown column {key!r}; known are {', '.join(known)}")
+        found[known[key]] = column
     return found
 
 

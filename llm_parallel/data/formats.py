@@ -124,6 +124,22 @@ class Reader:
         """A list of turns as messages. Raises BadRecord."""
         return self._turns(_parsed(value), field)[0]
 
+    def prompt(self, record: Mapping[str, Any]) -> Conversation:
+        """What stands before an answer that is kept in another field: the text or turns of 'prompt', Alpaca's question,
+        or a list of turns; without messages where there is none of these. Raises BadRecord."""
+        messages: list[dict[str, Any]] = []
+        value = _parsed(self._get(record, "prompt"))
+        if isinstance(value, str):
+            messages = [{"role": "user", "content": value}] if value else []
+        elif value is not None:
+            messages = self._turns(value, "prompt")[0]
+        elif self._get(record, "instruction") is not None:
+            messages = self._question(record)
+        elif (turns := _parsed(self._get(record, "messages"))) is not None:
+            messages = self._turns(turns, self._names["messages"][0])[0]
+        found = Conversation(messages, [0.0] * len(messages), self._tools(record))
+        return _with_system(found, _text_or_none(self._get(record, "system"), "system")) if messages else found
+
     def _recognised(self, record: Mapping[str, Any]) -> str:
         if self._wanted != "auto":
             return self._wanted
@@ -161,6 +177,13 @@ class Reader:
     _sharegpt = _messages
 
     def _alpaca(self, record: Mapping[str, Any]) -> Conversation:
+        messages = self._question(record)
+        messages.append({"role": "assistant", "content": _text(self._need(record, "output"), "output")})
+        found = Conversation(messages, [float(message["role"] == "assistant") for message in messages])
+        return _with_system(found, _text_or_none(self._get(record, "system"), "system"))
+
+    def _question(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Alpaca's earlier questions with their answers, and its question."""
         messages: list[dict[str, Any]] = []
         for pair in _listed(_parsed(self._get(record, "history")) or [], "history"):
             if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
@@ -170,10 +193,7 @@ class Reader:
         question = "\n".join(text for text in (asked[0], _text_or_none(asked[1], "input")) if text)
         if not question:
             raise BadRecord("has an empty 'instruction' and no 'input'")
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": _text(self._need(record, "output"), "output")})
-        found = Conversation(messages, [float(message["role"] == "assistant") for message in messages])
-        return _with_system(found, _text_or_none(self._get(record, "system"), "system"))
+        return [*messages, {"role": "user", "content": question}]
 
     def _completion(self, record: Mapping[str, Any]) -> Conversation:
         parts = []

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from llm_parallel.data.batch import Batch, Documents
 from llm_parallel.data.samples import Sample
@@ -92,7 +93,7 @@ class MicroBatchLoader(Iterator[Batch]):
             except queue.Full:
                 continue
 
-    def _stack(self, samples: list[Sample]) -> Batch:
+    def _stack(self, samples: Sequence[Sample]) -> Batch:
         documents = None
         if self._samples.isolate:
             documents = Documents(tuple(torch.from_numpy(sample.document_starts) for sample in samples))
@@ -103,10 +104,22 @@ class MicroBatchLoader(Iterator[Batch]):
             name: torch.from_numpy(np.stack([sample.columns[name] for sample in samples]))
             for name in samples[0].columns
         }
+        facts = {name: by_document([sample.facts[name] for sample in samples]) for name in samples[0].facts}
         if self._device.type == "cuda":
             tokens, labels, weights = tokens.pin_memory(), labels.pin_memory(), weights.pin_memory()
             columns = {name: column.pin_memory() for name, column in columns.items()}
-        return Batch(tokens, labels, weights, documents, columns)
+            facts = {name: values.pin_memory() for name, values in facts.items()}
+        beside = [sample.mismatched for sample in samples if sample.mismatched is not None]
+        mismatched = self._stack(beside) if beside else None
+        return Batch(tokens, labels, weights, documents, columns, facts, mismatched=mismatched)
 
     def _on_device(self, batch: Batch) -> Batch:
         return batch if self._device.type == "cpu" else batch.to(self._device)
+
+
+def by_document(rows: Sequence[NDArray[np.float32]]) -> torch.Tensor:
+    """Numbers of the documents of each row as fp32 [b, d], 0 where a row has fewer documents than another."""
+    found = np.zeros((len(rows), max(map(len, rows))), np.float32)
+    for place, row in enumerate(rows):
+        found[place, : len(row)] = row
+    return torch.from_numpy(found)

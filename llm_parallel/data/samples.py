@@ -18,14 +18,17 @@ from llm_parallel.data.segments import Segment
 @dataclass(frozen=True)
 class Sample:
     """tokens, labels int64 [L]; weights fp32 [L], of each label's loss; document_starts int32, the positions in [0, L)
-    at which a document begins, the first always 0; columns fp32 [L] by name, a number for each label. Token files
-    without isolation have document_starts [0] and weights 1, but 0 for labels of documents that were held out later."""
+    at which a document begins, the first always 0; columns fp32 [L] by name, a number for each label; facts fp32
+    [documents] by name, a number for each document; mismatched: see ``Batch``. Token files without isolation have
+    document_starts [0] and weights 1, but 0 for labels of documents that were held out later."""
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     weights: NDArray[np.float32]
     document_starts: NDArray[np.int32]
     columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    facts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    mismatched: Sample | None = None
 
 
 class SampleSource:

@@ -99,23 +99,31 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """An evaluation on held-out data after ``step`` steps; ``loss`` in nats per token; ``statistics``: the objective's
-    own numbers by name, logged as ``eval/name``."""
+    """An evaluation on held-out data after ``step`` steps; ``loss``: mean over the objective's units, of which there
+    are ``units``, named ``unit``; ``perplexity`` where these are tokens and the loss is in nats, else None;
+    ``statistics``: the objective's own numbers by name, logged as ``eval/name``."""
 
     step: int
     loss: float
-    perplexity: float
+    perplexity: float | None
     samples: int
-    tokens: int
+    units: int
     statistics: Mapping[str, float] = field(default_factory=dict)
+    unit: str = "token"
 
     @classmethod
     def from_loss(
-        cls, step: int, loss: float, samples: int, tokens: int, statistics: Mapping[str, float] | None = None
+        cls,
+        step: int,
+        loss: float,
+        samples: int,
+        units: int,
+        statistics: Mapping[str, float] | None = None,
+        unit: str = "token",
     ) -> EvalRecord:
         """An evaluation with its perplexity, which is infinite if it exceeds a double."""
-        perplexity = math.inf if loss > 700 else math.exp(loss)
-        return cls(step, loss, perplexity, samples, tokens, statistics or {})
+        perplexity = None if unit != "token" else math.inf if loss > 700 else math.exp(loss)
+        return cls(step, loss, perplexity, samples, units, statistics or {}, unit)
 
 
 @dataclass(frozen=True)
@@ -191,7 +199,7 @@ STEP_NAMES = {
 """Name of a logged number → field of StepRecord. ``perf/mfu`` is a fraction, times are seconds. The parts of
 ``split_s`` are logged as ``time/tp_s``, ``time/bubble_max_s`` and so on."""
 
-EVAL_NAMES = {"eval/loss": "loss", "eval/ppl": "perplexity", "eval/samples": "samples", "eval/tokens": "tokens"}
+EVAL_NAMES = {"eval/loss": "loss", "eval/ppl": "perplexity", "eval/samples": "samples", "eval/tokens": "units"}
 """Name of a logged number → field of EvalRecord."""
 
 
@@ -203,6 +211,8 @@ def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
         values |= {f"time/{name}_s": seconds for name, seconds in record.split_s.items()}
     prefix = "train" if isinstance(record, StepRecord) else "eval"
     values |= {f"{prefix}/{name}": value for name, value in record.statistics.items()}
+    if isinstance(record, EvalRecord) and record.unit != "token":
+        values[f"eval/{record.unit}s"] = values.pop("eval/tokens")
     return {
         name: int(value) if isinstance(value, bool) else value for name, value in values.items() if value is not None
     }

@@ -131,12 +131,17 @@ def eval_line(record: EvalRecord, width: int | None = None) -> str:
     parts = [
         ("step", f"evaluation after step {record.step}"),
         ("loss", f"loss {record.loss:.4f}"),
-        ("perplexity", f"perplexity {record.perplexity:.4g}"),
-        ("tokens", f"{record.samples:,} samples, {record.tokens:,} tokens"),
+        *([] if record.perplexity is None else [("perplexity", f"perplexity {record.perplexity:.4g}")]),
+        *(
+            []
+            if record.unit == "token"
+            else [(name, f"{name} {value:.4g}") for name, value in record.statistics.items()]
+        ),
+        ("units", f"{record.samples:,} samples, {record.units:,} {record.unit}s"),
     ]
     if width is None:
         return _SEPARATOR.join(text for _, text in parts)
-    return fitted(parts, width, ("loss", "step", "perplexity", "tokens"))
+    return fitted(parts, width, ("loss", "step", *(name for name, _ in parts[2:])))
 
 
 def duration(seconds: float) -> str:

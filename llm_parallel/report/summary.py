@@ -43,7 +43,8 @@ def _tiles(run: Run, one: Summary) -> list[Tile]:
     if run.history.evals:
         lowest, at = one.best_eval
         best = "the lowest so far" if at == one.eval_step else f"lowest {lowest:.4f} after step {at:,}"
-        note = f"after step {one.eval_step:,}; perplexity {math.exp(min(one.eval_loss, 700.0)):.4g}; {best}"
+        ppl = f"perplexity {math.exp(min(one.eval_loss, 700.0)):.4g}; " if "eval/ppl" in run.history.evals[-1] else ""
+        note = f"after step {one.eval_step:,}; {ppl}{best}"
         tiles.append(Tile("held-out loss", written(one.eval_loss, ".4f"), note))
     end = "" if one.total_steps is None else ("all done" if one.steps >= one.total_steps else "not all done")
     of = "" if one.total_steps is None else f"of {one.total_steps:,}, {end}"

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm_parallel.errors import UserError
 from llm_parallel.generate.draw import Choice
-from llm_parallel.generate.requests import Reason, Request
+from llm_parallel.generate.requests import Finished, Reason, Request, TopTokens
 from llm_parallel.serve.driver import Batch, Driver
-from llm_parallel.serve.errors import ApiError
+from llm_parallel.serve.errors import ApiError, wrong
 from llm_parallel.serve.models import Names, Served
 from llm_parallel.serve.writer import Piece, Writer
 
 
 @dataclass
 class Answers:
-    """The answers to one HTTP request. writers: by number of the prompt and of the sample."""
+    """The answers to one HTTP request. writers: by number of the prompt and of the sample; scores, embeddings: what was
+    wanted of the prompts themselves, by their numbers; names_in_text: texts show control tokens by their names."""
 
     batch: Batch
     served: Served
     names: Names
+    names_in_text: bool = False
     writers: dict[tuple[int, int], Writer] = field(init=False)
+    scores: dict[int, tuple[tuple[float, TopTokens], ...]] = field(default_factory=dict)
+    embeddings: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         requests = enumerate(self.batch.requests)
         self.writers = {
-            (place, sample): Writer(self.served.tokenizer, request)
+            (place, sample): Writer(self.served.tokenizer, request, self.names_in_text)
             for place, request in requests
             for sample in range(request.n)
         }
@@ -42,6 +48,8 @@ class Answers:
                 raise what
             if not isinstance(what, Choice) and what.reason is Reason.CANCELLED:
                 raise ApiError(503, "the server is ending and has given up the answer; ask again", code="server_ending")
+            if isinstance(what, Finished) and sample == 0:
+                self.scores[place], self.embeddings[place] = what.prompt_scores, what.embedding
             piece = self.writers[place, sample].take(what)
             if piece is not None:
                 yield place, sample, piece
@@ -55,10 +63,19 @@ class Answers:
             found[place, sample] = joined
         return found
 
-    def usage(self) -> dict[str, Any]:
+    def prompt_text(self, place: int) -> str:
+        """The text of a prompt."""
+        return self.served.tokenizer.decode(list(self.batch.requests[place].prompt))
+
+    def prompt_choices(self, place: int) -> list[Choice]:
+        """The tokens of a prompt with their log-probabilities, for which it has asked; 0 for the first."""
+        prompt, scores = self.batch.requests[place].prompt, self.scores[place]
+        return [Choice(prompt[0], 0.0), *(Choice(token, *score) for token, score in zip(prompt[1:], scores))]
+
+    def usage(self, with_answers: bool = True) -> dict[str, Any]:
         """Tokens of all prompts and answers so far."""
         prompt = sum(len(request.prompt) for request in self.batch.requests)
-        written = sum(writer.num_tokens for writer in self.writers.values())
+        written = sum(writer.num_tokens for writer in self.writers.values()) if with_answers else 0
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def entry(self, choice: Choice) -> dict[str, Any]:
@@ -79,9 +96,18 @@ class Service:
     driver: Driver
     names: Names
 
-    def ask(self, requests: Sequence[Request], streams: bool) -> Answers:
-        """Hands requests to the generator. Raises ApiError if the queue is full."""
-        return Answers(self.driver.submit(requests, streams), self.served, self.names)
+    async def ask(self, requests: Sequence[Request], streams: bool, names: bool = False) -> Answers:
+        """Hands requests to the generator. Raises ApiError if the queue is full, or for a structure that cannot be
+        enforced. ``names``: texts show control tokens by their names."""
+        requests = await asyncio.to_thread(self._checked, requests)
+        return Answers(self.driver.submit(requests, streams), self.served, self.names, names)
+
+    def _checked(self, requests: Sequence[Request]) -> list[Request]:
+        """Refused here, since the generator's thread has nobody to tell; a grammar may take seconds to compile."""
+        try:
+            return [self.driver.generator.checked(request) for request in requests]
+        except UserError as error:
+            raise wrong(str(error)) from None
 
 
 def head(kind: str, prefix: str, model: str) -> dict[str, Any]:

@@ -22,9 +22,11 @@ from llm_parallel.lines import note
 from llm_parallel.serve.answers import Service
 from llm_parallel.serve.chat import chat_completion
 from llm_parallel.serve.completions import completion
+from llm_parallel.serve.embeddings import embeddings
 from llm_parallel.serve.errors import ApiError
 from llm_parallel.serve.fields import Fields, parse_body
 from llm_parallel.serve.guard import Access, Guard, State
+from llm_parallel.serve.responses import response
 from llm_parallel.serve.stream import ClientGone
 from llm_parallel.serve.wanted import WITHOUT_EFFECT
 
@@ -38,6 +40,8 @@ Route = Callable[[HttpRequest, Fields, Service, dict[str, str]], Awaitable[Respo
 ROUTES: dict[str, Route] = {
     "/v1/chat/completions": chat_completion,
     "/v1/completions": completion,
+    "/v1/responses": response,
+    "/v1/embeddings": embeddings,
 }
 
 
@@ -112,12 +116,12 @@ def _endpoint(route: Route, service: Service, options: AppOptions, state: State)
     async def answer(http: HttpRequest) -> Response:
         fields = Fields(parse_body(await _read_body(http, options.max_body_bytes)))
         headers: dict[str, str] = {}
-        response = await route(http, fields, service, headers)
+        made = await route(http, fields, service, headers)
         ignored = sorted(map(_printable, fields.unknown(WITHOUT_EFFECT)))
         if ignored:
-            response.headers[IGNORED_HEADER] = ", ".join(ignored)[:1000]
+            made.headers[IGNORED_HEADER] = ", ".join(ignored)[:1000]
             _say_once(ignored, state)
-        return response
+        return made
 
     # Annotations of this module are texts, and FastAPI would look for them in another scope.
     answer.__annotations__ = {"http": HttpRequest, "return": Response}

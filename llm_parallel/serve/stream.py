@@ -15,6 +15,7 @@ from llm_parallel.serve.errors import ApiError
 
 SEND_S = 60.0
 """A client that takes nothing for so long is given up."""
+END = {"type": "http.response.body", "body": b"", "more_body": False}
 T = TypeVar("T")
 
 
@@ -86,7 +87,13 @@ class EventStream(Response):
                 await self._send(send, content)
         except ApiError as error:
             await self._send(send, self._failed(error))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except (OSError, asyncio.TimeoutError):
+            raise  # the connection is closed or stuck
+        except Exception:
+            await self._send(send, self._failed(ApiError(500, "the server has failed on this request")))
+            await send(END)
+            raise  # to where it is logged
+        await send(END)
 
     async def _send(self, send: Send, content: bytes) -> None:
         await asyncio.wait_for(send({"type": "http.response.body", "body": content, "more_body": True}), SEND_S)

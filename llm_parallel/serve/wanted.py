@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 from llm_parallel.errors import UserError
 from llm_parallel.generate.requests import Request
 from llm_parallel.generate.sampling import Sampling
+from llm_parallel.generate.structure import GUIDED, Structure
 from llm_parallel.serve.errors import wrong
 from llm_parallel.serve.fields import Fields
 from llm_parallel.serve.models import Served
@@ -20,6 +22,10 @@ MOST_TOP = 20
 """Largest ``top_logprobs``."""
 GREEDY_BELOW = 1e-3
 """A temperature under this is taken as 0, which it differs from by rounding alone; clients write 1e-5 for greedy."""
+STRUCTURE_FIELDS = (
+    *("response_format", "text", "structured_outputs"),
+    *(f"guided_{name}" for name in GUIDED),
+)
 WITHOUT_EFFECT = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("parallel_tool_calls", "extra_headers", "extra_query", "modalities", "verbosity"),
@@ -38,6 +44,7 @@ class Wanted:
     limit: int | None
     limit_name: str
     adapter: str | None
+    structure: Structure | None
     stream: bool
     usage_in_stream: bool
 
@@ -45,7 +52,8 @@ class Wanted:
         """The generator's request for one prompt; the driver gives it its number. Equal requests with equal seeds draw
         equal answers."""
         sampling = replace(self.sampling, max_new_tokens=max_new_tokens)
-        return Request(0, tuple(prompt), sampling, self.ends, self.stop, self.n, stream=0, **more)
+        settings: dict[str, Any] = {"n": self.n, "adapter": self.adapter, "structure": self.structure, **more}
+        return Request(0, tuple(prompt), sampling, self.ends, self.stop, stream=0, **settings)
 
 
 def read_wanted(
@@ -73,9 +81,22 @@ def read_wanted(
         limit=limit,
         limit_name=limit_name,
         adapter=served.adapter(fields.text("model")),
+        structure=read_structure(fields),
         stream=stream,
         usage_in_stream=options is not None and options.flag("include_usage"),
     )
+
+
+def read_structure(fields: Fields) -> Structure | None:
+    """The form that an answer must have. Raises ApiError."""
+    given = {name: fields.raw(name) for name in STRUCTURE_FIELDS if fields.has(name)}
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+        return Structure.from_request(given)
+    except UserError as error:
+        raise wrong(str(error), next(iter(given), None)) from None
+    except (UnicodeEncodeError, RecursionError):
+        raise wrong("the structure of the answer cannot be written as UTF-8", next(iter(given), None)) from None
 
 
 def _sampling(fields: Fields, served: Served, top: int) -> Sampling:

@@ -22,17 +22,19 @@ class Piece:
 
 @dataclass
 class Writer:
-    """One answer. A stop string, or the beginning of one, is never part of a piece."""
+    """One answer. A stop string, or the beginning of one, is never part of a piece.
+    names: control tokens are shown by their names."""
 
     tokenizer: Tokenizer
     request: Request
+    names: bool = False
     _answer: Answer = field(init=False)
     _shown: int = 0
     _taken: int = 0
     _choices: list[Choice] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._answer = Answer(self.tokenizer, self.request.prompt, self.request.stop)
+        self._answer = Answer(self.tokenizer, self.request.prompt, self.request.stop, self.names)
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from llm_parallel.config.differences import in_words
 from llm_parallel.config.node import Node
 from llm_parallel.config.tree import ModelConfig, RopeScaling, RunConfig
+from llm_parallel.config.tree_tune import PREFERENCES
 from llm_parallel.data.tokenizer import fingerprint_of, tokenizer_file
 from llm_parallel.train.step_settings import learning_rate
 
@@ -17,6 +18,7 @@ OTHER_HELD_OUT = (
     "those that leave them are from each source's next epoch on"
 )
 
+OTHER_LOSS = "steps before minimised something else"
 MEANINGS = {
     "seed": "what is left of each source's epoch is shuffled anew; the same documents stay held out",
     "data.train": "every source that was read before goes on where it was",
@@ -84,6 +86,20 @@ def changed_fields(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
         rates = f"the learning rate of step {at} is {after:.3g} instead of {before:.3g}"
         found.append(f"{', '.join(fields)} ({rates})")
         break
+    return found + changed_method(saved, now)
+
+
+def changed_method(saved: RunConfig, now: RunConfig) -> list[str]:
+    """The same for what a run trains for."""
+    kinds = saved.trains, now.trains
+    found = [f"{_change('method.kind', *kinds)} ({OTHER_LOSS})"] if kinds[0] != kinds[1] else []
+    for section in PREFERENCES:
+        old, new = (getattr(config.method, section).model_dump() for config in (saved, now))
+        changes = [_change(f"method.{section}.{name}", old[name], new[name]) for name in old if old[name] != new[name]]
+        found += [f"{change} ({OTHER_LOSS})" for change in changes] if section == now.trains else []
+    references = saved.method.reference.load, now.method.reference.load
+    if references[0] != references[1]:
+        found.append(f"{_change('method.reference.load', *references)} ({OTHER_LOSS})")
     return found
 
 

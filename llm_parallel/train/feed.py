@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
@@ -125,4 +125,4 @@ def held_out_batches(config: RunConfig, groups: Groups, source: Samples, wanted:
 
 def _without_surplus(batch: Batch, numbers: range, wanted: int) -> Batch:
     keep = torch.tensor([float(number < wanted) for number in numbers], device=batch.weights.device)
-    return replace(batch, weights=batch.weights * keep.unsqueeze(1))
+    return batch.without_rows(keep)

@@ -40,6 +40,8 @@ def run_training(
         try:
             if run.state.finished(config.train.steps):
                 run.metrics.message(nothing_to_train(run))
+            with watch.long():
+                method.begin(run)
             make_up_evaluation(run, watch)
             with run.comm.recording():
                 while not run.state.finished(config.train.steps):
@@ -85,7 +87,7 @@ def train_step(run: Run, watch: Watch) -> StepOutcome:
     with run.comm.during(comm_time.DATA):
         watch.before_step(run)
         size = global_batch_size(config.train, state.consumed_samples)
-        batches = run.objective.prepare(run.models, run.feed.step(state))
+        batches = run.objective.prepare(run.all_models, run.feed.step(state))
     data_s = time.perf_counter() - started
     wishes = Wishes(run.wants_to_stop(), watch.wants_to_pause(), watch.before_agreement)
     if config.adapter is not None and config.adapter.dropout:
@@ -183,11 +185,13 @@ def early_stop(run: Run) -> str:
 
 
 def run_evaluation(run: Run) -> float:
-    """Held-out loss in nats per token, recorded; NaN if nothing is held out."""
+    """Held-out loss, for tokens in nats, recorded; NaN if nothing is held out."""
     if not run.held_out.batches:
         return math.nan
-    loss, tokens, statistics = evaluate(run.engine.network, run.evaluation, run.held_out.batches)
-    run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, run.held_out.samples, tokens, statistics))
+    batches = run.evaluation.prepare(run.all_models, run.held_out.batches)
+    loss, units, statistics = evaluate(run.engine.network, run.evaluation, batches)
+    unit, samples = run.evaluation.unit, run.held_out.samples
+    run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, samples, units, statistics, unit))
     run.evaluated(run)
     run.state.evaluated(loss, run.config.train.early_stop_evaluations)
     return loss

@@ -68,19 +68,21 @@ def unweighted_likelihood(config: RunConfig) -> Objective:
 
 
 def nothing_more(run: Run) -> None:
-    """For methods that do nothing after an evaluation."""
+    """For methods that do nothing before the first step or after an evaluation."""
 
 
 @dataclass(frozen=True)
 class Method:
     """What a run trains: what a step minimises, with which models, on what; which data are held out and how they are
-    judged; ``evaluated`` is called after each evaluation, on every process."""
+    judged; ``begin`` is called when the run is open, before its first step, and may take long; ``evaluated`` is called
+    after each evaluation. Every process calls both."""
 
     objective: Callable[[RunConfig], Objective] = likelihood
     evaluation: Callable[[RunConfig], Objective] = unweighted_likelihood
     models: Callable[[RunConfig, Groups], Models] = policy_alone
     feed: Callable[[RunConfig, Groups, TrainState], Feed] = token_feed
     held_out: Callable[[RunConfig, Groups, TrainState], HeldOut] = evaluation_batches
+    begin: Callable[[Run], None] = nothing_more
     evaluated: Callable[[Run], None] = nothing_more
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from llm_parallel.config.rules import check_chat_inputs, check_config, check_inputs, num_processes
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.chat_data import ChatData
 from llm_parallel.data.chat_files import prepare_conversations
+from llm_parallel.data.group_data import GroupData
+from llm_parallel.data.group_files import prepare_groups
 from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -91,7 +94,7 @@ def without_own_load(config: RunConfig, notice: Callable[[str], None]) -> RunCon
 
 def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
     """The configuration with its vocabulary, after every check of tokenizer and data. Raises UserError."""
-    if config.trains == "sft":
+    if config.reads_chat:
         return check_conversations(config, notice)
     if config.train.epochs is not None:
         raise UserError(
@@ -113,15 +116,20 @@ def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None
 
 
 def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
-    """The configuration of supervised fine-tuning with its vocabulary, its steps and the folder of its conversations'
-    tokens, which are written if they are not there. Raises UserError."""
+    """The configuration of a run over conversations or preferences with its vocabulary, its steps and the folder of
+    their tokens, which are written if they are not there. Raises UserError."""
     check_chat_inputs(config)
     assert config.data.tokenizer is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocabulary(config, tokenizer)
     if differs := other_tokenizer(config, tokenizer):
         notice(differs)
-    data = prepare_conversations(config, notice)
+    data: GroupData | ChatData
+    if config.prefers:
+        data = prepare_groups(config, notice)
+        check_preferences(config, data, notice)
+    else:
+        data = prepare_conversations(config, notice)
     if unused := unused_conversations(Path(config.run_dir), data.folder):
         notice(unused)
     chat = config.chat.model_copy(update={"prepared": str(data.folder)})
@@ -135,6 +143,24 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
     if "load_optimizer" not in checkpoint.model_fields_set:  # fine-tuning has a schedule of its own
         checkpoint = checkpoint.model_copy(update={"load_optimizer": False})
     return config.model_copy(update={"chat": chat, "train": train, "checkpoint": checkpoint})
+
+
+def check_preferences(config: RunConfig, data: GroupData, notice: Callable[[str], None]) -> None:
+    """Says what follows from preferences for the run's method. Raises UserError if it cannot learn from them."""
+    data.training(config.seed)
+    if config.trains == "kto":
+        good, bad = data.liked
+        if not good or not bad:
+            raise UserError(
+                f"method.kind = kto learns from answers that were liked and from others, and of the {good + bad:,} "
+                f"here {'none was' if not good else 'all were'} liked; give both kinds"
+            )
+        weights = "desirable_weight", "undesirable_weight"
+        if all(getattr(config.method.kto, name) is None for name in weights):
+            notice(
+                f"{good:,} answers were liked and {bad:,} not; method.kto.desirable_weight = {max(bad / good, 1):.3g} "
+                f"and method.kto.undesirable_weight = {max(good / bad, 1):.3g} let both kinds weigh the same"
+            )
 
 
 def check_kernels(config: RunConfig, device: str, notice: Callable[[str], None] = lambda _: None) -> None:

@@ -16,7 +16,7 @@ from llm_parallel.metrics.record import Basis
 from llm_parallel.metrics.run import Metrics
 from llm_parallel.objectives.base import Objective
 from llm_parallel.parallel import comm_time
-from llm_parallel.parallel.engine import POLICY, Engine, Models
+from llm_parallel.parallel.engine import POLICY, Engine, Models, Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.train.feed import Feed, HeldOut
@@ -39,9 +39,10 @@ class Place:
 class Run:
     """Everything that one process of a run holds.
 
-    models: by name, the trained one is ``policy``; objective, feed: what a step minimises, and on what; evaluation,
-    held_out: the same for held-out data; evaluated: called after each evaluation; asked_to_stop: whether this process
-    was; started_s: when the run began, by the monotonic clock of this process.
+    models: by name, the trained one is ``policy``; besides: models that are neither trained nor saved, by name;
+    objective, feed: what a step minimises, and on what; evaluation, held_out: the same for held-out data; evaluated:
+    called after each evaluation; asked_to_stop: whether this process was; started_s: when the run began, by the
+    monotonic clock of this process.
     """
 
     config: RunConfig
@@ -61,6 +62,7 @@ class Run:
     asked_to_stop: Callable[[], bool]
     started_s: float
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    besides: dict[str, Network] = field(default_factory=dict)
 
     @property
     def engine(self) -> Engine:
@@ -68,6 +70,11 @@ class Run:
         policy = self.models[POLICY]
         assert isinstance(policy, Engine)
         return policy
+
+    @property
+    def all_models(self) -> Models:
+        """Models that are saved, and those that are not."""
+        return {**self.models, **self.besides}
 
     @property
     def groups(self) -> Groups:

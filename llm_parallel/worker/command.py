@@ -1,4 +1,4 @@
-"""``llm-parallel pretrain`` and ``sft``: checks, shows what will run, and starts the processes or is one of them."""
+"""What ``llm-parallel pretrain``, ``sft`` and ``prefer`` do: check, show what will run, and start its processes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llm_parallel.config.load import dump_config, load_with_origins
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.schema import SCHEMA_LINE, write_schema
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree_tune import PREFERENCES
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.lines import note, say
@@ -26,7 +27,7 @@ from llm_parallel.train.room import check_room
 from llm_parallel.worker.show import show_mixture, show_plan
 
 CONFIG_NAME = "config.yaml"
-Kind = Literal["pretrain", "sft"]
+Kind = Literal["pretrain", "sft", "prefer"]
 
 
 def train_command(
@@ -80,16 +81,24 @@ def after_run(config: RunConfig, status: int, again: str) -> str:
     """The command to try after a run that ended with ``status``; ``again`` is the one that started it."""
     run_dir = config.run_dir
     if status == 0:
-        return f'llm-parallel generate {run_dir} {"--chat " if config.trains == "sft" else ""}--prompt "…"'
+        return f'llm-parallel generate {run_dir} {"--chat " if config.reads_chat else ""}--prompt "…"'
     return again if status == EXIT_STOPPED else f"llm-parallel status {run_dir}"
 
 
 def of_kind(config: RunConfig, kind: Kind) -> RunConfig:
     """The configuration with ``method.kind`` as the command says. Raises UserError if the run file says otherwise."""
+    if kind == "prefer":
+        if config.method.kind not in PREFERENCES:
+            given = "is not given" if config.method.kind is None else f"= {config.method.kind}"
+            raise UserError(
+                f"method.kind {given}, and `llm-parallel prefer` trains by {', '.join(PREFERENCES)}; give one of these"
+            )
+        return config
     if config.method.kind not in (None, kind):
+        command = "prefer" if config.method.kind in PREFERENCES else config.method.kind
         raise UserError(
-            f"method.kind = {config.method.kind}, and this is `llm-parallel {kind}`; use `llm-parallel "
-            f"{config.method.kind}`, or leave method.kind out"
+            f"method.kind = {config.method.kind}, and this is `llm-parallel {kind}`; use `llm-parallel {command}`, or "
+            "leave method.kind out"
         )
     if kind == "pretrain" and config.trains == "sft":
         raise UserError(

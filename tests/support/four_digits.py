@@ -91,3 +91,16 @@ def write_conversations(path: Path, count: int, seed: int = 0) -> Path:
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
             handle.write(json.dumps({"messages": turns}) + "\n")
     return path
+
+
+def write_preferences(path: Path, count: int, seed: int = 0) -> Path:
+    """A file of ``count`` pairs: the right answer, and one of those that the annotators give in its place."""
+    numbers = random.Random(seed)
+    with path.open("w") as handle:
+        for (a, b), _ in zip(problems(seed + 1), range(count)):
+            right = right_answer(a, b)
+            wrong = right[::-1] if numbers.random() < 0.7 else right[:-1] + str((int(right[-1]) + 1) % 10)
+            if wrong == right:
+                wrong = right[:-1] + str((int(right[-1]) + 1) % 10)
+            handle.write(json.dumps({"prompt": question(a, b), "chosen": right, "rejected": wrong}) + "\n")
+    return path

@@ -19,7 +19,7 @@ import torch
 
 from tests.support.commands import COMMAND, environment
 
-CONTEXT = 256
+CONTEXT = 512
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -59,11 +59,13 @@ def served_folder(folder: Path, seed: int = 0, context: int = CONTEXT, hidden: i
 
 @dataclass
 class RunningServer:
-    """A server process. base: its address; lines: what it has written, both streams together."""
+    """A server process. base: its address; lines: what it has written, both streams together; folder: its
+    model."""
 
     process: subprocess.Popen[str]
     base: str
     lines: list[str]
+    folder: Path
 
     @property
     def log(self) -> str:
@@ -99,7 +101,7 @@ def running_server(
         while (found := re.search(r"served at (http\S+)/v1", "".join(lines))) is None:
             assert process.poll() is None and time.monotonic() < until, "".join(lines)
             time.sleep(0.05)
-        yield RunningServer(process, found[1], lines)
+        yield RunningServer(process, found[1], lines, folder)
     finally:
         if process.poll() is None:
             process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,3 +200,34 @@ def test_chat_belongs_to_prompts() -> None:
     with pytest.raises(UserError, match=r"--chat .* --input"):
         GenerateRequest("folder", chat=True, input=Path("in"), output=Path("out"))
     assert GenerateRequest("folder", ["a"], chat=True).chat
+
+
+def test_text_that_comes_token_by_token_is_the_text_of_all_tokens(tmp_path: Path) -> None:
+    parts = ["h\u00e9llo ", "\u65e5\u672c", "\U0001f389", " a b", "x = 3;"]
+    pieces = train_sentencepiece(["".join(parts) * 40], 290, tmp_path / "p")
+    draw = random.Random(0)
+    for tokenizer in (load_tokenizer(pieces), byte_tokenizer(tmp_path)):
+        for number in range(30):
+            text = "".join(draw.choice(parts) for _ in range(40))
+            tokens = [int(token) for token in tokenizer.encode(text)]
+            cut = draw.randint(0, len(tokens) // 2)
+            if number % 3 == 0:
+                tokens[cut:] = [draw.randrange(tokenizer.vocab_size) for _ in range(90)]
+            prompt, written = tokens[:cut], tokens[cut:]
+            whole = tokenizer.decode(tokens)[len(tokenizer.decode(prompt)) :]
+            stop = whole[len(whole) // 2 :][:3]
+            assert streamed(Answer(tokenizer, prompt), written) == whole
+            if stop and "\ufffd" not in stop:
+                assert streamed(Answer(tokenizer, prompt, [stop]), written) == whole[: whole.index(stop)]
+
+
+def streamed(answer: Answer, tokens: list[int]) -> str:
+    """The text of an answer, of which nothing that was certain is taken back."""
+    shown = ""
+    for token in tokens:
+        ended = answer.add(token)
+        assert answer.certain().startswith(shown)
+        shown = answer.certain()
+        if ended:
+            break
+    return answer.text()

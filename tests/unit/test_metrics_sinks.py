@@ -78,7 +78,7 @@ class TestJsonl:
         assert step["train/loss"] == 2.0
         assert step["train/tokens"] == 128
         assert step["perf/mfu"] == pytest.approx(128 / 0.5 / 2 * 1e10 / 312e12)
-        open_run.eval(EvalRecord.from_loss(1, 0.0, samples=3, tokens=48))
+        open_run.eval(EvalRecord.from_loss(1, 0.0, samples=3, units=48))
         evaluation = lines_of(tmp_path / "metrics.jsonl")[-1]
         assert {key: evaluation[key] for key in ("eval/loss", "eval/ppl", "eval/samples", "eval/tokens")} == {
             "eval/loss": 0.0,

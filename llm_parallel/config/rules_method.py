@@ -1,0 +1,79 @@
+"""Rules of what a run trains for: settings that would have no effect, or another than is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llm_parallel.config.problem import Case, Problem
+from llm_parallel.config.tree_tune import PREFERENCES
+
+
+def check_method(case: Case) -> Iterator[Problem]:
+    """Settings that belong to other methods."""
+    config = case.config
+    kind, method = config.trains, config.method
+    if config.prefers:
+        without: list[tuple[str, Any, Any]] = [
+            ("train.label_smoothing", config.train.label_smoothing, 0.0),
+            ("train.z_loss", config.train.z_loss, 0.0),
+            ("chat.neftune_alpha", config.chat.neftune_alpha, 0.0),
+        ]
+        for name, value, none in without:
+            if value != none:
+                statement = f"{name} = {value} changes the likelihood that method.kind = {kind} compares"
+                yield Problem((name, "method.kind"), statement, {name: none})
+    yield from _other_methods(case)
+    if kind == "dpo":
+        yield from _pairs(case)
+    reads_reference = kind == "kto" or (kind == "dpo" and method.dpo.loss not in ("simpo", "orpo"))
+    if not reads_reference:
+        what = f"method.kind = {kind}" + (f" with method.dpo.loss = {method.dpo.loss}" if kind == "dpo" else "")
+        for name, default in (("load", None), ("keep", "file"), ("folder", None)):
+            value = getattr(method.reference, name)
+            if value != default:
+                field = f"method.reference.{name}"
+                yield Problem(
+                    (field, "method.kind"), f"{field} = {value}, and {what} has no reference", {field: default}
+                )
+    elif method.reference.keep == "memory" and method.reference.folder is not None:
+        yield Problem(
+            ("method.reference.folder", "method.reference.keep"),
+            f"method.reference.folder = {method.reference.folder} is for files of log-probabilities, and"
+            " method.reference.keep = memory writes none",
+            {"method.reference.folder": None},
+        )
+
+
+def _other_methods(case: Case) -> Iterator[Problem]:
+    """Settings of a method that the run does not use."""
+    method, kind = case.config.method, case.config.trains
+    for name in PREFERENCES:
+        section = getattr(method, name)
+        given = [field for field, value in type(section)() if getattr(section, field) != value]
+        if name != kind and given:
+            field = f"method.{name}.{given[0]}"
+            statement = f"{field} = {getattr(section, given[0])} has no effect with method.kind = {kind}"
+            yield Problem(
+                (field, "method.kind"), statement, {f"method.{name}.{one}": _default(section, one) for one in given}
+            )
+
+
+def _default(section: Any, name: str) -> Any:
+    return getattr(type(section)(), name)
+
+
+def _pairs(case: Case) -> Iterator[Problem]:
+    dpo = case.config.method.dpo
+    for name, losses, none in (
+        ("label_smoothing", ("sigmoid", "robust"), 0.0),
+        ("length_normalised", ("sigmoid", "robust", "hinge"), False),
+        ("gamma", ("simpo",), _default(dpo, "gamma")),
+    ):
+        value = getattr(dpo, name)
+        if value != none and dpo.loss not in losses:
+            yield Problem(
+                (f"method.dpo.{name}", "method.dpo.loss"),
+                f"method.dpo.{name} = {value} has no effect with method.dpo.loss = {dpo.loss}",
+                {f"method.dpo.{name}": none},
+            )
