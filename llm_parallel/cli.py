@@ -116,13 +116,12 @@ def check(
     samples: Annotated[int, typer.Option(help="Samples to show, token by token.")] = 3,
     html: Annotated[str | None, typer.Option(help="File of an HTML page with the same.")] = None,
 ) -> None:
-    """Show the conversations of a run as the model will see them: what is trained, cut, packed, and where it stops."""
+    """Show conversations or preferences as the model will see them: what is trained, cut and packed, where it stops."""
     from llm_parallel.report.check import check_command
     from llm_parallel.screen import say_next
 
-    status = check_command(run_file, overrides or [], html, samples)
-    say_next(" ".join(["llm-parallel sft", run_file, *(overrides or []), "--dry-run"]))
-    raise typer.Exit(status)
+    trains = check_command(run_file, overrides or [], html, samples)
+    say_next(" ".join([f"llm-parallel {trains}", run_file, *(overrides or []), "--dry-run"]))
 
 
 # Train

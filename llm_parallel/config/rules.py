@@ -62,6 +62,15 @@ def check_model(config: RunConfig) -> None:
         raise UserError("\n".join(problem.statement for problem in problems))
 
 
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Checks the rules of the model and of how ``world_size`` processes divide it, without those of training. Raises
+    UserError."""
+    case = Case(config, world_size, "cpu")
+    problems = [problem for rule in LAYOUT_RULES for problem in rule(case)]
+    if problems:
+        raise UserError("\n".join(problem.message for problem in problems))
+
+
 def check_inputs(config: RunConfig) -> None:
     """Checks that the files of ``data`` and ``checkpoint.load`` are there.
 
@@ -381,6 +390,12 @@ MODEL_RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     rules_layout.check_heads,
     rules_layout.check_layer_options,
     rules_layout.check_rope,
+)
+LAYOUT_RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
+    *MODEL_RULES,
+    rules_layout.check_tensor_parallel,
+    rules_layout.check_pipeline,
+    rules_layout.check_processes,
 )
 RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     rules_layout.check_heads,

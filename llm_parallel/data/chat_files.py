@@ -22,7 +22,7 @@ from llm_parallel.data.chat_counts import Counts, described
 from llm_parallel.data.chat_data import REPORT, ChatData
 from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.chat_rows import encoded
-from llm_parallel.data.dataset_info import Opened, open_source
+from llm_parallel.data.dataset_info import PREFERRED, Opened, open_source
 from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
 from llm_parallel.data.template import DATE
@@ -59,12 +59,13 @@ def prepare_conversations(
     return data
 
 
-def opened_sources(chat: ChatConfig) -> list[Opened]:
-    """The files of all sources, those of training first. Raises UserError that names the field of one that is not."""
+def opened_sources(chat: ChatConfig, preferences: bool = False) -> list[Opened]:
+    """The files of all sources, of conversations or of ``preferences``, those of training first. Raises UserError that
+    names the field of one that is not."""
     opened = []
     for number, one in enumerate((*chat.train, *chat.eval)):
         with named_source(chat, number):
-            opened.append(open_source(one))
+            opened.append(open_source(one, preferences))
     return opened
 
 
@@ -85,6 +86,12 @@ def written_once(config: RunConfig, settings: dict[str, Any], write: Callable[[P
     return folder
 
 
+def _columns(source: Opened) -> dict[str, str | None]:
+    """Names of fields; those of preferences only where they are given, since conversations do not depend on them."""
+    named = source.columns.model_dump()
+    return {field: name for field, name in named.items() if name is not None or field not in PREFERRED}
+
+
 def _point_to_tokenizer(path: Path, tokenizer: str) -> None:
     """Writes where the tokenizer is into a report that says otherwise; one that cannot be read is refused later."""
     with suppress(OSError, ValueError):
@@ -100,7 +107,7 @@ def settings_of(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened
     return {
         "version": VERSION,
         "files": [[[path.name, _digest(path)] for path in source.files] for source in opened],
-        "sources": [[source.format, source.columns.model_dump(), dict(source.roles)] for source in opened],
+        "sources": [[source.format, _columns(source), dict(source.roles)] for source in opened],
         "paths": [
             source.path if source.dataset is None else f"{source.path}: {source.dataset}"
             for source in (*chat.train, *chat.eval)

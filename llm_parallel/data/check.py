@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from llm_parallel.data.chat_data import ChatData, ChatSamples
 from llm_parallel.data.chat_tokens import ChatTokenizer
+from llm_parallel.data.group_data import GroupSamples
 
 WINDOW = 6
 """Tokens before a token that are decoded with it, so that its leading blank and its part of a character are known."""
@@ -59,7 +60,7 @@ class Packing:
     fill: float
 
 
-def packing_of(samples: ChatSamples, seq_length: int, lengths: NDArray[np.int64]) -> Packing:
+def packing_of(samples: ChatSamples | GroupSamples, seq_length: int, lengths: NDArray[np.int64]) -> Packing:
     """How the conversations, of so many tokens, fill the samples of their first epoch."""
     plan = samples.packer.plan(0)
     per_sample = np.diff(plan.starts)

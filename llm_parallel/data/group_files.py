@@ -31,7 +31,7 @@ from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
 from llm_parallel.errors import UserError
 
-VERSION = 1
+VERSION = 2
 
 
 def prepare_groups(
@@ -50,7 +50,7 @@ def prepare_groups(
         raise UserError("data.tokenizer is not given; give the tokenizer of the model")
     encoder = open_encoder(config)
     with file_errors_explained(Path(config.run_dir) / "data", kept=""):
-        opened = opened_sources(chat)
+        opened = opened_sources(chat, preferences=True)
         settings = {**settings_of(config, encoder, opened), "method": config.trains, "groups": VERSION}
         folder = written_once(
             config, settings, lambda making: _write(making, config, encoder, opened, settings, workers)
@@ -58,6 +58,12 @@ def prepare_groups(
     data = GroupData.open(folder)
     for text in (*(text for source in opened for text in source.notices), *described_groups(data.report)):
         notice(text)
+    if data.method == "kto" and 0 in data.liked:
+        kind, other = ("liked", "not liked") if data.liked[0] else ("not liked", "liked")
+        notice(
+            f"all {sum(data.liked):,} answers to train on are {kind}, and kto compares both kinds; add answers that "
+            f"were {other}"
+        )
     return data
 
 

@@ -15,7 +15,8 @@ from llm_parallel.data.chat_counts import Counts, some
 from llm_parallel.data.chat_rows import refuse_stop
 from llm_parallel.data.dataset_info import Opened
 from llm_parallel.data.formats import BadRecord, Conversation
-from llm_parallel.data.groups import FORMS, Group, PairReader
+from llm_parallel.data.groups import FORMS, Group
+from llm_parallel.data.preference import PreferenceReader
 from llm_parallel.data.readers import Row
 from llm_parallel.data.template import Refused
 from llm_parallel.errors import UserError
@@ -63,7 +64,8 @@ class GroupBlock:
 
 def encode_groups(source: Opened, config: RunConfig, encoder: ChatEncoder, block: Sequence[tuple[int, Row]]) -> Any:
     """Encodes some records as the run's method needs them. Raises UserError on one that the template refuses."""
-    reader, found, form = PairReader(), GroupBlock(), FORMS[config.trains]
+    reader = PreferenceReader(source.format, source.columns, source.roles)
+    found, form = GroupBlock(), FORMS[config.trains]
     counts = found.counts
     assert isinstance(counts, GroupCounts)
     for number, row in block:

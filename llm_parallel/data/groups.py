@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm_parallel.data.formats import BadRecord, Conversation, Reader
+from llm_parallel.data.formats import BadRecord, Conversation
 
 GOOD, BAD = 1.0, 0.0
 """Scores of answers that were chosen or liked, and of those that were not."""
@@ -48,37 +48,6 @@ class Group:
         for answer in self.answers:
             trained = [float(message["role"] == "assistant") for message in answer.messages]
             yield Conversation([*self.prompt, *answer.messages], [0.0] * len(self.prompt) + trained, self.tools)
-
-
-class PairReader:
-    """Reads records with a prompt, a chosen and a rejected answer, each a text or a list of messages. Without a prompt,
-    it is what the two lists begin with alike."""
-
-    def __init__(self) -> None:
-        self._turns = Reader()
-        self.found: dict[str, int] = {}
-
-    def read(self, record: Any) -> Group:
-        """The group of a record; ``found`` counts the records of each form. Raises BadRecord."""
-        if not isinstance(record, Mapping):
-            raise BadRecord("is no record with named fields")
-        missing = [name for name in ("chosen", "rejected") if record.get(name) is None]
-        if missing:
-            raise BadRecord(f"has no field {missing[0]!r}; its fields are {', '.join(map(repr, record))}")
-        prompt = self._messages(record["prompt"], "user") if record.get("prompt") is not None else ()
-        answers = [self._messages(record[name], "assistant") for name in ("chosen", "rejected")]
-        if not prompt:
-            alike = common_messages(*answers)
-            prompt, answers = answers[0][:alike], [answer[alike:] for answer in answers]
-        group = Group(prompt, tuple(Answer(text, score) for text, score in zip(answers, (GOOD, BAD))))
-        check_group(group)
-        self.found["preference"] = self.found.get("preference", 0) + 1
-        return group
-
-    def _messages(self, value: Any, role: str) -> Messages:
-        if isinstance(value, str):
-            return ({"role": role, "content": value},)
-        return tuple(self._turns.turns(value))
 
 
 def common_messages(one: Sequence[Any], other: Sequence[Any]) -> int:

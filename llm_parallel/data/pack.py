@@ -172,7 +172,7 @@ class Packer:
                 self._ends = [len(self.plan(0))]
             return self._ends[0] * (epoch + 1)
         while len(self._ends) <= epoch:
-            taken = self._copies(len(self._ends))
+            taken = self.copies(len(self._ends))
             if self._together:
                 counts = np.bincount(self._lengths, weights=taken, minlength=self._size + 1)
                 samples = len(best_fit(np.rint(counts).astype(np.int64), self._size)[1])
@@ -181,7 +181,7 @@ class Packer:
             self._ends.append(samples + (self._ends[-1] if self._ends else 0))
         return self._ends[epoch]
 
-    def _copies(self, epoch: int) -> NDArray[np.int64]:
+    def copies(self, epoch: int) -> NDArray[np.int64]:
         """How often each conversation is in an epoch."""
         if self._phase is None:
             return np.maximum(np.rint(self._per_epoch), 1).astype(np.int64)
@@ -199,7 +199,7 @@ class Packer:
         return found
 
     def _made(self, epoch: int) -> Plan:
-        items = np.repeat(np.arange(len(self._lengths)), self._copies(epoch))
+        items = np.repeat(np.arange(len(self._lengths)), self.copies(epoch))
         if self._shuffled:
             items = items[shuffled(len(items), derive_key(self._seed, epoch, ORDER))]
         if not self._together:

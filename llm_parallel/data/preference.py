@@ -123,7 +123,12 @@ class PreferenceReader:
         transcripts = all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in texts)
         answers = [_transcript(text) if transcripts else self._answer(text) for text in texts]
         shown = "transcripts" if transcripts else "preference"
-        if all(answer and answer[0]["role"] == "assistant" for answer in answers):
+        if not all(any(message["role"] == "assistant" for message in answer) for answer in answers):
+            raise BadRecord("has an answer without a turn of the assistant")
+        whole = [answer[0]["role"] != "assistant" for answer in answers]
+        if any(whole) != all(whole):
+            raise BadRecord("has one answer that is a whole conversation, and one that begins with the assistant")
+        if not any(whole):
             if not asked:
                 raise BadRecord("has two answers and no prompt; give the question in 'prompt'")
             return ("sharegpt preference" if self._asked_by_turns(record) else shown), asked, answers, tools

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
+from llm_parallel.generate.adapters import AdapterBank
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.draw import NO_TOKEN, Choice, Draw, choose_tokens
 from llm_parallel.generate.extras import Extras
@@ -91,6 +92,7 @@ class Generator:
 
     tokenizer: needed for requests with ``stop`` or ``structure``; on_token: called with the number and sample of an
     answer and its next choice.
+    bank: the adapters that requests may name.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Generator:
         options: GeneratorOptions | None = None,
         tokenizer: Tokenizer | None = None,
         on_token: Callable[[int, int, Choice], None] | None = None,
+        bank: AdapterBank | None = None,
     ) -> None:
         options = options or GeneratorOptions()
         self._model, network = model, network_of(model)
@@ -106,6 +109,7 @@ class Generator:
         self.model_config = self._models[0].model_config
         self._tokenizer, self.on_token = tokenizer, on_token
         self._structures: Structures | None = None
+        self._bank = bank
         self._texts: weakref.WeakKeyDictionary[Draft, Answer] = weakref.WeakKeyDictionary()
         self._deterministic = self._models[0].config.kernels.deterministic
         self._pp, self._device = self.groups.mesh.pp, self.groups.platform.device
@@ -139,7 +143,7 @@ class Generator:
             self._model.parameters_up_to_date()
         self.scheduler.start_over()
         with torch.inference_mode():
-            self._chunks = [PlainChunk(model, caches) for model, caches in zip(self._models, self._caches)]
+            self._chunks = [PlainChunk(model, caches, self._bank) for model, caches in zip(self._models, self._caches)]
         self.is_stale = False
 
     def submit(self, request: Request) -> None:
@@ -153,6 +157,8 @@ class Generator:
         assert vocabulary is not None
         cache_tokens = self.limits.num_pages * self.limits.page_tokens
         check_fits(request, self.model_config.max_seq_length_tokens, cache_tokens, vocabulary)
+        if request.adapter is not None and (self._bank is None or request.adapter not in self._bank.names):
+            raise UserError(f"adapter of prompt {request.number} is {request.adapter!r}, which is not loaded")
         if request.stop and self._tokenizer is None:
             raise UserError(f"stop of prompt {request.number} is given, and the model has no tokenizer to find it with")
         return request if request.structure is None else self._with_structure(request, vocabulary)
@@ -224,6 +230,8 @@ class Generator:
             shape = len(running.info.tokens), self.model_config.hidden_size
             hidden = torch.empty(shape, dtype=chunk.model.numerics.dtype, device=self._device)
             dist.recv(hidden, group=pipeline, group_src=(at - 1) % self._pp)
+        if self._bank is not None:
+            self._bank.select(running.parts, self._device)
         out = chunk(hidden, running.info)
         if chunk.is_last:
             self._choose(running, chunk, out)

@@ -21,6 +21,7 @@ from torch import Tensor
 from llm_kernels.rms_norm.op import rms_norm
 from llm_kernels.swiglu.op import swiglu
 from llm_parallel.generate import deterministic
+from llm_parallel.generate.adapters import AdapterBank, beside
 from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass, attend
 from llm_parallel.generate.paging import Paging
 from llm_parallel.model.deterministic import gated
@@ -130,7 +131,7 @@ def rotate(x: Tensor, info: Pass) -> Tensor:
 class AttentionLayer:
     """Projection, norms of queries and keys, rotation, cache, attention, output projection: [T, H] → [T, H]."""
 
-    def __init__(self, module: Any, cache: LayerCache) -> None:
+    def __init__(self, module: Any, cache: LayerCache, bank: AdapterBank | None = None) -> None:
         core, config = module.core_attention, module.config
         self.cache = cache
         self.group = module.pg_collection.tp
@@ -139,7 +140,8 @@ class AttentionLayer:
         # With more ranks than groups, each group's heads are divided over several ranks, all of which hold its keys.
         self.sharing = max(self.tp // config.num_query_groups, 1)
         self.groups = max(config.num_query_groups // self.tp, 1)
-        self.project, self.output = column(module.linear_qkv), row(module.linear_proj, self.group)
+        self.project = beside(bank, column(module.linear_qkv), module.linear_qkv)
+        self.output = beside(bank, row(module.linear_proj, self.group), module.linear_proj, self.group)
         self.norm_q, self.norm_k = heads_norm(module.q_layernorm), heads_norm(module.k_layernorm)
         self.rotates = core.rotates
         self.attend = deterministic.attend if config.kernels.deterministic else attend
@@ -186,10 +188,11 @@ class AttentionLayer:
 class Layer:
     """One layer on the residual stream [T, H]."""
 
-    def __init__(self, module: Any, cache: LayerCache) -> None:
-        self.attention = AttentionLayer(module.self_attention, cache)
+    def __init__(self, module: Any, cache: LayerCache, bank: AdapterBank | None = None) -> None:
+        self.attention = AttentionLayer(module.self_attention, cache, bank)
         group = module.self_attention.pg_collection.tp
-        self.up, self.down = column(module.mlp.linear_fc1), row(module.mlp.linear_fc2, group)
+        up, down = module.mlp.linear_fc1, module.mlp.linear_fc2
+        self.up, self.down = beside(bank, column(up), up), beside(bank, row(down, group), down, group)
         self.norms_outputs = isinstance(module, OutputNormLayer)
         if self.norms_outputs:
             norms = module.attention_output_layernorm, module.mlp_output_layernorm
@@ -219,10 +222,10 @@ class PlainChunk:
     """One model chunk. Adapters are looked up once too: make it anew when they have changed. Call it within
     ``torch.inference_mode``."""
 
-    def __init__(self, model: LlamaModel, caches: Sequence[LayerCache]) -> None:
+    def __init__(self, model: LlamaModel, caches: Sequence[LayerCache], bank: AdapterBank | None = None) -> None:
         self.model = model
         self.group = model.groups.collection.tp
-        self.layers = [Layer(layer, cache) for layer, cache in zip(model.decoder.layers, caches)]
+        self.layers = [Layer(layer, cache, bank) for layer, cache in zip(model.decoder.layers, caches)]
         self.is_first, self.is_last = model.pre_process, model.post_process
         self.paging = Paging.of(model)
         if self.is_first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from llm_parallel.checkpoint.base import load_adapters, load_base, path_of_base
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import content_of, load_weights
 from llm_parallel.checkpoint.run_file import read_config
-from llm_parallel.config.rules import check_model
+from llm_parallel.config.rules import check_layout, check_model
 from llm_parallel.config.tree import DataConfig, KernelsConfig, ParallelConfig, RunConfig
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
+from llm_parallel.generate.adapters import AdapterBank, load_bank, settings_of
 from llm_parallel.generate.deterministic import deterministic_notice
 from llm_parallel.lines import note
 from llm_parallel.model.gpt import LlamaModel, build_policy
@@ -35,6 +37,7 @@ class Loaded:
     config: RunConfig
     network: Network
     tokenizer: Tokenizer | None
+    bank: AdapterBank | None = None
 
     @property
     def models(self) -> list[LlamaModel]:
@@ -74,13 +77,35 @@ def _describe_peft(path: str | Path) -> RunConfig:
     return config.model_copy(update={"adapter": peft.settings, "data": data})
 
 
+@dataclass(frozen=True)
+class Member:
+    """Which of the processes this is that hold the model together, and how they divide it."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009  (frozen)
+
+
 def load_model(
-    path: str | Path, device: str = "auto", precision: str | None = None, *, deterministic: bool = False
+    path: str | Path,
+    device: str = "auto",
+    precision: str | None = None,
+    *,
+    deterministic: bool = False,
+    member: Member | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> Loaded:
-    """Loads the model in ``path`` into this one process. ``precision``: fp32 or bf16; the saved one if not given.
-    ``deterministic``: as ``kernels.deterministic`` of a run file; raises UserError where it cannot be had, and says
-    what it costs."""
-    config = describe_folder(path)
+    """Loads the model in ``path`` into this process, or this process's part of it. ``precision``: fp32 or bf16; the
+    saved one if not given. ``deterministic``: as ``kernels.deterministic`` of a run file; raises UserError where it
+    cannot be had, and says what it costs. ``adapters``: PEFT folders or checkpoints of adapters on the model, by the
+    names under which requests choose them."""
+    config, member = describe_folder(path), member or Member()
+    if adapters:
+        if config.adapter is not None:
+            raise UserError(f"{path} is an adapter, and others are given too; give the model under it")
+        first = settings_of(next(iter(adapters.values())))
+        config = config.model_copy(update={"adapter": first.model_copy(update={"base": "full"})})
     train = config.train.model_copy(update={"precision": precision or config.train.precision})
     data = DataConfig(tokenizer=config.data.tokenizer, seq_length_tokens=config.data.seq_length_tokens)
     kept: dict[str, Any] = {"model": config.model, "adapter": config.adapter, "chat": config.chat}
@@ -88,19 +113,28 @@ def load_model(
         kept["kernels"] = KernelsConfig(deterministic=True)
         note(deterministic_notice(config.model, resolve_device(device)))
     config = RunConfig(device=device, seed=config.seed, data=data, train=train, **kept)
-    config = config.model_copy(update={"parallel": ParallelConfig(sequence_parallel=False)})
-    groups = open_groups(Layout.from_config(config, 1), 0, open_platform(device), config.seed)
+    parallel = member.parallel.model_copy(update={"sequence_parallel": False, "overlap": False})
+    config = config.model_copy(update={"parallel": parallel})
+    platform = open_platform(device, member.local_rank)
+    if member.world_size > 1:
+        check_layout(config, member.world_size)
+    layout = Layout.from_config(config, member.world_size)
+    groups = open_groups(layout, member.rank, platform, config.seed)
     try:
-        return _loaded(path, config, groups)
+        return _loaded(path, config, groups, adapters)
     except BaseException:
         close_groups()  # the next model of this process can be opened
         raise
 
 
-def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
+def _loaded(path: str | Path, config: RunConfig, groups: Groups, adapters: Mapping[str, str] | None) -> Loaded:
     network = build_policy(config, groups)
     said: list[str] = []
-    if is_hf_folder(path):
+    bank = None
+    if adapters:
+        said = load_base(path, network)
+        bank = load_bank(adapters, network, config.seed)
+    elif is_hf_folder(path):
         said = load_hf_weights(path, network.models)
     elif is_peft_folder(path):
         said = load_base(PeftFolder(path).base_path(), network)
@@ -110,7 +144,8 @@ def _loaded(path: str | Path, config: RunConfig, groups: Groups) -> Loaded:
         if network.base is not None:
             said = load_base(path_of_base(folder, content_of(folder)), network)
         load_weights(folder, network)
-    for sentence in said:
-        note(sentence)
+    if groups.is_first_rank:
+        for sentence in said:
+            note(sentence)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    return Loaded(config, network, tokenizer)
+    return Loaded(config, network, tokenizer, bank)

@@ -104,9 +104,12 @@ class History:
         """The numbers that a run's objective and evaluations recorded beside loss, rates and memory: columns by figure.
 
         Numbers of one kind share a figure: ``train/loss/alpaca`` and ``train/loss/code`` are in "loss", and a number
-        has one figure for training (``train/…``) and evaluation (``eval/…``).
+        has one figure for training (``train/…``) and evaluation (``eval/…``). The count of tokens only grows and has
+        none.
         """
-        names = _numbers_of(self.steps, "train/", STEP_NAMES) | _numbers_of(self.evals, "eval/", EVAL_NAMES)
+        names = _numbers_of(self.steps, "train/", {**STEP_NAMES, "train/num_tokens": ""}) | _numbers_of(
+            self.evals, "eval/", EVAL_NAMES
+        )
         figures: dict[str, list[str]] = {}
         for name in names:
             bare = name.partition("/")[2]

@@ -178,6 +178,7 @@ STEP_NAMES = {
     "train/loss": "loss",
     "train/grad_norm": "grad_norm",
     "train/lr": "lr",
+    "train/learning_rate": "lr",
     "train/tokens": "consumed_tokens",
     "train/samples": "consumed_samples",
     "train/global_batch_size": "global_batch_size",

@@ -15,6 +15,12 @@ _CONSTANT = ("lr", "memory")
 """Kinds that are left out where they are as in the line before; they stand last, so that nothing moves."""
 
 
+_LEFT_OUT = ("num_tokens",)
+"""Statistics that only grow; metrics.jsonl has them."""
+_SHORTER = {"mean_token_accuracy": "accuracy"}
+"""Names of statistics in the line, where they are other ones."""
+
+
 @dataclass(frozen=True)
 class Field:
     """One number of a line with the text around it."""
@@ -71,7 +77,8 @@ def fields(record: StepRecord, total_steps: int, unit: str) -> list[Field]:
     if record.skipped:
         found.append(Field("skipped", "SKIPPED"))
     found.append(Field("loss", f"{record.loss:.4f}", "loss "))
-    found += [Field("statistics", f"{value:.4g}", f"{name} ") for name, value in record.statistics.items()]
+    shown = {name: value for name, value in record.statistics.items() if name not in _LEFT_OUT}
+    found += [Field("statistics", f"{value:.4g}", f"{_SHORTER.get(name, name)} ") for name, value in shown.items()]
     found += [
         Field("grad", f"{record.grad_norm:.3f}", "grad norm "),
         Field("tokens", f"{record.tokens_per_s_per_gpu:,.0f}", after=f" tokens/s/{unit}"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from llm_parallel.model.layer_spec import block_spec
 from llm_parallel.model.mcore_config import padded_vocab_size, transformer_config
 from llm_parallel.model.noise import add_embedding_noise
 from llm_parallel.model.numerics import Numerics
+from llm_parallel.model.observe import Seen, observe
 from llm_parallel.model.sequence import Angles, sequence_info
 from llm_parallel.parallel.engine import FrozenBase, Network
 from llm_parallel.parallel.groups import Groups
@@ -104,13 +105,15 @@ class LlamaModel(LanguageModule):
         weights: Tensor | None = None,
         loss_options: Mapping[str, float] = NO_OPTIONS,
         numbers: Tensor | None = None,
+        seen: Seen | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens, labels: int64 [B, S] of this process's part of each sample (zigzag under context parallelism).
 
         Last stage: fp32 losses [B, S] if labels are given, else this process's columns of the logits [B, S, V/tp]. With
         ``kernels.output_loss: fused`` and weights fp32 [B, S]: (sum of weighted losses, losses without gradient).
         ``loss_options``: keyword arguments of the loss operator, such as label_smoothing. Other stages: hidden states
-        for the next one. ``numbers``: int64 [B] of the samples, which noise on the embeddings depends on.
+        for the next one. ``numbers``: int64 [B] of the samples, which noise on the embeddings depends on. ``seen`` is
+        filled in by the last stage if labels are given.
         """
         mesh = self.groups.mesh
         ranges = mesh.token_ranges(tokens.shape[1] * mesh.cp, self.groups.at.cp)
@@ -127,9 +130,16 @@ class LlamaModel(LanguageModule):
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         if labels is not None and self.numerics.kernels.output_loss != "separate":
+            if self.config.sequence_parallel:
+                # The loss sums the gradient over the group, so every process takes its tokens' part of it.
+                hidden_SBH = gather_from_sequence_parallel_region(
+                    hidden_SBH, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+                )
+            self._look(seen, lambda rows: hidden_SBH.flatten(0, 1)[rows] @ weight.t(), labels)
             return self._projection_and_loss(hidden_SBH, weight, labels, weights, loss_options)
         logits_SBV, _bias = self.output_layer(hidden_SBH, weight=weight)
         if labels is not None:
+            self._look(seen, lambda rows: logits_SBV.flatten(0, 1)[rows], labels)
             return self._loss(logits_SBV, labels, loss_options)
         cap = self.model_config.output_softcap
         return (cap * torch.tanh(logits_SBV / cap) if cap else logits_SBV).transpose(0, 1).contiguous()
@@ -145,6 +155,22 @@ class LlamaModel(LanguageModule):
             positions = positions.chunk(mesh.tp)[self.groups.at.tp]
         return add_embedding_noise(embedded_SBH, alpha, self.seed, numbers, positions, tokens.shape[1] * mesh.cp)
 
+    def _look(self, seen: Seen | None, logits_of: Callable[[slice], Tensor], labels: Tensor) -> None:
+        """Fills in what is wanted beside the loss; ``logits_of`` gives those of some of the S·B positions."""
+        if seen is None:
+            return
+        group = self.pg_collection.tp if self.groups.mesh.tp > 1 else None
+        with torch.no_grad():
+            found = observe(
+                logits_of,
+                labels.t(),
+                self.vocab_size // self.groups.mesh.tp,
+                self.num_valid_tokens,
+                self.model_config.output_softcap,
+                group,
+            )
+        seen.hits, seen.entropies = found.hits, found.entropies
+
     def _projection_and_loss(
         self,
         hidden_SBH: Tensor,
@@ -153,13 +179,8 @@ class LlamaModel(LanguageModule):
         weights: Tensor | None,
         loss_options: Mapping[str, float],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Output projection and loss in one operator, which never holds all logits."""
+        """Output projection and loss in one operator, which never holds all logits; hidden_SBH has all tokens."""
         group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            # The loss sums the gradient over the group, so every process takes its tokens' part of it.
-            hidden_SBH = gather_from_sequence_parallel_region(
-                hidden_SBH, tensor_parallel_output_grad=False, group=group
-            )
         options: dict[str, Any] = {
             **loss_options,
             "softcap": self.model_config.output_softcap,

@@ -1,9 +1,9 @@
-"""``llm-parallel check``: the conversations of a run as its model will see them, as text and as a page."""
+"""``llm-parallel check``: conversations or preferences as the model of a run will see them, as text and as a page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,13 @@ from llm_parallel.data.chat_counts import some
 from llm_parallel.data.chat_data import ChatData
 from llm_parallel.data.chat_files import prepare_conversations
 from llm_parallel.data.check import Packing, Piece, Row, histogram, packing_of, quantiles, rows_of
+from llm_parallel.data.group_data import GroupData
+from llm_parallel.data.group_files import prepare_groups
+from llm_parallel.data.group_rows import UNITS
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.lines import say
+from llm_parallel.report.check_groups import ShownGroup, groups_of, show_groups
 from llm_parallel.screen import show as tell
 from llm_parallel.train.inherit import inherited
 
@@ -40,6 +44,14 @@ class Checked:
     packing: Packing
     held_out: int
     rows: list[Row]
+    head: Sequence[str]
+    noun: str = "conversation"
+    groups: list[ShownGroup] = field(default_factory=list)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is about preferences."""
+        return self.noun != "conversation"
 
     @property
     def facts(self) -> list[tuple[str, str, str]]:
@@ -51,23 +63,25 @@ class Checked:
         stops = [f"{tokenizer.name_of(n) or ''} {n}".strip() for n in self.data.stops]
         each = packing.conversations / max(packing.samples, 1)
         return [
-            ("conversations", f"{packing.conversations:,}", f"in one epoch; {self.held_out:,} are held out"),
+            (f"{self.noun}s", f"{packing.conversations:,}", f"in one epoch; {self.held_out:,} are held out"),
             ("tokens", f"{total:,}", f"{trained / total:.1%} are trained"),
             ("samples of an epoch", f"{packing.samples:,}", f"of {report['seq_length']:,} tokens"),
-            ("filled", f"{packing.fill:.1%}", f"{each:.1f} conversations in a sample, at most {packing.most}"),
+            ("filled", f"{packing.fill:.1%}", f"{each:.1f} {self.noun}s in a sample, at most {packing.most}"),
             ("stops", ", ".join(stops), "the first of them ends the answers here"),
         ]
 
 
-def check_command(run_file: str, overrides: Sequence[str], html: str | None, samples: int) -> int:
-    """Prepares the conversations of a run file, prints what the model will see of them, and writes it as a page if
-    ``html`` names a file. Raises UserError."""
+def check_command(run_file: str, overrides: Sequence[str], html: str | None, samples: int) -> str:
+    """Prepares the conversations or preferences of a run file, prints what the model will see of them, and writes it as
+    a page if ``html`` names a file. Returns the command that trains on them. Raises UserError."""
     if samples < 0:
         raise UserError(f"--samples is {samples}; give 0 or more")
     notices: list[str] = []
     config = inherited(load_config(run_file, overrides, notice=notices.append), notices.append)
-    data = prepare_conversations(config, notices.append)
-    checked = checked_data(data, config.seed, samples, notices)
+    if config.prefers:
+        checked = checked_groups(prepare_groups(config, notices.append), config.seed, samples, notices)
+    else:
+        checked = checked_data(prepare_conversations(config, notices.append), config.seed, samples, notices)
     show(checked, Console())
     if html is not None:
         try:
@@ -76,7 +90,7 @@ def check_command(run_file: str, overrides: Sequence[str], html: str | None, sam
         except OSError as error:
             raise UserError(f"--html {html} cannot be written: {error.strerror or error}") from None
         say(f"wrote {html}")
-    return 0
+    return "prefer" if config.prefers else "sft"
 
 
 def checked_data(data: ChatData, seed: int, samples: int, notices: list[str]) -> Checked:
@@ -92,18 +106,41 @@ def checked_data(data: ChatData, seed: int, samples: int, notices: list[str]) ->
         packing_of(training, data.report["seq_length"], lengths[data.numbers("train")]),
         len(data.numbers("eval")),
         list(rows_of(data, seed, samples)),
+        HEAD,
+    )
+
+
+def checked_groups(data: GroupData, seed: int, samples: int, notices: list[str]) -> Checked:
+    """The same about prepared preferences."""
+    lengths = data.chat.tokens.document_lengths.astype(np.int64)
+    by_group = np.add.reduceat(lengths - 1, data.firsts[:-1]) + 1
+    return Checked(
+        data.chat,
+        notices,
+        list(_sources(data.chat, GROUP_COUNTS)),
+        quantiles(lengths),
+        histogram(lengths, data.report["seq_length"] + 1),
+        packing_of(data.training(seed), data.report["seq_length"], by_group[data.numbers("train")]),
+        len(data.numbers("eval")),
+        [],
+        ("source", "weight", "records", f"{UNITS[data.method]}s", *GROUP_HEAD),
+        UNITS[data.method],
+        list(groups_of(data, seed, samples)),
     )
 
 
 HEAD = ("source", "weight", "records", "kept", "no conversation", "nothing trained", "too long", "turns cut",
         "answers cut", "tokens", "trained")  # fmt: skip
+COUNTS = ("records", "kept", "unreadable", "nothing_trained", "too_long", "turns_cut", "answers_cut", "tokens",
+          "trained")  # fmt: skip
+GROUP_HEAD = ("no preference", "none better", "too long", "turns cut", "tokens", "trained")
+GROUP_COUNTS = ("records", "groups", "unreadable", "uncompared", "too_long", "turns_cut", "tokens", "trained")
 
 
-def _sources(data: ChatData) -> Iterator[tuple[str, ...]]:
+def _sources(data: ChatData, names: Sequence[str] = COUNTS) -> Iterator[tuple[str, ...]]:
     weights = data.report["weights"]
     for place, (path, counts) in enumerate(zip(data.report["paths"], data.report["counts"])):
-        numbers = [counts[name] for name in ("records", "kept", "unreadable", "nothing_trained", "too_long")]
-        numbers += [counts[name] for name in ("turns_cut", "answers_cut", "tokens", "trained")]
+        numbers = [counts[name] for name in names]
         weight = f"{weights[place]:g}" if place < len(weights) else "held out"
         yield path, weight, *(f"{number:,}" for number in numbers)
 
@@ -115,8 +152,9 @@ def show(checked: Checked, console: Console) -> None:
     for label, value, note in checked.facts:
         tell(f"{label}: {value} ({note})", console)
     shortest, median, nine, most, longest = checked.lengths
+    text = "a prompt with one answer" if checked.compares else "a conversation"
     tell(
-        f"tokens of a conversation: {shortest} to {longest}, median {median}, 90 % up to {nine}, 99 % up to {most}",
+        f"tokens of {text}: {shortest} to {longest}, median {median}, 90 % up to {nine}, 99 % up to {most}",
         console,
     )
     highest = max((count for _, _, count in checked.bins), default=1) or 1
@@ -124,9 +162,10 @@ def show(checked: Checked, console: Console) -> None:
     for first, last, count in checked.bins:
         if count:
             tell(f"{first:>7} to {last:<7} {'█' * max(1, round(bar * count / highest))} {count:,}", console)
-    if checked.rows:
+    if checked.rows or checked.groups:
         how = "in green" if console.is_terminal else f"between {BEGIN} and {END}"
         tell(f"\nsamples as the model sees them, trained tokens {how}:", console)
+    show_groups(checked.groups, checked.noun, console, coloured)
     for sample in checked.rows:
         for shown in sample.conversations:
             place = f"{shown.source} record {shown.line}, {shown.tokens} tokens, {shown.trained} trained"
@@ -155,7 +194,8 @@ def page(checked: Checked) -> str:
     highest = max((count for _, _, count in checked.bins), default=1) or 1
     values: dict[str, Any] = {
         "style": style,
-        "head": HEAD,
+        "title": "Preferences" if checked.compares else "Conversations",
+        "head": checked.head,
         "highest": highest,
         "checked": checked,
         "report": checked.data.report,

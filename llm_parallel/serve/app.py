@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from llm_parallel.serve.wanted import WITHOUT_EFFECT
 
 BODY_S = 60.0
 """Time that a client has to send the body of its request."""
+THREADS = 4
 DRAINED = 4
 """A body that is too long is read on up to so many times the limit, so that the client sees the error and not a
 connection that breaks."""
@@ -59,6 +61,8 @@ def build_app(service: Service, options: AppOptions, state: State) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Templates and tokenizers run there. As many threads as asyncio makes by itself would only take memory.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "text"))
         service.driver.start()
         yield
 

@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from llm_parallel.checkpoint.folders import is_complete
 from llm_parallel.errors import UserError
 from llm_parallel.generate.draw import Choice
 from llm_parallel.generate.engine import Generator
@@ -88,6 +90,7 @@ class Driver:
         gauge("queue", "Answers that wait.", lambda: max(self.num_open - scheduler.num_running, 0))
         gauge("running", "Answers in work.", lambda: scheduler.num_running)
         gauge("pages_used", "Pages of the cache that answers use.", lambda: scheduler.pool.used)
+        gauge("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks(self._loop)))
         gauge("pages_total", "Pages of the cache.", lambda: scheduler.pool.num_pages)
 
     # In the event loop
@@ -247,7 +250,9 @@ class Driver:
             else:
                 self._held.append(command)
         if self._loading is not None and self.generator.idle and not current:
-            current = [Load(self._loading), *self._held]
+            # Training may have removed it while answers were finished; then a newer one will come.
+            load = [Load(self._loading)] if is_complete(Path(self._loading)) else []
+            current = [*load, *self._held]
             self._loading, self._held = None, []
         return current
 

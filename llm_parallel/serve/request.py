@@ -24,6 +24,17 @@ class ServeRequest:
     """Port to listen on; 0 for a free one."""
     api_key_file: Path | None = None
     """File of keys, one a line, of which clients must send one. Or set LLM_PARALLEL_API_KEYS, with commas."""
+    adapter: Sequence[str] = option((), name="--adapter")
+    """NAME=FOLDER of an adapter on the model (PEFT, or a checkpoint of adapters), which clients choose by its name; may
+    be given several times."""
+    tp: int = 1
+    """Processes that share each layer (tensor parallelism)."""
+    pp: int = 1
+    """Stages of layers, each on processes of its own (pipeline parallelism)."""
+    reload_s: float | None = None
+    """Look for a newer checkpoint of a run every so many seconds, and take it up; by default the run's newest stays."""
+    deterministic: bool = option(False, flag=True)
+    """Answers depend on neither batch nor layout in a single bit; slower."""
     allow_origin: Sequence[str] = option((), name="--allow-origin")
     """Origin of a web page that may ask, such as https://chat.example; may be given several times."""
     device: str = "auto"
@@ -42,6 +53,8 @@ class ServeRequest:
     """After SIGTERM: time for answers in work to finish."""
     log_requests: bool = option(False, flag=True)
     """Log path, status and time of each request, never its text."""
+    logs: Path | None = None
+    """With several processes: folder of their logs; by default a temporary one."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
@@ -49,5 +62,32 @@ class ServeRequest:
         for name in ("max_request_mb", "finish_s"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        for name in ("tp", "pp"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.reload_s is not None and self.reload_s <= 0:
+            raise UserError(f"--reload-s is {self.reload_s}; it must be over 0")
+        if self.reload_s is not None and self.adapter:
+            raise UserError(
+                "--reload-s and --adapter are given together; adapters need the model that they were made for"
+            )
+        self.adapters()
         if self.max_queue < 0:
             raise UserError(f"--max-queue is {self.max_queue}; it must be 0 or more")
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that hold the model together."""
+        return self.tp * self.pp
+
+    def adapters(self) -> dict[str, str]:
+        """Folders of adapters by their names. Raises UserError."""
+        found: dict[str, str] = {}
+        for given in self.adapter:
+            name, equals, folder = given.partition("=")
+            if not name or not equals or not folder:
+                raise UserError(f"--adapter is {given!r}; give NAME=FOLDER")
+            if name in found:
+                raise UserError(f"--adapter gives the name {name!r} twice; give each another one")
+            found[name] = folder
+        return found

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -39,6 +40,8 @@ class Server(uvicorn.Server):
         super().__init__(options)
         self._driver, self._state, self._finish_s = driver, state, finish_s
         self._ending: asyncio.Task[None] | None = None
+        self.watch: Callable[[], Coroutine[Any, Any, None]] | None = None
+        """What runs beside the server until its end."""
         driver.failed = self._fail
 
     @contextlib.contextmanager
@@ -47,9 +50,12 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_end)
+        watching = None if self.watch is None else asyncio.ensure_future(self.watch())
         try:
             yield
         finally:
+            if watching is not None:
+                watching.cancel()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
 

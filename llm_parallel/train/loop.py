@@ -15,7 +15,7 @@ from llm_parallel.parallel import comm_time
 from llm_parallel.parallel.groups import close_groups, seed_step
 from llm_parallel.train.guard import TooManySkips
 from llm_parallel.train.open import PRETRAINING, Method, open_run
-from llm_parallel.train.record import Step, StepTimes, judge, record_step
+from llm_parallel.train.record import Step, StepTimes, is_logged, judge, record_step
 from llm_parallel.train.run import Place, Run
 from llm_parallel.train.step import StepOutcome, Wishes, apply_gradient, evaluate, forward_backward
 from llm_parallel.train.step_settings import global_batch_size, learning_rate
@@ -93,7 +93,9 @@ def train_step(run: Run, watch: Watch) -> StepOutcome:
     if config.adapter is not None and config.adapter.dropout:
         seed_step(config.seed, state.step, run.groups)
     with run.comm.during(comm_time.FORWARD_BACKWARD):
-        outcome = forward_backward(engine, run.objective, batches, wishes)
+        outcome = forward_backward(
+            engine, run.objective, batches, wishes, run.observes and is_logged(run, state.step + 1)
+        )
     watch.judged(run, outcome, size)
     lr = learning_rate(config.optim, config.train.steps, state.step + 1)
     reason = judge(run, outcome, size)
@@ -189,7 +191,7 @@ def run_evaluation(run: Run) -> float:
     if not run.held_out.batches:
         return math.nan
     batches = run.evaluation.prepare(run.all_models, run.held_out.batches)
-    loss, units, statistics = evaluate(run.engine.network, run.evaluation, batches)
+    loss, units, statistics = evaluate(run.engine.network, run.evaluation, batches, run.observes)
     unit, samples = run.evaluation.unit, run.held_out.samples
     run.metrics.eval(EvalRecord.from_loss(run.state.step, loss, samples, units, statistics, unit))
     run.evaluated(run)

@@ -75,7 +75,8 @@ def nothing_more(run: Run) -> None:
 class Method:
     """What a run trains: what a step minimises, with which models, on what; which data are held out and how they are
     judged; ``begin`` is called when the run is open, before its first step, and may take long; ``evaluated`` is called
-    after each evaluation. Every process calls both."""
+    after each evaluation. Every process calls both. ``observes``: with accuracy and entropy of the labels, at steps
+    that are logged and in evaluations."""
 
     objective: Callable[[RunConfig], Objective] = likelihood
     evaluation: Callable[[RunConfig], Objective] = unweighted_likelihood
@@ -84,6 +85,7 @@ class Method:
     held_out: Callable[[RunConfig, Groups, TrainState], HeldOut] = evaluation_batches
     begin: Callable[[Run], None] = nothing_more
     evaluated: Callable[[Run], None] = nothing_more
+    observes: bool = False
 
 
 PRETRAINING = Method()
@@ -134,6 +136,7 @@ def open_run(
             objective=objective,
             evaluation=method.evaluation(config),
             evaluated=method.evaluated,
+            observes=method.observes,
             feed=feed,
             held_out=held_out,
             store=store,

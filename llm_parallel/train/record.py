@@ -33,13 +33,18 @@ class Step:
     skip_reason: str | None
 
 
+def is_logged(run: Run, step: int) -> bool:
+    """Whether the numbers of a step are recorded."""
+    return step % run.config.log.interval_steps == 0 or step == run.config.train.steps
+
+
 def record_step(run: Run, step: Step, uneven: bool) -> None:
     """Logs a step that was counted, if it is one that is logged (``log.interval_steps``). Every process of a run calls
     this. ``uneven``: whether processes may be a step apart, so that they must not wait for each other here."""
-    config, state, groups = run.config, run.state, run.groups
+    state, groups = run.state, run.groups
     outcome, times = step.outcome, step.times
     run.step_times_s.append(times.step_s)
-    due = state.step % config.log.interval_steps == 0 or state.step == config.train.steps
+    due = is_logged(run, state.step)
     split = run.comm.take(
         times.step_s,
         {

@@ -41,8 +41,8 @@ class Run:
 
     models: by name, the trained one is ``policy``; besides: models that are neither trained nor saved, by name;
     objective, feed: what a step minimises, and on what; evaluation, held_out: the same for held-out data; evaluated:
-    called after each evaluation; asked_to_stop: whether this process was; started_s: when the run began, by the
-    monotonic clock of this process.
+    called after each evaluation; asked_to_stop: whether this process was; observes: whether accuracy and entropy are
+    recorded; started_s: when the run began, by the monotonic clock of this process.
     """
 
     config: RunConfig
@@ -61,6 +61,7 @@ class Run:
     comm: comm_time.Untimed
     asked_to_stop: Callable[[], bool]
     started_s: float
+    observes: bool = False
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     besides: dict[str, Network] = field(default_factory=dict)
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat_files import ChatData
+from llm_parallel.data.pack import Packer
 from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.generate.decode import generate
 from llm_parallel.generate.sampling import Sampling
@@ -20,18 +24,45 @@ from llm_parallel.train.open import Method
 from llm_parallel.train.run import Run
 
 
+class TokenCount:
+    """Tokens of the conversations in the first samples of a run, padding not counted. ``lengths``: int64, of each
+    conversation that the packer places."""
+
+    def __init__(self, packer: Packer, lengths: NDArray[np.int64]) -> None:
+        self._packer, self._lengths = packer, lengths
+        self._samples = self._tokens = 0
+
+    def before(self, samples: int) -> int:
+        """Tokens of the first ``samples`` samples: of whole epochs at once, of the rest one sample after the other."""
+        epoch, place = self._packer.locate(samples)
+        if not samples - place <= self._samples <= samples:  # what is counted ends in another epoch, or after it
+            self._samples = samples - place
+            self._tokens = sum(int((self._lengths * self._packer.copies(past)).sum()) for past in range(epoch))
+        for number in range(self._samples, samples):
+            self._tokens += int(self._lengths[self._packer.sample(number)].sum())
+        self._samples = samples
+        return self._tokens
+
+
 class ConversationFeed(SampleFeed):
-    """Samples of conversations; records the epoch, which is the number of passes over ``chat.train``."""
+    """Samples of conversations; records the epoch, which is the number of passes over ``chat.train``, and the number of
+    tokens of the conversations so far, padding not counted."""
 
     def __init__(self, config: RunConfig, groups: Groups, state: TrainState) -> None:
-        samples = conversations(config).training(config.seed)
+        data = conversations(config)
+        samples = data.training(config.seed)
         self._packer = samples.packer
+        lengths = data.tokens.document_lengths[data.numbers("train")].astype(np.int64)
+        self._tokens = TokenCount(samples.packer, lengths)
         super().__init__(config, groups, state.consumed_samples, samples, ("source",))
 
     def progress(self, state: TrainState) -> Mapping[str, float]:
-        """The epoch, with its fraction."""
+        """The epoch, with its fraction, and the tokens, in TRL's names."""
         epoch, place = self._packer.locate(state.consumed_samples)
-        return {"epoch": epoch + place / self._packer.samples_of(epoch)}
+        return {
+            "epoch": epoch + place / self._packer.samples_of(epoch),
+            "num_tokens": float(self._tokens.before(state.consumed_samples)),
+        }
 
 
 def conversations(config: RunConfig) -> ChatData:
@@ -98,4 +129,5 @@ SFT = Method(
     feed=ConversationFeed,
     held_out=held_out_conversations,
     evaluated=show_answers,
+    observes=True,
 )

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.malformed import CHAT, MALFORMED, MESSAGES, TEXT, TEXTS
 from tests.support.served import CONTEXT, RunningServer, running_server, served_folder
 
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
-MESSAGES: Any = [{"role": "user", "content": "What is json for?"}]
-CHAT, TEXT, RESPONSES, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"
 
 
 @pytest.fixture(scope="module")
@@ -326,102 +325,6 @@ def test_answers_of_a_given_form(client: Any) -> None:
     assert City.model_validate_json(answer.choices[0].message.content)
     chosen = client.completions.create(model="small", prompt="x", extra_body={"guided_choice": ["yes", "no"]})
     assert chosen.choices[0].text in ("yes", "no") and chosen.choices[0].finish_reason == "stop"
-
-
-TEXTS = {"prompt": "x"}
-TALK = {"messages": MESSAGES}
-DEEP = "[" * 100_000 + "]" * 100_000
-# What is asked (path, body), and status and part of the sentence that answer it.
-MALFORMED: list[tuple[str, Any, int, str]] = [
-    (TEXT, b"", 400, "not JSON"),
-    (TEXT, b"{", 400, "not JSON"),
-    (TEXT, b"\xff\xfe{}", 400, "not"),
-    (TEXT, b"[1]", 400, "JSON object"),
-    (TEXT, b"null", 400, "JSON object"),
-    (TEXT, b'"text"', 400, "JSON object"),
-    (TEXT, b'{"prompt": "x", "temperature": NaN}', 400, "NaN"),
-    (TEXT, b'{"prompt": "x", "temperature": 1e999}', 400, "temperature"),
-    (TEXT, b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", 400, ""),
-    (TEXT, f'{{"prompt": {DEEP[:60_000]}'.encode(), 400, ""),
-    (TEXT, b'{"prompt": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", 400, ""),
-    (TEXT, b'{"prompt": "\\ud800"}', 400, "surrogate"),
-    (TEXT, b'{"prompt": "' + b"x" * 200_000 + b'"}', 413, "bytes"),
-    (TEXT, {}, 400, "prompt is missing"),
-    (TEXT, {"prompt": None}, 400, "prompt is missing"),
-    (TEXT, {"prompt": ""}, 400, "empty"),
-    (TEXT, {"prompt": []}, 400, "0 prompts"),
-    (TEXT, {"prompt": [[]]}, 400, "empty"),
-    (TEXT, {"prompt": ["x", 1]}, 400, "prompt[1]"),
-    (TEXT, {"prompt": [1.5]}, 400, "prompt"),
-    (TEXT, {"prompt": [True]}, 400, "prompt"),
-    (TEXT, {"prompt": [-1]}, 400, "token ids"),
-    (TEXT, {"prompt": [10**6]}, 400, "token ids"),
-    (TEXT, {"prompt": {"a": 1}}, 400, "must be a text"),
-    (TEXT, {"prompt": "x" * 600}, 400, "600"),
-    (TEXT, {**TEXTS, "max_tokens": 512}, 400, "512"),
-    (TEXT, {**TEXTS, "max_tokens": 0}, 400, "max_tokens"),
-    (TEXT, {**TEXTS, "max_tokens": -3}, 400, "max_tokens"),
-    (TEXT, {**TEXTS, "max_tokens": "many"}, 400, "whole number"),
-    (TEXT, {**TEXTS, "max_tokens": 1.5}, 400, "whole number"),
-    (TEXT, {**TEXTS, "temperature": -1}, 400, "temperature"),
-    (TEXT, {**TEXTS, "temperature": "hot"}, 400, "temperature"),
-    (TEXT, {**TEXTS, "top_p": 1.5}, 400, "top_p"),
-    (TEXT, {**TEXTS, "top_k": -2}, 400, "top_k"),
-    (TEXT, {**TEXTS, "min_p": 2}, 400, "min_p"),
-    (TEXT, {**TEXTS, "repetition_penalty": 0}, 400, "repetition_penalty"),
-    (TEXT, {**TEXTS, "presence_penalty": 3}, 400, "presence_penalty"),
-    (TEXT, {**TEXTS, "n": 0}, 400, "n is 0"),
-    (TEXT, {**TEXTS, "n": 1000}, 400, "n is 1000"),
-    (TEXT, {**TEXTS, "n": 2, "best_of": 1}, 400, "best_of"),
-    (TEXT, {**TEXTS, "best_of": 3, "stream": True}, 400, "best_of"),
-    (TEXT, {**TEXTS, "seed": "a"}, 400, "seed"),
-    (TEXT, {**TEXTS, "seed": 2**70}, 400, "seed"),
-    (TEXT, {**TEXTS, "stop": ""}, 400, "stop"),
-    (TEXT, {**TEXTS, "stop": [1]}, 400, "stop"),
-    (TEXT, {**TEXTS, "stop": ["a"] * 100}, 400, "stop"),
-    (TEXT, {**TEXTS, "stop_token_ids": ["a"]}, 400, "stop_token_ids"),
-    (TEXT, {**TEXTS, "logit_bias": {"a": 1}}, 400, "logit_bias"),
-    (TEXT, {**TEXTS, "logit_bias": {"9999": 1}}, 400, "logit_bias"),
-    (TEXT, {**TEXTS, "logit_bias": {"1": 1000}}, 400, "logit_bias"),
-    (TEXT, {**TEXTS, "logit_bias": [1]}, 400, "logit_bias"),
-    (TEXT, {**TEXTS, "logprobs": 99}, 400, "logprobs"),
-    (TEXT, {**TEXTS, "logprobs": "yes"}, 400, "logprobs"),
-    (TEXT, {**TEXTS, "stream": "yes"}, 400, "true or false"),
-    (TEXT, {**TEXTS, "stream_options": {"include_usage": True}}, 400, "stream_options"),
-    (TEXT, {**TEXTS, "suffix": "end"}, 400, "suffix"),
-    (TEXT, {**TEXTS, "model": "gpt-9"}, 404, "gpt-9"),
-    (TEXT, {**TEXTS, "model": 7}, 400, "model"),
-    (TEXT, {**TEXTS, "model": "../../etc/passwd"}, 404, "does not exist"),
-    (TEXT, {**TEXTS, "guided_regex": "("}, 400, ""),
-    (TEXT, {**TEXTS, "guided_choice": []}, 400, "choice"),
-    (TEXT, {**TEXTS, "response_format": "json"}, 400, "response_format"),
-    (TEXT, {**TEXTS, "response_format": {"type": "json_schema"}}, 400, "schema"),
-    (CHAT, {}, 400, "messages is empty"),
-    (CHAT, {"messages": "Hi"}, 400, "messages"),
-    (CHAT, {"messages": []}, 400, "messages is empty"),
-    (CHAT, {"messages": ["Hi"]}, 400, "messages[0]"),
-    (CHAT, {"messages": [{"content": "Hi"}]}, 400, "no role"),
-    (CHAT, {"messages": [{"role": "user"}]}, 400, "no content"),
-    (CHAT, {"messages": [{"role": "wizard", "content": "Hi"}]}, 400, "role"),
-    (CHAT, {"messages": [{"role": ["user"], "content": "Hi"}]}, 400, "role"),
-    (CHAT, {"messages": [{"role": "user", "content": 7}]}, 400, "content"),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "image_url"),
-    (CHAT, {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, 400, "tool_calls"),
-    (CHAT, {**TALK, "top_logprobs": 2}, 400, "top_logprobs"),
-    (CHAT, {**TALK, "max_completion_tokens": 0}, 400, "max_completion_tokens"),
-    (CHAT, {**TALK, "tools": [{"type": "web_search"}]}, 400, "tools[0]"),
-    (CHAT, {**TALK, "tools": "find"}, 400, "tools"),
-    (CHAT, {**TALK, "tool_choice": "required"}, 400, "tool"),
-    (CHAT, {**TALK, "tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "name"),
-    (RESPONSES, {}, 400, "input"),
-    (RESPONSES, {"input": [{"type": "item_reference", "id": "1"}]}, 400, "item_reference"),
-    (RESPONSES, {"input": "x", "previous_response_id": "resp_1"}, 400, "stores nothing"),
-    (RESPONSES, {"input": "x", "max_output_tokens": 0}, 400, "max_output_tokens"),
-    (EMBED, {"input": "x", "dimensions": 3}, 400, "dimensions"),
-    (EMBED, {"input": "x", "encoding_format": "hex"}, 400, "encoding_format"),
-    ("/v1/nothing", {}, 404, "/v1/nothing"),
-    ("/v1/models", {}, 405, "POST"),
-]
 
 
 @pytest.mark.parametrize(("path", "body", "status", "part"), MALFORMED, ids=range(len(MALFORMED)))

@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 
+from llm_parallel.jsonlines import read_jsonlines
 from tests.support import four_digits
-from tests.support.commands import losses, train_in_ranks
+from tests.support.commands import train_in_ranks
 from tests.support.harness import run_ranks
 
 COUNT, STEPS, RATE = 12, 4, 2e-3
@@ -24,8 +25,12 @@ TEMPLATE = (
 )
 
 
-def trained_by_trl(rank: int, world_size: int, folder: str) -> list[float]:
-    """Losses of TRL's trainer on all conversations in each step; writes the weights before and after."""
+NAMES = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy", "num_tokens", "epoch")
+"""What TRL logs of a step."""
+
+
+def trained_by_trl(rank: int, world_size: int, folder: str) -> list[dict[str, float]]:
+    """What TRL's trainer logs on all conversations in each step; writes the weights before and after."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -51,7 +56,7 @@ def trained_by_trl(rank: int, world_size: int, folder: str) -> list[float]:
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     trainer.model.save_pretrained(f"{folder}/trl-after")
-    return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    return [record for record in trainer.state.log_history if "loss" in record]
 
 
 def exported_difference(rank: int, world_size: int, run_dir: str, folder: str) -> float:
@@ -67,7 +72,7 @@ def exported_difference(rank: int, world_size: int, run_dir: str, folder: str) -
 
 
 @pytest.mark.gloo
-def test_losses_and_weights_are_those_of_trl(tmp_path: Path) -> None:
+def test_metrics_and_weights_are_those_of_trl(tmp_path: Path) -> None:
     folder = four_digits.write_tokenizer(tmp_path / "before")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     four_digits.write_conversations(tmp_path / "train.jsonl", COUNT)
@@ -93,6 +98,9 @@ def test_losses_and_weights_are_those_of_trl(tmp_path: Path) -> None:
     for name, (processes, overrides) in layouts.items():
         run_dir = tmp_path / name
         train_in_ranks(run_file, processes, f"run_dir={run_dir}", *overrides)
-        found = list(losses(run_dir).values())
-        assert found == pytest.approx(wanted, rel=1e-5), name
+        found = [record for record in read_jsonlines(run_dir / "metrics.jsonl") if "train/loss" in record]
+        assert len(found) == len(wanted) == STEPS
+        for ours, theirs in zip(found, wanted):
+            for metric in NAMES:
+                assert ours[f"train/{metric}"] == pytest.approx(theirs[metric], rel=1e-5), (name, metric)
         assert run_ranks(exported_difference, 1, str(run_dir), str(tmp_path))[0] < 2e-6, name

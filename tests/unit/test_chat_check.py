@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from llm_parallel.config.load import load_config
+from llm_parallel.data.group_files import prepare_groups
 from llm_parallel.data.tokenizer import train_sentencepiece
 from llm_parallel.errors import UserError
-from llm_parallel.report.check import check_command
+from llm_parallel.report.check import check_command, checked_groups, show
 
 ANSWERS = ["five is the sum, 漢😀", "a question has  an answer"]
 
@@ -57,7 +61,7 @@ class Spans(HTMLParser):
 
 
 def test_what_is_trained_is_the_answers_with_their_stop(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check_command(str(run_file), [], None, 3) == 0
+    assert check_command(str(run_file), [], None, 3) == "sft"
     out = capsys.readouterr().out
     assert sorted(re.findall("⟦(.*?)⟧", out.split("between ⟦ and ⟧")[1], re.S)) == sorted(f"{a}</s>" for a in ANSWERS)
     assert out.count("<s> user\n</s> what is") + out.count("<s>user\n</s> what is") == 2
@@ -83,3 +87,50 @@ def test_bad_options_are_refused(run_file: Path) -> None:
         check_command(str(run_file), [], None, -1)
     with pytest.raises(UserError, match=r"chat\.train is empty"):
         check_command(str(run_file), ["chat.train=[]"], None, 1)
+
+
+PREFERENCES: dict[str, tuple[list[dict[str, object]], list[tuple[str, str]]]] = {
+    "dpo": (
+        [{"prompt": "what is two", "chosen": "five is the sum", "rejected": "a question"}],
+        [("chosen", "five is the sum"), ("rejected", "a question")],
+    ),
+    "rrhf": (
+        [{"query": "what is two", "responses": ["the sum", "a question", "two"], "scores": [1, 3, 2]}],
+        [("score 3", "a question"), ("score 2", "two"), ("score 1", "the sum")],
+    ),
+    "kto": (
+        [{"prompt": "what is two", "completion": "the sum", "label": True},
+         {"prompt": "what is three", "completion": "two", "kto_tag": False}],
+        [("liked", "the sum"), ("not liked", "two")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PREFERENCES)
+def test_preferences_stand_side_by_side(
+    kind: str, run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, expected = PREFERENCES[kind]
+    bad = {"prompt": "what", "chosen": "two", "rejected": "two"}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, bad])))
+    file = tmp_path / "page.html"
+    assert check_command(str(run_file), [f"method.kind={kind}"], str(file), 3) == "prefer"
+    out = capsys.readouterr().out
+    assert "1 record is no preference" in out and "all the same" in out
+    shown = re.findall(r"^(.*), (\d+) tokens:\n(?:.*⟦)?(.*)⟧", out, re.M)
+    found = {(name, text.removesuffix("</s>").strip()) for name, _, text in shown}
+    assert found == set(expected) and out.count("what is two") == 1, "a prompt stands before its answers once"
+
+    spans = Spans()
+    spans.feed(file.read_text(encoding="utf-8"))
+    trained = "".join(spans.by_class["t"]).replace(" ", "")
+    assert all(text.replace(" ", "") in trained for _, text in expected)
+    page = re.sub("<[^>]*>", "\n", file.read_text(encoding="utf-8"))
+    assert all(re.search(rf"^{name}, \d+ tokens?$", page, re.M) for name, _ in expected)
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    config = load_config(str(run_file), [f"method.kind={kind}"])
+    show(checked_groups(prepare_groups(config), 0, 3, []), console)
+    wide = console.file.getvalue()  # type: ignore[attr-defined]
+    heads = [line for line in wide.splitlines() if line.count(" tokens") == len(expected)]
+    assert len(heads) == (kind != "kto"), "in columns of one table"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_parallel.data.pack import Packer, best_fit, shuffled
+from llm_parallel.tune.sft import TokenCount
 
 SIZE = 24
 LENGTHS = st.lists(st.integers(1, SIZE), min_size=1, max_size=60).map(lambda found: np.array(found, np.int64))
@@ -119,3 +120,17 @@ def test_a_million_conversations_are_planned_in_seconds_of_processor_time() -> N
     spent = time.process_time() - start
     filled = lengths.sum() / (rows * 4096)
     assert filled > 0.999 and spent < 5.0, (filled, spent)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (0.5, 1.7)])
+def test_tokens_are_counted_from_any_sample_on(weights: tuple[float, float]) -> None:
+    """As a resumed run counts them, and one that logs every other step."""
+    lengths = np.arange(3, 43)
+    packer = Packer(lengths, 64, 5, sources=np.arange(40) % 2, weights=weights)
+    sums = np.concatenate([[0], np.cumsum([lengths[packer.sample(n)].sum() for n in range(3 * packer.samples_of(0))])])
+    for step in (1, 3, 17):
+        count = TokenCount(packer, lengths)
+        for samples in range(step, len(sums), step):
+            assert count.before(samples) == sums[samples]
+    assert TokenCount(packer, lengths).before(len(sums) - 1) == sums[-1]
+    assert count.before(4) == sums[4], "after a step back too"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree_tune import Columns
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.group_files import prepare_groups
 from llm_parallel.errors import UserError
@@ -158,3 +159,54 @@ def test_damage_and_nothing_to_learn_are_said(tmp_path: Path, tokenizer: Path) -
         prepared(tmp_path, tokenizer, [{"prompt": "a"}])
     with pytest.raises(UserError, match="holds all preferences out"):
         prepared(tmp_path, tokenizer, [pair(0)], eval_fraction=0.9).training(0)
+
+
+FORMS_OF_RECORDS: dict[str, tuple[list[Any], str]] = {
+    "scores": (
+        [{"query": f"what is {n}", "responses": ["one", "two", "three"][: 2 + n % 2], "scores": [1, 2, 0][: 2 + n % 2]}
+         for n in range(6)],
+        "rrhf",
+    ),
+    "labels": (
+        [{"instruction": f"what is {n}", "output": WORDS[n], "kto_tag": n % 2 == 0} for n in range(6)], "kto",
+    ),
+    "transcripts": (
+        [{"chosen": f"\n\nHuman: what is {n}\n\nAssistant: one", "rejected":
+          f"\n\nHuman: what is {n}\n\nAssistant: two"} for n in range(6)],
+        "dpo",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS_OF_RECORDS)
+def test_records_of_every_form_become_groups(form: str, tmp_path: Path, tokenizer: Path) -> None:  # noqa: F811
+    rows, kind = FORMS_OF_RECORDS[form]
+    data = prepared(tmp_path, tokenizer, rows, kind)
+    assert data.num_groups == 6
+    sizes = np.diff(data.firsts).tolist()
+    assert sizes == {"scores": [2, 3] * 3, "labels": [1] * 6, "transcripts": [2] * 6}[form]
+    wanted = {"scores": [1, 2, 1, 2, 0] * 3, "labels": [1, 0] * 3, "transcripts": [1, 0] * 6}[form]
+    assert data.scores.tolist() == wanted
+    ids, weights, _ = data.answer(0)
+    text = data.chat.encoder.tokenizer.tokenizer.decode(ids[weights > 0].tolist())
+    assert text.strip() == {"scores": "one", "labels": WORDS[0], "transcripts": "one"}[form]
+
+
+def test_columns_of_the_run_file_name_the_fields(tmp_path: Path, tokenizer: Path) -> None:  # noqa: F811
+    rows = [{"ask": f"what is {n}", "good": "one", "bad": "two"} for n in range(3)]
+    config = of_method(config_of(tmp_path, tokenizer, rows, LENGTH, eval_fraction=0.0), "dpo")
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+    source = config.chat.train[0].model_copy(update={"columns": Columns(**columns)})
+    chat = config.chat.model_copy(update={"train": (source,)})
+    assert prepare_groups(config.model_copy(update={"chat": chat})).num_groups == 3
+    with pytest.raises(UserError, match="no preference can be made"):
+        prepare_groups(config)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_labels_that_are_all_alike_are_said(label: bool, tmp_path: Path, tokenizer: Path) -> None:  # noqa: F811
+    rows = [{"prompt": f"what is {n}", "completion": "one", "label": label} for n in range(4)]
+    notices: list[str] = []
+    config = of_method(config_of(tmp_path, tokenizer, rows, LENGTH, eval_fraction=0.0), "kto")
+    prepare_groups(config, notices.append)
+    assert notices[-1].startswith(f"all 4 answers to train on are {'liked' if label else 'not liked'}, and kto")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from llm_parallel.data.formats import BadRecord
-from llm_parallel.data.groups import FORMS, Answer, Group, PairReader
+from llm_parallel.data.groups import FORMS, Answer, Group
+from llm_parallel.data.preference import PreferenceReader
 
 ASKED = {"role": "user", "content": "2 and 2?"}
 
@@ -32,14 +33,14 @@ def test_the_forms_of_a_pair() -> None:
     texts = {"prompt": "2 and 2?", "chosen": "4", "rejected": "5"}
     messages = {"prompt": [ASKED], "chosen": [said("4")], "rejected": [said("5")]}
     shared = {"chosen": [ASKED, said("4")], "rejected": [ASKED, said("5")]}
-    found = [PairReader().read(record) for record in (texts, messages, shared)]
+    found = [PreferenceReader().read(record) for record in (texts, messages, shared)]
     assert found[0] == found[1] == found[2]
     assert [answer.score for answer in found[0].answers] == [1.0, 0.0]
 
 
 def test_only_answers_are_trained_and_not_the_turns_before_them() -> None:
     prompt = [ASKED, said("4"), {"role": "user", "content": "sure?"}]
-    pair = PairReader().read({"prompt": prompt, "chosen": "yes", "rejected": "no"})
+    pair = PreferenceReader().read({"prompt": prompt, "chosen": "yes", "rejected": "no"})
     for conversation in pair.conversations():
         assert conversation.weights == [0.0, 0.0, 0.0, 1.0]
 
@@ -56,7 +57,7 @@ def test_only_answers_are_trained_and_not_the_turns_before_them() -> None:
 )
 def test_records_of_which_nothing_can_be_learned(record: Any, reason: str) -> None:
     with pytest.raises(BadRecord, match=reason):
-        PairReader().read(record)
+        PreferenceReader().read(record)
 
 
 def test_pairs_are_the_best_with_the_worst() -> None:

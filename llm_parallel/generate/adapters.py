@@ -1,0 +1,137 @@
+"""Several adapters on one model: each request names the one that answers it, and all of them share passes.
+
+The matrices of the model multiply the tokens of all requests together; what an adapter adds is computed for the rows of
+its own requests. The keys of equal tokens differ between adapters, so the pages of the cache are known by them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm_parallel.checkpoint.base import load_adapters
+from llm_parallel.checkpoint.folders import find_checkpoint
+from llm_parallel.checkpoint.run_file import read_config
+from llm_parallel.config.tree_tune import AdapterConfig
+from llm_parallel.errors import UserError
+from llm_parallel.generate.scheduler import Part
+from llm_parallel.model.adapters import add_adapters, linears_of
+from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
+from llm_parallel.parallel.engine import Network
+
+Rows = tuple[tuple[str, Tensor | None], ...]
+"""Adapters of a pass and their rows, None for all of them."""
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Factors:
+    a: Tensor
+    wide_b_t: Tensor
+    scale: float
+
+
+class AdapterBank:
+    """Adapters by their names. ``rows``: those of the pass under way, which ``select`` sets."""
+
+    def __init__(self, factors: Mapping[str, Mapping[int, _Factors]]) -> None:
+        self._factors = factors
+        self.rows: Rows = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that requests may give."""
+        return tuple(self._factors)
+
+    def select(self, parts: Sequence[Part], device: torch.device) -> None:
+        """Sets the rows of a pass."""
+        wanted: dict[str | None, list[int]] = {}
+        row = 0
+        for part in parts:
+            wanted.setdefault(part.sequence.request.adapter, []).extend(range(row, row + part.count))
+            row += part.count
+        alone = len(wanted) == 1
+        self.rows = tuple(
+            (name, None if alone else torch.tensor(rows, device=device))
+            for name, rows in wanted.items()
+            if name is not None
+        )
+
+    def beside(self, function: Function, module: Any, group: Any = None) -> Function:
+        """A linear with what the selected adapters add to it. ``group``: ranks that divide the linear's input, whose
+        parts of A x are summed."""
+        own = {name: held[id(module)] for name, held in self._factors.items() if id(module) in held}
+        if not own:
+            return function
+        several = group is not None and group.size() > 1
+
+        def forward(x: Tensor) -> Tensor:
+            y = function(x)
+            for name, rows in self.rows:
+                factors = own.get(name)
+                if factors is None:
+                    continue
+                low = F.linear(x if rows is None else x.index_select(0, rows), factors.a)
+                if several:
+                    dist.all_reduce(low, group=group)
+                if rows is None:
+                    y.addmm_(low, factors.wide_b_t, alpha=factors.scale)
+                else:
+                    y.index_add_(0, rows, low @ factors.wide_b_t, alpha=factors.scale)
+            return y
+
+        return forward
+
+
+def beside(bank: AdapterBank | None, function: Function, module: Any, group: Any = None) -> Function:
+    """As ``AdapterBank.beside``; the linear itself where there is no bank."""
+    return function if bank is None else bank.beside(function, module, group)
+
+
+def settings_of(path: str | Path) -> AdapterConfig:
+    """What the adapter in a PEFT folder or in a checkpoint of adapters is. Raises UserError if it is none."""
+    if not Path(path).exists():
+        raise UserError(f"adapter {path} does not exist; give a PEFT folder or a checkpoint of adapters")
+    settings = PeftFolder(path).settings if is_peft_folder(path) else read_config(find_checkpoint(path)).adapter
+    if settings is None:
+        raise UserError(f"{path} holds whole weights and no adapter; give a PEFT folder or a checkpoint of adapters")
+    return settings
+
+
+@torch.no_grad()
+def load_bank(adapters: Mapping[str, str], network: Network, seed: int) -> AdapterBank:
+    """Loads adapters for a network whose base is loaded, and leaves its own linears without any. Raises UserError for
+    an adapter of another model."""
+    assert network.base is not None
+    found: dict[str, dict[int, _Factors]] = {}
+    for name, path in adapters.items():
+        settings = settings_of(path)
+        _without_adapters(network)
+        for chunk in network.models:
+            add_adapters(chunk, settings, network.groups, seed)
+        load_adapters(path, replace(network, base=replace(network.base, adapter=settings)))
+        found[name] = {
+            id(module): _Factors(module.adapter.a, _wide_b(module.adapter).t().contiguous(), module.adapter.scale)
+            for chunk in network.models
+            for _, _, module in linears_of(chunk)
+            if module.adapter is not None
+        }
+    _without_adapters(network)
+    return AdapterBank(found)
+
+
+def _wide_b(adapter: Any) -> Tensor:
+    return adapter.wide_b() if hasattr(adapter, "wide_b") else adapter.b
+
+
+def _without_adapters(network: Network) -> None:
+    for chunk in network.models:
+        for _, _, module in linears_of(chunk):
+            module.adapter = None
