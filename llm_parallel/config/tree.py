@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
+from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES, AdapterConfig, ChatConfig, MethodConfig
 
 __all__ = ["AdapterConfig", "ChatConfig", "MethodConfig", "Node", "RunConfig"]
@@ -407,7 +408,7 @@ class RunConfig(Node):
     elastic: ElasticConfig = ElasticConfig()
 
     @property
-    def trains(self) -> Literal["pretrain", "sft", "dpo", "kto", "rrhf"]:
+    def trains(self) -> Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reject", "grpo"]:
         """``method.kind``, or what the given data are for."""
         return self.method.kind or ("sft" if self.chat.train and not self.data.train else "pretrain")
 
@@ -415,6 +416,11 @@ class RunConfig(Node):
     def prefers(self) -> bool:
         """Whether the run learns from answers that are compared or judged."""
         return self.trains in PREFERENCES
+
+    @property
+    def collects(self) -> bool:
+        """Whether the run learns from answers that its model gives in rounds."""
+        return self.trains in ONLINE
 
     @property
     def reads_chat(self) -> bool:

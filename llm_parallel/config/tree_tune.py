@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from llm_parallel.config.node import Node
+from llm_parallel.config.tree_online import GRPOConfig, RejectConfig, RolloutConfig
 
 
 class Columns(Node):
@@ -167,15 +168,19 @@ class ReferenceConfig(Node):
 class MethodConfig(Node):
     """What a run trains for."""
 
-    kind: Literal["pretrain", "sft", "dpo", "kto", "rrhf"] | None = None
+    kind: Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reject", "grpo"] | None = None
     """``pretrain``: the next token of token files (``data.train``); ``sft``: the answers of conversations
     (``chat.train``); ``dpo``: chosen answers over rejected ones; ``kto``: answers that were liked or not; ``rrhf``:
-    answers in their order. If not given, ``sft`` where there are
+    answers in their order; ``reject``, ``grpo``: answers that the model gives to prompts while it is trained, the best
+    of which it is fine-tuned on, or which are compared with each other. If not given, ``sft`` where there are
     conversations and no token files."""
     dpo: DPOConfig = DPOConfig()
     kto: KTOConfig = KTOConfig()
     rrhf: RRHFConfig = RRHFConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reject: RejectConfig = RejectConfig()
+    grpo: GRPOConfig = GRPOConfig()
 
 
 PREFERENCES = ("dpo", "kto", "rrhf")

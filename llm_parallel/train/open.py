@@ -136,6 +136,7 @@ def open_run(
             objective=objective,
             evaluation=method.evaluation(config),
             evaluated=method.evaluated,
+            long=watch.long,
             observes=method.observes,
             feed=feed,
             held_out=held_out,

@@ -12,10 +12,12 @@ from llm_parallel.data.chat_files import prepare_conversations
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.group_files import prepare_groups
 from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
+from llm_parallel.data.prompts import Prompts, prepare_prompts
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
+from llm_parallel.tasks.open import open_judge
 from llm_parallel.train.inherit import inherited, other_tokenizer, with_own_tokenizer
 from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import steps_for, total_samples
@@ -124,8 +126,11 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
     config = with_vocabulary(config, tokenizer)
     if differs := other_tokenizer(config, tokenizer):
         notice(differs)
-    data: GroupData | ChatData
-    if config.prefers:
+    data: GroupData | ChatData | Prompts
+    if config.collects:
+        open_judge(config.method.rollout.judges)
+        data = prepare_prompts(config, notice)
+    elif config.prefers:
         data = prepare_groups(config, notice)
         check_preferences(config, data, notice)
     else:
@@ -134,7 +139,7 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
         notice(unused)
     chat = config.chat.model_copy(update={"prepared": str(data.folder)})
     train = config.train
-    if train.epochs is not None:
+    if train.epochs is not None and not isinstance(data, Prompts):
         steps = steps_for(train, data.training(config.seed).packer.samples_before(train.epochs))
         if "steps" in train.model_fields_set and train.steps != steps:
             notice(f"train.steps = {train.steps} is replaced by {steps}, which are train.epochs = {train.epochs:g}")

@@ -38,6 +38,7 @@ class WaitingFeed:
     """What a run has until ``begin`` gives it its feed, which needs the run: it promises what that will offer."""
 
     notices: Sequence[str] = ()
+    step_tokens = None
 
     def __init__(self, config: RunConfig, groups: Groups, state: TrainState) -> None:
         samples = preferences(config).training(config.seed)
