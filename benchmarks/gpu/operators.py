@@ -13,11 +13,13 @@ from benchmarks.gpu.plan import Job, Lost, failure
 
 MODELS = ("llama3-8b", "llama3-70b tp8")
 # Bound by memory first, then by products; the cheap before the dear.
-ORDER = ("rms_norm", "swiglu", "rope", "cross_entropy", "adamw", "attention", "linear_cross_entropy")
+ORDER = ("rms_norm", "swiglu", "rope", "cross_entropy", "adamw", "paged_attention", "attention",
+         "linear_cross_entropy")  # fmt: skip
 # What a rehearsal changes of an operator's small shape so that interpreting it takes a second.
 TINY: dict[str, dict[str, Any]] = {
     "rms_norm": {"tokens": 32}, "swiglu": {"tokens": 4, "width": 256}, "rope": {"heads": 2, "groups": 1},
     "cross_entropy": {"tokens": 4, "vocab_size": 512}, "adamw": {"parameters": 8 * 1024}, "attention": {"tokens": 32},
+    "paged_attention": {"keys": 64},
     "linear_cross_entropy": {"vocab_size": 256},
 }  # fmt: skip
 # Real sizes with fewer tokens: attention in fp64 holds its whole matrix of scores.

@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 ARCHS = (80, 90)
-OPERATORS = ("rms_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention", "adamw")
+OPERATORS = (
+    "rms_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy", "attention", "adamw", "paged_attention",
+)  # fmt: skip
 # CUDA C++ Programming Guide, table of technical specifications: shared memory of an SM and of a block, warps, blocks.
 _LIMITS = {80: (164 * 1024, 163 * 1024, 64, 32), 90: (228 * 1024, 227 * 1024, 64, 32)}
 CLASSES = {

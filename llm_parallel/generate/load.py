@@ -110,12 +110,14 @@ def load_model(
     deterministic: bool = False,
     member: Member | None = None,
     adapters: Mapping[str, str] | None = None,
+    values: bool = False,
 ) -> Loaded:
     """Loads the model in ``path`` into this process, or this process's part of it. ``precision``: fp32 or bf16; the
     saved one if not given. ``weights``: one of ``WEIGHTS``; int8 and int4 need a CPU, compute in bf16, and say on
     standard error how far their logits are from those in fp32. ``deterministic``: as ``kernels.deterministic`` of a run
     file; raises UserError where it cannot be had, and says what it costs. ``adapters``: PEFT folders or checkpoints of
-    adapters on the model, by the names under which requests choose them."""
+    adapters on the model, by the names under which requests choose them. ``values``: whether the model may be one that
+    gives texts a value and writes none; ``weights`` is for those that write."""
     if weights not in WEIGHTS:
         raise UserError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
     if weights in BITS and deterministic:
@@ -124,6 +126,10 @@ def load_model(
         )
     precision = "bf16" if weights in BITS else precision if weights == "saved" else weights
     config, member = describe_folder(path), member or Member()
+    if config.model.value_head and not values:
+        raise UserError(f"{path} holds a reward model, which values answers and writes none; give a language model")
+    if config.model.value_head and weights != "saved":
+        raise UserError(f"weights is {weights}, and {path} holds a reward model, which is held as saved; leave it out")
     if adapters:
         if config.adapter is not None:
             raise UserError(f"{path} is an adapter, and others are given too; give the model under it")

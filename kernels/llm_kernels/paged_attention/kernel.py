@@ -27,10 +27,19 @@ SPLITS = 16
 
 
 @triton.jit
-def page_slots(pages_ptr, keys, end, PAGE: tl.constexpr):
-    """Slots in the cache of a request's keys; those from ``end`` on are in the first page."""
-    page = tl.load(pages_ptr + keys // PAGE, mask=keys < end, other=0)
-    return page.to(tl.int64) * PAGE + keys % PAGE
+def page_slots(pages_ptr, n, end, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
+    """Slots in the cache of the keys from ``n`` on; those from ``end`` on are in the first page."""
+    if PAGE >= 16 and (PAGE & (PAGE - 1)) == 0:
+        WIDTH: tl.constexpr = PAGE if PAGE < BLOCK_N else BLOCK_N
+        number = n // PAGE + tl.arange(0, BLOCK_N // WIDTH)
+        page = tl.load(pages_ptr + number, mask=number * PAGE < end, other=0).to(tl.int64)
+        within = n % PAGE if PAGE > BLOCK_N else 0
+        slots = tl.reshape(page[:, None] * PAGE + (within + tl.arange(0, WIDTH))[None, :], [BLOCK_N])
+    else:
+        keys = n + tl.arange(0, BLOCK_N)
+        page = tl.load(pages_ptr + keys // PAGE, mask=keys < end, other=0)
+        slots = page.to(tl.int64) * PAGE + keys % PAGE
+    return slots
 
 
 @triton.jit(do_not_specialize=["pages_row_stride", "rows", "left"])
@@ -109,7 +118,7 @@ def _paged_attention_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for n in tl.range(begin, end, BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
-        slots = page_slots(pages_ptr, keys, end, PAGE)
+        slots = page_slots(pages_ptr, n, end, BLOCK_N, PAGE)
         # Keys from ``end`` on are not loaded: their values may be NaN, which a weight of 0 would not hide.
         held = (keys < end)[:, None]
         if D != BLOCK_D:

@@ -81,8 +81,9 @@ class Tables:
         pages: Sequence[Sequence[int] | Pages],
         page_tokens: int,
         heads: Heads,
+        rows: int | None = None,
     ) -> Tables:
-        """See ``Plan.make``."""
+        """See ``Plan.make``. rows: of q, if there are more than the requests have; the others get zeros."""
         _check(counts, lengths, pages, page_tokens)
         count, length = (np.asarray(x, dtype=np.int32) for x in (counts, lengths))
         parts = np.stack([np.cumsum(count, dtype=np.int32) - count, count, length], 1) if len(count) else _empty(PART)
@@ -98,7 +99,7 @@ class Tables:
             work, merges, slots, rows = _launch(np.flatnonzero(chosen), parts, heads, tile)
             arrays += [work, merges]
             sizes.append((slots, rows))
-        return Tables(tuple(arrays), (sizes[0], sizes[1]), page_tokens)
+        return Tables(tuple(arrays), (sizes[0], sizes[1]), page_tokens, rows in (None, int(count.sum())))
 
     def packed(self) -> np.ndarray:
         """All arrays one after another, each at a multiple of ``ALIGNED``."""
