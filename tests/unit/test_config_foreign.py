@@ -315,3 +315,19 @@ def test_far_names_get_no_suggestion(name: str) -> None:
 def test_a_run_file_that_is_missing_before_options() -> None:
     (line,) = refusal("tp=2", file=Path("--tensor-model-parallel-size"))
     assert "write the run file first" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("optim=adamw_8bit", "instead of 8-bit ones, parallel.distributed_optimizer"),
+        ("optim=paged_adamw_8bit", "moments are in fp32"),
+        ("use_dora=true", "DoRA is not supported"),
+        ("additional_target=embed_tokens", "embeddings and the output matrix have no adapters"),
+        ("modules_to_save=[lm_head]", "adapter.targets names projections"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_its_own_sentence(given: str, said: str) -> None:
+    (line,) = refusal(given)
+    assert said in line
+    assert loaded("use_dora=false", "modules_to_save=null", "optim=adamw_torch")[0].adapter is None
