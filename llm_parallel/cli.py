@@ -164,7 +164,7 @@ def sft(
 def prefer(
     run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
 ) -> None:
-    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf). Starts like
+    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf, reward). Starts like
     pretrain."""
     from llm_parallel.worker.command import train_command
 

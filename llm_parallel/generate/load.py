@@ -95,12 +95,16 @@ def load_model(
     deterministic: bool = False,
     member: Member | None = None,
     adapters: Mapping[str, str] | None = None,
+    values: bool = False,
 ) -> Loaded:
     """Loads the model in ``path`` into this process, or this process's part of it. ``precision``: fp32 or bf16; the
     saved one if not given. ``deterministic``: as ``kernels.deterministic`` of a run file; raises UserError where it
     cannot be had, and says what it costs. ``adapters``: PEFT folders or checkpoints of adapters on the model, by the
-    names under which requests choose them."""
+    names under which requests choose them. ``values``: whether the model may be one that gives texts a value and writes
+    none."""
     config, member = describe_folder(path), member or Member()
+    if config.model.value_head and not values:
+        raise UserError(f"{path} holds a reward model, which values answers and writes none; give a language model")
     if adapters:
         if config.adapter is not None:
             raise UserError(f"{path} is an adapter, and others are given too; give the model under it")
