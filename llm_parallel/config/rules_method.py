@@ -24,6 +24,9 @@ def check_method(case: Case) -> Iterator[Problem]:
             if value != none:
                 statement = f"{name} = {value} changes the likelihood that method.kind = {kind} compares"
                 yield Problem((name, "method.kind"), statement, {name: none})
+    if kind == "reward" and config.adapter is not None:
+        statement = "adapter is given, and method.kind = reward trains a value head beside the model's weights"
+        yield Problem(("adapter", "method.kind"), statement, {"adapter": None})
     yield from _other_methods(case)
     if kind == "dpo":
         yield from _pairs(case)

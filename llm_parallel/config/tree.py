@@ -94,6 +94,9 @@ class ModelConfig(Node):
     """The same for the logits over the vocabulary."""
     tie_embeddings: bool = False
     """Use one matrix for the input embedding and the output projection."""
+    value_head: bool = False
+    """One number for every token in place of the output projection, as critics and reward models have; set by
+    ``method.kind: reward``."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; output projections of a layer get it divided by sqrt(2 num_layers)."""
 
@@ -408,7 +411,7 @@ class RunConfig(Node):
     elastic: ElasticConfig = ElasticConfig()
 
     @property
-    def trains(self) -> Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reject", "grpo"]:
+    def trains(self) -> Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reward", "reject", "grpo"]:
         """``method.kind``, or what the given data are for."""
         return self.method.kind or ("sft" if self.chat.train and not self.data.train else "pretrain")
 
