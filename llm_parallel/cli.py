@@ -157,7 +157,7 @@ def sft(
 def prefer(
     run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
 ) -> None:
-    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf). Starts like
+    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf, reward). Starts like
     pretrain."""
     from llm_parallel.worker.command import train_command
 
@@ -374,21 +374,20 @@ def report(request: ReportRequest) -> None:
 @with_options
 def generate(request: GenerateRequest) -> None:
     """Write on from prompts, or answer a file of prompts or conversations."""
-    from llm_parallel.generate.command import generate_command, generate_file_command, sampling_of, structure_of
+    from llm_parallel.generate import command as use
     from llm_parallel.screen import say_next
 
     if request.input is not None:
-        generate_file_command(request)
+        use.generate_file_command(request)
         return
-    generate_command(
+    use.generate_command(
         request.checkpoint,
         request.prompts,
-        sampling_of(request),
-        device=request.device,
+        use.sampling_of(request),
+        held=use.held_by(request),
         stop=request.stop,
         chat=request.chat,
-        structure=structure_of(request),
-        deterministic=request.deterministic,
+        structure=use.structure_of(request),
     )
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"

@@ -32,10 +32,11 @@ def _stage(name: str, seconds: float, function: str, what: str) -> Stage:
 STAGES = (
     _stage("environment", 40, "environment:environment", "versions, chip, clocks, what the card does at most"),
     _stage("correctness", 60, "operators:correctness", "every operator once at a real size against fp64"),
-    _stage("operators", 110, "operators:operators", "every operator beside its peers, Llama-3 8B and 70B at TP 8"),
+    _stage("operators", 100, "operators:operators", "every operator beside its peers, Llama-3 8B and 70B at TP 8"),
     _stage("step", 75, "steps:step", "a training step: ours, ours on torch's operators, transformers"),
     _stage("pretrain", 75, "pretrain:pretrain", "20 steps of pretrain on the GPU held to the CPU's losses"),
-    _stage("tests", 80, "kernel_tests:kernel_tests", "the kernels' own tests, small operators first"),
+    _stage("generation", 30, "generation:generation", "answers by our kernels held to those by torch's attention"),
+    _stage("tests", 60, "kernel_tests:kernel_tests", "the kernels' own tests, small operators first"),
     _stage("counters", 40, "counters:counters", "Nsight Compute's view of the worst kernel"),
     _stage("gluon", 45, "operators:gluon", "proof of the Gluon attention, and its speed if it is right"),
     _stage("compiled", 40, "compiled:compiled", "torch.compile: operators, then the training step"),

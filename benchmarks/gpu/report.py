@@ -103,6 +103,16 @@ def _pretrain(result: Record) -> list[str]:
     return [*table(("run", "losses", ""), rows), "", f"{said}allowed {result.get('tolerance')}"]
 
 
+def _generation(result: Record) -> list[str]:
+    rows = [
+        (row["run"], str(row["requests"]), str(row["tokens"]), f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}")
+        for row in result.get("rows", [])
+    ]
+    worst = _number(result.get("worst_difference"), ".1e") or "none"
+    said = f"largest difference of log-probabilities in fp32: {worst} over {result.get('compared', 0)} tokens"
+    return [*table(("run", "requests", "new tokens", "s, with prompts", "new tokens/s"), rows), "", said]
+
+
 def _tests(result: Record) -> list[str]:
     counts = ", ".join(f"{count} {name}" for name, count in result.get("counts", {}).items())
     return [counts or "none ran", *(f"- {one['test']}: {one['error']}" for one in result.get("failures", []))]
@@ -131,6 +141,7 @@ def _tuning(result: Record) -> list[str]:
 
 _SECTIONS: dict[str, Callable[[Record], list[str]]] = {
     "environment": _environment, "correctness": _correctness, "operators": _operators, "step": _steps,
-    "pretrain": _pretrain, "tests": _tests, "counters": _counters, "gluon": _operators, "compiled": _operators,
+    "pretrain": _pretrain, "generation": _generation, "tests": _tests,
+    "counters": _counters, "gluon": _operators, "compiled": _operators,
     "tuning": _tuning,
 }  # fmt: skip

@@ -94,6 +94,10 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "blame": lambda r: f"found to blame ({r['fault']}): {r['cause']}",
     "remove": lambda r: f"device {r['device']} of {r['node']} is removed: {r['cause']}",
     "reshape": lambda r: f"another layout: {r['after']} instead of {r['before']}",
+    "round": lambda r: (
+        f"round {r['number']} answered and judged: mean score {r['reward']:.3g}, "
+        f"{r['completions/clipped_ratio']:.1%} of the answers not ended"
+    ),
     "copies_ignored": lambda r: f"{r['cause']}",
     "crowded": lambda r: f"{r['cause']}",
     "lost": lambda r: f"node {r['node']} is lost: {r['cause']}",

@@ -23,7 +23,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights
 from llm_parallel.model.peft_files import PeftFolder, is_peft_folder, load_peft
-from llm_parallel.model.tensors import EMBEDDING, kind_of, weights_of
+from llm_parallel.model.tensors import EMBEDDING, Role, kind_of, weights_of
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups
 
@@ -91,19 +91,30 @@ def load_adapters(path: str | Path, network: Network) -> None:
         load_weights(path, network)
 
 
-def _load_from_checkpoint(folder: Path, network: Network, fingerprint: Fingerprint) -> None:
+@torch.no_grad()
+def load_trunk(path: str | Path, network: Network) -> None:
+    """Loads one of our checkpoints of a language model into a network with a value head, which stays as it is. Raises
+    UserError if it is another model."""
+    _load_from_checkpoint(find_checkpoint(path), network, Fingerprint(network.groups), ("value_head",))
+
+
+def _load_from_checkpoint(
+    folder: Path, network: Network, fingerprint: Fingerprint, but_for: tuple[str, ...] = ()
+) -> None:
     if base := content_of(folder).get(BASE):
         raise UserError(
             f"{folder} holds adapters, and no model under them; give theirs, checkpoint.load={base['path']}, and "
             f"adapter.load={folder} to begin from these adapters"
         )
-    check_same_architecture(folder, read_config(folder).model, network.models[0].model_config)
+    check_same_architecture(folder, read_config(folder).model, network.models[0].model_config, but_for)
     mesh, at = network.groups.mesh, network.groups.at
     try:
         tensors = CheckpointTensors(folder)
         for chunk in network.models:
             for name, weight in weights_of(chunk):
                 kind = kind_of(name)
+                if but_for and kind.role is Role.VALUE:
+                    continue
                 size = weight.shape[kind.piece_dim] * (1 if kind.sharded_dim is None else mesh.tp)
                 parts = [tensors.rows(name, wanted) for wanted in kind.shard(size, mesh.tp, at.tp)]
                 values = torch.cat(parts, dim=kind.piece_dim)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_parallel.config import rules_layout, rules_method
+from llm_parallel.config import rules_layout, rules_method, rules_rounds
 from llm_parallel.config.problem import Case, Problem, divisors, nearest
 from llm_parallel.config.tree import OptimConfig, RunConfig
 from llm_parallel.errors import UserError
@@ -99,6 +99,8 @@ def check_chat_inputs(config: RunConfig) -> None:
     Raises UserError that names each field whose file is missing."""
     missing = []
     what, command = ("preferences", "prefer") if config.prefers else ("conversations", "sft")
+    if config.collects:
+        what, command = "prompts", "prefer"
     if not config.chat.train:
         missing.append(f"chat.train is empty; give at least one file of {what}")
     if config.data.train:
@@ -106,7 +108,7 @@ def check_chat_inputs(config: RunConfig) -> None:
             f"data.train names token files, which `llm-parallel {command}` does not read; give chat.train {what}, or "
             "use `llm-parallel pretrain`"
         )
-    if config.prefers and config.checkpoint.load is None:
+    if (config.prefers or config.collects) and config.checkpoint.load is None:
         missing.append(
             "checkpoint.load, which names the model whose answers are to become better, is not given; give it a run "
             "of `llm-parallel sft` or a Hugging Face folder"
@@ -415,6 +417,7 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _deterministic,
     _adapter,
     rules_method.check_method,
+    rules_rounds.check_rounds,
 )
 
 

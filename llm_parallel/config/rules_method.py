@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm_parallel.config.problem import Case, Problem
+from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES
 
 
@@ -23,10 +24,17 @@ def check_method(case: Case) -> Iterator[Problem]:
             if value != none:
                 statement = f"{name} = {value} changes the likelihood that method.kind = {kind} compares"
                 yield Problem((name, "method.kind"), statement, {name: none})
+    if kind == "reward" and config.adapter is not None:
+        statement = "adapter is given, and method.kind = reward trains a value head beside the model's weights"
+        yield Problem(("adapter", "method.kind"), statement, {"adapter": None})
     yield from _other_methods(case)
     if kind == "dpo":
         yield from _pairs(case)
-    reads_reference = kind == "kto" or (kind == "dpo" and method.dpo.loss not in ("simpo", "orpo"))
+    reads_reference = (
+        kind == "kto"
+        or (kind == "grpo" and method.grpo.kl_weight > 0)
+        or (kind == "dpo" and method.dpo.loss not in ("simpo", "orpo"))
+    )
     if not reads_reference:
         what = f"method.kind = {kind}" + (f" with method.dpo.loss = {method.dpo.loss}" if kind == "dpo" else "")
         for name, default in (("load", None), ("keep", "file"), ("folder", None)):
@@ -48,7 +56,7 @@ def check_method(case: Case) -> Iterator[Problem]:
 def _other_methods(case: Case) -> Iterator[Problem]:
     """Settings of a method that the run does not use."""
     method, kind = case.config.method, case.config.trains
-    for name in PREFERENCES:
+    for name in (*PREFERENCES, *ONLINE):
         section = getattr(method, name)
         given = [field for field, value in type(section)() if getattr(section, field) != value]
         if name != kind and given:

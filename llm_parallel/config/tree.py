@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
+from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES, AdapterConfig, ChatConfig, MethodConfig
 
 __all__ = ["AdapterConfig", "ChatConfig", "MethodConfig", "Node", "RunConfig"]
@@ -93,6 +94,9 @@ class ModelConfig(Node):
     """The same for the logits over the vocabulary."""
     tie_embeddings: bool = False
     """Use one matrix for the input embedding and the output projection."""
+    value_head: bool = False
+    """One number for every token in place of the output projection, as critics and reward models have; set by
+    ``method.kind: reward``."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; output projections of a layer get it divided by sqrt(2 num_layers)."""
 
@@ -407,7 +411,7 @@ class RunConfig(Node):
     elastic: ElasticConfig = ElasticConfig()
 
     @property
-    def trains(self) -> Literal["pretrain", "sft", "dpo", "kto", "rrhf"]:
+    def trains(self) -> Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reward", "reject", "grpo"]:
         """``method.kind``, or what the given data are for."""
         return self.method.kind or ("sft" if self.chat.train and not self.data.train else "pretrain")
 
@@ -415,6 +419,11 @@ class RunConfig(Node):
     def prefers(self) -> bool:
         """Whether the run learns from answers that are compared or judged."""
         return self.trains in PREFERENCES
+
+    @property
+    def collects(self) -> bool:
+        """Whether the run learns from answers that its model gives in rounds."""
+        return self.trains in ONLINE
 
     @property
     def reads_chat(self) -> bool:

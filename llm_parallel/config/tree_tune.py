@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from llm_parallel.config.node import Node
+from llm_parallel.config.tree_online import GRPOConfig, RejectConfig, RolloutConfig
 
 
 class Columns(Node):
@@ -151,6 +152,15 @@ class RRHFConfig(Node):
     """The best answer's loss is a mean over its tokens, in place of their sum."""
 
 
+class RewardConfig(Node):
+    """A model that gives an answer a value (Ouyang et al. 2022, arXiv 2203.02155)."""
+
+    center_weight: float = Field(0.0, ge=0.0)
+    """Weight of the squared sum of a pair's values, which keeps values around 0 (arXiv 2312.09244)."""
+    margins: bool = False
+    """Whether the records' ``margin`` is taken from the difference of a pair's values (arXiv 2307.09288)."""
+
+
 class ReferenceConfig(Node):
     """The model that ``dpo`` and ``kto`` hold the trained one to."""
 
@@ -167,18 +177,23 @@ class ReferenceConfig(Node):
 class MethodConfig(Node):
     """What a run trains for."""
 
-    kind: Literal["pretrain", "sft", "dpo", "kto", "rrhf"] | None = None
+    kind: Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reward", "reject", "grpo"] | None = None
     """``pretrain``: the next token of token files (``data.train``); ``sft``: the answers of conversations
     (``chat.train``); ``dpo``: chosen answers over rejected ones; ``kto``: answers that were liked or not; ``rrhf``:
-    answers in their order. If not given, ``sft`` where there are
-    conversations and no token files."""
+    answers in their order; ``reward``: a model that values answers, learned from pairs; ``reject``, ``grpo``: answers
+    that the model gives to prompts while it is trained, the best of which it is fine-tuned on, or which are compared
+    with each other. If not given, ``sft`` where there are conversations and no token files."""
     dpo: DPOConfig = DPOConfig()
     kto: KTOConfig = KTOConfig()
     rrhf: RRHFConfig = RRHFConfig()
+    reward: RewardConfig = RewardConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reject: RejectConfig = RejectConfig()
+    grpo: GRPOConfig = GRPOConfig()
 
 
-PREFERENCES = ("dpo", "kto", "rrhf")
+PREFERENCES = ("dpo", "kto", "rrhf", "reward")
 """Kinds of methods that learn from answers that are compared or judged: ``llm-parallel prefer``."""
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]

@@ -68,6 +68,8 @@ def convert_command(
     say(f"{parameters(count)} parameters written as {kind} {written} in {seconds:.1f} s")
     if verify and config.adapter is not None:
         say(verify_adapters(source, written))
+    elif verify and config.model.value_head:
+        say("not compared with transformers: the model gives texts a value, and no logits over the vocabulary")
     elif verify:
         folder, checkpoint = (written, Path(source)) if to_hf else (Path(source), written)
         say(verified(folder, checkpoint, rounded=wanted is not None))

@@ -60,8 +60,8 @@ def prepare_conversations(
 
 
 def opened_sources(chat: ChatConfig, preferences: bool = False) -> list[Opened]:
-    """The files of all sources, of conversations or of ``preferences``, those of training first. Raises UserError that
-    names the field of one that is not."""
+    """The files of all sources of conversations, or of ``preferences``, those of training first. Raises UserError that
+    names the field of one that is not there."""
     opened = []
     for number, one in enumerate((*chat.train, *chat.eval)):
         with named_source(chat, number):

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,18 @@ def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
         print(prompt + text)
 
 
-def _open(checkpoint: str, device: str, deterministic: bool) -> tuple[Loaded, Tokenizer, list[Path]]:
+@dataclass(frozen=True)
+class Held:
+    """How the model is held: its device, its ``weights`` (as for ``load_model``), and whether it is deterministic."""
+
+    device: str = "auto"
+    weights: str = "saved"
+    deterministic: bool = False
+
+
+def _open(checkpoint: str, held: Held) -> tuple[Loaded, Tokenizer, list[Path]]:
     """The model, its tokenizer, and the folders whose files say how texts begin and end."""
-    loaded = load_model(checkpoint, device, deterministic=deterministic)
+    loaded = load_model(checkpoint, held.device, weights=held.weights, deterministic=held.deterministic)
     if loaded.tokenizer is None:
         raise UserError(
             f"{checkpoint} has no tokenizer beside its weights; put a tokenizer.json or tokenizer.model there"
@@ -90,6 +100,11 @@ def sampling_of(request: GenerateRequest) -> Sampling:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "min_p", "top_log_probs")
     penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
     return Sampling(**{name: getattr(request, name) for name in (*names, *penalties)})
+
+
+def held_by(request: GenerateRequest) -> Held:
+    """How a request wants the model held."""
+    return Held(request.device, request.weights, request.deterministic)
 
 
 def structure_of(request: GenerateRequest) -> Structure | None:
@@ -124,10 +139,12 @@ def generate_file_command(request: GenerateRequest) -> int:
     assert request.input is not None and request.output is not None
     settings = (sampling_of(request), tuple(request.stop), request.samples, request.max_running)
     job = FileJob(request.input, request.output, *settings, structure_of(request))
-    loaded, tokenizer, folders = _open(request.checkpoint, request.device, request.deterministic)
+    loaded, tokenizer, folders = _open(request.checkpoint, held_by(request))
     try:
         reader = PromptReader(loaded, prompt_prefix(tokenizer, folders), frozenset(end_tokens(tokenizer, folders)))
-        return answer_file(job, loaded, reader, request.checkpoint)
+        # Answers of weights in few bits are not those of the saved ones, and a file has one kind.
+        model = request.checkpoint if request.weights == "saved" else f"{request.checkpoint} in {request.weights}"
+        return answer_file(job, loaded, reader, model)
     finally:
         close_groups()
 
@@ -137,18 +154,17 @@ def generate_command(
     prompts: Sequence[str],
     sampling: Sampling,
     *,
-    device: str = "auto",
+    held: Held = Held(),
     stop: Sequence[str] = (),
     chat: bool = False,
     structure: Structure | None = None,
-    deterministic: bool = False,
 ) -> list[str]:
     """Prints each prompt and its continuation, up to the first of the texts ``stop`` in it; token by token if there is
     one prompt and a terminal. ``chat``: prompts are a user's messages, and answers stand on a line of their own.
     ``structure``: the form that answers must have.
 
     Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
-    loaded, tokenizer, folders = _open(checkpoint, device, deterministic)
+    loaded, tokenizer, folders = _open(checkpoint, held)
     begin, ends = prompt_prefix(tokenizer, folders), end_tokens(tokenizer, folders)
     if chat:
         encoder = open_encoder(loaded.config)

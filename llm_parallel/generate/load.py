@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from llm_parallel.checkpoint.base import load_adapters, load_base, path_of_base
 from llm_parallel.checkpoint.folders import find_checkpoint
@@ -17,7 +21,16 @@ from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.adapters import AdapterBank, load_bank, settings_of
 from llm_parallel.generate.deterministic import deterministic_notice
+from llm_parallel.generate.weights import (
+    WEIGHTS,
+    check_packable,
+    difference,
+    pack_network,
+    sample_tokens,
+    text_logits,
+)
 from llm_parallel.lines import note
+from llm_parallel.model.flops import parameter_count
 from llm_parallel.model.gpt import LlamaModel, build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
@@ -27,6 +40,7 @@ from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, resolve_device
 
+BITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -92,15 +106,30 @@ def load_model(
     device: str = "auto",
     precision: str | None = None,
     *,
+    weights: str = "saved",
     deterministic: bool = False,
     member: Member | None = None,
     adapters: Mapping[str, str] | None = None,
+    values: bool = False,
 ) -> Loaded:
     """Loads the model in ``path`` into this process, or this process's part of it. ``precision``: fp32 or bf16; the
-    saved one if not given. ``deterministic``: as ``kernels.deterministic`` of a run file; raises UserError where it
-    cannot be had, and says what it costs. ``adapters``: PEFT folders or checkpoints of adapters on the model, by the
-    names under which requests choose them."""
+    saved one if not given. ``weights``: one of ``WEIGHTS``; int8 and int4 need a CPU, compute in bf16, and say on
+    standard error how far their logits are from those in fp32. ``deterministic``: as ``kernels.deterministic`` of a run
+    file; raises UserError where it cannot be had, and says what it costs. ``adapters``: PEFT folders or checkpoints of
+    adapters on the model, by the names under which requests choose them. ``values``: whether the model may be one that
+    gives texts a value and writes none; ``weights`` is for those that write."""
+    if weights not in WEIGHTS:
+        raise UserError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
+    if weights in BITS and deterministic:
+        raise UserError(
+            f"weights is {weights} and deterministic is given, which needs whole matrices; take fp32 or bf16"
+        )
+    precision = "bf16" if weights in BITS else precision if weights == "saved" else weights
     config, member = describe_folder(path), member or Member()
+    if config.model.value_head and not values:
+        raise UserError(f"{path} holds a reward model, which values answers and writes none; give a language model")
+    if config.model.value_head and weights != "saved":
+        raise UserError(f"weights is {weights}, and {path} holds a reward model, which is held as saved; leave it out")
     if adapters:
         if config.adapter is not None:
             raise UserError(f"{path} is an adapter, and others are given too; give the model under it")
@@ -118,16 +147,55 @@ def load_model(
     platform = open_platform(device, member.local_rank)
     if member.world_size > 1:
         check_layout(config, member.world_size)
+    if weights in BITS:
+        check_packable(platform.device)
     layout = Layout.from_config(config, member.world_size)
     groups = open_groups(layout, member.rank, platform, config.seed)
     try:
-        return _loaded(path, config, groups, adapters)
+        return _loaded(path, config, groups, weights, adapters)
     except BaseException:
         close_groups()  # the next model of this process can be opened
         raise
 
 
-def _loaded(path: str | Path, config: RunConfig, groups: Groups, adapters: Mapping[str, str] | None) -> Loaded:
+def _loaded(
+    path: str | Path, config: RunConfig, groups: Groups, weights: str, adapters: Mapping[str, str] | None
+) -> Loaded:
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    compared = weights in ("bf16", *BITS) and _has_room(config, groups)
+    text = sample_tokens(tokenizer, config.model.vocab_size or 0)
+    exact: Tensor | None = None
+    if compared:
+        train = config.train.model_copy(update={"precision": "fp32"})
+        exact = text_logits(_filled(path, config.model_copy(update={"train": train}), groups, adapters)[0], text)
+    network, bank, said = _filled(path, config, groups, adapters)
+    if weights in BITS:
+        said.append(str(pack_network(network, BITS[weights])))
+        if not compared:
+            said.append("logits are not compared with those in fp32, for which there is too little memory")
+    if compared and (found := text_logits(network, text)) is not None:
+        assert exact is not None
+        said.append(f"weights in {weights}: {difference(found, exact)}")
+    if groups.reports_loss and groups.at.dp == groups.at.cp == 0:
+        for sentence in said:
+            note(sentence)
+    return Loaded(config, network, tokenizer, bank)
+
+
+def _has_room(config: RunConfig, groups: Groups) -> bool:
+    """Whether the model in fp32 takes less than half of the free memory, on all processes."""
+    needed = 4 * parameter_count(config.model).total / (groups.mesh.tp * groups.mesh.pp)
+    processes = 1 if groups.platform.is_cuda else groups.mesh.world_size
+    fits = torch.tensor(int(needed * processes < 0.5 * groups.platform.free_bytes()), device=groups.platform.device)
+    if groups.mesh.world_size > 1:
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    return bool(fits)
+
+
+def _filled(
+    path: str | Path, config: RunConfig, groups: Groups, adapters: Mapping[str, str] | None
+) -> tuple[Network, AdapterBank | None, list[str]]:
+    """The network with the weights of the folder, and what is to be said about them."""
     network = build_policy(config, groups)
     said: list[str] = []
     bank = None
@@ -144,8 +212,4 @@ def _loaded(path: str | Path, config: RunConfig, groups: Groups, adapters: Mappi
         if network.base is not None:
             said = load_base(path_of_base(folder, content_of(folder)), network)
         load_weights(folder, network)
-    if groups.is_first_rank:
-        for sentence in said:
-            note(sentence)
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    return Loaded(config, network, tokenizer, bank)
+    return network, bank, said

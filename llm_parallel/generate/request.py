@@ -32,6 +32,8 @@ class GenerateRequest:
     """Seed of the drawing."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    weights: str = "saved"
+    """How weights are held: saved (as in the folder), fp32, bf16, or on a CPU int8 or int4."""
     stop: Sequence[str] = option((), name="--stop")
     """Text before which an answer ends; may be given several times."""
     min_p: float = 0.0

@@ -45,6 +45,10 @@ class StepMeasurement:
     """Why the update was not applied; None if it was."""
     num_skipped: int = 0
     """Steps of the run that were skipped so far."""
+    tokens: int | None = None
+    """Tokens that the step computed, where its samples are no rows of ``Basis.seq_length``."""
+    consumed_tokens: int | None = None
+    """Tokens trained on so far, where samples are no such rows."""
     statistics: Mapping[str, float] = field(default_factory=dict)
     """The objective's own numbers by name, as ``accuracy``, logged as ``train/accuracy``."""
 
@@ -142,14 +146,16 @@ def derive(measured: StepMeasurement, basis: Basis, recent_step_times_s: Sequenc
     ``mfu`` is a fraction of the peak. ``eta_s`` takes the median of ``recent_step_times_s`` (this step's time if empty)
     for each step to come, so that one slow step does not make the estimate jump.
     """
-    tokens_per_s = measured.global_batch_size * basis.seq_length / measured.step_time_s
+    tokens = measured.global_batch_size * basis.seq_length if measured.tokens is None else measured.tokens
+    consumed = measured.consumed_samples * basis.seq_length + basis.other_tokens
+    tokens_per_s = tokens / measured.step_time_s
     per_gpu = tokens_per_s / basis.world_size
     tflops = per_gpu * basis.flops_per_token / 1e12
     typical_s = median(recent_step_times_s) if recent_step_times_s else measured.step_time_s
     return StepRecord(
         step=measured.step,
         consumed_samples=measured.consumed_samples,
-        consumed_tokens=measured.consumed_samples * basis.seq_length + basis.other_tokens,
+        consumed_tokens=consumed if measured.consumed_tokens is None else measured.consumed_tokens,
         loss=measured.loss,
         grad_norm=measured.grad_norm,
         lr=measured.lr,

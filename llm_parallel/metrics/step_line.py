@@ -14,9 +14,11 @@ _IMPORTANCE = ("step", "skipped", "loss", "eta", "tokens", "grad", "lr", "mfu", 
 _CONSTANT = ("lr", "memory")
 """Kinds that are left out where they are as in the line before; they stand last, so that nothing moves."""
 
-
-_LEFT_OUT = ("num_tokens",)
-"""Statistics that only grow; metrics.jsonl has them."""
+_LEFT_OUT = (
+    "num_tokens", "reward_", "frac_reward", "completions/", "sampling/", "held_out/", "kl_to_reference", "kept"
+)  # fmt: skip
+"""Beginnings of names of statistics that only grow, or are about the answers of a round, which has a line of its own;
+metrics.jsonl has them."""
 _SHORTER = {"mean_token_accuracy": "accuracy"}
 """Names of statistics in the line, where they are other ones."""
 
@@ -77,7 +79,7 @@ def fields(record: StepRecord, total_steps: int, unit: str) -> list[Field]:
     if record.skipped:
         found.append(Field("skipped", "SKIPPED"))
     found.append(Field("loss", f"{record.loss:.4f}", "loss "))
-    shown = {name: value for name, value in record.statistics.items() if name not in _LEFT_OUT}
+    shown = {name: value for name, value in record.statistics.items() if not name.startswith(_LEFT_OUT)}
     found += [Field("statistics", f"{value:.4g}", f"{_SHORTER.get(name, name)} ") for name, value in shown.items()]
     found += [
         Field("grad", f"{record.grad_norm:.3f}", "grad norm "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from llm_parallel.config.tree import ModelConfig
@@ -23,15 +24,19 @@ ARCHITECTURE = (
     "qk_norm",
     "qk_norm_over_heads",
     "norm_outputs",
+    "value_head",
 )
 
 
-def check_same_architecture(folder: str | Path, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """Raises UserError that names every field in which the model in ``folder`` differs from the configured one."""
+def check_same_architecture(
+    folder: str | Path, theirs: ModelConfig, ours: ModelConfig, but_for: Collection[str] = ()
+) -> None:
+    """Raises UserError that names every field in which the model in ``folder`` differs from the configured one;
+    ``but_for``: fields that may."""
     differences = [
         f"model.{name} is {getattr(theirs, name)} there and {getattr(ours, name)} here"
         for name in ARCHITECTURE
-        if getattr(theirs, name) != getattr(ours, name)
+        if getattr(theirs, name) != getattr(ours, name) and name not in but_for
     ]
     if differences:
         raise UserError(f"{folder} holds another model: {'; '.join(differences)}; make them the same")

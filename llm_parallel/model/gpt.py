@@ -10,6 +10,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.data.batch import Documents
 from llm_parallel.model.adapters import OutputLayer, add_adapters
 from llm_parallel.model.deterministic import token_losses
+from llm_parallel.model.heads import ValueHead
 from llm_parallel.model.init import initialize
 from llm_parallel.model.layer_spec import block_spec
 from llm_parallel.model.mcore_config import padded_vocab_size, transformer_config
@@ -53,7 +55,7 @@ class LlamaModel(LanguageModule):
         self.seed = seed
         self.vocab_size = padded_vocab_size(model.vocab_size, mesh.tp)
         self.pre_process, self.post_process = layers.start == 0, layers.stop == model.num_layers
-        self.share_embeddings_and_output_weights = model.tie_embeddings
+        self.share_embeddings_and_output_weights = model.tie_embeddings and not model.value_head
         # megatron-core's schedules and optimizer look for these two.
         self.vp_stage = virtual_stage if stages.vpp > 1 else None
         self.model_type = ModelType.encoder_or_decoder
@@ -73,7 +75,9 @@ class LlamaModel(LanguageModule):
             pg_collection=groups.collection,
             vp_stage=self.vp_stage,
         )
-        if self.post_process:
+        if self.post_process and model.value_head:
+            self.value_head = ValueHead(self.config, groups.platform.device, groups.collection.tp)
+        elif self.post_process:
             self.output_layer = OutputLayer(
                 model.hidden_size,
                 self.vocab_size,
@@ -84,7 +88,10 @@ class LlamaModel(LanguageModule):
                 skip_weight_param_allocation=self.pre_process and model.tie_embeddings,
                 tp_group=groups.collection.tp,
             )
-        if self.pre_process or self.post_process:
+        if model.value_head:
+            if self.pre_process:
+                self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
+        elif self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
         shard = self.vocab_size // mesh.tp
         self.num_valid_tokens = min(max(model.vocab_size - groups.at.tp * shard, 0), shard)
@@ -92,6 +99,11 @@ class LlamaModel(LanguageModule):
         self.is_frozen = False
         """Whether adapters are trained in place of the weights."""
         initialize(self, model, groups, seed)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """For megatron-core's checkpoints; its language models would look for an output projection."""
+        of = MegatronModule if self.model_config.value_head else LanguageModule
+        return of.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         """Takes the hidden states of the stage before, as megatron-core's schedules hand them over."""
@@ -109,7 +121,8 @@ class LlamaModel(LanguageModule):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens, labels: int64 [B, S] of this process's part of each sample (zigzag under context parallelism).
 
-        Last stage: fp32 losses [B, S] if labels are given, else this process's columns of the logits [B, S, V/tp]. With
+        Last stage: fp32 values [B, S] of a model with a value head; of others fp32 losses [B, S] if labels are given,
+        else this process's columns of the logits [B, S, V/tp]. With
         ``kernels.output_loss: fused`` and weights fp32 [B, S]: (sum of weighted losses, losses without gradient).
         ``loss_options``: keyword arguments of the loss operator, such as label_smoothing. Other stages: hidden states
         for the next one. ``numbers``: int64 [B] of the samples, which noise on the embeddings depends on. ``seen`` is
@@ -127,6 +140,8 @@ class LlamaModel(LanguageModule):
         hidden_SBH = self.decoder(embedded_SBH, None, packed_seq_params=info)
         if not self.post_process:
             return hidden_SBH
+        if self.model_config.value_head:
+            return self.value_head(hidden_SBH)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         if labels is not None and self.numerics.kernels.output_loss != "separate":

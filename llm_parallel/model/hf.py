@@ -23,7 +23,7 @@ from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.model.hf_config import family_in, hf_config_to_model, unused_fields
 from llm_parallel.model.hf_families import Family
 from llm_parallel.model.hf_files import ADAPTER_NAME, is_hf_folder, is_pointer, read_hf_config, weight_files
-from llm_parallel.model.tensors import EMBEDDING, OUTPUT, all_names, kind_of, split_name, weights_of
+from llm_parallel.model.tensors import EMBEDDING, OUTPUT, Role, all_names, kind_of, split_name, weights_of
 
 __all__ = ["HfReader", "Piece", "hf_tensors", "is_hf_folder", "load_hf_weights", "pieces_of"]
 
@@ -261,11 +261,15 @@ def load_hf_weights(
     config, groups = models[0].model_config, models[0].groups
     tp, tp_rank = groups.mesh.tp, groups.at.tp
     with HfReader(folder) as reader:
-        check_same_architecture(folder, hf_config_to_model(reader.config), config)
+        theirs = hf_config_to_model(reader.config)
+        added = config.value_head and not theirs.value_head  # a language model's trunk under a head of our own
+        check_same_architecture(folder, theirs, config, ("value_head",) if added else ())
         said = reader.check()
         for chunk in models:
             for name, weight in weights_of(chunk):
                 kind = kind_of(name)
+                if added and kind.role is Role.VALUE:
+                    continue
                 dim = kind.piece_dim
                 ranges = kind.shard(weight.shape[dim] * (1 if kind.sharded_dim is None else tp), tp, tp_rank)
                 parts = [part for wanted in ranges for part in read_rows(reader, name, config, wanted)]

@@ -38,17 +38,29 @@ def hf_config_to_model(values: dict[str, Any]) -> ModelConfig:
         raise UserError(f"config.json holds a value of the wrong kind ({error})") from error
 
 
+VALUED = "ForSequenceClassification"
+"""Ending of the class of transformers that has ``score.weight`` in place of an output projection."""
+
+
 def family_in(values: dict[str, Any]) -> Family:
     """The family that a config.json names. Raises UserError if it is none that we know, or not a language model."""
     name = values.get("model_type")
     if name not in FAMILIES:
         raise UserError(f"model_type is {name!r} in config.json; only {known_families()} can be converted")
     classes = values.get("architectures")
-    if classes and not all(str(one).endswith("ForCausalLM") for one in classes):
+    if classes and not is_value_model(values) and not all(str(one).endswith("ForCausalLM") for one in classes):
         raise UserError(
-            f"architectures is {classes} in config.json; only language models (…ForCausalLM) can be converted"
+            f"architectures is {classes} in config.json; only language models (…ForCausalLM), and models of one value "
+            "(…ForSequenceClassification with one label), can be converted"
         )
     return FAMILIES[name]
+
+
+def is_value_model(values: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a model that says one number of a text."""
+    classes = values.get("architectures") or []
+    labels = len(values["id2label"]) if values.get("id2label") else values.get("num_labels", 2)
+    return bool(classes) and all(str(one).endswith(VALUED) for one in classes) and labels == 1
 
 
 def _refuse_what_differs(values: dict[str, Any], family: Family) -> None:
@@ -110,6 +122,7 @@ def _to_model(values: dict[str, Any]) -> ModelConfig:
     if family.skips_rope:
         options["layers_without_rope"] = _layers_without_rope(given, layers)
     return ModelConfig(
+        value_head=is_value_model(values),
         num_layers=layers,
         hidden_size=values["hidden_size"],
         ffn_hidden_size=values["intermediate_size"],
@@ -156,7 +169,8 @@ def model_to_hf_config(
         older["rope_scaling"] = {"type": scaling["rope_type"], **{key: scaling[key] for key in kept}}
         older["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     return {
-        "architectures": [f"{family.class_name}ForCausalLM"],
+        "architectures": [f"{family.class_name}{VALUED if model.value_head else 'ForCausalLM'}"],
+        **({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if model.value_head else {}),
         "model_type": name,
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,

@@ -63,5 +63,6 @@ def initialize(chunk: nn.Module, model: ModelConfig, groups: Groups, seed: int) 
         if kind.role in (Role.NORM, Role.BIAS):
             parameter.copy_(torch.tensor(1.0 if kind.role is Role.NORM else 0.0))
             continue
-        values = initial_rows(name, kind.shard(parameter.shape[dim] * tp, tp, tp_rank), model, seed)
+        size = parameter.shape[dim] * (1 if kind.sharded_dim is None else tp)
+        values = initial_rows(name, kind.shard(size, tp, tp_rank), model, seed)
         parameter.copy_(values.t() if dim == 1 else values)

@@ -27,6 +27,7 @@ class Role(Enum):
     INPUT = "a matrix that reads the normalized residual stream"
     RESIDUAL = "a matrix whose output is added to the residual stream"
     BIAS = "a vector that is added to a matrix's output"
+    VALUE = "the vector that gives a token its value, as a matrix of one row"
     ADAPTER = "a factor of a low-rank matrix that is trained beside a frozen one"
 
 
@@ -51,7 +52,7 @@ class TensorKind:
 
     def exists(self, model: ModelConfig) -> bool:
         """Whether a model has such tensors. A tied output projection is the embedding."""
-        if self.name == "output_layer.weight" and model.tie_embeddings:
+        if self.name == "output_layer.weight" and (model.tie_embeddings or model.value_head):
             return False
         if self.unless is not None and getattr(model, self.unless):
             return False
@@ -87,6 +88,8 @@ class TensorKind:
             rows = vocabulary or model.vocab_size
             assert rows is not None, "the vocabulary is taken from the tokenizer before the model is built"
             return (rows, model.hidden_size)
+        if self.role is Role.VALUE:
+            return (1, model.hidden_size)
         if self.role is Role.BIAS and self.sharded_dim is None:
             return (model.hidden_size,)
         along = {
@@ -170,6 +173,7 @@ TENSORS = (
         switch="norm_outputs",
     ),
     TensorKind("decoder.final_layernorm.weight", Role.NORM, None, ("model.norm.weight",), in_layer=False),
+    TensorKind("value_head.weight", Role.VALUE, None, ("score.weight",), in_layer=False, switch="value_head"),
     TensorKind("output_layer.weight", Role.VOCABULARY, 0, ("lm_head.weight",), in_layer=False),
 )
 EMBEDDING, OUTPUT = TENSORS[0], TENSORS[-1]

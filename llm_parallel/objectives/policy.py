@@ -47,16 +47,20 @@ class ClippedPolicy(Unweighted):
     importance_cap: float | None = None
     divided_by: Literal["token", "sequence", "constant"] = "token"
     constant: float = 1.0
-    statistics: tuple[str, ...] = (
-        "policy/loss",
-        "policy/approx_kl",
-        "policy/clip_fraction",
-        "policy/ratio_error",
-        "policy/importance",
-        "kl",
-        "entropy",
-        "labels",
-    )
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """See ``Objective``: only what is computed."""
+        return (
+            "policy/loss",
+            "policy/approx_kl",
+            "policy/clip_fraction",
+            "policy/ratio_error",
+            *(("policy/importance",) if self.importance_cap is not None else ()),
+            *(("kl",) if self.kl_weight else ()),
+            *(("entropy",) if self.entropy_weight else ()),
+            "labels",
+        )
 
     @property
     def unit(self) -> Literal["token", "document"]:
@@ -105,17 +109,17 @@ class ClippedPolicy(Unweighted):
             by_token = by_token - self.entropy_weight * entropies
         with torch.no_grad():
             acts = (clipped != ratio) & (clipped * column["advantage"] < ratio * column["advantage"])
-            numbers = (
-                policy_loss,
-                divergence(column["old"], logps, "k3"),
-                acts.to(ratio.dtype),
-                (ratio - 1.0).abs(),
-                importance,
-                kl,
-                zero if entropies is None else entropies,
-                used.to(ratio.dtype),
-            )
-            stats = {name: torch.where(used, number, 0.0).sum() for name, number in zip(self.statistics, numbers)}
+            numbers = {
+                "policy/loss": policy_loss,
+                "policy/approx_kl": divergence(column["old"], logps, "k3"),
+                "policy/clip_fraction": acts.to(ratio.dtype),
+                "policy/ratio_error": (ratio - 1.0).abs(),
+                "policy/importance": importance,
+                "kl": kl,
+                "entropy": zero if entropies is None else entropies,
+                "labels": used.to(ratio.dtype),
+            }
+            stats = {name: torch.where(used, numbers[name], 0.0).sum() for name in self.statistics}
         total, count = self._divided(batch, groups, torch.where(used, by_token * batch.weights, 0.0))
         return Terms(total, count, stats)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from llm_parallel.serve.embeddings import embeddings
 from llm_parallel.serve.errors import ApiError
 from llm_parallel.serve.fields import Fields, parse_body
 from llm_parallel.serve.guard import Access, Guard, State
+from llm_parallel.serve.page import page, page_headers
 from llm_parallel.serve.responses import response
 from llm_parallel.serve.stream import ClientGone
 from llm_parallel.serve.wanted import WITHOUT_EFFECT
@@ -107,13 +107,11 @@ def _add_simple_routes(app: FastAPI, service: Service) -> None:
     app.add_api_route("/v1/models/{name:path}", model, methods=["GET"], response_model=None)
     app.add_api_route("/health", health, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", metrics, methods=["GET"], response_model=None)
-    if importlib.util.find_spec("llm_parallel.serve.page") is not None:
-        from llm_parallel.serve.page import page
 
-        async def root() -> Response:
-            return HTMLResponse(page())
+    async def root() -> Response:
+        return HTMLResponse(page(), headers=page_headers())
 
-        app.add_api_route("/", root, methods=["GET"], response_model=None)
+    app.add_api_route("/", root, methods=["GET"], response_model=None)
 
 
 def _endpoint(route: Route, service: Service, options: AppOptions, state: State) -> Callable[[HttpRequest], Any]:

@@ -52,6 +52,7 @@ def open_model(request: ServeRequest, rank: int = 0, local_rank: int = 0) -> Ope
     loaded = load_model(
         checkpoint if folder is None else folder,  # what is newest may change while it is loaded
         request.device,
+        weights=request.weights,
         deterministic=request.deterministic,
         member=Member(rank, local_rank, request.num_processes, parallel),
         adapters=request.adapters(),

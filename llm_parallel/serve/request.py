@@ -33,6 +33,8 @@ class ServeRequest:
     """Stages of layers, each on processes of its own (pipeline parallelism)."""
     reload_s: float | None = None
     """Look for a newer checkpoint of a run every so many seconds, and take it up; by default the run's newest stays."""
+    weights: str = "saved"
+    """How weights are held: saved (as in the folder), fp32, bf16, or on a CPU int8 or int4."""
     deterministic: bool = option(False, flag=True)
     """Answers depend on neither batch nor layout in a single bit; slower."""
     allow_origin: Sequence[str] = option((), name="--allow-origin")

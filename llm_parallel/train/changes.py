@@ -8,6 +8,7 @@ from typing import Any
 from llm_parallel.config.differences import in_words
 from llm_parallel.config.node import Node
 from llm_parallel.config.tree import ModelConfig, RopeScaling, RunConfig
+from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES
 from llm_parallel.data.tokenizer import fingerprint_of, tokenizer_file
 from llm_parallel.train.step_settings import learning_rate
@@ -93,10 +94,10 @@ def changed_method(saved: RunConfig, now: RunConfig) -> list[str]:
     """The same for what a run trains for."""
     kinds = saved.trains, now.trains
     found = [f"{_change('method.kind', *kinds)} ({OTHER_LOSS})"] if kinds[0] != kinds[1] else []
-    for section in PREFERENCES:
+    for section in (*PREFERENCES, *ONLINE, *(("rollout",) if now.collects else ())):
         old, new = (getattr(config.method, section).model_dump() for config in (saved, now))
         changes = [_change(f"method.{section}.{name}", old[name], new[name]) for name in old if old[name] != new[name]]
-        found += [f"{change} ({OTHER_LOSS})" for change in changes] if section == now.trains else []
+        found += [f"{change} ({OTHER_LOSS})" for change in changes] if section in (now.trains, "rollout") else []
     references = saved.method.reference.load, now.method.reference.load
     if references[0] != references[1]:
         found.append(f"{_change('method.reference.load', *references)} ({OTHER_LOSS})")

@@ -30,6 +30,10 @@ class Feed(Protocol):
     def notices(self) -> Sequence[str]:
         """What a resumed run's data do otherwise than before."""
 
+    @property
+    def step_tokens(self) -> int | None:
+        """Tokens of the last step, where its samples are no rows of ``data.seq_length_tokens``; else None."""
+
     def progress(self, state: TrainState) -> Mapping[str, float]:
         """Numbers that are recorded with the step that led to ``state``, such as the epoch."""
 
@@ -43,6 +47,8 @@ class Feed(Protocol):
 class SampleFeed:
     """Samples by number, without end, read ahead in the background. ``step`` must be called for consecutive steps, from
     the state with which the feed was opened. ``columns``: those that the samples have; ``notices``: see ``Feed``."""
+
+    step_tokens = None
 
     def __init__(
         self,

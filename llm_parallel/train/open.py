@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llm_parallel.checkpoint.base import load_adapters, load_base
+from llm_parallel.checkpoint.base import load_adapters, load_base, load_trunk
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import load_checkpoint, refuse_damaged
 from llm_parallel.checkpoint.run_file import read_config
@@ -136,6 +136,7 @@ def open_run(
             objective=objective,
             evaluation=method.evaluation(config),
             evaluated=method.evaluated,
+            long=watch.long,
             observes=method.observes,
             feed=feed,
             held_out=held_out,
@@ -259,11 +260,20 @@ def resume(config: RunConfig, models: Models, store: CheckpointStore) -> Resumed
         changed += changed_model(hf_config_to_model(read_hf_config(config.checkpoint.load)), config.model)
         changed += said
         return Resumed(TrainState(), f"weights from Hugging Face folder {config.checkpoint.load}", changed)
+    saved = read_config(find_checkpoint(config.checkpoint.load))
+    if config.model.value_head and not saved.model.value_head:
+        engine = models[POLICY]
+        assert isinstance(engine, Engine)
+        if config.checkpoint.verify:
+            refuse_damaged(config.checkpoint.load, store.groups)
+        load_trunk(config.checkpoint.load, engine.network)
+        engine.optimizer.reload_model_params()
+        changed += changed_model(saved.model, config.model)
+        return Resumed(TrainState(), f"weights from {config.checkpoint.load} under a new value head", changed)
     with_optimizer = config.checkpoint.load_optimizer
     if config.checkpoint.verify:
         refuse_damaged(config.checkpoint.load, store.groups)
     state = load_checkpoint(config.checkpoint.load, models, load_optimizer=with_optimizer, changed=changed.extend)
-    saved = read_config(find_checkpoint(config.checkpoint.load))
     changed += changed_since(saved, config, state) if state.step else changed_model(saved.model, config.model)
     return Resumed(state, f"{'state' if with_optimizer else 'weights'} from {config.checkpoint.load}", changed)
 

@@ -12,10 +12,12 @@ from llm_parallel.data.chat_files import prepare_conversations
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.group_files import prepare_groups
 from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
+from llm_parallel.data.prompts import Prompts, prepare_prompts
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
+from llm_parallel.tasks.open import open_judge
 from llm_parallel.train.inherit import inherited, other_tokenizer, with_own_tokenizer
 from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import steps_for, total_samples
@@ -48,7 +50,7 @@ def preflight(
     ``world_size``: number of processes if they are already started; ``notice`` is called with what could not be
     checked; ``starts``: the run begins after this, so that what may vanish is copied to its folder. Raises UserError.
     """
-    config = inherited(without_own_load(config, notice), notice)
+    config = with_value_head(inherited(without_own_load(config, notice), notice))
     if starts:
         config = with_own_tokenizer(config, notice)
     processes = world_size or num_processes(config)
@@ -75,7 +77,7 @@ def preflight_job(
     if config.device == "cpu" and gpus:
         notice(f"device = cpu: the {gpus} GPUs of each node that --gpus-per-node asks for are not used")
     device = "cuda" if gpus and config.device != "cpu" else "cpu"
-    config = inherited(without_own_load(config, notice), notice)
+    config = with_value_head(inherited(without_own_load(config, notice), notice))
     check_config(config, processes, device, uneven=True)  # type: ignore[arg-type]
     if device == "cpu":
         check_kernels(config, device, notice)
@@ -124,8 +126,11 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
     config = with_vocabulary(config, tokenizer)
     if differs := other_tokenizer(config, tokenizer):
         notice(differs)
-    data: GroupData | ChatData
-    if config.prefers:
+    data: GroupData | ChatData | Prompts
+    if config.collects:
+        open_judge(config.method.rollout.judges)
+        data = prepare_prompts(config, notice)
+    elif config.prefers:
         data = prepare_groups(config, notice)
         check_preferences(config, data, notice)
     else:
@@ -134,7 +139,7 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
         notice(unused)
     chat = config.chat.model_copy(update={"prepared": str(data.folder)})
     train = config.train
-    if train.epochs is not None:
+    if train.epochs is not None and not isinstance(data, Prompts):
         steps = steps_for(train, data.training(config.seed).packer.samples_before(train.epochs))
         if "steps" in train.model_fields_set and train.steps != steps:
             notice(f"train.steps = {train.steps} is replaced by {steps}, which are train.epochs = {train.epochs:g}")
@@ -161,6 +166,22 @@ def check_preferences(config: RunConfig, data: GroupData, notice: Callable[[str]
                 f"{good:,} answers were liked and {bad:,} not; method.kto.desirable_weight = {max(bad / good, 1):.3g} "
                 f"and method.kto.undesirable_weight = {max(good / bad, 1):.3g} let both kinds weigh the same"
             )
+    if config.trains == "reward" and config.method.reward.margins and not data.margins.any():
+        raise UserError(
+            "method.reward.margins is true, and no record has a margin; give records with one, or set it to false"
+        )
+
+
+def with_value_head(config: RunConfig) -> RunConfig:
+    """The configuration with ``model.value_head`` as the method needs it. Raises UserError if it has another."""
+    if config.trains == "reward":
+        return config.model_copy(update={"model": config.model.model_copy(update={"value_head": True})})
+    if config.model.value_head:
+        raise UserError(
+            f"model.value_head = true is for method.kind = reward, and method.kind = {config.trains} trains "
+            "log-probabilities, which such a model has none of; give a language model"
+        )
+    return config
 
 
 def check_kernels(config: RunConfig, device: str, notice: Callable[[str], None] = lambda _: None) -> None:

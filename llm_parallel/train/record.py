@@ -73,6 +73,8 @@ def record_step(run: Run, step: Step, uneven: bool) -> None:
         memory_reserved_gib=reserved,
         skip_reason=step.skip_reason,
         num_skipped=state.num_skipped,
+        tokens=run.feed.step_tokens,
+        consumed_tokens=None if run.feed.step_tokens is None else state.consumed_tokens,
         statistics={**outcome.statistics, **run.feed.progress(state)},
     )
     run.metrics.step(derive(measured, run.basis, run.step_times_s))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -41,8 +42,9 @@ class Run:
 
     models: by name, the trained one is ``policy``; besides: models that are neither trained nor saved, by name;
     objective, feed: what a step minimises, and on what; evaluation, held_out: the same for held-out data; evaluated:
-    called after each evaluation; asked_to_stop: whether this process was; observes: whether accuracy and entropy are
-    recorded; started_s: when the run began, by the monotonic clock of this process.
+    called after each evaluation; long: surrounds work that takes longer than a step; asked_to_stop: whether this
+    process was; observes: whether accuracy and entropy are recorded; started_s: when the run began, by the monotonic
+    clock of this process.
     """
 
     config: RunConfig
@@ -53,6 +55,7 @@ class Run:
     feed: Feed
     held_out: HeldOut
     evaluated: Callable[[Run], None]
+    long: Callable[[], AbstractContextManager[None]]
     store: CheckpointStore
     state: TrainState
     guard: Guard

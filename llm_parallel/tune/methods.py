@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES
 from llm_parallel.train.open import PRETRAINING, Method
 from llm_parallel.tune.prefer import PREFER
+from llm_parallel.tune.rounds import ROUNDS
 from llm_parallel.tune.sft import SFT
 
-METHODS = {"pretrain": PRETRAINING, "sft": SFT, **dict.fromkeys(PREFERENCES, PREFER)}
+METHODS = {"pretrain": PRETRAINING, "sft": SFT, **dict.fromkeys(PREFERENCES, PREFER), **dict.fromkeys(ONLINE, ROUNDS)}
 
 
 def method_of(config: RunConfig) -> Method:

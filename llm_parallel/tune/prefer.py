@@ -13,6 +13,7 @@ from llm_parallel.data.group_data import GroupData, GroupSamples
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.dpo import DPO
 from llm_parallel.objectives.kto import KTO, Gain
+from llm_parallel.objectives.reward import RewardPairs
 from llm_parallel.objectives.rrhf import RRHF
 from llm_parallel.parallel.engine import POLICY, network_of
 from llm_parallel.parallel.groups import Groups
@@ -38,6 +39,7 @@ class WaitingFeed:
     """What a run has until ``begin`` gives it its feed, which needs the run: it promises what that will offer."""
 
     notices: Sequence[str] = ()
+    step_tokens = None
 
     def __init__(self, config: RunConfig, groups: Groups, state: TrainState) -> None:
         samples = preferences(config).training(config.seed)
@@ -75,7 +77,9 @@ def objective_of(config: RunConfig) -> Objective:
         return DPO(**method.dpo.model_dump())
     if config.trains == "kto":
         return KTO(divergence, method.kto.beta, *kto_weights(config, preferences(config)))
-    return RRHF(method.rrhf.best_weight, method.rrhf.mean_best)
+    if config.trains == "rrhf":
+        return RRHF(method.rrhf.best_weight, method.rrhf.mean_best)
+    return RewardPairs(method.reward.center_weight, method.reward.margins)
 
 
 def reads_reference(config: RunConfig) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from llm_parallel.config.rules_rounds import steps_of_round
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat_data import ChatData
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.group_rows import UNITS
+from llm_parallel.data.prompts import Prompts
 from llm_parallel.lines import say
 from llm_parallel.screen import show_table
 from llm_parallel.train.step_settings import total_samples
@@ -59,4 +61,17 @@ def show_preferences(config: RunConfig) -> None:
     say(
         f"an epoch has {packer.samples_of(0):,} samples of {config.data.seq_length_tokens:,} tokens; "
         f"{config.train.steps:,} steps of {config.train.global_batch_size} samples are {epochs:.2f} epochs"
+    )
+
+
+def show_rounds(config: RunConfig) -> None:
+    """Prints how many rounds the run has, and of what."""
+    assert config.chat.prepared is not None
+    prompts, rollout = Prompts.open(config.chat.prepared), config.method.rollout
+    steps = steps_of_round(config)
+    count = -(-config.train.steps // steps)
+    say(
+        f"{count:,} rounds of {rollout.prompts:,} prompts with {rollout.answers} answers of at most "
+        f"{rollout.max_new_tokens:,} tokens and {steps:,} steps; {len(prompts.training):,} prompts, each answered in "
+        f"{count * rollout.prompts / len(prompts.training):.2f} rounds; {len(prompts.held_out):,} held out"
     )

@@ -16,6 +16,7 @@ from llm_parallel.config.load import dump_config, load_with_origins
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.schema import SCHEMA_LINE, write_schema
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from llm_parallel.files import atomic_write
@@ -88,14 +89,13 @@ def after_run(config: RunConfig, status: int, again: str) -> str:
 def of_kind(config: RunConfig, kind: Kind) -> RunConfig:
     """The configuration with ``method.kind`` as the command says. Raises UserError if the run file says otherwise."""
     if kind == "prefer":
-        if config.method.kind not in PREFERENCES:
+        if config.method.kind not in (*PREFERENCES, *ONLINE):
             given = "is not given" if config.method.kind is None else f"= {config.method.kind}"
-            raise UserError(
-                f"method.kind {given}, and `llm-parallel prefer` trains by {', '.join(PREFERENCES)}; give one of these"
-            )
+            kinds = ", ".join((*PREFERENCES, *ONLINE))
+            raise UserError(f"method.kind {given}, and `llm-parallel prefer` trains by {kinds}; give one of these")
         return config
     if config.method.kind not in (None, kind):
-        command = "prefer" if config.method.kind in PREFERENCES else config.method.kind
+        command = "prefer" if config.method.kind in (*PREFERENCES, *ONLINE) else config.method.kind
         raise UserError(
             f"method.kind = {config.method.kind}, and this is `llm-parallel {kind}`; use `llm-parallel {command}`, or "
             "leave method.kind out"

@@ -15,7 +15,7 @@ from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.screen import show, show_table
 from llm_parallel.train.preflight import mixture, rank_table
 from llm_parallel.train.room import checkpoint_bytes, checkpoints_at_once, existing_part, free_bytes
-from llm_parallel.worker.chat_table import show_conversations, show_preferences
+from llm_parallel.worker.chat_table import show_conversations, show_preferences, show_rounds
 
 MOST_RANKS = 16
 """Ranks that a dry run lists unless all are wanted."""
@@ -23,6 +23,9 @@ MOST_RANKS = 16
 
 def show_mixture(config: RunConfig) -> None:
     """Prints tokens and epochs of each source before anything starts."""
+    if config.collects:
+        show_rounds(config)
+        return
     if config.prefers:
         show_preferences(config)
         return

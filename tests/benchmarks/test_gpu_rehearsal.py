@@ -96,6 +96,12 @@ def test_pretrain(first: tuple[Path, dict[str, Any]]) -> None:
     assert 0 < result["worst_difference"] <= result["tolerance"]
 
 
+def test_generation(first: tuple[Path, dict[str, Any]]) -> None:
+    result = first[1]["generation"]["result"]
+    assert [row["run"] for row in result["rows"]] == ["fp32, attention triton", "fp32, attention torch"]
+    assert result["compared"] == 12 and result["worst_difference"] <= 2e-5
+
+
 def test_kernel_tests(first: tuple[Path, dict[str, Any]]) -> None:
     result = first[1]["tests"]["result"]
     assert result["exit"] == 0 and result["counts"]["passed"] >= 2 and result["counts"]["not reached"] == 0

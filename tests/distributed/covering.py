@@ -25,7 +25,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "packing": ("none", "isolate"),
     "recompute": ("none", "selective", "uniform", "block"),
     "vocabulary": (128, 101),
-    "objective": ("likelihood", "dpo"),
+    "objective": ("likelihood", "preferences"),
     "adapter": ("none", "all", "some", "nf4"),
     "noise": ("none", "neftune"),
 }
@@ -39,8 +39,9 @@ MAX_PROCESSES, GLOBAL_BATCH = 8, 8
 Setting = tuple[str, Any]
 Pair = tuple[Setting, Setting]
 
-NEVER: frozenset[Pair] = frozenset({(("packing", "none"), ("objective", "dpo"))})
-"""Settings of free axes that exclude each other: a pair of answers is two documents."""
+NEVER: frozenset[Pair] = frozenset({(("packing", "none"), ("objective", "preferences"))})
+"""Settings of free axes that exclude each other: a pair of answers is two documents. A row with ``preferences``
+runs every objective over answers (``tests/support/preference_job.py``): each meets every setting without own rows."""
 
 
 def processes(row: Mapping[str, Any]) -> int:

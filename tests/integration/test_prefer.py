@@ -75,6 +75,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "dpo": ("dpo", 4, {"tp": 2, "pp": 2}),
     "kto": ("kto", 4, {"cp": 2, "dp": 2}),
     "rrhf": ("rrhf", 2, {"pp": 2, "vpp": 2}),
+    "reward": ("reward", 4, {"tp": 2, "pp": 2}),
 }
 
 
@@ -95,7 +96,7 @@ def test_a_layout_and_a_restart_give_the_losses_of_one_process(
     assert last < first
     records = [record for record in read_records(alone / "metrics.jsonl") if "train/loss" in record]
     wanted = {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"}
-    assert wanted <= {key.removeprefix("train/") for key in records[0]} or kind == "rrhf"
+    assert wanted <= {key.removeprefix("train/") for key in records[0]} or kind in ("rrhf", "reward")
     if kind == "dpo":
         assert first == pytest.approx(math.log(2), abs=1e-5)
         assert records[0]["train/rewards/margins"] == pytest.approx(0.0, abs=1e-4)
@@ -103,11 +104,11 @@ def test_a_layout_and_a_restart_give_the_losses_of_one_process(
         assert first == pytest.approx(0.5, abs=1e-5) and records[-1]["train/kl"] >= 0
     else:
         assert records[-1]["train/rewards/margins"] > records[0]["train/rewards/margins"]
-    unit = {"dpo": "pairs", "kto": "documents", "rrhf": "groups"}[kind]
+    unit = {"dpo": "pairs", "reward": "pairs", "kto": "documents", "rrhf": "groups"}[kind]
     (*_, one), (*_, other) = held_out(alone), held_out(many)
     assert one[f"eval/{unit}"] == other[f"eval/{unit}"] == (12 if kind == "kto" else 6)
     assert one["eval/loss"] == pytest.approx(other["eval/loss"], abs=1e-5) and "eval/ppl" not in one
-    if kind != "rrhf":
+    if kind in ("dpo", "kto"):
         assert len(events(many, "scored")) == 1, "a run that goes on uses what it computed"
 
 
@@ -188,6 +189,38 @@ def test_a_scoring_that_was_interrupted_goes_on(task: Callable[..., Path], tmp_p
     samples = first + second
     assert first == 4 and second < samples - 2, (first, second)
     assert not list((tmp_path / "interrupted" / "data").glob("*.part*"))
+
+
+def exported_values(rank: int, world_size: int, run_dir: str, folder: str, text: str) -> tuple[float, float]:
+    """The value of an answer by transformers' class, from the exported folder, and by ours."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from llm_parallel.convert.export import export_to_hf
+    from llm_parallel.generate.load import load_model
+    from llm_parallel.parallel.groups import close_groups
+
+    export_to_hf(run_dir, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        wanted = float(theirs(ids).logits)
+        found = float(load_model(run_dir, device="cpu", values=True).network.models[0](ids)[0, -1])
+        close_groups(world=False)
+        again = float(load_model(folder, device="cpu", values=True).network.models[0](ids)[0, -1])
+    assert again == found
+    return wanted, found
+
+
+@pytest.mark.slow
+def test_a_reward_model_is_a_sequence_classifier_of_transformers(task: Callable[..., Path], tmp_path: Path) -> None:
+    train_in_ranks(task("reward", parallel={"tp": 2}), 2)
+    text = "<|im_start|>user\n12+34<|im_end|>\n<|im_start|>assistant\n4321<|im_end|>"
+    wanted, found = run_ranks(exported_values, 1, str(tmp_path / "run"), str(tmp_path / "hf"), text)[0]
+    assert found == pytest.approx(wanted, abs=1e-5) and abs(found) > 1e-3
+    result = in_process("generate", tmp_path / "run", "--prompt", "1", "--device", "cpu")
+    assert result.returncode == 2 and "values answers" in result.stderr, result.stderr
 
 
 BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {

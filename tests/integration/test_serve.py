@@ -340,6 +340,13 @@ def test_malformed_requests_are_answered_by_a_sentence(
     assert httpx.get(f"{server.base}/health").status_code == 200
 
 
+def test_the_chat_page_comes_with_its_policy(server: RunningServer) -> None:
+    found = httpx.get(server.base + "/")
+    assert found.status_code == 200 and "<!doctype html>" in found.text[:100].lower()
+    assert "default-src 'none'" in found.headers["content-security-policy"]
+    assert found.headers["x-frame-options"] == "DENY"
+
+
 def test_pages_of_other_origins_and_other_hosts_are_refused(server: RunningServer) -> None:
     for headers in ({"origin": "https://elsewhere.example"}, {"origin": "null"}, {"host": "elsewhere.example"}):
         refused = httpx.post(server.base + TEXT, json=TEXTS, headers=headers)

@@ -251,19 +251,43 @@ def test_smollm_answers_as_transformers_does(parallel: dict[str, Any], processes
     check_against_transformers(folder, made, [found[request.number] for request in made], 7e-5)
 
 
+FIVE = ({"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"pp": 2, "vpp": 2}, {"dp": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+@pytest.mark.parametrize("parallel", [{}, *FIVE], ids=str)
+def test_every_family_answers_64_requests_in_every_layout(parallel: dict[str, Any], tmp_path: Path) -> None:
+    """Under sequence parallelism where there is tensor parallelism, as its default is."""
+    made = mixed_requests(64, 8)
+    folders = [random_folder(kind, tmp_path / str(number)) for number, kind in enumerate(RANDOM)]
+    processes = int(np.prod([size for axis, size in parallel.items() if axis != "vpp"]))
+    job = [str(folder) for folder in folders], made, parallel, SMALL
+    by_rank = run_ranks(generate_job, processes, *job, timeout_s=1500.0)
+    for number, (kind, folder) in enumerate(zip(RANDOM, folders)):
+        found = {answer.number: answer for answers_ in by_rank for answer in answers_[number]}
+        ordered = [found[request.number] for request in made]
+        (check_by_generate if kind in FOLLOWS_LENGTH else check_against_transformers)(folder, made, ordered)
+
+
 @pytest.mark.gloo
 @pytest.mark.parametrize("kind", [FOLLOWS_LENGTH[0], pytest.param(FOLLOWS_LENGTH[1], marks=pytest.mark.slow)])
 def test_frequencies_that_follow_the_length_are_transformers(kind: str, tmp_path: Path) -> None:
     """Prompts and answers on both sides of the original context, in chunks and with interruptions."""
     folder = random_folder(kind, tmp_path)
     made = mixed_requests(10, 3)
-    found = run_ranks(generate_job, 1, [str(folder)], made, {}, SMALL)[0][0]
-    for request, answer in zip(made, found):
+    check_by_generate(folder, made, run_ranks(generate_job, 1, [str(folder)], made, {}, SMALL)[0][0])
+
+
+def check_by_generate(folder: Path, made: list[Request], found: list[Finished]) -> None:
+    """Each answer is transformers' own, which computes every token with the frequencies of the text up to itself."""
+    for request, answer in zip(made, found, strict=True):
         model = load_hf(folder, torch.float32).eval()  # anew, since it keeps the frequencies of a longer text
+        prompt = torch.tensor([request.prompt])
+        count, mask = len(answer.tokens), torch.ones_like(prompt)  # without it tokens 0 would be padding
         out = model.generate(
-            torch.tensor([request.prompt]), max_new_tokens=len(answer.tokens), min_new_tokens=len(answer.tokens),
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+            prompt, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+        )
         assert list(answer.tokens) == out[0, len(request.prompt) :].tolist()
 
 

@@ -1,10 +1,13 @@
 """Log-probabilities of generated tokens and those of the training forward on the same tokens, through the training
 schedule: to rounding, and bit for bit under ``kernels.deterministic``.
 
-``python -m tests.parity.test_same_numbers`` prints the table of layouts, precisions and modes."""
+``python -m tests.parity.test_same_numbers [MODEL …]`` prints the table of layouts, precisions and modes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ import pytest
 import torch
 
 from llm_parallel.config.tree import KernelsConfig, TrainConfig
+from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.generate.requests import Finished, Request
 from tests.parity.test_generator import SMALL, answers, mixed_requests
 from tests.support.harness import run_ranks
 from tests.support.parity_models import RANDOM, our_config, random_folder
+from tests.support.smollm import smollm_folder
 
 FOLLOWS_LENGTH = ("dynamic, longer than its context", "longrope")
 KINDS = [kind for kind in RANDOM if kind not in FOLLOWS_LENGTH]
@@ -39,11 +44,11 @@ class Collected:
         return Terms(output.sum() * 0.0, torch.ones((), dtype=torch.int32))
 
 
-def scored(network: Any, found: list[Finished], made: list[Request]) -> dict[tuple[int, int], list[float]]:
-    """Log-probabilities of the answers' tokens by the training forward, on processes of the last stage: texts beside
+def scored(engine: Any, found: list[Finished], made: list[Request]) -> dict[tuple[int, int], list[float]]:
+    """Log-probabilities of the answers' tokens in a training step, on processes of the last stage. Texts stand beside
     each other in rows, which begin with them."""
     from llm_parallel.data.batch import Batch, Documents
-    from llm_parallel.train.step import evaluate
+    from llm_parallel.train.step import evaluate, forward_backward
 
     prompts = {request.number: request.prompt for request in made}
     texts = [[*prompts[answer.number], *answer.tokens] for answer in found]
@@ -67,11 +72,14 @@ def scored(network: Any, found: list[Finished], made: list[Request]) -> dict[tup
         )))
         for at in range(0, len(rows), 2)
     ]  # fmt: skip
-    objective = Collected()
-    evaluate(network, objective, batches)
-    if not objective.losses:
+    step, evaluation = Collected(), Collected()
+    evaluate(engine.network, evaluation, batches)
+    engine.network.set_training(True)
+    forward_backward(engine, step, batches)
+    if not step.losses:
         return {}
-    losses = torch.cat(objective.losses)
+    losses = torch.cat(step.losses)
+    assert torch.equal(losses, torch.cat(evaluation.losses))
     out = {}
     for answer, (row, start) in zip(found, places):
         first = start + len(prompts[answer.number]) - 1
@@ -79,39 +87,57 @@ def scored(network: Any, found: list[Finished], made: list[Request]) -> dict[tup
     return out
 
 
-def open_network(
-    folder: str, rank: int, world_size: int, parallel: dict[str, Any], precision: str, deterministic: bool
-) -> Any:
+@dataclass(frozen=True)
+class How:
+    parallel: dict[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+    deterministic: bool = True
+    adapter: AdapterConfig | None = None
+
+
+def open_engine(folder: str, rank: int, world_size: int, how: How) -> Any:
+    from llm_parallel.checkpoint.base import load_base
     from llm_parallel.config.rules import check_config
+    from llm_parallel.model.adapters import adapters_of
     from llm_parallel.model.gpt import build_policy
     from llm_parallel.model.hf import load_hf_weights
+    from llm_parallel.model.init import normal_rows
+    from llm_parallel.parallel.engine import build_engine
     from llm_parallel.parallel.groups import close_groups, open_groups
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.parallel.platform import open_platform
 
-    config = our_config(folder, WIDTH, **parallel)
-    micro = 2 * parallel.get("pp", 1)
-    train = TrainConfig(precision=precision, micro_batch_size=2, global_batch_size=2 * micro)
-    config = config.model_copy(update={"kernels": KernelsConfig(deterministic=deterministic), "train": train})
+    config = our_config(folder, WIDTH, **how.parallel)
+    replicas = 4 * how.parallel.get("pp", 1) * how.parallel.get("dp", 1)
+    train = TrainConfig(precision=how.precision, micro_batch_size=2, global_batch_size=replicas)
+    kernels = KernelsConfig(deterministic=how.deterministic)
+    config = config.model_copy(update={"kernels": kernels, "train": train, "adapter": how.adapter})
+    if how.adapter is not None:
+        config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"load": folder})})
     check_config(config, world_size, "cpu")
     close_groups(world=False)
     groups = open_groups(Layout.from_config(config, world_size), rank, open_platform("cpu"), config.seed)
     network = build_policy(config, groups)
-    load_hf_weights(folder, network.models)
-    return network
+    if how.adapter is None:
+        load_hf_weights(folder, network.models)
+    else:
+        load_base(folder, network)
+        for layer, linear, adapter in adapters_of(network.models):
+            with torch.no_grad():  # alike in every layout but for the order of rows, which tensor parallelism divides
+                adapter.b.copy_(normal_rows(layer, linear, range(adapter.b.shape[0]), adapter.b.shape[1]) * 0.05)
+    return build_engine(network, config.optim, config.parallel)
 
 
 def compare_job(
-    rank: int, world_size: int, folders: list[str], made: list[Request], parallel: dict[str, Any],
-    precision: str, deterministic: bool, options: dict[str, int],
-) -> list[tuple[list[Finished], dict]]:  # fmt: skip
+    rank: int, world_size: int, folders: list[str], made: list[Request], how: How, options: dict[str, int]
+) -> list[tuple[list[Finished], dict]]:
     from llm_parallel.generate.engine import Generator, GeneratorOptions
 
     out = []
     for seed, folder in enumerate(folders):
-        network = open_network(folder, rank, world_size, parallel, precision, deterministic)
-        found = answers(Generator(network, GeneratorOptions(**options)), made, seed)
-        out.append((found, scored(network, found, made)))
+        engine = open_engine(folder, rank, world_size, how)
+        found = answers(Generator(engine, GeneratorOptions(**options)), made, seed)
+        out.append((found, scored(engine, found, made)))
     return out
 
 
@@ -150,12 +176,11 @@ def drawn(count: int) -> list[Request]:
 
 
 def compare(
-    folders: list[Path], parallel: dict[str, Any], precision: str, deterministic: bool, count: int = 12,
-    options: dict[str, int] = SMALL,
-) -> list[list[tuple[list[Finished], dict]]]:  # fmt: skip
+    folders: list[Path], how: How, count: int = 12, options: dict[str, int] = SMALL
+) -> list[list[tuple[list[Finished], dict]]]:
     """For each folder what every process found."""
-    job = [str(folder) for folder in folders], drawn(count), parallel, precision, deterministic, options
-    by_rank = run_ranks(compare_job, processes_of(parallel), *job, timeout_s=900.0)
+    job = [str(folder) for folder in folders], drawn(count), how, options
+    by_rank = run_ranks(compare_job, processes_of(how.parallel), *job, timeout_s=900.0)
     return [[found[number] for found in by_rank] for number in range(len(folders))]
 
 
@@ -170,7 +195,7 @@ def test_every_family_has_the_numbers_of_training(precision: str, tmp_path: Path
     that requests share."""
     folders = [random_folder(kind, tmp_path / str(number)) for number, kind in enumerate(KINDS)]
     for deterministic in (False, True):
-        for kind, by_rank in zip(KINDS, compare(folders, {}, precision, deterministic)):
+        for kind, by_rank in zip(KINDS, compare(folders, How({}, precision, deterministic))):
             largest, equal, count = differences(by_rank)
             if deterministic:
                 assert (largest, equal) == (0.0, count), kind
@@ -184,9 +209,9 @@ def test_every_family_has_the_numbers_of_training(precision: str, tmp_path: Path
 def test_every_layout_has_the_same_numbers_to_the_last_bit(precision: str, tmp_path: Path) -> None:
     """Tokens drawn, their log-probabilities, and those of training."""
     folder = random_folder(EQUAL_IN_ALL, tmp_path)
-    (one,) = compare([folder], {}, precision, True)
+    (one,) = compare([folder], How({}, precision))
     for parallel in LAYOUTS[1:]:
-        (by_rank,) = compare([folder], parallel, precision, True)
+        (by_rank,) = compare([folder], How(parallel, precision))
         assert answers_of(by_rank) == answers_of(one), parallel
         scores = {key: numbers for _, found in by_rank for key, numbers in found.items()}
         if "cp" not in parallel:  # of which a process has a part of each row
@@ -196,32 +221,57 @@ def test_every_layout_has_the_same_numbers_to_the_last_bit(precision: str, tmp_p
 @pytest.mark.gloo
 def test_two_shards_have_the_numbers_of_one(tmp_path: Path) -> None:
     folder = random_folder(EQUAL_IN_ALL, tmp_path)
-    one, two = ([compare([folder], parallel, "fp32", True, 6)][0][0] for parallel in ({}, {"tp": 2}))
+    one, two = (compare([folder], How(parallel), 6)[0] for parallel in ({}, {"tp": 2}))
     assert answers_of(one) == answers_of(two) and differences(two)[0] == 0.0
 
 
-def print_table() -> None:
-    """Largest difference and equal numbers by mode, precision and layout, over two families and SmolLM2-135M."""
+ADAPTED = (
+    {},
+    {"targets": ("q", "v", "down"), "base": "int8"},
+    {"targets": ("o", "gate", "up"), "base": "nf4"},
+)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "parallel", [{}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({"tp": 2}, {"tp": 2, "pp": 2}))], ids=str
+)
+def test_adapters_have_the_numbers_of_training(parallel: dict[str, Any], tmp_path: Path) -> None:
+    """Beside whole weights and weights in few bits."""
+    folder = random_folder("qwen2", tmp_path)
+    for settings in ADAPTED:
+        adapter = AdapterConfig(rank=4, **settings)
+        for deterministic in (False, True):
+            for precision in ("fp32", "bf16") if deterministic else ("fp32",):
+                (by_rank,) = compare([folder], How(parallel, precision, deterministic, adapter), 6)
+                largest, equal, count = differences(by_rank)
+                assert (largest, equal) == (0.0, count) if deterministic else largest < 2e-5, (largest, equal, count)
+
+
+SMOLLM = "SmolLM2-135M"
+
+
+def print_table(kinds: Sequence[str] = ("olmo2", "llama-3.1 tied", SMOLLM)) -> None:
+    """Largest difference and equal numbers by layout, precision and mode."""
     import tempfile
 
     print("| model | layout | precision | mode | largest difference | equal | tokens |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as made:
-        for kind in ("olmo2", "llama-3.1 tied"):
-            folder = random_folder(kind, Path(made) / kind)
-            for parallel in LAYOUTS:
-                if "cp" in parallel:
+        for kind in kinds:
+            folder = smollm_folder() if kind == SMOLLM else random_folder(kind, Path(made) / kind)
+            layouts = ({}, {"tp": 3}, {"pp": 2}) if kind == SMOLLM else LAYOUTS
+            for parallel, precision, deterministic in product(layouts, ("fp32", "bf16"), (False, True)):
+                if "cp" in parallel:  # of whose rows a process has a part
                     continue
-                for precision in ("fp32", "bf16"):
-                    for deterministic in (False, True):
-                        (by_rank,) = compare([folder], parallel, precision, deterministic, 16)
-                        largest, equal, count = differences(by_rank)
-                        layout = " ".join(f"{axis} {size}" for axis, size in parallel.items()) or "one process"
-                        mode = "deterministic" if deterministic else "normal"
-                        print(
-                            f"| {kind} | {layout} | {precision} | {mode} | {largest:.1e} | {equal} | {count} |",
-                            flush=True,
-                        )
+                (by_rank,) = compare([folder], How(parallel, precision, deterministic), 16 if kind != SMOLLM else 6)
+                largest, equal, count = differences(by_rank)
+                layout = " ".join(f"{axis} {size}" for axis, size in parallel.items()) or "one process"
+                mode = "deterministic" if deterministic else "normal"
+                row = kind, layout, precision, mode, f"{largest:.1e}", str(equal), str(count)
+                print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
-    print_table()
+    import sys
+
+    print_table(*([sys.argv[1:]] if sys.argv[1:] else []))

@@ -104,3 +104,23 @@ def write_preferences(path: Path, count: int, seed: int = 0) -> Path:
                 wrong = right[:-1] + str((int(right[-1]) + 1) % 10)
             handle.write(json.dumps({"prompt": question(a, b), "chosen": right, "rejected": wrong}) + "\n")
     return path
+
+
+def write_ranked(path: Path, asked: list[tuple[int, int]], answers: list[list[str]]) -> dict[str, Path]:
+    """Answers to each question, judged right or wrong: as pairs of a right and a wrong one (``dpo``), and as single
+    answers (``kto``)."""
+    files = {kind: path / f"{kind}.jsonl" for kind in ("dpo", "kto", "rrhf")}
+    rows: dict[str, list[dict[str, object]]] = {kind: [] for kind in files}
+    for (a, b), given in zip(asked, answers):
+        scores = [float(answer == right_answer(a, b)) for answer in given]
+        good = [answer for answer, score in zip(given, scores) if score]
+        bad = [answer for answer, score in zip(given, scores) if not score]
+        prompt = question(a, b)
+        rows["dpo"] += [{"prompt": prompt, "chosen": one, "rejected": other} for one, other in zip(good, bad)]
+        rows["kto"] += [
+            {"prompt": prompt, "completion": answer, "label": bool(score)} for answer, score in zip(given, scores)
+        ]
+        rows["rrhf"].append({"prompt": prompt, "responses": given, "scores": scores})
+    for kind, held in rows.items():
+        files[kind].write_text("".join(json.dumps(row) + "\n" for row in held))
+    return files

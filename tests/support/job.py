@@ -126,19 +126,17 @@ def train_steps(
     first_step: int,
     num_steps: int,
     before_update: Callable[[int], None] = lambda _: None,
-    objective: str = "likelihood",
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of each of the steps ``first_step …``; ``before_update(step)`` may look at gradients."""
-    from llm_parallel.objectives.dpo import DPO
     from llm_parallel.train.open import likelihood
     from llm_parallel.train.step import apply_gradient, forward_backward
 
     history = []
-    minimised = DPO(0.5) if objective == "dpo" else likelihood(config)
+    minimised = likelihood(config)
     size = config.train.global_batch_size
     for step in range(first_step, first_step + num_steps):
         batches = own_batches(config, engine.groups, step * size)
-        outcome = forward_backward(engine, minimised, with_reference(batches) if objective == "dpo" else batches)
+        outcome = forward_backward(engine, minimised, batches)
         before_update(step)
         apply_gradient(engine, outcome, config.optim.lr, config.optim.clip_grad)
         history.append((outcome.loss, outcome.grad_norm))
@@ -167,7 +165,8 @@ def gradients(engine: Any) -> dict[str, torch.Tensor]:
 def compare_layout(
     rank: int, world_size: int, changes: dict[str, Any], num_steps: int, objective: str = "likelihood"
 ) -> dict[str, Any]:
-    """The gradients of the first step, and the losses and gradient norms of all steps, of one layout."""
+    """The gradients of the first step, and the losses and gradient norms of all steps, of one layout; with the
+    objective ``preferences`` those of all objectives over answers."""
     from llm_parallel.parallel.groups import close_groups
 
     config = changed(base_config(), changes)
@@ -179,6 +178,11 @@ def compare_layout(
         if step == 0:
             first.update({name: gradient.numpy() for name, gradient in gradients(engine).items()})
 
-    history = train_steps(engine, config, 0, num_steps, keep, objective)
+    if objective == "preferences":
+        from tests.support.preference_job import compare_objectives
+
+        first, history = compare_objectives(engine, config)
+    else:
+        history = train_steps(engine, config, 0, num_steps, keep)
     close_groups(world=False)
     return {"gradients": first, "history": history, "tp": mesh.tp, "tp_rank": at.tp}

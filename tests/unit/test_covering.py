@@ -57,7 +57,7 @@ def test_no_legal_pair_is_ruled_out_by_mistake() -> None:
         "pp=4 dp=4",
         "pp=1 vpp=2",
         "pp=1 stages=uneven",
-        "packing=none objective=dpo",
+        "packing=none objective=preferences",
     }
 
 

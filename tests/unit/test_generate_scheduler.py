@@ -75,6 +75,14 @@ def check_pool(pool: PagePool, sequences: list[Any]) -> None:
     assert len(free) == pool._num_free
 
 
+def most_urgent_waits(scheduler: Scheduler) -> bool:
+    """Whether, after a round, of all sequences that are not finished the one that no other may precede neither has
+    pages nor is its token being computed."""
+    unfinished = [sequence for made in scheduler._siblings.values() for sequence in made]
+    first = min(unfinished, key=lambda sequence: sequence.urgency, default=None)
+    return first is not None and first.wave is None and not first.in_flight
+
+
 requests = st.builds(
     lambda head, tail, new, n, priority: {
         "prompt": (*range(1, head + 1), *tail),
@@ -97,13 +105,19 @@ requests = st.builds(
     st.integers(1, 5),
     st.integers(0, 8),
     st.sets(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=4),
+    st.sets(st.integers(0, 40), max_size=2),
 )
 def test_every_request_is_answered_as_if_it_were_alone(
-    arriving: list[tuple[int, dict]], waves: int, max_running: int, more: int, cancels: set[tuple[int, int]]
+    arriving: list[tuple[int, dict]],
+    waves: int,
+    max_running: int,
+    more: int,
+    cancels: set[tuple[int, int]],
+    changes: set[int],
 ) -> None:
     scheduler = Scheduler(Limits(PAGES, PAGE, max_running, max_running + more), waves)
     cache, made, finished, round_ = Cache(PAGES), [], [], 0
-    queue = deque(arriving)
+    queue, waited = deque(arriving), 0
     pending: list[tuple[list[Part], list[Choice]]] = [([], [])] * waves
     for round_ in range(4000):
         while queue and queue[0][0] <= round_:
@@ -118,6 +132,9 @@ def test_every_request_is_answered_as_if_it_were_alone(
         for at, number in cancels:
             if at == round_:
                 scheduler.cancel(number)
+        if round_ in changes:  # of the weights, which make all keys worthless
+            scheduler.start_over()
+            cache.slots = [None] * len(cache.slots)
         finished += scheduler.take_cancelled()
         for wave in range(waves):
             finished += scheduler.apply(*pending[wave])
@@ -128,6 +145,9 @@ def test_every_request_is_answered_as_if_it_were_alone(
             pending[wave] = (parts, cache.run(parts))
             check_pool(scheduler.pool, [s for wave in scheduler._running for s in wave])
             assert scheduler.num_running <= max_running
+        # Only prompts that were begun before may take all of a pass, one token of them or more each round.
+        waited = waited + 1 if most_urgent_waits(scheduler) else 0
+        assert waited <= 46 * max_running, "the most urgent sequence waits"
         if not queue and scheduler.idle:
             break
     assert scheduler.idle, "a request starves"

@@ -51,7 +51,6 @@ def test_only_answers_are_trained_and_not_the_turns_before_them() -> None:
         ({"prompt": "a", "chosen": "b"}, "no field 'rejected'"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "all the same"),
         ({"chosen": [said("b")], "rejected": [said("c")]}, "no prompt"),
-        ({"prompt": "a", "chosen": [ASKED], "rejected": "b"}, "without a turn of the assistant"),
         ([1], "no record"),
     ],
 )

@@ -38,6 +38,7 @@ MEGATRON_FILES = {
     "llm_parallel/model/adapters.py": "adapters beside its linears, and how they are sharded",
     "llm_parallel/model/attention.py": "self-attention's projections",
     "llm_parallel/model/gpt.py": "the model",
+    "llm_parallel/model/heads.py": "how a head's values are gathered, and its weight saved",
     "llm_parallel/model/init.py": "marks of sharded parameters",
     "llm_parallel/model/sequence.py": "the record of packed documents",
     "llm_parallel/parallel/groups.py": "process groups",

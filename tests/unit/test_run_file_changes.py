@@ -61,6 +61,7 @@ REFUSED = {
     "model.qk_norm_over_heads": "true",
     "model.norm_outputs": "true",
     "model.tie_embeddings": "true",
+    "model.value_head": "true",
     "train.epochs": "2",
     "train.steps": "2",
     "parallel.distributed_optimizer": "false",
@@ -200,9 +201,11 @@ def test_an_unchanged_run_file_says_nothing(unchanged: Outcome) -> None:
     assert unchanged.said == () and not unchanged.refusal
 
 
+REFUSED_BY_ITSELF = ("model.qk_norm", "model.qk_norm_over_heads", "model.value_head")
+"""Fields that exclude each other, or that are refused before a run is looked at."""
 ALONE = ("optim.schedule", "optim.warmup_steps")
 TOGETHER = (
-    [name for name in REFUSED if name.startswith("model.") and "qk_norm" not in name],
+    [name for name in REFUSED if name.startswith("model.") and name not in REFUSED_BY_ITSELF],
     [name for name in NOTICED if name.startswith("model.")],
     ["seed", "data.train", "data.tokenizer", "data.seq_length_tokens", "data.packing", "data.eval_fraction"],
     ["data.eval", "train.eval_samples", "train.rampup", "train.precision", *WITHOUT_EFFECT.keys() - {"adapter.load"}],

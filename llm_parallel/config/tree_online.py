@@ -1,0 +1,99 @@
+"""The sections of a run's configuration for methods that learn from answers that the model itself gives: what is asked,
+how answers are judged, and what is made of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from llm_parallel.config.node import Node
+
+
+class JudgeConfig(Node):
+    """One judge of answers: a number for each, of which more is better."""
+
+    kind: Literal["exact", "contains", "number", "regex", "json", "length", "function"] = "exact"
+    """``exact``: 1 if the answer is the record's right one, without blanks around it; ``contains``: 1 if the right one
+    occurs in it; ``number``: 1 if the last number of the answer is the last one of the right answer; ``regex``: 1 if
+    ``pattern`` is found; ``json``: 1 if the answer is JSON that fits the record's JSON schema; ``length``: minus the
+    tokens over ``max_tokens``, divided by it; ``function``: what a Python function of yours says."""
+    field: str = "answer"
+    """The record's field with the right answer (a text, a number, or a list of right ones), or with the JSON schema."""
+    weight: float = 1.0
+    """What the judge's number is multiplied by before the numbers of all judges are added."""
+    pattern: str | None = None
+    """``regex``: a regular expression of Python; {field} stands for that field of the record, as it is written."""
+    max_tokens: PositiveInt = 256
+    """``length``: tokens from which on an answer is too long."""
+    file: str | None = None
+    """``function``: a file of Python, which is run with your rights."""
+    function: str = "reward"
+    """``function``: the name of the function in ``file``; it is called with prompt (a list of messages), answer (a
+    text), record (the fields of the record) and complete (whether the answer was ended by the model), and returns a
+    number."""
+
+
+class RolloutConfig(Node):
+    """A round: prompts are answered by the model as it is, the answers are judged, and steps are made on them."""
+
+    prompts: PositiveInt = 64
+    """Prompts of a round."""
+    answers: PositiveInt = 8
+    """Answers to each prompt."""
+    epochs: PositiveInt = 1
+    """Times that every answer of a round is trained on; ``train.global_batch_size`` answers are one step."""
+    max_new_tokens: PositiveInt = 256
+    """Most tokens of an answer. An answer that does not end by then counts as unfinished."""
+    temperature: PositiveFloat = 1.0
+    """Of the draws. The policy that is trained is the one at temperature 1."""
+    unfinished_score: float | None = 0.0
+    """Score of answers that do not end; none: they are judged like the others."""
+    judges: tuple[JudgeConfig, ...] = ()
+    """Judges, whose numbers are added."""
+    max_running: PositiveInt = 64
+    """Answers that a replica has in work at a time."""
+    held_out_prompts: PositiveInt = 64
+    """Held-out prompts (``chat.eval`` or ``chat.eval_fraction``) that are answered greedily and judged at a time."""
+    held_out_interval: PositiveInt | None = 10
+    """Rounds between two judgements of held-out prompts; none: never."""
+    show: int = Field(2, ge=0)
+    """Answers of a round that are shown in the log and the report: the best and the worst of a prompt."""
+    keep_rounds: PositiveInt = 2
+    """Finished rounds whose files stay beside those that a checkpoint needs."""
+
+
+class GRPOConfig(Node):
+    """Policy gradients by comparing the answers to one prompt (Shao et al. 2024, arXiv 2402.03300)."""
+
+    by_std: bool = True
+    """Advantages are divided by the standard deviation of the group (false: Dr. GRPO, arXiv 2503.20783)."""
+    leave_one_out: bool = False
+    """An answer is compared with the mean of the others (RLOO, arXiv 2402.14740)."""
+    divided_by: Literal["token", "sequence", "constant"] = "token"
+    """Loss: the mean over all tokens (DAPO), over answers of the mean of each (GRPO's paper), or the sum over an
+    answer's tokens divided by ``rollout.max_new_tokens`` in the mean over answers (Dr. GRPO)."""
+    clip_low: PositiveFloat = 0.2
+    """Ratios under 1 minus this give no gradient where they fall."""
+    clip_high: PositiveFloat = 0.2
+    """Ratios over 1 plus this give no gradient where they rise; DAPO has 0.28."""
+    kl_weight: float = Field(0.0, ge=0.0)
+    """Weight of the divergence from the reference (``method.reference``) in the loss."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How the divergence is estimated."""
+    importance_cap: PositiveFloat | None = None
+    """Truncated importance weights for the difference between what sampled and what trains; none: not weighted."""
+
+
+class RejectConfig(Node):
+    """Rejection sampling: fine-tuning on the best of several answers of the model's own (Llama 2, arXiv 2307.09288)."""
+
+    keep: Literal["best", "above"] = "best"
+    """``best``: the best answer to each prompt, the first of several; ``above``: all answers of at least
+    ``least_score``."""
+    least_score: float | None = None
+    """Answers with less are not kept; none: all may be."""
+
+
+ONLINE = ("reject", "grpo")
+"""Kinds of methods that learn from answers that the model gives while it is trained."""

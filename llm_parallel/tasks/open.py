@@ -1,0 +1,101 @@
+"""Judges as a run's configuration names them."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_parallel.config.tree_online import JudgeConfig
+from llm_parallel.errors import UserError
+from llm_parallel.tasks.base import Asked, Given, Judge, JudgeFailed
+from llm_parallel.tasks.text import Contains, Exact, FitsSchema, Length, Number, Regex
+
+
+@dataclass(frozen=True)
+class Function:
+    """What a function of the user says."""
+
+    name: str
+    call: Callable[..., Any]
+
+    def __call__(self, asked: Asked, given: Given) -> float:
+        """See ``Judge``."""
+        try:
+            value = self.call(
+                prompt=[dict(message) for message in asked.messages],
+                answer=given.text,
+                record=dict(asked.fields),
+                complete=given.complete,
+            )
+        except Exception as error:
+            raise JudgeFailed(f"{self.name} raised {type(error).__name__}: {error} (for {asked.where})") from error
+        if isinstance(value, bool) or hasattr(value, "item"):
+            value = float(value)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise JudgeFailed(f"{self.name} returned {value!r}; it must return a finite number (for {asked.where})")
+        return float(value)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The weighted sum of several judges."""
+
+    parts: tuple[tuple[float, Judge], ...]
+
+    def __call__(self, asked: Asked, given: Given) -> float:
+        """See ``Judge``."""
+        return sum(weight * judge(asked, given) for weight, judge in self.parts)
+
+
+def open_judge(judges: Sequence[JudgeConfig], field: str = "method.rollout.judges") -> Judge:
+    """The judges of a configuration as one. Raises UserError that names the field."""
+    if not judges:
+        raise UserError(f"{field} is empty; give at least one judge, such as {{kind: exact}}")
+    return Sum(tuple((one.weight, _open(one, f"{field}.{number}")) for number, one in enumerate(judges)))
+
+
+def _open(config: JudgeConfig, field: str) -> Judge:
+    if config.kind == "regex":
+        return Regex(_pattern(config.pattern, field))
+    if config.kind == "function":
+        return _function(config, field)
+    if config.kind == "length":
+        return Length(config.max_tokens)
+    if config.kind == "json":
+        return FitsSchema(config.field)
+    if config.kind == "number":
+        return Number(config.field)
+    return Exact(config.field) if config.kind == "exact" else Contains(config.field)
+
+
+def _pattern(pattern: str | None, field: str) -> str:
+    if pattern is None:
+        raise UserError(f"{field}.pattern is not given; {field}.kind = regex needs it")
+    try:
+        re.compile(re.sub(r"\{[A-Za-z_]\w*\}", "x", pattern))
+    except re.error as error:
+        raise UserError(f"{field}.pattern = {pattern!r} is no regular expression: {error}") from None
+    return pattern
+
+
+def _function(config: JudgeConfig, field: str) -> Judge:
+    if config.file is None:
+        raise UserError(f"{field}.file is not given; {field}.kind = function needs a file of Python")
+    path = Path(config.file)
+    spec = importlib.util.spec_from_file_location(f"judge_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"{field}.file = {config.file} is no file of Python that can be read")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{field}.file = {config.file} fails with {type(error).__name__}: {error}") from error
+    call = getattr(module, config.function, None)
+    if not callable(call):
+        raise UserError(f"{field}.function = {config.function} is no function of {config.file}")
+    return Function(f"{config.function} of {config.file}", call)

@@ -1,0 +1,213 @@
+"""Answers of the model itself, judged: the first half of a round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.prompts import Prompt
+from llm_parallel.data.tokenizer import Tokenizer
+from llm_parallel.errors import UserError
+from llm_parallel.files import atomic_write
+from llm_parallel.generate.answer import Answer
+from llm_parallel.generate.engine import Generator, GeneratorOptions
+from llm_parallel.generate.requests import Finished, Request
+from llm_parallel.generate.sampling import Sampling
+from llm_parallel.parallel.engine import Engine
+from llm_parallel.tasks.base import Asked, Given, Judge
+from llm_parallel.tune.round_files import Answered, Key, RoundFolder
+
+Asking = Sequence[tuple[int, Prompt]]
+"""Prompts with their numbers in the run."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer and its score."""
+
+    answered: Answered
+    score: float
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Lets the model answer prompts and a judge judge the answers. All methods are collective."""
+
+    config: RunConfig
+    engine: Engine
+    tokenizer: Tokenizer
+    judge: Judge
+    stops: frozenset[int]
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes what its replica answers."""
+        at = self.engine.groups.at
+        return at.tp == 0 and at.pp == 0
+
+    def round(self, folder: RoundFolder, asking: Asking) -> list[Judged]:
+        """Answers of a round in the order of prompts and samples. Those that ``folder`` has already are neither made
+        nor judged again. Raises UserError if the judge fails."""
+        count = self.config.method.rollout.answers
+        self._answer(folder, asking, count)
+        self._judge(folder, asking)
+        answers, scores = folder.answers(), folder.scores()
+        keys = [(number, sample) for number, _ in asking for sample in range(count)]
+        missing = [key for key in keys if key not in answers or key not in scores]
+        if missing:
+            raise UserError(
+                f"{folder.path} lacks {len(missing)} of {len(keys)} answers that other processes have written; put "
+                "run_dir where every node of the run sees it"
+            )
+        return [Judged(answers[key], scores[key]) for key in keys]
+
+    def _answer(self, folder: RoundFolder, asking: Asking, count: int) -> None:
+        groups, rollout = self.engine.groups, self.config.method.rollout
+        known = folder.answers()
+        left = [
+            (number, prompt) for number, prompt in asking if any((number, each) not in known for each in range(count))
+        ]
+        groups.sum_over_world(0.0)  # nobody writes before all have looked
+        sampling = Sampling(rollout.max_new_tokens, rollout.temperature, seed=self.config.seed)
+        requests = [
+            Request(number, prompt.tokens, sampling, self.stops, n=count, stream=number) for number, prompt in left
+        ]
+        generator = self._generator()
+        own, replicas = generator.replica
+        for request in requests[own::replicas]:
+            generator.submit(request)
+        out = folder.writer("answers", own) if self._writes else None
+        try:
+            for finished in generator.ticks():
+                for answer in finished:
+                    if out is not None and (answer.number, answer.sample) not in known:
+                        out.append(folder.line_of(_answered(answer)))
+        finally:
+            if out is not None:
+                out.close()
+        groups.sum_over_world(0.0)
+
+    def _generator(self) -> Generator:
+        most = self.config.method.rollout.max_running
+        return Generator(self.engine, GeneratorOptions(max_running=most, pass_tokens=max(512, most)))
+
+    def _judge(self, folder: RoundFolder, asking: Asking) -> None:
+        """Every replica judges a part of the answers that have no score yet."""
+        groups = self.engine.groups
+        mesh, at = groups.mesh, groups.at
+        own, replicas = at.dp * mesh.cp + at.cp, mesh.dp * mesh.cp
+        prompts = dict(asking)
+        answers, scores = folder.answers(), folder.scores()
+        left = sorted(key for key in answers if key not in scores and key[0] in prompts)
+        groups.sum_over_world(0.0)
+        failed = folder.path / f"failed-{own}.json"
+        if self._writes:
+            failed.unlink(missing_ok=True)
+            out = folder.writer("scores", own)
+            try:
+                for key in left[own::replicas]:
+                    score = self.score(prompts[key[0]], answers[key])
+                    out.append({"prompt": key[0], "sample": key[1], "score": score})
+            except UserError as error:
+                with atomic_write(failed) as handle:
+                    json.dump({"error": str(error)}, handle)
+            finally:
+                out.close()
+        groups.sum_over_world(0.0)
+        if said := _failures(folder.path):
+            raise UserError(f"{said}; answers that were judged are kept in {folder.path}, and the same command goes on")
+
+    def score(self, prompt: Prompt, answered: Answered) -> float:
+        """What the judge says of an answer, or ``unfinished_score``. Raises JudgeFailed."""
+        unfinished = self.config.method.rollout.unfinished_score
+        if not answered.complete and unfinished is not None:
+            return unfinished
+        given = Given(self.text(prompt, answered.tokens), len(answered.tokens), answered.complete)
+        return self.judge(Asked(prompt.messages, prompt.record, prompt.where), given)
+
+    def text(self, prompt: Prompt, tokens: Sequence[int]) -> str:
+        """The text of an answer."""
+        answer = Answer(self.tokenizer, prompt.tokens)
+        for token in tokens:
+            answer.add(token)
+        return answer.text()
+
+    def held_out(self, prompts: Sequence[Prompt]) -> tuple[float, float]:
+        """Mean score of greedy answers to held-out prompts, and the share of these that the model ended."""
+        rollout, groups = self.config.method.rollout, self.engine.groups
+        sampling = Sampling(rollout.max_new_tokens)
+        requests = [Request(number, prompt.tokens, sampling, self.stops) for number, prompt in enumerate(prompts)]
+        sums, said = [0.0, 0.0], ""
+        for finished in self._generator().run(requests):
+            if self._writes and not said:
+                answered = _answered(finished)
+                try:
+                    sums[0] += self.score(prompts[finished.number], answered)
+                except UserError as error:
+                    said = str(error)
+                sums[1] += answered.complete
+        total, complete, failures = groups.sum_over_world(*sums, float(bool(said)))
+        if failures:
+            raise UserError(said or "a judge failed on another process, which says why")
+        return total / len(prompts), complete / len(prompts)
+
+
+def _answered(finished: Finished) -> Answered:
+    return Answered(finished.number, finished.sample, finished.tokens, finished.log_probs, finished.reason.value)
+
+
+def _failures(folder: Path) -> str:
+    """What judges that failed said, the first of them."""
+    for path in sorted(folder.glob("failed-*.json")):
+        with suppress(OSError, ValueError, KeyError):
+            return str(json.loads(path.read_text(encoding="utf-8"))["error"])
+    return ""
+
+
+def statistics(judged: Sequence[Judged], answers: int) -> Mapping[str, float]:
+    """Numbers about a round's answers, by TRL's names where it has them."""
+    import numpy as np
+
+    scores = np.array([one.score for one in judged]).reshape(-1, answers)
+    lengths = np.array([len(one.answered.tokens) for one in judged])
+    cut = np.array([not one.answered.complete for one in judged])
+    spread = scores.std(axis=1)
+    return {
+        "reward": float(scores.mean()),
+        "reward_std": float(spread.mean()),
+        "reward_best": float(scores.max(axis=1).mean()),
+        "reward_median": float(np.median(scores, axis=1).mean()),
+        "frac_reward_zero_std": float((spread == 0).mean()),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(cut.mean()),
+    }
+
+
+def remarks(numbers: Mapping[str, float], config: RunConfig) -> list[str]:
+    """Sentences about a round that teaches little, each with its remedy."""
+    rollout, found = config.method.rollout, []
+    if numbers["completions/clipped_ratio"] > 0.5:
+        found.append(
+            f"{numbers['completions/clipped_ratio']:.0%} of the answers are not ended within "
+            f"method.rollout.max_new_tokens = {rollout.max_new_tokens}; raise it, or fine-tune the model to stop first"
+        )
+    if numbers["frac_reward_zero_std"] == 1.0 and rollout.answers > 1:
+        found.append(
+            "the answers to each prompt all have the same score, of which nothing is learned; give prompts that the "
+            "model answers well sometimes, more method.rollout.answers, or a judge that says more than right or wrong"
+        )
+    return found
+
+
+def best_keys(judged: Sequence[Judged], answers: int) -> list[Key]:
+    """The best answer to each prompt, the first of several."""
+    found = []
+    for start in range(0, len(judged), answers):
+        best = max(judged[start : start + answers], key=lambda one: (one.score, -one.answered.sample))
+        found.append(best.answered.key)
+    return found

@@ -1,0 +1,374 @@
+"""Training on the model's own answers: a round lets the model answer prompts, has the answers judged, and makes steps
+on them (rejection sampling, GRPO).
+
+Everything that a step needs of a round is on disk before the round's first step, so that a run that is interrupted goes
+on in the middle of a round, in any layout, without making, judging or training anything twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from llm_parallel.checkpoint.folders import complete_checkpoints, step_of
+from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.config.rules_rounds import steps_of_epoch, steps_of_round
+from llm_parallel.config.tree import RunConfig
+from llm_parallel.data.batch import Batch
+from llm_parallel.data.epochs import derive_key
+from llm_parallel.data.prompts import Prompts
+from llm_parallel.data.tokenizer import load_tokenizer
+from llm_parallel.errors import UserError
+from llm_parallel.metrics.record import AnswerRecord
+from llm_parallel.model.adapters import adapters_off
+from llm_parallel.objectives.advantage import group_advantages
+from llm_parallel.objectives.base import Objective
+from llm_parallel.objectives.likelihood import Likelihood
+from llm_parallel.objectives.policy import ClippedPolicy
+from llm_parallel.parallel.engine import Network, network_of
+from llm_parallel.parallel.groups import Groups
+from llm_parallel.tasks.open import open_judge
+from llm_parallel.train.feed import HeldOut
+from llm_parallel.train.open import Method
+from llm_parallel.train.run import Run
+from llm_parallel.tune.reference import REFERENCE, is_the_base, second_model
+from llm_parallel.tune.rollout import Asking, Collector, Judged, best_keys, remarks, statistics
+from llm_parallel.tune.round_batches import Rows, Text
+from llm_parallel.tune.round_files import RoundFolder, forget_rounds
+from llm_parallel.tune.score import describe_model, log_probabilities
+
+SHUFFLE = 13
+"""The use of a derived key."""
+
+
+def reads_reference(config: RunConfig) -> bool:
+    """Whether the run holds its model to a reference."""
+    return config.trains == "grpo" and config.method.grpo.kl_weight > 0
+
+
+def objective_of(config: RunConfig) -> Objective:
+    """What a step of the run minimises."""
+    if config.trains == "reject":
+        return Likelihood()
+    grpo = config.method.grpo
+    return ClippedPolicy(
+        grpo.clip_low,
+        grpo.clip_high,
+        kl_weight=grpo.kl_weight,
+        estimator=grpo.estimator,
+        importance_cap=grpo.importance_cap,
+        divided_by=grpo.divided_by,
+        constant=float(config.method.rollout.max_new_tokens),
+    )
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the steps of a round train on: texts in the order of prompts and samples, and numbers about them."""
+
+    number: int
+    texts: tuple[Text, ...]
+    numbers: Mapping[str, float]
+
+
+class RoundFeed:
+    """Hands out the steps of rounds, and collects a round when its first step is due. See ``Feed``."""
+
+    notices: Sequence[str] = ()
+
+    def __init__(self, run: Run, prompts: Prompts) -> None:
+        config = run.config
+        assert config.data.tokenizer is not None
+        self._run, self._prompts = run, prompts
+        self._tokenizer = load_tokenizer(config.data.tokenizer)
+        judge = open_judge(config.method.rollout.judges)
+        self._collector = Collector(config, run.engine, self._tokenizer, judge, prompts.stops)
+        self._round: Round | None = None
+        self.step_tokens: int | None = 0
+        self.offers = offers(config)
+
+    def step(self, state: TrainState) -> list[Batch]:
+        """See ``Feed``."""
+        number, within = divmod(state.step, steps_of_round(self._run.config))
+        if self._round is None or self._round.number != number:
+            with self._run.long():
+                self._round = self._collect(number, within)
+        rows = self._rows(self._round, within)
+        self.step_tokens = len(rows.of_row) * rows.length
+        return self._batches(rows)
+
+    def progress(self, state: TrainState) -> Mapping[str, float]:
+        """The round, and with its first step what was measured of it."""
+        if self._round is None:
+            return {}
+        number, within = divmod(state.step - 1, steps_of_round(self._run.config))
+        return {"round": float(number), **(self._round.numbers if within == 0 else {})}
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+    def _rows(self, found: Round, within: int) -> Rows:
+        """The rows of one of the round's steps."""
+        config = self._run.config
+        epoch, part = divmod(within, steps_of_epoch(config))
+        order = np.random.default_rng(derive_key(SHUFFLE, config.seed, found.number, epoch))
+        chosen = np.array_split(order.permutation(len(found.texts)), steps_of_epoch(config))[part]
+        return Rows.pack([found.texts[place] for place in chosen.tolist()], config.data.seq_length_tokens)
+
+    def _batches(self, rows: Rows) -> list[Batch]:
+        run = self._run
+        return rows.batches(run.layout, run.groups.at.dp, run.groups.platform.device, self._tokenizer.eod)
+
+    def _collect(self, number: int, within: int) -> Round:
+        """Completes the round's files and reads them. Collective."""
+        run, config = self._run, self._run.config
+        asking = self._prompts.of_round(number, config.method.rollout.prompts, config.seed)
+        folder = RoundFolder(config.run_dir, number)
+        self._begin(folder, within)
+        numbers: dict[str, float] = {}
+        interval = config.method.rollout.held_out_interval
+        if within == 0 and interval and number % interval == 0 and self._prompts.held_out:
+            chosen = self._prompts.held_out[: config.method.rollout.held_out_prompts]
+            score, ended = self._collector.held_out(chosen)
+            numbers |= {"held_out/reward": score, "held_out/ended": ended}
+        judged = self._collector.round(folder, asking)
+        numbers |= statistics(judged, config.method.rollout.answers)
+        if within == 0:
+            self._show(asking, judged)
+            for text in remarks(numbers, config):
+                run.metrics.message(f"round {number}: {text}")
+            run.metrics.message(f"round {number}: {_described(numbers)}")
+            run.metrics.event("round", number=number, step=run.state.step, **numbers)
+        texts = self._texts(asking, judged)
+        if config.trains == "reject":
+            found = self._kept(judged, texts)
+            numbers["kept"] = float(len(found))
+            if not found:
+                run.metrics.message(f"round {number}: no answer is good enough to be kept; its steps change nothing")
+            ready = found
+        else:
+            ready, more = self._with_columns(folder, number, judged, texts)
+            numbers |= more
+        if run.groups.is_first_rank:
+            self._forget(number)
+        return Round(number, tuple(ready), numbers)
+
+    def _begin(self, folder: RoundFolder, within: int) -> None:
+        """Makes the round's folder, unless it is there from the same weights, prompts and draws. In the middle of a
+        round it must be there, since the weights that answered are gone."""
+        run, config = self._run, self._run.config
+        rollout = config.method.rollout
+        about: dict[str, Any] = {
+            "prompts": rollout.prompts,
+            "answers": rollout.answers,
+            "max_new_tokens": rollout.max_new_tokens,
+            "temperature": rollout.temperature,
+            "seed": config.seed,
+            "data": self._prompts.folder.name,
+        }
+        if within == 0:
+            about["weights"] = describe_model(network_of(run.engine))
+        known = folder.about
+        fits = all(known.get(name) == value for name, value in about.items())
+        if within and not fits:
+            raise UserError(
+                f"step {run.state.step} is in the middle of round {folder.number}, whose answers are not in "
+                f"{folder.path} as this run would make them; go on from a checkpoint at the start of a round (a "
+                f"multiple of {steps_of_round(config)} steps), or with the settings of before"
+            )
+        run.groups.sum_over_world(0.0)  # all have looked
+        if not fits and run.groups.is_first_rank:
+            if known:
+                run.metrics.message(
+                    f"round {folder.number} is answered again: the answers in {folder.path} are of other weights or "
+                    "settings"
+                )
+            folder.begin(about)
+        run.groups.sum_over_world(0.0)
+
+    def _texts(self, asking: Asking, judged: Sequence[Judged]) -> list[Text]:
+        prompts = dict(asking)
+        return [Text(prompts[one.answered.prompt].tokens, one.answered.tokens, {}) for one in judged]
+
+    def _kept(self, judged: Sequence[Judged], texts: Sequence[Text]) -> list[Text]:
+        """The answers that rejection sampling trains on."""
+        reject = self._run.config.method.reject
+        best = set(best_keys(judged, self._run.config.method.rollout.answers))
+        least = -np.inf if reject.least_score is None else reject.least_score
+        return [
+            text
+            for text, one in zip(texts, judged)
+            if one.score >= least and (reject.keep == "above" or one.answered.key in best)
+        ]
+
+    def _with_columns(
+        self, folder: RoundFolder, number: int, judged: Sequence[Judged], texts: list[Text]
+    ) -> tuple[list[Text], dict[str, float]]:
+        """The texts with all that the objective reads, and numbers about that."""
+        columns = folder.columns()
+        known = self._run.groups.sum_over_world(float(columns is None))[0] == 0
+        if not known or columns is None:
+            columns = self._computed(number, texts)
+            self._run.groups.sum_over_world(0.0)
+            if self._run.groups.is_first_rank:
+                folder.write_columns(columns)
+            self._run.groups.sum_over_world(0.0)
+        rollout = np.concatenate([np.array(one.answered.log_probs, np.float32) for one in judged])
+        columns = {**columns, "rollout": rollout}
+        lengths = [len(text.answer) for text in texts]
+        columns["advantage"] = self._advantages(judged, lengths, columns)
+        difference = np.abs(columns["old"] - rollout)
+        numbers = {
+            "sampling/sampling_logp_difference/mean": float(difference.mean()),
+            "sampling/sampling_logp_difference/max": float(difference.max()),
+        }
+        if REFERENCE in columns:
+            numbers["kl_to_reference"] = float((columns["old"] - columns[REFERENCE]).mean())
+        ends = np.cumsum(lengths)
+        ready = [
+            replace(text, columns={name: values[end - size : end] for name, values in columns.items()})
+            for text, end, size in zip(texts, ends.tolist(), lengths)
+        ]
+        return ready, numbers
+
+    def _computed(self, number: int, texts: Sequence[Text]) -> dict[str, NDArray[np.float32]]:
+        """Log-probabilities of all answers under the policy and its reference, by the very micro batches of the first
+        epoch's steps, so that the policy's ratio in the first step is 1."""
+        run = self._run
+        found = {"old": self._log_probs(network_of(run.engine), number, texts)}
+        if reads_reference(run.config):
+            with reference_of(run) as network:
+                found[REFERENCE] = self._log_probs(network, number, texts)
+        return found
+
+    def _log_probs(self, network: Network, number: int, texts: Sequence[Text]) -> NDArray[np.float32]:
+        """Log-probabilities of all tokens of all answers, one answer behind the other. Collective."""
+        run, groups = self._run, self._run.groups
+        found: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(texts)
+        numbered = Round(number, tuple(replace(text, columns={}) for text in texts), {})
+        places = {id(text): place for place, text in enumerate(numbered.texts)}
+        for part in range(steps_of_epoch(run.config)):
+            rows = self._rows(numbered, part)
+            whole = torch.zeros(len(rows.of_row), rows.length, device=groups.platform.device)
+            values = log_probabilities(network, self._batches(rows))
+            if groups.reports_loss:
+                for micro, numbers in zip(values, rows.numbers(run.layout, groups.at.dp)):
+                    for place, row in enumerate(numbers):
+                        if row < len(whole):
+                            whole[row] += micro[place]
+            dist.all_reduce(whole)
+            for text, own in zip(rows.texts, rows.by_text(whole.cpu().numpy())):
+                found[places[id(text)]] = own
+        return np.concatenate(found)
+
+    def _advantages(
+        self, judged: Sequence[Judged], lengths: Sequence[int], columns: Mapping[str, NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """An advantage for each token of each answer, one answer behind the other."""
+        config = self._run.config
+        scores = torch.tensor([one.score for one in judged], dtype=torch.float64)
+        grpo = config.method.grpo
+        each = group_advantages(scores.view(-1, config.method.rollout.answers), grpo.by_std, grpo.leave_one_out)
+        return np.repeat(each.flatten().numpy(), lengths).astype(np.float32)
+
+    def _show(self, asking: Asking, judged: Sequence[Judged]) -> None:
+        """Shows the best and the worst answer to some prompts."""
+        run, count = self._run, self._run.config.method.rollout.answers
+        shown = 0
+        for place, (_, prompt) in enumerate(asking):
+            own = sorted(judged[place * count : (place + 1) * count], key=lambda one: -one.score)
+            for one in (own[0], own[-1]) if own[0].score > own[-1].score else (own[0],):
+                if shown >= run.config.method.rollout.show:
+                    return
+                text = self._collector.text(prompt, one.answered.tokens)
+                asked = self._tokenizer.decode(list(prompt.tokens))
+                answer = f"[score {one.score:g}] {text}"
+                run.metrics.answer(AnswerRecord(run.state.step, asked, answer, one.answered.complete))
+                shown += 1
+
+    def _forget(self, number: int) -> None:
+        """Removes rounds that neither a checkpoint nor a person needs."""
+        config = self._run.config
+        keep = config.method.rollout.keep_rounds
+        oldest = number * steps_of_round(config)
+        for checkpoint in complete_checkpoints(Path(config.run_dir) / "checkpoints"):
+            oldest = min(oldest, step_of(checkpoint) or 0)
+        forget_rounds(config.run_dir, min(oldest // steps_of_round(config), number - keep))
+
+
+def _described(numbers: Mapping[str, float]) -> str:
+    """A round in one line for a person."""
+    said = [
+        f"mean score {numbers['reward']:.3g}, of the best answer to each prompt {numbers['reward_best']:.3g}",
+        f"{numbers['completions/mean_length']:.1f} tokens an answer",
+        f"{numbers['completions/clipped_ratio']:.1%} not ended",
+    ]
+    if "held_out/reward" in numbers:
+        said.append(f"held-out prompts, greedy: {numbers['held_out/reward']:.3g}")
+    return ", ".join(said)
+
+
+@contextmanager
+def reference_of(run: Run) -> Iterator[Network]:
+    """The reference: the policy without its adapters, else a second model, which is loaded once."""
+    if is_the_base(run.config):
+        network = network_of(run.engine)
+        with adapters_off(network):
+            yield network
+        return
+    if REFERENCE not in run.besides:
+        run.besides[REFERENCE] = second_model(run.config, run.groups)
+    yield run.besides[REFERENCE]
+
+
+def offers(config: RunConfig) -> tuple[str, ...]:
+    """Columns of a round's batches."""
+    if config.trains == "reject":
+        return ("documents",)
+    reference = (REFERENCE,) if reads_reference(config) else ()
+    return ("documents", "old", "rollout", "advantage", *reference)
+
+
+class PromisedFeed:
+    """What a run has until ``begin`` gives it its feed, which needs the run."""
+
+    notices: Sequence[str] = ()
+    step_tokens = None
+
+    def __init__(self, config: RunConfig, groups: Groups, state: TrainState) -> None:
+        self.offers = offers(config)
+
+    def step(self, state: TrainState) -> Sequence[Batch]:
+        """Not called before the run has begun."""
+        raise AssertionError("the run has not begun")
+
+    def progress(self, state: TrainState) -> Mapping[str, float]:
+        """Nothing yet."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs yet."""
+
+
+def begin(run: Run) -> None:
+    """Gives the run its prompts."""
+    assert run.config.chat.prepared is not None, "prompts are prepared before processes start"
+    run.feed = RoundFeed(run, Prompts.open(run.config.chat.prepared))
+
+
+def nothing_held_out(config: RunConfig, groups: Groups, state: TrainState) -> HeldOut:
+    """Held-out prompts are answered and judged by the feed."""
+    return HeldOut()
+
+
+ROUNDS = Method(
+    objective=objective_of, evaluation=objective_of, feed=PromisedFeed, held_out=nothing_held_out, begin=begin
+)

@@ -1,0 +1,189 @@
+"""Training on the model's own answers: the same answers, scores and losses in every layout and after every stop; a
+judge that fails is an error; the four-digit task is learned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.integration.test_prefer import start  # noqa: F401 (a fixture)
+from tests.integration.test_sft import answered
+from tests.integration.test_sft import write_run as write_sft
+from tests.support import four_digits
+from tests.support.commands import events, losses, read_records, train_in_ranks
+from tests.support.harness import run_ranks
+
+pytestmark = pytest.mark.gloo
+STEPS_OF_ROUND = 2
+
+
+def write_prompts(path: Path, count: int, seed: int = 7) -> Path:
+    asked = islice(four_digits.problems(seed), count)
+    lines = ({"prompt": four_digits.question(a, b), "answer": four_digits.right_answer(a, b)} for a, b in asked)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_run(start_: Path, folder: Path, kind: str, name: str = "run", **sections: dict[str, Any]) -> Path:
+    """Four answers to six prompts a round, in two steps; the more digits an answer has of the right one, the better."""
+    judge = folder / "judge.py"
+    judge.write_text("def reward(answer, record, **_):\n    return len(set(answer) & set(record['answer']))\n")
+    rollout = {
+        "prompts": 6, "answers": 4, "max_new_tokens": 6, "judges": [{"kind": "function", "file": str(judge)}],
+        "held_out_prompts": 4, "held_out_interval": 2, "unfinished_score": None,
+    }  # fmt: skip
+    tree: dict[str, Any] = {
+        "run_dir": str(folder / name), "device": "cpu",
+        "method": {"kind": kind, "rollout": rollout, "reject": {"keep": "above", "least_score": 2}},
+        "checkpoint": {"load": str(start_ / "run")},
+        "data": {"seq_length_tokens": 64},
+        "chat": {"train": [str(write_prompts(folder / "prompts.jsonl", 40))], "eval_fraction": 0.1},
+        "train": {"global_batch_size": 12, "micro_batch_size": 2, "steps": 6, "threads_per_process": 1},
+        "optim": {"lr": 1e-3, "schedule": "constant", "weight_decay": 0.0},
+        "log": {"tensorboard": False, "plots": False},
+    }  # fmt: skip
+    if kind != "reject":
+        del tree["method"]["reject"]
+    for section, values in sections.items():
+        tree[section] = tree.get(section, {}) | values
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def task(start: Path, tmp_path: Path) -> Callable[..., Path]:  # noqa: F811
+    """Writes a run file of a method in rounds."""
+    return partial(write_run, start, tmp_path)
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [record for record in read_records(run_dir / "metrics.jsonl") if "train/loss" in record]
+
+
+def lines_of(run_dir: Path, kind: str, number: int) -> list[dict[str, Any]]:
+    folder = run_dir / "rounds" / f"{number:06d}"
+    return [json.loads(line) for path in sorted(folder.glob(f"{kind}-*.jsonl")) for line in path.open()]
+
+
+def test_a_layout_and_a_stop_in_the_middle_of_a_round_change_nothing(task: Callable[..., Path], tmp_path: Path) -> None:
+    assert train_in_ranks(task("grpo", "alone"), 1) == [6]
+    run_file = task("grpo", "many", parallel={"tp": 2})
+    assert train_in_ranks(run_file, 2, stop_at=3) == [3] * 2
+    assert train_in_ranks(run_file, 2) == [6] * 2
+    alone, many = tmp_path / "alone", tmp_path / "many"
+    assert losses(many) == pytest.approx(losses(alone), abs=1e-5)
+    for number in range(3):
+        one, other = (
+            {(line["prompt"], line["sample"]): line["tokens"] for line in lines_of(run_dir, "answers", number)}
+            for run_dir in (alone, many)
+        )
+        assert one == other and len(one) == 24
+        assert len(lines_of(many, "answers", number)) == len(lines_of(many, "scores", number)) == 24
+    for record in steps_of(alone):
+        first = (record["step"] - 1) % STEPS_OF_ROUND == 0
+        assert (record["train/policy/ratio_error"] == 0.0) == first, (
+            "the model that answered is the one that is trained"
+        )
+        assert ("train/reward" in record) == first
+        if first:
+            assert record["train/sampling/sampling_logp_difference/max"] <= 2e-5
+    assert [record["step"] for record in steps_of(alone) if "train/held_out/reward" in record] == [1, 5]
+    assert [event["number"] for event in events(many, "round")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grpo", "reject"])
+def test_answers_and_scores_that_are_known_are_not_made_again(
+    kind: str, task: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As after a kill while a round is answered, and while it is judged: with half of the answers, the last line torn,
+    and without scores."""
+    train_in_ranks(task(kind, "whole"), 1)
+    run_file = task(kind, "torn", parallel={"pp": 2})
+    folder = tmp_path / "torn" / "rounds" / "000000"
+    shutil.copytree(tmp_path / "whole" / "rounds" / "000000", folder)
+    (folder / "columns.npz").unlink(missing_ok=True)
+    kept = (folder / "answers-0.jsonl").read_text().splitlines(keepends=True)[:13]
+    (folder / "answers-0.jsonl").write_text("".join(kept[:12]) + kept[12][:40])
+    scores = (folder / "scores-0.jsonl").read_text().splitlines(keepends=True)[:5]
+    (folder / "scores-0.jsonl").write_text("".join(scores))
+    about = json.loads((folder / "round.json").read_text())
+    (folder / "round.json").write_text(json.dumps(about))
+    train_in_ranks(run_file, 2)
+    assert losses(tmp_path / "torn") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    found = (folder / "answers-0.jsonl").read_text().splitlines(keepends=True)
+    assert found[:12] == kept[:12] and len(found) == 25, "24 answers and a torn line"
+    assert (folder / "scores-0.jsonl").read_text().splitlines(keepends=True)[:5] == scores
+    assert len(lines_of(tmp_path / "torn", "scores", 0)) == 24
+
+
+@pytest.mark.slow
+def test_a_judge_that_fails_is_an_error_and_what_it_judged_is_kept(task: Callable[..., Path], tmp_path: Path) -> None:
+    """Never a score of 0; when it is mended, the same command goes on with the answers and scores of before."""
+    run_file, judge = task("grpo", "run"), tmp_path / "judge.py"
+    mended = judge.read_text()
+    judge.write_text(
+        # Four held-out prompts are judged first.
+        "calls = []\ndef reward(answer, record, **_):\n    calls.append(1)\n    if len(calls) > 11:\n"
+        "        raise ValueError('no answer from the judge')\n    return 1.0\n"
+    )
+    with pytest.raises(AssertionError, match=r"raised ValueError: no answer from the judge \(for .*prompts.jsonl"):
+        train_in_ranks(run_file, 1)
+    answers = lines_of(tmp_path / "run", "answers", 0)
+    assert len(answers) == 24 and len(lines_of(tmp_path / "run", "scores", 0)) == 7
+    judge.write_text(mended)
+    assert train_in_ranks(run_file, 1) == [6]
+    assert lines_of(tmp_path / "run", "answers", 0) == answers
+    assert [line["score"] for line in lines_of(tmp_path / "run", "scores", 0)][:7] == [1.0] * 7
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four-digit task's model after fine-tuning, which is right in a third of its sampled answers."""
+    folder = tmp_path_factory.mktemp("fine_tuned")
+    four_digits.write_conversations(folder / "train.jsonl", 46000)
+    settings = {"steps": 360, "global_batch_size": 13, "micro_batch_size": 13}
+    train_in_ranks(write_sft(folder, train=settings, optim={"warmup_steps": 20}), 1)
+    return folder
+
+
+LEARN: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "rollout": {"prompts": 64, "answers": 8, "epochs": 2}, "steps": 128, "batch": 128, "least": 0.9
+    },
+    "reject": {
+        "rollout": {"prompts": 128, "answers": 4, "epochs": 2}, "steps": 40, "batch": 32, "least": 0.9
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}], ids=["1 process", "TP2 PP2"])
+@pytest.mark.parametrize("kind", LEARN)
+def test_the_four_digit_task_is_learned(kind: str, layout: dict[str, int], fine_tuned: Path, tmp_path: Path) -> None:
+    settings = LEARN[kind]
+    rollout = settings["rollout"] | {
+        "max_new_tokens": 6, "judges": [{"kind": "exact"}], "held_out_interval": None, "unfinished_score": 0.0
+    }  # fmt: skip
+    method: dict[str, Any] = {"kind": kind, "rollout": rollout}
+    if kind == "reject":
+        method["reject"] = {"keep": "above", "least_score": 1.0}
+    run_file = write_run(
+        fine_tuned, tmp_path, kind, method=method, parallel=layout, data={"seq_length_tokens": 208},
+        chat={"train": [str(write_prompts(tmp_path / "many.jsonl", 4000))], "eval_fraction": 0.0},
+        train={"global_batch_size": settings["batch"], "micro_batch_size": 8, "steps": settings["steps"]},
+    )  # fmt: skip
+    train_in_ranks(run_file, 4 if layout else 1)
+    _, before = run_ranks(answered, 1, str(fine_tuned / "run"))[0]
+    _, right = run_ranks(answered, 1, str(tmp_path / "run"))[0]
+    print(f"| {kind} | {layout or '1 process'} | {before:.3f} | {right:.3f} |")
+    assert before <= 0.5 and right >= settings["least"]
