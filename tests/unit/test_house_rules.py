@@ -205,6 +205,7 @@ PRINTS_ITSELF = {
     "llm_parallel/lines.py": "it is what the others use",
     "llm_parallel/help_page.py": "a page that is divided already",
     "llm_parallel/screen.py": "tables in a pipe",
+    "llm_parallel/chat/screen.py": "text of a model, piece by piece",
     "llm_parallel/generate/command.py": "text of a model, whose line ends are its own",
     "llm_parallel/worker/launch.py": "a batch file",
     "llm_parallel/cli.py": "JSON, versions and paths, each on a line of its own",
