@@ -34,21 +34,21 @@ quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -m "not slow and not gloo and not processes" --no-processes
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --hold-budgets
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --hold-budgets
 
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-affected: $(STAMP)
 	files="$$($(BIN)/python -m tests.support.affected)" && { test -z "$$files" || \
-		OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(TEST_WORKERS) --dist loadfile $$files; }
+		OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $$files; }
 
 test-versions: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) @tests/versions.txt
 	$(BIN)/llm-parallel quickstart --folder $(VENV)/quickstart --chat-steps 10 train.steps=20 train.eval_interval_steps=20 optim.warmup_steps=5
 
 budgets: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --write-budgets
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --write-budgets
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -94,6 +94,7 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "blame": lambda r: f"found to blame ({r['fault']}): {r['cause']}",
     "remove": lambda r: f"device {r['device']} of {r['node']} is removed: {r['cause']}",
     "reshape": lambda r: f"another layout: {r['after']} instead of {r['before']}",
+    "scored": lambda r: f"log-probabilities of the reference were computed and are kept in {r['file']}",
     "round": lambda r: (
         f"round {r['number']} answered and judged: mean score {r['reward']:.3g}, "
         f"{r['completions/clipped_ratio']:.1%} of the answers not ended"

@@ -18,5 +18,5 @@ def test_256_ranks_lose_a_node_and_go_on() -> None:
     assert "32 agents with 8 devices each, 256 ranks" in done.stdout
     seconds = [float(found) for found in re.findall(r"_s (\d+\.\d+)", done.stdout)]
     assert len(seconds) == 2 and all(value >= 0 for value in seconds)
-    lost = re.findall(r"lost: node (\w+)", done.stdout + done.stderr)
+    lost = re.findall(r"node (\w+) is lost", done.stdout + done.stderr)
     assert lost[0] == "n00016", "the one whose connection was cut, and none before it"

@@ -121,7 +121,7 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
     # the run
     "no epochs": (given("train.epochs=0"), ("train.epochs = 0 must be a number over 0",)),
     "a negative learning rate": (given("optim.lr=-1"), ("optim.lr = -1 must be a number over 0",)),
-    "a method that there is not": (given("method.kind=dpo"), ("method.kind", "dpo", "pretrain, sft")),
+    "a method that there is not": (given("method.kind=nonsense"), ("method.kind", "nonsense", "pretrain, sft")),
     "the method of another command": (given("method.kind=pretrain"), ("method.kind = pretrain", "`llm-parallel sft`")),
     "packing of another name": (given("chat.packing=neat"), ("chat.packing", "best_fit, pad")),
     "evaluations of nothing": (
@@ -132,7 +132,7 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
     ),
     "a stage of LLaMA-Factory": (given("--stage", "dpo"), ("stage", "`llm-parallel sft`")),
     "a template of LLaMA-Factory": (given("--template", "qwen"), ("chatml or a Jinja file", "leave it out")),
-    "a way to train of LLaMA-Factory": (given("--use_dora", "true"), ("use_dora", "only LoRA is here")),
+    "a way to train of LLaMA-Factory": (given("--use_dora", "true"), ("use_dora", "DoRA is not supported")),
     # adapters and what they are on
     "a base that is not there": (given("checkpoint.load=/nowhere"), ("checkpoint.load = /nowhere does not exist",)),
     "adapters of rank 0": (given("adapter.rank=0"), ("adapter.rank = 0 must be a whole number over 0",)),
