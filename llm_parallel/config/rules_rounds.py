@@ -63,3 +63,16 @@ def check_rounds(case: Case) -> Iterator[Problem]:
     if train.rampup is not None:
         statement = "train.rampup changes the number of answers of a step, which is the same in all rounds"
         yield Problem(("train.rampup",), statement, {"train.rampup": None})
+    for name, default in (("keep", "file"), ("folder", None)):
+        value = getattr(method.reference, name)
+        if value != default:
+            field = f"method.reference.{name}"
+            statement = (
+                f"{field} = {value} is for preferences in files, and a run in rounds keeps its reference in memory"
+            )
+            yield Problem((field, "method.kind"), statement, {field: default})
+    for place, source in enumerate(config.chat.train):
+        if source.weight != 1.0:
+            field = f"chat.train.{place}.weight"
+            statement = f"{field} = {source.weight:g}, and a run in rounds asks all prompts equally often"
+            yield Problem((field,), statement, {field: 1.0})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.config.tree_tune import ChatConfig
+from llm_parallel.config.tree_tune import ChatConfig, Columns
 from llm_parallel.data.chat import ChatEncoder
 from llm_parallel.data.chat_data import REPORT
 from llm_parallel.data.chat_files import opened_sources, settings_of, write_report, written_once
@@ -47,9 +47,10 @@ class PromptReader:
     """Reads records with ``prompt`` (a text or messages), ``messages`` or ``conversations`` (whose last turns of the
     assistant are left out), or ``question`` or ``instruction`` with or without ``input``; ``system`` stands before."""
 
-    def __init__(self, names: Mapping[str, str] | None = None) -> None:
-        self._names = dict(names or {})
-        self._turns = Reader()
+    def __init__(self, columns: Columns | None = None, roles: Mapping[str, str] | None = None) -> None:
+        given = (columns or Columns()).model_dump()
+        self._names = {field: name for field, name in given.items() if name is not None}
+        self._turns = Reader("auto", columns, roles)
 
     def read(self, record: Any) -> list[dict[str, Any]]:
         """The messages of a record's prompt. Raises BadRecord."""
@@ -169,8 +170,7 @@ def _read(
     train = number < len(chat.train)
     source = chat.train[number] if train else chat.eval[number - len(chat.train)]
     field = f"chat.train.{number}" if train else f"chat.eval.{number - len(chat.train)}"
-    columns = {name: value for name, value in opened.columns.model_dump().items() if value is not None}
-    reader, problems, too_long = PromptReader(columns), Problems(), 0
+    reader, problems, too_long = PromptReader(opened.columns, opened.roles), Problems(), 0
     found: list[Prompt] = []
     for path in opened.files:
         for row in rows(path, problems):

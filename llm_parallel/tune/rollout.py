@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
 
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.prompts import Prompt
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.requests import Finished, Request
 from llm_parallel.generate.sampling import Sampling
+from llm_parallel.jsonlines import JsonLines
 from llm_parallel.parallel.engine import Engine
 from llm_parallel.tasks.base import Asked, Given, Judge
 from llm_parallel.tune.round_files import Answered, Key, RoundFolder
@@ -80,16 +81,12 @@ class Collector:
         own, replicas = generator.replica
         for request in requests[own::replicas]:
             generator.submit(request)
-        out = folder.writer("answers", own) if self._writes else None
-        try:
-            for finished in generator.ticks():
-                for answer in finished:
-                    if out is not None and (answer.number, answer.sample) not in known:
-                        out.append(folder.line_of(_answered(answer)))
-        finally:
-            if out is not None:
-                out.close()
-        groups.sum_over_world(0.0)
+        out = Writer(folder, "answers", own) if self._writes else None
+        for finished in generator.ticks():
+            for answer in finished:
+                if out is not None and (answer.number, answer.sample) not in known:
+                    out.write(asdict(_answered(answer)))
+        self._agree(out.close() if out is not None else "")
 
     def _generator(self) -> Generator:
         most = self.config.method.rollout.max_running
@@ -104,22 +101,27 @@ class Collector:
         answers, scores = folder.answers(), folder.scores()
         left = sorted(key for key in answers if key not in scores and key[0] in prompts)
         groups.sum_over_world(0.0)
-        failed = folder.path / f"failed-{own}.json"
+        problem = ""
         if self._writes:
-            failed.unlink(missing_ok=True)
-            out = folder.writer("scores", own)
+            out = Writer(folder, "scores", own)
             try:
-                for key in left[own::replicas]:
-                    score = self.score(prompts[key[0]], answers[key])
-                    out.append({"prompt": key[0], "sample": key[1], "score": score})
+                for number, sample in left[own::replicas]:
+                    score = self.score(prompts[number], answers[number, sample])
+                    out.write({"prompt": number, "sample": sample, "score": score})
             except UserError as error:
-                with atomic_write(failed) as handle:
-                    json.dump({"error": str(error)}, handle)
-            finally:
-                out.close()
-        groups.sum_over_world(0.0)
-        if said := _failures(folder.path):
-            raise UserError(f"{said}; answers that were judged are kept in {folder.path}, and the same command goes on")
+                problem = f"{error}; answers that were judged are kept in {folder.path}, and the same command goes on"
+            problem = out.close() or problem
+        self._agree(problem)
+
+    def _agree(self, problem: str) -> None:
+        """Raises UserError on every process if one has a problem; none leaves before, since the others would wait."""
+        groups = self.engine.groups
+        (failures,) = groups.sum_over_world(float(bool(problem)))
+        if failures:
+            everybody = [problem] * groups.mesh.world_size
+            if len(everybody) > 1:
+                dist.all_gather_object(everybody, problem)
+            raise UserError(next(filter(None, everybody)))
 
     def score(self, prompt: Prompt, answered: Answered) -> float:
         """What the judge says of an answer, or ``unfinished_score``. Raises JudgeFailed."""
@@ -150,28 +152,44 @@ class Collector:
                 except UserError as error:
                     said = str(error)
                 sums[1] += answered.complete
-        total, complete, failures = groups.sum_over_world(*sums, float(bool(said)))
-        if failures:
-            raise UserError(said or "a judge failed on another process, which says why")
+        self._agree(said)
+        total, complete = groups.sum_over_world(*sums)
         return total / len(prompts), complete / len(prompts)
+
+
+class Writer:
+    """Writes lines of a round. A line that cannot be written is no reason to leave the other processes: ``close`` says
+    why, and nothing is written after it."""
+
+    def __init__(self, folder: RoundFolder, kind: str, replica: int) -> None:
+        self._problem = ""
+        self._out: JsonLines | None = None
+        try:
+            self._out = folder.writer(kind, replica)
+        except UserError as error:
+            self._problem = str(error)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Writes a line."""
+        if self._out is not None and not self._problem:
+            try:
+                self._out.append(line)
+            except UserError as error:
+                self._problem = str(error)
+
+    def close(self) -> str:
+        """Closes the file; why a line could not be written, or nothing."""
+        if self._out is not None:
+            self._out.close()
+        return self._problem
 
 
 def _answered(finished: Finished) -> Answered:
     return Answered(finished.number, finished.sample, finished.tokens, finished.log_probs, finished.reason.value)
 
 
-def _failures(folder: Path) -> str:
-    """What judges that failed said, the first of them."""
-    for path in sorted(folder.glob("failed-*.json")):
-        with suppress(OSError, ValueError, KeyError):
-            return str(json.loads(path.read_text(encoding="utf-8"))["error"])
-    return ""
-
-
 def statistics(judged: Sequence[Judged], answers: int) -> Mapping[str, float]:
     """Numbers about a round's answers, by TRL's names where it has them."""
-    import numpy as np
-
     scores = np.array([one.score for one in judged]).reshape(-1, answers)
     lengths = np.array([len(one.answered.tokens) for one in judged])
     cut = np.array([not one.answered.complete for one in judged])

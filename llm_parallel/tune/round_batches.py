@@ -51,9 +51,7 @@ class Rows:
 
     def batches(self, layout: Layout, dp_rank: int, device: torch.device, pad: int) -> list[Batch]:
         """This replica's micro batches; rows that only complete the number that the schedule needs weigh nothing."""
-        unit = layout.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
-        filled = max(-(-len(self.of_row) // unit), 1) * unit
-        return [self._batch(numbers, pad).to(device) for numbers in layout.micro_batches(0, filled, dp_rank)]
+        return [self._batch(numbers, pad).to(device) for numbers in self.numbers(layout, dp_rank)]
 
     def _batch(self, numbers: range, pad: int) -> Batch:
         shape = len(numbers), self.length

@@ -1,9 +1,10 @@
 """What a round leaves on disk, so that a run that is interrupted goes on in the middle of it.
 
-``rounds/000012/`` holds ``round.json`` (which weights answer which prompts), ``answers-N.jsonl`` (one line for each
-answer, by the process of replica N that wrote it, as soon as it is complete), ``scores-N.jsonl`` (what the judge said
-of it), and ``columns.npz`` (numbers for each token of each answer, found by the weights that answered). Answers are
-known by prompt and sample, not by the process that made them, so that a round goes on in any layout.
+``rounds/000012/`` holds ``round.json`` (which weights answer which prompts, and how answers are judged),
+``answers-N.jsonl`` (one line for each answer, by the process of replica N that wrote it, as soon as it is complete),
+``scores-N.jsonl`` (what the judge said of it), and ``log_probs.npy`` (of every token of every answer, under the weights
+that answered). Answers are known by prompt and sample, not by the process that made them, so that a round goes on in
+any layout.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from llm_parallel.files import atomic_write
 from llm_parallel.jsonlines import JsonLines
 
+LOG_PROBS = "log_probs.npy"
 Key = tuple[int, int]
 """Number of a prompt in the run, and of a sample of its answers."""
 
@@ -70,6 +72,13 @@ class RoundFolder:
         with atomic_write(self.path / "round.json") as handle:
             json.dump(dict(about), handle)
 
+    def judge_again(self, about: Mapping[str, Any]) -> None:
+        """Forgets the scores. One process calls this."""
+        for path in self.path.glob("scores-*.jsonl"):
+            path.unlink(missing_ok=True)
+        with atomic_write(self.path / "round.json") as handle:
+            json.dump(dict(about), handle)
+
     def answers(self) -> dict[Key, Answered]:
         """All answers that are known."""
         found = {}
@@ -93,11 +102,6 @@ class RoundFolder:
         """Appends lines of answers or scores. One process of a replica has one."""
         return JsonLines(self.path / f"{kind}-{replica}.jsonl")
 
-    @staticmethod
-    def line_of(answer: Answered) -> dict[str, Any]:
-        """An answer as a line."""
-        return asdict(answer)
-
     def _lines(self, kind: str) -> Iterator[dict[str, Any]]:
         for path in sorted(self.path.glob(f"{kind}-*.jsonl")):
             with path.open(encoding="utf-8", errors="replace") as handle:
@@ -107,18 +111,19 @@ class RoundFolder:
                         if isinstance(line, dict):
                             yield line
 
-    def columns(self) -> dict[str, NDArray[np.float32]] | None:
-        """Numbers for each token of the answers in the order of their keys, by name; None if they are not known."""
+    def log_probs(self, tokens: int) -> NDArray[np.float32] | None:
+        """Log-probabilities of all ``tokens`` tokens of the answers under the weights that answered, in the order of
+        their keys; None if they are not known."""
         try:
-            with np.load(self.path / "columns.npz", allow_pickle=False) as found:
-                return {name: found[name] for name in found.files}
+            found = np.load(self.path / LOG_PROBS, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
+        return found if found.shape == (tokens,) and found.dtype == np.float32 else None
 
-    def write_columns(self, columns: Mapping[str, NDArray[np.float32]]) -> None:
+    def write_log_probs(self, values: NDArray[np.float32]) -> None:
         """Writes them, whole or not at all. One process calls this."""
-        with atomic_write(self.path / "columns.npz", "wb") as handle:
-            np.savez(handle, **dict(columns))  # type: ignore[arg-type]
+        with atomic_write(self.path / LOG_PROBS, "wb") as handle:
+            np.save(handle, values)
 
 
 def forget_rounds(run_dir: str | Path, before: int) -> None:

@@ -101,7 +101,8 @@ class RoundFeed:
         if self._round is None or self._round.number != number:
             with self._run.long():
                 self._round = self._collect(number, within)
-        rows = self._rows(self._round, within)
+        texts = self._round.texts
+        rows = self._rows(texts, self._chosen(number, len(texts), within))
         self.step_tokens = len(rows.of_row) * rows.length
         return self._batches(rows)
 
@@ -115,13 +116,16 @@ class RoundFeed:
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def _rows(self, found: Round, within: int) -> Rows:
-        """The rows of one of the round's steps."""
+    def _chosen(self, number: int, texts: int, within: int) -> list[int]:
+        """Which of a round's texts one of its steps trains on."""
         config = self._run.config
         epoch, part = divmod(within, steps_of_epoch(config))
-        order = np.random.default_rng(derive_key(SHUFFLE, config.seed, found.number, epoch))
-        chosen = np.array_split(order.permutation(len(found.texts)), steps_of_epoch(config))[part]
-        return Rows.pack([found.texts[place] for place in chosen.tolist()], config.data.seq_length_tokens)
+        order = np.random.default_rng(derive_key(SHUFFLE, config.seed, number, epoch)).permutation(texts)
+        chosen: list[int] = np.array_split(order, steps_of_epoch(config))[part].tolist()
+        return chosen
+
+    def _rows(self, texts: Sequence[Text], chosen: Sequence[int]) -> Rows:
+        return Rows.pack([texts[place] for place in chosen], self._run.config.data.seq_length_tokens)
 
     def _batches(self, rows: Rows) -> list[Batch]:
         run = self._run
@@ -149,11 +153,13 @@ class RoundFeed:
             run.metrics.event("round", number=number, step=run.state.step, **numbers)
         texts = self._texts(asking, judged)
         if config.trains == "reject":
-            found = self._kept(judged, texts)
-            numbers["kept"] = float(len(found))
-            if not found:
-                run.metrics.message(f"round {number}: no answer is good enough to be kept; its steps change nothing")
-            ready = found
+            ready = self._kept(judged, texts)
+            numbers["kept"] = float(len(ready))
+            if not ready:
+                run.metrics.message(
+                    f"round {number}: no answer has method.reject.least_score, so its steps have no gradient; only the "
+                    "optimizer's momentum still moves the weights"
+                )
         else:
             ready, more = self._with_columns(folder, number, judged, texts)
             numbers |= more
@@ -164,34 +170,34 @@ class RoundFeed:
     def _begin(self, folder: RoundFolder, within: int) -> None:
         """Makes the round's folder, unless it is there from the same weights, prompts and draws. In the middle of a
         round it must be there, since the weights that answered are gone."""
-        run, config = self._run, self._run.config
-        rollout = config.method.rollout
-        about: dict[str, Any] = {
-            "prompts": rollout.prompts,
-            "answers": rollout.answers,
-            "max_new_tokens": rollout.max_new_tokens,
-            "temperature": rollout.temperature,
-            "seed": config.seed,
-            "data": self._prompts.folder.name,
-        }
+        run, config, rollout = self._run, self._run.config, self._run.config.method.rollout
+        drawn = {name: getattr(rollout, name) for name in ("prompts", "answers", "max_new_tokens", "temperature")}
+        about: dict[str, Any] = {**drawn, "seed": config.seed, "data": self._prompts.folder.name}
+        known = folder.about
         if within == 0:
             about["weights"] = describe_model(network_of(run.engine))
-        known = folder.about
+        judges = [judge.model_dump() for judge in rollout.judges]
+        judged_by = {"judges": judges, "unfinished_score": rollout.unfinished_score}
         fits = all(known.get(name) == value for name, value in about.items())
-        if within and not fits:
+        (misfits,) = run.groups.sum_over_world(float(not fits))  # all have looked, and agree
+        if misfits and within:
             raise UserError(
                 f"step {run.state.step} is in the middle of round {folder.number}, whose answers are not in "
                 f"{folder.path} as this run would make them; go on from a checkpoint at the start of a round (a "
                 f"multiple of {steps_of_round(config)} steps), or with the settings of before"
             )
-        run.groups.sum_over_world(0.0)  # all have looked
-        if not fits and run.groups.is_first_rank:
+        if misfits:
             if known:
                 run.metrics.message(
                     f"round {folder.number} is answered again: the answers in {folder.path} are of other weights or "
                     "settings"
                 )
-            folder.begin(about)
+            if run.groups.is_first_rank:
+                folder.begin({**about, **judged_by})
+        elif any(known.get(name) != value for name, value in judged_by.items()):
+            run.metrics.message(f"round {folder.number} is judged again: method.rollout.judges is another one")
+            if run.groups.is_first_rank:
+                folder.judge_again({**known, **judged_by})
         run.groups.sum_over_world(0.0)
 
     def _texts(self, asking: Asking, judged: Sequence[Judged]) -> list[Text]:
@@ -213,25 +219,28 @@ class RoundFeed:
         self, folder: RoundFolder, number: int, judged: Sequence[Judged], texts: list[Text]
     ) -> tuple[list[Text], dict[str, float]]:
         """The texts with all that the objective reads, and numbers about that."""
-        columns = folder.columns()
-        known = self._run.groups.sum_over_world(float(columns is None))[0] == 0
-        if not known or columns is None:
-            columns = self._computed(number, texts)
-            self._run.groups.sum_over_world(0.0)
-            if self._run.groups.is_first_rank:
-                folder.write_columns(columns)
-            self._run.groups.sum_over_world(0.0)
-        rollout = np.concatenate([np.array(one.answered.log_probs, np.float32) for one in judged])
-        columns = {**columns, "rollout": rollout}
         lengths = [len(text.answer) for text in texts]
-        columns["advantage"] = self._advantages(judged, lengths, columns)
-        difference = np.abs(columns["old"] - rollout)
+        old = folder.log_probs(sum(lengths))
+        (unknown,) = self._run.groups.sum_over_world(float(old is None))
+        if unknown or old is None:
+            # By the very micro batches of the first epoch's steps, so that the ratio in the first step is 1.
+            old = self._log_probs(network_of(self._run.engine), number, texts)
+            if self._run.groups.is_first_rank:
+                folder.write_log_probs(old)
+        columns = {
+            "old": old,
+            "rollout": np.concatenate([np.array(one.answered.log_probs, np.float32) for one in judged]),
+            "advantage": self._advantages(judged, lengths),
+        }
+        difference = np.abs(columns["old"] - columns["rollout"])
         numbers = {
             "sampling/sampling_logp_difference/mean": float(difference.mean()),
             "sampling/sampling_logp_difference/max": float(difference.max()),
         }
-        if REFERENCE in columns:
-            numbers["kl_to_reference"] = float((columns["old"] - columns[REFERENCE]).mean())
+        if reads_reference(self._run.config):
+            with reference_of(self._run) as network:
+                columns[REFERENCE] = self._log_probs(network, number, texts)
+            numbers["kl_to_reference"] = float((old - columns[REFERENCE]).mean())
         ends = np.cumsum(lengths)
         ready = [
             replace(text, columns={name: values[end - size : end] for name, values in columns.items()})
@@ -239,24 +248,13 @@ class RoundFeed:
         ]
         return ready, numbers
 
-    def _computed(self, number: int, texts: Sequence[Text]) -> dict[str, NDArray[np.float32]]:
-        """Log-probabilities of all answers under the policy and its reference, by the very micro batches of the first
-        epoch's steps, so that the policy's ratio in the first step is 1."""
-        run = self._run
-        found = {"old": self._log_probs(network_of(run.engine), number, texts)}
-        if reads_reference(run.config):
-            with reference_of(run) as network:
-                found[REFERENCE] = self._log_probs(network, number, texts)
-        return found
-
     def _log_probs(self, network: Network, number: int, texts: Sequence[Text]) -> NDArray[np.float32]:
         """Log-probabilities of all tokens of all answers, one answer behind the other. Collective."""
         run, groups = self._run, self._run.groups
         found: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(texts)
-        numbered = Round(number, tuple(replace(text, columns={}) for text in texts), {})
-        places = {id(text): place for place, text in enumerate(numbered.texts)}
         for part in range(steps_of_epoch(run.config)):
-            rows = self._rows(numbered, part)
+            chosen = self._chosen(number, len(texts), part)
+            rows = self._rows(texts, chosen)
             whole = torch.zeros(len(rows.of_row), rows.length, device=groups.platform.device)
             values = log_probabilities(network, self._batches(rows))
             if groups.reports_loss:
@@ -265,13 +263,11 @@ class RoundFeed:
                         if row < len(whole):
                             whole[row] += micro[place]
             dist.all_reduce(whole)
-            for text, own in zip(rows.texts, rows.by_text(whole.cpu().numpy())):
-                found[places[id(text)]] = own
+            for place, own in zip(chosen, rows.by_text(whole.cpu().numpy())):
+                found[place] = own
         return np.concatenate(found)
 
-    def _advantages(
-        self, judged: Sequence[Judged], lengths: Sequence[int], columns: Mapping[str, NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
+    def _advantages(self, judged: Sequence[Judged], lengths: Sequence[int]) -> NDArray[np.float32]:
         """An advantage for each token of each answer, one answer behind the other."""
         config = self._run.config
         scores = torch.tensor([one.score for one in judged], dtype=torch.float64)
@@ -298,9 +294,8 @@ class RoundFeed:
         """Removes rounds that neither a checkpoint nor a person needs."""
         config = self._run.config
         keep = config.method.rollout.keep_rounds
-        oldest = number * steps_of_round(config)
-        for checkpoint in complete_checkpoints(Path(config.run_dir) / "checkpoints"):
-            oldest = min(oldest, step_of(checkpoint) or 0)
+        saved = complete_checkpoints(Path(config.run_dir) / "checkpoints")
+        oldest = min((step_of(checkpoint) or 0 for checkpoint in saved), default=0)
         forget_rounds(config.run_dir, min(oldest // steps_of_round(config), number - keep))
 
 

@@ -111,7 +111,7 @@ def test_answers_and_scores_that_are_known_are_not_made_again(
     run_file = task(kind, "torn", parallel={"pp": 2})
     folder = tmp_path / "torn" / "rounds" / "000000"
     shutil.copytree(tmp_path / "whole" / "rounds" / "000000", folder)
-    (folder / "columns.npz").unlink(missing_ok=True)
+    (folder / "log_probs.npy").unlink(missing_ok=True)
     kept = (folder / "answers-0.jsonl").read_text().splitlines(keepends=True)[:13]
     (folder / "answers-0.jsonl").write_text("".join(kept[:12]) + kept[12][:40])
     scores = (folder / "scores-0.jsonl").read_text().splitlines(keepends=True)[:5]
