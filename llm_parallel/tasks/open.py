@@ -67,6 +67,10 @@ def _open(config: JudgeConfig, field: str) -> Judge:
     if config.kind == "length":
         return Length(config.max_tokens)
     if config.kind == "json":
+        if importlib.util.find_spec("jsonschema") is None:
+            raise UserError(
+                f"{field}.kind = json needs the package jsonschema; install it with: pip install jsonschema"
+            )
         return FitsSchema(config.field)
     if config.kind == "number":
         return Number(config.field)

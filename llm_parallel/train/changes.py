@@ -158,6 +158,8 @@ def _value(config: RunConfig, name: str) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple) and all(isinstance(one, int) for one in value):
         return str(list(value))
+    if isinstance(value, tuple) and all(isinstance(one, dict) for one in value):
+        return "[" + ", ".join(in_words(one) for one in value) + "]"
     if isinstance(value, tuple):
         return "[" + ", ".join(f"{path} x {weight:g}" for path, weight in value) + "]"
     if isinstance(value, Node):

@@ -44,6 +44,28 @@ class Feed(Protocol):
         """Ends what runs in the background."""
 
 
+class FeedToCome:
+    """What a run has until its method's ``begin`` gives it the feed, which needs the run: it promises what that will
+    offer. See ``Feed``."""
+
+    notices: Sequence[str] = ()
+    step_tokens = None
+
+    def __init__(self, offers: tuple[str, ...]) -> None:
+        self.offers = offers
+
+    def step(self, state: TrainState) -> Sequence[Batch]:
+        """Not called before the run has begun."""
+        raise AssertionError("the run has not begun")
+
+    def progress(self, state: TrainState) -> Mapping[str, float]:
+        """Nothing yet."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs yet."""
+
+
 class SampleFeed:
     """Samples by number, without end, read ahead in the background. ``step`` must be called for consecutive steps, from
     the state with which the feed was opened. ``columns``: those that the samples have; ``notices``: see ``Feed``."""
@@ -132,3 +154,8 @@ def held_out_batches(config: RunConfig, groups: Groups, source: Samples, wanted:
 def _without_surplus(batch: Batch, numbers: range, wanted: int) -> Batch:
     keep = torch.tensor([float(number < wanted) for number in numbers], device=batch.weights.device)
     return batch.without_rows(keep)
+
+
+def no_held_out(config: RunConfig, groups: Groups, state: TrainState) -> HeldOut:
+    """For methods that evaluate by themselves, or whose ``begin`` says what is held out."""
+    return HeldOut()

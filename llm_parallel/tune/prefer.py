@@ -17,7 +17,7 @@ from llm_parallel.objectives.reward import RewardPairs
 from llm_parallel.objectives.rrhf import RRHF
 from llm_parallel.parallel.engine import POLICY, network_of
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.train.feed import HeldOut, SampleFeed, held_out_batches
+from llm_parallel.train.feed import FeedToCome, SampleFeed, held_out_batches, no_held_out
 from llm_parallel.train.open import Method
 from llm_parallel.train.run import Run
 from llm_parallel.train.step import evaluate
@@ -35,26 +35,10 @@ def preferences(config: RunConfig) -> GroupData:
     return _opened(config.chat.prepared)
 
 
-class WaitingFeed:
-    """What a run has until ``begin`` gives it its feed, which needs the run: it promises what that will offer."""
-
-    notices: Sequence[str] = ()
-    step_tokens = None
-
-    def __init__(self, config: RunConfig, groups: Groups, state: TrainState) -> None:
-        samples = preferences(config).training(config.seed)
-        self.offers = ("documents", *samples.offers, *((REFERENCE,) if reads_reference(config) else ()))
-
-    def step(self, state: TrainState) -> Sequence[Batch]:
-        """Not called before the run has begun."""
-        raise AssertionError("the run has not begun")
-
-    def progress(self, state: TrainState) -> Mapping[str, float]:
-        """Nothing yet."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing runs yet."""
+def promised(config: RunConfig, groups: Groups, state: TrainState) -> FeedToCome:
+    """The run's feed until ``begin``."""
+    samples = preferences(config).training(config.seed)
+    return FeedToCome(("documents", *samples.offers, *((REFERENCE,) if reads_reference(config) else ())))
 
 
 class PreferenceFeed(SampleFeed):
@@ -131,15 +115,10 @@ def begin(run: Run) -> None:
         run.held_out = held_out_batches(config, run.groups, data.held_out(), wanted)
 
 
-def nothing_held_out_yet(config: RunConfig, groups: Groups, state: TrainState) -> HeldOut:
-    """``begin`` says what is held out."""
-    return HeldOut()
-
-
 PREFER = Method(
     objective=preference_loss,
     evaluation=preference_loss,
-    feed=WaitingFeed,
-    held_out=nothing_held_out_yet,
+    feed=promised,
+    held_out=no_held_out,
     begin=begin,
 )

@@ -36,7 +36,7 @@ from llm_parallel.objectives.policy import ClippedPolicy
 from llm_parallel.parallel.engine import Network, network_of
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.tasks.open import open_judge
-from llm_parallel.train.feed import HeldOut
+from llm_parallel.train.feed import FeedToCome, no_held_out
 from llm_parallel.train.open import Method
 from llm_parallel.train.run import Run
 from llm_parallel.tune.reference import REFERENCE, is_the_base, second_model
@@ -195,7 +195,9 @@ class RoundFeed:
             if run.groups.is_first_rank:
                 folder.begin({**about, **judged_by})
         elif any(known.get(name) != value for name, value in judged_by.items()):
-            run.metrics.message(f"round {folder.number} is judged again: method.rollout.judges is another one")
+            run.metrics.message(
+                f"round {folder.number} is judged again: method.rollout.judges or unfinished_score has changed"
+            )
             if run.groups.is_first_rank:
                 folder.judge_again({**known, **judged_by})
         run.groups.sum_over_world(0.0)
@@ -332,25 +334,9 @@ def offers(config: RunConfig) -> tuple[str, ...]:
     return ("documents", "old", "rollout", "advantage", *reference)
 
 
-class PromisedFeed:
-    """What a run has until ``begin`` gives it its feed, which needs the run."""
-
-    notices: Sequence[str] = ()
-    step_tokens = None
-
-    def __init__(self, config: RunConfig, groups: Groups, state: TrainState) -> None:
-        self.offers = offers(config)
-
-    def step(self, state: TrainState) -> Sequence[Batch]:
-        """Not called before the run has begun."""
-        raise AssertionError("the run has not begun")
-
-    def progress(self, state: TrainState) -> Mapping[str, float]:
-        """Nothing yet."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing runs yet."""
+def promised(config: RunConfig, groups: Groups, state: TrainState) -> FeedToCome:
+    """The run's feed until ``begin``."""
+    return FeedToCome(offers(config))
 
 
 def begin(run: Run) -> None:
@@ -359,11 +345,4 @@ def begin(run: Run) -> None:
     run.feed = RoundFeed(run, Prompts.open(run.config.chat.prepared))
 
 
-def nothing_held_out(config: RunConfig, groups: Groups, state: TrainState) -> HeldOut:
-    """Held-out prompts are answered and judged by the feed."""
-    return HeldOut()
-
-
-ROUNDS = Method(
-    objective=objective_of, evaluation=objective_of, feed=PromisedFeed, held_out=nothing_held_out, begin=begin
-)
+ROUNDS = Method(objective=objective_of, evaluation=objective_of, feed=promised, held_out=no_held_out, begin=begin)

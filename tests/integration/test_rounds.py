@@ -146,6 +146,52 @@ def test_a_judge_that_fails_is_an_error_and_what_it_judged_is_kept(task: Callabl
     assert [line["score"] for line in lines_of(tmp_path / "run", "scores", 0)][:7] == [1.0] * 7
 
 
+@pytest.mark.slow
+def test_another_judge_judges_again_and_a_reference_is_the_same_in_a_layout(
+    task: Callable[..., Path], tmp_path: Path
+) -> None:
+    """After a stop in the middle of a round. The answers are kept; nothing of the old scores is trained on."""
+    for name, processes, parallel in (("alone", 1, {}), ("many", 2, {"pp": 2})):
+        run_file = task("grpo", name, parallel=parallel)
+        tree = yaml.safe_load(run_file.read_text())
+        tree["method"]["grpo"] = {"kl_weight": 0.1}
+        run_file.write_text(yaml.safe_dump(tree))
+        assert train_in_ranks(run_file, processes, stop_at=3) == [3] * processes
+        answers, before = (lines_of(tmp_path / name, kind, 1) for kind in ("answers", "scores"))
+        tree["method"]["rollout"]["judges"][0]["weight"] = 2.0
+        run_file.write_text(yaml.safe_dump(tree))
+        assert train_in_ranks(run_file, processes) == [6] * processes
+        assert lines_of(tmp_path / name, "answers", 1) == answers
+        after = {(line["prompt"], line["sample"]): line["score"] for line in lines_of(tmp_path / name, "scores", 1)}
+        assert after == {(line["prompt"], line["sample"]): 2 * line["score"] for line in before}
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+    divergences = [record["train/kl"] for record in steps_of(tmp_path / "alone")]
+    assert divergences[0] == 0.0 and divergences[-1] > 0
+
+
+def no_room(kind: str, rank: int, loop: Any) -> None:
+    """As if the disk were full when the second replica writes."""
+    from llm_parallel.errors import UserError
+    from llm_parallel.jsonlines import JsonLines
+
+    append = JsonLines.append
+
+    def failing(self: JsonLines, record: dict[str, Any], at: Any = None) -> None:
+        if self.path.name == f"{kind}-1.jsonl":
+            raise UserError(f"cannot write {self.path}: No space left on device; make room there")
+        append(self, record, at)
+
+    JsonLines.append = failing  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["answers", "scores"])
+def test_a_full_disk_of_one_process_ends_all_with_its_sentence(kind: str, task: Callable[..., Path]) -> None:
+    run_file = task("grpo", "run", parallel={"dp": 2})
+    with pytest.raises(AssertionError, match=r"rank 0 failed(?s:.*)-1.jsonl: No space left on device"):
+        train_in_ranks(run_file, 2, prepare=partial(no_room, kind), timeout_s=60.0)
+
+
 @pytest.fixture(scope="module")
 def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The four-digit task's model after fine-tuning, which is right in a third of its sampled answers."""
