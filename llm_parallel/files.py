@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -135,3 +136,12 @@ def refuse_strangers(path: Path, found: os.stat_result, fd: int | None = None) -
             f"{path} belongs to user {found.st_uid} and lies in a folder that everyone may write to; choose a folder of"
             " your own"
         )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -126,16 +126,19 @@ def _likewise(places: list[str]) -> str:
     return f" (and so {', '.join(places)})" if places else ""
 
 
+def unreadable(counts: dict[str, Any]) -> str:
+    """The first records of a source that cannot be read, and why, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for where, reason in counts["first"]:
+        reasons.setdefault(reason, []).append(where)
+    said = [f"{places[0]} {reason}{_likewise(places[1:])}" for reason, places in reasons.items()]
+    return "; ".join(said) + ("; …" if counts["unreadable"] > len(counts["first"]) else "")
+
+
 def _left_out(counts: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
     limit = f"data.seq_length_tokens = {report['seq_length']}"
-    if counts["unreadable"]:
-        reasons: dict[str, list[str]] = {}
-        for where, reason in counts["first"]:
-            reasons.setdefault(reason, []).append(where)
-        said = [f"{places[0]} {reason}{_likewise(places[1:])}" for reason, places in reasons.items()]
-        more = "; …" if counts["unreadable"] > len(counts["first"]) else ""
-        what = some(counts["unreadable"], "record is no conversation", "records are no conversations")
-        yield f"{what}: {'; '.join(said)}{more}"
+    if count := counts["unreadable"]:
+        yield f"{some(count, 'record is no conversation', 'records are no conversations')}: {unreadable(counts)}"
     if count := counts["nothing_trained"]:
         yield f"left out {some(count, 'conversation')} without an answer that is trained"
     if count := counts["too_long"]:

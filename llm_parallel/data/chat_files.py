@@ -27,7 +27,7 @@ from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
 from llm_parallel.data.template import DATE
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, folder_in_whole, turn
+from llm_parallel.files import atomic_write, folder_in_whole, sha256_of, turn
 
 VERSION = 2
 
@@ -106,7 +106,7 @@ def settings_of(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened
     chat, template = config.chat, encoder.template
     return {
         "version": VERSION,
-        "files": [[[path.name, _digest(path)] for path in source.files] for source in opened],
+        "files": [[[path.name, sha256_of(path)] for path in source.files] for source in opened],
         "sources": [[source.format, _columns(source), dict(source.roles)] for source in opened],
         "paths": [
             source.path if source.dataset is None else f"{source.path}: {source.dataset}"
@@ -201,14 +201,6 @@ def blocks_of(config: RunConfig, number: int, blocks: Iterator[Any]) -> Iterator
     """The blocks of source ``number``; what is wrong about one of them names the source's field."""
     with named_source(config.chat, number):
         yield from blocks
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _names(sources: Sequence[ChatSource]) -> list[str]:

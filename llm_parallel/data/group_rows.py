@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat import ChatEncoder, ChatTokens, heads_of, holds_private
-from llm_parallel.data.chat_counts import Counts, some
+from llm_parallel.data.chat_counts import Counts, some, unreadable
 from llm_parallel.data.chat_rows import refuse_stop
 from llm_parallel.data.dataset_info import Opened
 from llm_parallel.data.formats import BadRecord, Conversation
@@ -147,11 +147,8 @@ UNITS = {"dpo": "pair", "reward": "pair", "kto": "answer", "rrhf": "ranking"}
 
 def _left_out(counts: dict[str, Any], report: dict[str, Any], unit: str) -> Iterator[str]:
     limit = f"data.seq_length_tokens = {report['seq_length']}"
-    if counts["unreadable"]:
-        said = "; ".join(f"{where} {reason}" for where, reason in counts["first"])
-        more = "; …" if counts["unreadable"] > len(counts["first"]) else ""
-        what = some(counts["unreadable"], "record is no preference", "records are no preferences")
-        yield f"{what}: {said}{more}"
+    if count := counts["unreadable"]:
+        yield f"{some(count, 'record is no preference', 'records are no preferences')}: {unreadable(counts)}"
     if count := counts["uncompared"]:
         yield f"left out {some(count, 'record')} in which no answer is better than another"
     if count := counts["too_long"]:

@@ -29,7 +29,7 @@ from llm_parallel.data.batch import Batch
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.loader import MicroBatchLoader
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, sha256_of
 from llm_parallel.model.adapters import adapters_of
 from llm_parallel.model.tensors import ADAPTER_MARK, canonical_parameters
 from llm_parallel.objectives.base import Output, Terms, Unweighted
@@ -171,17 +171,9 @@ def _note(part: Path, samples: int) -> None:
 
 def _publish(part: Path, path: Path) -> None:
     with atomic_write(Path(f"{path}.json")) as handle:
-        json.dump({"sha256": _digest(part)}, handle)
+        json.dump({"sha256": sha256_of(part)}, handle)
     part.replace(path)
     Path(f"{part}.json").unlink(missing_ok=True)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def is_whole(path: Path, data: GroupData, groups: Groups) -> bool:
@@ -191,7 +183,7 @@ def is_whole(path: Path, data: GroupData, groups: Groups) -> bool:
     if groups.is_first_rank:
         with suppress(OSError, ValueError, KeyError):
             wanted = json.loads(Path(f"{path}.json").read_text())["sha256"]
-            whole = path.stat().st_size == data.num_values * 4 and _digest(path) == wanted
+            whole = path.stat().st_size == data.num_values * 4 and sha256_of(path) == wanted
     return bool(groups.sum_over_world(float(whole))[0])
 
 
