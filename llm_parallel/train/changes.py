@@ -57,7 +57,6 @@ WITHOUT_EFFECT = {
     "checkpoint.load": _NOT_AGAIN,
     "checkpoint.load_optimizer": _NOT_AGAIN,
     "adapter.load": _NOT_AGAIN,
-    "method.critic.load": _NOT_AGAIN,
     "model.init_std": "without effect, since the weights are there already",
 }
 """Fields that matter to a new run alone → what is said of a change of them where a run goes on in its own folder."""
@@ -100,9 +99,10 @@ def changed_method(saved: RunConfig, now: RunConfig) -> list[str]:
         old, new = (getattr(config.method, section).model_dump() for config in (saved, now))
         changes = [_change(f"method.{section}.{name}", old[name], new[name]) for name in old if old[name] != new[name]]
         found += [f"{change} ({OTHER_LOSS})" for change in changes] if section in used else []
-    rates = saved.method.critic.lr, now.method.critic.lr
-    if now.trains == "ppo" and rates[0] != rates[1]:
-        found.append(f"{_change('method.critic.lr', *rates)} (the critic learns at another rate)")
+    if now.trains == saved.trains == "ppo":
+        for name, meaning in (("lr", "the critic learns at another rate"), ("load", _NOT_AGAIN)):
+            both = getattr(saved.method.critic, name), getattr(now.method.critic, name)
+            found += [f"{_change(f'method.critic.{name}', *both)} ({meaning})"] if both[0] != both[1] else []
     references = saved.method.reference.load, now.method.reference.load
     if references[0] != references[1]:
         found.append(f"{_change('method.reference.load', *references)} ({OTHER_LOSS})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,10 +135,8 @@ def open_run(
     with ExitStack() as opened:  # background threads must end if the rest of this fails
         feed = open_feed(config, groups, resumed, method)
         opened.callback(feed.close)
-        objective = method.objective(config)
-        also = method.also(config)
-        for each in (objective, *(one.objective for one in also.values())):
-            check_feed(each, feed)
+        objective, also = method.objective(config), method.also(config)
+        check_feed([objective, *(one.objective for one in also.values())], feed)
         metrics = open_metrics(
             place.rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
         )
@@ -193,9 +191,9 @@ def open_feed(config: RunConfig, groups: Groups, resumed: Resumed, method: Metho
     return feed
 
 
-def check_feed(objective: Objective, feed: Feed) -> None:
-    """Raises UserError if the data lacks a column or a fact that the objective reads."""
-    missing = [name for name in objective.reads if name not in feed.offers]
+def check_feed(objectives: Sequence[Objective], feed: Feed) -> None:
+    """Raises UserError if the data lacks a column or a fact that one of the objectives reads."""
+    missing = [name for objective in objectives for name in objective.reads if name not in feed.offers]
     if missing:
         offered = ", ".join(feed.offers) or "none"
         raise UserError(f"the data has no column {missing[0]!r}, which the objective reads; it has {offered}")
