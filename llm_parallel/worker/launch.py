@@ -79,7 +79,7 @@ def _launch(
         starter = starter_here(config, saved, processes or num_processes(config), nodes or 1, environment)
     working = max(1, len(starter.expected) - (config.elastic.spare_nodes if job is not None else 0))
     copies = run_folder(Path(config.elastic.replica_dir), Path(config.run_dir))
-    check_copies(config, working, 1 if job is not None else working, copies)
+    check_copies(config, working, 1 if job is not None else working, copies, say)
     status = launch_elastic(starter, device, requests, partial(newest_step, config), job)
     if status in (0, EXIT_STOPPED) and config.log.plots:
         draw_plots(Path(config.run_dir))
