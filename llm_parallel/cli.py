@@ -381,7 +381,7 @@ def generate(request: GenerateRequest) -> None:
         request.checkpoint,
         request.prompts,
         use.sampling_of(request),
-        held=use.held_by(request),
+        held=request.held(),
         stop=request.stop,
         chat=request.chat,
         structure=use.structure_of(request),
