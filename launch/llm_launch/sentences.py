@@ -86,6 +86,7 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     ),
     "save": lambda r: f"checkpoint of step {r['step']}",
     "save_failed": lambda r: f"the checkpoint of step {r['step']} could not be saved: {r['cause']}",
+    "save_incomplete": lambda r: f"the checkpoint of step {r['step']}: {r['cause']}",
     "skip": lambda r: (
         f"step {r['step']} was not applied: {r['reason']}; samples {r['first_sample']} to {r['last_sample']}"
     ),

@@ -62,6 +62,8 @@ class CheckpointStore:
         self._saving: _Save | None = None
         self.saved_step = 0
         """Step of the newest checkpoint that this store has completed."""
+        self.missing: str | None = None
+        """What the newest save lacks, on rank 0: a sentence of ``write_config``."""
 
     def latest(self) -> tuple[Path | None, list[str]]:
         """The newest complete checkpoint whose files are as they were written, or None if there never was one, and a
@@ -178,7 +180,7 @@ class CheckpointStore:
                 if free >= needed:
                     saving.mkdir()
                     state.write(saving)
-                    write_config(saving, self.config)
+                    self.missing = write_config(saving, self.config)
             except OSError as error:
                 shutil.rmtree(saving, ignore_errors=True)
                 problem = float(error.errno or errno.EIO)
