@@ -16,6 +16,7 @@ import yaml
 from tests.integration.test_prefer import start  # noqa: F401 (a fixture)
 from tests.integration.test_rounds import STEPS_OF_ROUND, lines_of, steps_of, write_run
 from tests.support.commands import losses, train_in_ranks
+from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 
@@ -176,12 +177,10 @@ def said_by_transformers(folder: Path, prompts: list[list[int]], answers: list[l
 @pytest.mark.slow
 def test_a_reward_model_of_ours_judges_and_is_the_critics_beginning(
     task: Task,
-    start: Path,
-    tmp_path: Path,  # noqa: F811
+    start: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     """As a run and as a Hugging Face folder, in two layouts; its scores are transformers'."""
-    from tests.support.harness import run_ranks
-
     reward = reward_run(start, tmp_path)
     run_ranks(exported, 1, str(reward), str(tmp_path / "hf"))
     for name, processes, parallel, folder in (
@@ -227,7 +226,6 @@ def test_a_reward_model_that_says_nan_is_an_error(task: Task, start: Path, tmp_p
     """Never a score of 0, and no process waits for another."""
     import torch
     from safetensors.torch import load_file, save_file
-    from tests.support.harness import run_ranks
 
     run_ranks(exported, 1, str(reward_run(start, tmp_path)), str(tmp_path / "hf"))
     path = next((tmp_path / "hf").glob("*.safetensors"))
