@@ -21,7 +21,8 @@ class JsonLines:
     Each line is one write to a descriptor opened for appending, so a killed process leaves at most one torn line at the
     end, the lines of several writers do not mix, and nothing waits in a buffer of this process; with ``sync`` each line
     is on the disk before ``append`` returns. Raises UserError when the file cannot be written (full disk), which ends
-    with ``remedy``; a line that was written only in part is removed again.
+    with ``remedy``; a line that was written only in part is removed again. A file that was deleted meanwhile begins
+    anew.
     """
 
     def __init__(
@@ -29,11 +30,14 @@ class JsonLines:
     ) -> None:
         self.path, self._sync, self._remedy = path, sync, remedy
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._fd = self._open()
             self._end_torn_line()
         except OSError as error:
             raise self._user_error(error) from error
+
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def append(self, record: dict[str, Any], at: datetime | None = None) -> None:
         """Writes ``record`` with its time, by default now; numbers that JSON lacks (NaN, infinity) become null."""
@@ -41,6 +45,9 @@ class JsonLines:
         record = {**record, "time": time.isoformat(timespec="milliseconds")}
         line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
         try:
+            if os.fstat(self._fd).st_nlink == 0:  # somebody has deleted the file, and would never see these lines
+                os.dup2(fd := self._open(), self._fd, inheritable=False)
+                os.close(fd)
             written = os.write(self._fd, line)
             if written < len(line):
                 with contextlib.suppress(OSError):
