@@ -260,7 +260,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "CP2": (2, ["parallel.cp=2"]),
     "PP2 VPP2 CP2": (4, ["parallel.pp=2", "parallel.vpp=2", "parallel.cp=2"]),
 }
-QUICK = {("KL in the reward", "one process"), ("KL in the reward", "TP2 SP PP2")}
+QUICK = {("KL in the reward", "one process")}
+"""In the other layouts by default: tests/integration/test_ppo.py, which compares the losses of six steps."""
 
 
 @pytest.mark.parametrize(
@@ -320,8 +321,7 @@ def test_adapters_have_the_gradients_of_pefts(name: str, folders: Path, pefts: d
 
 @pytest.fixture(scope="module")
 def pefts(folders: Path) -> dict[str, Any]:
-    """The step of one process whose policy has adapters, after it was compared with PEFT in fp64. The policy without
-    them is the reference."""
+    """The step of one process whose policy has adapters, after it was compared with PEFT in fp64."""
     before, after = adapted(folders, "adapters", 1), adapted(folders, "adapters later", 2)
     adapter = {"rank": 4, "alpha": 8, "load": str(folders / "adapters")}
     run_file = write_run(folders, "lora", {}, adapter=adapter)
