@@ -83,12 +83,13 @@ class PromptReader:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of training and held-out ones. ``stops``: tokens that end an answer."""
+    """Prompts of training and held-out ones. ``stops``: tokens that end an answer; ``tokenizer``: where it is."""
 
     folder: Path
     training: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     stops: frozenset[int]
+    tokenizer: str
 
     @classmethod
     def open(cls, folder: str | Path) -> Prompts:
@@ -100,7 +101,8 @@ class Prompts:
                 one = json.loads(line)
                 prompt = Prompt(tuple(one["tokens"]), one["messages"], one["record"], one["where"])
                 prompts[one["split"]].append(prompt)
-        return cls(Path(folder), tuple(prompts["train"]), tuple(prompts["eval"]), frozenset(report["stops"]))
+        stops, tokenizer = frozenset(report["stops"]), str(report["tokenizer"])
+        return cls(Path(folder), tuple(prompts["train"]), tuple(prompts["eval"]), stops, tokenizer)
 
     def of_round(self, number: int, count: int, seed: int) -> list[tuple[int, Prompt]]:
         """The prompts of a round, each with its number in the run, from 0: all are asked once, in an order that follows

@@ -48,13 +48,13 @@ def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
 
 
 def with_own_tokenizer(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
-    """The configuration with a copy of the tokenizer in the run folder where ``data.tokenizer`` lies in a checkpoint:
-    the run that the checkpoint belongs to may remove it (``checkpoint.keep_last``), and every checkpoint here needs the
-    tokenizer. ``notice`` is told of the copy. Raises UserError if it cannot be written."""
-    path = config.data.tokenizer
-    if path is None or not Path(path).exists() or all(step_of(one) is None for one in Path(path).resolve().parents):
+    """The configuration with a copy of the tokenizer in the run folder: every checkpoint of the run needs it, and the
+    file that ``data.tokenizer`` names may be removed or replaced meanwhile. ``notice`` is told of the copy where that
+    is sure to happen: of a tokenizer in a checkpoint, which the run that it belongs to removes
+    (``checkpoint.keep_last``). Raises UserError if the copy cannot be written."""
+    path, run_dir = config.data.tokenizer, Path(config.run_dir)
+    if path is None or not Path(path).exists() or Path(path).resolve().parent == run_dir.resolve():
         return config
-    run_dir = Path(config.run_dir)
     target = run_dir / f"tokenizer-{fingerprint_of(tokenizer_file(path).read_bytes())[:8]}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,8 @@ def with_own_tokenizer(config: RunConfig, notice: Callable[[str], None]) -> RunC
             if not target.is_dir():
                 with folder_in_whole(target) as making:
                     copy_tokenizer(Path(path), making)
-                notice(f"data.tokenizer: copied to {target}, since the checkpoint {path} may be removed by its run")
+                if any(step_of(parent) is not None for parent in Path(path).resolve().parents):
+                    notice(f"data.tokenizer: copied to {target}, since the checkpoint {path} may be removed by its run")
     except OSError as error:
         raise UserError(
             f"run_dir = {run_dir} cannot be written ({error.strerror}); give a folder that can be"
