@@ -110,7 +110,7 @@ def check(
     samples: Annotated[int, typer.Option(help="Samples to show, token by token.")] = 3,
     html: Annotated[str | None, typer.Option(help="File of an HTML page with the same.")] = None,
 ) -> None:
-    """Show conversations or preferences as the model will see them: what is trained, cut and packed, where it stops."""
+    """Show conversations, preferences or prompts as the model will see them: what is trained, judged, cut, packed."""
     from llm_parallel.report.check import check_command
     from llm_parallel.screen import say_next
 
