@@ -172,7 +172,7 @@ USE = {
     "messages": Attack("import sys\nwhile True: sys.stderr.write('x' * 10000)", "output"),
     "files by the million": Attack(
         ("import os\nfor n in range(10 ** 9):\n    os.close(os.open('/tmp/%d' % n, os.O_CREAT | os.O_WRONLY))"),
-        "output",
+        None,
     ),
     "core file": Attack(
         ("import os, resource\nresource.setrlimit(resource.RLIMIT_CORE, (1 << 20, 1 << 20))"), "failed"
