@@ -286,12 +286,12 @@ class Scheduler:
     def _known_pages(self, sequence: Draft) -> list[int]:
         """Pages that hold the sequence's first tokens already. At least one token is left to compute, from whose output
         the next one is chosen."""
+        limit = len(sequence.tokens) - 1
         if sequence.request.looks_at_prompt and sequence.sample == 0:
-            sequence.digests = []
-            return []
+            limit = min(limit, sequence.request.first_row)
         size = self.limits.page_tokens
         sequence.digests, digest = [], self._salt_of(sequence.request)
-        for start in range(0, len(sequence.tokens) - size, size):
+        for start in range(0, limit - size + 1, size):
             digest = digest_of(digest, sequence.tokens[start : start + size])
             sequence.digests.append(digest)
         known = self.pool.find(sequence.digests)
