@@ -19,6 +19,7 @@ from llm_parallel.command_help import MEASURE, command
 from llm_parallel.convert.request import ConvertRequest
 from llm_parallel.data.request import PrepareRequest
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
+from llm_parallel.evaluate.request import EvaluateRequest
 from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.goodput.request import GoodputRequest
 from llm_parallel.help_page import Command, Group, explain_usage, show_version
@@ -264,22 +265,9 @@ def goodput(request: GoodputRequest) -> None:
 @command(app, "fields")
 def fields(section: Annotated[str, typer.Argument(help="Show only fields that begin so.")] = "") -> None:
     """List every configuration field with its type, default and meaning."""
-    from llm_parallel.config.differences import in_words
-    from llm_parallel.config.fields import describe_fields
-    from llm_parallel.screen import say_next
+    from llm_parallel.config.show_fields import fields_command
 
-    found = [doc for doc in describe_fields() if doc.name.startswith(section)]
-    if not found:
-        sections = sorted({doc.name.split(".")[0] for doc in describe_fields() if "." in doc.name})
-        raise UserError(f"no field begins with {section!r}; the sections are {', '.join(sections)}")
-    for doc in found:
-        default = (
-            "" if doc.is_section else ", must be given" if doc.default is ... else f"; default {in_words(doc.default)}"
-        )
-        say(f"{doc.name}: {doc.type}{default}\n    {doc.doc.replace('``', '`')}")
-    named = next((doc for doc in found if not doc.is_section and doc.default is not ...), None)
-    if named is not None:
-        say_next(f"llm-parallel pretrain RUN.yaml {named.name}={in_words(named.default)} --dry-run")
+    fields_command(section)
 
 
 @command(app, "schema")
@@ -412,6 +400,15 @@ def chat(request: ChatRequest) -> None:
     from llm_parallel.chat.command import chat_command
 
     raise typer.Exit(chat_command(replace(request, environment=dict(os.environ))))
+
+
+@command(app, "evaluate")
+@with_options
+def evaluate(request: EvaluateRequest) -> None:
+    """Measure a model on benchmarks with lm-evaluation-harness, on our engine; or compare two results."""
+    from llm_parallel.evaluate.command import evaluate_command
+
+    raise typer.Exit(evaluate_command(replace(request, api_key=os.environ.get("OPENAI_API_KEY", ""))))
 
 
 @command(app, "convert")

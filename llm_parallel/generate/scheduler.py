@@ -95,6 +95,8 @@ class Scheduler:
         self._siblings: dict[int, list[Draft]] = {}
         self._cancelled: list[Finished] = []
         self._arrivals = 0
+        self.num_computed = 0
+        """Tokens of all plans so far."""
 
     @property
     def idle(self) -> bool:
@@ -182,6 +184,7 @@ class Scheduler:
         pass, where each layer stores all keys before any query reads them."""
         start = sequence.computed
         sequence.computed += count
+        self.num_computed += count
         size = self.limits.page_tokens
         for page in range(len(sequence.digests), sequence.computed // size):
             before = sequence.digests[-1] if sequence.digests else self._salt_of(sequence.request)
