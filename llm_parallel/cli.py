@@ -13,6 +13,7 @@ import typer
 
 from llm_launch.drill_request import DrillRequest
 from llm_launch.submit_request import SubmitRequest
+from llm_parallel.annotate.request import AnnotateRequest
 from llm_parallel.bench.requests import CommRequest, KernelsRequest, ScalingRequest, StepRequest
 from llm_parallel.chat.request import ChatRequest
 from llm_parallel.command_help import MEASURE, command
@@ -110,7 +111,7 @@ def check(
     samples: Annotated[int, typer.Option(help="Samples to show, token by token.")] = 3,
     html: Annotated[str | None, typer.Option(help="File of an HTML page with the same.")] = None,
 ) -> None:
-    """Show conversations or preferences as the model will see them: what is trained, cut and packed, where it stops."""
+    """Show conversations, preferences or prompts as the model will see them: what is trained, judged, cut, packed."""
     from llm_parallel.report.check import check_command
     from llm_parallel.screen import say_next
 
@@ -163,6 +164,15 @@ def prefer(
     from llm_parallel.worker.command import train_command
 
     raise typer.Exit(train_command("prefer", run_file, overrides or [], dry_run, everything))
+
+
+@command(app, "annotate")
+@with_options
+def annotate(request: AnnotateRequest) -> None:
+    """Let people judge answers on a page in the browser; their judgements become records that prefer and sft read."""
+    from llm_parallel.annotate.command import annotate_command
+
+    raise typer.Exit(annotate_command(request))
 
 
 @command(app, "launch", with_overrides=True)
@@ -265,9 +275,9 @@ def goodput(request: GoodputRequest) -> None:
 @command(app, "fields")
 def fields(section: Annotated[str, typer.Argument(help="Show only fields that begin so.")] = "") -> None:
     """List every configuration field with its type, default and meaning."""
-    from llm_parallel.config.show_fields import fields_command
+    from llm_parallel.config.show_fields import show_fields
 
-    fields_command(section)
+    show_fields(section)
 
 
 @command(app, "schema")
@@ -372,7 +382,7 @@ def generate(request: GenerateRequest) -> None:
         request.checkpoint,
         request.prompts,
         use.sampling_of(request),
-        held=use.held_by(request),
+        held=request.held(),
         stop=request.stop,
         chat=request.chat,
         structure=use.structure_of(request),

@@ -1,4 +1,4 @@
-"""``llm-parallel fields``."""
+"""``llm-parallel fields``: every field of the configuration with its type, default and meaning."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from llm_parallel.lines import say
 from llm_parallel.screen import say_next
 
 
-def fields_command(section: str) -> None:
-    """Lists the fields whose names begin with ``section``. Raises UserError if there is none."""
+def show_fields(section: str) -> None:
+    """Prints the fields whose names begin with ``section``. Raises UserError if there are none."""
     found = [doc for doc in describe_fields() if doc.name.startswith(section)]
     if not found:
         sections = sorted({doc.name.split(".")[0] for doc in describe_fields() if "." in doc.name})

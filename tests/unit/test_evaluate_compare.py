@@ -56,8 +56,8 @@ def results(**ours: Any) -> dict[str, Any]:
         )
         common = {"doc_id": number, "doc_hash": f"h{number}", "filter": "none"}
         samples["choices"].append({
-            **common, "arguments": [[prompt, " yes"], [prompt, " no"]], "resps": [[[-1.0 - number / 8, True]], [[-2.0, False]]],
-            "metrics": ["acc"], "acc": 1.0,
+            **common, "arguments": [[prompt, " yes"], [prompt, " no"]],
+            "resps": [[[-1.0 - number / 8, True]], [[-2.0, False]]], "metrics": ["acc"], "acc": 1.0,
         })  # fmt: skip
         samples["texts"].append({
             **common, "arguments": [[prompt, {"until": ["\n"], "max_gen_toks": 32}]], "resps": [[f" {number + 1}"]],
