@@ -283,14 +283,9 @@ def fields(section: Annotated[str, typer.Argument(help="Show only fields that be
 @command(app, "schema")
 def schema() -> None:
     """Print the JSON schema of run files, by which editors complete and check them."""
-    import json
+    from llm_parallel.config.schema_command import schema_command
 
-    from llm_parallel.config.schema import SCHEMA_NAME, config_schema
-    from llm_parallel.screen import say_next
-
-    typer.echo(json.dumps(config_schema(), indent=1, ensure_ascii=False))
-    say_next(f"llm-parallel schema > {SCHEMA_NAME}; a run file beside it begins with # yaml-language-server: "
-             f"$schema={SCHEMA_NAME}")  # fmt: skip
+    schema_command()
 
 
 # Measure
@@ -341,14 +336,9 @@ def _command_line() -> str:
 @command(app, "plot")
 def plot(run_dirs: Annotated[list[str], typer.Argument(help="Run folders; several are drawn together.")]) -> None:
     """Draw loss, throughput and learning rate of runs as PNG files."""
-    from llm_parallel.metrics.plots import compare_runs, plot_run
-    from llm_parallel.screen import say_next
+    from llm_parallel.metrics.plot_command import plot_command
 
-    folders = [Path(folder) for folder in run_dirs]
-    pictures = plot_run(folders[0]) if len(folders) == 1 else compare_runs(folders, folders[0] / "plots")
-    for picture in pictures:
-        typer.echo(str(picture))
-    say_next(f"llm-parallel report {' '.join(run_dirs)} --out {run_dirs[0].rstrip('/')}/report.html")
+    plot_command(run_dirs)
 
 
 @command(app, "report")
