@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from math import comb
-from typing import Any
+from typing import Any, Literal, cast
+
+from llm_parallel.tasks.sandbox import Mode, Sandbox, Tested
 
 SANDBOX_MODES = ("auto", "bwrap", "landlock", "unsafe")
 
@@ -21,8 +23,8 @@ class Programs:
 
     def __init__(self, mode: str = "auto") -> None:
         self._asked = mode
-        self._sandbox: Any = None
-        self._passed: dict[Any, bool] = {}
+        self._sandbox: Sandbox | None = None
+        self._passed: dict[tuple[str, str], bool] = {}
 
     @property
     def mode(self) -> str | None:
@@ -37,10 +39,8 @@ class Programs:
 
     def run(self, jobs: Sequence[tuple[str, str]]) -> list[bool]:
         """Which programs pass their tests. Raises SandboxFailed if they cannot be run."""
-        from llm_parallel.tasks.sandbox import Sandbox, Tested
-
         if self._sandbox is None:
-            self._sandbox = Sandbox(self._asked)
+            self._sandbox = Sandbox(cast(Mode | Literal["auto"], self._asked))
         new = [job for job in dict.fromkeys(jobs) if job not in self._passed]
         for job, result in zip(new, self._sandbox.run_many([Tested(*job) for job in new])):
             self._passed[job] = result.status == "passed"
