@@ -283,9 +283,11 @@ def fields(section: Annotated[str, typer.Argument(help="Show only fields that be
 @command(app, "schema")
 def schema() -> None:
     """Print the JSON schema of run files, by which editors complete and check them."""
-    from llm_parallel.config.schema_command import schema_command
+    from llm_parallel.config.schema import SCHEMA_HINT, schema_text
+    from llm_parallel.screen import say_next
 
-    schema_command()
+    typer.echo(schema_text())
+    say_next(SCHEMA_HINT)
 
 
 # Measure
