@@ -380,15 +380,7 @@ def generate(request: GenerateRequest) -> None:
     if request.input is not None:
         use.generate_file_command(request)
         return
-    use.generate_command(
-        request.checkpoint,
-        request.prompts,
-        use.sampling_of(request),
-        held=request.held(),
-        stop=request.stop,
-        chat=request.chat,
-        structure=use.structure_of(request),
-    )
+    use.prompts_command(request)
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"
         say_next(f"llm-parallel convert {request.checkpoint} {target}")

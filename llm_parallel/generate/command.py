@@ -17,11 +17,12 @@ from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.decode import Structured, generate
+from llm_parallel.generate.engine import Generator
 from llm_parallel.generate.files import FileJob, PromptReader, answer_file
 from llm_parallel.generate.held import AS_SAVED, Held
 from llm_parallel.generate.load import Loaded, load_model
 from llm_parallel.generate.request import GenerateRequest
-from llm_parallel.generate.requests import Reason
+from llm_parallel.generate.requests import Reason, Request
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.structure import Structure
 from llm_parallel.lines import note
@@ -135,6 +136,32 @@ def generate_file_command(request: GenerateRequest) -> int:
         close_groups()
 
 
+def _write_best(
+    generator: Generator, requests: Sequence[Request], answers: Sequence[Answer], structured: Structured | None
+) -> None:
+    """Fills answers with the best to each request."""
+    for finished in generator.run(requests):
+        ended = finished.tokens and finished.tokens[-1] in requests[finished.number].ends
+        for token in finished.tokens[:-1] if ended else finished.tokens:
+            answers[finished.number].add(token)
+        if structured is not None and finished.truncated:
+            structured.unfinished[finished.number] = finished.reason
+
+
+def prompts_command(request: GenerateRequest) -> list[str]:
+    """Answers the prompts of a request; see ``generate_command``."""
+    return generate_command(
+        request.checkpoint,
+        request.prompts,
+        sampling_of(request),
+        held=request.held(),
+        stop=request.stop,
+        chat=request.chat,
+        structure=structure_of(request),
+        best_of=request.best_of or 1,
+    )
+
+
 def generate_command(
     checkpoint: str,
     prompts: Sequence[str],
@@ -144,10 +171,11 @@ def generate_command(
     stop: Sequence[str] = (),
     chat: bool = False,
     structure: Structure | None = None,
+    best_of: int = 1,
 ) -> list[str]:
     """Prints each prompt and its continuation, up to the first of the texts ``stop`` in it; token by token if there is
     one prompt and a terminal. ``chat``: prompts are a user's messages, and answers stand on a line of their own.
-    ``structure``: the form that answers must have.
+    ``structure``: the form that answers must have. ``best_of``: as in ``Request``; nothing is shown before the end.
 
     Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
     loaded, tokenizer, folders = _open(checkpoint, held)
@@ -160,7 +188,7 @@ def generate_command(
     else:
         encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
     answers = [Answer(tokenizer, tokens, stop) for tokens in encoded]
-    streaming = len(prompts) == 1 and sys.stdout.isatty()
+    streaming = len(prompts) == 1 and best_of == 1 and sys.stdout.isatty()
     shown = 0
 
     def take(number: int, token: int) -> bool:
@@ -175,7 +203,13 @@ def generate_command(
         print(prompts[0], end="", flush=True)
     started = time.perf_counter()
     structured = Structured(structure, tokenizer) if structure else None
-    generate(loaded.network, [[*begin, *tokens] for tokens in encoded], sampling, ends, take, structured)
+    inputs = [[*begin, *tokens] for tokens in encoded]
+    if best_of == 1:
+        generate(loaded.network, inputs, sampling, ends, take, structured)
+    else:
+        asked: dict[str, Any] = {"ends": frozenset(ends), "stop": tuple(stop), "structure": structure, "best_of": best_of}
+        requests = [Request(number, tuple(tokens), sampling, **asked) for number, tokens in enumerate(inputs)]
+        _write_best(Generator(loaded.network, tokenizer=tokenizer), requests, answers, structured)
     seconds = time.perf_counter() - started
     texts = [answer.text() for answer in answers]
     if streaming:

@@ -31,19 +31,22 @@ PROGRESS_S = 5.0
 class FileJob:
     """source: JSON lines, each with ``prompt`` (a text), ``prompt_tokens`` (token ids) or ``messages`` (a conversation,
     with ``tools`` if it has any), and an ``id`` if wanted; target: where the answers go; samples: answers to each;
-    structure: the form of all answers."""
+    best_of: as in ``Request``; structure: the form of all answers."""
 
     source: Path
     target: Path
     sampling: Sampling
     stop: tuple[str, ...] = ()
     samples: int = 1
+    best_of: int | None = None
     max_running: int = 32
     structure: Structure | None = None
 
     def fingerprint(self, checkpoint: str) -> str:
         """What tells answers of this job from those of others."""
         settings: list[Any] = [checkpoint, asdict(self.sampling), self.stop, self.samples]
+        if self.best_of is not None:
+            settings.append({"best_of": self.best_of})
         if self.structure is not None:
             settings.append(asdict(self.structure))
         digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8)
@@ -71,7 +74,8 @@ class PromptReader:
         if given[0] == "messages":
             ends = ends | frozenset(self._chat().stops)
         model = self._loaded.config.model
-        request = Request(number, prompt, job.sampling, ends, job.stop, job.samples, structure=job.structure)
+        more: dict[str, Any] = {"structure": job.structure, "best_of": job.best_of}
+        request = Request(number, prompt, job.sampling, ends, job.stop, job.samples, **more)
         assert model.vocab_size is not None
         try:
             check_fits(request, model.max_seq_length_tokens, model.max_seq_length_tokens, model.vocab_size)

@@ -51,6 +51,9 @@ class GenerateRequest:
     """File of answers with log-probabilities and reasons; a command that was killed goes on with it."""
     samples: int = 1
     """Answers to each line of --input."""
+    best_of: int | None = None
+    """Answers to make of each prompt, of which the likeliest by the mean log-probability of its tokens is given, or the
+    --samples likeliest; not shown before it is complete."""
     top_log_probs: int = 0
     """Likeliest tokens to write to --output with each token."""
     max_running: int = 32
@@ -86,9 +89,23 @@ class GenerateRequest:
             if self.input is None and getattr(self, name) != default:
                 option_name = name.replace("_", "-")
                 raise UserError(f"--{option_name} is given without --input, which it belongs to; leave it out")
+        self._check_best_of()
         forms = [
             name for name in ("json_schema", "regex", "grammar", "choice") if getattr(self, name) not in (None, ())
         ]
         if len(forms) > 1:
             named = " and ".join("--" + name.replace("_", "-") for name in forms)
             raise UserError(f"{named} are given together; an answer has one form, so give one of them")
+
+    def _check_best_of(self) -> None:
+        if self.best_of is None:
+            return
+        if self.best_of < self.samples:
+            raise UserError(
+                f"--best-of is {self.best_of} and --samples is {self.samples}; it must be at least that many"
+            )
+        if self.temperature == 0 and self.best_of > 1:
+            raise UserError(
+                f"--best-of is {self.best_of} and --temperature is 0, which writes the same answer each time; give a "
+                "--temperature over 0"
+            )
