@@ -378,8 +378,9 @@ def generate(request: GenerateRequest) -> None:
     from llm_parallel.screen import say_next
 
     if request.input is not None:
-        use.generate_file_command(request)
-        return
+        from llm_parallel.generate.file_command import file_command
+
+        raise typer.Exit(file_command(request, os.environ))
     use.prompts_command(request)
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"

@@ -20,11 +20,12 @@ class JsonLines:
 
     Each line is one write to a descriptor opened for appending, so a killed process leaves at most one torn line at the
     end, the lines of several writers do not mix, and nothing waits in a buffer of this process. Raises UserError when
-    the file cannot be written (full disk); a line that was written only in part is removed again.
+    the file cannot be written (full disk); a line that was written only in part is removed again. ``setting``: what a
+    user changes to have it elsewhere.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, setting: str = "run_dir") -> None:
+        self.path, self._setting = path, setting
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -46,6 +47,13 @@ class JsonLines:
         except OSError as error:
             raise self._user_error(error) from error
 
+    def sync(self) -> None:
+        """Returns when what was appended is on the disk. Raises UserError."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._user_error(error) from error
+
     def close(self) -> None:
         """Closes the file."""
         os.close(self._fd)
@@ -56,7 +64,9 @@ class JsonLines:
             os.write(self._fd, b"\n")
 
     def _user_error(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.path}: {error.strerror}; make room there or choose another run_dir")
+        return UserError(
+            f"cannot write {self.path}: {error.strerror}; make room there or choose another {self._setting}"
+        )
 
 
 def read_jsonlines(path: Path) -> Iterator[dict[str, Any]]:

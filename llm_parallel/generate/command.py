@@ -18,9 +18,8 @@ from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.decode import Structured, generate
 from llm_parallel.generate.engine import Generator
-from llm_parallel.generate.files import FileJob, PromptReader, answer_file
 from llm_parallel.generate.held import AS_SAVED, Held
-from llm_parallel.generate.load import Loaded, load_model
+from llm_parallel.generate.load import Loaded, Member, load_model
 from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.requests import Reason, Request
 from llm_parallel.generate.sampling import Sampling
@@ -76,9 +75,12 @@ def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
         print(prompt + text)
 
 
-def _open(checkpoint: str, held: Held) -> tuple[Loaded, Tokenizer, list[Path]]:
-    """The model, its tokenizer, and the folders whose files say how texts begin and end."""
-    loaded = load_model(checkpoint, held.device, weights=held.weights, deterministic=held.deterministic)
+def open_model(
+    checkpoint: str | Path, held: Held, member: Member | None = None
+) -> tuple[Loaded, Tokenizer, list[Path]]:
+    """The model, or this process's part of it, its tokenizer, and the folders whose files say how texts begin and
+    end. Raises UserError."""
+    loaded = load_model(checkpoint, held.device, weights=held.weights, deterministic=held.deterministic, member=member)
     if loaded.tokenizer is None:
         raise UserError(
             f"{checkpoint} has no tokenizer beside its weights; put a tokenizer.json or tokenizer.model there"
@@ -119,21 +121,6 @@ def _say_unfinished(structured: Structured, sampling: Sampling) -> None:
             else "because no token of the vocabulary continues it"
         )
         note(f"[the answer to prompt {number + 1} ended before its structure was complete, {why}]")
-
-
-def generate_file_command(request: GenerateRequest) -> int:
-    """Answers a file of prompts; see ``generate/files.py``. Returns the number of new answers. Raises UserError."""
-    assert request.input is not None and request.output is not None
-    settings = (sampling_of(request), tuple(request.stop), request.samples, request.max_running)
-    job = FileJob(request.input, request.output, *settings, structure_of(request))
-    loaded, tokenizer, folders = _open(request.checkpoint, request.held())
-    try:
-        reader = PromptReader(loaded, prompt_prefix(tokenizer, folders), frozenset(end_tokens(tokenizer, folders)))
-        # Answers of weights in few bits are not those of the saved ones, and a file has one kind.
-        model = request.checkpoint if request.weights == "saved" else f"{request.checkpoint} in {request.weights}"
-        return answer_file(job, loaded, reader, model)
-    finally:
-        close_groups()
 
 
 def _write_best(
@@ -178,7 +165,7 @@ def generate_command(
     ``structure``: the form that answers must have. ``best_of``: as in ``Request``; nothing is shown before the end.
 
     Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
-    loaded, tokenizer, folders = _open(checkpoint, held)
+    loaded, tokenizer, folders = open_model(checkpoint, held)
     begin, ends = prompt_prefix(tokenizer, folders), end_tokens(tokenizer, folders)
     if chat:
         encoder = open_encoder(loaded.config)
@@ -207,7 +194,8 @@ def generate_command(
     if best_of == 1:
         generate(loaded.network, inputs, sampling, ends, take, structured)
     else:
-        asked: dict[str, Any] = {"ends": frozenset(ends), "stop": tuple(stop), "structure": structure, "best_of": best_of}
+        asked: dict[str, Any] = {"structure": structure, "best_of": best_of}
+        asked |= {"ends": frozenset(ends), "stop": tuple(stop)}
         requests = [Request(number, tuple(tokens), sampling, **asked) for number, tokens in enumerate(inputs)]
         _write_best(Generator(loaded.network, tokenizer=tokenizer), requests, answers, structured)
     seconds = time.perf_counter() - started

@@ -138,6 +138,11 @@ class Generator:
         """Whether all answers have been returned."""
         return self.scheduler.idle and not any(self._passes)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a further request would be in work at once, as far as their number goes."""
+        return not self.scheduler.num_waiting and self.scheduler.num_running < self.limits.max_running
+
     def refresh(self) -> None:
         """Takes up weights that have changed: waits for those that are still being gathered and forgets all keys. All
         processes of the run call this after a training step, before the next ``tick``."""
@@ -167,8 +172,8 @@ class Generator:
             raise UserError(f"stop of prompt {request.number} is given, and the model has no tokenizer to find it with")
         if request.num_made > request.n and self.on_token is not None:
             raise UserError(
-                f"best_of of prompt {request.number} is {request.best_of}, and tokens are wanted as they come; the best "
-                "answer is known only at the end, so leave one of them out"
+                f"best_of of prompt {request.number} is {request.best_of}, and tokens are wanted as they come; the "
+                "best answer is known only at the end, so leave one of them out"
             )
         return request if request.structure is None else self._with_structure(request, vocabulary)
 

@@ -57,7 +57,17 @@ class GenerateRequest:
     top_log_probs: int = 0
     """Likeliest tokens to write to --output with each token."""
     max_running: int = 32
-    """Answers to --input in work at a time."""
+    """Answers to --input in work at a time, by each replica."""
+    tp: int = 1
+    """With --input: processes that share each layer (tensor parallelism)."""
+    pp: int = 1
+    """With --input: stages of layers, each on processes of its own (pipeline parallelism)."""
+    dp: int = 1
+    """With --input: replicas of the model, each of which answers a part of the prompts."""
+    hang_s: float = 600.0
+    """With --input: seconds without progress after which a process is taken to hang, and the command ends."""
+    logs: Path | None = None
+    """With several processes: folder of their logs; by default a temporary one."""
     deterministic: bool = option(False, flag=True)
     """The same log-probabilities, to the last bit, whatever else runs; on a CPU, slower."""
     json_schema: Path | None = None
@@ -68,6 +78,11 @@ class GenerateRequest:
     """File of a grammar (GBNF or Lark) that answers must follow."""
     choice: Sequence[str] = option((), name="--choice")
     """Text that is one of the possible answers; give several."""
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that answer a file."""
+        return self.tp * self.pp * self.dp
 
     def held(self) -> Held:
         """How the model is to be held. Raises UserError."""
@@ -84,11 +99,15 @@ class GenerateRequest:
             raise UserError(
                 "--chat is given with --input, whose lines say by messages what is a chat; leave --chat out"
             )
-        with_input = {"output": None, "samples": 1, "top_log_probs": 0, "max_running": 32}
-        for name, default in with_input.items():
-            if self.input is None and getattr(self, name) != default:
+        for name in ("output", "samples", "top_log_probs", "max_running", "tp", "pp", "dp", "hang_s", "logs"):
+            if self.input is None and getattr(self, name) != getattr(type(self), name):
                 option_name = name.replace("_", "-")
                 raise UserError(f"--{option_name} is given without --input, which it belongs to; leave it out")
+        for name in ("tp", "pp", "dp"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hang_s <= 0:
+            raise UserError(f"--hang-s is {self.hang_s}; it must be over 0")
         self._check_best_of()
         forms = [
             name for name in ("json_schema", "regex", "grammar", "choice") if getattr(self, name) not in (None, ())

@@ -1,0 +1,298 @@
+"""``llm-parallel generate --input``: starts the processes of a layout, and is each of them."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from llm_launch.local import launch_local
+from llm_launch.worker import EXIT_CRASH, report_error, worker_environment
+from llm_parallel.config.tree import ParallelConfig
+from llm_parallel.errors import UserError
+from llm_parallel.generate.command import end_tokens, open_model, prompt_prefix, sampling_of, structure_of
+from llm_parallel.generate.engine import Generator, GeneratorOptions
+from llm_parallel.generate.files import FileJob, PromptReader, answer_line, read_source
+from llm_parallel.generate.load import Member, checkpoint_of
+from llm_parallel.generate.parts import Key, Parts
+from llm_parallel.generate.replicas import Answerer, Claims, Progress, Replica, Total, Totals, chunk_size, first_problem
+from llm_parallel.generate.request import GenerateRequest
+from llm_parallel.generate.requests import Finished, Request
+from llm_parallel.generate.watchdog import Watchdog
+from llm_parallel.lines import note
+from llm_parallel.options import to_json
+from llm_parallel.parallel.groups import Groups, close_groups
+
+WAIT_S = 0.05
+Record = tuple[str, Any]
+"""Place and content of a line."""
+
+
+def file_command(request: GenerateRequest, environment: Mapping[str, str]) -> int:
+    """Answers a file of prompts; returns the exit status. Under torchrun or srun this is one of the processes, else it
+    starts them. Raises UserError."""
+    job = job_of(request)
+    records = list(read_source(job.source))
+    request = replace(request, checkpoint=resolved(request.checkpoint))
+    place = worker_environment(environment)
+    if place is not None and place.world_size > 1:
+        if place.world_size != request.num_processes:
+            raise UserError(
+                f"{place.world_size} processes were started, and --tp {request.tp} --pp {request.pp} --dp {request.dp} "
+                f"is a layout of {request.num_processes}; start as many"
+            )
+        place.export()
+        return answer_here(request, Member(place.rank, place.local_rank, place.world_size), note)
+    parts = Parts(job.target, mark_of(request, job))
+    parts.known()  # those of another job are refused before any process starts
+    try:
+        status = answer_here(request, Member(), note) if request.num_processes == 1 else _start(request)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    if status and parts.begun():
+        done, total = len(parts.known()), len(records) * job.samples
+        note(f"{done} of {total} answers are complete in {parts.folder}; the same command goes on with the others")
+    return status
+
+
+def _start(request: GenerateRequest) -> int:
+    logs = request.logs or Path(tempfile.mkdtemp(prefix="llm-parallel-generate-"))
+    note(f"[{request.num_processes} processes; their logs are in {logs}]")
+    content = to_json(replace(request, logs=logs))
+    status = launch_local(request.num_processes, ["-m", "llm_parallel.generate", content], logs)
+    if status == 0 and request.logs is None:
+        shutil.rmtree(logs, ignore_errors=True)
+    return status
+
+
+def resolved(checkpoint: str) -> str:
+    """The folder that holds the model, which stays the same while a run goes on to train."""
+    found = checkpoint_of(checkpoint)
+    return os.path.realpath(checkpoint if found is None else found)
+
+
+def job_of(request: GenerateRequest) -> FileJob:
+    """What is to be answered, and how. Raises UserError."""
+    assert request.input is not None and request.output is not None
+    return FileJob(
+        request.input,
+        request.output,
+        sampling_of(request),
+        tuple(request.stop),
+        request.samples,
+        request.best_of,
+        request.max_running,
+        structure_of(request),
+    )
+
+
+def mark_of(request: GenerateRequest, job: FileJob) -> str:
+    """What tells the answers from those of other models and settings. Those of weights in few bits are others."""
+    model = request.checkpoint if request.weights == "saved" else f"{request.checkpoint} in {request.weights}"
+    return job.fingerprint(model)
+
+
+@dataclass(frozen=True)
+class _Left:
+    """places: numbers of the prompts that are not complete; known: answers to these that are; done: all that are."""
+
+    places: Sequence[int] = ()
+    known: frozenset[Key] = frozenset()
+    done: int = 0
+
+
+@dataclass
+class _Out:
+    """Writes the answers of a replica. unsaid: what has been written since the last ``flush``."""
+
+    parts: Parts
+    replica: int
+    line: Callable[[Finished], dict[str, Any]]
+    known: frozenset[Key]
+    structured: bool
+    unsaid: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._file = self.parts.writer(self.replica)
+
+    def take(self, answer: Finished) -> None:
+        """Writes an answer, if it is not known from before."""
+        key = (answer.number, answer.sample)
+        if key in self.known:
+            return
+        self._file.append(self.parts.line(key, self.line(answer)))
+        more = {"answers": 1, "tokens": len(answer.tokens), "cut": int(self.structured and answer.truncated)}
+        self.unsaid = {name: self.unsaid.get(name, 0) + number for name, number in more.items()}
+
+    def flush(self, totals: Totals) -> None:
+        """Returns when everything is on the disk."""
+        if self.unsaid:
+            self._file.sync()
+            totals.add(**self.unsaid)
+            self.unsaid = {}
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def answer_here(request: GenerateRequest, member: Member, tell: Callable[[str], None]) -> int:
+    """One process of the layout. ``tell``: says on the first process how far all of them are. Returns the exit status.
+    Raises UserError, on all processes where it concerns all."""
+    job = job_of(request)
+    parallel = ParallelConfig(tp=request.tp, pp=request.pp, dp=request.dp)
+    loaded, tokenizer, folders = open_model(request.checkpoint, request.held(), replace(member, parallel=parallel))
+    try:
+        ends = frozenset(end_tokens(tokenizer, folders))
+        reader = PromptReader(loaded.config, tokenizer, prompt_prefix(tokenizer, folders), ends)
+        options = GeneratorOptions(max_running=job.max_running, pass_tokens=max(512, job.max_running))
+        groups = loaded.network.groups
+
+        def engine() -> Answerer:
+            return Generator(loaded.network, options, tokenizer)
+
+        _Process(request, job, reader, groups, tell).run(engine)
+    finally:
+        close_groups()
+    return 0
+
+
+class _Process:
+    """One process while it answers its part of a file."""
+
+    def __init__(
+        self, request: GenerateRequest, job: FileJob, reader: PromptReader, groups: Groups, tell: Callable[[str], None]
+    ) -> None:
+        self._request, self._job, self._reader, self._groups, self._tell = request, job, reader, groups, tell
+        mesh, at = groups.mesh, groups.at
+        self._first, self._several = groups.is_first_rank, mesh.world_size > 1
+        self._writes = at.tp == 0 and at.pp == 0
+        self._replica, self._replicas = at.dp, mesh.dp
+        self._records: list[Record] = list(read_source(job.source))
+        self._asked: dict[int, Request] = {}
+        self._returned: Counter[int] = Counter()
+        self._mark = mark_of(request, job)
+        self._parts = Parts(job.target, self._mark)
+
+    def run(self, open_engine: Callable[[], Answerer]) -> None:
+        """Answers until all replicas have finished. Raises UserError."""
+        job, keys = self._job, [(n, each) for n in range(len(self._records)) for each in range(self._job.samples)]
+        with ExitStack() as stack:
+            left = self._agree(stack, keys)
+            if left.done and self._first:
+                self._tell(f"[{job.target} has {left.done} answers already; {len(keys) - left.done} are left]")
+            if left.places:
+                self._answer(open_engine(), left, len(keys) - left.done)
+            if self._first:
+                self._parts.merge(keys)
+
+    def _ask(self, number: int) -> Request:
+        """The request of a prompt, kept until all of its answers are there."""
+        request = self._asked[number] = self._request_of(number)
+        return request
+
+    def _request_of(self, place: int) -> Request:
+        where, record = self._records[place]
+        return self._reader.request(record, where, self._job, place)
+
+    def _agree(self, stack: ExitStack, keys: Sequence[Key]) -> _Left:
+        """What is left, as the first process finds it. Raises UserError on every process if one finds that a line
+        cannot be answered, or that answers cannot be written."""
+        groups, left, problem = self._groups, _Left(), None
+        place = groups.rank
+        try:
+            for place in range(groups.rank, len(self._records), groups.mesh.world_size):
+                self._request_of(place)
+            if self._first:
+                place = len(self._records)
+                stack.enter_context(self._parts.held())
+                known = self._parts.known()
+                places = sorted({number for number, sample in keys if (number, sample) not in known})
+                wanted = set(places)
+                left = _Left(places, frozenset(key for key in known if key[0] in wanted), len(known))
+        except UserError as error:
+            problem = place, str(error)
+        found: list[Any] = [(problem, self._mark)]
+        if self._several:
+            found = [None] * groups.mesh.world_size
+            dist.all_gather_object(found, (problem, self._mark))
+        message = first_problem([each for each, _ in found])
+        if message is None and len({mark for _, mark in found}) > 1:
+            message = f"processes see different inputs or models; is {self._request.checkpoint} being written?"
+        if message is not None:
+            raise UserError(message)
+        box = [left]
+        if self._several:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _answer(self, engine: Answerer, left: _Left, total: int) -> None:
+        job = self._job
+        if job.structure is not None and isinstance(engine, Generator):
+            engine.checked(self._request_of(left.places[0]))  # its structure is that of all
+        store = distributed_c10d._get_default_store() if self._several else dist.HashStore()
+        store = dist.PrefixStore("generate", store)
+        totals, out = Totals(store), None
+        chunk = chunk_size(len(left.places), self._replicas, job.max_running)
+        claims = Claims(store, len(left.places), chunk, self._groups)
+        if self._writes:
+            out = _Out(self._parts, self._replica, self._line, left.known, job.structure is not None)
+        progress = Progress(total, self._replicas, self._tell) if self._first else None
+        replica = Replica(
+            engine, claims, lambda place: self._ask(left.places[place]), out.take if out else lambda _: None
+        )
+        with Watchdog(self._request.hang_s, self._hang) as watchdog:
+            while replica.step():
+                watchdog.tick()
+                if out is not None:
+                    out.flush(totals)
+                    totals.passed()
+                if progress is not None:
+                    progress.look(totals.read)
+            if out is not None:
+                out.close()
+                totals.add(done=1)
+            if progress is not None:
+                self._wait(totals, progress, watchdog)
+
+    def _wait(self, totals: Totals, progress: Progress, watchdog: Watchdog) -> None:
+        """Waits for the other replicas."""
+        last = Total()
+        while (found := totals.read()).done < self._replicas:
+            if found != last:
+                watchdog.tick()
+                last = found
+            progress.look(totals.read)
+            time.sleep(WAIT_S)
+        progress.say(found)
+
+    def _line(self, answer: Finished) -> dict[str, Any]:
+        request = self._asked[answer.number]
+        self._returned[answer.number] += 1
+        if self._returned[answer.number] == request.n:
+            del self._asked[answer.number], self._returned[answer.number]
+        return answer_line(answer, request, self._records[answer.number][1], self._reader.tokenizer)
+
+    def _hang(self) -> None:
+        """Ends the process: what it waits for may never come. Its peers end too, by their launcher or in the same
+        way."""
+        rank, limit = self._groups.rank, self._request.hang_s
+        error = TimeoutError(f"no progress for {limit:g} s (--hang-s): a process of the layout or its device hangs")
+        if self._request.logs is None:
+            note(f"rank {rank}: {error}; the answers that are complete are in {self._parts.folder}")
+        else:
+            report_error(self._request.logs, rank, error)
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(EXIT_CRASH)
