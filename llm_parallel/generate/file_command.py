@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,17 @@ from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.files import FileJob, PromptReader, answer_line, read_source
 from llm_parallel.generate.load import Member, checkpoint_of
 from llm_parallel.generate.parts import Key, Parts
-from llm_parallel.generate.replicas import Answerer, Claims, Progress, Replica, Total, Totals, chunk_size, first_problem
+from llm_parallel.generate.replicas import (
+    Answerer,
+    Claims,
+    Out,
+    Progress,
+    Replica,
+    Total,
+    Totals,
+    chunk_size,
+    first_problem,
+)
 from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.requests import Finished, Request
 from llm_parallel.generate.watchdog import Watchdog
@@ -111,41 +121,6 @@ class _Left:
     places: Sequence[int] = ()
     known: frozenset[Key] = frozenset()
     done: int = 0
-
-
-@dataclass
-class _Out:
-    """Writes the answers of a replica. unsaid: what has been written since the last ``flush``."""
-
-    parts: Parts
-    replica: int
-    line: Callable[[Finished], dict[str, Any]]
-    known: frozenset[Key]
-    structured: bool
-    unsaid: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._file = self.parts.writer(self.replica)
-
-    def take(self, answer: Finished) -> None:
-        """Writes an answer, if it is not known from before."""
-        key = (answer.number, answer.sample)
-        if key in self.known:
-            return
-        self._file.append(self.parts.line(key, self.line(answer)))
-        more = {"answers": 1, "tokens": len(answer.tokens), "cut": int(self.structured and answer.truncated)}
-        self.unsaid = {name: self.unsaid.get(name, 0) + number for name, number in more.items()}
-
-    def flush(self, totals: Totals) -> None:
-        """Returns when everything is on the disk."""
-        if self.unsaid:
-            self._file.sync()
-            totals.add(**self.unsaid)
-            self.unsaid = {}
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
 
 
 def answer_here(request: GenerateRequest, member: Member, tell: Callable[[str], None]) -> int:
@@ -246,9 +221,9 @@ class _Process:
         store = dist.PrefixStore("generate", store)
         totals, out = Totals(store), None
         chunk = chunk_size(len(left.places), self._replicas, job.max_running)
-        claims = Claims(store, len(left.places), chunk, self._groups)
+        claims = Claims(store, len(left.places), chunk, self._replica, self._writes)
         if self._writes:
-            out = _Out(self._parts, self._replica, self._line, left.known, job.structure is not None)
+            out = Out(self._parts, self._replica, self._line, left.known, job.structure is not None)
         progress = Progress(total, self._replicas, self._tell) if self._first else None
         replica = Replica(
             engine, claims, lambda place: self._ask(left.places[place]), out.take if out else lambda _: None
@@ -263,14 +238,14 @@ class _Process:
                     progress.look(totals.read)
             if out is not None:
                 out.close()
-                totals.add(done=1)
+            totals.add(done=1)  # after this the process asks the first one's store for nothing
             if progress is not None:
                 self._wait(totals, progress, watchdog)
 
     def _wait(self, totals: Totals, progress: Progress, watchdog: Watchdog) -> None:
-        """Waits for the other replicas."""
+        """Waits for the other processes."""
         last = Total()
-        while (found := totals.read()).done < self._replicas:
+        while (found := totals.read()).done < self._groups.mesh.world_size:
             if found != last:
                 watchdog.tick()
                 last = found

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 
+from llm_parallel.generate.parts import Key, Parts
 from llm_parallel.generate.requests import Finished, Request
-from llm_parallel.parallel.groups import Groups
 
 ROUND = 4
 """Chunks that each replica takes at least, of a file that is long enough."""
@@ -46,22 +45,22 @@ def chunk_size(total: int, replicas: int, max_running: int) -> int:
 
 
 class Claims:
-    """Hands out the places 0 to ``total`` in chunks, each once. groups: the processes of a replica get the same."""
+    """Hands out the places 0 to ``total`` in chunks, each once. The processes of a replica get the same chunks: one of
+    them, which ``asks``, tells the others in the store. It is no collective, since a pipeline's processes are not at
+    the same pass when they have room for more."""
 
-    def __init__(self, store: dist.Store, total: int, chunk: int, groups: Groups | None = None) -> None:
-        self._store, self._total, self._chunk, self._groups = store, total, chunk, groups
+    def __init__(self, store: dist.Store, total: int, chunk: int, replica: int = 0, asks: bool = True) -> None:
+        self._store, self._total, self._chunk, self._replica, self._asks = store, total, chunk, replica, asks
+        self._count = 0
 
     def next(self) -> range:
-        """The next chunk, empty when there is none. Collective over the processes of the replica."""
-        groups = self._groups
-        if groups is None or groups.mesh.tp * groups.mesh.pp == 1:
-            return self._from(self._store.add("claimed", self._chunk))
-        asks = groups.at.tp == groups.at.pp == 0
-        end = torch.tensor(self._store.add("claimed", self._chunk) if asks else 0, device=groups.platform.device)
-        dist.broadcast(end, group=groups.collection.mp, group_src=0)
-        return self._from(int(end))
-
-    def _from(self, end: int) -> range:
+        """The next chunk, empty when there is none."""
+        key, self._count = f"claim/{self._replica}/{self._count}", self._count + 1
+        if self._asks:
+            end = self._store.add("claimed", self._chunk)
+            self._store.set(key, str(end))
+        else:
+            end = int(self._store.get(key))
         return range(end - self._chunk, min(end, self._total))
 
 
@@ -91,7 +90,7 @@ class Replica:
 @dataclass(frozen=True)
 class Total:
     """answers, tokens: finished by all replicas; cut: answers that ended before their structure was complete; passes:
-    a number that grows while any replica works; done: replicas that have finished."""
+    a number that grows while any replica works; done: processes that have finished."""
 
     answers: int = 0
     tokens: int = 0
@@ -124,6 +123,41 @@ class Totals:
     def read(self) -> Total:
         """All of them."""
         return Total(*(self._store.add(name, 0) for name in self.NAMES))
+
+
+@dataclass
+class Out:
+    """Writes the answers of a replica. unsaid: what has been written since the last ``flush``."""
+
+    parts: Parts
+    replica: int
+    line: Callable[[Finished], dict[str, Any]]
+    known: frozenset[Key]
+    structured: bool
+    unsaid: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._file = self.parts.writer(self.replica)
+
+    def take(self, answer: Finished) -> None:
+        """Writes an answer, if it is not known from before."""
+        key = (answer.number, answer.sample)
+        if key in self.known:
+            return
+        self._file.append(self.parts.line(key, self.line(answer)))
+        more = {"answers": 1, "tokens": len(answer.tokens), "cut": int(self.structured and answer.truncated)}
+        self.unsaid = {name: self.unsaid.get(name, 0) + number for name, number in more.items()}
+
+    def flush(self, totals: Totals) -> None:
+        """Returns when everything is on the disk."""
+        if self.unsaid:
+            self._file.sync()
+            totals.add(**self.unsaid)
+            self.unsaid = {}
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 class Progress:
