@@ -378,9 +378,10 @@ def generate(request: GenerateRequest) -> None:
     from llm_parallel.screen import say_next
 
     if request.input is not None:
+        from llm_parallel.convert.export import export_to_hf
         from llm_parallel.generate.file_command import file_command
 
-        raise typer.Exit(file_command(request, os.environ))
+        raise typer.Exit(file_command(request, os.environ, export_to_hf))
     use.prompts_command(request)
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"

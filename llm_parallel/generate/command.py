@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat import ChatEncoder
 from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.template import Refused
-from llm_parallel.data.tokenizer import Tokenizer
+from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.decode import Structured, generate
@@ -81,12 +82,21 @@ def open_model(
     """The model, or this process's part of it, its tokenizer, and the folders whose files say how texts begin and
     end. Raises UserError."""
     loaded = load_model(checkpoint, held.device, weights=held.weights, deterministic=held.deterministic, member=member)
-    if loaded.tokenizer is None:
+    return loaded, *tokenizer_of(checkpoint, loaded.config, loaded.tokenizer)
+
+
+def tokenizer_of(
+    checkpoint: str | Path, config: RunConfig, opened: Tokenizer | None = None
+) -> tuple[Tokenizer, list[Path]]:
+    """The tokenizer of a model, and the folders whose files say how texts begin and end. Raises UserError."""
+    if opened is None and config.data.tokenizer:
+        opened = load_tokenizer(config.data.tokenizer)
+    if opened is None:
         raise UserError(
             f"{checkpoint} has no tokenizer beside its weights; put a tokenizer.json or tokenizer.model there"
         )
-    beside = Path(loaded.config.data.tokenizer or checkpoint)
-    return loaded, loaded.tokenizer, [Path(checkpoint), beside if beside.is_dir() else beside.parent]
+    beside = Path(config.data.tokenizer or checkpoint)
+    return opened, [Path(checkpoint), beside if beside.is_dir() else beside.parent]
 
 
 def sampling_of(request: GenerateRequest) -> Sampling:

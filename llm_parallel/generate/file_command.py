@@ -9,8 +9,8 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,26 @@ from torch.distributed import distributed_c10d
 
 from llm_launch.local import launch_local
 from llm_launch.worker import EXIT_CRASH, report_error, worker_environment
-from llm_parallel.config.tree import ParallelConfig
+from llm_parallel.config.tree import ParallelConfig, RunConfig
+from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.generate.command import end_tokens, open_model, prompt_prefix, sampling_of, structure_of
+from llm_parallel.generate.command import (
+    end_tokens,
+    open_model,
+    prompt_prefix,
+    sampling_of,
+    structure_of,
+    tokenizer_of,
+)
 from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.files import FileJob, PromptReader, answer_line, read_source
-from llm_parallel.generate.load import Member, checkpoint_of
+from llm_parallel.generate.load import Member, checkpoint_of, describe_folder
 from llm_parallel.generate.parts import Key, Parts
 from llm_parallel.generate.replicas import (
     Answerer,
     Claims,
     Out,
+    Place,
     Progress,
     Replica,
     Total,
@@ -42,17 +51,20 @@ from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.requests import Finished, Request
 from llm_parallel.generate.watchdog import Watchdog
 from llm_parallel.lines import note
+from llm_parallel.model.hf import is_hf_folder
 from llm_parallel.options import to_json
-from llm_parallel.parallel.groups import Groups, close_groups
+from llm_parallel.parallel.groups import close_groups
+from llm_parallel.parallel.platform import resolve_device
 
 WAIT_S = 0.05
+Export = Callable[[Path, Path], object]
 Record = tuple[str, Any]
 """Place and content of a line."""
 
 
-def file_command(request: GenerateRequest, environment: Mapping[str, str]) -> int:
+def file_command(request: GenerateRequest, environment: Mapping[str, str], export: Export) -> int:
     """Answers a file of prompts; returns the exit status. Under torchrun or srun this is one of the processes, else it
-    starts them. Raises UserError."""
+    starts them. ``export``: writes a checkpoint as a Hugging Face folder. Raises UserError."""
     job = job_of(request)
     records = list(read_source(job.source))
     request = replace(request, checkpoint=resolved(request.checkpoint))
@@ -68,7 +80,10 @@ def file_command(request: GenerateRequest, environment: Mapping[str, str]) -> in
     parts = Parts(job.target, mark_of(request, job))
     parts.known()  # those of another job are refused before any process starts
     try:
-        status = answer_here(request, Member(), note) if request.num_processes == 1 else _start(request)
+        if request.engine == "vllm":
+            status = answer_by_vllm(request, environment, export)
+        else:
+            status = answer_here(request, Member(), note) if request.num_processes == 1 else _start(request)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     if status and parts.begun():
@@ -111,7 +126,7 @@ def job_of(request: GenerateRequest) -> FileJob:
 def mark_of(request: GenerateRequest, job: FileJob) -> str:
     """What tells the answers from those of other models and settings. Those of weights in few bits are others."""
     model = request.checkpoint if request.weights == "saved" else f"{request.checkpoint} in {request.weights}"
-    return job.fingerprint(model)
+    return job.fingerprint(model if request.engine == "ours" else f"{model} by {request.engine}")
 
 
 @dataclass(frozen=True)
@@ -126,42 +141,84 @@ class _Left:
 def answer_here(request: GenerateRequest, member: Member, tell: Callable[[str], None]) -> int:
     """One process of the layout. ``tell``: says on the first process how far all of them are. Returns the exit status.
     Raises UserError, on all processes where it concerns all."""
-    job = job_of(request)
     parallel = ParallelConfig(tp=request.tp, pp=request.pp, dp=request.dp)
     loaded, tokenizer, folders = open_model(request.checkpoint, request.held(), replace(member, parallel=parallel))
     try:
-        ends = frozenset(end_tokens(tokenizer, folders))
-        reader = PromptReader(loaded.config, tokenizer, prompt_prefix(tokenizer, folders), ends)
-        options = GeneratorOptions(max_running=job.max_running, pass_tokens=max(512, job.max_running))
-        groups = loaded.network.groups
+        options = GeneratorOptions(max_running=request.max_running, pass_tokens=max(512, request.max_running))
 
-        def engine() -> Answerer:
-            return Generator(loaded.network, options, tokenizer)
+        @contextmanager
+        def engine() -> Iterator[Answerer]:
+            yield Generator(loaded.network, options, tokenizer)
 
-        _Process(request, job, reader, groups, tell).run(engine)
+        reader = _reader(loaded.config, tokenizer, folders)
+        _Process(request, reader, Place.of(loaded.network.groups), tell).run(engine)
     finally:
         close_groups()
     return 0
+
+
+def answer_by_vllm(request: GenerateRequest, environment: Mapping[str, str], export: Export) -> int:
+    """Answers a file by vLLM. Returns the exit status. Raises UserError."""
+    from llm_parallel.generate.vllm_engine import VllmEngine, VllmOptions, vllm_python
+
+    python = vllm_python(request.engine_python, environment)
+    checkpoint, job = Path(request.checkpoint), job_of(request)
+    config = describe_folder(checkpoint)
+    if config.adapter is not None:
+        raise UserError(
+            f"{checkpoint} holds adapters, which --engine vllm does not take here; make a whole model of them first "
+            "(llm-parallel convert --merge)"
+        )
+    tokenizer, folders = tokenizer_of(checkpoint, config)
+    parts = Parts(job.target, mark_of(request, job))
+    precision = config.train.precision if request.weights == "saved" else request.weights
+    options = VllmOptions(
+        "bfloat16" if precision == "bf16" else "float32",
+        resolve_device(request.device),
+        request.tp,
+        request.pp,
+        request.max_running,
+    )
+
+    @contextmanager
+    def engine() -> Iterator[Answerer]:
+        folder = checkpoint
+        if not is_hf_folder(checkpoint):
+            folder = parts.folder / "model"
+            if not folder.is_dir():
+                export(checkpoint, folder)
+        logs = request.logs or parts.folder
+        answers = VllmEngine(
+            python, folder, config.model, options, logs / "vllm.log", environment, stops=bool(job.stop)
+        )
+        note(f"[vLLM {answers.version} answers; its log is in {logs}]")
+        with closing(answers):
+            yield answers
+
+    _Process(request, _reader(config, tokenizer, folders), Place(), note).run(engine)
+    return 0
+
+
+def _reader(config: RunConfig, tokenizer: Tokenizer, folders: Sequence[Path]) -> PromptReader:
+    ends = frozenset(end_tokens(tokenizer, folders))
+    return PromptReader(config, tokenizer, prompt_prefix(tokenizer, folders), ends)
 
 
 class _Process:
     """One process while it answers its part of a file."""
 
     def __init__(
-        self, request: GenerateRequest, job: FileJob, reader: PromptReader, groups: Groups, tell: Callable[[str], None]
+        self, request: GenerateRequest, reader: PromptReader, place: Place, tell: Callable[[str], None]
     ) -> None:
-        self._request, self._job, self._reader, self._groups, self._tell = request, job, reader, groups, tell
-        mesh, at = groups.mesh, groups.at
-        self._first, self._several = groups.is_first_rank, mesh.world_size > 1
-        self._writes = at.tp == 0 and at.pp == 0
-        self._replica, self._replicas = at.dp, mesh.dp
-        self._records: list[Record] = list(read_source(job.source))
+        self._request, self._job, self._reader, self._place, self._tell = request, job_of(request), reader, place, tell
+        self._first, self._several = place.rank == 0, place.world_size > 1
+        self._records: list[Record] = list(read_source(self._job.source))
         self._asked: dict[int, Request] = {}
         self._returned: Counter[int] = Counter()
-        self._mark = mark_of(request, job)
-        self._parts = Parts(job.target, self._mark)
+        self._mark = mark_of(request, self._job)
+        self._parts = Parts(self._job.target, self._mark)
 
-    def run(self, open_engine: Callable[[], Answerer]) -> None:
+    def run(self, open_engine: Callable[[], AbstractContextManager[Answerer]]) -> None:
         """Answers until all replicas have finished. Raises UserError."""
         job, keys = self._job, [(n, each) for n in range(len(self._records)) for each in range(self._job.samples)]
         with ExitStack() as stack:
@@ -169,7 +226,8 @@ class _Process:
             if left.done and self._first:
                 self._tell(f"[{job.target} has {left.done} answers already; {len(keys) - left.done} are left]")
             if left.places:
-                self._answer(open_engine(), left, len(keys) - left.done)
+                with open_engine() as engine:
+                    self._answer(engine, left, len(keys) - left.done)
             if self._first:
                 self._parts.merge(keys)
 
@@ -185,10 +243,10 @@ class _Process:
     def _agree(self, stack: ExitStack, keys: Sequence[Key]) -> _Left:
         """What is left, as the first process finds it. Raises UserError on every process if one finds that a line
         cannot be answered, or that answers cannot be written."""
-        groups, left, problem = self._groups, _Left(), None
-        place = groups.rank
+        left, problem, at = _Left(), None, self._place
+        place = at.rank
         try:
-            for place in range(groups.rank, len(self._records), groups.mesh.world_size):
+            for place in range(at.rank, len(self._records), at.world_size):
                 self._request_of(place)
             if self._first:
                 place = len(self._records)
@@ -201,7 +259,7 @@ class _Process:
             problem = place, str(error)
         found: list[Any] = [(problem, self._mark)]
         if self._several:
-            found = [None] * groups.mesh.world_size
+            found = [None] * at.world_size
             dist.all_gather_object(found, (problem, self._mark))
         message = first_problem([each for each, _ in found])
         if message is None and len({mark for _, mark in found}) > 1:
@@ -220,11 +278,11 @@ class _Process:
         store = distributed_c10d._get_default_store() if self._several else dist.HashStore()
         store = dist.PrefixStore("generate", store)
         totals, out = Totals(store), None
-        chunk = chunk_size(len(left.places), self._replicas, job.max_running)
-        claims = Claims(store, len(left.places), chunk, self._replica, self._writes)
-        if self._writes:
-            out = Out(self._parts, self._replica, self._line, left.known, job.structure is not None)
-        progress = Progress(total, self._replicas, self._tell) if self._first else None
+        chunk = chunk_size(len(left.places), self._place.replicas, job.max_running)
+        claims = Claims(store, len(left.places), chunk, self._place.replica, self._place.writes)
+        if self._place.writes:
+            out = Out(self._parts, self._place.replica, self._line, left.known, job.structure is not None)
+        progress = Progress(total, self._place.replicas, self._tell) if self._first else None
         replica = Replica(
             engine, claims, lambda place: self._ask(left.places[place]), out.take if out else lambda _: None
         )
@@ -245,7 +303,7 @@ class _Process:
     def _wait(self, totals: Totals, progress: Progress, watchdog: Watchdog) -> None:
         """Waits for the other processes."""
         last = Total()
-        while (found := totals.read()).done < self._groups.mesh.world_size:
+        while (found := totals.read()).done < self._place.world_size:
             if found != last:
                 watchdog.tick()
                 last = found
@@ -263,7 +321,7 @@ class _Process:
     def _hang(self) -> None:
         """Ends the process: what it waits for may never come. Its peers end too, by their launcher or in the same
         way."""
-        rank, limit = self._groups.rank, self._request.hang_s
+        rank, limit = self._place.rank, self._request.hang_s
         error = TimeoutError(f"no progress for {limit:g} s (--hang-s): a process of the layout or its device hangs")
         if self._request.logs is None:
             note(f"rank {rank}: {error}; the answers that are complete are in {self._parts.folder}")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from llm_parallel.generate.parts import Key, Parts
 from llm_parallel.generate.requests import Finished, Request
+from llm_parallel.parallel.groups import Groups
 
 ROUND = 4
 """Chunks that each replica takes at least, of a file that is long enough."""
@@ -42,6 +43,23 @@ class Answerer(Protocol):
 def chunk_size(total: int, replicas: int, max_running: int) -> int:
     """Prompts that a replica takes at a time."""
     return max(1, min(max_running // 4, total // (ROUND * replicas)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is, and which replica it belongs to; writes: whether it writes the answers of its replica."""
+
+    rank: int = 0
+    world_size: int = 1
+    replica: int = 0
+    replicas: int = 1
+    writes: bool = True
+
+    @classmethod
+    def of(cls, groups: Groups) -> Place:
+        """The place of a process of a layout."""
+        at, mesh = groups.at, groups.mesh
+        return cls(groups.rank, mesh.world_size, at.dp, mesh.dp, at.tp == at.pp == 0)
 
 
 class Claims:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_parallel.errors import UserError
-from llm_parallel.generate.held import Held
+from llm_parallel.generate.held import FEW_BITS, Held
 from llm_parallel.options import argument, option
 
 
@@ -64,6 +64,10 @@ class GenerateRequest:
     """With --input: stages of layers, each on processes of its own (pipeline parallelism)."""
     dp: int = 1
     """With --input: replicas of the model, each of which answers a part of the prompts."""
+    engine: str = "ours"
+    """With --input: what answers, ours or an installed vllm, which gets the model as a Hugging Face folder."""
+    engine_python: Path | None = None
+    """With --engine vllm: python of the environment that has vLLM, by default LLM_PARALLEL_VLLM_PYTHON or this one."""
     hang_s: float = 600.0
     """With --input: seconds without progress after which a process is taken to hang, and the command ends."""
     logs: Path | None = None
@@ -99,7 +103,19 @@ class GenerateRequest:
             raise UserError(
                 "--chat is given with --input, whose lines say by messages what is a chat; leave --chat out"
             )
-        for name in ("output", "samples", "top_log_probs", "max_running", "tp", "pp", "dp", "hang_s", "logs"):
+        for name in (
+            "output",
+            "samples",
+            "top_log_probs",
+            "max_running",
+            "tp",
+            "pp",
+            "dp",
+            "engine",
+            "engine_python",
+            "hang_s",
+            "logs",
+        ):
             if self.input is None and getattr(self, name) != getattr(type(self), name):
                 option_name = name.replace("_", "-")
                 raise UserError(f"--{option_name} is given without --input, which it belongs to; leave it out")
@@ -109,12 +125,32 @@ class GenerateRequest:
         if self.hang_s <= 0:
             raise UserError(f"--hang-s is {self.hang_s}; it must be over 0")
         self._check_best_of()
+        self._check_engine()
         forms = [
             name for name in ("json_schema", "regex", "grammar", "choice") if getattr(self, name) not in (None, ())
         ]
         if len(forms) > 1:
             named = " and ".join("--" + name.replace("_", "-") for name in forms)
             raise UserError(f"{named} are given together; an answer has one form, so give one of them")
+
+    def _check_engine(self) -> None:
+        if self.engine not in ("ours", "vllm"):
+            raise UserError(f"--engine is {self.engine!r}; it must be ours or vllm")
+        if self.engine == "ours":
+            if self.engine_python is not None:
+                raise UserError("--engine-python is given without --engine vllm, which it belongs to; leave it out")
+            return
+        unlike = {
+            "--dp": self.dp > 1,
+            "--deterministic": self.deterministic,
+            f"--weights {self.weights}": self.weights in FEW_BITS,
+            "a form of answers": bool(self.json_schema or self.regex or self.grammar or self.choice),
+        }
+        for name, given in unlike.items():
+            if given:
+                raise UserError(
+                    f"{name} is given with --engine vllm, which does not take it here; leave one of them out"
+                )
 
     def _check_best_of(self) -> None:
         if self.best_of is None:
