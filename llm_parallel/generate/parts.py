@@ -62,7 +62,7 @@ class Parts:
 
     def writer(self, replica: int) -> JsonLines:
         """Appends answers of a replica, of which one process has one. Raises UserError."""
-        return JsonLines(self.folder / f"part-{replica}.jsonl", "--output")
+        return JsonLines(self.folder / f"part-{replica}.jsonl", remedy="make room there, or choose another --output")
 
     def line(self, key: Key, content: dict[str, Any]) -> dict[str, Any]:
         """What is written about an answer."""
