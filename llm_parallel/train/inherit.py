@@ -124,9 +124,9 @@ def check_reference(config: RunConfig, tokenizer: Tokenizer) -> None:
                 f"method.reference.load = {folder} has model.{name} = {getattr(model, name)}, and the model that is "
                 f"trained has {own}; give a reference of the same sizes, such as the model that training begins with"
             )
-    changed = changed_tokens(folder, tokenizer)
+    changed, size = changed_tokens(folder, tokenizer), tokenizer.vocab_size
     if changed:
         raise UserError(
             f"method.reference.load = {folder} has another tokenizer than data.tokenizer = {config.data.tokenizer}: "
-            f"{changed:,} of its {tokenizer.vocab_size:,} tokens are other texts; give a reference with the same tokenizer"
+            f"{changed:,} of its {size:,} tokens are other texts; give a reference with the same tokenizer"
         )
