@@ -106,7 +106,7 @@ def test_step_time_comes_before_tokens_and_tokens_before_tflops(tmp_path: Path) 
 def test_a_users_blanks_get_the_usual_values(tmp_path: Path) -> None:
     row = only(write(tmp_path, LLAMA_8B | {"kv_heads": "", "cp": "", "micro_batch": "", "step_time_s": "12"}))
     assert row.shape.groups == 32
-    assert (row.strategy.cp, row.strategy.vpp, row.open_micro_batch) == (1, 1, True)
+    assert (row.strategy.cp, row.strategy.vpp, row.unknown) == (1, 1, ("micro_batch",))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_local_batch_of_torchtitan_is_split_into_as_many_micro_batches_as_stag
     rows = {row.number: row for row in read_rows()[0]}
     assert (rows[81].strategy.micro_batch, rows[81].strategy.micro_batches) == (4, 8)
     assert (rows[83].strategy.micro_batch, rows[83].strategy.micro_batches) == (1, 8)
-    assert not rows[81].open_micro_batch
+    assert "micro_batch" not in rows[81].unknown
 
 
 def test_zero_stage_and_unit_of_memory_are_the_sources() -> None:
