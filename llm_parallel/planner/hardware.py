@@ -9,9 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llm_parallel.errors import UserError
+from llm_parallel.planner.cluster_file import as_number, read_cluster
 from llm_parallel.planner.host import Host, host_of
 
 DATA = resources.files("llm_parallel.planner") / "data"
@@ -111,18 +110,22 @@ def load_cluster(name: str, constants: Mapping[str, Constants] | None = None) ->
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"--cluster {name} cannot be read ({error.strerror}); give a YAML file") from None
+        except UnicodeDecodeError:
+            raise UserError(f"--cluster {name} is not text in UTF-8; give a YAML file") from None
     elif name in cluster_names():
         text = (DATA / f"{name}.yaml").read_text()
     else:
         raise UserError(f"--cluster {name} is unknown; there are {', '.join(cluster_names())}, or give a YAML file")
+    where = f"--cluster {name}"
+    tree = read_cluster(text, where)
     try:
-        return _cluster(yaml.safe_load(text), constants or {})
-    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        return _cluster(tree, constants or {})
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"--cluster {name}: {type(error).__name__} {error}; it must have the fields of the package's template.yaml"
+            f"{where}: {type(error).__name__} {error}; it must have the fields of the package's template.yaml"
         ) from None
 
 
@@ -136,9 +139,6 @@ def _cluster(tree: dict[str, Any], constants: Mapping[str, Constants]) -> Cluste
     changed = {name: float(value) for name, value in (tree.get("measured") or {}).items()}
     if "gemm" in changed:  # a measured product is one of the software that was measured with, so it holds for both
         changed.setdefault("gemm_te", changed["gemm"])
-    unknown = set(changed) - {field.name for field in fields(Constants)}
-    if unknown:
-        raise KeyError(f"measured.{sorted(unknown)[0]} is no constant of a chip")
     return Cluster(
         name=str(tree["name"]),
         chip=Chip(
@@ -154,7 +154,7 @@ def _cluster(tree: dict[str, Any], constants: Mapping[str, Constants]) -> Cluste
         nic_bytes_per_s=1e9 * float(tree["nic_gb_per_s"]),
         nvlink_latency_s=1e-6 * float(tree.get("nvlink_latency_us", 3.0)),
         nic_latency_s=1e-6 * float(tree.get("nic_latency_us", 10.0)),
-        price_per_gpu_hour=tree.get("price_per_gpu_hour"),
+        price_per_gpu_hour=as_number(tree.get("price_per_gpu_hour")),
         host=host,
     )
 

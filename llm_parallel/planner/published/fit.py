@@ -88,9 +88,10 @@ def prediction(row: Row, cluster: Cluster) -> Prediction:
 def _may_do(row: Row, cluster: Cluster) -> list[Strategy]:
     """The row's strategy with everything that the software may do; of recomputations those that fit."""
     choices = [row.strategy]
-    for name in ("sequence_parallel", "overlap_tp"):
-        if name in row.unknown:
-            choices = [replace(choice, **{name: value}) for choice in choices for value in (False, True)]
+    if "sequence_parallel" in row.unknown:
+        choices = [replace(choice, sequence_parallel=value) for choice in choices for value in (False, True)]
+    if "overlap_tp" in row.unknown:
+        choices = [replace(choice, overlap_tp=value) for choice in choices for value in (False, True)]
     if "recompute" not in row.unknown:
         return choices
     found = [replace(choice, recompute=kind) for choice in choices for kind in RECOMPUTES]

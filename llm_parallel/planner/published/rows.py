@@ -209,6 +209,8 @@ def _row(number: int, record: Mapping[str, str]) -> Row:
 
 
 def _chip(text: str) -> tuple[str, str]:
+    if re.search(r"PCI|NVL", text, re.IGNORECASE):
+        raise _CannotSay(f"chip {text} is another than the SXM one: less power, no NVLink to all of its node")
     if "H200" in text:
         return "H200", "dgx-h200"
     if "500W" in text or "low-TDP" in text:
@@ -281,16 +283,22 @@ def _strategy(record: Mapping[str, str], known: Source, note: str) -> Strategy:
     tp, pp, cp = _number(record, "tp"), _number(record, "pp"), _optional(record, "cp", 1)
     if gpus % (tp * pp * cp):
         raise _CannotSay(f"{gpus} GPUs are no multiple of TP {tp} x PP {pp} x CP {cp}")
+    if _number(record, "heads") % tp:
+        raise _CannotSay(f"{record['heads']} heads do not divide by TP {tp}")
     replicas = gpus // (tp * pp * cp)
     local = _local_batch(note)
     micro = _optional(record, "micro_batch", local // pp if local else 1)
     batch = _optional(record, "global_batch", (local or micro) * replicas)
+    if batch < replicas:
+        raise _CannotSay(f"global_batch {batch} is smaller than {replicas} replicas")
     recompute = record["recompute"] or known.recompute
     layers = _number(record, "layers")
     vpp = _optional(record, "vpp", 2 if "Interleaved" in note else 1)
     if layers < pp or pp * vpp - layers > 2:  # some leave one or two chunks with the embedding or the output alone
         raise _CannotSay(f"{layers} layers on PP {pp} x VPP {vpp}")
-    precision = "fp8" if "fp8" in record["precision"] else "bf16"
+    precision = "fp8" if "fp8" in record["precision"].lower() else "bf16"
+    if precision == "fp8" and "A100" in record["chip"]:
+        raise _CannotSay("precision is fp8, and an A100 has no 8-bit floating-point products")
     stated = re.search(r"ZeRO-([01])", note)
     zero = int(stated.group(1)) if stated else known.zero
     zero = 3 if re.search(r"\bFSDP=", note) else zero
@@ -364,11 +372,8 @@ def _recompute(text: str, source: str) -> str:
 
 def _tokens_per_s(record: Mapping[str, Any], known: Source, shape: Shape, strategy: Strategy) -> float:
     """Tokens per second and GPU: from the step time if it is given, else from tokens/s, else from TFLOP/s or MFU by the
-    source's convention."""
-    if record["step_time_s"]:
-        return strategy.global_batch * strategy.seq / _positive(record, "step_time_s") / strategy.gpus
-    if record["tokens_per_s_per_gpu"]:
-        return _positive(record, "tokens_per_s_per_gpu")
+    source's convention. Raises _CannotSay for figures that no chip reaches or that contradict each other."""
+    peak = 312e12 if "A100" in record["chip"] else 989.4e12 * (2 if strategy.precision == "fp8" else 1)
     flops = {
         "full": shape.flops_per_token(strategy.seq),
         "causal": shape.flops_per_token(strategy.seq, causal=True),
@@ -377,9 +382,48 @@ def _tokens_per_s(record: Mapping[str, Any], known: Source, shape: Shape, strate
         + (shape.flops_per_token(strategy.seq) - 6.0 * shape.vocab * shape.hidden) / 3.0,
         "six_n": 6.0 * shape.parameters,
     }[_convention(record, known)]
+    found: dict[str, float] = {}
+    if record["step_time_s"]:
+        found["step_time_s"] = strategy.global_batch * strategy.seq / _positive(record, "step_time_s") / strategy.gpus
+    if record["tokens_per_s_per_gpu"]:
+        found["tokens_per_s_per_gpu"] = _positive(record, "tokens_per_s_per_gpu")
     if record["tflops_per_gpu"]:
-        return 1e12 * _positive(record, "tflops_per_gpu") / flops
+        found["tflops_per_gpu"] = 1e12 * _positive(record, "tflops_per_gpu") / flops
     if record["mfu_pct"]:
-        peak = 312e12 if "A100" in record["chip"] else 989.4e12 * (2 if strategy.precision == "fp8" else 1)
-        return _positive(record, "mfu_pct") / 100 * peak / flops
-    raise _CannotSay("no figure of throughput")
+        percent = _positive(record, "mfu_pct")
+        if percent <= 1:
+            raise _CannotSay(f"mfu_pct is {record['mfu_pct']}, a share; give percent, as {100 * percent:g}")
+        found["mfu_pct"] = percent / 100 * peak / flops
+    if not found:
+        raise _CannotSay("no figure of throughput")
+    # Causal attention is the least that a token can cost, and six_n counts no attention at all.
+    least = min(flops, shape.flops_per_token(strategy.seq, causal=True))
+    for name, tokens in found.items():
+        if tokens * least > peak:
+            raise _CannotSay(
+                f"{name} is {record[name]}, which is {tokens * least / peak:.3g} times the chip's peak; its unit is "
+                f"{_UNITS[name]}"
+            )
+    _agree(record, found)
+    return next(iter(found.values()))
+
+
+_UNITS = {
+    "step_time_s": "seconds",
+    "tokens_per_s_per_gpu": "tokens/s of one GPU, not of all",
+    "tflops_per_gpu": "TFLOP/s of one GPU",
+    "mfu_pct": "percent",
+}
+APART = 1.6
+"""Ratio of two figures of one row from which on they contradict each other. Conventions of FLOPs that a row does not
+state, and means over other steps, explain less."""
+
+
+def _agree(record: Mapping[str, str], found: Mapping[str, float]) -> None:
+    """Raises _CannotSay where two figures of throughput are of different runs or units."""
+    low, high = min(found, key=lambda name: found[name]), max(found, key=lambda name: found[name])
+    if found[high] > APART * found[low]:
+        raise _CannotSay(
+            f"{low} {record[low]} and {high} {record[high]} contradict each other: {found[low]:,.0f} and "
+            f"{found[high]:,.0f} tokens/s of a GPU"
+        )
