@@ -22,11 +22,11 @@ from llm_parallel.files import atomic_write
 from llm_parallel.goodput.closed_form import best_interval_s, goodput
 from llm_parallel.goodput.rates import Job, find_profile
 from llm_parallel.planner.advice import TIGHT, is_tight, would_fit
-from llm_parallel.planner.hardware import Cluster, cluster_names, load_cluster
+from llm_parallel.planner.hardware import Cluster, cluster_names, load_cluster, with_network
 from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
 from llm_parallel.planner.models import planned
 from llm_parallel.planner.published.command import refit_command, validate_command
-from llm_parallel.planner.published.scores import expected_error
+from llm_parallel.planner.published.trust import trust
 from llm_parallel.planner.request import DEFAULT_GPUS, PlanRequest, read_length
 from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
 from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, with_software
@@ -35,7 +35,7 @@ from llm_parallel.screen import say_next, show
 
 HOUR_S = 3600.0
 _SIZES = {"tp": "tp", "pp": "pp", "cp": "cp", "vpp": "vpp", "mbs": "micro_batch", "recompute": "recompute", "dp": "dp"}
-_WHAT_IF = ("cluster", "gpus", "global_batch", "seq", "precision", "software")
+_WHAT_IF = ("cluster", "network", "gpus", "global_batch", "seq", "precision", "software")
 
 
 def plan_command(request: PlanRequest) -> int:
@@ -55,7 +55,7 @@ def _plan(request: PlanRequest) -> int:
     """Prints the best layouts; 1 if none fits."""
     if request.what_if:
         return what_if_command(request)
-    model, cluster = planned(request.model), load_cluster(request.cluster_name)
+    model, cluster = planned(request.model), with_network(load_cluster(request.cluster_name), request.network)
     request, shape = replace(request, model=model.given), model.shape
     base = _base(request, cluster)
     began = time.monotonic()
@@ -79,7 +79,7 @@ def _plan(request: PlanRequest) -> int:
                 show(sentence)
             return 1
         show(_table(found, shape, cluster))
-    show(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, request.software)}")
+    show(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, found[0].strategy)}")
     if request.adapter:
         show("Memory is that of adapters; times are those of training all weights, which takes longer.")
     _say_run(request, found[0], cluster)
@@ -111,15 +111,11 @@ def _why_none(request: PlanRequest, looked: int) -> str:
     )
 
 
-def _trust(cluster: Cluster, software: str) -> str:
-    """The error to expect of predictions for a cluster."""
+def _trust(cluster: Cluster, strategy: Strategy) -> str:
+    """The error to expect of a prediction."""
     if cluster.host is not None:
         return "How far such predictions are off on a CPU is measured by benchmarks/cpu_truth.py."
-    error, rows, of = expected_error(cluster.chip.name.partition("-")[0], software == "nvidia")
-    return (
-        f"Expected error of the step time: {error:.1%}, mean on the {rows} published rows of this kind of chip {of} "
-        "that no constant was fitted to (llm-parallel plan --validate)."
-    )
+    return trust(cluster, strategy).describe()
 
 
 def what_if_command(request: PlanRequest) -> int:
@@ -131,11 +127,13 @@ def what_if_command(request: PlanRequest) -> int:
     shape = model.shape
     cases = [("as asked", request), *((text, changed(request, text)) for text in request.what_if)]
     rows, records = [], []
-    trusted: dict[tuple[str, str], Cluster] = {}
+    trusted: dict[str, list[str]] = {}
     for name, case in cases:
-        cluster = load_cluster(case.cluster_name)
-        trusted[cluster.chip.name, case.software] = cluster
-        found, _, _ = best_layouts(shape, _base(case, cluster), cluster, 1)
+        cluster = with_network(load_cluster(case.cluster_name), case.network)
+        base = _base(case, cluster)
+        found, _, _ = best_layouts(shape, base, cluster, 1)
+        said = f"Predicted for {SOFTWARE_NAMES[case.software]}, not measured. {_trust(cluster, base)}"
+        trusted.setdefault(said, []).append(name)
         rows.append(_what_if_row(name, case, found, shape, cluster))
         best = as_data(found[0], shape, cluster) if found else None
         records.append({"case": name, "cluster": cluster.name, "gpus": case.gpus, "seq": case.seq,
@@ -145,9 +143,8 @@ def what_if_command(request: PlanRequest) -> int:
              "memory GiB", days]  # fmt: skip
     show(f"{model.name}, {shape.parameters / 1e9:.1f} B parameters; the best layout of each case")
     show("\n".join(["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), *rows]))
-    for (name, software), cluster in trusted.items():
-        said = f"{name}: predicted for {SOFTWARE_NAMES[software]}, not measured."
-        show(f"{said} {_trust(cluster, software)}")
+    for said, names in trusted.items():
+        show(f"{'; '.join(names)}: {said}" if len(trusted) > 1 else said)
     if request.json:
         with atomic_write(request.json) as handle:
             json.dump(records, handle, indent=1)
@@ -165,7 +162,7 @@ def changed(request: PlanRequest, text: str) -> PlanRequest:
         name = name.replace("-", "_")
         if name not in _WHAT_IF or not value:
             raise UserError(f"--what-if {text}: {part!r} is not one of {', '.join(_WHAT_IF)} with a value, as gpus=512")
-        if name in ("cluster", "precision", "software"):
+        if name in ("cluster", "network", "precision", "software"):
             changes[name] = value
         elif name == "seq":
             changes[name] = read_length(value)
@@ -289,7 +286,7 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 def _sized(request: PlanRequest) -> PlanRequest:
     """The request with ``--cluster dgx-h100x256`` read as 256 GPUs of dgx-h100. Raises UserError where --gpus gives
     another number."""
-    name, _, number = request.cluster_name.rpartition("x")
+    name, _, number = request.cluster_name.lower().rpartition("x")
     if name not in cluster_names() or not number.isdecimal():
         return request
     if request.gpus not in (DEFAULT_GPUS, int(number)):

@@ -52,7 +52,9 @@ class PlanRequest:
     model: str | None = None
     """Model preset, as llama2-70b, a folder or config.json of Hugging Face, or a run file."""
     cluster: str | None = None
-    """dgx-a100, dgx-h100 (the default), dgx-h200 …, or a YAML file like theirs."""
+    """dgx-a100, dgx-h100 (the default), dgx-b200, l40s …, or a YAML file like theirs."""
+    network: str | None = None
+    """Network between nodes instead of the cluster's: ib-400, efa-400, roce-100 …"""
     gpus: int = DEFAULT_GPUS
     """GPUs to use."""
     global_batch: int = 1024

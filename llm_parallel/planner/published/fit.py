@@ -158,10 +158,23 @@ def fit_chip(chip: str, rows: Sequence[Row]) -> Constants:
     return Constants(**{name: float(f"{value:.4g}") for name, value in zip(names, found.x)})
 
 
+def left_out(chip: str, rows: Sequence[Row]) -> dict[int, float]:
+    """Seconds of a step that are predicted for each row of a chip, by number, with constants that were fitted without
+    any row of its source. Needs scipy."""
+    mine = [row for row in rows if family_of(row.chip) == chip]
+    found: dict[int, float] = {}
+    for source in {row.source: None for row in mine}:
+        clusters = clusters_with({chip: fit_chip(chip, [row for row in rows if row.source != source])})
+        found |= {row.number: predict(row, clusters[row.cluster]) for row in mine if row.source == source}
+    return found
+
+
 def as_record(constants: Constants, rows: Sequence[Row], chip: str) -> dict[str, object]:
-    """What constants.json keeps of a fit: the constants, and the rows that they were fitted to."""
+    """What constants.json keeps of a fit: the constants, the rows that they were fitted to, and what is predicted for
+    each row by constants that were fitted without its source."""
     half = is_fitted(rows)
     return {
         "constants": asdict(constants),
         "rows": [row.number for row in rows if family_of(row.chip) == chip and half[row.number]],
+        "left_out": {str(number): float(f"{seconds:.5g}") for number, seconds in left_out(chip, rows).items()},
     }

@@ -68,6 +68,9 @@ class Source:
 TRITON_2023 = 0.55
 """Rate of the Triton kernels of 2022 and 2023 relative to FlashAttention 2: that paper (arXiv 2307.08691, section 4.1)
 measures 1.3 to 2.5 times between them, on an A100."""
+TORCH_2024 = 0.75
+"""Rate of torch's own scaled dot-product attention of 2024, which torchtitan calls, relative to FlashAttention 2: what
+its rows of the fitted half show, most of all those under context parallelism, which calls it for pieces."""
 _MEGATRON_2021 = Source(
     software="Megatron-LM", gpt=True, flash=False, zero=0, sequence_parallel=False, overlap_dp=False, overlap_pp=False,
     grad_bytes=2, recompute="full", convention="hardware",
@@ -109,7 +112,9 @@ _SOURCES: tuple[tuple[str, Source], ...] = (
     # gradient; in the run of 2025 it was: bf16 logits and their gradient.
     (
         r"torchtitan.*202412",
-        Source(software="torchtitan", zero=3, logit_bytes=12, memory_of="reserved", early_stop=True),
+        Source(
+            software="torchtitan", zero=3, logit_bytes=12, memory_of="reserved", early_stop=True, flash_rate=TORCH_2024
+        ),
     ),
     (
         r"torchtitan",
