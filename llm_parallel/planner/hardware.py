@@ -156,10 +156,10 @@ def load_cluster(name: str, constants: Mapping[str, Constants] | None = None) ->
     tree = read_cluster(text, where)
     try:
         return _cluster(tree, constants or {})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{where}: {type(error).__name__} {error}; it must have the fields of the package's template.yaml"
-        ) from None
+    except KeyError as error:  # of the section `host`
+        raise UserError(f"{where} lacks {error.args[0]}; write it anew with plan --calibrate") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}; it must have the fields of the package's template.yaml") from None
 
 
 def _cluster(tree: dict[str, Any], constants: Mapping[str, Constants]) -> Cluster:

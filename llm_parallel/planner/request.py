@@ -53,8 +53,6 @@ class PlanRequest:
     """Model preset, as llama2-70b, a folder or config.json of Hugging Face, or a run file."""
     cluster: str | None = None
     """dgx-a100, dgx-h100 (the default), dgx-b200, l40s …, or a YAML file like theirs."""
-    network: str | None = None
-    """Network between nodes instead of the cluster's: ib-400, efa-400, roce-100 …"""
     gpus: int = DEFAULT_GPUS
     """GPUs to use."""
     global_batch: int = 1024
@@ -93,6 +91,8 @@ class PlanRequest:
     """Train adapters of this kind on frozen weights, as rank=16,base=nf4; it changes memory only."""
     software: str = "ours"
     """ours, or nvidia: Megatron-Core, Transformer Engine."""
+    network: str | None = None
+    """Network between nodes instead of the cluster's: ib-400, efa-400, roce-100 …"""
 
     @property
     def cluster_name(self) -> str:

@@ -15,6 +15,8 @@ from llm_parallel.planner.shapes import Strategy
 
 FEWEST = 5
 """Rows that a mean error is given for."""
+FEWEST_OF_SOURCE = 3
+"""Rows of a source whose mean error counts among the sources'."""
 LENGTHS, SIZES = 4.0, 8.0
 """Ratios of sequence lengths, and of numbers of GPUs, up to which a row is like the question."""
 KNOWN_CHIPS = ("A100", "H100", "H200")
@@ -39,12 +41,13 @@ class Trust:
 
     def describe(self) -> str:
         """A sentence or two."""
-        across = f"over all sources the mean error of a step time ranges from {self.best:.0%} to {self.worst:.0%}"
+        across = f"the mean errors of single sources range from {self.best:.0%} to {self.worst:.0%}"
         if self.error is None:
             return f"No published row is like this ({self.apart}); {across}, so take the times as rough ones."
         return (
             f"Expected error of the step time: {self.error:.1%}, the mean over {self.like} published rows like this "
-            f"from {self.sources} sources, each predicted by constants fitted without its source; {across} "
+            f"from {self.sources} source{'s' * (self.sources > 1)}, each predicted by constants fitted without its "
+            f"source; {across} "
             "(llm-parallel plan --validate)."
         )
 
@@ -101,7 +104,7 @@ def _of_sources(rows: Sequence[tuple[Row, float]]) -> dict[str, float]:
     groups: dict[str, list[float]] = {}
     for row, error in rows:
         groups.setdefault(row.source, []).append(abs(error))
-    return {name: statistics.fmean(some) for name, some in groups.items()}
+    return {name: statistics.fmean(some) for name, some in groups.items() if len(some) >= FEWEST_OF_SOURCE}
 
 
 def _within(a: int, b: int, ratio: float) -> bool:
