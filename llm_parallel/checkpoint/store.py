@@ -60,6 +60,8 @@ class CheckpointStore:
     def __init__(self, folder: Path, settings: CheckpointConfig, config: RunConfig, groups: Groups) -> None:
         self.folder, self.settings, self.config, self.groups = folder, settings, config, groups
         self._saving: _Save | None = None
+        self.saved_step = 0
+        """Step of the newest checkpoint that this store has completed."""
         self.missing: str | None = None
         """What the newest save lacks, on rank 0: a sentence of ``write_config``."""
 
@@ -150,7 +152,7 @@ class CheckpointStore:
                 return
             self._collect(save)
             self._commit(save.folder, save.final)
-        self._saving = None
+        self._saving, self.saved_step = None, step_of(save.final) or 0
 
     def _collect(self, save: _Save) -> None:
         """Waits for all writers and writes the index, on rank 0."""

@@ -95,6 +95,8 @@ class Scheduler:
         self._siblings: dict[int, list[Draft]] = {}
         self._cancelled: list[Finished] = []
         self._arrivals = 0
+        self.num_computed = 0
+        """Tokens of all plans so far."""
 
     @property
     def idle(self) -> bool:
@@ -115,7 +117,7 @@ class Scheduler:
         """Takes a request that ``check_fits`` accepts."""
         assert request.number not in self._siblings, f"request {request.number} is in work already"
         self._arrivals += 1
-        made = [Draft(request, n, self._arrivals, list(request.prompt)) for n in range(request.n)]
+        made = [Draft(request, n, self._arrivals, list(request.prompt)) for n in range(request.num_made)]
         self._siblings[request.number] = made
         for sequence in made:
             insort(self._waiting, sequence, key=_urgency)
@@ -137,7 +139,8 @@ class Scheduler:
         return taken
 
     def plan(self, wave: int = 0) -> list[Part]:
-        """The next pass of a wave, none of whose tokens are in flight: single tokens first, then chunks."""
+        """The next pass of a wave, none of whose tokens are in flight: single tokens first, then chunks. A chunk has
+        what more urgent sequences leave of the pass, those that wait included."""
         first = next((sequence for sequence in self._waiting if self._can_start(sequence)), None)
         if first is not None:
             self._make_way(first, {})  # before the sequences that it may interrupt are in the plan
@@ -147,6 +150,8 @@ class Scheduler:
         parts: dict[Draft, Part] = {}
         for sequence in running:
             left = len(sequence.tokens) - sequence.computed
+            if left > 1 and sequence.wave is not None:
+                budget = self._admit(wave, budget, parts, sequence.urgency)
             count = 1 if left == 1 else min(left, budget)
             if sequence.wave is None or count == 0 or not self._find_room(sequence, count, parts):
                 continue
@@ -182,6 +187,7 @@ class Scheduler:
         pass, where each layer stores all keys before any query reads them."""
         start = sequence.computed
         sequence.computed += count
+        self.num_computed += count
         size = self.limits.page_tokens
         for page in range(len(sequence.digests), sequence.computed // size):
             before = sequence.digests[-1] if sequence.digests else self._salt_of(sequence.request)
@@ -241,16 +247,21 @@ class Scheduler:
             _mean(sequence),
         )
 
-    def _admit(self, wave: int, budget: int, parts: dict[Draft, Part]) -> None:
-        """Starts waiting sequences in order of urgency while there is room. One that does not fit keeps the others
-        waiting, or a long one would never start."""
+    def _admit(
+        self, wave: int, budget: int, parts: dict[Draft, Part], before: tuple[int, int, int] | None = None
+    ) -> int:
+        """Starts waiting sequences in order of urgency while there is room; with ``before`` only those that are more
+        urgent. One that does not fit keeps the others waiting, or a long one would never start. Returns what is left of
+        the pass."""
         for sequence in list(self._waiting):
+            if before is not None and sequence.urgency > before:
+                break
             if budget <= 0 or len(self._running[wave]) > min(map(len, self._running)):
-                return
+                break
             if not self._can_start(sequence):
                 continue
             if not self._make_way(sequence, parts):
-                return
+                break
             self._waiting.remove(sequence)
             insort(self._running[wave], sequence, key=_urgency)
             sequence.wave = wave
@@ -261,6 +272,7 @@ class Scheduler:
             budget -= count
             self._find_room(sequence, count, parts)
             parts[sequence] = self._schedule(sequence, count)
+        return budget
 
     def _can_start(self, sequence: Draft) -> bool:
         """Whether a waiting sequence knows all of its tokens, and the first answer to the same prompt, whose pages the
@@ -286,12 +298,12 @@ class Scheduler:
     def _known_pages(self, sequence: Draft) -> list[int]:
         """Pages that hold the sequence's first tokens already. At least one token is left to compute, from whose output
         the next one is chosen."""
+        limit = len(sequence.tokens) - 1
         if sequence.request.looks_at_prompt and sequence.sample == 0:
-            sequence.digests = []
-            return []
+            limit = min(limit, sequence.request.first_row)
         size = self.limits.page_tokens
         sequence.digests, digest = [], self._salt_of(sequence.request)
-        for start in range(0, len(sequence.tokens) - size, size):
+        for start in range(0, limit - size + 1, size):
             digest = digest_of(digest, sequence.tokens[start : start + size])
             sequence.digests.append(digest)
         known = self.pool.find(sequence.digests)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llm_parallel.errors import UserError
 from llm_parallel.generate.draw import Choice
 from llm_parallel.generate.pages import PagePool
-from llm_parallel.generate.requests import Finished, Reason, Request, check_fits
+from llm_parallel.generate.requests import Finished, Reason, Request, best_answers, check_fits
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.scheduler import Limits, Part, Scheduler
 
@@ -145,9 +145,9 @@ def test_every_request_is_answered_as_if_it_were_alone(
             pending[wave] = (parts, cache.run(parts))
             check_pool(scheduler.pool, [s for wave in scheduler._running for s in wave])
             assert scheduler.num_running <= max_running
-        # Only prompts that were begun before may take all of a pass, one token of them or more each round.
+        # Where waves share the sequences evenly, those of the other waves have to become fewer first.
         waited = waited + 1 if most_urgent_waits(scheduler) else 0
-        assert waited <= 46 * max_running, "the most urgent sequence waits"
+        assert waited <= (1 if waves == 1 else 46 * max_running), "the most urgent sequence waits"
         if not queue and scheduler.idle:
             break
     assert scheduler.idle, "a request starves"
@@ -213,6 +213,22 @@ def test_a_more_urgent_request_interrupts_others() -> None:
     assert {part.sequence.request.number for part in scheduler.plan()} == {0, 2}
 
 
+def test_a_more_urgent_prompt_goes_before_the_rest_of_a_long_one() -> None:
+    """Of two waves too, in each of which a long prompt takes whole passes."""
+    for waves in (1, 2):
+        scheduler, cache = Scheduler(Limits(100, PAGE, 4, 8), waves), Cache(100)
+        for number in range(waves):
+            scheduler.submit(Request(number, tuple([1 + number] * 50), Sampling(max_new_tokens=1)))
+        for wave in range(waves):
+            parts = scheduler.plan(wave)
+            assert [part.count for part in parts] == [8] and not cache.run(parts)
+        scheduler.submit(Request(7, (5,) * 12, Sampling(max_new_tokens=2), priority=1))
+        for planned in ([(7, 8)], [(7, 4), (0, 4)], [(7, 1), (0, 7)]):
+            parts = scheduler.plan()
+            assert [(part.sequence.request.number, part.count) for part in parts] == planned
+            scheduler.apply(parts, cache.run(parts))
+
+
 def test_a_thousand_requests_leave_nothing_behind() -> None:
     draw, cache = random.Random(0), Cache(PAGES)
     scheduler, finished, number = Scheduler(Limits(PAGES, PAGE, 4, 16)), 0, 0
@@ -254,7 +270,28 @@ def test_requests_that_cannot_be_answered_are_refused(request_: Request, named: 
         check_fits(request_, 32, 24, 50)
 
 
-@pytest.mark.parametrize("wrong", [{"prompt": ()}, {"n": 0}, {"stop": ("",)}])
+@given(
+    st.lists(
+        st.tuples(st.lists(st.floats(-9, 0), max_size=3), st.sampled_from([Reason.STOP, Reason.CANCELLED])), min_size=1
+    ),
+    st.data(),
+)
+def test_the_best_of_several_answers(given: list[tuple[list[float], Reason]], data: Any) -> None:
+    n = data.draw(st.integers(1, len(given)))
+    made = [
+        Finished(7, place, tuple(range(len(numbers))), tuple(numbers), (), reason, ((place, ()),) * (place == 0))
+        for place, (numbers, reason) in enumerate(given)
+    ]
+    found = best_answers(data.draw(st.permutations(made)), n)
+    assert [one.sample for one in found] == list(range(n))
+    assert [bool(one.prompt_scores) for one in found] == [True] + [False] * (n - 1)
+    mean = lambda one: sum(one.log_probs) / len(one.log_probs) if one.log_probs else float("-inf")  # noqa: E731
+    whole = sorted((mean(one) for one in made if one.reason is Reason.STOP), reverse=True)
+    assert [mean(one) for one in found if one.reason is Reason.STOP] == whole[:n]
+    assert sum(one.reason is Reason.CANCELLED for one in found) == max(n - len(whole), 0)
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": ()}, {"n": 0}, {"stop": ("",)}, {"n": 3, "best_of": 2}])
 def test_malformed_requests_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="prompt 7"):
         Request(**{"number": 7, "prompt": (1,), **wrong})
