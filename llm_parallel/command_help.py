@@ -127,6 +127,7 @@ COMMANDS: dict[str, CommandHelp] = {
             'runs/quickstart/chat --chat --prompt "What is json for?"',
             'runs/first-hf --prompt "Is it spam? " --choice yes --choice no',
             "runs/first-hf --input prompts.jsonl --output answers.jsonl --samples 4 --temperature 0.7",
+            "runs/sft --input prompts.jsonl --output answers.jsonl --dp 2 --temperature 0.7 --best-of 4",
         ),
     ),
     "serve": CommandHelp(USE, ("runs/quickstart/chat", "runs/first-hf --port 9000 --api-key-file keys.txt")),
@@ -136,6 +137,15 @@ COMMANDS: dict[str, CommandHelp] = {
             "runs/quickstart/chat",
             "runs/quickstart/chat --system 'Answer briefly.' --temperature 0",
             "http://127.0.0.1:8000 --load conversation.json",
+        ),
+    ),
+    "evaluate": CommandHelp(
+        USE,
+        (
+            "models/SmolLM2-135M --demo --tasks llama2",
+            "models/SmolLM2-135M --data-dir sets --tasks mmlu,hellaswag --limit 100 --out runs/eval",
+            "http://127.0.0.1:8000 --tasks gsm8k_cot --data-dir sets --chat",
+            "--compare runs/a/results.json runs/b/results.json",
         ),
     ),
     "convert": CommandHelp(USE, ("runs/first runs/first-hf", "models/Llama-3.2-1B runs/imported")),
