@@ -17,7 +17,7 @@ from tests.support import four_digits
 from tests.support.commands import train_in_ranks
 from tests.support.harness import run_ranks
 
-HELD_OUT, PROMPTS, SAMPLES = 200, 640, 4
+HELD_OUT, PROMPTS, SAMPLES = 200, 1280, 4
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {"one process": (1, {}), "TP2 PP2": (4, {"tp": 2, "pp": 2})}
 
 
@@ -45,9 +45,10 @@ def _in_rounds(
     return Setting(0.9, True, sections)
 
 
-def _in_files(kind: str, wanted: float, train: dict[str, Any], optim: dict[str, Any]) -> Setting:
+def _in_files(kind: str, wanted: float, train: dict[str, Any], optim: dict[str, Any], **method: Any) -> Setting:
+    """A method of answers that were all sampled and judged before its first step."""
     sections: dict[str, dict[str, Any]] = {
-        "method": {"kind": kind},
+        "method": {"kind": kind, **method},
         "data": {"seq_length_tokens": 210},
         "train": {"global_batch_size": 8, "micro_batch_size": 8} | train,
         "optim": {"schedule": "linear", "warmup_steps": 2} | optim,
@@ -56,15 +57,15 @@ def _in_files(kind: str, wanted: float, train: dict[str, Any], optim: dict[str, 
 
 
 SETTINGS = {
-    "dpo": _in_files("dpo", 0.65, {"epochs": 2}, {"lr": 1e-3, "min_lr": 1e-4}),
-    "kto": _in_files("kto", 0.85, {"epochs": 5}, {"lr": 1e-3, "min_lr": 1e-5}),
-    "rrhf": _in_files("rrhf", 0.85, {"epochs": 2}, {"lr": 1e-3, "min_lr": 1e-4}),
+    "dpo": _in_files("dpo", 0.65, {"epochs": 3}, {"lr": 1e-3, "min_lr": 3e-5}, dpo={"beta": 0.5}),
+    "kto": _in_files("kto", 0.85, {"epochs": 5}, {"lr": 5e-4, "min_lr": 1e-5}),
+    "rrhf": _in_files("rrhf", 0.85, {"epochs": 2}, {"lr": 5e-4, "min_lr": 5e-5}),
     "reject": _in_rounds(
-        "reject", {"prompts": 128, "answers": 4, "epochs": 2}, 32, 40, {}, reject={"keep": "above", "least_score": 1.0}
+        "reject", {"prompts": 128, "answers": 4, "epochs": 2}, 32, 128, {}, reject={"keep": "above", "least_score": 1.0}
     ),
     "grpo": _in_rounds("grpo", {"prompts": 64, "answers": 8, "epochs": 2}, 128, 128, {}),
     "ppo": _in_rounds(
-        "ppo", {"prompts": 256, "answers": 2, "epochs": 2}, 128, 144, {"schedule": "linear", "min_lr": 1e-4}
+        "ppo", {"prompts": 256, "answers": 2, "epochs": 2}, 128, 96, {"schedule": "linear", "min_lr": 1e-4}
     ),
 }
 
