@@ -117,7 +117,7 @@ class Generator:
         self.limits = Limits(num_pages, options.page_tokens, options.max_running, options.pass_tokens)
         self._rotation = Rotation(self.model_config, self._device)
         self.scheduler = Scheduler(self.limits, self._pp, self._ends, self._rotation.salt)
-        self._caches = [LayerCache.of_chunk(chunk, num_pages * options.page_tokens) for chunk in self._models]
+        self._caches = [LayerCache.of_chunk(chunk, num_pages, options.page_tokens) for chunk in self._models]
         self._passes: list[_Running | None] = [None] * self._pp
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
         self.is_stale = False
