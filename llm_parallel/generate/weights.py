@@ -23,8 +23,6 @@ from llm_parallel.generate.requests import Request
 from llm_parallel.generate.scheduler import Draft, Part
 from llm_parallel.parallel.engine import Network
 
-WEIGHTS = ("saved", "fp32", "bf16", "int8", "int4")
-"""How weights may be held: as they are saved, or so."""
 PAGE_TOKENS = 16
 SAMPLE = (
     "The capital of France is Paris, and the capital of Italy is Rome. Water boils at one hundred degrees. def add(a, "
