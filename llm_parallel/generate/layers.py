@@ -27,7 +27,7 @@ from llm_parallel.generate.native import NativeAttention, NativeChunk, can_read
 from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass, attend
 from llm_parallel.generate.paging import Paging
 from llm_parallel.generate.seen import PageArrays
-from llm_parallel.model.deterministic import gated
+from llm_parallel.model.deterministic import gated, rows_computed
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.modules import HeadsNorm, OutputNormLayer, RMSNorm
 
@@ -50,11 +50,24 @@ def product(weight: Tensor) -> Function:
         return packed
     stored = getattr(weight, "stored", None)  # in few bits, under adapters
     if stored is not None:
-        return lambda x: F.linear(x, stored.values(x.dtype))
+        return in_few_sizes(lambda x: F.linear(x, stored.values(x.dtype)))
     onednn = _onednn() if weight.device.type == "cpu" and weight.dtype == torch.float32 else None
+    if weight.is_cuda:
+        return lambda x: F.linear(x, weight)
     if onednn is None:
-        return few_rows(weight, lambda x: F.linear(x, weight))
-    return few_rows(weight, lambda x: onednn(x, weight, None, "none", [], ""))
+        return few_rows(weight, in_few_sizes(lambda x: F.linear(x, weight)))
+    return few_rows(weight, in_few_sizes(lambda x: onednn(x, weight, None, "none", [], "")))
+
+
+def in_few_sizes(multiply: Function) -> Function:
+    """The product with rows of zeros behind x, so that their number is one of few."""
+
+    def padded(x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        missing = rows_computed(rows) - rows
+        return multiply(F.pad(x, (0, 0, 0, missing)))[:rows] if missing else multiply(x)
+
+    return padded
 
 
 def norm(module: Any) -> Function:

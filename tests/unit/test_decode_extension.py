@@ -22,6 +22,7 @@ from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass
 from llm_parallel.generate.requests import Request
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.seen import Seen
+from llm_parallel.model.deterministic import rows_computed
 from tests.support.parity_models import random_folder
 
 _decode = pytest.importorskip("llm_parallel._decode", reason="the extension was built without a C++ compiler")
@@ -198,3 +199,28 @@ def test_a_model_is_the_same_without_the_extension(
             else:  # the first token, before which nothing differs but roundings
                 assert abs(ours.log_probs[0] - theirs.log_probs[0]) < {"bf16": 0.05, "int4": 0.3}[precision]
     assert NativeChunk.of is not None
+
+
+@pytest.mark.gloo
+def test_products_of_prompts_have_few_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps a compiled program for each number of rows; with every number, a server grew by 700 MB."""
+    from llm_parallel.generate.load import load_model
+    from llm_parallel.parallel.groups import close_groups
+
+    sizes = set()
+    onednn = layers._onednn()
+    if onednn is None:
+        pytest.skip("torch was built without oneDNN")
+
+    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.add(x.shape[0])
+        found: torch.Tensor = onednn(x, *rest)
+        return found
+
+    monkeypatch.setattr(layers, "_onednn", lambda: counted)
+    network = load_model(random_folder("llama-2", tmp_path / "model"), "cpu").network
+    generator = Generator(network, GeneratorOptions(cache_tokens=2048))
+    generator.run([Request(n, tuple(range(5, 70 + 3 * n)), Sampling(max_new_tokens=2)) for n in range(40)])
+    close_groups()
+    assert sizes <= {96 + 32 * n for n in range(14)}, "no number of rows beside multiples of 32"
+    assert [rows_computed(rows) for rows in (1, 7, 9, 63, 65, 512, 513)] == [1, 7, 16, 64, 96, 512, 544]
