@@ -85,3 +85,8 @@ def best_of(logits_BV: Tensor) -> Best | None:
         return None
     (rows, columns), stride = logits_BV.shape, logits_BV.stride(0)
     return Best(*_decode.best(logits_BV.data_ptr(), rows, columns, stride))
+
+
+def level() -> str:
+    """The instructions that the extension uses, or that there is none."""
+    return "not built" if _decode is None else _decode.level()
