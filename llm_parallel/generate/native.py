@@ -53,7 +53,14 @@ class NativeAttention:
         q = q_TGMD[:count].contiguous()
         bfloat, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
         extension.attend(
-            self._shape, self._layer, q.data_ptr(), count, info.seen.addresses(info), out.data_ptr(), bfloat, threads
+            self._shape,
+            self._layer,
+            q.data_ptr(),
+            count,
+            info.seen.addresses(info.slots, info.cos, info.sin),
+            out.data_ptr(),
+            bfloat,
+            threads,
         )
         if count < len(q_TGMD):
             out[count:] = attend(q_TGMD, cache, info, options, after=count)
@@ -93,8 +100,10 @@ class NativeChunk:
     def forward(self, x_TH: Tensor, info: Pass) -> Tensor:
         """The stream of the chunk before → the stream after this one, for passes that have ``seen``."""
         assert info.seen is not None
-        x = x_TH.float() if x_TH.dtype != torch.float32 else x_TH.clone()
-        self._chunk.forward(x.data_ptr(), len(x), info.seen.addresses(info), torch.get_num_threads())
+        x = x_TH.to(torch.float32, copy=True)
+        self._chunk.forward(
+            x.data_ptr(), len(x), info.seen.addresses(info.slots, info.cos, info.sin), torch.get_num_threads()
+        )
         return x.to(x_TH.dtype)
 
     def logits(self, x_RH: Tensor) -> Tensor:

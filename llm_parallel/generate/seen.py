@@ -5,15 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from llm_parallel.generate.scheduler import Draft, Part
-
-if TYPE_CHECKING:
-    from llm_parallel.generate.paged import Pass
 
 
 class PageArrays:
@@ -44,20 +42,24 @@ class Seen:
     lengths: int64 [rows], keys that a row sees with its own. Rows are the tokens of the pass, or its single tokens
     only."""
 
-    pages: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
+    pages: Tensor
+    starts: Tensor
+    lengths: Tensor
 
     @staticmethod
     def of(parts: Sequence[Part], arrays: PageArrays) -> Seen:
         """Of all tokens of these parts."""
         pages = [arrays.of(part.sequence) for part in parts]
-        counts = np.array([part.count for part in parts])
-        first = np.cumsum([0, *(len(one) for one in pages[:-1])])
-        lengths = [np.arange(part.start + 1, part.start + part.count + 1) for part in parts]
-        return Seen(np.concatenate(pages), np.repeat(first, counts), np.concatenate(lengths))
+        starts, lengths, first = list[int](), list[int](), 0
+        for part, own in zip(parts, pages):
+            starts += [first] * part.count
+            lengths += range(part.start + 1, part.start + part.count + 1)
+            first += len(own)
+        joined = pages[0] if len(pages) == 1 else np.concatenate(pages)
+        numbers = torch.tensor([starts, lengths])
+        return Seen(torch.from_numpy(joined), numbers[0], numbers[1])
 
-    def addresses(self, info: Pass) -> tuple[int, int, int, int, int, int]:
-        """What the extension takes; ``info`` is the pass that holds this."""
-        tensors = (info.slots.data_ptr(), info.cos.data_ptr(), info.sin.data_ptr())
-        return *tensors, self.pages.ctypes.data, self.starts.ctypes.data, self.lengths.ctypes.data
+    def addresses(self, slots: Tensor, cos: Tensor, sin: Tensor) -> tuple[int, int, int, int, int, int]:
+        """What the extension takes: the addresses of these tensors of the pass, and of its own."""
+        own = (self.pages.data_ptr(), self.starts.data_ptr(), self.lengths.data_ptr())
+        return slots.data_ptr(), cos.data_ptr(), sin.data_ptr(), *own

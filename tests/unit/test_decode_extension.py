@@ -119,7 +119,7 @@ def test_attention_over_pages_is_that_in_fp64(
     cache.v.copy_(normal(seed + 1, *cache.v.shape))
     q = normal(seed + 2, len(lengths), groups, members, dim).to(dtype)
     starts = np.cumsum([0, *counts[:-1]])
-    seen = Seen(order.numpy(), starts, np.array(lengths))
+    seen = Seen(order, torch.from_numpy(starts), torch.tensor(lengths))
     empty = torch.zeros(len(lengths), dtype=torch.int64)
     info = Pass(empty, empty, empty, empty, (), (1,) * len(lengths), empty, None, seen)
     options = AttentionOptions(dim**-0.5, left, softcap, "torch")
