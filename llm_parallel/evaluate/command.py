@@ -52,7 +52,7 @@ def evaluate_here(request: EvaluateRequest, member: Member) -> int:
     if member.rank > 0:
         follow_rank_0(request, member)
         return 0
-    folder = out_folder(request)
+    folder = made_folder(out_folder(request))
     programs, tasks = open_tasks(request, folder)
     show_found(tasks.found)
     try:
@@ -100,6 +100,18 @@ def out_folder(request: EvaluateRequest) -> Path:
         request.model.split("//")[-1].strip("/").replace("/", "-") if request.is_server else model_name(request.model)
     )
     return Path("runs/evaluate") / name
+
+
+def made_folder(folder: Path) -> Path:
+    """The folder of the results, made. Raises UserError before anything is computed if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}; give another folder") from None
+    return folder
 
 
 def open_tasks(request: EvaluateRequest, folder: Path) -> tuple[Any, Tasks]:
