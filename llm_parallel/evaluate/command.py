@@ -34,6 +34,10 @@ def evaluate_command(request: EvaluateRequest) -> int:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError("evaluate needs lm-eval, which is not installed; pip install 'llm-parallel[evaluate]'")
+    if request.curve:
+        from llm_parallel.evaluate.curve import curve_command
+
+        return curve_command(request, evaluate_command)
     if request.num_processes == 1:
         return evaluate_here(request, Member())
     logs = Path(tempfile.mkdtemp(prefix="llm-parallel-evaluate-"))
