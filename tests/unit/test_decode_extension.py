@@ -24,6 +24,7 @@ from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.seen import Seen
 from llm_parallel.model.deterministic import rows_computed
 from tests.support.parity_models import random_folder
+from tests.support.served import served_folder
 
 _decode = pytest.importorskip("llm_parallel._decode", reason="the extension was built without a C++ compiler")
 LEVELS = _decode.levels()
@@ -224,3 +225,25 @@ def test_products_of_prompts_have_few_sizes(tmp_path: Path, monkeypatch: pytest.
     close_groups()
     assert sizes <= {96 + 32 * n for n in range(14)}, "no number of rows beside multiples of 32"
     assert [rows_computed(rows) for rows in (1, 7, 9, 63, 65, 512, 513)] == [1, 7, 16, 64, 96, 512, 544]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_threads_change_no_bit(tmp_path: Path, precision: str) -> None:
+    """With a model and a batch that are large enough for three threads; prompts are small enough for the extension."""
+    from llm_parallel.generate.load import load_model
+    from llm_parallel.parallel.groups import close_groups
+
+    network = load_model(served_folder(tmp_path / "model", hidden=256), "cpu", weights=precision).network
+    generator = Generator(network, GeneratorOptions(cache_tokens=1024))
+    requests = [Request(n, tuple(range(5, 9 + n)), Sampling(max_new_tokens=6)) for n in range(6)]
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            generator.refresh()
+            found.append(generator.run(requests))
+        finally:
+            torch.set_num_threads(1)
+    close_groups()
+    assert [(a.tokens, a.log_probs) for a in found[0]] == [(a.tokens, a.log_probs) for a in found[1]]
