@@ -41,10 +41,12 @@ class SandboxFailed(UserError):
 @dataclass(frozen=True)
 class Script:
     """A program that reads ``given`` from its standard input and writes its answer. It passes if it ends with status
-    0; what it has written is for the caller to compare."""
+    0; what it has written is for the caller to compare. otherwise: the first of these is run that is Python if the
+    source is none."""
 
     source: str
     given: str = ""
+    otherwise: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,14 @@ class Tested:
     tests: Python whose assertions decide; the names that it uses and does not define are the program's, and
     ``candidate`` is the program's ``entry_point``. setup: Python that runs before the tests and beside them, without
     the program (imports, and the prompt of which the program is the completion). stop_early: the first assertion that
-    does not hold ends the tests."""
+    does not hold ends the tests. otherwise: the first of these is taken that is Python if the source is none."""
 
     source: str
     tests: str
     setup: str = ""
     entry_point: str | None = None
     stop_early: bool = True
+    otherwise: tuple[str, ...] = ()
 
 
 Job = Script | Tested
@@ -222,7 +225,8 @@ class Running:
         worker has ended before the program did."""
         begin = time.monotonic()
         tested = isinstance(self.job, Tested)
-        texts = [self.job.source, json.dumps(asdict(self.job)) if tested else getattr(self.job, "given", "")]
+        sources = json.dumps([self.job.source, *self.job.otherwise])
+        texts = [sources, json.dumps(asdict(self.job)) if tested else getattr(self.job, "given", "")]
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(_file(text)) for text in texts]
             ends = {name: _pipe(stack) for name in (("out", "err", "says") if tested else ("out", "err"))}

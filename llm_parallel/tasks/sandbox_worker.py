@@ -46,6 +46,7 @@ BEFOREHAND = (
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 FOLDER = "/tmp"
+PACKAGES = "/packages"
 START_S = 60.0
 
 
@@ -99,8 +100,9 @@ def _bwrap(limits: Limits, packages: Sequence[str], own_user: bool) -> Setup:
         options += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         options += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
-    seen = readable(packages)
-    folders = {str(folder) for path in (*seen, *DEVICES) for folder in Path(path).parents}
+    seen = readable()
+    inside = [f"{PACKAGES}/{number}" for number in range(len(packages))]
+    folders = {str(folder) for path in (*seen, *inside, *DEVICES) for folder in Path(path).parents}
     for folder in sorted(folders - {"/", *filter(os.path.islink, SYSTEM), *seen}):
         options += ["--perms", "0755", "--dir", folder]  # what bwrap makes by itself is for root alone
     for path in seen:
@@ -108,13 +110,15 @@ def _bwrap(limits: Limits, packages: Sequence[str], own_user: bool) -> Setup:
             options += ["--symlink", str(Path(path).readlink()), path]
         elif Path(path).exists():
             options += ["--ro-bind", path, path]
+    for path, name in zip(packages, inside):  # which may lie in what the private folder hides
+        options += ["--ro-bind", path, name]
     for device in DEVICES:
         options += ["--dev-bind", device, device]
     # The tree itself is a tmpfs too, without a limit.
     options += ["--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs", FOLDER, "--remount-ro", "/"]
     options += ["--chdir", FOLDER, "--die-with-parent", "--"]
     counted_apart = own_user or kernel() >= (5, 14)
-    settings = _settings(limits, packages, confined=True, counted_apart=counted_apart)
+    settings = _settings(limits, inside, confined=True, counted_apart=counted_apart)
     settings |= {"folder": FOLDER, "uid": own_uid() if own_user else None}
     return Setup("bwrap", (program, *options), settings)
 
@@ -122,9 +126,9 @@ def _bwrap(limits: Limits, packages: Sequence[str], own_user: bool) -> Setup:
 def _landlock(limits: Limits, packages: Sequence[str], own_user: bool) -> Setup:
     """Landlock and seccomp. own_user: root becomes a user of whom there is no other process."""
     settings = _settings(limits, packages, confined=True, counted_apart=own_user)
-    settings["readable"] = [*readable(packages), *DEVICES]
+    settings["readable"] = [*readable(), *packages, *DEVICES]
     if own_user:
-        settings |= {"uid": own_uid(), "keep_reading": not all(map(open_to_all, readable(packages)))}
+        settings |= {"uid": own_uid(), "keep_reading": not all(map(open_to_all, [*readable(), *packages]))}
     return Setup("landlock", (), settings)
 
 
@@ -159,13 +163,13 @@ def interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
-def readable(packages: Sequence[str]) -> list[str]:
-    """The interpreter, its library, shared libraries of the system, and the given packages."""
+def readable() -> list[str]:
+    """The interpreter, its library, and shared libraries of the system."""
     shared = sysconfig.get_config_var("DESTSHARED")
     libraries = [os.path.realpath(path) for path in (Path(os.__file__).parent, shared) if path]
     if sys.base_prefix not in ("/usr", "/"):
         libraries.append(os.path.realpath(f"{sys.base_prefix}/lib"))
-    return list(dict.fromkeys([interpreter(), *libraries, *SYSTEM, *packages]))
+    return list(dict.fromkeys([interpreter(), *libraries, *SYSTEM]))
 
 
 def open_to_all(path: str) -> bool:

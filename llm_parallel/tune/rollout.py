@@ -19,11 +19,16 @@ from llm_parallel.generate.requests import Finished, Request
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.jsonlines import JsonLines
 from llm_parallel.parallel.engine import Engine
-from llm_parallel.tasks.base import Asked, Given, Judge
+from llm_parallel.tasks.base import Asked, Given
+from llm_parallel.tasks.open import Sum
 from llm_parallel.tune.round_files import Answered, Key, RoundFolder
 
 Asking = Sequence[tuple[int, Prompt]]
 """Prompts with their numbers in the run."""
+
+
+AHEAD = 64
+"""Answers that a judge is told of before it is asked for the first of them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Collector:
     config: RunConfig
     engine: Engine
     tokenizer: Tokenizer
-    judge: Judge
+    judge: Sum
     stops: frozenset[int]
 
     @property
@@ -105,9 +110,13 @@ class Collector:
         if self._writes:
             out = Writer(folder, "scores", own)
             try:
-                for number, sample in left[own::replicas]:
-                    score = self.score(prompts[number], answers[number, sample])
-                    out.write({"prompt": number, "sample": sample, "score": score})
+                mine = left[own::replicas]
+                for begin in range(0, len(mine), AHEAD):
+                    keys = mine[begin : begin + AHEAD]
+                    self._prepare([(prompts[number], answers[number, sample]) for number, sample in keys])
+                    for number, sample in keys:
+                        score = self.score(prompts[number], answers[number, sample])
+                        out.write({"prompt": number, "sample": sample, "score": score})
             except UserError as error:
                 problem = f"{error}; answers that were judged are kept in {folder.path}, and the same command goes on"
             problem = out.close() or problem
@@ -128,8 +137,16 @@ class Collector:
         unfinished = self.config.method.rollout.unfinished_score
         if not answered.complete and unfinished is not None:
             return unfinished
+        return self.judge(*self._judged(prompt, answered))
+
+    def _judged(self, prompt: Prompt, answered: Answered) -> tuple[Asked, Given]:
         given = Given(self.text(prompt, answered.tokens), len(answered.tokens), answered.complete)
-        return self.judge(Asked(prompt.messages, prompt.record, prompt.where), given)
+        return Asked(prompt.messages, prompt.record, prompt.where), given
+
+    def _prepare(self, answers: Sequence[tuple[Prompt, Answered]]) -> None:
+        """Lets judges begin with answers that ``score`` will ask for."""
+        all_count = self.config.method.rollout.unfinished_score is None
+        self.judge.prepare([self._judged(*one) for one in answers if all_count or one[1].complete])
 
     def text(self, prompt: Prompt, tokens: Sequence[int]) -> str:
         """The text of an answer."""
@@ -144,14 +161,15 @@ class Collector:
         sampling = Sampling(rollout.max_new_tokens)
         requests = [Request(number, prompt.tokens, sampling, self.stops) for number, prompt in enumerate(prompts)]
         sums, said = [0.0, 0.0], ""
-        for finished in self._generator().run(requests):
-            if self._writes and not said:
-                answered = _answered(finished)
-                try:
-                    sums[0] += self.score(prompts[finished.number], answered)
-                except UserError as error:
-                    said = str(error)
-                sums[1] += answered.complete
+        finished = [(prompts[one.number], _answered(one)) for one in self._generator().run(requests)]
+        if self._writes:
+            self._prepare(finished)
+            try:
+                for prompt, answered in finished:
+                    sums[0] += self.score(prompt, answered)
+                    sums[1] += answered.complete
+            except UserError as error:
+                said = str(error)
         self._agree(said)
         total, complete = groups.sum_over_world(*sums)
         return total / len(prompts), complete / len(prompts)
