@@ -120,7 +120,7 @@ class Sandbox:
         self._process = os.getpid()
         self._starter = ThreadPoolExecutor(1)
         self.refused: dict[str, str] = {}
-        """Why modes that were tried do not work here, in the words of the system."""
+        """Why modes that were tried before do not work here, in the words of the system."""
         self._setup = self._first_that_works(mode, packages)
         self.mode: Mode = self._setup.mode
         """How programs are held."""
@@ -199,6 +199,7 @@ class Sandbox:
                 finally:
                     worker.kill()
                 if result.status == "passed":
+                    self.refused.pop(setup.mode, None)
                     return setup
                 self.refused[setup.mode] = f"a program of one line ended with {result.status} ({result.reason})"
             except (UserError, OSError, WorkerEnded) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from llm_parallel.tasks.model_judge import Model, Rival, Scale, Verdict, read_ve
 from llm_parallel.tasks.open import open_judge
 from llm_parallel.tasks.readings import readings
 from tests.support.fake_openai import Problem, fake_openai
+from tests.support.served import running_server, served_folder
 
 ASKED = Asked([{"role": "user", "content": "What is 2+2?"}], {"answer": "4", "topic": ["sums"]}, "a.jsonl:3")
 NOWHERE = "http://127.0.0.1:9/v1"
@@ -308,3 +310,22 @@ def test_what_cannot_be_had_says_why() -> None:
             raise Nonsense("it is wrong")
 
         asking(fake.base).ask("?", never)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_server_of_ours_judges(tmp_path: Path) -> None:
+    """A random model writes nonsense, so each reply is refused, and the judge says what it got."""
+    with running_server(served_folder(tmp_path / "model")) as server:
+        (name,) = [one["id"] for one in json.load(urllib.request.urlopen(server.base + "/v1/models"))["data"]]
+        parameters = {"temperature": 0.0, "max_tokens": 8}
+        model = Model(Asking(server.base + "/v1", name, parameters=parameters, tries=2, pause_s=0.0))
+        with pytest.raises(JudgeFailed, match=r"(it replies|its reply is empty).*\(for a\.jsonl:3\)"):
+            model(ASKED, Given("4", 1))
+        lenient = Asking(
+            server.base + "/v1", name, parameters=parameters, tries=20, pause_s=0.0, cache=tmp_path / "kept"
+        )
+        text = lenient.ask("Say something.", lambda reply: reply)
+        assert text and lenient.ask("Say something.", lambda reply: reply) == text
+        with pytest.raises(JudgeFailed, match="status 404"):
+            Model(replace(model.asking, name="another"))(ASKED, Given("4", 1))
