@@ -21,6 +21,7 @@ from llm_parallel.jsonlines import JsonLines
 from llm_parallel.parallel.engine import Engine
 from llm_parallel.tasks.base import Asked, Given
 from llm_parallel.tasks.open import Sum
+from llm_parallel.tune.reward_model import RewardModels, Values
 from llm_parallel.tune.round_files import Answered, Key, RoundFolder
 
 Asking = Sequence[tuple[int, Prompt]]
@@ -48,6 +49,7 @@ class Collector:
     tokenizer: Tokenizer
     judge: Sum
     stops: frozenset[int]
+    reward_models: RewardModels
 
     @property
     def _writes(self) -> bool:
@@ -106,16 +108,18 @@ class Collector:
         answers, scores = folder.answers(), folder.scores()
         left = sorted(key for key in answers if key not in scores and key[0] in prompts)
         groups.sum_over_world(0.0)
+        values = self._values([(prompts[key[0]], answers[key]) for key in left])
         problem = ""
         if self._writes:
             out = Writer(folder, "scores", own)
             try:
-                mine = left[own::replicas]
+                mine = range(own, len(left), replicas)
                 for begin in range(0, len(mine), AHEAD):
-                    keys = mine[begin : begin + AHEAD]
-                    self._prepare([(prompts[number], answers[number, sample]) for number, sample in keys])
-                    for number, sample in keys:
-                        score = self.score(prompts[number], answers[number, sample])
+                    places = mine[begin : begin + AHEAD]
+                    self._prepare([(prompts[left[place][0]], answers[left[place]]) for place in places])
+                    for place in places:
+                        number, sample = left[place]
+                        score = self.score(prompts[number], answers[number, sample], values[place])
                         out.write({"prompt": number, "sample": sample, "score": score})
             except UserError as error:
                 problem = f"{error}; answers that were judged are kept in {folder.path}, and the same command goes on"
@@ -132,21 +136,33 @@ class Collector:
                 dist.all_gather_object(everybody, problem)
             raise UserError(next(filter(None, everybody)))
 
-    def score(self, prompt: Prompt, answered: Answered) -> float:
-        """What the judge says of an answer, or ``unfinished_score``. Raises JudgeFailed."""
-        unfinished = self.config.method.rollout.unfinished_score
-        if not answered.complete and unfinished is not None:
-            return unfinished
-        return self.judge(*self._judged(prompt, answered))
+    def _values(self, answers: Sequence[tuple[Prompt, Answered]]) -> list[Values]:
+        """What the reward models say of answers that are judged by them. Collective."""
+        found: list[Values] = [{} for _ in answers]
+        places = [place for place, (_, answered) in enumerate(answers) if self._is_judged(answered)]
+        for place, value in zip(places, self.reward_models.values([answers[place] for place in places])):
+            found[place] = value
+        return found
 
-    def _judged(self, prompt: Prompt, answered: Answered) -> tuple[Asked, Given]:
-        given = Given(self.text(prompt, answered.tokens), len(answered.tokens), answered.complete)
+    def _is_judged(self, answered: Answered) -> bool:
+        return answered.complete or self.config.method.rollout.unfinished_score is None
+
+    def score(self, prompt: Prompt, answered: Answered, values: Values) -> float:
+        """What the judge says of an answer, given what reward models say of it; or ``unfinished_score``. Raises
+        JudgeFailed."""
+        unfinished = self.config.method.rollout.unfinished_score
+        if unfinished is not None and not self._is_judged(answered):
+            return unfinished
+        return self.judge(*self._judged(prompt, answered, values))
+
+    def _judged(self, prompt: Prompt, answered: Answered, values: Values) -> tuple[Asked, Given]:
+        given = Given(self.text(prompt, answered.tokens), len(answered.tokens), answered.complete, values)
         return Asked(prompt.messages, prompt.record, prompt.where), given
 
     def _prepare(self, answers: Sequence[tuple[Prompt, Answered]]) -> None:
         """Lets judges begin with answers that ``score`` will ask for."""
-        all_count = self.config.method.rollout.unfinished_score is None
-        self.judge.prepare([self._judged(*one) for one in answers if all_count or one[1].complete])
+        if self.judge.waits:
+            self.judge.prepare([self._judged(*one, {}) for one in answers if self._is_judged(one[1])])
 
     def text(self, prompt: Prompt, tokens: Sequence[int]) -> str:
         """The text of an answer."""
@@ -161,18 +177,30 @@ class Collector:
         sampling = Sampling(rollout.max_new_tokens)
         requests = [Request(number, prompt.tokens, sampling, self.stops) for number, prompt in enumerate(prompts)]
         sums, said = [0.0, 0.0], ""
-        finished = [(prompts[one.number], _answered(one)) for one in self._generator().run(requests)]
-        if self._writes:
-            self._prepare(finished)
+        finished = self._generator().run(requests)
+        own = [_answered(one) for one in finished] if self._writes else []
+        known = self._everybodys(own)
+        values = dict(zip(known, self._values([(prompts[number], answered) for number, answered in known.items()])))
+        self._prepare([(prompts[answered.prompt], answered) for answered in own])
+        for answered in own:
             try:
-                for prompt, answered in finished:
-                    sums[0] += self.score(prompt, answered)
-                    sums[1] += answered.complete
+                sums[0] += self.score(prompts[answered.prompt], answered, values[answered.prompt])
             except UserError as error:
                 said = str(error)
+                break
+            sums[1] += answered.complete
         self._agree(said)
         total, complete = groups.sum_over_world(*sums)
         return total / len(prompts), complete / len(prompts)
+
+    def _everybodys(self, own: Sequence[Answered]) -> dict[int, Answered]:
+        """The answers of all processes by their prompt, in one order. Collective."""
+        size = self.engine.groups.mesh.world_size
+        if size == 1 or not self.reward_models:
+            return {one.prompt: one for one in own}
+        everybody: list[Sequence[Answered]] = [()] * size
+        dist.all_gather_object(everybody, own)
+        return {one.prompt: one for one in sorted((x for each in everybody for x in each), key=lambda x: x.prompt)}
 
 
 class Writer:
@@ -232,7 +260,7 @@ def remarks(numbers: Mapping[str, float], config: RunConfig) -> list[str]:
             f"{numbers['completions/clipped_ratio']:.0%} of the answers are not ended within "
             f"method.rollout.max_new_tokens = {rollout.max_new_tokens}; raise it, or fine-tune the model to stop first"
         )
-    if numbers["frac_reward_zero_std"] == 1.0 and rollout.answers > 1:
+    if numbers["frac_reward_zero_std"] == 1.0 and rollout.answers > 1 and config.trains != "ppo":
         found.append(
             "the answers to each prompt all have the same score, of which nothing is learned; give prompts that the "
             "model answers well sometimes, more method.rollout.answers, or a judge that says more than right or wrong"
