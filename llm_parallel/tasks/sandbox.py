@@ -17,6 +17,7 @@ import json
 import os
 import selectors
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ from llm_parallel.tasks.sandbox_worker import MODES, Limits, Mode, Setup, Worker
 Status = Literal["passed", "failed", "timeout", "memory", "output", "crashed"]
 __all__ = ["MODES", "Job", "Limits", "Mode", "Sandbox", "SandboxFailed", "SandboxResult", "Script", "Status", "Tested"]
 
+LONGER = 9
+"""Times that the limit on wall time is extended for a program that wants to go on and gets no processor: what it may
+compute, the limit on processor time says."""
 TAIL = 2000
 """Characters of a program's last messages that a result keeps."""
 
@@ -112,6 +116,8 @@ class Sandbox:
     ) -> None:
         if mode != "auto" and mode not in MODES:
             raise UserError(f"the sandbox has no mode {mode!r}; it has auto, {', '.join(MODES)}")
+        if sys.platform != "linux":
+            raise SandboxFailed(f"programs are run on Linux only, and this is {sys.platform}")
         self.limits = limits or Limits()
         self.workers = workers or len(os.sched_getaffinity(0))
         self._places = threading.Semaphore(self.workers)
@@ -231,11 +237,14 @@ class Running:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(_file(text)) for text in texts]
             ends = {name: _pipe(stack) for name in (("out", "err", "says") if tested else ("out", "err"))}
-            self.worker.ask({"tested": tested}, [*(file.fileno() for file in files), *(w for _, w in ends.values())])
-            for _, written in ends.values():
-                os.close(written)
+            try:
+                descriptors = [*(file.fileno() for file in files), *(written for _, written in ends.values())]
+                self.worker.ask({"tested": tested}, descriptors)
+            finally:
+                for _, written in ends.values():
+                    os.close(written)
             stopped, reply = self._wait({read: name for name, (read, _) in ends.items()}, begin + self.limits.wall_s)
-        said = [json.loads(line) for line in self._kept["says"].splitlines()]
+        said = [json.loads(line) for line in self._kept["says"].split(b"\n")[:-1]]
         outcome = self._status(stopped, reply, said)
         common = {
             "mode": self.worker.setup.mode,
@@ -250,6 +259,7 @@ class Running:
         """Reads what the program writes until it has ended. Returns by what limit it was stopped, and the worker's
         reply."""
         control, reply, left = self.worker.control, None, self.limits.output_bytes
+        longer = LONGER
         with selectors.DefaultSelector() as selector:
             for descriptor, name in reading.items():
                 selector.register(descriptor, selectors.EVENT_READ, name)
@@ -261,7 +271,16 @@ class Running:
                 if not ready:
                     if lingers:
                         break
-                    return "timeout", {}
+                    if not self.worker.is_busy():
+                        return "timeout", {}
+                    if not longer:
+                        raise SandboxFailed(
+                            f"a program got less than {self.limits.cpu_s} processor-seconds in "
+                            f"{(LONGER + 1) * self.limits.wall_s:g} s; the machine is too busy, so run fewer at a time"
+                        )
+                    longer -= 1
+                    deadline += self.limits.wall_s
+                    continue
                 for key, _ in ready:
                     if key.data == "reply":
                         selector.unregister(control)
@@ -340,12 +359,7 @@ def _file(text: str) -> Any:
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
-    """A pipe whose ends are closed at the end, if they are open then."""
+    """A pipe, of which the end to read is closed at the end."""
     read, written = os.pipe()
-    stack.callback(_close, read)
+    stack.callback(os.close, read)
     return read, written
-
-
-def _close(descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(descriptor)

@@ -277,10 +277,11 @@ def test(job: Mapping[str, Any], calls: socket.socket, verdict: int) -> None:
         tree = ast.parse(job["tests"])
         exec(compile(job["setup"], "<setup>", "exec"), values)
     except (SyntaxError, ValueError) as error:
-        say(broken=f"the tests are no Python: {error}", done=True)
+        say(broken=f"the tests are no Python: {error}"[:REASON_LENGTH], done=True)
         return
     except Exception as error:
-        say(broken=f"what stands before the tests raises {type(error).__name__}: {error}", done=True)
+        text = f"what stands before the tests raises {type(error).__name__}: {error}"
+        say(broken=text[:REASON_LENGTH], done=True)
         return
     say(total=sum(isinstance(node, ast.Assert) for node in ast.walk(tree)))
     try:

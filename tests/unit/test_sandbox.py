@@ -11,7 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,8 @@ import pytest
 
 from llm_parallel.errors import UserError
 from llm_parallel.tasks import sandbox_confine as confine
-from llm_parallel.tasks.sandbox import Limits, Sandbox, SandboxFailed, Script, Tested
-from llm_parallel.tasks.sandbox_worker import setups
+from llm_parallel.tasks.sandbox import Limits, Running, Sandbox, SandboxFailed, Script, Tested
+from llm_parallel.tasks.sandbox_worker import Worker, WorkerEnded, setups
 from tests.support.attacks import CHEATS, FILES, NETWORK, PROCESSES, SLOW, TESTS, USE, Attack
 
 pytestmark = pytest.mark.processes
@@ -35,6 +38,7 @@ WAYS = [
     # What root falls back on, and what other users have from the beginning.
     pytest.param("bwrap 1", marks=pytest.mark.slow),
     pytest.param("landlock 1", marks=pytest.mark.slow),
+    pytest.param("bwrap 2", marks=pytest.mark.slow),  # an old bubblewrap
 ]
 
 
@@ -43,8 +47,8 @@ def opened(way: str, limits: Limits) -> Sandbox:
     mode, _, place = way.partition(" ")
     with pytest.MonkeyPatch.context() as patch:
         if place:
-            if len(list(setups([mode], limits, []))) < 2:
-                pytest.skip("for other users than root there is one way")
+            if len(list(setups([mode], limits, []))) <= int(place):
+                pytest.skip("other users than root have fewer ways")
             patch.setattr("llm_parallel.tasks.sandbox.setups", lambda *given: list(setups(*given))[int(place) :])
         try:
             return Sandbox(mode, limits, workers=1)  # type: ignore[arg-type]
@@ -395,3 +399,33 @@ def test_where_namespaces_are_forbidden_the_next_mode_holds() -> None:
     assert done.returncode == 0, done.stderr
     assert lines[0].startswith("landlock {'bwrap': ") and "namespace" in lines[0]
     assert lines[1].startswith("PermissionError") and lines[2].startswith("PermissionError") and lines[3] == "1"
+
+
+def test_a_program_that_gets_no_processor_is_not_its_fault(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+    """Wall time ends what sleeps; what wants to compute has its processor-seconds, or the sandbox fails."""
+    sleeping = Script("import time; time.sleep(60)")
+    monkeypatch.setattr(sandbox, "limits", replace(sandbox.limits, wall_s=0.02))
+    assert sandbox.run(sleeping).status == "timeout"
+    monkeypatch.setattr(Worker, "is_busy", lambda worker: True)
+    with pytest.raises(SandboxFailed, match=r"got less than 10 processor-seconds in 0\.2 s; the machine is too busy"):
+        sandbox.run(sleeping)
+
+
+def test_who_wants_to_compute_is_seen(sandbox: Sandbox) -> None:
+    worker = sandbox._start(sandbox._setup)
+    try:
+        while worker.is_busy():  # it tidies its memory before it waits
+            pass
+        spinning = Running(Script("while True: pass"), Limits(cpu_s=5), worker)
+
+        def work() -> None:
+            with suppress(WorkerEnded):
+                spinning.result()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        while not worker.is_busy():
+            pass
+    finally:
+        worker.kill()
+    thread.join()
