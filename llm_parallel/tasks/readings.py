@@ -71,6 +71,8 @@ def _reading(judge: JudgeConfig, asked: Asked) -> str:
         low, high = judge.scale
         named = f"what {judge.model} at {judge.url} says of the answer"
         return f"{named} and of {judge.field}" if judge.reads == "pair" else f"{named}, from {low:g} to {high:g}"
+    if judge.kind == "reward_model":
+        return f"what the reward model in {judge.folder} says of the prompt with the answer"
     return f"what the judge of kind {judge.kind} says"
 
 
