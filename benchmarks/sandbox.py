@@ -71,17 +71,17 @@ def main() -> None:
             results = box.run_many(jobs)
             wall = time.perf_counter() - begin
             mine_after, theirs_after = processor_s(own)
-            assert all(result.status == "passed" for result in results), [r for r in results if r.status != "passed"][
-                :3
-            ]
+            wrong = [result for result in results if result.status != "passed"]
+            assert not wrong, wrong[:3]
             rows[box.mode].append(
                 (1e3 * (theirs_after - theirs) / len(jobs), 1e3 * (mine_after - mine) / len(jobs), len(jobs) / wall)
             )
     for name, found in rows.items():
         worker, asks, rate = zip(*found)
+        spread = f"{min(worker):.2f} to {max(worker):.2f}"
         say(
-            f"{name}: worker {statistics.median(worker):.2f} ({min(worker):.2f} to {max(worker):.2f}) ms of a processor "
-            f"a program, who asks {statistics.median(asks):.2f} ms, {statistics.median(rate):.0f} programs a second "
+            f"{name}: worker {statistics.median(worker):.2f} ({spread}) ms of a processor a program, who asks "
+            f"{statistics.median(asks):.2f} ms, {statistics.median(rate):.0f} programs a second "
             f"({min(rate):.0f} to {max(rate):.0f})"
         )
     for box in boxes:
