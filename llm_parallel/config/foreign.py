@@ -114,9 +114,9 @@ ROWS: tuple[Foreign, ...] = (
     _row("group_query_attention", "model.num_query_groups says it", "model.num_query_groups", ANY),
     _row("accumulate_allreduce_grads_in_fp32", "gradients are summed in fp32", same="true"),
     _row("optimizer optim optimizer.name optimizer.type model.optim.name", "AdamW is the only optimizer; "
-         "optim.implementation says whose. Its moments are in fp32: instead of 8-bit ones, "
-         "parallel.distributed_optimizer divides them over replicas",
-         "optim.implementation parallel.distributed_optimizer",
+         "optim.implementation says whose, and optim.moment_bits=8 holds its moments in 8 bits. They are not moved to "
+         "the host; parallel.distributed_optimizer divides them over replicas",
+         "optim.implementation optim.moment_bits parallel.distributed_optimizer",
          "adam adamw adamw_torch adamw_torch_fused fused_adam distributed_fused_adam"),
     _row("distributed_backend accelerator", "GPUs use NCCL and CPUs gloo, as the field device says", "device",
          "nccl gloo gpu cuda cpu"),

@@ -315,6 +315,9 @@ def _machine(case: Case) -> Iterator[Problem]:
     if config.optim.implementation == "apex" and case.device == "cpu":
         statement = "optim.implementation = apex runs on CUDA only, and the run's device is cpu"
         yield Problem(("optim.implementation", "device"), statement, {"optim.implementation": "auto"})
+    if config.optim.implementation in ("triton", "apex") and config.optim.moment_bits == 8:
+        statement = f"optim.implementation = {config.optim.implementation} has no moments of optim.moment_bits = 8"
+        yield Problem(("optim.implementation", "optim.moment_bits"), statement, {"optim.implementation": "auto"})
     if config.model.vocab_size is None and config.data.tokenizer is None:
         yield Problem(
             ("model.vocab_size", "data.tokenizer"),

@@ -48,6 +48,12 @@ def layer_parameters(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -
     return sum(adapter.rank * (one.kinds * one.columns + one.rows) for one in found)
 
 
+def factors(shape: Shape, adapter: AdapterConfig) -> list[int]:
+    """Numbers of each tensor of the adapters of one layer, whole: A and B of every linear that has one."""
+    found = [one for one in linears(shape, 1, adapter) if one.kinds]
+    return [adapter.rank * int(count) for one in found for count in (one.kinds * one.columns, one.rows)]
+
+
 def frozen_layer_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
     """Bytes of the matrices of one layer, with the scales of their blocks."""
     found = linears(shape, strategy.tp, adapter)

@@ -22,6 +22,10 @@ MiB for requests of 1 to 10 MiB), and some freed blocks suit no later request. A
 2507.16274) saw up to 43 % more where interleaving and recomputation mix lifetimes."""
 
 
+LEAST_IN_8_BITS, BLOCK = 4096, 256
+"""Numbers of the smallest tensor with moments in 8 bits, and of a block with one scale (``parallel/adamw8.py``)."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the fullest GPU."""
@@ -180,7 +184,7 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
         shard = 4.0 * parameters / replicas
         gathered = parameters if strategy.pp > 1 else 0.0
         return shard + size * gathered, shard + 4 * gathered / strategy.vpp, 2 * shard
-    states = 8 if strategy.precision == "fp32" else 12
+    main = 0 if strategy.precision == "fp32" else 4
     held = strategy.grad_bytes + strategy.copied_grad_bytes
     frozen = 0.0
     if strategy.adapter is not None:
@@ -188,7 +192,26 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
         dense = size * (parameters - layers * shape.layer_matrices / strategy.tp)
         frozen = dense + layers * adapters.frozen_layer_bytes(shape, strategy, strategy.adapter)
         parameters = layers * adapters.layer_parameters(shape, strategy, strategy.adapter)
-    return frozen + size * parameters, held * parameters, states * parameters / (replicas if strategy.zero == 1 else 1)
+    optimizer = main * parameters + _moments(shape, strategy, stage, parameters)
+    return frozen + size * parameters, held * parameters, optimizer / (replicas if strategy.zero == 1 else 1)
+
+
+def _moments(shape: Shape, strategy: Strategy, stage: int, parameters: float) -> float:
+    """Bytes of both moments of a stage's ``parameters``. In 8 bits, large tensors have two codes for each number and
+    two scales for each block; the embedding (and an output projection that is the same) and vectors stay in fp32."""
+    if strategy.moment_bits == 32:
+        return 8 * parameters
+    layers = sum(stage_layers(shape, strategy)[stage])
+    if strategy.adapter is not None:
+        whole = adapters.factors(shape, strategy.adapter)
+        share = sum(count for count in whole if count >= LEAST_IN_8_BITS) / (sum(whole) or 1)
+        eight = share * parameters
+    else:
+        vectors = 2 * shape.hidden if shape.hidden >= LEAST_IN_8_BITS else 0
+        eight = layers * (shape.layer_matrices / strategy.tp + vectors)
+        if stage == strategy.pp - 1 and not shape.tied:
+            eight += shape.vocab * shape.hidden / strategy.tp
+    return 8 * (parameters - eight) + (2 + 8 / BLOCK) * eight
 
 
 def _logits(shape: Shape, strategy: Strategy) -> float:

@@ -149,6 +149,8 @@ class Strategy:
     """Layers of each model chunk in the order of the layers, where they are not even."""
     adapter: AdapterConfig | None = None
     """Adapters that are trained in place of the weights. Only memory knows of them."""
+    moment_bits: int = 32
+    """Bits of AdamW's moments; 8: with a scale for each block. Only memory knows of them."""
 
     @property
     def dp(self) -> int:
@@ -234,4 +236,5 @@ def strategy_of(config: RunConfig, gpus: int) -> Strategy:
         overlap_pp=parallel.vpp > 1,
         stage_layers=parallel.stage_layers,
         adapter=config.adapter,
+        moment_bits=config.optim.moment_bits,
     )

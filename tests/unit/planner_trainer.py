@@ -127,6 +127,8 @@ def _optimizer_bytes(engine: Any, weights: set[int]) -> int:
     for part in engine.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             total += nbytes(p for p in group["params"] if p.untyped_storage().data_ptr() not in weights)
+        for held in getattr(part.optimizer, "moments", {}).values():
+            total += nbytes((*held.codes, *held.scales))
         for state in part.optimizer.state.values():
             total += nbytes(x for x in state.values() if isinstance(x, torch.Tensor) and x.numel() > 1)
     return total

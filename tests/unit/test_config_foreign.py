@@ -320,8 +320,8 @@ def test_a_run_file_that_is_missing_before_options() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("optim=adamw_8bit", "instead of 8-bit ones, parallel.distributed_optimizer"),
-        ("optim=paged_adamw_8bit", "moments are in fp32"),
+        ("optim=adamw_8bit", "optim.moment_bits=8 holds its moments in 8 bits"),
+        ("optim=paged_adamw_8bit", "They are not moved to the host"),
         ("use_dora=true", "DoRA is not supported"),
         ("additional_target=embed_tokens", "embeddings and the output matrix have no adapters"),
         ("modules_to_save=[lm_head]", "adapter.targets names projections"),

@@ -31,6 +31,8 @@ ROWS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "micro batch 2, tied": (1, {"train.micro_batch_size": 2, "model.tie_embeddings": True}),
     "fp32": (1, {"train.precision": "fp32"}),
+    "8-bit moments": (1, {"optim.moment_bits": 8}),
+    "8-bit moments, DP2, tied": (2, _p(dp=2) | {"optim.moment_bits": 8, "model.tie_embeddings": True}),
     "full recompute": (1, _p(recompute="full") | LAYERS),
     "multi-head attention": (1, {"model.num_query_groups": 8}),
     "biases": (1, BIASES),
@@ -55,7 +57,7 @@ ROWS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-QUICK = ("one process", "full recompute", "TP2, biases and QK norms", "TP2 PP2")
+QUICK = ("8-bit moments", "full recompute", "TP2, biases and QK norms", "TP2 PP2")
 """Rows that are not slow: every kind of memory, recomputation, and both kinds of model parallelism with their ends."""
 
 
