@@ -13,6 +13,7 @@ import typer
 
 from llm_launch.drill_request import DrillRequest
 from llm_launch.submit_request import SubmitRequest
+from llm_parallel.annotate.request import AnnotateRequest
 from llm_parallel.bench.requests import CommRequest, KernelsRequest, ScalingRequest, StepRequest
 from llm_parallel.chat.request import ChatRequest
 from llm_parallel.command_help import MEASURE, command
@@ -109,7 +110,7 @@ def check(
     samples: Annotated[int, typer.Option(help="Samples to show, token by token.")] = 3,
     html: Annotated[str | None, typer.Option(help="File of an HTML page with the same.")] = None,
 ) -> None:
-    """Show conversations or preferences as the model will see them: what is trained, cut and packed, where it stops."""
+    """Show conversations, preferences or prompts as the model will see them: what is trained, judged, cut, packed."""
     from llm_parallel.report.check import check_command
     from llm_parallel.screen import say_next
 
@@ -162,6 +163,15 @@ def prefer(
     from llm_parallel.worker.command import train_command
 
     raise typer.Exit(train_command("prefer", run_file, overrides or [], dry_run, everything))
+
+
+@command(app, "annotate")
+@with_options
+def annotate(request: AnnotateRequest) -> None:
+    """Let people judge answers on a page in the browser; their judgements become records that prefer and sft read."""
+    from llm_parallel.annotate.command import annotate_command
+
+    raise typer.Exit(annotate_command(request))
 
 
 @command(app, "launch", with_overrides=True)
@@ -264,22 +274,9 @@ def goodput(request: GoodputRequest) -> None:
 @command(app, "fields")
 def fields(section: Annotated[str, typer.Argument(help="Show only fields that begin so.")] = "") -> None:
     """List every configuration field with its type, default and meaning."""
-    from llm_parallel.config.differences import in_words
-    from llm_parallel.config.fields import describe_fields
-    from llm_parallel.screen import say_next
+    from llm_parallel.config.show_fields import show_fields
 
-    found = [doc for doc in describe_fields() if doc.name.startswith(section)]
-    if not found:
-        sections = sorted({doc.name.split(".")[0] for doc in describe_fields() if "." in doc.name})
-        raise UserError(f"no field begins with {section!r}; the sections are {', '.join(sections)}")
-    for doc in found:
-        default = (
-            "" if doc.is_section else ", must be given" if doc.default is ... else f"; default {in_words(doc.default)}"
-        )
-        say(f"{doc.name}: {doc.type}{default}\n    {doc.doc.replace('``', '`')}")
-    named = next((doc for doc in found if not doc.is_section and doc.default is not ...), None)
-    if named is not None:
-        say_next(f"llm-parallel pretrain RUN.yaml {named.name}={in_words(named.default)} --dry-run")
+    show_fields(section)
 
 
 @command(app, "schema")
@@ -384,7 +381,7 @@ def generate(request: GenerateRequest) -> None:
         request.checkpoint,
         request.prompts,
         use.sampling_of(request),
-        held=use.held_by(request),
+        held=request.held(),
         stop=request.stop,
         chat=request.chat,
         structure=use.structure_of(request),

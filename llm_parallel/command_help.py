@@ -38,6 +38,15 @@ COMMANDS: dict[str, CommandHelp] = {
     "check": CommandHelp(
         DATA, ("runs/sft.yaml", "runs/sft.yaml chat.packing=pad --samples 5 --html runs/conversations.html")
     ),
+    "annotate": CommandHelp(
+        DATA,
+        (
+            "answers.jsonl",
+            "runs/answers.jsonl --prompts prompts.jsonl --mode pair --overlap 2",
+            "runs/grpo --mode ranking --out labels/grpo.jsonl",
+            "answers.jsonl --export",
+        ),
+    ),
     "quickstart": CommandHelp(TRAIN, ("", "--folder runs/mine train.steps=400 --chat-steps 200", "--no-chat")),
     "pretrain": CommandHelp(
         TRAIN,

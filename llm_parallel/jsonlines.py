@@ -19,18 +19,25 @@ class JsonLines:
     """Appends objects to ``path``, one complete line each; lines that are there already stay.
 
     Each line is one write to a descriptor opened for appending, so a killed process leaves at most one torn line at the
-    end, the lines of several writers do not mix, and nothing waits in a buffer of this process. Raises UserError when
-    the file cannot be written (full disk); a line that was written only in part is removed again.
+    end, the lines of several writers do not mix, and nothing waits in a buffer of this process; with ``sync`` each line
+    is on the disk before ``append`` returns. Raises UserError when the file cannot be written (full disk), which ends
+    with ``remedy``; a line that was written only in part is removed again. A file that was deleted meanwhile begins
+    anew.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, sync: bool = False, remedy: str = "make room there or choose another run_dir"
+    ) -> None:
+        self.path, self._sync, self._remedy = path, sync, remedy
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            self._fd = self._open()
             self._end_torn_line()
         except OSError as error:
             raise self._user_error(error) from error
+
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def append(self, record: dict[str, Any], at: datetime | None = None) -> None:
         """Writes ``record`` with its time, by default now; numbers that JSON lacks (NaN, infinity) become null."""
@@ -38,11 +45,16 @@ class JsonLines:
         record = {**record, "time": time.isoformat(timespec="milliseconds")}
         line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
         try:
+            if os.fstat(self._fd).st_nlink == 0:  # somebody has deleted the file, and would never see these lines
+                os.dup2(fd := self._open(), self._fd, inheritable=False)
+                os.close(fd)
             written = os.write(self._fd, line)
             if written < len(line):
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._sync:
+                os.fsync(self._fd)
         except OSError as error:
             raise self._user_error(error) from error
 
@@ -56,7 +68,7 @@ class JsonLines:
             os.write(self._fd, b"\n")
 
     def _user_error(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.path}: {error.strerror}; make room there or choose another run_dir")
+        return UserError(f"cannot write {self.path}: {error.strerror}; {self._remedy}")
 
 
 def read_jsonlines(path: Path) -> Iterator[dict[str, Any]]:

@@ -7,10 +7,14 @@ printed as it is.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import select
+import stat
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 _COMMAND = re.compile(r"\s*(next: )?(\S*/)?(llm-parallel|python[\d.]* -m) ")
 """How a line begins that is to be copied into a shell."""
@@ -28,8 +32,71 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def note(text: str) -> None:
-    """Prints lines for people on standard error, so that what a pipe reads is the command's output alone."""
-    say(text, sys.stderr)
+    """Prints lines for people on standard error, so that what a pipe reads is the command's output alone. If nobody can
+    read there any more, because a pipe's reader has ended or a terminal is gone, the text is lost: it ends nothing."""
+    try:
+        say(text, sys.stderr)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Lets whatever is written to a stream disappear from now on, what waits in its buffer included."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def reader_is_gone(fd: int) -> bool:
+    """Whether a descriptor is a pipe or a socket that nobody reads any more, as standard output is when ``head`` has
+    seen enough or the connection of ``ssh`` has ended. Asks the system; nothing is written."""
+    try:
+        kind = os.fstat(fd).st_mode
+        if not (stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind)):
+            return False
+        poll = select.poll()
+        poll.register(fd, 0)
+        return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
+    except OSError:
+        return False
+
+
+class Unheard:
+    """Standard output, for a command that must not end because nobody reads it any more, as a context: what is printed
+    inside then disappears."""
+
+    def __enter__(self) -> Unheard:
+        self._stream: TextIO = sys.stdout
+        self._gone = False
+        sys.stdout = cast(TextIO, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout = self._stream
+        if self._gone:
+            silence(self._stream)  # what its buffer holds must not fail when Python ends
+
+    def write(self, text: str) -> int:
+        """As a stream does, but never raises OSError."""
+        with self._lost():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As a stream does, but never raises OSError."""
+        with self._lost():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._gone = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def terminal_width(stream: TextIO) -> int | None:

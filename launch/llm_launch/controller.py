@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from llm_launch.placement import Placement, Trained, crowded, fingerprint, other
 from llm_launch.snapshot import snapshot, used_up
 from llm_launch.starters import AgentStarter
 from llm_launch.states import EXIT_TOO_FEW, Outcome, Phase, check_transition
+from llm_launch.ticker import Ticker
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
@@ -69,6 +71,7 @@ class Controller:
             self.journal.event("copies_ignored", cause=other_copies(self._model, remembered.get("model")))
             trained = []
         self.copies = CopyCatalog(self.fleet, self.journal, trained, newest_step())
+        self._ticker = Ticker(self.fleet, self.copies, starter, self.stop, self._write_status)
         self._started_s = time.monotonic()
         self._stop = False
         self._trained = False
@@ -82,12 +85,16 @@ class Controller:
 
     async def run(self) -> int:
         """From the first agent to the run's end; the exit status."""
-        ticker = asyncio.get_running_loop().create_task(self._tick())
+        loop = asyncio.get_running_loop()
+        work, ticker = loop.create_task(self._work()), loop.create_task(self._ticker.run())
         try:
-            await self.fleet.until(self._all_expected_ready, self.config.elastic.wait_s)
-            while True:
-                await self._form()
-                await self._train()
+            await asyncio.wait({work, ticker}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():  # without signs of life every agent would end its workers a moment later
+                trace = "".join(traceback.format_exception(ticker.exception()))
+                self.journal.event("fail", fault="launcher", cause=f"a task of the launcher failed:\n{trace}")
+                raise Stopped(1, Phase.FAILED)
+            work.result()
+            raise AssertionError("the work ends by Stopped alone")
         except Stopped as end:
             self._enter(end.phase)
             for node in self.fleet.roster.alive():
@@ -95,8 +102,18 @@ class Controller:
             await asyncio.sleep(TICK_S)
             return end.status
         finally:
-            ticker.cancel()
-            self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s, self.config))
+            for task in (work, ticker):
+                task.cancel()
+            self._write_status()
+
+    async def _work(self) -> None:
+        await self.fleet.until(self._all_expected_ready, self.config.elastic.wait_s)
+        while True:
+            await self._form()
+            await self._train()
+
+    def _write_status(self) -> None:
+        self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s, self.config))
 
     def close(self) -> None:
         """Closes the files."""
@@ -121,7 +138,7 @@ class Controller:
         if phase is not self.fleet.phase:
             check_transition(self.fleet.phase, phase)
             self.fleet.phase = phase
-            self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s, self.config))
+            self._write_status()
 
     def _all_expected_ready(self) -> bool:
         nodes = {node.name: node for node in self.fleet.roster.alive()}
@@ -413,34 +430,3 @@ class Controller:
         self.journal.remember(
             {**self.ledger.to_json(), "model": self._model, "trained": [t.as_list() for t in self.copies.trained]}
         )
-
-    async def _tick(self) -> None:
-        elastic, last_beat, last_status, last_look = self.config.elastic, 0.0, 0.0, time.monotonic()
-        while True:
-            await asyncio.sleep(self.fleet.tick_s)
-            now = time.monotonic()
-            if now - last_look > elastic.lost_after_s / 2:
-                for node in self.fleet.roster.alive():
-                    node.heard_s = now  # this process itself was held up and received nothing
-            last_look = now
-            if self.fleet.asked_to_stop and not self._stop:
-                self.stop()
-            # An agent's start takes processor time that a recovery and its first step need.
-            recovered = self.fleet.phase is Phase.TRAINING and self.fleet.step > self.journal.resumed_step
-            if recovered or self.fleet.phase is Phase.WAITING:
-                while self.fleet.to_restart:
-                    self.starter.start(self.fleet.to_restart.pop())
-            if now - last_beat >= elastic.heartbeat_s:
-                last_beat = now
-                for node in self.fleet.roster.alive():
-                    node.send({"is": "beat"})
-                self.copies.forget_older()
-            for node in self.fleet.roster.alive():
-                if now - node.heard_s > elastic.lost_after_s:
-                    channel = node.channel
-                    self.fleet.lost(node, Kind.NODE_SILENT)
-                    if channel is not None:
-                        channel.close()
-            if now - last_status >= max(1.0, 20.0 * self.fleet.tick_s):
-                last_status = now
-                self.journal.write_status(snapshot(self.fleet, self.ledger, self._started_s, self.config))

@@ -45,7 +45,8 @@ class CopyCatalog:
         for trained in reversed(self.trained):
             found = recoverable_step(trained.world_size, trained.generation, held)
             if found is not None:
-                return Restore(found[0], trained, found[1]) if found[0] >= self.disk_step else None
+                newer = found[0] >= max(self.disk_step, self.fleet.saved_step)
+                return Restore(found[0], trained, found[1]) if newer else None
         return None
 
     def go_on_from(self, restore: Restore | None) -> None:
@@ -80,11 +81,14 @@ class CopyCatalog:
         self.trained.append(Trained.of(self.fleet.generation, placement.layout))
 
     def forget_older(self) -> None:
-        """Removes copies of older generations when every worker has made a step of the present one."""
+        """Removes copies of older generations when every worker has made a step of the present one and copied it, or
+        the disk holds as much."""
         mine = self.trained and self.trained[-1].generation == self.fleet.generation
         if self.fleet.phase is Phase.TRAINING and mine and len(self.trained) > 1:
-            first = min((worker.step for worker in self.fleet.workers()), default=0)
-            if first > self.journal.resumed_step + 1:
+            workers = self.fleet.workers()
+            first = min((worker.step for worker in workers), default=0)
+            saved = self.fleet.saved_step > self.journal.resumed_step
+            if first > self.journal.resumed_step + 1 and (saved or all(worker.copies for worker in workers)):
                 self._forget_all_but(self.trained[-1:])
 
     def _forget_all_but(self, kept: list[Trained]) -> None:

@@ -48,6 +48,8 @@ class Fleet:
         self.to_restart: set[str] = set()
         """Nodes whose agent has to be started again."""
         self.step = 0
+        self.saved_step = 0
+        """Newest step that workers of this start have saved on disk."""
         self.start_step: int | None = None
         """Step from which the present generation went on; None until one of its workers has said so."""
         self.fruitless = 0
@@ -153,6 +155,13 @@ class Fleet:
                 self.start_step = message["step"]
                 self.journal.lost_steps += max(0, self.step - self.start_step)
                 self.step = self.start_step
+        elif said == "copies" and mine:
+            worker.copies = message["made"]
+            if message["cause"]:
+                facts = {"node": node.name, "device": device.number, "step": message["step"]}
+                self.journal.event("copies_failed", cause=message["cause"], **facts)
+        elif said == "saved" and mine:
+            self.saved_step = max(self.saved_step, message["step"])
         elif said == "left" and mine:
             worker.outcome, worker.store_port = Outcome(message["outcome"]), message["store_port"]
             self._on_left(device, message)

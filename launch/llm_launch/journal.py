@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_launch.blame import Device, Verdict
+from llm_launch.copy_files import RUN_ID_NAME
 from llm_launch.sentences import sentence
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import UserError
@@ -24,6 +25,9 @@ from llm_parallel.jsonlines import JsonLines
 from llm_parallel.lines import note
 
 QUIET = {"join", "status"}
+MEMORY_NAME = "elastic_memory.json"
+NEEDED = (RUN_ID_NAME, "config.yaml", MEMORY_NAME)
+"""Files of the run folder that recoveries and the next start read."""
 
 
 def as_prometheus(status: dict[str, Any]) -> str:
@@ -55,6 +59,9 @@ class Journal:
     def __init__(self, run_dir: Path, elastic: ElasticConfig, secret: str) -> None:
         self._run_dir, self._elastic, self._secret = run_dir, elastic, secret
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        self._needed = {name: data for name in NEEDED if (data := _content(run_dir / name)) is not None}
+        """What the next start cannot do without, by file name."""
+        self._failing = False
         self._events = JsonLines(run_dir / "events.jsonl")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._newest: dict[str, Any] | None = None
@@ -72,7 +79,13 @@ class Journal:
             try:
                 work()
             except (OSError, UserError) as error:
-                self.say(f"events or state cannot be written: {error}")
+                if not self._failing:
+                    self.say(f"events or state cannot be written: {error}; it is tried again every second")
+                self._failing = True
+            else:
+                if self._failing:
+                    self.say("events and state are written again")
+                self._failing = False
 
         self._writer.submit(done)
 
@@ -105,9 +118,10 @@ class Journal:
         self._hooks.append(hook)
 
     def say(self, text: str) -> None:
-        """One line on the terminal."""
-        if sys.stderr.isatty():
-            sys.stderr.write("\r\x1b[K")  # a worker's progress bar may stand there; it is drawn anew below
+        """One line on the terminal, if there still is one."""
+        with contextlib.suppress(OSError, ValueError):
+            if sys.stderr.isatty():
+                sys.stderr.write("\r\x1b[K")  # a worker's progress bar may stand there; it is drawn anew below
         note(f"elastic | {text}")
 
     def fail(self, verdict: Verdict) -> None:
@@ -157,17 +171,36 @@ class Journal:
         with self._lock:
             status, self._newest = self._newest, None
         assert status is not None
+        self._restore_folder()
         _replace(self._run_dir / "elastic.json", json.dumps(status))
         _replace(self._run_dir / "elastic.prom", as_prometheus(status))
 
+    def _restore_folder(self) -> None:
+        """Puts back what the next start needs if somebody has deleted the run folder: without the run's number nobody
+        would find the memory copies, and without its run file no generation could be formed."""
+        missing = [name for name in self._needed if not (self._run_dir / name).exists()]
+        for name in missing:
+            with atomic_write(self._run_dir / name, "wb") as handle:
+                handle.write(self._needed[name])
+        if missing:
+            (self._run_dir / "logs").mkdir(exist_ok=True)
+            cause = f"{', '.join(missing)} in {self._run_dir} had been deleted and were written anew; checkpoints, logs"
+            self.event("folder_restored", cause=f"{cause} and numbers that were deleted too are gone")
+
     def remember(self, ledger: dict[str, Any]) -> None:
         """Keeps strikes and removals for the next start."""
-        self._later(partial(_replace, self._run_dir / "elastic_memory.json", json.dumps(ledger)))
+        text = json.dumps(ledger)
+
+        def write() -> None:
+            self._needed[MEMORY_NAME] = text.encode()
+            _replace(self._run_dir / MEMORY_NAME, text)
+
+        self._later(write)
 
     def remembered(self) -> dict[str, Any]:
         """What an earlier start kept; empty if there was none."""
         try:
-            return json.loads((self._run_dir / "elastic_memory.json").read_text())
+            return json.loads((self._run_dir / MEMORY_NAME).read_text())
         except (OSError, ValueError):
             return {}
 
@@ -182,6 +215,13 @@ class Journal:
         """Writes what is left and closes the files."""
         self._writer.shutdown(wait=True)
         self._events.close()
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _replace(path: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from llm_launch.worker import EXIT_CRASH, error_path
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from llm_parallel.lines import note
+from llm_parallel.lines import note, reader_is_gone
 
 POLL_S = 0.05
 SETTLE_S = 1.0
@@ -261,7 +261,7 @@ def _die_with_parent(parent: int) -> Any:
 def _wait(workers: list[_Worker], signals: _Signals, grace_s: float) -> list[_Worker]:
     """Waits for the end of all; returns the workers that failed, in the order in which that was seen."""
     failed: list[_Worker] = []
-    passed_on = 0
+    passed_on, unheard = 0, False
     terminate_at = kill_at = math.inf
     while running := [worker for worker in workers if not worker.ended]:
         if time.monotonic() >= kill_at:
@@ -280,6 +280,9 @@ def _wait(workers: list[_Worker], signals: _Signals, grace_s: float) -> list[_Wo
         if ended_badly and kill_at == math.inf:  # the others may wait for it in a collective for ever
             terminate_at = time.monotonic() + SETTLE_S
             kill_at = terminate_at + grace_s
+        if not unheard and reader_is_gone(1):  # nobody reads the output any more: save and end
+            unheard = True
+            signals.received.append(signal.SIGPIPE)
         if len(signals.received) > passed_on:
             passed_on = len(signals.received)
             if signals.received.count(signal.SIGINT) > 1:

@@ -24,6 +24,8 @@ class Worker:
     outcome: Outcome | None = None
     training: bool = False
     killed: bool = False
+    copies: bool = True
+    """Whether it makes memory copies."""
     step: int = 0
     age_s: float = 0.0
     probe_s: float = 0.0
@@ -33,7 +35,7 @@ class Worker:
     def begin(self, generation: int) -> None:
         """It has an assignment."""
         assert not self.killed, "a worker whose end is on its way gets no assignment"
-        self.generation, self.outcome, self.training = generation, None, False
+        self.generation, self.outcome, self.training, self.copies = generation, None, False, True
         self.step, self.age_s, self.probe_s, self.own_s = 0, 0.0, 0.0, 0.0
 
 

@@ -86,6 +86,7 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     ),
     "save": lambda r: f"checkpoint of step {r['step']}",
     "save_failed": lambda r: f"the checkpoint of step {r['step']} could not be saved: {r['cause']}",
+    "save_incomplete": lambda r: f"the checkpoint of step {r['step']}: {r['cause']}",
     "skip": lambda r: (
         f"step {r['step']} was not applied: {r['reason']}; samples {r['first_sample']} to {r['last_sample']}"
     ),
@@ -99,9 +100,16 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
         f"round {r['number']} answered and judged: mean score {r['reward']:.3g}, "
         f"{r['completions/clipped_ratio']:.1%} of the answers not ended"
     ),
+    "degraded": lambda r: f"{r['cause']}; the run goes on without it",
+    "restored": lambda r: f"{r['target']} can be written again",
+    "folder_restored": lambda r: f"{r['cause']}",
+    "copies_failed": lambda r: f"no memory copies of the training state from step {r['step']} on: {r['cause']}",
+    "copies_again": lambda r: f"memory copies of the training state are made again from step {r['step']} on",
+    "unheard": lambda r: f"{r['cause']}",
     "copies_ignored": lambda r: f"{r['cause']}",
     "crowded": lambda r: f"{r['cause']}",
     "lost": lambda r: f"node {r['node']} is lost: {r['cause']}",
+    "not_started": lambda r: f"the agent of {r['node']} could not be started, and is tried again: {r['cause']}",
     "join": lambda r: f"node {r['node']} is there",
     "health": lambda r: f"{r['node']}, device {r['device']}: {r['cause']}",
     "stall": lambda r: f"step {r['step']} has taken {r['seconds']:.1f} s: {r['cause']}",

@@ -48,10 +48,17 @@ class AgentStarter(Protocol):
         """Waits for agents that were told to end, and ends those that do not."""
 
 
+def copies_name(config: RunConfig) -> str:
+    """Name of the folder of a run's memory copies. It is read once for a start: the file that it comes from may be
+    deleted while the run goes on."""
+    return run_folder(Path(config.elastic.replica_dir), Path(config.run_dir)).name
+
+
 def agent_command(
-    config: RunConfig, run_file: Path, controller: str, node: str, host: str, devices: Sequence[int]
+    config: RunConfig, run_file: Path, controller: str, node: str, host: str, devices: Sequence[int], copies: str
 ) -> list[str]:
-    """Command line of one agent; with ``auto`` for node and host it finds them out itself."""
+    """Command line of one agent; with ``auto`` for node and host it finds them out itself. ``copies``: name of the
+    folder of memory copies."""
     elastic = config.elastic
     arguments = {
         "controller": controller,
@@ -61,7 +68,7 @@ def agent_command(
         "run-dir": config.run_dir,
         "run-file": str(run_file),
         "replica-dir": elastic.replica_dir,
-        "copies": run_folder(Path(elastic.replica_dir), Path(config.run_dir)).name,
+        "copies": copies,
         "heartbeat-s": str(elastic.heartbeat_s),
         "lost-after-s": str(elastic.lost_after_s),
     }
@@ -83,6 +90,9 @@ class LocalStarter:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     ended: bool = False
 
+    def __post_init__(self) -> None:
+        self.copies = copies_name(self.config)
+
     @property
     def expected(self) -> dict[str, int]:
         """Devices of each node."""
@@ -103,7 +113,7 @@ class LocalStarter:
             old.kill()
             old.wait()
         command = agent_command(
-            self.config, self.run_file, f"{self.host}:{self.port}", node, self.host, self.devices[node]
+            self.config, self.run_file, f"{self.host}:{self.port}", node, self.host, self.devices[node], self.copies
         )
         self.processes[node] = subprocess.Popen(
             [*command, "--die-with-parent"],
@@ -145,6 +155,9 @@ class SlurmStarter:
     _ended: threading.Event = field(default_factory=threading.Event)
     _waiting: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.copies = copies_name(self.config)
+
     @property
     def expected(self) -> dict[str, int]:
         """Devices of each node."""
@@ -156,7 +169,8 @@ class SlurmStarter:
         self._start(self.names)
 
     def _start(self, names: Sequence[str]) -> subprocess.Popen[bytes]:
-        argv = agent_command(self.config, self.run_file, f"{self.host}:{self.port}", "auto", "auto", self.devices)
+        controller = f"{self.host}:{self.port}"
+        argv = agent_command(self.config, self.run_file, controller, "auto", "auto", self.devices, self.copies)
         job = SlurmJob(
             self.job.job_id,
             self.job.restart_count,

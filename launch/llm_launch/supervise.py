@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -22,7 +23,7 @@ from llm_launch.states import EXIT_TOO_FEW
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, UserError
-from llm_parallel.lines import note
+from llm_parallel.lines import note, reader_is_gone
 
 SECRET = "LLM_PARALLEL_SECRET"
 ASKED = "LLM_PARALLEL_ASKED"
@@ -30,6 +31,8 @@ ASKED = "LLM_PARALLEL_ASKED"
 REQUEUE_S = 300.0
 """How long a slurmctld that does not answer is asked to requeue the job."""
 AGAIN_S = 2.0
+READER_S = 0.5
+STANDARD_OUTPUT = 1
 
 
 class StopRequests:
@@ -123,12 +126,23 @@ async def _control(controller: Controller, starter: AgentStarter, requests: Stop
     if requests.received:
         controller.stop()
     port = await controller.listen(starter.host)
+    watching = loop.create_task(_stop_when_unheard(controller, partial(stop, signal.SIGPIPE)))
     try:
         if not requests.received:
             starter.begin(port)
         return await controller.run()
     finally:
+        watching.cancel()
         await asyncio.to_thread(starter.end)
+
+
+async def _stop_when_unheard(controller: Controller, stop: Callable[[], None]) -> None:
+    """Ends the run when the reader of its output has ended (``launch … | head``, a broken connection of ssh), as any
+    other command ends then; but a run saves first."""
+    while not reader_is_gone(STANDARD_OUTPUT):
+        await asyncio.sleep(READER_S)
+    controller.journal.event("unheard", cause="nobody reads the output any more; the run saves and ends")
+    stop()
 
 
 def starter_here(

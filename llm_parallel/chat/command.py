@@ -40,12 +40,14 @@ def chat_command(request: ChatRequest) -> int:
 
 def _open(request: ChatRequest, model: str, name: str | None = None) -> Backend:
     if is_address(model):
+        if request.weights is not None and model == request.model:
+            raise UserError(f"--weights is given, and {model} is a server, which holds its own; leave it out")
         return RemoteModel(model, name, request.environment)
     if name is not None:
         raise UserError(f"--name is given, and {model} is no address of a server; leave it out")
     from llm_parallel.chat.local import LocalModel
 
-    return LocalModel(model, request.device)
+    return LocalModel(model, request.held())
 
 
 def _opener(request: ChatRequest) -> Callable[[str, Backend], Backend]:

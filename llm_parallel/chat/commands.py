@@ -86,12 +86,17 @@ def with_params(settings: Settings, text: str) -> Settings:
 
 
 def params_text(settings: Settings, defaults: dict[str, object]) -> str:
-    """Settings as ``/params`` takes them; in brackets what holds where none is set."""
+    """Settings as ``/params`` takes them, and what holds where none is set."""
     shown = []
     for one in fields(Settings):
-        value = getattr(settings, one.name)
-        shown.append(f"{one.name}={value}" if value is not None else f"{one.name}= ({defaults[one.name]})")
-    return "  ".join(shown)
+        value, default = getattr(settings, one.name), defaults[one.name]
+        if value is not None:
+            shown.append(f"{one.name}={value}")
+        elif isinstance(default, str):
+            shown.append(f"{one.name}: {default}")
+        else:
+            shown.append(f"{one.name}={default} (default)")
+    return "\n".join(shown)
 
 
 def help_text() -> str:

@@ -13,6 +13,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.draw import Choice
 from llm_parallel.generate.engine import Generator, GeneratorOptions
+from llm_parallel.generate.held import Held
 from llm_parallel.generate.requests import Reason, Request
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.parallel.groups import close_groups
@@ -25,8 +26,8 @@ DEFAULTS = Settings(temperature=0.7, top_p=0.95, max_new_tokens=1024, seed=0)
 class LocalModel:
     """See ``Backend``. Raises UserError if there is no model with a tokenizer and a template that works."""
 
-    def __init__(self, folder: str, device: str) -> None:
-        self._name, self._device = folder, device
+    def __init__(self, folder: str, held: Held) -> None:
+        self._name, self._held = folder, held
         self.remark: str | None = None
         self.defaults: dict[str, object] = vars(DEFAULTS)
         self._numbers = count()
@@ -35,8 +36,7 @@ class LocalModel:
 
     def reopen(self) -> None:
         """Loads the model."""
-        folder, device = self._name, self._device
-        opened = open_model(ServeRequest(folder, device=device))
+        opened = open_model(ServeRequest(self._name, device=self._held.device, weights=self._held.weights))
         try:
             self._tokenizer, self._encoder = opened.tokenizer, opened.encoder()
         except BaseException:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_parallel.errors import UserError
+from llm_parallel.generate.held import Held
 from llm_parallel.options import argument, not_an_option, option
 
 
@@ -55,6 +56,9 @@ class ChatRequest:
     """Show answers as they were written, without formatting."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    weights: str | None = None
+    """How weights of a model in this process are held: saved (as in the folder, the default), fp32, bf16, or on a CPU
+    int8 or int4."""
     environment: Mapping[str, str] = not_an_option(default_factory=dict)
     """Environment variables, for API keys and the folder of the history."""
     settings: Settings = field(init=False, compare=False, metadata=not_an_option(default=None).metadata)
@@ -63,3 +67,8 @@ class ChatRequest:
     def __post_init__(self) -> None:
         drawn = Settings(self.temperature, self.top_p, self.max_new_tokens, self.seed)
         object.__setattr__(self, "settings", drawn)
+        self.held()
+
+    def held(self) -> Held:
+        """How a model in this process is held. Raises UserError."""
+        return Held(self.device, self.weights or "saved")

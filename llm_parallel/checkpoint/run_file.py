@@ -31,14 +31,31 @@ WEIGHT_FILES = (
 )
 
 
-def write_config(folder: Path, config: RunConfig) -> None:
-    """Writes configuration and tokenizer, so that the checkpoint alone suffices to generate and convert."""
-    if config.data.tokenizer is not None and Path(config.data.tokenizer).exists():
-        copy_tokenizer(Path(config.data.tokenizer), folder / TOKENIZER_NAME)
-        if config.reads_chat and config.chat.prepared is not None:
-            _write_chat(folder / TOKENIZER_NAME, Path(config.chat.prepared))
+def write_config(folder: Path, config: RunConfig) -> str | None:
+    """Writes configuration and tokenizer, so that the checkpoint alone suffices to generate and convert. Returns a
+    sentence about what the configuration names and is no longer there, or None if nothing is missing."""
+    missing = None
+    if config.data.tokenizer is not None:
+        missing = _write_tokenizer(folder / TOKENIZER_NAME, Path(config.data.tokenizer), config)
     with atomic_write(folder / CONFIG_NAME) as handle:
         handle.write(dump_config(config) + END)
+    return missing
+
+
+def _write_tokenizer(target: Path, source: Path, config: RunConfig) -> str | None:
+    """Copies the tokenizer, with the chat template of a run that reads conversations; see write_config."""
+    if not source.exists():
+        return (
+            f"it holds no tokenizer, since data.tokenizer = {source} is gone; put it back before the next checkpoint, "
+            f"or copy the tokenizer's files into the folder {TOKENIZER_NAME!r} of this one"
+        )
+    copy_tokenizer(source, target)
+    if config.reads_chat and config.chat.prepared is not None:
+        prepared = Path(config.chat.prepared)
+        if not (prepared / "report.json").is_file():
+            return f"it holds no chat template, since {prepared} is gone, where chat.prepared was"
+        _write_chat(target, prepared)
+    return None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

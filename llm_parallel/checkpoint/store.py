@@ -60,6 +60,10 @@ class CheckpointStore:
     def __init__(self, folder: Path, settings: CheckpointConfig, config: RunConfig, groups: Groups) -> None:
         self.folder, self.settings, self.config, self.groups = folder, settings, config, groups
         self._saving: _Save | None = None
+        self.saved_step = 0
+        """Step of the newest checkpoint that this store has completed."""
+        self.missing: str | None = None
+        """What the newest save lacks, on rank 0: a sentence of ``write_config``."""
 
     def latest(self) -> tuple[Path | None, list[str]]:
         """The newest complete checkpoint whose files are as they were written, or None if there never was one, and a
@@ -148,7 +152,7 @@ class CheckpointStore:
                 return
             self._collect(save)
             self._commit(save.folder, save.final)
-        self._saving = None
+        self._saving, self.saved_step = None, step_of(save.final) or 0
 
     def _collect(self, save: _Save) -> None:
         """Waits for all writers and writes the index, on rank 0."""
@@ -176,7 +180,7 @@ class CheckpointStore:
                 if free >= needed:
                     saving.mkdir()
                     state.write(saving)
-                    write_config(saving, self.config)
+                    self.missing = write_config(saving, self.config)
             except OSError as error:
                 shutil.rmtree(saving, ignore_errors=True)
                 problem = float(error.errno or errno.EIO)

@@ -340,6 +340,9 @@ class LogConfig(Node):
     """Write event files for TensorBoard."""
     wandb_project: str | None = None
     """Weights & Biases project to report to; none: not used."""
+    prometheus_host: str = "127.0.0.1"
+    """Address of rank 0's machine at which ``prometheus_port`` answers; the default answers to that machine alone,
+    0.0.0.0 to everyone who reaches it."""
     prometheus_port: int | None = Field(None, ge=1, le=65535)
     """Port on which rank 0 serves metrics for Prometheus; none: not served."""
     peak_tflops: PositiveFloat | None = None

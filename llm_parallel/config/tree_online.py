@@ -32,6 +32,8 @@ class JudgeConfig(Node):
     """``function``: the name of the function in ``file``; it is called with prompt (a list of messages), answer (a
     text), record (the fields of the record) and complete (whether the answer was ended by the model), and returns a
     number."""
+    timeout_s: PositiveFloat = 60.0
+    """``function``: seconds that a call may take; a longer one ends the run with a sentence."""
 
 
 class RolloutConfig(Node):

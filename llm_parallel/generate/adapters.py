@@ -23,18 +23,21 @@ from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
 from llm_parallel.generate.scheduler import Part
 from llm_parallel.model.adapters import add_adapters, linears_of
+from llm_parallel.model.deterministic import cut, parted_product, product, sum_over_ranks
 from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
 from llm_parallel.parallel.engine import Network
 
 Rows = tuple[tuple[str, Tensor | None], ...]
 """Adapters of a pass and their rows, None for all of them."""
 Function = Callable[[Tensor], Tensor]
+Added = Callable[[Tensor, Tensor], Tensor]
+"""A linear's output and input → the output with what adapters add to it."""
 
 
 @dataclass(frozen=True)
 class _Factors:
     a: Tensor
-    wide_b_t: Tensor
+    wide_b: Tensor
     scale: float
 
 
@@ -64,35 +67,51 @@ class AdapterBank:
             if name is not None
         )
 
-    def beside(self, function: Function, module: Any, group: Any = None) -> Function:
-        """A linear with what the selected adapters add to it. ``group``: ranks that divide the linear's input, whose
-        parts of A x are summed."""
+    def added(self, module: Any, group: Any = None) -> Added | None:
+        """What the selected adapters add to a linear's output; None where there is none. ``group``: ranks that divide
+        the linear's input, whose parts of A x are summed."""
         own = {name: held[id(module)] for name, held in self._factors.items() if id(module) in held}
         if not own:
-            return function
-        several = group is not None and group.size() > 1
+            return None
+        make = _deterministic_delta if module.config.kernels.deterministic else _delta
+        deltas = {name: make(factors, module, group) for name, factors in own.items()}
 
-        def forward(x: Tensor) -> Tensor:
-            y = function(x)
+        def add(y: Tensor, x: Tensor) -> Tensor:
             for name, rows in self.rows:
-                factors = own.get(name)
-                if factors is None:
-                    continue
-                low = F.linear(x if rows is None else x.index_select(0, rows), factors.a)
-                if several:
-                    dist.all_reduce(low, group=group)
-                if rows is None:
-                    y.addmm_(low, factors.wide_b_t, alpha=factors.scale)
-                else:
-                    y.index_add_(0, rows, low @ factors.wide_b_t, alpha=factors.scale)
+                if name in deltas:
+                    delta = deltas[name](x if rows is None else x.index_select(0, rows))
+                    y = y.add_(delta) if rows is None else y.index_add_(0, rows, delta)
             return y
 
-        return forward
+        return add
 
 
-def beside(bank: AdapterBank | None, function: Function, module: Any, group: Any = None) -> Function:
-    """As ``AdapterBank.beside``; the linear itself where there is no bank."""
-    return function if bank is None else bank.beside(function, module, group)
+def _delta(factors: _Factors, module: Any, group: Any) -> Function:
+    several = group is not None and group.size() > 1
+    b_t = (factors.scale * factors.wide_b).t().contiguous()
+
+    def delta(x: Tensor) -> Tensor:
+        low = F.linear(x, factors.a)
+        if several:
+            dist.all_reduce(low, group=group)
+        return low @ b_t
+
+    return delta
+
+
+def _deterministic_delta(factors: _Factors, module: Any, group: Any) -> Function:
+    """As in training (``model/adapters.py``), by products whose rows do not depend on their number, and sums over ranks
+    in one order."""
+    parts = [factors.a] if group is None else cut(factors.a, module.config.row_parts)
+
+    def delta(x: Tensor) -> Tensor:
+        if group is None:
+            low = product(x, factors.a)
+        else:
+            low = sum_over_ranks(parted_product(x, parts), group, False).to(x.dtype)
+        return factors.scale * product(low, factors.wide_b)
+
+    return delta
 
 
 def settings_of(path: str | Path) -> AdapterConfig:
@@ -118,7 +137,7 @@ def load_bank(adapters: Mapping[str, str], network: Network, seed: int) -> Adapt
             add_adapters(chunk, settings, network.groups, seed)
         load_adapters(path, replace(network, base=replace(network.base, adapter=settings)))
         found[name] = {
-            id(module): _Factors(module.adapter.a, _wide_b(module.adapter).t().contiguous(), module.adapter.scale)
+            id(module): _Factors(module.adapter.a, _wide_b(module.adapter).contiguous(), module.adapter.scale)
             for chunk in network.models
             for _, _, module in linears_of(chunk)
             if module.adapter is not None

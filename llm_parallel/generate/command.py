@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.decode import Structured, generate
 from llm_parallel.generate.files import FileJob, PromptReader, answer_file
+from llm_parallel.generate.held import AS_SAVED, Held
 from llm_parallel.generate.load import Loaded, load_model
 from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.requests import Reason
@@ -75,15 +75,6 @@ def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
         print(prompt + text)
 
 
-@dataclass(frozen=True)
-class Held:
-    """How the model is held: its device, its ``weights`` (as for ``load_model``), and whether it is deterministic."""
-
-    device: str = "auto"
-    weights: str = "saved"
-    deterministic: bool = False
-
-
 def _open(checkpoint: str, held: Held) -> tuple[Loaded, Tokenizer, list[Path]]:
     """The model, its tokenizer, and the folders whose files say how texts begin and end."""
     loaded = load_model(checkpoint, held.device, weights=held.weights, deterministic=held.deterministic)
@@ -100,11 +91,6 @@ def sampling_of(request: GenerateRequest) -> Sampling:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "min_p", "top_log_probs")
     penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
     return Sampling(**{name: getattr(request, name) for name in (*names, *penalties)})
-
-
-def held_by(request: GenerateRequest) -> Held:
-    """How a request wants the model held."""
-    return Held(request.device, request.weights, request.deterministic)
 
 
 def structure_of(request: GenerateRequest) -> Structure | None:
@@ -139,7 +125,7 @@ def generate_file_command(request: GenerateRequest) -> int:
     assert request.input is not None and request.output is not None
     settings = (sampling_of(request), tuple(request.stop), request.samples, request.max_running)
     job = FileJob(request.input, request.output, *settings, structure_of(request))
-    loaded, tokenizer, folders = _open(request.checkpoint, held_by(request))
+    loaded, tokenizer, folders = _open(request.checkpoint, request.held())
     try:
         reader = PromptReader(loaded, prompt_prefix(tokenizer, folders), frozenset(end_tokens(tokenizer, folders)))
         # Answers of weights in few bits are not those of the saved ones, and a file has one kind.
@@ -154,7 +140,7 @@ def generate_command(
     prompts: Sequence[str],
     sampling: Sampling,
     *,
-    held: Held = Held(),
+    held: Held = AS_SAVED,
     stop: Sequence[str] = (),
     chat: bool = False,
     structure: Structure | None = None,

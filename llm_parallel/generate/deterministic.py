@@ -19,6 +19,7 @@ from llm_parallel.model.deterministic_attention import Scores, attend_in_chunks,
 from llm_parallel.model.deterministic_attention import attend as attend_blocks
 
 Function = Callable[[Tensor], Tensor]
+Added = Callable[[Tensor, Tensor], Tensor]
 PRICE = "generation takes 1.3 to 2 times the processor time, a training step up to 1.3 times"
 """As benchmarks/deterministic.py measured it, see benchmarks/results/generation_same_numbers_2026-11-30.md."""
 
@@ -46,8 +47,8 @@ def linear(weight: Tensor) -> Function:
     return lambda x: product(x, held)
 
 
-def column(module: Any) -> Function:
-    """A linear whose rows ranks divide, with its adapter."""
+def column(module: Any, added: Added | None) -> Function:
+    """A linear whose rows ranks divide, with its adapter, or what is ``added`` for those that requests name."""
     multiply, bias, adapter = linear(module.weight), module.bias, module.adapter
     wide_b = None if adapter is None else adapter.wide_b().contiguous()
 
@@ -57,13 +58,14 @@ def column(module: Any) -> Function:
             y = y + bias
         if wide_b is not None and adapter.on:
             y = y + adapter.scale * product(product(x, adapter.a), wide_b)
-        return y
+        return y if added is None else added(y, x)
 
     return forward
 
 
-def row(module: Any, group: Any) -> Function:
-    """A linear whose columns ranks divide, with its adapter. It holds a copy of the weight where its sum is cut."""
+def row(module: Any, group: Any, added: Added | None) -> Function:
+    """A linear whose columns ranks divide, with its adapter, or what is ``added`` for those that requests name. It
+    holds a copy of the weight where its sum is cut."""
     bias, adapter, count = module.bias, module.adapter, module.config.row_parts
     stored = getattr(module.weight, "stored", None)
     held = [] if stored is not None else cut(module.weight, count)
@@ -75,6 +77,8 @@ def row(module: Any, group: Any) -> Function:
         if adapter is not None and adapter.on:
             low = sum_over_ranks(parted_product(x, held_a), group, False).to(x.dtype)
             y = y + adapter.scale * product(low, adapter.b)
+        if added is not None:
+            y = added(y, x)
         return y if bias is None else y + bias
 
     return forward

@@ -21,7 +21,7 @@ from torch import Tensor
 from llm_kernels.rms_norm.op import rms_norm
 from llm_kernels.swiglu.op import swiglu
 from llm_parallel.generate import deterministic
-from llm_parallel.generate.adapters import AdapterBank, beside
+from llm_parallel.generate.adapters import AdapterBank
 from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass, attend
 from llm_parallel.generate.paging import Paging
 from llm_parallel.model.deterministic import gated
@@ -84,10 +84,11 @@ def heads_norm(module: Any) -> Function | None:
     return over_heads
 
 
-def column(module: Any) -> Function:
+def column(module: Any, bank: AdapterBank | None = None) -> Function:
     """A linear whose rows ranks divide: x [T, H] → this rank's columns of the output."""
+    added = None if bank is None else bank.added(module)
     if module.config.kernels.deterministic:
-        return deterministic.column(module)
+        return deterministic.column(module, added)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     wide_b = None if adapter is None else adapter.wide_b()
 
@@ -97,15 +98,16 @@ def column(module: Any) -> Function:
             y += bias
         if wide_b is not None and adapter.on:
             y.addmm_(F.linear(x, adapter.a), wide_b.t(), alpha=adapter.scale)
-        return y
+        return y if added is None else added(y, x)
 
     return forward
 
 
-def row(module: Any, group: Any) -> Function:
+def row(module: Any, group: Any, bank: AdapterBank | None = None) -> Function:
     """A linear whose columns ranks divide: this rank's columns of the input → the whole output [T, H]."""
+    added = None if bank is None else bank.added(module, group)
     if module.config.kernels.deterministic:
-        return deterministic.row(module, group)
+        return deterministic.row(module, group, added)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     several = group.size() > 1
 
@@ -118,7 +120,7 @@ def row(module: Any, group: Any) -> Function:
             dist.all_reduce(y, group=group)
         if bias is not None:
             y += bias
-        return y
+        return y if added is None else added(y, x)
 
     return forward
 
@@ -143,8 +145,8 @@ class AttentionLayer:
         # With more ranks than groups, each group's heads are divided over several ranks, all of which hold its keys.
         self.sharing = max(self.tp // config.num_query_groups, 1)
         self.groups = max(config.num_query_groups // self.tp, 1)
-        self.project = beside(bank, column(module.linear_qkv), module.linear_qkv)
-        self.output = beside(bank, row(module.linear_proj, self.group), module.linear_proj, self.group)
+        self.project = column(module.linear_qkv, bank)
+        self.output = row(module.linear_proj, self.group, bank)
         self.norm_q, self.norm_k = heads_norm(module.q_layernorm), heads_norm(module.k_layernorm)
         self.rotates = core.rotates
         self.attend = deterministic.attend if config.kernels.deterministic else attend
@@ -195,7 +197,7 @@ class Layer:
         self.attention = AttentionLayer(module.self_attention, cache, bank)
         group = module.self_attention.pg_collection.tp
         up, down = module.mlp.linear_fc1, module.mlp.linear_fc2
-        self.up, self.down = beside(bank, column(up), up), beside(bank, row(down, group), down, group)
+        self.up, self.down = column(up, bank), row(down, group, bank)
         self.norms_outputs = isinstance(module, OutputNormLayer)
         if self.norms_outputs:
             norms = module.attention_output_layernorm, module.mlp_output_layernorm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,8 @@ from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.adapters import AdapterBank, load_bank, settings_of
 from llm_parallel.generate.deterministic import deterministic_notice
-from llm_parallel.generate.weights import (
-    WEIGHTS,
-    check_packable,
-    difference,
-    pack_network,
-    sample_tokens,
-    text_logits,
-)
+from llm_parallel.generate.held import FEW_BITS, Held
+from llm_parallel.generate.weights import check_packable, difference, pack_network, sample_tokens, text_logits
 from llm_parallel.lines import note
 from llm_parallel.model.flops import parameter_count
 from llm_parallel.model.gpt import LlamaModel, build_policy
@@ -40,7 +34,6 @@ from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.platform import open_platform, resolve_device
 
-BITS: dict[str, Literal[4, 8]] = {"int8": 8, "int4": 4}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -118,13 +111,8 @@ def load_model(
     file; raises UserError where it cannot be had, and says what it costs. ``adapters``: PEFT folders or checkpoints of
     adapters on the model, by the names under which requests choose them. ``values``: whether the model may be one that
     gives texts a value and writes none; ``weights`` is for those that write."""
-    if weights not in WEIGHTS:
-        raise UserError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}")
-    if weights in BITS and deterministic:
-        raise UserError(
-            f"weights is {weights} and deterministic is given, which needs whole matrices; take fp32 or bf16"
-        )
-    precision = "bf16" if weights in BITS else precision if weights == "saved" else weights
+    Held(device, weights, deterministic)
+    precision = "bf16" if weights in FEW_BITS else precision if weights == "saved" else weights
     config, member = describe_folder(path), member or Member()
     if config.model.value_head and not values:
         raise UserError(f"{path} holds a reward model, which values answers and writes none; give a language model")
@@ -147,7 +135,7 @@ def load_model(
     platform = open_platform(device, member.local_rank)
     if member.world_size > 1:
         check_layout(config, member.world_size)
-    if weights in BITS:
+    if weights in FEW_BITS:
         check_packable(platform.device)
     layout = Layout.from_config(config, member.world_size)
     groups = open_groups(layout, member.rank, platform, config.seed)
@@ -162,15 +150,15 @@ def _loaded(
     path: str | Path, config: RunConfig, groups: Groups, weights: str, adapters: Mapping[str, str] | None
 ) -> Loaded:
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-    compared = weights in ("bf16", *BITS) and _has_room(config, groups)
+    compared = weights in ("bf16", *FEW_BITS) and _has_room(config, groups)
     text = sample_tokens(tokenizer, config.model.vocab_size or 0)
     exact: Tensor | None = None
     if compared:
         train = config.train.model_copy(update={"precision": "fp32"})
         exact = text_logits(_filled(path, config.model_copy(update={"train": train}), groups, adapters)[0], text)
     network, bank, said = _filled(path, config, groups, adapters)
-    if weights in BITS:
-        said.append(str(pack_network(network, BITS[weights])))
+    if weights in FEW_BITS:
+        said.append(str(pack_network(network, FEW_BITS[weights])))
         if not compared:
             said.append("logits are not compared with those in fp32, for which there is too little memory")
     if compared and (found := text_logits(network, text)) is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_parallel.errors import UserError
+from llm_parallel.generate.held import Held
 from llm_parallel.options import argument, option
 
 
@@ -65,7 +66,12 @@ class GenerateRequest:
     choice: Sequence[str] = option((), name="--choice")
     """Text that is one of the possible answers; give several."""
 
+    def held(self) -> Held:
+        """How the model is to be held. Raises UserError."""
+        return Held(self.device, self.weights, self.deterministic)
+
     def __post_init__(self) -> None:
+        self.held()
         if bool(self.prompts) == (self.input is not None):
             given = "both" if self.prompts else "neither"
             raise UserError(f"{given} of --prompt and --input are given; give one of them")

@@ -137,7 +137,8 @@ class Scheduler:
         return taken
 
     def plan(self, wave: int = 0) -> list[Part]:
-        """The next pass of a wave, none of whose tokens are in flight: single tokens first, then chunks."""
+        """The next pass of a wave, none of whose tokens are in flight: single tokens first, then chunks. A chunk has
+        what more urgent sequences leave of the pass, those that wait included."""
         first = next((sequence for sequence in self._waiting if self._can_start(sequence)), None)
         if first is not None:
             self._make_way(first, {})  # before the sequences that it may interrupt are in the plan
@@ -147,6 +148,8 @@ class Scheduler:
         parts: dict[Draft, Part] = {}
         for sequence in running:
             left = len(sequence.tokens) - sequence.computed
+            if left > 1 and sequence.wave is not None:
+                budget = self._admit(wave, budget, parts, sequence.urgency)
             count = 1 if left == 1 else min(left, budget)
             if sequence.wave is None or count == 0 or not self._find_room(sequence, count, parts):
                 continue
@@ -241,16 +244,21 @@ class Scheduler:
             _mean(sequence),
         )
 
-    def _admit(self, wave: int, budget: int, parts: dict[Draft, Part]) -> None:
-        """Starts waiting sequences in order of urgency while there is room. One that does not fit keeps the others
-        waiting, or a long one would never start."""
+    def _admit(
+        self, wave: int, budget: int, parts: dict[Draft, Part], before: tuple[int, int, int] | None = None
+    ) -> int:
+        """Starts waiting sequences in order of urgency while there is room; with ``before`` only those that are more
+        urgent. One that does not fit keeps the others waiting, or a long one would never start. Returns what is left of
+        the pass."""
         for sequence in list(self._waiting):
+            if before is not None and sequence.urgency > before:
+                break
             if budget <= 0 or len(self._running[wave]) > min(map(len, self._running)):
-                return
+                break
             if not self._can_start(sequence):
                 continue
             if not self._make_way(sequence, parts):
-                return
+                break
             self._waiting.remove(sequence)
             insort(self._running[wave], sequence, key=_urgency)
             sequence.wave = wave
@@ -261,6 +269,7 @@ class Scheduler:
             budget -= count
             self._find_room(sequence, count, parts)
             parts[sequence] = self._schedule(sequence, count)
+        return budget
 
     def _can_start(self, sequence: Draft) -> bool:
         """Whether a waiting sequence knows all of its tokens, and the first answer to the same prompt, whose pages the

@@ -26,8 +26,6 @@ from llm_parallel.generate.requests import Request
 from llm_parallel.generate.scheduler import Draft, Part
 from llm_parallel.parallel.engine import Network
 
-WEIGHTS = ("saved", "fp32", "bf16", "int8", "int4")
-"""How weights may be held: as they are saved, or so."""
 GROUP = 32
 """Numbers of a row that share a scale in int4."""
 MANY_TOKENS = 24

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from llm_parallel.lines import say, wrapped
+from llm_parallel.lines import say, silence, wrapped
 from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord
 from llm_parallel.metrics.step_line import StepLines, duration, eval_line
 
@@ -64,9 +66,14 @@ class ConsoleSink:
             say(text)
 
     def close(self) -> None:
-        """Ends the progress bar, which stays visible."""
-        if self._screen:
-            self._screen.close()
+        """Ends the progress bar, which stays visible. A terminal or a pipe that is gone is silent from then on."""
+        try:
+            if self._screen:
+                self._screen.close()
+            sys.stdout.flush()
+        except OSError:
+            silence(sys.stdout)
+            raise
 
 
 class _Screen:
@@ -111,11 +118,15 @@ class _Screen:
             rest_s = self._drawn_s + REDRAW_S - time.monotonic()
             if rest_s > 0:
                 if self._later is None:
-                    self._later = threading.Timer(rest_s, self.flush)
+                    self._later = threading.Timer(rest_s, self._flush_later)
                     self._later.daemon = True
                     self._later.start()
                 return
         self.flush()
+
+    def _flush_later(self) -> None:
+        with contextlib.suppress(OSError):  # of a terminal that is gone; the next line meets the same error
+            self.flush()
 
     def flush(self) -> None:
         """Prints the lines that wait, and draws the bar below them."""

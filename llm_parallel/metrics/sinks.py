@@ -69,7 +69,11 @@ class JsonlSink(QuietSink):
     def __init__(self, path: Path, run_start: dict[str, Any]) -> None:
         self.target = str(path)
         self._lines = JsonLines(path)
-        self._lines.append({"event": "run_start", **run_start})
+        try:
+            self._lines.append({"event": "run_start", **run_start})
+        except UserError:
+            self._lines.close()
+            raise
 
     def step(self, record: StepRecord) -> None:
         """Appends the line of a step."""
@@ -165,7 +169,7 @@ class WandbSink(QuietSink):
 class PrometheusSink(QuietSink):
     """The latest values as gauges, such as ``llm_parallel_train_loss``, at ``http://host:port/metrics``."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         try:
             import prometheus_client
         except ImportError:
@@ -178,7 +182,7 @@ class PrometheusSink(QuietSink):
         self._registry = prometheus_client.CollectorRegistry()
         self._gauges: dict[str, Any] = {}
         try:
-            self._server, self._thread = prometheus_client.start_http_server(port, registry=self._registry)
+            self._server, self._thread = prometheus_client.start_http_server(port, host, registry=self._registry)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise

@@ -23,6 +23,7 @@ from llm_parallel.serve.answers import Service
 from llm_parallel.serve.driver import Driver
 from llm_parallel.serve.followers import Control, follow
 from llm_parallel.serve.guard import LOOPBACK_NAMES, Access, State, digests
+from llm_parallel.serve.listen import is_loopback, listen, written_address
 from llm_parallel.serve.models import Limits, Names, Served
 from llm_parallel.serve.open import OpenedModel, newer_checkpoint, open_model
 from llm_parallel.serve.request import ServeRequest
@@ -90,33 +91,11 @@ def read_keys(path: Path | None, environment: str) -> list[str]:
     return found
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, before the model is loaded, so that a port in use is said at once. Raises UserError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UserError(f"--host {host} is no address of this machine ({error.strerror})") from None
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        made.bind(address)
-    except OSError as error:
-        made.close()
-        raise UserError(
-            f"--host {host} --port {port} cannot be listened on ({error.strerror}); give another --port, or 0 for any"
-        ) from None
-    return made
-
-
-def _is_loopback(host: str) -> bool:
-    return host in LOOPBACK_NAMES or host.startswith("127.")
-
-
 def access_of(request: ServeRequest, keys: Sequence[str]) -> Access:
     """Who may ask. Says it if everyone on the network may."""
-    if not _is_loopback(request.host) and not keys:
+    if not is_loopback(request.host) and not keys:
         note(f"warning: --host {request.host} lets other machines in, and no key is asked for; give --api-key-file")
-    hosts = (*LOOPBACK_NAMES, request.host) if _is_loopback(request.host) else None
+    hosts = (*LOOPBACK_NAMES, request.host) if is_loopback(request.host) else None
     return Access(digests(keys), hosts, tuple(request.allow_origin))
 
 
@@ -146,8 +125,7 @@ def _serve(request: ServeRequest, opened: OpenedModel, keys: Sequence[str], list
             raise UserError(f"--reload-s is given, and {request.checkpoint} holds no checkpoints; leave it out")
         server.watch = partial(watch_run, request.checkpoint, opened.folder, request.reload_s, driver)
     listener.listen(1024)
-    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-    say(f"{name} is served at http://{shown}:{address[1]}/v1 ({context} tokens of context)")
+    say(f"{name} is served at http://{written_address(listener)}/v1 ({context} tokens of context)")
     server.run(sockets=[listener])
     driver.stop()
     driver.join(30.0)

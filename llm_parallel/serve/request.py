@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_parallel.errors import UserError
+from llm_parallel.generate.held import Held
 from llm_parallel.options import argument, option
 
 
@@ -74,8 +75,13 @@ class ServeRequest:
                 "--reload-s and --adapter are given together; adapters need the model that they were made for"
             )
         self.adapters()
+        self.held()
         if self.max_queue < 0:
             raise UserError(f"--max-queue is {self.max_queue}; it must be 0 or more")
+
+    def held(self) -> Held:
+        """How the model is to be held. Raises UserError."""
+        return Held(self.device, self.weights, self.deterministic)
 
     @property
     def num_processes(self) -> int:

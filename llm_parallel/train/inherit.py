@@ -14,6 +14,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import folder_in_whole, turn
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.model.hf_files import is_hf_folder, read_hf_config
+from llm_parallel.model.peft_files import is_peft_folder
 
 
 def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
@@ -48,13 +49,13 @@ def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
 
 
 def with_own_tokenizer(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
-    """The configuration with a copy of the tokenizer in the run folder where ``data.tokenizer`` lies in a checkpoint:
-    the run that the checkpoint belongs to may remove it (``checkpoint.keep_last``), and every checkpoint here needs the
-    tokenizer. ``notice`` is told of the copy. Raises UserError if it cannot be written."""
-    path = config.data.tokenizer
-    if path is None or not Path(path).exists() or all(step_of(one) is None for one in Path(path).resolve().parents):
+    """The configuration with a copy of the tokenizer in the run folder: every checkpoint of the run needs it, and the
+    file that ``data.tokenizer`` names may be removed or replaced meanwhile. ``notice`` is told of the copy where that
+    is sure to happen: of a tokenizer in a checkpoint, which the run that it belongs to removes
+    (``checkpoint.keep_last``). Raises UserError if the copy cannot be written."""
+    path, run_dir = config.data.tokenizer, Path(config.run_dir)
+    if path is None or not Path(path).exists() or Path(path).resolve().parent == run_dir.resolve():
         return config
-    run_dir = Path(config.run_dir)
     target = run_dir / f"tokenizer-{fingerprint_of(tokenizer_file(path).read_bytes())[:8]}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,8 @@ def with_own_tokenizer(config: RunConfig, notice: Callable[[str], None]) -> RunC
             if not target.is_dir():
                 with folder_in_whole(target) as making:
                     copy_tokenizer(Path(path), making)
-                notice(f"data.tokenizer: copied to {target}, since the checkpoint {path} may be removed by its run")
+                if any(step_of(parent) is not None for parent in Path(path).resolve().parents):
+                    notice(f"data.tokenizer: copied to {target}, since the checkpoint {path} may be removed by its run")
     except OSError as error:
         raise UserError(
             f"run_dir = {run_dir} cannot be written ({error.strerror}); give a folder that can be"
@@ -98,3 +100,32 @@ def _held(folder: str) -> tuple[ModelConfig, str | None]:
         return hf_config_to_model(read_hf_config(folder)), folder if found else None
     saved = read_config(find_checkpoint(folder))
     return saved.model, saved.data.tokenizer
+
+
+NOT_OF_WEIGHTS = ("preset", "max_seq_length_tokens", "init_std", "value_head")
+"""Fields of a model in which a reference may differ from what is held to it."""
+
+
+def check_reference(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the model that ``method.reference.load`` names is another one than the run's: of other sizes,
+    or with other texts for its tokens, whose log-probabilities would be those of other texts."""
+    folder = config.method.reference.load
+    if folder is None or is_peft_folder(folder):  # adapters without a model are refused by name where they are loaded
+        return
+    model, held = _held(folder)
+    for name, own in config.model:
+        if name not in NOT_OF_WEIGHTS and getattr(model, name) != own:
+            raise UserError(
+                f"method.reference.load = {folder} has model.{name} = {getattr(model, name)}, and the model that is "
+                f"trained has {own}; give a reference of the same sizes, such as the model that training begins with"
+            )
+    theirs = load_tokenizer(held) if held is not None and Path(held).exists() else None
+    if theirs is None or theirs.fingerprint == tokenizer.fingerprint:
+        return
+    both = min(theirs.vocab_size, tokenizer.vocab_size)
+    changed = sum(theirs.token(number) != tokenizer.token(number) for number in range(both))
+    if changed:
+        raise UserError(
+            f"method.reference.load = {folder} has another tokenizer than data.tokenizer = {config.data.tokenizer}: "
+            f"{changed:,} of its {theirs.vocab_size:,} tokens are other texts; give a reference with the same tokenizer"
+        )

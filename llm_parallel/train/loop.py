@@ -139,6 +139,14 @@ def after_step(run: Run, watch: Watch, stopping: bool) -> None:
         with watch.long(), going_on(run, watch):
             run.store.save(run.models, run.state)
             run.metrics.event("save", step=step)
+            say_what_is_missing(run)
+
+
+def say_what_is_missing(run: Run) -> None:
+    """Reports a checkpoint without the tokenizer or the chat template that the run began with."""
+    if run.store.missing is not None:
+        run.metrics.message(f"the checkpoint of step {run.state.step}: {run.store.missing}")
+        run.metrics.event("save_incomplete", step=run.state.step, cause=run.store.missing)
 
 
 @contextmanager
@@ -204,5 +212,6 @@ def finish(run: Run) -> None:
     if run.state.step >= run.config.train.steps:
         run_evaluation(run)
     run.store.save(run.models, run.state, blocking=True)
+    say_what_is_missing(run)
     run.store.wait()
     run.metrics.event("end", step=run.state.step)

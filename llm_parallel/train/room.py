@@ -89,10 +89,13 @@ def copies_bytes(config: RunConfig, nodes: int) -> int:
     return -(-whole * shares // nodes)
 
 
-def check_copies(config: RunConfig, nodes: int, together: int, own: Path) -> None:
+def check_copies(
+    config: RunConfig, nodes: int, together: int, own: Path, notice: Callable[[str], None] = lambda _: None
+) -> None:
     """Raises UserError if ``elastic.replica_dir`` of this node has no room for the copies of ``together`` of the run's
     ``nodes`` nodes (all of them, where they are agents on one machine). ``own``: the folder of this run's copies; what
-    earlier ones take there is used again."""
+    earlier ones take there is used again. ``notice`` is called if there is no room for two generations' copies, which
+    a recovery needs for some steps."""
     if not config.elastic.replicate_every_steps or config.adapter is not None:
         return
     folder = Path(config.elastic.replica_dir)
@@ -103,6 +106,12 @@ def check_copies(config: RunConfig, nodes: int, together: int, own: Path) -> Non
             f"elastic.replica_dir = {folder} has room for {shown(free)}, and the copies of the training state on this "
             f"node take {shown(needed)}; name a larger memory file system or a local disk, or set "
             "elastic.replicate_every_steps=0"
+        )
+    if free < 2 * needed:
+        notice(
+            f"elastic.replica_dir = {folder} has room for {shown(free)}, and for a few steps a recovery needs "
+            f"{shown(2 * needed)} (the copies that it starts from, and as much for new ones): after a fault this run "
+            "writes a checkpoint before it can make memory copies again"
         )
 
 

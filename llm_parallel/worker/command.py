@@ -20,8 +20,7 @@ from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.lines import note, say
-from llm_parallel.metrics.plots import plot_run
+from llm_parallel.lines import Unheard, note, say
 from llm_parallel.screen import say_next
 from llm_parallel.train.preflight import preflight
 from llm_parallel.train.room import check_room
@@ -58,10 +57,11 @@ def train_command(
         return 0
     if first:
         check_room(config, _notice)
-    with Lease(Path(config.run_dir)) if first else nullcontext():
-        status = _train(config, environment)
-    if first and status != EXIT_USER_ERROR:
-        suggest(after_run(config, status, again))
+    with Unheard():
+        with Lease(Path(config.run_dir)) if first else nullcontext():
+            status = _train(config, environment)
+        if first and status != EXIT_USER_ERROR:
+            suggest(after_run(config, status, again))
     return status
 
 
@@ -122,9 +122,19 @@ def _train(config: RunConfig, environment: WorkerEnv | None) -> int:
         arguments = ["-m", "llm_parallel.worker", str(saved)]
         status = launch_local(num_processes(config), arguments, Path(config.run_dir) / "logs")
     if first and status in (0, EXIT_STOPPED) and config.log.plots:
-        for picture in plot_run(Path(config.run_dir)):
-            say(f"plot: {picture}")
+        draw_plots(Path(config.run_dir))
     return status
+
+
+def draw_plots(run_dir: Path) -> None:
+    """Draws a run's pictures and says where they are. The run has saved: what hinders the pictures is only said."""
+    from llm_parallel.metrics.plots import plot_run
+
+    try:
+        for picture in plot_run(run_dir):
+            say(f"plot: {picture}")
+    except (OSError, UserError) as error:
+        note(f"the run's pictures could not be drawn: {error}")
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -28,10 +28,11 @@ from torch.distributed import distributed_c10d
 from llm_launch.member import Assignment, Member
 from llm_launch.progress import Marker, ProgressPage
 from llm_launch.states import Outcome
-from llm_parallel.checkpoint.copies import CopyLost, LocalSource, MemoryCopies, RemoteSource, Source, restore
+from llm_parallel.checkpoint.copies import CopyLost, LocalSource, RemoteSource, Source, restore
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.load import load_config
 from llm_parallel.errors import UserError
+from llm_parallel.lines import note
 from llm_parallel.parallel.engine import POLICY, Models, network_of
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.train.loop import run_training
@@ -40,6 +41,7 @@ from llm_parallel.train.step import StepOutcome
 from llm_parallel.train.step_settings import global_batch_size
 from llm_parallel.train.watch import Resumed, Watch
 from llm_parallel.tune.methods import method_of
+from llm_parallel.worker.copying import Copying
 from llm_parallel.worker.probe import DeviceProbe, Stopwatch, Suspect, odd_one_out, weights_checksum
 
 STORE_TIMEOUT_S = 300.0
@@ -53,7 +55,7 @@ class ElasticWatch(Watch):
 
     def __init__(self, member: Member, assignment: Assignment) -> None:
         self.member, self.assignment = member, assignment
-        self.memory: MemoryCopies | None = None
+        self.copying = Copying(member, assignment, 0)
         self._config: Any = None
         self._probe: DeviceProbe | None = None
         self._own_loss = 0.0
@@ -94,16 +96,9 @@ class ElasticWatch(Watch):
         self._stopwatch = Stopwatch(run.engine.groups.platform.device)
         run.engine.before_reduction.append(self._stopwatch.stop)
         run.engine.network.before_micro_batch.append(self._leave_if_given_up)
-        if self._config.replicate_every_steps:
-            self.memory = MemoryCopies(
-                run.models,
-                Path(self.member.copies_dir),
-                self.assignment.generation,
-                self.assignment.partner,
-                self.member.secret,
-            )
-            self.memory.start(run.state)
-            self.survives_failed_saves = True
+        self.survives_failed_saves = self._config.replicate_every_steps > 0
+        self.copying = Copying(self.member, self.assignment, self._config.replicate_every_steps)
+        self.copying.open(run)
         self.member.marker.begin(self.assignment.generation, run.state.step)
         self.member.send({"is": "training", "step": run.state.step})
 
@@ -147,8 +142,7 @@ class ElasticWatch(Watch):
     def before_agreement(self, own_loss: float) -> None:
         """Waits until the copy of the last step is complete, before any process can finish this one."""
         self._own_loss = own_loss
-        if self.memory is not None:
-            self.memory.finish()
+        self.copying.finish()
 
     def wants_to_pause(self) -> bool:
         """Whether the launcher plans another layout."""
@@ -158,7 +152,7 @@ class ElasticWatch(Watch):
         """NaN from some replicas only may be a device's fault: the step is made again elsewhere first."""
         replicas = run.groups.mesh.dp * run.groups.mesh.cp
         step = run.state.step + 1
-        if not 0 < outcome.not_finite < replicas or step in self.assignment.believe or self.memory is None:
+        if not 0 < outcome.not_finite < replicas or step in self.assignment.believe or not self.copying.works:
             return
         mine = not math.isfinite(self._own_loss)
         first = run.state.consumed_samples
@@ -172,9 +166,7 @@ class ElasticWatch(Watch):
     def after_step(self, run: Run) -> None:
         """Reports progress and starts the next copy."""
         self.member.marker.stepped(run.state.step)
-        every = self._config.replicate_every_steps
-        if self.memory is not None and (run.state.step % every == 0 or self.member.asked_to_pause):
-            self.memory.start(run.state)
+        self.copying.after_step(run, self, self.member.asked_to_pause)
 
     @contextmanager
     def long(self) -> Iterator[None]:
@@ -188,8 +180,7 @@ class ElasticWatch(Watch):
     def close(self) -> None:
         """Ends the copying; finished copies stay."""
         self.member.describe_collectives = dict
-        if self.memory is not None:
-            self.memory.close()
+        self.copying.close()
 
     def _inject(self, run: Run, *kinds: str) -> None:
         """Causes faults of a drill that only the process itself can cause."""
@@ -252,10 +243,18 @@ def _store(member: Member, assignment: Assignment) -> dist.Store:
 
 
 def _log_to(run_dir: Path, rank: int, terminal: int) -> None:
-    """Sends standard error to the log of this process's rank; only rank 0 writes to the terminal."""
-    log = os.open(run_dir / "logs" / f"rank_{rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Sends standard error to the log of this process's rank; only rank 0 writes to the terminal. Where no log can be
+    opened, as on a full disk or in a folder that was deleted, the text goes to the node's log."""
+    path = run_dir / "logs" / f"rank_{rank}.log"
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        note(f"{path} cannot be opened ({error.strerror}); rank {rank} goes on in this log")
+        log = os.dup(2)
     os.dup2(log, 2)
     os.dup2(terminal if rank == 0 else log, 1)
     os.close(log)

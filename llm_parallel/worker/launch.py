@@ -18,12 +18,12 @@ from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from llm_parallel.lines import say
+from llm_parallel.lines import Unheard, say
 from llm_parallel.parallel.platform import resolve_device
 from llm_parallel.screen import say_next
 from llm_parallel.train.preflight import preflight, preflight_job
 from llm_parallel.train.room import check_copies, check_room
-from llm_parallel.worker.command import CONFIG_NAME, after_run, is_finished, save_config
+from llm_parallel.worker.command import CONFIG_NAME, after_run, draw_plots, is_finished, save_config
 from llm_parallel.worker.show import show_mixture
 
 
@@ -37,6 +37,17 @@ def launch_command(
     """
     requests = StopRequests(environment.get(ASKED))
     requests.catch()
+    with Unheard():
+        return _launch_and_say(run_file, overrides, requests, (processes, nodes), environment)
+
+
+def _launch_and_say(
+    run_file: str,
+    overrides: Sequence[str],
+    requests: StopRequests,
+    size: tuple[int | None, int | None],
+    environment: Mapping[str, str],
+) -> int:
     config = preflight(load_config(run_file, overrides, notice=say), None, say, starts=True)
     again = " ".join(["llm-parallel launch", run_file, *map(shlex.quote, overrides)])
     if is_finished(config):
@@ -44,7 +55,7 @@ def launch_command(
         return 0
     check_room(config, say)
     with Lease(Path(config.run_dir), environment):
-        status = _launch(config, requests, processes, nodes, environment)
+        status = _launch(config, requests, size, environment)
     if status != EXIT_USER_ERROR:
         say_next(after_run(config, status, again))
     return status
@@ -53,10 +64,10 @@ def launch_command(
 def _launch(
     config: RunConfig,
     requests: StopRequests,
-    processes: int | None,
-    nodes: int | None,
+    size: tuple[int | None, int | None],
     environment: Mapping[str, str],
 ) -> int:
+    processes, nodes = size
     saved = (Path(config.run_dir) / CONFIG_NAME).resolve()
     save_config(config, saved)
     show_mixture(config)
@@ -68,13 +79,10 @@ def _launch(
         starter = starter_here(config, saved, processes or num_processes(config), nodes or 1, environment)
     working = max(1, len(starter.expected) - (config.elastic.spare_nodes if job is not None else 0))
     copies = run_folder(Path(config.elastic.replica_dir), Path(config.run_dir))
-    check_copies(config, working, 1 if job is not None else working, copies)
+    check_copies(config, working, 1 if job is not None else working, copies, say)
     status = launch_elastic(starter, device, requests, partial(newest_step, config), job)
     if status in (0, EXIT_STOPPED) and config.log.plots:
-        from llm_parallel.metrics.plots import plot_run
-
-        for picture in plot_run(Path(config.run_dir)):
-            say(f"plot: {picture}")
+        draw_plots(Path(config.run_dir))
     return status
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,55 @@ def test_a_dry_run_shows_what_will_be_compared(task: Callable[..., Path], tmp_pa
     assert "Preferences, as answers" in result.stdout and "are 2" in result.stdout
     wrong = in_process("sft", task("kto"), "--dry-run")
     assert wrong.returncode == 2 and "use `llm-parallel prefer`" in wrong.stderr
+
+
+@pytest.fixture
+def annotated(tmp_path: Path) -> Path:
+    """Judgements of one person: the right answer of two is the best."""
+    from llm_parallel.annotate.board import BoardOptions
+    from llm_parallel.annotate.items import read_items, text_of
+    from tests.support.annotating import board_of
+
+    asked = list(islice(four_digits.problems(3), 24))
+    rows = [
+        {"prompt": four_digits.question(a, b),
+         "responses": [four_digits.right_answer(a, b), four_digits.right_answer(a, b)[::-1] + "0"]}
+        for a, b in asked
+    ]  # fmt: skip
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = read_items(path)
+    board = board_of(items, tmp_path / "answers.annotations.jsonl", BoardOptions("best"))
+    right = {row["prompt"]: row["responses"][0] for row in rows}
+    while (one := board.next("ann")) is not None:
+        answers = [text_of(one.item.answers[place]) for place in board.order("ann", one)]
+        board.judge("ann", one.id, [1 if text == right[one.item.prompt[0]["content"]] else 2 for text in answers])
+    assert in_process("annotate", path, "--export").returncode == 0
+    return tmp_path
+
+
+TRAINED = {"dpo": "dpo", "reward": "dpo", "kto": "kto", "rrhf": "rrhf", "sft": "sft"}
+"""The file that a method reads."""
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_judgements_of_people_are_read_as_they_are(kind: str, task: Callable[..., Path], annotated: Path) -> None:
+    data = f"chat.train=[{annotated / f'answers.annotations.{TRAINED[kind]}.jsonl'}]"
+    command = "sft" if kind == "sft" else "prefer"
+    result = in_process(command, task(kind), data, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    count, noun = {
+        "kto": (48, "answers of 48"),
+        "rrhf": (24, "rankings of 24"),
+        "sft": (24, "conversations of 24"),
+    }.get(kind, (24, "pairs of 24"))
+    assert f"{count} {noun} records" in result.stderr, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TRAINED)
+def test_judgements_of_people_train(kind: str, task: Callable[..., Path], annotated: Path) -> None:
+    path = str(annotated / f"answers.annotations.{TRAINED[kind]}.jsonl")
+    run_file = task(kind, chat={"train": [path], "eval_fraction": 0.0}, train={"eval_interval_steps": None})
+    assert train_in_ranks(run_file, 1) == [4]
+    assert all(math.isfinite(loss) for loss in losses(annotated / "run"))

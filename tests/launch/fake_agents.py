@@ -44,7 +44,10 @@ class FakeAgent:
             self.tell({"is": "worker", "device": device, "pid": 1, "number": 0, "store_port": 1, "generation": 0})
         beat = asyncio.create_task(self._beat())
         try:
-            while (message := await self.channel.receive()) is not None and message["is"] != "end":
+            while (message := await self.channel.receive()) is not None:
+                if message["is"] == "end":
+                    self.nodes.kept.append(message["keep"])
+                    break
                 self._answer(message)
         except OSError:
             pass  # the test cut it off
@@ -102,6 +105,8 @@ class Nodes:
         self.own_s: dict[tuple[str, int], float] = {}
         self.stack = 'File "distributed_c10d.py", in all_reduce'
         self.restarts = True
+        self.kept: list[bool] = []
+        """What each agent was told at the end about its memory copies."""
         self._port = 0
         self._tasks: set[asyncio.Task[None]] = set()
 

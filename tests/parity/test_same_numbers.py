@@ -6,7 +6,7 @@ schedule: to rounding, and bit for bit under ``kernels.deterministic``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.generate.requests import Finished, Request
 from tests.parity.test_generator import SMALL, answers, mixed_requests
 from tests.support.harness import run_ranks
-from tests.support.parity_models import RANDOM, our_config, random_folder
+from tests.support.parity_models import RANDOM, load_hf, our_config, random_folder
 from tests.support.smollm import smollm_folder
 
 FOLLOWS_LENGTH = ("dynamic, longer than its context", "longrope")
@@ -234,7 +234,9 @@ ADAPTED = (
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    "parallel", [{}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({"tp": 2}, {"tp": 2, "pp": 2}))], ids=str
+    "parallel",
+    [{}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}))],
+    ids=str,
 )
 def test_adapters_have_the_numbers_of_training(parallel: dict[str, Any], tmp_path: Path) -> None:
     """Beside whole weights and weights in few bits."""
@@ -246,6 +248,71 @@ def test_adapters_have_the_numbers_of_training(parallel: dict[str, Any], tmp_pat
                 (by_rank,) = compare([folder], How(parallel, precision, deterministic, adapter), 6)
                 largest, equal, count = differences(by_rank)
                 assert (largest, equal) == (0.0, count) if deterministic else largest < 2e-5, (largest, equal, count)
+
+
+def bank_job(rank: int, world_size: int, folder: str, adapters: dict[str, str], parallel: Any) -> list[Finished]:
+    """Answers by the model and by adapters on it that requests name, in the same passes."""
+    from llm_parallel.config.tree import ParallelConfig
+    from llm_parallel.generate.engine import Generator, GeneratorOptions
+    from llm_parallel.generate.load import Member, load_model
+    from llm_parallel.parallel.groups import close_groups
+
+    close_groups(world=False)
+    member = Member(rank, rank, world_size, ParallelConfig(**parallel))
+    loaded = load_model(folder, "cpu", deterministic=True, member=member, adapters=adapters)
+    names = [None, *adapters]
+    made = [
+        replace(request, adapter=names[request.number % len(names)], stream=request.number // len(names))
+        for request in drawn(12)
+    ]
+    return answers(Generator(loaded.network, GeneratorOptions(**SMALL), bank=loaded.bank), made, 0)
+
+
+def alone_job(rank: int, world_size: int, folder: str, made: list[Request]) -> list[Finished]:
+    from llm_parallel.generate.engine import Generator
+    from llm_parallel.generate.load import load_model
+    from llm_parallel.parallel.groups import close_groups
+
+    close_groups(world=False)
+    loaded = load_model(folder, "cpu", deterministic=True)
+    return [answer for request in made for answer in Generator(loaded.network).run([request])]
+
+
+@pytest.mark.gloo
+def test_adapters_that_requests_name_have_the_same_numbers(tmp_path: Path) -> None:
+    """In any batch to the last bit those of the adapter alone, which are those of training."""
+    folder, adapters = bank_folders(tmp_path)
+    (found,) = run_ranks(bank_job, 1, folder, adapters, {})
+    for place, path in enumerate([folder, *adapters.values()]):
+        made = [replace(one, stream=one.number // 3) for one in drawn(12) if one.number % 3 == place]
+        (alone,) = run_ranks(alone_job, 1, path, made)
+        assert [one for one in found if one.number % 3 == place] == alone, path
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_adapters_that_requests_name_have_the_same_numbers_in_every_layout(tmp_path: Path) -> None:
+    folder, adapters = bank_folders(tmp_path)
+    (one,) = run_ranks(bank_job, 1, folder, adapters, {})
+    for parallel in ({"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}):
+        for found in run_ranks(bank_job, processes_of(parallel), folder, adapters, parallel):
+            assert found == one, parallel
+
+
+def bank_folders(path: Path) -> tuple[str, dict[str, str]]:
+    """A model whose projections have biases, and two adapters on it."""
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    folder = random_folder("llama with every bias", path / "base")
+    targets = {"one": ["q_proj", "o_proj", "down_proj"], "two": ["v_proj", "gate_proj", "up_proj"]}
+    for seed, (name, of) in enumerate(targets.items()):
+        torch.manual_seed(seed)
+        settings = peft.LoraConfig(r=4 + seed, target_modules=of, lora_alpha=16, task_type="CAUSAL_LM")
+        made = peft.get_peft_model(load_hf(folder, torch.float32), settings)
+        for parameter_name, parameter in made.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, 0.0, 0.3)
+        made.save_pretrained(path / name)
+    return str(folder), {name: str(path / name) for name in targets}
 
 
 SMOLLM = "SmolLM2-135M"

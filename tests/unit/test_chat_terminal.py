@@ -8,6 +8,7 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llm_parallel.chat.commands import HELP, Line, help_text, params_text, parse
 from llm_parallel.chat.conversation import Conversation, fitting, load, save
 from llm_parallel.chat.keyboard import history_path, open_history
 from llm_parallel.chat.printable import CONTROL, Pieces, printable
-from llm_parallel.chat.request import Settings
+from llm_parallel.chat.request import ChatRequest, Settings
 from llm_parallel.chat.screen import THEME, MarkdownScreen
 from llm_parallel.chat.session import Session
 from llm_parallel.errors import UserError
@@ -57,10 +58,31 @@ def test_settings_are_set_reset_and_refused() -> None:
     settings = with_params(Settings(), "temperature=0.5, max-tokens=7 seed=3")
     assert settings == Settings(temperature=0.5, max_new_tokens=7, seed=3)
     assert with_params(settings, "temperature=") == Settings(max_new_tokens=7, seed=3)
-    assert "top_p= (1)" in params_text(settings, {"top_p": 1}) and "seed=3" in params_text(settings, {"top_p": 1})
+    defaults = {"temperature": 0.7, "top_p": 1, "max_new_tokens": 9, "seed": "the server's"}
+    shown = params_text(replace(settings, seed=None), defaults).splitlines()
+    assert shown == ["temperature=0.5", "top_p=1 (default)", "max_new_tokens=7", "seed: the server's"]
     for wrong in ("temperature=hot", "seed=1.5", "top_p=2", "temperature=nan", "colour=1", "seed"):
         with pytest.raises(UserError, match=wrong.partition("=")[0]):
             with_params(settings, wrong)
+
+
+def test_how_a_model_is_held_is_checked_before_it_is_loaded() -> None:
+    from llm_parallel.chat.command import chat_command
+    from llm_parallel.generate.request import GenerateRequest
+    from llm_parallel.serve.request import ServeRequest
+
+    for weights in ("int8", "int4"):
+        assert ChatRequest("folder", weights=weights).held().weights == weights
+        for make in (GenerateRequest, ServeRequest):
+            more = {"prompts": ("a",)} if make is GenerateRequest else {}
+            with pytest.raises(UserError, match=f"weights is {weights} and deterministic is given"):
+                make("folder", weights=weights, deterministic=True, **more)
+    for make in (GenerateRequest, ServeRequest, ChatRequest):
+        more = {"prompts": ("a",)} if make is GenerateRequest else {}
+        with pytest.raises(UserError, match="weights is 'int3'; it must be one of saved, fp32, bf16, int8, int4"):
+            make("folder", weights="int3", **more)
+    with pytest.raises(UserError, match=r"--weights is given, and http://x is a server"):
+        chat_command(ChatRequest("http://x", weights="int8"))
 
 
 @given(st.text(st.sampled_from("a\r\n\x1b\x9b[31m\x07\u202e\x00\t\u2028\ud800é"), max_size=30), st.data())
@@ -197,7 +219,7 @@ def test_commands_change_the_conversation(tmp_path: Path) -> None:
     session.take("/system off")
     assert texts() == before[1:] and session.conversation.system is None
     session.take("/params temperature=0")
-    assert session.settings.temperature == 0.0 and "top_p= (its own)" in shown.said[-1]
+    assert session.settings.temperature == 0.0 and "top_p: its own" in shown.said[-1]
     assert session.take("/help") and all(f"/{name}" in shown.said[-1] for name in HELP)
     assert session.take("/model echo") and not session.take("/quit")
     assert len(max(help_text().splitlines(), key=len)) <= 80

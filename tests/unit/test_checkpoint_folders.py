@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -22,8 +23,10 @@ from llm_parallel.checkpoint.folders import (
 )
 from llm_parallel.checkpoint.run_file import read_config, write_config
 from llm_parallel.checkpoint.state import TrainState
+from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import DataConfig, ModelConfig, RunConfig
 from llm_parallel.errors import UserError
+from llm_parallel.train.loop import say_what_is_missing
 
 
 def _checkpoint(folder: Path, step: int, without: str | None = None) -> Path:
@@ -143,6 +146,26 @@ def test_the_tokenizer_travels_with_the_checkpoint(kind: str, tmp_path: Path) ->
     if kind != "mine.model":
         assert found.pop("tokenizer_config.json") == json.dumps({"eos_token": "<end>"})
     assert found == {}
+
+
+@pytest.mark.parametrize("gone", ["tokenizer", "template"])
+def test_what_a_checkpoint_cannot_hold_is_said(gone: str, tmp_path: Path) -> None:
+    source, prepared = tmp_path / "tokenizer.json", tmp_path / "prepared"
+    source.write_text("{}")
+    config = load_config(None, [f"data.tokenizer={source}", f"chat.prepared={prepared}", "method.kind=sft"])
+    if gone == "tokenizer":
+        source.unlink()
+    checkpoint = tmp_path / "iter_0000001"
+    checkpoint.mkdir()
+    missing = write_config(checkpoint, config)
+    assert missing is not None and str(source if gone == "tokenizer" else prepared) in missing
+    assert (checkpoint / "config.yaml").is_file(), "the weights are worth keeping all the same"
+    said, events = [], []
+    metrics = SimpleNamespace(message=said.append, event=lambda kind, **fields: events.append((kind, fields)))
+    run = SimpleNamespace(store=SimpleNamespace(missing=missing), metrics=metrics, state=SimpleNamespace(step=7))
+    say_what_is_missing(run)  # type: ignore[arg-type]
+    assert said == [f"the checkpoint of step 7: {missing}"]
+    assert events == [("save_incomplete", {"step": 7, "cause": missing})]
 
 
 def test_a_configuration_without_tokenizer_comes_back(tmp_path: Path) -> None:

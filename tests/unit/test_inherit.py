@@ -154,10 +154,19 @@ def test_a_tokenizer_in_a_checkpoint_is_copied_to_the_run(tmp_path: Path) -> Non
     assert with_own_tokenizer(own, said.append) == own and len(said) == 1, "the copy stays where it is"
 
 
-def test_other_tokenizers_stay_where_they_are(folder: Path) -> None:
-    config = load_config(None, [f"run_dir={folder / 'run'}", f"data.tokenizer={folder}"])
-    assert with_own_tokenizer(config, pytest.fail) == config
-    assert not (folder / "run").exists()
+def test_a_tokenizer_that_is_removed_or_replaced_later_is_the_one_that_the_run_began_with(tmp_path: Path) -> None:
+    for name in ("mine.model", "tokenizer.json"):
+        source, run = tmp_path / name, tmp_path / f"run-{name}"
+        source.write_text("as the run began")
+        config = load_config(None, [f"run_dir={run}", f"data.tokenizer={source}"])
+        own = with_own_tokenizer(config, pytest.fail)
+        source.write_text("of another corpus")
+        checkpoint = run / "iter_0000001"
+        checkpoint.mkdir()
+        assert write_config(checkpoint, own) is None
+        (written,) = (checkpoint / "tokenizer").iterdir()
+        assert written.read_text() == "as the run began"
+        assert with_own_tokenizer(own, pytest.fail) == own
 
 
 def test_conversations_of_earlier_settings_are_named_with_their_size(tmp_path: Path) -> None:

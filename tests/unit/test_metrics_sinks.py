@@ -7,13 +7,10 @@ import io
 import json
 import math
 import re
-import resource
-import signal
 import socket
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +23,6 @@ from rich.console import Console
 
 from llm_parallel.config.tree import LogConfig, RunConfig
 from llm_parallel.errors import UserError
-from llm_parallel.jsonlines import JsonLines
 from llm_parallel.metrics.console import REDRAW_S, ConsoleSink
 from llm_parallel.metrics.history import read_history
 from llm_parallel.metrics.record import Basis, EvalRecord, StepMeasurement, StepRecord, derive
@@ -129,53 +125,6 @@ class TestJsonl:
     def test_run_without_metrics_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"metrics\.jsonl"):
             read_history(tmp_path)
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """Writes past ``num_bytes`` of a file fit only in part and then fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-class TestFullDisk:
-    def test_a_line_that_fits_in_part_is_taken_back(self, tmp_path: Path) -> None:
-        path = tmp_path / "metrics.jsonl"
-        lines = JsonLines(path)
-        lines.append({"step": 1})
-        whole = path.read_bytes()
-        with largest_file(len(whole) + 20), pytest.raises(UserError, match=r"metrics\.jsonl.*make room"):
-            lines.append({"step": 2, "text": "x" * 100})
-        assert path.read_bytes() == whole
-        lines.append({"step": 3})
-        assert [line["step"] for line in lines_of(path)] == [1, 3]
-
-    @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
-    def test_full_device_names_the_file(self, tmp_path: Path, name: str) -> None:
-        (tmp_path / name).symlink_to("/dev/full")
-        with pytest.raises(UserError, match=rf"{name}: No space left on device"):
-            metrics(tmp_path)
-
-    def test_tensorboard_on_a_full_disk_names_its_folder(self, tmp_path: Path) -> None:
-        run = metrics(tmp_path, tensorboard=True)
-        with largest_file(8000):  # Event files grow faster than metrics.jsonl, so they meet the limit first.
-            with pytest.raises(UserError, match=r"tensorboard: File too large"):
-                for step in range(1, 100):
-                    run.step(record(step))
-            with pytest.raises(UserError, match=r"tensorboard: File too large"):
-                run.close()
-        assert lines_of(tmp_path / "metrics.jsonl")[-1]["train/loss"] == 2.0
-
-    def test_run_dir_that_is_a_file(self, tmp_path: Path) -> None:
-        (tmp_path / "run").write_text("")
-        with pytest.raises(UserError, match=r"run/metrics\.jsonl"):
-            metrics(tmp_path / "run")
 
 
 def test_events_have_their_time(tmp_path: Path) -> None:

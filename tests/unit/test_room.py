@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.train import room
 from llm_parallel.train.preflight import preflight_job
 from tests.support.data_helpers import numbered_documents, write_token_file
-from tests.support.disks import small_disk_at
+from tests.support.disks import grow, small_disk_at
 from tests.support.in_process import in_process
 
 MODEL = {**MODEL_PRESETS["debug"], "vocab_size": 2000}
@@ -93,7 +94,9 @@ def test_copies_in_memory_need_room(tmp_path: Path) -> None:
     assert room.num_parameters(config_of(tmp_path)) == 354_624
     with small_disk_at(tmp_path / "memory", "16m") as disk:
         config = config_of(tmp_path / "run", elastic={"replica_dir": str(disk)})
-        room.check_copies(config, 1, 1, disk / "none")
+        told: list[str] = []
+        room.check_copies(config, 1, 1, disk / "none", told.append)
+        assert "a recovery needs 20.2 MiB" in told[0], "the copies that it starts from, and as much for new ones"
         room.check_copies(config, 2, 1, disk / "none")
         with pytest.raises(UserError, match=r"elastic.replica_dir = .* has room for 16.0 MiB, and .* take 20.2 MiB"):
             room.check_copies(config, 2, 2, disk / "none")
@@ -103,6 +106,9 @@ def test_copies_in_memory_need_room(tmp_path: Path) -> None:
         room.check_copies(config, 1, 1, disk / "own")
         with pytest.raises(UserError, match=r"room for 8.0 MiB"):
             room.check_copies(config, 1, 1, disk / "none")
+        shutil.rmtree(disk / "own")
+        grow(disk, "24m")
+        room.check_copies(config, 1, 1, disk / "none", lambda text: pytest.fail(text))
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from llm_parallel.errors import UserError
-from llm_parallel.serve.command import listen, model_name, read_keys
+from llm_parallel.serve.command import model_name, read_keys
 from llm_parallel.serve.errors import ApiError
 from llm_parallel.serve.fields import Fields
 from llm_parallel.serve.guard import LOOPBACK_NAMES, Access, digests
+from llm_parallel.serve.listen import listen
 from llm_parallel.serve.models import Names
 from llm_parallel.serve.request import ServeRequest
 
