@@ -54,6 +54,11 @@ def factors(shape: Shape, adapter: AdapterConfig) -> list[int]:
     return [adapter.rank * int(count) for one in found for count in (one.kinds * one.columns, one.rows)]
 
 
+def mask_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Bytes of one layer's masks, which say what part of the first factor a row of a matrix meets."""
+    return sum(one.kinds * one.rows for one in linears(shape, strategy.tp, adapter) if one.divided_rows)
+
+
 def frozen_layer_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
     """Bytes of the matrices of one layer, with the scales of their blocks."""
     found = linears(shape, strategy.tp, adapter)
@@ -70,6 +75,24 @@ def kept_columns(strategy: Strategy, adapter: AdapterConfig) -> float:
     whole = strategy.tp if strategy.sequence_parallel else 1
     targets = set(adapter.targets)
     return adapter.rank * (len(targets & {"q", "k", "v", "gate", "up"}) + len(targets & {"o", "down"}) / whole)
+
+
+def wide_factor_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Bytes that one layer keeps for backward whatever the number of tokens: the second factors of several projections
+    as one matrix, as wide as all their ranks."""
+    size = 4 if strategy.precision == "fp32" else 2
+    found = [one for one in linears(shape, strategy.tp, adapter) if one.divided_rows]
+    return size * adapter.rank * sum(one.kinds * one.rows for one in found)
+
+
+def unread_inputs(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Columns of the inputs of matrices without adapters, which backward of a frozen matrix does not read. Attention
+    itself keeps what its projection reads; torch's operators keep that a second time."""
+    targets, whole = set(adapter.targets), strategy.tp if strategy.sequence_parallel else 1
+    found = shape.hidden / whole * (not targets & {"q", "k", "v"})
+    found += shape.hidden / whole * (not targets & {"gate", "up"})
+    found += shape.ffn / strategy.tp * ("down" not in targets)
+    return found + shape.heads * shape.channels / strategy.tp * (strategy.plain and "o" not in targets)
 
 
 def dequantized_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:

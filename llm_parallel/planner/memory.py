@@ -115,11 +115,24 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
         found += 4 * tokens * shape.heads / tp  # logarithms of the sums, fp32
     if shape.qk_norm != "none":
         found += _normed_attention(shape, strategy)
+    if strategy.plain:
+        found += _plain_operators(shape, strategy)
     if strategy.adapter is not None:
         found += size * tokens * adapters.kept_columns(strategy, strategy.adapter)
+        found += adapters.wide_factor_bytes(shape, strategy, strategy.adapter)
+        found -= size * tokens * adapters.unread_inputs(shape, strategy, strategy.adapter)
     if strategy.cp > 1 and strategy.cp_gathers:
         found += _gathered_attention(shape, strategy)
     return found
+
+
+def _plain_operators(shape: Shape, strategy: Strategy) -> float:
+    """Bytes that torch's operators keep more than our kernels: the scales of two norms; queries and keys after
+    rotation, beside the projection, which is kept for the values in it; and attention's output as the projection reads it."""
+    size = 4 if strategy.precision == "fp32" else 2
+    rotated = 0 if shape.qk_norm != "none" else shape.heads + shape.groups
+    scales = 8 / (strategy.tp if strategy.sequence_parallel else 1)
+    return strategy.tokens * (scales + size * shape.channels * (rotated + shape.heads) / strategy.tp)
 
 
 def _normed_attention(shape: Shape, strategy: Strategy) -> float:
@@ -160,6 +173,11 @@ def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
     layers = stage_layers(shape, strategy)[stage]
     chunk_layers = sum(layers) / strategy.vpp
     activations = in_flight(strategy, stage) * chunk_layers * layer_activations(shape, strategy)
+    if strategy.plain:
+        activations += 2 * 4 * shape.channels * strategy.seq / strategy.cp  # the rotation's table
+    if strategy.adapter is not None and stage == 0 and strategy.recompute == "none":
+        # The first norm's input is the embedding's output, which needs no gradient.
+        activations -= in_flight(strategy, stage) / strategy.vpp * _unread_embedding(shape, strategy)
     return Memory(
         stage=stage,
         weights=weights,
@@ -169,6 +187,13 @@ def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
         logits=_logits(shape, strategy) if stage == strategy.pp - 1 else 0.0,
         temporary=_temporary(shape, strategy) + _received(shape, strategy, stage),
     )
+
+
+def _unread_embedding(shape: Shape, strategy: Strategy) -> float:
+    """Bytes of the input of a layer's first norm and, of torch's operators, its scales."""
+    size = 4 if strategy.precision == "fp32" else 2
+    whole = strategy.tp if strategy.sequence_parallel else 1
+    return strategy.tokens * (size * shape.hidden + 4 * strategy.plain) / whole
 
 
 def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float, float]:
@@ -191,6 +216,7 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
         layers = sum(stage_layers(shape, strategy)[stage])
         dense = size * (parameters - layers * shape.layer_matrices / strategy.tp)
         frozen = dense + layers * adapters.frozen_layer_bytes(shape, strategy, strategy.adapter)
+        frozen += layers * adapters.mask_bytes(shape, strategy, strategy.adapter)
         parameters = layers * adapters.layer_parameters(shape, strategy, strategy.adapter)
     optimizer = main * parameters + _moments(shape, strategy, stage, parameters)
     return frozen + size * parameters, held * parameters, optimizer / (replicas if strategy.zero == 1 else 1)
@@ -219,7 +245,10 @@ def _logits(shape: Shape, strategy: Strategy) -> float:
     from them. Our loss writes the gradient over the logits; torch.distributed.pipelining returns every micro batch's
     logits."""
     size = 4 if strategy.precision == "fp32" else 2
-    rows = 2 * size * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
+    # The input of a frozen output projection is not read in backward.
+    inputs = 2 * size * shape.hidden if strategy.adapter is None else size * shape.hidden
+    rows = (inputs + 4 * strategy.plain) / (strategy.tp if strategy.sequence_parallel else 1)
+    rows += 8 * strategy.plain  # largest logits, and sums of exponentials
     if strategy.zero == 3:  # only layers are compiled there, so the last norm keeps its input and result in fp32
         rows *= 3
     width = max(size, strategy.logit_bytes)

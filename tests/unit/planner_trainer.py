@@ -94,7 +94,8 @@ def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, An
     config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
     buffers = [buffer for chunk in engine.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    weights = {p.untyped_storage().data_ptr() for m in engine.models for p in m.parameters()}
+    held = [x for m in engine.models for x in (*m.parameters(), *m.buffers(), *_codes(m))]
+    weights = {x.untyped_storage().data_ptr() for x in held}
     generator = torch.Generator().manual_seed(0)
     size = config.train.micro_batch_size
 
@@ -110,7 +111,7 @@ def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, An
         outcome = forward_backward(engine, Likelihood(), batches)
     apply_gradient(engine, outcome, 1e-3, 1.0)
     found = {
-        "weights": nbytes(p for m in engine.models for p in m.parameters()),
+        "weights": nbytes(held),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "optimizer": _optimizer_bytes(engine, weights),
         "saved": saved.most,
@@ -119,6 +120,11 @@ def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, An
     }
     close_groups(world=False)
     return found
+
+
+def _codes(model: Any) -> list[torch.Tensor]:
+    """What a model holds of its matrices in few bits."""
+    return [x for p in model.parameters() if hasattr(p, "stored") for x in p.stored.tensors]
 
 
 def _optimizer_bytes(engine: Any, weights: set[int]) -> int:
