@@ -128,8 +128,14 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
 
 def _plain_operators(shape: Shape, strategy: Strategy) -> float:
     """Bytes that torch's operators keep more than our kernels: the scales of two norms; queries and keys after
-    rotation, beside the projection, which is kept for the values in it; and attention's output as the projection reads it."""
+    rotation, beside the projection, which is kept for the values in it; and attention's output as the projection reads
+    it. With gathered keys and values that projection is not kept, and there are masks: of half the rank's tokens each,
+    against the keys that the two halves see, together those of the sample and of another half."""
     size = 4 if strategy.precision == "fp32" else 2
+    if strategy.cp > 1:
+        half = strategy.tokens / strategy.micro_batch / 2
+        scales = 8 / (strategy.tp if strategy.sequence_parallel else 1)
+        return strategy.tokens * scales + size * half * (strategy.seq + half)
     rotated = 0 if shape.qk_norm != "none" else shape.heads + shape.groups
     scales = 8 / (strategy.tp if strategy.sequence_parallel else 1)
     return strategy.tokens * (scales + size * shape.channels * (rotated + shape.heads) / strategy.tp)

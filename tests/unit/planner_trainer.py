@@ -83,25 +83,29 @@ def nbytes(tensors: Any) -> int:
 
 
 def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of this rank by kind, after one step; its pipeline rank."""
+    """Bytes of this rank by kind, after one step of the small model with changes; its pipeline rank."""
     os.environ["TRITON_INTERPRET"] = "1"
+    return measure_config(changed(base_config(), changes), rank, world_size)
+
+
+def measure_config(config: RunConfig, rank: int, world_size: int) -> dict[str, Any]:
+    """The same of any model, on samples without documents."""
     from llm_parallel.data.batch import Batch
     from llm_parallel.objectives.likelihood import Likelihood
     from llm_parallel.parallel.groups import close_groups
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.train.step import apply_gradient, forward_backward
 
-    config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
     buffers = [buffer for chunk in engine.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     held = [x for m in engine.models for x in (*m.parameters(), *m.buffers(), *_codes(m))]
     weights = {x.untyped_storage().data_ptr() for x in held}
     generator = torch.Generator().manual_seed(0)
-    size = config.train.micro_batch_size
+    size, length = config.train.micro_batch_size, config.data.seq_length_tokens
 
     def batch() -> Batch:
-        tokens = torch.randint(0, 1000, (size, SEQ + 1), generator=generator)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, SEQ))
+        tokens = torch.randint(0, 1000, (size, length + 1), generator=generator)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, length))
 
     layout = Layout.from_config(config, world_size)
     batches = [batch() for _ in range(layout.num_micro_batches(config.train.global_batch_size))]
