@@ -19,9 +19,6 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import RunConfig, TrainConfig
 from llm_parallel.config.tree_tune import AdapterConfig
@@ -30,6 +27,7 @@ from llm_parallel.model.hf_files import read_hf_config
 from llm_parallel.planner.memory import memory
 from llm_parallel.planner.shapes import shape_of, strategy_of
 
+ROOT = Path(__file__).parents[1]
 ADAPTERS = {
     "full": None,
     "LoRA": AdapterConfig(rank=8, alpha=16),
@@ -51,6 +49,7 @@ def configuration(base: str | None, kind: str, bits: int, seq: int, precision: s
 
 
 def _measured(config: RunConfig, answer: Any) -> None:
+    sys.path.insert(0, str(ROOT))
     from tests.unit.planner_trainer import measure_config
 
     warnings.filterwarnings("ignore")
