@@ -375,17 +375,11 @@ def generate(request: GenerateRequest) -> None:
     from llm_parallel.screen import say_next
 
     if request.input is not None:
-        use.generate_file_command(request)
-        return
-    use.generate_command(
-        request.checkpoint,
-        request.prompts,
-        use.sampling_of(request),
-        held=request.held(),
-        stop=request.stop,
-        chat=request.chat,
-        structure=use.structure_of(request),
-    )
+        from llm_parallel.convert.export import export_to_hf
+        from llm_parallel.generate.file_command import file_command
+
+        raise typer.Exit(file_command(request, os.environ, export_to_hf))
+    use.prompts_command(request)
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"
         say_next(f"llm-parallel convert {request.checkpoint} {target}")

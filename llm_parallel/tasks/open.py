@@ -14,6 +14,7 @@ from typing import Any
 from llm_parallel.config.tree_online import JudgeConfig
 from llm_parallel.errors import UserError
 from llm_parallel.tasks.base import Asked, Given, Judge, JudgeFailed
+from llm_parallel.tasks.reward_model import RewardModel
 from llm_parallel.tasks.text import Contains, Exact, FitsSchema, Length, Number, Regex
 from llm_parallel.tasks.time_limit import TimedOut, at_most
 
@@ -68,10 +69,14 @@ def open_judge(judges: Sequence[JudgeConfig], field: str = "method.rollout.judge
     """The judges of a configuration as one. Raises UserError that names the field."""
     if not judges:
         raise UserError(f"{field} is empty; give at least one judge, such as {{kind: exact}}")
-    return Sum(tuple((one.weight, _open(one, f"{field}.{number}")) for number, one in enumerate(judges)))
+    return Sum(tuple((one.weight, _open(one, f"{field}.{number}", number)) for number, one in enumerate(judges)))
 
 
-def _open(config: JudgeConfig, field: str) -> Judge:
+def _open(config: JudgeConfig, field: str, number: int) -> Judge:
+    if config.kind == "reward_model":
+        if config.folder is None:
+            raise UserError(f"{field}.folder is not given; {field}.kind = reward_model needs the folder of that model")
+        return RewardModel(number, config.folder)
     if config.kind == "regex":
         return Regex(_pattern(config.pattern, field))
     if config.kind == "function":

@@ -76,14 +76,7 @@ def other_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> str | None:
     """A sentence about tokens of ``data.tokenizer``, which is given opened, that are others in the tokenizer of the
     model that ``checkpoint.load`` names; None if there are none, or that model has no tokenizer here."""
     folder = config.checkpoint.load
-    held = _held(folder)[1] if folder is not None else None
-    if held is None or not Path(held).exists():
-        return None
-    theirs = load_tokenizer(held)
-    if theirs.fingerprint == tokenizer.fingerprint:
-        return None
-    both = min(theirs.vocab_size, tokenizer.vocab_size)
-    changed = sum(theirs.token(number) != tokenizer.token(number) for number in range(both))
+    changed = changed_tokens(folder, tokenizer) if folder is not None else 0
     if not changed:
         return None
     return (
@@ -91,6 +84,18 @@ def other_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> str | None:
         f"of its {tokenizer.vocab_size:,} tokens are other texts there, and the model has to learn them anew; leave "
         "data.tokenizer out to keep the model's"
     )
+
+
+def changed_tokens(folder: str, tokenizer: Tokenizer) -> int:
+    """How many tokens stand for other texts in the tokenizer of the model in ``folder``; 0 if it has none here."""
+    held = _held(folder)[1]
+    if held is None or not Path(held).exists():
+        return 0
+    theirs = load_tokenizer(held)
+    if theirs.fingerprint == tokenizer.fingerprint:
+        return 0
+    both = min(theirs.vocab_size, tokenizer.vocab_size)
+    return sum(theirs.token(number) != tokenizer.token(number) for number in range(both))
 
 
 def _held(folder: str) -> tuple[ModelConfig, str | None]:
