@@ -152,7 +152,7 @@ def _check_adapters(folder: Path, content: dict[str, Any], network: Network) -> 
         raise UserError(
             f"{folder} holds adapters alone, and this run has none; give the adapter section of {folder / CONFIG_NAME}"
         )
-    for name in ("rank", "targets"):
+    for name in ("rank", "targets", "dora"):
         old, new = getattr(theirs, name), getattr(here.adapter, name)
         if set(old) != set(new) if name == "targets" else old != new:
             old, new = (list(x) if isinstance(x, tuple) else x for x in (old, new))

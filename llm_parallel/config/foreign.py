@@ -78,9 +78,6 @@ ROWS: tuple[Foreign, ...] = (
          "data and pipeline parallelism", "parallel.overlap", "false"),
     _row("compile torch_compile compile.enable training.compile torch_compile_*",
          "models are not compiled; on GPUs the fused kernels of the section kernels run", "kernels", "false none"),
-    _row("use_dora lora_use_dora", "DoRA is not supported: it scales rows of the matrix by learned magnitudes, which "
-         "change with every step of the adapters; adapter.rank_stabilized is there", "adapter.rank_stabilized",
-         "false none null"),
     _row("additional_target modules_to_save lora_modules_to_save", "embeddings and the output matrix have no adapters "
          "and stay frozen; adapter.targets names projections of the layers", "adapter.targets", "none null"),
     _row("pissa_init pissa_iter loraplus_lr_ratio use_galore use_badam use_apollo lora_layers_to_transform "

@@ -377,6 +377,14 @@ def _deterministic(case: Case) -> Iterator[Problem]:
 
 def _adapter(case: Case) -> Iterator[Problem]:
     adapter, model, tp = case.config.adapter, case.config.model, case.config.parallel.tp
+    if adapter is not None and adapter.dora and adapter.dropout:
+        statement = (
+            f"adapter.dora = true multiplies whole rows, so that adapter.dropout = {adapter.dropout} has no place"
+        )
+        yield Problem(("adapter.dora", "adapter.dropout"), statement, {"adapter.dropout": 0.0})
+    if adapter is not None and adapter.dora and case.config.kernels.deterministic:
+        statement = "kernels.deterministic = true has no products with the magnitudes of adapter.dora = true"
+        yield Problem(("adapter.dora", "kernels.deterministic"), statement, {"kernels.deterministic": False})
     if adapter is None or adapter.base != "nf4":
         return
     heads = model.num_attention_heads * model.kv_channels

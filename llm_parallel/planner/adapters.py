@@ -45,13 +45,14 @@ def linears(shape: Shape, tp: int, adapter: AdapterConfig) -> tuple[Linear, ...]
 def layer_parameters(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
     """Numbers of the adapters of one layer: A for each projection, and B for all rows of the matrix."""
     found = [one for one in linears(shape, strategy.tp, adapter) if one.kinds]
-    return sum(adapter.rank * (one.kinds * one.columns + one.rows) for one in found)
+    return sum(adapter.rank * (one.kinds * one.columns + one.rows) + adapter.dora * one.rows for one in found)
 
 
 def factors(shape: Shape, adapter: AdapterConfig) -> list[int]:
     """Numbers of each tensor of the adapters of one layer, whole: A and B of every linear that has one."""
     found = [one for one in linears(shape, 1, adapter) if one.kinds]
-    return [adapter.rank * int(count) for one in found for count in (one.kinds * one.columns, one.rows)]
+    counts = [adapter.rank * int(count) for one in found for count in (one.kinds * one.columns, one.rows)]
+    return counts + [int(one.rows) for one in found if adapter.dora]
 
 
 def mask_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
@@ -75,6 +76,18 @@ def kept_columns(strategy: Strategy, adapter: AdapterConfig) -> float:
     whole = strategy.tp if strategy.sequence_parallel else 1
     targets = set(adapter.targets)
     return adapter.rank * (len(targets & {"q", "k", "v", "gate", "up"}) + len(targets & {"o", "down"}) / whole)
+
+
+def magnitude_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Bytes that DoRA keeps for the backward of one layer: the outputs of adapted matrices before they are multiplied;
+    of each row its factor, the norm in fp32, and whether it has an adapter."""
+    if not adapter.dora:
+        return 0.0
+    size = 4 if strategy.precision == "fp32" else 2
+    whole = strategy.tp if strategy.sequence_parallel else 1
+    found = [one for one in linears(shape, strategy.tp, adapter) if one.kinds]
+    outputs = sum(one.rows / (1 if one.divided_rows else whole) for one in found)
+    return size * strategy.tokens * outputs + (size + 5) * sum(one.rows for one in found)
 
 
 def wide_factor_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:

@@ -119,6 +119,7 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
         found += _plain_operators(shape, strategy)
     if strategy.adapter is not None:
         found += size * tokens * adapters.kept_columns(strategy, strategy.adapter)
+        found += adapters.magnitude_bytes(shape, strategy, strategy.adapter)
         found += adapters.wide_factor_bytes(shape, strategy, strategy.adapter)
         found -= size * tokens * adapters.unread_inputs(shape, strategy, strategy.adapter)
     if strategy.cp > 1 and strategy.cp_gathers:

@@ -505,6 +505,13 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         " train.eval_interval_steps is not given; use train.eval_interval_steps=6",
     ),
     (
+        {"adapter__dora": True, "adapter__dropout": 0.1, "checkpoint__load": "base"},
+        None,
+        "cpu",
+        "adapter.dora = true multiplies whole rows, so that adapter.dropout = 0.1 has no place;"
+        " use adapter.dropout=0.0",
+    ),
+    (
         {"optim__implementation": "triton", "optim__moment_bits": 8},
         None,
         "cuda",

@@ -54,6 +54,8 @@ ROWS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2 CP2": (4, _p(tp=2, cp=2)),
     "PP2": (2, _p(pp=2)),
     "LoRA": (1, LORA),
+    "DoRA, TP2": (2, _p(tp=2) | LORA | {"adapter.dora": True}),
+    "torch's operators, DoRA on q and o": (1, PLAIN | LORA | {"adapter.dora": True, "adapter.targets": ("q", "o")}),
     "LoRA, 4 bits, TP2 PP2": (4, _p(tp=2, pp=2) | LORA | {"adapter.base": "nf4"}),
     "LoRA on q and v, full recompute": (1, _p(recompute="full") | LAYERS | LORA | {"adapter.targets": ("q", "v")}),
     "torch's operators": (1, PLAIN),
