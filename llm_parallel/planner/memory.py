@@ -231,7 +231,8 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
 
 def _moments(shape: Shape, strategy: Strategy, stage: int, parameters: float) -> float:
     """Bytes of both moments of a stage's ``parameters``. In 8 bits, large tensors have two codes for each number and
-    two scales for each block; the embedding (and an output projection that is the same) and vectors stay in fp32."""
+    two scales for each block, on average over replicas; the embedding (and an output projection that is the same) and
+    vectors stay in fp32."""
     if strategy.moment_bits == 32:
         return 8 * parameters
     layers = sum(stage_layers(shape, strategy)[stage])

@@ -95,7 +95,11 @@ def test_every_kind_is_what_the_trainer_holds(name: str) -> None:
     world, changes = ROWS[name]
     config = changed(base_config(), changes)
     shape, strategy = shape_of(config.model), strategy_of(config, world)
-    for found in run_ranks(measure, world, changes, timeout_s=280.0):
+    ranks = run_ranks(measure, world, changes, timeout_s=280.0)
+    for found in ranks:
+        # With moments in 8 bits it matters which replica updates the embedding; predicted is the mean.
+        stage = [rank["optimizer"] for rank in ranks if rank["pp"] == found["pp"]]
+        found = {**found, "optimizer": sum(stage) / len(stage)}
         expected = memory_of_stage(shape, strategy, found["pp"])
         again = recomputed_activations(shape, strategy)
         saved = expected.activations + max(expected.logits, again)  # the loss is over before a layer is run again
