@@ -107,13 +107,15 @@ def column(module: Any, bank: AdapterBank | None = None) -> Function:
         return deterministic.column(module, added)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     wide_b = None if adapter is None else adapter.wide_b()
+    gain = None if adapter is None or adapter.m is None else adapter.gain(module.weight)
 
     def forward(x: Tensor) -> Tensor:
         y = multiply(x)
-        if bias is not None:
-            y += bias
         if wide_b is not None and adapter.on:
             y.addmm_(F.linear(x, adapter.a), wide_b.t(), alpha=adapter.scale)
+            y = y if gain is None else y * gain.to(y.dtype)
+        if bias is not None:
+            y += bias
         return y if added is None else added(y, x)
 
     return forward
@@ -126,6 +128,7 @@ def row(module: Any, group: Any, bank: AdapterBank | None = None) -> Function:
         return deterministic.row(module, group, added)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     several = group.size() > 1
+    gain = None if adapter is None or adapter.m is None else adapter.gain(module.weight)
 
     def forward(x: Tensor) -> Tensor:
         y = multiply(x)
@@ -134,6 +137,8 @@ def row(module: Any, group: Any, bank: AdapterBank | None = None) -> Function:
             y.addmm_(F.linear(x, adapter.a), adapter.b.t(), alpha=adapter.scale)
         if several:
             dist.all_reduce(y, group=group)
+        if gain is not None and adapter.on:
+            y = y * gain.to(y.dtype)
         if bias is not None:
             y += bias
         return y if added is None else added(y, x)

@@ -13,7 +13,7 @@ from llm_parallel.parallel.layout import Layout
 from llm_parallel.planner.memory import CONTEXT_BYTES, memory
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.screen import show, show_table
-from llm_parallel.train.preflight import mixture, rank_table
+from llm_parallel.train.preflight import expected_device, mixture, rank_table
 from llm_parallel.train.room import also_trained, checkpoint_bytes, checkpoints_at_once, existing_part, free_bytes
 from llm_parallel.worker.chat_table import show_conversations, show_preferences, show_rounds
 
@@ -73,7 +73,9 @@ HELD = ("weights", "gradients", "optimizer")
 def _memory(config: RunConfig, world_size: int) -> str:
     """What the fullest process will hold, in words. Of two models that are trained in turn, activations of the larger
     ones are there at a time."""
-    models = [memory(shape_of(one.model), strategy_of(one, world_size)) for one in (config, *also_trained(config))]
+    device = expected_device(config)
+    trained = (config, *also_trained(config))
+    models = [memory(shape_of(one.model), strategy_of(one, world_size, device)) for one in trained]
     kinds = [one.by_kind() for one in models]
     sizes = {name: (sum if name in HELD else max)(kind[name] for kind in kinds) for name in kinds[0]}
     named = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
