@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
+from llm_parallel.tasks.sandbox import Sandbox, SandboxFailed
 from tests.integration.test_prefer import start  # noqa: F401 (a fixture)
 from tests.integration.test_sft import answered
 from tests.integration.test_sft import write_run as write_sft
 from tests.support import four_digits
 from tests.support.commands import events, losses, read_records, train_in_ranks
+from tests.support.fake_openai import fake_openai
 from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -246,3 +248,38 @@ def test_the_four_digit_task_is_learned(kind: str, layout: dict[str, int], fine_
     _, right = run_ranks(answered, 1, str(tmp_path / "run"))[0]
     print(f"| {kind} | {layout or '1 process'} | {before:.3f} | {right:.3f} |")
     assert before <= 0.5 and right >= settings["least"]
+
+
+@pytest.mark.slow
+def test_programs_and_a_model_judge_in_every_process(task: Callable[..., Path], tmp_path: Path) -> None:
+    """Two replicas, each with a sandbox and requests of its own; the same run again asks the model nothing new."""
+    try:
+        Sandbox(workers=1).close()
+    except SandboxFailed as error:
+        pytest.skip(str(error))
+    write = partial(task, "grpo", parallel={"dp": 2})
+    with fake_openai(lambda body, number: str(len(body["messages"][0]["content"]) % 5)) as fake:
+        judges = [
+            {"kind": "code", "pays": "share", "at_once": 2},
+            {
+                "kind": "model", "url": fake.base, "model": "m", "scale": [0, 4], "template": "{answer}",
+                "cache": str(tmp_path / "cache"), "weight": 10.0,
+            },
+        ]  # fmt: skip
+        found, asked = [], []
+        for name in ("first", "second"):
+            run_file = write(name)
+            tree = yaml.safe_load(run_file.read_text())
+            tree["method"]["rollout"]["judges"] = judges
+            run_file.write_text(yaml.safe_dump(tree))
+            prompts = Path(tree["chat"]["train"][0])
+            lines = [json.loads(line) | {"test_list": ["assert 1 == 1", "assert 1 == 2"]} for line in prompts.open()]
+            prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            train_in_ranks(run_file, 2)
+            scores = lines_of(tmp_path / name, "scores", 0)
+            found.append({(line["prompt"], line["sample"]): line["score"] for line in scores})
+            asked.append(len(fake.asked))
+        assert found[0] == found[1] and len(found[0]) == 24
+        assert 0 < asked[0] == asked[1], "replies are in the cache"
+        programs = {score % 2.5 for score in found[0].values()}
+        assert programs <= {0.0, 0.5}, "half of the tests pass for what is Python"
