@@ -54,7 +54,6 @@ class Worker:
     channel: wire.Channel
     pid: int = 0
     generation: int = 0
-    store_port: int = 0
     ready: bool = False
     killed: bool = False
     """Whether this agent has ended it; a controller that comes back must not give it work."""
@@ -186,7 +185,7 @@ class Agent:
 
     def _on_controller(self, message: wire.Message) -> None:
         kind = message["is"]
-        if kind in ("assign", "inject", "look", "pardon"):
+        if kind in ("assign", "inject", "look", "pardon", "value"):
             worker = self._by_device(message["device"], message.get("number"))
             if worker is not None:
                 if kind == "assign":
@@ -312,7 +311,6 @@ class Agent:
             "LLM_PARALLEL_RUN_DIR": str(settings.run_dir),
             "LLM_PARALLEL_RUN_FILE": settings.run_file,
             "LLM_PARALLEL_NODE": settings.node,
-            "LLM_PARALLEL_HOST": settings.host,
             "LLM_PARALLEL_REPLICA_DIR": str(settings.copies_dir),
             "LLM_PARALLEL_PROGRESS_FD": str(self.page.fd),
             "LLM_PARALLEL_SLOT": str(number % SLOTS),
@@ -334,17 +332,17 @@ class Agent:
             if message is None:
                 return  # the zygote reports how it ended
             if message["is"] in ("ready", "left"):
-                worker.store_port, worker.ready = message["store_port"], True
+                worker.ready = True
             if message["is"] == "ready":
                 worker.pid = message["pid"]  # the zygote's own report may come later
                 self._announce(worker)
             else:
-                self._tell({**message, "device": device})
+                self._tell({**message, "device": device, "number": number})
 
     def _announce(self, worker: Worker) -> None:
         if worker.ready and not worker.killed:
             message = {"is": "worker", "device": worker.device, "pid": worker.pid, "number": worker.number}
-            self._tell({**message, "store_port": worker.store_port, "generation": worker.generation})
+            self._tell({**message, "generation": worker.generation})
 
     def _on_exit(self, pid: int, status: int) -> None:
         worker = next((worker for worker in self.workers.values() if worker.pid == pid), None)

@@ -257,9 +257,6 @@ class Controller:
     def _assign(self, placement: Placement, restore: Restore | None) -> None:
         names = list(dict.fromkeys(device.node for device in placement.devices))
         after = {name: self.fleet.roster.nodes[following] for name, following in zip(names, names[1:] + names[:1])}
-        first = placement.devices[0]
-        first_node = self.fleet.roster.nodes[first.node]
-        store = [first_node.host, first_node.workers[first.number].store_port]
         sources = self.copies.sources(restore, placement)
         for rank, device in enumerate(placement.devices):
             node = self.fleet.roster.nodes[device.node]
@@ -274,7 +271,6 @@ class Controller:
                     "rank": rank,
                     "world_size": placement.layout.world_size,
                     "local_rank": device.number,
-                    "store": store,
                     "overrides": list(placement.overrides),
                     "restore": sources[rank],
                     "here": list(node.copies_address),

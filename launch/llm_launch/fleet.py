@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llm_launch import wire
 from llm_launch.blame import Device, Evidence, Kind, classify_error, few
+from llm_launch.generation_store import GenerationStore
 from llm_launch.hang import find_hung, waits_for_files
 from llm_launch.journal import Journal
 from llm_launch.placement import Placement
@@ -59,12 +61,14 @@ class Fleet:
         """Generation and step at which processes were last seen waiting for files."""
         self.address: list[Any] = []
         self.changed = asyncio.Event()
+        self._store = GenerationStore()
         self.pace = Pace(elastic.hang_deviations, first_s=elastic.first_step_limit_s)
 
     def begin(self, placement: Placement) -> None:
         """The next generation."""
         self.generation += 1
         self.placement, self.evidence, self.start_step = placement, [], None
+        self._store = GenerationStore()
         self.looks.clear()
 
     def new_pace(self) -> None:
@@ -93,7 +97,8 @@ class Fleet:
                 elif node is not None and node.channel is channel:
                     node.heard_s = time.monotonic()
                     self._on_agent(node, message)
-                self.changed.set()
+                if message["is"] != "store":  # nothing that anybody waits for here, and there are many
+                    self.changed.set()
         except (OSError, wire.WireError, ValueError):
             pass
         finally:
@@ -137,13 +142,17 @@ class Fleet:
             return
         device = Device(node.name, message["device"])
         if said == "worker":
-            node.workers[device.number] = Worker(device, message["pid"], message["store_port"], message["number"])
+            node.workers[device.number] = Worker(device, message["pid"], message["number"])
             node.warm = True
             return
         worker = node.workers.get(device.number)
         if worker is None:
             return
         mine = worker.generation == self.generation
+        if said == "store":
+            if mine and message["generation"] == self.generation and message["number"] == worker.number:
+                self._store.serve(message, partial(self._answer, node, worker, message.get("id")))
+            return
         if said == "exit":
             del node.workers[device.number]
             if mine and not worker.killed and worker.outcome is None:
@@ -163,10 +172,16 @@ class Fleet:
         elif said == "saved" and mine:
             self.saved_step = max(self.saved_step, message["step"])
         elif said == "left" and mine:
-            worker.outcome, worker.store_port = Outcome(message["outcome"]), message["store_port"]
+            worker.outcome = Outcome(message["outcome"])
             self._on_left(device, message)
         elif said in ("seen", "state"):
             self.looks.setdefault(device, {}).update(message)
+
+    def _answer(self, node: Node, worker: Worker, number: int, value: Any) -> None:
+        """Answers what a worker has asked the store, if it is still that worker."""
+        node.send(
+            {"is": "value", "device": worker.device.number, "number": worker.number, "id": number, "value": value}
+        )
 
     def _on_health(self, node: Node, message: wire.Message) -> None:
         """Takes in what the driver or the system reports. A fatal finding ends the generation if the device is in it; a

@@ -17,7 +17,6 @@ class Worker:
 
     device: Device
     pid: int
-    store_port: int
     number: int = 0
     """The agent's number of the process: a device may have a new one by the time that a message arrives."""
     generation: int = -1

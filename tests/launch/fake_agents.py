@@ -41,7 +41,7 @@ class FakeAgent:
         address = ["127.0.0.1", self.nodes.number(self.name)]
         self.tell({"is": "hello", "host": "127.0.0.1", "devices": self.devices, "copies": address, "pid": 1})
         for device in self.devices:
-            self.tell({"is": "worker", "device": device, "pid": 1, "number": 0, "store_port": 1, "generation": 0})
+            self.tell({"is": "worker", "device": device, "pid": 1, "number": 0, "generation": 0})
         beat = asyncio.create_task(self._beat())
         try:
             while (message := await self.channel.receive()) is not None:
@@ -67,7 +67,7 @@ class FakeAgent:
         elif kind in ("abort", "pause", "stop"):
             outcome = {"abort": "aborted", "pause": "paused", "stop": "stopped"}[kind]
             for number in self.ranks:
-                left = {"is": "left", "device": number, "outcome": outcome, "store_port": 1}
+                left = {"is": "left", "device": number, "outcome": outcome}
                 self.tell({**left, "generation": self.generation})
         elif kind == "look":
             seen = {"stack": self.nodes.stack, "collectives": {"dp": self.nodes.step}, "step": self.nodes.step}
