@@ -226,7 +226,8 @@ def _write_new(folder: int, name: str, head: bytes, size: int) -> None:
 
 
 def inventory(folder: Path) -> list[dict[str, Any]]:
-    """What a node's folder holds: ``[{"kind": "own"|"kept", "generation", "rank", "steps": [...]}]``."""
+    """What a node's folder holds: ``[{"kind": "own"|"kept", "generation", "rank", "steps": [...], "origin"}]``, where
+    origin is what the launcher said of the generation, or None."""
     found = []
     for kind in ("own", "kept"):
         for name in _names_in(folder / kind):
@@ -234,11 +235,12 @@ def inventory(folder: Path) -> list[dict[str, Any]]:
             if parsed is None:
                 continue
             try:
-                steps = sorted(CopyFile.open(folder / kind / name).steps())
+                file = CopyFile.open(folder / kind / name)
             except (OSError, ValueError):
                 continue
-            if steps:
-                found.append({"kind": kind, "generation": parsed[0], "rank": parsed[1], "steps": steps})
+            if steps := sorted(file.steps()):
+                which = {"kind": kind, "generation": parsed[0], "rank": parsed[1]}
+                found.append({**which, "steps": steps, "origin": file.header.get("origin")})
     return found
 
 

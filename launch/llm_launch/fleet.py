@@ -157,7 +157,10 @@ class Fleet:
             del node.workers[device.number]
             if mine and not worker.killed and worker.outcome is None:
                 kind = Kind.HOST_MEMORY if message["host_memory"] else Kind.EXIT
-                self.evidence.append(Evidence(kind, node.name, device, self.rank(device), status=message["status"]))
+                forming = not worker.training
+                self.evidence.append(
+                    Evidence(kind, node.name, device, self.rank(device), status=message["status"], forming=forming)
+                )
         elif said == "training" and mine:
             worker.training = True
             if self.start_step is None:
@@ -177,7 +180,7 @@ class Fleet:
         elif said in ("seen", "state"):
             self.looks.setdefault(device, {}).update(message)
 
-    def _answer(self, node: Node, worker: Worker, number: int, value: Any) -> None:
+    def _answer(self, node: Node, worker: Worker, number: int | None, value: Any) -> None:
         """Answers what a worker has asked the store, if it is still that worker."""
         node.send(
             {"is": "value", "device": worker.device.number, "number": worker.number, "id": number, "value": value}

@@ -52,6 +52,8 @@ class Assignment:
     partner: tuple[str, int] | None
     elapsed_s: float
     """Seconds since the run was started."""
+    origin: dict[str, Any]
+    """What memory copies say of this generation, for a start that cannot read it in the run folder."""
     believe: tuple[int, ...] = ()
     """Steps whose loss is not finite on any device, so that data or program are at fault; the guard decides on them."""
 

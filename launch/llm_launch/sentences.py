@@ -109,6 +109,7 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "copies_ignored": lambda r: f"{r['cause']}",
     "crowded": lambda r: f"{r['cause']}",
     "lost": lambda r: f"node {r['node']} is lost: {r['cause']}",
+    "stuck": lambda r: f"{r['cause']}",
     "not_started": lambda r: f"the agent of {r['node']} could not be started, and is tried again: {r['cause']}",
     "join": lambda r: f"node {r['node']} is there",
     "health": lambda r: f"{r['node']}, device {r['device']}: {r['cause']}",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from llm_launch.blame import Device, Ledger
+from llm_launch.blame import Device
 from llm_launch.fleet import Fleet
+from llm_launch.ledger import Ledger
 from llm_launch.placement import crowded
 from llm_parallel.config.tree import RunConfig
 

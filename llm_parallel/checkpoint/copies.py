@@ -45,7 +45,8 @@ class CopyLost(RuntimeError):
 class MemoryCopies:
     """One process's copies of all models that it trains, in one generation of a run.
 
-    ``partner``: address of the node that keeps the second copy, or None."""
+    ``partner``: address of the node that keeps the second copy, or None; ``origin``: what the launcher's next start
+    must know of this generation."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class MemoryCopies:
         generation: int,
         partner: tuple[str, int] | None,
         secret: str,
+        origin: dict[str, Any] | None = None,
     ) -> None:
         self._engines = engines_of(models)
         for engine in self._engines.values():
@@ -67,6 +69,7 @@ class MemoryCopies:
             "rank": rank,
             "numbers": numbers,
             "index": [held.piece for held in self._held],
+            "origin": origin,
         }
         self._file = CopyFile.create(folder / "own" / copy_name(generation, rank), header)
         self._slots = [_planes(self._file, slot) for slot in range(2)]

@@ -47,6 +47,7 @@ class Copying:
                 self._assignment.generation,
                 self._assignment.partner,
                 self._member.secret,
+                self._assignment.origin,
             )
         except (UserError, OSError) as error:
             cause = str(error)

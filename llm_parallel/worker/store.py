@@ -57,8 +57,8 @@ class ControllerStore(dist.Store):
     def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
         """Stores ``desired`` if the value is ``expected``; the value then."""
         self._fetched.pop(key, None)
-        values = {"expected": encoded(_bytes(expected)), "value": encoded(_bytes(desired))}
-        return decoded(self._ask("compare_set", key=key, **values))
+        before, after = encoded(_bytes(expected)), encoded(_bytes(desired))
+        return decoded(self._ask("compare_set", key=key, expected=before, value=after))
 
     def check(self, keys: Sequence[str]) -> bool:
         """Whether all keys are there."""

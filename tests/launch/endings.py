@@ -153,7 +153,9 @@ def _hang_up(scene: Scene) -> None:
 
 
 def _delete(scene: Scene) -> None:
-    shutil.rmtree(scene.run_dir)
+    gone = scene.run_dir.rename(scene.folder / "gone")
+    while gone.exists():  # somebody may be writing there still
+        shutil.rmtree(gone, ignore_errors=True)
     time.sleep(2.5)
     _signal(signal.SIGTERM)(scene)
 

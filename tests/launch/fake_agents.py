@@ -57,10 +57,13 @@ class FakeAgent:
 
     def _answer(self, message: wire.Message) -> None:
         kind, device = message["is"], message.get("device")
+        if self.name in self.nodes.frozen and kind in ("abort", "look", "kill", "stop", "pause"):
+            return
         if kind == "assign":
             if message["generation"] != self.generation:
                 self.generation, self.ranks = message["generation"], {}
             self.ranks[device] = message["rank"]
+            self.nodes.origins[self.generation] = message["origin"]
             self.partner = message["partner"][1] if message["partner"] else None
             step = self.nodes.restored_step(message["restore"])
             self.tell({"is": "training", "device": device, "step": step, "generation": self.generation})
@@ -73,7 +76,8 @@ class FakeAgent:
             seen = {"stack": self.nodes.stack, "collectives": {"dp": self.nodes.step}, "step": self.nodes.step}
             self.tell({"is": "seen", "device": device, **seen})
         elif kind == "inventory":
-            entries = [{"kind": kept, "generation": generation, "rank": rank, "steps": steps}
+            entries = [{"kind": kept, "generation": generation, "rank": rank, "steps": steps,
+                        "origin": self.nodes.origins.get(generation)}
                        for (kept, generation, rank), steps in self.nodes.memory[self.name].items()]  # fmt: skip
             self.tell({"is": "inventory", "entries": entries})
         elif kind == "retire":
@@ -102,6 +106,10 @@ class Nodes:
         self.agents: dict[str, FakeAgent] = {}
         self.memory: dict[str, dict[tuple[str, int, int], list[int]]] = {name: {} for name in names}
         self.step, self.step_s, self.age_s, self.beats = 0, 1.0, 0.0, 0
+        self.frozen: set[str] = set()
+        """Nodes whose processes do nothing and cannot be ended, while their agent goes on."""
+        self.origins: dict[int, dict[str, Any]] = {}
+        """By generation, what the controller has said of it to be kept with the copies."""
         self.own_s: dict[tuple[str, int], float] = {}
         self.stack = 'File "distributed_c10d.py", in all_reduce'
         self.restarts = True

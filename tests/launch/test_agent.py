@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from llm_launch.agent import Agent, Worker
+from llm_launch.agent import Agent
 from llm_launch.agent_settings import AgentSettings
+from llm_launch.node_workers import Worker
 from llm_launch.wire import Channel, Message
 
 
@@ -39,15 +40,15 @@ def test_workers_that_the_agent_has_ended_are_not_offered(tmp_path: Path) -> Non
     agent.controller = cast(Channel, told)
     try:
         for number, ready in ((1, True), (2, True), (3, False)):
-            agent.workers[number] = Worker(number, number, cast(Channel, Sent()), ready=ready)
-        for worker in agent.workers.values():
-            agent._announce(worker)
+            agent.here.workers[number] = Worker(number, number, cast(Channel, Sent()), ready=ready)
+        for worker in agent.here.workers.values():
+            agent.here.announce(worker)
         assert [message["number"] for message in told.messages] == [1, 2]
         told.messages.clear()
-        agent._kill_all()
-        agent.workers[3].ready = True  # its message was on the way
-        for worker in agent.workers.values():
-            agent._announce(worker)
+        agent.here.kill_all()
+        agent.here.workers[3].ready = True  # its message was on the way
+        for worker in agent.here.workers.values():
+            agent.here.announce(worker)
         assert told.messages == []
     finally:
         agent.copy_server.close()
