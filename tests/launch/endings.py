@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm_launch import wire
 from llm_launch.copy_files import forget_run
 from llm_launch.live_run import LiveRun, read_lines
 from llm_parallel.config.tree import ElasticConfig
@@ -67,6 +69,7 @@ class Scene:
     terminal: bool = False
     run: LiveRun | None = None
     master: int = -1
+    secret: str = field(default_factory=wire.new_secret)
 
     @property
     def run_dir(self) -> Path:
@@ -88,14 +91,15 @@ class Scene:
             self.master, slave = pty.openpty()
             streams = {"stdout": slave, "stderr": slave}
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            command, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LLM_PARALLEL_SECRET": self.secret},
             preexec_fn=_as_a_shell, **streams,
         )  # fmt: skip
         log.close()
         if self.terminal:
             os.close(slave)
         (self.run_dir / "launch.log").touch()
-        self.run = LiveRun(self.run_dir, process, "")
+        self.run = LiveRun(self.run_dir, process, self.secret)
         return self.run
 
     def launcher(self) -> int:
@@ -251,10 +255,9 @@ def drive(corpus: Corpus, folder: Path, name: str, killed: bool) -> Ending:
             ending.status = run.wait(LIMIT_S)
             if scene.pipe and ending.status > 128:
                 ending.status = 128 - ending.status
-            made = [*before, *run.steps()]
-            ending.made = max((record["step"] for record in made), default=0)
-            if name == "run folder deleted, SIGTERM":
-                ending.made = max(ending.made, run.status().get("step", 0))
+            ending.log = (folder / "launch.log").read_text(errors="replace")
+            told = [int(found) for found in re.findall(r"^step +(\d+)/", ending.log, re.MULTILINE)]
+            ending.made = max([*told, *(record["step"] for record in [*before, *run.steps()])], default=0)
             ending.events = read_lines(run.run_dir / "events.jsonl")
             ending.saved = _saved(run.run_dir)
             if way.disk:
@@ -265,7 +268,6 @@ def drive(corpus: Corpus, folder: Path, name: str, killed: bool) -> Ending:
             if scene.run is not None:
                 scene.run.close()
             forget_run(Path(ElasticConfig().replica_dir), scene.run_dir)
-    ending.log = (folder / "launch.log").read_text(errors="replace")
     return ending
 
 
