@@ -21,6 +21,7 @@ from llm_launch import wire
 from llm_launch.agent_settings import AgentSettings
 from llm_launch.copy_files import forget, forget_all_but, forget_stale, inventory, keep_alive
 from llm_launch.copy_transfer import CopyServer
+from llm_launch.door import raise_file_limit
 from llm_launch.health import GpuHealth, HostHealth, open_nvml
 from llm_launch.node_workers import NodeWorkers, kill, process_state
 from llm_launch.slurm import SlurmError, SlurmJob
@@ -237,6 +238,7 @@ class Agent:
 
 def main() -> None:
     """Runs one agent until the run is over or the controller is gone."""
+    raise_file_limit()
     agent = Agent(AgentSettings.parse())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

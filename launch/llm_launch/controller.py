@@ -16,6 +16,7 @@ from typing import Literal
 
 from llm_launch.blame import Device, Evidence, Fault, Kind, Verdict, blame, few
 from llm_launch.copy_catalog import CopyCatalog, Restore
+from llm_launch.door import WAITING
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
@@ -82,6 +83,7 @@ class Controller:
 
     async def listen(self, host: str, port: int = 0) -> int:
         """Begins to accept agents; the port."""
+        self.fleet.door.most = max(WAITING, 2 * len(self.starter.expected))  # they all come at once
         return await self.fleet.listen(host, port)
 
     async def run(self) -> int:

@@ -10,11 +10,13 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
 from llm_launch.copy_files import CopyFile, copy_name
+from llm_launch.door import PAUSE_S, Door
 from llm_launch.private import open_own_file
 from llm_parallel.errors import UserError
 
@@ -26,26 +28,39 @@ class CopyServer:
         self._folder, self._secret = folder, secret
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=1024)
+        self._door, self._closed = Door(), False
         self.address: tuple[str, int] = (host, self._listener.getsockname()[1])
         threading.Thread(target=self._accept, name="copies", daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                return
-            threading.Thread(target=self._serve, args=(connection,), name="copy", daemon=True).start()
+                if not self._closed:  # no descriptor is left: strangers hold them, or this process does for a moment
+                    self._door.make_room()
+                    time.sleep(PAUSE_S)
+                continue
+            number = self._door.enter(connection)
+            try:
+                threading.Thread(target=self._serve, args=(connection, number), name="copy", daemon=True).start()
+            except RuntimeError:  # no thread can be started now
+                self._door.leave(number)
+                connection.close()
 
     def close(self) -> None:
         """Stops listening. A thread that waits in accept would keep a closed socket alive."""
+        self._closed = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, number: int) -> None:
         with connection, contextlib.suppress(OSError, ValueError, KeyError, UserError):
-            wire.accept_blocking(connection, self._secret)
+            try:
+                wire.accept_blocking(connection, self._secret)
+            finally:
+                self._door.leave(number)
             while (request := wire.receive(connection)) is not None:
                 if request["do"] == "put":
                     self._keep(connection, request["header"])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from llm_launch import wire
 from llm_launch.blame import Device, Evidence, Kind, classify_error, few
+from llm_launch.door import PAUSE_S, WAITING, Door
 from llm_launch.generation_store import GenerationStore
 from llm_launch.hang import find_hung, waits_for_files
 from llm_launch.journal import Journal
@@ -61,6 +64,8 @@ class Fleet:
         """Generation and step at which processes were last seen waiting for files."""
         self.address: list[Any] = []
         self.changed = asyncio.Event()
+        self.door = Door(WAITING)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._store = GenerationStore()
         self.pace = Pace(elastic.hang_deviations, first_s=elastic.first_step_limit_s)
 
@@ -78,14 +83,48 @@ class Fleet:
 
     async def listen(self, host: str, port: int = 0) -> int:
         """Begins to accept agents; the port."""
-        server = await asyncio.start_server(self._accept, host, port, backlog=4096)
-        self.address = [host, server.sockets[0].getsockname()[1]]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=4096)
+        listener.setblocking(False)
+        self.address = [host, listener.getsockname()[1]]
+        self._spawn(self._admit(listener))
         return self.address[1]
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _admit(self, listener: socket.socket) -> None:
+        """Takes in connections one by one; a flood of strangers must not starve the agents that are there."""
+        with listener:
+            while True:
+                try:
+                    connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+                except OSError:  # no descriptor is left
+                    self.door.make_room()
+                    await asyncio.sleep(PAUSE_S)
+                    continue
+                self._spawn(self._accept(connection, self.door.enter(connection)))
+
+    async def _accept(self, connection: socket.socket, number: int) -> None:
+        try:
+            reader, writer = await asyncio.open_connection(sock=connection)
+            channel = await wire.accept(reader, writer, self.secret)
+        except (OSError, wire.WireError):
+            connection.close()
+            return
+        finally:
+            self.door.leave(number)
+        try:
+            await self._serve(channel)
+        finally:
+            writer.close()
+
+    async def _serve(self, channel: wire.Channel) -> None:
+        """What an agent, or a drill, says, until its connection ends."""
         node: Node | None = None
         try:
-            channel = await wire.accept(reader, writer, self.secret)
             while (message := await channel.receive()) is not None:
                 if message["is"] == "drill":
                     self._on_drill(message)
@@ -101,9 +140,10 @@ class Fleet:
                     self.changed.set()
         except (OSError, wire.WireError, ValueError):
             pass
+        except Exception:  # a mistake of ours; without its agent the node's work is made elsewhere
+            self.journal.say(f"a message of {node.name if node else 'an agent'} failed:\n{traceback.format_exc()}")
         finally:
-            writer.close()
-            if node is not None and node.channel is not None and node.channel._writer is writer:
+            if node is not None and node.channel is channel:
                 self.lost(node, Kind.AGENT_LOST)
 
     def _on_drill(self, message: wire.Message) -> None:

@@ -13,6 +13,7 @@ import json
 import secrets
 import socket
 import struct
+import time
 from typing import Any
 
 LENGTH = struct.Struct("!I")
@@ -113,10 +114,11 @@ def accept_blocking(connection: socket.socket, secret: str) -> None:
     """As ``accept``, for a thread. Raises WireError."""
     # Without it an answer in two parts waits for the delayed acknowledgement of the first, 40 ms each time.
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    deadline = time.monotonic() + AUTHENTICATION_S
     connection.settimeout(AUTHENTICATION_S)
     nonce = secrets.token_bytes(NONCE_BYTES)
     connection.sendall(nonce)
-    answer = receive_bytes(connection, 2 * NONCE_BYTES)
+    answer = receive_bytes(connection, 2 * NONCE_BYTES, deadline)
     if not hmac.compare_digest(answer[:NONCE_BYTES], _proof(secret, b"client", nonce)):
         raise WireError("the other end does not know the run's secret")
     connection.sendall(_proof(secret, b"server", answer[NONCE_BYTES:]))
@@ -125,12 +127,13 @@ def accept_blocking(connection: socket.socket, secret: str) -> None:
 
 def connect_blocking(host: str, port: int, secret: str, timeout_s: float = AUTHENTICATION_S) -> socket.socket:
     """As ``connect``, for a thread; the socket it returns has no time limit. Raises ConnectionError."""
+    deadline = time.monotonic() + timeout_s
     connection = socket.create_connection((host, port), timeout_s)
     try:
-        nonce = receive_bytes(connection, NONCE_BYTES)
+        nonce = receive_bytes(connection, NONCE_BYTES, deadline)
         mine = secrets.token_bytes(NONCE_BYTES)
         connection.sendall(_proof(secret, b"client", nonce) + mine)
-        proof = receive_bytes(connection, NONCE_BYTES)
+        proof = receive_bytes(connection, NONCE_BYTES, deadline)
         if not hmac.compare_digest(proof, _proof(secret, b"server", mine)):
             raise WireError(f"who answers at {host}:{port} does not know the run's secret")
     except BaseException:
@@ -141,16 +144,21 @@ def connect_blocking(host: str, port: int, secret: str, timeout_s: float = AUTHE
     return connection
 
 
-def receive_bytes(connection: socket.socket, size: int) -> bytes:
+def receive_bytes(connection: socket.socket, size: int, deadline: float | None = None) -> bytes:
     """Exactly ``size`` bytes. Raises WireError if the connection ends before."""
     data = bytearray(size)
-    receive_into(connection, memoryview(data))
+    receive_into(connection, memoryview(data), deadline)
     return bytes(data)
 
 
-def receive_into(connection: socket.socket, view: memoryview) -> None:
-    """Fills ``view``. Raises WireError if the connection ends before."""
+def receive_into(connection: socket.socket, view: memoryview, deadline: float | None = None) -> None:
+    """Fills ``view``. Raises WireError if the connection ends before, or TimeoutError when ``deadline``, a time of the
+    monotonic clock, has passed, however the bytes drip."""
     while view:
+        if deadline is not None:
+            connection.settimeout(max(1e-3, deadline - time.monotonic()))
+            if time.monotonic() >= deadline:
+                raise TimeoutError("the other end did not authenticate in time")
         got = connection.recv_into(view)
         if not got:
             raise WireError("the connection ended in the middle of a message")

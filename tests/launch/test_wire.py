@@ -77,7 +77,7 @@ def test_a_slot_counts_only_when_committed(tmp_path: Path) -> None:
     file.begin(1)
     file.commit(0, 0, {"x": 1})
     file.begin(1)
-    assert inventory(tmp_path) == [{"kind": "own", "generation": 1, "rank": 0, "steps": [0]}]
+    assert inventory(tmp_path) == [{"kind": "own", "generation": 1, "rank": 0, "steps": [0], "origin": None}]
     read = CopyFile.open(file.path)
     assert (bytes(read.data(0)), read.state(0), read.steps()) == (bytes(range(60)), {"x": 1}, {0: 0})
     file.begin(0)
