@@ -168,7 +168,7 @@ class Agent:
 
     def _on_controller(self, message: wire.Message) -> None:
         kind = message["is"]
-        if kind in ("assign", "inject", "look", "pardon", "value"):
+        if kind in ("assign", "inject", "look", "pardon", "value", "partner"):
             worker = self.here.by_device(message["device"], message.get("number"))
             if worker is not None:
                 if kind == "assign":

@@ -46,6 +46,8 @@ class Kind(Enum):
     """A replica's weights differ from those of most others."""
     UNHEALTHY = "unhealthy"
     """The driver or the known-answer test says that the device is broken."""
+    COPY_LOST = "copy lost"
+    """A memory copy that the state was to come from is damaged or gone."""
     HOST_MEMORY = "host memory"
     """The system ended a process because its node ran out of memory."""
 
@@ -65,6 +67,8 @@ class Evidence:
     """Exit status, negative for a signal."""
     samples: tuple[int, int] | None = None
     """First and last global sample of the step."""
+    copy: tuple[str, int] | None = None
+    """Kind and rank of a memory copy that is lost, if it is one."""
     forming: bool = False
     """Whether its process had not begun to train in this generation."""
 
@@ -246,6 +250,14 @@ def _whole_node(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict |
     return None
 
 
+def _lost_copies(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
+    items = _of(evidence, Kind.COPY_LOST)
+    if not items or len(items) + len(_of(evidence, Kind.CONNECTION)) < len(evidence):
+        return None  # something else has happened too, and is judged
+    reason = few(sorted({item.message for item in items}), "; ")
+    return Verdict(Fault.ENVIRONMENT, f"{reason}; another copy or the checkpoint is taken", evidence=tuple(items))
+
+
 def _environment(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
     items = _of(evidence, Kind.RAISED)
     found = [item for item in items if classify_error(item.error, item.message) == "environment"]
@@ -295,9 +307,10 @@ RULES = (
     _whole_node,
     _same_error_in_several_places,
     _environment,
+    _lost_copies,
     _all_stand_still,
     _single_devices,
 )
 """In order: a user's mistake; memory of a device; hard evidence against a device; memory of a host; a silent node, a
-dead agent, all processes of one node; the same error in several places; disk, files and ports; a standstill of all;
-single devices."""
+dead agent, all processes of one node; the same error in several places; disk, files and ports; lost memory copies; a
+standstill of all; single devices."""

@@ -271,6 +271,7 @@ class Controller:
             node = self.fleet.roster.nodes[device.node]
             worker = node.workers[device.number]
             worker.begin(self.fleet.generation)
+            worker.partner = after[device.node].name if len(names) > 1 else None
             node.send(
                 {
                     "is": "assign",
@@ -401,6 +402,9 @@ class Controller:
         if not await self.fleet.until(lambda: not self.fleet.inside(), LEAVE_S):
             self.fleet.kill(self.fleet.inside())
             await self.fleet.until(lambda: not self.fleet.inside(), LEAVE_S)
+        for item in self.fleet.evidence:
+            if item.kind is Kind.COPY_LOST:
+                self.copies.distrust(item.copy)
         verdict = self.ledger.judge(blame(self.fleet.evidence, self.fleet.placement.devices))
         self.journal.event("blame", fault=verdict.fault.value, cause=verdict.reason, seconds=time.monotonic() - began)
         self._act_on(verdict)

@@ -35,6 +35,9 @@ class CopyCatalog:
         self.fleet, self.journal, self.model, self.disk_step = fleet, journal, model, disk_step
         self.trained: list[Trained] = []
         self._ignored = False
+        self._restored: Restore | None = None
+        self._distrusted: set[tuple[str, str, int, int]] = set()
+        """Node, kind, generation and rank of copies that are damaged or gone."""
 
     def remember(self, trained: list[Trained], model: Any) -> None:
         """Takes in what an earlier start has noted in the run folder, if it trained the same."""
@@ -79,7 +82,11 @@ class CopyCatalog:
             node.inventory = None
             node.send({"is": "inventory"})
         await self.fleet.until(lambda: all(node.inventory is not None for node in self.fleet.roster.alive()), ANSWER_S)
-        held = {node.name: node.inventory for node in self.fleet.roster.alive() if node.inventory is not None}
+        held = {
+            node.name: [entry for entry in node.inventory if self._is_trusted(node.name, entry)]
+            for node in self.fleet.roster.alive()
+            if node.inventory is not None
+        }
         if first:
             self._learn(held)
         for trained in reversed(self.trained):
@@ -89,9 +96,23 @@ class CopyCatalog:
                 return Restore(found[0], trained, found[1]) if newer else None
         return None
 
+    def distrust(self, copy: tuple[str, int] | None) -> None:
+        """Never again reads a copy from which the last generation could not restore its state, by kind and rank; None:
+        any that it was to read."""
+        restored = self._restored
+        if restored is None:
+            return
+        for rank, (node, kind) in restored.holders.items():
+            if copy is None or copy == (kind, rank):
+                self._distrusted.add((node, kind, restored.trained.generation, rank))
+
     def go_on_from(self, restore: Restore | None) -> None:
         """Fixes what the next generation starts from; all other copies are removed to make room for its own."""
+        self._restored = restore
         self._forget_all_but([restore.trained] if restore else [])
+
+    def _is_trusted(self, node: str, entry: Mapping[str, Any]) -> bool:
+        return (node, entry["kind"], entry["generation"], entry["rank"]) not in self._distrusted
 
     def sources(self, restore: Restore | None, placement: Placement) -> list[str | None]:
         """Where each rank of ``placement`` reads its state, as JSON that all ranks with the same part of the model

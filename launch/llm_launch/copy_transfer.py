@@ -20,6 +20,10 @@ from llm_launch.door import PAUSE_S, Door
 from llm_launch.private import open_own_file
 from llm_parallel.errors import UserError
 
+CHUNK_BYTES = 8 << 20
+STALL_S = 5.0
+"""A partner node that takes no chunk for so long gets no more copies."""
+
 
 class CopyServer:
     """Serves one node's folder in threads. Listens on ``host``; the port is chosen by the system."""
@@ -129,6 +133,7 @@ class CopySender:
                 wire.connect_blocking(*self._address, self._secret) as connection,
                 os.fdopen(open_own_file(self._file.path, os.O_RDONLY), "rb") as file,
             ):
+                connection.settimeout(STALL_S)  # of each chunk
                 wire.send(connection, {"do": "put", "header": self._file.header})
                 if wire.receive(connection) is None:
                     raise wire.WireError("the partner node has no room for the memory copy")
@@ -139,17 +144,19 @@ class CopySender:
                             return
                         (step, slot), self._next = self._next, None
                     wire.send(connection, {"slot": slot, "step": step, "state": self._file.state(slot)})
-                    if self._file.data_bytes:
+                    for start in range(0, self._file.data_bytes, CHUNK_BYTES):
                         # sendfile takes the file's own pages: copying them would take processor time from the step.
-                        connection.sendfile(file, self._file.data_offset(slot), self._file.data_bytes)
+                        count = min(CHUNK_BYTES, self._file.data_bytes - start)
+                        connection.sendfile(file, self._file.data_offset(slot) + start, count)
                     if wire.receive(connection) is None:
                         raise wire.WireError("the partner node ended the connection")
                     with self._wanted:
                         self.acknowledged = step
                         self._wanted.notify_all()
         except OSError as error:
+            late = isinstance(error, TimeoutError)
             with self._wanted:
-                self.failure = str(error)
+                self.failure = f"it has taken nothing for {STALL_S:g} s" if late else str(error)
                 self._wanted.notify_all()
 
 

@@ -212,6 +212,8 @@ class Fleet:
             if message["cause"]:
                 facts = {"node": node.name, "device": device.number, "step": message["step"]}
                 self.journal.event("copies_failed", cause=message["cause"], **facts)
+        elif said == "partner_failed" and mine:
+            self._change_partner(node, worker, message["cause"])
         elif said == "saved" and mine:
             self.saved_step = max(self.saved_step, message["step"])
         elif said == "left" and mine:
@@ -219,6 +221,19 @@ class Fleet:
             self._on_left(device, message)
         elif said in ("seen", "state"):
             self.looks.setdefault(device, {}).update(message)
+
+    def _change_partner(self, node: Node, worker: Worker, cause: str) -> None:
+        """Another node gets the second copies of a worker whose partner does not take them."""
+        failed = worker.partner or ""
+        worker.refused.add(failed)
+        others = [other for other in self.roster.alive() if other is not node and other.name not in worker.refused]
+        worker.partner = others[0].name if others else None
+        instead = f"{worker.partner} keeps them from now on" if others else "no other node can keep them"
+        self.journal.event("second_copy_failed", node=node.name, device=worker.device.number, partner=failed,
+                           cause=f"{cause}; {instead}")  # fmt: skip
+        if others:
+            to = {"is": "partner", "device": worker.device.number, "number": worker.number}
+            node.send({**to, "partner": list(others[0].copies_address)})
 
     def _answer(self, node: Node, worker: Worker, number: int | None, value: Any) -> None:
         """Answers what a worker has asked the store, if it is still that worker."""
@@ -240,6 +255,12 @@ class Fleet:
             )
 
     def _on_left(self, device: Device, message: wire.Message) -> None:
+        if "copy_lost" in message:
+            lost = tuple(message["copy_lost"]) if message["copy_lost"] else None
+            self.evidence.append(
+                Evidence(Kind.COPY_LOST, device.node, device, self.rank(device), message=message["message"], copy=lost)
+            )
+            return
         if message["outcome"] != Outcome.FAILED.value:
             return
         error, text = message.get("error", ""), message.get("message", "")

@@ -40,6 +40,11 @@ def as_prometheus(status: dict[str, Any]) -> str:
         "lost_steps_total": ("counter", "steps made again since the start", status["lost_steps"]),
         "excluded_devices": ("gauge", "devices removed for good", len(status["excluded"])),
         "goodput": ("gauge", "part of the time since the start not spent recovering", status["goodput"]["fraction"]),
+        "single_copies": (
+            "gauge",
+            "processes without a second memory copy on another node",
+            status.get("single_copies", 0),
+        ),
         "training": ("gauge", "whether steps are made", int(status["state"] == "training")),
     }
     lines = []

@@ -97,6 +97,7 @@ class Member:
     _answers: dict[int, Any] = field(default_factory=dict)
     """By number of the question; None while there is none."""
     _asked: int = 0
+    _partner: tuple[str, int] | None = None
 
     def start(self) -> None:
         """Registers with the agent and listens to it."""
@@ -152,7 +153,7 @@ class Member:
             if assignment is None or assignment.generation > self._aborted:
                 if assignment is not None:
                     self._let_go()
-                    self._generation, self._inside = assignment.generation, True
+                    self._generation, self._inside, self._partner = assignment.generation, True, None
                     self._kept = _sockets()
                 return assignment
 
@@ -169,6 +170,11 @@ class Member:
     def aborted(self) -> bool:
         """Whether the present generation was given up."""
         return self._aborted >= self._generation
+
+    def take_partner(self) -> tuple[str, int] | None:
+        """Address of another partner node that the controller has named in this generation, once."""
+        found, self._partner = self._partner, None
+        return found
 
     @property
     def asked_to_stop(self) -> bool:
@@ -190,6 +196,8 @@ class Member:
                 with self._answered:
                     self._answered.notify_all()
                 threading.Thread(target=self._break_out, name="abort", daemon=True).start()
+            elif kind == "partner":
+                self._partner = tuple(message["partner"])
             elif kind == "value":
                 with self._answered:
                     if message["id"] in self._answers:

@@ -104,6 +104,9 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "restored": lambda r: f"{r['target']} can be written again",
     "folder_restored": lambda r: f"{r['cause']}",
     "copies_failed": lambda r: f"no memory copies of the training state from step {r['step']} on: {r['cause']}",
+    "second_copy_failed": lambda r: (
+        f"the second copies of {r['node']}, device {r['device']}, do not reach {r['partner']}: {r['cause']}"
+    ),
     "copies_again": lambda r: f"memory copies of the training state are made again from step {r['step']} on",
     "unheard": lambda r: f"{r['cause']}",
     "copies_ignored": lambda r: f"{r['cause']}",

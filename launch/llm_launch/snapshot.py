@@ -22,6 +22,9 @@ def snapshot(fleet: Fleet, ledger: Ledger, started_s: float, config: RunConfig) 
         "generation": fleet.generation,
         "step": fleet.step,
         "world_size": placement.layout.world_size if placement else 0,
+        "single_copies": sum(worker.copies and worker.partner is None for worker in fleet.workers())
+        if placement and len(active) > 1 and fleet.elastic.replicate_every_steps
+        else 0,
         "crowded": crowded(config, placement.layout) if placement else None,
         "layout": placement.layout.describe() if placement else "",
         "nodes": [

@@ -257,7 +257,7 @@ def _leave_after(member: Member, error: BaseException) -> None:
     if member.aborted:
         member.leave(Outcome.ABORTED)
     elif isinstance(error, CopyLost):
-        member.leave(Outcome.ABORTED, error, copy_lost=True)
+        member.leave(Outcome.ABORTED, error, copy_lost=list(error.copy) if error.copy else None)
     else:
         member.leave(Outcome.FAILED, error)
 

@@ -65,6 +65,13 @@ class FakeAgent:
             self.ranks[device] = message["rank"]
             self.nodes.origins[self.generation] = message["origin"]
             self.partner = message["partner"][1] if message["partner"] else None
+            if message["restore"]:
+                self.nodes.sources.setdefault(self.generation, json.loads(message["restore"])["sources"])
+            if message["rank"] == 1 and message["restore"] and self.nodes.lose_copies:
+                left = {"is": "left", "device": device, "outcome": "aborted", "generation": self.generation}
+                self.tell({**left, "copy_lost": self.nodes.lose_copies.pop(0), "message": "a copy has changed"})
+                del self.ranks[device]
+                return
             step = self.nodes.restored_step(message["restore"])
             self.tell({"is": "training", "device": device, "step": step, "generation": self.generation})
         elif kind in ("abort", "pause", "stop"):
@@ -80,6 +87,8 @@ class FakeAgent:
                         "origin": self.nodes.origins.get(generation)}
                        for (kept, generation, rank), steps in self.nodes.memory[self.name].items()]  # fmt: skip
             self.tell({"is": "inventory", "entries": entries})
+        elif kind == "partner":
+            self.partner = message["partner"][1]
         elif kind == "retire":
             self.retired.append(message["device"])
 
@@ -108,6 +117,10 @@ class Nodes:
         self.step, self.step_s, self.age_s, self.beats = 0, 1.0, 0.0, 0
         self.frozen: set[str] = set()
         """Nodes whose processes do nothing and cannot be ended, while their agent goes on."""
+        self.lose_copies: list[list[Any]] = []
+        """Kind and rank of copies that rank 1 cannot read, one for each of its next generations."""
+        self.sources: dict[int, list[Any]] = {}
+        """By generation, where its ranks read their state."""
         self.origins: dict[int, dict[str, Any]] = {}
         """By generation, what the controller has said of it to be kept with the copies."""
         self.own_s: dict[tuple[str, int], float] = {}

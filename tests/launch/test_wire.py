@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
+from llm_launch import copy_transfer as copy_transfer_module
 from llm_launch import wire
 from llm_launch.copy_files import CopyFile, copy_name, forget_all_but, forget_stale, inventory, keep_alive, run_folder
 from llm_launch.copy_transfer import CopySender, CopyServer, RemoteCopy
@@ -123,7 +125,9 @@ def test_a_partner_keeps_what_was_sent_and_hands_it_out(tmp_path: Path) -> None:
         file.commit(slot, step, {"step": step})
         sender.send(step, slot)
         assert sender.wait(step, 10)
-    assert inventory(tmp_path / "there") == [{"kind": "kept", "generation": 2, "rank": 9, "steps": [7, 8]}]
+    assert inventory(tmp_path / "there") == [
+        {"kind": "kept", "generation": 2, "rank": 9, "steps": [7, 8], "origin": None}
+    ]
     copy = RemoteCopy(server.address, "right", "kept", 2, 9)
     assert copy.read(7, 10, 20) == ({"step": 7}, bytearray([7] * 10))
     with pytest.raises(wire.WireError, match="step 6 is gone"):
@@ -144,3 +148,26 @@ def test_a_partner_that_is_gone_is_noticed_and_not_waited_for(tmp_path: Path) ->
     sender.send(1, 0)
     assert not sender.wait(1, 10)
     assert sender.failure
+
+
+def test_a_partner_that_takes_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has authenticated, and then its machine stalls: the sender does not wait for a minute, and says why."""
+    monkeypatch.setattr(copy_transfer_module, "STALL_S", 0.1)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def stall() -> None:
+        connection, _ = listener.accept()
+        wire.accept_blocking(connection, "right")
+        over.wait(60)
+        connection.close()
+
+    over = threading.Event()
+    threading.Thread(target=stall, daemon=True).start()
+    file = make(tmp_path)
+    file.commit(0, 1, {})
+    sender = CopySender(listener.getsockname(), "right", file)
+    sender.send(1, 0)
+    assert not sender.wait(1, 60)
+    over.set()
+    listener.close()
+    assert sender.failure == "it has taken nothing for 0.1 s"
