@@ -110,7 +110,7 @@ def check(
     samples: Annotated[int, typer.Option(help="Samples to show, token by token.")] = 3,
     html: Annotated[str | None, typer.Option(help="File of an HTML page with the same.")] = None,
 ) -> None:
-    """Show conversations or preferences as the model will see them: what is trained, cut and packed, where it stops."""
+    """Show conversations, preferences or prompts as the model will see them: what is trained, judged, cut, packed."""
     from llm_parallel.report.check import check_command
     from llm_parallel.screen import say_next
 
@@ -375,17 +375,11 @@ def generate(request: GenerateRequest) -> None:
     from llm_parallel.screen import say_next
 
     if request.input is not None:
-        use.generate_file_command(request)
-        return
-    use.generate_command(
-        request.checkpoint,
-        request.prompts,
-        use.sampling_of(request),
-        held=request.held(),
-        stop=request.stop,
-        chat=request.chat,
-        structure=use.structure_of(request),
-    )
+        from llm_parallel.convert.export import export_to_hf
+        from llm_parallel.generate.file_command import file_command
+
+        raise typer.Exit(file_command(request, os.environ, export_to_hf))
+    use.prompts_command(request)
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"
         say_next(f"llm-parallel convert {request.checkpoint} {target}")

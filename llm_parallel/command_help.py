@@ -127,6 +127,7 @@ COMMANDS: dict[str, CommandHelp] = {
             'runs/quickstart/chat --chat --prompt "What is json for?"',
             'runs/first-hf --prompt "Is it spam? " --choice yes --choice no',
             "runs/first-hf --input prompts.jsonl --output answers.jsonl --samples 4 --temperature 0.7",
+            "runs/sft --input prompts.jsonl --output answers.jsonl --dp 2 --temperature 0.7 --best-of 4",
         ),
     ),
     "serve": CommandHelp(USE, ("runs/quickstart/chat", "runs/first-hf --port 9000 --api-key-file keys.txt")),

@@ -58,6 +58,13 @@ class JsonLines:
         except OSError as error:
             raise self._user_error(error) from error
 
+    def sync(self) -> None:
+        """Returns when what was appended is on the disk. Raises UserError."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._user_error(error) from error
+
     def close(self) -> None:
         """Closes the file."""
         os.close(self._fd)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from itertools import pairwise
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 _KEY = "option"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,23 @@ def documentation_of(request: type) -> dict[str, str]:
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             found[statement.target.id] = " ".join(str(below.value.value).split())
     return found
+
+
+def to_json(request: Any) -> str:
+    """A request as text, which ``from_json`` reads in another process. Fields that are no options are left out."""
+    options = [one.name for one in fields(request) if not _style(one).hidden]
+    return json.dumps({name: getattr(request, name) for name in options}, default=str)
+
+
+def from_json(request: type[T], text: str) -> T:
+    """The request that ``to_json`` wrote."""
+    given, hints = json.loads(text), get_type_hints(request)
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
+        elif value is not None and Path in (hints[name], *get_args(hints[name])):
+            given[name] = Path(value)
+    return request(**given)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

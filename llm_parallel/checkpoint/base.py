@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm_parallel.checkpoint.content import BASE
+from llm_parallel.checkpoint.content import BASE, MODELS
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.load import DAMAGE, content_of, load_weights
 from llm_parallel.checkpoint.run_file import CONFIG_NAME, read_config
 from llm_parallel.checkpoint.tensors import CheckpointTensors
+from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights
@@ -98,6 +99,16 @@ def load_trunk(path: str | Path, network: Network) -> None:
     _load_from_checkpoint(find_checkpoint(path), network, Fingerprint(network.groups), ("value_head",))
 
 
+@torch.no_grad()
+def load_other(path: str | Path, name: str, network: Network) -> None:
+    """Loads the weights of a model that one of our checkpoints holds besides the policy. Raises UserError if it is
+    another model."""
+    folder = find_checkpoint(path)
+    theirs = ModelConfig.model_validate(content_of(folder)[MODELS][name])
+    check_same_architecture(folder, theirs, network.models[0].model_config)
+    _read_weights(folder, network, Fingerprint(network.groups), of=f"{name}.")
+
+
 def _load_from_checkpoint(
     folder: Path, network: Network, fingerprint: Fingerprint, but_for: tuple[str, ...] = ()
 ) -> None:
@@ -107,13 +118,21 @@ def _load_from_checkpoint(
             f"adapter.load={folder} to begin from these adapters"
         )
     check_same_architecture(folder, read_config(folder).model, network.models[0].model_config, but_for)
+    _read_weights(folder, network, fingerprint, without_value=bool(but_for))
+
+
+def _read_weights(
+    folder: Path, network: Network, fingerprint: Fingerprint, of: str = "", without_value: bool = False
+) -> None:
+    """``of``: what the keys of the model's tensors begin with; ``without_value``: whether the value head is left as it
+    is."""
     mesh, at = network.groups.mesh, network.groups.at
     try:
-        tensors = CheckpointTensors(folder)
+        tensors = CheckpointTensors(folder, of)
         for chunk in network.models:
             for name, weight in weights_of(chunk):
                 kind = kind_of(name)
-                if but_for and kind.role is Role.VALUE:
+                if without_value and kind.role is Role.VALUE:
                     continue
                 size = weight.shape[kind.piece_dim] * (1 if kind.sharded_dim is None else mesh.tp)
                 parts = [tensors.rows(name, wanted) for wanted in kind.shard(size, mesh.tp, at.tp)]

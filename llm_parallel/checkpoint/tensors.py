@@ -36,9 +36,11 @@ class _Into(DefaultLoadPlanner):
 
 class CheckpointTensors:
     """Tensors of one of our checkpoints by canonical name, each whole or in part. Of the tensors of a layer only that
-    layer's part of the stored stack is read."""
+    layer's part of the stored stack is read. ``of``: what the keys of one of its models begin with; the policy's begin
+    with nothing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, of: str = "") -> None:
+        self._of = of
         self._reader = IndexReader(str(folder))
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -55,6 +57,7 @@ class CheckpointTensors:
     def _load(self, name: str, wanted: range | None, dim: int) -> Tensor:
         kind, layer = split_name(name)
         key, at = (name, []) if layer is None else (LAYERS + kind.name, [layer])
+        key = self._of + key
         stored: Any = self._metadata.state_dict_metadata[key]
         offsets, sizes = [0] * (len(stored.size) - len(at)), list(stored.size[len(at) :])
         if wanted is not None:

@@ -34,6 +34,7 @@ from llm_parallel.lines import note
 __all__ = ["FieldDoc", "config_schema", "describe_fields", "dump_config", "load_config", "load_with_origins"]
 
 MAX_DEPTH = 20
+CRITIC = ("method", "critic")
 PATH_LISTS = (("data", "train"), ("data", "eval"), ("chat", "train"), ("chat", "eval"))
 """Lists of sections whose items may be given as their path alone."""
 NULL_TAG = "tag:yaml.org,2002:null"
@@ -270,7 +271,7 @@ class _Walk:
             self.given.derived[named.derived] = (key, value, origin)
         if named.key is None:
             return
-        ours, value = named.key, _sources(named.key, named.value)
+        ours, value = _in_full(named.key, named.value)
         if value is None and section_at(ours) is not None and not _may_be_null(ours):
             return  # a section whose lines are all comments
         if ours != key and value == {} and any(old[: len(ours)] == ours for old in self.given.values):
@@ -303,13 +304,13 @@ def _may_be_null(key: Key) -> bool:
     return info is None or info.default is None
 
 
-def _sources(key: Key, value: Any) -> Any:
-    """The value; a data source that is given as a path alone becomes a section."""
+def _in_full(key: Key, value: Any) -> tuple[Key, Any]:
+    """Key and value; a section that is given as a path alone becomes its field for that path."""
     if key in PATH_LISTS:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list):
-            return [{"path": item} if isinstance(item, str) else item for item in items]
-    return value
+            return key, [{"path": item} if isinstance(item, str) else item for item in items]
+    return ((*key, "load"), value) if key == CRITIC and isinstance(value, str) else (key, value)
 
 
 def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:

@@ -93,8 +93,8 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def check_chat_inputs(config: RunConfig) -> None:
-    """Checks that the files of ``chat``, ``data.tokenizer``, ``checkpoint.load`` and ``method.reference.load`` are
-    there.
+    """Checks that the files of ``chat``, ``data.tokenizer`` and ``checkpoint.load``, and the other models of the run's
+    method, are there.
 
     Raises UserError that names each field whose file is missing."""
     missing = []
@@ -137,6 +137,7 @@ def _refuse_missing(config: RunConfig, missing: list[str]) -> None:
         ("checkpoint.load", config.checkpoint.load),
         ("adapter.load", of_adapter),
         ("method.reference.load", config.method.reference.load),
+        *rules_rounds.models_beside(config),
     ):
         if path is not None and not Path(path).exists():
             missing.append(f"{name} = {path} does not exist; give the path of one that does")

@@ -28,11 +28,14 @@ def check_method(case: Case) -> Iterator[Problem]:
         statement = "adapter is given, and method.kind = reward trains a value head beside the model's weights"
         yield Problem(("adapter", "method.kind"), statement, {"adapter": None})
     yield from _other_methods(case)
+    if kind == "ppo":
+        yield from _ppo(case)
     if kind == "dpo":
         yield from _pairs(case)
     reads_reference = (
         kind == "kto"
         or (kind == "grpo" and method.grpo.kl_weight > 0)
+        or (kind == "ppo" and method.ppo.kl_weight > 0)
         or (kind == "dpo" and method.dpo.loss not in ("simpo", "orpo"))
     )
     if not reads_reference:
@@ -56,10 +59,10 @@ def check_method(case: Case) -> Iterator[Problem]:
 def _other_methods(case: Case) -> Iterator[Problem]:
     """Settings of a method that the run does not use."""
     method, kind = case.config.method, case.config.trains
-    for name in (*PREFERENCES, *ONLINE):
+    for name, owner in (*((name, name) for name in (*PREFERENCES, *ONLINE)), ("critic", "ppo")):
         section = getattr(method, name)
         given = [field for field, value in type(section)() if getattr(section, field) != value]
-        if name != kind and given:
+        if owner != kind and given:
             field = f"method.{name}.{given[0]}"
             statement = f"{field} = {getattr(section, given[0])} has no effect with method.kind = {kind}"
             yield Problem(
@@ -69,6 +72,24 @@ def _other_methods(case: Case) -> Iterator[Problem]:
 
 def _default(section: Any, name: str) -> Any:
     return getattr(type(section)(), name)
+
+
+def _ppo(case: Case) -> Iterator[Problem]:
+    ppo, output_loss = case.config.method.ppo, case.config.kernels.output_loss
+    if ppo.entropy_weight and output_loss != "separate":
+        yield Problem(
+            ("method.ppo.entropy_weight", "kernels.output_loss"),
+            f"method.ppo.entropy_weight = {ppo.entropy_weight} needs all logits, which kernels.output_loss = "
+            f"{output_loss} never holds",
+            {"kernels.output_loss": "separate"},
+        )
+    if ppo.estimator != _default(ppo, "estimator") and (ppo.kl_in == "reward" or not ppo.kl_weight):
+        where = "method.ppo.kl_in = reward" if ppo.kl_weight else "method.ppo.kl_weight = 0"
+        yield Problem(
+            ("method.ppo.estimator", "method.ppo.kl_in"),
+            f"method.ppo.estimator = {ppo.estimator} has no effect with {where}",
+            {"method.ppo.estimator": _default(ppo, "estimator")},
+        )
 
 
 def _pairs(case: Case) -> Iterator[Problem]:

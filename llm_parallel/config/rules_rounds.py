@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from llm_parallel.config.problem import Case, Problem, nearest
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.config.tree_online import ONLINE, RolloutConfig
+from llm_parallel.config.tree_online import OF_POLICY, ONLINE, RolloutConfig
 
 
 def trained_answers(config: RunConfig) -> int:
@@ -24,6 +24,21 @@ def steps_of_epoch(config: RunConfig) -> int:
 def steps_of_round(config: RunConfig) -> int:
     """Steps of a round."""
     return steps_of_epoch(config) * config.method.rollout.epochs
+
+
+def models_beside(config: RunConfig) -> list[tuple[str, str | None]]:
+    """Fields that name a critic or reward models of the run, and the folders that they name."""
+    if not config.collects:
+        return []
+    critic = config.method.critic.load
+    found: list[tuple[str, str | None]] = [
+        (f"method.rollout.judges.{number}.folder", judge.folder)
+        for number, judge in enumerate(config.method.rollout.judges)
+        if judge.kind == "reward_model"
+    ]
+    if config.trains == "ppo" and critic != OF_POLICY:
+        found.append(("method.critic.load", critic))
+    return found
 
 
 def check_rounds(case: Case) -> Iterator[Problem]:

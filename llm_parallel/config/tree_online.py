@@ -13,13 +13,17 @@ from llm_parallel.config.node import Node
 class JudgeConfig(Node):
     """One judge of answers: a number for each, of which more is better."""
 
-    kind: Literal["exact", "contains", "number", "regex", "json", "length", "function"] = "exact"
+    kind: Literal["exact", "contains", "number", "regex", "json", "length", "function", "reward_model"] = "exact"
     """``exact``: 1 if the answer is the record's right one, without blanks around it; ``contains``: 1 if the right one
     occurs in it; ``number``: 1 if the last number of the answer is the last one of the right answer; ``regex``: 1 if
     ``pattern`` is found; ``json``: 1 if the answer is JSON that fits the record's JSON schema; ``length``: minus the
-    tokens over ``max_tokens``, divided by it; ``function``: what a Python function of yours says."""
+    tokens over ``max_tokens``, divided by it; ``function``: what a Python function of yours says; ``reward_model``:
+    what a model with a value head says of the prompt with the answer."""
     field: str = "answer"
     """The record's field with the right answer (a text, a number, or a list of right ones), or with the JSON schema."""
+    folder: str | None = None
+    """``reward_model``: a run of ``method.kind: reward``, or a Hugging Face folder of a model for sequence
+    classification with one label; it must have the tokenizer of the policy."""
     weight: float = 1.0
     """What the judge's number is multiplied by before the numbers of all judges are added."""
     pattern: str | None = None
@@ -32,6 +36,8 @@ class JudgeConfig(Node):
     """``function``: the name of the function in ``file``; it is called with prompt (a list of messages), answer (a
     text), record (the fields of the record) and complete (whether the answer was ended by the model), and returns a
     number."""
+    timeout_s: PositiveFloat = 60.0
+    """``function``: seconds that a call may take; a longer one ends the run with a sentence."""
 
 
 class RolloutConfig(Node):
@@ -85,6 +91,53 @@ class GRPOConfig(Node):
     """Truncated importance weights for the difference between what sampled and what trains; none: not weighted."""
 
 
+class PPOConfig(Node):
+    """Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347): a critic (``method.critic``) says what the
+    text so far will earn, and tokens that led to more than that become likelier."""
+
+    gamma: float = Field(1.0, ge=0.0, le=1.0)
+    """What a reward one token later is worth."""
+    gae_lambda: float = Field(0.95, ge=0.0, le=1.0)
+    """Generalized advantage estimation (arXiv 1506.02438): 1 trusts what was earned, 0 what the critic says."""
+    whiten: bool = True
+    """The advantages of all tokens of a round get mean 0 and deviation 1."""
+    clip_low: PositiveFloat = 0.2
+    """Ratios under 1 minus this give no gradient where they fall."""
+    clip_high: PositiveFloat = 0.2
+    """Ratios over 1 plus this give no gradient where they rise."""
+    dual_clip: float | None = Field(None, gt=1.0)
+    """The loss of a token with a negative advantage A is at most minus this times A (arXiv 1912.09729); none: it has no
+    bound."""
+    value_clip: PositiveFloat | None = 0.2
+    """The critic gains nothing by leaving what it said before the round by more than this; none: no bound."""
+    entropy_weight: float = Field(0.0, ge=0.0)
+    """Weight of the entropy of the policy's distribution, which is taken from the loss."""
+    kl_weight: float = Field(0.02, ge=0.0)
+    """Weight of the divergence from the reference (``method.reference``); 0: no reference is held."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """``reward``: log p - log q is taken from the reward of each token (InstructGPT, arXiv 2203.02155); ``loss``: an
+    estimate of the divergence is added to the loss."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How the divergence in the loss is estimated."""
+    importance_cap: PositiveFloat | None = None
+    """Truncated importance weights for the difference between what sampled and what trains; none: not weighted."""
+
+
+OF_POLICY = "policy"
+"""``critic.load`` of a critic that begins as the policy does."""
+
+
+class CriticConfig(Node):
+    """The second model that ``ppo`` trains. It gives every token a number: what the answer will earn from there on."""
+
+    load: str = OF_POLICY
+    """``policy``: the model that training begins with, under a new head; else a folder: a run of ``method.kind:
+    reward``, another model's run (under a new head), a run of ``ppo`` (its critic), or a Hugging Face folder of a
+    language model or of a model for sequence classification with one label."""
+    lr: PositiveFloat | None = None
+    """Peak of the critic's learning rate, which follows the schedule of ``optim``; none: ``optim.lr``."""
+
+
 class RejectConfig(Node):
     """Rejection sampling: fine-tuning on the best of several answers of the model's own (Llama 2, arXiv 2307.09288)."""
 
@@ -95,5 +148,5 @@ class RejectConfig(Node):
     """Answers with less are not kept; none: all may be."""
 
 
-ONLINE = ("reject", "grpo")
+ONLINE = ("reject", "grpo", "ppo")
 """Kinds of methods that learn from answers that the model gives while it is trained."""

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from llm_parallel.config.node import Node
-from llm_parallel.config.tree_online import GRPOConfig, RejectConfig, RolloutConfig
+from llm_parallel.config.tree_online import CriticConfig, GRPOConfig, PPOConfig, RejectConfig, RolloutConfig
 
 
 class Columns(Node):
@@ -162,7 +162,7 @@ class RewardConfig(Node):
 
 
 class ReferenceConfig(Node):
-    """The model that ``dpo`` and ``kto`` hold the trained one to."""
+    """The model that ``dpo``, ``kto``, ``grpo`` and ``ppo`` hold the trained one to."""
 
     load: str | None = None
     """Hugging Face folder or checkpoint; if not given, the model that training begins with."""
@@ -177,12 +177,13 @@ class ReferenceConfig(Node):
 class MethodConfig(Node):
     """What a run trains for."""
 
-    kind: Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reward", "reject", "grpo"] | None = None
+    kind: Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reward", "reject", "grpo", "ppo"] | None = None
     """``pretrain``: the next token of token files (``data.train``); ``sft``: the answers of conversations
     (``chat.train``); ``dpo``: chosen answers over rejected ones; ``kto``: answers that were liked or not; ``rrhf``:
-    answers in their order; ``reward``: a model that values answers, learned from pairs; ``reject``, ``grpo``: answers
-    that the model gives to prompts while it is trained, the best of which it is fine-tuned on, or which are compared
-    with each other. If not given, ``sft`` where there are conversations and no token files."""
+    answers in their order; ``reward``: a model that values answers, learned from pairs; ``reject``, ``grpo``, ``ppo``:
+    answers that the model gives to prompts while it is trained, the best of which it is fine-tuned on, or which are
+    compared with each other, or with what a critic expected of them. If not given, ``sft`` where there are
+    conversations and no token files."""
     dpo: DPOConfig = DPOConfig()
     kto: KTOConfig = KTOConfig()
     rrhf: RRHFConfig = RRHFConfig()
@@ -191,6 +192,8 @@ class MethodConfig(Node):
     rollout: RolloutConfig = RolloutConfig()
     reject: RejectConfig = RejectConfig()
     grpo: GRPOConfig = GRPOConfig()
+    ppo: PPOConfig = PPOConfig()
+    critic: CriticConfig = CriticConfig()
 
 
 PREFERENCES = ("dpo", "kto", "rrhf", "reward")

@@ -22,7 +22,7 @@ class Counts:
     left out, with turns that were joined since the template refuses two of a role (``merged``), with an answer of
     nothing (``empty_answers``), and with calls of tools (``calls_unwritten``) or tools (``tools_unwritten``) that the
     template does not write. Left out are ``unreadable`` records (``first`` says why of five), those with
-    ``nothing_trained`` and those that are ``too_long``."""
+    ``nothing_trained``, those that are ``too_long``, and those whose label says that the answer was ``disliked``."""
 
     records: int = 0
     kept: int = 0
@@ -38,6 +38,7 @@ class Counts:
     unreadable: int = 0
     nothing_trained: int = 0
     too_long: int = 0
+    disliked: int = 0
     first: list[tuple[str, str]] = field(default_factory=list)
     formats: dict[str, int] = field(default_factory=dict)
 
@@ -96,6 +97,8 @@ class Counts:
         reasons = []
         if self.unreadable:
             reasons.append(f"{self.unreadable} cannot be read ({' '.join(self.first[0])})")
+        if self.disliked:
+            reasons.append(f"{self.disliked} have a label which says that the answer was not liked")
         if self.nothing_trained:
             reasons.append(f"{self.nothing_trained} have no answer of the assistant that is trained")
         if self.too_long:
@@ -139,6 +142,11 @@ def _left_out(counts: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
     limit = f"data.seq_length_tokens = {report['seq_length']}"
     if count := counts["unreadable"]:
         yield f"{some(count, 'record is no conversation', 'records are no conversations')}: {unreadable(counts)}"
+    if count := counts["disliked"]:
+        yield (
+            f"left out {some(count, 'conversation')} whose label says that the answer was not liked; `llm-parallel "
+            "prefer` with method.kind=kto learns from these too"
+        )
     if count := counts["nothing_trained"]:
         yield f"left out {some(count, 'conversation')} without an answer that is trained"
     if count := counts["too_long"]:

@@ -29,7 +29,7 @@ from llm_parallel.data.template import DATE
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, folder_in_whole, sha256_of, turn
 
-VERSION = 2
+VERSION = 3
 
 
 def prepare_conversations(

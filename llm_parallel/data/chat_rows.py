@@ -18,6 +18,7 @@ from llm_parallel.data.chat_counts import Counts
 from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.dataset_info import Opened
 from llm_parallel.data.formats import BadRecord, Reader
+from llm_parallel.data.preference import was_disliked
 from llm_parallel.data.readers import Problems, Row, rows
 from llm_parallel.data.shards import end_with_parent
 from llm_parallel.data.template import Refused
@@ -76,6 +77,9 @@ def encode_block(source: Opened, config: RunConfig, encoder: ChatEncoder, block:
                 raise BadRecord("holds characters of Unicode's last private range (U+100000 to U+10FFFF)")
         except BadRecord as error:
             found.counts.broken(row.where, str(error))
+            continue
+        if was_disliked(row.value):
+            found.counts.disliked += 1
             continue
         try:
             tokens = encoder.encode_within(conversation, limit, cut)

@@ -31,7 +31,7 @@ from llm_parallel.data.indexed import token_dtype, write_index
 from llm_parallel.data.prepare import file_errors_explained
 from llm_parallel.errors import UserError
 
-VERSION = 2
+VERSION = 3
 
 
 def prepare_groups(

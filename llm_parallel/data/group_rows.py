@@ -24,11 +24,13 @@ from llm_parallel.errors import UserError
 
 @dataclass
 class GroupCounts(Counts):
-    """Counts of one source of preferences: ``kept`` answers in ``groups`` (pairs, rankings or single answers), and
-    records of which the method can make nothing (``uncompared``), such as answers that are equally good."""
+    """Counts of one source of preferences: ``kept`` answers in ``groups`` (pairs, rankings or single answers), records
+    of which the method can make nothing (``uncompared``), such as answers that are equally good, and groups whose
+    answers are the same tokens once the template has written them (``alike``)."""
 
     groups: int = 0
     uncompared: int = 0
+    alike: int = 0
 
     def why_empty(self, seq_length: int) -> str:
         """The end of a sentence about a source of which nothing is kept."""
@@ -39,6 +41,8 @@ class GroupCounts(Counts):
             reasons.append(f"{self.unreadable} cannot be read ({' '.join(self.first[0])})")
         if self.uncompared:
             reasons.append(f"{self.uncompared} have no answer that is better than another")
+        if self.alike:
+            reasons.append(f"{self.alike} have answers that are the same tokens once the template has written them")
         if self.too_long:
             reasons.append(f"{self.too_long} do not fit data.seq_length_tokens = {seq_length}")
         return f"has nothing to train on: of {self.records} records {', '.join(reasons)}"
@@ -90,6 +94,9 @@ def encode_groups(source: Opened, config: RunConfig, encoder: ChatEncoder, block
             if tokens is None:
                 counts.too_long += 1
                 continue
+            if are_alike(tokens):
+                counts.alike += 1
+                continue
             counts.groups += 1
             for answer, conversation in zip(tokens.answers, group.conversations()):
                 counts.add(answer, conversation, encoder)
@@ -115,6 +122,13 @@ def encode_group(group: Group, config: RunConfig, encoder: ChatEncoder) -> Group
             scores = tuple(answer.score for answer in group.answers)
             return GroupTokens(kept, scores, float(group.facts.get("margin", 0.0)))
     return None
+
+
+def are_alike(group: GroupTokens) -> bool:
+    """Whether all answers that are compared are the same tokens: a template may leave out what they differ in, such as
+    blanks at an answer's end."""
+    first = group.answers[0].ids
+    return len(group.answers) > 1 and all(np.array_equal(first, one.ids) for one in group.answers[1:])
 
 
 def _whole(encoder: ChatEncoder, conversation: Conversation, cut: int) -> ChatTokens | None:
@@ -151,6 +165,8 @@ def _left_out(counts: dict[str, Any], report: dict[str, Any], unit: str) -> Iter
         yield f"{some(count, 'record is no preference', 'records are no preferences')}: {unreadable(counts)}"
     if count := counts["uncompared"]:
         yield f"left out {some(count, 'record')} in which no answer is better than another"
+    if count := counts["alike"]:
+        yield f"left out {some(count, unit)} whose answers are the same tokens once the template has written them"
     if count := counts["too_long"]:
         yield f"left out {some(count, unit)} that {'does' if count == 1 else 'do'} not fit {limit}"
     if count := counts["shortened"]:

@@ -226,6 +226,17 @@ class PreferenceReader:
         return tuple(self._conversations.turns(value, "an answer"))
 
 
+def was_disliked(record: Mapping[str, Any]) -> bool:
+    """Whether a record of one answer says that it was not liked. A ``label`` that is a number may be anything, such as
+    the class of a text, and says nothing; ``kto_tag`` has one meaning."""
+    label, tag = record.get("label"), record.get("kto_tag")
+    if isinstance(label, bool) or (isinstance(label, str) and label.strip().lower() in ("true", "false")):
+        return not _liked(label)
+    if isinstance(tag, str):
+        return tag.strip().lower() in NO
+    return isinstance(tag, (bool, int, float)) and not tag
+
+
 def _transcript(text: str) -> Messages:
     """The turns of a transcript of HH-RLHF; an empty one at its end, where the assistant is to answer, is none."""
     marks = list(TURN.finditer(text))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from llm_parallel.data.prepare import file_errors_explained
 from llm_parallel.data.readers import Problems, rows
 from llm_parallel.data.template import Refused
 from llm_parallel.errors import UserError
+from llm_parallel.tasks.base import Asked
 
 ORDER, HOLD_OUT = 11, 12
 """The uses of a derived key."""
@@ -94,7 +95,7 @@ class Prompts:
     @classmethod
     def open(cls, folder: str | Path) -> Prompts:
         """Opens a folder that ``prepare_prompts`` wrote."""
-        report = json.loads((Path(folder) / REPORT).read_text(encoding="utf-8"))
+        report = report_of(Path(folder))
         prompts: dict[str, list[Prompt]] = {"train": [], "eval": []}
         with (Path(folder) / PROMPTS).open(encoding="utf-8") as lines:
             for line in lines:
@@ -103,6 +104,11 @@ class Prompts:
                 prompts[one["split"]].append(prompt)
         stops, tokenizer = frozenset(report["stops"]), str(report["tokenizer"])
         return cls(Path(folder), tuple(prompts["train"]), tuple(prompts["eval"]), stops, tokenizer)
+
+    def asked(self) -> Iterator[Asked]:
+        """All prompts as judges are told of them."""
+        for prompt in (*self.training, *self.held_out):
+            yield Asked(prompt.messages, prompt.record, prompt.where)
 
     def of_round(self, number: int, count: int, seed: int) -> list[tuple[int, Prompt]]:
         """The prompts of a round, each with its number in the run, from 0: all are asked once, in an order that follows
@@ -116,6 +122,12 @@ class Prompts:
                 orders[epoch] = generator.permutation(len(self.training))
             found.append((place, self.training[orders[epoch][index]]))
         return found
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """What ``report.json`` of a folder of prompts holds."""
+    found: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return found
 
 
 def prepare_prompts(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> Prompts:
@@ -136,7 +148,7 @@ def prepare_prompts(config: RunConfig, notice: Callable[[str], None] = lambda _:
         folder = written_once(config, settings, lambda making: _write(making, config, encoder, opened, settings))
     for text in (text for source in opened for text in source.notices):
         notice(text)
-    for text in json.loads((folder / REPORT).read_text(encoding="utf-8"))["said"]:
+    for text in report_of(folder)["said"]:
         notice(text)
     return Prompts.open(folder)
 

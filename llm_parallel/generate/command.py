@@ -10,18 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat import ChatEncoder
 from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.template import Refused
-from llm_parallel.data.tokenizer import Tokenizer
+from llm_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.decode import Structured, generate
-from llm_parallel.generate.files import FileJob, PromptReader, answer_file
+from llm_parallel.generate.engine import Generator
 from llm_parallel.generate.held import AS_SAVED, Held
-from llm_parallel.generate.load import Loaded, load_model
+from llm_parallel.generate.load import Loaded, Member, load_model
 from llm_parallel.generate.request import GenerateRequest
-from llm_parallel.generate.requests import Reason
+from llm_parallel.generate.requests import Reason, Request
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.structure import Structure
 from llm_parallel.lines import note
@@ -75,15 +76,27 @@ def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
         print(prompt + text)
 
 
-def _open(checkpoint: str, held: Held) -> tuple[Loaded, Tokenizer, list[Path]]:
-    """The model, its tokenizer, and the folders whose files say how texts begin and end."""
-    loaded = load_model(checkpoint, held.device, weights=held.weights, deterministic=held.deterministic)
-    if loaded.tokenizer is None:
+def open_model(
+    checkpoint: str | Path, held: Held, member: Member | None = None
+) -> tuple[Loaded, Tokenizer, list[Path]]:
+    """The model, or this process's part of it, its tokenizer, and the folders whose files say how texts begin and
+    end. Raises UserError."""
+    loaded = load_model(checkpoint, held.device, weights=held.weights, deterministic=held.deterministic, member=member)
+    return loaded, *tokenizer_of(checkpoint, loaded.config, loaded.tokenizer)
+
+
+def tokenizer_of(
+    checkpoint: str | Path, config: RunConfig, opened: Tokenizer | None = None
+) -> tuple[Tokenizer, list[Path]]:
+    """The tokenizer of a model, and the folders whose files say how texts begin and end. Raises UserError."""
+    if opened is None and config.data.tokenizer:
+        opened = load_tokenizer(config.data.tokenizer)
+    if opened is None:
         raise UserError(
             f"{checkpoint} has no tokenizer beside its weights; put a tokenizer.json or tokenizer.model there"
         )
-    beside = Path(loaded.config.data.tokenizer or checkpoint)
-    return loaded, loaded.tokenizer, [Path(checkpoint), beside if beside.is_dir() else beside.parent]
+    beside = Path(config.data.tokenizer or checkpoint)
+    return opened, [Path(checkpoint), beside if beside.is_dir() else beside.parent]
 
 
 def sampling_of(request: GenerateRequest) -> Sampling:
@@ -120,19 +133,30 @@ def _say_unfinished(structured: Structured, sampling: Sampling) -> None:
         note(f"[the answer to prompt {number + 1} ended before its structure was complete, {why}]")
 
 
-def generate_file_command(request: GenerateRequest) -> int:
-    """Answers a file of prompts; see ``generate/files.py``. Returns the number of new answers. Raises UserError."""
-    assert request.input is not None and request.output is not None
-    settings = (sampling_of(request), tuple(request.stop), request.samples, request.max_running)
-    job = FileJob(request.input, request.output, *settings, structure_of(request))
-    loaded, tokenizer, folders = _open(request.checkpoint, request.held())
-    try:
-        reader = PromptReader(loaded, prompt_prefix(tokenizer, folders), frozenset(end_tokens(tokenizer, folders)))
-        # Answers of weights in few bits are not those of the saved ones, and a file has one kind.
-        model = request.checkpoint if request.weights == "saved" else f"{request.checkpoint} in {request.weights}"
-        return answer_file(job, loaded, reader, model)
-    finally:
-        close_groups()
+def _write_best(
+    generator: Generator, requests: Sequence[Request], answers: Sequence[Answer], structured: Structured | None
+) -> None:
+    """Fills answers with the best to each request."""
+    for finished in generator.run(requests):
+        ended = finished.tokens and finished.tokens[-1] in requests[finished.number].ends
+        for token in finished.tokens[:-1] if ended else finished.tokens:
+            answers[finished.number].add(token)
+        if structured is not None and finished.truncated:
+            structured.unfinished[finished.number] = finished.reason
+
+
+def prompts_command(request: GenerateRequest) -> list[str]:
+    """Answers the prompts of a request; see ``generate_command``."""
+    return generate_command(
+        request.checkpoint,
+        request.prompts,
+        sampling_of(request),
+        held=request.held(),
+        stop=request.stop,
+        chat=request.chat,
+        structure=structure_of(request),
+        best_of=request.best_of or 1,
+    )
 
 
 def generate_command(
@@ -144,13 +168,14 @@ def generate_command(
     stop: Sequence[str] = (),
     chat: bool = False,
     structure: Structure | None = None,
+    best_of: int = 1,
 ) -> list[str]:
     """Prints each prompt and its continuation, up to the first of the texts ``stop`` in it; token by token if there is
     one prompt and a terminal. ``chat``: prompts are a user's messages, and answers stand on a line of their own.
-    ``structure``: the form that answers must have.
+    ``structure``: the form that answers must have. ``best_of``: as in ``Request``; nothing is shown before the end.
 
     Returns the new texts. Raises UserError if there is no model, no tokenizer, or a value is out of range."""
-    loaded, tokenizer, folders = _open(checkpoint, held)
+    loaded, tokenizer, folders = open_model(checkpoint, held)
     begin, ends = prompt_prefix(tokenizer, folders), end_tokens(tokenizer, folders)
     if chat:
         encoder = open_encoder(loaded.config)
@@ -160,7 +185,7 @@ def generate_command(
     else:
         encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
     answers = [Answer(tokenizer, tokens, stop) for tokens in encoded]
-    streaming = len(prompts) == 1 and sys.stdout.isatty()
+    streaming = len(prompts) == 1 and best_of == 1 and sys.stdout.isatty()
     shown = 0
 
     def take(number: int, token: int) -> bool:
@@ -175,7 +200,14 @@ def generate_command(
         print(prompts[0], end="", flush=True)
     started = time.perf_counter()
     structured = Structured(structure, tokenizer) if structure else None
-    generate(loaded.network, [[*begin, *tokens] for tokens in encoded], sampling, ends, take, structured)
+    inputs = [[*begin, *tokens] for tokens in encoded]
+    if best_of == 1:
+        generate(loaded.network, inputs, sampling, ends, take, structured)
+    else:
+        asked: dict[str, Any] = {"structure": structure, "best_of": best_of}
+        asked |= {"ends": frozenset(ends), "stop": tuple(stop)}
+        requests = [Request(number, tuple(tokens), sampling, **asked) for number, tokens in enumerate(inputs)]
+        _write_best(Generator(loaded.network, tokenizer=tokenizer), requests, answers, structured)
     seconds = time.perf_counter() - started
     texts = [answer.text() for answer in answers]
     if streaming:

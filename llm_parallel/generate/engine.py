@@ -25,7 +25,7 @@ from llm_parallel.generate.draw import NO_TOKEN, Choice, Draw, choose_tokens
 from llm_parallel.generate.extras import Extras
 from llm_parallel.generate.layers import PlainChunk
 from llm_parallel.generate.paged import LayerCache, Pass, Rotation, make_pass
-from llm_parallel.generate.requests import Finished, Request, check_fits
+from llm_parallel.generate.requests import Finished, Request, best_answers, check_fits
 from llm_parallel.generate.scheduler import Draft, Limits, Part, Scheduler
 from llm_parallel.generate.structure import Structures
 from llm_parallel.parallel.engine import Engine, Network, network_of
@@ -110,6 +110,8 @@ class Generator:
         self._tokenizer, self.on_token = tokenizer, on_token
         self._structures: Structures | None = None
         self._bank = bank
+        self._best: dict[int, Request] = {}
+        self._made: dict[int, list[Finished]] = {}
         self._texts: weakref.WeakKeyDictionary[Draft, Answer] = weakref.WeakKeyDictionary()
         self._deterministic = self._models[0].config.kernels.deterministic
         self._pp, self._device = self.groups.mesh.pp, self.groups.platform.device
@@ -136,6 +138,11 @@ class Generator:
         """Whether all answers have been returned."""
         return self.scheduler.idle and not any(self._passes)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a further request would be in work at once, as far as their number goes."""
+        return not self.scheduler.num_waiting and self.scheduler.num_running < self.limits.max_running
+
     def refresh(self) -> None:
         """Takes up weights that have changed: waits for those that are still being gathered and forgets all keys. All
         processes of the run call this after a training step, before the next ``tick``."""
@@ -149,6 +156,8 @@ class Generator:
     def submit(self, request: Request) -> None:
         """Takes a request. Raises UserError as ``checked`` does."""
         self.scheduler.submit(self.checked(request))
+        if request.num_made > request.n:
+            self._best[request.number] = request
 
     def checked(self, request: Request) -> Request:
         """The request as it is taken. Raises UserError for one that the model or the cache has no room for, or whose
@@ -161,6 +170,11 @@ class Generator:
             raise UserError(f"adapter of prompt {request.number} is {request.adapter!r}, which is not loaded")
         if request.stop and self._tokenizer is None:
             raise UserError(f"stop of prompt {request.number} is given, and the model has no tokenizer to find it with")
+        if request.num_made > request.n and self.on_token is not None:
+            raise UserError(
+                f"best_of of prompt {request.number} is {request.best_of}, and tokens are wanted as they come; the "
+                "best answer is known only at the end, so leave one of them out"
+            )
         return request if request.structure is None else self._with_structure(request, vocabulary)
 
     def _with_structure(self, request: Request, vocabulary: int) -> Request:
@@ -217,7 +231,19 @@ class Generator:
                     self._run(stage, wave)
             if self._pp == 1:
                 finished += self._settle(0)
-        return finished
+        return [answer for each in finished for answer in self._given(each)]
+
+    def _given(self, answer: Finished) -> list[Finished]:
+        """The answer; of a request for the best of several, these when the last one is finished."""
+        request = self._best.get(answer.number)
+        if request is None:
+            return [answer]
+        made = self._made.setdefault(answer.number, [])
+        made.append(answer)
+        if len(made) < request.num_made:
+            return []
+        del self._best[answer.number], self._made[answer.number]
+        return best_answers(made, request.n)
 
     def _run(self, stage: int, wave: int) -> None:
         """One model chunk's part of a pass."""

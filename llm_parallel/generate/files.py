@@ -1,49 +1,50 @@
-"""Answers a file of prompts into a file of answers, which a run that was killed goes on with."""
+"""Files of prompts: what their lines mean, and what is written about each answer."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat import ChatEncoder
 from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.template import Refused
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.answer import Answer
-from llm_parallel.generate.engine import Generator, GeneratorOptions
-from llm_parallel.generate.load import Loaded
 from llm_parallel.generate.requests import Finished, Request, check_fits
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.structure import Structure
-from llm_parallel.jsonlines import JsonLines, read_jsonlines
-from llm_parallel.lines import note
-
-PROGRESS_S = 5.0
 
 
 @dataclass(frozen=True)
 class FileJob:
     """source: JSON lines, each with ``prompt`` (a text), ``prompt_tokens`` (token ids) or ``messages`` (a conversation,
     with ``tools`` if it has any), and an ``id`` if wanted; target: where the answers go; samples: answers to each;
-    structure: the form of all answers."""
+    best_of: as in ``Request``; structure: the form of all answers."""
 
     source: Path
     target: Path
     sampling: Sampling
     stop: tuple[str, ...] = ()
     samples: int = 1
+    best_of: int | None = None
     max_running: int = 32
     structure: Structure | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"samples is {self.samples}; it must be at least 1")
 
     def fingerprint(self, checkpoint: str) -> str:
         """What tells answers of this job from those of others."""
         settings: list[Any] = [checkpoint, asdict(self.sampling), self.stop, self.samples]
+        if self.best_of is not None:
+            settings.append({"best_of": self.best_of})
         if self.structure is not None:
             settings.append(asdict(self.structure))
         digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8)
@@ -52,11 +53,11 @@ class FileJob:
 
 
 class PromptReader:
-    """Turns lines of a file into requests. ``begin``: tokens before a plain text; ``ends``: tokens that end answers."""
+    """Turns lines of a file into requests to the model of a configuration. ``begin``: tokens before a plain text;
+    ``ends``: tokens that end answers."""
 
-    def __init__(self, loaded: Loaded, begin: Sequence[int], ends: frozenset[int]) -> None:
-        assert loaded.tokenizer is not None
-        self._loaded, self._tokenizer, self._begin, self._ends = loaded, loaded.tokenizer, tuple(begin), ends
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, begin: Sequence[int], ends: frozenset[int]) -> None:
+        self._config, self.tokenizer, self._begin, self._ends = config, tokenizer, tuple(begin), ends
         self._encoder: ChatEncoder | None = None
 
     def request(self, record: Any, where: str, job: FileJob, number: int) -> Request:
@@ -70,8 +71,9 @@ class PromptReader:
         prompt, ends = getattr(self, f"_{given[0]}")(record, where), self._ends
         if given[0] == "messages":
             ends = ends | frozenset(self._chat().stops)
-        model = self._loaded.config.model
-        request = Request(number, prompt, job.sampling, ends, job.stop, job.samples, structure=job.structure)
+        model = self._config.model
+        more: dict[str, Any] = {"structure": job.structure, "best_of": job.best_of}
+        request = Request(number, prompt, job.sampling, ends, job.stop, job.samples, **more)
         assert model.vocab_size is not None
         try:
             check_fits(request, model.max_seq_length_tokens, model.max_seq_length_tokens, model.vocab_size)
@@ -83,7 +85,7 @@ class PromptReader:
         text = record["prompt"]
         if not isinstance(text, str):
             raise UserError(f"prompt in {where} is {json.dumps(text)[:80]}; it must be a text")
-        tokens = (*self._begin, *map(int, self._tokenizer.encode(text)))
+        tokens = (*self._begin, *map(int, self.tokenizer.encode(text)))
         if not tokens:
             raise UserError(f"prompt in {where} is empty, and the model begins no text with a token; give a text")
         return tokens
@@ -105,7 +107,7 @@ class PromptReader:
 
     def _chat(self) -> ChatEncoder:
         if self._encoder is None:
-            self._encoder = open_encoder(self._loaded.config)
+            self._encoder = open_encoder(self._config)
         return self._encoder
 
 
@@ -124,64 +126,12 @@ def read_source(path: Path) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"line {number} of {path} is no JSON: {error}") from None
 
 
-def finished_before(job: FileJob, mark: str) -> set[tuple[int, int]]:
-    """Numbers and samples that the target holds already. Raises UserError if it holds answers of another job."""
-    if not job.target.exists():
-        return set()
-    found = set()
-    for record in read_jsonlines(job.target):
-        if record.get("job") != mark:
-            raise UserError(
-                f"output {job.target} holds something else than answers to {job.source} with this model and these "
-                "settings; name another file, or remove it"
-            )
-        found.add((record["number"], record["sample"]))
-    return found
-
-
-def answer_file(job: FileJob, loaded: Loaded, reader: PromptReader, checkpoint: str) -> int:
-    """Writes an answer as soon as it is finished; returns the number of new ones. What the target holds already is not
-    made again. Raises UserError for bad lines before anything is made."""
-    if job.samples < 1:
-        raise UserError(f"samples is {job.samples}; it must be at least 1")
-    records = list(read_source(job.source))
-    requests = [reader.request(record, where, job, number) for number, (where, record) in enumerate(records)]
-    mark = job.fingerprint(checkpoint)
-    done = finished_before(job, mark)
-    options = GeneratorOptions(max_running=job.max_running, pass_tokens=max(512, job.max_running))
-    generator = Generator(loaded.network, options, loaded.tokenizer)
-    if requests:
-        generator.checked(requests[0])  # its structure, which is that of all
-    places = [(request.number, sample) for request in requests for sample in range(request.n)]
-    left = {number for number, sample in places if (number, sample) not in done}
-    waiting = [request for request in reversed(requests) if request.number in left]
-    total = len(places) - len(done)
-    if done:
-        note(f"[{job.target} has {len(done)} answers already; {total} are left]")
-    assert loaded.tokenizer is not None
-    progress, target = _Progress(total, job.structure is not None), JsonLines(job.target)
-    try:
-        while waiting or not generator.idle:
-            while waiting and generator.scheduler.num_waiting < job.max_running:
-                generator.submit(waiting.pop())
-            for answer in generator.tick():
-                if (answer.number, answer.sample) in done:
-                    continue
-                request, (_, record) = requests[answer.number], records[answer.number]
-                target.append({"job": mark, **_line(answer, request, record, loaded.tokenizer)})
-                progress.count(answer)
-    finally:
-        target.close()
-    progress.end()
-    return total
-
-
-def _line(answer: Finished, request: Request, record: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def answer_line(answer: Finished, request: Request, record: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """What is written about an answer; its text is without the token or the text that ended it."""
     text = Answer(tokenizer, request.prompt, request.stop)
     for token in answer.tokens[: -1 if answer.tokens and answer.tokens[-1] in request.ends else None]:
         text.add(token)
-    line: dict[str, Any] = {"number": answer.number, "sample": answer.sample}
+    line: dict[str, Any] = {}
     if "id" in record:
         line["id"] = record["id"]
     line |= {"text": text.text(), "reason": answer.reason.value, "truncated": answer.truncated}
@@ -189,28 +139,3 @@ def _line(answer: Finished, request: Request, record: dict[str, Any], tokenizer:
     if request.sampling.top_log_probs:
         line["top"] = answer.top
     return line
-
-
-class _Progress:
-    """Says on standard error how far the work is, every few seconds."""
-
-    def __init__(self, total: int, structured: bool = False) -> None:
-        self._total, self._answers, self._tokens = total, 0, 0
-        self._structured, self._unfinished = structured, 0
-        self._started = self._said = time.monotonic()
-
-    def count(self, answer: Finished) -> None:
-        """Counts a finished answer."""
-        self._answers += 1
-        self._tokens += len(answer.tokens)
-        self._unfinished += self._structured and answer.truncated
-        if time.monotonic() - self._said > PROGRESS_S:
-            self.end()
-
-    def end(self) -> None:
-        """Says it now."""
-        self._said = time.monotonic()
-        speed = self._tokens / max(self._said - self._started, 1e-9)
-        note(f"[{self._answers} of {self._total} answers, {self._tokens} tokens, {speed:.1f} tokens/s]")
-        if self._unfinished:
-            note(f"[{self._unfinished} answers ended before their structure was complete; give more --max-new-tokens]")

@@ -52,6 +52,14 @@ class Loaded:
         return list(self.network.models)
 
 
+def checkpoint_of(path: str) -> Path | None:
+    """The checkpoint that a run or a folder of checkpoints means now; None for other folders."""
+    try:
+        return find_checkpoint(path)
+    except UserError:
+        return None
+
+
 def describe_folder(path: str | Path) -> RunConfig:
     """Configuration of the model in a Hugging Face folder, in one of our run, checkpoints or ``iter_…`` folders, or
     under the adapter in a PEFT folder, set for one process. Raises UserError if there is no model."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_parallel.errors import UserError
-from llm_parallel.generate.held import Held
+from llm_parallel.generate.held import FEW_BITS, Held
 from llm_parallel.options import argument, option
 
 
@@ -51,10 +51,27 @@ class GenerateRequest:
     """File of answers with log-probabilities and reasons; a command that was killed goes on with it."""
     samples: int = 1
     """Answers to each line of --input."""
+    best_of: int | None = None
+    """Answers to make of each prompt, of which the likeliest by the mean log-probability of its tokens is given, or the
+    --samples likeliest; not shown before it is complete."""
     top_log_probs: int = 0
     """Likeliest tokens to write to --output with each token."""
     max_running: int = 32
-    """Answers to --input in work at a time."""
+    """Answers to --input in work at a time, by each replica."""
+    tp: int = 1
+    """With --input: processes that share each layer (tensor parallelism)."""
+    pp: int = 1
+    """With --input: stages of layers, each on processes of its own (pipeline parallelism)."""
+    dp: int = 1
+    """With --input: replicas of the model, each of which answers a part of the prompts."""
+    engine: str = "ours"
+    """With --input: what answers, ours or an installed vllm, which gets the model as a Hugging Face folder."""
+    engine_python: Path | None = None
+    """With --engine vllm: python of the environment that has vLLM, by default LLM_PARALLEL_VLLM_PYTHON or this one."""
+    hang_s: float = 600.0
+    """With --input: seconds without progress after which a process is taken to hang, and the command ends."""
+    logs: Path | None = None
+    """With several processes: folder of their logs; by default a temporary one."""
     deterministic: bool = option(False, flag=True)
     """The same log-probabilities, to the last bit, whatever else runs; on a CPU, slower."""
     json_schema: Path | None = None
@@ -65,6 +82,11 @@ class GenerateRequest:
     """File of a grammar (GBNF or Lark) that answers must follow."""
     choice: Sequence[str] = option((), name="--choice")
     """Text that is one of the possible answers; give several."""
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that answer a file."""
+        return self.tp * self.pp * self.dp
 
     def held(self) -> Held:
         """How the model is to be held. Raises UserError."""
@@ -81,14 +103,64 @@ class GenerateRequest:
             raise UserError(
                 "--chat is given with --input, whose lines say by messages what is a chat; leave --chat out"
             )
-        with_input = {"output": None, "samples": 1, "top_log_probs": 0, "max_running": 32}
-        for name, default in with_input.items():
-            if self.input is None and getattr(self, name) != default:
+        for name in (
+            "output",
+            "samples",
+            "top_log_probs",
+            "max_running",
+            "tp",
+            "pp",
+            "dp",
+            "engine",
+            "engine_python",
+            "hang_s",
+            "logs",
+        ):
+            if self.input is None and getattr(self, name) != getattr(type(self), name):
                 option_name = name.replace("_", "-")
                 raise UserError(f"--{option_name} is given without --input, which it belongs to; leave it out")
+        for name in ("tp", "pp", "dp"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hang_s <= 0:
+            raise UserError(f"--hang-s is {self.hang_s}; it must be over 0")
+        self._check_best_of()
+        self._check_engine()
         forms = [
             name for name in ("json_schema", "regex", "grammar", "choice") if getattr(self, name) not in (None, ())
         ]
         if len(forms) > 1:
             named = " and ".join("--" + name.replace("_", "-") for name in forms)
             raise UserError(f"{named} are given together; an answer has one form, so give one of them")
+
+    def _check_engine(self) -> None:
+        if self.engine not in ("ours", "vllm"):
+            raise UserError(f"--engine is {self.engine!r}; it must be ours or vllm")
+        if self.engine == "ours":
+            if self.engine_python is not None:
+                raise UserError("--engine-python is given without --engine vllm, which it belongs to; leave it out")
+            return
+        unlike = {
+            "--dp": self.dp > 1,
+            "--deterministic": self.deterministic,
+            f"--weights {self.weights}": self.weights in FEW_BITS,
+            "a form of answers": bool(self.json_schema or self.regex or self.grammar or self.choice),
+        }
+        for name, given in unlike.items():
+            if given:
+                raise UserError(
+                    f"{name} is given with --engine vllm, which does not take it here; leave one of them out"
+                )
+
+    def _check_best_of(self) -> None:
+        if self.best_of is None:
+            return
+        if self.best_of < self.samples:
+            raise UserError(
+                f"--best-of is {self.best_of} and --samples is {self.samples}; it must be at least that many"
+            )
+        if self.temperature == 0 and self.best_of > 1:
+            raise UserError(
+                f"--best-of is {self.best_of} and --temperature is 0, which writes the same answer each time; give a "
+                "--temperature over 0"
+            )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from llm_parallel.errors import UserError
@@ -22,7 +23,8 @@ class Request:
     tokenizer's end-of-document token if there are none); prompt_log_probs: how many of the likeliest tokens are wanted
     at each place of the prompt, with the log-probabilities of its own tokens, None for none of it; embeds: whether the
     mean of the prompt's hidden states is wanted; adapter: the adapters on the model that answer, by their name, None
-    for the model without any.
+    for the model without any; best_of: answers that are made, of which the ``n`` with the highest mean log-probability
+    are given, the best first; ``n`` if not given.
     """
 
     number: int
@@ -37,14 +39,24 @@ class Request:
     prompt_log_probs: int | None = None
     embeds: bool = False
     adapter: str | None = None
+    best_of: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UserError(f"prompt {self.number} is empty; give at least one token")
         if self.n < 1:
             raise UserError(f"n of prompt {self.number} is {self.n}; it must be at least 1")
+        if self.best_of is not None and self.best_of < self.n:
+            raise UserError(
+                f"best_of of prompt {self.number} is {self.best_of} and n is {self.n}; it must be at least n"
+            )
         if "" in self.stop:
             raise UserError(f"stop of prompt {self.number} has an empty text; leave it out")
+
+    @property
+    def num_made(self) -> int:
+        """Answers that are made."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def looks_at_prompt(self) -> bool:
@@ -96,6 +108,24 @@ class Finished:
     def truncated(self) -> bool:
         """Whether the answer was cut off and so has no end."""
         return self.reason is not Reason.STOP
+
+
+def mean_log_prob(log_probs: Sequence[float]) -> float:
+    """Mean log-probability of an answer's tokens; that of an answer without any is the lowest."""
+    return sum(log_probs) / len(log_probs) if log_probs else -math.inf
+
+
+def best_answers(made: Sequence[Finished], n: int) -> list[Finished]:
+    """The ``n`` best of the answers to one request, the best first and numbered anew; of equal ones the first, and one
+    that was cancelled only where there are not enough others. What is known of the prompt stays with the first."""
+
+    def rank(answer: Finished) -> tuple[bool, float, int]:
+        return answer.reason is Reason.CANCELLED, -mean_log_prob(answer.log_probs), answer.sample
+
+    (looked,) = (answer for answer in made if answer.sample == 0)
+    chosen = [replace(one, sample=place) for place, one in enumerate(sorted(made, key=rank)[:n])]
+    first = replace(chosen[0], prompt_scores=looked.prompt_scores, embedding=looked.embedding)
+    return [first, *(replace(one, prompt_scores=(), embedding=()) for one in chosen[1:])]
 
 
 def check_fits(request: Request, context: int, cache_tokens: int, vocabulary: int) -> None:

@@ -115,7 +115,7 @@ class Scheduler:
         """Takes a request that ``check_fits`` accepts."""
         assert request.number not in self._siblings, f"request {request.number} is in work already"
         self._arrivals += 1
-        made = [Draft(request, n, self._arrivals, list(request.prompt)) for n in range(request.n)]
+        made = [Draft(request, n, self._arrivals, list(request.prompt)) for n in range(request.num_made)]
         self._siblings[request.number] = made
         for sequence in made:
             insort(self._waiting, sequence, key=_urgency)

@@ -12,7 +12,7 @@ import yaml
 
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import read_jsonlines
-from llm_parallel.metrics.record import EVAL_NAMES, STEP_NAMES
+from llm_parallel.metrics.record import EVAL_NAMES, STEP_NAMES, is_of_round
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ class History:
 
         Numbers of one kind share a figure: ``train/loss/alpaca`` and ``train/loss/code`` are in "loss", and a number
         has one figure for training (``train/…``) and evaluation (``eval/…``). The count of tokens only grows and has
-        none.
+        none; numbers of rounds have figures over rounds (``rounds.py``).
         """
         names = _numbers_of(self.steps, "train/", {**STEP_NAMES, "train/num_tokens": ""}) | _numbers_of(
             self.evals, "eval/", EVAL_NAMES
         )
         figures: dict[str, list[str]] = {}
-        for name in names:
+        for name in filter(lambda name: not is_of_round(name), names):
             bare = name.partition("/")[2]
             share = re.search("accurac", bare)  # between 0 and 1, so it has a scale of its own
             figures.setdefault(bare if share or "/" not in bare else bare.rpartition("/")[0], []).append(name)

@@ -11,6 +11,8 @@ import numpy as np
 
 from llm_parallel.files import atomic_write
 from llm_parallel.metrics.history import History, read_history
+from llm_parallel.metrics.round_plots import panels_of
+from llm_parallel.metrics.rounds import RoundHistory, read_rounds
 from llm_parallel.metrics.time_split import PART_COLOURS, split_by_step
 
 # matplotlib takes 0.4 s to import, so it is imported where a figure is made.
@@ -21,8 +23,8 @@ _MARKS = {"restart": ("0.35", ":", "restart"), "layout": ("#882255", "--", "chan
 
 
 def plot_run(run_dir: str | Path, *, unigram_entropy: float | None = None) -> list[Path]:
-    """Draws ``loss.png``, ``throughput.png``, ``lr_gradnorm.png``, and ``statistics.png`` if the run recorded numbers
-    of its objective, into ``run_dir/plots`` and returns their paths.
+    """Draws ``loss.png``, ``throughput.png``, ``lr_gradnorm.png``, ``statistics.png`` if the run recorded numbers of
+    its objective, and ``rounds.png`` of a run in rounds, into ``run_dir/plots`` and returns their paths.
 
     ``unigram_entropy`` (nats per token) is what a model reaches that knows only how frequent each token is; it is drawn
     as a dashed line. A run without a step yields no plots. Raises UserError if the folder has no metrics.jsonl.
@@ -48,6 +50,9 @@ def _draw(runs: Sequence[History], folder: Path, prefix: str, unigram_entropy: f
     }
     if any(run.statistics() for run in runs):
         figures["statistics"] = draw_statistics(runs)
+    rounds = [found for run in runs if (found := read_rounds(run))]
+    if rounds:
+        figures["rounds"] = _draw_rounds(rounds, runs)
     return [_save(figure, folder / f"{prefix}{name}.png") for name, figure in figures.items()]
 
 
@@ -292,15 +297,25 @@ def draw_statistics(runs: Sequence[History]) -> Any:
     return figure
 
 
-def _figure(title: str, num_panels: int, runs: Sequence[History]) -> tuple[Any, list[Any]]:
+def _draw_rounds(rounds: Sequence[RoundHistory], runs: Sequence[History]) -> Any:
+    """A panel for each number of rounds; they do not all share an axis."""
+    drawn = panels_of(rounds)
+    figure, panels = _figure("Rounds", len(drawn), runs, shared=False)
+    for axes, panel in zip(panels, drawn):
+        panel.draw(axes, rounds)
+        _legend_above(axes)
+    return figure
+
+
+def _figure(title: str, num_panels: int, runs: Sequence[History], shared: bool = True) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    height = 5.6 if num_panels == 1 else 1.6 + 2.8 * num_panels
+    height = 5.6 if num_panels == 1 else 1.6 + (2.8 if shared else 3.0) * num_panels
     figure = Figure(figsize=(9, height), dpi=130, layout="constrained")
     names = runs[0].shown_folder if len(runs) == 1 else ", ".join(run.name for run in runs)
     figure.suptitle(f"{title} of {names}", fontsize=13, wrap=True)
-    panels = figure.subplots(num_panels, 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(num_panels, 1, sharex=shared, squeeze=False)[:, 0]
     for axes in panels:
         axes.grid(color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)

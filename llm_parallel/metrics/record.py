@@ -210,6 +210,18 @@ EVAL_NAMES = {"eval/loss": "loss", "eval/ppl": "perplexity", "eval/samples": "sa
 """Name of a logged number → field of EvalRecord."""
 
 
+ROUND_NAMES = ("round", "reward", "reward_std", "reward_best", "reward_median", "frac_reward_zero_std", "kept",
+               "kl_to_reference")  # fmt: skip
+ROUND_PREFIXES = ("completions/", "sampling/", "held_out/", "objective/", "val/")
+
+
+def is_of_round(name: str) -> bool:
+    """Whether a number that a step records is of the round that the step begins: most steps have none of these, so that
+    they make no curve over steps."""
+    bare = name.partition("/")[2]
+    return name.startswith("train/") and (bare in ROUND_NAMES or bare.startswith(ROUND_PREFIXES))
+
+
 def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
     """Logged numbers of ``record`` by name, without those that are not known. NaN and infinity stay as they are."""
     names = STEP_NAMES if isinstance(record, StepRecord) else EVAL_NAMES

@@ -21,6 +21,7 @@ from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.data.batch import Documents
 from llm_parallel.model.adapters import OutputLayer, add_adapters
 from llm_parallel.model.deterministic import token_losses
+from llm_parallel.model.entropy import entropy
 from llm_parallel.model.heads import ValueHead
 from llm_parallel.model.init import initialize
 from llm_parallel.model.layer_spec import block_spec
@@ -122,12 +123,11 @@ class LlamaModel(LanguageModule):
         """tokens, labels: int64 [B, S] of this process's part of each sample (zigzag under context parallelism).
 
         Last stage: fp32 values [B, S] of a model with a value head; of others fp32 losses [B, S] if labels are given,
-        else this process's columns of the logits [B, S, V/tp]. With
-        ``kernels.output_loss: fused`` and weights fp32 [B, S]: (sum of weighted losses, losses without gradient).
-        ``loss_options``: keyword arguments of the loss operator, such as label_smoothing. Other stages: hidden states
-        for the next one. ``numbers``: int64 [B] of the samples, which noise on the embeddings depends on. ``seen`` is
-        filled in by the last stage if labels are given.
-        """
+        else this process's columns of the logits [B, S, V/tp]. With ``kernels.output_loss: fused`` and weights fp32 [B,
+        S]: (sum of weighted losses, losses without gradient). ``loss_options``: keyword arguments of the loss operator,
+        such as label_smoothing; with ``entropy``: (losses, the entropies of the model's distributions, fp32 [B, S]),
+        for which logits are held. Other stages: hidden states for the next one. ``numbers``: int64 [B] of the samples,
+        which noise on the embeddings depends on. ``seen`` is filled in by the last stage if labels are given."""
         mesh = self.groups.mesh
         ranges = mesh.token_ranges(tokens.shape[1] * mesh.cp, self.groups.at.cp)
         shape = tokens.shape[0], tokens.shape[1] * mesh.cp
@@ -144,7 +144,8 @@ class LlamaModel(LanguageModule):
             return self.value_head(hidden_SBH)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        if labels is not None and self.numerics.kernels.output_loss != "separate":
+        wants_entropy = "entropy" in loss_options
+        if labels is not None and self.numerics.kernels.output_loss != "separate" and not wants_entropy:
             if self.config.sequence_parallel:
                 # The loss sums the gradient over the group, so every process takes its tokens' part of it.
                 hidden_SBH = gather_from_sequence_parallel_region(
@@ -155,6 +156,8 @@ class LlamaModel(LanguageModule):
         logits_SBV, _bias = self.output_layer(hidden_SBH, weight=weight)
         if labels is not None:
             self._look(seen, lambda rows: logits_SBV.flatten(0, 1)[rows], labels)
+            if wants_entropy:
+                return self._loss_and_entropy(logits_SBV, labels, loss_options)
             return self._loss(logits_SBV, labels, loss_options)
         cap = self.model_config.output_softcap
         return (cap * torch.tanh(logits_SBV / cap) if cap else logits_SBV).transpose(0, 1).contiguous()
@@ -174,7 +177,7 @@ class LlamaModel(LanguageModule):
         """Fills in what is wanted beside the loss; ``logits_of`` gives those of some of the S·B positions."""
         if seen is None:
             return
-        group = self.pg_collection.tp if self.groups.mesh.tp > 1 else None
+        group = self._vocabulary_group
         with torch.no_grad():
             found = observe(
                 logits_of,
@@ -209,9 +212,26 @@ class LlamaModel(LanguageModule):
             return total, losses_SB.t()
         return linear_cross_entropy(hidden_SBH, weight, labels.t(), **options).t()
 
-    def _loss(self, logits_SBV: Tensor, labels: Tensor, loss_options: Mapping[str, float]) -> Tensor:
-        """logits [S, B, V/tp], labels [B, S] → fp32 losses [B, S]; padding of the vocabulary takes no part."""
-        group = self.pg_collection.tp if self.groups.mesh.tp > 1 else None
+    @property
+    def _vocabulary_group(self) -> Any:
+        """The processes that divide the vocabulary, if it is divided."""
+        return self.pg_collection.tp if self.groups.mesh.tp > 1 else None
+
+    def _loss_and_entropy(
+        self, logits_SBV: Tensor, labels: Tensor, loss_options: Mapping[str, float]
+    ) -> tuple[Tensor, Tensor]:
+        """The same as ``_loss``, and the entropies of the distributions, fp32 [B, S]."""
+        options = {name: value for name, value in loss_options.items() if name != "entropy"}
+        cap = self.model_config.output_softcap
+        entropies_SB = entropy(logits_SBV, self.num_valid_tokens, cap, self._vocabulary_group)
+        return self._loss(logits_SBV, labels, options, keeps_logits=True), entropies_SB.t()
+
+    def _loss(
+        self, logits_SBV: Tensor, labels: Tensor, loss_options: Mapping[str, float], keeps_logits: bool = False
+    ) -> Tensor:
+        """logits [S, B, V/tp], labels [B, S] → fp32 losses [B, S]; padding of the vocabulary takes no part.
+        ``keeps_logits``: backward must not write over them."""
+        group = self._vocabulary_group
         if self.numerics.kernels.deterministic and not any(loss_options.values()):
             model = self.model_config
             assert model.vocab_size is not None
@@ -224,7 +244,7 @@ class LlamaModel(LanguageModule):
             num_valid=self.num_valid_tokens,
             group=group,
             softcap=self.model_config.output_softcap,
-            inplace_backward=True,  # nothing else reads the logits
+            inplace_backward=not keeps_logits,  # if nothing else reads the logits
             backend=self.numerics.kernels.cross_entropy,
             **options,
         )

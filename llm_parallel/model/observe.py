@@ -40,21 +40,26 @@ def observe(
     """``block_of`` gives the logits [rows, V = ``columns``] of some of the S·B positions; the first ``num_valid``
     columns count. With a ``group`` the vocabulary is divided over its ranks, at the cost of one all-gather of four
     numbers per position."""
-    labels, rows = labels_SB.reshape(-1), max(1, BLOCK_NUMBERS // columns)
+    labels, rows = labels_SB.reshape(-1), block_rows(columns)
     first = 0 if group is None else group.rank() * columns
     blocks = (slice(start, start + rows) for start in range(0, len(labels), rows))
-    found = torch.cat([_of_columns(block_of(block), num_valid, softcap, first) for block in blocks], dim=1)
+    found = torch.cat([sums_of_columns(block_of(block), num_valid, softcap, first) for block in blocks], dim=1)
     if group is not None and group.size() > 1:
         gathered = found.new_empty(group.size(), *found.shape)
         dist.all_gather_into_tensor(gathered.view(-1), found.contiguous().view(-1), group=group)
-        found = _joined(gathered)
+        found = joined(gathered)
     _, token, total, moment = found
     shape = labels_SB.shape
     hits = (token == labels.float()).float()
     return Seen(hits.view(shape).t(), (total.log() - moment / total).view(shape).t())
 
 
-def _of_columns(logits: Tensor, num_valid: int, softcap: float, first: int) -> Tensor:
+def block_rows(columns: int) -> int:
+    """Positions whose logits are looked at together."""
+    return max(1, BLOCK_NUMBERS // columns)
+
+
+def sums_of_columns(logits: Tensor, num_valid: int, softcap: float, first: int = 0) -> Tensor:
     """fp32 [4, rows] of this rank's columns: the largest logit x, its token, and the sums of e and of e·(x - largest)
     with e = exp(x - largest). Tokens are exact in fp32 up to 2^24."""
     if not num_valid:
@@ -72,7 +77,7 @@ def _of_columns(logits: Tensor, num_valid: int, softcap: float, first: int) -> T
     return torch.stack([top, (column + first).float(), e.sum(-1), (e * x).sum(-1)])
 
 
-def _joined(gathered: Tensor) -> Tensor:
+def joined(gathered: Tensor) -> Tensor:
     """The same for the whole vocabulary, from [ranks, 4, rows]."""
     tops, tokens, totals, moments = gathered.unbind(1)
     top = tops.amax(0)

@@ -52,13 +52,13 @@ class ClippedPolicy(Unweighted):
     def statistics(self) -> tuple[str, ...]:
         """See ``Objective``: only what is computed."""
         return (
-            "policy/loss",
-            "policy/approx_kl",
-            "policy/clip_fraction",
+            "loss/policy_avg",
+            "policy/approxkl_avg",
+            "policy/clipfrac_avg",
             "policy/ratio_error",
             *(("policy/importance",) if self.importance_cap is not None else ()),
             *(("kl",) if self.kl_weight else ()),
-            *(("entropy",) if self.entropy_weight else ()),
+            *(("policy/entropy_avg",) if self.entropy_weight else ()),
             "labels",
         )
 
@@ -85,7 +85,7 @@ class ClippedPolicy(Unweighted):
         return {"entropy": 1.0} if self.entropy_weight else {}
 
     def __call__(self, batch: Batch, groups: Groups, output: Output) -> Terms:
-        """See ``Objective``. ``policy/ratio_error`` is the mean of |r - 1|; ``policy/approx_kl`` estimates the
+        """See ``Objective``. ``policy/ratio_error`` is the mean of |r - 1|; ``policy/approxkl_avg`` estimates the
         divergence of ``old`` from the model by ``k3``; both are 0 in the first step after sampling."""
         losses, entropies = output if isinstance(output, tuple) else (output, None)
         used = batch.weights != 0
@@ -110,13 +110,13 @@ class ClippedPolicy(Unweighted):
         with torch.no_grad():
             acts = (clipped != ratio) & (clipped * column["advantage"] < ratio * column["advantage"])
             numbers = {
-                "policy/loss": policy_loss,
-                "policy/approx_kl": divergence(column["old"], logps, "k3"),
-                "policy/clip_fraction": acts.to(ratio.dtype),
+                "loss/policy_avg": policy_loss,
+                "policy/approxkl_avg": divergence(column["old"], logps, "k3"),
+                "policy/clipfrac_avg": acts.to(ratio.dtype),
                 "policy/ratio_error": (ratio - 1.0).abs(),
                 "policy/importance": importance,
                 "kl": kl,
-                "entropy": zero if entropies is None else entropies,
+                "policy/entropy_avg": zero if entropies is None else entropies,
                 "labels": used.to(ratio.dtype),
             }
             stats = {name: torch.where(used, numbers[name], 0.0).sum() for name in self.statistics}

@@ -23,7 +23,7 @@ class ClippedValue(Unweighted):
 
     clip: float | None = 0.2
     unit: Literal["token"] = "token"
-    statistics: tuple[str, ...] = ("value/mean", "value/error", "value/clip_fraction", "value/return")
+    statistics: tuple[str, ...] = ("loss/value_avg", "val/clipfrac_avg", "val/mean", "val/error", "val/return")
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -36,7 +36,7 @@ class ClippedValue(Unweighted):
         return {}
 
     def __call__(self, batch: Batch, groups: Groups, output: Output) -> Terms:
-        """See ``Objective``. ``value/error`` is the mean of (v - R)^2."""
+        """See ``Objective``. ``val/error`` is the mean of (v - R)^2."""
         assert isinstance(output, Tensor)
         used = batch.weights != 0
         earned = torch.where(used, batch.columns["return"], 0.0).to(output)
@@ -46,7 +46,7 @@ class ClippedValue(Unweighted):
             before = torch.where(used, batch.columns["value"], 0.0).to(output)
             bounded = (before + (output - before).clamp(-self.clip, self.clip) - earned) ** 2
             squares, acts = torch.maximum(plain, bounded), bounded > plain
-        numbers = (output, plain, acts.to(output.dtype), earned)
+        numbers = (0.5 * squares, acts.to(output.dtype), output, plain, earned)
         stats = {name: torch.where(used, number.detach(), 0.0).sum() for name, number in zip(self.statistics, numbers)}
         total = torch.where(used, 0.5 * squares * batch.weights, 0.0).sum()
         return Terms(total, used.sum(), stats)

@@ -1,4 +1,5 @@
-"""``llm-parallel check``: conversations or preferences as the model of a run will see them, as text and as a page."""
+"""``llm-parallel check``: conversations, preferences or prompts as the model of a run will see them, as text and as a
+page."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ from llm_parallel.data.check import Packing, Piece, Row, histogram, packing_of, 
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.group_files import prepare_groups
 from llm_parallel.data.group_rows import UNITS
+from llm_parallel.data.prompts import prepare_prompts
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.lines import say
 from llm_parallel.report.check_groups import ShownGroup, groups_of, show_groups
+from llm_parallel.report.check_prompts import CheckedPrompts, ShownPrompt, checked_prompts, show_prompts
 from llm_parallel.screen import show as tell
 from llm_parallel.train.inherit import inherited
 
@@ -47,11 +50,14 @@ class Checked:
     head: Sequence[str]
     noun: str = "conversation"
     groups: list[ShownGroup] = field(default_factory=list)
+    title: str = "Conversations"
+    measured: str = "a conversation"
+    prompts: Sequence[ShownPrompt] = ()
 
     @property
-    def compares(self) -> bool:
-        """Whether it is about preferences."""
-        return self.noun != "conversation"
+    def report(self) -> dict[str, Any]:
+        """What the prepared data say of themselves."""
+        return self.data.report
 
     @property
     def facts(self) -> list[tuple[str, str, str]]:
@@ -72,13 +78,16 @@ class Checked:
 
 
 def check_command(run_file: str, overrides: Sequence[str], html: str | None, samples: int) -> str:
-    """Prepares the conversations or preferences of a run file, prints what the model will see of them, and writes it as
-    a page if ``html`` names a file. Returns the command that trains on them. Raises UserError."""
+    """Prepares the conversations, preferences or prompts of a run file, prints what the model will see of them, and
+    writes it as a page if ``html`` names a file. Returns the command that trains on them. Raises UserError."""
     if samples < 0:
         raise UserError(f"--samples is {samples}; give 0 or more")
     notices: list[str] = []
     config = inherited(load_config(run_file, overrides, notice=notices.append), notices.append)
-    if config.prefers:
+    checked: Checked | CheckedPrompts
+    if config.collects:
+        checked = checked_prompts(config, prepare_prompts(config, notices.append), samples, notices)
+    elif config.prefers:
         checked = checked_groups(prepare_groups(config, notices.append), config.seed, samples, notices)
     else:
         checked = checked_data(prepare_conversations(config, notices.append), config.seed, samples, notices)
@@ -90,7 +99,7 @@ def check_command(run_file: str, overrides: Sequence[str], html: str | None, sam
         except OSError as error:
             raise UserError(f"--html {html} cannot be written: {error.strerror or error}") from None
         say(f"wrote {html}")
-    return "prefer" if config.prefers else "sft"
+    return "prefer" if config.prefers or config.collects else "sft"
 
 
 def checked_data(data: ChatData, seed: int, samples: int, notices: list[str]) -> Checked:
@@ -126,6 +135,8 @@ def checked_groups(data: GroupData, seed: int, samples: int, notices: list[str])
         ("source", "weight", "records", f"{UNITS[data.method]}s", *GROUP_HEAD),
         UNITS[data.method],
         list(groups_of(data, seed, samples)),
+        "Preferences",
+        "a prompt with one answer",
     )
 
 
@@ -145,16 +156,15 @@ def _sources(data: ChatData, names: Sequence[str] = COUNTS) -> Iterator[tuple[st
         yield path, weight, *(f"{number:,}" for number in numbers)
 
 
-def show(checked: Checked, console: Console) -> None:
+def show(checked: Checked | CheckedPrompts, console: Console) -> None:
     """Prints it: trained tokens in green, or between marks where there are no colours."""
     for notice in checked.notices:
         tell(notice, console)
     for label, value, note in checked.facts:
         tell(f"{label}: {value} ({note})", console)
     shortest, median, nine, most, longest = checked.lengths
-    text = "a prompt with one answer" if checked.compares else "a conversation"
     tell(
-        f"tokens of {text}: {shortest} to {longest}, median {median}, 90 % up to {nine}, 99 % up to {most}",
+        f"tokens of {checked.measured}: {shortest} to {longest}, median {median}, 90 % up to {nine}, 99 % up to {most}",
         console,
     )
     highest = max((count for _, _, count in checked.bins), default=1) or 1
@@ -166,6 +176,7 @@ def show(checked: Checked, console: Console) -> None:
         how = "in green" if console.is_terminal else f"between {BEGIN} and {END}"
         tell(f"\nsamples as the model sees them, trained tokens {how}:", console)
     show_groups(checked.groups, checked.noun, console, coloured)
+    show_prompts(checked.prompts, console, coloured)
     for sample in checked.rows:
         for shown in sample.conversations:
             place = f"{shown.source} record {shown.line}, {shown.tokens} tokens, {shown.trained} trained"
@@ -187,17 +198,17 @@ def coloured(pieces: Sequence[Piece], colours: bool) -> Text:
     return text.append(END) if trained else text
 
 
-def page(checked: Checked) -> str:
+def page(checked: Checked | CheckedPrompts) -> str:
     """One HTML page that needs no network."""
     environment = Environment(loader=PackageLoader("llm_parallel.report", "."), autoescape=True)
     style = environment.get_template("page.css").render()
     highest = max((count for _, _, count in checked.bins), default=1) or 1
     values: dict[str, Any] = {
         "style": style,
-        "title": "Preferences" if checked.compares else "Conversations",
+        "title": checked.title,
         "head": checked.head,
         "highest": highest,
         "checked": checked,
-        "report": checked.data.report,
+        "report": checked.report,
     }
     return environment.get_template("check.html.j2").render(**values)

@@ -15,7 +15,7 @@ from llm_parallel.report.figures import Picture
 @dataclass(frozen=True)
 class Block:
     """A piece of a section: ``text``, ``heading``, ``list``, ``table``, ``details`` (a table to open), ``tiles``,
-    ``bars``, ``answers``, ``picture`` or ``charts``."""
+    ``bars``, ``answers``, ``beside``, ``picture`` or ``charts``."""
 
     kind: str
     text: str = ""
@@ -73,6 +73,23 @@ class Answer:
     note: str
 
 
+@dataclass(frozen=True)
+class Told:
+    """One of several answers to a prompt: when it was given, and a remark."""
+
+    title: str
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A prompt with answers that stand side by side."""
+
+    prompt: str
+    columns: Sequence[Told]
+
+
 @dataclass
 class Section:
     """A part of the page with its heading."""
@@ -114,6 +131,10 @@ class Section:
     def answers(self, answers: Sequence[Answer]) -> None:
         """What a model wrote."""
         self.blocks.append(Block("answers", rows=answers))
+
+    def beside(self, rows: Sequence[Beside]) -> None:
+        """Prompts with their answers side by side."""
+        self.blocks.append(Block("beside", rows=rows))
 
     def picture(self, picture: Picture) -> None:
         """A figure with its caption."""

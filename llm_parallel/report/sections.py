@@ -21,6 +21,7 @@ from llm_parallel.report.heatmap import heat_map
 from llm_parallel.report.page import Section
 from llm_parallel.report.pipeline_of_run import schedule_of
 from llm_parallel.report.recovery import Life, Recovery, life_of
+from llm_parallel.report.rounds import rounds_section
 from llm_parallel.report.runs import Run, Summary, different_work, differing_fields, loss_at, summarize
 from llm_parallel.report.summary import answers_section, settings_section, split_section, summary_section
 from llm_parallel.report.text import count, time_text, unbroken, written
@@ -50,6 +51,7 @@ def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> tuple[list[Se
     sections = [
         summary_section(runs, summaries),
         curves,
+        rounds_section(runs, pictures),
         answers_section(runs),
         split_section(runs),
         pipelines if pipelines.blocks else None,

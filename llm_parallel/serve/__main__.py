@@ -6,13 +6,12 @@ rank 0, which tells the others when it has finished.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 from llm_launch.worker import report_error, worker_environment
+from llm_parallel.options import from_json
 from llm_parallel.quiet import quiet_libraries
 from llm_parallel.serve.request import ServeRequest
 
@@ -20,12 +19,7 @@ from llm_parallel.serve.request import ServeRequest
 def main() -> None:
     """Ends the process at once with its status: after a failure other ranks may hang in a collective."""
     quiet_libraries()
-    given = json.loads(sys.argv[1])
-    for name in ("logs", "api_key_file"):
-        given[name] = None if given[name] is None else Path(given[name])
-    for name in ("adapter", "allow_origin"):
-        given[name] = tuple(given[name])
-    request, environment = ServeRequest(**given), worker_environment()
+    request, environment = from_json(ServeRequest, sys.argv[1]), worker_environment()
     assert environment is not None and request.logs is not None, "llm-parallel serve starts this"
     environment.export()
     if environment.rank > 0:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import socket
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.load import Member
 from llm_parallel.lines import note, say
+from llm_parallel.options import to_json
 from llm_parallel.parallel.groups import close_groups
 from llm_parallel.serve.answers import Service
 from llm_parallel.serve.driver import Driver
@@ -41,7 +41,7 @@ def serve_command(request: ServeRequest, keys_of_environment: str = "") -> int:
         return serve_here(request, keys, Member())
     logs = request.logs or Path(tempfile.mkdtemp(prefix="llm-parallel-serve-"))
     note(f"[{request.num_processes} processes; their logs are in {logs}]")
-    content = json.dumps({**asdict(request), "logs": str(logs)}, default=str)
+    content = to_json(replace(request, logs=logs))
     status = launch_local(request.num_processes, ["-m", "llm_parallel.serve", content], logs)
     if status == 0 and request.logs is None:
         shutil.rmtree(logs, ignore_errors=True)

@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from llm_parallel.generate.draw import Choice
-from llm_parallel.generate.requests import Request
+from llm_parallel.generate.requests import Request, mean_log_prob
 from llm_parallel.serve.answers import Answers, Service, head
 from llm_parallel.serve.chat import FINISH
 from llm_parallel.serve.errors import shown, wrong
@@ -88,8 +88,7 @@ def _read_options(fields: Fields, served: Served) -> Options:
 
 
 def _likelihood(piece: Piece) -> float:
-    """Mean log-probability of an answer's tokens."""
-    return sum(choice.log_prob for choice in piece.choices) / max(len(piece.choices), 1)
+    return mean_log_prob([choice.log_prob for choice in piece.choices])
 
 
 def read_prompts(fields: Fields, name: str, served: Served) -> list[list[int]]:

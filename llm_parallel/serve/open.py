@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_parallel.checkpoint.base import load_adapters
-from llm_parallel.checkpoint.folders import find_checkpoint, latest_checkpoint, step_of
+from llm_parallel.checkpoint.folders import latest_checkpoint, step_of
 from llm_parallel.checkpoint.load import load_weights
 from llm_parallel.config.tree import ParallelConfig
 from llm_parallel.data.chat import ChatEncoder
@@ -14,7 +14,7 @@ from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.command import end_tokens, prompt_prefix
-from llm_parallel.generate.load import Loaded, Member, load_model
+from llm_parallel.generate.load import Loaded, Member, checkpoint_of, load_model
 from llm_parallel.serve.request import ServeRequest
 
 
@@ -66,14 +66,6 @@ def open_model(request: ServeRequest, rank: int = 0, local_rank: int = 0) -> Ope
     folders = [Path(checkpoint), beside if beside.is_dir() else beside.parent]
     ends = frozenset(end_tokens(tokenizer, folders))
     return OpenedModel(loaded, tokenizer, tuple(prompt_prefix(tokenizer, folders)), ends, folder)
-
-
-def checkpoint_of(path: str) -> Path | None:
-    """The checkpoint that a run or a folder of checkpoints means now; None for other folders."""
-    try:
-        return find_checkpoint(path)
-    except UserError:
-        return None
 
 
 def newer_checkpoint(path: str, than: Path) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llm_parallel.errors import UserError
@@ -41,11 +41,13 @@ def where_of(asked: Asked) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """An answer. text: without control tokens; tokens: how many there are; complete: whether the model ended it."""
+    """An answer. text: without control tokens; tokens: how many there are; complete: whether the model ended it;
+    values: what the reward models of a run say of it, by the number of the judge."""
 
     text: str
     tokens: int
     complete: bool = True
+    values: Mapping[int, float] = field(default_factory=dict)
 
 
 class Judge(Protocol):

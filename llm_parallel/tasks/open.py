@@ -6,6 +6,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 from llm_parallel.config.tree_online import JudgeConfig
 from llm_parallel.errors import UserError
 from llm_parallel.tasks.base import Asked, Given, Judge, JudgeFailed
+from llm_parallel.tasks.reward_model import RewardModel
 from llm_parallel.tasks.text import Contains, Exact, FitsSchema, Length, Number, Regex
+from llm_parallel.tasks.time_limit import TimedOut, at_most
 
 
 @dataclass(frozen=True)
@@ -22,23 +25,33 @@ class Function:
 
     name: str
     call: Callable[..., Any]
+    timeout_s: float
 
     def __call__(self, asked: Asked, given: Given) -> float:
         """See ``Judge``."""
         try:
-            value = self.call(
-                prompt=[dict(message) for message in asked.messages],
-                answer=given.text,
-                record=dict(asked.fields),
-                complete=given.complete,
-            )
-        except Exception as error:
+            with at_most(self.timeout_s):
+                value = self.call(
+                    prompt=[dict(message) for message in asked.messages],
+                    answer=given.text,
+                    record=dict(asked.fields),
+                    complete=given.complete,
+                )
+        except TimedOut:
+            raise JudgeFailed(
+                f"{self.name} has not returned within {self.timeout_s:g} s (for {asked.where}); mend it, or raise its "
+                "timeout_s"
+            ) from None
+        except (Exception, SystemExit) as error:
             raise JudgeFailed(f"{self.name} raised {type(error).__name__}: {error} (for {asked.where})") from error
-        if isinstance(value, bool) or hasattr(value, "item"):
-            value = float(value)
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise JudgeFailed(f"{self.name} returned {value!r}; it must return a finite number (for {asked.where})")
-        return float(value)
+        number = math.nan
+        if isinstance(value, (bool, int, float)) or hasattr(value, "item"):
+            with suppress(Exception):  # an array of several numbers, for one
+                number = float(value)
+        if not math.isfinite(number):
+            said = repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]} …"
+            raise JudgeFailed(f"{self.name} returned {said}; it must return a finite number (for {asked.where})")
+        return number
 
 
 @dataclass(frozen=True)
@@ -56,10 +69,14 @@ def open_judge(judges: Sequence[JudgeConfig], field: str = "method.rollout.judge
     """The judges of a configuration as one. Raises UserError that names the field."""
     if not judges:
         raise UserError(f"{field} is empty; give at least one judge, such as {{kind: exact}}")
-    return Sum(tuple((one.weight, _open(one, f"{field}.{number}")) for number, one in enumerate(judges)))
+    return Sum(tuple((one.weight, _open(one, f"{field}.{number}", number)) for number, one in enumerate(judges)))
 
 
-def _open(config: JudgeConfig, field: str) -> Judge:
+def _open(config: JudgeConfig, field: str, number: int) -> Judge:
+    if config.kind == "reward_model":
+        if config.folder is None:
+            raise UserError(f"{field}.folder is not given; {field}.kind = reward_model needs the folder of that model")
+        return RewardModel(number, config.folder)
     if config.kind == "regex":
         return Regex(_pattern(config.pattern, field))
     if config.kind == "function":
@@ -102,4 +119,4 @@ def _function(config: JudgeConfig, field: str) -> Judge:
     call = getattr(module, config.function, None)
     if not callable(call):
         raise UserError(f"{field}.function = {config.function} is no function of {config.file}")
-    return Function(f"{config.function} of {config.file}", call)
+    return Function(f"{config.function} of {config.file}", call, config.timeout_s)

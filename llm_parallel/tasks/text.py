@@ -79,9 +79,11 @@ class Regex:
 
     def __call__(self, asked: Asked, given: Given) -> float:
         """See ``Judge``."""
-        return float(re.search(self._filled(asked), given.text) is not None)
+        return float(re.search(self.filled(asked), given.text) is not None)
 
-    def _filled(self, asked: Asked) -> str:
+    def filled(self, asked: Asked) -> str:
+        """The expression with the record's fields in it. Raises JudgeFailed."""
+
         def value(found: re.Match[str]) -> str:
             return re.escape(str(asked.field(found[1], "the pattern names")))
 

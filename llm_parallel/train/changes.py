@@ -94,10 +94,15 @@ def changed_method(saved: RunConfig, now: RunConfig) -> list[str]:
     """The same for what a run trains for."""
     kinds = saved.trains, now.trains
     found = [f"{_change('method.kind', *kinds)} ({OTHER_LOSS})"] if kinds[0] != kinds[1] else []
-    for section in (*PREFERENCES, *ONLINE, *(("rollout",) if now.collects else ())):
+    used = (now.trains, *(("rollout",) if now.collects else ()))
+    for section in (*PREFERENCES, *ONLINE, "rollout"):
         old, new = (getattr(config.method, section).model_dump() for config in (saved, now))
         changes = [_change(f"method.{section}.{name}", old[name], new[name]) for name in old if old[name] != new[name]]
-        found += [f"{change} ({OTHER_LOSS})" for change in changes] if section in (now.trains, "rollout") else []
+        found += [f"{change} ({OTHER_LOSS})" for change in changes] if section in used else []
+    if now.trains == saved.trains == "ppo":
+        for name, meaning in (("lr", "the critic learns at another rate"), ("load", _NOT_AGAIN)):
+            both = getattr(saved.method.critic, name), getattr(now.method.critic, name)
+            found += [f"{_change(f'method.critic.{name}', *both)} ({meaning})"] if both[0] != both[1] else []
     references = saved.method.reference.load, now.method.reference.load
     if references[0] != references[1]:
         found.append(f"{_change('method.reference.load', *references)} ({OTHER_LOSS})")

@@ -57,9 +57,10 @@ class Guard:
         self.losses = deque(maxlen=self.config.spike_window_steps)
         self.grad_norms = deque(maxlen=self.config.spike_window_steps)
 
-    def judge(self, loss: float, grad_norm: float) -> str | None:
-        """Why this step must be skipped, or None; remembers applied steps. Raises TooManySkips."""
-        reason = not_finite(loss, grad_norm)
+    def judge(self, loss: float, grad_norm: float, wrong: str | None = None) -> str | None:
+        """Why this step must be skipped, or None; remembers applied steps. ``wrong``: what is not finite of another
+        model that the step trains. Raises TooManySkips."""
+        reason = not_finite(loss, grad_norm) or wrong
         if reason is None:
             reason = self._spike(loss, grad_norm)
             if reason is None:

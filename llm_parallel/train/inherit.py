@@ -14,6 +14,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import folder_in_whole, turn
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.model.hf_files import is_hf_folder, read_hf_config
+from llm_parallel.model.peft_files import is_peft_folder
 
 
 def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
@@ -75,14 +76,7 @@ def other_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> str | None:
     """A sentence about tokens of ``data.tokenizer``, which is given opened, that are others in the tokenizer of the
     model that ``checkpoint.load`` names; None if there are none, or that model has no tokenizer here."""
     folder = config.checkpoint.load
-    held = _held(folder)[1] if folder is not None else None
-    if held is None or not Path(held).exists():
-        return None
-    theirs = load_tokenizer(held)
-    if theirs.fingerprint == tokenizer.fingerprint:
-        return None
-    both = min(theirs.vocab_size, tokenizer.vocab_size)
-    changed = sum(theirs.token(number) != tokenizer.token(number) for number in range(both))
+    changed = changed_tokens(folder, tokenizer) if folder is not None else 0
     if not changed:
         return None
     return (
@@ -92,6 +86,18 @@ def other_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> str | None:
     )
 
 
+def changed_tokens(folder: str, tokenizer: Tokenizer) -> int:
+    """How many tokens stand for other texts in the tokenizer of the model in ``folder``; 0 if it has none here."""
+    held = _held(folder)[1]
+    if held is None or not Path(held).exists():
+        return 0
+    theirs = load_tokenizer(held)
+    if theirs.fingerprint == tokenizer.fingerprint:
+        return 0
+    both = min(theirs.vocab_size, tokenizer.vocab_size)
+    return sum(theirs.token(number) != tokenizer.token(number) for number in range(both))
+
+
 def _held(folder: str) -> tuple[ModelConfig, str | None]:
     """The model of a folder, and its tokenizer if it has one."""
     if is_hf_folder(folder):
@@ -99,3 +105,32 @@ def _held(folder: str) -> tuple[ModelConfig, str | None]:
         return hf_config_to_model(read_hf_config(folder)), folder if found else None
     saved = read_config(find_checkpoint(folder))
     return saved.model, saved.data.tokenizer
+
+
+NOT_OF_WEIGHTS = ("preset", "max_seq_length_tokens", "init_std", "value_head")
+"""Fields of a model in which a reference may differ from what is held to it."""
+
+
+def check_reference(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the model that ``method.reference.load`` names is another one than the run's: of other sizes,
+    or with other texts for its tokens, whose log-probabilities would be those of other texts."""
+    folder = config.method.reference.load
+    if folder is None or is_peft_folder(folder):  # adapters without a model are refused by name where they are loaded
+        return
+    model, held = _held(folder)
+    for name, own in config.model:
+        if name not in NOT_OF_WEIGHTS and getattr(model, name) != own:
+            raise UserError(
+                f"method.reference.load = {folder} has model.{name} = {getattr(model, name)}, and the model that is "
+                f"trained has {own}; give a reference of the same sizes, such as the model that training begins with"
+            )
+    theirs = load_tokenizer(held) if held is not None and Path(held).exists() else None
+    if theirs is None or theirs.fingerprint == tokenizer.fingerprint:
+        return
+    both = min(theirs.vocab_size, tokenizer.vocab_size)
+    changed = sum(theirs.token(number) != tokenizer.token(number) for number in range(both))
+    if changed:
+        raise UserError(
+            f"method.reference.load = {folder} has another tokenizer than data.tokenizer = {config.data.tokenizer}: "
+            f"{changed:,} of its {theirs.vocab_size:,} tokens are other texts; give a reference with the same tokenizer"
+        )

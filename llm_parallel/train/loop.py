@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
@@ -89,20 +90,28 @@ def train_step(run: Run, watch: Watch) -> StepOutcome:
         size = global_batch_size(config.train, state.consumed_samples)
         batches = run.objective.prepare(run.all_models, run.feed.step(state))
     data_s = time.perf_counter() - started
-    wishes = Wishes(run.wants_to_stop(), watch.wants_to_pause(), watch.before_agreement)
+    losses = Losses(watch)
+    wishes = Wishes(run.wants_to_stop(), watch.wants_to_pause(), losses.ready)
     if config.adapter is not None and config.adapter.dropout:
         seed_step(config.seed, state.step, run.groups)
     with run.comm.during(comm_time.FORWARD_BACKWARD):
         outcome = forward_backward(
             engine, run.objective, batches, wishes, run.observes and is_logged(run, state.step + 1)
         )
+        others = {
+            name: forward_backward(run.engines[name], one.objective, batches, Wishes(ready=losses.ready))
+            for name, one in run.also.items()
+        }
+    outcome = together(outcome, others)
     watch.judged(run, outcome, size)
     lr = learning_rate(config.optim, config.train.steps, state.step + 1)
-    reason = judge(run, outcome, size)
+    reason = judge(run, outcome, size, others)
     applied = time.perf_counter()
     if reason is None:
         with run.comm.during(comm_time.OPTIMIZER):
             apply_gradient(engine, outcome, lr, config.optim.clip_grad)
+            for name, other in others.items():
+                apply_gradient(run.engines[name], other, lr * run.also[name].rate, config.optim.clip_grad)
             run.groups.platform.synchronize()
     times = StepTimes(time.perf_counter() - started, data_s, outcome.forward_backward_s, time.perf_counter() - applied)
     advance(run, size, outcome)
@@ -110,6 +119,34 @@ def train_step(run: Run, watch: Watch) -> StepOutcome:
     watch.after_step(run)
     after_step(run, watch, outcome.stop)
     return outcome
+
+
+@dataclass
+class Losses:
+    """Tells a watch the sum of this process's own losses of all models that a step trains, as each is computed."""
+
+    watch: Watch
+    own: float = 0.0
+
+    def ready(self, own_loss: float) -> None:
+        """See ``Wishes``."""
+        self.own += own_loss
+        self.watch.before_agreement(self.own)
+
+
+def together(outcome: StepOutcome, others: Mapping[str, StepOutcome]) -> StepOutcome:
+    """The policy's outcome with what is recorded of the other models that the step trains."""
+    if not others:
+        return outcome
+    statistics = dict(outcome.statistics)
+    for name, other in others.items():
+        statistics |= {**other.statistics, f"{name}/grad_norm": other.grad_norm}
+    return replace(
+        outcome,
+        forward_backward_s=outcome.forward_backward_s + sum(other.forward_backward_s for other in others.values()),
+        not_finite=max(outcome.not_finite, *(other.not_finite for other in others.values())),
+        statistics=statistics,
+    )
 
 
 def advance(run: Run, size: int, outcome: StepOutcome) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ from llm_parallel.train.changes import (
 )
 from llm_parallel.train.feed import Feed, HeldOut, evaluation_batches, token_feed
 from llm_parallel.train.guard import Guard
-from llm_parallel.train.run import Place, Run
+from llm_parallel.train.run import AlsoTrained, Place, Run
 from llm_parallel.train.watch import Resumed, Watch
 
 
@@ -67,20 +67,33 @@ def unweighted_likelihood(config: RunConfig) -> Objective:
     return Likelihood()
 
 
+def nothing_also(config: RunConfig) -> Mapping[str, AlsoTrained]:
+    """For methods that train one model."""
+    return {}
+
+
+def nothing_new(config: RunConfig, models: Models) -> list[str]:
+    """For methods whose models all come from ``checkpoint.load``."""
+    return []
+
+
 def nothing_more(run: Run) -> None:
     """For methods that do nothing before the first step or after an evaluation."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a run trains: what a step minimises, with which models, on what; which data are held out and how they are
-    judged; ``begin`` is called when the run is open, before its first step, and may take long; ``evaluated`` is called
-    after each evaluation. Every process calls both. ``observes``: with accuracy and entropy of the labels, at steps
-    that are logged and in evaluations."""
+    """What a run trains: what a step minimises, with which models, on what; what else of these it trains; ``initial``
+    gives those models the weights that a run begins with which ``checkpoint.load`` does not hold, and returns what is
+    to be said of them; which data are held out and how they are judged; ``begin`` is called when the run is open,
+    before its first step, and may take long; ``evaluated`` is called after each evaluation. Every process calls both.
+    ``observes``: with accuracy and entropy of the labels, at steps that are logged and in evaluations."""
 
     objective: Callable[[RunConfig], Objective] = likelihood
     evaluation: Callable[[RunConfig], Objective] = unweighted_likelihood
     models: Callable[[RunConfig, Groups], Models] = policy_alone
+    also: Callable[[RunConfig], Mapping[str, AlsoTrained]] = nothing_also
+    initial: Callable[[RunConfig, Models], list[str]] = nothing_new
     feed: Callable[[RunConfig, Groups, TrainState], Feed] = token_feed
     held_out: Callable[[RunConfig, Groups, TrainState], HeldOut] = evaluation_batches
     begin: Callable[[Run], None] = nothing_more
@@ -111,6 +124,8 @@ def open_run(
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
     resumed = restored(config, models, store, watch)
     state = resumed.state
+    if not state.step:  # before a first step, whatever was restored is what the run begins with
+        resumed.changed.extend(method.initial(config, models))
     guard = Guard(config.train.guard)
     guard.restore(state.guard, state.consecutive_skips)
     peak = find_peak(platform.device_name, config.log.peak_tflops)
@@ -120,8 +135,8 @@ def open_run(
     with ExitStack() as opened:  # background threads must end if the rest of this fails
         feed = open_feed(config, groups, resumed, method)
         opened.callback(feed.close)
-        objective = method.objective(config)
-        check_feed(objective, feed)
+        objective, also = method.objective(config), method.also(config)
+        check_feed([objective, *(one.objective for one in also.values())], feed)
         metrics = open_metrics(
             place.rank, run_dir, config, world=world, resumed_step=state.step, total_steps=config.train.steps
         )
@@ -133,6 +148,7 @@ def open_run(
             config=config,
             layout=layout,
             models=models,
+            also=also,
             objective=objective,
             evaluation=method.evaluation(config),
             evaluated=method.evaluated,
@@ -175,9 +191,9 @@ def open_feed(config: RunConfig, groups: Groups, resumed: Resumed, method: Metho
     return feed
 
 
-def check_feed(objective: Objective, feed: Feed) -> None:
-    """Raises UserError if the data lacks a column or a fact that the objective reads."""
-    missing = [name for name in objective.reads if name not in feed.offers]
+def check_feed(objectives: Sequence[Objective], feed: Feed) -> None:
+    """Raises UserError if the data lacks a column or a fact that one of the objectives reads."""
+    missing = [name for objective in objectives for name in objective.reads if name not in feed.offers]
     if missing:
         offered = ", ".join(feed.offers) or "none"
         raise UserError(f"the data has no column {missing[0]!r}, which the objective reads; it has {offered}")

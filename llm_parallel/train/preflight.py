@@ -18,7 +18,9 @@ from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokeni
 from llm_parallel.errors import UserError
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.tasks.open import open_judge
-from llm_parallel.train.inherit import inherited, other_tokenizer, with_own_tokenizer
+from llm_parallel.tasks.readings import check_records
+from llm_parallel.train.beside import check_beside
+from llm_parallel.train.inherit import check_reference, inherited, other_tokenizer, with_own_tokenizer
 from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import steps_for, total_samples
 
@@ -126,10 +128,13 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
     config = with_vocabulary(config, tokenizer)
     if differs := other_tokenizer(config, tokenizer):
         notice(differs)
+    check_reference(config, tokenizer)
     data: GroupData | ChatData | Prompts
     if config.collects:
         open_judge(config.method.rollout.judges)
+        check_beside(config, tokenizer)
         data = prepare_prompts(config, notice)
+        check_records(config.method.rollout.judges, data.asked())
     elif config.prefers:
         data = prepare_groups(config, notice)
         check_preferences(config, data, notice)

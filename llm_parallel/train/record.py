@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from llm_parallel.metrics.record import StepMeasurement, derive
 from llm_parallel.parallel import comm_time
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.train.guard import TooManySkips
+from llm_parallel.train.guard import TooManySkips, not_finite
 from llm_parallel.train.run import Run
 from llm_parallel.train.step import StepOutcome
+
+NO_OTHERS: Mapping[str, StepOutcome] = {}
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,13 @@ def named_split(split: comm_time.TimeSplit, groups: Groups, everywhere: bool) ->
     return own | means | {f"{name}_max": seconds for name, seconds in zip(own, largest)}
 
 
-def judge(run: Run, outcome: StepOutcome, size: int) -> str | None:
-    """Why the step must not be applied, or None. Records the samples of such a step, also of one that ends the run."""
+def judge(run: Run, outcome: StepOutcome, size: int, others: Mapping[str, StepOutcome] = NO_OTHERS) -> str | None:
+    """Why the step must not be applied, or None. ``others``: the outcomes of the other models that it trains. Records
+    the samples of such a step, also of one that ends the run."""
+    wrong = {name: not_finite(other.loss, other.grad_norm) for name, other in others.items()}
+    besides = [f"{reason} of the {name}" for name, reason in wrong.items() if reason is not None]
     try:
-        reason = run.guard.judge(outcome.loss, outcome.grad_norm)
+        reason = run.guard.judge(outcome.loss, outcome.grad_norm, besides[0] if besides else None)
     except TooManySkips as error:
         name_skipped_batch(run, error.reason, size)
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -36,16 +36,24 @@ class Place:
     elapsed_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class AlsoTrained:
+    """A model that every step trains beside the policy, on the same batches. ``rate``: its learning rate over the
+    policy's."""
+
+    objective: Objective
+    rate: float = 1.0
+
+
 @dataclass(kw_only=True)
 class Run:
     """Everything that one process of a run holds.
 
-    models: by name, the trained one is ``policy``; besides: models that are neither trained nor saved, by name;
-    objective, feed: what a step minimises, and on what; evaluation, held_out: the same for held-out data; evaluated:
-    called after each evaluation; long: surrounds work that takes longer than a step; asked_to_stop: whether this
-    process was; observes: whether accuracy and entropy are recorded; started_s: when the run began, by the monotonic
-    clock of this process.
-    """
+    models: by name, the trained one is ``policy``; also: others of them that are trained, by name; besides: models that
+    are neither trained nor saved, by name; objective, feed: what a step minimises, and on what; evaluation, held_out:
+    the same for held-out data; evaluated: called after each evaluation; long: surrounds work that takes longer than a
+    step; asked_to_stop: whether this process was; observes: whether accuracy and entropy are recorded; started_s: when
+    the run began, by the monotonic clock of this process."""
 
     config: RunConfig
     layout: Layout
@@ -66,14 +74,18 @@ class Run:
     started_s: float
     observes: bool = False
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+    also: Mapping[str, AlsoTrained] = field(default_factory=dict)
     besides: dict[str, Network] = field(default_factory=dict)
 
     @property
     def engine(self) -> Engine:
         """The model that is trained, and its optimizer."""
-        policy = self.models[POLICY]
-        assert isinstance(policy, Engine)
-        return policy
+        return self.engines[POLICY]
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """All models that are trained, by name."""
+        return {name: model for name, model in self.models.items() if isinstance(model, Engine)}
 
     @property
     def all_models(self) -> Models:

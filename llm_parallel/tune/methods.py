@@ -7,10 +7,16 @@ from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES
 from llm_parallel.train.open import PRETRAINING, Method
 from llm_parallel.tune.prefer import PREFER
-from llm_parallel.tune.rounds import ROUNDS
+from llm_parallel.tune.rounds import PPO, ROUNDS
 from llm_parallel.tune.sft import SFT
 
-METHODS = {"pretrain": PRETRAINING, "sft": SFT, **dict.fromkeys(PREFERENCES, PREFER), **dict.fromkeys(ONLINE, ROUNDS)}
+METHODS = {
+    "pretrain": PRETRAINING,
+    "sft": SFT,
+    **dict.fromkeys(PREFERENCES, PREFER),
+    **dict.fromkeys(ONLINE, ROUNDS),
+    "ppo": PPO,
+}
 
 
 def method_of(config: RunConfig) -> Method:

@@ -20,6 +20,7 @@ from llm_parallel.generate.sampling import Sampling
 from llm_parallel.jsonlines import JsonLines
 from llm_parallel.parallel.engine import Engine
 from llm_parallel.tasks.base import Asked, Given, Judge
+from llm_parallel.tune.reward_model import RewardModels, Values
 from llm_parallel.tune.round_files import Answered, Key, RoundFolder
 
 Asking = Sequence[tuple[int, Prompt]]
@@ -43,6 +44,7 @@ class Collector:
     tokenizer: Tokenizer
     judge: Judge
     stops: frozenset[int]
+    reward_models: RewardModels
 
     @property
     def _writes(self) -> bool:
@@ -101,12 +103,14 @@ class Collector:
         answers, scores = folder.answers(), folder.scores()
         left = sorted(key for key in answers if key not in scores and key[0] in prompts)
         groups.sum_over_world(0.0)
+        values = self._values([(prompts[key[0]], answers[key]) for key in left])
         problem = ""
         if self._writes:
             out = Writer(folder, "scores", own)
             try:
-                for number, sample in left[own::replicas]:
-                    score = self.score(prompts[number], answers[number, sample])
+                for place in range(own, len(left), replicas):
+                    number, sample = left[place]
+                    score = self.score(prompts[number], answers[number, sample], values[place])
                     out.write({"prompt": number, "sample": sample, "score": score})
             except UserError as error:
                 problem = f"{error}; answers that were judged are kept in {folder.path}, and the same command goes on"
@@ -123,12 +127,24 @@ class Collector:
                 dist.all_gather_object(everybody, problem)
             raise UserError(next(filter(None, everybody)))
 
-    def score(self, prompt: Prompt, answered: Answered) -> float:
-        """What the judge says of an answer, or ``unfinished_score``. Raises JudgeFailed."""
+    def _values(self, answers: Sequence[tuple[Prompt, Answered]]) -> list[Values]:
+        """What the reward models say of answers that are judged by them. Collective."""
+        found: list[Values] = [{} for _ in answers]
+        places = [place for place, (_, answered) in enumerate(answers) if self._is_judged(answered)]
+        for place, value in zip(places, self.reward_models.values([answers[place] for place in places])):
+            found[place] = value
+        return found
+
+    def _is_judged(self, answered: Answered) -> bool:
+        return answered.complete or self.config.method.rollout.unfinished_score is None
+
+    def score(self, prompt: Prompt, answered: Answered, values: Values) -> float:
+        """What the judge says of an answer, given what reward models say of it; or ``unfinished_score``. Raises
+        JudgeFailed."""
         unfinished = self.config.method.rollout.unfinished_score
-        if not answered.complete and unfinished is not None:
+        if unfinished is not None and not self._is_judged(answered):
             return unfinished
-        given = Given(self.text(prompt, answered.tokens), len(answered.tokens), answered.complete)
+        given = Given(self.text(prompt, answered.tokens), len(answered.tokens), answered.complete, values)
         return self.judge(Asked(prompt.messages, prompt.record, prompt.where), given)
 
     def text(self, prompt: Prompt, tokens: Sequence[int]) -> str:
@@ -144,17 +160,29 @@ class Collector:
         sampling = Sampling(rollout.max_new_tokens)
         requests = [Request(number, prompt.tokens, sampling, self.stops) for number, prompt in enumerate(prompts)]
         sums, said = [0.0, 0.0], ""
-        for finished in self._generator().run(requests):
-            if self._writes and not said:
-                answered = _answered(finished)
-                try:
-                    sums[0] += self.score(prompts[finished.number], answered)
-                except UserError as error:
-                    said = str(error)
-                sums[1] += answered.complete
+        finished = self._generator().run(requests)
+        own = [_answered(one) for one in finished] if self._writes else []
+        known = self._everybodys(own)
+        values = dict(zip(known, self._values([(prompts[number], answered) for number, answered in known.items()])))
+        for answered in own:
+            try:
+                sums[0] += self.score(prompts[answered.prompt], answered, values[answered.prompt])
+            except UserError as error:
+                said = str(error)
+                break
+            sums[1] += answered.complete
         self._agree(said)
         total, complete = groups.sum_over_world(*sums)
         return total / len(prompts), complete / len(prompts)
+
+    def _everybodys(self, own: Sequence[Answered]) -> dict[int, Answered]:
+        """The answers of all processes by their prompt, in one order. Collective."""
+        size = self.engine.groups.mesh.world_size
+        if size == 1 or not self.reward_models:
+            return {one.prompt: one for one in own}
+        everybody: list[Sequence[Answered]] = [()] * size
+        dist.all_gather_object(everybody, own)
+        return {one.prompt: one for one in sorted((x for each in everybody for x in each), key=lambda x: x.prompt)}
 
 
 class Writer:
@@ -214,7 +242,7 @@ def remarks(numbers: Mapping[str, float], config: RunConfig) -> list[str]:
             f"{numbers['completions/clipped_ratio']:.0%} of the answers are not ended within "
             f"method.rollout.max_new_tokens = {rollout.max_new_tokens}; raise it, or fine-tune the model to stop first"
         )
-    if numbers["frac_reward_zero_std"] == 1.0 and rollout.answers > 1:
+    if numbers["frac_reward_zero_std"] == 1.0 and rollout.answers > 1 and config.trains != "ppo":
         found.append(
             "the answers to each prompt all have the same score, of which nothing is learned; give prompts that the "
             "model answers well sometimes, more method.rollout.answers, or a judge that says more than right or wrong"

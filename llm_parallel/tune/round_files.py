@@ -2,10 +2,9 @@
 
 ``rounds/000012/`` holds ``round.json`` (which weights answer which prompts, and how answers are judged),
 ``answers-N.jsonl`` (one line for each answer, by the process of replica N that wrote it, as soon as it is complete),
-``scores-N.jsonl`` (what the judge said of it), and ``log_probs.npy`` (of every token of every answer, under the weights
-that answered). Answers are known by prompt and sample, not by the process that made them, so that a round goes on in
-any layout.
-"""
+``scores-N.jsonl`` (what the judge said of it), ``log_probs.npy`` (of every token of every answer, under the weights
+that answered) and, if a critic is trained, ``values.npy`` (what that expected before each token). Answers are known by
+prompt and sample, not by the process that made them, so that a round goes on in any layout."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from llm_parallel.files import atomic_write
 from llm_parallel.jsonlines import JsonLines
 
-LOG_PROBS = "log_probs.npy"
+LOG_PROBS, VALUES = "log_probs.npy", "values.npy"
 Key = tuple[int, int]
 """Number of a prompt in the run, and of a sample of its answers."""
 
@@ -111,18 +110,18 @@ class RoundFolder:
                         if isinstance(line, dict):
                             yield line
 
-    def log_probs(self, tokens: int) -> NDArray[np.float32] | None:
-        """Log-probabilities of all ``tokens`` tokens of the answers under the weights that answered, in the order of
-        their keys; None if they are not known."""
+    def numbers(self, name: str, tokens: int) -> NDArray[np.float32] | None:
+        """Numbers of all ``tokens`` tokens of the answers under the weights that answered, such as log-probabilities
+        (``LOG_PROBS``), in the order of their keys; None if they are not known."""
         try:
-            found = np.load(self.path / LOG_PROBS, allow_pickle=False)
+            found = np.load(self.path / name, allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
         return found if found.shape == (tokens,) and found.dtype == np.float32 else None
 
-    def write_log_probs(self, values: NDArray[np.float32]) -> None:
+    def write_numbers(self, name: str, values: NDArray[np.float32]) -> None:
         """Writes them, whole or not at all. One process calls this."""
-        with atomic_write(self.path / LOG_PROBS, "wb") as handle:
+        with atomic_write(self.path / name, "wb") as handle:
             np.save(handle, values)
 
 

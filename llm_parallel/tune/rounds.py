@@ -1,5 +1,5 @@
 """Training on the model's own answers: a round lets the model answer prompts, has the answers judged, and makes steps
-on them (rejection sampling, GRPO).
+on them (rejection sampling, GRPO, PPO).
 
 Everything that a step needs of a round is on disk before the round's first step, so that a run that is interrupted goes
 on in the middle of a round, in any layout, without making, judging or training anything twice.
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from llm_parallel.checkpoint.folders import complete_checkpoints, step_of
@@ -33,17 +32,21 @@ from llm_parallel.objectives.advantage import group_advantages
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.likelihood import Likelihood
 from llm_parallel.objectives.policy import ClippedPolicy
-from llm_parallel.parallel.engine import Network, network_of
+from llm_parallel.parallel.engine import POLICY, Network, network_of
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.tasks.open import open_judge
+from llm_parallel.train.beside import CRITIC
 from llm_parallel.train.feed import FeedToCome, no_held_out
 from llm_parallel.train.open import Method
 from llm_parallel.train.run import Run
+from llm_parallel.tune.ppo import also_trained, earned, new_critic, policy_and_critic, policy_objective
+from llm_parallel.tune.ppo import remarks as ppo_remarks
 from llm_parallel.tune.reference import REFERENCE, is_the_base, second_model
+from llm_parallel.tune.reward_model import RewardModels
 from llm_parallel.tune.rollout import Asking, Collector, Judged, best_keys, remarks, statistics
 from llm_parallel.tune.round_batches import Rows, Text
-from llm_parallel.tune.round_files import RoundFolder, forget_rounds
-from llm_parallel.tune.score import describe_model, log_probabilities
+from llm_parallel.tune.round_files import LOG_PROBS, VALUES, RoundFolder, forget_rounds
+from llm_parallel.tune.score import describe_model, outputs_of_rows
 
 SHUFFLE = 13
 """The use of a derived key."""
@@ -51,6 +54,8 @@ SHUFFLE = 13
 
 def reads_reference(config: RunConfig) -> bool:
     """Whether the run holds its model to a reference."""
+    if config.trains == "ppo":
+        return config.method.ppo.kl_weight > 0
     return config.trains == "grpo" and config.method.grpo.kl_weight > 0
 
 
@@ -58,6 +63,8 @@ def objective_of(config: RunConfig) -> Objective:
     """What a step of the run minimises."""
     if config.trains == "reject":
         return Likelihood()
+    if config.trains == "ppo":
+        return policy_objective(config.method.ppo)
     grpo = config.method.grpo
     return ClippedPolicy(
         grpo.clip_low,
@@ -90,7 +97,8 @@ class RoundFeed:
         self._run, self._prompts = run, prompts
         self._tokenizer = load_tokenizer(config.data.tokenizer)
         judge = open_judge(config.method.rollout.judges)
-        self._collector = Collector(config, run.engine, self._tokenizer, judge, prompts.stops)
+        models = RewardModels(run, self._tokenizer.eod)
+        self._collector = Collector(config, run.engine, self._tokenizer, judge, prompts.stops, models)
         self._round: Round | None = None
         self.step_tokens: int | None = 0
         self.offers = offers(config)
@@ -145,12 +153,6 @@ class RoundFeed:
             numbers |= {"held_out/reward": score, "held_out/ended": ended}
         judged = self._collector.round(folder, asking)
         numbers |= statistics(judged, config.method.rollout.answers)
-        if within == 0:
-            self._show(asking, judged)
-            for text in remarks(numbers, config):
-                run.metrics.message(f"round {number}: {text}")
-            run.metrics.message(f"round {number}: {_described(numbers)}")
-            run.metrics.event("round", number=number, step=run.state.step, **numbers)
         texts = self._texts(asking, judged)
         if config.trains == "reject":
             ready = self._kept(judged, texts)
@@ -161,11 +163,25 @@ class RoundFeed:
                     "optimizer's momentum still moves the weights"
                 )
         else:
-            ready, more = self._with_columns(folder, number, judged, texts)
+            ready, more = self._with_columns(folder, within, judged, texts)
             numbers |= more
+        if within == 0:
+            self._report(number, asking, judged, numbers)
         if run.groups.is_first_rank:
             self._forget(number)
         return Round(number, tuple(ready), numbers)
+
+    def _report(self, number: int, asking: Asking, judged: Sequence[Judged], numbers: Mapping[str, float]) -> None:
+        """Says what a round has brought."""
+        run, scores = self._run, [one.score for one in judged]
+        self._show(asking, judged)
+        said = remarks(numbers, run.config)
+        if run.config.trains == "ppo":
+            said += ppo_remarks(numbers, scores, number, run.config)
+        for text in said:
+            run.metrics.message(f"round {number}: {text}")
+        run.metrics.message(f"round {number}: {_described(numbers)}")
+        run.metrics.event("round", number=number, step=run.state.step, **numbers)
 
     def _begin(self, folder: RoundFolder, within: int) -> None:
         """Makes the round's folder, unless it is there from the same weights, prompts and draws. In the middle of a
@@ -175,7 +191,10 @@ class RoundFeed:
         about: dict[str, Any] = {**drawn, "seed": config.seed, "data": self._prompts.folder.name}
         known = folder.about
         if within == 0:
-            about["weights"] = describe_model(network_of(run.engine))
+            about |= {
+                "weights" if name == POLICY else name: describe_model(network_of(engine))
+                for name, engine in run.engines.items()
+            }
         judges = [judge.model_dump() for judge in rollout.judges]
         judged_by = {"judges": judges, "unfinished_score": rollout.unfinished_score}
         fits = all(known.get(name) == value for name, value in about.items())
@@ -218,31 +237,32 @@ class RoundFeed:
         ]
 
     def _with_columns(
-        self, folder: RoundFolder, number: int, judged: Sequence[Judged], texts: list[Text]
+        self, folder: RoundFolder, within: int, judged: Sequence[Judged], texts: list[Text]
     ) -> tuple[list[Text], dict[str, float]]:
-        """The texts with all that the objective reads, and numbers about that."""
+        """The texts with all that the objectives read, and numbers about that."""
+        config, number = self._run.config, folder.number
         lengths = [len(text.answer) for text in texts]
-        old = folder.log_probs(sum(lengths))
-        (unknown,) = self._run.groups.sum_over_world(float(old is None))
-        if unknown or old is None:
-            # By the very micro batches of the first epoch's steps, so that the ratio in the first step is 1.
-            old = self._log_probs(network_of(self._run.engine), number, texts)
-            if self._run.groups.is_first_rank:
-                folder.write_log_probs(old)
+        old = self._kept_numbers(folder, LOG_PROBS, within, texts)
         columns = {
             "old": old,
             "rollout": np.concatenate([np.array(one.answered.log_probs, np.float32) for one in judged]),
-            "advantage": self._advantages(judged, lengths),
         }
         difference = np.abs(columns["old"] - columns["rollout"])
         numbers = {
             "sampling/sampling_logp_difference/mean": float(difference.mean()),
             "sampling/sampling_logp_difference/max": float(difference.max()),
         }
-        if reads_reference(self._run.config):
+        if reads_reference(config):
             with reference_of(self._run) as network:
-                columns[REFERENCE] = self._log_probs(network, number, texts)
+                columns[REFERENCE] = -self._outputs(network, number, texts)
             numbers["kl_to_reference"] = float((old - columns[REFERENCE]).mean())
+        if config.trains == "ppo":
+            values = self._kept_numbers(folder, VALUES, within, texts)
+            scores = [one.score for one in judged]
+            found, more = earned(config, scores, lengths, old, values, columns.get(REFERENCE))
+            columns, numbers = columns | found, numbers | more
+        else:
+            columns["advantage"] = self._advantages(judged, lengths)
         ends = np.cumsum(lengths)
         ready = [
             replace(text, columns={name: values[end - size : end] for name, values in columns.items()})
@@ -250,22 +270,37 @@ class RoundFeed:
         ]
         return ready, numbers
 
-    def _log_probs(self, network: Network, number: int, texts: Sequence[Text]) -> NDArray[np.float32]:
-        """Log-probabilities of all tokens of all answers, one answer behind the other. Collective."""
-        run, groups = self._run, self._run.groups
+    def _kept_numbers(self, folder: RoundFolder, name: str, within: int, texts: Sequence[Text]) -> NDArray[np.float32]:
+        """Numbers under the weights that answered, one answer behind the other: log-probabilities or the critic's
+        values. Before a round's first step they are computed and written; after it they must be there. Collective."""
+        run = self._run
+        found = folder.numbers(name, sum(len(text.answer) for text in texts))
+        (unknown,) = run.groups.sum_over_world(float(found is None))
+        if unknown and within:
+            raise UserError(
+                f"{folder.path / name} is not there as it was written, and the weights that answered in this round are "
+                "gone; go on from a checkpoint at the start of a round (a multiple of "
+                f"{steps_of_round(run.config)} steps)"
+            )
+        if unknown or found is None:
+            # By the very micro batches of the first epoch's steps, so that the ratio in the first step is 1.
+            if name == VALUES:
+                found = self._outputs(network_of(run.models[CRITIC]), folder.number, texts)
+            else:
+                found = -self._outputs(network_of(run.engine), folder.number, texts)
+            if run.groups.is_first_rank:
+                folder.write_numbers(name, found)
+        return found
+
+    def _outputs(self, network: Network, number: int, texts: Sequence[Text]) -> NDArray[np.float32]:
+        """What a model says of all tokens of all answers (see ``token_outputs``), one answer behind the other.
+        Collective."""
+        run = self._run
         found: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(texts)
         for part in range(steps_of_epoch(run.config)):
             chosen = self._chosen(number, len(texts), part)
             rows = self._rows(texts, chosen)
-            whole = torch.zeros(len(rows.of_row), rows.length, device=groups.platform.device)
-            values = log_probabilities(network, self._batches(rows))
-            if groups.reports_loss:
-                for micro, numbers in zip(values, rows.numbers(run.layout, groups.at.dp)):
-                    for place, row in enumerate(numbers):
-                        if row < len(whole):
-                            whole[row] += micro[place]
-            dist.all_reduce(whole)
-            for place, own in zip(chosen, rows.by_text(whole.cpu().numpy())):
+            for place, own in zip(chosen, outputs_of_rows(network, rows, run.layout, self._tokenizer.eod)):
                 found[place] = own
         return np.concatenate(found)
 
@@ -331,7 +366,8 @@ def offers(config: RunConfig) -> tuple[str, ...]:
     if config.trains == "reject":
         return ("documents",)
     reference = (REFERENCE,) if reads_reference(config) else ()
-    return ("documents", "old", "rollout", "advantage", *reference)
+    of_critic = ("value", "return") if config.trains == "ppo" else ()
+    return ("documents", "old", "rollout", "advantage", *of_critic, *reference)
 
 
 def promised(config: RunConfig, groups: Groups, state: TrainState) -> FeedToCome:
@@ -346,3 +382,4 @@ def begin(run: Run) -> None:
 
 
 ROUNDS = Method(objective=objective_of, evaluation=objective_of, feed=promised, held_out=no_held_out, begin=begin)
+PPO = replace(ROUNDS, models=policy_and_critic, also=also_trained, initial=new_critic)

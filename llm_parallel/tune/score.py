@@ -37,6 +37,7 @@ from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.train.step import evaluate
+from llm_parallel.tune.round_batches import Rows
 
 BLOCK = 16
 """Micro batches of a replica between two notes of how far the file is."""
@@ -58,21 +59,42 @@ class Collected(Unweighted):
         return Terms(output.sum() * 0.0, torch.ones((), dtype=torch.int32, device=output.device))
 
 
-def log_probabilities(network: Network, batches: Sequence[Batch]) -> list[Tensor]:
-    """Log-probability of each label, fp32 [b, s], of each micro batch of this replica, from one pass forward. A process
-    of the last stage has those of its context shard, and 0 elsewhere; other processes have none. Collective."""
+def token_outputs(network: Network, batches: Sequence[Batch]) -> list[Tensor]:
+    """What a model says of each label, fp32 [b, s], of each micro batch of this replica, from one pass forward: its
+    loss, or with a value head the value of the text before it. A process of the last stage has those of its context
+    shard, and 0 elsewhere; other processes have none. Collective."""
     collected = Collected()
     evaluate(network, collected, batches)
     mesh, at = network.groups.mesh, network.groups.at
     found = []
-    for batch, losses in zip(batches, collected.outputs):
-        whole = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=losses.device)
+    for batch, outputs in zip(batches, collected.outputs):
+        whole = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=outputs.device)
         start = 0
         for part in mesh.token_ranges(batch.tokens.shape[1], at.cp):
-            whole[:, part.start : part.stop] = -losses[:, start : start + len(part)].float()
+            whole[:, part.start : part.stop] = outputs[:, start : start + len(part)].float()
             start += len(part)
         found.append(whole)
     return found
+
+
+def log_probabilities(network: Network, batches: Sequence[Batch]) -> list[Tensor]:
+    """The same of the log-probability of each label."""
+    return [-losses for losses in token_outputs(network, batches)]
+
+
+def outputs_of_rows(network: Network, rows: Rows, layout: Layout, pad: int) -> list[NDArray[np.float32]]:
+    """The same of the tokens of each text's answer, on every process. Collective."""
+    groups = network.groups
+    device = groups.platform.device
+    whole = torch.zeros(len(rows.of_row), rows.length, device=device)
+    values = token_outputs(network, rows.batches(layout, groups.at.dp, device, pad))
+    if groups.reports_loss:
+        for micro, numbers in zip(values, rows.numbers(layout, groups.at.dp)):
+            for place, row in enumerate(numbers):
+                if row < len(whole):
+                    whole[row] += micro[place]
+    dist.all_reduce(whole)
+    return rows.by_text(whole.cpu().numpy())
 
 
 def fingerprint_of(network: Network) -> str:

@@ -91,7 +91,8 @@ class ElasticWatch(Watch):
         self.member.describe_collectives = _collectives
         self._stopwatch = Stopwatch(run.engine.groups.platform.device)
         run.engine.before_reduction.append(self._stopwatch.stop)
-        run.engine.network.before_micro_batch.append(self._leave_if_given_up)
+        for engine in run.engines.values():
+            engine.network.before_micro_batch.append(self._leave_if_given_up)
         self.survives_failed_saves = self._config.replicate_every_steps > 0
         self.copying = Copying(self.member, self.assignment, self._config.replicate_every_steps)
         self.copying.open(run)
@@ -109,7 +110,8 @@ class ElasticWatch(Watch):
         self._inject(run, "raise", "flip")
         step, config = run.state.step + 1, self._config
         if config.checksum_every_steps and step % config.checksum_every_steps == 0:
-            run.engine.parameters_up_to_date()
+            for engine in run.engines.values():
+                engine.parameters_up_to_date()
             self._compare(run, step)
         self._inject(run, "nan")  # after the comparison of weights, so that it first shows in this step's products
         if self._probe is not None and step % config.probe_every_steps == 0:

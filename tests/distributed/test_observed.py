@@ -85,8 +85,8 @@ def test_any_division_of_rows_and_vocabulary_gives_the_same(
         hits, entropies = seen.hits[0], seen.entropies[0]
     else:
         shards = [logits[:, first : first + 12] for first in range(0, 48, 12)]
-        parts = [module._of_columns(x, min(12, max(0, valid - 12 * n)), 0.0, 12 * n) for n, x in enumerate(shards)]
-        _, token, total, moment = module._joined(torch.stack(parts))
+        parts = [module.sums_of_columns(x, min(12, max(0, valid - 12 * n)), 0.0, 12 * n) for n, x in enumerate(shards)]
+        _, token, total, moment = module.joined(torch.stack(parts))
         hits, entropies = (token == labels[0].float()).float(), total.log() - moment / total
     logs = logits[:, :valid].double().log_softmax(-1)
     assert hits.tolist() == [float(row[:valid].argmax() == label) for row, label in zip(logits.float(), labels[0])]

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llm_parallel.generate import files
 from llm_parallel.parallel.groups import close_groups
 from tests.support.in_process import in_process
 from tests.support.parity_models import load_hf, random_folder
@@ -72,16 +72,29 @@ def test_a_file_is_answered_and_a_killed_command_goes_on(
         assert line["log_probs"] == pytest.approx(log_probs.tolist(), abs=2e-5)
         assert line["truncated"] == (line["reason"] == "length")
 
-    # Killed after three answers, in the middle of the fourth line.
+    # Killed after three answers, in the middle of the fourth line. Older versions wrote into the output itself.
     written = target.read_text().splitlines()
-    target.write_text("\n".join(written[:3]) + "\n" + written[3][:40])
-    again = in_process(*arguments)
-    assert again.returncode == 0 and "3 answers already; 5 are left" in again.stderr
-    found = list(files.read_jsonlines(target))
-    assert len(found) == 8
-    for line in found:
-        same = expected[line["number"], line["sample"]]
-        assert {**line, "time": 0, "log_probs": 0} == {**same, "time": 0, "log_probs": 0}
+    parts = tmp_path / "answers.jsonl.parts"
+    assert not parts.exists()
+    for torn in (parts / "part-3.jsonl", target):
+        target.unlink()
+        torn.parent.mkdir(exist_ok=True)
+        torn.write_text("\n".join([written[6], *written[:2]]) + "\n" + written[3][:40])
+        again = in_process(*arguments)
+        assert again.returncode == 0 and "3 answers already; 5 are left" in again.stderr
+        found = lines_of(target)
+        assert [(line["number"], line["sample"]) for line in found] == sorted(expected) and not parts.exists()
+        for line in found:
+            same = expected[line["number"], line["sample"]]
+            assert {**line, "time": 0, "log_probs": 0} == {**same, "time": 0, "log_probs": 0}
+
+    best = in_process(*arguments[:-4], "--best-of", "2", "--samples", "1", "--temperature", "1", "--device", "cpu")
+    assert best.returncode == 2 and "answers.jsonl holds something else" in best.stderr
+    other = (*arguments[:5], tmp_path / "best.jsonl", "--max-new-tokens", "9", "--best-of", "2", "--device", "cpu")
+    assert in_process(*other, "--temperature", "1").returncode == 0
+    for line in lines_of(tmp_path / "best.jsonl"):
+        pair = [expected[line["number"], sample] for sample in range(2)]
+        assert line["tokens"] == max(pair, key=lambda one: np.mean(one["log_probs"]))["tokens"]
 
     other = in_process(*arguments, "--seed", "3")
     assert other.returncode == 2 and "answers.jsonl holds something else" in other.stderr

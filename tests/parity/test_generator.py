@@ -185,6 +185,42 @@ def test_a_drawn_answer_depends_on_its_request_alone(tmp_path: Path) -> None:
             np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2e-5)
 
 
+def best_job(rank: int, world_size: int, folder: str, made: list[Request]) -> tuple[list[Finished], ...]:
+    """All answers, the two best ones of each request, and the same again with requests that are cancelled."""
+    from llm_parallel.errors import UserError
+
+    generator = open_generator(folder, rank, world_size, {}, **SMALL)
+    every = generator.run([replace(request, n=5) for request in made])
+    best = generator.run([replace(request, n=2, best_of=5) for request in made])
+    for request in made:
+        generator.submit(replace(request, n=2, best_of=5))
+    cancelled = []
+    for count in range(400):
+        cancelled += generator.tick()
+        if count == 3:
+            for request in made:
+                generator.cancel(request.number)
+    assert generator.idle and not generator._made and not generator._best
+    generator.on_token = lambda *_: None
+    with pytest.raises(UserError, match="best_of of prompt 0 is 2, and tokens are wanted as they come"):
+        generator.submit(replace(made[0], best_of=2))
+    return every, best, cancelled
+
+
+@pytest.mark.gloo
+def test_the_best_answers_are_those_with_the_highest_mean_log_probability(tmp_path: Path) -> None:
+    made = mixed_requests(8, 4, temperature=1.2)
+    every, best, cancelled = run_ranks(best_job, 1, str(random_folder("grouped", tmp_path)), made)[0]
+    for request in made:
+        own = sorted((a for a in every if a.number == request.number), key=lambda a: -np.mean(a.log_probs))
+        found = [answer for answer in best if answer.number == request.number]
+        assert [answer.tokens for answer in found] == [answer.tokens for answer in own[:2]]
+        assert [answer.sample for answer in found] == [0, 1]
+        given = [answer for answer in cancelled if answer.number == request.number]
+        assert [answer.sample for answer in given] == [0, 1]
+    assert any(answer.reason is Reason.CANCELLED for answer in cancelled)
+
+
 def kernels_job(rank: int, world_size: int, folder: str, made: list[Request]) -> list[list[Finished]]:
     """Answers by torch's attention, and by the operator on all parts at once, as on a GPU, in Triton's interpreter."""
     import os

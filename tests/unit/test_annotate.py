@@ -26,9 +26,9 @@ from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import JsonLines, read_jsonlines
 from llm_parallel.serve.guard import LOOPBACK_NAMES, Access
 from llm_parallel.serve.listen import listen
-from tests.support import four_digits
 from tests.support.annotating import board_of, judged, write_answers
 from tests.support.in_process import in_process
+from tests.support.round_records import write_rounds
 
 
 def user(text: str) -> dict[str, Any]:
@@ -81,21 +81,8 @@ def test_answers_of_generate_meet_their_prompts(tmp_path: Path) -> None:
 
 def test_answers_of_a_run_in_rounds(tmp_path: Path) -> None:
     """By the records that rounds leave, with the tokenizer and prompts that the run's data folder names."""
-    tokenizer = four_digits.write_tokenizer(tmp_path / "tokenizer")
-    data, round_ = tmp_path / "run" / "data" / "abc", tmp_path / "run" / "rounds" / "000003"
-    data.mkdir(parents=True)
-    round_.mkdir(parents=True)
-    (data / "report.json").write_text(json.dumps({"stops": [1], "tokenizer": str(tokenizer)}))
-    prompt = {"split": "train", "tokens": [5, 6], "messages": [user("12+3")], "record": {}, "where": "p.jsonl line 1"}
-    rows_file(data / "prompts.jsonl", prompt)
-    (round_ / "round.json").write_text(json.dumps({"data": "abc", "prompts": 1, "seed": 7}))
-    from llm_parallel.data.tokenizer import load_tokenizer
-
-    ids = [list(load_tokenizer(tokenizer).encode(text)) for text in ("15", "51")]
-    lines = [{"prompt": 3, "sample": s, "tokens": ids[s], "log_probs": [0.0] * len(ids[s]), "reason": "stop"}
-             for s in (1, 0)]  # fmt: skip
-    rows_file(round_ / "answers-0.jsonl", *lines, '{"torn')
-    (item,) = read_items(tmp_path / "run")
+    run_dir = write_rounds(tmp_path / "run", {3: [[("15", 1.0), ("51", 0.0)]]}, ["12+3"])
+    (item,) = read_items(run_dir)
     assert [text_of(one) for one in item.answers] == ["15", "51"] and item.prompt == (user("12+3"),)
     with pytest.raises(UserError, match="has no rounds/ with answers"):
         read_items(tmp_path)

@@ -134,3 +134,52 @@ def test_preferences_stand_side_by_side(
     wide = console.file.getvalue()  # type: ignore[attr-defined]
     heads = [line for line in wide.splitlines() if line.count(" tokens") == len(expected)]
     assert len(heads) == (kind != "kto"), "in columns of one table"
+
+
+def rounds_file(tmp_path: Path, judges: str, rows: list[dict[str, object]]) -> Path:
+    text = "the sum of two and three is five while a question has an answer, and every turn ends\n" * 40
+    train_sentencepiece([text, "user\nassistant\nsystem\n0123456789"], 320, tmp_path)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "rounds.yaml"
+    path.write_text(
+        f"run_dir: {tmp_path}/run\ndata: {{tokenizer: {tmp_path}, seq_length_tokens: 96}}\nmodel: {{vocab_size: 512}}\n"
+        f"method: {{kind: grpo, rollout: {{prompts: 2, answers: 4, max_new_tokens: 16, judges: [{judges}]}}}}\n"
+        f"train: {{global_batch_size: 8}}\nchat: {{train: [{{path: {tmp_path}/rows.jsonl}}], eval_fraction: 0.25}}\n"
+    )
+    return path
+
+
+SUMS = [{"prompt": f"the sum of two and {n}", "answer": [f"{n + 2}", f"+{n + 2}"], "shape": {"type": "object"}}
+        for n in range(4)]  # fmt: skip
+
+
+def test_prompts_are_shown_with_what_judges_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judges = (
+        "{kind: exact}, {kind: number, weight: 0.5}, {kind: regex, pattern: '^{answer}$'}, {kind: json, field: shape}, "
+        "{kind: length, max_tokens: 9}, {kind: contains}"
+    ).replace("{answer}", "{prompt}")
+    file = tmp_path / "page.html"
+    assert check_command(str(rounds_file(tmp_path, judges, SUMS)), [], str(file), 2) == "prefer"
+    out = capsys.readouterr().out
+    assert "prompts: 3 (1 are held out)" in out and "a round: 2 x 4 (prompts and answers to each, then 1 step" in out
+    assert out.count("\nprompt ") == 2 and "rows.jsonl line" in out
+    shown = re.search(r"the sum of two and (\d)", out)
+    assert shown is not None
+    right = int(shown[1]) + 2
+    for reading in (
+        f"judged: 1 if the answer is '{right}' or '+{right}'",
+        f"judged: 1 if the answer's last number is {right} or {right}, times 0.5",
+        f"judged: 1 if ^the\\ sum\\ of\\ two\\ and\\ {right - 2}$ is found in the answer",
+        'judged: 1 if the answer is JSON that fits {"type": "object"}',
+        "judged: minus the share of tokens over 9",
+        f"judged: 1 if the answer contains '{right}' or '+{right}'",
+    ):
+        assert reading in out, (reading, out)
+    page = file.read_text(encoding="utf-8")
+    assert "Prompts as the model sees them" in page and page.count("judged: ") == 12
+
+
+def test_prompts_that_a_judge_cannot_judge_are_refused(tmp_path: Path) -> None:
+    run_file = rounds_file(tmp_path, "{kind: exact}", [*SUMS, {"prompt": "two"}])
+    with pytest.raises(UserError, match=r"kind = exact cannot judge answers to 1 of 5 prompts: .*line 5 has no field"):
+        check_command(str(run_file), [], None, 2)

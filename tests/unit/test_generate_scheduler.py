@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llm_parallel.errors import UserError
 from llm_parallel.generate.draw import Choice
 from llm_parallel.generate.pages import PagePool
-from llm_parallel.generate.requests import Finished, Reason, Request, check_fits
+from llm_parallel.generate.requests import Finished, Reason, Request, best_answers, check_fits
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.scheduler import Limits, Part, Scheduler
 
@@ -270,7 +270,28 @@ def test_requests_that_cannot_be_answered_are_refused(request_: Request, named: 
         check_fits(request_, 32, 24, 50)
 
 
-@pytest.mark.parametrize("wrong", [{"prompt": ()}, {"n": 0}, {"stop": ("",)}])
+@given(
+    st.lists(
+        st.tuples(st.lists(st.floats(-9, 0), max_size=3), st.sampled_from([Reason.STOP, Reason.CANCELLED])), min_size=1
+    ),
+    st.data(),
+)
+def test_the_best_of_several_answers(given: list[tuple[list[float], Reason]], data: Any) -> None:
+    n = data.draw(st.integers(1, len(given)))
+    made = [
+        Finished(7, place, tuple(range(len(numbers))), tuple(numbers), (), reason, ((place, ()),) * (place == 0))
+        for place, (numbers, reason) in enumerate(given)
+    ]
+    found = best_answers(data.draw(st.permutations(made)), n)
+    assert [one.sample for one in found] == list(range(n))
+    assert [bool(one.prompt_scores) for one in found] == [True] + [False] * (n - 1)
+    mean = lambda one: sum(one.log_probs) / len(one.log_probs) if one.log_probs else float("-inf")  # noqa: E731
+    whole = sorted((mean(one) for one in made if one.reason is Reason.STOP), reverse=True)
+    assert [mean(one) for one in found if one.reason is Reason.STOP] == whole[:n]
+    assert sum(one.reason is Reason.CANCELLED for one in found) == max(n - len(whole), 0)
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": ()}, {"n": 0}, {"stop": ("",)}, {"n": 3, "best_of": 2}])
 def test_malformed_requests_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="prompt 7"):
         Request(**{"number": 7, "prompt": (1,), **wrong})

@@ -75,6 +75,12 @@ FUNCTIONS = {
     "return float('nan')": "returned nan; it must return a finite number",
     "return None": "returned None",
     "raise KeyError('x')": "raised KeyError: 'x' (for a.jsonl:3)",
+    "raise SystemExit(0)": "raised SystemExit: 0 (for a.jsonl:3)",
+    "import numpy; return numpy.ones(2)": "returned array([1., 1.])",
+    "import numpy; return numpy.float32('inf')": "it must return a finite number",
+    "return 'x' * 9999": "x …; it must return a finite number",
+    "import time; time.sleep(60)": "has not returned within 0.02 s (for a.jsonl:3); mend it, or raise its timeout_s",
+    "while True:\n        try: [].x\n        except Exception: pass": "has not returned within 0.02 s",
 }
 
 
@@ -83,7 +89,7 @@ def test_a_function_that_gives_no_number_is_an_error(body: str, tmp_path: Path) 
     file = tmp_path / "mine.py"
     file.write_text(f"def reward(**_):\n    {body}\n")
     with pytest.raises(JudgeFailed) as failed:
-        score({}, "x", kind="function", file=str(file))
+        score({}, "x", kind="function", file=str(file), timeout_s=0.02)
     assert FUNCTIONS[body] in str(failed.value)
 
 

@@ -135,8 +135,8 @@ def test_a_reference_of_a_label_that_does_not_count_does_not_count(bad: float) -
 def test_data_without_what_an_objective_reads_is_refused() -> None:
     for offers, missing in (((), "documents"), (("documents",), "reference")):
         with pytest.raises(UserError, match=f"no column '{missing}'"):
-            check_feed(DPO(), SimpleNamespace(offers=offers))  # type: ignore[arg-type]
-    check_feed(Likelihood(), SimpleNamespace(offers=()))  # type: ignore[arg-type]
+            check_feed([DPO()], SimpleNamespace(offers=offers))  # type: ignore[arg-type]
+    check_feed([Likelihood()], SimpleNamespace(offers=()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("starts", [[], [1, 4], [0, 3, 3], [0, 5, 2]])

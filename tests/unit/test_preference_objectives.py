@@ -180,8 +180,8 @@ def test_the_first_step_after_sampling_has_a_ratio_of_exactly_1() -> None:
     batch, losses = answers(3)
     batch = replace(batch, columns={**batch.columns, "old": -losses.detach()})
     found = ClippedPolicy()(batch, ALONE, losses)
-    assert found.stats["policy/ratio_error"].item() == found.stats["policy/approx_kl"].item() == 0.0
-    assert found.stats["policy/clip_fraction"].item() == 0.0
+    assert found.stats["policy/ratio_error"].item() == found.stats["policy/approxkl_avg"].item() == 0.0
+    assert found.stats["policy/clipfrac_avg"].item() == 0.0
 
 
 def test_entropies_are_subtracted() -> None:
