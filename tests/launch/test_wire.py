@@ -13,7 +13,7 @@ import pytest
 
 from llm_launch import copy_transfer as copy_transfer_module
 from llm_launch import wire
-from llm_launch.copy_files import CopyFile, copy_name, forget_all_but, forget_stale, inventory, keep_alive, run_folder
+from llm_launch.copy_files import Claim, CopyFile, copy_name, forget_all_but, forget_stale, inventory, run_folder
 from llm_launch.copy_transfer import CopySender, CopyServer, RemoteCopy
 from llm_parallel.errors import UserError
 
@@ -98,14 +98,32 @@ def test_other_generations_are_forgotten(tmp_path: Path) -> None:
 def test_what_a_dead_run_left_in_memory_is_removed_by_the_next(tmp_path: Path) -> None:
     shm = tmp_path / "shm"
     shm.mkdir()
-    mine, theirs, dead = (run_folder(shm, tmp_path / name) / "n1" for name in ("mine", "theirs", "dead"))
-    for folder in (mine, theirs, dead):
+    mine, recent, held, dead = (run_folder(shm, tmp_path / name) / "n1" for name in ("mine", "recent", "held", "dead"))
+    claim = Claim(held)
+    claim.renew()
+    for folder in (mine, recent, held, dead):
         make(folder).commit(0, 4, {})
-        os.utime(folder, (0, 0))
-    keep_alive(theirs)
+        os.utime(folder, None if folder == recent else (0, 0))
     forget_stale(mine)
-    assert inventory(mine) and inventory(theirs), "one's own copies are what a requeue goes on from"
+    assert inventory(mine) and inventory(recent), "one's own copies are what a requeue goes on from"
+    assert inventory(held), "its agent lives, whatever the clock says: the machine has slept, or the clock was set"
     assert not dead.parent.exists()
+    claim.close()
+    os.utime(held, (0, 0))
+    forget_stale(mine)
+    assert not held.parent.exists()
+
+
+def test_a_claim_is_taken_again_when_its_folder_was_removed(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, tmp_path / "run") / "n1"
+    claim = Claim(folder)
+    claim.renew()
+    folder.rmdir()
+    claim.renew()
+    os.utime(folder, (0, 0))
+    forget_stale(run_folder(tmp_path, tmp_path / "other") / "n1")
+    assert folder.is_dir()
+    claim.close()
 
 
 def test_no_room_is_one_sentence(tmp_path: Path) -> None:
