@@ -103,8 +103,8 @@ def safe_indices(folder: Path) -> Iterator[None]:
     can be replaced. ``folder`` is refused first if its files lead out of it, as by ``read_index``."""
     read_index(folder)
     plain = filesystem.pickle
-    filesystem.pickle = SimpleNamespace(load=load_index, dump=plain.dump)  # type: ignore[attr-defined]
+    filesystem.pickle = SimpleNamespace(load=load_index, dump=plain.dump)
     try:
         yield
     finally:
-        filesystem.pickle = plain  # type: ignore[attr-defined]
+        filesystem.pickle = plain
