@@ -92,7 +92,8 @@ class Journal:
                     self.say("events and state are written again")
                 self._failing = False
 
-        self._writer.submit(done)
+        with contextlib.suppress(RuntimeError):  # of a journal that is closed: an agent's connection may end later
+            self._writer.submit(done)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Records an event, prints it, and passes it to the command ``elastic.on_event``."""
