@@ -19,7 +19,7 @@ from typing import Any
 
 from llm_launch import wire
 from llm_launch.agent_settings import AgentSettings
-from llm_launch.copy_files import forget, forget_all_but, forget_stale, inventory, keep_alive
+from llm_launch.copy_files import Claim, forget, forget_all_but, forget_stale, inventory
 from llm_launch.copy_transfer import CopyServer
 from llm_launch.door import raise_file_limit
 from llm_launch.health import GpuHealth, HostHealth, open_nvml
@@ -46,6 +46,7 @@ class Agent:
         self.controller: wire.Channel | None = None
         self.heard_s = time.monotonic()
         self.here = NodeWorkers(settings, self._tell, self._log, self._spawn)
+        self._claim = Claim(settings.copies_dir)
         self.copy_server = CopyServer(settings.host, settings.copies_dir, settings.secret)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._broken = False
@@ -73,6 +74,8 @@ class Agent:
 
     async def run(self) -> int:
         """Serves until the run ends: 0 if the controller ended it, 1 if no controller can be reached."""
+        with contextlib.suppress(OSError, UserError):
+            self._claim.renew()
         await self.here.start()
         self._spawn(asyncio.to_thread(forget_stale, self.settings.copies_dir), vital=False)
         self._spawn(self._beat())
@@ -224,7 +227,7 @@ class Agent:
                 for finding in await asyncio.to_thread(item.look):
                     self._tell({"is": "health", **asdict(finding)})
             with contextlib.suppress(OSError, UserError):  # a worker that makes its first copy says what is wrong
-                keep_alive(self.settings.copies_dir)
+                self._claim.renew()
             await asyncio.sleep(HEALTH_S)
 
     def _log(self, text: str) -> None:

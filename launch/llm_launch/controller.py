@@ -410,7 +410,8 @@ class Controller:
         self._act_on(verdict)
 
     def _act_on(self, verdict: Verdict) -> None:
-        self.fleet.fruitless += 1
+        broken = verdict.fault is Fault.NETWORK and self._trained
+        self.fleet.fruitless += not (broken and self.fleet.broken_for_s() < self.config.elastic.wait_s)
         if verdict.stops_run:
             self.journal.fail(verdict)
             raise Stopped(EXIT_USER_ERROR if verdict.fault is Fault.USER else 1, Phase.FAILED)

@@ -62,14 +62,15 @@ class CopyServer:
     def _serve(self, connection: socket.socket, number: int) -> None:
         with connection, contextlib.suppress(OSError, ValueError, KeyError, UserError):
             try:
-                wire.accept_blocking(connection, self._secret)
+                sealed = wire.accept_blocking(connection, self._secret)
             finally:
                 self._door.leave(number)
-            while (request := wire.receive(connection)) is not None:
-                if request["do"] == "put":
-                    self._keep(connection, request["header"])
-                elif request["do"] == "get":
-                    self._give(connection, request)
+            with sealed:
+                while (request := wire.receive(sealed)) is not None:
+                    if request["do"] == "put":
+                        self._keep(sealed, request["header"])
+                    elif request["do"] == "get":
+                        self._give(sealed, request)
 
     def _keep(self, connection: socket.socket, header: dict[str, Any]) -> None:
         path = self._folder / "kept" / copy_name(int(header["generation"]), int(header["rank"]))

@@ -59,6 +59,8 @@ class Fleet:
         """Step from which the present generation went on; None until one of its workers has said so."""
         self.fruitless = 0
         """Recoveries since the last finished step."""
+        self.broken_since_s: float | None = None
+        """Monotonic time at which connections broke for the first time since the last finished step."""
         self.looks: dict[Device, dict[str, Any]] = {}
         self.stalled = (0, 0)
         """Generation and step at which processes were last seen waiting for files."""
@@ -68,6 +70,13 @@ class Fleet:
         self._tasks: set[asyncio.Task[None]] = set()
         self._store = GenerationStore()
         self.pace = Pace(elastic.hang_deviations, first_s=elastic.first_step_limit_s)
+
+    def broken_for_s(self) -> float:
+        """Seconds since connections broke first without a step in between: a network, or a stranger at the ports of the
+        workers' collectives, may hinder a run that has trained for a while, and not only for five attempts."""
+        now = time.monotonic()
+        self.broken_since_s = now if self.broken_since_s is None else self.broken_since_s
+        return now - self.broken_since_s
 
     def begin(self, placement: Placement) -> None:
         """The next generation."""
@@ -293,7 +302,7 @@ class Fleet:
                 self.pace.add(seen[3])
             worker.step, worker.age_s, worker.probe_s, worker.own_s = step, seen[2], seen[4], seen[6]
             if step > self.step:
-                self.step, self.fruitless = step, 0
+                self.step, self.fruitless, self.broken_since_s = step, 0, None
 
     @property
     def tick_s(self) -> float:

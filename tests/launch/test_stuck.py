@@ -98,3 +98,29 @@ def test_copies_say_themselves_what_they_are(tmp_path: Path) -> None:
     assert story.events("form")[0]["cause"] == "checkpoint or new run"
     (ignored,) = story.events("copies_ignored")
     assert "another seed" in ignored["cause"]
+
+
+def test_a_network_that_breaks_for_a_while_does_not_end_a_run(tmp_path: Path) -> None:
+    """Connections of the collectives break three times without a step in between, as a stranger at their ports can have
+    it while a generation forms: nobody is blamed, and the run goes on when they leave it alone."""
+    config = config_of(tmp_path, max_fruitless=1)
+    quick = config.elastic.model_copy(
+        update={"lost_after_s": 1.0}
+    )  # so long the cause of a broken connection is awaited
+    config = config.model_copy(update={"elastic": quick})
+    nodes = Nodes(config, FOUR)
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        nodes.make_steps(1)
+        await story.heard_of(nodes.step)
+        for number in range(1, 4):
+            left = {"is": "left", "device": 0, "outcome": "failed", "error": "RuntimeError"}
+            agent = nodes.agents["n2"]
+            agent.tell({**left, "message": "Connection closed by peer", "generation": agent.generation})
+            await story.until(lambda number=number: len(story.events("form")) > number, "another generation")
+            await story.training(4)
+
+    status, story = play(config, nodes, act)
+    assert status == EXIT_STOPPED
+    assert {event["fault"] for event in story.events("blame")} == {"network"} and not story.events("remove")
