@@ -20,6 +20,7 @@ from llm_parallel.command_help import MEASURE, command
 from llm_parallel.convert.request import ConvertRequest
 from llm_parallel.data.request import PrepareRequest
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
+from llm_parallel.evaluate.request import EvaluateRequest
 from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.goodput.request import GoodputRequest
 from llm_parallel.help_page import Command, Group, explain_usage, show_version
@@ -282,14 +283,11 @@ def fields(section: Annotated[str, typer.Argument(help="Show only fields that be
 @command(app, "schema")
 def schema() -> None:
     """Print the JSON schema of run files, by which editors complete and check them."""
-    import json
-
-    from llm_parallel.config.schema import SCHEMA_NAME, config_schema
+    from llm_parallel.config.schema import SCHEMA_HINT, schema_text
     from llm_parallel.screen import say_next
 
-    typer.echo(json.dumps(config_schema(), indent=1, ensure_ascii=False))
-    say_next(f"llm-parallel schema > {SCHEMA_NAME}; a run file beside it begins with # yaml-language-server: "
-             f"$schema={SCHEMA_NAME}")  # fmt: skip
+    typer.echo(schema_text())
+    say_next(SCHEMA_HINT)
 
 
 # Measure
@@ -340,14 +338,9 @@ def _command_line() -> str:
 @command(app, "plot")
 def plot(run_dirs: Annotated[list[str], typer.Argument(help="Run folders; several are drawn together.")]) -> None:
     """Draw loss, throughput and learning rate of runs as PNG files."""
-    from llm_parallel.metrics.plots import compare_runs, plot_run
-    from llm_parallel.screen import say_next
+    from llm_parallel.metrics.plot_command import plot_command
 
-    folders = [Path(folder) for folder in run_dirs]
-    pictures = plot_run(folders[0]) if len(folders) == 1 else compare_runs(folders, folders[0] / "plots")
-    for picture in pictures:
-        typer.echo(str(picture))
-    say_next(f"llm-parallel report {' '.join(run_dirs)} --out {run_dirs[0].rstrip('/')}/report.html")
+    plot_command(run_dirs)
 
 
 @command(app, "report")
@@ -403,6 +396,15 @@ def chat(request: ChatRequest) -> None:
     from llm_parallel.chat.command import chat_command
 
     raise typer.Exit(chat_command(replace(request, environment=dict(os.environ))))
+
+
+@command(app, "evaluate")
+@with_options
+def evaluate(request: EvaluateRequest) -> None:
+    """Measure a model on benchmarks with lm-evaluation-harness, on our engine; or compare two results."""
+    from llm_parallel.evaluate.command import evaluate_command
+
+    raise typer.Exit(evaluate_command(replace(request, api_key=os.environ.get("OPENAI_API_KEY", ""))))
 
 
 @command(app, "convert")

@@ -139,6 +139,15 @@ COMMANDS: dict[str, CommandHelp] = {
             "http://127.0.0.1:8000 --load conversation.json",
         ),
     ),
+    "evaluate": CommandHelp(
+        USE,
+        (
+            "models/SmolLM2-135M --demo --tasks llama2",
+            "models/SmolLM2-135M --data-dir sets --tasks mmlu,hellaswag --limit 100 --out runs/eval",
+            "http://127.0.0.1:8000 --tasks gsm8k_cot --data-dir sets --chat",
+            "--compare runs/a/results.json runs/b/results.json",
+        ),
+    ),
     "convert": CommandHelp(USE, ("runs/first runs/first-hf", "models/Llama-3.2-1B runs/imported")),
 }
 """Every command by its name, with that of its group of commands before it where it has one."""

@@ -13,6 +13,12 @@ from llm_parallel.files import atomic_write
 SCHEMA_NAME = "schema.json"
 SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_NAME}\n"
 """First line of a run file that lies beside the schema: VS Code's, Neovim's and JetBrains' YAML plug-ins read it."""
+SCHEMA_HINT = f"llm-parallel schema > {SCHEMA_NAME}; a run file beside it begins with {SCHEMA_LINE.rstrip()}"
+
+
+def schema_text() -> str:
+    """The schema as JSON."""
+    return json.dumps(config_schema(), indent=1, ensure_ascii=False)
 
 
 def config_schema() -> dict[str, Any]:

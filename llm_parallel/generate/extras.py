@@ -2,9 +2,9 @@
 of a prompt, summed.
 
 Both are taken from the same pass that computes the prompt's keys, on the last stage, and handed to all processes of the
-replica. A prompt for which they are wanted shares no pages that others have filled, or parts of it would not be
-computed; where its sequence is interrupted, it is computed and taken from the beginning again. Passes are settled in
-the order in which they were planned, so the rows of a prompt come in order.
+replica. A prompt for which they are wanted shares only those pages that others have filled which end before the first
+row that is needed, or parts of it would not be computed; where its sequence is interrupted, all of them are computed
+and taken again. Passes are settled in the order in which they were planned, so the rows of a prompt come in order.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from llm_parallel.model.deterministic import log_probs_of
 
 @dataclass(frozen=True)
 class Extras:
-    """Rows of one pass. scored: those from which the next token of a prompt is predicted, with that token and how many
-    of the likeliest ones are wanted; pooled: for each part whose hidden states are wanted, its rows."""
+    """Rows of one pass. scored_rows: those from which tokens are predicted whose log-probabilities are wanted; scored:
+    the place in ``scored_rows`` of each such token, the token, and how many of the likeliest ones are wanted with it;
+    pooled: for each part whose hidden states are wanted, its rows."""
 
     scored_rows: tuple[int, ...]
-    scored: tuple[tuple[int, int], ...]
+    scored: tuple[tuple[int, int, int], ...]
     pooled: tuple[tuple[Part, range], ...]
 
     @staticmethod
@@ -34,18 +35,20 @@ class Extras:
         """Those of a plan; None if nothing is wanted, as in most passes."""
         if not any(wants(part) for part in parts):
             return None
-        rows, scored, pooled, row = list[int](), list[tuple[int, int]](), list[tuple[Part, range]](), 0
+        rows, scored, pooled, row = list[int](), list[tuple[int, int, int]](), list[tuple[Part, range]](), 0
         for part in parts:
-            prompt, top = part.sequence.request.prompt, part.sequence.request.prompt_log_probs
-            inside = range(part.start, min(part.start + part.count, len(prompt)))
+            request = part.sequence.request
+            inside = range(part.start, min(part.start + part.count, len(request.prompt)))
             if not wants(part) or not len(inside):
                 row += part.count
                 continue
-            if top is not None:
-                predicting = inside[: max(len(prompt) - 1 - part.start, 0)]
-                rows += [row + place - part.start for place in predicting]
-                scored += [(prompt[place + 1], top) for place in predicting]
-            if part.sequence.request.embeds:
+            for place in _scored_places(part):
+                scored.append((len(rows), request.prompt[place], request.prompt_log_probs or 0))
+                rows.append(row + place - 1 - part.start)
+            if _ends_prompt(part) and request.candidates:
+                scored += [(len(rows), token, 0) for token in request.candidates]
+                rows.append(row + len(request.prompt) - 1 - part.start)
+            if request.embeds:
                 pooled.append((part, range(row, row + len(inside))))
             row += part.count
         return Extras(tuple(rows), tuple(scored), tuple(pooled))
@@ -53,7 +56,7 @@ class Extras:
     @property
     def width(self) -> int:
         """Most of the likeliest tokens that are wanted with one."""
-        return max((top for _, top in self.scored), default=0)
+        return max((top for _, _, top in self.scored), default=0)
 
     def scores(self, logits: Tensor, deterministic: bool = False) -> list[Choice]:
         """The prompt's own tokens as if they had been chosen, under the model's distribution. logits: fp32 [scored
@@ -61,16 +64,16 @@ class Extras:
         if not self.scored:
             return []
         log_probs = logits.log_softmax(-1)
-        tokens = torch.tensor([token for token, _ in self.scored], device=logits.device)
-        exact = log_probs_of(logits, tokens) if deterministic else log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        places, tokens, _ = torch.tensor(self.scored, device=logits.device).unbind(1)
+        exact = log_probs_of(logits[places], tokens) if deterministic else log_probs[places, tokens]
         own = exact.tolist()
         if not self.width:
-            return [Choice(token, log_prob) for (token, _), log_prob in zip(self.scored, own)]
+            return [Choice(token, log_prob) for (_, token, _), log_prob in zip(self.scored, own)]
         top = log_probs.topk(min(self.width, logits.shape[1]), dim=-1)
-        likeliest = zip(top.indices.tolist(), top.values.tolist())
+        ids, values = top.indices.tolist(), top.values.tolist()
         return [
-            Choice(token, log_prob, tuple(zip(ids[:wanted], values)))
-            for (token, wanted), log_prob, (ids, values) in zip(self.scored, own, likeliest)
+            Choice(token, log_prob, tuple(zip(ids[place][:wanted], values[place])))
+            for (place, token, wanted), log_prob in zip(self.scored, own)
         ]
 
     def sums(self, hidden: Tensor) -> Tensor:
@@ -82,11 +85,13 @@ class Extras:
         taken = iter(choices)
         for part in parts:
             sequence = part.sequence
-            if sequence.request.prompt_log_probs is None or not wants(part):
+            if not wants(part):
                 continue
-            if part.start == 0:
+            places = _scored_places(part)
+            ends = _ends_prompt(part)
+            if places.start == sequence.request.scores_from or sequence.request.prompt_log_probs is None:
                 sequence.prompt_scores.clear()
-            for _ in range(part.start, min(part.start + part.count, len(sequence.request.prompt) - 1)):
+            for _ in range(len(places) + (len(sequence.request.candidates) if ends else 0)):
                 choice = next(taken)
                 sequence.prompt_scores.append((choice.log_prob, choice.top))
 
@@ -102,3 +107,17 @@ def wants(part: Part) -> bool:
     asks for it, while its prompt is computed."""
     request = part.sequence.request
     return part.sequence.sample == 0 and part.start < len(request.prompt) and request.looks_at_prompt
+
+
+def _scored_places(part: Part) -> range:
+    """Places of the prompt whose tokens are predicted by rows of this part, and whose scores are wanted."""
+    request = part.sequence.request
+    first = max(part.start + 1, request.scores_from)
+    if request.prompt_log_probs is None:
+        return range(first, first)
+    return range(first, min(part.start + part.count + 1, len(request.prompt)))
+
+
+def _ends_prompt(part: Part) -> bool:
+    """Whether the part computes the prompt's last token."""
+    return part.start < len(part.sequence.request.prompt) <= part.start + part.count

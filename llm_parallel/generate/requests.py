@@ -21,10 +21,12 @@ class Request:
     ones go first and may interrupt lower ones; stream: the number that draws depend on beside the seed, ``number`` if
     not given; structure: the form that answers have, which ends where it is complete (by one of ``ends``, or by the
     tokenizer's end-of-document token if there are none); prompt_log_probs: how many of the likeliest tokens are wanted
-    at each place of the prompt, with the log-probabilities of its own tokens, None for none of it; embeds: whether the
-    mean of the prompt's hidden states is wanted; adapter: the adapters on the model that answer, by their name, None
-    for the model without any; best_of: answers that are made, of which the ``n`` with the highest mean log-probability
-    are given, the best first; ``n`` if not given.
+    at each place of the prompt, with the log-probabilities of its own tokens, None for none of it; scores_from: the
+    first place of the prompt where they are wanted, before which pages are shared; candidates: tokens whose
+    log-probabilities as the one after the prompt are wanted, with ``max_new_tokens`` 1 (the likeliest token is the
+    answer); embeds: whether the mean of the prompt's hidden states is wanted; adapter: the adapters on the model that
+    answer, by their name, None for the model without any; best_of: answers that are made, of which the ``n`` with the
+    highest mean log-probability are given, the best first; ``n`` if not given.
     """
 
     number: int
@@ -37,6 +39,8 @@ class Request:
     stream: int | None = None
     structure: Structure | None = None
     prompt_log_probs: int | None = None
+    scores_from: int = 1
+    candidates: tuple[int, ...] = ()
     embeds: bool = False
     adapter: str | None = None
     best_of: int | None = None
@@ -52,6 +56,8 @@ class Request:
             )
         if "" in self.stop:
             raise UserError(f"stop of prompt {self.number} has an empty text; leave it out")
+        assert self.scores_from >= 1, "nothing predicts the first token"
+        assert not self.candidates or self.sampling.max_new_tokens == self.n == 1
 
     @property
     def num_made(self) -> int:
@@ -60,8 +66,16 @@ class Request:
 
     @property
     def looks_at_prompt(self) -> bool:
-        """Whether something is wanted of the prompt itself, all of which then is computed."""
-        return self.prompt_log_probs is not None or self.embeds
+        """Whether something is wanted of the prompt itself, whose part from ``first_row`` on then is computed."""
+        return self.prompt_log_probs is not None or self.embeds or bool(self.candidates)
+
+    @property
+    def first_row(self) -> int:
+        """The first place of the prompt whose output is needed."""
+        if self.embeds:
+            return 0
+        last = len(self.prompt) - 1
+        return last if self.prompt_log_probs is None else min(self.scores_from - 1, last)
 
     @property
     def draw_stream(self) -> int:
@@ -90,9 +104,9 @@ class Finished:
     number, sample: the request, and which of its answers this is; tokens: with the one that ended the answer;
     log_probs: of each token, under the distribution that it was drawn from (for temperature 0, the model's); top: for
     each token the ``Sampling.top_log_probs`` likeliest ones of that distribution; prompt_scores: if they were wanted,
-    of each token of the prompt but the first its log-probability and the likeliest tokens in its place, of the model's
-    distribution (with the first sample of a request alone); embedding: the mean of the prompt's hidden states after the
-    last norm, if it was wanted.
+    of each token of the prompt from ``Request.scores_from`` on its log-probability and the likeliest tokens in its
+    place, of the model's distribution (with the first sample of a request alone), and then those of the candidates;
+    embedding: the mean of the prompt's hidden states after the last norm, if it was wanted.
     """
 
     number: int
@@ -130,7 +144,8 @@ def best_answers(made: Sequence[Finished], n: int) -> list[Finished]:
 
 def check_fits(request: Request, context: int, cache_tokens: int, vocabulary: int) -> None:
     """Raises UserError for a request that the model or the cache has no room for, or whose tokens do not exist."""
-    length, wanted = len(request.prompt), request.sampling.max_new_tokens
+    # The token after candidates is chosen, but never computed.
+    length, wanted = len(request.prompt), 0 if request.candidates else request.sampling.max_new_tokens
     for limit, what in ((context, "model.max_seq_length_tokens"), (cache_tokens, "the tokens that the cache holds,")):
         if length + wanted > limit:
             raise UserError(
@@ -138,6 +153,7 @@ def check_fits(request: Request, context: int, cache_tokens: int, vocabulary: in
                 "shorten one of them"
             )
     _check_tokens(request, request.prompt, "prompt", vocabulary)
+    _check_tokens(request, request.candidates, "candidates", vocabulary)
     _check_tokens(request, [token for token, _ in request.sampling.logit_bias], "logit_bias", vocabulary)
 
 

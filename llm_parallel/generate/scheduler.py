@@ -95,6 +95,8 @@ class Scheduler:
         self._siblings: dict[int, list[Draft]] = {}
         self._cancelled: list[Finished] = []
         self._arrivals = 0
+        self.num_computed = 0
+        """Tokens of all plans so far."""
 
     @property
     def idle(self) -> bool:
@@ -185,6 +187,7 @@ class Scheduler:
         pass, where each layer stores all keys before any query reads them."""
         start = sequence.computed
         sequence.computed += count
+        self.num_computed += count
         size = self.limits.page_tokens
         for page in range(len(sequence.digests), sequence.computed // size):
             before = sequence.digests[-1] if sequence.digests else self._salt_of(sequence.request)
@@ -295,12 +298,12 @@ class Scheduler:
     def _known_pages(self, sequence: Draft) -> list[int]:
         """Pages that hold the sequence's first tokens already. At least one token is left to compute, from whose output
         the next one is chosen."""
+        limit = len(sequence.tokens) - 1
         if sequence.request.looks_at_prompt and sequence.sample == 0:
-            sequence.digests = []
-            return []
+            limit = min(limit, sequence.request.first_row)
         size = self.limits.page_tokens
         sequence.digests, digest = [], self._salt_of(sequence.request)
-        for start in range(0, len(sequence.tokens) - size, size):
+        for start in range(0, limit - size + 1, size):
             digest = digest_of(digest, sequence.tokens[start : start + size])
             sequence.digests.append(digest)
         known = self.pool.find(sequence.digests)

@@ -48,13 +48,13 @@ Command = Submit | Cancel | Load | Stop
 
 
 class Control:
-    """Hands rank 0's commands to all processes of the layout."""
+    """Hands rank 0's commands to all processes of the layout. timeout_s: how long they wait for one."""
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, timeout_s: float = TIMEOUT_S) -> None:
         self._several = groups.mesh.world_size > 1
         self._group: Any = None
         if self._several:
-            timeout = datetime.timedelta(seconds=TIMEOUT_S)
+            timeout = datetime.timedelta(seconds=timeout_s)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     @property

@@ -330,7 +330,14 @@ def check_by_generate(folder: Path, made: list[Request], found: list[Finished]) 
 def looked_at_job(rank: int, world_size: int, folder: str, parallel: dict[str, Any]) -> list[Finished]:
     generator = open_generator(folder, rank, world_size, parallel, **SMALL)
     made = [replace(request, prompt_log_probs=3, embeds=True) for request in mixed_requests(8, 3)]
-    return answers(generator, [*made, replace(made[0], number=99, n=2)], 3)
+    return answers(generator, [*made, replace(made[0], number=99, n=2), *map(scored, mixed_requests(8, 3))], 3)
+
+
+def scored(request: Request) -> Request:
+    """The request as one for log-probabilities of the second half of its prompt, and of two tokens after it."""
+    half = max(len(request.prompt) // 2, 1)
+    settings = {"sampling": Sampling(max_new_tokens=1), "prompt_log_probs": 1, "scores_from": half}
+    return replace(request, number=200 + request.number, candidates=(3, 7), **settings)
 
 
 @pytest.mark.gloo
@@ -356,6 +363,12 @@ def test_prompts_are_scored_and_embedded_as_by_transformers(
         np.testing.assert_allclose([score for score, _ in answer.prompt_scores], wanted.numpy(), atol=2e-5)
         best = log_probs[:-1].topk(3)
         assert [[token for token, _ in top] for _, top in answer.prompt_scores] == best.indices.tolist()
+        again, half = by_number[200 + request.number, 0], max(len(request.prompt) // 2, 1)
+        expected = [*wanted[half - 1 :], log_probs[-1, 3], log_probs[-1, 7]]
+        np.testing.assert_allclose([score for score, _ in again.prompt_scores], torch.stack(expected), atol=2e-5)
+        likeliest = log_probs.argmax(-1).tolist()
+        assert [top[0][0] for _, top in again.prompt_scores[:-2]] == likeliest[half - 1 : -1]
+        assert again.tokens == (likeliest[-1],) and not any(top for _, top in again.prompt_scores[-2:])
         mean = out.hidden_states[-1][0].mean(0)
         np.testing.assert_allclose(answer.embedding, mean.numpy(), atol=2e-5)
     assert len(by_number[99, 0].prompt_scores) == len(by_number[0, 0].prompt_scores)

@@ -1,0 +1,175 @@
+"""Statistics of two evaluations against scipy, and causes that were planted in made-up results."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from llm_parallel.errors import UserError
+from llm_parallel.evaluate.causes import causes, prompt_difference
+from llm_parallel.evaluate.compare import compare_command, contributions
+from llm_parallel.evaluate.pairs import pairs_of
+from llm_parallel.evaluate.stats import EXACT, bootstrap_interval, mcnemar, paired
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (3, 0), (7, 2), (40, 25), (900, 980)])
+def test_mcnemar_is_the_binomial_test(better: int, worse: int) -> None:
+    wanted = scipy_stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    assert mcnemar(better, worse) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_mcnemar_of_many_is_the_normal_one() -> None:
+    count = EXACT + 2
+    exact = scipy_stats.binomtest(count // 2 + 40, count).pvalue
+    assert mcnemar(count // 2 + 40, count // 2 - 40) == pytest.approx(exact, rel=0.02)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        low, high = bootstrap_interval(draw.choice([-1.0, 0.0, 1.0], 200, p=[0.1, 0.75, 0.15]), seed, 400)
+        covered += low <= 0.05 <= high
+    assert 0.9 <= covered / 200 <= 0.99
+
+
+def test_paired_counts() -> None:
+    found = paired([0, 1, 1, 0], [1, 1, 0, 1])
+    assert (found.first, found.second, found.better, found.worse, found.count) == (0.5, 0.75, 2, 1, 4)
+    assert found.p == 1.0 and found.low <= 0.25 <= found.high
+    assert paired([0.2, 0.5], [0.4, 0.1]).p is None
+
+
+def results(**ours: Any) -> dict[str, Any]:
+    """An evaluation of two tasks: one of choices, one of texts."""
+    samples: dict[str, list[dict[str, Any]]] = {"choices": [], "texts": []}
+    for number in range(8):
+        prompt = (
+            f"Question: what is {number}?\nAnswer: it is.\n\nQuestion: what comes after the number {number}?\nAnswer:"
+        )
+        common = {"doc_id": number, "doc_hash": f"h{number}", "filter": "none"}
+        samples["choices"].append({
+            **common, "arguments": [[prompt, " yes"], [prompt, " no"]],
+            "resps": [[[-1.0 - number / 8, True]], [[-2.0, False]]], "metrics": ["acc"], "acc": 1.0,
+        })  # fmt: skip
+        samples["texts"].append({
+            **common, "arguments": [[prompt, {"until": ["\n"], "max_gen_toks": 32}]], "resps": [[f" {number + 1}"]],
+            "metrics": ["exact_match"], "exact_match": 1.0,
+        })  # fmt: skip
+    described = {"begin": [], "precision": "fp32", "weights": "saved", "model": "m", "context": 512, "truncated": {}}
+    return {
+        "results": {}, "configs": {"choices": {}, "texts": {}}, "n-shot": {"choices": 1, "texts": 1}, "versions": {},
+        "config": {"model": "EngineLM"}, "llm_parallel": {**described, **ours}, "samples": samples,
+    }  # fmt: skip
+
+
+def with_prompts(change: Callable[[str], str]) -> dict[str, Any]:
+    made = results()
+    for sample in [*made["samples"]["choices"], *made["samples"]["texts"]]:
+        sample["arguments"] = [[change(one[0]), one[1]] for one in sample["arguments"]]
+    return made
+
+
+def with_numbers(error: float, **ours: Any) -> dict[str, Any]:
+    made, draw = results(**ours), np.random.default_rng(0)
+    for sample in made["samples"]["choices"]:
+        sample["resps"] = [[[one[0][0] + error * draw.normal(), one[0][1]]] for one in sample["resps"]]
+    return made
+
+
+def with_stops(stops: list[str]) -> dict[str, Any]:
+    made = results()
+    for sample in made["samples"]["texts"]:
+        sample["arguments"][0][1]["until"] = stops
+    return made
+
+
+def without_first(prompt: str) -> str:
+    return "Question: how are you?\nAnswer: it is.\n\n" + prompt.split("\n\n", 1)[1]
+
+
+PLANTED: dict[str, tuple[dict[str, Any], str]] = {
+    "BOS": (with_numbers(1.5, begin=["<s>"]), "begin token (BOS)"),
+    "trailing space": (with_prompts(lambda prompt: prompt + " "), "trailing space"),
+    "stop string": (with_stops(["\n", "."]), "stop strings"),
+    "other shots": (with_prompts(without_first), "few-shot examples"),
+    "bf16": (with_numbers(0.02, precision="bf16"), "precision"),
+    "bf16 that nobody notes": (with_numbers(0.02), "precision or kernels"),
+    "template": (
+        with_prompts(lambda prompt: f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"), "chat template",
+    ),
+    "truncation": (results(context=256, truncated={"choices": 4}), "truncation"),
+    "another model": (with_numbers(2.0), "another model, or other tokens before the text"),
+    "BOS in the text": (with_prompts(lambda prompt: "<s>" + prompt), "begin token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_cause_is_the_only_one_that_is_named(name: str) -> None:
+    other, wanted = PLANTED[name]
+    for first, second in ((results(), other), (other, results())):
+        found = causes(first, second, pairs_of(first, second))
+        assert [cause.name for cause in found] == [wanted], found
+
+
+def test_nothing_is_named_where_nothing_differs() -> None:
+    close = with_numbers(1e-4)
+    assert not causes(results(), close, pairs_of(results(), close))
+
+
+def test_the_number_of_shots_is_told() -> None:
+    other = with_prompts(lambda prompt: prompt.split("\n\n", 1)[1])
+    other["n-shot"] = {"choices": 0, "texts": 0}
+    (found,) = causes(results(), other, pairs_of(results(), other))
+    assert found.name == "few-shot examples" and "1 and 0" in found.evidence
+
+
+def test_wording_is_told_from_examples() -> None:
+    assert prompt_difference("Q: What is it?\nA:", "Question: What is that thing?\nAnswer:") == "wording"
+
+
+def test_contributions_weigh_tasks_by_their_documents() -> None:
+    compared = {
+        ("small", "acc"): paired([0.0] * 10, [1.0] * 10),
+        ("large", "acc"): paired([0.0] * 90, [0.0] * 60 + [1.0] * 30),
+    }
+    assert contributions(["small", "large"], compared, "acc") == [
+        ("large", pytest.approx(0.3)), ("small", pytest.approx(0.1)),
+    ]  # fmt: skip
+
+
+def test_the_command_prints_changes_and_causes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = results(), copy.deepcopy(PLANTED["stop string"][0])
+    second["samples"]["texts"][3].update(exact_match=0.0, resps=[["4 apples are"]])
+    for name, content in (("a.json", first), ("b.json", second)):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert compare_command(tmp_path / "a.json", tmp_path / "b.json") == 0
+    out = capsys.readouterr().out
+    assert "| texts | exact_match | 8 | 8 | 100.0 | 87.5 | -12.5 |" in out
+    assert "texts: 1 documents have another score: 3" in out and "| 4 | 4 apples are |" in out
+    assert "stop strings | 8 requests have until ['\\n'] and ['\\n', '.']" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("{", "is no JSON"),
+        ("[]", "holds no results of an evaluation"),
+        (json.dumps({"results": {}, "configs": {"a": {}}}), "has no samples of a beside it"),
+        (json.dumps({**results(), "samples": {"else": [{"doc_hash": "x"}]}}), "have no document in common"),
+    ],
+)
+def test_files_that_cannot_be_compared(content: str | None, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(results()))
+    if content is not None:
+        (tmp_path / "b.json").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        compare_command(tmp_path / "a.json", tmp_path / "b.json")
