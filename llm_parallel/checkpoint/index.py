@@ -73,7 +73,7 @@ def load_index(file: IO[bytes]) -> Metadata:
     for key, place in (found.storage_data or {}).items():
         name = place.relative_path
         plain = isinstance(name, str) and PurePath(name).name == name and name not in ("", "..")
-        if not plain or place.transform_descriptors:
+        if not plain or getattr(place, "transform_descriptors", None):
             raise pickle.UnpicklingError(f"it has {key} in {name!r}, which is no file of the folder")
     return found
 
