@@ -26,6 +26,8 @@ PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "
 """torch._dynamo, because torch's optimizers load it."""
 SLOTS = 256
 FORK_AGAIN_S = 2.0
+REPORT_S = 1.0
+"""Time for the zygote to report the end of a worker, which takes it milliseconds."""
 FORK_LIMIT_S = 60.0
 """Time for the zygote to fork a worker, which takes it milliseconds."""
 
@@ -194,6 +196,14 @@ class NodeWorkers:
             self.log(f"the zygote has not answered for {FORK_LIMIT_S:g} s and is replaced")
             self._zygote.kill()
 
+    def _check_reported(self, worker: Worker) -> None:
+        """A worker has ended, and a zygote that somebody has stopped neither says so nor forks another."""
+        zygote = self._zygote
+        unknown = self.workers.get(worker.number) is worker
+        if unknown and zygote is not None and process_state(zygote.pid) in ("T", "t"):
+            self.log("the zygote is stopped and is replaced")
+            zygote.kill()
+
     async def _serve_worker(self, worker: Worker, control: socket.socket) -> None:
         reader, writer = await asyncio.open_connection(sock=control)
         worker.channel = wire.Channel(reader, writer)
@@ -202,8 +212,9 @@ class NodeWorkers:
                 message = await worker.channel.receive()
             except OSError:
                 message = None
-            if message is None:
-                return  # the zygote reports how it ended
+            if message is None:  # the zygote reports how it ended
+                asyncio.get_running_loop().call_later(REPORT_S, self._check_reported, worker)
+                return
             if message["is"] in ("ready", "left"):
                 worker.ready = True
             if message["is"] == "ready":
