@@ -16,7 +16,8 @@ TIMEOUT_S = 300.0
 
 
 class ControllerStore(dist.Store):
-    """The store of one generation. Its methods are called by torch's C++ too, from several threads.
+    """The store of one generation. Its methods are called by torch's C++ too, from several threads, as long as Python
+    has the object: whoever opens process groups with it keeps it until they are closed.
 
     They raise ConnectionError when the generation was given up, and DistStoreError after a time-out."""
 
