@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from llm_parallel.errors import UserError
+
 _KEY = "option"
 T = TypeVar("T")
 
@@ -34,12 +36,21 @@ class _Style:
     """A list that is given as one text with commas."""
     hidden: bool = False
     """The command line does not give it."""
+    read: Callable[[str], Any] | None = None
+    """What makes its value of the text that was given; it raises UserError."""
 
 
-def option(default: Any = MISSING, *, name: str | None = None, flag: bool = False, commas: bool = False) -> Any:
-    """A field that is an option under another ``name``, a ``flag`` without its ``--no-`` form, or a list that is given
-    as one text with ``commas``."""
-    return field(default=default, metadata={_KEY: _Style(name=name, flag=flag, commas=commas)})
+def option(
+    default: Any = MISSING,
+    *,
+    name: str | None = None,
+    flag: bool = False,
+    commas: bool = False,
+    read: Callable[[str], Any] | None = None,
+) -> Any:
+    """A field that is an option under another ``name``, a ``flag`` without its ``--no-`` form, a list that is given as
+    one text with ``commas``, or whose text ``read`` understands."""
+    return field(default=default, metadata={_KEY: _Style(name=name, flag=flag, commas=commas, read=read)})
 
 
 def argument(default: Any = MISSING, *, name: str | None = None) -> Any:
@@ -126,7 +137,10 @@ def _parameters(request: type) -> list[inspect.Parameter]:
             continue
         names = [f"--{one.name.replace('_', '-')}"] if style.flag else [style.name] if style.name else []
         help_ = documentation[one.name]
-        made: Any = typer.Argument(help=help_) if style.argument else typer.Option(*names, help=help_)
+        how: dict[str, Any] = {"help": help_}
+        if style.read:
+            how |= {"parser": _explained(style.read), "metavar": "NUMBER"}
+        made: Any = typer.Argument(**how) if style.argument else typer.Option(*names, **how)
         annotation, default = hints[one.name], one.default
         if style.commas:
             annotation, default = str, ""
@@ -141,6 +155,19 @@ def _parameters(request: type) -> list[inspect.Parameter]:
             )
         )
     return found
+
+
+def _explained(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``read`` with what it raises as a mistake of usage, which names the option."""
+    import typer
+
+    def parse(text: Any) -> Any:
+        try:
+            return read(text) if isinstance(text, str) else text  # typer hands over the default as it is
+        except UserError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parse
 
 
 def _taken(request: type, given: dict[str, Any]) -> Mapping[str, Any]:

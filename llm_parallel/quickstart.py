@@ -40,7 +40,7 @@ MODEL = {
     "max_seq_length_tokens": 1024,
     "tie_embeddings": True,
 }
-"""A million parameters, which two CPU cores train on some two million tokens in a few minutes."""
+"""A million parameters, which two CPU cores train on 1.4 million tokens in a few minutes."""
 PROMPT = '    def __init__(self, name, path=None):\n        """'
 SAMPLE_TOKENS = 96
 
@@ -124,7 +124,7 @@ def run_tree(folder: Path, gpus: int) -> dict[str, Any]:
     data, replicas = folder / "data", max(1, gpus // 4)
     tp, pp = (1 if gpus == 1 else 2), (2 if gpus == 0 or gpus >= 4 else 1)
     model: dict[str, Any] = MODEL
-    train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 8, "steps": 800, "eval_interval_steps": 200}
+    train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 8, "steps": 700, "eval_interval_steps": 175}
     optim = {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 60}
     if gpus:
         model = {"preset": "tiny"}

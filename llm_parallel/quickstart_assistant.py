@@ -21,8 +21,9 @@ from llm_parallel.quickstart_chat import divided, write_conversations
 from llm_parallel.screen import show
 from llm_parallel.worker.command import train_command
 
-CHAT_STEPS = 500
-"""Copying words is learned last: after 300 steps 51 % of the held-out questions were answered right, after 500 89 %."""
+CHAT_STEPS = 430
+"""Copying words is learned last. Of 200 held-out questions 190 were answered right after 700 steps of pretraining and
+these, 195 after 800 and 500."""
 GPU_CHAT_STEPS = 150
 """On GPUs a step has eight times as many conversations."""
 SEQ_LENGTH_TOKENS = 160

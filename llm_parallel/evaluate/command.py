@@ -34,6 +34,10 @@ def evaluate_command(request: EvaluateRequest) -> int:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError("evaluate needs lm-eval, which is not installed; pip install 'llm-parallel[evaluate]'")
+    if request.curve:
+        from llm_parallel.evaluate.curve import curve_command
+
+        return curve_command(request, evaluate_command)
     if request.num_processes == 1:
         return evaluate_here(request, Member())
     logs = Path(tempfile.mkdtemp(prefix="llm-parallel-evaluate-"))
@@ -52,7 +56,7 @@ def evaluate_here(request: EvaluateRequest, member: Member) -> int:
     if member.rank > 0:
         follow_rank_0(request, member)
         return 0
-    folder = out_folder(request)
+    folder = made_folder(out_folder(request))
     programs, tasks = open_tasks(request, folder)
     show_found(tasks.found)
     try:
@@ -100,6 +104,18 @@ def out_folder(request: EvaluateRequest) -> Path:
         request.model.split("//")[-1].strip("/").replace("/", "-") if request.is_server else model_name(request.model)
     )
     return Path("runs/evaluate") / name
+
+
+def made_folder(folder: Path) -> Path:
+    """The folder of the results, made. Raises UserError before anything is computed if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}; give another folder") from None
+    return folder
 
 
 def open_tasks(request: EvaluateRequest, folder: Path) -> tuple[Any, Tasks]:

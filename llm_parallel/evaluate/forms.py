@@ -134,6 +134,9 @@ def _openbook(row: Row) -> list[Row]:
 
 
 def _hellaswag(row: Row) -> list[Row]:
+    if "ctx_a" not in row and "ctx" in row:  # copies that keep the whole context alone; its last phrase is the second
+        before, point, after = row["ctx"].rpartition(". ")
+        row = {**row, "ctx_a": f"{before}." if point else row["ctx"], "ctx_b": after if point else ""}
     names = ("activity_label", "ctx_a", "ctx_b", "endings")
     return [{**{name: row[name] for name in names}, "label": str(row["label"])}]
 
@@ -161,6 +164,8 @@ def agieval_row(row: Row) -> list[Row]:
 def _truthful(row: Row) -> list[Row]:
     found: Row = {"question": row["question"]}
     for name in ("mc1_targets", "mc2_targets"):
+        if name == "mc2_targets" and name not in row:
+            continue
         targets = row[name]
         if "choices" not in targets:  # the authors' file: {answer: 0 or 1}
             targets = {"choices": list(targets), "labels": list(targets.values())}

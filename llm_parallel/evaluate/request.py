@@ -24,6 +24,8 @@ class EvaluateRequest:
     """Folder with files of the sets (jsonl, json, parquet, csv); by default lm-eval loads them from the network."""
     demo: bool = option(False, flag=True)
     """Take a made-up sample of each set, which needs no data and measures nothing."""
+    curve: bool = option(False, flag=True)
+    """Evaluate every checkpoint of a run, and draw the values by step."""
     limit: int | None = None
     """Documents of each task, drawn by --seed."""
     seed: int = 0
@@ -80,6 +82,8 @@ class EvaluateRequest:
             raise UserError("--system is given without --chat, which it belongs to")
         if self.sandbox not in SANDBOX_MODES:
             raise UserError(f"--sandbox is {self.sandbox!r}; it must be one of {', '.join(SANDBOX_MODES)}")
+        if self.is_server and self.curve:
+            raise UserError("--curve is given for a model behind an address; it is for the checkpoints of a run")
         if self.is_server:
             for name in ("tp", "pp", "weights", "deterministic", "bos", "cache_tokens"):
                 if getattr(self, name) != EvaluateRequest.__dataclass_fields__[name].default:

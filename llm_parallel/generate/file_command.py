@@ -79,6 +79,7 @@ def file_command(request: GenerateRequest, environment: Mapping[str, str], expor
         return answer_here(request, Member(place.rank, place.local_rank, place.world_size), note)
     parts = Parts(job.target, mark_of(request, job))
     parts.known()  # those of another job are refused before any process starts
+    status = EXIT_CRASH  # where an error goes on to the caller
     try:
         if request.engine == "vllm":
             status = answer_by_vllm(request, environment, export)
@@ -86,9 +87,10 @@ def file_command(request: GenerateRequest, environment: Mapping[str, str], expor
             status = answer_here(request, Member(), note) if request.num_processes == 1 else _start(request)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    if status and parts.begun():
-        done, total = len(parts.known()), len(records) * job.samples
-        note(f"{done} of {total} answers are complete in {parts.folder}; the same command goes on with the others")
+    finally:
+        if status and parts.begun():
+            done, total = len(parts.known()), len(records) * job.samples
+            note(f"{done} of {total} answers are complete in {parts.folder}; the same command goes on with the others")
     return status
 
 

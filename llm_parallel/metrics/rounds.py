@@ -89,20 +89,24 @@ def expected_order_statistics(scores: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Of scores [prompts, n] the expected largest one and the expected median among k of the n answers drawn without
     replacement, for k = 1 … n; means over prompts, float64 [n]. The median of an even number is the mean of the two in
     the middle. Exact, by the distribution of order statistics of a sample from a finite population."""
-    from math import comb
+    n = scores.shape[1]
+    ordered = np.sort(scores.astype(np.float64), axis=1).mean(axis=0)
+    places = np.arange(n)
 
-    prompts, n = scores.shape
-    ordered = np.sort(scores.astype(np.float64), axis=1)
-    largest, median = np.empty(n), np.empty(n)
-    for k in range(1, n + 1):
-        ways = comb(n, k)
+    def expected(rank: int, k: int) -> float:
+        """Mean of the rank-th smallest of k."""
+        chance = _log_ways(n, places, rank - 1) + _log_ways(n, n - 1 - places, k - rank)
+        return float((ordered * np.exp(chance - _log_ways(n, np.array([n]), k))).sum())
 
-        def expected(rank: int, k: int = k, ways: int = ways) -> float:
-            """Mean of the rank-th smallest of k."""
-            chance = np.array([comb(place, rank - 1) * comb(n - 1 - place, k - rank) / ways for place in range(n)])
-            return float((ordered * chance).sum() / prompts)
-
-        largest[k - 1] = expected(k)
-        middle = (k + 1) // 2
-        median[k - 1] = expected(middle) if k % 2 else (expected(middle) + expected(middle + 1)) / 2
+    largest = np.array([expected(k, k) for k in range(1, n + 1)])
+    middles = [((k + 1) // 2, k // 2 + 1) for k in range(1, n + 1)]
+    median = np.array([(expected(low, k) + expected(high, k)) / 2 for k, (low, high) in enumerate(middles, 1)])
     return largest, median
+
+
+def _log_ways(most: int, of: np.ndarray, choose: int) -> np.ndarray:
+    """log of the number of ways to choose so many of ``of`` things; -inf where there are too few."""
+    factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 1)))])
+    enough = of >= choose
+    left = np.where(enough, of - choose, 0)
+    return np.where(enough, factorial[of] - factorial[choose] - factorial[left], -np.inf)

@@ -110,7 +110,8 @@ def gpu_description(results: Sequence[Measured], cluster: str | None) -> str:
         source = ", ".join(result.source for result in steps)
         for key in COMPUTE:
             value = factor * getattr(changed.chip.constants, key)
-            constants[key] = value, f"x {factor:.4g} as {source}"
+            capped = ", and no more than the data sheet" if value > 1.0 else ""
+            constants[key] = min(1.0, value), f"x {factor:.4g} as {source}{capped}"
     return _yaml(name, base, gpus, constants, latency)
 
 

@@ -13,29 +13,29 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.rules import find_problems
 from llm_parallel.config.schema import SCHEMA_LINE, write_schema
-from llm_parallel.config.tree import ModelConfig, RunConfig
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.goodput.closed_form import best_interval_s, goodput
 from llm_parallel.goodput.rates import Job, find_profile
-from llm_parallel.planner.hardware import Cluster, cluster_names, load_cluster
+from llm_parallel.planner.advice import TIGHT, is_tight, would_fit
+from llm_parallel.planner.hardware import Cluster, cluster_names, load_cluster, with_network
 from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
+from llm_parallel.planner.models import planned
 from llm_parallel.planner.published.command import refit_command, validate_command
-from llm_parallel.planner.published.scores import expected_error
-from llm_parallel.planner.request import DEFAULT_GPUS, PlanRequest
+from llm_parallel.planner.published.trust import trust
+from llm_parallel.planner.request import DEFAULT_GPUS, PlanRequest, read_length
 from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
-from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, shape_of, with_software
+from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, with_software
 from llm_parallel.planner.steptime import Model
 from llm_parallel.screen import say_next, show
 
 HOUR_S = 3600.0
-DEFAULT_VOCAB = 32000
 _SIZES = {"tp": "tp", "pp": "pp", "cp": "cp", "vpp": "vpp", "mbs": "micro_batch", "recompute": "recompute", "dp": "dp"}
-_WHAT_IF = ("cluster", "gpus", "global_batch", "seq", "precision", "software")
+_WHAT_IF = ("cluster", "network", "gpus", "global_batch", "seq", "precision", "software")
 
 
 def plan_command(request: PlanRequest) -> int:
@@ -55,7 +55,8 @@ def _plan(request: PlanRequest) -> int:
     """Prints the best layouts; 1 if none fits."""
     if request.what_if:
         return what_if_command(request)
-    shape, cluster = _shape(request.model), load_cluster(request.cluster_name)
+    model, cluster = planned(request.model), with_network(load_cluster(request.cluster_name), request.network)
+    request, shape = replace(request, model=model.given), model.shape
     base = _base(request, cluster)
     began = time.monotonic()
     if request.explain is not None:
@@ -68,15 +69,17 @@ def _plan(request: PlanRequest) -> int:
     else:
         found, looked, fitting = best_layouts(shape, base, cluster, request.top)
         show(
-            f"{request.model}, {shape.parameters / 1e9:.1f} B parameters, on {request.gpus} GPUs of {cluster.name}: "
+            f"{model.name}, {shape.parameters / 1e9:.1f} B parameters, on {request.gpus} GPUs of {cluster.name}: "
             f"{looked} layouts in {time.monotonic() - began:.1f} s, {fitting} fit into "
             f"{cluster.chip.memory_bytes / GIB:.0f} GiB"
         )
         if not found:
             show(_why_none(request, looked))
+            for sentence in would_fit(shape, base, cluster) if looked else ():
+                show(sentence)
             return 1
         show(_table(found, shape, cluster))
-    show(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, request.software)}")
+    show(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, found[0].strategy)}")
     if request.adapter:
         show("Memory is that of adapters; times are those of training all weights, which takes longer.")
     _say_run(request, found[0], cluster)
@@ -88,7 +91,7 @@ def _plan(request: PlanRequest) -> int:
     if request.write:
         say_next(f"llm-parallel pretrain {request.write} data.train=PREFIX data.tokenizer=FOLDER --dry-run")
     else:
-        say_next(f"{_as_command(request)} --write runs/{request.model}.yaml")
+        say_next(f"{_as_command(request)} --write runs/{model.name}.yaml")
     return 0
 
 
@@ -101,22 +104,18 @@ def _as_command(request: PlanRequest) -> str:
 
 def _why_none(request: PlanRequest, looked: int) -> str:
     if looked:
-        return "None fits; use more GPUs, a smaller batch of tokens, or a larger chip."
+        return "None fits."
     return (
         f"No layout divides --global-batch {request.global_batch} and --seq {request.seq} over {request.gpus} GPUs; "
         "use a sequence that is a multiple of 2, and a batch that has a sample for each replica."
     )
 
 
-def _trust(cluster: Cluster, software: str) -> str:
-    """The error to expect of predictions for a cluster."""
+def _trust(cluster: Cluster, strategy: Strategy) -> str:
+    """The error to expect of a prediction."""
     if cluster.host is not None:
         return "How far such predictions are off on a CPU is measured by benchmarks/cpu_truth.py."
-    error, rows, of = expected_error(cluster.chip.name.partition("-")[0], software == "nvidia")
-    return (
-        f"Expected error of the step time: {error:.1%}, mean on the {rows} published rows of this kind of chip {of} "
-        "that no constant was fitted to (llm-parallel plan --validate)."
-    )
+    return trust(cluster, strategy).describe()
 
 
 def what_if_command(request: PlanRequest) -> int:
@@ -124,14 +123,17 @@ def what_if_command(request: PlanRequest) -> int:
     if request.explain or request.write:
         name = "explain" if request.explain else "write"
         raise UserError(f"--what-if compares the best layouts; leave out --{name}, or plan each case by itself")
-    shape = _shape(request.model)
+    model = planned(request.model)
+    shape = model.shape
     cases = [("as asked", request), *((text, changed(request, text)) for text in request.what_if)]
     rows, records = [], []
-    trusted: dict[tuple[str, str], Cluster] = {}
+    trusted: dict[str, list[str]] = {}
     for name, case in cases:
-        cluster = load_cluster(case.cluster_name)
-        trusted[cluster.chip.name, case.software] = cluster
-        found, _, _ = best_layouts(shape, _base(case, cluster), cluster, 1)
+        cluster = with_network(load_cluster(case.cluster_name), case.network)
+        base = _base(case, cluster)
+        found, _, _ = best_layouts(shape, base, cluster, 1)
+        said = f"Predicted for {SOFTWARE_NAMES[case.software]}, not measured. {_trust(cluster, base)}"
+        trusted.setdefault(said, []).append(name)
         rows.append(_what_if_row(name, case, found, shape, cluster))
         best = as_data(found[0], shape, cluster) if found else None
         records.append({"case": name, "cluster": cluster.name, "gpus": case.gpus, "seq": case.seq,
@@ -139,11 +141,10 @@ def what_if_command(request: PlanRequest) -> int:
     days = "days, GPU-hours" if request.tokens else "tokens/s in all"
     heads = ["what if", "cluster", "GPUs", "batch", "seq", "best layout", "step s", "tokens/s/GPU", "MFU full",
              "memory GiB", days]  # fmt: skip
-    show(f"{request.model}, {shape.parameters / 1e9:.1f} B parameters; the best layout of each case")
+    show(f"{model.name}, {shape.parameters / 1e9:.1f} B parameters; the best layout of each case")
     show("\n".join(["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), *rows]))
-    for (name, software), cluster in trusted.items():
-        said = f"{name}: predicted for {SOFTWARE_NAMES[software]}, not measured."
-        show(f"{said} {_trust(cluster, software)}")
+    for said, names in trusted.items():
+        show(f"{'; '.join(names)}: {said}" if len(trusted) > 1 else said)
     if request.json:
         with atomic_write(request.json) as handle:
             json.dump(records, handle, indent=1)
@@ -161,8 +162,10 @@ def changed(request: PlanRequest, text: str) -> PlanRequest:
         name = name.replace("-", "_")
         if name not in _WHAT_IF or not value:
             raise UserError(f"--what-if {text}: {part!r} is not one of {', '.join(_WHAT_IF)} with a value, as gpus=512")
-        if name in ("cluster", "precision", "software"):
+        if name in ("cluster", "network", "precision", "software"):
             changes[name] = value
+        elif name == "seq":
+            changes[name] = read_length(value)
         elif not value.isdecimal():
             raise UserError(f"--what-if {text}: {name}={value} must be a whole number of at least 1")
         else:
@@ -183,15 +186,6 @@ def _what_if_row(name: str, case: PlanRequest, found: Sequence[Candidate], shape
     cells += [best.strategy.describe(), f"{best.time.total:.3f}", f"{best.tokens_per_s():,.0f}",
               f"{best.mfu(shape, cluster, False):.1%}", f"{best.memory.total / GIB:.1f}", last]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
-
-
-def _shape(name: str | None) -> Shape:
-    if name is None:
-        raise UserError("plan needs --model, as llama2-70b, --validate, or --calibrate")
-    if name not in MODEL_PRESETS:
-        raise UserError(f"--model {name} is unknown; there are {', '.join(MODEL_PRESETS)}")
-    fields = {"vocab_size": DEFAULT_VOCAB, **MODEL_PRESETS[name]}
-    return shape_of(ModelConfig(**fields))
 
 
 def _base(request: PlanRequest, cluster: Cluster) -> Strategy:
@@ -292,7 +286,7 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 def _sized(request: PlanRequest) -> PlanRequest:
     """The request with ``--cluster dgx-h100x256`` read as 256 GPUs of dgx-h100. Raises UserError where --gpus gives
     another number."""
-    name, _, number = request.cluster_name.rpartition("x")
+    name, _, number = request.cluster_name.lower().rpartition("x")
     if name not in cluster_names() or not number.isdecimal():
         return request
     if request.gpus not in (DEFAULT_GPUS, int(number)):
@@ -306,15 +300,19 @@ def _table(found: Sequence[Candidate], shape: Shape, cluster: Cluster) -> str:
         "|" + " --- |" * 8,
     ]
     for item in found:
-        memory = item.memory.total / GIB
+        memory = f"{item.memory.total / GIB:.1f}" + (" (tight)" if is_tight(item.memory.total, cluster) else "")
         lines.append(
             f"| {item.strategy.describe()} | {item.time.total:.3f} | {item.tokens_per_s():,.0f} | "
             f"{item.mfu(shape, cluster, False):.1%} | {item.mfu(shape, cluster, True):.1%} | {item.bubble:.1%} | "
-            f"{item.time.exposed_communication / item.time.total:.1%} | {memory:.1f} |"
+            f"{item.time.exposed_communication / item.time.total:.1%} | {memory} |"
         )
     lines.append(
         "MFU full counts square attention (Megatron-LM's papers), causal half of it; memory without CUDA context"
     )
+    if any(is_tight(item.memory.total, cluster) for item in found):
+        lines.append(
+            f"tight: over {TIGHT:.0%} of the memory; published runs that full were mostly slower than predicted"
+        )
     return "\n".join(lines)
 
 
@@ -368,16 +366,13 @@ def _run_tree(request: PlanRequest, shape: Shape, strategy: Strategy, cluster: C
     """Sections of a run file; ``whole`` replaces the preset by its fields, for the rules to check."""
     fields = as_run_fields(shape, strategy)
     fields["train"]["steps"] = max(1, round((request.tokens or 1e12) / (request.global_batch * request.seq)))
-    assert request.model is not None
-    preset = MODEL_PRESETS[request.model]
-    model: dict[str, Any] = {"preset": request.model}
-    if "vocab_size" not in preset:
-        model["vocab_size"] = DEFAULT_VOCAB
-    if request.seq > preset.get("max_seq_length_tokens", request.seq):
-        model["max_seq_length_tokens"] = request.seq
+    model = planned(request.model)
+    section = dict(model.fields if whole else model.section)
+    if model.longest is not None and request.seq > model.longest:
+        section["max_seq_length_tokens"] = request.seq
     return {
-        "run_dir": f"runs/{request.model}-{cluster.name}x{request.gpus}",
-        "model": {"vocab_size": DEFAULT_VOCAB, **preset, **model} if whole else model,
+        "run_dir": f"runs/{model.name}-{cluster.name}x{request.gpus}",
+        "model": section,
         "data": {"seq_length_tokens": request.seq},
         **fields,
     }

@@ -9,9 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llm_parallel.errors import UserError
+from llm_parallel.planner.cluster_file import as_number, read_cluster
 from llm_parallel.planner.host import Host, host_of
 
 DATA = resources.files("llm_parallel.planner") / "data"
@@ -99,9 +98,42 @@ def load_constants(name: str) -> Constants:
     return Constants(**stored[name]["constants"])
 
 
+def left_out_predictions() -> dict[int, float]:
+    """Seconds of a step predicted for each published row, by number, with constants that were fitted without any row of
+    its source (``plan --refit``)."""
+    stored = json.loads((DATA / "constants.json").read_text())
+    return {int(number): seconds for chip in stored.values() for number, seconds in chip["left_out"].items()}
+
+
 def cluster_names() -> list[str]:
     """Clusters that come with the package."""
-    return sorted(item.name.removesuffix(".yaml") for item in DATA.iterdir() if item.name.startswith("dgx"))
+    files = (item.name for item in DATA.iterdir() if item.name.endswith(".yaml"))
+    return sorted(name.removesuffix(".yaml") for name in files if name != "template.yaml")
+
+
+NETWORKS: Mapping[str, tuple[float, float]] = {
+    "ib-400": (50.0, 10.0),
+    "ib-200": (25.0, 10.0),
+    "efa-3200": (50.0, 30.0),
+    "efa-400": (6.25, 30.0),
+    "roce-400": (40.0, 15.0),
+    "roce-200": (20.0, 15.0),
+    "roce-100": (10.0, 15.0),
+}
+"""Networks between nodes: GB/s of one GPU in one direction, and microseconds of a message. ``ib``: InfiniBand, one card
+of so many Gbit/s for each GPU. ``efa``: AWS's Elastic Fabric Adapter, so many Gbit/s for a node of eight GPUs (3200:
+p5.48xlarge, 400: p4d.24xlarge, by AWS's description of the instances). ``roce``: Ethernet, one card for each GPU, of
+which a fifth is taken to be lost to congestion. Latencies of EFA and Ethernet are assumed."""
+
+
+def with_network(cluster: Cluster, name: str | None) -> Cluster:
+    """The cluster with one of ``NETWORKS`` between its nodes. Raises UserError for another name."""
+    if name is None:
+        return cluster
+    if name.lower() not in NETWORKS:
+        raise UserError(f"--network {name} is unknown; there are {', '.join(NETWORKS)}")
+    rate, latency = NETWORKS[name.lower()]
+    return replace(cluster, nic_bytes_per_s=1e9 * rate, nic_latency_s=1e-6 * latency)
 
 
 def load_cluster(name: str, constants: Mapping[str, Constants] | None = None) -> Cluster:
@@ -111,19 +143,23 @@ def load_cluster(name: str, constants: Mapping[str, Constants] | None = None) ->
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"--cluster {name} cannot be read ({error.strerror}); give a YAML file") from None
-    elif name in cluster_names():
-        text = (DATA / f"{name}.yaml").read_text()
+        except UnicodeDecodeError:
+            raise UserError(f"--cluster {name} is not text in UTF-8; give a YAML file") from None
+    elif name.lower() in cluster_names():
+        text = (DATA / f"{name.lower()}.yaml").read_text()
     else:
         raise UserError(f"--cluster {name} is unknown; there are {', '.join(cluster_names())}, or give a YAML file")
+    where = f"--cluster {name}"
+    tree = read_cluster(text, where)
     try:
-        return _cluster(yaml.safe_load(text), constants or {})
-    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"--cluster {name}: {type(error).__name__} {error}; it must have the fields of the package's template.yaml"
-        ) from None
+        return _cluster(tree, constants or {})
+    except KeyError as error:  # of the section `host`
+        raise UserError(f"{where} lacks {error.args[0]}; write it anew with plan --calibrate") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}; it must have the fields of the package's template.yaml") from None
 
 
 def _cluster(tree: dict[str, Any], constants: Mapping[str, Constants]) -> Cluster:
@@ -136,9 +172,6 @@ def _cluster(tree: dict[str, Any], constants: Mapping[str, Constants]) -> Cluste
     changed = {name: float(value) for name, value in (tree.get("measured") or {}).items()}
     if "gemm" in changed:  # a measured product is one of the software that was measured with, so it holds for both
         changed.setdefault("gemm_te", changed["gemm"])
-    unknown = set(changed) - {field.name for field in fields(Constants)}
-    if unknown:
-        raise KeyError(f"measured.{sorted(unknown)[0]} is no constant of a chip")
     return Cluster(
         name=str(tree["name"]),
         chip=Chip(
@@ -154,7 +187,7 @@ def _cluster(tree: dict[str, Any], constants: Mapping[str, Constants]) -> Cluste
         nic_bytes_per_s=1e9 * float(tree["nic_gb_per_s"]),
         nvlink_latency_s=1e-6 * float(tree.get("nvlink_latency_us", 3.0)),
         nic_latency_s=1e-6 * float(tree.get("nic_latency_us", 10.0)),
-        price_per_gpu_hour=tree.get("price_per_gpu_hour"),
+        price_per_gpu_hour=as_number(tree.get("price_per_gpu_hour")),
         host=host,
     )
 

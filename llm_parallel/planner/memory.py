@@ -109,6 +109,8 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
         found += per_score * tokens * strategy.seq * shape.heads / tp
     elif strategy.flash:
         found += 4 * tokens * shape.heads / tp  # logarithms of the sums, fp32
+    if strategy.keeps_gathered and strategy.sequence_parallel:  # inputs of QKV and of the first MLP matrix, whole
+        found += 2 * size * tokens * shape.hidden * (1 - 1 / tp)
     if shape.qk_norm != "none":
         found += _normed_attention(shape, strategy)
     if strategy.adapter is not None:

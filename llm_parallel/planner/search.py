@@ -91,14 +91,14 @@ def _variants(shape: Shape, strategy: Strategy) -> Iterator[Strategy]:
     pp = strategy.pp
     chunks = [1]
     if pp > 1 and strategy.micro_batches % pp == 0:
-        chunks += [v for v in range(2, min(shape.layers // pp, 16) + 1) if _worth(shape.layers, pp * v)]
+        chunks += [v for v in range(2, min(shape.layers // pp, 16) + 1) if is_even_enough(shape.layers, pp * v)]
     for vpp in chunks:
         for recompute in RECOMPUTES:
             # Megatron-Core overlaps pipeline sends with compute only in the interleaved schedule.
             yield replace(strategy, vpp=vpp, recompute=recompute, overlap_pp=vpp > 1)
 
 
-def _worth(layers: int, chunks: int) -> bool:
+def is_even_enough(layers: int, chunks: int) -> bool:
     """Whether that many chunks are even, or lack at most two layers in all."""
     return layers % chunks == 0 or chunks - layers % chunks <= 2
 

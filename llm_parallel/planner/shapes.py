@@ -120,6 +120,10 @@ class Strategy:
     """Whether attention is fused, so that its scores are never written to memory."""
     te: bool = False
     """Whether the kernels are Transformer Engine's."""
+    flash_rate: float = 1.0
+    """Rate of fused attention, relative to FlashAttention 2's (Transformer Engine's where ``te``)."""
+    keeps_gathered: bool = False
+    """Whether backward keeps the inputs that sequence parallelism gathered, rather than gathering them again."""
     cp_gathers: bool = True
     """Whether context parallelism gathers the whole sample's keys and values, as ours does, rather than sending them
     around a ring."""

@@ -196,7 +196,7 @@ class Model:
         pairs = strategy.tokens * strategy.seq * (shape.seen(strategy.seq) if strategy.flash else 1.0)
         flops = 4.0 * pairs * shape.heads * shape.channels / strategy.tp
         if strategy.flash:
-            share = self.constants.flash_te if strategy.te else self.constants.flash
+            share = strategy.flash_rate * (self.constants.flash_te if strategy.te else self.constants.flash)
             # Context parallelism computes on pieces of the sequence, two for each rank.
             length = strategy.seq if strategy.cp == 1 else strategy.seq / (2 * strategy.cp)
             rate = self.chip.peak_flops * share / (1.0 + FLASH_ROWS / length)
@@ -244,7 +244,7 @@ class Model:
 
     def again(self) -> Pass:
         """What backward recomputes in one layer."""
-        kept, flash = self.strategy.recompute, self.strategy.flash
+        kept = self.strategy.recompute
         if kept in ("full", "qkv"):
             found, matrices = self.layer(False), self._matrices()
             spared = ["qkv"] if kept == "qkv" else []
@@ -257,7 +257,7 @@ class Model:
             columns = (shape.hidden, shape.groups * shape.channels / tp), (shape.hidden, shape.ffn / tp)
             products = self._products([columns[0], self._matrices()["out"], *columns[1:][: int(shape.gated)]])
             return Pass(products, self._move(self._elementwise_bytes()))
-        if kept == "selective" and not flash:
+        if kept == "selective":  # attention's forward, which Megatron-Core calls again where it is fused too
             products, traffic = self._attention(False)
             return Pass(products, self._move(traffic))
         return Pass()

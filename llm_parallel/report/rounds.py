@@ -105,7 +105,9 @@ def _answers(section: Section, run: Run, rounds: RoundHistory) -> None:
     rounds that the run still has."""
     repeated = list(_repeated(run, rounds))
     if repeated:
-        section.text("Held-out prompts, answered greedily before some rounds:", "faint")
+        section.text(
+            "Prompts whose answers were recorded before several rounds; held-out ones are answered greedily:", "faint"
+        )
         section.beside(repeated[:MOST_PROMPTS])
     try:
         kept = [(number, read_round(run.folder, number)) for number in _ends(kept_rounds(run.folder), 2)]

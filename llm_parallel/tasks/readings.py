@@ -64,6 +64,8 @@ def _reading(judge: JudgeConfig, asked: Asked) -> str:
     if judge.kind == "function":
         names = ", ".join(map(str, asked.fields)) or "none"
         return f"what {judge.function} of {judge.file} returns, which is told the fields {names}"
+    if judge.kind == "reward_model":
+        return f"what the reward model in {judge.folder} says of the prompt with the answer"
     return f"what the judge of kind {judge.kind} says"
 
 

@@ -117,20 +117,16 @@ def check_reference(config: RunConfig, tokenizer: Tokenizer) -> None:
     folder = config.method.reference.load
     if folder is None or is_peft_folder(folder):  # adapters without a model are refused by name where they are loaded
         return
-    model, held = _held(folder)
+    model, _ = _held(folder)
     for name, own in config.model:
         if name not in NOT_OF_WEIGHTS and getattr(model, name) != own:
             raise UserError(
                 f"method.reference.load = {folder} has model.{name} = {getattr(model, name)}, and the model that is "
                 f"trained has {own}; give a reference of the same sizes, such as the model that training begins with"
             )
-    theirs = load_tokenizer(held) if held is not None and Path(held).exists() else None
-    if theirs is None or theirs.fingerprint == tokenizer.fingerprint:
-        return
-    both = min(theirs.vocab_size, tokenizer.vocab_size)
-    changed = sum(theirs.token(number) != tokenizer.token(number) for number in range(both))
+    changed, size = changed_tokens(folder, tokenizer), tokenizer.vocab_size
     if changed:
         raise UserError(
             f"method.reference.load = {folder} has another tokenizer than data.tokenizer = {config.data.tokenizer}: "
-            f"{changed:,} of its {theirs.vocab_size:,} tokens are other texts; give a reference with the same tokenizer"
+            f"{changed:,} of its {size:,} tokens are other texts; give a reference with the same tokenizer"
         )

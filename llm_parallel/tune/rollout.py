@@ -18,6 +18,7 @@ from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.requests import Finished, Request
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.jsonlines import JsonLines
+from llm_parallel.metrics.rounds import expected_order_statistics
 from llm_parallel.parallel.engine import Engine
 from llm_parallel.tasks.base import Asked, Given, Judge
 from llm_parallel.tune.reward_model import RewardModels, Values
@@ -154,35 +155,44 @@ class Collector:
             answer.add(token)
         return answer.text()
 
-    def held_out(self, prompts: Sequence[Prompt]) -> tuple[float, float]:
-        """Mean score of greedy answers to held-out prompts, and the share of these that the model ended."""
+    def held_out(self, prompts: Sequence[Prompt]) -> tuple[float, float, list[Judged]]:
+        """Mean score of greedy answers to held-out prompts, the share of these that the model ended, and the answers to
+        the first prompts, as many as are shown."""
         rollout, groups = self.config.method.rollout, self.engine.groups
         sampling = Sampling(rollout.max_new_tokens)
         requests = [Request(number, prompt.tokens, sampling, self.stops) for number, prompt in enumerate(prompts)]
         sums, said = [0.0, 0.0], ""
+        shown: list[Judged] = []
         finished = self._generator().run(requests)
         own = [_answered(one) for one in finished] if self._writes else []
         known = self._everybodys(own)
         values = dict(zip(known, self._values([(prompts[number], answered) for number, answered in known.items()])))
         for answered in own:
             try:
-                sums[0] += self.score(prompts[answered.prompt], answered, values[answered.prompt])
+                score = self.score(prompts[answered.prompt], answered, values[answered.prompt])
             except UserError as error:
                 said = str(error)
                 break
+            sums[0] += score
             sums[1] += answered.complete
+            if answered.prompt < rollout.show:
+                shown.append(Judged(answered, score))
         self._agree(said)
         total, complete = groups.sum_over_world(*sums)
-        return total / len(prompts), complete / len(prompts)
+        shown = sorted(self._gathered(shown), key=lambda one: one.answered.prompt)
+        return total / len(prompts), complete / len(prompts), shown
 
     def _everybodys(self, own: Sequence[Answered]) -> dict[int, Answered]:
         """The answers of all processes by their prompt, in one order. Collective."""
-        size = self.engine.groups.mesh.world_size
-        if size == 1 or not self.reward_models:
-            return {one.prompt: one for one in own}
-        everybody: list[Sequence[Answered]] = [()] * size
-        dist.all_gather_object(everybody, own)
-        return {one.prompt: one for one in sorted((x for each in everybody for x in each), key=lambda x: x.prompt)}
+        every = self._gathered(own) if self.reward_models else own
+        return {one.prompt: one for one in sorted(every, key=lambda one: one.prompt)}
+
+    def _gathered(self, own: Sequence[Any]) -> list[Any]:
+        """What all processes have. Collective."""
+        everybody: list[Sequence[Any]] = [own] * self.engine.groups.mesh.world_size
+        if len(everybody) > 1:
+            dist.all_gather_object(everybody, own)
+        return [one for each in everybody for one in each]
 
 
 class Writer:
@@ -232,6 +242,12 @@ def statistics(judged: Sequence[Judged], answers: int) -> Mapping[str, float]:
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(cut.mean()),
     }
+
+
+def best_of_k(judged: Sequence[Judged], answers: int) -> Mapping[str, list[float]]:
+    """The expected largest and median score among k of a prompt's answers, for every k; means over prompts."""
+    largest, median = expected_order_statistics(np.array([one.score for one in judged]).reshape(-1, answers))
+    return {"reward_max_by_k": largest.tolist(), "reward_median_by_k": median.tolist()}
 
 
 def remarks(numbers: Mapping[str, float], config: RunConfig) -> list[str]:

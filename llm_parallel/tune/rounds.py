@@ -23,7 +23,7 @@ from llm_parallel.config.rules_rounds import steps_of_epoch, steps_of_round
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.batch import Batch
 from llm_parallel.data.epochs import derive_key
-from llm_parallel.data.prompts import Prompts
+from llm_parallel.data.prompts import Prompt, Prompts
 from llm_parallel.data.tokenizer import load_tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.metrics.record import AnswerRecord
@@ -43,7 +43,7 @@ from llm_parallel.tune.ppo import also_trained, earned, new_critic, policy_and_c
 from llm_parallel.tune.ppo import remarks as ppo_remarks
 from llm_parallel.tune.reference import REFERENCE, is_the_base, second_model
 from llm_parallel.tune.reward_model import RewardModels
-from llm_parallel.tune.rollout import Asking, Collector, Judged, best_keys, remarks, statistics
+from llm_parallel.tune.rollout import Asking, Collector, Judged, best_keys, best_of_k, remarks, statistics
 from llm_parallel.tune.round_batches import Rows, Text
 from llm_parallel.tune.round_files import LOG_PROBS, VALUES, RoundFolder, forget_rounds
 from llm_parallel.tune.score import describe_model, outputs_of_rows
@@ -149,8 +149,10 @@ class RoundFeed:
         interval = config.method.rollout.held_out_interval
         if within == 0 and interval and number % interval == 0 and self._prompts.held_out:
             chosen = self._prompts.held_out[: config.method.rollout.held_out_prompts]
-            score, ended = self._collector.held_out(chosen)
+            score, ended, shown = self._collector.held_out(chosen)
             numbers |= {"held_out/reward": score, "held_out/ended": ended}
+            for one in shown:
+                self._tell(chosen[one.answered.prompt], one, "held out, ")
         judged = self._collector.round(folder, asking)
         numbers |= statistics(judged, config.method.rollout.answers)
         texts = self._texts(asking, judged)
@@ -181,7 +183,8 @@ class RoundFeed:
         for text in said:
             run.metrics.message(f"round {number}: {text}")
         run.metrics.message(f"round {number}: {_described(numbers)}")
-        run.metrics.event("round", number=number, step=run.state.step, **numbers)
+        by_k = best_of_k(judged, run.config.method.rollout.answers)
+        run.metrics.event("round", number=number, step=run.state.step, **numbers, **by_k)
 
     def _begin(self, folder: RoundFolder, within: int) -> None:
         """Makes the round's folder, unless it is there from the same weights, prompts and draws. In the middle of a
@@ -321,11 +324,15 @@ class RoundFeed:
             for one in (own[0], own[-1]) if own[0].score > own[-1].score else (own[0],):
                 if shown >= run.config.method.rollout.show:
                     return
-                text = self._collector.text(prompt, one.answered.tokens)
-                asked = self._tokenizer.decode(list(prompt.tokens))
-                answer = f"[score {one.score:g}] {text}"
-                run.metrics.answer(AnswerRecord(run.state.step, asked, answer, one.answered.complete))
+                self._tell(prompt, one)
                 shown += 1
+
+    def _tell(self, prompt: Prompt, one: Judged, remark: str = "") -> None:
+        """Shows an answer with its score."""
+        text = self._collector.text(prompt, one.answered.tokens)
+        asked = self._tokenizer.decode(list(prompt.tokens))
+        answer = f"[{remark}score {one.score:g}] {text}"
+        self._run.metrics.answer(AnswerRecord(self._run.state.step, asked, answer, one.answered.complete))
 
     def _forget(self, number: int) -> None:
         """Removes rounds that neither a checkpoint nor a person needs."""

@@ -97,7 +97,19 @@ def test_a_layout_and_a_stop_in_the_middle_of_a_round_change_nothing(task: Calla
         if first:
             assert record["train/sampling/sampling_logp_difference/max"] <= 2e-5
     assert [record["step"] for record in steps_of(alone) if "train/held_out/reward" in record] == [1, 5]
-    assert [event["number"] for event in events(many, "round")] == [0, 1, 2]
+    rounds = events(many, "round")
+    assert [event["number"] for event in rounds] == [0, 1, 2]
+    for event in rounds:
+        assert len(event["reward_max_by_k"]) == 4 and event["reward_max_by_k"][0] == pytest.approx(event["reward"])
+        assert event["reward_max_by_k"][-1] == pytest.approx(event["reward_best"])
+        assert event["reward_median_by_k"][-1] == pytest.approx(event["reward_median"])
+    one, other = (
+        [(record["step"], record["prompt"], record["answer"]) for record in read_records(run_dir / "metrics.jsonl")
+         if record.get("event") == "answer" and record["answer"].startswith("[held out, score ")]
+        for run_dir in (alone, many)
+    )  # fmt: skip
+    assert one == other and [step for step, *_ in one] == [0, 0, 4, 4]
+    assert [prompt for _, prompt, _ in one[:2]] == [prompt for _, prompt, _ in one[2:]], "before and after"
 
 
 @pytest.mark.slow

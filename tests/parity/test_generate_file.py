@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,41 @@ def test_a_file_is_answered_and_a_killed_command_goes_on(
     other = in_process(*arguments, "--seed", "3")
     assert other.returncode == 2 and "answers.jsonl holds something else" in other.stderr
     close_groups()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device; make room there, or choose"),
+    ],
+    ids=["Ctrl-C", "full disk"],
+)
+def test_a_command_that_ends_before_it_has_finished_says_how_to_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, said: str
+) -> None:
+    source, target, parts = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
+    source.write_text("\n".join(map(json.dumps, RECORDS)))
+    arguments = ("generate", str(folder), "--input", source, "--output", target, "--device", "cpu",
+                 "--max-new-tokens", "5", "--max-running", "1")  # fmt: skip
+    write, lines = os.write, []
+
+    def fails(fd: int, data: bytes) -> int:
+        if data.startswith(b'{"job"'):
+            lines.append(data)
+            if len(lines) == 3:
+                raise error
+        return write(fd, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llm_parallel.jsonlines.os.write", fails)
+        done = in_process(*arguments)
+    assert done.returncode == status and said in done.stderr
+    assert f"2 of 4 answers are complete in {parts}; the same command goes on with the others" in done.stderr
+    assert not target.exists() and parts.is_dir()
+    again = in_process(*arguments)
+    assert again.returncode == 0 and "2 answers already; 2 are left" in again.stderr and len(lines_of(target)) == 4
 
 
 @pytest.mark.gloo

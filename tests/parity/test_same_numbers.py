@@ -268,25 +268,28 @@ def bank_job(rank: int, world_size: int, folder: str, adapters: dict[str, str], 
     return answers(Generator(loaded.network, GeneratorOptions(**SMALL), bank=loaded.bank), made, 0)
 
 
-def alone_job(rank: int, world_size: int, folder: str, made: list[Request]) -> list[Finished]:
+def alone_job(rank: int, world_size: int, folder: str, adapters: dict[str, str]) -> list[list[Finished]]:
+    """Those answers, and then of the model and of each adapter its own, one after the other."""
     from llm_parallel.generate.engine import Generator
     from llm_parallel.generate.load import load_model
     from llm_parallel.parallel.groups import close_groups
 
-    close_groups(world=False)
-    loaded = load_model(folder, "cpu", deterministic=True)
-    return [answer for request in made for answer in Generator(loaded.network).run([request])]
+    found = [bank_job(rank, world_size, folder, adapters, {})]
+    for place, path in enumerate([folder, *adapters.values()]):
+        close_groups(world=False)
+        generator = Generator(load_model(path, "cpu", deterministic=True).network)
+        made = [replace(one, stream=one.number // 3) for one in drawn(12) if one.number % 3 == place]
+        found.append([answer for request in made for answer in generator.run([request])])
+    return found
 
 
 @pytest.mark.gloo
 def test_adapters_that_requests_name_have_the_same_numbers(tmp_path: Path) -> None:
     """In any batch to the last bit those of the adapter alone, which are those of training."""
     folder, adapters = bank_folders(tmp_path)
-    (found,) = run_ranks(bank_job, 1, folder, adapters, {})
-    for place, path in enumerate([folder, *adapters.values()]):
-        made = [replace(one, stream=one.number // 3) for one in drawn(12) if one.number % 3 == place]
-        (alone,) = run_ranks(alone_job, 1, path, made)
-        assert [one for one in found if one.number % 3 == place] == alone, path
+    ((found, *alone),) = run_ranks(alone_job, 1, folder, adapters)
+    for place, own in enumerate(alone):
+        assert [one for one in found if one.number % 3 == place] == own, ["base", *adapters][place]
 
 
 @pytest.mark.slow

@@ -282,6 +282,21 @@ def test_what_is_no_judgement_is_refused(mode: str, ranks: list[int], tmp_path: 
     assert judged(tmp_path / "o.jsonl") == []
 
 
+def test_a_judgement_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = board(tmp_path, Clock())
+    task = one.next("ann")
+    assert task is not None
+    synced: list[int] = []
+    monkeypatch.setattr("llm_parallel.jsonlines.os.fsync", lambda _: synced.append(len(judged(tmp_path / "o.jsonl"))))
+    for act in (
+        lambda: one.judge("ann", task.id, [1, 2, 2]),
+        lambda: one.undo("ann"),
+        lambda: one.skip("ann", task.id),
+    ):
+        act()
+    assert synced == [1, 2, 3], "once for each line, when it was there"
+
+
 def test_a_full_disk_is_said_and_the_judgement_does_not_count(tmp_path: Path) -> None:
     items = read_items(write_answers(tmp_path / "a.jsonl", 1))
     log = JsonLines(tmp_path / "o.jsonl", sync=True, remedy="give another --out")

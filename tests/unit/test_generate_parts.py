@@ -139,6 +139,24 @@ def test_the_processes_of_a_replica_get_the_same_chunks_and_the_others_further_o
     assert [follows.next() for _ in range(3)] == taken[::2]
 
 
+def test_a_fast_replica_takes_more(tmp_path: Path) -> None:
+    keys = [(number, 0) for number in range(60)]
+    parts = Parts(tmp_path / "out.jsonl", "mark")
+    with parts.held():
+        session = Session(parts, keys, 2, 4, random.Random(0))
+        turn = 0
+        while session.working:
+            at = 0 if turn % 4 else 1  # the first one steps three times as often
+            turn += 1
+            if at in session.working and not session.replicas[at].step():
+                session.working.remove(at)
+        for out in session.outs:
+            out.close()
+        fast, slow = (len(engine.asked) for engine in session.engines)
+        assert fast + slow == 60 and 2 * slow < fast
+        parts.merge(keys)
+
+
 def test_answers_of_another_job_and_of_a_command_that_runs_are_left_alone(tmp_path: Path) -> None:
     parts = Parts(tmp_path / "out.jsonl", "mark")
     with parts.held():

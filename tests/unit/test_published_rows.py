@@ -106,7 +106,7 @@ def test_step_time_comes_before_tokens_and_tokens_before_tflops(tmp_path: Path) 
 def test_a_users_blanks_get_the_usual_values(tmp_path: Path) -> None:
     row = only(write(tmp_path, LLAMA_8B | {"kv_heads": "", "cp": "", "micro_batch": "", "step_time_s": "12"}))
     assert row.shape.groups == 32
-    assert (row.strategy.cp, row.strategy.vpp, row.open_micro_batch) == (1, 1, True)
+    assert (row.strategy.cp, row.strategy.vpp, row.unknown) == (1, 1, ("micro_batch", "recompute"))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_local_batch_of_torchtitan_is_split_into_as_many_micro_batches_as_stag
     rows = {row.number: row for row in read_rows()[0]}
     assert (rows[81].strategy.micro_batch, rows[81].strategy.micro_batches) == (4, 8)
     assert (rows[83].strategy.micro_batch, rows[83].strategy.micro_batches) == (1, 8)
-    assert not rows[81].open_micro_batch
+    assert "micro_batch" not in rows[81].unknown
 
 
 def test_zero_stage_and_unit_of_memory_are_the_sources() -> None:
@@ -184,15 +184,16 @@ def test_mixed_conventions_are_one_sentence(tmp_path: Path, changes: list[dict[s
 
 def test_conventions_may_differ_where_they_do_not_count(tmp_path: Path) -> None:
     """Other conventions are allowed for another source or chip, and in rows with a step time."""
-    rows = [HFU, {**HFU, "chip": "A100", "mfu_convention": "causal"}, {**HFU, "source": "c", "mfu_convention": "six_n"},
-            {**HFU, "step_time_s": "9", "mfu_convention": "causal"}]  # fmt: skip
+    rows = [HFU, {**HFU, "chip": "A100", "tflops_per_gpu": "200", "mfu_convention": "causal"},
+            {**HFU, "source": "c", "mfu_convention": "six_n"},
+            {**HFU, "step_time_s": "16", "mfu_convention": "causal"}]  # fmt: skip
     found, refused = read_rows(write(tmp_path, *rows, columns=(*COLUMNS, "mfu_convention")))
     assert len(found) == 4 and not refused
     # 400 TFLOP/s over a token's FLOPs, by hand: 8.03e9 weights less the embedding's, and attention of 32 x 4096.
     matrices = 32 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336) + 128256 * 4096
     square = 12 * 8192 * 32 * 4096
-    expected = [400e12 / (6 * matrices + square), 400e12 / (6 * matrices + square / 2),
-                400e12 / (6 * (matrices + 128256 * 4096)), 128 * 8192 / 9 / 8]  # fmt: skip
+    expected = [400e12 / (6 * matrices + square), 200e12 / (6 * matrices + square / 2),
+                400e12 / (6 * (matrices + 128256 * 4096)), 128 * 8192 / 16 / 8]  # fmt: skip
     assert [row.tokens_per_s for row in found] == pytest.approx(expected, rel=2e-4)  # six_n: norms are weights, too
 
 

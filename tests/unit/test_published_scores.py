@@ -9,12 +9,11 @@ import pytest
 
 from llm_parallel.planner.hardware import load_constants
 from llm_parallel.planner.memory import ALLOWANCE, GIB
-from llm_parallel.planner.published.fit import PRIORS, family_of, is_fitted
+from llm_parallel.planner.published.fit import PRIORS, is_fitted
 from llm_parallel.planner.published.peers import memory_of_row
 from llm_parallel.planner.published.scores import (
     Scored,
     Trend,
-    expected_error,
     family_trends,
     memory_errors,
     rankings,
@@ -103,16 +102,6 @@ def test_a_wrong_constant_is_seen() -> None:
     good = statistics.fmean(abs(error) for error in log_errors(rows, {}))
     chips = {"A100": replace(load_constants("A100"), gemm=0.98)}
     assert statistics.fmean(abs(error) for error in log_errors(rows, chips)) > good + 0.02
-
-
-def test_expected_error_is_of_the_same_software() -> None:
-    """There is no row of NVIDIA's stack on A100, and the text says so."""
-    for chip, nvidia in (("H100", True), ("H100", False), ("A100", False)):
-        same = [s for s in held_out() if family_of(s.row.chip) == chip and s.row.strategy.te == nvidia]
-        error, rows, of = expected_error(chip, nvidia)
-        assert rows == len(same) > 30 and error == pytest.approx(statistics.fmean(abs(s.error) for s in same))
-        assert ("NVIDIA" in of) == nvidia
-    assert expected_error("A100", True)[2] == "of all software (0 of the kind that is predicted)"
 
 
 def test_spearman_and_scores_by_hand() -> None:

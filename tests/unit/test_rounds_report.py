@@ -140,7 +140,7 @@ def test_the_report_has_rounds_with_answers_side_by_side(tmp_path: Path) -> None
         assert part in text, part
     assert "<b>held" not in text
     section = text[text.index('<section id="rounds">') :]
-    assert section.index("Held-out prompts, answered greedily") < section.index("From the records of rounds")
+    assert section.index("Prompts whose answers were recorded") < section.index("From the records of rounds")
     for name in ("reward", "divergence", "length", "shares", "by_number"):
         assert f'id="figure-rounds_{name}"' in section
 

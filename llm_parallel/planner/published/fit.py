@@ -7,14 +7,17 @@ weighs as much as a few rows, so that constants that the rows do not determine s
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from llm_parallel.planner.hardware import Cluster, Constants, load_cluster
+from llm_parallel.planner.memory import memory
 from llm_parallel.planner.published.rows import Row
+from llm_parallel.planner.search import MICRO_BATCHES, RECOMPUTES, fits, is_even_enough
+from llm_parallel.planner.shapes import Strategy
 from llm_parallel.planner.steptime import step_time
 
-MICRO_BATCHES = (1, 2, 4, 8)
 # Prior, smallest and largest value of each constant, and how many rows the prior weighs as much as. The priors of gemm
 # are a little under what large products were measured to reach (stas00/ml-engineering: A100 86.9 %, H100 80.3 %, fp8
 # 70.9 %).
@@ -51,18 +54,63 @@ def is_fitted(rows: Sequence[Row]) -> dict[int, bool]:
     return found
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a step: what counts, and the least and most over everything that the row leaves open."""
+
+    counted: float
+    """The one that is compared with the measurement."""
+    least: float
+    """With the fastest of what is possible."""
+    most: float
+    """With the slowest."""
+
+
 def predict(row: Row, cluster: Cluster) -> float:
-    """Predicted seconds of a step. Where the source states no micro batch or no number of model chunks, the fastest
-    counts."""
+    """Predicted seconds of a step; see ``prediction``."""
+    return prediction(row, cluster).counted
+
+
+def prediction(row: Row, cluster: Cluster) -> Prediction:
+    """Predicted seconds of a step over everything that the row leaves open.
+
+    Those who publish a figure have tuned the sizes that cost nothing else, so of micro batches and numbers of model
+    chunks the fastest counts. Of what the software may or may not do (recomputation, sequence parallelism, overlap)
+    nothing is known, so the middle counts."""
+    counted, every = [], []
+    for choice in _may_do(row, cluster):
+        tuned = [step_time(row.shape, size, cluster).total for size in _tuned(row, choice)]
+        counted.append(min(tuned))
+        every += tuned
+    return Prediction(statistics.median(counted), min(every), max(every))
+
+
+def _may_do(row: Row, cluster: Cluster) -> list[Strategy]:
+    """The row's strategy with everything that the software may do; of recomputations those that fit."""
     choices = [row.strategy]
-    if row.open_micro_batch:
-        most = row.strategy.global_batch // row.strategy.dp
-        fitting = [m for m in MICRO_BATCHES if m <= most and most % m == 0]
-        choices = [replace(row.strategy, micro_batch=m) for m in fitting] or choices
-    if row.open_vpp:
-        layers = row.shape.layers // row.strategy.pp
-        choices = [replace(c, vpp=v) for c in choices for v in range(1, layers + 1) if layers % v == 0]
-    return min(step_time(row.shape, choice, cluster).total for choice in choices)
+    if "sequence_parallel" in row.unknown:
+        choices = [replace(choice, sequence_parallel=value) for choice in choices for value in (False, True)]
+    if "overlap_tp" in row.unknown:
+        choices = [replace(choice, overlap_tp=value) for choice in choices for value in (False, True)]
+    if "recompute" not in row.unknown:
+        return choices
+    found = [replace(choice, recompute=kind) for choice in choices for kind in RECOMPUTES]
+    return [choice for choice in found if fits(memory(row.shape, choice), cluster)] or [
+        choice for choice in found if choice.recompute == "full"
+    ]
+
+
+def _tuned(row: Row, choice: Strategy) -> list[Strategy]:
+    """A strategy with all sizes that its user may have tuned."""
+    found = [choice]
+    if "micro_batch" in row.unknown:
+        most = choice.global_batch // choice.dp
+        found = [replace(choice, micro_batch=m) for m in MICRO_BATCHES if m <= most and most % m == 0] or found
+    if "vpp" in row.unknown:
+        layers, pp = row.shape.layers, choice.pp
+        chunks = [v for v in range(1, -(-layers // pp) + 1) if v == 1 or is_even_enough(layers, pp * v)]
+        found = [replace(c, vpp=v, overlap_pp=c.overlap_pp or v > 1) for c in found for v in chunks]
+    return found
 
 
 def clusters_with(constants: Mapping[str, Constants]) -> dict[str, Cluster]:
@@ -110,10 +158,23 @@ def fit_chip(chip: str, rows: Sequence[Row]) -> Constants:
     return Constants(**{name: float(f"{value:.4g}") for name, value in zip(names, found.x)})
 
 
+def left_out(chip: str, rows: Sequence[Row]) -> dict[int, float]:
+    """Seconds of a step that are predicted for each row of a chip, by number, with constants that were fitted without
+    any row of its source. Needs scipy."""
+    mine = [row for row in rows if family_of(row.chip) == chip]
+    found: dict[int, float] = {}
+    for source in {row.source: None for row in mine}:
+        clusters = clusters_with({chip: fit_chip(chip, [row for row in rows if row.source != source])})
+        found |= {row.number: predict(row, clusters[row.cluster]) for row in mine if row.source == source}
+    return found
+
+
 def as_record(constants: Constants, rows: Sequence[Row], chip: str) -> dict[str, object]:
-    """What constants.json keeps of a fit: the constants, and the rows that they were fitted to."""
+    """What constants.json keeps of a fit: the constants, the rows that they were fitted to, and what is predicted for
+    each row by constants that were fitted without its source."""
     half = is_fitted(rows)
     return {
         "constants": asdict(constants),
         "rows": [row.number for row in rows if family_of(row.chip) == chip and half[row.number]],
+        "left_out": {str(number): float(f"{seconds:.5g}") for number, seconds in left_out(chip, rows).items()},
     }

@@ -36,6 +36,8 @@ _SAID = (
     (r"\b6 ?N\b", "six_n"),
 )
 """Patterns in a row's note, and the convention that they mean where mfu_convention is blank."""
+_GATED = re.compile(r"llama|mistral|qwen|smollm|olmo|gemma|phi|yi-|baichuan|internlm|granite", re.IGNORECASE)
+"""Names of families with a gated feed-forward part, which decide where the dimensions do not."""
 _MOE = re.compile(r"MoE|8x|_a3B|A3B|OSS|DeepSeek|Mixtral|ep=", re.IGNORECASE)
 
 
@@ -57,10 +59,8 @@ class Row:
     """The model's dimensions."""
     strategy: Strategy
     """How it was trained."""
-    open_micro_batch: bool
-    """Whether the source does not say the micro batch; the prediction takes the best."""
-    open_vpp: bool
-    """Whether the source does not say the number of model chunks; the prediction takes the best."""
+    unknown: tuple[str, ...]
+    """Fields of ``strategy`` that the row leaves blank and the software does not decide; see ``fit.predict``."""
     tokens_per_s: float
     """Tokens per second and GPU."""
     memory_gib: float | None
@@ -132,7 +132,8 @@ def _check_conventions(records: Sequence[Mapping[str, str]], where: str) -> None
             continue
         if not record["tflops_per_gpu"] and not record["mfu_pct"]:
             continue
-        convention = _convention(record, source_named(record["source"]))
+        known = source_named(record["source"], f"{record['model']} {record['note']}")
+        convention = _convention(record, known)
         before, other = first.setdefault((record["source"], record["chip"]), (number, convention))
         if other != convention:
             raise UserError(
@@ -191,7 +192,7 @@ def _row(number: int, record: Mapping[str, str]) -> Row:
         raise _CannotSay("parallel block and sliding-window attention")
     if "ZeRO-3" in record["model"]:
         raise _CannotSay("DeepSpeed's ZeRO-3 without overlap")
-    known = source_named(source)
+    known = source_named(source, f"{record['model']} {note}")
     chip, cluster = _chip(record["chip"])
     shape = _shape(record, known)
     strategy = _strategy(record, known, note)
@@ -201,13 +202,15 @@ def _row(number: int, record: Mapping[str, str]) -> Row:
     unit = 1.0 if found and ("mem_gib" in found.group(0) or "nanotron" in source) else 1e9 / 2**30
     return Row(
         number, short(source), record["model"], chip, cluster, shape, strategy,
-        _open(record, known), known.interleaves and strategy.pp > 1 and not record["vpp"],
+        _unknown(record, known, strategy),
         tokens, float(found.group(1)) * unit if found else None, known.memory_of,
         known.memory_of_first, known.software,
     )  # fmt: skip
 
 
 def _chip(text: str) -> tuple[str, str]:
+    if re.search(r"PCI|NVL", text, re.IGNORECASE):
+        raise _CannotSay(f"chip {text} is another than the SXM one: less power, no NVLink to all of its node")
     if "H200" in text:
         return "H200", "dgx-h200"
     if "500W" in text or "low-TDP" in text:
@@ -221,32 +224,58 @@ def _chip(text: str) -> tuple[str, str]:
 
 def _shape(record: Mapping[str, str], known: Source) -> Shape:
     hidden, heads = _number(record, "hidden"), _number(record, "heads")
-    llama = bool(re.search(r"llama", record["model"], re.IGNORECASE))
-    gpt = known.gpt or not llama
     if heads > hidden or _number(record, "layers") > MOST_LAYERS:
         raise _CannotSay(f"{record['layers']} layers of {hidden} with {heads} heads are no model")
-    untied = Shape(
+    named = bool(_GATED.search(record["model"]))
+    gated = not known.gpt and (named or (bool(record["ffn"]) and _number(record, "ffn") != 4 * hidden))
+    found = Shape(
         layers=_number(record, "layers"),
         hidden=hidden,
         heads=heads,
         groups=_optional(record, "kv_heads", heads),
         ffn=_optional(record, "ffn", 4 * hidden),
         vocab=_optional(record, "vocab", DEFAULT_VOCAB),
-        gated=llama,
-        dropout=gpt and not known.flash,
-        rotary=not gpt,
+        gated=gated,
+        tied=not gated,
+        dropout=known.gpt and not known.flash,
+        rotary=not known.gpt,
     )
-    tied = replace(untied, tied=True)
-    if (
-        not record["n_params_b"] or "PROXY" in record["model"]
-    ):  # a proxy model's row prints the number of parameters of the whole model
-        return tied if gpt else untied
-    positions = (
-        hidden * _number(record, "seq") if gpt else 0
-    )  # learned positions, which printed numbers of parameters count
-    return min(
-        tied, untied, key=lambda shape: abs(shape.parameters + positions - 1e9 * _positive(record, "n_params_b"))
-    )
+    # The row of a proxy model prints the number of parameters of the whole model.
+    if not record["n_params_b"] or "PROXY" in record["model"]:
+        return replace(found, dropout=not gated and not known.flash, rotary=gated)
+    return _counted(record, known, found)
+
+
+def _counted(record: Mapping[str, str], known: Source, named: Shape) -> Shape:
+    """The shape whose number of parameters is the printed one: with or without a gate, with tied embeddings or not, and
+    with as many heads of keys and values as that takes where the row does not state them. The name decides between
+    shapes that are equally near. Raises _CannotSay if none is near."""
+    printed = _positive(record, "n_params_b")
+    rounding = 0.5 * 10.0 ** -len(record["n_params_b"].partition(".")[2])
+    groups = [named.groups] if record["kv_heads"] else [n for n in range(named.heads, 0, -1) if named.heads % n == 0]
+    gates = [False] if known.gpt else [named.gated, not named.gated]
+    shapes = [
+        replace(named, gated=gated, tied=tied, groups=count, dropout=not gated and not known.flash, rotary=gated)
+        for count in groups
+        for gated in gates
+        for tied in (named.tied, not named.tied)
+    ]
+
+    def apart(shape: Shape) -> float:
+        # Learned positions, which printed numbers of parameters count.
+        positions = 0 if shape.gated else shape.hidden * _number(record, "seq")
+        return abs((shape.parameters + positions) / 1e9 - printed)
+
+    nearest = min(shapes, key=apart)
+    close = [shape for shape in shapes if apart(shape) <= max(apart(nearest), 0.02 * printed)]
+    if record["kv_heads"] and named in close:
+        nearest = next(shape for shape in close if (shape.gated, shape.tied) == (named.gated, named.tied))
+    if apart(nearest) > 0.05 * printed + rounding:
+        raise _CannotSay(
+            f"n_params_b is {record['n_params_b']}, and {named.layers} layers of {named.hidden} with ffn {named.ffn} "
+            f"and a vocabulary of {named.vocab} have {nearest.parameters / 1e9:.3g}"
+        )
+    return nearest
 
 
 def _strategy(record: Mapping[str, str], known: Source, note: str) -> Strategy:
@@ -254,16 +283,22 @@ def _strategy(record: Mapping[str, str], known: Source, note: str) -> Strategy:
     tp, pp, cp = _number(record, "tp"), _number(record, "pp"), _optional(record, "cp", 1)
     if gpus % (tp * pp * cp):
         raise _CannotSay(f"{gpus} GPUs are no multiple of TP {tp} x PP {pp} x CP {cp}")
+    if _number(record, "heads") % tp:
+        raise _CannotSay(f"{record['heads']} heads do not divide by TP {tp}")
     replicas = gpus // (tp * pp * cp)
     local = _local_batch(note)
     micro = _optional(record, "micro_batch", local // pp if local else 1)
     batch = _optional(record, "global_batch", (local or micro) * replicas)
+    if batch < replicas:
+        raise _CannotSay(f"global_batch {batch} is smaller than {replicas} replicas")
     recompute = record["recompute"] or known.recompute
     layers = _number(record, "layers")
     vpp = _optional(record, "vpp", 2 if "Interleaved" in note else 1)
-    if layers < pp * vpp:
+    if layers < pp or pp * vpp - layers > 2:  # some leave one or two chunks with the embedding or the output alone
         raise _CannotSay(f"{layers} layers on PP {pp} x VPP {vpp}")
-    precision = "fp8" if "fp8" in record["precision"] else "bf16"
+    precision = "fp8" if "fp8" in record["precision"].lower() else "bf16"
+    if precision == "fp8" and "A100" in record["chip"]:
+        raise _CannotSay("precision is fp8, and an A100 has no 8-bit floating-point products")
     stated = re.search(r"ZeRO-([01])", note)
     zero = int(stated.group(1)) if stated else known.zero
     zero = 3 if re.search(r"\bFSDP=", note) else zero
@@ -276,6 +311,7 @@ def _strategy(record: Mapping[str, str], known: Source, note: str) -> Strategy:
         overlap_tp=known.overlap_tp or asynchronous, overlap_pp=known.overlap_pp,
         overlap_dp=known.overlap_dp and tp >= known.overlap_dp_from_tp,
         grad_bytes=known.grad_bytes, te=known.te, cp_gathers=not known.te,
+        flash_rate=known.flash_rate, keeps_gathered=known.keeps_gathered,
         prefetches=known.prefetches, early_stop=known.early_stop, logit_bytes=_logit_bytes(known, tp),
         copied_grad_bytes=known.copied_grad_bytes, keeps_gate=known.keeps_gate,
         stage_layers=_stage_layers(record, pp, vpp), dp_collectives=known.tensors_of_layer * -(-layers // pp),
@@ -290,9 +326,16 @@ def _local_batch(note: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def _open(record: Mapping[str, str], known: Source) -> bool:
-    """Whether the source does not say the micro batch."""
-    return not record["micro_batch"] and not _local_batch(record["note"])
+def _unknown(record: Mapping[str, str], known: Source, strategy: Strategy) -> tuple[str, ...]:
+    """Fields of the strategy that a row leaves open."""
+    found = []
+    if not record["micro_batch"] and not _local_batch(record["note"]):
+        found.append("micro_batch")
+    if not record["vpp"] and known.interleaves and strategy.pp > 1 and "Interleaved" not in record["note"]:
+        found.append("vpp")
+    decided = {"recompute": bool(record["recompute"]), "sequence_parallel": strategy.tp == 1}
+    decided["overlap_tp"] = strategy.tp == 1 or strategy.overlap_tp
+    return (*found, *(name for name in known.unknown if not decided[name]))
 
 
 def _logit_bytes(known: Source, tp: int) -> int:
@@ -329,11 +372,8 @@ def _recompute(text: str, source: str) -> str:
 
 def _tokens_per_s(record: Mapping[str, Any], known: Source, shape: Shape, strategy: Strategy) -> float:
     """Tokens per second and GPU: from the step time if it is given, else from tokens/s, else from TFLOP/s or MFU by the
-    source's convention."""
-    if record["step_time_s"]:
-        return strategy.global_batch * strategy.seq / _positive(record, "step_time_s") / strategy.gpus
-    if record["tokens_per_s_per_gpu"]:
-        return _positive(record, "tokens_per_s_per_gpu")
+    source's convention. Raises _CannotSay for figures that no chip reaches or that contradict each other."""
+    peak = 312e12 if "A100" in record["chip"] else 989.4e12 * (2 if strategy.precision == "fp8" else 1)
     flops = {
         "full": shape.flops_per_token(strategy.seq),
         "causal": shape.flops_per_token(strategy.seq, causal=True),
@@ -342,9 +382,48 @@ def _tokens_per_s(record: Mapping[str, Any], known: Source, shape: Shape, strate
         + (shape.flops_per_token(strategy.seq) - 6.0 * shape.vocab * shape.hidden) / 3.0,
         "six_n": 6.0 * shape.parameters,
     }[_convention(record, known)]
+    found: dict[str, float] = {}
+    if record["step_time_s"]:
+        found["step_time_s"] = strategy.global_batch * strategy.seq / _positive(record, "step_time_s") / strategy.gpus
+    if record["tokens_per_s_per_gpu"]:
+        found["tokens_per_s_per_gpu"] = _positive(record, "tokens_per_s_per_gpu")
     if record["tflops_per_gpu"]:
-        return 1e12 * _positive(record, "tflops_per_gpu") / flops
+        found["tflops_per_gpu"] = 1e12 * _positive(record, "tflops_per_gpu") / flops
     if record["mfu_pct"]:
-        peak = 312e12 if "A100" in record["chip"] else 989.4e12 * (2 if strategy.precision == "fp8" else 1)
-        return _positive(record, "mfu_pct") / 100 * peak / flops
-    raise _CannotSay("no figure of throughput")
+        percent = _positive(record, "mfu_pct")
+        if percent <= 1:
+            raise _CannotSay(f"mfu_pct is {record['mfu_pct']}, a share; give percent, as {100 * percent:g}")
+        found["mfu_pct"] = percent / 100 * peak / flops
+    if not found:
+        raise _CannotSay("no figure of throughput")
+    # Causal attention is the least that a token can cost, and six_n counts no attention at all.
+    least = min(flops, shape.flops_per_token(strategy.seq, causal=True))
+    for name, tokens in found.items():
+        if tokens * least > peak:
+            raise _CannotSay(
+                f"{name} is {record[name]}, which is {tokens * least / peak:.3g} times the chip's peak; its unit is "
+                f"{_UNITS[name]}"
+            )
+    _agree(record, found)
+    return next(iter(found.values()))
+
+
+_UNITS = {
+    "step_time_s": "seconds",
+    "tokens_per_s_per_gpu": "tokens/s of one GPU, not of all",
+    "tflops_per_gpu": "TFLOP/s of one GPU",
+    "mfu_pct": "percent",
+}
+APART = 1.6
+"""Ratio of two figures of one row from which on they contradict each other. Conventions of FLOPs that a row does not
+state, and means over other steps, explain less."""
+
+
+def _agree(record: Mapping[str, str], found: Mapping[str, float]) -> None:
+    """Raises _CannotSay where two figures of throughput are of different runs or units."""
+    low, high = min(found, key=lambda name: found[name]), max(found, key=lambda name: found[name])
+    if found[high] > APART * found[low]:
+        raise _CannotSay(
+            f"{low} {record[low]} and {high} {record[high]} contradict each other: {found[low]:,.0f} and "
+            f"{found[high]:,.0f} tokens/s of a GPU"
+        )

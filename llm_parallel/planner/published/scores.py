@@ -3,10 +3,10 @@ chip, rankings of layouts, weak scaling, and memory."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 from llm_parallel.errors import UserError
@@ -15,6 +15,7 @@ from llm_parallel.planner.memory import GIB
 from llm_parallel.planner.published.fit import clusters_with, family_of, is_fitted, predict
 from llm_parallel.planner.published.peers import printed_bytes, say_peers
 from llm_parallel.planner.published.rows import Refused, Row, read_rows
+from llm_parallel.planner.published.trust import by_left_out_source
 from llm_parallel.screen import markdown_table
 
 CHIPS = ("A100", "H100")
@@ -59,18 +60,6 @@ def score_rows(path: str | None = None) -> tuple[list[Scored], list[Refused]]:
     clusters = clusters_with({})
     half = is_fitted(rows) if path is None else {}
     return [Scored(row, predict(row, clusters[row.cluster]), half.get(row.number, False)) for row in rows], refused
-
-
-@lru_cache(maxsize=4)
-def expected_error(chip: str, nvidia: bool) -> tuple[float, int, str]:
-    """Mean absolute error of the step time on held-out rows of this chip, their number, and what they are of: NVIDIA's
-    stack or open software, or all software if there are fewer than five rows of that kind."""
-    scored, _ = score_rows()
-    held = [s for s in scored if not s.fitted and family_of(s.row.chip) == family_of(chip)]
-    same = [s for s in held if s.row.strategy.te == nvidia]
-    if len(same) < 5:
-        return score_of(held).mape, len(held), f"of all software ({len(same)} of the kind that is predicted)"
-    return score_of(same).mape, len(same), "of NVIDIA's stack" if nvidia else "of open software"
 
 
 def by_source(scored: Sequence[Scored]) -> dict[tuple[str, str], list[Scored]]:
@@ -181,17 +170,24 @@ def report(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
         raise UserError(
             f"--rows {path}: none of its {len(refused)} rows can be predicted; row {first.number}: {first.reason}"
         )
-    say("| source | chip | rows | fitted | held-out MAPE | bias | worst (row) |\n|" + " --- |" * 7)
+    heads = "source", "chip", "rows", "fitted", "held-out MAPE", "bias", "worst (row)", "MAPE, bias without the source"
+    alone = by_left_out_source() if path is None else {}
+    say("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for (source, chip), items in by_source(scored).items():
         held = [item for item in items if not item.fitted]
         fitted = len(items) - len(held)
-        say(f"| {source} | {chip} | {len(items)} | {fitted} | {_cells(held)} |")
+        _, error, bias = alone.get(f"{source} ({chip})", (0, math.nan, math.nan))
+        without = f"{error:.1%}, {bias:+.1%}" if error == error else ""
+        say(f"| {source} | {chip} | {len(items)} | {fitted} | {_cells(held)} | {without} |")
     for chip in CHIPS:
         held = [s for s in scored if not s.fitted and family_of(s.row.chip) == chip]
         of = [s for s in scored if family_of(s.row.chip) == chip]
-        say(f"| **all** | {chip} | {len(of)} | {len(of) - len(held)} | {_cells(held)} |")
+        say(f"| **all** | {chip} | {len(of)} | {len(of) - len(held)} | {_cells(held)} | |")
     held = [item for item in scored if not item.fitted]
-    say(f"| **all** | | {len(scored)} | {len(scored) - len(held)} | {_cells(held)} |")
+    overall = sum(rows * error for rows, error, _ in alone.values()) / max(
+        1, sum(rows for rows, _, _ in alone.values())
+    )
+    say(f"| **all** | | {len(scored)} | {len(scored) - len(held)} | {_cells(held)} | {overall:.1%} |")
     _say_rankings(rankings(scored), trends(scored), say)
     _say_memory(memory_errors(scored), say)
     if path is None:

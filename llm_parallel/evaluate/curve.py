@@ -1,0 +1,104 @@
+"""``llm-parallel evaluate RUN --curve``: the same tasks for every checkpoint of a run, as a table and a picture.
+
+What an earlier call has evaluated is not computed again, so the command can be repeated while the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llm_parallel.checkpoint.folders import complete_checkpoints, step_of
+from llm_parallel.errors import UserError
+from llm_parallel.evaluate.request import EvaluateRequest
+from llm_parallel.evaluate.results import dumped, read_results, scores
+from llm_parallel.files import atomic_write
+from llm_parallel.lines import note, say
+from llm_parallel.screen import say_next, show_table
+
+FOLDER, POINTS, PICTURE = "evaluations", "curve.jsonl", "curve.png"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value of a metric at a step of the run, with its standard error if there is one."""
+
+    step: int
+    task: str
+    metric: str
+    value: float
+    error: float | None
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The complete checkpoints of a run or of its folder of checkpoints, by their steps. Raises UserError."""
+    found = [*complete_checkpoints(run), *complete_checkpoints(run / "checkpoints")]
+    if not found:
+        raise UserError(f"--curve is given and {run} holds no complete checkpoint; give the folder of a run")
+    return sorted(found, key=lambda folder: step_of(folder) or 0)
+
+
+def curve_command(request: EvaluateRequest, evaluate: Callable[[EvaluateRequest], int]) -> int:
+    """Evaluates every checkpoint by ``evaluate`` and shows the curve; returns the exit status. Raises UserError."""
+    run = Path(request.model)
+    out = request.out or run / FOLDER
+    folders = checkpoints_of(run)
+    points: list[Point] = []
+    for place, folder in enumerate(folders, 1):
+        note(f"[checkpoint {place} of {len(folders)}: {folder.name}]")
+        status = evaluate(replace(request, model=str(folder), out=out / folder.name, curve=False))
+        if status:
+            return status
+        points += points_of(step_of(folder) or 0, read_results(out / folder.name))
+    show_curve(points, out)
+    say_next(f"llm-parallel evaluate --compare {out / folders[0].name} {out / folders[-1].name}")
+    return 0
+
+
+def points_of(step: int, results: Mapping[str, Any]) -> list[Point]:
+    """The values of one evaluation: of groups, and of tasks that are in none."""
+    grouped = {name for members in results.get("group_subtasks", {}).values() for name in members}
+    named = {**results["results"], **results.get("groups", {})}
+    return [
+        Point(step, task, metric, value, error)
+        for task, values in named.items()
+        if task not in grouped
+        for metric, value, error in scores(values)
+    ]
+
+
+def show_curve(points: Sequence[Point], out: Path) -> None:
+    """Prints the values by step, and writes them and a picture of them."""
+    lines: dict[tuple[str, str], dict[int, Point]] = {}
+    for point in points:
+        lines.setdefault((point.task, point.metric), {})[point.step] = point
+    steps = sorted({point.step for point in points})
+    rows = [
+        (task, metric, *(f"{100 * of[step].value:.1f}" if step in of else "" for step in steps))
+        for (task, metric), of in lines.items()
+    ]
+    show_table("By step (shares in percent)", ("task", "metric", *(f"step {step}" for step in steps)), rows)
+    with atomic_write(out / POINTS) as handle:
+        handle.writelines(dumped(vars(point)) + "\n" for point in points)
+    draw_curve(lines, out / PICTURE)
+    say(f"The values are in {out / POINTS}, and drawn in {out / PICTURE}.")
+
+
+def draw_curve(lines: Mapping[tuple[str, str], Mapping[int, Point]], path: Path) -> None:
+    """Draws a line for each task and metric, with standard errors."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for (task, metric), of in lines.items():
+        steps = sorted(of)
+        errors = [100 * (of[step].error or 0.0) for step in steps]
+        values = [100 * of[step].value for step in steps]
+        axes.errorbar(steps, values, errors, marker="o", markersize=3, linewidth=1, capsize=2, label=f"{task} {metric}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("percent")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", ncols=2)
+    with atomic_write(path, "wb") as handle:
+        figure.savefig(handle, format="png", dpi=130)

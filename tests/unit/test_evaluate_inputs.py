@@ -1,0 +1,248 @@
+"""Files of evaluation sets in the forms in which they are shared, and sentences about what cannot be evaluated."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_parallel.errors import UserError
+from llm_parallel.evaluate.demo import write_demo
+from llm_parallel.evaluate.files import DataFolder, split_of
+from llm_parallel.evaluate.forms import FORMS, agieval_row
+from llm_parallel.evaluate.safety import refuses
+from tests.support.in_process import in_process
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm-eval is not installed (pip install 'llm-parallel[evaluate]')", allow_module_level=True)
+
+
+def rows_of(folder: Path, form: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows by split of the files in a folder that belong to a set."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in DataFolder(folder).files:
+        if FORMS[form].holds(file):
+            found.setdefault(FORMS[form].split(file), []).extend(row for _, row in FORMS[form].converted(file))
+    return found
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as handle:
+            csv.writer(handle).writerows(content)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in content).encode()))
+    elif path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    else:
+        path.write_text(json.dumps(content))
+    return path.parent
+
+
+QUESTION = {"question": "Two plus two?", "choices": ["1", "2", "3", "4"], "answer": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mmlu/test/anatomy_test.csv", [["Two plus two?", "1", "2", "3", "4", "D"]]),
+        ("mmlu/anatomy/test-00000-of-00001.parquet", [{**QUESTION, "subject": "anatomy"}]),
+        ("mmlu.jsonl", [{"question": "Two plus two?", "answer_a": "1", "answer_b": "2", "answer_c": "3",
+                         "answer_d": "4", "correct_answer": "D", "topic": "Anatomy"}]),
+        ("hendrycks_test/test.json", {"data": [{**QUESTION, "answer": "D", "subject": "anatomy"}]}),
+    ],
+)  # fmt: skip
+def test_mmlu_in_every_form(name: str, content: Any, tmp_path: Path) -> None:
+    write(tmp_path / name, content)
+    (file,) = DataFolder(tmp_path).files
+    assert FORMS["mmlu"].holds(file) and FORMS["mmlu"].split(file) == "test"
+    assert FORMS["mmlu"].converted(file) == [("anatomy", QUESTION)]
+
+
+def test_other_sets_in_their_public_forms(tmp_path: Path) -> None:
+    write(tmp_path / "a/HumanEval.jsonl.gz", [
+        {"task_id": "t", "prompt": "p", "canonical_solution": "c", "test": "x", "entry_point": "f", "more": 1}
+    ])  # fmt: skip
+    write(
+        tmp_path / "b/wikipedia-dev.json",
+        {"Data": [{"Question": "Who?", "Answer": {"Aliases": ["A", "B"], "Value": "A"}}]},
+    )
+    write(tmp_path / "NQ-open.dev.jsonl", [{"question": "who", "answer": ["A"]}])
+    write(tmp_path / "boolq/val.jsonl", [{"question": "is it", "passage": "It is.", "label": True, "idx": 0}])
+    write(tmp_path / "obqa/Main/test.jsonl", [{
+        "id": "1", "answerKey": "B",
+        "question": {"stem": "S", "choices": [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}]},
+    }])  # fmt: skip
+    write(
+        tmp_path / "truthfulqa/mc_task.json",
+        [{"question": "q", "mc1_targets": {"x": 1, "y": 0}, "mc2_targets": {"x": 1}}],
+    )
+    assert rows_of(tmp_path, "humaneval")["test"][0].keys() == {
+        "task_id",
+        "prompt",
+        "canonical_solution",
+        "test",
+        "entry_point",
+    }
+    assert rows_of(tmp_path, "triviaqa") == {
+        "validation": [{"question": "Who?", "answer": {"aliases": ["A", "B"], "value": "A"}}]
+    }
+    assert rows_of(tmp_path, "nq_open") == {"validation": [{"question": "who", "answer": ["A"]}]}
+    assert rows_of(tmp_path, "boolq") == {"validation": [{"question": "is it", "passage": "It is.", "label": 1}]}
+    assert rows_of(tmp_path, "openbookqa") == {
+        "test": [{"question_stem": "S", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}]
+    }
+    assert rows_of(tmp_path, "truthfulqa")["validation"][0]["mc1_targets"] == {"choices": ["x", "y"], "labels": [1, 0]}
+
+
+def test_agieval_gets_the_prompt_of_lm_evals_copies() -> None:
+    row = {"passage": "P. ", "question": "Which?", "options": ["(A)x", "(B)y", "(C)z"], "label": "B", "answer": None}
+    assert agieval_row(row) == [{
+        "query": "P. Q: Which? Answer Choices: (A)x (B)y (C)z\nA: Among A through C, the answer is",
+        "choices": ["(A)x", "(B)y", "(C)z"], "gold": [1],
+    }]  # fmt: skip
+    math = {"passage": None, "question": "1+1?", "options": None, "label": None, "answer": "2"}
+    assert agieval_row(math) == [{"query": "Q: 1+1?\nA: The answer is", "answer": "2"}]
+
+
+def test_every_demo_file_belongs_to_one_set(tmp_path: Path) -> None:
+    for file in DataFolder(write_demo(tmp_path, 3)).files:
+        holders = [name for name, form in FORMS.items() if form.holds(file)]
+        assert len(holders) == 1 and FORMS[holders[0]].converted(file), (file.within, holders)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00001", "train"),
+        ("anatomy_val", "validation"),
+        ("dev", "dev"),
+        ("latest", None),
+        ("tests", None),
+    ],
+)
+def test_splits_of_names(name: str, split: str | None) -> None:
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused"),
+    [
+        ("I\u2019m sorry, but I can\u2019t help with that.", True),
+        ("I cannot assist.", True),
+        ("As an AI language model, I do not do that.", True),
+        ("", True),
+        ("You can kill a process with os.kill.", False),
+        ("I can help. First, open the terminal.", False),
+        ("Sure! " + "x" * 400 + " I cannot", False),
+    ],
+)
+def test_refusals(answer: str, refused: bool) -> None:
+    assert refuses(answer) is refused
+
+
+def cut(folder: Path) -> None:
+    (folder / "nq_open").mkdir(parents=True)
+    (folder / "nq_open" / "dev.json").write_text('[{"question": "who')
+
+
+def without_field(folder: Path) -> None:
+    write(folder / "nq_open" / "dev.jsonl", [{"question": "who"}])
+
+
+def no_parquet(folder: Path) -> None:
+    (folder / "nq_open").mkdir(parents=True)
+    (folder / "nq_open" / "dev.parquet").write_bytes(b"PAR1")
+
+
+def no_utf8(folder: Path) -> None:
+    (folder / "nq_open").mkdir(parents=True)
+    (folder / "nq_open" / "dev.jsonl").write_bytes(b"\xff\xfe\x00")
+
+
+def one_row(folder: Path) -> None:
+    write(folder / "nq_open" / "dev.jsonl", [{"question": "who", "answer": ["A"]}])
+
+
+def one_exam(folder: Path) -> None:
+    row = {"passage": "P. ", "question": "Which?", "options": ["(A)x", "(B)y"], "label": "B", "answer": None}
+    write(folder / "agieval" / "sat-en.jsonl", [row])
+
+
+def empty(folder: Path) -> None:
+    folder.mkdir()
+
+
+BAD: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
+    "task": (one_row, ["--tasks", "mmlu_anatomie"], "did you mean mmlu_anatomy?"),
+    "yaml": (one_row, ["--tasks", "mine.yaml"], "mine.yaml, which is no file"),
+    "folder": (None, [], "is no folder; give the one that the sets lie in"),
+    "no files": (empty, [], "holds no file that ends in"),
+    "no rows": (one_row, ["--tasks", "hellaswag"], "hellaswag needs rows for its split validation"),
+    "cut": (cut, [], "is no JSON"),
+    "field": (without_field, [], "row 1 of"),
+    "parquet": (no_parquet, [], "is no parquet file"),
+    "encoding": (no_utf8, [], "is not UTF-8"),
+    "shots": (one_row, ["--shots", "3"], "needs 3 examples, and --data-dir has 1 rows in all"),
+    "twice": (one_exam, ["--tasks", "agieval_en,agieval_sat_en"], "gives agieval_sat_en twice"),
+    "model": (one_row, [], "does not exist; give a run, a checkpoint or a Hugging Face folder"),
+    "demo": (one_row, ["--demo"], "--demo and --data-dir are given together"),
+    "limit": (one_row, ["--limit", "0"], "--limit is 0; it must be at least 1"),
+    "negative": (one_row, ["--shots", "-1"], "--shots is -1; it must be 0 or more"),
+    "system": (one_row, ["--system", "Be brief."], "--system is given without --chat"),
+    "sandbox": (one_row, ["--sandbox", "jail"], "--sandbox is 'jail'; it must be one of"),
+    "layout": (one_row, ["--tp", "0"], "--tp is 0; it must be at least 1"),
+    "served": (one_row, ["--served-name", "m"], "--served-name is given for a model in a folder"),
+    "compare": (one_row, ["--compare", "none.json"], "none.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_sentence(name: str, tmp_path: Path) -> None:
+    make, more, sentence = BAD[name]
+    if make is not None:
+        make(tmp_path / "data")
+    tasks = [] if "--tasks" in more else ["--tasks", "nq_open"]
+    given = [str(tmp_path / "model"), "--data-dir", tmp_path / "data", "--out", tmp_path / "out", *tasks, *more]
+    done = in_process("evaluate", *given)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(lines) == 1 and sentence in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["http://127.0.0.1:9", "--tp", "2"], "--tp is given for a model behind an address"),
+        (["http://127.0.0.1:9", "--demo", "--tasks", "boolq"], "give the folder of the model's tokenizer"),
+        (["http://127.0.0.1:9", "--demo", "--tasks", "boolq", "--chat"], "which chat completions do not have"),
+        (["http://127.0.0.1:9", "--demo", "--tasks", "nq_open"], "cannot be reached"),
+    ],
+)
+def test_addresses_that_cannot_be_asked(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    done = in_process("evaluate", *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+
+
+def test_an_out_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    done = in_process("evaluate", "model", "--demo", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "cannot be written" in done.stderr
+
+
+def test_a_row_that_is_no_object(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k" / "test.json", [1])
+    with pytest.raises(UserError, match=r"element 1 of .* is 1; it must be an object"):
+        rows_of(tmp_path, "gsm8k")
