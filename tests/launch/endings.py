@@ -218,7 +218,7 @@ WAYS: dict[str, Way] = {
     "SIGTERM": Way(_signal(signal.SIGTERM), SAVED, True),
     "SIGINT": Way(_signal(signal.SIGINT), SAVED, True),
     "SIGINT twice, a worker stopped": Way(_twice_with_one_stopped, SAVED, True),
-    "train.time_limit_s": Way(_nothing, SAVED, True, ("train.steps=100000", "train.time_limit_s=12")),
+    "train.time_limit_s": Way(_nothing, SAVED, True, ("train.steps=100000", "train.time_limit_s=45")),
     "launch | head": Way(_nothing, SAVED, True, pipe="head -n 12", at=8),
     "launch | tee, Ctrl-C": Way(_interrupt_group, SAVED, True, pipe="tee /dev/null"),
     "closed terminal": Way(_hang_up, SAVED, True, terminal=True),
