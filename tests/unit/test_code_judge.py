@@ -231,10 +231,12 @@ def test_all_right_answers_of_human_eval_pass_and_no_empty_one(mode: Any) -> Non
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.skipif(not MBPP_FILE, reason="MBPP_FILE names no file mbpp.jsonl, which google-research has")
-def test_all_right_answers_of_mbpp_pass(sandbox: Sandbox) -> None:
+@pytest.mark.parametrize("mode", ["bwrap", "landlock"])
+def test_all_right_answers_of_mbpp_pass(mode: Any) -> None:
     rows = [json.loads(line) for line in Path(MBPP_FILE).read_text(encoding="utf-8").splitlines()]
-    judge = Ahead(Code(sandbox), sandbox.workers)
-    right = [(Asked([], row, str(row["task_id"])), Given(row["code"], 1)) for row in rows]
-    judge.prepare(right)
-    assert [item[0].where for item in right if judge(*item) != 1.0] == []
+    with Sandbox(mode) as sandbox:
+        judge = Ahead(Code(sandbox), sandbox.workers)
+        right = [(Asked([], row, str(row["task_id"])), Given(row["code"], 1)) for row in rows]
+        judge.prepare(right)
+        assert [item[0].where for item in right if judge(*item) != 1.0] == []
     assert len(rows) > 900
