@@ -68,7 +68,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 # Each line checks one thing that a bare machine may lack and names the package that brings it.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) $(wildcard csrc/decode/*)
 	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here; install it (Debian: apt install python3) or say make PYTHON=/path/to/python3." >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10; say make PYTHON=python3.11 or another newer one." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot create virtual environments; on Debian and Ubuntu: apt install python3-venv." >&2; exit 2; }

@@ -4,8 +4,10 @@ client process that is killed while it reads.
     python benchmarks/serve_soak.py [--clients 200] [--seconds 300] [--folder MODEL] [--out FILE.md]
 
 Every answer must be complete or a clear error. Afterwards no page, answer, task, descriptor or thread may be left that
-was not there before, and memory must not grow in the second half. Without ``--folder``, the model is a random one of
-0.02 M parameters, so that the server and not the model is what is loaded. The exit status is 1 if anything fails.
+was not there before, and memory must have come to rest: its largest value in the last quarter of the time is at most 1
+percent above that of the quarter before (asked of runs of two minutes and more; every size of pass must have come).
+Without ``--folder``, the model is a random one of 0.02 M parameters, so that the server and not the model is what is
+loaded. The exit status is 1 if anything fails.
 """
 
 from __future__ import annotations
@@ -240,6 +242,23 @@ def percentiles(values: list[float]) -> str:
     return " | ".join(f"{1000 * value:.0f}" for value in (at[49], at[89], at[98], max(values)))
 
 
+def by_minute(memory: list[float]) -> list[float]:
+    """The largest of each 60 values, one a second."""
+    return [max(memory[start : start + 60]) for start in range(0, len(memory), 60)]
+
+
+def quarters(memory: list[float]) -> tuple[float, float]:
+    """The largest value of the third quarter, and of the last."""
+    count = len(memory)
+    return max(memory[count // 2 : 3 * count // 4]), max(memory[3 * count // 4 :])
+
+
+def at_rest(memory: list[float]) -> bool:
+    """Whether the last quarter is at most 1 % above the one before."""
+    before, last = quarters(memory)
+    return last <= 1.01 * before
+
+
 def report(seen: Seen, before: dict[str, float], after: dict[str, float], memory: list[float], command: str) -> str:
     """The result as Markdown."""
     lines = ["# Soak of `llm-parallel serve`", "", f"`{command}`", "", "| what | count |", "| --- | ---: |"]
@@ -250,8 +269,11 @@ def report(seen: Seen, before: dict[str, float], after: dict[str, float], memory
     lines += [f"| between pieces of a stream | {percentiles(seen.per_token)} |", ""]
     lines += ["| the server holds | before | after |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {before[name]:g} | {after[name]:g} |" for name in before]
-    eighths = [max(memory[len(memory) * n // 8 :][: max(len(memory) // 8, 1)]) for n in range(8)]
-    lines += ["", f"Largest memory in each eighth of the time, MB: {', '.join(f'{one:.0f}' for one in eighths)}."]
+    lines += ["", f"Largest memory in each minute, MB: {', '.join(f'{one:.0f}' for one in by_minute(memory))}."]
+    if len(memory) >= 4:
+        before_last, last = quarters(memory)
+        said = "came to rest" if at_rest(memory) else "was still growing"
+        lines += [f"In the last quarter it was at most {last:.0f}, in the one before {before_last:.0f}: it {said}."]
     return "\n".join([*lines, *(f"- {one}" for one in seen.broken[:20])]) + "\n"
 
 
@@ -286,6 +308,7 @@ def main() -> int:
     fine = held and not seen.broken and status == 0 and "error" not in log.lower()
     # A few connections may wait for their end when the descriptors are counted.
     fine = fine and after["descriptors"] <= before["descriptors"] + 4
+    fine = fine and (given.seconds < 120 or at_rest(memory))
     if not fine:
         print(f"FAILED: exit status of the server {status}\n{log[-2000:]}")
     return 0 if fine else 1

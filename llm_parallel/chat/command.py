@@ -11,12 +11,12 @@ from io import TextIOWrapper
 
 from llm_parallel.chat.backend import Backend
 from llm_parallel.chat.conversation import Conversation, load
-from llm_parallel.chat.printable import printable
 from llm_parallel.chat.remote import RemoteModel, is_address
 from llm_parallel.chat.request import ChatRequest
 from llm_parallel.chat.session import Screen, Session
 from llm_parallel.errors import UserError
 from llm_parallel.lines import say
+from llm_parallel.printable import printable
 
 
 def chat_command(request: ChatRequest) -> int:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import json
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import Any
-from urllib.parse import urlsplit
 
 from llm_parallel.chat.backend import Event, Interrupt, LeftOut, Note, Text
 from llm_parallel.chat.conversation import Message, fitting
-from llm_parallel.chat.printable import printable
 from llm_parallel.chat.request import Settings
 from llm_parallel.errors import UserError
+from llm_parallel.printable import printable
+from llm_parallel.remote import base_of, is_private, key_of, opener, reason, refusal
 
 KEY_NAME = "OPENAI_API_KEY"
 """Environment variable that holds the API key."""
 CONNECT_S, SILENCE_S = 20.0, 600.0
-MAX_ERROR_BYTES = 1 << 16
 MAX_LINE_BYTES = 1 << 24
 FROM_SERVER = "the server's"
 
@@ -32,21 +29,14 @@ def is_address(text: str) -> bool:
     return text.startswith(("http://", "https://"))
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Python's own handler sends the API key to wherever a redirect points."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
-        raise UserError(f"{printable(req.full_url)} sends on to {printable(newurl)}; give that address instead")
-
-
 class RemoteModel:
     """See ``Backend``. Raises UserError if the address is wrong, the server cannot be reached, or it has no model
     ``name``."""
 
     def __init__(self, address: str, name: str | None, environment: Mapping[str, str]) -> None:
-        self._base = _base_of(address)
-        self._key = _key_of(environment)
-        self._opener = _opener(self._base)
+        self._base = base_of(address, KEY_NAME)
+        self._key = key_of(environment, KEY_NAME)
+        self._opener = opener(self._base)
         self._dropped: list[Message] = []
         self.system: str | None = None
         self.defaults: dict[str, object] = dict.fromkeys(
@@ -60,7 +50,7 @@ class RemoteModel:
             raise UserError(f"{address} does not say which models it has; give --name")
         self._name = name or names[0]
         self.remark = (
-            f"the API key goes to {self._base} unencrypted" if self._key and not _is_private(self._base) else None
+            f"the API key goes to {self._base} unencrypted" if self._key and not is_private(self._base) else None
         )
 
     @property
@@ -155,7 +145,7 @@ class RemoteModel:
         except UserError:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise UserError(f"{self._base} cannot be reached: {_reason(error)}") from None
+            raise UserError(f"{self._base} cannot be reached: {reason(error)}") from None
         assert isinstance(response, http.client.HTTPResponse)
         return response
 
@@ -165,12 +155,7 @@ class _Refusal(Exception):
 
     def __init__(self, address: str, error: urllib.error.HTTPError, has_key: bool) -> None:
         self.status = error.code
-        said, code = "", ""
-        with suppress(ValueError, OSError, AttributeError, http.client.HTTPException):
-            found = json.loads(error.read(MAX_ERROR_BYTES))
-            inner = found.get("error", found.get("detail", found.get("message")))
-            said = str(inner.get("message", inner)) if isinstance(inner, dict) else str(inner or "")
-            code = f"{inner.get('code')} {inner.get('type')}" if isinstance(inner, dict) else ""
+        said, code = refusal(error)
         words = said.lower()
         named = "context_length" in code or "context_size" in code
         described = any(f"context {word}" in words for word in ("length", "size", "window"))
@@ -216,7 +201,7 @@ def _chunks(response: http.client.HTTPResponse, interrupt: Interrupt) -> Iterato
         try:
             line = interrupt.wait(lambda: response.readline(MAX_LINE_BYTES)) or b""
         except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"the connection broke off: {_reason(error)}") from None
+            raise UserError(f"the connection broke off: {reason(error)}") from None
         data = line.removeprefix(b"data:").strip()
         if not line or data == b"[DONE]":
             return
@@ -228,58 +213,3 @@ def _chunks(response: http.client.HTTPResponse, interrupt: Interrupt) -> Iterato
             if not isinstance(chunk, dict):
                 raise UserError("the server sent something that is no piece of an answer; is the address right?")
             yield chunk
-
-
-def _base_of(address: str) -> str:
-    """The address up to ``/v1``."""
-    try:
-        parts = urlsplit(address)
-        fine = bool(parts.hostname) and (parts.port or 1) > 0 and not parts.query and not parts.fragment
-    except ValueError:
-        fine = False
-    if not fine:
-        raise UserError(f"{address} is no address of a server; give one such as http://127.0.0.1:8000")
-    if parts.username is not None:
-        raise UserError(f"the address has a user name in it; set an API key in {KEY_NAME} instead")
-    base = address.rstrip("/")
-    for ending in ("/chat/completions", "/models"):
-        base = base.removesuffix(ending)
-    return base if base.endswith("/v1") or parts.path.strip("/") else base + "/v1"
-
-
-def _key_of(environment: Mapping[str, str]) -> str | None:
-    key = environment.get(KEY_NAME, "").strip()
-    if not all("!" <= letter <= "~" for letter in key):  # http.client's own error would show the key
-        raise UserError(f"the API key in {KEY_NAME} has a space or another character that no key has; set it again")
-    return key or None
-
-
-def _is_loopback(base: str) -> bool:
-    host = urlsplit(base).hostname or ""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def _is_private(base: str) -> bool:
-    """Whether nobody on the way can read what is sent."""
-    return base.startswith("https://") or _is_loopback(base)
-
-
-def _opener(base: str) -> urllib.request.OpenerDirector:
-    """Proxies of the environment are used, but not for this machine itself."""
-    handlers: list[Any] = [_NoRedirects()]
-    if _is_loopback(base):
-        handlers.append(urllib.request.ProxyHandler({}))
-    return urllib.request.build_opener(*handlers)
-
-
-def _reason(error: Exception) -> str:
-    inner = getattr(error, "reason", error)
-    if isinstance(inner, ConnectionRefusedError):
-        return "nothing listens there"
-    if isinstance(inner, socket.gaierror):
-        return "there is no host of that name"
-    if isinstance(inner, TimeoutError):
-        return "it does not answer"
-    return printable(str(inner)) or type(inner).__name__

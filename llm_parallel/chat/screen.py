@@ -16,8 +16,8 @@ from rich.segment import Segment
 from rich.theme import Theme
 
 from llm_parallel.chat.blocks import Blocks
-from llm_parallel.chat.printable import Pieces, printable
 from llm_parallel.lines import say
+from llm_parallel.printable import Pieces, printable
 
 DRAW_EVERY_S = 0.06
 THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "cyan"})

@@ -13,14 +13,19 @@ from llm_parallel.config.node import Node
 class JudgeConfig(Node):
     """One judge of answers: a number for each, of which more is better."""
 
-    kind: Literal["exact", "contains", "number", "regex", "json", "length", "function", "reward_model"] = "exact"
+    kind: Literal[
+        "exact", "contains", "number", "regex", "json", "length", "function", "code", "model", "reward_model"
+    ] = "exact"
     """``exact``: 1 if the answer is the record's right one, without blanks around it; ``contains``: 1 if the right one
     occurs in it; ``number``: 1 if the last number of the answer is the last one of the right answer; ``regex``: 1 if
     ``pattern`` is found; ``json``: 1 if the answer is JSON that fits the record's JSON schema; ``length``: minus the
-    tokens over ``max_tokens``, divided by it; ``function``: what a Python function of yours says; ``reward_model``:
-    what a model with a value head says of the prompt with the answer."""
+    tokens over ``max_tokens``, divided by it; ``function``: what a Python function of yours says; ``code``: 1 if the
+    program in the answer passes the record's tests, run in a sandbox; ``model``: where on ``scale`` a language model
+    behind an address puts the answer, from 0 to 1; ``reward_model``: what a model with a value head says of the prompt
+    with the answer."""
     field: str = "answer"
-    """The record's field with the right answer (a text, a number, or a list of right ones), or with the JSON schema."""
+    """The record's field with the right answer (a text, a number, or a list of right ones), with the JSON schema, or
+    with the answer that ``reads: pair`` compares with."""
     folder: str | None = None
     """``reward_model``: a run of ``method.kind: reward``, or a Hugging Face folder of a model for sequence
     classification with one label; it must have the tokenizer of the policy."""
@@ -37,7 +42,48 @@ class JudgeConfig(Node):
     text), record (the fields of the record) and complete (whether the answer was ended by the model), and returns a
     number."""
     timeout_s: PositiveFloat = 60.0
-    """``function``: seconds that a call may take; a longer one ends the run with a sentence."""
+    """``function``: seconds that a call may take; a longer one ends the run with a sentence. ``model``: seconds of one
+    request."""
+    pays: Literal["all", "share"] = "all"
+    """``code``: 1 for a program that passes all tests, else 0 (``all``); or the share of the tests that it passes."""
+    sandbox: Literal["auto", "bwrap", "landlock", "unsafe"] = "auto"
+    """``code``: how programs are held: by bubblewrap; by Landlock and seccomp; the first of these that works
+    (``auto``); or not at all, with limits on time, memory and output alone (``unsafe``)."""
+    cpu_s: PositiveInt = 10
+    """``code``: processor-seconds of a program. It may take three times as long, and five seconds."""
+    memory_mb: PositiveInt = 1024
+    """``code``: memory of a program, in MiB."""
+    packages: tuple[str, ...] = ()
+    """``code``: folders whose modules programs may import; none: Python's own library alone."""
+    at_once: PositiveInt = 4
+    """``code``, ``model``: programs, or requests, at a time in each process that judges."""
+    url: str | None = None
+    """``model``: address of a server with OpenAI's interface, such as http://127.0.0.1:8000/v1."""
+    model: str | None = None
+    """``model``: the model's name there."""
+    template: str | None = None
+    """``model``: what it is asked; {prompt} and {answer} (``reads: pair``: {answer_a} and {answer_b}) are filled in,
+    and {field} by that field of the record. None: a general question for help, correctness and clarity."""
+    reads: Literal["number", "json", "pair"] = "number"
+    """``model``: how its reply is read: a last line that is a number (``number``); a JSON object with a number
+    ``score`` (``json``); or A, B or tie, for the answer and the record's own ``field``, asked in both orders
+    (``pair``): 1 if the answer is better, 1/2 for a tie or where the orders differ, 0 if it is worse."""
+    scale: tuple[float, ...] = (1.0, 10.0)
+    """``model``: the worst and the best number that it may give."""
+    temperature: float = Field(0.0, ge=0.0)
+    """``model``: of its replies."""
+    max_reply_tokens: PositiveInt = 1024
+    """``model``: most tokens of its reply."""
+    key_from: str | None = None
+    """``model``: the environment variable that holds the API key; none: no key is sent."""
+    cache: str | None = None
+    """``model``: a folder in which replies are kept, for other runs and processes too; none: they are not."""
+    tries: PositiveInt = 4
+    """``model``: requests for one reply, if the server is busy or the reply has not the form that is asked for."""
+
+
+NO_MATTER = ("at_once", "cache", "key_from", "timeout_s", "tries")
+"""Fields of a judge that change no number that it gives."""
 
 
 class RolloutConfig(Node):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm_parallel.errors import UserError
+from llm_parallel.generate.extension import best_of
 from llm_parallel.generate.requests import TopTokens
 from llm_parallel.generate.sampling import Sampling, filtered
 from llm_parallel.model.deterministic import log_probs_of
@@ -111,6 +112,10 @@ def _allowed(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 def _alike(logits: Tensor, draws: Sequence[Draw], deterministic: bool) -> list[Choice]:
     """The same for rows that agree about everything but penalties, biases and top_log_probs."""
     how = draws[0].sampling
+    most = max(draw.sampling.top_log_probs for draw in draws)
+    if how.temperature == 0.0 and not (most or deterministic) and (found := best_of(logits)) is not None:
+        chosen = zip(found.tokens, found.logits, found.log_sums)
+        return [Choice(token, _finite(logit - log_sum)) for token, logit, log_sum in chosen]
     if how.temperature == 0.0:
         best, tokens = logits.max(dim=-1)
     else:
@@ -120,17 +125,20 @@ def _alike(logits: Tensor, draws: Sequence[Draw], deterministic: bool) -> list[C
     totals = torch.logsumexp(logits, dim=-1)
     log_probs = log_probs_of(logits, tokens) if deterministic else best - totals
     numbers = torch.stack((tokens.double(), log_probs.double())).tolist()
-    if not all(map(math.isfinite, numbers[1])):
-        raise UserError("the model's output is not finite; its weights are damaged, or training has diverged")
-    most = max(draw.sampling.top_log_probs for draw in draws)
     if not most:
-        return [Choice(int(token), log_prob) for token, log_prob in zip(*numbers)]
+        return [Choice(int(token), _finite(log_prob)) for token, log_prob in zip(*numbers)]
     likeliest = (logits - totals.unsqueeze(1)).topk(min(most, logits.shape[1]), dim=-1)
     rows = zip(*numbers, likeliest.indices.tolist(), likeliest.values.tolist(), draws)
     return [
-        Choice(int(token), log_prob, _top(ids[: draw.sampling.top_log_probs], values))
+        Choice(int(token), _finite(log_prob), _top(ids[: draw.sampling.top_log_probs], values))
         for token, log_prob, ids, values, draw in rows
     ]
+
+
+def _finite(log_prob: float) -> float:
+    if not math.isfinite(log_prob):
+        raise UserError("the model's output is not finite; its weights are damaged, or training has diverged")
+    return log_prob
 
 
 def _top(ids: Sequence[int], values: Sequence[float]) -> TopTokens:

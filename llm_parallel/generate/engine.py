@@ -60,12 +60,14 @@ class GeneratorOptions:
 
 @dataclass
 class _Running:
-    """A pass under way. extras: what it gives beside tokens; chosen: what the last stage has chosen, on the process
-    that chooses, and the scores of prompts behind it; sums: of hidden states; sent: broadcasts of both."""
+    """A pass under way. extras: what it gives beside tokens; choices: of the last stage, on the process that chooses,
+    and the scores of prompts behind them; chosen: the same as a tensor, where others must hear of them; sums: of hidden
+    states; sent: broadcasts of both."""
 
     parts: list[Part]
     info: Pass
     extras: Extras | None = None
+    choices: list[Choice] | None = None
     chosen: Tensor | None = None
     sums: Tensor | None = None
     sent: list[dist.Work | None] = field(default_factory=list)
@@ -119,7 +121,7 @@ class Generator:
         self.limits = Limits(num_pages, options.page_tokens, options.max_running, options.pass_tokens)
         self._rotation = Rotation(self.model_config, self._device)
         self.scheduler = Scheduler(self.limits, self._pp, self._ends, self._rotation.salt)
-        self._caches = [LayerCache.of_chunk(chunk, num_pages * options.page_tokens) for chunk in self._models]
+        self._caches = [LayerCache.of_chunk(chunk, num_pages, options.page_tokens) for chunk in self._models]
         self._passes: list[_Running | None] = [None] * self._pp
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
         self.is_stale = False
@@ -280,8 +282,10 @@ class Generator:
         if running.num_chosen:
             choices = choose_tokens(logits[: len(draws)], draws, self._deterministic) if draws else []
             choices += extras.scores(logits[len(draws) :], self._deterministic) if extras is not None else []
-            running.chosen = _packed(choices, running.width).to(self._device)
-            running.sent.append(self._broadcast(running.chosen, wait=False))
+            running.choices = choices
+            if self.groups.mesh.tp * self._pp > 1:
+                running.chosen = _packed(choices, running.width).to(self._device)
+                running.sent.append(self._broadcast(running.chosen, wait=False))
         if extras is not None and extras.pooled:
             running.sums = extras.sums(chunk.norm(x))
             running.sent.append(self._broadcast(running.sums, wait=False))
@@ -322,17 +326,18 @@ class Generator:
 
     def _received(self, running: _Running) -> tuple[list[Choice], Tensor | None]:
         """What the process that chooses has sent, or on that process has at hand."""
-        chosen, sums = running.chosen, running.sums
+        choices, sums = running.choices, running.sums
         for work in running.sent:
             if work is not None:
                 work.wait()
-        if chosen is None and running.num_chosen:
+        if choices is None and running.num_chosen:
             chosen = torch.empty(running.num_chosen, running.width, dtype=torch.float64, device=self._device)
             self._broadcast(chosen, wait=True)
+            choices = [_unpacked(row) for row in chosen.tolist()]
         if sums is None and running.num_sums:
             sums = torch.empty(running.num_sums, self.model_config.hidden_size, device=self._device)
             self._broadcast(sums, wait=True)
-        return ([] if chosen is None else [_unpacked(row) for row in chosen.tolist()]), sums
+        return choices or [], sums
 
     def _ends(self, draft: Draft) -> bool:
         """Whether the last token completed a stop string."""

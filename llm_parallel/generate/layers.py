@@ -22,9 +22,12 @@ from llm_kernels.rms_norm.op import rms_norm
 from llm_kernels.swiglu.op import swiglu
 from llm_parallel.generate import deterministic
 from llm_parallel.generate.adapters import AdapterBank
+from llm_parallel.generate.extension import MOST_ROWS, few_rows
+from llm_parallel.generate.native import NativeAttention, NativeChunk, can_read
 from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass, attend
 from llm_parallel.generate.paging import Paging
-from llm_parallel.model.deterministic import gated
+from llm_parallel.generate.seen import PageArrays
+from llm_parallel.model.deterministic import gated, rows_computed
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.modules import HeadsNorm, OutputNormLayer, RMSNorm
 
@@ -47,11 +50,24 @@ def product(weight: Tensor) -> Function:
         return packed
     stored = getattr(weight, "stored", None)  # in few bits, under adapters
     if stored is not None:
-        return lambda x: F.linear(x, stored.values(x.dtype))
+        return in_few_sizes(lambda x: F.linear(x, stored.values(x.dtype)))
     onednn = _onednn() if weight.device.type == "cpu" and weight.dtype == torch.float32 else None
-    if onednn is None:
+    if weight.is_cuda:
         return lambda x: F.linear(x, weight)
-    return lambda x: onednn(x, weight, None, "none", [], "")
+    if onednn is None:
+        return few_rows(weight, in_few_sizes(lambda x: F.linear(x, weight)))
+    return few_rows(weight, in_few_sizes(lambda x: onednn(x, weight, None, "none", [], "")))
+
+
+def in_few_sizes(multiply: Function) -> Function:
+    """The product with rows of zeros behind x, so that their number is one of few."""
+
+    def padded(x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        missing = rows_computed(rows) - rows
+        return multiply(F.pad(x, (0, 0, 0, missing)))[:rows] if missing else multiply(x)
+
+    return padded
 
 
 def norm(module: Any) -> Function:
@@ -91,13 +107,15 @@ def column(module: Any, bank: AdapterBank | None = None) -> Function:
         return deterministic.column(module, added)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     wide_b = None if adapter is None else adapter.wide_b()
+    gain = None if adapter is None or adapter.m is None else adapter.gain(module.weight)
 
     def forward(x: Tensor) -> Tensor:
         y = multiply(x)
-        if bias is not None:
-            y += bias
         if wide_b is not None and adapter.on:
             y.addmm_(F.linear(x, adapter.a), wide_b.t(), alpha=adapter.scale)
+            y = y if gain is None else y * gain.to(y.dtype)
+        if bias is not None:
+            y += bias
         return y if added is None else added(y, x)
 
     return forward
@@ -110,6 +128,7 @@ def row(module: Any, group: Any, bank: AdapterBank | None = None) -> Function:
         return deterministic.row(module, group, added)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     several = group.size() > 1
+    gain = None if adapter is None or adapter.m is None else adapter.gain(module.weight)
 
     def forward(x: Tensor) -> Tensor:
         y = multiply(x)
@@ -118,6 +137,8 @@ def row(module: Any, group: Any, bank: AdapterBank | None = None) -> Function:
             y.addmm_(F.linear(x, adapter.a), adapter.b.t(), alpha=adapter.scale)
         if several:
             dist.all_reduce(y, group=group)
+        if gain is not None and adapter.on:
+            y = y * gain.to(y.dtype)
         if bias is not None:
             y += bias
         return y if added is None else added(y, x)
@@ -149,8 +170,10 @@ class AttentionLayer:
         self.output = row(module.linear_proj, self.group, bank)
         self.norm_q, self.norm_k = heads_norm(module.q_layernorm), heads_norm(module.k_layernorm)
         self.rotates = core.rotates
-        self.attend = deterministic.attend if config.kernels.deterministic else attend
         self.options = AttentionOptions(core.scale, core.window[0], core.softcap, core.kernels.attention)
+        members = config.num_attention_heads // self.tp // self.groups
+        native = NativeAttention.of(cache, members, self.options)
+        self.attend = deterministic.attend if config.kernels.deterministic else native or attend
 
     def __call__(self, x_TH: Tensor, info: Pass) -> Tensor:
         qkv = self._whole_groups(self.project(x_TH))
@@ -232,20 +255,26 @@ class PlainChunk:
         self.group = model.groups.collection.tp
         self.layers = [Layer(layer, cache, bank) for layer, cache in zip(model.decoder.layers, caches)]
         self.is_first, self.is_last = model.pre_process, model.post_process
-        self.paging = Paging.of(model)
+        self.paging: Paging | PageArrays | None = Paging.of(model)
+        if self.paging is None and not model.config.kernels.deterministic and all(map(can_read, caches)):
+            self.paging = PageArrays()
+        output = None
         if self.is_first:
             self.embedding = model.embedding.word_embeddings.weight
         if self.is_last:
             tied = model.share_embeddings_and_output_weights
             weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
             multiply = deterministic.linear if model.config.kernels.deterministic else product
-            self.norm, self.output = norm(model.decoder.final_layernorm), multiply(weight)
+            self.norm, self.output, output = norm(model.decoder.final_layernorm), multiply(weight), weight
+        self.native = NativeChunk.of(model, caches, output) if bank is None else None
 
     def __call__(self, x_TH: Tensor | None, info: Pass) -> Tensor:
         """The stream of the chunk before (None for the first) → the stream after this one."""
         if self.is_first:
             x_TH = self._embed(info.tokens)
         assert x_TH is not None
+        if self.native is not None and info.is_small:
+            return self.native.forward(x_TH, info)
         for layer in self.layers:
             x_TH = layer(x_TH, info)
         return x_TH
@@ -263,7 +292,10 @@ class PlainChunk:
     def logits(self, x_RH: Tensor) -> Tensor:
         """Rows of the last chunk's stream → logits of the whole vocabulary, fp32 [R, v], on every rank."""
         model = self.model.model_config
-        logits = self.output(self.norm(x_RH)).float()
+        if self.native is not None and x_RH.shape[0] <= MOST_ROWS:
+            logits = self.native.logits(x_RH)
+        else:
+            logits = self.output(self.norm(x_RH)).float()
         if self.group.size() > 1:
             parts = [torch.empty_like(logits) for _ in range(self.group.size())]
             dist.all_gather(parts, logits, group=self.group)

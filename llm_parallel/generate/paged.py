@@ -18,8 +18,10 @@ from llm_kernels.attention.ref import attention as attention_by_segment
 from llm_kernels.paged_attention.op import paged_attention
 from llm_kernels.paged_attention.plan import Plan
 from llm_parallel.config.tree import ModelConfig
+from llm_parallel.generate.extension import MOST_ROWS
 from llm_parallel.generate.paging import Paging, backend_of
 from llm_parallel.generate.scheduler import Part
+from llm_parallel.generate.seen import PageArrays, Seen
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.rotary import frequencies
 
@@ -27,16 +29,20 @@ from llm_parallel.model.rotary import frequencies
 class LayerCache:
     """Keys (rotated) and values of one layer, [slots, G, D]; page ``p`` has the slots from ``p * page_tokens`` on."""
 
-    def __init__(self, slots: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, slots: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device, page_tokens: int
+    ) -> None:
+        self.page_tokens = page_tokens
         self.k, self.v = (torch.empty(slots, groups, head_dim, dtype=dtype, device=device) for _ in range(2))
 
     @staticmethod
-    def of_chunk(model: LlamaModel, slots: int) -> list[LayerCache]:
+    def of_chunk(model: LlamaModel, num_pages: int, page_tokens: int) -> list[LayerCache]:
         """Caches of a model chunk's layers."""
         config, mesh = model.model_config, model.groups.mesh
         groups = max(config.num_query_groups // mesh.tp, 1)
         device, dtype = model.groups.platform.device, model.numerics.dtype
-        return [LayerCache(slots, groups, config.kv_channels, dtype, device) for _ in model.decoder.layers]
+        slots, layers = num_pages * page_tokens, model.decoder.layers
+        return [LayerCache(slots, groups, config.kv_channels, dtype, device, page_tokens) for _ in layers]
 
     @staticmethod
     def bytes_per_token(models: Sequence[LlamaModel]) -> int:
@@ -68,7 +74,8 @@ class Pass:
 
     tokens: int64 [T]; slots: where the keys of each go; cos, sin: fp32 [T, 1, 1, D], the sines with the sign of the
     rotation; keys: those that each part attends to; counts: tokens of each part; last_rows: the rows from which tokens
-    are chosen; plan: the tables of the paged attention kernel instead of ``keys``, on devices that run it.
+    are chosen; plan: the tables of the paged attention kernel instead of ``keys``, on devices that run it; seen: those
+    of the C++ extension, for all tokens if there are few of them, else for the single tokens, whose ``keys`` are empty.
     """
 
     tokens: Tensor
@@ -79,6 +86,12 @@ class Pass:
     counts: tuple[int, ...]
     last_rows: Tensor
     plan: Plan | None
+    seen: Seen | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the extension can compute all of the pass."""
+        return self.seen is not None and len(self.tokens) <= MOST_ROWS
 
     @property
     def num_singles(self) -> int:
@@ -143,9 +156,13 @@ def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_pass(
-    parts: Sequence[Part], page_tokens: int, rotation: Rotation, device: torch.device, paging: Paging | None
+    parts: Sequence[Part],
+    page_tokens: int,
+    rotation: Rotation,
+    device: torch.device,
+    paging: Paging | PageArrays | None,
 ) -> Pass:
-    """The pass of a plan. ``paging``: where attention is the paged kernel."""
+    """The pass of a plan. ``paging``: where attention is the paged kernel or the C++ extension's."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -159,10 +176,18 @@ def make_pass(
     counts = tuple(part.count for part in parts)
     ends = np.cumsum(counts)
     last = torch.tensor([int(end) - 1 for end, part in zip(ends, parts) if part.chooses], dtype=torch.int64)
-    plan = None if paging is None else paging.plan(parts, page_tokens)
-    keys = tuple(_keys(part, page_tokens, device) for part in parts) if plan is None else ()
     cos, sin = rotation.of(parts, numbers[1])
-    return Pass(numbers[0], numbers[2], cos, sin, keys, counts, last.to(device), plan)
+    plan, seen, keys = None, None, list[Keys]()
+    if isinstance(paging, Paging):
+        plan = paging.plan(parts, page_tokens)
+    elif paging is not None and len(tokens) <= MOST_ROWS:
+        seen = Seen.of(parts, paging)
+    else:
+        if paging is not None and counts[0] == 1:
+            singles = [part for part in parts if part.count == 1]
+            seen, keys = Seen.of(singles, paging), [Keys(0)] * len(singles)
+        keys += [_keys(part, page_tokens, device) for part in parts[len(keys) :]]
+    return Pass(numbers[0], numbers[2], cos, sin, tuple(keys), counts, last.to(device), plan, seen)
 
 
 def _keys(part: Part, page_tokens: int, device: torch.device) -> Keys:
@@ -184,15 +209,16 @@ class AttentionOptions:
     backend: str
 
 
-def attend(q_TGMD: Tensor, cache: LayerCache, info: Pass, options: AttentionOptions) -> Tensor:
-    """Attention of all parts over the cache, in which their own keys are stored already → [T, N·D]."""
+def attend(q_TGMD: Tensor, cache: LayerCache, info: Pass, options: AttentionOptions, after: int = 0) -> Tensor:
+    """Attention of all parts over the cache, in which their own keys are stored already → [T, N·D]; of those after the
+    first ``after`` single tokens alone if there are such."""
     if info.plan is not None:
         return paged_attention(
             q_TGMD.flatten(1, 2), cache.k, cache.v, info.plan, scale=options.scale, left=options.left,
             softcap=options.softcap, backend=backend_of(options.backend),
         ).flatten(1)  # fmt: skip
-    found, row = [], 0
-    for keys, count in zip(info.keys, info.counts):
+    found, row = [], after
+    for keys, count in zip(info.keys[after:], info.counts[after:]):
         k_LGD, v_LGD = keys.of(cache.k), keys.of(cache.v)
         q = q_TGMD[row : row + count]
         if count == 1 and not options.softcap:

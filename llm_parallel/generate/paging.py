@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from llm_kernels.device import arch
 from llm_kernels.paged_attention.op import backend_for
 from llm_kernels.paged_attention.plan import Plan, Tables
 from llm_kernels.paged_attention.tiles import Heads
-from llm_parallel.generate.scheduler import Draft, Part
+from llm_parallel.generate.scheduler import Part
+from llm_parallel.generate.seen import PageArrays
 from llm_parallel.model.gpt import LlamaModel
 
 
@@ -22,12 +21,11 @@ def backend_of(attention: str) -> str:
 
 
 class Paging:
-    """Plans of passes. The pages of a sequence are converted once: a text of 32,768 tokens has 2,048 of them, whose
-    conversion from a list takes 60 us, and a pass has up to 64 such texts."""
+    """Plans of passes."""
 
     def __init__(self, heads: Heads, device: torch.device) -> None:
         self._heads, self._device = heads, device
-        self._known: weakref.WeakKeyDictionary[Draft, tuple[list[int], np.ndarray, int]] = weakref.WeakKeyDictionary()
+        self._arrays = PageArrays()
 
     @staticmethod
     def of(model: LlamaModel) -> Paging | None:
@@ -43,20 +41,9 @@ class Paging:
     def tables(self, parts: Sequence[Part], page_tokens: int) -> Tables:
         """The tables of a pass on the host."""
         lengths = [part.start + part.count for part in parts]
-        pages = [self._pages(part.sequence) for part in parts]
+        pages = [self._arrays.of(part.sequence) for part in parts]
         return Tables.make([part.count for part in parts], lengths, pages, page_tokens, self._heads)
 
     def plan(self, parts: Sequence[Part], page_tokens: int) -> Plan:
         """The plan of a pass on the device."""
         return self.tables(parts, page_tokens).to(self._device)
-
-    def _pages(self, sequence: Draft) -> np.ndarray:
-        pages = sequence.pages
-        of, array, known = self._known.get(sequence, (None, None, 0))
-        if of is not pages or array is None:  # a sequence that was interrupted has another list
-            array, known = np.empty(0, dtype=np.int32), 0
-        if len(pages) > len(array):
-            array = np.concatenate([array[:known], np.empty(len(pages), dtype=np.int32)])
-        array[known : len(pages)] = pages[known:]
-        self._known[sequence] = pages, array, len(pages)
-        return array[: len(pages)]

@@ -1,11 +1,8 @@
-"""Weights in few bits for generation on a CPU, by torch's packed products.
+"""Weights in few bits for generation on a CPU.
 
 ``int8``: each row of a matrix has a scale. ``int4``: each 32 numbers of a row have a scale and an offset; the output
-projection, in which an error meets the logits directly, is int8. Embeddings, norms and biases stay in bf16, as do
-activations, since torch's packed products are fast in bf16 alone. A row of a matrix has the same codes and scales
-whatever the layout.
-
-Shapes: T tokens of a pass, O outputs and I inputs of a matrix on this process.
+projection, in which an error meets the logits directly, is int8. Embeddings, norms and biases stay in bf16, as does the
+cache. A row of a matrix has the same codes and scales whatever the layout.
 """
 
 from __future__ import annotations
@@ -16,76 +13,22 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from llm_parallel.errors import UserError
 from llm_parallel.generate.layers import PlainChunk
+from llm_parallel.generate.packed import GROUP, PackedMatrix, fits
 from llm_parallel.generate.paged import LayerCache, Rotation, make_pass
 from llm_parallel.generate.requests import Request
 from llm_parallel.generate.scheduler import Draft, Part
 from llm_parallel.parallel.engine import Network
 
-GROUP = 32
-"""Numbers of a row that share a scale in int4."""
-MANY_TOKENS = 24
-"""From so many tokens on, an int8 matrix is made bf16 before the product: for 3,072 x 576 numbers on an AMD EPYC, 64
-tokens take 0.72 ms instead of 1.44, and 16 tokens 0.38 instead of 0.36."""
 PAGE_TOKENS = 16
 SAMPLE = (
     "The capital of France is Paris, and the capital of Italy is Rome. Water boils at one hundred degrees. def add(a, "
     "b): return a + b. She looked out of the window, saw that it was raining, and took an umbrella with her."
 )
 """Text on which logits are compared."""
-
-
-class PackedMatrix:
-    """A matrix [O, I] in 8 or 4 bits, to be called with x [T, I] in bf16."""
-
-    def __init__(self, values: Tensor, bits: Literal[4, 8], group: dist.ProcessGroup | None = None) -> None:
-        """group: the processes that hold the other columns, None if there are none."""
-        self.bits, self.shape = bits, values.shape
-        self.codes, self.scales = _packed_int8(values, group) if bits == 8 else _packed_int4(values)
-
-    @property
-    def bytes(self) -> int:
-        """Memory that the matrix takes."""
-        return sum(x.numel() * x.element_size() for x in (self.codes, self.scales))
-
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        x_TI = x_TI.contiguous()
-        if self.bits == 8:
-            if x_TI.shape[0] >= MANY_TOKENS:
-                return F.linear(x_TI, self.codes.to(x_TI.dtype)).mul_(self.scales)
-            return torch._weight_int8pack_mm(x_TI, self.codes, self.scales)
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TI, self.codes, GROUP, self.scales)
-        return out
-
-
-def _packed_int8(values: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    largest = values.abs().amax(1)
-    if group is not None and group.size() > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    scales = (largest / 127).clamp(min=1e-30).bfloat16()
-    codes = (values / scales.float().unsqueeze(1)).round_().clamp_(-127, 127)
-    return codes.to(torch.int8), scales
-
-
-def _packed_int4(values: Tensor) -> tuple[Tensor, Tensor]:
-    """A code c stands for (c - 8) · scale + offset. Codes are chosen for scale and offset as bf16 holds them."""
-    grouped = values.unflatten(1, (-1, GROUP))
-    low, high = grouped.amin(2), grouped.amax(2)
-    scales = ((high - low) / 15).clamp(min=1e-30).bfloat16()
-    offsets = (low + 8 * scales.float()).bfloat16()
-    codes = (grouped - offsets.float().unsqueeze(2)).div_(scales.float().unsqueeze(2)).add_(8).round_().clamp_(0, 15)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1).to(torch.int32), 1)
-    return packed, torch.stack((scales, offsets), 2).transpose(0, 1).contiguous()
-
-
-def fits(weight: Tensor, bits: int) -> bool:
-    """Whether torch's packed product takes a matrix of this shape."""
-    rows, columns = weight.shape
-    return columns % 32 == 0 and (bits == 8 or rows % 16 == 0)
 
 
 @dataclass(frozen=True)
@@ -160,7 +103,7 @@ def text_logits(network: Network, tokens: Sequence[int]) -> Tensor | None:
     draft = Draft(Request(0, tuple(tokens)), 0, 0, list(tokens), pages=list(range(pages)))
     logits = None
     with torch.inference_mode(), torch._C.DisableTorchFunction():
-        caches = [LayerCache.of_chunk(model, pages * PAGE_TOKENS) for model in network.models]
+        caches = [LayerCache.of_chunk(model, pages, PAGE_TOKENS) for model in network.models]
         chunks = [PlainChunk(model, cache) for model, cache in zip(network.models, caches)]
         config = network.models[0].model_config
         part = Part(draft, 0, len(tokens), True)

@@ -13,7 +13,9 @@ from typing import Any
 
 from llm_parallel.config.tree_online import JudgeConfig
 from llm_parallel.errors import UserError
+from llm_parallel.tasks.ahead import Ahead
 from llm_parallel.tasks.base import Asked, Given, Judge, JudgeFailed
+from llm_parallel.tasks.open_asking import open_code, open_model
 from llm_parallel.tasks.reward_model import RewardModel
 from llm_parallel.tasks.text import Contains, Exact, FitsSchema, Length, Number, Regex
 from llm_parallel.tasks.time_limit import TimedOut, at_most
@@ -64,8 +66,19 @@ class Sum:
         """See ``Judge``."""
         return sum(weight * judge(asked, given) for weight, judge in self.parts)
 
+    @property
+    def waits(self) -> bool:
+        """Whether a judge waits for programs or a server, so that it is worth naming answers before."""
+        return any(isinstance(judge, Ahead) for _, judge in self.parts)
 
-def open_judge(judges: Sequence[JudgeConfig], field: str = "method.rollout.judges") -> Judge:
+    def prepare(self, items: Sequence[tuple[Asked, Given]]) -> None:
+        """Lets judges that wait for others begin with answers that will be judged soon."""
+        for _, judge in self.parts:
+            if isinstance(judge, Ahead):
+                judge.prepare(items)
+
+
+def open_judge(judges: Sequence[JudgeConfig], field: str = "method.rollout.judges") -> Sum:
     """The judges of a configuration as one. Raises UserError that names the field."""
     if not judges:
         raise UserError(f"{field} is empty; give at least one judge, such as {{kind: exact}}")
@@ -89,6 +102,10 @@ def _open(config: JudgeConfig, field: str, number: int) -> Judge:
                 f"{field}.kind = json needs the package jsonschema; install it with: pip install jsonschema"
             )
         return FitsSchema(config.field)
+    if config.kind == "code":
+        return open_code(config, field)
+    if config.kind == "model":
+        return open_model(config, field)
     if config.kind == "number":
         return Number(config.field)
     return Exact(config.field) if config.kind == "exact" else Contains(config.field)

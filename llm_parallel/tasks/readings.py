@@ -9,6 +9,7 @@ from typing import Any
 from llm_parallel.config.tree_online import JudgeConfig
 from llm_parallel.errors import UserError
 from llm_parallel.tasks.base import Asked, Given, JudgeFailed
+from llm_parallel.tasks.code import Pairs, read_tests
 from llm_parallel.tasks.open import open_judge
 from llm_parallel.tasks.text import Regex, last_number, right_ones
 
@@ -64,9 +65,25 @@ def _reading(judge: JudgeConfig, asked: Asked) -> str:
     if judge.kind == "function":
         names = ", ".join(map(str, asked.fields)) or "none"
         return f"what {judge.function} of {judge.file} returns, which is told the fields {names}"
+    if judge.kind == "code":
+        return _reading_of_tests(judge, asked)
+    if judge.kind == "model":
+        low, high = judge.scale
+        named = f"what {judge.model} at {judge.url} says of the answer"
+        return f"{named} and of {judge.field}" if judge.reads == "pair" else f"{named}, from {low:g} to {high:g}"
     if judge.kind == "reward_model":
         return f"what the reward model in {judge.folder} says of the prompt with the answer"
     return f"what the judge of kind {judge.kind} says"
+
+
+def _reading_of_tests(judge: JudgeConfig, asked: Asked) -> str:
+    tests = read_tests(asked)
+    if isinstance(tests, Pairs):
+        what = f"writes what it should for {len(tests.inputs)} inputs, such as {_short(repr(tests.inputs[0]))}"
+    else:
+        name = f"the function {tests.entry_point}" if tests.entry_point else "its functions"
+        what = f"passes {tests.tests.count('assert ')} assertions on {name}"
+    return f"the share of the tests that it passes: {what}" if judge.pays == "share" else f"1 if it {what}"
 
 
 def _any(texts: Sequence[str]) -> str:

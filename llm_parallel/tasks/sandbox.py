@@ -17,6 +17,7 @@ import json
 import os
 import selectors
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ from llm_parallel.tasks.sandbox_worker import MODES, Limits, Mode, Setup, Worker
 Status = Literal["passed", "failed", "timeout", "memory", "output", "crashed"]
 __all__ = ["MODES", "Job", "Limits", "Mode", "Sandbox", "SandboxFailed", "SandboxResult", "Script", "Status", "Tested"]
 
+LONGER = 9
+"""Times that the limit on wall time is extended for a program that wants to go on and gets no processor: what it may
+compute, the limit on processor time says."""
 TAIL = 2000
 """Characters of a program's last messages that a result keeps."""
 
@@ -41,10 +45,12 @@ class SandboxFailed(UserError):
 @dataclass(frozen=True)
 class Script:
     """A program that reads ``given`` from its standard input and writes its answer. It passes if it ends with status
-    0; what it has written is for the caller to compare."""
+    0; what it has written is for the caller to compare. otherwise: the first of these is run that is Python if the
+    source is none."""
 
     source: str
     given: str = ""
+    otherwise: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,14 @@ class Tested:
     tests: Python whose assertions decide; the names that it uses and does not define are the program's, and
     ``candidate`` is the program's ``entry_point``. setup: Python that runs before the tests and beside them, without
     the program (imports, and the prompt of which the program is the completion). stop_early: the first assertion that
-    does not hold ends the tests."""
+    does not hold ends the tests. otherwise: the first of these is taken that is Python if the source is none."""
 
     source: str
     tests: str
     setup: str = ""
     entry_point: str | None = None
     stop_early: bool = True
+    otherwise: tuple[str, ...] = ()
 
 
 Job = Script | Tested
@@ -109,6 +116,8 @@ class Sandbox:
     ) -> None:
         if mode != "auto" and mode not in MODES:
             raise UserError(f"the sandbox has no mode {mode!r}; it has auto, {', '.join(MODES)}")
+        if sys.platform != "linux":
+            raise SandboxFailed(f"programs are run on Linux only, and this is {sys.platform}")
         self.limits = limits or Limits()
         self.workers = workers or len(os.sched_getaffinity(0))
         self._places = threading.Semaphore(self.workers)
@@ -117,7 +126,7 @@ class Sandbox:
         self._process = os.getpid()
         self._starter = ThreadPoolExecutor(1)
         self.refused: dict[str, str] = {}
-        """Why modes that were tried do not work here, in the words of the system."""
+        """Why modes that were tried before do not work here, in the words of the system."""
         self._setup = self._first_that_works(mode, packages)
         self.mode: Mode = self._setup.mode
         """How programs are held."""
@@ -196,6 +205,7 @@ class Sandbox:
                 finally:
                     worker.kill()
                 if result.status == "passed":
+                    self.refused.pop(setup.mode, None)
                     return setup
                 self.refused[setup.mode] = f"a program of one line ended with {result.status} ({result.reason})"
             except (UserError, OSError, WorkerEnded) as error:
@@ -222,15 +232,19 @@ class Running:
         worker has ended before the program did."""
         begin = time.monotonic()
         tested = isinstance(self.job, Tested)
-        texts = [self.job.source, json.dumps(asdict(self.job)) if tested else getattr(self.job, "given", "")]
+        sources = json.dumps([self.job.source, *self.job.otherwise])
+        texts = [sources, json.dumps(asdict(self.job)) if tested else getattr(self.job, "given", "")]
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(_file(text)) for text in texts]
             ends = {name: _pipe(stack) for name in (("out", "err", "says") if tested else ("out", "err"))}
-            self.worker.ask({"tested": tested}, [*(file.fileno() for file in files), *(w for _, w in ends.values())])
-            for _, written in ends.values():
-                os.close(written)
+            try:
+                descriptors = [*(file.fileno() for file in files), *(written for _, written in ends.values())]
+                self.worker.ask({"tested": tested}, descriptors)
+            finally:
+                for _, written in ends.values():
+                    os.close(written)
             stopped, reply = self._wait({read: name for name, (read, _) in ends.items()}, begin + self.limits.wall_s)
-        said = [json.loads(line) for line in self._kept["says"].splitlines()]
+        said = [json.loads(line) for line in self._kept["says"].split(b"\n")[:-1]]
         outcome = self._status(stopped, reply, said)
         common = {
             "mode": self.worker.setup.mode,
@@ -245,6 +259,7 @@ class Running:
         """Reads what the program writes until it has ended. Returns by what limit it was stopped, and the worker's
         reply."""
         control, reply, left = self.worker.control, None, self.limits.output_bytes
+        longer = LONGER
         with selectors.DefaultSelector() as selector:
             for descriptor, name in reading.items():
                 selector.register(descriptor, selectors.EVENT_READ, name)
@@ -256,7 +271,16 @@ class Running:
                 if not ready:
                     if lingers:
                         break
-                    return "timeout", {}
+                    if not self.worker.is_busy():
+                        return "timeout", {}
+                    if not longer:
+                        raise SandboxFailed(
+                            f"a program got less than {self.limits.cpu_s} processor-seconds in "
+                            f"{(LONGER + 1) * self.limits.wall_s:g} s; the machine is too busy, so run fewer at a time"
+                        )
+                    longer -= 1
+                    deadline += self.limits.wall_s
+                    continue
                 for key, _ in ready:
                     if key.data == "reply":
                         selector.unregister(control)
@@ -335,12 +359,7 @@ def _file(text: str) -> Any:
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
-    """A pipe whose ends are closed at the end, if they are open then."""
+    """A pipe, of which the end to read is closed at the end."""
     read, written = os.pipe()
-    stack.callback(_close, read)
+    stack.callback(os.close, read)
     return read, written
-
-
-def _close(descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(descriptor)

@@ -215,12 +215,21 @@ def namespace(name: str) -> dict[str, Any]:
     return module.__dict__
 
 
-def run(source: str, given: int, settings: Mapping[str, Any], outputs: tuple[int, int]) -> None:
+def compiled(sources: str) -> types.CodeType:
+    """The first of the sources (a list as JSON) that is Python. Raises what is wrong with the first if none is."""
+    texts = json.loads(sources)
+    for text in texts:
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            return compile(text, "<program>", "exec")
+    return compile(texts[0], "<program>", "exec")
+
+
+def run(sources: str, given: int, settings: Mapping[str, Any], outputs: tuple[int, int]) -> None:
     """Runs a program as a script: the exit status is Python's."""
     confined(settings, outputs, given)
     code = 0
     try:
-        exec(compile(source, "<program>", "exec"), namespace("__main__"))
+        exec(compiled(sources), namespace("__main__"))
     except SystemExit as ended:
         code = exit_status(ended)
     except BaseException:
@@ -241,14 +250,14 @@ def exit_status(ended: SystemExit) -> int:
     return 1
 
 
-def serve(source: str, calls: socket.socket, settings: Mapping[str, Any], outputs: tuple[int, int]) -> None:
+def serve(sources: str, calls: socket.socket, settings: Mapping[str, Any], outputs: tuple[int, int]) -> None:
     """Runs a program, then whatever of it the tests call."""
     confined(settings, outputs, None)
     values = namespace("answer")
     peer = Peer(calls, values, open_to_others=True)
 
     def load() -> None:
-        exec(compile(source, "<program>", "exec"), values)
+        exec(compiled(sources), values)
 
     peer.reply(load)
     peer.serve()
@@ -268,10 +277,11 @@ def test(job: Mapping[str, Any], calls: socket.socket, verdict: int) -> None:
         tree = ast.parse(job["tests"])
         exec(compile(job["setup"], "<setup>", "exec"), values)
     except (SyntaxError, ValueError) as error:
-        say(broken=f"the tests are no Python: {error}", done=True)
+        say(broken=f"the tests are no Python: {error}"[:REASON_LENGTH], done=True)
         return
     except Exception as error:
-        say(broken=f"what stands before the tests raises {type(error).__name__}: {error}", done=True)
+        text = f"what stands before the tests raises {type(error).__name__}: {error}"
+        say(broken=text[:REASON_LENGTH], done=True)
         return
     say(total=sum(isinstance(node, ast.Assert) for node in ast.walk(tree)))
     try:
@@ -297,6 +307,8 @@ def fill(values: dict[str, Any], peer: Peer, tree: ast.Module, entry_point: str 
     if entry_point is not None:
         wanted.append(entry_point)
     found = peer.names(sorted(set(wanted) - {COUNTED}))
+    if not found:  # a program may be asked to write Python's own sum anew; otherwise tests have Python's
+        found = peer.names(sorted(name for name in used - values.keys() if hasattr(builtins, name)))
     if entry_point is not None:
         if entry_point not in found:
             raise NameError(f"the program does not define {entry_point}")

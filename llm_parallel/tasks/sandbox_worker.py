@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 Mode = Literal["bwrap", "landlock", "unsafe"]
 MODES: tuple[Mode, ...] = ("bwrap", "landlock", "unsafe")
 
@@ -46,6 +48,7 @@ BEFOREHAND = (
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 FOLDER = "/tmp"
+PACKAGES = "/packages"
 START_S = 60.0
 
 
@@ -81,8 +84,9 @@ def setups(modes: Sequence[str], limits: Limits, packages: Sequence[str]) -> Ite
     root = os.geteuid() == 0
     for mode in modes:
         if mode == "bwrap":
-            for own_user in (True, False) if root else (False,):
-                yield _bwrap(limits, packages, own_user)
+            for folder in (FOLDER, None):  # before 0.7, bubblewrap cannot limit the size of a folder
+                for own_user in (True, False) if root else (False,):
+                    yield _bwrap(limits, packages, own_user, folder)
         elif mode == "landlock":
             for own_user in (True, False) if root else (False,):
                 yield _landlock(limits, packages, own_user)
@@ -90,41 +94,46 @@ def setups(modes: Sequence[str], limits: Limits, packages: Sequence[str]) -> Ite
             yield Setup("unsafe", (), _settings(limits, packages, confined=False))
 
 
-def _bwrap(limits: Limits, packages: Sequence[str], own_user: bool) -> Setup:
+def _bwrap(limits: Limits, packages: Sequence[str], own_user: bool, folder: str | None) -> Setup:
     """Namespaces made by bubblewrap. own_user: root's way, without a namespace of users: the worker becomes a user of
-    its own; otherwise it stays the user that started it, under another name and without any right."""
+    its own; otherwise it stays the user that started it, under another name and without any right. folder: where
+    programs may write; None: nowhere."""
     program = shutil.which("bwrap") or ""
     options = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     if own_user:
         options += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         options += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
-    seen = readable(packages)
-    folders = {str(folder) for path in (*seen, *DEVICES) for folder in Path(path).parents}
-    for folder in sorted(folders - {"/", *filter(os.path.islink, SYSTEM), *seen}):
-        options += ["--perms", "0755", "--dir", folder]  # what bwrap makes by itself is for root alone
+    seen = readable()
+    inside = [f"{PACKAGES}/{number}" for number in range(len(packages))]
+    folders = {str(folder) for path in (*seen, *inside, *DEVICES) for folder in Path(path).parents}
+    for parent in sorted(folders - {"/", *filter(os.path.islink, SYSTEM), *seen}):
+        options += ["--perms", "0755", "--dir", parent]  # what bwrap makes by itself is for root alone
     for path in seen:
         if Path(path).is_symlink():
             options += ["--symlink", str(Path(path).readlink()), path]
         elif Path(path).exists():
             options += ["--ro-bind", path, path]
+    for path, name in zip(packages, inside):  # which may lie in what the private folder hides
+        options += ["--ro-bind", path, name]
     for device in DEVICES:
         options += ["--dev-bind", device, device]
+    if folder is not None:
+        options += ["--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs", folder]
     # The tree itself is a tmpfs too, without a limit.
-    options += ["--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs", FOLDER, "--remount-ro", "/"]
-    options += ["--chdir", FOLDER, "--die-with-parent", "--"]
+    options += ["--remount-ro", "/", "--chdir", folder or "/", "--die-with-parent", "--"]
     counted_apart = own_user or kernel() >= (5, 14)
-    settings = _settings(limits, packages, confined=True, counted_apart=counted_apart)
-    settings |= {"folder": FOLDER, "uid": own_uid() if own_user else None}
+    settings = _settings(limits, inside, confined=True, counted_apart=counted_apart)
+    settings |= {"folder": folder, "uid": own_uid() if own_user else None}
     return Setup("bwrap", (program, *options), settings)
 
 
 def _landlock(limits: Limits, packages: Sequence[str], own_user: bool) -> Setup:
     """Landlock and seccomp. own_user: root becomes a user of whom there is no other process."""
     settings = _settings(limits, packages, confined=True, counted_apart=own_user)
-    settings["readable"] = [*readable(packages), *DEVICES]
+    settings["readable"] = [*readable(), *packages, *DEVICES]
     if own_user:
-        settings |= {"uid": own_uid(), "keep_reading": not all(map(open_to_all, readable(packages)))}
+        settings |= {"uid": own_uid(), "keep_reading": not all(map(open_to_all, [*readable(), *packages]))}
     return Setup("landlock", (), settings)
 
 
@@ -159,13 +168,13 @@ def interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
-def readable(packages: Sequence[str]) -> list[str]:
-    """The interpreter, its library, shared libraries of the system, and the given packages."""
+def readable() -> list[str]:
+    """The interpreter, its library, and shared libraries of the system."""
     shared = sysconfig.get_config_var("DESTSHARED")
     libraries = [os.path.realpath(path) for path in (Path(os.__file__).parent, shared) if path]
     if sys.base_prefix not in ("/usr", "/"):
         libraries.append(os.path.realpath(f"{sys.base_prefix}/lib"))
-    return list(dict.fromkeys([interpreter(), *libraries, *SYSTEM, *packages]))
+    return list(dict.fromkeys([interpreter(), *libraries, *SYSTEM]))
 
 
 def open_to_all(path: str) -> bool:
@@ -277,6 +286,15 @@ class Worker:
             return json.loads(self.control.recv(1 << 16) or b"{}")
         except ConnectionError:
             return {}
+
+    def is_busy(self) -> bool:
+        """Whether a program wants to compute, and does not sleep or wait."""
+        with contextlib.suppress(psutil.Error):
+            inside = psutil.Process(self._process.pid).children(recursive=True)
+            parents = {process.ppid() for process in inside}
+            states = (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+            return any(process.status() in states for process in inside if process.pid not in parents)
+        return False
 
     def kill(self) -> None:
         """Ends it and everything in it."""

@@ -20,12 +20,17 @@ from llm_parallel.generate.sampling import Sampling
 from llm_parallel.jsonlines import JsonLines
 from llm_parallel.metrics.rounds import expected_order_statistics
 from llm_parallel.parallel.engine import Engine
-from llm_parallel.tasks.base import Asked, Given, Judge
+from llm_parallel.tasks.base import Asked, Given
+from llm_parallel.tasks.open import Sum
 from llm_parallel.tune.reward_model import RewardModels, Values
 from llm_parallel.tune.round_files import Answered, Key, RoundFolder
 
 Asking = Sequence[tuple[int, Prompt]]
 """Prompts with their numbers in the run."""
+
+
+AHEAD = 64
+"""Answers that a judge is told of before it is asked for the first of them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Collector:
     config: RunConfig
     engine: Engine
     tokenizer: Tokenizer
-    judge: Judge
+    judge: Sum
     stops: frozenset[int]
     reward_models: RewardModels
 
@@ -109,10 +114,14 @@ class Collector:
         if self._writes:
             out = Writer(folder, "scores", own)
             try:
-                for place in range(own, len(left), replicas):
-                    number, sample = left[place]
-                    score = self.score(prompts[number], answers[number, sample], values[place])
-                    out.write({"prompt": number, "sample": sample, "score": score})
+                mine = range(own, len(left), replicas)
+                for begin in range(0, len(mine), AHEAD):
+                    places = mine[begin : begin + AHEAD]
+                    self._prepare([(prompts[left[place][0]], answers[left[place]]) for place in places])
+                    for place in places:
+                        number, sample = left[place]
+                        score = self.score(prompts[number], answers[number, sample], values[place])
+                        out.write({"prompt": number, "sample": sample, "score": score})
             except UserError as error:
                 problem = f"{error}; answers that were judged are kept in {folder.path}, and the same command goes on"
             problem = out.close() or problem
@@ -145,8 +154,16 @@ class Collector:
         unfinished = self.config.method.rollout.unfinished_score
         if unfinished is not None and not self._is_judged(answered):
             return unfinished
+        return self.judge(*self._judged(prompt, answered, values))
+
+    def _judged(self, prompt: Prompt, answered: Answered, values: Values) -> tuple[Asked, Given]:
         given = Given(self.text(prompt, answered.tokens), len(answered.tokens), answered.complete, values)
-        return self.judge(Asked(prompt.messages, prompt.record, prompt.where), given)
+        return Asked(prompt.messages, prompt.record, prompt.where), given
+
+    def _prepare(self, answers: Sequence[tuple[Prompt, Answered]]) -> None:
+        """Lets judges begin with answers that ``score`` will ask for."""
+        if self.judge.waits:
+            self.judge.prepare([self._judged(*one, {}) for one in answers if self._is_judged(one[1])])
 
     def text(self, prompt: Prompt, tokens: Sequence[int]) -> str:
         """The text of an answer."""
@@ -167,6 +184,7 @@ class Collector:
         own = [_answered(one) for one in finished] if self._writes else []
         known = self._everybodys(own)
         values = dict(zip(known, self._values([(prompts[number], answered) for number, answered in known.items()])))
+        self._prepare([(prompts[answered.prompt], answered) for answered in own])
         for answered in own:
             try:
                 score = self.score(prompts[answered.prompt], answered, values[answered.prompt])

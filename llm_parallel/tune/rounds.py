@@ -21,6 +21,7 @@ from llm_parallel.checkpoint.folders import complete_checkpoints, step_of
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.rules_rounds import steps_of_epoch, steps_of_round
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree_online import NO_MATTER
 from llm_parallel.data.batch import Batch
 from llm_parallel.data.epochs import derive_key
 from llm_parallel.data.prompts import Prompt, Prompts
@@ -198,7 +199,7 @@ class RoundFeed:
                 "weights" if name == POLICY else name: describe_model(network_of(engine))
                 for name, engine in run.engines.items()
             }
-        judges = [judge.model_dump() for judge in rollout.judges]
+        judges = [judge.model_dump(exclude=set(NO_MATTER)) for judge in rollout.judges]
         judged_by = {"judges": judges, "unfinished_score": rollout.unfinished_score}
         fits = all(known.get(name) == value for name, value in about.items())
         (misfits,) = run.groups.sum_over_world(float(not fits))  # all have looked, and agree

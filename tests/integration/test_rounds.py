@@ -1,5 +1,5 @@
 """Training on the model's own answers: the same answers, scores and losses in every layout and after every stop; a
-judge that fails is an error; the four-digit task is learned."""
+judge that fails is an error."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from llm_parallel.tasks.sandbox import Sandbox, SandboxFailed
 from tests.integration.test_prefer import start  # noqa: F401 (a fixture)
-from tests.integration.test_sft import answered
-from tests.integration.test_sft import write_run as write_sft
 from tests.support import four_digits
 from tests.support.commands import events, losses, read_records, train_in_ranks
-from tests.support.harness import run_ranks
+from tests.support.fake_openai import fake_openai
 
 pytestmark = pytest.mark.gloo
 STEPS_OF_ROUND = 2
@@ -205,44 +204,36 @@ def test_a_full_disk_of_one_process_ends_all_with_its_sentence(kind: str, task: 
         train_in_ranks(run_file, 2, prepare=partial(no_room, kind), timeout_s=60.0)
 
 
-@pytest.fixture(scope="module")
-def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four-digit task's model after fine-tuning, which is right in a third of its sampled answers."""
-    folder = tmp_path_factory.mktemp("fine_tuned")
-    four_digits.write_conversations(folder / "train.jsonl", 46000)
-    settings = {"steps": 360, "global_batch_size": 13, "micro_batch_size": 13}
-    train_in_ranks(write_sft(folder, train=settings, optim={"warmup_steps": 20}), 1)
-    return folder
-
-
-LEARN: dict[str, dict[str, Any]] = {
-    "grpo": {
-        "rollout": {"prompts": 64, "answers": 8, "epochs": 2}, "steps": 128, "batch": 128, "least": 0.9
-    },
-    "reject": {
-        "rollout": {"prompts": 128, "answers": 4, "epochs": 2}, "steps": 40, "batch": 32, "least": 0.9
-    },
-}  # fmt: skip
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}], ids=["1 process", "TP2 PP2"])
-@pytest.mark.parametrize("kind", LEARN)
-def test_the_four_digit_task_is_learned(kind: str, layout: dict[str, int], fine_tuned: Path, tmp_path: Path) -> None:
-    settings = LEARN[kind]
-    rollout = settings["rollout"] | {
-        "max_new_tokens": 6, "judges": [{"kind": "exact"}], "held_out_interval": None, "unfinished_score": 0.0
-    }  # fmt: skip
-    method: dict[str, Any] = {"kind": kind, "rollout": rollout}
-    if kind == "reject":
-        method["reject"] = {"keep": "above", "least_score": 1.0}
-    run_file = write_run(
-        fine_tuned, tmp_path, kind, method=method, parallel=layout, data={"seq_length_tokens": 208},
-        chat={"train": [str(write_prompts(tmp_path / "many.jsonl", 4000))], "eval_fraction": 0.0},
-        train={"global_batch_size": settings["batch"], "micro_batch_size": 8, "steps": settings["steps"]},
-    )  # fmt: skip
-    train_in_ranks(run_file, 4 if layout else 1)
-    _, before = run_ranks(answered, 1, str(fine_tuned / "run"))[0]
-    _, right = run_ranks(answered, 1, str(tmp_path / "run"))[0]
-    print(f"| {kind} | {layout or '1 process'} | {before:.3f} | {right:.3f} |")
-    assert before <= 0.5 and right >= settings["least"]
+def test_programs_and_a_model_judge_in_every_process(task: Callable[..., Path], tmp_path: Path) -> None:
+    """Two replicas, each with a sandbox and requests of its own; the same run again asks the model nothing new."""
+    try:
+        Sandbox(workers=1).close()
+    except SandboxFailed as error:
+        pytest.skip(str(error))
+    write = partial(task, "grpo", parallel={"dp": 2})
+    with fake_openai(lambda body, number: str(len(body["messages"][0]["content"]) % 5)) as fake:
+        judges = [
+            {"kind": "code", "pays": "share", "at_once": 2},
+            {
+                "kind": "model", "url": fake.base, "model": "m", "scale": [0, 4], "template": "{answer}",
+                "cache": str(tmp_path / "cache"), "weight": 10.0,
+            },
+        ]  # fmt: skip
+        found, asked = [], []
+        for name in ("first", "second"):
+            run_file = write(name)
+            tree = yaml.safe_load(run_file.read_text())
+            tree["method"]["rollout"]["judges"] = judges
+            run_file.write_text(yaml.safe_dump(tree))
+            prompts = Path(tree["chat"]["train"][0])
+            lines = [json.loads(line) | {"test_list": ["assert 1 == 1", "assert 1 == 2"]} for line in prompts.open()]
+            prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            train_in_ranks(run_file, 2)
+            scores = lines_of(tmp_path / name, "scores", 0)
+            found.append({(line["prompt"], line["sample"]): line["score"] for line in scores})
+            asked.append(len(fake.asked))
+        assert found[0] == found[1] and len(found[0]) == 24
+        assert 0 < asked[0] == asked[1], "replies are in the cache"
+        programs = {score % 2.5 for score in found[0].values()}
+        assert programs <= {0.0, 0.5}, "half of the tests pass for what is Python"

@@ -26,7 +26,8 @@ FOLDERS = {
     "tests": "tests",
 }
 """Package → its folder in the repository."""
-COMPILED, COMPILED_FOLDER = "llm_parallel._C", "csrc/"
+COMPILED = {"csrc/decode/": "llm_parallel._decode", "csrc/": "llm_parallel._C"}
+"""Folder of a C++ extension → its module; the first that fits counts."""
 TOUCH_EVERYTHING = ("conftest.py", "Makefile", "constraints.txt", "pyproject.toml", "setup.py", ".ci/run")
 """Files on which every test depends: selecting all of them would not fit into the time of .ci/run."""
 LIMIT_S = 1800.0
@@ -46,7 +47,7 @@ def module_of(path: str) -> str | None:
         if path.startswith(f"{folder}/") and path.endswith(".py"):
             parts = [package, *path.removeprefix(f"{folder}/").removesuffix(".py").split("/")]
             return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-    return COMPILED if path.startswith(COMPILED_FOLDER) else None
+    return next((module for folder, module in COMPILED.items() if path.startswith(folder)), None)
 
 
 def _names(source: str) -> Iterator[str]:
@@ -80,7 +81,7 @@ def import_graph(root: Path = ROOT) -> tuple[dict[str, frozenset[str]], dict[str
         for path in sorted((root / folder).rglob("*.py")):
             name = path.relative_to(root).as_posix()
             files[module_of(name) or name] = name
-    modules = {*files, COMPILED}
+    modules = {*files, *COMPILED.values()}
     return {
         module: imports((root / path).read_text(encoding="utf-8"), modules) for module, path in files.items()
     }, files

@@ -102,9 +102,11 @@ PROCESSES = {
     "a process of multiprocessing": attempt(
         "import multiprocessing as m\np = m.get_context('fork').Process(target=print)\np.start(); p.join()"
     ),
-    "thread bomb": attempt(
+    # Either no thread is started any more, or Python waits for one that could not begin, until the time is over.
+    "thread bomb": Attack(
         "import threading, time\nthreading.stack_size(32768)\n"
-        "for _ in range(5000): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+        "for _ in range(5000): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\nprint('THROUGH')",
+        None,
     ),
     "kill the parent": attempt("import os; os.kill(os.getppid(), 9)"),
     "kill everybody": attempt("import os; os.kill(-1, 9)"),

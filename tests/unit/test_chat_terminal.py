@@ -22,11 +22,11 @@ from llm_parallel.chat.blocks import Blocks
 from llm_parallel.chat.commands import HELP, Line, help_text, params_text, parse, with_params
 from llm_parallel.chat.conversation import Conversation, fitting, load, save
 from llm_parallel.chat.keyboard import history_path, open_history
-from llm_parallel.chat.printable import CONTROL, Pieces, printable
 from llm_parallel.chat.request import ChatRequest, Settings
 from llm_parallel.chat.screen import THEME, MarkdownScreen
 from llm_parallel.chat.session import Session
 from llm_parallel.errors import UserError
+from llm_parallel.printable import CONTROL, Pieces, printable
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llm_parallel.errors import UserError
-from llm_parallel.generate.weights import GROUP, PackedMatrix, check_packable, fits
+from llm_parallel.generate.packed import GROUP, PackedMatrix, fits
+from llm_parallel.generate.weights import check_packable
 from tests.support.harness import run_ranks
 from tests.support.in_process import in_process
 from tests.support.parity_models import random_folder

@@ -42,6 +42,7 @@ MEGATRON_FILES = {
     "llm_parallel/model/init.py": "marks of sharded parameters",
     "llm_parallel/model/sequence.py": "the record of packed documents",
     "llm_parallel/parallel/groups.py": "process groups",
+    "llm_parallel/parallel/boxes.py": "how parameters are sharded",
     "llm_parallel/parallel/engine.py": "data parallelism",
     "llm_parallel/parallel/mcore_optimizer.py": "gradient buffers and the optimizer, with their internals",
     "llm_parallel/parallel/platform.py": "the places that name CUDA",
@@ -187,6 +188,12 @@ def reads_environment(node: ast.AST) -> bool:
     )
 
 
+# Files that read it although they are not at the edge, and why.
+READS_ENVIRONMENT = {
+    "llm_parallel/tasks/secret.py": "an API key, which no record may hold; the run file names its variable",
+}
+
+
 def test_environment_is_read_at_the_edge_only() -> None:
     """Configuration, groups and state are passed as arguments; the environment is for the ways in."""
     found = []
@@ -194,7 +201,7 @@ def test_environment_is_read_at_the_edge_only() -> None:
         at_the_edge = (
             path.name == "__main__.py" or name_of(path) == "llm_parallel/cli.py" or name_of(path).startswith("launch/")
         )
-        if not at_the_edge and not is_test(path):
+        if not at_the_edge and not is_test(path) and name_of(path) not in READS_ENVIRONMENT:
             found += [f"{name_of(path)}:{node.lineno}" for node in ast.walk(tree_of(path)) if reads_environment(node)]
     assert not found
 

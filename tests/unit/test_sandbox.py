@@ -6,11 +6,15 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
@@ -20,28 +24,46 @@ import pytest
 
 from llm_parallel.errors import UserError
 from llm_parallel.tasks import sandbox_confine as confine
-from llm_parallel.tasks.sandbox import Limits, Sandbox, SandboxFailed, Script, Tested
+from llm_parallel.tasks.sandbox import Limits, Running, Sandbox, SandboxFailed, Script, Tested
+from llm_parallel.tasks.sandbox_worker import Worker, WorkerEnded, setups
 from tests.support.attacks import CHEATS, FILES, NETWORK, PROCESSES, SLOW, TESTS, USE, Attack
 
 pytestmark = pytest.mark.processes
 LIMITS = Limits(memory_bytes=256 << 20, output_bytes=100_000)
 
 
-def opened(mode: Any, limits: Limits) -> Sandbox:
-    try:
-        return Sandbox(mode, limits, workers=1)
-    except SandboxFailed as error:
-        pytest.skip(f"{mode} does not work here: {error}")
+WAYS = [
+    "bwrap",
+    "landlock",
+    # What root falls back on, and what other users have from the beginning.
+    pytest.param("bwrap 1", marks=pytest.mark.slow),
+    pytest.param("landlock 1", marks=pytest.mark.slow),
+    pytest.param("bwrap 2", marks=pytest.mark.slow),  # an old bubblewrap
+]
 
 
-@pytest.fixture(scope="module", params=["bwrap", "landlock"])
+def opened(way: str, limits: Limits) -> Sandbox:
+    """A sandbox in a mode; with a number, in the second way to have that mode."""
+    mode, _, place = way.partition(" ")
+    with pytest.MonkeyPatch.context() as patch:
+        if place:
+            if len(list(setups([mode], limits, []))) <= int(place):
+                pytest.skip("other users than root have fewer ways")
+            patch.setattr("llm_parallel.tasks.sandbox.setups", lambda *given: list(setups(*given))[int(place) :])
+        try:
+            return Sandbox(mode, limits, workers=1)  # type: ignore[arg-type]
+        except SandboxFailed as error:
+            pytest.skip(f"{mode} does not work here: {error}")
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """A sandbox that leaves a program much time, on a machine that others use too."""
     with opened(request.param, LIMITS) as found:
         yield found
 
 
-@pytest.fixture(scope="module", params=["bwrap", "landlock"])
+@pytest.fixture(scope="module", params=WAYS)
 def hasty(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     with opened(request.param, Limits(cpu_s=1, wall_s=1.5)) as found:
         yield found
@@ -355,3 +377,55 @@ def test_programs_end_with_whoever_runs_them(sandbox: Sandbox, tmp_path: Path) -
         asking.kill()
     _, alive = psutil.wait_procs(started, timeout=30)
     assert not alive
+
+
+def test_where_namespaces_are_forbidden_the_next_mode_holds() -> None:
+    """As in a container whose root has no rights and may make no namespace."""
+    tools = [shutil.which(name) for name in ("unshare", "setpriv")]
+    shell = "echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-all --inh-caps=-all"
+    program = (
+        "from llm_parallel.tasks.sandbox import Sandbox, Script\n"
+        "with Sandbox(workers=1) as sandbox:\n"
+        "    print(sandbox.mode, sandbox.refused)\n"
+        "    print(sandbox.run(Script('open(\"/etc/passwd\")')).reason)\n"
+        "    print(sandbox.run(Script('import os; os.fork()')).reason)\n"
+        "    print(sandbox.run(Script('print(1)')).output)\n"
+    )
+    command = ["unshare", "-Ur", "sh", "-c", f'{shell} "$@"', "sh", sys.executable, "-c", program]
+    if None in tools or subprocess.run([*command[:4], shell + " true"], capture_output=True).returncode:
+        pytest.skip("unshare and setpriv cannot make such a place here")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert lines[0].startswith("landlock {'bwrap': ") and "namespace" in lines[0]
+    assert lines[1].startswith("PermissionError") and lines[2].startswith("PermissionError") and lines[3] == "1"
+
+
+def test_a_program_that_gets_no_processor_is_not_its_fault(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
+    """Wall time ends what sleeps; what wants to compute has its processor-seconds, or the sandbox fails."""
+    sleeping = Script("import time; time.sleep(60)")
+    monkeypatch.setattr(sandbox, "limits", replace(sandbox.limits, wall_s=0.02))
+    assert sandbox.run(sleeping).status == "timeout"
+    monkeypatch.setattr(Worker, "is_busy", lambda worker: True)
+    with pytest.raises(SandboxFailed, match=r"got less than 10 processor-seconds in 0\.2 s; the machine is too busy"):
+        sandbox.run(sleeping)
+
+
+def test_who_wants_to_compute_is_seen(sandbox: Sandbox) -> None:
+    worker = sandbox._start(sandbox._setup)
+    try:
+        while worker.is_busy():  # it tidies its memory before it waits
+            pass
+        spinning = Running(Script("while True: pass"), Limits(cpu_s=5), worker)
+
+        def work() -> None:
+            with suppress(WorkerEnded):
+                spinning.result()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        while not worker.is_busy():
+            pass
+    finally:
+        worker.kill()
+    thread.join()
