@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
+from llm_parallel.checkpoint.optimizer import moments_in_fp32
 from llm_parallel.checkpoint.sharded import write_common
 from llm_parallel.model.tensors import ADAPTER_MARK
 from llm_parallel.parallel.engine import POLICY, Engine, Models, Network, network_of
@@ -72,7 +73,7 @@ def training_state(models: Models, loading: bool) -> dict[str, Any]:
 def _state_of(model: Network | Engine, loading: bool) -> dict[str, Any]:
     state = weights_state(network_of(model))
     if isinstance(model, Engine):
-        with padded_buckets(model.optimizer):
+        with moments_in_fp32({POLICY: model}, take=False), padded_buckets(model.optimizer):
             state["optimizer"] = model.optimizer.sharded_state_dict(
                 dict(state), is_loading=loading, metadata=metadata(model)
             )

@@ -24,6 +24,7 @@ from llm_parallel.checkpoint.optimizer import (
     allocate_moments,
     apply_configured_settings,
     engines_of,
+    moments_in_fp32,
     optimizer_steps,
     set_optimizer_steps,
     settings_changed,
@@ -125,9 +126,9 @@ class MemoryCopies:
 
     def _copy_planes(self, slot: int) -> None:
         targets = self._slots[slot]
-        for piece, planes in self._held:
-            where = slice(piece.at, piece.at + piece.stop - piece.start)
-            for target, plane in zip(targets, planes):
+        for held in self._held:
+            where = slice(held.piece.at, held.piece.at + held.high - held.low)
+            for target, plane in zip(targets, held.planes):
                 target[where].copy_(plane)
 
 
@@ -299,9 +300,10 @@ def restore(
         allocate_moments(engine)
     assembler = Assembler(openers)
     try:
-        for piece, planes in held_pieces(models, divided=False):
-            for plane, numbers in zip(planes, assembler.read(piece)):
-                plane.copy_(torch.from_numpy(np.ascontiguousarray(numbers)))
+        with moments_in_fp32(models, take=True):
+            for held in held_pieces(models, divided=False):
+                for plane, numbers in zip(held.planes, assembler.read(held.piece)):
+                    plane.copy_(torch.from_numpy(np.ascontiguousarray(numbers)))
         for engine in engines.values():
             weights_follow(engine)
         record = assembler.state()

@@ -23,9 +23,12 @@ from llm_parallel.checkpoint.content import (
 from llm_parallel.checkpoint.folders import find_checkpoint
 from llm_parallel.checkpoint.integrity import damage
 from llm_parallel.checkpoint.optimizer import (
+    MOMENTS_ROUNDED,
     allocate_moments,
     apply_configured_settings,
     engines_of,
+    moments_in_fp32,
+    rounding_said,
     settings_changed,
     settings_in_use,
 )
@@ -79,15 +82,20 @@ def load_checkpoint(
     engines = engines_of(models)
     for engine in engines.values():
         allocate_moments(engine)
-    loaded = _load(folder, training_state(models, loading=True))
-    for name, model in models.items():
-        load_weights_into(network_of(model), loaded if name == POLICY else loaded[name])
-    for name, engine in engines.items():
-        load_optimizer_state(engine.optimizer, (loaded if name == POLICY else loaded[name])["optimizer"])
-        saved = settings_in_use(engine)
-        apply_configured_settings(engine)
-        if name == POLICY:
-            changed([*settings_changed(saved, settings_in_use(engine)), *unused])
+    settings: list[str] = []
+    with moments_in_fp32(models, take=True):
+        loaded = _load(folder, training_state(models, loading=True))
+        for name, model in models.items():
+            load_weights_into(network_of(model), loaded if name == POLICY else loaded[name])
+        for name, engine in engines.items():
+            load_optimizer_state(engine.optimizer, (loaded if name == POLICY else loaded[name])["optimizer"])
+            saved = settings_in_use(engine)
+            apply_configured_settings(engine)
+            if name == POLICY:
+                settings = settings_changed(saved, settings_in_use(engine))
+    if MOMENTS_ROUNDED in settings:
+        settings.append(rounding_said(engines[POLICY]))
+    changed([*settings, *unused])
     return TrainState.read(folder)
 
 
@@ -144,7 +152,7 @@ def _check_adapters(folder: Path, content: dict[str, Any], network: Network) -> 
         raise UserError(
             f"{folder} holds adapters alone, and this run has none; give the adapter section of {folder / CONFIG_NAME}"
         )
-    for name in ("rank", "targets"):
+    for name in ("rank", "targets", "dora"):
         old, new = getattr(theirs, name), getattr(here.adapter, name)
         if set(old) != set(new) if name == "targets" else old != new:
             old, new = (list(x) if isinstance(x, tuple) else x for x in (old, new))

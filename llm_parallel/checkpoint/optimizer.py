@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 
+from llm_parallel.parallel.adamw8 import AdamW8bit
 from llm_parallel.parallel.engine import Engine, Models
 from llm_parallel.parallel.mcore_optimizer import inner_optimizers
 
@@ -22,6 +24,9 @@ def allocate_moments(engine: Engine) -> None:
     has nothing to load into.
     """
     for inner in inner_optimizers(engine.optimizer):
+        if isinstance(inner, AdamW8bit):
+            inner.allocate()
+            continue
         for group in inner.param_groups:
             for parameter in group["params"]:
                 state = inner.state[parameter]
@@ -29,6 +34,32 @@ def allocate_moments(engine: Engine) -> None:
                     state["step"] = torch.zeros((), device=parameter.device)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+@contextmanager
+def moments_in_fp32(models: Models, take: bool) -> Iterator[None]:
+    """While inside, moments in 8 bits stand in the optimizers' states in fp32, where those of other optimizers always
+    stand. ``take``: they are rounded to 8 bits at the end, which is collective; else they are dropped."""
+    with ExitStack() as stack:
+        for engine in engines_of(models).values():
+            for inner in inner_optimizers(engine.optimizer):
+                if isinstance(inner, AdamW8bit):
+                    stack.enter_context(inner.moments_in_fp32(take))
+        yield
+
+
+MOMENTS_ROUNDED = "optim.moment_bits 32 → 8"
+
+
+def rounding_said(engine: Engine) -> str:
+    """How far moments that were taken from fp32 are from what they were. Collective over all processes."""
+    sums = torch.zeros(2, 2, dtype=torch.float64)
+    for inner in inner_optimizers(engine.optimizer):
+        if isinstance(inner, AdamW8bit):
+            sums += inner.rounded
+    totals = engine.groups.sum_over_world(*sums.flatten().tolist())
+    first, second = ((totals[n] / (totals[n + 1] or 1.0)) ** 0.5 for n in (0, 2))
+    return f"rounded first moments by {first:.1%} and second by {second:.1%} of their size (L2)"
 
 
 def settings_in_use(engine: Engine) -> dict[str, float]:
@@ -39,6 +70,7 @@ def settings_in_use(engine: Engine) -> dict[str, float]:
         for group in inner.param_groups:
             found["optim.beta1"], found["optim.beta2"] = (float(beta) for beta in group["betas"])
             found["optim.epsilon"] = float(group["eps"])
+            found["optim.moment_bits"] = float(group.get("moment_bits", 32))
             multiplier = group.get("wd_mult", 1.0)
             if multiplier:
                 found["optim.weight_decay"] = float(group["weight_decay"]) / multiplier

@@ -11,11 +11,17 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from llm_parallel.parallel.boxes import boxes_of
 from llm_parallel.parallel.engine import POLICY, Engine, Models
-from llm_parallel.parallel.mcore_optimizer import distributed_parts, main_to_model_parameters, shards_of
+from llm_parallel.parallel.mcore_optimizer import (
+    Shard,
+    distributed_parts,
+    main_to_model_parameters,
+    moments_of,
+    shards_of,
+)
 
 MODEL_END = "/"
 """Separates a model's name from a parameter's key; the policy's keys have no name before them."""
@@ -50,10 +56,18 @@ class Piece(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A piece and where its numbers live: flat fp32 tensors of weights and both moments."""
+    """A piece and where its numbers live: numbers ``low`` to ``high`` of a shard."""
 
     piece: Piece
-    planes: tuple[Tensor, Tensor, Tensor]
+    shard: Shard
+    low: int
+    high: int
+
+    @property
+    def planes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Flat fp32 tensors of weights and both moments: the moments themselves, or what those in 8 bits stand for."""
+        weights = self.shard.main.detach().view(-1)[self.low : self.high]
+        return weights, *moments_of(self.shard, self.low, self.high)
 
 
 def held_pieces(models: Models, divided: bool) -> list[Held]:
@@ -76,7 +90,7 @@ def held_pieces(models: Models, divided: bool) -> list[Held]:
 
 def _held_by(engine: Engine, prefix: str, divided: bool, at: int) -> Iterator[Held]:
     """What this process holds of one model, from ``at`` on in the file."""
-    boxes = _boxes(engine)
+    boxes = boxes_of(engine.models)
     mesh, here = engine.groups.mesh, engine.groups.at
     replica, replicas = here.dp * mesh.cp + here.cp, mesh.dp * mesh.cp
     sharded = bool(distributed_parts(engine.optimizer))
@@ -84,40 +98,13 @@ def _held_by(engine: Engine, prefix: str, divided: bool, at: int) -> Iterator[He
         start, stop = shard.start, shard.stop
         if divided and shard.main.numel() == shard.parameter.numel() and not sharded:
             start, stop = (shard.parameter.numel() * part // replicas for part in (replica, replica + 1))
-        state = shard.inner.state[shard.main]
-        planes = [tensor.detach().view(-1) for tensor in (shard.main, state["exp_avg"], state["exp_avg_sq"])]
-        for key, offset, shape, begin in boxes[id(shard.parameter)]:
-            low, high = max(start, begin), min(stop, begin + prod(shape))
+        for box in boxes[id(shard.parameter)]:
+            low, high = max(start, box.begin), min(stop, box.begin + prod(box.shape))
             if low >= high:
                 continue
-            piece = Piece(prefix + key, offset, shape, low - begin, high - begin, at)
-            cut = [plane[low - shard.start : high - shard.start] for plane in planes]
-            yield Held(piece, (cut[0], cut[1], cut[2]))
+            piece = Piece(prefix + box.key, box.offset, box.shape, low - box.begin, high - box.begin, at)
+            yield Held(piece, shard, low - shard.start, high - shard.start)
             at += high - low
-
-
-def _boxes(engine: Engine) -> dict[int, list[tuple[str, tuple[int, ...], tuple[int, ...], int]]]:
-    """For each of this process's parameters: key, offset, shape and first number of the boxes that it is made of."""
-    found: dict[int, list[tuple[str, tuple[int, ...], tuple[int, ...], int]]] = {}
-    for model in engine.models:
-        parameters = dict(model.named_parameters())
-        by_address = {parameter.data_ptr(): parameter for parameter in parameters.values()}
-        for entry in model.sharded_state_dict(metadata={}).values():
-            if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
-                continue
-            parameter = by_address.get(entry.data.data_ptr())
-            if parameter is None:
-                continue
-            parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-            boxes = []
-            for part in parts:
-                # A part is some whole rows of the parameter, so that its numbers follow each other there.
-                assert part.data.is_contiguous()
-                begin = part.data.storage_offset() - entry.data.storage_offset()
-                shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
-                boxes.append((part.key, tuple(part.global_offset), shape, begin))
-            found[id(parameter)] = boxes
-    return found
 
 
 def weights_follow(engine: Engine) -> None:

@@ -178,6 +178,7 @@ _NAMES = {
     "adapter.alpha": "lora_alpha",
     "adapter.dropout": "lora_dropout",
     "adapter.rank_stabilized": "use_rslora peft_use_rslora",
+    "adapter.dora": "use_dora lora_use_dora",
     "adapter.load": "adapter_name_or_path lora_model_dir",
     "run_dir": "save output_dir out_dir dump_folder",
     # Names whose meaning depends on their section: torchtitan's, NeMo's and DeepSpeed's.

@@ -78,9 +78,6 @@ ROWS: tuple[Foreign, ...] = (
          "data and pipeline parallelism", "parallel.overlap", "false"),
     _row("compile torch_compile compile.enable training.compile torch_compile_*",
          "models are not compiled; on GPUs the fused kernels of the section kernels run", "kernels", "false none"),
-    _row("use_dora lora_use_dora", "DoRA is not supported: it scales rows of the matrix by learned magnitudes, which "
-         "change with every step of the adapters; adapter.rank_stabilized is there", "adapter.rank_stabilized",
-         "false none null"),
     _row("additional_target modules_to_save lora_modules_to_save", "embeddings and the output matrix have no adapters "
          "and stay frozen; adapter.targets names projections of the layers", "adapter.targets", "none null"),
     _row("pissa_init pissa_iter loraplus_lr_ratio use_galore use_badam use_apollo lora_layers_to_transform "
@@ -114,9 +111,9 @@ ROWS: tuple[Foreign, ...] = (
     _row("group_query_attention", "model.num_query_groups says it", "model.num_query_groups", ANY),
     _row("accumulate_allreduce_grads_in_fp32", "gradients are summed in fp32", same="true"),
     _row("optimizer optim optimizer.name optimizer.type model.optim.name", "AdamW is the only optimizer; "
-         "optim.implementation says whose. Its moments are in fp32: instead of 8-bit ones, "
-         "parallel.distributed_optimizer divides them over replicas",
-         "optim.implementation parallel.distributed_optimizer",
+         "optim.implementation says whose, and optim.moment_bits=8 holds its moments in 8 bits. They are not moved to "
+         "the host; parallel.distributed_optimizer divides them over replicas",
+         "optim.implementation optim.moment_bits parallel.distributed_optimizer",
          "adam adamw adamw_torch adamw_torch_fused fused_adam distributed_fused_adam"),
     _row("distributed_backend accelerator", "GPUs use NCCL and CPUs gloo, as the field device says", "device",
          "nccl gloo gpu cuda cpu"),

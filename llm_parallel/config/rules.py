@@ -316,6 +316,9 @@ def _machine(case: Case) -> Iterator[Problem]:
     if config.optim.implementation == "apex" and case.device == "cpu":
         statement = "optim.implementation = apex runs on CUDA only, and the run's device is cpu"
         yield Problem(("optim.implementation", "device"), statement, {"optim.implementation": "auto"})
+    if config.optim.implementation in ("triton", "apex") and config.optim.moment_bits == 8:
+        statement = f"optim.implementation = {config.optim.implementation} has no moments of optim.moment_bits = 8"
+        yield Problem(("optim.implementation", "optim.moment_bits"), statement, {"optim.implementation": "auto"})
     if config.model.vocab_size is None and config.data.tokenizer is None:
         yield Problem(
             ("model.vocab_size", "data.tokenizer"),
@@ -374,6 +377,14 @@ def _deterministic(case: Case) -> Iterator[Problem]:
 
 def _adapter(case: Case) -> Iterator[Problem]:
     adapter, model, tp = case.config.adapter, case.config.model, case.config.parallel.tp
+    if adapter is not None and adapter.dora and adapter.dropout:
+        statement = (
+            f"adapter.dora = true multiplies whole rows, so that adapter.dropout = {adapter.dropout} has no place"
+        )
+        yield Problem(("adapter.dora", "adapter.dropout"), statement, {"adapter.dropout": 0.0})
+    if adapter is not None and adapter.dora and case.config.kernels.deterministic:
+        statement = "kernels.deterministic = true has no products with the magnitudes of adapter.dora = true"
+        yield Problem(("adapter.dora", "kernels.deterministic"), statement, {"kernels.deterministic": False})
     if adapter is None or adapter.base != "nf4":
         return
     heads = model.num_attention_heads * model.kv_channels

@@ -300,6 +300,9 @@ class OptimConfig(Node):
     implementation: Literal["auto", "triton", "torch", "apex"] = "auto"
     """``triton``: our fused AdamW; ``torch``: fused AdamW of torch; ``apex``: FusedAdam of NVIDIA's apex; ``auto``:
     Triton on CUDA where it is installed, else torch."""
+    moment_bits: Literal[8, 32] = 32
+    """Bits of AdamW's moments. 8: two codes and a scale for each block of 256 numbers, as in bitsandbytes' AdamW8bit
+    (Dettmers et al. 2021, arXiv 2110.02861), except in the embedding and in tensors of fewer than 4,096 numbers."""
 
     def warmup(self, total_steps: int) -> int:
         """Steps of warm-up in a run of ``total_steps``."""

@@ -211,6 +211,8 @@ class AdapterConfig(Node):
     """The scale is ``alpha / rank``."""
     rank_stabilized: bool = False
     """The scale is ``alpha / sqrt(rank)`` (rsLoRA; Kalajdzievski 2023, arXiv 2312.03732)."""
+    dora: bool = False
+    """Train a magnitude for every row of the adapted matrices too (DoRA; Liu et al. 2024, arXiv 2402.09353)."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of an adapter's inputs that is dropped while training."""
     targets: tuple[Projection, ...] = Field(("q", "k", "v", "o", "gate", "up", "down"), min_length=1)

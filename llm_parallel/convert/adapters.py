@@ -23,7 +23,8 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import folder_in_whole
 from llm_parallel.generate.load import describe_folder
 from llm_parallel.lines import say
-from llm_parallel.model.adapters import PROJECTIONS, targets_of, whole_delta
+from llm_parallel.model import dora
+from llm_parallel.model.adapters import PROJECTIONS, targets_of, whole_delta, whole_rows_met
 from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
 from llm_parallel.model.hf_config import family_of
 from llm_parallel.model.hf_families import FAMILIES
@@ -42,6 +43,23 @@ def base_of(source: str | Path) -> str:
         return PeftFolder(source).base_path()
     folder = find_checkpoint(source)
     return path_of_base(folder, content_of(folder))
+
+
+Magnitudes = Callable[[int, str, Tensor], Tensor]
+"""Of DoRA: magnitudes of the rows of one linear's whole weight, by layer, linear and the weight itself in fp32."""
+
+
+def _magnitudes(source: str | Path, model: ModelConfig) -> Magnitudes:
+    """A PEFT folder holds them, and a checkpoint their differences from the norms of the weight's rows."""
+    if is_peft_folder(source):
+        peft = PeftFolder(source)
+        return lambda layer, linear, weight: peft.magnitudes(model, layer, linear).float()
+    tensors = CheckpointTensors(find_checkpoint(source))
+
+    def read(layer: int, linear: str, weight: Tensor) -> Tensor:
+        return weight.norm(dim=1) + tensors.read(f"{LAYERS}{layer}.{linear}{ADAPTER_MARK}m").float()
+
+    return read
 
 
 def _factors(source: str | Path, model: ModelConfig) -> Factors:
@@ -63,8 +81,10 @@ class MergedTensors:
     adapters were trained on matrices in few bits, these are what is merged; ``rounding``: their relative distance from
     the matrices of the files, as a root mean square."""
 
-    def __init__(self, base: Callable[[str], Tensor], factors: Factors, config: RunConfig) -> None:
-        self._base, self._factors, self._config = base, factors, config
+    def __init__(self, base: Callable[[str], Tensor], source: str | Path, config: RunConfig) -> None:
+        self._base, self._config = base, config
+        self._factors = _factors(source, config.model)
+        self._magnitudes = _magnitudes(source, config.model)
         self._lost = self._whole = 0.0
 
     @property
@@ -81,8 +101,23 @@ class MergedTensors:
             return weight
         held = self._as_held(weight, adapter.base)
         if targets_of(linear, adapter):
-            held = held + whole_delta(self._config.model, adapter, linear, *self._factors(layer, linear))
+            model = self._config.model
+            delta = whole_delta(model, adapter, linear, *self._factors(layer, linear))
+            if adapter.dora:
+                magnitudes = self._magnitudes(layer, linear, held)
+                held = dora.merged(held, delta, magnitudes, whole_rows_met(model, adapter, linear))
+            else:
+                held = held + delta
         return held.to(weight.dtype)
+
+    def magnitudes(self, layer: int, linear: str) -> Tensor | None:
+        """Of DoRA: magnitudes of the rows of one linear's whole weight; else None."""
+        adapter = self._config.adapter
+        assert adapter is not None
+        if not adapter.dora:
+            return None
+        weight = self._as_held(self._base(f"{LAYERS}{layer}.{linear}.weight"), adapter.base)
+        return self._magnitudes(layer, linear, weight)
 
     def _as_held(self, weight: Tensor, kind: str) -> Tensor:
         """A matrix in fp32 as it was under the adapters in training."""
@@ -108,7 +143,7 @@ def merged_tensors(source: str | Path) -> Iterator[MergedTensors]:
             read = _hf_tensor(reader, config.model)
         else:
             read = CheckpointTensors(find_checkpoint(base)).read
-        yield MergedTensors(read, _factors(source, config.model), config)
+        yield MergedTensors(read, source, config)
 
 
 def _hf_tensor(reader: HfReader, model: ModelConfig) -> Callable[[str], Tensor]:
@@ -165,12 +200,13 @@ def export_to_peft(source: str | Path, target: str | Path) -> Path:
             f"{name} keeps several projections in one module, so that PEFT cannot have the adapters in {folder}; merge "
             "them with --merge"
         )
-    with folder_in_whole(target) as making:
+    with folder_in_whole(target) as making, merged_tensors(source) as merged:
         read, found = _factors(source, config.model), dict[str, Tensor]()
         for layer in range(config.model.num_layers):
             for linear in PROJECTIONS:
                 if targets_of(linear, config.adapter):
-                    found |= peft_tensors(config.model, config.adapter, layer, linear, *read(layer, linear))
+                    factors = (*read(layer, linear), merged.magnitudes(layer, linear))
+                    found |= peft_tensors(config.model, config.adapter, layer, linear, *factors)
         write_peft(making, found, config.adapter, base)
         for path in _tokenizer_files(folder):
             if path.name != "config.json":  # that of the model, by which the folder would be taken for one

@@ -134,6 +134,11 @@ def load_bank(adapters: Mapping[str, str], network: Network, seed: int) -> Adapt
     found: dict[str, dict[int, _Factors]] = {}
     for name, path in adapters.items():
         settings = settings_of(path)
+        if settings.dora:
+            raise UserError(
+                f"adapter {path} has magnitudes (DoRA), which requests cannot choose among; merge it with "
+                "`llm-parallel convert --merge`"
+            )
         _without_adapters(network)
         for chunk in network.models:
             add_adapters(chunk, settings, network.groups, seed)

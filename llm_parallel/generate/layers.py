@@ -96,13 +96,15 @@ def column(module: Any, bank: AdapterBank | None = None) -> Function:
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     wide_b = None if adapter is None else adapter.wide_b()
     low_rank = in_few_sizes(lambda x: F.linear(F.linear(x, adapter.a), wide_b))
+    gain = None if adapter is None or adapter.m is None else adapter.gain(module.weight)
 
     def forward(x: Tensor) -> Tensor:
         y = multiply(x)
-        if bias is not None:
-            y += bias
         if wide_b is not None and adapter.on:
             y.add_(low_rank(x), alpha=adapter.scale)
+            y = y if gain is None else y * gain.to(y.dtype)
+        if bias is not None:
+            y += bias
         return y if added is None else added(y, x)
 
     return forward
@@ -116,6 +118,7 @@ def row(module: Any, group: Any, bank: AdapterBank | None = None) -> Function:
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     several = group.size() > 1
     low_rank = in_few_sizes(lambda x: F.linear(F.linear(x, adapter.a), adapter.b))
+    gain = None if adapter is None or adapter.m is None else adapter.gain(module.weight)
 
     def forward(x: Tensor) -> Tensor:
         y = multiply(x)
@@ -124,6 +127,8 @@ def row(module: Any, group: Any, bank: AdapterBank | None = None) -> Function:
             y.add_(low_rank(x), alpha=adapter.scale)
         if several:
             dist.all_reduce(y, group=group)
+        if gain is not None and adapter.on:
+            y = y * gain.to(y.dtype)
         if bias is not None:
             y += bias
         return y if added is None else added(y, x)

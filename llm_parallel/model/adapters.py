@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from llm_parallel.config.tree import ModelConfig
 from llm_parallel.config.tree_tune import AdapterConfig
+from llm_parallel.model import dora
 from llm_parallel.model.deterministic import ColumnProduct, RowProduct
 from llm_parallel.model.init import normal_rows
 from llm_parallel.model.mcore_config import LlamaTransformerConfig
@@ -69,9 +70,39 @@ class Adapter(nn.Module):
         self.scale, self.dropout = scale_of(adapter), adapter.dropout
         self.group, self.sequence_parallel = group, sequence_parallel
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.m = nn.Parameter(b.new_zeros(b.shape[0])) if adapter.dora else None
+        """Of DoRA: the trained magnitude of each row of the weight, less the norm of that row."""
+        self._squares: Tensor | None = None
         self.on = True
         self.row_parts = 0
         """With ``kernels.deterministic``, parts of the sum of a row-parallel product; 0 without it."""
+
+    def wide_b(self) -> Tensor:
+        """B as a matrix [O, K·R], which meets all of A."""
+        return self.b
+
+    def rows_met(self) -> Tensor | None:
+        """bool [O]: rows of the weight that have an adapter; None if all have."""
+        return None
+
+    def _divided_columns(self) -> Any:
+        """The ranks that divide the weight's columns, or None."""
+        return None
+
+    def squares(self, weight: Any) -> Tensor:
+        """fp32 [O]: squared norms of the rows of the frozen weight, which must be loaded. The first call is collective
+        where ranks divide the columns."""
+        if self._squares is None:
+            self._squares = dora.squares_of(weight, self._divided_columns())
+        return self._squares
+
+    def gain(self, weight: Any) -> Tensor:
+        """Of DoRA, fp32 [O]: what the rows of the adapted product are multiplied by. Collective where ranks divide the
+        columns."""
+        assert self.m is not None
+        of_base = self.squares(weight)
+        of_sum = dora.squares_of_sum(weight, of_base, self.a, self.wide_b(), self.scale, self._divided_columns())
+        return dora.gain(self.m, of_base, of_sum, self.rows_met())
 
 
 class ColumnAdapter(Adapter):
@@ -83,6 +114,8 @@ class ColumnAdapter(Adapter):
     ) -> None:
         super().__init__(adapter, a, b, group, sequence_parallel)
         set_tensor_model_parallel_attributes(self.b, True, 0, 1)
+        if self.m is not None:
+            set_tensor_model_parallel_attributes(self.m, True, 0, 1)
         self.a.sequence_parallel = sequence_parallel
         count = a.shape[0] // adapter.rank
         which = parts[:, None] == torch.arange(count)
@@ -93,6 +126,10 @@ class ColumnAdapter(Adapter):
         """B as a matrix [O, K·R] that is zero where a row does not meet a part of A: one product instead of one for
         each projection, whose results would have to be put into the weight's order."""
         return self.b if self.all_rows_meet_all else _wide(self.b, self.meets)
+
+    def rows_met(self) -> Tensor | None:
+        """bool [O]: rows of the projections that have adapters."""
+        return self.meets.any(1)
 
     def forward(self, x_SBI: Tensor, y_SBO: Tensor) -> Tensor:
         """The linear's input (this rank's tokens under sequence parallelism) and its output → the output with the
@@ -120,6 +157,11 @@ class RowAdapter(Adapter):
         super().__init__(adapter, a, b, group, sequence_parallel)
         set_tensor_model_parallel_attributes(self.a, True, 1, 1)
         self.b.sequence_parallel = sequence_parallel
+        if self.m is not None:
+            self.m.sequence_parallel = sequence_parallel
+
+    def _divided_columns(self) -> Any:
+        return self.group
 
     def forward(self, x_SBI: Tensor, y_SBO: Tensor) -> Tensor:
         """The linear's input and its output (this rank's tokens under sequence parallelism) → the output with the
@@ -173,6 +215,8 @@ class _Adapted(nn.Module):
     adapter: Any
     tp_group: Any
     weight: Any
+    bias: Any
+    skip_bias_add: bool
 
     def _prepare(self, config: Any, columns: range, width: int, group: Any) -> None:
         """Called when the linear is built, before it has values. ``columns`` of ``width``: those on this rank."""
@@ -195,7 +239,14 @@ class _Adapted(nn.Module):
 
     def _with_adapter(self, x: Tensor, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         y, bias = output
-        return (y if self.adapter is None or not self.adapter.on else self.adapter(x, y)), bias
+        if self.adapter is None or not self.adapter.on:
+            return y, bias
+        y = self.adapter(x, y)
+        if self.adapter.m is None:
+            return y, bias
+        gain = self.adapter.gain(self.weight).to(y.dtype)
+        added = None if self.skip_bias_add else self.bias  # what the product has already
+        return (y * gain if added is None else (y - added) * gain + added), bias
 
     def _describe_adapter(
         self, found: dict[str, Any], divided: dict[str, int], prefix: str, offsets: tuple, metadata: Any
@@ -226,10 +277,11 @@ class ColumnLinear(_Adapted, ColumnParallelLinear):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """As megatron-core's, with the adapter's factors as they are divided."""
         found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        up = f"{ADAPTER_MARK[1:]}b"
-        found = self._describe_adapter(found, {up: 0}, prefix, sharded_offsets, metadata)
+        divided = [f"{ADAPTER_MARK[1:]}{name}" for name in ("b", "m")]
+        found = self._describe_adapter(found, dict.fromkeys(divided, 0), prefix, sharded_offsets, metadata)
         if self.adapter is not None and self.interleaved > 1:
-            found[prefix + up] = apply_swiglu_sharded_factory(found[prefix + up], sharded_offsets)
+            for name in divided[: 1 if self.adapter.m is None else 2]:
+                found[prefix + name] = apply_swiglu_sharded_factory(found[prefix + name], sharded_offsets)
         return found
 
 
@@ -344,6 +396,14 @@ def _parts_of_rows(model: ModelConfig, linear: str, targets: Sequence[str]) -> T
     numbers = {projection: number for number, projection in enumerate(targets)}
     rows = rows_by_projection(model, linear)
     return torch.cat([torch.full((count,), numbers.get(projection, -1)) for projection, count in rows])
+
+
+def whole_rows_met(model: ModelConfig, adapter: AdapterConfig, linear: str) -> Tensor:
+    """bool [out]: rows of a linear's whole weight whose projections have adapters."""
+    targets = targets_of(linear, adapter)
+    if len(PROJECTIONS[linear]) > 1:
+        return _parts_of_rows(model, linear, targets) >= 0
+    return torch.full((kind_of(f"{LAYERS}{linear}.weight").shape(model)[0],), bool(targets))
 
 
 def whole_delta(model: ModelConfig, adapter: AdapterConfig, linear: str, a: Tensor, b: Tensor) -> Tensor:

@@ -129,7 +129,9 @@ def adapter_parameters(model: ModelConfig, adapter: AdapterConfig) -> int:
         "up": hidden + ffn,
         "down": ffn + hidden,
     }
-    return model.num_layers * adapter.rank * sum(sides[target] for target in set(adapter.targets))
+    rows = {"q": heads, "k": groups, "v": groups, "o": hidden, "gate": ffn, "up": ffn, "down": hidden}
+    magnitudes = sum(rows[target] for target in set(adapter.targets)) if adapter.dora else 0
+    return model.num_layers * (adapter.rank * sum(sides[target] for target in set(adapter.targets)) + magnitudes)
 
 
 def _vocabulary(model: ModelConfig) -> int:

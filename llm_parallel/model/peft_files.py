@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from llm_parallel.config.tree import ModelConfig
 from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
-from llm_parallel.model.adapters import PROJECTIONS, adapters_of, rows_by_projection, targets_of
+from llm_parallel.model.adapters import PROJECTIONS, adapters_of, linears_of, rows_by_projection, targets_of
 from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, kind_of
 from llm_parallel.parallel.engine import Network
 
@@ -38,7 +38,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 ``CHANGING`` that is ``null`` or ``false``."""
 CHANGING = (
     *PLAIN,
-    *("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "modules_to_save", "layers_to_transform"),
+    *("fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "modules_to_save", "layers_to_transform"),
     *("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
     *("arrow_config", "kasa_config", "velora_config", "monteclora_config"),
 )
@@ -49,7 +49,9 @@ _PLACES = {
 }
 """Where a module of Hugging Face's layer is in ours: linear and projection."""
 _MODULES = {projection: module for module, (_, projection) in _PLACES.items()}
-_TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.([a-z_.]+)\.lora_([AB])\.weight")
+_TENSOR = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\.([a-z_.]+)\.lora_(A\.weight|B\.weight|magnitude_vector)"
+)
 
 
 def is_peft_folder(path: str | Path) -> bool:
@@ -76,6 +78,7 @@ class PeftFolder:
             rank=values["r"],
             alpha=values["lora_alpha"],
             rank_stabilized=bool(values.get("use_rslora")),
+            dora=bool(values.get("use_dora")),
             dropout=values.get("lora_dropout", 0.0),
             targets=self._targets(),
         )
@@ -137,7 +140,10 @@ class PeftFolder:
         for projection in self.settings.targets:
             linear = next(linear for linear, those in PROJECTIONS.items() if projection in those)
             rows, columns = _size(model, linear, projection)
-            for factor, wanted in (("A", (self.settings.rank, columns)), ("B", (rows, self.settings.rank))):
+            sizes: dict[str, tuple[int, ...]] = {"A": (self.settings.rank, columns), "B": (rows, self.settings.rank)}
+            if self.settings.dora:
+                sizes[MAGNITUDE] = (rows,)
+            for factor, wanted in sizes.items():
                 name = _tensor_name(0, projection, factor)
                 shape = tuple(self._tensors[name].shape) if name in self._tensors else None
                 if shape != wanted:
@@ -153,18 +159,44 @@ class PeftFolder:
             target: tuple(self._tensors[_tensor_name(layer, target, factor)] for factor in "AB") for target in targets
         }
         a = torch.cat([found[target][0] for target in targets])
-        if linear not in _COLUMN:
-            return a, found[targets[0]][1]
-        taken, parts = dict.fromkeys(PROJECTIONS[linear], 0), []
-        for projection, rows in rows_by_projection(model, linear):
-            start = taken[projection]
-            taken[projection] += rows
-            of_rows = found[projection][1][start : start + rows] if projection in found else None
-            parts.append(torch.zeros(rows, self.settings.rank, dtype=a.dtype) if of_rows is None else of_rows)
-        return a, torch.cat(parts)
+        return a, _in_order(model, linear, {target: b for target, (_, b) in found.items()})
+
+    def magnitudes(self, model: ModelConfig, layer: int, linear: str) -> Tensor:
+        """Of DoRA: magnitudes of the rows of one linear's whole weight, 0 for those without an adapter."""
+        names = {target: _tensor_name(layer, target, MAGNITUDE) for target in targets_of(linear, self.settings)}
+        return _in_order(model, linear, {target: self._tensors[name] for target, name in names.items()})
 
 
+MAGNITUDE = "magnitude_vector"
+"""PEFT's name for the magnitudes of DoRA."""
 _COLUMN = ("self_attention.linear_qkv", "mlp.linear_fc1")
+
+
+def _in_order(model: ModelConfig, linear: str, found: Mapping[str, Tensor]) -> Tensor:
+    """Rows of projections in the order of a linear's weight; zeros for projections that are not there."""
+    some = next(iter(found.values()))
+    if linear not in _COLUMN:
+        return some
+    taken, parts = dict.fromkeys(PROJECTIONS[linear], 0), []
+    for projection, rows in rows_by_projection(model, linear):
+        start = taken[projection]
+        taken[projection] += rows
+        of_rows = found[projection][start : start + rows] if projection in found else None
+        parts.append(some.new_zeros(rows, *some.shape[1:]) if of_rows is None else of_rows)
+    return torch.cat(parts)
+
+
+def _by_projection(model: ModelConfig, linear: str, targets: Sequence[str], rows_of_all: Tensor) -> dict[str, Tensor]:
+    """Inverse of ``_in_order``, for the projections in ``targets``."""
+    if linear not in _COLUMN:
+        return {targets[0]: rows_of_all.contiguous()}
+    parts: dict[str, list[Tensor]] = {target: [] for target in targets}
+    offset = 0
+    for projection, rows in rows_by_projection(model, linear):
+        if projection in parts:
+            parts[projection].append(rows_of_all[offset : offset + rows])
+        offset += rows
+    return {target: torch.cat(rows) for target, rows in parts.items()}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -181,7 +213,9 @@ def _size(model: ModelConfig, linear: str, projection: str) -> tuple[int, int]:
 
 
 def _tensor_name(layer: int, projection: str, factor: str) -> str:
-    return f"base_model.model.model.layers.{layer}.{_MODULES[projection]}.lora_{factor}.weight"
+    return f"base_model.model.model.layers.{layer}.{_MODULES[projection]}.lora_{factor}" + (
+        "" if factor == MAGNITUDE else ".weight"
+    )
 
 
 @torch.no_grad()
@@ -190,40 +224,52 @@ def load_peft(folder: PeftFolder, network: Network) -> None:
     are not changed. Raises UserError if the adapters are not of the network's kind."""
     assert network.base is not None
     here, theirs = network.base.adapter, folder.settings
-    for name in ("rank", "alpha", "rank_stabilized", "targets"):
+    for name in ("rank", "alpha", "rank_stabilized", "dora", "targets"):
         ours, saved = getattr(here, name), getattr(theirs, name)
         if set(ours) != set(saved) if name == "targets" else ours != saved:
             ours, saved = (list(x) if isinstance(x, tuple) else x for x in (ours, saved))
             raise UserError(f"adapter.{name} is {ours}, and {folder.folder} has {saved}; make them the same")
     mesh, at, model = network.groups.mesh, network.groups.at, network.models[0].model_config
     folder.check(model)
+    weights = {
+        (layer, linear): module.weight for chunk in network.models for layer, linear, module in linears_of(chunk)
+    }
     for layer, linear, adapter in adapters_of(network.models):
-        for name, whole in zip("ab", folder.factors(model, layer, linear)):
+        tensors = dict(zip("ab", folder.factors(model, layer, linear)))
+        if here.dora:
+            tensors["m"] = folder.magnitudes(model, layer, linear)
+        for name, whole in tensors.items():
             kind, factor = kind_of(f"{LAYERS}{linear}{ADAPTER_MARK}{name}"), getattr(adapter, name)
             parts = [
                 whole.narrow(kind.piece_dim, r.start, len(r))
                 for r in kind.shard(whole.shape[kind.piece_dim], mesh.tp, at.tp)
             ]
             factor.copy_(torch.cat(parts, dim=kind.piece_dim))
+        if here.dora:
+            met, norms = adapter.rows_met(), adapter.squares(weights[layer, linear]).sqrt()
+            beside = adapter.m.float() - norms
+            adapter.m.copy_(beside if met is None else torch.where(met, beside, 0.0))
 
 
 def peft_tensors(
-    model: ModelConfig, adapter: AdapterConfig, layer: int, linear: str, a: Tensor, b: Tensor
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    layer: int,
+    linear: str,
+    a: Tensor,
+    b: Tensor,
+    magnitudes: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """PEFT's tensors of the adapter of one linear, from its whole factors."""
+    """PEFT's tensors of the adapter of one linear, from its whole factors and, of DoRA, the whole magnitudes."""
     targets, found = targets_of(linear, adapter), {}
     for number, target in enumerate(targets):
         part = slice(number * adapter.rank, (number + 1) * adapter.rank)
         found[_tensor_name(layer, target, "A")] = a[part].contiguous()
-    if linear not in _COLUMN:
-        return found | {_tensor_name(layer, targets[0], "B"): b.contiguous()}
-    parts: dict[str, list[Tensor]] = {target: [] for target in targets}
-    offset = 0
-    for projection, rows in rows_by_projection(model, linear):
-        if projection in parts:
-            parts[projection].append(b[offset : offset + rows])
-        offset += rows
-    return found | {_tensor_name(layer, target, "B"): torch.cat(rows) for target, rows in parts.items()}
+    for name, rows in (("B", b), (MAGNITUDE, magnitudes)):
+        if rows is not None:
+            parts = _by_projection(model, linear, targets, rows)
+            found |= {_tensor_name(layer, target, name): part for target, part in parts.items()}
+    return found
 
 
 def write_peft(folder: Path, tensors: dict[str, Tensor], adapter: AdapterConfig, base: str) -> None:
@@ -237,6 +283,7 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], adapter: AdapterConfig,
         "lora_alpha": adapter.alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rank_stabilized,
+        "use_dora": adapter.dora,
         "target_modules": sorted(_MODULES[target].rpartition(".")[2] for target in adapter.targets),
         "bias": "none",
         "fan_in_fan_out": False,

@@ -181,11 +181,12 @@ ADAPTER_MARK = ".adapter."
 """In the name of every tensor of an adapter, and of no other."""
 
 
-def _factors(linear: str, down: int | None, up: int | None, interleaved: int = 1) -> tuple[TensorKind, TensorKind]:
-    """The factors of one linear's adapter. ``down``, ``up``: the dimension of A and of B that ranks divide."""
+def _factors(linear: str, down: int | None, up: int | None, interleaved: int = 1) -> tuple[TensorKind, ...]:
+    """The tensors of one linear's adapter. ``down``, ``up``: the dimension of A and of B that ranks divide."""
     return (
         TensorKind(f"{linear}{ADAPTER_MARK}a", Role.ADAPTER, down, ()),
         TensorKind(f"{linear}{ADAPTER_MARK}b", Role.ADAPTER, up, (), interleaved=interleaved),
+        TensorKind(f"{linear}{ADAPTER_MARK}m", Role.ADAPTER, up, (), interleaved=interleaved),
     )
 
 
@@ -195,8 +196,9 @@ ADAPTER_TENSORS = (
     *_factors("mlp.linear_fc1", None, 0, interleaved=2),
     *_factors("mlp.linear_fc2", 1, None),
 )
-"""A [rank of all kinds, in] and B [out, rank] of the adapters (``model/adapters.py``), which a model has where a run
-trains them. Their sizes are those of the run's ``adapter`` section, so ``shape`` does not know them."""
+"""A [rank of all kinds, in], B [out, rank] and, of DoRA, magnitudes [out] of the adapters (``model/adapters.py``).
+A model has them where a run trains them. Their sizes are those of the run's ``adapter`` section, so ``shape`` does not
+know them."""
 _BY_NAME = {kind.name: kind for kind in (*TENSORS, *ADAPTER_TENSORS)}
 
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from llm_parallel.config.tree import OptimConfig, ParallelConfig
 from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.parallel.mcore_optimizer import Replica, SoleReplica, build_optimizer, update
+from llm_parallel.parallel.mcore_optimizer import Replica, SoleReplica, build_optimizer, place_shards, update
 from llm_parallel.parallel.platform import Platform
 from llm_parallel.parallel.stages import Stages
 
@@ -156,6 +156,7 @@ def build_engine(network: Network, optim: OptimConfig, parallel: ParallelConfig)
         for number, chunk in enumerate(network.chunks)
     ]
     engine = Engine(replace(network, chunks=chunks), build_optimizer(chunks, optim, groups), overlap)
+    place_shards(engine.optimizer, engine.models, groups)
     _attach_schedule_hooks(engine, config, sharded)
     return engine
 

@@ -23,6 +23,8 @@ from llm_kernels.adamw.optimizer import FusedAdamW
 from llm_kernels.dispatch import triton_installed
 from llm_parallel.config.tree import OptimConfig
 from llm_parallel.errors import UserError
+from llm_parallel.parallel.adamw8 import AdamW8bit, in_8_bits
+from llm_parallel.parallel.boxes import boxes_of
 from llm_parallel.parallel.groups import Groups
 
 
@@ -132,7 +134,9 @@ def _choose_adamw(part: Any, optim: OptimConfig, on_cuda: bool) -> None:
     # The parameters are views into the sharded buffer, which an optimizer's constructor would refuse.
     placeholder = [nn.Parameter(torch.zeros(1))]
     inner: torch.optim.Optimizer
-    if optim.implementation == "triton" or (optim.implementation == "auto" and on_cuda and triton_installed()):
+    if optim.moment_bits == 8:
+        inner = AdamW8bit(placeholder, **settings)
+    elif optim.implementation == "triton" or (optim.implementation == "auto" and on_cuda and triton_installed()):
         inner = FusedAdamW(placeholder, backend="triton", **settings)
         inner.low = low_precision_shards(part)
     elif optim.implementation in ("apex", "auto") and has_apex:
@@ -141,6 +145,7 @@ def _choose_adamw(part: Any, optim: OptimConfig, on_cuda: bool) -> None:
         inner = FusedAdam(placeholder, adam_w_mode=True, **settings)
     else:
         inner = torch.optim.AdamW(placeholder, fused=True, **settings)
+    inner.defaults["moment_bits"] = optim.moment_bits  # so that a checkpoint says it
     groups = part.optimizer.param_groups
     for group in groups:
         group.update(inner.defaults)
@@ -291,6 +296,31 @@ def shards_of(optimizer: Any) -> Iterator[Shard]:
             for group in inner.param_groups:
                 for parameter in group["params"]:
                     yield Shard(parameter, parameter, 0, parameter.numel(), inner)
+
+
+def place_shards(optimizer: Any, models: Sequence[Any], groups: Groups) -> None:
+    """Tells the optimizers whose moments are in 8 bits where their shards lie in the tensors of the whole model.
+    Collective over the processes of a stage."""
+    if not any(isinstance(inner, AdamW8bit) for inner in inner_optimizers(optimizer)):
+        return
+    boxes = boxes_of(models)
+    trained = {id(parameter) for model in models for parameter in model.parameters() if parameter.requires_grad}
+    tensors = [found[0] for number, found in boxes.items() if number in trained and in_8_bits(found[0])]
+    for inner in inner_optimizers(optimizer):
+        assert isinstance(inner, AdamW8bit)
+        own = [shard for shard in shards_of(optimizer) if shard.inner is inner]
+        shards = [(shard.main, boxes[id(shard.parameter)], shard.start, shard.stop) for shard in own]
+        inner.place(shards, tensors, groups.collection.tp_dp_cp)
+
+
+def moments_of(shard: Shard, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Flat fp32 moments of numbers ``low`` to ``high`` of a shard: views of them, or what those in 8 bits stand for."""
+    state = shard.inner.state[shard.main]
+    if "exp_avg" not in state:
+        assert isinstance(shard.inner, AdamW8bit)
+        return shard.inner.moments[shard.main].between(low, high)
+    first, second = (state[name].detach().view(-1)[low:high] for name in ("exp_avg", "exp_avg_sq"))
+    return first, second
 
 
 def main_to_model_parameters(optimizer: Any) -> None:

@@ -45,7 +45,19 @@ def linears(shape: Shape, tp: int, adapter: AdapterConfig) -> tuple[Linear, ...]
 def layer_parameters(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
     """Numbers of the adapters of one layer: A for each projection, and B for all rows of the matrix."""
     found = [one for one in linears(shape, strategy.tp, adapter) if one.kinds]
-    return sum(adapter.rank * (one.kinds * one.columns + one.rows) for one in found)
+    return sum(adapter.rank * (one.kinds * one.columns + one.rows) + adapter.dora * one.rows for one in found)
+
+
+def factors(shape: Shape, adapter: AdapterConfig) -> list[int]:
+    """Numbers of each tensor of the adapters of one layer, whole: A and B of every linear that has one."""
+    found = [one for one in linears(shape, 1, adapter) if one.kinds]
+    counts = [adapter.rank * int(count) for one in found for count in (one.kinds * one.columns, one.rows)]
+    return counts + [int(one.rows) for one in found if adapter.dora]
+
+
+def mask_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Bytes of one layer's masks, which say what part of the first factor a row of a matrix meets."""
+    return sum(one.kinds * one.rows for one in linears(shape, strategy.tp, adapter) if one.divided_rows)
 
 
 def frozen_layer_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
@@ -64,6 +76,36 @@ def kept_columns(strategy: Strategy, adapter: AdapterConfig) -> float:
     whole = strategy.tp if strategy.sequence_parallel else 1
     targets = set(adapter.targets)
     return adapter.rank * (len(targets & {"q", "k", "v", "gate", "up"}) + len(targets & {"o", "down"}) / whole)
+
+
+def magnitude_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Bytes that DoRA keeps for the backward of one layer: the outputs of adapted matrices before they are multiplied;
+    of each row its factor, the norm in fp32, and whether it has an adapter."""
+    if not adapter.dora:
+        return 0.0
+    size = 4 if strategy.precision == "fp32" else 2
+    whole = strategy.tp if strategy.sequence_parallel else 1
+    found = [one for one in linears(shape, strategy.tp, adapter) if one.kinds]
+    outputs = sum(one.rows / (1 if one.divided_rows else whole) for one in found)
+    return size * strategy.tokens * outputs + (size + 5) * sum(one.rows for one in found)
+
+
+def wide_factor_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Bytes that one layer keeps for backward whatever the number of tokens: the second factors of several projections
+    as one matrix, as wide as all their ranks."""
+    size = 4 if strategy.precision == "fp32" else 2
+    found = [one for one in linears(shape, strategy.tp, adapter) if one.divided_rows]
+    return size * adapter.rank * sum(one.kinds * one.rows for one in found)
+
+
+def unread_inputs(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
+    """Columns of the inputs of matrices without adapters, which backward of a frozen matrix does not read. Attention
+    itself keeps what its projection reads; torch's operators keep that a second time."""
+    targets, whole = set(adapter.targets), strategy.tp if strategy.sequence_parallel else 1
+    found = shape.hidden / whole * (not targets & {"q", "k", "v"})
+    found += shape.hidden / whole * (not targets & {"gate", "up"})
+    found += shape.ffn / strategy.tp * ("down" not in targets)
+    return found + shape.heads * shape.channels / strategy.tp * (strategy.plain and "o" not in targets)
 
 
 def dequantized_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:

@@ -22,6 +22,10 @@ MiB for requests of 1 to 10 MiB), and some freed blocks suit no later request. A
 2507.16274) saw up to 43 % more where interleaving and recomputation mix lifetimes."""
 
 
+LEAST_IN_8_BITS, BLOCK = 4096, 256
+"""Numbers of the smallest tensor with moments in 8 bits, and of a block with one scale (``parallel/adamw8.py``)."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the fullest GPU."""
@@ -113,11 +117,31 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
         found += 2 * size * tokens * shape.hidden * (1 - 1 / tp)
     if shape.qk_norm != "none":
         found += _normed_attention(shape, strategy)
+    if strategy.plain:
+        found += _plain_operators(shape, strategy)
     if strategy.adapter is not None:
         found += size * tokens * adapters.kept_columns(strategy, strategy.adapter)
+        found += adapters.magnitude_bytes(shape, strategy, strategy.adapter)
+        found += adapters.wide_factor_bytes(shape, strategy, strategy.adapter)
+        found -= size * tokens * adapters.unread_inputs(shape, strategy, strategy.adapter)
     if strategy.cp > 1 and strategy.cp_gathers:
         found += _gathered_attention(shape, strategy)
     return found
+
+
+def _plain_operators(shape: Shape, strategy: Strategy) -> float:
+    """Bytes that torch's operators keep more than our kernels: the scales of two norms; queries and keys after
+    rotation, beside the projection, which is kept for the values in it; and attention's output as the projection reads
+    it. With gathered keys and values that projection is not kept, and there are masks: of half the rank's tokens each,
+    against the keys that the two halves see, together those of the sample and of another half."""
+    size = 4 if strategy.precision == "fp32" else 2
+    if strategy.cp > 1:
+        half = strategy.tokens / strategy.micro_batch / 2
+        scales = 8 / (strategy.tp if strategy.sequence_parallel else 1)
+        return strategy.tokens * scales + size * half * (strategy.seq + half)
+    rotated = 0 if shape.qk_norm != "none" else shape.heads + shape.groups
+    scales = 8 / (strategy.tp if strategy.sequence_parallel else 1)
+    return strategy.tokens * (scales + size * shape.channels * (rotated + shape.heads) / strategy.tp)
 
 
 def _normed_attention(shape: Shape, strategy: Strategy) -> float:
@@ -158,6 +182,11 @@ def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
     layers = stage_layers(shape, strategy)[stage]
     chunk_layers = sum(layers) / strategy.vpp
     activations = in_flight(strategy, stage) * chunk_layers * layer_activations(shape, strategy)
+    if strategy.plain:
+        activations += 2 * 4 * shape.channels * strategy.seq / strategy.cp  # the rotation's table
+    if strategy.adapter is not None and stage == 0 and strategy.recompute == "none":
+        # The first norm's input is the embedding's output, which needs no gradient.
+        activations -= in_flight(strategy, stage) / strategy.vpp * _unread_embedding(shape, strategy)
     return Memory(
         stage=stage,
         weights=weights,
@@ -167,6 +196,13 @@ def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
         logits=_logits(shape, strategy) if stage == strategy.pp - 1 else 0.0,
         temporary=_temporary(shape, strategy) + _received(shape, strategy, stage),
     )
+
+
+def _unread_embedding(shape: Shape, strategy: Strategy) -> float:
+    """Bytes of the input of a layer's first norm and, of torch's operators, its scales."""
+    size = 4 if strategy.precision == "fp32" else 2
+    whole = strategy.tp if strategy.sequence_parallel else 1
+    return strategy.tokens * (size * shape.hidden + 4 * strategy.plain) / whole
 
 
 def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float, float]:
@@ -182,15 +218,36 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
         shard = 4.0 * parameters / replicas
         gathered = parameters if strategy.pp > 1 else 0.0
         return shard + size * gathered, shard + 4 * gathered / strategy.vpp, 2 * shard
-    states = 8 if strategy.precision == "fp32" else 12
+    main = 0 if strategy.precision == "fp32" else 4
     held = strategy.grad_bytes + strategy.copied_grad_bytes
     frozen = 0.0
     if strategy.adapter is not None:
         layers = sum(stage_layers(shape, strategy)[stage])
         dense = size * (parameters - layers * shape.layer_matrices / strategy.tp)
         frozen = dense + layers * adapters.frozen_layer_bytes(shape, strategy, strategy.adapter)
+        frozen += layers * adapters.mask_bytes(shape, strategy, strategy.adapter)
         parameters = layers * adapters.layer_parameters(shape, strategy, strategy.adapter)
-    return frozen + size * parameters, held * parameters, states * parameters / (replicas if strategy.zero == 1 else 1)
+    optimizer = main * parameters + _moments(shape, strategy, stage, parameters)
+    return frozen + size * parameters, held * parameters, optimizer / (replicas if strategy.zero == 1 else 1)
+
+
+def _moments(shape: Shape, strategy: Strategy, stage: int, parameters: float) -> float:
+    """Bytes of both moments of a stage's ``parameters``. In 8 bits, large tensors have two codes for each number and
+    two scales for each block, on average over replicas; the embedding (and an output projection that is the same) and
+    vectors stay in fp32."""
+    if strategy.moment_bits == 32:
+        return 8 * parameters
+    layers = sum(stage_layers(shape, strategy)[stage])
+    if strategy.adapter is not None:
+        whole = adapters.factors(shape, strategy.adapter)
+        share = sum(count for count in whole if count >= LEAST_IN_8_BITS) / (sum(whole) or 1)
+        eight = share * parameters
+    else:
+        vectors = 2 * shape.hidden if shape.hidden >= LEAST_IN_8_BITS else 0
+        eight = layers * (shape.layer_matrices / strategy.tp + vectors)
+        if stage == strategy.pp - 1 and not shape.tied:
+            eight += shape.vocab * shape.hidden / strategy.tp
+    return 8 * (parameters - eight) + (2 + 8 / BLOCK) * eight
 
 
 def _logits(shape: Shape, strategy: Strategy) -> float:
@@ -198,7 +255,10 @@ def _logits(shape: Shape, strategy: Strategy) -> float:
     from them. Our loss writes the gradient over the logits; torch.distributed.pipelining returns every micro batch's
     logits."""
     size = 4 if strategy.precision == "fp32" else 2
-    rows = 2 * size * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
+    # The input of a frozen output projection is not read in backward.
+    inputs = 2 * size * shape.hidden if strategy.adapter is None else size * shape.hidden
+    rows = (inputs + 4 * strategy.plain) / (strategy.tp if strategy.sequence_parallel else 1)
+    rows += 8 * strategy.plain  # largest logits, and sums of exponentials
     if strategy.zero == 3:  # only layers are compiled there, so the last norm keeps its input and result in fp32
         rows *= 3
     width = max(size, strategy.logit_bytes)

@@ -153,6 +153,11 @@ class Strategy:
     """Layers of each model chunk in the order of the layers, where they are not even."""
     adapter: AdapterConfig | None = None
     """Adapters that are trained in place of the weights. Only memory knows of them."""
+    plain: bool = False
+    """Whether norms, rotation and attention are torch's operators, as on a CPU, which keep more than our kernels. Only
+    memory knows of it."""
+    moment_bits: int = 32
+    """Bits of AdamW's moments; 8: with a scale for each block. Only memory knows of them."""
 
     @property
     def dp(self) -> int:
@@ -218,8 +223,8 @@ def shape_of(model: ModelConfig) -> Shape:
     )
 
 
-def strategy_of(config: RunConfig, gpus: int) -> Strategy:
-    """How our trainer runs a configuration on ``gpus``."""
+def strategy_of(config: RunConfig, gpus: int, device: str = "cuda") -> Strategy:
+    """How our trainer runs a configuration on ``gpus`` devices of a kind."""
     parallel, train = config.parallel, config.train
     return Strategy(
         gpus=gpus,
@@ -238,4 +243,6 @@ def strategy_of(config: RunConfig, gpus: int) -> Strategy:
         overlap_pp=parallel.vpp > 1,
         stage_layers=parallel.stage_layers,
         adapter=config.adapter,
+        plain=config.kernels.attention == "torch" or (config.kernels.attention == "auto" and device == "cpu"),
+        moment_bits=config.optim.moment_bits,
     )

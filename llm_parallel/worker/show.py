@@ -13,7 +13,7 @@ from llm_parallel.parallel.layout import Layout
 from llm_parallel.planner.memory import CONTEXT_BYTES, memory
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.screen import show, show_table
-from llm_parallel.train.preflight import mixture, rank_table
+from llm_parallel.train.preflight import expected_device, mixture, rank_table
 from llm_parallel.train.room import checkpoint_bytes, checkpoints_at_once, existing_part, free_bytes
 from llm_parallel.worker.chat_table import show_conversations, show_preferences, show_rounds
 
@@ -59,7 +59,8 @@ def show_plan(
     if left:
         show(f"and {left} more ranks (--all)")
     show_mixture(config)
-    sizes = memory(shape_of(config.model), strategy_of(config, layout.world_size))
+    strategy = strategy_of(config, layout.world_size, expected_device(config))
+    sizes = memory(shape_of(config.model), strategy)
     named = ", ".join(f"{name} {_size(size)}" for name, size in sizes.by_kind().items())
     show(
         f"predicted memory of the fullest process: {_size(sizes.total)} of tensors ({named}), and about "

@@ -150,6 +150,7 @@ ADAPTER: dict[str, dict[str, Any]] = {
         "adapter.rank": 3,
         "adapter.targets": ("v", "q", "o", "up"),
         "adapter.rank_stabilized": True,
+        "adapter.dora": True,
         "adapter.base": "int8",
     },
 }

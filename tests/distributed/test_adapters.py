@@ -5,7 +5,9 @@ those of one process in every layout is an axis of ``covering.py``; that these a
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,13 +36,16 @@ def worst(undisturbed: History, resumed: History) -> float:
     return max(abs(a - b) for (a, _), (b, _) in zip(undisturbed, resumed))
 
 
-def assert_goes_on(folder: Path, others: list[tuple[str, dict[str, Any], int]]) -> None:
+def assert_goes_on(
+    folder: Path, others: list[tuple[str, dict[str, Any], int]], more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Saves in TP2 PP2, which goes on bit for bit, and loads in the other layouts."""
-    layout = _p(tp=2, pp=2) | SOME
+    some = SOME | dict(more)
+    layout = _p(tp=2, pp=2) | some
     undisturbed = run_ranks(save_job, 4, layout, str(folder), 2, 3)[0]
     assert run_ranks(load_job, 4, layout, str(folder), 3)[0] == undisturbed
     for name, other, ranks in others:
-        difference = worst(undisturbed, run_ranks(load_job, ranks, other | SOME, str(folder), 3)[0])
+        difference = worst(undisturbed, run_ranks(load_job, ranks, other | some, str(folder), 3)[0])
         print(f"| TP2 PP2 -> {name} | {difference:.1e} |")
         assert difference <= 1e-6, name
 
@@ -60,14 +65,18 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_adapters_goes_on_in_five_other_layouts(tmp_path: Path) -> None:
-    assert_goes_on(tmp_path, OTHERS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_checkpoint_of_adapters_goes_on_in_five_other_layouts(dora: bool, tmp_path: Path) -> None:
+    assert_goes_on(tmp_path, OTHERS, {"adapter.dora": dora})
 
 
 @pytest.mark.parametrize(
     ("saved", "processes", "other", "ranks"),
     [
         (_p(tp=2, dp=2), 4, _p(pp=2), 2),
+        pytest.param(
+            _p(tp=2, dp=2) | {"adapter.dora": True}, 4, _p(pp=2) | {"adapter.dora": True}, 2, marks=pytest.mark.slow
+        ),
         pytest.param(
             _p(dp=2, distributed_optimizer=False),
             2,
@@ -76,7 +85,7 @@ def test_a_checkpoint_of_adapters_goes_on_in_five_other_layouts(tmp_path: Path) 
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["TP2 DP2 to PP2", "plain optimizer, DP2 to TP2"],
+    ids=["TP2 DP2 to PP2", "DoRA, TP2 DP2 to PP2", "plain optimizer, DP2 to TP2"],
 )
 def test_adapters_go_on_from_memory(
     saved: dict[str, Any], processes: int, other: dict[str, Any], ranks: int, tmp_path: Path
@@ -244,6 +253,7 @@ def test_adapters_can_be_switched_off() -> None:
 def held_bytes(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Bytes of weights, gradients and optimizer state that a rank holds, and the prediction for its stage."""
     from llm_parallel.checkpoint.optimizer import allocate_moments
+    from llm_parallel.model.adapters import adapters_of
     from llm_parallel.parallel.mcore_optimizer import inner_optimizers
     from llm_parallel.planner.memory import memory_of_stage
     from llm_parallel.planner.shapes import shape_of, strategy_of
@@ -253,6 +263,7 @@ def held_bytes(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str,
     allocate_moments(engine)
     parameters = [parameter for model in engine.models for parameter in model.parameters()]
     weights = [part for p in parameters for part in (p.stored.tensors if hasattr(p, "stored") else (p,))]
+    weights += [adapter.meets for *_, adapter in adapters_of(engine.models) if hasattr(adapter, "meets")]
     inner = inner_optimizers(engine.optimizer)
     mains = [p for one in inner for group in one.param_groups for p in group["params"]]
     moments = [one.state[p][name] for one in inner for p in one.state for name in ("exp_avg", "exp_avg_sq")]

@@ -94,8 +94,8 @@ def opened_job(rank: int, world_size: int, folder: str, saved: int) -> list[int]
     allocate_moments(engine)
     order = sorted(range(saved), key=lambda r: abs((r + 0.5) / saved - (rank + 0.5) / world_size))
     assembler = Assembler([partial(LocalSource, Path(folder) / "own" / copy_name(7, r), 3) for r in order])
-    for piece, _ in held_pieces({"policy": engine}, divided=False):
-        assembler.read(piece)
+    for held in held_pieces({"policy": engine}, divided=False):
+        assembler.read(held.piece)
     return [len(assembler.opened)]
 
 

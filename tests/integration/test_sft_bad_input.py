@@ -132,7 +132,7 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
     ),
     "a stage of LLaMA-Factory": (given("--stage", "dpo"), ("stage", "`llm-parallel sft`")),
     "a template of LLaMA-Factory": (given("--template", "qwen"), ("chatml or a Jinja file", "leave it out")),
-    "a way to train of LLaMA-Factory": (given("--use_dora", "true"), ("use_dora", "DoRA is not supported")),
+    "a way to train of LLaMA-Factory": (given("--use_galore", "true"), ("use_galore",)),
     # adapters and what they are on
     "a base that is not there": (given("checkpoint.load=/nowhere"), ("checkpoint.load = /nowhere does not exist",)),
     "adapters of rank 0": (given("adapter.rank=0"), ("adapter.rank = 0 must be a whole number over 0",)),

@@ -24,11 +24,18 @@ MODULES = {name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "
 KINDS: dict[str, dict[str, Any]] = {
     "all": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
     "some, rsLoRA": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True},
+    "DoRA": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+        "use_dora": True,
+    },
     "pattern": {"r": 4, "lora_alpha": 16, "target_modules": r".*\.(k_proj|o_proj|gate_proj|down_proj)"},
 }
 TARGETS = {
     "all": tuple(MODULES),
     "some, rsLoRA": ("q", "v", "up"),
+    "DoRA": ("q", "v", "o", "up", "down"),
     "pattern": ("k", "o", "gate", "down"),
 }
 
@@ -55,12 +62,16 @@ def adapted(base: Path, kind: str, folder: Path, dtype: torch.dtype = torch.floa
     return model
 
 
-def theirs(model: Any) -> dict[str, Any]:
+def theirs(model: Any, steps: int = STEPS) -> dict[str, Any]:
     """Gradients of the first step, the losses of all, and the logits after them."""
-    trained = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {
+        name.replace(".default", "").replace("vector.weight", "vector"): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     optimizer = torch.optim.AdamW(trained.values(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     losses, first = [], {}
-    for step in range(STEPS):
+    for step in range(steps):
         tokens = tokens_of(step)
         optimizer.zero_grad()
         logits = model(input_ids=tokens[:, :-1]).logits
@@ -88,6 +99,7 @@ def adapter_config(kind: str, folder: Path | None) -> dict[str, Any]:
         "rank": settings["r"],
         "alpha": settings["lora_alpha"],
         "rank_stabilized": settings.get("use_rslora", False),
+        "dora": settings.get("use_dora", False),
         "targets": TARGETS[kind],
         "load": folder and str(folder),
     }
@@ -109,7 +121,13 @@ def rounded_folder(base: Path, kind: str, folder: Path) -> Path:
 
 
 def ours(
-    rank: int, world_size: int, base: str, adapter: dict[str, Any], parallel: dict[str, Any], run_dir: str
+    rank: int,
+    world_size: int,
+    base: str,
+    adapter: dict[str, Any],
+    parallel: dict[str, Any],
+    run_dir: str,
+    steps: int = STEPS,
 ) -> dict[str, Any]:
     """The same of ours, from PEFT's files; the gradients by PEFT's names, of one process. Saves a checkpoint."""
     from llm_parallel.checkpoint.base import load_adapters, load_base
@@ -143,13 +161,14 @@ def ours(
     load_adapters(adapter["load"], engine.network)
     engine.optimizer.reload_model_params()
     losses, first = [], {}
-    for step in range(STEPS):
+    for step in range(steps):
         tokens = tokens_of(step)
         batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(ROWS, LENGTH))
         outcome = forward_backward(engine, likelihood(config), [batch])
         if step == 0 and world_size == 1:
             for layer, linear, found in adapters_of(engine.models):
-                gradients = (found.a.main_grad, found.b.main_grad)
+                tensors = (found.a, found.b, *([] if found.m is None else [found.m]))
+                gradients = [tensor.main_grad for tensor in tensors]
                 first |= peft_tensors(config.model, config.adapter, layer, linear, *gradients)
             first = {name: gradient.clone().numpy() for name, gradient in first.items()}
         apply_gradient(engine, outcome, LR, 0.0)
@@ -162,7 +181,7 @@ def ours(
     return {"gradients": first, "losses": losses, "logits": None if logits is None else logits.numpy()}
 
 
-@pytest.mark.parametrize("kind", ["all", "some, rsLoRA", pytest.param("pattern", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["all", "some, rsLoRA", "DoRA", pytest.param("pattern", marks=pytest.mark.slow)])
 def test_gradients_steps_and_logits_are_pefts(kind: str, base: Path, tmp_path: Path) -> None:
     """From PEFT's files, which thus are read. Adam divides a gradient by its size, so that the rounding of small ones
     grows: PEFT itself in fp32 says how far logits may be from its own in fp64."""
@@ -213,6 +232,25 @@ def test_a_base_in_few_bits_is_peft_on_its_values(kind: str, base: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "parallel",
+    [{}, {"tp": 2}, {"tp": 2, "sequence_parallel": False}, {"tp": 4}, {"pp": 2}],
+    ids=lambda parallel: "-".join(f"{name}{size}" for name, size in parallel.items()) or "alone",
+)
+@pytest.mark.parametrize("family", ["grouped", "llama with every bias"])
+def test_ten_steps_of_dora_are_pefts_in_layouts(family: str, parallel: dict[str, Any], tmp_path: Path) -> None:
+    """With more ranks than groups, and with biases, which magnitudes do not multiply."""
+    base = random_folder(family, tmp_path / "base")
+    expected = theirs(adapted(base, "DoRA", tmp_path / "peft"), 10)
+    settings = adapter_config("DoRA", tmp_path / "peft")
+    ranks = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("cp", 1)
+    for found in run_ranks(ours, ranks, str(base), settings, parallel, str(tmp_path / "run"), 10):
+        worst = np.abs(np.array(found["losses"]) / expected["losses"] - 1).max()
+        print(f"| {family} | {parallel} | losses {worst:.1e} |")
+        assert worst <= 1e-5
+
+
+@pytest.mark.slow
 def test_more_ranks_than_groups_read_pefts_files_too(base: Path, tmp_path: Path) -> None:
     expected = theirs(adapted(base, "some, rsLoRA", tmp_path / "peft"))
     settings = adapter_config("some, rsLoRA", tmp_path / "peft")
@@ -220,7 +258,7 @@ def test_more_ranks_than_groups_read_pefts_files_too(base: Path, tmp_path: Path)
     assert np.abs(np.array(found["losses"]) / expected["losses"] - 1).max() <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["all", pytest.param("some, rsLoRA", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["all", "DoRA", pytest.param("some, rsLoRA", marks=pytest.mark.slow)])
 def test_peft_and_transformers_read_what_we_write(kind: str, base: Path, tmp_path: Path) -> None:
     """PEFT our adapters, transformers the merged model, and ``generate``'s loader all three."""
     adapted(base, kind, tmp_path / "peft", torch.float32)
@@ -243,7 +281,6 @@ def test_peft_and_transformers_read_what_we_write(kind: str, base: Path, tmp_pat
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("DoRA", {"use_dora": True}, "use_dora = true"),
     ("ranks", {"rank_pattern": {"q_proj": 2}}, 'rank_pattern = {"q_proj": 2}'),
     ("alphas", {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
     ("whole modules", {"modules_to_save": ["lm_head"]}, "modules_to_save"),

@@ -83,24 +83,29 @@ def nbytes(tensors: Any) -> int:
 
 
 def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of this rank by kind, after one step; its pipeline rank."""
+    """Bytes of this rank by kind, after one step of the small model with changes; its pipeline rank."""
     os.environ["TRITON_INTERPRET"] = "1"
+    return measure_config(changed(base_config(), changes), rank, world_size)
+
+
+def measure_config(config: RunConfig, rank: int, world_size: int) -> dict[str, Any]:
+    """The same of any model, on samples without documents."""
     from llm_parallel.data.batch import Batch
     from llm_parallel.objectives.likelihood import Likelihood
     from llm_parallel.parallel.groups import close_groups
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.train.step import apply_gradient, forward_backward
 
-    config = changed(base_config(), changes)
     engine = open_engine(config, rank, world_size)
     buffers = [buffer for chunk in engine.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    weights = {p.untyped_storage().data_ptr() for m in engine.models for p in m.parameters()}
+    held = [x for m in engine.models for x in (*m.parameters(), *m.buffers(), *_codes(m))]
+    weights = {x.untyped_storage().data_ptr() for x in held}
     generator = torch.Generator().manual_seed(0)
-    size = config.train.micro_batch_size
+    size, length = config.train.micro_batch_size, config.data.seq_length_tokens
 
     def batch() -> Batch:
-        tokens = torch.randint(0, 1000, (size, SEQ + 1), generator=generator)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, SEQ))
+        tokens = torch.randint(0, 1000, (size, length + 1), generator=generator)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, length))
 
     layout = Layout.from_config(config, world_size)
     batches = [batch() for _ in range(layout.num_micro_batches(config.train.global_batch_size))]
@@ -110,7 +115,7 @@ def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, An
         outcome = forward_backward(engine, Likelihood(), batches)
     apply_gradient(engine, outcome, 1e-3, 1.0)
     found = {
-        "weights": nbytes(p for m in engine.models for p in m.parameters()),
+        "weights": nbytes(held),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "optimizer": _optimizer_bytes(engine, weights),
         "saved": saved.most,
@@ -121,12 +126,19 @@ def measure(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, An
     return found
 
 
+def _codes(model: Any) -> list[torch.Tensor]:
+    """What a model holds of its matrices in few bits."""
+    return [x for p in model.parameters() if hasattr(p, "stored") for x in p.stored.tensors]
+
+
 def _optimizer_bytes(engine: Any, weights: set[int]) -> int:
     """Moments, and the fp32 master weights."""
     total = 0
     for part in engine.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             total += nbytes(p for p in group["params"] if p.untyped_storage().data_ptr() not in weights)
+        for held in getattr(part.optimizer, "moments", {}).values():
+            total += nbytes((*held.codes, *held.scales))
         for state in part.optimizer.state.values():
             total += nbytes(x for x in state.values() if isinstance(x, torch.Tensor) and x.numel() > 1)
     return total

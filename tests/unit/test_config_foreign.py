@@ -320,9 +320,8 @@ def test_a_run_file_that_is_missing_before_options() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("optim=adamw_8bit", "instead of 8-bit ones, parallel.distributed_optimizer"),
-        ("optim=paged_adamw_8bit", "moments are in fp32"),
-        ("use_dora=true", "DoRA is not supported"),
+        ("optim=adamw_8bit", "optim.moment_bits=8 holds its moments in 8 bits"),
+        ("optim=paged_adamw_8bit", "They are not moved to the host"),
         ("additional_target=embed_tokens", "embeddings and the output matrix have no adapters"),
         ("modules_to_save=[lm_head]", "adapter.targets names projections"),
     ],
@@ -330,4 +329,4 @@ def test_a_run_file_that_is_missing_before_options() -> None:
 def test_what_is_not_there_is_refused_by_its_own_sentence(given: str, said: str) -> None:
     (line,) = refusal(given)
     assert said in line
-    assert loaded("use_dora=false", "modules_to_save=null", "optim=adamw_torch")[0].adapter is None
+    assert loaded("modules_to_save=null", "optim=adamw_torch")[0].adapter is None

@@ -176,7 +176,7 @@ optim: 3
         f"{path}:10: unknown key data.train.1.wieght; the nearest known one is data.train.1.weight",
         f"{path}:11: data.eval_fraction = 1.5 must be a number of at least 0.0 and below 1.0",
         f"{path}:12: optim = 3 must be a section with lr, min_lr, schedule, warmup_steps, warmup_fraction,"
-        " decay_steps, beta1, beta2, epsilon, weight_decay, clip_grad, implementation",
+        " decay_steps, beta1, beta2, epsilon, weight_decay, clip_grad, implementation, moment_bits",
         "override parallel.tp=0: parallel.tp = 0 must be a whole number over 0",
         "override lgo.interval_steps=1: unknown key lgo; the nearest known one is log",
     }

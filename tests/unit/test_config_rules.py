@@ -91,6 +91,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
                 "warmup_steps": draw(st.integers(0, 80)),
                 "decay_steps": draw(maybe),
                 "implementation": draw(st.sampled_from(["auto", "torch", "apex"])),
+                "moment_bits": draw(st.sampled_from([8, 32])),
             },
             "checkpoint": {"interval_steps": draw(maybe), "keep_every_steps": draw(maybe)},
             "kernels": {"attention": draw(st.sampled_from(["auto", "gluon"]))},
@@ -502,6 +503,19 @@ REFUSED: list[tuple[dict[str, Any], int | None, str, str]] = [
         "cpu",
         "train.early_stop_evaluations = 2 never ends a run whose only evaluation comes after its last step:"
         " train.eval_interval_steps is not given; use train.eval_interval_steps=6",
+    ),
+    (
+        {"adapter__dora": True, "adapter__dropout": 0.1, "checkpoint__load": "base"},
+        None,
+        "cpu",
+        "adapter.dora = true multiplies whole rows, so that adapter.dropout = 0.1 has no place;"
+        " use adapter.dropout=0.0",
+    ),
+    (
+        {"optim__implementation": "triton", "optim__moment_bits": 8},
+        None,
+        "cuda",
+        "optim.implementation = triton has no moments of optim.moment_bits = 8; use optim.implementation=auto",
     ),
     (
         {"optim__implementation": "apex"},

@@ -42,6 +42,7 @@ MEGATRON_FILES = {
     "llm_parallel/model/init.py": "marks of sharded parameters",
     "llm_parallel/model/sequence.py": "the record of packed documents",
     "llm_parallel/parallel/groups.py": "process groups",
+    "llm_parallel/parallel/boxes.py": "how parameters are sharded",
     "llm_parallel/parallel/engine.py": "data parallelism",
     "llm_parallel/parallel/mcore_optimizer.py": "gradient buffers and the optimizer, with their internals",
     "llm_parallel/parallel/platform.py": "the places that name CUDA",

@@ -100,6 +100,7 @@ NOTICED = {
     "optim.epsilon": "1e-6",
     "optim.weight_decay": "1.0",
     "optim.clip_grad": "0.5",
+    "optim.moment_bits": "8",
     "checkpoint.load": "FOLDER/run/checkpoints",
     "checkpoint.load_optimizer": "false",
 }
