@@ -208,7 +208,8 @@ class Builder:
             return {}
         if form_name == "mmlu" and "dev" not in rows and config.get("num_fewshot"):
             rows["dev"] = _official_shots(name)
-            found.remark = f"dev is missing: {len(rows['dev'])} examples from lm-eval's own files"
+            config["num_fewshot"] = min(config["num_fewshot"], len(rows["dev"]))
+            found.remark = f"dev is missing: {config['num_fewshot']} examples from lm-eval's own files"
         for key in SPLITS:
             if config.get(key) and config[key] not in rows:
                 config[key] = None
@@ -263,7 +264,7 @@ def _described(found: Found, source: Mapping[str, Any]) -> dict[str, Any]:
 def _official_shots(task: str) -> list[Row]:
     """MMLU's official examples of a subject, read back from the prompts with explanations that lm-eval has."""
     prompts = json.loads((lm_eval_folder() / SHOTS_FILE).read_text(encoding="utf-8"))
-    subject = task.removeprefix("mmlu_continuation_").removeprefix("mmlu_")
+    subject = task.removeprefix("mmlu_").removesuffix("_continuation")
     return list(shots_in(prompts.get(subject, "")))
 
 
