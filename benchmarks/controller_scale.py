@@ -53,7 +53,7 @@ class Speaker:
         tell({"is": "hello", "host": "127.0.0.1", "devices": list(range(self.devices)), "copies": ["127.0.0.1", 1],
               "pid": 0})  # fmt: skip
         for device in range(self.devices):
-            tell({"is": "worker", "device": device, "pid": 1, "number": 0, "store_port": 1, "generation": 0})
+            tell({"is": "worker", "device": device, "pid": 1, "number": 0, "generation": 0})
         beat = asyncio.create_task(self._beat(tell))
         try:
             while (message := await channel.receive()) is not None:
@@ -77,7 +77,7 @@ class Speaker:
             tell({"is": "training", "device": device, "step": 1, "generation": self.generation})
         elif message["is"] == "abort":
             for device in self.ranks:
-                tell({"is": "left", "device": device, "outcome": "aborted", "store_port": 1,
+                tell({"is": "left", "device": device, "outcome": "aborted",
                       "generation": self.generation})  # fmt: skip
         elif message["is"] == "inventory":
             # Own copies, and those of the nodes before, of which one may be the lost one's.

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -136,6 +136,29 @@ def refuse_strangers(path: Path, found: os.stat_result, fd: int | None = None) -
             f"{path} belongs to user {found.st_uid} and lies in a folder that everyone may write to; choose a folder of"
             " your own"
         )
+
+
+def refuse_outside(path: Path, folder: Path) -> None:
+    """Raises UserError if ``path``, a file of a folder that somebody else may have made, lies outside of it, or is a
+    link that leads out: a model's folder could otherwise have any of this user's files read, copied and sent on. Links
+    of Hugging Face's cache, from a revision to its blobs, are what they should be."""
+    base, found = folder.resolve(), path.resolve()
+    roots = [base, base.parent.parent / "blobs"] if base.parent.name == "snapshots" else [base]
+    if not any(found.is_relative_to(root) for root in roots):
+        raise UserError(f"{path} leads to {found}, outside {folder}; put the file itself there if it belongs there")
+
+
+def copy_inside(source: Path, target: Path, ignore: Callable[[str, list[str]], set[str]] | None = None) -> None:
+    """Copies a folder that somebody else may have made, over what is in ``target``. Raises UserError for a link that
+    leads out of it."""
+
+    def checked(folder: str, names: list[str]) -> set[str]:
+        left_out = ignore(folder, names) if ignore is not None else set()
+        for name in set(names) - left_out:
+            refuse_outside(Path(folder) / name, source)
+        return left_out
+
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=checked)
 
 
 def sha256_of(path: Path) -> str:

@@ -31,6 +31,26 @@ def say(text: str, stream: TextIO | None = None) -> None:
     print(text if width is None else wrapped(text, width), file=stream, flush=True)
 
 
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 without tab and line feed, delete, C1 (0x9b alone begins a sequence)
+    "\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that reorder the text around them
+    "\u2028\u2029\ud800-\udfff]"  # other line separators; halves of characters, which no terminal can be sent
+)
+"""Characters of somebody else's text that must not reach a terminal."""
+
+
+def printable(text: str) -> str:
+    """The text with each control character replaced by a visible one, such as ␛ for escape."""
+    return CONTROL.sub(_sign, text.replace("\r\n", "\n"))
+
+
+def _sign(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    if number < 0x20:
+        return chr(0x2400 + number)
+    return "\u2421" if number == 0x7F else "\ufffd"
+
+
 def note(text: str) -> None:
     """Prints lines for people on standard error, so that what a pipe reads is the command's output alone. If nobody can
     read there any more, because a pipe's reader has ended or a terminal is gone, the text is lost: it ends nothing."""

@@ -3,25 +3,9 @@ clipboard, or show its letters in another order than they have."""
 
 from __future__ import annotations
 
-import re
+from llm_parallel.lines import CONTROL, printable
 
-CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 without tab and line feed, delete, C1 (0x9b alone begins a sequence)
-    "\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that reorder the text around them
-    "\u2028\u2029\ud800-\udfff]"  # other line separators; halves of characters, which no terminal can be sent
-)
-
-
-def printable(text: str) -> str:
-    """The text with each control character replaced by a visible one, such as ␛ for escape."""
-    return CONTROL.sub(_sign, text.replace("\r\n", "\n"))
-
-
-def _sign(found: re.Match[str]) -> str:
-    number = ord(found[0])
-    if number < 0x20:
-        return chr(0x2400 + number)
-    return "\u2421" if number == 0x7F else "\ufffd"
+__all__ = ["CONTROL", "Pieces", "printable"]
 
 
 class Pieces:

@@ -11,30 +11,23 @@ import contextlib
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import traceback
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from llm_launch import wire
 from llm_launch.agent_settings import AgentSettings
-from llm_launch.copy_files import forget, forget_all_but, forget_stale, inventory, keep_alive
+from llm_launch.copy_files import Claim, forget, forget_all_but, forget_stale, inventory
 from llm_launch.copy_transfer import CopyServer
-from llm_launch.health import GpuHealth, HostHealth, MemoryKills, open_nvml
-from llm_launch.local import worker_defaults
-from llm_launch.network import interface_of
-from llm_launch.progress import ProgressPage
+from llm_launch.door import raise_file_limit
+from llm_launch.health import GpuHealth, HostHealth, open_nvml
+from llm_launch.node_workers import NodeWorkers, kill, process_state
 from llm_launch.slurm import SlurmError, SlurmJob
 from llm_parallel.errors import UserError
 from llm_parallel.lines import note
 
-WORKER_MODULE = "llm_parallel.worker.elastic"
-PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "torch._dynamo")
-"""torch._dynamo, because torch's optimizers load it."""
-SLOTS = 256
 CONNECT_S = 60.0
 RECONNECT_S = 0.2
 HEALTH_S = 30.0
@@ -45,71 +38,63 @@ RESCUE_S = 3.0
 """Time between two questions to SLURM whether that node is dead, asked by an agent without a controller."""
 
 
-@dataclass
-class Worker:
-    """A forked process and its device."""
-
-    number: int
-    device: int
-    channel: wire.Channel
-    pid: int = 0
-    generation: int = 0
-    store_port: int = 0
-    ready: bool = False
-    killed: bool = False
-    """Whether this agent has ended it; a controller that comes back must not give it work."""
-
-
 class Agent:
     """State and tasks of one agent."""
 
     def __init__(self, settings: AgentSettings) -> None:
         self.settings = settings
-        self.page = ProgressPage(slots=SLOTS)
-        self.workers: dict[int, Worker] = {}
-        self.wanted = set(settings.devices)
         self.controller: wire.Channel | None = None
         self.heard_s = time.monotonic()
-        self.memory_kills = MemoryKills()
+        self.here = NodeWorkers(settings, self._tell, self._log, self._spawn)
+        self._claim = Claim(settings.copies_dir)
         self.copy_server = CopyServer(settings.host, settings.copies_dir, settings.secret)
-        self._number = 0
-        # Opened once: the run folder's file system may block, and an agent that blocks counts as lost.
-        (settings.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        log = settings.run_dir / "logs" / f"{settings.node}.log"
-        self._workers_log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._zygote: subprocess.Popen[bytes] | None = None
-        self._zygote_socket: socket.socket | None = None
-        self._warm = False
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._ending = False
+        self._broken = False
         self._keep = True
 
-    def _spawn(self, coroutine: Any) -> None:
+    def _spawn(self, coroutine: Any, vital: bool = True) -> None:
+        """Runs a task beside the others. If a vital one dies this agent ends, and another is started: without its sign
+        of life the controller would call the node silent, and without its zygote no worker could be replaced."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._ended, vital))
+
+    def _ended(self, vital: bool, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        self._log("".join(traceback.format_exception(error)))
+        if vital and not self.here.ending:
+            self._log(f"ends, since a task of it failed: {error}")
+            self.here.ending, self._broken = True, True
+            self.here.kill_all()
+            if self.controller is not None:
+                self.controller.close()
 
     async def run(self) -> int:
         """Serves until the run ends: 0 if the controller ended it, 1 if no controller can be reached."""
-        await self._start_zygote()
-        self._spawn(asyncio.to_thread(forget_stale, self.settings.copies_dir))
+        with contextlib.suppress(OSError, UserError):
+            self._claim.renew()
+        await self.here.start()
+        self._spawn(asyncio.to_thread(forget_stale, self.settings.copies_dir), vital=False)
         self._spawn(self._beat())
-        self._spawn(self._watch_health())
+        self._spawn(self._watch_health(), vital=False)
         status = 1
-        while not self._ending:
+        while not self.here.ending:
             channel = await self._find_controller()
             if channel is None:
                 break
             self.controller, self.heard_s = channel, time.monotonic()
             channel.send(self._hello())
-            for worker in self.workers.values():
-                self._announce(worker)
+            for worker in self.here.workers.values():
+                self.here.announce(worker)
             status = await self._serve(channel)
             self.controller = None
-        self._kill_all()
+        self.here.kill_all()
         if not self._keep:
             forget(self.settings.copies_dir)
-        return status
+        return 1 if self._broken else status
 
     async def _find_controller(self) -> wire.Channel | None:
         deadline = time.monotonic() + CONNECT_S
@@ -169,7 +154,7 @@ class Agent:
         }
 
     async def _serve(self, channel: wire.Channel) -> int:
-        while not self._ending:
+        while not self.here.ending:
             try:
                 message = await channel.receive()
             except OSError:
@@ -177,7 +162,7 @@ class Agent:
             if message is None:
                 # The next controller makes a new plan; workers of the old one must not go on.
                 self._log("the controller is gone; ending the workers here")
-                self._kill_all()
+                self.here.kill_all()
                 return 1
             self.heard_s = time.monotonic()
             if message["is"] != "beat":
@@ -186,35 +171,32 @@ class Agent:
 
     def _on_controller(self, message: wire.Message) -> None:
         kind = message["is"]
-        if kind in ("assign", "inject", "look", "pardon"):
-            worker = self._by_device(message["device"], message.get("number"))
+        if kind in ("assign", "inject", "look", "pardon", "value", "partner"):
+            worker = self.here.by_device(message["device"], message.get("number"))
             if worker is not None:
                 if kind == "assign":
                     worker.generation, worker.ready = message["generation"], False
-                worker.channel.send(message)
+                worker.send(message)
                 if kind == "look":
-                    self._tell({"is": "state", "device": worker.device, "state": _process_state(worker.pid)})
+                    self._tell({"is": "state", "device": worker.device, "state": process_state(worker.pid)})
         elif kind in ("abort", "pause", "stop"):
-            for worker in self.workers.values():
-                worker.channel.send(message)
+            for worker in self.here.workers.values():
+                worker.send(message)
         elif kind == "inventory":
             self._tell({"is": "inventory", "entries": inventory(self.settings.copies_dir)})
         elif kind == "forget":
-            self._spawn(asyncio.to_thread(forget_all_but, self.settings.copies_dir, message["keep"]))
+            self._spawn(asyncio.to_thread(forget_all_but, self.settings.copies_dir, message["keep"]), vital=False)
         elif kind in ("kill", "retire"):
             if kind == "retire":
-                self.wanted.discard(message["device"])
-            worker = self._by_device(message["device"], message.get("number"))
+                self.here.wanted.discard(message["device"])
+            worker = self.here.by_device(message["device"], message.get("number"))
             if worker is not None:
-                _kill(worker.pid)
+                worker.killed = True
+                kill(worker.pid)
         elif kind == "end":
-            self._ending, self._keep = True, message["keep"]
-            for worker in self.workers.values():
-                worker.channel.send({"is": "end"})
-
-    def _by_device(self, device: int, number: int | None = None) -> Worker | None:
-        # What was meant for a process that has died must not reach its replacement.
-        return next((w for w in self.workers.values() if w.device == device and number in (None, w.number)), None)
+            self.here.ending, self._keep = True, message["keep"]
+            for worker in self.here.workers.values():
+                worker.send({"is": "end"})
 
     def tell_of_term(self) -> None:
         """Reports to the controller that this agent got SIGTERM."""
@@ -231,16 +213,10 @@ class Agent:
             if self.controller is not None and now - self.heard_s > self.settings.lost_after_s:
                 self._log(f"nothing heard from the controller for {now - self.heard_s:.1f} s; ending the workers here")
                 self.controller.close()
-                self._kill_all()
+                self.here.kill_all()
                 self.heard_s = now
-            progress = {}
-            for worker in self.workers.values():
-                seen = self.page.read(worker.number % SLOTS)
-                age = -1.0 if seen.stepped_s < 0 else now - seen.stepped_s
-                times = [age, seen.step_s, seen.probe_s, now - seen.marked_s, seen.own_s]
-                progress[worker.device] = [seen.generation, seen.step, *times]
-            self._tell({"is": "beat", "progress": progress})
-            self.memory_kills.look()
+            self._tell({"is": "beat", "progress": self.here.progress(now)})
+            self.here.memory_kills.look()
 
     async def _watch_health(self) -> None:
         nvml = await asyncio.to_thread(open_nvml)
@@ -251,117 +227,8 @@ class Agent:
                 for finding in await asyncio.to_thread(item.look):
                     self._tell({"is": "health", **asdict(finding)})
             with contextlib.suppress(OSError, UserError):  # a worker that makes its first copy says what is wrong
-                keep_alive(self.settings.copies_dir)
+                self._claim.renew()
             await asyncio.sleep(HEALTH_S)
-
-    async def _start_zygote(self) -> None:
-        ours, theirs = socket.socketpair()
-        self._zygote = subprocess.Popen(
-            [sys.executable, "-m", "llm_launch.zygote", str(theirs.fileno())],
-            pass_fds=(theirs.fileno(), self.page.fd),
-            env={**os.environ, **self._environment()},
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
-        wire.send(ours, {"is": "import", "modules": list(PRELOAD)})
-        self._zygote_socket = ours
-        reader, writer = await asyncio.open_connection(sock=ours)
-        channel = wire.Channel(reader, writer)
-        self._spawn(self._watch_zygote(channel))
-
-    def _environment(self) -> dict[str, str]:
-        interface = interface_of(self.settings.host)
-        named = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
-        defaults = {**worker_defaults(os.environ, len(self.settings.devices)), **named}
-        return {name: value for name, value in defaults.items() if name not in os.environ}
-
-    async def _watch_zygote(self, channel: wire.Channel) -> None:
-        while not self._ending:
-            try:
-                message = await channel.receive()
-            except OSError:
-                message = None
-            if message is None:
-                break
-            if message["is"] == "warm":
-                self._warm = True
-                for device in sorted(self.wanted):
-                    self._fork(device)
-            elif message["is"] == "forked":
-                worker = self.workers.get(message["worker"])
-                if worker is not None:
-                    worker.pid = message["pid"]
-            elif message["is"] == "exited":
-                self._on_exit(message["pid"], message["status"])
-        if not self._ending:
-            # Workers die with the zygote that forked them.
-            self._warm = False
-            for worker in list(self.workers.values()):
-                self._on_exit(worker.pid, -signal.SIGKILL)
-            await self._start_zygote()
-
-    def _fork(self, device: int) -> None:
-        if not self._warm or self._by_device(device) is not None or self._ending:
-            return
-        assert self._zygote_socket is not None
-        self._number += 1
-        number = self._number
-        ours, theirs = socket.socketpair()
-        settings = self.settings
-        environment = {
-            "LLM_PARALLEL_RUN_DIR": str(settings.run_dir),
-            "LLM_PARALLEL_RUN_FILE": settings.run_file,
-            "LLM_PARALLEL_NODE": settings.node,
-            "LLM_PARALLEL_HOST": settings.host,
-            "LLM_PARALLEL_REPLICA_DIR": str(settings.copies_dir),
-            "LLM_PARALLEL_PROGRESS_FD": str(self.page.fd),
-            "LLM_PARALLEL_SLOT": str(number % SLOTS),
-        }
-        request = wire.encode({"is": "fork", "worker": number, "module": WORKER_MODULE, "environment": environment})
-        socket.send_fds(self._zygote_socket, [request], [theirs.fileno(), self._workers_log])
-        theirs.close()
-        self._spawn(self._serve_worker(number, device, ours))
-
-    async def _serve_worker(self, number: int, device: int, control: socket.socket) -> None:
-        reader, writer = await asyncio.open_connection(sock=control)
-        worker = Worker(number, device, wire.Channel(reader, writer))
-        self.workers[number] = worker
-        while True:
-            try:
-                message = await worker.channel.receive()
-            except OSError:
-                message = None
-            if message is None:
-                return  # the zygote reports how it ended
-            if message["is"] in ("ready", "left"):
-                worker.store_port, worker.ready = message["store_port"], True
-            if message["is"] == "ready":
-                worker.pid = message["pid"]  # the zygote's own report may come later
-                self._announce(worker)
-            else:
-                self._tell({**message, "device": device})
-
-    def _announce(self, worker: Worker) -> None:
-        if worker.ready and not worker.killed:
-            message = {"is": "worker", "device": worker.device, "pid": worker.pid, "number": worker.number}
-            self._tell({**message, "store_port": worker.store_port, "generation": worker.generation})
-
-    def _on_exit(self, pid: int, status: int) -> None:
-        worker = next((worker for worker in self.workers.values() if worker.pid == pid), None)
-        if worker is None:
-            return
-        del self.workers[worker.number]
-        worker.channel.close()
-        starved = status == -signal.SIGKILL and self.memory_kills.look()
-        message = {"is": "exit", "device": worker.device, "status": status, "generation": worker.generation}
-        self._tell({**message, "host_memory": starved})
-        if worker.device in self.wanted:
-            self._fork(worker.device)
-
-    def _kill_all(self) -> None:
-        for worker in self.workers.values():
-            worker.killed = True
-            _kill(worker.pid)
 
     def _log(self, text: str) -> None:
         """To the terminal, and to a file: the terminal of a SLURM step is gone with the batch script's node."""
@@ -372,22 +239,9 @@ class Agent:
                 log.write(f"{stamp} {self.settings.node}: {text}\n")
 
 
-def _process_state(pid: int) -> str:
-    """The system's letter for what a process does: R, S, D, T (stopped), Z."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return "X"
-
-
-def _kill(pid: int) -> None:
-    if pid > 0:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 def main() -> None:
     """Runs one agent until the run is over or the controller is gone."""
+    raise_file_limit()
     agent = Agent(AgentSettings.parse())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

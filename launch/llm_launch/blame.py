@@ -1,7 +1,7 @@
 """From what was seen to who is at fault: a table of rules over evidence, pure, so that every row has a test.
 
 A fault of the program or of the user stops the run and removes no device. A fault of hardware names devices or nodes;
-the ledger decides after how many strikes a device is removed for good.
+the ledger (ledger.py) decides after how many strikes a device is removed for good.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Device(NamedTuple):
@@ -46,6 +46,8 @@ class Kind(Enum):
     """A replica's weights differ from those of most others."""
     UNHEALTHY = "unhealthy"
     """The driver or the known-answer test says that the device is broken."""
+    COPY_LOST = "copy lost"
+    """A memory copy that the state was to come from is damaged or gone."""
     HOST_MEMORY = "host memory"
     """The system ended a process because its node ran out of memory."""
 
@@ -65,6 +67,10 @@ class Evidence:
     """Exit status, negative for a signal."""
     samples: tuple[int, int] | None = None
     """First and last global sample of the step."""
+    copy: tuple[str, int] | None = None
+    """Kind and rank of a memory copy that is lost, if it is one."""
+    forming: bool = False
+    """Whether its process had not begun to train in this generation."""
 
 
 class Fault(Enum):
@@ -74,6 +80,8 @@ class Fault(Enum):
     PROGRAM = "program"
     OUT_OF_MEMORY = "out of memory"
     HOST_MEMORY = "host memory"
+    ENVIRONMENT = "environment"
+    """Disk, files, ports: what the system refuses, whatever the device."""
     DEVICE = "device"
     NODE = "node"
     AGENT = "agent"
@@ -113,8 +121,18 @@ _CERTAIN = re.compile(r"uncorrectable|ECC error|GPU is lost|fallen off the bus",
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|Cannot allocate memory|not enough memory", re.IGNORECASE)
 
 
+_ENVIRONMENT = re.compile(
+    r"No space left|quota exceeded|Read-only file system|Input/output error|Stale file handle|Too many open files"
+    r"|Address already in use|Cannot assign requested address|Permission denied|File name too long"
+    r"|No such file or directory|Resource temporarily unavailable",
+    re.IGNORECASE,
+)
+_OF_THE_SYSTEM = ("OSError", "FileNotFoundError", "PermissionError", "NotADirectoryError", "FileExistsError",
+                  "BlockingIOError", "IsADirectoryError")  # fmt: skip
+
+
 def classify_error(error: str, message: str) -> str:
-    """``user``, ``memory``, ``device``, ``connection`` or ``program`` for an exception of a worker."""
+    """``user``, ``memory``, ``device``, ``connection``, ``environment`` or ``program`` for an exception of a worker."""
     if error == "UserError":
         return "user"
     if error in ("OutOfMemoryError", "MemoryError") or _OUT_OF_MEMORY.search(message):
@@ -125,6 +143,8 @@ def classify_error(error: str, message: str) -> str:
         return "device"
     if error == "RuntimeError" and _CONNECTION.search(message):
         return "connection"
+    if error in _OF_THE_SYSTEM and _ENVIRONMENT.search(message):
+        return "environment"
     return "program"
 
 
@@ -147,7 +167,8 @@ def _of(evidence: Sequence[Evidence], *kinds: Kind) -> list[Evidence]:
     return [item for item in evidence if item.kind in kinds]
 
 
-def _said(item: Evidence) -> str:
+def said(item: Evidence) -> str:
+    """The error of a process in one line."""
     text = item.message.strip().splitlines()[-1][:300] if item.message.strip() else ""
     return f"{item.error}: {text}" if item.error else text
 
@@ -164,7 +185,7 @@ def _out_of_memory(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | No
         if classify_error(item.error, item.message) == "memory":
             return Verdict(
                 Fault.OUT_OF_MEMORY,
-                f"rank {item.rank} ran out of memory ({_said(item)}); lower train.micro_batch_size, or use"
+                f"rank {item.rank} ran out of memory ({said(item)}); lower train.micro_batch_size, or use"
                 " parallel.recompute or more tensor or pipeline parallelism",
                 evidence=(item,),
             )
@@ -172,7 +193,8 @@ def _out_of_memory(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | No
 
 
 def _same_error_in_several_places(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
-    raised = [item for item in _of(evidence, Kind.RAISED) if classify_error(item.error, item.message) == "program"]
+    ours = ("program", "environment")
+    raised = [item for item in _of(evidence, Kind.RAISED) if classify_error(item.error, item.message) in ours]
     by_error: dict[str, list[Evidence]] = {}
     for item in raised:
         by_error.setdefault(item.error, []).append(item)
@@ -182,7 +204,7 @@ def _same_error_in_several_places(evidence: Sequence[Evidence], devices: set[Dev
             first = min(items, key=lambda item: item.rank or 0)
             return Verdict(
                 Fault.PROGRAM,
-                f"{len(places)} of {len(devices)} processes raised the same error, rank {first.rank}: {_said(first)}",
+                f"{len(places)} of {len(devices)} processes raised the same error, rank {first.rank}: {said(first)}",
                 evidence=tuple(items),
             )
     return None
@@ -197,7 +219,7 @@ def _broken_device(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | No
     broken = tuple(sorted({item.device for item in items if item.device is not None}))
     if not broken:
         return None
-    reason = few(sorted({f"{item.device}: {item.kind.value}, {_said(item)}" for item in items}), "; ")
+    reason = few(sorted({f"{item.device}: {item.kind.value}, {said(item)}" for item in items}), "; ")
     return Verdict(Fault.DEVICE, reason, broken, certain=True, evidence=tuple(items))
 
 
@@ -226,6 +248,23 @@ def _whole_node(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict |
                 Fault.NODE, f"all {len(here)} processes of {node} died", nodes=(node,), evidence=tuple(evidence)
             )
     return None
+
+
+def _lost_copies(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
+    items = _of(evidence, Kind.COPY_LOST)
+    if not items or len(items) + len(_of(evidence, Kind.CONNECTION)) < len(evidence):
+        return None  # something else has happened too, and is judged
+    reason = few(sorted({item.message for item in items}), "; ")
+    return Verdict(Fault.ENVIRONMENT, f"{reason}; another copy or the checkpoint is taken", evidence=tuple(items))
+
+
+def _environment(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
+    items = _of(evidence, Kind.RAISED)
+    found = [item for item in items if classify_error(item.error, item.message) == "environment"]
+    if not found:
+        return None
+    reason = few([f"rank {item.rank} of {item.node}: {said(item)}" for item in found], "; ")
+    return Verdict(Fault.ENVIRONMENT, f"{reason} (the system's answer, not the device's fault)", evidence=tuple(found))
 
 
 def _all_stand_still(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
@@ -257,7 +296,7 @@ def _how(item: Evidence) -> str:
             f"signal {-item.status}" if item.status < 0 else f"status {item.status}"
         )
     who = f"rank {item.rank} " if item.rank is not None else ""
-    return f"{who}{item.kind.value}" + (f", {_said(item)}" if _said(item) else "")
+    return f"{who}{item.kind.value}" + (f", {said(item)}" if said(item) else "")
 
 
 RULES = (
@@ -267,65 +306,11 @@ RULES = (
     _host_memory,
     _whole_node,
     _same_error_in_several_places,
+    _environment,
+    _lost_copies,
     _all_stand_still,
     _single_devices,
 )
 """In order: a user's mistake; memory of a device; hard evidence against a device; memory of a host; a silent node, a
-dead agent, all processes of one node; the same error in several places; a standstill of all; single devices."""
-
-
-@dataclass
-class Ledger:
-    """Strikes and removals of one run, remembered across restarts.
-
-    A suspected device is used again until its ``strikes``-th fault, which removes it for good; hard evidence removes it
-    at once. If the same error follows the work to another device, the program is at fault and both are acquitted.
-    """
-
-    strikes: int = 2
-    counts: dict[Device, list[str]] = field(default_factory=dict)
-    removed: dict[Device, str] = field(default_factory=dict)
-    errors: dict[str, set[Device]] = field(default_factory=dict)
-
-    def judge(self, verdict: Verdict) -> Verdict:
-        """Takes in a verdict about devices; the one that comes back blames the program if another device failed with
-        the same error before."""
-        if verdict.fault is not Fault.DEVICE:
-            return verdict
-        for item in verdict.evidence:
-            if item.kind is Kind.RAISED and item.device is not None:
-                places = self.errors.setdefault(f"{item.error}: {item.message[:200]}", set())
-                places.add(item.device)
-                if len(places) > 1:
-                    for device in places:
-                        self.counts.pop(device, None)
-                        self.removed.pop(device, None)
-                    return Verdict(
-                        Fault.PROGRAM,
-                        f"the same error came again on another device, so it is the program's: {_said(item)}",
-                        evidence=verdict.evidence,
-                    )
-        for device in verdict.devices:
-            given = self.counts.setdefault(device, [])
-            given.append(verdict.reason)
-            if verdict.certain or len(given) >= self.strikes:
-                self.removed[device] = verdict.reason
-        return verdict
-
-    def to_json(self) -> dict[str, Any]:
-        """What is written into the run folder."""
-        return {
-            "strikes": [[*device, reasons] for device, reasons in self.counts.items()],
-            "removed": [[*device, reason] for device, reason in self.removed.items()],
-            "errors": [[error, [list(device) for device in places]] for error, places in self.errors.items()],
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], strikes: int) -> Ledger:
-        """Inverse of ``to_json``."""
-        return cls(
-            strikes,
-            {Device(node, index): list(reasons) for node, index, reasons in values.get("strikes", [])},
-            {Device(node, index): reason for node, index, reason in values.get("removed", [])},
-            {error: {Device(*place) for place in places} for error, places in values.get("errors", [])},
-        )
+dead agent, all processes of one node; the same error in several places; disk, files and ports; lost memory copies; a
+standstill of all; single devices."""

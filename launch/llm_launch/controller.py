@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame, few
+from llm_launch.blame import Device, Evidence, Fault, Kind, Verdict, blame, few
 from llm_launch.copy_catalog import CopyCatalog, Restore
+from llm_launch.door import WAITING
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
-from llm_launch.placement import Placement, Trained, crowded, fingerprint, other_copies, place
+from llm_launch.ledger import Ledger
+from llm_launch.placement import Placement, Trained, crowded, fingerprint, place
 from llm_launch.snapshot import snapshot, used_up
 from llm_launch.starters import AgentStarter
 from llm_launch.states import EXIT_TOO_FEW, Outcome, Phase, check_transition
@@ -63,14 +65,12 @@ class Controller:
         self.config, self.starter, self.device, self._newest_step = config, starter, device, newest_step
         self.journal = Journal(run_dir, config.elastic, starter.secret)
         remembered = self.journal.remembered()
-        self.ledger = Ledger.from_json(remembered, config.elastic.strikes)
+        self.ledger = Ledger.from_json(remembered, config.elastic.strikes, 3600.0 * config.elastic.strike_hours)
         self.fleet = Fleet(config.elastic, starter.secret, self.journal)
         self._model = fingerprint(config)
         trained = [Trained.read(item) for item in remembered.get("trained", [])]
-        if trained and remembered.get("model") != self._model:
-            self.journal.event("copies_ignored", cause=other_copies(self._model, remembered.get("model")))
-            trained = []
-        self.copies = CopyCatalog(self.fleet, self.journal, trained, newest_step())
+        self.copies = CopyCatalog(self.fleet, self.journal, self._model, newest_step())
+        self.copies.remember(trained, remembered.get("model"))
         self._ticker = Ticker(self.fleet, self.copies, starter, self.stop, self._write_status)
         self._started_s = time.monotonic()
         self._stop = False
@@ -78,9 +78,12 @@ class Controller:
         self._turn = False
         self._believe: set[int] = set()
         self._slow: dict[Device, int] = {}
+        self._stuck: set[Device] = set()
+        """Devices whose killed process was waited for in vain."""
 
     async def listen(self, host: str, port: int = 0) -> int:
         """Begins to accept agents; the port."""
+        self.fleet.door.most = max(WAITING, 2 * len(self.starter.expected))  # they all come at once
         return await self.fleet.listen(host, port)
 
     async def run(self) -> int:
@@ -168,16 +171,7 @@ class Controller:
         if self._nothing_to_save:
             raise Stopped(EXIT_STOPPED, Phase.STOPPED)
         config, began = self.config, time.monotonic()
-        removed = set(self.ledger.removed)
-
-        def replaced() -> bool:
-            return all(
-                Device(node.name, index) in removed or index in node.ready()
-                for node in self.fleet.roster.warm()
-                for index in node.devices
-            )
-
-        await self.fleet.until(replaced, REPLACE_S)
+        await self._until_replaced()
         placement = self._choose()
         if placement is None:
             self._enter(Phase.WAITING)
@@ -221,6 +215,21 @@ class Controller:
             seconds=time.monotonic() - began,
         )
 
+    async def _until_replaced(self) -> None:
+        """Waits for the replacements of killed workers, which are forked in milliseconds; for a process that the system
+        cannot end (state D, a frozen control group, a stopped zygote) only once."""
+        self._stuck -= set(self._usable())
+
+        def missing() -> set[Device]:
+            warm = self.fleet.roster.warm()
+            lacking = {Device(node.name, index) for node in warm for index in set(node.devices) - set(node.ready())}
+            return lacking - set(self.ledger.removed) - self._stuck
+
+        if not await self.fleet.until(lambda: not missing(), REPLACE_S):
+            self._stuck |= (late := missing())
+            names = few([str(device) for device in sorted(late)])
+            self.journal.event("stuck", cause=f"no process can be started on {names}, and the run goes on without")
+
     async def _wait_for_copies(self) -> bool:
         """Whether lost nodes came back with their memory copies: a node's memory survives the death of its agent. The
         wait is as long as making the steps since the newest checkpoint again would take."""
@@ -257,14 +266,12 @@ class Controller:
     def _assign(self, placement: Placement, restore: Restore | None) -> None:
         names = list(dict.fromkeys(device.node for device in placement.devices))
         after = {name: self.fleet.roster.nodes[following] for name, following in zip(names, names[1:] + names[:1])}
-        first = placement.devices[0]
-        first_node = self.fleet.roster.nodes[first.node]
-        store = [first_node.host, first_node.workers[first.number].store_port]
         sources = self.copies.sources(restore, placement)
         for rank, device in enumerate(placement.devices):
             node = self.fleet.roster.nodes[device.node]
             worker = node.workers[device.number]
             worker.begin(self.fleet.generation)
+            worker.partner = after[device.node].name if len(names) > 1 else None
             node.send(
                 {
                     "is": "assign",
@@ -274,12 +281,12 @@ class Controller:
                     "rank": rank,
                     "world_size": placement.layout.world_size,
                     "local_rank": device.number,
-                    "store": store,
                     "overrides": list(placement.overrides),
                     "restore": sources[rank],
                     "here": list(node.copies_address),
                     "partner": list(after[device.node].copies_address) if len(names) > 1 else None,
                     "elapsed_s": time.monotonic() - self._started_s,
+                    "origin": self.copies.origin(placement),
                     "believe": sorted(self._believe),
                 }
             )
@@ -300,6 +307,7 @@ class Controller:
             raise Stopped(EXIT_STOPPED, Phase.STOPPED)
         if not self.fleet.evidence:
             self._trained = True
+            self.ledger.formed()
             self._enter(Phase.TRAINING)
             if self.config.elastic.replicate_every_steps:
                 self.copies.begin(self.fleet.placement)
@@ -394,12 +402,16 @@ class Controller:
         if not await self.fleet.until(lambda: not self.fleet.inside(), LEAVE_S):
             self.fleet.kill(self.fleet.inside())
             await self.fleet.until(lambda: not self.fleet.inside(), LEAVE_S)
+        for item in self.fleet.evidence:
+            if item.kind is Kind.COPY_LOST:
+                self.copies.distrust(item.copy)
         verdict = self.ledger.judge(blame(self.fleet.evidence, self.fleet.placement.devices))
         self.journal.event("blame", fault=verdict.fault.value, cause=verdict.reason, seconds=time.monotonic() - began)
         self._act_on(verdict)
 
     def _act_on(self, verdict: Verdict) -> None:
-        self.fleet.fruitless += 1
+        broken = verdict.fault is Fault.NETWORK and self._trained
+        self.fleet.fruitless += not (broken and self.fleet.broken_for_s() < self.config.elastic.wait_s)
         if verdict.stops_run:
             self.journal.fail(verdict)
             raise Stopped(EXIT_USER_ERROR if verdict.fault is Fault.USER else 1, Phase.FAILED)
@@ -411,8 +423,7 @@ class Controller:
                 # The fault followed the samples to another device, so no device is at fault.
                 self._believe.add(step)
                 for device in devices:
-                    self.ledger.counts.pop(device, None)
-                    self.ledger.removed.pop(device, None)
+                    self.ledger.acquit(device)
         self._turn = any(item.kind in (Kind.NOT_FINITE, Kind.RAISED) for item in verdict.evidence)
         for device in verdict.devices:
             if device in self.ledger.removed:

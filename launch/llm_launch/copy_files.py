@@ -15,6 +15,8 @@ the file outlives the worker. The agent of a partner node keeps a second copy, w
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import mmap
@@ -226,7 +228,8 @@ def _write_new(folder: int, name: str, head: bytes, size: int) -> None:
 
 
 def inventory(folder: Path) -> list[dict[str, Any]]:
-    """What a node's folder holds: ``[{"kind": "own"|"kept", "generation", "rank", "steps": [...]}]``."""
+    """What a node's folder holds: ``[{"kind": "own"|"kept", "generation", "rank", "steps": [...], "origin"}]``, where
+    origin is what the launcher said of the generation, or None."""
     found = []
     for kind in ("own", "kept"):
         for name in _names_in(folder / kind):
@@ -234,11 +237,12 @@ def inventory(folder: Path) -> list[dict[str, Any]]:
             if parsed is None:
                 continue
             try:
-                steps = sorted(CopyFile.open(folder / kind / name).steps())
+                file = CopyFile.open(folder / kind / name)
             except (OSError, ValueError):
                 continue
-            if steps:
-                found.append({"kind": kind, "generation": parsed[0], "rank": parsed[1], "steps": steps})
+            if steps := sorted(file.steps()):
+                which = {"kind": kind, "generation": parsed[0], "rank": parsed[1]}
+                found.append({**which, "steps": steps, "origin": file.header.get("origin")})
     return found
 
 
@@ -265,16 +269,36 @@ def _opened(folder: Path) -> contextlib.AbstractContextManager[int]:
     return private_folder(folder.parents[depth - 1], *folder.parts[-depth:], make=False)
 
 
-def keep_alive(folder: Path) -> None:
-    """Sets the time of this node's ``folder``, which shows other runs that its agent lives; call it more often than
-    every ``STALE_S``. Raises UserError if another user made the folder."""
-    with private_folder(folder.parents[1], *folder.parts[-2:], make=True) as fd:
-        os.utime(fd)
+class Claim:
+    """A node's folder as its agent holds it: a lock, which ends with the process, shows other runs that it lives. The
+    folder's time shows how long ago a run that has no agent any more had one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._fd = folder, -1
+
+    def renew(self) -> None:
+        """Makes the folder if it is not there, locks it, and sets its time; to be called every so often. Raises
+        UserError if another user made the folder, and OSError."""
+        if self._fd >= 0 and not os.fstat(self._fd).st_nlink:
+            self.close()  # somebody has removed it
+        if self._fd < 0:
+            with private_folder(self._folder.parents[1], *self._folder.parts[-2:], make=True) as fd:
+                self._fd = os.dup(fd)
+            with contextlib.suppress(OSError):  # a file system without locks: the time alone tells
+                fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.utime(self._fd)
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def forget_stale(folder: Path) -> None:
     """Removes copies that other runs of this user left beside the run of ``folder``: one that was killed and never came
-    back would hold the node's memory for ever. Whatever is not certainly this user's own is left alone."""
+    back would hold the node's memory for ever. Those of a run whose agent holds them are left alone, however old they
+    seem after a machine has slept or a clock was set, and so is whatever is not certainly this user's own."""
     root = folder.parents[1]
     try:
         runs = [folder.name for folder in root.iterdir() if folder.name.startswith(_prefix())]
@@ -282,11 +306,23 @@ def forget_stale(folder: Path) -> None:
         return
     for run in runs:
         with contextlib.suppress(OSError, UserError), private_folder(root, run, make=False) as fd:
-            for node in names_in(fd):
+            for node in names_in(fd) if run != folder.parent.name else ():
                 age_s = time.time() - os.stat(node, dir_fd=fd, follow_symlinks=False).st_mtime
-                if run != folder.parent.name and age_s > STALE_S:
+                if age_s > STALE_S and not _is_held(fd, node):
                     remove_below(fd, node)
         _remove_if_empty(root, run)
+
+
+def _is_held(parent: int, name: str) -> bool:
+    """Whether a process holds the folder ``name``."""
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(fd)
+    return False
 
 
 def forget(folder: Path) -> None:

@@ -10,13 +10,19 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
 from llm_launch.copy_files import CopyFile, copy_name
+from llm_launch.door import PAUSE_S, Door
 from llm_launch.private import open_own_file
 from llm_parallel.errors import UserError
+
+CHUNK_BYTES = 8 << 20
+STALL_S = 5.0
+"""A partner node that takes no chunk for so long gets no more copies."""
 
 
 class CopyServer:
@@ -26,31 +32,45 @@ class CopyServer:
         self._folder, self._secret = folder, secret
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=1024)
+        self._door, self._closed = Door(), False
         self.address: tuple[str, int] = (host, self._listener.getsockname()[1])
         threading.Thread(target=self._accept, name="copies", daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                return
-            threading.Thread(target=self._serve, args=(connection,), name="copy", daemon=True).start()
+                if not self._closed:  # no descriptor is left: strangers hold them, or this process does for a moment
+                    self._door.make_room()
+                    time.sleep(PAUSE_S)
+                continue
+            number = self._door.enter(connection)
+            try:
+                threading.Thread(target=self._serve, args=(connection, number), name="copy", daemon=True).start()
+            except RuntimeError:  # no thread can be started now
+                self._door.leave(number)
+                connection.close()
 
     def close(self) -> None:
         """Stops listening. A thread that waits in accept would keep a closed socket alive."""
+        self._closed = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, number: int) -> None:
         with connection, contextlib.suppress(OSError, ValueError, KeyError, UserError):
-            wire.accept_blocking(connection, self._secret)
-            while (request := wire.receive(connection)) is not None:
-                if request["do"] == "put":
-                    self._keep(connection, request["header"])
-                elif request["do"] == "get":
-                    self._give(connection, request)
+            try:
+                sealed = wire.accept_blocking(connection, self._secret)
+            finally:
+                self._door.leave(number)
+            with sealed:
+                while (request := wire.receive(sealed)) is not None:
+                    if request["do"] == "put":
+                        self._keep(sealed, request["header"])
+                    elif request["do"] == "get":
+                        self._give(sealed, request)
 
     def _keep(self, connection: socket.socket, header: dict[str, Any]) -> None:
         path = self._folder / "kept" / copy_name(int(header["generation"]), int(header["rank"]))
@@ -114,6 +134,7 @@ class CopySender:
                 wire.connect_blocking(*self._address, self._secret) as connection,
                 os.fdopen(open_own_file(self._file.path, os.O_RDONLY), "rb") as file,
             ):
+                connection.settimeout(STALL_S)  # of each chunk
                 wire.send(connection, {"do": "put", "header": self._file.header})
                 if wire.receive(connection) is None:
                     raise wire.WireError("the partner node has no room for the memory copy")
@@ -124,17 +145,19 @@ class CopySender:
                             return
                         (step, slot), self._next = self._next, None
                     wire.send(connection, {"slot": slot, "step": step, "state": self._file.state(slot)})
-                    if self._file.data_bytes:
+                    for start in range(0, self._file.data_bytes, CHUNK_BYTES):
                         # sendfile takes the file's own pages: copying them would take processor time from the step.
-                        connection.sendfile(file, self._file.data_offset(slot), self._file.data_bytes)
+                        count = min(CHUNK_BYTES, self._file.data_bytes - start)
+                        connection.sendfile(file, self._file.data_offset(slot) + start, count)
                     if wire.receive(connection) is None:
                         raise wire.WireError("the partner node ended the connection")
                     with self._wanted:
                         self.acknowledged = step
                         self._wanted.notify_all()
         except OSError as error:
+            late = isinstance(error, TimeoutError)
             with self._wanted:
-                self.failure = str(error)
+                self.failure = f"it has taken nothing for {STALL_S:g} s" if late else str(error)
                 self._wanted.notify_all()
 
 

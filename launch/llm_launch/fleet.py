@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llm_launch import wire
 from llm_launch.blame import Device, Evidence, Kind, classify_error, few
+from llm_launch.door import PAUSE_S, WAITING, Door
+from llm_launch.generation_store import GenerationStore
 from llm_launch.hang import find_hung, waits_for_files
 from llm_launch.journal import Journal
 from llm_launch.placement import Placement
@@ -54,17 +59,30 @@ class Fleet:
         """Step from which the present generation went on; None until one of its workers has said so."""
         self.fruitless = 0
         """Recoveries since the last finished step."""
+        self.broken_since_s: float | None = None
+        """Monotonic time at which connections broke for the first time since the last finished step."""
         self.looks: dict[Device, dict[str, Any]] = {}
         self.stalled = (0, 0)
         """Generation and step at which processes were last seen waiting for files."""
         self.address: list[Any] = []
         self.changed = asyncio.Event()
+        self.door = Door(WAITING)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._store = GenerationStore()
         self.pace = Pace(elastic.hang_deviations, first_s=elastic.first_step_limit_s)
+
+    def broken_for_s(self) -> float:
+        """Seconds since connections broke first without a step in between: a network, or a stranger at the ports of the
+        workers' collectives, may hinder a run that has trained for a while, and not only for five attempts."""
+        now = time.monotonic()
+        self.broken_since_s = now if self.broken_since_s is None else self.broken_since_s
+        return now - self.broken_since_s
 
     def begin(self, placement: Placement) -> None:
         """The next generation."""
         self.generation += 1
         self.placement, self.evidence, self.start_step = placement, [], None
+        self._store = GenerationStore()
         self.looks.clear()
 
     def new_pace(self) -> None:
@@ -74,14 +92,48 @@ class Fleet:
 
     async def listen(self, host: str, port: int = 0) -> int:
         """Begins to accept agents; the port."""
-        server = await asyncio.start_server(self._accept, host, port, backlog=4096)
-        self.address = [host, server.sockets[0].getsockname()[1]]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=4096)
+        listener.setblocking(False)
+        self.address = [host, listener.getsockname()[1]]
+        self._spawn(self._admit(listener))
         return self.address[1]
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _admit(self, listener: socket.socket) -> None:
+        """Takes in connections one by one; a flood of strangers must not starve the agents that are there."""
+        with listener:
+            while True:
+                try:
+                    connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+                except OSError:  # no descriptor is left
+                    self.door.make_room()
+                    await asyncio.sleep(PAUSE_S)
+                    continue
+                self._spawn(self._accept(connection, self.door.enter(connection)))
+
+    async def _accept(self, connection: socket.socket, number: int) -> None:
+        try:
+            reader, writer = await asyncio.open_connection(sock=connection)
+            channel = await wire.accept(reader, writer, self.secret)
+        except (OSError, wire.WireError):
+            connection.close()
+            return
+        finally:
+            self.door.leave(number)
+        try:
+            await self._serve(channel)
+        finally:
+            writer.close()
+
+    async def _serve(self, channel: wire.Channel) -> None:
+        """What an agent, or a drill, says, until its connection ends."""
         node: Node | None = None
         try:
-            channel = await wire.accept(reader, writer, self.secret)
             while (message := await channel.receive()) is not None:
                 if message["is"] == "drill":
                     self._on_drill(message)
@@ -93,12 +145,14 @@ class Fleet:
                 elif node is not None and node.channel is channel:
                     node.heard_s = time.monotonic()
                     self._on_agent(node, message)
-                self.changed.set()
+                if message["is"] != "store":  # nothing that anybody waits for here, and there are many
+                    self.changed.set()
         except (OSError, wire.WireError, ValueError):
             pass
+        except Exception:  # a mistake of ours; without its agent the node's work is made elsewhere
+            self.journal.say(f"a message of {node.name if node else 'an agent'} failed:\n{traceback.format_exc()}")
         finally:
-            writer.close()
-            if node is not None and node.channel is not None and node.channel._writer is writer:
+            if node is not None and node.channel is channel:
                 self.lost(node, Kind.AGENT_LOST)
 
     def _on_drill(self, message: wire.Message) -> None:
@@ -137,18 +191,25 @@ class Fleet:
             return
         device = Device(node.name, message["device"])
         if said == "worker":
-            node.workers[device.number] = Worker(device, message["pid"], message["store_port"], message["number"])
+            node.workers[device.number] = Worker(device, message["pid"], message["number"])
             node.warm = True
             return
         worker = node.workers.get(device.number)
         if worker is None:
             return
         mine = worker.generation == self.generation
+        if said == "store":
+            if mine and message["generation"] == self.generation and message["number"] == worker.number:
+                self._store.serve(message, partial(self._answer, node, worker, message.get("id")))
+            return
         if said == "exit":
             del node.workers[device.number]
             if mine and not worker.killed and worker.outcome is None:
                 kind = Kind.HOST_MEMORY if message["host_memory"] else Kind.EXIT
-                self.evidence.append(Evidence(kind, node.name, device, self.rank(device), status=message["status"]))
+                forming = not worker.training
+                self.evidence.append(
+                    Evidence(kind, node.name, device, self.rank(device), status=message["status"], forming=forming)
+                )
         elif said == "training" and mine:
             worker.training = True
             if self.start_step is None:
@@ -160,13 +221,34 @@ class Fleet:
             if message["cause"]:
                 facts = {"node": node.name, "device": device.number, "step": message["step"]}
                 self.journal.event("copies_failed", cause=message["cause"], **facts)
+        elif said == "partner_failed" and mine:
+            self._change_partner(node, worker, message["cause"])
         elif said == "saved" and mine:
             self.saved_step = max(self.saved_step, message["step"])
         elif said == "left" and mine:
-            worker.outcome, worker.store_port = Outcome(message["outcome"]), message["store_port"]
+            worker.outcome = Outcome(message["outcome"])
             self._on_left(device, message)
         elif said in ("seen", "state"):
             self.looks.setdefault(device, {}).update(message)
+
+    def _change_partner(self, node: Node, worker: Worker, cause: str) -> None:
+        """Another node gets the second copies of a worker whose partner does not take them."""
+        failed = worker.partner or ""
+        worker.refused.add(failed)
+        others = [other for other in self.roster.alive() if other is not node and other.name not in worker.refused]
+        worker.partner = others[0].name if others else None
+        instead = f"{worker.partner} keeps them from now on" if others else "no other node can keep them"
+        self.journal.event("second_copy_failed", node=node.name, device=worker.device.number, partner=failed,
+                           cause=f"{cause}; {instead}")  # fmt: skip
+        if others:
+            to = {"is": "partner", "device": worker.device.number, "number": worker.number}
+            node.send({**to, "partner": list(others[0].copies_address)})
+
+    def _answer(self, node: Node, worker: Worker, number: int | None, value: Any) -> None:
+        """Answers what a worker has asked the store, if it is still that worker."""
+        node.send(
+            {"is": "value", "device": worker.device.number, "number": worker.number, "id": number, "value": value}
+        )
 
     def _on_health(self, node: Node, message: wire.Message) -> None:
         """Takes in what the driver or the system reports. A fatal finding ends the generation if the device is in it; a
@@ -182,6 +264,12 @@ class Fleet:
             )
 
     def _on_left(self, device: Device, message: wire.Message) -> None:
+        if "copy_lost" in message:
+            lost = tuple(message["copy_lost"]) if message["copy_lost"] else None
+            self.evidence.append(
+                Evidence(Kind.COPY_LOST, device.node, device, self.rank(device), message=message["message"], copy=lost)
+            )
+            return
         if message["outcome"] != Outcome.FAILED.value:
             return
         error, text = message.get("error", ""), message.get("message", "")
@@ -214,7 +302,7 @@ class Fleet:
                 self.pace.add(seen[3])
             worker.step, worker.age_s, worker.probe_s, worker.own_s = step, seen[2], seen[4], seen[6]
             if step > self.step:
-                self.step, self.fruitless = step, 0
+                self.step, self.fruitless, self.broken_since_s = step, 0, None
 
     @property
     def tick_s(self) -> float:

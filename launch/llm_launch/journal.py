@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 from llm_launch.blame import Device, Verdict
 from llm_launch.copy_files import RUN_ID_NAME
+from llm_launch.hooks import Hooks
 from llm_launch.sentences import sentence
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import UserError
@@ -40,6 +40,11 @@ def as_prometheus(status: dict[str, Any]) -> str:
         "lost_steps_total": ("counter", "steps made again since the start", status["lost_steps"]),
         "excluded_devices": ("gauge", "devices removed for good", len(status["excluded"])),
         "goodput": ("gauge", "part of the time since the start not spent recovering", status["goodput"]["fraction"]),
+        "single_copies": (
+            "gauge",
+            "processes without a second memory copy on another node",
+            status.get("single_copies", 0),
+        ),
         "training": ("gauge", "whether steps are made", int(status["state"] == "training")),
     }
     lines = []
@@ -66,7 +71,7 @@ class Journal:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._newest: dict[str, Any] | None = None
         self._lock = threading.Lock()
-        self._hooks: list[subprocess.Popen[bytes]] = []
+        self._hooks = Hooks(elastic.on_event, self.say) if elastic.on_event else None
         self._faulted_s: float | None = None
         self._down_s = 0.0
         self._started_s = time.monotonic()
@@ -87,7 +92,8 @@ class Journal:
                     self.say("events and state are written again")
                 self._failing = False
 
-        self._writer.submit(done)
+        with contextlib.suppress(RuntimeError):  # of a journal that is closed: an agent's connection may end later
+            self._writer.submit(done)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Records an event, prints it, and passes it to the command ``elastic.on_event``."""
@@ -106,16 +112,8 @@ class Journal:
         self._later(partial(self._events.append, record, datetime.now(timezone.utc)))
         if kind not in QUIET:
             self.say(sentence(record))
-        if self._elastic.on_event:
-            self._later(partial(self._hook, self._elastic.on_event, record))
-
-    def _hook(self, command: str, record: dict[str, Any]) -> None:
-        self._hooks = [hook for hook in self._hooks if hook.poll() is None]
-        hook = subprocess.Popen(command, shell=True, stdin=subprocess.PIPE)
-        assert hook.stdin is not None
-        with contextlib.suppress(BrokenPipeError), hook.stdin:
-            hook.stdin.write(json.dumps(record).encode())
-        self._hooks.append(hook)
+        if self._hooks is not None:
+            self._hooks.put(record)
 
     def say(self, text: str) -> None:
         """One line on the terminal, if there still is one."""
@@ -213,6 +211,8 @@ class Journal:
 
     def close(self) -> None:
         """Writes what is left and closes the files."""
+        if self._hooks is not None:
+            self._hooks.close()
         self._writer.shutdown(wait=True)
         self._events.close()
 

@@ -175,8 +175,24 @@ class Lease:
                         " last saved state stays"
                     )
                     return
+                self._lock_again()
                 self.holder = replace(self.holder, beats=self.holder.beats + 1)
                 self._write(new=found is None)
+
+    def _lock_again(self) -> None:
+        """Makes and takes the lock file anew if somebody has deleted it, with the run folder perhaps: a lock on a file
+        that has no name keeps nobody out."""
+        assert self._lock is not None
+        if os.fstat(self._lock).st_nlink and self._lock_path.exists():
+            return
+        fd = open_own(self._lock_path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)  # another process was faster; its record tells this one to end
+            return
+        os.close(self._lock)
+        self._lock = fd
 
     def _write(self, new: bool) -> None:
         """In place: a reader on another machine would see a file that was replaced only later."""

@@ -27,6 +27,9 @@ SETTLE_S = 1.0
 """Time for the other processes to end and report by themselves after one failed: theirs may be the cause."""
 PR_SET_PDEATHSIG = 1
 LOOPBACK = "127.0.0.1"
+ON_LOOPBACK = "LLM_PARALLEL_LOOPBACK"
+"""Variable that says that all processes of the run are on this machine, so that their store need not be reached from
+another."""
 
 _REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # A process that dies of these died of its own; SIGABRT and SIGTERM are also how libraries end after a peer's death.
@@ -141,6 +144,7 @@ def launch_local(
             **worker_defaults(base, at_once or num_processes),
             "MASTER_ADDR": LOOPBACK,
             "MASTER_PORT": str(port),
+            ON_LOOPBACK: "1",
         }
         signals = _Signals()
         workers: list[_Worker] = []

@@ -43,8 +43,6 @@ class Assignment:
     rank: int
     world_size: int
     local_rank: int
-    store: tuple[str, int]
-    """Host and port of the generation's store, which rank 0 serves on the listener that it registered."""
     overrides: tuple[str, ...]
     """Configuration fields that differ from the run file's: the layout."""
     restore: dict[str, Any] | None
@@ -54,6 +52,8 @@ class Assignment:
     partner: tuple[str, int] | None
     elapsed_s: float
     """Seconds since the run was started."""
+    origin: dict[str, Any]
+    """What memory copies say of this generation, for a start that cannot read it in the run folder."""
     believe: tuple[int, ...] = ()
     """Steps whose loss is not finite on any device, so that data or program are at fault; the guard decides on them."""
 
@@ -61,7 +61,7 @@ class Assignment:
     def read(cls, message: dict[str, Any]) -> Assignment:
         """From a message of the agent."""
         values = {name: message[name] for name in cls.__dataclass_fields__}
-        for name in ("store", "partner", "here"):
+        for name in ("partner", "here"):
             values[name] = tuple(values[name]) if values[name] else None
         values["restore"] = json.loads(values["restore"]) if values["restore"] else None
         values["overrides"], values["believe"] = tuple(values["overrides"]), tuple(values["believe"])
@@ -77,15 +77,12 @@ class Member:
     node: str
     copies_dir: str
     secret: str
-    host: str
-    """Address of this node, on which a store listens."""
     assignments: queue.Queue[Assignment | None] = field(default_factory=queue.Queue)
     injected: list[dict[str, Any]] = field(default_factory=list)
     abort_collectives: Callable[[], None] = lambda: None
     """Ends collectives that are not gloo's; set when the device is known."""
     describe_collectives: Callable[[], dict[str, Any]] = dict
     """How many collectives this process has entered in each group."""
-    _listener: socket.socket | None = None
     _generation: int = 0
     _aborted: int = 0
     _stop: bool = False
@@ -95,29 +92,51 @@ class Member:
     _shut: dict[tuple[int, int], socket.socket] = field(default_factory=dict)
     """Duplicate descriptors of sockets that were shut, by inode and side."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _answered: threading.Condition = field(default_factory=threading.Condition)
+    """Held to touch ``_answers``; told of every answer, and when the generation is given up."""
+    _answers: dict[int, Any] = field(default_factory=dict)
+    """By number of the question; None while there is none."""
+    _asked: int = 0
+    _partner: tuple[str, int] | None = None
 
     def start(self) -> None:
         """Registers with the agent and listens to it."""
-        self.send({"is": "ready", "pid": os.getpid(), "store_port": self._open_listener()})
+        self.send({"is": "ready", "pid": os.getpid()})
         threading.Thread(target=self._listen, name="control", daemon=True).start()
 
     def send(self, message: dict[str, Any]) -> None:
         """Tells the agent something."""
         with self._lock, contextlib.suppress(OSError):
-            wire.send(self.control, {**message, "generation": self._generation})
+            wire.send(self.control, {"generation": self._generation, **message})
 
-    def _open_listener(self) -> int:
-        """Port of a socket on which the store of a generation can be served by this process."""
-        if self._listener is None:
-            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-            self._listener = socket.create_server((self.host, 0), family=family, backlog=4096)
-        return self._listener.getsockname()[1]
+    def tell(self, generation: int, message: dict[str, Any]) -> None:
+        """Says something to a generation's store that has no answer. Raises ConnectionError if it was given up."""
+        if self._aborted >= generation:
+            raise ConnectionError("the generation was given up")
+        self.send({"is": "store", "generation": generation, **message})
 
-    def take_listener(self) -> int:
-        """Descriptor of that socket, which is the caller's now. Others may have connected already."""
-        assert self._listener is not None
-        listener, self._listener = self._listener, None
-        return listener.detach()
+    def ask(self, generation: int, message: dict[str, Any], timeout_s: float) -> Any:
+        """The answer of a generation's store. Raises ConnectionError when the generation is given up meanwhile, and
+        TimeoutError."""
+        with self._answered:
+            self._asked += 1
+            number = self._asked
+            self._answers[number] = None
+        try:
+            self.tell(generation, {"id": number, **message})
+            with self._answered:
+                self._answered.wait_for(
+                    lambda: self._answers[number] is not None or self._aborted >= generation, timeout_s
+                )
+                answer = self._answers[number]
+        finally:
+            with self._answered:
+                del self._answers[number]
+        if answer is not None:
+            return answer["value"]
+        if self._aborted >= generation:
+            raise ConnectionError("the generation was given up before its store answered")
+        raise TimeoutError("the store did not answer in time")
 
     def request_stop(self) -> None:
         """Asks this worker to save and end, as the agent's message ``stop`` does."""
@@ -134,14 +153,14 @@ class Member:
             if assignment is None or assignment.generation > self._aborted:
                 if assignment is not None:
                     self._let_go()
-                    self._generation, self._inside = assignment.generation, True
+                    self._generation, self._inside, self._partner = assignment.generation, True, None
                     self._kept = _sockets()
                 return assignment
 
     def leave(self, outcome: Outcome, error: BaseException | None = None, **facts: Any) -> None:
         """Reports how this worker left the generation."""
         self._inside = False
-        message: dict[str, Any] = {"is": "left", "outcome": outcome.value, "store_port": self._open_listener(), **facts}
+        message: dict[str, Any] = {"is": "left", "outcome": outcome.value, **facts}
         if error is not None:
             trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
             message |= {"error": type(error).__name__, "message": str(error)[-4000:], "traceback": trace[-16000:]}
@@ -151,6 +170,11 @@ class Member:
     def aborted(self) -> bool:
         """Whether the present generation was given up."""
         return self._aborted >= self._generation
+
+    def take_partner(self) -> tuple[str, int] | None:
+        """Address of another partner node that the controller has named in this generation, once."""
+        found, self._partner = self._partner, None
+        return found
 
     @property
     def asked_to_stop(self) -> bool:
@@ -169,7 +193,16 @@ class Member:
                 self.assignments.put(Assignment.read(message))
             elif kind == "abort":
                 self._aborted = max(self._aborted, message["generation"])
+                with self._answered:
+                    self._answered.notify_all()
                 threading.Thread(target=self._break_out, name="abort", daemon=True).start()
+            elif kind == "partner":
+                self._partner = tuple(message["partner"])
+            elif kind == "value":
+                with self._answered:
+                    if message["id"] in self._answers:
+                        self._answers[message["id"]] = message
+                        self._answered.notify_all()
             elif kind == "pause":
                 self._pause = message["generation"]
             elif kind == "stop":

@@ -17,7 +17,6 @@ class Worker:
 
     device: Device
     pid: int
-    store_port: int
     number: int = 0
     """The agent's number of the process: a device may have a new one by the time that a message arrives."""
     generation: int = -1
@@ -26,6 +25,10 @@ class Worker:
     killed: bool = False
     copies: bool = True
     """Whether it makes memory copies."""
+    partner: str | None = None
+    """Node that keeps its second copy; None if there is none."""
+    refused: set[str] = field(default_factory=set)
+    """Nodes that did not take its second copy."""
     step: int = 0
     age_s: float = 0.0
     probe_s: float = 0.0
@@ -36,6 +39,7 @@ class Worker:
         """It has an assignment."""
         assert not self.killed, "a worker whose end is on its way gets no assignment"
         self.generation, self.outcome, self.training, self.copies = generation, None, False, True
+        self.partner, self.refused = None, set()
         self.step, self.age_s, self.probe_s, self.own_s = 0, 0.0, 0.0, 0.0
 
 

@@ -48,7 +48,10 @@ class RunStatus:
     @property
     def last_step_at(self) -> datetime | None:
         """When the last step was recorded."""
-        return datetime.fromisoformat(self.record["time"]) if "time" in self.record else None
+        try:
+            return datetime.fromisoformat(self.record["time"]) if "time" in self.record else None
+        except (ValueError, TypeError):
+            return None
 
     def lines(self, now: datetime) -> list[str]:
         """The state in a few lines."""
@@ -87,14 +90,18 @@ def read_status(run_dir: Path) -> RunStatus:
     total, step = None, 0
     times: list[float] = []
     for found in read_jsonlines(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else ():
+        if not isinstance(found.get("step", 0), int):
+            continue  # nothing of ours
         if found.get("event") == "run_start":
             total, step = found.get("total_steps", total), found.get("step", step)
             record = {} if record.get("step", 0) > step else record
-        elif "train/loss" in found:
+        elif "train/loss" in found and "step" in found:
             record, step = found, found["step"]
-            times = [*times[-63:], float(found.get("perf/step_time", 0.0))]
-        elif "eval/loss" in found:
+            seconds = found.get("perf/step_time")
+            times = [*times[-63:], float(seconds) if isinstance(seconds, int | float) else 0.0]
+        elif "eval/loss" in found and "step" in found:
             evaluation = found
+    total = total if isinstance(total, int) else None
     holder = living_holder(run_dir)
     state, why = ("running", "") if holder is not None else _ending(run_dir, step, total)
     return RunStatus(
@@ -136,7 +143,7 @@ def _ending(run_dir: Path, step: int, total: int | None) -> tuple[str, str]:
         if record.get("event") in ("run_start", "end", "stop", "stopped", "early_stop", "fail"):
             last = {**record, "was": last.get("event")}
     if last.get("event") == "end":
-        made = int(last.get("step", step))
+        made = last["step"] if isinstance(last.get("step"), int) else step
         if total is not None and made < total and last["was"] != "early_stop":
             return "stopped", ""
         return "finished", ""

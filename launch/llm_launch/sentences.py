@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, tzinfo
 from typing import Any
 
+from llm_parallel.lines import printable
+
 Record = Mapping[str, Any]
 _HIDDEN = ("event", "time", "versions")
 
@@ -17,18 +19,23 @@ def clock(at: datetime, now: datetime, zone: tzinfo | None = None) -> str:
 
 
 def line(record: Record, now: datetime, zone: tzinfo | None = None) -> str:
-    """One line of ``llm-parallel events``: when, and what happened."""
-    at = clock(datetime.fromisoformat(record["time"]), now, zone)
-    return f"{at}  {sentence(record)}"
+    """One entry of ``llm-parallel events``: when, and what happened. The record's texts may come from a node's name, an
+    error or a model; on a terminal they do nothing."""
+    try:
+        at = clock(datetime.fromisoformat(record["time"]), now, zone)
+    except (ValueError, TypeError, OverflowError):
+        at = str(record["time"])
+    return printable(f"{at}  {sentence(record)}").replace("\n", "\n    ")
 
 
 def sentence(record: Record) -> str:
-    """What an event says. A kind that is not known here is shown with its fields, and so is one that lacks a field."""
+    """What an event says. A kind that is not known here is shown with its fields, and so is one whose fields are not
+    what they should be."""
     make = _SENTENCES.get(str(record.get("event")))
     if make is not None:
         try:
             return make(record)
-        except KeyError:
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError):
             pass
     rest = ", ".join(f"{name} {value}" for name, value in record.items() if name not in _HIDDEN)
     return f"{record.get('event')}: {rest}" if rest else str(record.get("event"))
@@ -104,11 +111,15 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "restored": lambda r: f"{r['target']} can be written again",
     "folder_restored": lambda r: f"{r['cause']}",
     "copies_failed": lambda r: f"no memory copies of the training state from step {r['step']} on: {r['cause']}",
+    "second_copy_failed": lambda r: (
+        f"the second copies of {r['node']}, device {r['device']}, do not reach {r['partner']}: {r['cause']}"
+    ),
     "copies_again": lambda r: f"memory copies of the training state are made again from step {r['step']} on",
     "unheard": lambda r: f"{r['cause']}",
     "copies_ignored": lambda r: f"{r['cause']}",
     "crowded": lambda r: f"{r['cause']}",
     "lost": lambda r: f"node {r['node']} is lost: {r['cause']}",
+    "stuck": lambda r: f"{r['cause']}",
     "not_started": lambda r: f"the agent of {r['node']} could not be started, and is tried again: {r['cause']}",
     "join": lambda r: f"node {r['node']} is there",
     "health": lambda r: f"{r['node']}, device {r['device']}: {r['cause']}",

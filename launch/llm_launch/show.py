@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from llm_launch.sentences import line
 from llm_launch.states import OVER
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import read_jsonlines
+from llm_parallel.lines import CONTROL, printable
 from llm_parallel.screen import show, show_table
 
-STALE_S = 10.0
 FOLLOW_S = 0.5
 LAST_EVENTS = 5
 
@@ -30,11 +31,17 @@ def show_status(run_dir: Path, console: Console) -> str:
     status = read_status(run_dir) if elastic is None or (run_dir / "metrics.jsonl").exists() else RunStatus("running")
     state = status.state
     if elastic is not None:
-        state = elastic["state"]
-        _show_elastic(run_dir, elastic, status, console)
+        state = _state(run_dir, elastic)
+        try:
+            _show_elastic(run_dir, elastic, state, status, console)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{run_dir / 'elastic.json'} is not what the launcher writes ({type(error).__name__}: {error}); see "
+                f"{run_dir / 'events.jsonl'}"
+            ) from None
     else:
         first, *rest = status.lines(_now())
-        show("\n".join([f"{run_dir}: {first}", *rest]), console)
+        show(printable("\n".join([f"{run_dir}: {first}", *rest])), console)
     if (run_dir / "events.jsonl").exists():
         show("\n".join(list(timeline(run_dir))[-LAST_EVENTS:]), console)
     return next_command(run_dir, state, elastic is not None)
@@ -62,36 +69,47 @@ def _method(run_dir: Path) -> str:
 def _elastic(run_dir: Path) -> dict[str, Any] | None:
     """State that ``launch`` keeps; None where it did not write any."""
     try:
-        return json.loads((run_dir / "elastic.json").read_text())
+        found = json.loads((run_dir / "elastic.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
-def _show_elastic(run_dir: Path, elastic: dict[str, Any], status: RunStatus, console: Console) -> None:
-    age = time.time() - elastic["updated"]
-    state = elastic["state"]
-    if state not in [phase.value for phase in OVER] and age > STALE_S:
-        state += f", but nothing was written for {age:.0f} s: the launcher is gone"
+def _state(run_dir: Path, elastic: dict[str, Any]) -> str:
+    """What the launcher does, or ``ended`` if it is gone without having said how it ended."""
+    state = str(elastic.get("state"))
+    over = state in [phase.value for phase in OVER]
+    return state if over or living_holder(run_dir) is not None else "ended"
+
+
+def _show_elastic(run_dir: Path, elastic: dict[str, Any], state: str, status: RunStatus, console: Console) -> None:
+    if state == "ended":
+        state = f"ended: the launcher is gone, and its last word was {elastic['state']!r}; the next start goes on"
     goodput = elastic["goodput"]
     loss = status.record.get("train/loss")
     of = f" of {status.total_steps}" if status.total_steps is not None else ""
     numbers = f", loss {loss:.4f}" if isinstance(loss, float) else ""
-    show(
+    say = partial(_say, console)
+    say(
         f"{run_dir}: {state}\n"
         f"step {elastic['step']}{of}{numbers}, generation {elastic['generation']}, {elastic['world_size']} processes, "
         f"{elastic['layout'] or 'no layout'}\n"
         f"{elastic['recoveries']} recoveries, {elastic['lost_steps']} steps made again, {goodput['down_s']:.1f} s of "
-        f"{goodput['elapsed_s']:.0f} s recovering: goodput {goodput['fraction']:.1%} (wall time of this start)",
-        console,
+        f"{goodput['elapsed_s']:.0f} s recovering: goodput {goodput['fraction']:.1%} (wall time of this start)"
     )
     if elastic.get("crowded"):
-        show(elastic["crowded"], console)
+        say(elastic["crowded"])
     excluded = {(entry["node"], entry["device"]): entry["reason"] for entry in elastic["excluded"]}
     rows = []
     for node in elastic["nodes"]:
         gone = [f"{number}: {reason[:80]}" for (name, number), reason in excluded.items() if name == node["name"]]
-        rows.append((node["name"], node["state"], " ".join(map(str, node["devices"])), "; ".join(gone)))
+        row = (node["name"], node["state"], " ".join(map(str, node["devices"])), "; ".join(gone))
+        rows.append(tuple(printable(str(cell)).replace("\n", " ") for cell in row))
     show_table("Nodes", ("node", "state", "devices", "excluded"), rows, console)
+
+
+def _say(console: Console, text: str) -> None:
+    show(printable(text), console)
 
 
 def timeline(run_dir: Path) -> Iterator[str]:
@@ -106,7 +124,7 @@ def show_events(run_dir: Path, follow: bool, as_json: bool, say: Callable[[str],
     records = following(path, lambda: living_holder(run_dir) is None) if follow else read_jsonlines(path)
     if as_json:
         for record in _events(records):
-            say(json.dumps(record, ensure_ascii=False))
+            say(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False)))
         return
     for record in _told_once(_events(records)):
         say(line(record, _now()))

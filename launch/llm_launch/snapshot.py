@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from llm_launch.blame import Device, Ledger
+from llm_launch.blame import Device
 from llm_launch.fleet import Fleet
+from llm_launch.ledger import Ledger
 from llm_launch.placement import crowded
 from llm_parallel.config.tree import RunConfig
 
@@ -21,6 +22,9 @@ def snapshot(fleet: Fleet, ledger: Ledger, started_s: float, config: RunConfig) 
         "generation": fleet.generation,
         "step": fleet.step,
         "world_size": placement.layout.world_size if placement else 0,
+        "single_copies": sum(worker.copies and worker.partner is None for worker in fleet.workers())
+        if placement and len(active) > 1 and fleet.elastic.replicate_every_steps
+        else 0,
         "crowded": crowded(config, placement.layout) if placement else None,
         "layout": placement.layout.describe() if placement else "",
         "nodes": [

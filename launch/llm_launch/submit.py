@@ -18,6 +18,7 @@ from llm_parallel.files import atomic_write, refuse_strangers
 
 FILE_NAME = "submit.sbatch"
 STARTS = 3
+_NOT_IN_NAME = re.compile(r"[^A-Za-z0-9._,@+-]")
 _NAME = re.compile(r"[A-Za-z0-9._,@+-]+")
 
 
@@ -44,8 +45,14 @@ def check_request(request: SubmitRequest, config: RunConfig) -> None:
         text = getattr(request, name)
         if text is not None and not _NAME.fullmatch(text):
             raise UserError(f"--{name} {text!r} has characters that SLURM does not take; use letters, digits, . _ -")
+    folder = str(Path(config.run_dir).resolve())
+    if not folder.isprintable() or '"' in folder or "\\" in folder:
+        raise UserError(
+            f"run_dir = {config.run_dir!r} has a line break or another character that a batch file's options cannot"
+            " hold; give a folder without it"
+        )
     for option in request.options:
-        if not option.startswith("-") or "\n" in option:
+        if not option.startswith("-") or not option.isprintable():
             raise UserError(f"--sbatch {option!r} is no option of sbatch; write it as --sbatch=--constraint=h100")
     if request.gpus_per_node:
         check_config(config, request.nodes * request.gpus_per_node, "cuda", uneven=True)
@@ -79,7 +86,8 @@ def batch_file(request: SubmitRequest, config: RunConfig, run_file: Path, overri
 
 
 def _options(request: SubmitRequest, run_dir: Path) -> str:
-    name = request.name or run_dir.name
+    name = request.name or _NOT_IN_NAME.sub("-", run_dir.name)
+    log = str(run_dir).replace("%", "%%")
     fewest, most = request.min_nodes or request.nodes, request.nodes + request.spares
     nodes = str(most) if fewest == most else f"{fewest}-{most}"
     spares = f", {request.spares} of {most} as spares" if request.spares else ""
@@ -97,11 +105,16 @@ def _options(request: SubmitRequest, run_dir: Path) -> str:
         "#SBATCH --no-kill    # the loss of a node is the run's matter, not the end of the job",
         "#SBATCH --requeue    # it comes back after a node of its own died, and after its time limit",
         "#SBATCH --open-mode=append    # the log of every start in one file",
-        f"#SBATCH --output={run_dir}/logs/slurm-{'%A_%a' if sweep else '%j'}.out",
+        f"#SBATCH --output={_quoted(log + '/logs/slurm-' + ('%A_%a' if sweep else '%j') + '.out')}",
         f"#SBATCH --signal=B:USR1@{request.warning_s}    # before the time limit: save, requeue, go on later",
         *(f"#SBATCH {option}" for option in request.options),
     ]
     return "\n".join(lines)
+
+
+def _quoted(path: str) -> str:
+    """A path in an option of a batch file, where a space or ``#`` would end it."""
+    return path if re.fullmatch(r"[\w./%+@,:=-]+", path) else f'"{path}"'
 
 
 _TEXT = """\

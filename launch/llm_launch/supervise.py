@@ -15,6 +15,7 @@ from typing import Literal
 from llm_launch import wire
 from llm_launch.controller import Controller
 from llm_launch.copy_files import make_run_folder
+from llm_launch.door import raise_file_limit
 from llm_launch.journal import Journal
 from llm_launch.slurm import Fate, SlurmAway, SlurmError, SlurmJob
 from llm_launch.snapshot import used_up
@@ -70,6 +71,7 @@ def launch_elastic(
 ) -> int:
     """Runs the training that ``starter`` knows; the exit status, as launch/README.md has it. ``newest_step``: finds the
     step of the newest complete checkpoint. In a SLURM job (``slurm``) some ends put the job back into the queue."""
+    raise_file_limit()
     if not starter.expected or not all(starter.expected.values()):
         raise UserError("there is no device to train on; give --processes 1 or more")
     if starter.config.elastic.replicate_every_steps:

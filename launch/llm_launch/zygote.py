@@ -16,12 +16,14 @@ import select
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
 from llm_parallel.quiet import quiet_libraries
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def die_with_parent(parent: int) -> None:
@@ -32,6 +34,12 @@ def die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
+def adopt_orphans() -> None:
+    """Has the kernel make this process the parent of whatever its workers start and leave behind (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
 def run_zygote(control: socket.socket) -> int:
     """Imports the modules of the first message, then serves ``fork`` until the agent closes the connection.
 
@@ -40,7 +48,8 @@ def run_zygote(control: socket.socket) -> int:
     "status"}``, where status is negative for a signal.
     """
     first = wire.receive(control)
-    assert first is not None
+    if first is None:
+        return 0  # the agent ended at once
     for name in first["modules"]:
         importlib.import_module(name)
     # Keeps the garbage collector of the workers from touching, and so copying, the pages of what was imported.
@@ -50,17 +59,19 @@ def run_zygote(control: socket.socket) -> int:
     os.set_blocking(asleep, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(asleep, warn_on_full_buffer=False)
+    adopt_orphans()
+    workers: set[int] = set()
     wire.send(control, {"is": "warm"})
     while True:
         ready, _, _ = select.select([control.fileno(), awake], [], [])
         if awake in ready:
             os.read(awake, 4096)
-        _report_exits(control)
+        _report_exits(control, workers)
         if control.fileno() in ready:
             request, fds = _request(control)
             if request is None:
                 return 0
-            _fork(control, request, fds, (awake, asleep))
+            _fork(control, request, fds, (awake, asleep), workers)
 
 
 def _request(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
@@ -72,7 +83,9 @@ def _request(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     return json.loads(wire.receive_bytes(control, size)), fds
 
 
-def _report_exits(control: socket.socket) -> None:
+def _report_exits(control: socket.socket, workers: set[int]) -> None:
+    """Reports workers that have ended, and ends what they leave behind: their process groups, and children that have a
+    session of their own, which have become ours."""
     while True:
         try:
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -83,18 +96,38 @@ def _report_exits(control: socket.socket) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(found.si_pid, signal.SIGKILL)  # what it started ends with it
         _, status = os.waitpid(found.si_pid, 0)
+        workers.discard(found.si_pid)
+        for orphan in _children() - workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(orphan, signal.SIGKILL)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent has ended: nobody wants to know
             wire.send(control, {"is": "exited", "pid": found.si_pid, "status": os.waitstatus_to_exitcode(status)})
 
 
-def _fork(control: socket.socket, request: dict[str, Any], fds: list[int], pipe: tuple[int, int]) -> None:
+def _children() -> set[int]:
+    """Processes whose parent this one is."""
+    with contextlib.suppress(OSError):
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+    return set()
+
+
+def _fork(
+    control: socket.socket, request: dict[str, Any], fds: list[int], pipe: tuple[int, int], workers: set[int]
+) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     zygote = os.getpid()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        for fd in fds:
+            os.close(fd)
+        wire.send(control, {"is": "failed", "worker": request["worker"], "why": error.strerror or str(error)})
+        return
     if pid:
         for fd in fds:
             os.close(fd)
+        workers.add(pid)
         wire.send(control, {"is": "forked", "worker": request["worker"], "pid": pid})
         return
     status = 1
@@ -110,8 +143,9 @@ def _fork(control: socket.socket, request: dict[str, Any], fds: list[int], pipe:
         os.close(fds[1])
         os.environ.update(request["environment"])
         status = importlib.import_module(request["module"]).worker_main(socket.socket(fileno=fds[0]), os.environ)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # nobody may read the output any more
+            sys.stdout.flush()
+            sys.stderr.flush()
     except BaseException:  # a fork must never return into the zygote's loop
         sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
@@ -125,7 +159,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     quiet_libraries()
-    raise SystemExit(run_zygote(socket.socket(fileno=int(sys.argv[1]))))
+    try:
+        raise SystemExit(run_zygote(socket.socket(fileno=int(sys.argv[1]))))
+    except ConnectionError:  # the agent has ended, and the workers have with this process
+        raise SystemExit(0) from None
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from llm_launch.copy_files import PLANES, CopyFile, copy_name
+from llm_launch.copy_files import PLANES, CopyFile, copy_name, parse_copy_name
 from llm_launch.copy_transfer import CopySender, RemoteCopy
 from llm_parallel.checkpoint.optimizer import (
     allocate_moments,
@@ -37,16 +37,32 @@ from llm_parallel.model.tensors import Role, kind_of
 from llm_parallel.parallel.engine import POLICY, Models, Network, network_of
 
 PARTNER_TIMEOUT_S = 60.0
+SOON_S = 0.1
 
 
 class CopyLost(RuntimeError):
-    """Copies that should hold the state are missing or cannot be read."""
+    """Copies that should hold the state are missing, damaged or cannot be read. copy: kind ("own" or "kept") and rank
+    of the one that is to blame, if it is one."""
+
+    def __init__(self, message: str, copy: tuple[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.copy = copy
+
+
+def checksum(numbers: np.ndarray) -> int:
+    """Sum of the bits of fp32 numbers, as whole numbers of 64 bits: as fast as memory is read, and another one when a
+    bit of the copy has changed."""
+    pairs = numbers.size // 2
+    whole = int(np.frombuffer(numbers, dtype=np.uint64, count=pairs).sum(dtype=np.uint64)) if pairs else 0
+    rest = int(np.frombuffer(numbers[2 * pairs :], dtype=np.uint32)[0]) if numbers.size % 2 else 0
+    return (whole + rest) % 2**64
 
 
 class MemoryCopies:
     """One process's copies of all models that it trains, in one generation of a run.
 
-    ``partner``: address of the node that keeps the second copy, or None."""
+    ``partner``: address of the node that keeps the second copy, or None; ``origin``: what the launcher's next start
+    must know of this generation."""
 
     def __init__(
         self,
@@ -55,6 +71,7 @@ class MemoryCopies:
         generation: int,
         partner: tuple[str, int] | None,
         secret: str,
+        origin: dict[str, Any] | None = None,
     ) -> None:
         self._engines = engines_of(models)
         for engine in self._engines.values():
@@ -68,9 +85,11 @@ class MemoryCopies:
             "rank": rank,
             "numbers": numbers,
             "index": [held.piece for held in self._held],
+            "origin": origin,
         }
         self._file = CopyFile.create(folder / "own" / copy_name(generation, rank), header)
         self._slots = [_planes(self._file, slot) for slot in range(2)]
+        self._secret = secret
         self._sender = CopySender(partner, secret, self._file) if partner else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._running: Future[None] | None = None
@@ -93,14 +112,32 @@ class MemoryCopies:
             device_done.record()
         self._running = self._thread.submit(self._copy, state.step, record, device_done)
 
-    def finish(self) -> None:
-        """Waits until the last copy is complete on this node and, as long as the partner node is alive, on that one."""
+    def finish(self, waiting: Callable[[bool], None] = lambda _: None) -> None:
+        """Waits until the last copy is complete on this node and, as long as the partner node takes it, on that one.
+        ``waiting`` is told when that takes long, and when it is over."""
         if self._running is None:
             return
         running, self._running = self._running, None
         running.result()
-        if self._sender is not None and self._sender.failure is None:
-            self._sender.wait(self._step, PARTNER_TIMEOUT_S)
+        sender = self._sender
+        if sender is None or sender.failure is not None or sender.wait(self._step, SOON_S):
+            return
+        waiting(True)
+        try:
+            sender.wait(self._step, PARTNER_TIMEOUT_S)
+        finally:
+            waiting(False)
+
+    @property
+    def partner_failure(self) -> str | None:
+        """Why the partner node gets no more copies; None as long as it does."""
+        return self._sender.failure if self._sender is not None else None
+
+    def send_to(self, partner: tuple[str, int]) -> None:
+        """Sends copies to another node from now on; called when no copy is being made."""
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = CopySender(partner, self._secret, self._file)
 
     def close(self) -> None:
         """Ends the threads; the files stay."""
@@ -120,6 +157,9 @@ class MemoryCopies:
                 torch.cuda.current_stream().synchronize()
         else:
             self._copy_planes(slot)
+        planes = [plane.numpy() for plane in self._slots[slot]]
+        ranges = [slice(held.piece.at, held.piece.at + held.piece.stop - held.piece.start) for held in self._held]
+        record["checksums"] = [[checksum(plane[where]) for plane in planes] for where in ranges]
         self._file.commit(slot, step, record)
         if self._sender is not None and self._sender.failure is None:
             self._sender.send(step, slot)
@@ -150,30 +190,40 @@ class Source(Protocol):
     index: list[Piece]
     state: dict[str, Any]
 
-    def read(self, at: int, count: int) -> np.ndarray:
-        """fp32 [3, count]: numbers from ``at`` on of each plane."""
+    def read(self, number: int) -> np.ndarray:
+        """fp32 [3, stop - start]: the numbers of the piece ``index[number]``, whose checksums are right. Raises
+        CopyLost."""
 
     def close(self) -> None:
         """Ends the connection, if there is one."""
+
+
+Part = tuple[Source, int, Piece]
+"""A source, and one of its pieces with its number there."""
 
 
 class LocalSource:
     """A share in this node's memory."""
 
     def __init__(self, path: Path, step: int) -> None:
+        self._path, parsed = path, parse_copy_name(path.name)
+        self._which = (path.parent.name, parsed[1]) if parsed else None
         try:
             self._file = CopyFile.open(path)
             slot = self._file.steps()[step]
         except (OSError, ValueError, KeyError) as error:
-            raise CopyLost(f"{path} has no copy of step {step}") from error
+            raise CopyLost(f"{path} has no copy of step {step}", self._which) from error
         self.index = [Piece.read(values) for values in self._file.header["index"]]
         self.state = self._file.state(slot)
         numbers = np.frombuffer(self._file.data(slot), dtype=np.float32)
         self._planes = numbers.reshape(PLANES, self._file.numbers)
 
-    def read(self, at: int, count: int) -> np.ndarray:
-        """fp32 [3, count]."""
-        return self._planes[:, at : at + count]
+    def read(self, number: int) -> np.ndarray:
+        """fp32 [3, stop - start]."""
+        piece = self.index[number]
+        numbers = self._planes[:, piece.at : piece.at + piece.stop - piece.start]
+        _verify(self, number, numbers, str(self._path), self._which)
+        return numbers
 
     def close(self) -> None:
         """Nothing to end."""
@@ -187,25 +237,41 @@ class RemoteSource:
             self._copy = RemoteCopy(address, secret, kind, generation, rank)
             self.state, _ = self._copy.read(step, 0, 0)
         except OSError as error:
-            raise CopyLost(f"the copy of rank {rank} at {address[0]} cannot be read ({error})") from error
+            raise CopyLost(f"the copy of rank {rank} at {address[0]} cannot be read ({error})", (kind, rank)) from error
+        self._which, self._where = (kind, rank), f"the {kind} copy of rank {rank} at {address[0]}"
         self._step, self._numbers = step, self._copy.header["numbers"]
+        self._last: tuple[int, np.ndarray] | None = None
         self.index = [Piece.read(values) for values in self._copy.header["index"]]
 
-    def read(self, at: int, count: int) -> np.ndarray:
-        """fp32 [3, count]."""
-        planes = []
-        for plane in range(PLANES):
-            start = 4 * (plane * self._numbers + at)
-            try:
-                _, data = self._copy.read(self._step, start, start + 4 * count)
-            except OSError as error:
-                raise CopyLost(f"a copy cannot be read any more ({error})") from error
-            planes.append(np.frombuffer(data, dtype=np.float32))
-        return np.stack(planes)
+    def read(self, number: int) -> np.ndarray:
+        """fp32 [3, stop - start]. A piece that several others need parts of comes once, if they follow each other."""
+        if self._last is None or self._last[0] != number:
+            piece, planes = self.index[number], []
+            count = piece.stop - piece.start
+            for plane in range(PLANES):
+                start = 4 * (plane * self._numbers + piece.at)
+                try:
+                    _, data = self._copy.read(self._step, start, start + 4 * count)
+                except OSError as error:
+                    raise CopyLost(f"{self._where} cannot be read any more ({error})", self._which) from error
+                planes.append(np.frombuffer(data, dtype=np.float32))
+            if any(plane.size != count for plane in planes):
+                raise CopyLost(f"{self._where} is cut off", self._which)
+            numbers = np.stack(planes)
+            _verify(self, number, numbers, self._where, self._which)
+            self._last = (number, numbers)
+        return self._last[1]
 
     def close(self) -> None:
         """Ends the connection."""
         self._copy.close()
+
+
+def _verify(source: Source, number: int, numbers: np.ndarray, where: str, which: tuple[str, int] | None) -> None:
+    """Raises CopyLost if a piece is not as it was copied."""
+    noted = source.state.get("checksums")
+    if noted is not None and [checksum(plane) for plane in numbers] != noted[number]:
+        raise CopyLost(f"{where} has changed since it was made: checksums of {source.index[number].key} differ", which)
 
 
 class Assembler:
@@ -216,7 +282,7 @@ class Assembler:
     def __init__(self, openers: Sequence[Callable[[], Source]]) -> None:
         self._unopened = list(reversed(openers))
         self.opened: list[Source] = []
-        self._by_key: dict[str, dict[tuple, list[tuple[Source, Piece]]]] = defaultdict(lambda: defaultdict(list))
+        self._by_key: dict[str, dict[tuple, list[Part]]] = defaultdict(lambda: defaultdict(list))
 
     def _open_until_held(self, wanted: Piece) -> None:
         while self._unopened and not _covers(self._by_key[wanted.key].get(wanted.box, ()), wanted):
@@ -225,8 +291,8 @@ class Assembler:
     def _open_next(self) -> None:
         source = self._unopened.pop()()
         self.opened.append(source)
-        for piece in source.index:
-            self._by_key[piece.key][piece.box].append((source, piece))
+        for number, piece in enumerate(source.index):
+            self._by_key[piece.key][piece.box].append((source, number, piece))
 
     def state(self) -> dict[str, Any]:
         """What every source holds besides its numbers, such as counters. A source is opened for it even if this process
@@ -252,7 +318,7 @@ class Assembler:
             numbers = np.where(missing, np.float32(0), numbers)
         return numbers
 
-    def _from_other_boxes(self, boxes: dict[tuple, list[tuple[Source, Piece]]], wanted: Piece) -> np.ndarray:
+    def _from_other_boxes(self, boxes: dict[tuple, list[Part]], wanted: Piece) -> np.ndarray:
         whole = np.full((PLANES, *wanted.shape), np.nan, dtype=np.float32)
         for (_, offset, shape), parts in boxes.items():
             low = [max(a, b) for a, b in zip(wanted.offset, offset)]
@@ -266,22 +332,22 @@ class Assembler:
         return whole.reshape(PLANES, -1)[:, wanted.start : wanted.stop]
 
 
-def _covers(parts: Sequence[tuple[Source, Piece]], wanted: Piece) -> bool:
+def _covers(parts: Sequence[Part], wanted: Piece) -> bool:
     """Whether ranges of the same box hold all of ``wanted``."""
     reached = wanted.start
-    for start, stop in sorted((piece.start, piece.stop) for _, piece in parts):
+    for start, stop in sorted((piece.start, piece.stop) for _, _, piece in parts):
         if start <= reached:
             reached = max(reached, stop)
     return reached >= wanted.stop
 
 
-def _range_of(parts: list[tuple[Source, Piece]], start: int, stop: int) -> np.ndarray:
+def _range_of(parts: list[Part], start: int, stop: int) -> np.ndarray:
     """fp32 [3, stop - start] of a box from those of its ranges that are there; NaN where none is."""
     numbers = np.full((PLANES, stop - start), np.nan, dtype=np.float32)
-    for source, piece in parts:
+    for source, number, piece in parts:
         low, high = max(start, piece.start), min(stop, piece.stop)
         if low < high:
-            numbers[:, low - start : high - start] = source.read(piece.at + low - piece.start, high - low)
+            numbers[:, low - start : high - start] = source.read(number)[:, low - piece.start : high - piece.start]
     return numbers
 
 

@@ -10,7 +10,7 @@ from llm_parallel.config.load import dump_config, load_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.tokenizer import DECLARING_NAMES, JSON_NAME, MODEL_NAME
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, copy_inside, refuse_outside
 
 CONFIG_NAME = "config.yaml"
 TOKENIZER_NAME = "tokenizer"
@@ -62,13 +62,14 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer under the file names by which ``load_tokenizer`` finds it in a folder; weights beside it are
     not copied."""
     if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+        copy_inside(source, target, shutil.ignore_patterns(*WEIGHT_FILES))
         return
     target.mkdir(exist_ok=True)
     if source.suffix == ".json":
         shutil.copy2(source, target / JSON_NAME)
         for name in DECLARING_NAMES:
             if (source.parent / name).is_file():
+                refuse_outside(source.parent / name, source.parent)
                 shutil.copy2(source.parent / name, target / name)
     else:
         shutil.copy2(source, target / MODEL_NAME)
@@ -94,6 +95,7 @@ def read_config(folder: Path) -> RunConfig:
 
     Raises UserError if there is none or it is cut short."""
     path = folder / CONFIG_NAME
+    refuse_outside(path, folder)
     if not path.is_file():
         raise UserError(f"{folder} has no {CONFIG_NAME}, so it is not a checkpoint; give an iter_… folder of a run")
     if not path.read_text(errors="replace").endswith(END):

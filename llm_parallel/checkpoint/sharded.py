@@ -26,6 +26,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 
+from llm_parallel.checkpoint.index import safe_indices
+from llm_parallel.files import refuse_outside
+
 COMMON_NAME = "common.pt"
 """File of what is the same on every process: the optimizer's settings, and a description of the content."""
 
@@ -45,7 +48,9 @@ def write_common(common: dict[str, Any], folder: Path) -> None:
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """Reads what ``write_common`` wrote. Nothing but tensors and plain values is unpickled."""
+    """Reads what ``write_common`` wrote. Nothing but tensors and plain values is unpickled. Raises UserError if it is a
+    link that leads out of the folder."""
+    refuse_outside(folder / COMMON_NAME, folder)
     return torch.load(folder / COMMON_NAME, map_location="cpu", weights_only=True)
 
 
@@ -76,5 +81,6 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     merge(loaded, not_saved)
     sharded, _ = extract_sharded_base(sharded)
     validate_sharding_integrity(determine_global_metadata(sharded)[1])
-    merge(loaded, TorchDistLoadShardedStrategy().load(sharded, folder))
+    with safe_indices(folder):
+        merge(loaded, TorchDistLoadShardedStrategy().load(sharded, folder))
     return apply_factory_merges(loaded, factories)

@@ -30,7 +30,7 @@ from llm_parallel.checkpoint.optimizer import allocate_moments, engines_of
 from llm_parallel.checkpoint.run_file import write_config
 from llm_parallel.checkpoint.sharded import divide, save_planner, split, write_common
 from llm_parallel.checkpoint.state import TrainState
-from llm_parallel.checkpoint.writer import BackgroundWrite
+from llm_parallel.checkpoint.writer import BackgroundWrite, WriterKilled
 from llm_parallel.config.tree import CheckpointConfig, RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, fsync_dir
@@ -47,6 +47,10 @@ class _Save:
     folder: Path
     final: Path
     write: BackgroundWrite
+
+
+class WriterLost(UserError):
+    """A checkpoint was not saved because the system killed a process that wrote it."""
 
 
 class CheckpointStore:
@@ -124,14 +128,24 @@ class CheckpointStore:
         known = self.groups.is_first_rank and latest_checkpoint(self.folder) == final
         if any(self.groups.sum_over_world(float(known))):  # rank 0 decides: others may see an older state of the folder
             return
+        self._save(final, models, state)
+        if blocking:
+            try:
+                self.wait()
+            except WriterLost:
+                # No other save may follow. This process has the memory that a forked one found no more.
+                self._save(final, models, state, here=True)
+                self.wait()
+        elif not self.settings.asynchronous:
+            self.wait()
+
+    def _save(self, final: Path, models: Models, state: TrainState, here: bool = False) -> None:
         saving = self._prepare(final, models, state)
         with self._cleaning_up(saving):
             for engine in engines_of(models).values():
                 engine.parameters_up_to_date()
                 allocate_moments(engine)
-            self._saving = _Save(saving, final, self._begin(saving, models))
-        if blocking or not self.settings.asynchronous:
-            self.wait()
+            self._saving = _Save(saving, final, self._begin(saving, models, here))
 
     def poll(self) -> None:
         """Completes a background save if all processes have written their part. One collective while one is in flight,
@@ -194,7 +208,7 @@ class CheckpointStore:
             )
         return self.folder / f".{final.name}.{int(shared_mark):010x}.saving"
 
-    def _begin(self, saving: Path, models: Models) -> BackgroundWrite:
+    def _begin(self, saving: Path, models: Models, here: bool) -> BackgroundWrite:
         """Writes the part that is the same on every process, divides the rest among them, and begins to write it."""
         described: dict[str, Any] = {}
         for model in models.values():
@@ -215,7 +229,7 @@ class CheckpointStore:
         self._agree(problem)  # before any process waits for another's plan
         if self.groups.mesh.dp * self.groups.mesh.cp > 1:
             divide(sharded, replicas)
-        return BackgroundWrite(saving, save_planner(sharded), self.groups)
+        return BackgroundWrite(saving, save_planner(sharded), self.groups, here)
 
     def _agree(self, error: Exception | None) -> None:
         """Raises on every process if one has an error; that process raises the error itself."""
@@ -290,6 +304,11 @@ class CheckpointStore:
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
             return UserError(f"a checkpoint cannot be saved in {self.folder}: {reason}; give another run_dir")
+        if isinstance(error, WriterKilled):
+            return WriterLost(
+                f"a process that wrote a checkpoint into {self.folder} was killed, as the system does when memory runs "
+                "out; the checkpoint before it is untouched: leave more memory free"
+            )
         if isinstance(error, CheckpointException):
             if not error.failures and not self.groups.is_first_rank:
                 return UserError(f"a checkpoint could not be saved in {self.folder}; rank 0 says why")

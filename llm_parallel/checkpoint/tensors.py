@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from llm_parallel.checkpoint.index import IndexReader
 from llm_parallel.model.tensors import LAYERS, split_name
 
 
@@ -41,7 +41,7 @@ class CheckpointTensors:
 
     def __init__(self, folder: Path, of: str = "") -> None:
         self._of = of
-        self._reader = FileSystemReader(str(folder))
+        self._reader = IndexReader(str(folder))
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 

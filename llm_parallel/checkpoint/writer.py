@@ -64,12 +64,17 @@ class ForkedResults:
         os.close(self._fd)
 
 
+class WriterKilled(CheckpointException):
+    """The system has killed a process that wrote, as it does when memory runs out. Raised on every process."""
+
+
 class BackgroundWrite:
     """One checkpoint's tensors on their way to disk. Every process of the job makes one, asks ``running`` until it is
     False, and then calls ``finish``; all three are collective."""
 
-    def __init__(self, folder: Path, planner: Any, groups: Groups) -> None:
-        """planner: torch's save planner, set up for what this process writes."""
+    def __init__(self, folder: Path, planner: Any, groups: Groups, here: bool = False) -> None:
+        """planner: torch's save planner, set up for what this process writes; ``here``: write in this process, before
+        this returns."""
         self._groups, self._results = groups, ForkedResults()
         # Nothing is copied ahead: a forked process must not touch CUDA.
         self._storage = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
@@ -86,6 +91,9 @@ class BackgroundWrite:
             return
         if groups.platform.is_cuda:
             planner = _OnHost(planner, mine.items)
+        if here:
+            _write(self._storage, mine, planner, self._results)
+            return
         self._process = multiprocessing.get_context("fork").Process(
             target=_write, args=(self._storage, mine, planner, self._results)
         )
@@ -99,24 +107,30 @@ class BackgroundWrite:
     def finish(self) -> None:
         """Waits for this process's writer and writes the index ``.metadata``, on rank 0.
 
-        Raises CheckpointException on every process if a writer failed, and OSError on rank 0 if the index cannot be
-        written; the caller tells the other processes of that."""
+        Raises CheckpointException on every process if a writer failed (WriterKilled if nothing else went wrong), and
+        OSError on rank 0 if the index cannot be written; the caller tells the other processes of that."""
         if self._process is not None:
             self._process.join()
             self._process.close()
         try:
             outcome = self._results.get_nowait()
         except queue.Empty:
-            outcome = RuntimeError("the process that writes the checkpoint was killed")
+            outcome = _Killed("the process that writes the checkpoint was killed")
         self._results.close()
         outcomes: list[Any] = [None] * self._groups.mesh.world_size
         dist.gather_object(outcome, outcomes if self._groups.is_first_rank else None)
         failed = {rank: result for rank, result in enumerate(outcomes) if isinstance(result, Exception)}
-        if any(self._groups.sum_over_world(float(bool(failed)))):
+        other = [error for error in failed.values() if not isinstance(error, _Killed)]
+        any_failed, any_other = self._groups.sum_over_world(float(bool(failed)), float(bool(other)))
+        if any_failed:
             frames = {rank: (error, traceback.StackSummary()) for rank, error in failed.items()}
-            raise CheckpointException("write", frames)
+            raise (CheckpointException if any_other else WriterKilled)("write", frames)
         if self._groups.is_first_rank:
             self._storage.finish(self._metadata, outcomes)
+
+
+class _Killed(RuntimeError):
+    """A writer that left no answer."""
 
 
 class _OnHost:
@@ -136,7 +150,9 @@ class _OnHost:
 
 
 def _write(storage: FileSystemWriter, plan: Any, planner: Any, results: ForkedResults) -> None:
-    """Runs in the forked process. Objects that the parent holds on a GPU must not be collected here."""
+    """Runs in a forked process, or at last in the one that trains. Objects that the parent holds on a GPU must not be
+    collected in a forked one."""
+    collected = gc.isenabled()
     gc.disable()
     try:
         written = storage.write_data(plan, planner).wait()
@@ -145,3 +161,5 @@ def _write(storage: FileSystemWriter, plan: Any, planner: Any, results: ForkedRe
     except Exception as error:
         written = error if isinstance(error, OSError) else RuntimeError(f"{type(error).__name__}: {error}")
     results.put(written)
+    if collected:
+        gc.enable()

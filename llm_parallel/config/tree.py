@@ -368,6 +368,8 @@ class ElasticConfig(Node):
     """Nodes held back at the start to replace failing ones."""
     strikes: PositiveInt = 2
     """Faults after which a device that passes its test is removed for good; hard evidence removes at once."""
+    strike_hours: PositiveFloat = 24.0
+    """Time after which a fault no longer counts towards ``strikes``."""
     heartbeat_s: PositiveFloat = 0.25
     """Time between signs of life of an agent; at least a millisecond per node of the run."""
     lost_after_s: PositiveFloat = 2.0

@@ -20,7 +20,7 @@ from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.convert.export import write_hf_folder
 from llm_parallel.convert.settings import CARRIED, carry
 from llm_parallel.errors import UserError
-from llm_parallel.files import folder_in_whole
+from llm_parallel.files import copy_inside, folder_in_whole, refuse_outside
 from llm_parallel.generate.load import describe_folder
 from llm_parallel.lines import say
 from llm_parallel.model import dora
@@ -167,7 +167,7 @@ def export_merged(
         if is_hf_folder(base):
             carry(base, settings)
         elif (theirs := find_checkpoint(base) / TOKENIZER_NAME).is_dir():
-            shutil.copytree(theirs, beside)
+            copy_inside(theirs, beside)
         for path in _tokenizer_files(source):
             beside.mkdir(exist_ok=True)
             shutil.copy2(path, beside / path.name)
@@ -184,8 +184,11 @@ def export_merged(
 def _tokenizer_files(source: str | Path) -> list[Path]:
     """Files of the tokenizer and the settings beside adapters."""
     folder = Path(source) if is_peft_folder(source) else find_checkpoint(source) / TOKENIZER_NAME
-    files = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in files if path.is_file() and any(path.match(pattern) for pattern in CARRIED)]
+    found = folder.iterdir() if folder.is_dir() else ()
+    files = [path for path in found if path.is_file() and any(path.match(pattern) for pattern in CARRIED)]
+    for path in files:
+        refuse_outside(path, folder)
+    return files
 
 
 def export_to_peft(source: str | Path, target: str | Path) -> Path:

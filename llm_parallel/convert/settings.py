@@ -13,7 +13,7 @@ from llm_parallel.checkpoint.run_file import TOKENIZER_NAME
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, copy_inside, refuse_outside
 from llm_parallel.model.architecture import ARCHITECTURE
 from llm_parallel.model.hf_config import hf_config_to_model, model_to_hf_config, unused_fields
 
@@ -34,10 +34,12 @@ def carry(source: Path, checkpoint: Path) -> None:
     for pattern in CARRIED:
         for path in source.glob(pattern):
             if path.is_file():
+                refuse_outside(path, source)
                 shutil.copy2(path, beside / path.name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():
-        shutil.copytree(templates, beside / templates.name)
+        refuse_outside(templates, source)
+        copy_inside(templates, beside / templates.name)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -66,7 +68,8 @@ def write_settings(checkpoint: Path, folder: Path, config: RunConfig, dtype: str
     came; end, begin and padding tokens are those of the tokenizer where the imported files name none."""
     beside = checkpoint / TOKENIZER_NAME
     if beside.is_dir():
-        shutil.copytree(beside, folder, dirs_exist_ok=True)
+        refuse_outside(beside, checkpoint)
+        copy_inside(beside, folder)
     came_from, nearby = origin(checkpoint, config.model), _read(beside / "config.json")
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     generation = _read(beside / "generation_config.json")

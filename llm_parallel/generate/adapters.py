@@ -22,6 +22,7 @@ from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
 from llm_parallel.generate.scheduler import Part
+from llm_parallel.generate.sizes import in_few_sizes
 from llm_parallel.model.adapters import add_adapters, linears_of
 from llm_parallel.model.deterministic import cut, parted_product, product, sum_over_ranks
 from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
@@ -89,12 +90,13 @@ class AdapterBank:
 def _delta(factors: _Factors, module: Any, group: Any) -> Function:
     several = group is not None and group.size() > 1
     b_t = (factors.scale * factors.wide_b).t().contiguous()
+    lower, widen = in_few_sizes(lambda x: F.linear(x, factors.a)), in_few_sizes(lambda low: low @ b_t)
 
     def delta(x: Tensor) -> Tensor:
-        low = F.linear(x, factors.a)
+        low = lower(x)
         if several:
             dist.all_reduce(low, group=group)
-        return low @ b_t
+        return widen(low)
 
     return delta
 

@@ -47,9 +47,19 @@ def linear(weight: Tensor) -> Function:
     return lambda x: product(x, held)
 
 
+def _without_magnitudes(adapter: Any) -> Any:
+    """The adapter, or None. Raises UserError if it has DoRA's magnitudes."""
+    if adapter is not None and adapter.m is not None:
+        raise UserError(
+            "kernels.deterministic = true has no products with the magnitudes of adapters (adapter.dora); "
+            "leave it out, or merge the adapters with `llm-parallel convert --merge`"
+        )
+    return adapter
+
+
 def column(module: Any, added: Added | None) -> Function:
     """A linear whose rows ranks divide, with its adapter, or what is ``added`` for those that requests name."""
-    multiply, bias, adapter = linear(module.weight), module.bias, module.adapter
+    multiply, bias, adapter = linear(module.weight), module.bias, _without_magnitudes(module.adapter)
     wide_b = None if adapter is None else adapter.wide_b().contiguous()
 
     def forward(x: Tensor) -> Tensor:
@@ -66,7 +76,7 @@ def column(module: Any, added: Added | None) -> Function:
 def row(module: Any, group: Any, added: Added | None) -> Function:
     """A linear whose columns ranks divide, with its adapter, or what is ``added`` for those that requests name. It
     holds a copy of the weight where its sum is cut."""
-    bias, adapter, count = module.bias, module.adapter, module.config.row_parts
+    bias, adapter, count = module.bias, _without_magnitudes(module.adapter), module.config.row_parts
     stored = getattr(module.weight, "stored", None)
     held = [] if stored is not None else cut(module.weight, count)
     held_a = [] if adapter is None else cut(adapter.a, count)

@@ -27,7 +27,8 @@ from llm_parallel.generate.native import NativeAttention, NativeChunk, can_read
 from llm_parallel.generate.paged import AttentionOptions, LayerCache, Pass, attend
 from llm_parallel.generate.paging import Paging
 from llm_parallel.generate.seen import PageArrays
-from llm_parallel.model.deterministic import gated, rows_computed
+from llm_parallel.generate.sizes import in_few_sizes
+from llm_parallel.model.deterministic import gated
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.modules import HeadsNorm, OutputNormLayer, RMSNorm
 
@@ -52,22 +53,9 @@ def product(weight: Tensor) -> Function:
     if stored is not None:
         return in_few_sizes(lambda x: F.linear(x, stored.values(x.dtype)))
     onednn = _onednn() if weight.device.type == "cpu" and weight.dtype == torch.float32 else None
-    if weight.is_cuda:
-        return lambda x: F.linear(x, weight)
     if onednn is None:
         return few_rows(weight, in_few_sizes(lambda x: F.linear(x, weight)))
     return few_rows(weight, in_few_sizes(lambda x: onednn(x, weight, None, "none", [], "")))
-
-
-def in_few_sizes(multiply: Function) -> Function:
-    """The product with rows of zeros behind x, so that their number is one of few."""
-
-    def padded(x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        missing = rows_computed(rows) - rows
-        return multiply(F.pad(x, (0, 0, 0, missing)))[:rows] if missing else multiply(x)
-
-    return padded
 
 
 def norm(module: Any) -> Function:
@@ -107,12 +95,13 @@ def column(module: Any, bank: AdapterBank | None = None) -> Function:
         return deterministic.column(module, added)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     wide_b = None if adapter is None else adapter.wide_b()
+    low_rank = in_few_sizes(lambda x: F.linear(F.linear(x, adapter.a), wide_b))
     gain = None if adapter is None or adapter.m is None else adapter.gain(module.weight)
 
     def forward(x: Tensor) -> Tensor:
         y = multiply(x)
         if wide_b is not None and adapter.on:
-            y.addmm_(F.linear(x, adapter.a), wide_b.t(), alpha=adapter.scale)
+            y.add_(low_rank(x), alpha=adapter.scale)
             y = y if gain is None else y * gain.to(y.dtype)
         if bias is not None:
             y += bias
@@ -128,13 +117,14 @@ def row(module: Any, group: Any, bank: AdapterBank | None = None) -> Function:
         return deterministic.row(module, group, added)
     multiply, bias, adapter = product(module.weight), module.bias, module.adapter
     several = group.size() > 1
+    low_rank = in_few_sizes(lambda x: F.linear(F.linear(x, adapter.a), adapter.b))
     gain = None if adapter is None or adapter.m is None else adapter.gain(module.weight)
 
     def forward(x: Tensor) -> Tensor:
         y = multiply(x)
         if adapter is not None and adapter.on:
             # B is whole on every rank, so the ranks' parts of B A x add up to it as those of W x do.
-            y.addmm_(F.linear(x, adapter.a), adapter.b.t(), alpha=adapter.scale)
+            y.add_(low_rank(x), alpha=adapter.scale)
         if several:
             dist.all_reduce(y, group=group)
         if gain is not None and adapter.on:

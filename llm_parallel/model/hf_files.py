@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_parallel.errors import UserError
+from llm_parallel.files import refuse_outside
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -47,6 +48,7 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _json_object(path: Path, remedy: str) -> dict[str, Any]:
+    refuse_outside(path, path.parent)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -63,7 +65,10 @@ def weight_files(folder: Path) -> dict[str, Path] | list[Path]:
     index = folder / INDEX_NAME
     if not index.is_file():
         single = folder / SINGLE_NAME
-        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        found = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        for path in found:
+            refuse_outside(path, folder)
+        return found
     places = _json_object(index, "fetch the Hugging Face folder again").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index} has no weight_map with a file for every tensor; fetch the Hugging Face folder again")
@@ -78,6 +83,8 @@ def weight_files(folder: Path) -> dict[str, Path] | list[Path]:
             f"{len(missing)} of the {len(names)} files that {index} lists are missing: {', '.join(missing[:3])}{more}; "
             "fetch the Hugging Face folder again"
         )
+    for name in names:
+        refuse_outside(folder / name, folder)
     return {name: folder / file for name, file in places.items()}
 
 

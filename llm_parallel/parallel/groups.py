@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,17 @@ class Groups:
         total = torch.tensor(values, dtype=torch.float64, device=self.platform.device)
         dist.all_reduce(total)
         return total.tolist()
+
+
+def loopback_store(host: str, port: int, rank: int, world_size: int, timeout_s: float = 1800.0) -> dist.Store:
+    """The store of processes of one machine, which listens at its loopback address ``host`` alone. torch's env://
+    rendezvous listens at all addresses, and believes everyone who connects. Raises OSError if the port is taken."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if rank:
+        return dist.TCPStore(host, port, world_size, False, timeout)
+    with socket.create_server((host, port), backlog=1024) as listener:
+        held = listener.detach()
+    return dist.TCPStore(host, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=held)
 
 
 def open_groups(

@@ -61,8 +61,10 @@ def read_tests(asked: Asked) -> Tests | Pairs:
         code = _code_in(str(fields["prompt"]), name) if isinstance(fields.get("prompt"), str) else ""
         return Tests(f"{_text(asked, 'test')}\ncheck(candidate)\n", code, name, code)
     if fields.get("test_list") is not None:
-        setup = [*_texts(asked, "test_imports"), *_texts(asked, "test_setup_code")]
-        return Tests("\n".join(_texts(asked, "test_list")) + "\n", "\n".join(setup))
+        imports, others = _divided("\n".join(_texts(asked, "test_setup_code")))
+        tests = [others, *_texts(asked, "test_list")]
+        setup = [*_texts(asked, "test_imports"), imports]
+        return Tests("\n".join(tests) + "\n", "\n".join(setup))
     if fields.get("input_output") is not None:
         return _input_output(_object(asked, "input_output"), asked, "input_output")
     if fields.get("inputs") is not None and fields.get("outputs") is not None:
@@ -71,6 +73,18 @@ def read_tests(asked: Asked) -> Tests | Pairs:
         f"{asked.where} has no tests that are known: give test with entry_point (HumanEval), test_list (MBPP), or "
         f"input_output (APPS); its fields are {', '.join(map(repr, fields)) or 'none'}"
     )
+
+
+@lru_cache(4096)
+def _divided(setup: str) -> tuple[str, str]:
+    """What is imported, which must work, and the rest, which may need the program (MBPP makes trees of ``Node``)."""
+    try:
+        statements = ast.parse(setup).body
+    except (SyntaxError, ValueError):
+        return setup, ""
+    kinds = (ast.Import, ast.ImportFrom)
+    parts = [[one for one in statements if isinstance(one, kinds) is wanted] for wanted in (True, False)]
+    return "\n".join(map(ast.unparse, parts[0])), "\n".join(map(ast.unparse, parts[1]))
 
 
 def _text(asked: Asked, name: str) -> str:

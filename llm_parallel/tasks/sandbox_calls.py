@@ -39,7 +39,7 @@ class ProgramError(Exception):
 
 
 class Remote:
-    """A value of the other process. It can be called, and its attributes are read there."""
+    """A value of the other process. It can be called, and its attributes are read and set there."""
 
     def __init__(self, peer: Peer, number: int) -> None:
         self._peer, self._number = peer, number
@@ -52,10 +52,16 @@ class Remote:
             raise AttributeError(name)
         return self._peer.attribute(self._number, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            self._peer.assign(self._number, name, value)
+
 
 class Peer:
     """One end. names: the globals of the program, which the other end may ask for; open_to_others: whether it may read
-    attributes of what it holds references to. Otherwise it may call them and nothing else."""
+    and set attributes of what it holds references to. Otherwise it may call them and nothing else."""
 
     def __init__(self, calls: socket.socket, names: dict[str, Any], open_to_others: bool) -> None:
         self._socket, self._names, self._open = calls, names, open_to_others
@@ -72,6 +78,11 @@ class Peer:
         """An attribute of a value of the other end."""
         self._send(["attribute", number, name])
         return self.result()
+
+    def assign(self, number: int, name: str, value: Any) -> None:
+        """Sets an attribute of a value of the other end."""
+        self._send(["assign", number, name, self._encode(value)])
+        self.result()
 
     def names(self, names: Sequence[str]) -> dict[str, Any]:
         """Those of the names that the program defines, with their values."""
@@ -122,6 +133,8 @@ class Peer:
             self.reply(lambda: self._value(number)(*arguments, **named), arguments)
         elif kind == "attribute" and self._open:
             self.reply(lambda: getattr(self._value(rest[0]), rest[1]))
+        elif kind == "assign" and self._open:
+            self.reply(lambda: setattr(self._value(rest[0]), rest[1], self._decode(rest[2])))
         elif kind == "names" and self._open:
             self.reply(lambda: {name: self._names[name] for name in rest[0] if name in self._names})
         else:

@@ -307,6 +307,8 @@ def fill(values: dict[str, Any], peer: Peer, tree: ast.Module, entry_point: str 
     if entry_point is not None:
         wanted.append(entry_point)
     found = peer.names(sorted(set(wanted) - {COUNTED}))
+    if not found:  # a program may be asked to write Python's own sum anew; otherwise tests have Python's
+        found = peer.names(sorted(name for name in used - values.keys() if hasattr(builtins, name)))
     if entry_point is not None:
         if entry_point not in found:
             raise NameError(f"the program does not define {entry_point}")

@@ -54,7 +54,10 @@ def check_beside(config: RunConfig, tokenizer: Tokenizer) -> None:
     run's layout divides it, or if what is to be a reward model gives no values."""
     for field, path in models_beside(config):
         assert path is not None  # or the judges were refused
-        model = model_in(path)
+        try:
+            model = model_in(path)
+        except UserError as error:
+            raise UserError(f"{field} = {path} cannot be taken: {error}") from None
         if field != "method.critic.load" and not model.value_head:
             raise UserError(
                 f"{field} = {path} holds a language model, which gives texts no value; give a run of method.kind = "
@@ -74,4 +77,5 @@ def check_beside(config: RunConfig, tokenizer: Tokenizer) -> None:
         try:
             check_layout(config.model_copy(update={"model": model}), num_processes(config))
         except UserError as error:
-            raise UserError(f"{field} = {path} is a model that the run's layout does not divide: {error}") from None
+            said = "; ".join(str(error).splitlines())
+            raise UserError(f"{field} = {path} is a model that the run's layout does not divide: {said}") from None

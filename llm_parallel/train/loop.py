@@ -248,6 +248,10 @@ def finish(run: Run) -> None:
     """Last evaluation (of a run that is complete) and checkpoint; waits until it is on disk."""
     if run.state.step >= run.config.train.steps:
         run_evaluation(run)
+    try:
+        run.store.wait()
+    except UserError as error:  # of an earlier checkpoint; whether this one succeeds is what counts
+        run.metrics.event("save_failed", step=run.state.step, cause=str(error))
     run.store.save(run.models, run.state, blocking=True)
     say_what_is_missing(run)
     run.store.wait()

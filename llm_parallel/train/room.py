@@ -12,6 +12,7 @@ from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.flops import adapter_parameters, parameter_count
+from llm_parallel.train.beside import critic_model
 
 VOCABULARY_ROWS = 128
 """``model.mcore_config.padded_vocab_size`` rounds up to a multiple of it."""
@@ -28,15 +29,26 @@ MIB = 2.0**20
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Size of one checkpoint: weights, two AdamW moments and, unless fp32 weights are updated in place, the optimizer's
-    fp32 weights; of the adapters alone if there are any. ``model.vocab_size`` is known."""
+    fp32 weights; of the adapters alone if there are any; and all of a critic. ``model.vocab_size`` is known."""
+    others = sum(checkpoint_bytes(other) for other in also_trained(config))
     model, tp, adapter = config.model, config.parallel.tp, config.adapter
     weight = 4 if config.train.precision == "fp32" else 2
     masters = config.parallel.distributed_optimizer or config.train.precision == "bf16"
     sets, bytes_each = 3 + masters, weight + 8 + 4 * masters
     if adapter is not None:
-        return adapter_parameters(model, adapter) * bytes_each + TENSOR_BYTES * FACTORS * model.num_layers * sets * tp
+        held = adapter_parameters(model, adapter) * bytes_each
+        return held + TENSOR_BYTES * FACTORS * model.num_layers * sets * tp + others
     tensors = TENSORS_PER_LAYER * model.num_layers + TENSORS_OUTSIDE
-    return num_parameters(config) * bytes_each + TENSOR_BYTES * tensors * sets * tp
+    return num_parameters(config) * bytes_each + TENSOR_BYTES * tensors * sets * tp + others
+
+
+def also_trained(config: RunConfig) -> list[RunConfig]:
+    """For each model that the run trains beside its policy, a configuration of a run that trains it alone."""
+    if config.trains != "ppo":
+        return []
+    critic = critic_model(config).model_copy(update={"tie_embeddings": True})  # it has no output projection
+    method = config.method.model_copy(update={"kind": "reward"})
+    return [config.model_copy(update={"model": critic, "method": method, "adapter": None})]
 
 
 def num_parameters(config: RunConfig) -> int:
@@ -85,7 +97,8 @@ def copies_bytes(config: RunConfig, nodes: int) -> int:
     """What the copies in memory take on each of ``nodes`` nodes: two slots of fp32 weights and both moments of the
     node's share of the parameters and, if there are several nodes, as much for a partner."""
     shares = 2 if nodes > 1 else 1
-    whole = 2 * (12 * num_parameters(config) + COPY_STATE_BYTES * num_processes(config))
+    numbers = sum(num_parameters(one) for one in (config, *also_trained(config)))
+    whole = 2 * (12 * numbers + COPY_STATE_BYTES * num_processes(config))
     return -(-whole * shares // nodes)
 
 

@@ -6,6 +6,7 @@ exit status is 0 when all steps are done, and 3 when the run was stopped before 
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm_launch.local import ON_LOOPBACK
 from llm_launch.worker import WorkerEnv, report_error, worker_environment
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import RunConfig
@@ -44,7 +46,13 @@ def run_worker(given: RunConfig | Sequence[str]) -> int:
         from llm_parallel.train.run import Place
         from llm_parallel.tune.methods import method_of
 
-        place = Place(environment.rank, environment.world_size, environment.local_rank)
+        store = None
+        if environment.world_size > 1 and os.environ.get(ON_LOOPBACK):
+            from llm_parallel.parallel.groups import loopback_store
+
+            at = (environment.master_addr, environment.master_port)
+            store = loopback_store(*at, environment.rank, environment.world_size)
+        place = Place(environment.rank, environment.world_size, environment.local_rank, store)
         state = run_training(config, place, asked_to_stop=lambda: bool(requests), method=method_of(config))
     except Exception as error:
         return report_error(log_dir, environment.rank, explained(error, environment))
@@ -53,7 +61,8 @@ def run_worker(given: RunConfig | Sequence[str]) -> int:
 
 def explained(error: Exception, environment: WorkerEnv) -> Exception:
     """Turns the error of a rendezvous port that is in use into UserError; returns any other error as it is."""
-    if type(error).__name__ != "DistNetworkError" or "EADDRINUSE" not in str(error):
+    by_torch = type(error).__name__ == "DistNetworkError" and "EADDRINUSE" in str(error)
+    if not by_torch and not (isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
         return error
     return UserError(
         f"port MASTER_PORT = {environment.master_port} is in use on the machine of rank 0; set it to a free one"

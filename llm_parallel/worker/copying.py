@@ -29,6 +29,7 @@ class Copying:
         self._failed_step: int | None = None
         """Step at which copies could not be made; None while they are made."""
         self._told_step = 0
+        self._told_failure = False
 
     @property
     def works(self) -> bool:
@@ -47,6 +48,7 @@ class Copying:
                 self._assignment.generation,
                 self._assignment.partner,
                 self._member.secret,
+                self._assignment.origin,
             )
         except (UserError, OSError) as error:
             cause = str(error)
@@ -73,6 +75,9 @@ class Copying:
             self._told_step = run.store.saved_step
             self._member.send({"is": "saved", "step": self._told_step})
         if self._memory is not None:
+            if (partner := self._member.take_partner()) is not None:
+                self._memory.send_to(partner)
+                self._told_failure = False
             if step % self._every == 0 or pausing:
                 self._memory.start(run.state)
         elif self._failed_step is not None:
@@ -84,9 +89,15 @@ class Copying:
                 self.open(run)
 
     def finish(self) -> None:
-        """Waits until the last copy is complete."""
-        if self._memory is not None:
-            self._memory.finish()
+        """Waits until the last copy is complete. A process that waits for its partner node is not at fault, and counts
+        as busy."""
+        if self._memory is None:
+            return
+        self._memory.finish(self._member.marker.busy)
+        failure = self._memory.partner_failure
+        if failure is not None and not self._told_failure:
+            self._told_failure = True
+            self._member.send({"is": "partner_failed", "cause": failure})
 
     def close(self) -> None:
         """Ends the copying; finished copies stay."""

@@ -6,15 +6,12 @@ the state comes from memory. Forked from a zygote (llm_launch/zygote.py), which 
 
 from __future__ import annotations
 
-import datetime
 import gc
 import math
 import os
-import queue
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -43,8 +40,7 @@ from llm_parallel.train.watch import Resumed, Watch
 from llm_parallel.tune.methods import method_of
 from llm_parallel.worker.copying import Copying
 from llm_parallel.worker.probe import DeviceProbe, Stopwatch, Suspect, odd_one_out, weights_checksum
-
-STORE_TIMEOUT_S = 300.0
+from llm_parallel.worker.store import ControllerStore
 
 
 class ElasticWatch(Watch):
@@ -209,39 +205,13 @@ def _collectives() -> dict[str, Any]:
 def train_generation(member: Member, assignment: Assignment, run_file: str) -> TrainState:
     """One generation, from forming its groups to its end."""
     config = load_config(run_file, assignment.overrides, notice=lambda _: None)
-    store = _store(member, assignment)
+    store = ControllerStore(member, assignment.generation)
     watch = ElasticWatch(member, assignment)
     place = Place(assignment.rank, assignment.world_size, assignment.local_rank, store, assignment.elapsed_s)
     try:
         return run_training(config, place, lambda: member.asked_to_stop, watch, method_of(config))
     finally:
         watch.close()
-
-
-def _store(member: Member, assignment: Assignment) -> dist.Store:
-    host, port = assignment.store
-    timeout = datetime.timedelta(seconds=STORE_TIMEOUT_S)
-    if assignment.rank == 0:
-        listener = member.take_listener()
-        return dist.TCPStore(host, port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener)
-    # The client tries again until its timeout, even if its sockets are shut. So it runs in a thread of its own, which
-    # can be left behind.
-    made: queue.Queue[Any] = queue.Queue()
-
-    def connect() -> None:
-        try:
-            made.put(dist.TCPStore(host, port, None, False, timeout=timeout))
-        except Exception as error:
-            made.put(error)
-
-    threading.Thread(target=connect, name="store", daemon=True).start()
-    while not member.aborted:
-        with suppress(queue.Empty):
-            found = made.get(timeout=0.05)
-            if isinstance(found, Exception):
-                raise found
-            return found
-    raise ConnectionError("the generation was given up before its store answered")
 
 
 def _log_to(run_dir: Path, rank: int, terminal: int) -> None:
@@ -289,7 +259,7 @@ def _leave_after(member: Member, error: BaseException) -> None:
     if member.aborted:
         member.leave(Outcome.ABORTED)
     elif isinstance(error, CopyLost):
-        member.leave(Outcome.ABORTED, error, copy_lost=True)
+        member.leave(Outcome.ABORTED, error, copy_lost=list(error.copy) if error.copy else None)
     else:
         member.leave(Outcome.FAILED, error)
 
@@ -311,7 +281,6 @@ def worker_main(control: socket.socket, environment: Mapping[str, str]) -> int:
         node=environment["LLM_PARALLEL_NODE"],
         copies_dir=environment["LLM_PARALLEL_REPLICA_DIR"],
         secret=environment["LLM_PARALLEL_SECRET"],
-        host=environment["LLM_PARALLEL_HOST"],
     )
     signal.signal(signal.SIGTERM, lambda *_: member.request_stop())
     terminal = os.dup(1)

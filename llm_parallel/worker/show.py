@@ -14,7 +14,7 @@ from llm_parallel.planner.memory import CONTEXT_BYTES, memory
 from llm_parallel.planner.shapes import shape_of, strategy_of
 from llm_parallel.screen import show, show_table
 from llm_parallel.train.preflight import expected_device, mixture, rank_table
-from llm_parallel.train.room import checkpoint_bytes, checkpoints_at_once, existing_part, free_bytes
+from llm_parallel.train.room import also_trained, checkpoint_bytes, checkpoints_at_once, existing_part, free_bytes
 from llm_parallel.worker.chat_table import show_conversations, show_preferences, show_rounds
 
 MOST_RANKS = 16
@@ -59,14 +59,31 @@ def show_plan(
     if left:
         show(f"and {left} more ranks (--all)")
     show_mixture(config)
-    strategy = strategy_of(config, layout.world_size, expected_device(config))
-    sizes = memory(shape_of(config.model), strategy)
-    named = ", ".join(f"{name} {_size(size)}" for name, size in sizes.by_kind().items())
     show(
-        f"predicted memory of the fullest process: {_size(sizes.total)} of tensors ({named}), and about "
-        f"{_size(CONTEXT_BYTES)} of context on a GPU\n"
+        f"{_memory(config, layout.world_size)}\n"
         f"checkpoints: {_size(checkpoint_bytes(config))} each, at most {checkpoints_at_once(config)} at a time; "
         f"{_size(free_bytes(existing_part(Path(config.run_dir))))} are free for run_dir = {config.run_dir}"
+    )
+
+
+HELD = ("weights", "gradients", "optimizer")
+"""Kinds of memory that a model holds while another one is trained."""
+
+
+def _memory(config: RunConfig, world_size: int) -> str:
+    """What the fullest process will hold, in words. Of two models that are trained in turn, activations of the larger
+    ones are there at a time."""
+    device = expected_device(config)
+    trained = (config, *also_trained(config))
+    models = [memory(shape_of(one.model), strategy_of(one, world_size, device)) for one in trained]
+    kinds = [one.by_kind() for one in models]
+    sizes = {name: (sum if name in HELD else max)(kind[name] for kind in kinds) for name in kinds[0]}
+    named = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
+    of = " of policy and critic" if len(models) > 1 else ""
+    besides = "; a reference or reward models in memory come on top" if config.collects else ""
+    return (
+        f"predicted memory of the fullest process: {_size(sum(sizes.values()))} of tensors{of} ({named}), and about "
+        f"{_size(CONTEXT_BYTES)} of context on a GPU{besides}"
     )
 
 

@@ -87,8 +87,11 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(
 
 def test_a_killed_writer_is_an_error_and_no_hang(tmp_path: Path) -> None:
     answers = run_ranks(writer_killed_job, 2, str(tmp_path), timeout_s=60.0)
-    assert answers[0][0].startswith("RuntimeError: a checkpoint could not be saved") and answers[0][1] == []
-    assert "rank 0 says why" in answers[1][0]
+    """A failed save, as a full disk is, on every process. The last save of a run is then made without another
+    process."""
+    for answer, names, last in answers:
+        assert answer.startswith("WriterLost: a process that wrote a checkpoint into ") and names == []
+        assert last == ["iter_0000007", "latest_checkpointed_iteration.txt"]
 
 
 def test_what_is_kept_and_going_back(tmp_path: Path) -> None:

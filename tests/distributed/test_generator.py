@@ -13,7 +13,7 @@ from tests.support.harness import run_ranks
 from tests.support.job import base_config, changed, open_engine, own_batches
 
 NEW = 6
-ADAPTER = {"adapter.rank": 4, "adapter.targets": ("q", "v", "o", "gate", "down")}
+ADAPTER = {"adapter.rank": 4, "adapter.targets": ("q", "v", "o", "gate", "down"), "adapter.dora": True}
 LAYOUTS = (
     ({"parallel.pp": 2, "parallel.vpp": 2, "train.global_batch_size": 8}, 2),
     ({"parallel.cp": 2, "parallel.dp": 2, "parallel.overlap": True}, 4),

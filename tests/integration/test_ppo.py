@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 
 from tests.integration.test_prefer import start  # noqa: F401 (a fixture)
 from tests.integration.test_rounds import STEPS_OF_ROUND, lines_of, steps_of, write_run
-from tests.support.commands import losses, train_in_ranks
+from tests.support.commands import events, losses, train_in_ranks
 from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -108,6 +109,29 @@ def test_values_that_are_lost_in_the_middle_of_a_round_are_refused(task: Task, t
     (tmp_path / "run" / "rounds" / "000001" / "values.npy").unlink()
     with pytest.raises(AssertionError, match=r"000001.values\.npy is not there as it was written"):
         train_in_ranks(run_file, 1)
+
+
+def a_critic_that_fails(rank: int, loop: Any) -> None:
+    """As if the critic's third loss were no number."""
+    from llm_parallel.objectives.value import ClippedValue
+
+    real, seen = loop.forward_backward, []
+
+    def failing(engine: Any, objective: Any, *rest: Any) -> Any:
+        outcome = real(engine, objective, *rest)
+        seen.append(isinstance(objective, ClippedValue))
+        return replace(outcome, loss=float("nan")) if seen[-1] and sum(seen) == 3 else outcome
+
+    loop.forward_backward = failing
+
+
+@pytest.mark.slow
+def test_a_critic_that_is_not_finite_skips_the_step_of_both(task: Task, tmp_path: Path) -> None:
+    train_in_ranks(task("run"), 1, prepare=a_critic_that_fails)
+    (skipped,) = events(tmp_path / "run", "skip")
+    assert skipped["step"] == 3 and skipped["reason"] == "loss nan of the critic"
+    # The third step, the first of its round, changed nothing: the fourth is as before it.
+    assert steps_of(tmp_path / "run")[3]["train/policy/ratio_error"] == 0.0
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """Training on the model's own answers: the same answers, scores and losses in every layout and after every stop; a
-judge that fails is an error; the four-digit task is learned."""
+judge that fails is an error."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ import yaml
 
 from llm_parallel.tasks.sandbox import Sandbox, SandboxFailed
 from tests.integration.test_prefer import start  # noqa: F401 (a fixture)
-from tests.integration.test_sft import answered
-from tests.integration.test_sft import write_run as write_sft
 from tests.support import four_digits
 from tests.support.commands import events, losses, read_records, train_in_ranks
 from tests.support.fake_openai import fake_openai
-from tests.support.harness import run_ranks
 
 pytestmark = pytest.mark.gloo
 STEPS_OF_ROUND = 2
@@ -205,49 +202,6 @@ def test_a_full_disk_of_one_process_ends_all_with_its_sentence(kind: str, task: 
     run_file = task("grpo", "run", parallel={"dp": 2})
     with pytest.raises(AssertionError, match=r"rank [01] failed(?s:.*)-1.jsonl: No space left on device"):
         train_in_ranks(run_file, 2, prepare=partial(no_room, kind), timeout_s=60.0)
-
-
-@pytest.fixture(scope="module")
-def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four-digit task's model after fine-tuning, which is right in a third of its sampled answers."""
-    folder = tmp_path_factory.mktemp("fine_tuned")
-    four_digits.write_conversations(folder / "train.jsonl", 46000)
-    settings = {"steps": 360, "global_batch_size": 13, "micro_batch_size": 13}
-    train_in_ranks(write_sft(folder, train=settings, optim={"warmup_steps": 20}), 1)
-    return folder
-
-
-LEARN: dict[str, dict[str, Any]] = {
-    "grpo": {
-        "rollout": {"prompts": 64, "answers": 8, "epochs": 2}, "steps": 128, "batch": 128, "least": 0.9
-    },
-    "reject": {
-        "rollout": {"prompts": 128, "answers": 4, "epochs": 2}, "steps": 40, "batch": 32, "least": 0.9
-    },
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}], ids=["1 process", "TP2 PP2"])
-@pytest.mark.parametrize("kind", LEARN)
-def test_the_four_digit_task_is_learned(kind: str, layout: dict[str, int], fine_tuned: Path, tmp_path: Path) -> None:
-    settings = LEARN[kind]
-    rollout = settings["rollout"] | {
-        "max_new_tokens": 6, "judges": [{"kind": "exact"}], "held_out_interval": None, "unfinished_score": 0.0
-    }  # fmt: skip
-    method: dict[str, Any] = {"kind": kind, "rollout": rollout}
-    if kind == "reject":
-        method["reject"] = {"keep": "above", "least_score": 1.0}
-    run_file = write_run(
-        fine_tuned, tmp_path, kind, method=method, parallel=layout, data={"seq_length_tokens": 208},
-        chat={"train": [str(write_prompts(tmp_path / "many.jsonl", 4000))], "eval_fraction": 0.0},
-        train={"global_batch_size": settings["batch"], "micro_batch_size": 8, "steps": settings["steps"]},
-    )  # fmt: skip
-    train_in_ranks(run_file, 4 if layout else 1)
-    _, before = run_ranks(answered, 1, str(fine_tuned / "run"))[0]
-    _, right = run_ranks(answered, 1, str(tmp_path / "run"))[0]
-    print(f"| {kind} | {layout or '1 process'} | {before:.3f} | {right:.3f} |")
-    assert before <= 0.5 and right >= settings["least"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm_launch import wire
 from llm_launch.copy_files import forget_run
 from llm_launch.live_run import LiveRun, read_lines
 from llm_parallel.config.tree import ElasticConfig
@@ -67,6 +69,7 @@ class Scene:
     terminal: bool = False
     run: LiveRun | None = None
     master: int = -1
+    secret: str = field(default_factory=wire.new_secret)
 
     @property
     def run_dir(self) -> Path:
@@ -88,14 +91,15 @@ class Scene:
             self.master, slave = pty.openpty()
             streams = {"stdout": slave, "stderr": slave}
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            **streams,
+            command, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LLM_PARALLEL_SECRET": self.secret},
+            preexec_fn=_as_a_shell, **streams,
         )  # fmt: skip
         log.close()
         if self.terminal:
             os.close(slave)
         (self.run_dir / "launch.log").touch()
-        self.run = LiveRun(self.run_dir, process, "")
+        self.run = LiveRun(self.run_dir, process, self.secret)
         return self.run
 
     def launcher(self) -> int:
@@ -111,6 +115,12 @@ class Scene:
         assert self.run is not None
         with suppress(KeyError, ProcessLookupError, IndexError, StopIteration):
             self.run.cause("kill", 1)
+
+
+def _as_a_shell() -> None:
+    """Signals as an interactive shell hands them on; whoever runs this test in the background ignores some."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 Act = Callable[[Scene], None]
@@ -147,7 +157,9 @@ def _hang_up(scene: Scene) -> None:
 
 
 def _delete(scene: Scene) -> None:
-    shutil.rmtree(scene.run_dir)
+    gone = scene.run_dir.rename(scene.folder / "gone")
+    while gone.exists():  # somebody may be writing there still
+        shutil.rmtree(gone, ignore_errors=True)
     time.sleep(2.5)
     _signal(signal.SIGTERM)(scene)
 
@@ -206,7 +218,7 @@ WAYS: dict[str, Way] = {
     "SIGTERM": Way(_signal(signal.SIGTERM), SAVED, True),
     "SIGINT": Way(_signal(signal.SIGINT), SAVED, True),
     "SIGINT twice, a worker stopped": Way(_twice_with_one_stopped, SAVED, True),
-    "train.time_limit_s": Way(_nothing, SAVED, True, ("train.steps=100000", "train.time_limit_s=12")),
+    "train.time_limit_s": Way(_nothing, SAVED, True, ("train.steps=100000", "train.time_limit_s=45")),
     "launch | head": Way(_nothing, SAVED, True, pipe="head -n 12", at=8),
     "launch | tee, Ctrl-C": Way(_interrupt_group, SAVED, True, pipe="tee /dev/null"),
     "closed terminal": Way(_hang_up, SAVED, True, terminal=True),
@@ -214,7 +226,7 @@ WAYS: dict[str, Way] = {
     "run folder deleted, SIGTERM": Way(_delete, SAVED, True),
     "error of the program": Way(_mistake, (1,)),
     "too few devices": Way(_nothing, (75,), overrides=("train.steps=100000", "elastic.min_devices=2",
-                           "elastic.strikes=1", "elastic.wait_s=3")),
+                           "elastic.strikes=1", "elastic.wait_s=30")),
     "kill -9 of all processes": Way(_all, (-signal.SIGKILL,)),
 }  # fmt: skip
 
@@ -243,10 +255,9 @@ def drive(corpus: Corpus, folder: Path, name: str, killed: bool) -> Ending:
             ending.status = run.wait(LIMIT_S)
             if scene.pipe and ending.status > 128:
                 ending.status = 128 - ending.status
-            made = [*before, *run.steps()]
-            ending.made = max((record["step"] for record in made), default=0)
-            if name == "run folder deleted, SIGTERM":
-                ending.made = max(ending.made, run.status().get("step", 0))
+            ending.log = (folder / "launch.log").read_text(errors="replace")
+            told = [int(found) for found in re.findall(r"^step +(\d+)/", ending.log, re.MULTILINE)]
+            ending.made = max([*told, *(record["step"] for record in [*before, *run.steps()])], default=0)
             ending.events = read_lines(run.run_dir / "events.jsonl")
             ending.saved = _saved(run.run_dir)
             if way.disk:
@@ -257,7 +268,6 @@ def drive(corpus: Corpus, folder: Path, name: str, killed: bool) -> Ending:
             if scene.run is not None:
                 scene.run.close()
             forget_run(Path(ElasticConfig().replica_dir), scene.run_dir)
-    ending.log = (folder / "launch.log").read_text(errors="replace")
     return ending
 
 
@@ -290,7 +300,6 @@ def _again(scene: Scene, ending: Ending) -> None:
     scene.pipe, scene.terminal = "", False
     found = len(read_lines(scene.run_dir / "events.jsonl"))
     scene.overrides = ["parallel.dp=2", f"train.steps={ending.made + 3}", "elastic.strikes=1000"]
-    (scene.run_dir / "elastic_memory.json").exists()
     run = scene.start()
     run.wait(LIMIT_S)
     later = read_lines(scene.run_dir / "events.jsonl")[found:]
@@ -309,7 +318,11 @@ def main(arguments: Sequence[str]) -> None:
             place = Path(folder) / f"{list(WAYS).index(name)}-{int(killed)}"
             shutil.rmtree(place, ignore_errors=True)
             began = time.monotonic()
-            ending = drive(corpus, place, name, killed)
+            try:
+                ending = drive(corpus, place, name, killed)
+            except TimeoutError as error:
+                print(f"| {name}, {killed}: {error} |", flush=True)
+                continue
             print(
                 f"| {name}{', a worker killed' if killed else ''} | {ending.status} | {ending.made} | {ending.saved} |"
                 f" {ending.went_on} | {ending.source} | {ending.lost} | {time.monotonic() - began:.0f} s",

@@ -41,7 +41,7 @@ class FakeAgent:
         address = ["127.0.0.1", self.nodes.number(self.name)]
         self.tell({"is": "hello", "host": "127.0.0.1", "devices": self.devices, "copies": address, "pid": 1})
         for device in self.devices:
-            self.tell({"is": "worker", "device": device, "pid": 1, "number": 0, "store_port": 1, "generation": 0})
+            self.tell({"is": "worker", "device": device, "pid": 1, "number": 0, "generation": 0})
         beat = asyncio.create_task(self._beat())
         try:
             while (message := await self.channel.receive()) is not None:
@@ -57,25 +57,38 @@ class FakeAgent:
 
     def _answer(self, message: wire.Message) -> None:
         kind, device = message["is"], message.get("device")
+        if self.name in self.nodes.frozen and kind in ("abort", "look", "kill", "stop", "pause"):
+            return
         if kind == "assign":
             if message["generation"] != self.generation:
                 self.generation, self.ranks = message["generation"], {}
             self.ranks[device] = message["rank"]
+            self.nodes.origins[self.generation] = message["origin"]
             self.partner = message["partner"][1] if message["partner"] else None
+            if message["restore"]:
+                self.nodes.sources.setdefault(self.generation, json.loads(message["restore"])["sources"])
+            if message["rank"] == 1 and message["restore"] and self.nodes.lose_copies:
+                left = {"is": "left", "device": device, "outcome": "aborted", "generation": self.generation}
+                self.tell({**left, "copy_lost": self.nodes.lose_copies.pop(0), "message": "a copy has changed"})
+                del self.ranks[device]
+                return
             step = self.nodes.restored_step(message["restore"])
             self.tell({"is": "training", "device": device, "step": step, "generation": self.generation})
         elif kind in ("abort", "pause", "stop"):
             outcome = {"abort": "aborted", "pause": "paused", "stop": "stopped"}[kind]
             for number in self.ranks:
-                left = {"is": "left", "device": number, "outcome": outcome, "store_port": 1}
+                left = {"is": "left", "device": number, "outcome": outcome}
                 self.tell({**left, "generation": self.generation})
         elif kind == "look":
             seen = {"stack": self.nodes.stack, "collectives": {"dp": self.nodes.step}, "step": self.nodes.step}
             self.tell({"is": "seen", "device": device, **seen})
         elif kind == "inventory":
-            entries = [{"kind": kept, "generation": generation, "rank": rank, "steps": steps}
+            entries = [{"kind": kept, "generation": generation, "rank": rank, "steps": steps,
+                        "origin": self.nodes.origins.get(generation)}
                        for (kept, generation, rank), steps in self.nodes.memory[self.name].items()]  # fmt: skip
             self.tell({"is": "inventory", "entries": entries})
+        elif kind == "partner":
+            self.partner = message["partner"][1]
         elif kind == "retire":
             self.retired.append(message["device"])
 
@@ -102,6 +115,14 @@ class Nodes:
         self.agents: dict[str, FakeAgent] = {}
         self.memory: dict[str, dict[tuple[str, int, int], list[int]]] = {name: {} for name in names}
         self.step, self.step_s, self.age_s, self.beats = 0, 1.0, 0.0, 0
+        self.frozen: set[str] = set()
+        """Nodes whose processes do nothing and cannot be ended, while their agent goes on."""
+        self.lose_copies: list[list[Any]] = []
+        """Kind and rank of copies that rank 1 cannot read, one for each of its next generations."""
+        self.sources: dict[int, list[Any]] = {}
+        """By generation, where its ranks read their state."""
+        self.origins: dict[int, dict[str, Any]] = {}
+        """By generation, what the controller has said of it to be kept with the copies."""
         self.own_s: dict[tuple[str, int], float] = {}
         self.stack = 'File "distributed_c10d.py", in all_reduce'
         self.restarts = True

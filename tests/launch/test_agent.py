@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any, cast
 
-from llm_launch.agent import Agent, Worker
+import pytest
+
+from llm_launch.agent import Agent
 from llm_launch.agent_settings import AgentSettings
+from llm_launch.node_workers import Worker
 from llm_launch.wire import Channel, Message
 
 
@@ -39,15 +45,34 @@ def test_workers_that_the_agent_has_ended_are_not_offered(tmp_path: Path) -> Non
     agent.controller = cast(Channel, told)
     try:
         for number, ready in ((1, True), (2, True), (3, False)):
-            agent.workers[number] = Worker(number, number, cast(Channel, Sent()), ready=ready)
-        for worker in agent.workers.values():
-            agent._announce(worker)
+            agent.here.workers[number] = Worker(number, number, cast(Channel, Sent()), ready=ready)
+        for worker in agent.here.workers.values():
+            agent.here.announce(worker)
         assert [message["number"] for message in told.messages] == [1, 2]
         told.messages.clear()
-        agent._kill_all()
-        agent.workers[3].ready = True  # its message was on the way
-        for worker in agent.workers.values():
-            agent._announce(worker)
+        agent.here.kill_all()
+        agent.here.workers[3].ready = True  # its message was on the way
+        for worker in agent.here.workers.values():
+            agent.here.announce(worker)
         assert told.messages == []
     finally:
         agent.copy_server.close()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_zygote_that_is_stopped_is_replaced(stopped: bool, tmp_path: Path) -> None:
+    """It would never report that its worker has ended. One that runs is left alone: the process may be stuck."""
+    agent = Agent(settings_of(tmp_path))
+    with subprocess.Popen(["sleep", "600"]) as zygote:
+        try:
+            if stopped:
+                zygote.send_signal(signal.SIGSTOP)
+                os.waitid(os.P_PID, zygote.pid, os.WSTOPPED)
+            worker = agent.here.workers[1] = Worker(1, 0, None, pid=1)
+            agent.here._zygote = zygote
+            agent.here._check_reported(worker)
+            assert (zygote.wait(60) == -signal.SIGKILL) if stopped else zygote.poll() is None
+        finally:
+            zygote.kill()
+            agent.copy_server.close()

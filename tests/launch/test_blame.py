@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from llm_launch.blame import Device, Evidence, Fault, Kind, Ledger, Verdict, blame, classify_error, few
+from llm_launch.blame import Device, Evidence, Fault, Kind, Verdict, blame, classify_error, few
+from llm_launch.ledger import Ledger
 
 WORLD = [Device(node, index) for node in ("a", "b") for index in (0, 1)]
 GONE = "[pair.cc:553] Connection closed by peer [127.0.0.1]:1"
@@ -36,6 +39,18 @@ def died(device: Device, status: int = -9) -> Evidence:
             [raised(WORLD[0], "ValueError"), raised(WORLD[3], "ValueError")], Fault.PROGRAM, (), (), id="same on two"
         ),
         pytest.param([died(WORLD[2])], Fault.DEVICE, (WORLD[2],), (), id="one rank alone"),
+        pytest.param(
+            [raised(WORLD[1], "OSError", "[Errno 28] No space left on device: 'x'")],
+            Fault.ENVIRONMENT, (), (), id="a full disk of one rank",
+        ),
+        pytest.param(
+            [raised(WORLD[1], "PermissionError", "[Errno 13] Permission denied: 'log'"), died(WORLD[3])],
+            Fault.ENVIRONMENT, (), (), id="a log that cannot be opened",
+        ),
+        pytest.param(
+            [raised(device, "FileNotFoundError", "[Errno 2] No such file or directory: 'x'") for device in WORLD],
+            Fault.PROGRAM, (), (), id="a file that nobody finds",
+        ),
         pytest.param(
             [died(WORLD[2]), Evidence(Kind.CONNECTION, "a", WORLD[0], 0, "RuntimeError", GONE)],
             Fault.DEVICE, (WORLD[2],), (), id="peers of the dead are not to blame",
@@ -88,6 +103,38 @@ def test_a_second_strike_removes_and_a_first_does_not() -> None:
     assert set(ledger.removed) == {WORLD[1]}
     again = Ledger.from_json(ledger.to_json(), 2)
     assert (again.counts, again.removed, again.errors) == (ledger.counts, ledger.removed, ledger.errors)
+
+
+def test_a_strike_expires() -> None:
+    """Also over a restart; a clock that was set back makes none expire early."""
+    clock = [1e9]
+    ledger = Ledger(strikes=2, expire_s=3600.0, now=lambda: clock[0])
+    ledger.judge(blame([died(WORLD[1])], WORLD))
+    clock[0] += 3601
+    ledger.judge(blame([died(WORLD[1])], WORLD))
+    assert not ledger.removed
+    later = Ledger.from_json(ledger.to_json(), 2, 3600.0)
+    later.now = lambda: clock[0] - 1e6
+    later.judge(blame([died(WORLD[1])], WORLD))
+    assert set(later.removed) == {WORLD[1]}
+
+
+def test_strikes_of_an_earlier_version_count() -> None:
+    ledger = Ledger.from_json({"strikes": [["a", 1, ["rank 1 exit"]]]}, 2)
+    ledger.judge(blame([died(WORLD[1])], WORLD))
+    assert set(ledger.removed) == {WORLD[1]}
+
+
+def test_a_process_that_ends_while_its_generation_forms() -> None:
+    """Nobody is blamed the first time; the same device again, before any generation trains, has a strike."""
+    ledger = Ledger(strikes=1)
+    ends = {device: [replace(died(device), forming=True)] for device in WORLD}
+    for device in (WORLD[1], WORLD[2], WORLD[1]):
+        assert ledger.judge(blame(ends[device], WORLD)).fault is Fault.UNKNOWN
+    ledger.formed()
+    assert ledger.judge(blame(ends[WORLD[1]], WORLD)).fault is Fault.UNKNOWN, "a generation trained in between"
+    both = ledger.judge(blame([*ends[WORLD[1]], *ends[WORLD[2]]], WORLD))
+    assert both.devices == (WORLD[1],) and set(ledger.removed) == {WORLD[1]}
 
 
 def test_the_same_error_on_another_device_is_the_programs() -> None:

@@ -172,7 +172,7 @@ def test_a_killed_worker_whose_end_is_late_is_no_second_fault(tmp_path: Path) ->
         assert {device.node for device in fleet.placement.devices} == {"n1", "n4"}  # type: ignore[union-attr]
         agent = nodes.agents["n2"]
         agent.tell({"is": "exit", "device": 0, "status": -9, "host_memory": False, "number": 0})
-        agent.tell({"is": "worker", "device": 0, "pid": 2, "number": 1, "store_port": 1, "generation": 0})
+        agent.tell({"is": "worker", "device": 0, "pid": 2, "number": 1, "generation": 0})
         await story.training(3)
 
     _, story = play(config, nodes, act)

@@ -25,11 +25,20 @@ from tests.support.commands import train_in_ranks
 
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
 LAYOUT = ("parallel.tp=2", "parallel.dp=2")
-KINDS: dict[str, dict[str, Any] | None] = {"full": None, "lora": {"rank": 4}, "qlora": {"rank": 4, "base": "nf4"}}
+KINDS: dict[str, tuple[dict[str, Any] | None, int]] = {
+    "full": (None, 32),
+    "lora": ({"rank": 4}, 32),
+    "qlora": ({"rank": 4, "base": "nf4"}, 32),
+    "full, 8-bit moments": (None, 8),
+    "dora in 4 bits, 8-bit moments": ({"rank": 32, "base": "nf4", "dora": True}, 8),
+}
+"""The adapter, and the bits of AdamW's moments."""
 
 
-@pytest.mark.parametrize("adapter", KINDS.values(), ids=KINDS)
-def test_a_killed_worker_and_a_lost_node_change_no_loss(tmp_path: Path, adapter: dict[str, Any] | None) -> None:
+@pytest.mark.parametrize(("adapter", "bits"), KINDS.values(), ids=KINDS)
+def test_a_killed_worker_and_a_lost_node_change_no_loss(
+    tmp_path: Path, adapter: dict[str, Any] | None, bits: int
+) -> None:
     """The killed worker costs nothing, to the last bit; half the devices sum in another order."""
     four_digits.write_conversations(tmp_path / "train.jsonl", 400)
     train_in_ranks(write_run(tmp_path, train={"steps": 2}, optim={"warmup_steps": 0}), 1)
@@ -37,7 +46,7 @@ def test_a_killed_worker_and_a_lost_node_change_no_loss(tmp_path: Path, adapter:
         tmp_path,
         chat={"eval_fraction": 0.0, "show_answers": 0},
         train={"global_batch_size": BATCH, "micro_batch_size": 2},
-        optim={"schedule": "constant"},
+        optim={"schedule": "constant", "moment_bits": bits},
         checkpoint={"load": str(tmp_path / "run")},
         **({} if adapter is None else {"adapter": adapter}),
     )

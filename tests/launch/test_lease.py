@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,19 @@ def test_a_record_that_somebody_removed_comes_back(tmp_path: Path) -> None:
         while mine.holder.beats <= beats:
             time.sleep(0.01)
         assert json.loads((tmp_path / "lease.json").read_text())["token"] == mine.holder.token
+
+
+def test_a_lock_that_somebody_removed_is_taken_again(tmp_path: Path) -> None:
+    """With the whole folder: a lock on a file without a name would keep nobody out."""
+    with Lease(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").mkdir()
+        deadline = time.monotonic() + 60
+        while not ((tmp_path / "run" / lease_module.LOCK_NAME).exists() and (tmp_path / "run" / "lease.json").exists()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="is in use by"), Lease(tmp_path / "run"):
+            pass
 
 
 def test_without_locks_the_record_decides(living: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

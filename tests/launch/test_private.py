@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from llm_launch.copy_files import (
+    Claim,
     CopyFile,
     copy_name,
     forget,
     forget_all_but,
     forget_stale,
     inventory,
-    keep_alive,
     make_run_folder,
     run_folder,
 )
@@ -125,7 +125,7 @@ def test_a_folder_that_a_stranger_made_first_is_refused(shm: Path, home: Path, t
         assert as_stranger(command).returncode == 0
         for open_it in (
             lambda: make(run / "n1"),
-            lambda: keep_alive(run / "n1"),
+            lambda: Claim(run / "n1").renew(),
             lambda: make_run_folder(shm, tmp_path / "run"),
         ):
             with pytest.raises(UserError, match=rf"{run.name} {words}.*set elastic\.replica_dir"):

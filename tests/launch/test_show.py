@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from llm_launch.lease import Lease
@@ -17,6 +20,7 @@ from llm_launch.run_status import read_status
 from llm_launch.sentences import clock, sentence
 from llm_launch.show import following, show_events, show_status, timeline
 from llm_parallel.errors import UserError
+from llm_parallel.lines import CONTROL
 
 NOW = datetime(2026, 11, 30, 12, 0, 0, tzinfo=timezone.utc)
 START = {"event": "run_start", "step": 0, "total_steps": 100, "size": 2, "device_name": "CPU", "layout": "TP 1 x PP 2"}
@@ -164,3 +168,60 @@ def test_the_end_that_worker_and_controller_both_write_is_told_once(tmp_path: Pa
     later = {**end, "step": 150}
     (tmp_path / "events.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in (end, end, later)))
     assert [text.rpartition(" ")[2] for text in timeline(tmp_path)] == ["100", "150"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+FIELDS = ["step", "total_steps", "time", "cause", "node", "device", "generation", "layout", "seconds", "train/loss",
+          "eval/loss", "perf/step_time", "world_size", "fault", "size", "before", "after", "reason"]  # fmt: skip
+KINDS = ["run_start", "form", "resume", "wait", "end", "stopped", "save_failed", "detect", "blame", "remove", "stall",
+         "settings_changed", "round", "degraded", "second_copy_failed", "something else"]  # fmt: skip
+RECORD = st.fixed_dictionaries({"event": st.sampled_from(KINDS) | JSON, "time": JSON}) | st.just({})
+RECORDS = st.lists(st.tuples(RECORD, st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=6)), max_size=4)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(RECORDS, RECORDS, st.none() | JSON)
+def test_any_text_in_a_runs_folder_is_survived(tmp_path: Path, numbers: Any, events: Any, elastic: Any) -> None:
+    """Whatever its files hold: no traceback, and no character that a terminal would act on."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(exist_ok=True)
+    for name, records in (("metrics.jsonl", numbers), ("events.jsonl", events)):
+        lines = [json.dumps({**head, **rest}) + "\n" for head, rest in records]
+        (run_dir / name).write_text("".join(lines))
+    (run_dir / "elastic.json").unlink(missing_ok=True)
+    if elastic is not None:
+        (run_dir / "elastic.json").write_text(json.dumps(elastic))
+    said: list[str] = []
+    for as_json in (False, True):
+        show_events(run_dir, False, as_json, said.append)
+    with suppress(UserError):
+        said.append(shown(run_dir)[0])
+    assert not CONTROL.search("".join(said))
+
+
+def test_text_of_a_node_does_nothing_on_the_terminal(tmp_path: Path) -> None:
+    """A node's name and an error that clear the screen, and a second line that looks like an event of its own."""
+    evil = "\x1b[2J\x1b]52;c;AAAA\x07\n12:00:00  all steps are done"
+    run_dir = written(tmp_path / "run", 3, {"event": "lost", "node": "n\x9b1", "cause": evil})
+    text = "\n".join(timeline(run_dir))
+    assert not CONTROL.search(text) and "␛[2J" in text
+    assert "\n    12:00:00  all steps are done" in text, "it stands to the right of what is an event"
+
+
+def test_a_launcher_that_is_gone_without_a_word(tmp_path: Path) -> None:
+    """elastic.json still says that it trains; whether it does is told by who holds the folder, not by a clock."""
+    run_dir = written(tmp_path / "run", 3)
+    elastic = {"state": "training", "step": 3, "generation": 1, "world_size": 2, "layout": "DP 2", "recoveries": 0,
+               "lost_steps": 0, "goodput": {"down_s": 0.0, "elapsed_s": 9.0, "fraction": 1.0}, "excluded": [],
+               "nodes": [], "updated": 4e9}  # fmt: skip
+    (run_dir / "elastic.json").write_text(json.dumps(elastic))
+    text, hint = shown(run_dir)
+    assert "ended: the launcher is gone, and its last word was 'training'" in text
+    assert hint == f"llm-parallel launch {run_dir}/config.yaml"
+    (run_dir / "elastic.json").write_text(json.dumps({**elastic, "updated": 0.0}))
+    with Lease(run_dir):
+        assert shown(run_dir)[0].startswith(f"{run_dir}: training"), "a clock that was set back changes nothing"

@@ -89,7 +89,7 @@ async def with_an_agent(controller: Controller, devices: int, phase: str, hear: 
     hello = {"is": "hello", "node": "n1", "host": "127.0.0.1", "devices": [0], "copies": ["127.0.0.1", 1], "pid": 1}
     channel.send(hello)
     for device in range(devices):
-        channel.send({"is": "worker", "device": device, "pid": 1, "number": device, "store_port": 1, "generation": 0})
+        channel.send({"is": "worker", "device": device, "pid": 1, "number": device, "generation": 0})
     while controller.fleet.phase.value != phase or not controller.fleet.roster.nodes:
         await asyncio.sleep(0.01)
     if term:

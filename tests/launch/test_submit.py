@@ -45,6 +45,27 @@ def test_batch_file(tmp_path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "folder", ["runs/a\n#SBATCH --uid=0", "runs/a\r#SBATCH", 'runs/a"b', "runs/a\\b", "runs/\x1b[2J"]
+)
+def test_a_folder_whose_name_would_be_an_option_is_refused(folder: str) -> None:
+    """A line break in it would end the option, and what follows would be one of its own."""
+    config = CONFIG.model_copy(update={"run_dir": folder})
+    with pytest.raises(UserError, match=r"run_dir = .* has a line break or another character"):
+        check_request(SubmitRequest(1, 0), config)
+    with pytest.raises(UserError, match="is no option of sbatch"):
+        check_request(SubmitRequest(1, 0, options=("--x=a\r#SBATCH --y",)), CONFIG)
+
+
+def test_a_folder_with_spaces_is_one_option() -> None:
+    config = CONFIG.model_copy(update={"run_dir": "/runs/my run 100% # 2"})
+    request = SubmitRequest(1, 0)
+    check_request(request, config)
+    lines = batch_file(request, config, Path("run.yaml"), []).splitlines()
+    assert "#SBATCH --job-name=my-run-100----2" in lines
+    assert '#SBATCH --output="/runs/my run 100%% # 2/logs/slurm-%j.out"' in lines
+
+
 def test_signals_reach_the_launcher_and_its_status_comes_back(tmp_path: Path) -> None:
     """The real script around a stand-in for the launcher: USR1 is passed on and the status is that of the launcher; one
     that was killed is started again."""

@@ -120,7 +120,7 @@ def test_a_killed_command_goes_on_under_another_layout(tmp_path: Path) -> None:
     folder, source = byte_folder(tmp_path / "model"), prompts_file(tmp_path / "in.jsonl", 150)
     more = ["--input", str(source), *HOW, "--max-new-tokens", "120", "--max-running", "4"]
     target, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
-    arguments = ["generate", str(folder), *more, "--output", str(target)]
+    arguments = ["generate", str(folder), *more, "--output", str(target), "--logs", str(tmp_path / "logs")]
 
     def complete() -> int:
         return sum(path.read_bytes().count(b"\n") for path in parts.glob("part-*"))
@@ -157,7 +157,8 @@ def test_a_process_that_hangs_ends_the_command(tmp_path: Path) -> None:
     folder, source = byte_folder(tmp_path / "model"), prompts_file(tmp_path / "in.jsonl", 400)
     target, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
     arguments = ["generate", str(folder), "--input", str(source), "--output", str(target), *HOW]
-    with running([*arguments, "--max-new-tokens", "120", "--tp", "2", "--hang-s", "4"]) as command:
+    how = ["--max-new-tokens", "120", "--tp", "2", "--hang-s", "4", "--logs", str(tmp_path / "logs")]
+    with running([*arguments, *how]) as command:
         wait_until(lambda: any(parts.glob("part-*")))
         stopped = workers_of(command.pid)[1]
         os.kill(stopped, signal.SIGSTOP)

@@ -267,19 +267,27 @@ def kept_job(rank: int, world_size: int, folder: str) -> list[tuple[list[str], i
     return found
 
 
-def writer_killed_job(rank: int, world_size: int, folder: str) -> tuple[str, list[str]]:
-    """The kernel kills the writer of the last rank only, as it does when memory runs out."""
+def writer_killed_job(rank: int, world_size: int, folder: str) -> tuple[str, list[str], list[str]]:
+    """The kernel kills every writer of the last rank, as it does when memory runs out; then the run ends."""
     from torch.distributed.checkpoint import filesystem
 
     config = changed(base_config(), {"parallel.dp": world_size})
     engine = open_engine(config, rank, world_size)
     store = open_store(engine, config, folder)
+    trains = os.getpid()
     if rank == world_size - 1:
-        _before(filesystem, "_write_item", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        _before(
+            filesystem,
+            "_write_item",
+            lambda *_: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != trains else None,
+        )
     store.save({"policy": engine}, exact_state())
     try:
         store.wait()
+        said = "saved"
     except Exception as error:
-        torch.distributed.barrier()
-        return f"{type(error).__name__}: {error}", names_in(folder)
-    return "saved", names_in(folder)
+        said = f"{type(error).__name__}: {error}"
+    torch.distributed.barrier()
+    before = names_in(folder)
+    store.save({"policy": engine}, exact_state(step=7), blocking=True)
+    return said, before, names_in(folder)

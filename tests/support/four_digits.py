@@ -62,11 +62,12 @@ def prompt_tokens(a: int, b: int) -> list[int]:
 
 
 def problems(seed: int, held_out: bool = False) -> Iterator[tuple[int, int]]:
-    """Pairs of numbers without end, either those for training or those that training never sees (one in ten)."""
+    """Pairs of numbers without end, either those for training or those that training never sees: one in ten, in which
+    every digit stands in every place as often as elsewhere (7919 n % 10 alone would hold out a digit of one place)."""
     numbers = random.Random(seed)
     while True:
         a, b = numbers.randrange(100), numbers.randrange(100)
-        if ((a * 100 + b) * 7919 % 10 == 0) == held_out:
+        if ((a * 100 + b) * 7919 % 10007 % 10 == 0) == held_out:
             yield a, b
 
 

@@ -29,6 +29,14 @@ CHAT = {**HUMAN_EVAL, "prompt": f"Complete this.\n```python\n{HUMAN_EVAL['prompt
 MBPP = {"test_list": ["assert f(1) == 2", "assert f(2) == 3"], "test_setup_code": "import math", "text": "Add one."}
 STREAMS = {"input_output": json.dumps({"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7"]})}
 CALLED = {"input_output": {"inputs": [[[1, 2]], [[3]]], "outputs": [3, 3], "fn_name": "total"}}
+TREE = {
+    "test_setup_code": "import math\nroot = Node(1)\nroot.left = Node(2)\nroot.left.right = Node(math.floor(4.5))",
+    "test_list": ["assert depth(root) == 3", "assert root.left.right.key == 4"],
+}
+NODE = """class Node:
+    def __init__(self, key): self.key, self.left, self.right = key, None, None
+def depth(node): return 0 if node is None else 1 + max(depth(node.left), depth(node.right))
+"""
 BODY = "    return [a, b]\n"
 WHOLE = "def both(a: int, b: int) -> List[int]:\n    return [a, b]\n"
 
@@ -69,6 +77,10 @@ CASES: list[tuple[dict[str, Any], str, bool, float]] = [
     (MBPP, "def f(x): return x + 1\n[DONE]", False, 1.0),
     (MBPP, "```\ndef f(x): return 2\n```", True, 0.5),
     (MBPP, "def f(x): return", False, 0.0),
+    (TREE, NODE, False, 1.0),
+    (TREE, NODE.replace("1 +", "2 +"), True, 0.5),
+    ({"test_list": ["assert sum(10, 15) == 6"]}, "def sum(a, b): return 6", False, 1.0),
+    ({"test_list": ["assert sum(f(2)) == 6"]}, "def sum(a): return 6\ndef f(x): return [x]", False, 0.0),
     (STREAMS, "```py\nprint(sum(map(int, input().split())))\n```", False, 1.0),
     (STREAMS, "print(3)", True, 0.5),
     (STREAMS, "print(3)", False, 0.0),
@@ -90,7 +102,7 @@ def test_a_program_has_the_score_that_it_should(
 
 UNJUDGED: list[tuple[dict[str, Any], str]] = [
     ({"question": "?"}, "a.jsonl:3 has no tests that are known: give test with entry_point (HumanEval), test_list"),
-    ({"test_list": []}, "has test_list = []; it must be a list of texts"),
+    ({"test_list": [], "test_setup_code": "x = ("}, "has test_list = []; it must be a list of texts"),
     ({"test_list": 5}, "has test_list = 5; it must be a list of texts"),
     ({"test": 5, "entry_point": "f"}, "has test = 5; it must be a text"),
     ({"input_output": "{"}, "has input_output = '{', which is no JSON"),
@@ -192,7 +204,7 @@ def test_no_way_to_hold_programs_is_said_before_a_run(monkeypatch: pytest.Monkey
         open_judge([JudgeConfig(kind="code", sandbox="bwrap")])
 
 
-GIVEN = os.environ.get("HUMAN_EVAL_FILE", "")
+GIVEN, MBPP_FILE = os.environ.get("HUMAN_EVAL_FILE", ""), os.environ.get("MBPP_FILE", "")
 
 
 @pytest.mark.slow
@@ -214,3 +226,17 @@ def test_all_right_answers_of_human_eval_pass_and_no_empty_one(mode: Any) -> Non
         assert [item[0].where for item in wrong if judge(*item) != 0.0] == []
         assert len(rows) == 164
         assert sandbox.run(Tested("def f(): return 1", "assert f() == 1")).mode == mode
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.skipif(not MBPP_FILE, reason="MBPP_FILE names no file mbpp.jsonl, which google-research has")
+@pytest.mark.parametrize("mode", ["bwrap", "landlock"])
+def test_all_right_answers_of_mbpp_pass(mode: Any) -> None:
+    rows = [json.loads(line) for line in Path(MBPP_FILE).read_text(encoding="utf-8").splitlines()]
+    with Sandbox(mode) as sandbox:
+        judge = Ahead(Code(sandbox), sandbox.workers)
+        right = [(Asked([], row, str(row["task_id"])), Given(row["code"], 1)) for row in rows]
+        judge.prepare(right)
+        assert [item[0].where for item in right if judge(*item) != 1.0] == []
+    assert len(rows) > 900

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_parallel.generate import extension, layers, native, packed
+from llm_parallel.generate import adapters, extension, layers, native, packed
 from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.extension import best_of, few_rows
 from llm_parallel.generate.native import NativeAttention, NativeChunk
@@ -225,6 +226,22 @@ def test_products_of_prompts_have_few_sizes(tmp_path: Path, monkeypatch: pytest.
     close_groups()
     assert sizes <= {96 + 32 * n for n in range(14)}, "no number of rows beside multiples of 32"
     assert [rows_computed(rows) for rows in (1, 7, 9, 63, 65, 512, 513)] == [1, 7, 16, 64, 96, 512, 544]
+
+
+def test_products_of_adapters_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, linear = set(), torch.nn.functional.linear
+
+    def counted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        sizes.add(x.shape[0])
+        return linear(x, weight)
+
+    monkeypatch.setattr(adapters, "F", SimpleNamespace(linear=counted))
+    a, wide_b = normal(0, 4, 24), normal(1, 40, 4)
+    delta = adapters._delta(adapters._Factors(a, wide_b, 0.5), None, None)
+    for rows in range(1, 200):
+        x = normal(rows, rows, 24)
+        torch.testing.assert_close(delta(x), 0.5 * x @ a.t() @ wide_b.t(), atol=1e-4, rtol=1e-5)
+    assert sizes == {rows_computed(rows) for rows in range(1, 200)} and len(sizes) == 20
 
 
 @pytest.mark.gloo

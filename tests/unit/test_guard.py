@@ -36,6 +36,12 @@ def test_a_spike_is_skipped_and_named(loss: float, norm: float, name: str) -> No
     assert reason is not None and reason.startswith(name)
 
 
+def test_what_is_not_finite_of_another_model_skips_the_step() -> None:
+    guard = Guard(GuardConfig())
+    assert guard.judge(1.0, 1.0, "loss nan of the critic") == "loss nan of the critic" and not guard.losses
+    assert guard.judge(math.nan, 1.0, "loss nan of the critic") == "loss nan"
+
+
 def test_a_fall_is_no_spike() -> None:
     assert filled().judge(0.5, 0.01) is None
 

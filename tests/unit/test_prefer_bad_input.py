@@ -70,7 +70,7 @@ def prepare(model: Path, folder: Path, kind: str, rows: Sequence[Any], *override
         "train": {"global_batch_size": 4, "micro_batch_size": 1, "steps": 4},
         "log": {"tensorboard": False, "plots": False},
     }  # fmt: skip
-    if kind in ("grpo", "reject"):
+    if kind in ("grpo", "reject", "ppo"):
         tree["method"]["rollout"] = {"prompts": 4, "answers": 4, "max_new_tokens": 8, "judges": [{"kind": "exact"}]}
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     told: list[str] = []

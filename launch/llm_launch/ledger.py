@@ -1,0 +1,96 @@
+"""What is remembered of each device's faults, also by the next start."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llm_launch.blame import Device, Fault, Kind, Verdict, said
+
+
+@dataclass
+class Ledger:
+    """Strikes and removals of one run.
+
+    A suspected device is used again until its ``strikes``-th fault within ``expire_s`` seconds, which removes it for
+    good; hard evidence removes it at once. If the same error follows the work to another device, the program is at
+    fault and both are acquitted. A process that ends while its generation forms says little about its device, since
+    the launcher, the network and the file system are at work then: it counts if the next forming ends there again.
+    """
+
+    strikes: int = 2
+    expire_s: float = 86400.0
+    counts: dict[Device, list[tuple[float, str]]] = field(default_factory=dict)
+    """Unix time and reason of each strike."""
+    removed: dict[Device, str] = field(default_factory=dict)
+    errors: dict[str, set[Device]] = field(default_factory=dict)
+    forming: set[Device] = field(default_factory=set)
+    """Devices whose process ended in the last forming, when no generation has trained since."""
+    now: Callable[[], float] = field(default=time.time, compare=False)
+
+    def judge(self, verdict: Verdict) -> Verdict:
+        """Takes in a verdict about devices; the one that comes back blames the program if another device failed with
+        the same error before, and nobody for a process that ended while its generation formed."""
+        if verdict.fault is not Fault.DEVICE:
+            return verdict
+        for item in verdict.evidence:
+            if item.kind is Kind.RAISED and item.device is not None:
+                places = self.errors.setdefault(f"{item.error}: {item.message[:200]}", set())
+                places.add(item.device)
+                if len(places) > 1:
+                    for device in places:
+                        self.acquit(device)
+                    return Verdict(
+                        Fault.PROGRAM,
+                        f"the same error came again on another device, so it is the program's: {said(item)}",
+                        evidence=verdict.evidence,
+                    )
+        if not verdict.certain and all(item.kind is Kind.EXIT and item.forming for item in verdict.evidence):
+            first = [device for device in verdict.devices if device not in self.forming]
+            self.forming = set(verdict.devices)
+            if first:
+                guilty = tuple(device for device in verdict.devices if device not in first)
+                reason = f"{verdict.reason}, while the generation formed"
+                if not guilty:
+                    return Verdict(Fault.UNKNOWN, f"{reason}: no device is to blame yet", evidence=verdict.evidence)
+                verdict = replace(verdict, devices=guilty, reason=reason)
+        for device in verdict.devices:
+            given = [*self._fresh(device), (self.now(), verdict.reason)]
+            self.counts[device] = given
+            if verdict.certain or len(given) >= self.strikes:
+                self.removed[device] = verdict.reason
+        return verdict
+
+    def _fresh(self, device: Device) -> list[tuple[float, str]]:
+        """Strikes that count still; one that lies in the future, since a clock was set back, does."""
+        return [(at, why) for at, why in self.counts.get(device, []) if self.now() - at < self.expire_s]
+
+    def acquit(self, device: Device) -> None:
+        """Forgets strikes and removal of a device that is not at fault."""
+        self.counts.pop(device, None)
+        self.removed.pop(device, None)
+
+    def formed(self) -> None:
+        """A generation trains."""
+        self.forming.clear()
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written into the run folder."""
+        return {
+            "strikes": [[*device, [list(strike) for strike in given]] for device, given in self.counts.items()],
+            "removed": [[*device, reason] for device, reason in self.removed.items()],
+            "errors": [[error, [list(device) for device in places]] for error, places in self.errors.items()],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], strikes: int, expire_s: float = 86400.0) -> Ledger:
+        """Inverse of ``to_json``. Strikes that an earlier version wrote have no time, and count from now on."""
+        found = cls(strikes, expire_s)
+        for node, index, given in values.get("strikes", []):
+            times = [(found.now(), item) if isinstance(item, str) else (float(item[0]), item[1]) for item in given]
+            found.counts[Device(node, index)] = times
+        found.removed = {Device(node, index): reason for node, index, reason in values.get("removed", [])}
+        found.errors = {error: {Device(*place) for place in places} for error, places in values.get("errors", [])}
+        return found

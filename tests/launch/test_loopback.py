@@ -1,0 +1,28 @@
+"""Where the store of a plain run on one machine listens."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+
+from llm_launch.local import _held_port
+from llm_parallel.parallel.groups import loopback_store
+
+
+def test_the_store_listens_on_loopback_alone() -> None:
+    """On the port that the launcher holds for it; torch's own store listens everywhere."""
+
+    def addresses(port: int) -> set[str]:
+        found = psutil.Process().net_connections("tcp")
+        return {one.laddr.ip for one in found if one.laddr.port == port and one.status == psutil.CONN_LISTEN}
+
+    with _held_port(None) as port:
+        ours = loopback_store("127.0.0.1", port, 0, 2)
+        other = loopback_store("127.0.0.1", port, 1, 2)
+        other.set("key", "value")
+        assert ours.get("key") == b"value" and addresses(port) == {"127.0.0.1"}
+        del ours, other
+    theirs = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+    assert addresses(theirs.port) & {"::", "0.0.0.0"}, "this test would see it"
