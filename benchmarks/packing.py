@@ -3,7 +3,7 @@ Both train one epoch of the same conversations, on the same weights, in turns of
 what counts is tokens that are not padding, a processor-second.
 
     python benchmarks/packing.py --out benchmarks/results/packing_cpu.json
-    python benchmarks/packing.py --base ~/.cache/llm-parallel-tests/smollm2-135m --tokens 2000 --out FILE
+    python benchmarks/packing.py --base ~/.cache/llm-parallel-tests/smollm2-135m --tokens 1500 --out FILE
 
 A step is the whole step of either trainer: batch, forward, backward, clipping, AdamW and metrics. Padded samples of
 ours are all as long as ``data.seq_length_tokens``, those of TRL as long as the longest of the batch.
@@ -152,11 +152,13 @@ def their_steps(folder: Path, base: Path, packed: bool, lora: bool) -> Iterator[
     )  # fmt: skip
     settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     data = load_dataset("json", data_files=str(folder / "train.jsonl"), split="train", cache_dir=str(folder / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa"),
         args=arguments,
         train_dataset=data,
-        processing_class=AutoTokenizer.from_pretrained(base),
+        processing_class=tokenizer,
         peft_config=settings if lora else None,
     )
     trainer.create_optimizer()

@@ -17,6 +17,7 @@ def interface_of(address: str) -> str | None:
 
 def own_address(towards: tuple[str, int]) -> str:
     """Address of this node on the way to the controller; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    family = socket.AF_INET6 if ":" in towards[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(towards)
         return probe.getsockname()[0]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 
 import psutil
+import pytest
 import torch.distributed as dist
 
 from llm_launch.local import _held_port
+from llm_launch.network import own_address
 from llm_parallel.parallel.groups import loopback_store
 
 
@@ -26,3 +29,13 @@ def test_the_store_listens_on_loopback_alone() -> None:
         del ours, other
     theirs = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
     assert addresses(theirs.port) & {"::", "0.0.0.0"}, "this test would see it"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_this_nodes_address_on_the_way_to_the_controller(address: str) -> None:
+    """Of the controller's family: a host may have no other."""
+    try:
+        socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no {address}: {error.strerror}")
+    assert own_address((address, 9)) == address
