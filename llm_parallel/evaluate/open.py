@@ -49,8 +49,11 @@ def _generator(request: EvaluateRequest, opened: OpenedModel) -> Generator:
 def follow_rank_0(request: EvaluateRequest, member: Member) -> None:
     """What the other processes of a layout do."""
     opened = _opened(request, member)
-    control = Control(opened.loaded.network.groups, LONGEST_S)
-    follow(control, _generator(request, opened), opened.load)
+    try:
+        control = Control(opened.loaded.network.groups, LONGEST_S)
+        follow(control, _generator(request, opened), opened.load)
+    finally:
+        close_groups()
 
 
 Opened = tuple[Any, Callable[[], dict[str, Any]]]
