@@ -17,6 +17,7 @@ from llm_launch.worker import WorkerEnv
 from llm_parallel.bench.rank import run_plan
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
+from llm_parallel.parallel.groups import store_here
 from llm_parallel.parallel.scatter import all_gather, reduce_scatter
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv")
@@ -176,7 +177,11 @@ def run_rank(plan: dict[str, Any], place: WorkerEnv) -> list[Sample]:
     device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S))
+    store = store_here(place.rank, place.world_size, TIMEOUT_S)
+    where: dict[str, Any] = (
+        {} if store is None else {"store": store, "rank": place.rank, "world_size": place.world_size}
+    )
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S), **where)
     try:
         return measure(plan, device)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
+from llm_launch.local import ON_LOOPBACK
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.mesh import Coordinates, Mesh
 from llm_parallel.parallel.platform import Platform, seed_everything
@@ -57,6 +59,15 @@ def loopback_store(host: str, port: int, rank: int, world_size: int, timeout_s: 
     return dist.TCPStore(host, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=held)
 
 
+def store_here(rank: int, world_size: int, timeout_s: float = 1800.0) -> dist.Store | None:
+    """The store of processes that ``launch_local`` started on this machine, by the environment that it gave them; None
+    for those that something else started, which meet by torch's env:// rendezvous."""
+    if world_size == 1 or not os.environ.get(ON_LOOPBACK):
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return loopback_store(host, port, rank, world_size, timeout_s)
+
+
 def open_groups(
     layout: Layout,
     rank: int,
@@ -65,13 +76,16 @@ def open_groups(
     timeout_s: float = 1800.0,
     store: dist.Store | None = None,
 ) -> Groups:
-    """Creates all groups. If torch.distributed is not initialized, ``store`` or else its env:// rendezvous is used, and
-    a single process needs no rendezvous at all. ``seed`` seeds torch and megatron-core's tensor-parallel generators."""
+    """Creates all groups. If torch.distributed is not initialized, the processes meet by ``store``, else by
+    ``store_here``, else by torch's env:// rendezvous; a single process needs none. ``seed`` seeds torch and
+    megatron-core's tensor-parallel generators."""
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
         device_id = platform.device if platform.is_cuda else None
         if layout.world_size == 1:
             store = dist.HashStore()
+        elif store is None:
+            store = store_here(rank, layout.world_size, timeout_s)
         if store is not None:
             where: dict[str, Any] = {"store": store, "rank": rank, "world_size": layout.world_size}
             dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id, **where)

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_launch.local import ON_LOOPBACK
 from llm_launch.worker import WorkerEnv, report_error, worker_environment
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import RunConfig
@@ -46,13 +45,7 @@ def run_worker(given: RunConfig | Sequence[str]) -> int:
         from llm_parallel.train.run import Place
         from llm_parallel.tune.methods import method_of
 
-        store = None
-        if environment.world_size > 1 and os.environ.get(ON_LOOPBACK):
-            from llm_parallel.parallel.groups import loopback_store
-
-            at = (environment.master_addr, environment.master_port)
-            store = loopback_store(*at, environment.rank, environment.world_size)
-        place = Place(environment.rank, environment.world_size, environment.local_rank, store)
+        place = Place(environment.rank, environment.world_size, environment.local_rank)
         state = run_training(config, place, asked_to_stop=lambda: bool(requests), method=method_of(config))
     except Exception as error:
         return report_error(log_dir, environment.rank, explained(error, environment))

@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from llm_launch.local import _held_port
+from llm_launch.local import ON_LOOPBACK, _held_port
 from llm_launch.network import own_address
-from llm_parallel.parallel.groups import loopback_store
+from llm_parallel.parallel.groups import loopback_store, store_here
 
 
 def test_the_store_listens_on_loopback_alone() -> None:
@@ -29,6 +29,21 @@ def test_the_store_listens_on_loopback_alone() -> None:
         del ours, other
     theirs = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
     assert addresses(theirs.port) & {"::", "0.0.0.0"}, "this test would see it"
+
+
+def test_processes_that_the_launcher_started_here_meet_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `serve`, `generate`, `evaluate` and `bench` too, all of which open their groups this way."""
+    with _held_port(None) as port:
+        for name, value in ((ON_LOOPBACK, "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+            monkeypatch.setenv(name, value)
+        assert store_here(0, 1) is None, "a single process needs none"
+        store = store_here(0, 2)
+        assert isinstance(store, dist.TCPStore)
+        found = psutil.Process().net_connections("tcp")
+        assert {one.laddr.ip for one in found if one.laddr.port == port and one.status == "LISTEN"} == {"127.0.0.1"}
+        del store
+    monkeypatch.delenv(ON_LOOPBACK)
+    assert store_here(0, 2) is None, "torchrun and srun have a rendezvous of their own"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
