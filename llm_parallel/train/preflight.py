@@ -53,8 +53,6 @@ def preflight(
     checked; ``starts``: the run begins after this, so that what may vanish is copied to its folder. Raises UserError.
     """
     config = with_value_head(inherited(without_own_load(config, notice), notice))
-    if starts:
-        config = with_own_tokenizer(config, notice)
     processes = world_size or num_processes(config)
     device = expected_device(config)
     train = config.train
@@ -64,7 +62,7 @@ def preflight(
     check_kernels(config, device, notice)
     config = check_data(config, notice)
     check_config(config, processes, device)  # type: ignore[arg-type]  # the data may have decided train.steps
-    return config
+    return with_own_tokenizer(config, notice) if starts else config
 
 
 def preflight_job(
