@@ -63,7 +63,7 @@ class JudgeConfig(Node):
     """``model``: the model's name there."""
     template: str | None = None
     """``model``: what it is asked; {prompt} and {answer} (``reads: pair``: {answer_a} and {answer_b}) are filled in,
-    and {field} by that field of the record. None: a general question for help, correctness and clarity."""
+    and {field} by that field of the record. none: a general question for help, correctness and clarity."""
     reads: Literal["number", "json", "pair"] = "number"
     """``model``: how its reply is read: a last line that is a number (``number``); a JSON object with a number
     ``score`` (``json``); or A, B or tie, for the answer and the record's own ``field``, asked in both orders

@@ -155,6 +155,6 @@ def test_apexs_groups_get_them_too() -> None:
     inner = Apex(groups, betas=(0.8, 0.9), eps=1e-3, weight_decay=20.0)
     engine: Any = SimpleNamespace(optimizer=SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=inner)]))
     apply_configured_settings(engine)
-    assert settings_in_use(engine) == NEW
+    assert settings_in_use(engine) == {**NEW, "optim.moment_bits": 32.0}
     assert [group["weight_decay"] for group in groups] == [20.0, 0.0]
     assert all(group["lr"] == 0.5 and group["step"] == 7 for group in groups)

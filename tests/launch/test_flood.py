@@ -54,7 +54,10 @@ def test_a_flood_does_not_make_a_copy_server_deaf(tmp_path: Path, monkeypatch: p
         with few_files(60):
             strangers = connect(server.address, 200)
             assert len(strangers) > 20
-            strangers.pop().close()
+            for _ in range(
+                5
+            ):  # the server is in this process: descriptors for our own connection, and for it to accept
+                strangers.pop().close()
             with wire.connect_blocking(*server.address, SECRET, 60.0):
                 pass
         assert threading.active_count() < 60

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_parallel.generate import adapters, extension, layers, native, packed
@@ -79,6 +79,7 @@ def held(values: torch.Tensor, bits: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [8, 4])
 @settings(max_examples=15)
 @given(st.integers(1, 20), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
+@example(11, 5, 1, 3)  # a tie, whose result is much larger than the exact one
 def test_products_in_few_bits_are_those_of_rounded_activations(
     level: str, bits: Any, tokens: int, blocks: int, groups: int, seed: int
 ) -> None:
@@ -96,7 +97,8 @@ def test_products_in_few_bits_are_those_of_rounded_activations(
     ties = ((parts / step.clamp(min=1e-300)) % 1 - 0.5).abs() < 1e-4
     tied = (ties * step).flatten(1) @ weight.abs().t()
     size = rounded.abs() @ weight.abs().t()
-    assert ((found - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-20 * size + tied).all()
+    largest = exact.abs().maximum(found.abs())  # the result that was found is the one that bf16 rounds
+    assert ((found - exact).abs() <= 2.0**-8 * largest + 2.0**-20 * size + tied).all()
 
 
 @pytest.mark.parametrize("level", LEVELS)
