@@ -110,6 +110,14 @@ class _Signals:
         self.received.append(number)
 
 
+def meeting_here() -> tuple[str, int] | None:
+    """Address and port at which the processes of ``launch_local`` meet, by the environment that it gave this one; None
+    if it did not start this process."""
+    if not os.environ.get(ON_LOOPBACK):
+        return None
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
 def launch_local(
     num_processes: int,
     argv: Sequence[str],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import distributed_c10d
 
-from llm_launch.local import ON_LOOPBACK
+from llm_launch.local import meeting_here
 from llm_parallel.parallel.layout import Layout
 from llm_parallel.parallel.mesh import Coordinates, Mesh
 from llm_parallel.parallel.platform import Platform, seed_everything
@@ -60,12 +59,10 @@ def loopback_store(host: str, port: int, rank: int, world_size: int, timeout_s: 
 
 
 def store_here(rank: int, world_size: int, timeout_s: float = 1800.0) -> dist.Store | None:
-    """The store of processes that ``launch_local`` started on this machine, by the environment that it gave them; None
-    for those that something else started, which meet by torch's env:// rendezvous."""
-    if world_size == 1 or not os.environ.get(ON_LOOPBACK):
-        return None
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return loopback_store(host, port, rank, world_size, timeout_s)
+    """The store of processes that ``launch_local`` started on this machine; None for those that something else started,
+    which meet by torch's env:// rendezvous."""
+    where = meeting_here() if world_size > 1 else None
+    return None if where is None else loopback_store(*where, rank, world_size, timeout_s)
 
 
 def open_groups(
