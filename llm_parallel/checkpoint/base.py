@@ -23,7 +23,8 @@ from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights
-from llm_parallel.model.peft_files import PeftFolder, is_peft_folder, load_peft
+from llm_parallel.model.hf_files import is_peft_folder
+from llm_parallel.model.peft_files import PeftFolder, load_peft
 from llm_parallel.model.tensors import EMBEDDING, Role, kind_of, weights_of
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups

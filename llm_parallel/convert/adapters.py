@@ -28,8 +28,8 @@ from llm_parallel.model.adapters import PROJECTIONS, targets_of, whole_delta, wh
 from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
 from llm_parallel.model.hf_config import family_of
 from llm_parallel.model.hf_families import FAMILIES
-from llm_parallel.model.hf_files import read_hf_config
-from llm_parallel.model.peft_files import PeftFolder, is_peft_folder, peft_tensors, write_peft
+from llm_parallel.model.hf_files import is_peft_folder, read_hf_config
+from llm_parallel.model.peft_files import PeftFolder, peft_tensors, write_peft
 from llm_parallel.model.quant import QuantizedMatrix
 from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, Role, kind_of, split_name
 

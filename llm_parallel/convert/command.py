@@ -17,7 +17,7 @@ from llm_parallel.generate.load import describe_folder
 from llm_parallel.lines import say
 from llm_parallel.model.flops import adapter_parameters, parameter_count
 from llm_parallel.model.hf import is_hf_folder
-from llm_parallel.model.peft_files import is_peft_folder
+from llm_parallel.model.hf_files import is_peft_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -25,7 +25,8 @@ from llm_parallel.generate.load import describe_folder, load_model
 from llm_parallel.model.flops import parameter_count
 from llm_parallel.model.gpt import build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
-from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
+from llm_parallel.model.hf_files import is_peft_folder
+from llm_parallel.model.peft_files import PeftFolder
 from llm_parallel.model.tensors import all_names, canonical_parameters, kind_of
 from llm_parallel.parallel.groups import close_groups, open_groups
 from llm_parallel.parallel.layout import Layout

@@ -25,7 +25,8 @@ from llm_parallel.generate.scheduler import Part
 from llm_parallel.generate.sizes import in_few_sizes
 from llm_parallel.model.adapters import add_adapters, linears_of
 from llm_parallel.model.deterministic import cut, parted_product, product, sum_over_ranks
-from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
+from llm_parallel.model.hf_files import is_peft_folder
+from llm_parallel.model.peft_files import PeftFolder
 from llm_parallel.parallel.engine import Network
 
 Rows = tuple[tuple[str, Tensor | None], ...]

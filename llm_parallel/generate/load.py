@@ -28,7 +28,8 @@ from llm_parallel.model.flops import parameter_count
 from llm_parallel.model.gpt import LlamaModel, build_policy
 from llm_parallel.model.hf import HfReader, is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
-from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
+from llm_parallel.model.hf_files import is_peft_folder
+from llm_parallel.model.peft_files import PeftFolder
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups, close_groups, open_groups
 from llm_parallel.parallel.layout import Layout

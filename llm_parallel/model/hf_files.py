@@ -41,6 +41,11 @@ def is_hf_folder(path: str | Path) -> bool:
     return (folder / INDEX_NAME).is_file() or any(file.name != ADAPTER_WEIGHTS for file in folder.glob("*.safetensors"))
 
 
+def is_peft_folder(path: str | Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's files."""
+    return (Path(path) / ADAPTER_NAME).is_file()
+
+
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """The parsed ``config.json``. Raises UserError if it is missing or is no JSON object."""
     path = Path(folder) / CONFIG_NAME

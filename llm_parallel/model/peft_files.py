@@ -54,11 +54,6 @@ _TENSOR = re.compile(
 )
 
 
-def is_peft_folder(path: str | Path) -> bool:
-    """Whether a folder holds an adapter in PEFT's files."""
-    return (Path(path) / CONFIG_NAME).is_file()
-
-
 class PeftFolder:
     """An adapter of PEFT for a model of ours. ``settings``: what it is as an adapter of ours; ``base``: the name or
     path of its model, as it is written there.

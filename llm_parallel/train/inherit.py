@@ -13,8 +13,7 @@ from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, finger
 from llm_parallel.errors import UserError
 from llm_parallel.files import folder_in_whole, turn
 from llm_parallel.model.hf_config import hf_config_to_model
-from llm_parallel.model.hf_files import is_hf_folder, read_hf_config
-from llm_parallel.model.peft_files import is_peft_folder
+from llm_parallel.model.hf_files import is_hf_folder, is_peft_folder, read_hf_config
 
 
 def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:

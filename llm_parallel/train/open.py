@@ -25,9 +25,9 @@ from llm_parallel.model.flops import CONVENTIONS, adapter_parameters, flops_per_
 from llm_parallel.model.gpt import build_policy
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights
 from llm_parallel.model.hf_config import hf_config_to_model
-from llm_parallel.model.hf_files import read_hf_config
+from llm_parallel.model.hf_files import is_peft_folder, read_hf_config
 from llm_parallel.model.numerics import dtype_of
-from llm_parallel.model.peft_files import PeftFolder, is_peft_folder
+from llm_parallel.model.peft_files import PeftFolder
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.likelihood import Likelihood
 from llm_parallel.parallel import comm_time

@@ -22,8 +22,8 @@ from llm_parallel.files import atomic_write
 from llm_parallel.model.adapters import adapters_off
 from llm_parallel.model.gpt import build_network, build_policy
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights
+from llm_parallel.model.hf_files import is_peft_folder
 from llm_parallel.model.numerics import Numerics
-from llm_parallel.model.peft_files import is_peft_folder
 from llm_parallel.objectives.base import Objective, Output, Terms
 from llm_parallel.parallel.engine import POLICY, Network, network_of
 from llm_parallel.parallel.groups import Groups

@@ -371,6 +371,17 @@ def test_forbidden_patterns_find_what_they_should(line: str, is_found: bool) -> 
 
 
 @pytest.mark.processes
+def test_what_is_refused_before_a_run_starts_is_refused_fast() -> None:
+    """The checks before the processes of a run start load neither torch nor megatron-core."""
+    program = (
+        "import sys, llm_parallel.train.preflight, llm_parallel.worker.command, llm_parallel.planner.command\n"
+        "print([m for m in ('torch', 'megatron.core', 'transformers') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "[]", "torch and megatron-core take two seconds and more"
+
+
+@pytest.mark.processes
 def test_command_line_starts_fast() -> None:
     """Under half a second of processor time, the interpreter included, on the machine that the tests' budgets are from;
     a slower or a busy one may take longer by as much as a fixed loop does."""
