@@ -49,10 +49,10 @@ def is_peft_folder(path: str | Path) -> bool:
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """The parsed ``config.json``. Raises UserError if it is missing or is no JSON object."""
     path = Path(folder) / CONFIG_NAME
-    return _json_object(path, "give a Hugging Face model folder")
+    return json_object(path, "give a Hugging Face model folder")
 
 
-def _json_object(path: Path, remedy: str) -> dict[str, Any]:
+def json_object(path: Path, remedy: str) -> dict[str, Any]:
     refuse_outside(path, path.parent)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def weight_files(folder: Path) -> dict[str, Path] | list[Path]:
         for path in found:
             refuse_outside(path, folder)
         return found
-    places = _json_object(index, "fetch the Hugging Face folder again").get("weight_map")
+    places = json_object(index, "fetch the Hugging Face folder again").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"{index} has no weight_map with a file for every tensor; fetch the Hugging Face folder again")
     names = sorted(set(places.values()))
@@ -114,7 +114,7 @@ def what_it_is(path: str | Path) -> str | None:
     if (path / ADAPTER_NAME).is_file() and not weights:
         base = ""
         with suppress(UserError):
-            named = _json_object(path / ADAPTER_NAME, "").get("base_model_name_or_path")
+            named = json_object(path / ADAPTER_NAME, "").get("base_model_name_or_path")
             base = f" {named}" if isinstance(named, str) else ""
         return (
             f"{path} is a PEFT folder: it holds adapters (adapter_config.json), not the model{base} that they change; "

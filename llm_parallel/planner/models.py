@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.hf_config import hf_config_to_model
+from llm_parallel.model.hf_files import json_object
 from llm_parallel.planner.shapes import Shape, shape_of
 
 DEFAULT_VOCAB = 32000
@@ -60,23 +60,14 @@ def planned(text: str | None) -> Planned:
     if (path / "config.json").is_file():
         path = path / "config.json"
     if path.suffix == ".json" and path.is_file():
-        return _of(path.resolve().parent.name if path.name == "config.json" else path.stem, text, _from_json(path))
+        model = hf_config_to_model(json_object(path, "give a config.json of Hugging Face"))
+        return _of(path.resolve().parent.name if path.name == "config.json" else path.stem, text, model)
     near = difflib.get_close_matches(text.lower(), list(names), 1, 0.4)
     near_words = f"; the nearest known one is {names[near[0]]}" if near else ""
     raise UserError(
         f"--model {text} is unknown{near_words}; there are {', '.join(MODEL_PRESETS)}, or give a folder or config.json "
         "of Hugging Face, or a run file"
     )
-
-
-def _from_json(path: Path) -> ModelConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {path} cannot be read ({error}); give a config.json of Hugging Face") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--model {path} holds no JSON object; give a config.json of Hugging Face")
-    return hf_config_to_model(values)
 
 
 def _of(name: str, given: str, model: ModelConfig) -> Planned:
