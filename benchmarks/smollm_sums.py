@@ -89,7 +89,7 @@ def share_right(model: Path, folder: Path, temperature: float) -> float:
     found = [json.loads(line) for line in answers.open()]
     assert len(found) == len(right)
     return sum(
-        line["finish_reason"] == "stop" and line["text"].strip() == answer for line, answer in zip(found, right)
+        line["reason"] == "stop" and line["text"].strip() == answer for line, answer in zip(found, right)
     ) / len(right)
 
 

@@ -199,7 +199,7 @@ class RoundFeed:
                 "weights" if name == POLICY else name: describe_model(network_of(engine))
                 for name, engine in run.engines.items()
             }
-        judges = [judge.model_dump(exclude=set(NO_MATTER)) for judge in rollout.judges]
+        judges = [judge.model_dump(mode="json", exclude=set(NO_MATTER)) for judge in rollout.judges]
         judged_by = {"judges": judges, "unfinished_score": rollout.unfinished_score}
         fits = all(known.get(name) == value for name, value in about.items())
         (misfits,) = run.groups.sum_over_world(float(not fits))  # all have looked, and agree
