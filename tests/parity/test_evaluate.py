@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_smollm_scores_as_by_lm_eval(layout: dict[str, int], tmp_path: Path) -> 
     model = tmp_path / "model"
     model.mkdir()
     for file in smollm_folder().iterdir():
-        (model / file.name).symlink_to(file)
+        shutil.copy(file, model / file.name)  # a link that leaves the folder is refused
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (model / "tokenizer_config.json").write_text(json.dumps(names))
     settings = {
