@@ -88,9 +88,9 @@ def share_right(model: Path, folder: Path, temperature: float) -> float:
     right = [json.loads(line)["answer"] for line in prompts.open()]
     found = [json.loads(line) for line in answers.open()]
     assert len(found) == len(right)
-    return sum(
-        line["reason"] == "stop" and line["text"].strip() == answer for line, answer in zip(found, right)
-    ) / len(right)
+    return sum(line["reason"] == "stop" and line["text"].strip() == answer for line, answer in zip(found, right)) / len(
+        right
+    )
 
 
 def stage(name: str, model: Path, folder: Path, seconds: float) -> dict[str, Any]:

@@ -107,11 +107,17 @@ class LiveRun:
         self.until(lambda: any(record["step"] >= step for record in self.steps()), timeout_s, f"step {step}")
 
     def worker(self, rank: int) -> tuple[str, int, int]:
-        """Node, device and process of a rank."""
+        """Node, device and process of a rank; waits while a killed one is not replaced."""
+        found: tuple[str, int, int] = self.until(lambda: self._worker_now(rank), 30.0, f"a process of rank {rank}")
+        return found
+
+    def _worker_now(self, rank: int) -> tuple[str, int, int] | None:
         status = self.status()
+        if len(status.get("ranks", ())) <= rank:
+            return None
         node, index = status["ranks"][rank]
-        entry = next(item for item in status["nodes"] if item["name"] == node)
-        return node, index, entry["workers"][str(index)]
+        entry = next((item for item in status["nodes"] if item["name"] == node), {"workers": {}})
+        return (node, index, entry["workers"][str(index)]) if str(index) in entry["workers"] else None
 
     def cause(self, kind: str, rank: int, **details: Any) -> float:
         """Causes one fault at the device of ``rank``; the Unix time of it.
