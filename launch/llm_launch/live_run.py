@@ -116,8 +116,8 @@ class LiveRun:
         if len(status.get("ranks", ())) <= rank:
             return None
         node, index = status["ranks"][rank]
-        entry = next((item for item in status["nodes"] if item["name"] == node), {"workers": {}})
-        return (node, index, entry["workers"][str(index)]) if str(index) in entry["workers"] else None
+        workers: dict[str, int] = next((item["workers"] for item in status["nodes"] if item["name"] == node), {})
+        return (node, index, workers[str(index)]) if str(index) in workers else None
 
     def cause(self, kind: str, rank: int, **details: Any) -> float:
         """Causes one fault at the device of ``rank``; the Unix time of it.

@@ -53,6 +53,7 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a file of JSON. Raises UserError, with what to do instead, if there is none."""
     refuse_outside(path, path.parent)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
