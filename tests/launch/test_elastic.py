@@ -112,10 +112,11 @@ def test_a_controller_that_stalls_costs_one_recovery(devices: DeviceFaults) -> N
 
 
 def test_a_stop_survives_a_recovery(devices: DeviceFaults) -> None:
-    """SIGTERM together with a killed worker: the run recovers, saves and ends; the next start goes on from there."""
+    """SIGTERM together with a killed worker: the run recovers, saves and ends; the next start goes on from there. The
+    killed worker costs a step at most."""
     assert devices.ends[1:] == [EXIT_STOPPED, 0]
     saved = devices.of(1, "stopped")[0]["step"]
-    assert saved >= devices.at["asked to end"] and devices.checkpoints[1] == [f"iter_{saved:07d}"]
+    assert saved >= devices.at["asked to end"] - 1 and devices.checkpoints[1] == [f"iter_{saved:07d}"]
     assert devices.of(2, "resume")[0]["step"] == saved
 
 
