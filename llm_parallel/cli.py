@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -419,10 +420,12 @@ def convert(request: ConvertRequest) -> None:
 def main() -> None:
     """Runs the command. A UserError becomes one sentence on standard error, and exit status 2; so does a wrong command
     line."""
-    quiet_libraries()
     try:
+        quiet_libraries()
         refuse_unsupported()
         status = app(standalone_mode=False)
+    except KeyboardInterrupt:  # before or after the time in which click looks after it
+        raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
         note(f"error: {error}")
         raise SystemExit(EXIT_USER_ERROR) from None

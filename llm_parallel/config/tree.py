@@ -6,6 +6,7 @@ and ``section.field=value`` overrides.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -173,6 +174,11 @@ class ParallelConfig(Node):
     def divides_sequence(self) -> bool:
         """``sequence_parallel``, or its default if it is not given."""
         return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+    @property
+    def sequence_unit(self) -> int:
+        """Number that the tokens of a sample must be a multiple of."""
+        return math.lcm(2 * self.cp if self.cp > 1 else 1, self.cp * self.tp if self.divides_sequence else 1)
 
 
 KernelChoice = Literal["auto", "triton", "torch"]
