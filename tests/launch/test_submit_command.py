@@ -126,9 +126,7 @@ def given_fields(node: BaseModel) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    "path", sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "first-sweep.yaml"}), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
 def test_the_copy_is_the_run_file(path: Path, tmp_path: Path) -> None:
     """Read back, it is the same run, which also knows what was given and what is a default."""
     config = load_config(path, ["optim.lr=3e-4", "run_dir=/runs/ü # 1"], notice=lambda _: None)
