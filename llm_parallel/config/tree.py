@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
 from llm_parallel.config.tree_online import ONLINE
@@ -342,6 +342,9 @@ class LogConfig(Node):
 
     interval_steps: PositiveInt = 1
     """Steps between console lines and metrics records."""
+    line_interval_s: NonNegativeFloat = 0.0
+    """Least time between two lines of steps where the output is no terminal; every record is in metrics.jsonl. 10 in a
+    job that ``submit`` makes."""
     tensorboard: bool = True
     """Write event files for TensorBoard."""
     wandb_project: str | None = None
