@@ -56,6 +56,8 @@ def _launch_and_say(
     check_room(config, say)
     with Lease(Path(config.run_dir), environment):
         status = _launch(config, requests, size, environment)
+    if SlurmJob.from_environment(environment) is not None:
+        again = f"llm-parallel status {config.run_dir}"  # the job may go on by itself
     if status != EXIT_USER_ERROR:
         say_next(after_run(config, status, again))
     return status
