@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,6 +27,8 @@ class JobRecord:
     """The latest step that a start of it has gone on from, or saved at its end."""
     fruitless: int = 0
     """Starts in a row, with the newest, after which ``kept`` was no later one."""
+    begun: bool = False
+    """Whether a start of it has begun; it waits since it was submitted else."""
     ended: str = ""
     """Why its newest start has ended; empty as long as it runs."""
     sweep: Sequence[str] = ()
@@ -33,10 +36,10 @@ class JobRecord:
 
     def begin(self, job: SlurmJob, on_disk: int) -> JobRecord:
         """The record at the beginning of a start. ``on_disk``: step of the newest complete checkpoint."""
-        if self.job != job.job_id:
-            return JobRecord(job.job_id, job.restart_count, on_disk, 1)
+        if self.job != job.job_id or not self.begun:
+            return JobRecord(job.job_id, job.restart_count, on_disk, 1, True)
         found = self.keep(on_disk)
-        return replace(found, start=job.restart_count, fruitless=found.fruitless + 1, ended="")
+        return replace(found, start=job.restart_count, fruitless=found.fruitless + 1, begun=True, ended="")
 
     def keep(self, step: int) -> JobRecord:
         """With a step from which the next start can go on. One that is later than all before is progress."""
@@ -62,3 +65,9 @@ def read_record(run_dir: Path) -> JobRecord | None:
     right = isinstance(record.job, str) and isinstance(record.ended, str) and isinstance(record.sweep, list | tuple)
     numbers = all(isinstance(number, int) for number in (record.start, record.kept, record.fruitless))
     return record if right and numbers and record.job else None
+
+
+def forget(run_dir: Path) -> None:
+    """Removes the record, since the run goes on outside of SLURM."""
+    with contextlib.suppress(OSError):
+        (run_dir / NAME).unlink()

@@ -202,26 +202,32 @@ class SlurmJob:
         return [parse_record(line) for line in self._call(argv).splitlines() if line.strip()]
 
     def _call(self, argv: Sequence[str]) -> str:
-        """Output of a command that ignores the signals of the batch script's group."""
-        try:
-            done = subprocess.run(
-                argv,
-                env=dict(self.environment),
-                capture_output=True,
-                text=True,
-                timeout=CALL_S,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except FileNotFoundError:
-            raise SlurmError(f"{argv[0]} is not installed here") from None
-        except subprocess.TimeoutExpired:
-            raise SlurmAway(f"{' '.join(argv)} did not answer within {CALL_S:g} s") from None
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip()[:500]
-            away = any(words in said.lower() for words in AWAY)
-            raise (SlurmAway if away else SlurmError)(f"{' '.join(argv)}: {said}")
-        return done.stdout.strip()
+        return call(argv, self.environment)
+
+
+def call(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Output of a command of SLURM, which ignores the signals of this process's group. Raises SlurmError."""
+    try:
+        done = subprocess.run(
+            argv,
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            timeout=CALL_S,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{argv[0]} is not installed here") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmAway(f"{' '.join(argv)} did not answer within {CALL_S:g} s") from None
+    if done.returncode < 0:  # as SLURM does with all processes of a job that it ends
+        raise SlurmAway(f"{' '.join(argv)} was ended by signal {-done.returncode}")
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()[:500]
+        away = any(words in said.lower() for words in AWAY)
+        raise (SlurmAway if away else SlurmError)(f"{' '.join(argv)}: {said}")
+    return done.stdout.strip()
 
 
 def parse_record(line: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm_launch.job_record import JobRecord
 from llm_launch.slurm import parse_time
 from llm_launch.submit_request import SubmitRequest
 from llm_parallel.config.rules import check_config
@@ -140,8 +142,9 @@ exit "$status"
 """
 
 
-def submit(text: str, run_dir: Path) -> str:
-    """Writes the batch file into the run folder and hands it to sbatch; the job's id.
+def submit(text: str, run_dir: Path, sweep: Sequence[str] = ()) -> str:
+    """Writes the batch file into the run folder and hands it to sbatch; the job's id. ``sweep``: what differs between
+    the runs of an array.
 
     Raises UserError if there is no sbatch, or it refuses."""
     path = run_dir / FILE_NAME
@@ -160,4 +163,7 @@ def submit(text: str, run_dir: Path) -> str:
         raise UserError(f"sbatch did not answer within 60 s; is slurmctld up? The batch file is {path}") from None
     if done.returncode:
         raise UserError(f"sbatch refused {path}: {done.stderr.strip()}")
-    return done.stdout.strip().split(";")[0]
+    job = done.stdout.strip().split(";")[0]
+    with contextlib.suppress(OSError):  # the job is in the queue, whether or not `status` can find it
+        JobRecord(job, sweep=list(sweep)).write(run_dir)
+    return job

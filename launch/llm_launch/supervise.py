@@ -16,6 +16,7 @@ from llm_launch.controller import Controller
 from llm_launch.copy_files import make_run_folder
 from llm_launch.door import raise_file_limit
 from llm_launch.job_end import GIVEN_UP
+from llm_launch.job_record import forget
 from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.snapshot import used_up
 from llm_launch.starters import AgentStarter, LocalStarter, SlurmStarter, local_nodes, paced
@@ -74,6 +75,8 @@ def launch_elastic(
         make_run_folder(Path(starter.config.elastic.replica_dir), Path(starter.config.run_dir))
     controller = Controller(starter.config, Path(starter.config.run_dir), starter, device, newest_step)
     try:
+        if slurm is None:
+            forget(Path(starter.config.run_dir))
         job = SupervisedJob(slurm, controller.journal, starter.config, newest_step()) if slurm is not None else None
         if job is not None and not job.may_begin():
             return GIVEN_UP

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -54,9 +55,17 @@ class SupervisedJob:
     def settle(self, status: int, time_is_up: bool, bad: Mapping[str, str], step: int) -> int:
         """Exit status of the batch script after a run that ended with ``status`` after ``step``, once the job is back
         in the queue where it belongs there, to run without the nodes ``bad``: at its time limit, when it is preempted,
-        and when there were too few devices."""
+        and when there were too few devices. To be called in the main thread."""
         if status in (EXIT_STOPPED, EXIT_TOO_FEW):
             self._keep(step)
+        # SLURM sends TERM to all processes of a start that it ends, the commands that ask it too, and KILL only later.
+        handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            return self._settle(status, time_is_up, list(bad))
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    def _settle(self, status: int, time_is_up: bool, bad: list[str]) -> int:
         known = Known(status, time_is_up, patience_s=self._patience_s(time_is_up), fruitless=self.record.fruitless,
                       most_fruitless=self.most_fruitless)  # fmt: skip
         silent_since: float | None = None
@@ -69,7 +78,7 @@ class SupervisedJob:
                     known, tries = replace(known, asked=decision.cause), tries + 1
                     if tries > TRIES:
                         raise SlurmError("it takes the request, and the job runs on all the same")
-                    self.job.requeue(list(bad))
+                    self.job.requeue(bad)
             except SlurmAway:
                 silent_since = silent_since or time.monotonic()
                 decision = decide(replace(known, fate=None, waited_s=time.monotonic() - silent_since))
@@ -77,7 +86,7 @@ class SupervisedJob:
                 known = replace(known, fate=Fate.RUNNING, refusal=str(error))
                 decision = decide(known)
             if decision.act is Act.END:
-                return self._end(decision, list(bad) if known.asked and known.fate is Fate.QUEUED else [])
+                return self._end(decision, bad if known.asked and known.fate is Fate.QUEUED else [])
             if decision.act is Act.ASK_AGAIN:
                 time.sleep(AGAIN_S)
 

@@ -110,7 +110,7 @@ def submit_command(run_file: str, overrides: Sequence[str], request: SubmitReque
         print(text, end="")
         say_next("the same without --dry-run")
         return 0
-    job = submit(text, Path(config.run_dir).resolve())
+    job = submit(text, Path(config.run_dir).resolve(), request.sweep)
     say(f"job {job}; batch file and log in {config.run_dir}")
     say_next(f"llm-parallel status {config.run_dir}")
     return 0

@@ -287,13 +287,13 @@ def test_a_job_that_loses_its_first_node_again_and_again(tmp_path: Path, journal
 
 
 def test_the_record_survives_whatever_is_in_its_place(tmp_path: Path) -> None:
-    record = JobRecord("12", 1, 30, 2, "requeued: time limit", ["optim.lr=1", "optim.lr=2"])
+    record = JobRecord("12", 1, 30, 2, True, "requeued: time limit", ["optim.lr=1", "optim.lr=2"])
     record.write(tmp_path)
     assert read_record(tmp_path) == record
     again = SlurmJob("12", 2, "n1", {})
     assert record.begin(again, 30) == replace(record, start=2, fruitless=3, ended="")
     assert record.begin(again, 31) == replace(record, start=2, kept=31, fruitless=1, ended="")
-    assert record.begin(SlurmJob("13", 0, "n1", {}), 30) == JobRecord("13", 0, 30, 1)
+    assert record.begin(SlurmJob("13", 0, "n1", {}), 30) == JobRecord("13", 0, 30, 1, True)
     for text in ("", "[]", "{}", '{"job": 3}', '{"job": "3", "kept": "x"}', "\x00"):
         (tmp_path / NAME).write_text(text)
         assert read_record(tmp_path) is None
@@ -320,3 +320,27 @@ def test_what_slurm_says_of_a_job(record: str, fate: Fate, tmp_path: Path) -> No
     scontrol.write_text(f"#!/bin/sh\necho '{record}'\n")
     scontrol.chmod(0o755)
     assert SlurmJob("7", 0, "n1", {"PATH": f"{tmp_path}:/bin:/usr/bin"}).fate() is fate
+
+
+TERMINATED = """\
+#!/bin/sh
+kill -TERM $$ $PPID
+case "$*" in
+requeue*) touch "$(dirname "$0")/asked"; exit ;;
+*) [ -e "$(dirname "$0")/asked" ] && restarts=1
+echo "JobId=7 JobState=RUNNING Restarts=${restarts:-0} PreemptTime=None" ;;
+esac
+"""
+
+
+def test_slurm_terminates_the_commands_that_ask_it_too(tmp_path: Path, journal: Journal) -> None:
+    """At a requeue all processes of the job get TERM, and the launcher still learns that it was requeued."""
+    (tmp_path / "scontrol").write_text(TERMINATED)
+    (tmp_path / "scontrol").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:/bin:/usr/bin"}
+    job = SupervisedJob(SlurmJob("7", 0, "n1", path), journal, config_of(tmp_path), 0)
+    assert job.settle(STOP, True, {}, 12) == STOP
+    assert [event["event"] for event in events(tmp_path, journal)] == ["requeue"]
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nkill -KILL $$\n")
+    with pytest.raises(SlurmAway, match="was ended by signal 9"):
+        job.job.fate()
