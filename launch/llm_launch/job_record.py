@@ -31,8 +31,8 @@ class JobRecord:
     """Whether a start of it has begun; it waits since it was submitted else."""
     ended: str = ""
     """Why its newest start has ended; empty as long as it runs."""
-    sweep: Sequence[str] = ()
-    """What differs between the tasks of an array, in the folders 0, 1, …; empty if it is none."""
+    folders: Sequence[str] = ()
+    """Names of the folders of an array's runs, one for each task, in this folder; empty if it is no array."""
 
     def begin(self, job: SlurmJob, on_disk: int) -> JobRecord:
         """The record at the beginning of a start. ``on_disk``: step of the newest complete checkpoint."""
@@ -62,7 +62,7 @@ def read_record(run_dir: Path) -> JobRecord | None:
         record = JobRecord(**{field.name: found[field.name] for field in fields(JobRecord) if field.name in found})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-    right = isinstance(record.job, str) and isinstance(record.ended, str) and isinstance(record.sweep, list | tuple)
+    right = isinstance(record.job, str) and isinstance(record.ended, str) and isinstance(record.folders, list | tuple)
     numbers = all(isinstance(number, int) for number in (record.start, record.kept, record.fruitless))
     return record if right and numbers and record.job else None
 

@@ -32,7 +32,7 @@ def show_status(run_dir: Path, console: Console, environment: Mapping[str, str] 
     """Prints what a run is doing and its last events; returns the command to try next. SLURM is asked about a run that
     is its job. Raises UserError if it is no run's folder."""
     record = read_record(run_dir)
-    if record is not None and record.sweep:
+    if record is not None and record.folders:
         return show_array(run_dir, record, console, environment)
     found = stand(run_dir, record, look(record.job, environment) if record is not None else None)
     if found.elastic is not None:
@@ -81,19 +81,17 @@ def show_array(run_dir: Path, record: JobRecord, console: Console, environment: 
     """Prints a line for each run of an array; returns the command to try next."""
     views, complaint = look(record.job, environment)
     rows = []
-    for number, differs in enumerate(record.sweep):
-        folder = run_dir / str(number)
+    for number, name in enumerate(record.folders):
+        folder = run_dir / name
         task = read_record(folder) or JobRecord(f"{record.job}_{number}")
         view = [view for view in views if view.is_task(number)]
         status = stand(folder, task, (view, "")).status
-        rows.append(
-            tuple(printable(str(cell)) for cell in (number, differs, status.state, status.progress, status.why))
-        )
+        rows.append(tuple(map(printable, (name, status.state, status.progress, status.why))))
     show(printable(f"{run_dir}: SLURM job {record.job}, an array of {len(rows)} runs"), console)
-    show_table("Runs", ("folder", "differs by", "state", "step", ""), rows, console)
+    show_table("Runs", ("folder", "state", "step", ""), rows, console)
     if complaint:
         show(complaint, console)
-    return f"llm-parallel status {run_dir}/0"
+    return f"llm-parallel status {shlex.quote(str(run_dir / record.folders[0]))}"
 
 
 def _show_elastic(run_dir: Path, found: Standing, console: Console) -> None:

@@ -20,6 +20,8 @@ REQUEUE_TRIES = 3
 AWAY_S = 60.0
 """How long a slurmctld that does not answer is told what a job on hold needs."""
 WORKING_STATES = ("allocated", "mixed", "idle", "draining")
+NO_STEPS = ("4294967291", "4294967290")
+"""What some versions of SLURM give as the step of a batch script, and of a shell that salloc opens on a node."""
 _FIELD = re.compile(r"(?:^| )([A-Za-z:/_]+)=")
 
 
@@ -70,10 +72,12 @@ class SlurmJob:
         return cls(job_id, restarts, node, environment)
 
     @property
-    def is_batch_shell(self) -> bool:
-        """Whether this is the batch script itself, not a task of a step, which has a number of its own."""
+    def may_lead(self) -> bool:
+        """Whether this was started once: by the batch script, from the shell of ``salloc``, or as the only task of a
+        step (``srun --pty bash``). The tasks of a step would each start the run."""
         step = self.environment.get("SLURM_STEP_ID")
-        return step is None or "SLURM_PROCID" not in self.environment or step == "4294967291"
+        alone = self.environment.get("SLURM_STEP_NUM_TASKS") == "1"
+        return step is None or "SLURM_PROCID" not in self.environment or step in NO_STEPS or alone
 
     @property
     def gpus_per_node(self) -> int:
@@ -123,8 +127,11 @@ class SlurmJob:
         state = self._call(["sinfo", "-N", "-h", "-n", host, "-o", "%T"]).splitlines() if host else []
         return bool(state) and state[0].rstrip("*").startswith(("down", "fail", "powered"))
 
-    def start_agents(self, argv: Sequence[str], nodes: Sequence[str]) -> subprocess.Popen[bytes]:
-        """One step with one task on each of ``nodes``, which outlives the loss of any of them."""
+    def start_agents(
+        self, argv: Sequence[str], nodes: Sequence[str], more: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """One step with one task on each of ``nodes``, which outlives the loss of any of them. ``more``: further
+        options of srun, which win over those here."""
         count = str(len(nodes))
         options = [
             "--no-kill",
@@ -143,7 +150,7 @@ class SlurmJob:
         options += [f"--cpus-per-task={cores}"] if cores else []
         # A group of its own: a signal for the batch script is not one for the agents.
         return subprocess.Popen(
-            ["srun", *options, *argv],
+            ["srun", *options, *more, *argv],
             env=self._step_environment(),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -252,3 +259,9 @@ def parse_time(text: str) -> float | None:
     else:
         hours, minutes, seconds = ([0] * (3 - len(parts)) + parts)[:3]
     return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def switches_above(environment: Mapping[str, str]) -> str:
+    """The network switches above this node, from the top down with points between them; "" where SLURM knows none."""
+    address, pattern = environment.get("SLURM_TOPOLOGY_ADDR", ""), environment.get("SLURM_TOPOLOGY_ADDR_PATTERN", "")
+    return address.rpartition(".")[0] if pattern.startswith("switch") else ""

@@ -198,20 +198,20 @@ def test_a_run_outside_of_slurm_in_the_folder_of_a_job(tmp_path: Path) -> None:
 
 def test_an_array(tmp_path: Path) -> None:
     """A line for each run: one is done, one trains, one waits, and has no folder."""
-    JobRecord("12", sweep=["optim.lr=1", "optim.lr=2", "optim.lr=3"]).write(tmp_path)
-    JobRecord("12_0", begun=True).write(written(tmp_path / "0", 200, 200, "finished"))
-    JobRecord("12_1", begun=True).write(written(tmp_path / "1", 72, 200, "training"))
+    JobRecord("12", folders=["lr=1", "lr=2", "lr=3"]).write(tmp_path)
+    JobRecord("12_0", begun=True).write(written(tmp_path / "lr=1", 200, 200, "finished"))
+    JobRecord("12_1", begun=True).write(written(tmp_path / "lr=2", 72, 200, "training"))
     answer = "JobId=13 ArrayTaskId=0 JobState=COMPLETED\nJobId=14 ArrayTaskId=1 JobState=RUNNING\n"
     answer += "JobId=12 ArrayTaskId=2 JobState=PENDING Reason=Resources"
-    with Lease(tmp_path / "1", {"SLURM_JOB_ID": "14"}):
+    with Lease(tmp_path / "lr=2", {"SLURM_JOB_ID": "14"}):
         lines, hint = shown(tmp_path, slurm(tmp_path / "bin", scontrol=answer))
     assert lines[0] == f"{tmp_path}: SLURM job 12, an array of 3 runs"
-    assert [line.replace(" ", "") for line in lines if line.startswith(("| 0", "| 1", "| 2"))] == [
-        "|0|optim.lr=1|finished|step200of200||",
-        "|1|optim.lr=2|training|step72of200||",
-        "|2|optim.lr=3|pending|step0|waitsforitsnodes(resources)|",
+    assert [line.replace(" ", "") for line in lines if line.startswith("| lr=")] == [
+        "|lr=1|finished|step200of200||",
+        "|lr=2|training|step72of200||",
+        "|lr=3|pending|step0|waitsforitsnodes(resources)|",
     ]
-    assert hint == f"llm-parallel status {tmp_path}/0"
+    assert hint == f"llm-parallel status {tmp_path}/lr=1"
 
 
 @pytest.fixture
