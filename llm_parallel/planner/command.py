@@ -30,7 +30,7 @@ from llm_parallel.planner.published.trust import trust
 from llm_parallel.planner.request import PlanRequest, Question, read_length
 from llm_parallel.planner.run_file import about_documents, own_layout, question_of, with_documents
 from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
-from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, strategy_of, with_software
+from llm_parallel.planner.shapes import RECOMPUTES, SOFTWARE_NAMES, Shape, Strategy, strategy_of, with_software
 from llm_parallel.planner.steptime import Model
 from llm_parallel.screen import say_next, show
 
@@ -68,7 +68,7 @@ def _plan(request: Question) -> int:
         _explain(found[0], shape, cluster, lines.append)
         show("\n".join(lines))
     else:
-        found, looked, fitting = best_layouts(shape, base, cluster, request.top)
+        found, looked, fitting = best_layouts(shape, base, cluster, request.top, RECOMPUTES[request.software])
         show(
             f"{model.name}, {shape.parameters / 1e9:.1f} B parameters, on {request.gpus} GPUs of {cluster.name}: "
             f"{looked} layouts in {time.monotonic() - began:.1f} s, {fitting} fit into "
@@ -137,7 +137,7 @@ def what_if_command(request: Question) -> int:
     for name, case in cases:
         cluster = with_network(load_cluster(case.cluster_name), case.network)
         base = _base(case, cluster)
-        found, _, _ = best_layouts(shape, base, cluster, 1)
+        found, _, _ = best_layouts(shape, base, cluster, 1, RECOMPUTES[case.software])
         said = f"Predicted for {SOFTWARE_NAMES[case.software]}, not measured. {_trust(cluster, base)}"
         trusted.setdefault(said, []).append(name)
         rows.append(_what_if_row(name, case, found, shape, cluster))
@@ -222,7 +222,12 @@ def _base(request: Question, cluster: Cluster) -> Strategy:
     if request.config is not None:
         own = strategy_of(request.config, request.gpus)
         plain = replace(plain, moment_bits=own.moment_bits, zero=own.zero)
-    return with_software(with_documents(request, plain), request.software)
+    found = with_software(with_documents(request, plain), request.software)
+    if found.zero > 1 and found.adapter is not None:
+        raise UserError(
+            f"--software {request.software} is planned for all weights; leave out --adapter, or take --software ours"
+        )
+    return found
 
 
 def _adapter(text: str | None, config: RunConfig | None) -> AdapterConfig | None:
@@ -249,7 +254,7 @@ def _explained(text: str, base: Strategy) -> Strategy:
         if _SIZES[name] in sizes:
             raise UserError(f"--explain {text}: {name} is given twice; give it once")
         if name == "recompute":
-            if value not in ("none", "selective", "full"):
+            if value not in ("none", "selective", "full", *(["ops"] if base.zero == 3 else [])):
                 raise UserError(f"--explain {text}: recompute is none, selective or full, not {value}")
             sizes["recompute"] = value
         elif not value.isdecimal() or int(value) < 1:
@@ -277,7 +282,8 @@ def _explained(text: str, base: Strategy) -> Strategy:
 def _check_explained(request: Question, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
     """Raises UserError with the first rule of our trainer that an explained layout breaks. Megatron-Core has the same
     rules."""
-    config = RunConfig.model_validate(_run_tree(request, shape, strategy, cluster, whole=True))
+    known = replace(strategy, recompute="full") if strategy.recompute == "ops" else strategy
+    config = RunConfig.model_validate(_run_tree(request, shape, known, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cpu" if cluster.host else "cuda")
     if problems:
         named = {"parallel.": "", "train.micro_batch_size": "mbs", "train.global_batch_size": "--global-batch"}
@@ -380,6 +386,11 @@ def _run_tree(request: Question, shape: Shape, strategy: Strategy, cluster: Clus
 def write_run_file(request: Question, shape: Shape, best: Candidate, cluster: Cluster) -> None:
     """Writes a run file that ``pretrain`` takes once its data is filled in. Raises UserError if our trainer can't run
     it."""
+    if best.strategy.zero > 1 or best.strategy.recompute == "ops":
+        raise UserError(
+            f"--write: this layout was predicted for {SOFTWARE_NAMES[request.software]}; our trainer has no sharded "
+            "gradients and weights (ZeRO-2, ZeRO-3) and does not recompute single operators; plan with --software ours"
+        )
     config = RunConfig.model_validate(_run_tree(request, shape, best.strategy, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cuda")
     if problems:

@@ -219,6 +219,8 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
         gathered = parameters if strategy.pp > 1 else 0.0
         return shard + size * gathered, shard + 4 * gathered / strategy.vpp, 2 * shard
     main = 0 if strategy.precision == "fp32" else 4
+    if strategy.zero == 2:  # gradients of a layer at a time are whole, see _temporary
+        return size * parameters, 4.0 * parameters / replicas, (8 + main) * parameters / replicas
     held = strategy.grad_bytes + strategy.copied_grad_bytes
     frozen = 0.0
     if strategy.adapter is not None:
@@ -283,6 +285,8 @@ def _temporary(shape: Shape, strategy: Strategy) -> float:
         # parallelism they are in NVLink's symmetric memory, which the allocator does not count.
         both = 1 if strategy.zero != 3 else 1 + 2 * (not strategy.overlap_tp)
         found += both * size * strategy.tokens * shape.hidden
+    if strategy.zero == 2:  # of one layer the gradient, and its fp32 copy
+        found += (size + 4) * shape.layer_parameters / strategy.tp
     if strategy.zero == 3:
         # Weights of two layers (one runs, one is gathered ahead), and of one the gradient and its fp32 copy.
         found += (2 * size + size + 4) * shape.layer_parameters / strategy.tp

@@ -113,7 +113,8 @@ class Strategy:
     sequence_parallel: bool = True
     """Whether norms and residuals are divided along the sequence within a tensor-parallel group."""
     zero: int = 1
-    """0: every replica holds all state (DDP); 1: the optimizer is sharded; 3: weights and gradients too (FSDP)."""
+    """What replicas divide among them (Rajbhandari et al. 2020, arXiv 1910.02054): 0: nothing (DDP); 1: optimizer
+    state; 2: accumulated gradients too; 3: weights too (FSDP)."""
     precision: Precision = "bf16"
     """Number format of the matrix products."""
     flash: bool = True
@@ -141,6 +142,9 @@ class Strategy:
     """Bytes of a parameter's accumulated gradient."""
     logit_bytes: int = 2
     """Bytes that a logit takes at the loss, with its gradient and copies."""
+    adds_gradients: bool = False
+    """Whether an operator of its own adds each micro batch's gradients to the accumulated ones, rather than the product
+    that makes them."""
     copied_grad_bytes: int = 0
     """Bytes of a parameter's gradients beside the accumulated one: backward's own, and buckets."""
     dp_collectives: int = 0
@@ -185,14 +189,39 @@ class Strategy:
 
 
 SOFTWARE: Mapping[str, Mapping[str, Any]] = {
-    "ours": {"te": False, "overlap_tp": False, "cp_gathers": True, "logit_bytes": 2},
-    "nvidia": {"te": True, "overlap_tp": True, "cp_gathers": False, "logit_bytes": 8},
+    "ours": {"te": False, "overlap_tp": False, "cp_gathers": True, "logit_bytes": 2, "adds_gradients": True},
+    "nvidia": {"te": True, "overlap_tp": True, "cp_gathers": False, "logit_bytes": 8, "adds_gradients": False},
+    "zero-2": {"cp_gathers": False, "logit_bytes": 8, "zero": 2, "moment_bits": 32, "adds_gradients": False},
+    "fsdp": {
+        "cp_gathers": False,
+        "logit_bytes": 4,
+        "zero": 3,
+        "early_stop": True,
+        "moment_bits": 32,
+        "adds_gradients": False,
+    },
 }
 """Fields of ``Strategy`` for each software that can be planned. ``ours``: our trainer, whose matrix products and
-attention are taken to be as fast as published open PyTorch code. ``nvidia``: Megatron-Core with Transformer Engine as
+attention are taken to be as fast as published open PyTorch code, and whose gradients are added by an operator of their
+own (``gradient_accumulation_fusion`` needs apex). ``nvidia``: Megatron-Core with Transformer Engine as
 NVIDIA's recipes run it, with cuDNN's attention, tensor-parallel communication overlapped with matrix products, and 8
-bytes per logit, as in published rows of NeMo and Megatron-LM."""
-SOFTWARE_NAMES = {"ours": "our trainer", "nvidia": "NVIDIA's stack (Megatron-Core with Transformer Engine)"}
+bytes per logit, as in published rows of NeMo and Megatron-LM. ``zero-2``: DeepSpeed's stage 2, whose replicas divide
+gradients and optimizer state. ``fsdp``: PyTorch's FSDP2 as torchtitan compiles it, whose replicas divide the weights
+too. Our trainer has neither of these two."""
+SOFTWARE_NAMES = {
+    "ours": "our trainer",
+    "nvidia": "NVIDIA's stack (Megatron-Core with Transformer Engine)",
+    "zero-2": "DeepSpeed's ZeRO-2, which is other software than our trainer",
+    "fsdp": "PyTorch's FSDP2 (ZeRO-3), which is other software than our trainer",
+}
+RECOMPUTES: Mapping[str, tuple[Recompute, ...]] = {
+    "ours": ("none", "full"),
+    "nvidia": ("none", "selective", "full"),
+    "zero-2": ("none", "full"),
+    "fsdp": ("none", "ops", "full"),
+}
+"""What is looked for with each software. ``selective`` is Korthikanti et al.'s (2022, arXiv 2205.05198), which spares
+nothing where attention is fused, as ours always is; ``ops`` is PyTorch's selective activation checkpointing."""
 
 
 def with_software(strategy: Strategy, name: str) -> Strategy:
@@ -238,6 +267,7 @@ def strategy_of(config: RunConfig, gpus: int, device: str = "cuda") -> Strategy:
         cp=parallel.cp,
         vpp=parallel.vpp,
         recompute=parallel.recompute,
+        adds_gradients=True,
         sequence_parallel=parallel.divides_sequence and parallel.tp > 1,
         zero=1 if parallel.distributed_optimizer else 0,
         precision=train.precision,

@@ -24,6 +24,9 @@ FLASH_ROWS = 512
 """Sequence length at which flash attention reaches half its rate: the rows of two tiles."""
 UNFUSED = 2.5
 """Memory traffic of norms, rotation and activation when each operator runs by itself, relative to fused ones."""
+UNFUSED_KERNELS = 2.0
+"""Kernels of a layer whose attention is not fused (copies into heads, two batched products, scale and mask, softmax,
+dropout, and a copy back), relative to one whose attention is a single kernel."""
 BUCKET, BUCKET_OF_RANK = 40e6, 1e6
 """Parameters in a gradient bucket of Megatron-Core's distributed optimizer: the larger of the first, and the second for
 every replica."""
@@ -183,6 +186,8 @@ class Model:
         size = 2.0 * tokens * shape.hidden
         # Two all-reduces, or two pairs of all-gather and reduce-scatter, in each direction.
         sent = 2.0 * self._collective(size, tp, 1, rounds=2)
+        if backward:
+            elementwise += self._move(self._accumulated_bytes(shape.layer_matrices))
         if strategy.adapter is not None:
             adapter = strategy.adapter
             compute += self._products(adapters.products(shape, strategy, adapter)) * (2 if backward else 1)
@@ -194,7 +199,9 @@ class Model:
         return Pass(compute + attention, elementwise, sent, self._ring(attention, backward), self._host())
 
     def _host(self) -> float:
-        return self.constants.layer_us * 1e-6
+        """Seconds of one layer's pass that do not depend on its size: the begin and end of its kernels. Attention that
+        is not fused runs about as many kernels as all the rest."""
+        return self.constants.layer_us * 1e-6 * (1.0 if self.strategy.flash else UNFUSED_KERNELS)
 
     def _attention(self, backward: bool) -> tuple[float, float]:
         """Seconds of attention's matrix products, and bytes of scores that are moved."""
@@ -229,6 +236,15 @@ class Model:
             cast = 4.0 * (2 * shape.hidden + (shape.heads * shape.channels + shape.ffn) / strategy.tp)
         return strategy.tokens * (factor * (rows + (rotary + activation) / strategy.tp) + cast)
 
+    def _accumulated_bytes(self, matrices: float) -> float:
+        """Bytes that are moved where a micro batch's gradients of ``matrices`` numbers of the model are added to those
+        before it by an operator of its own: backward's own in 16 bits are read, the accumulated ones read and
+        written."""
+        strategy = self.strategy
+        if not strategy.adds_gradients or strategy.adapter is not None:
+            return 0.0
+        return (2.0 + 2.0 * strategy.grad_bytes) * matrices / strategy.tp
+
     def _ring(self, attention: float, backward: bool) -> float:
         """Seconds of sending keys and values around the context-parallel group that attention does not hide."""
         strategy, shape = self.strategy, self.shape
@@ -244,7 +260,8 @@ class Model:
         logits = self.strategy.tokens * self.shape.vocab / self.strategy.tp
         # The output projection stays in 16 bits where the layers run in 8.
         rate = self._gemm_rate()
-        return Pass(flops * (2 if backward and self.strategy.adapter is None else 1) / rate, self._move(logits * 8))
+        traffic = logits * 8 + (self._accumulated_bytes(self.shape.vocab * self.shape.hidden) if backward else 0.0)
+        return Pass(flops * (2 if backward and self.strategy.adapter is None else 1) / rate, self._move(traffic))
 
     def stage(self, stage: int, backward: bool) -> Pass:
         """Forward or backward of all layers of a stage for one micro batch, without recomputation."""
@@ -272,15 +289,19 @@ class Model:
         return Pass()
 
     def _sharded_exposed(self, compute: float) -> float:
-        """Seconds of FSDP's all-gathers and reduce-scatters in a step that ``compute`` does not hide."""
+        """Seconds of the all-gathers and reduce-scatters of sharded gradients (ZeRO-2) and weights (ZeRO-3) in a step
+        that ``compute`` does not hide."""
         strategy = self.strategy
-        if strategy.zero != 3:
+        if strategy.zero < 2:
             return 0.0
         size = 2.0 * sum(stage_layers(self.shape, strategy)[0]) * self.shape.layer_parameters / strategy.tp
         members = strategy.dp * strategy.cp
         layers = sum(stage_layers(self.shape, strategy)[0])
         gather = self._collective(size, members, strategy.tp, count=layers)
         scatter = self._collective(size * strategy.grad_bytes / 2, members, strategy.tp, count=layers)
+        if strategy.zero == 2:  # every micro batch's gradients are reduced; weights are gathered once, after the update
+            sent = strategy.micro_batches * scatter
+            return gather + max(sent - compute, sent * (1.0 - self.constants.dp_hidden))
         # In a pipeline the weights stay gathered for all micro batches of the step.
         times = strategy.micro_batches if strategy.pp == 1 else 1
         # Backward gathers again; recomputation uses the same gathered weights.
@@ -293,7 +314,7 @@ class Model:
         hide."""
         strategy = self.strategy
         members = strategy.dp * strategy.cp
-        if members == 1 or strategy.zero == 3:
+        if members == 1 or strategy.zero >= 2:
             return 0.0
         span = strategy.tp
         if strategy.zero == 1:
