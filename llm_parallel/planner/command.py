@@ -35,7 +35,16 @@ from llm_parallel.planner.steptime import Model
 from llm_parallel.screen import say_next, show
 
 HOUR_S = 3600.0
-_SIZES = {"tp": "tp", "pp": "pp", "cp": "cp", "vpp": "vpp", "mbs": "micro_batch", "recompute": "recompute", "dp": "dp"}
+_SIZES = {
+    "tp": "tp",
+    "pp": "pp",
+    "cp": "cp",
+    "vpp": "vpp",
+    "mbs": "micro_batch",
+    "ep": "ep",
+    "recompute": "recompute",
+    "dp": "dp",
+}
 _WHAT_IF = ("cluster", "network", "gpus", "global_batch", "seq", "precision", "software")
 
 
@@ -58,6 +67,7 @@ def _plan(request: Question) -> int:
         return what_if_command(request)
     model, cluster = planned(request.model), with_network(load_cluster(request.cluster_name), request.network)
     request, shape = replace(request, model=model.given), model.shape
+    _check_experts(request, shape)
     base = _base(request, cluster)
     began = time.monotonic()
     if request.explain is not None:
@@ -80,7 +90,9 @@ def _plan(request: Question) -> int:
                 show(sentence)
             return 1
         show(_table(found, shape, cluster))
-    show(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, found[0].strategy)}")
+    show(
+        f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, found[0].strategy, shape)}"
+    )
     for said in (about_documents(request), own_layout(request, shape, _base(request, cluster), cluster)):
         if said:
             show(said)
@@ -97,6 +109,16 @@ def _plan(request: Question) -> int:
     else:
         say_next(f"{_as_command(request)} --write runs/{model.name}.yaml")
     return 0
+
+
+def _check_experts(request: Question, shape: Shape) -> None:
+    """Raises UserError where a model with experts is asked of software, or with adapters, that has no prediction of
+    them."""
+    if shape.experts is not None and (request.software != "nvidia" or request.adapter or request.write):
+        raise UserError(
+            f"--model {request.model} has experts, which our trainer does not have; --software nvidia predicts "
+            "Megatron-Core's training of all weights (without --adapter and --write)"
+        )
 
 
 def _as_command(request: Question) -> str:
@@ -117,11 +139,11 @@ def _why_none(request: Question, looked: int) -> str:
     )
 
 
-def _trust(cluster: Cluster, strategy: Strategy) -> str:
+def _trust(cluster: Cluster, strategy: Strategy, shape: Shape) -> str:
     """The error to expect of a prediction."""
     if cluster.host is not None:
         return "How far such predictions are off on a CPU is measured by benchmarks/cpu_truth.py."
-    return trust(cluster, strategy).describe()
+    return trust(cluster, strategy, shape.experts is not None).describe()
 
 
 def what_if_command(request: Question) -> int:
@@ -131,6 +153,8 @@ def what_if_command(request: Question) -> int:
         raise UserError(f"--what-if compares the best layouts; leave out --{name}, or plan each case by itself")
     model = planned(request.model)
     shape = model.shape
+    for text in ("", *request.what_if):
+        _check_experts(changed(request, text) if text else request, shape)
     cases = [("as asked", request), *((text, changed(request, text)) for text in request.what_if)]
     rows, records = [], []
     trusted: dict[str, list[str]] = {}
@@ -138,7 +162,7 @@ def what_if_command(request: Question) -> int:
         cluster = with_network(load_cluster(case.cluster_name), case.network)
         base = _base(case, cluster)
         found, _, _ = best_layouts(shape, base, cluster, 1, RECOMPUTES[case.software])
-        said = f"Predicted for {SOFTWARE_NAMES[case.software]}, not measured. {_trust(cluster, base)}"
+        said = f"Predicted for {SOFTWARE_NAMES[case.software]}, not measured. {_trust(cluster, base, shape)}"
         trusted.setdefault(said, []).append(name)
         rows.append(_what_if_row(name, case, found, shape, cluster))
         best = as_data(found[0], shape, cluster) if found else None
@@ -279,9 +303,20 @@ def _explained(text: str, base: Strategy) -> Strategy:
     return found
 
 
+def _check_ep(text: str, shape: Shape, strategy: Strategy) -> None:
+    """Raises UserError for an expert-parallel size that divides neither the experts nor the ranks."""
+    count, ranks = shape.experts.count if shape.experts else 1, strategy.dp * strategy.cp
+    if count % strategy.ep or ranks % strategy.ep:
+        raise UserError(
+            f"--explain {text}: ep={strategy.ep} must divide the {count} expert{'s' * (count > 1)} of a layer and "
+            f"dp x cp = {ranks}"
+        )
+
+
 def _check_explained(request: Question, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
     """Raises UserError with the first rule of our trainer that an explained layout breaks. Megatron-Core has the same
     rules."""
+    _check_ep(request.explain or "", shape, strategy)
     known = replace(strategy, recompute="full") if strategy.recompute == "ops" else strategy
     config = RunConfig.model_validate(_run_tree(request, shape, known, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cpu" if cluster.host else "cuda")

@@ -86,9 +86,17 @@ def layouts(
                 for micro in MICRO_BATCHES:
                     if base.global_batch // dp % micro:
                         continue
-                    yield from _variants(shape, replace(
-                        base, tp=tp, cp=cp, pp=pp, micro_batch=micro, sequence_parallel=tp > 1
-                    ), recomputes)  # fmt: skip
+                    for ep in _expert_sizes(shape, dp * cp):
+                        yield from _variants(shape, replace(
+                            base, tp=tp, cp=cp, pp=pp, ep=ep, micro_batch=micro, sequence_parallel=tp > 1
+                        ), recomputes)  # fmt: skip
+
+
+def _expert_sizes(shape: Shape, replicas: int) -> list[int]:
+    """Legal expert-parallel sizes: they divide the experts, and the ranks that hold different samples."""
+    if shape.experts is None:
+        return [1]
+    return [size for size in _divisors(shape.experts.count, replicas) if replicas % size == 0]
 
 
 def _variants(shape: Shape, strategy: Strategy, recomputes: Sequence[Recompute]) -> Iterator[Strategy]:

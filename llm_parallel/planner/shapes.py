@@ -18,8 +18,22 @@ Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The feed-forward part of a layer as a mixture of experts (Shazeer et al. 2017, arXiv 1701.06538; Lepikhin et al.
+    2020, GShard, arXiv 2006.16668), without a capacity (Gale et al. 2022, MegaBlocks, arXiv 2211.15841)."""
+
+    count: int
+    """Experts of a layer."""
+    active: int
+    """Experts that a token goes through."""
+    ffn: int
+    """Width of one expert."""
+
+
+@dataclass(frozen=True)
 class Shape:
-    """Dimensions of a decoder."""
+    """Dimensions of a decoder. Where it has experts, ``ffn`` is the width of what all tokens go through beside them,
+    which may be 0."""
 
     layers: int
     """Transformer layers."""
@@ -53,6 +67,8 @@ class Shape:
     """The same, that every tensor-parallel rank holds."""
     qk_norm: Literal["none", "each", "wide"] = "none"
     """Norms of queries and keys: of each head, or of all heads together."""
+    experts: Experts | None = None
+    """Experts of every layer; None: it is dense. Our trainer has none."""
 
     @property
     def channels(self) -> int:
@@ -71,10 +87,25 @@ class Shape:
         return self.layer_matrices + 2 * self.hidden + self.divided_vectors + self.whole_vectors
 
     @property
+    def expert_matrices(self) -> int:
+        """Number of weights of one layer's experts."""
+        return self.experts.count * self.one_expert if self.experts else 0
+
+    @property
+    def one_expert(self) -> int:
+        """Number of weights of one expert."""
+        return (3 if self.gated else 2) * self.hidden * self.experts.ffn if self.experts else 0
+
+    @property
+    def router(self) -> int:
+        """Number of weights of one layer's router."""
+        return self.experts.count * self.hidden if self.experts else 0
+
+    @property
     def parameters(self) -> int:
         """Number of all weights."""
         ends = self.vocab * self.hidden * (1 if self.tied else 2)
-        return self.layers * self.layer_parameters + ends + self.hidden
+        return self.layers * (self.layer_parameters + self.expert_matrices + self.router) + ends + self.hidden
 
     def seen(self, seq: int) -> float:
         """Share of a sample of ``seq`` tokens that a token attends to, on average."""
@@ -85,7 +116,9 @@ class Shape:
         """Training FLOPs of one token of a sample of ``seq``, recomputation not counted; ``causal`` counts half of
         attention, or what a window sees (see model/flops.py for the conventions)."""
         attention = 4 * seq * self.heads * self.channels * self.layers * (self.seen(seq) if causal else 1.0)
-        return 3.0 * (2 * (self.layers * self.layer_matrices + self.vocab * self.hidden) + attention)
+        active = self.router + self.one_expert * (self.experts.active if self.experts else 0)
+        matrices = self.layers * (self.layer_matrices + active) + self.vocab * self.hidden
+        return 3.0 * (2 * matrices + attention)
 
 
 @dataclass(frozen=True)
@@ -108,6 +141,8 @@ class Strategy:
     """Context-parallel size."""
     vpp: int = 1
     """Model chunks of a pipeline stage; over 1 the schedule is interleaved."""
+    ep: int = 1
+    """Expert-parallel size: ranks among data- and context-parallel ones that divide the experts."""
     recompute: Recompute = "none"
     """Activations that backward computes again."""
     sequence_parallel: bool = True
@@ -184,6 +219,7 @@ class Strategy:
         """One line for tables."""
         parts = [f"tp={self.tp}", f"pp={self.pp}", f"dp={self.dp}"]
         parts += [f"cp={self.cp}"] if self.cp > 1 else []
+        parts += [f"ep={self.ep}"] if self.ep > 1 else []
         parts += [f"vpp={self.vpp}"] if self.vpp > 1 else []
         return ",".join([*parts, f"mbs={self.micro_batch}", f"recompute={self.recompute}"])
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from llm_parallel.planner import adapters
 from llm_parallel.planner.hardware import Cluster
 from llm_parallel.planner.host import host_step
-from llm_parallel.planner.memory import parameters_of_stage, stage_layers
+from llm_parallel.planner.memory import experts_of_stage, parameters_of_stage, stage_layers
 from llm_parallel.planner.pipeline_simulation import Timeline, simulate
-from llm_parallel.planner.shapes import Shape, Strategy
+from llm_parallel.planner.shapes import Experts, Shape, Strategy
 
 BACKWARD_FLASH = 2.5 / 0.8
 """Backward over forward time of flash attention: five matrix products instead of two, at four fifths of the rate."""
@@ -45,7 +45,7 @@ class StepTime:
     recompute: float
     """Activations computed again in backward."""
     tp: float
-    """Tensor-parallel communication."""
+    """Tensor-parallel communication, and the all-to-alls of expert parallelism."""
     cp: float
     """Context-parallel communication."""
     pp: float
@@ -118,22 +118,26 @@ class Model:
         return {
             "qkv": (shape.hidden, wide * (1 + 2 * shape.groups / shape.heads)),
             "out": (wide, shape.hidden),
-            "up": (shape.hidden, gate * shape.ffn / tp),
-            "down": (shape.ffn / tp, shape.hidden),
+            **(
+                {"up": (shape.hidden, gate * shape.ffn / tp), "down": (shape.ffn / tp, shape.hidden)}
+                if shape.ffn
+                else {}
+            ),
         }
 
-    def _products(self, matrices: Iterable[tuple[float, float]]) -> float:
+    def _products(self, matrices: Iterable[tuple[float, float]], rows: float = 1.0, copies: float = 1.0) -> float:
         """Seconds of a micro batch's matrix products: arithmetic, and the traffic of operands and results, which the
-        arithmetic of narrow matrices does not hide."""
+        arithmetic of narrow matrices does not hide. ``rows``: how often each token is multiplied, by one of ``copies``
+        matrices of the same dimensions."""
         strategy, size = self.strategy, 2.0
         rate = self._gemm_rate()
         if strategy.precision == "fp8":
             rate, size = self.chip.peak_fp8_flops * self.constants.gemm_fp8, 1.0
         elif strategy.precision == "fp32":
             rate, size = rate / 2.0, 4.0
-        tokens, found = strategy.tokens, 0.0
+        tokens, found = strategy.tokens * rows, 0.0
         for inputs, outputs in matrices:
-            traffic = size * (tokens * inputs + inputs * outputs) + max(size, 2.0) * tokens * outputs
+            traffic = size * (tokens * inputs + copies * inputs * outputs) + max(size, 2.0) * tokens * outputs
             found += 2.0 * tokens * inputs * outputs / rate + self._move(traffic)
         return found
 
@@ -185,9 +189,10 @@ class Model:
         elementwise = self._move(traffic) + self._move(self._elementwise_bytes() * (2 if backward else 1))
         size = 2.0 * tokens * shape.hidden
         # Two all-reduces, or two pairs of all-gather and reduce-scatter, in each direction.
-        sent = 2.0 * self._collective(size, tp, 1, rounds=2)
+        sent = (2.0 if shape.ffn else 1.0) * self._collective(size, tp, 1, rounds=2)
         if backward:
-            elementwise += self._move(self._accumulated_bytes(shape.layer_matrices))
+            numbers = shape.layer_matrices + shape.expert_matrices / strategy.ep
+            elementwise += self._move(self._accumulated_bytes(numbers))
         if strategy.adapter is not None:
             adapter = strategy.adapter
             compute += self._products(adapters.products(shape, strategy, adapter)) * (2 if backward else 1)
@@ -196,6 +201,10 @@ class Model:
             sent += self._collective(2.0 * tokens * adapter.rank * len(set(adapter.targets)), tp, 1, rounds=2)
         if strategy.overlap_tp:
             sent *= 1.0 - self.constants.tp_hidden
+        if shape.experts is not None:
+            compute += self._expert_products(shape.experts) * (2 if backward else 1)
+            elementwise += self._move(self._expert_bytes(shape.experts)) * (2 if backward else 1)
+            sent += self._expert_communication(shape.experts)
         return Pass(compute + attention, elementwise, sent, self._ring(attention, backward), self._host())
 
     def _host(self) -> float:
@@ -244,6 +253,44 @@ class Model:
         if not strategy.adds_gradients or strategy.adapter is not None:
             return 0.0
         return (2.0 + 2.0 * strategy.grad_bytes) * matrices / strategy.tp
+
+    def _expert_products(self, experts: Experts) -> float:
+        """Seconds of the products of a GPU's experts, which have as many tokens each, and of the router."""
+        shape, tp = self.shape, self.strategy.tp
+        matrices = (shape.hidden, (2 if shape.gated else 1) * experts.ffn / tp), (experts.ffn / tp, shape.hidden)
+        share = tp if self.strategy.sequence_parallel else 1
+        router = 2.0 * self.strategy.tokens / share * shape.router / self._gemm_rate()
+        return router + self._products(matrices, experts.active, experts.count / self.strategy.ep)
+
+    def _expert_bytes(self, experts: Experts) -> float:
+        """Bytes that a layer's experts move in forward beside products: rows are sorted by rank and then by expert on
+        the way there, and back on the way home (a read and a write each), and the activation."""
+        shape, strategy = self.shape, self.strategy
+        sorted_ = 4 * 2 * 2 * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
+        return strategy.tokens * experts.active * (sorted_ + (6 if shape.gated else 4) * experts.ffn / strategy.tp)
+
+    def _expert_communication(self, experts: Experts) -> float:
+        """Seconds of a layer's experts in one direction: all-to-alls that bring rows to their experts and back, of the
+        tokens that sequence parallelism leaves each rank; and gathering and reducing those rows over tensor-parallel
+        ranks, which divide each expert (Singh et al. 2023, arXiv 2303.06318)."""
+        strategy, shape = self.strategy, self.shape
+        rows = 2.0 * strategy.tokens * experts.active * shape.hidden
+        found = self._collective(rows, strategy.tp, 1, rounds=2)
+        own = rows / (strategy.tp if strategy.sequence_parallel else 1)
+        return found + 2.0 * self._all_to_all(own, strategy.ep, strategy.tp)
+
+    def _all_to_all(self, size: float, members: int, span: int) -> float:
+        """Seconds in which each of ``members`` sends an equal part of ``size`` bytes to each, over NVLink to those on
+        its node and by its own network card to the others."""
+        if members == 1:
+            return 0.0
+        here = min(members, max(1, self.cluster.gpus_per_node // span))
+        near = self.cluster.nvlink_bytes_per_s * self.constants.nvlink
+        inside = (here - 1) / members * size / near + self.cluster.nvlink_latency_s
+        if here == members:
+            return inside
+        outside = (members - here) / members * size / (self.cluster.nic_bytes_per_s * self.constants.nic)
+        return max(inside, outside + self.cluster.nic_latency_s)
 
     def _ring(self, attention: float, backward: bool) -> float:
         """Seconds of sending keys and values around the context-parallel group that attention does not hide."""
@@ -309,24 +356,32 @@ class Model:
         sent = times * beside
         return times * alone + max(sent - compute, sent * (1.0 - self.constants.dp_hidden))
 
-    def _replicas_exposed(self, parameters: float, backward: float) -> float:
+    def _replicas_exposed(self, parameters: float, experts: float, backward: float) -> float:
         """Seconds of reducing gradients and gathering weights that the last backward and the first forward do not
-        hide."""
+        hide. ``experts`` of the ``parameters`` are held by fewer replicas."""
         strategy = self.strategy
-        members = strategy.dp * strategy.cp
-        if members == 1 or strategy.zero >= 2:
+        if strategy.zero >= 2:
             return 0.0
-        span = strategy.tp
+        members, span = strategy.dp * strategy.cp, strategy.tp
+        sent = self._reduced(parameters - experts, members, span)
+        if experts:
+            sent += self._reduced(experts, members // strategy.ep, span * strategy.ep)
+        if not strategy.overlap_dp:
+            return sent
+        return sent - min(self.constants.dp_hidden * sent, backward)
+
+    def _reduced(self, parameters: float, members: int, span: int) -> float:
+        """Seconds of reducing the gradients of ``parameters`` and, where the optimizer is sharded, gathering them."""
+        strategy = self.strategy
+        if members == 1:
+            return 0.0
         if strategy.zero == 1:
             count = strategy.dp_collectives or max(1, round(parameters / max(BUCKET, BUCKET_OF_RANK * members)))
             sent = self._collective(strategy.grad_bytes * parameters, members, span, count=count)
             sent += self._collective(2.0 * parameters, members, span, count=count)
         else:
             sent = self._collective(strategy.grad_bytes * parameters, members, span, rounds=2)
-        if not strategy.overlap_dp:
-            return sent
-        hidden = min(self.constants.dp_hidden * sent, backward)
-        return sent - hidden
+        return sent
 
     def step(self) -> StepTime:
         """Seconds of a whole step."""
@@ -346,7 +401,9 @@ class Model:
         parameters = self._trained()
         mine, second = both[slowest].times(count), again[slowest].times(count)
         backward = self.stage(slowest, True).total * count
-        updated = parameters / (strategy.dp * strategy.cp if strategy.zero else 1)
+        experts = max(experts_of_stage(self.shape, strategy, stage) for stage in {0, strategy.pp - 1})
+        updated = (parameters - experts + experts * strategy.ep) / (strategy.dp * strategy.cp)
+        updated = updated if strategy.zero else parameters
         found = StepTime(
             compute=mine.compute,
             elementwise=mine.elementwise,
@@ -355,7 +412,7 @@ class Model:
             cp=mine.cp,
             pp=steady,
             bubble=bubble,
-            dp=self._replicas_exposed(parameters, backward) + self._sharded_exposed(mine.total + second.total),
+            dp=self._replicas_exposed(parameters, experts, backward) + self._sharded_exposed(mine.total + second.total),
             optimizer=self._move(ADAM_BYTES * updated),
             host=mine.host,
             waiting=0.0,
