@@ -17,10 +17,12 @@ from llm_launch.controller import Controller
 from llm_launch.copy_files import make_run_folder
 from llm_launch.door import raise_file_limit
 from llm_launch.journal import Journal
+from llm_launch.network import address_for
 from llm_launch.slurm import Fate, SlurmAway, SlurmError, SlurmJob
 from llm_launch.snapshot import used_up
-from llm_launch.starters import AgentStarter, LocalStarter, SlurmStarter, local_nodes, paced
+from llm_launch.starters import AgentStarter, LocalStarter, local_nodes, paced
 from llm_launch.states import EXIT_TOO_FEW
+from llm_launch.steps import SlurmStarter
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, UserError
@@ -81,12 +83,15 @@ def launch_elastic(
         status = asyncio.run(_control(controller, starter, requests))
         requests.catch()  # asyncio has removed its handlers, and a signal must not interrupt what follows
         if slurm is not None and status in (EXIT_TOO_FEW, EXIT_STOPPED):
-            status = settle(
-                slurm, status, requests.time_is_up, used_up(controller.fleet, controller.ledger), controller.journal
-            )
+            status = settle(slurm, status, requests.time_is_up, _not_again(controller), controller.journal)
     finally:
         controller.close()
     return status
+
+
+def _not_again(controller: Controller) -> dict[str, str]:
+    """Nodes that the job's next start is to do without, with the reason."""
+    return {**used_up(controller.fleet, controller.ledger), **controller.fleet.attendance.excluded()}
 
 
 def settle(job: SlurmJob, status: int, time_is_up: bool, bad: Mapping[str, str], journal: Journal) -> int:
@@ -164,9 +169,13 @@ def starter_of_job(
         raise UserError("llm-parallel launch is in a step of a SLURM job; start it in the batch script, without srun")
     try:
         names = job.nodes()
-        address = job.addresses([job.node])[job.node]
-    except (SlurmError, KeyError, OSError) as error:
+        known = {**dict(zip(names, names)), **job.addresses(names)}
+        own = known.pop(job.node, job.node)
+        address = address_for(list(known.values()), own)
+    except SlurmError as error:
         raise UserError(f"SLURM does not say which nodes job {job.job_id} has: {error}") from None
+    except OSError as error:
+        raise UserError(f"the nodes of job {job.job_id} cannot find this one: {error}; see /etc/hosts") from None
     per_node = job.gpus_per_node if device == "cuda" else 0
     if not per_node:
         active = max(1, len(names) - config.elastic.spare_nodes)

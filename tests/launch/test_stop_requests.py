@@ -12,6 +12,7 @@ import pytest
 
 from llm_launch import supervise as supervise_module
 from llm_launch import wire
+from llm_launch.absence import Absence
 from llm_launch.controller import Controller, Stopped
 from llm_launch.journal import Journal
 from llm_launch.slurm import Fate, SlurmAway, SlurmError, SlurmJob
@@ -48,6 +49,10 @@ class NoStarter:
 
     def start(self, node: str) -> None:
         """Never."""
+
+    def look(self) -> list[Absence]:
+        """None."""
+        return []
 
     def condemn(self, node: str, reason: str) -> None:
         """Never."""
