@@ -122,9 +122,11 @@ class SlurmJob:
         state = self._call(["sinfo", "-N", "-h", "-n", host, "-o", "%T"]).splitlines() if host else []
         return bool(state) and state[0].rstrip("*").startswith(("down", "fail", "powered"))
 
-    def start_agents(self, argv: Sequence[str], nodes: Sequence[str]) -> subprocess.Popen[bytes]:
-        """One step with one task on each of ``nodes``, which outlives the loss of any of them once it runs. Its
-        standard error is a pipe."""
+    def start_agents(
+        self, argv: Sequence[str], nodes: Sequence[str], more: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """One step with one task on each of ``nodes``, which outlives the loss of any of them once it runs. ``more``:
+        further options of srun, which win over those here. Its standard error is a pipe."""
         count = str(len(nodes))
         # The environment as it is here, whatever --export the job was submitted with. No number of CPUs or GPUs: that
         # of this node may be more than another has, and a step without one may use all that the job has on each node.
@@ -132,7 +134,7 @@ class SlurmJob:
         options += ["--nodes", count, "--ntasks", count, "--ntasks-per-node=1", "--nodelist", ",".join(nodes)]
         # A group of its own: a signal for the batch script is not one for the agents.
         return subprocess.Popen(
-            ["srun", *options, "--job-name", "agents", *argv],
+            ["srun", *options, "--job-name", "agents", *more, *argv],
             env=self._step_environment(),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
