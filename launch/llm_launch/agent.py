@@ -27,7 +27,7 @@ from llm_launch.door import raise_file_limit
 from llm_launch.health import GpuHealth, HostHealth, open_nvml
 from llm_launch.needs import lacking
 from llm_launch.node_workers import NodeWorkers, kill, process_state
-from llm_launch.slurm import SlurmError, SlurmJob
+from llm_launch.slurm import SlurmError, SlurmJob, switches_above
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
 from llm_parallel.lines import note
 
@@ -207,6 +207,7 @@ class Agent:
             "devices": list(settings.devices),
             "copies": list(self.copy_server.address),
             "pid": os.getpid(),
+            "switches": switches_above(os.environ),
         }
 
     async def _serve(self, channel: wire.Channel) -> int:

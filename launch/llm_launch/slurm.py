@@ -23,6 +23,8 @@ CALL_S = 10.0
 REQUEUE_TRIES = 3
 WORKING_STATES = ("allocated", "mixed", "idle", "draining", "completing", "reserved", "maint", "planned")
 """Words for nodes on which a step of a running job can be started."""
+NO_STEPS = ("4294967291", "4294967290")
+"""What some versions of SLURM give as the step of a batch script, and of a shell that salloc opens on a node."""
 _FIELD = re.compile(r"(?:^| )([A-Za-z:/_]+)=")
 
 
@@ -71,10 +73,12 @@ class SlurmJob:
         return cls(job_id, restarts, node, environment)
 
     @property
-    def is_batch_shell(self) -> bool:
-        """Whether this is the batch script itself, not a task of a step, which has a number of its own."""
+    def may_lead(self) -> bool:
+        """Whether this was started once: by the batch script, from the shell of ``salloc``, or as the only task of a
+        step (``srun --pty bash``). The tasks of a step would each start the run."""
         step = self.environment.get("SLURM_STEP_ID")
-        return step is None or "SLURM_PROCID" not in self.environment or step == "4294967291"
+        alone = self.environment.get("SLURM_STEP_NUM_TASKS") == "1"
+        return step is None or "SLURM_PROCID" not in self.environment or step in NO_STEPS or alone
 
     @property
     def gpus_per_node(self) -> int:
@@ -148,10 +152,10 @@ class SlurmJob:
                  "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_CPUS_PER_GPU")  # fmt: skip
         return {name: value for name, value in self.environment.items() if name not in stale}
 
-    def submit_agent(self, argv: Sequence[str], node: str, logs: Path) -> str:
+    def submit_agent(self, argv: Sequence[str], node: str, logs: Path, more: Sequence[str] = ()) -> str:
         """A job of its own with an agent on ``node``, in this job's partition, account and quality of service, for the
-        rest of its time; the job's number. It waits in the queue while SLURM does not have the node. Raises SlurmError
-        where that is not allowed."""
+        rest of its time; the job's number. ``more``: further options of srun. It waits in the queue while SLURM does
+        not have the node. Raises SlurmError where that is not allowed."""
         mine = self._show()
         named = {"partition": "Partition", "account": "Account", "qos": "QOS", "chdir": "WorkDir"}
         options = [f"--{option}={mine[name]}" for option, name in named.items()
@@ -162,7 +166,7 @@ class SlurmJob:
         options += [f"--nodelist={node}", "--nodes=1", "--exclusive", "--no-requeue", "--export=ALL"]
         log = str(logs).replace("%", "%%") + f"/agent-{node}-%j.out"
         options += [f"--job-name=agent-of-{self.job_id}", f"--output={log}"]
-        step = ["srun", "--nodes=1", "--ntasks=1", "--export=ALL", "--cpu-bind=none", "--unbuffered", *argv]
+        step = ["srun", "--nodes=1", "--ntasks=1", "--export=ALL", "--cpu-bind=none", "--unbuffered", *more, *argv]
         kept = {name: value for name, value in self.environment.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         job = replace(self, environment={**kept, **_configuration(self.environment)})
         return job._call(["sbatch", "--parsable", *options, "--wrap", f"exec {shlex.join(step)}"]).split(";")[0]
@@ -285,3 +289,9 @@ def parse_time(text: str) -> float | None:
     else:
         hours, minutes, seconds = ([0] * (3 - len(parts)) + parts)[:3]
     return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def switches_above(environment: Mapping[str, str]) -> str:
+    """The network switches above this node, from the top down with points between them; "" where SLURM knows none."""
+    address, pattern = environment.get("SLURM_TOPOLOGY_ADDR", ""), environment.get("SLURM_TOPOLOGY_ADDR_PATTERN", "")
+    return address.rpartition(".")[0] if pattern.startswith("switch") else ""

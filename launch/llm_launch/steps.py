@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llm_launch.absence import SILENT, UNREACHED, Absence, absences
+from llm_launch.agent_step import AgentStep
 from llm_launch.slurm import SlurmError, SlurmJob, is_working
 from llm_launch.starters import END_S, agent_command, copies_name
 from llm_parallel.config.tree import RunConfig
@@ -76,6 +77,7 @@ class SlurmStarter:
     secret: str
     host: str
     port: int = 0
+    step: AgentStep = field(default_factory=AgentStep)
     steps: list[Step] = field(default_factory=list)
     condemned: dict[str, str] = field(default_factory=dict)
     _newest: dict[str, Step] = field(default_factory=dict)
@@ -110,13 +112,13 @@ class SlurmStarter:
     def _command(self, rescue: bool) -> list[str]:
         controller = f"{self.host}:{self.port}"
         argv = agent_command(self.config, self.run_file, controller, "auto", "auto", self.devices, self.copies)
-        return [*argv, "--rescue"] if rescue else argv
+        return self.step.command([*argv, "--rescue"] if rescue else argv)
 
     def _with_secret(self) -> SlurmJob:
         return replace(self.job, environment={**self.job.environment, "LLM_PARALLEL_SECRET": self.secret})
 
     def _run(self, names: Sequence[str]) -> Step:
-        step = Step(tuple(names), self._with_secret().start_agents(self._command(rescue=True), names))
+        step = Step(tuple(names), self._with_secret().start_agents(self._command(rescue=True), names, self.step.srun))
         self.steps = [other for other in self.steps if other.process.poll() is None] + [step]
         self._newest.update(dict.fromkeys(names, step))
         threading.Thread(target=self._listen, args=(step,), daemon=True).start()
@@ -174,7 +176,7 @@ class SlurmStarter:
         if number is None:
             logs = Path(self.config.run_dir).resolve() / "logs"
             try:
-                number = self._with_secret().submit_agent(self._command(rescue=False), node, logs)
+                number = self._with_secret().submit_agent(self._command(rescue=False), node, logs, self.step.srun)
             except SlurmError as error:
                 return f"{gone}, and a job of its own is refused: {error}; the job's next start can use the node again"
             self._jobs[node] = number

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Literal
 
 from llm_launch import wire
+from llm_launch.agent_step import AgentStep
 from llm_launch.controller import Controller
 from llm_launch.copy_files import make_run_folder
 from llm_launch.door import raise_file_limit
@@ -161,14 +162,25 @@ def starter_here(
 
 
 def starter_of_job(
-    config: RunConfig, run_file: Path, job: SlurmJob, device: Literal["cpu", "cuda"], environment: Mapping[str, str]
+    config: RunConfig,
+    run_file: Path,
+    job: SlurmJob,
+    gpus: int,
+    environment: Mapping[str, str],
+    step: AgentStep,
 ) -> AgentStarter:
-    """The starter of agents on the nodes of a SLURM job. Raises UserError if SLURM does not answer, or if this process
-    is in a step of the job instead of its batch script."""
-    if not job.is_batch_shell:
-        raise UserError("llm-parallel launch is in a step of a SLURM job; start it in the batch script, without srun")
+    """The starter of agents on the nodes of a SLURM job, each of which trains on ``gpus`` GPUs, or with as many
+    processes as the layout needs. Raises UserError if SLURM does not answer, or if this process
+    is one of several that a step of the job started."""
+    if not job.may_lead:
+        raise UserError(
+            f"srun started llm-parallel launch {job.environment.get('SLURM_STEP_NUM_TASKS', 'several')} times, and it"
+            " starts its processes on all nodes itself; start it once, in the batch script or the shell of salloc"
+            " without srun (if no srun started it, `unset SLURM_STEP_ID` before)"
+        )
     try:
         names = job.nodes()
+        # The shell of salloc may be on a machine that is no node of the job.
         known = {**dict(zip(names, names)), **job.addresses(names)}
         own = known.pop(job.node, job.node)
         address = address_for(list(known.values()), own)
@@ -176,10 +188,12 @@ def starter_of_job(
         raise UserError(f"SLURM does not say which nodes job {job.job_id} has: {error}") from None
     except OSError as error:
         raise UserError(f"the nodes of job {job.job_id} cannot find this one: {error}; see /etc/hosts") from None
-    per_node = job.gpus_per_node if device == "cuda" else 0
+    per_node = gpus
     if not per_node:
         active = max(1, len(names) - config.elastic.spare_nodes)
         per_node = math.ceil(num_processes(config) / active)
     secret = environment.get(SECRET) or wire.new_secret()
     note(f"elastic | SLURM job {job.job_id}, start {job.restart_count + 1}: {len(names)} nodes with {per_node} devices")
-    return SlurmStarter(paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address)
+    return SlurmStarter(
+        paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address, step=step
+    )

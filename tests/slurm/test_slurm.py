@@ -91,7 +91,7 @@ PRELUDE = "import json, os\nfrom llm_launch.slurm import SlurmJob\njob = SlurmJo
 def test_what_a_job_knows(cluster: Cluster) -> None:
     found = in_job(
         cluster,
-        PRELUDE + "print(json.dumps([job.nodes(), job.gpus_per_node, job.is_batch_shell, job.is_this_run(), "
+        PRELUDE + "print(json.dumps([job.nodes(), job.gpus_per_node, job.may_lead, job.is_this_run(), "
         "job.seconds_left(), job.node_states(), job.addresses(job.nodes()[:1]), job.batch_host_is_dead()]))",
         "--nodes=3", "--time=30", "--gpus-per-node=2",
     )  # fmt: skip
