@@ -94,10 +94,6 @@ class Attendance:
         here = {node.name for node in self.roster.alive()}
         return [name for name in expected if name not in here and name not in self.missing]
 
-    def excluded(self) -> dict[str, str]:
-        """Nodes that lack something, with what it is: a next start had better do without them."""
-        return {name: missing.absence.reason for name, missing in self.missing.items() if missing.ends >= TRIES}
-
     def dismiss(self) -> None:
         """The run is over: agents that wait for what their node lacks end."""
         for channel in self.visitors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_launch.agent_step import AgentStep
-from llm_launch.batch_file import batch_file, job_name
+from llm_launch.batch_file import batch_file, job_name, sweep_folders
 from llm_launch.copy_files import run_folder
+from llm_launch.job_record import JobRecord
 from llm_launch.launch_request import LaunchRequest
 from llm_launch.lease import Lease
 from llm_launch.site import site_files, with_site
@@ -71,6 +73,8 @@ def _launch_and_say(
     check_room(config, say)
     with Lease(Path(config.run_dir), environment):
         status = _launch(config, requests, asked, (job, gpus), environment)
+    if SlurmJob.from_environment(environment) is not None:
+        again = f"llm-parallel status {config.run_dir}"  # the job may go on by itself
     if status != EXIT_USER_ERROR:
         say_next(after_run(config, status, again))
     return status
@@ -180,6 +184,8 @@ def _submit(
         raise UserError(f"run_dir = {run_dir} cannot be written ({error.strerror}); give a shared folder") from None
     job = submit(path, environment)
     note_job(run_dir, job)
+    with contextlib.suppress(OSError):  # the job is in the queue, whether or not `status` can find it
+        JobRecord(job, folders=sweep_folders(request)).write(run_dir)
     return job
 
 

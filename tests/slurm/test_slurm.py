@@ -102,10 +102,13 @@ def test_what_a_job_knows(cluster: Cluster) -> None:
 
 def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
     script = PRELUDE + (
-        "import time\n"
+        "import signal, time\n"
         "if job.restart_count == 0:\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "    assert job.drain('n2', 'a test')\n"
         "    job.requeue(['n2'])\n"
+        "    assert job.fate().value == 'queued'\n"
+        "    job.release(['n2'])\n"
         "    time.sleep(60)\n"
         "print(json.dumps([job.nodes(), job.restart_count]))"
     )
