@@ -359,6 +359,16 @@ def test_switches_above_a_node() -> None:
     assert switches_above({}) == ""
 
 
+def test_the_agents_step_has_no_terminal(tmp_path: Path) -> None:
+    """With --unbuffered, srun would give each task one, and a log its bars. The user's options come after ours."""
+    fake(tmp_path, "srun", f"printf '%s\\n' \"$@\" > {tmp_path}/seen; printenv PYTHONUNBUFFERED >> {tmp_path}/seen")
+    job = SlurmJob("7", 0, "n1", {"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert job.start_agents(["agent"], ["n1", "n2"], ["--cpu-bind=cores"]).wait(60) == 0
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert not {"--unbuffered", "-u", "--pty"} & {*seen}
+    assert seen[-3:] == ["--cpu-bind=cores", "agent", "1"] and seen.index("--cpu-bind=none") < len(seen) - 3
+
+
 def test_failures_of_slurm_are_slurm_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = SlurmJob("7", 0, "n1", {"PATH": f"{tmp_path}:/usr/bin:/bin"})
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
