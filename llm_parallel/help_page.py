@@ -13,6 +13,7 @@ from typing import Any, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from llm_parallel.errors import UserError
 from llm_parallel.lines import note, terminal_width, wrapped
 
 PANELS_FROM = 100
@@ -35,6 +36,15 @@ class Group(TyperGroup):
         """Writes the page, or has typer draw its panels."""
         text = _page_here(self, ctx)
         super().format_help(ctx, formatter) if text is None else formatter.write(text)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is called. Raises UserError with what to do for one that another system has."""
+        from llm_parallel.command_help import ELSEWHERE
+
+        name = args[0].rpartition("/")[2].removesuffix(".py").replace("-", "_") if args else ""
+        if name in ELSEWHERE and self.get_command(ctx, args[0]) is None:
+            raise UserError(f"{args[0]} is no command here: {ELSEWHERE[name]}")
+        return super().resolve_command(ctx, args)
 
 
 def _page_here(command: Any, ctx: Any) -> str | None:

@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from llm_parallel.config.aliases import ALIASES
+from llm_parallel.config.defaults import followed, others
 from llm_parallel.config.derived import DERIVED
 from llm_parallel.config.fields import (
     FieldDoc,
@@ -72,6 +74,8 @@ class _Given:
     notices: list[str] = field(default_factory=list)
     derived: dict[str, tuple[Key, Any, str]] = field(default_factory=dict)
     """Settings whose value follows from others: name → key, value and origin, the last one given."""
+    used: set[str] = field(default_factory=set)
+    """Names of other systems that were understood."""
 
     def complain(self, problem: str) -> None:
         """Adds a problem, once."""
@@ -152,10 +156,14 @@ def load_with_origins(
     given = _Given()
     if path is not None:
         _read_file(Path(path), given)
-    for key, text in _split_overrides(overrides):
+    for key, text in _split_overrides(overrides, given):
         _read_override(key, text, given)
     _fill_preset(given)
     _derive(given)
+    given.notices += others(given.values, given.used)
+    for key, value, why in [*followed(given.values)]:
+        given.notices.append(f"{dotted(key)} = {value}: {why}")
+        given.put(key, value, "derived")
     config = _validate(given)
     if given.problems or config is None:
         raise UserError("\n".join(given.problems))
@@ -176,7 +184,8 @@ def _read_file(path: Path, given: _Given) -> None:
     except FileNotFoundError:
         if str(path).startswith("-"):
             raise UserError(
-                f"{path} is no run file; write the run file first, and options and overrides after it"
+                f"{path} is no run file; write the run file first, and options and overrides after it; where they say "
+                "everything, an empty file will do"
             ) from None
         raise UserError(f"configuration file {path} does not exist; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -265,6 +274,8 @@ class _Walk:
         except UserError as error:
             self.given.complain(f"{origin}: {error}")
             return
+        if named.notice or named.derived:
+            self.given.used.add(str(key[-1]))
         if named.notice:
             self.given.notices.append(f"{origin}: {named.notice}")
         if named.derived:
@@ -313,8 +324,8 @@ def _in_full(key: Key, value: Any) -> tuple[Key, Any]:
     return ((*key, "load"), value) if key == CRITIC and isinstance(value, str) else (key, value)
 
 
-def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:
-    """Dotted keys and texts of values; accepts the three ways of writing an override."""
+def _split_overrides(overrides: Sequence[str], into: _Given) -> list[tuple[Key, str]]:
+    """Dotted keys and texts of values; accepts the three ways of writing an override. ``into`` gets the problems."""
     found = []
     rest = list(overrides)
     while rest:
@@ -325,8 +336,9 @@ def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:
             text = "true"
         elif not equals:
             if not given.startswith("--") or not rest or rest[0].startswith("--"):
-                if not given.startswith("--") or not _is_left_out(name, given):
-                    raise UserError(f"override {given!r} has no value; write {name or 'section.field'}=value")
+                if not given.startswith("--") or not name or _needs_value(name):
+                    into.complain(f"override {given!r} has no value; write {name or 'section.field'}=value")
+                    continue
                 text = "true"
             else:
                 text = rest.pop(0)
@@ -334,18 +346,16 @@ def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:
                     text += " " + rest.pop(0)
         parts = name.split(".")
         if not all(parts):
-            raise UserError(f"override {given!r} names no field; write section.field=value")
+            into.complain(f"override {given!r} names no field; write section.field=value")
+            continue
         found.append((tuple(int(part) if part.isdecimal() else part for part in parts), text))
     return found
 
 
-def _is_left_out(name: str, given: str) -> bool:
-    """Whether a flag of another system asks for what happens here anyway. Raises UserError with what to do for one that
-    has no counterpart here."""
-    try:
-        return bool(name) and understood(tuple(name.split(".")), True).key is None
-    except UserError as error:
-        raise UserError(f"override {given!r}: {error}") from None
+def _needs_value(name: str) -> bool:
+    """Whether a name that stands without a value is one of a field, here or elsewhere, that takes one. Any other name
+    may be a switch of another system, of which ``understood`` knows what it is."""
+    return field_at(tuple(name.split("."))) is not None or name in ALIASES
 
 
 def _derive(given: _Given) -> None:
