@@ -97,7 +97,9 @@ def _lines(command: Any, ctx: Any) -> Iterator[str]:
     if options:
         yield "\nOptions:"
         for one in options:
-            yield from _entry(f"{', '.join([*one.opts, *one.secondary_opts])} {kind_of(one)}".rstrip(), one)
+            # click keeps the names of its own --help in a set, whose order changes from one process to the next.
+            names = [*sorted(one.opts, key=lambda name: not name.startswith("--")), *one.secondary_opts]
+            yield from _entry(f"{', '.join(names)} {kind_of(one)}".rstrip(), one)
     if hasattr(command, "list_commands"):
         yield from _commands(command, ctx)
     for at, paragraph in enumerate((command.epilog or "").split("\n\n")):

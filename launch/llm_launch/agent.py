@@ -24,7 +24,7 @@ from llm_launch.copy_transfer import CopyServer
 from llm_launch.door import raise_file_limit
 from llm_launch.health import GpuHealth, HostHealth, open_nvml
 from llm_launch.node_workers import NodeWorkers, kill, process_state
-from llm_launch.slurm import SlurmError, SlurmJob
+from llm_launch.slurm import SlurmError, SlurmJob, switches_above
 from llm_parallel.errors import UserError
 from llm_parallel.lines import note
 
@@ -151,6 +151,7 @@ class Agent:
             "devices": list(settings.devices),
             "copies": list(self.copy_server.address),
             "pid": os.getpid(),
+            "switches": switches_above(os.environ),
         }
 
     async def _serve(self, channel: wire.Channel) -> int:

@@ -67,6 +67,7 @@ class Controller:
         remembered = self.journal.remembered()
         self.ledger = Ledger.from_json(remembered, config.elastic.strikes, 3600.0 * config.elastic.strike_hours)
         self.fleet = Fleet(config.elastic, starter.secret, self.journal)
+        self.fleet.roster.order = list(starter.expected)
         self._model = fingerprint(config)
         trained = [Trained.read(item) for item in remembered.get("trained", [])]
         self.copies = CopyCatalog(self.fleet, self.journal, self._model, newest_step())
@@ -150,7 +151,7 @@ class Controller:
         )
 
     def _usable(self) -> list[Device]:
-        """Devices with a worker that is ready, without those removed; in the order of the nodes' arrival."""
+        """Devices with a worker that is ready, without those removed, in the order of ``Roster.alive``."""
         removed = {*self.ledger.removed, *self.fleet.unfit}
         return [
             device

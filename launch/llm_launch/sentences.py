@@ -125,6 +125,7 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "health": lambda r: f"{r['node']}, device {r['device']}: {r['cause']}",
     "stall": lambda r: f"step {r['step']} has taken {r['seconds']:.1f} s: {r['cause']}",
     "requeue": lambda r: f"back to SLURM's queue: {r['cause']}",
+    "not_requeued": lambda r: f"the job ends, and does not go back to SLURM's queue: {r['cause']}",
     "fail": lambda r: f"the run cannot go on ({r['fault']}): {r['cause']}",
 }
 """Kind of an event → its sentence. A lambda raises KeyError where a field is missing."""

@@ -8,7 +8,6 @@ slurmctld is away raises SlurmError, which callers survive.
 from __future__ import annotations
 
 import re
-import signal
 import socket
 import subprocess
 import time
@@ -18,7 +17,11 @@ from enum import Enum
 
 CALL_S = 10.0
 REQUEUE_TRIES = 3
+AWAY_S = 60.0
+"""How long a slurmctld that does not answer is told what a job on hold needs."""
 WORKING_STATES = ("allocated", "mixed", "idle", "draining")
+NO_STEPS = ("4294967291", "4294967290")
+"""What some versions of SLURM give as the step of a batch script, and of a shell that salloc opens on a node."""
 _FIELD = re.compile(r"(?:^| )([A-Za-z:/_]+)=")
 
 
@@ -40,8 +43,10 @@ class Fate(Enum):
     RUNNING = "running"
     PREEMPTED = "preempted"
     """It runs, in the grace time before its nodes are given to another job."""
+    QUEUED = "queued"
+    """It is in the queue again, and only this start of it has not ended yet."""
     OVER = "over"
-    """It was cancelled, requeued or ended already, and only this start of it has not ended yet."""
+    """It was cancelled or ended already, and only this start of it has not ended yet."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,12 @@ class SlurmJob:
         return cls(job_id, restarts, node, environment)
 
     @property
-    def is_batch_shell(self) -> bool:
-        """Whether this is the batch script itself, not a task of a step, which has a number of its own."""
+    def may_lead(self) -> bool:
+        """Whether this was started once: by the batch script, from the shell of ``salloc``, or as the only task of a
+        step (``srun --pty bash``). The tasks of a step would each start the run."""
         step = self.environment.get("SLURM_STEP_ID")
-        return step is None or "SLURM_PROCID" not in self.environment or step == "4294967291"
+        alone = self.environment.get("SLURM_STEP_NUM_TASKS") == "1"
+        return step is None or "SLURM_PROCID" not in self.environment or step in NO_STEPS or alone
 
     @property
     def gpus_per_node(self) -> int:
@@ -102,12 +109,15 @@ class SlurmJob:
 
     def is_this_run(self) -> bool:
         """Whether the job runs and was not requeued since this run of it began."""
-        return self.fate() is not Fate.OVER
+        return self.fate() in (Fate.RUNNING, Fate.PREEMPTED)
 
     def fate(self) -> Fate:
         """See ``Fate``. Raises SlurmError."""
         job = self._show()
-        if job.get("JobState") != "RUNNING" or int(job.get("Restarts", "0")) != self.restart_count:
+        state = job.get("JobState")
+        if int(job.get("Restarts", "0")) != self.restart_count:
+            return Fate.OVER if state == "CANCELLED" else Fate.QUEUED
+        if state != "RUNNING":
             return Fate.OVER
         return Fate.RUNNING if job.get("PreemptTime", "None") in ("None", "Unknown") else Fate.PREEMPTED
 
@@ -117,8 +127,11 @@ class SlurmJob:
         state = self._call(["sinfo", "-N", "-h", "-n", host, "-o", "%T"]).splitlines() if host else []
         return bool(state) and state[0].rstrip("*").startswith(("down", "fail", "powered"))
 
-    def start_agents(self, argv: Sequence[str], nodes: Sequence[str]) -> subprocess.Popen[bytes]:
-        """One step with one task on each of ``nodes``, which outlives the loss of any of them."""
+    def start_agents(
+        self, argv: Sequence[str], nodes: Sequence[str], more: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """One step with one task on each of ``nodes``, which outlives the loss of any of them. ``more``: further
+        options of srun, which win over those here."""
         count = str(len(nodes))
         options = [
             "--no-kill",
@@ -137,7 +150,7 @@ class SlurmJob:
         options += [f"--cpus-per-task={cores}"] if cores else []
         # A group of its own: a signal for the batch script is not one for the agents.
         return subprocess.Popen(
-            ["srun", *options, *argv],
+            ["srun", *options, *more, *argv],
             env=self._step_environment(),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -150,30 +163,31 @@ class SlurmJob:
         return {name: value for name, value in self.environment.items() if name not in stale}
 
     def requeue(self, exclude: Sequence[str] = ()) -> None:
-        """Puts the job back into the queue, never to run on the nodes ``exclude``; SLURM ends this run of it. With
-        ``exclude`` to be called in the main thread.
+        """Asks that the job goes back into the queue, held if there are nodes to ``exclude``; SLURM ends this run of it
+        then. Nothing happens to a job that was cancelled meanwhile: ``fate`` tells.
 
         Raises SlurmError if it can't be done, as for jobs submitted with --no-requeue.
         """
-        if not exclude:
-            self._call(["scontrol", "requeue", self.job_id])
-            return
-        # SLURM sends TERM to all of this run at once, and KILL some seconds later.
-        ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self._call(["scontrol", "requeuehold", self.job_id])
+        # "Incomplete": SLURM itself leaves a job alone that was cancelled a moment ago.
+        self._call(["scontrol", "requeuehold" if exclude else "requeue", "Incomplete", self.job_id])
+
+    def release(self, exclude: Sequence[str]) -> None:
+        """Lets a job that waits, held, run again, but never on the nodes ``exclude``. Raises SlurmError."""
         try:
             self._insist(["scontrol", "update", f"jobid={self.job_id}", f"ExcNodeList={','.join(exclude)}"])
         finally:
             self._insist(["scontrol", "release", self.job_id])
-            signal.signal(signal.SIGTERM, ignored)
 
     def _insist(self, argv: Sequence[str]) -> None:
-        for attempt in range(REQUEUE_TRIES):
+        """Tries again: a job that SLURM is just ending may refuse a change, and slurmctld may be away."""
+        deadline, refusals = time.monotonic() + AWAY_S, 0
+        while True:
             try:
                 self._call(argv)
                 return
-            except SlurmError:
-                if attempt == REQUEUE_TRIES - 1:
+            except SlurmError as error:
+                refusals += not isinstance(error, SlurmAway)
+                if refusals >= REQUEUE_TRIES or time.monotonic() > deadline:
                     raise
                 time.sleep(1.0)
 
@@ -195,26 +209,32 @@ class SlurmJob:
         return [parse_record(line) for line in self._call(argv).splitlines() if line.strip()]
 
     def _call(self, argv: Sequence[str]) -> str:
-        """Output of a command that ignores the signals of the batch script's group."""
-        try:
-            done = subprocess.run(
-                argv,
-                env=dict(self.environment),
-                capture_output=True,
-                text=True,
-                timeout=CALL_S,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except FileNotFoundError:
-            raise SlurmError(f"{argv[0]} is not installed here") from None
-        except subprocess.TimeoutExpired:
-            raise SlurmAway(f"{' '.join(argv)} did not answer within {CALL_S:g} s") from None
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip()[:500]
-            away = any(words in said.lower() for words in AWAY)
-            raise (SlurmAway if away else SlurmError)(f"{' '.join(argv)}: {said}")
-        return done.stdout.strip()
+        return call(argv, self.environment)
+
+
+def call(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Output of a command of SLURM, which ignores the signals of this process's group. Raises SlurmError."""
+    try:
+        done = subprocess.run(
+            argv,
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            timeout=CALL_S,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{argv[0]} is not installed here") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmAway(f"{' '.join(argv)} did not answer within {CALL_S:g} s") from None
+    if done.returncode < 0:  # as SLURM does with all processes of a job that it ends
+        raise SlurmAway(f"{' '.join(argv)} was ended by signal {-done.returncode}")
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()[:500]
+        away = any(words in said.lower() for words in AWAY)
+        raise (SlurmAway if away else SlurmError)(f"{' '.join(argv)}: {said}")
+    return done.stdout.strip()
 
 
 def parse_record(line: str) -> dict[str, str]:
@@ -239,3 +259,9 @@ def parse_time(text: str) -> float | None:
     else:
         hours, minutes, seconds = ([0] * (3 - len(parts)) + parts)[:3]
     return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def switches_above(environment: Mapping[str, str]) -> str:
+    """The network switches above this node, from the top down with points between them; "" where SLURM knows none."""
+    address, pattern = environment.get("SLURM_TOPOLOGY_ADDR", ""), environment.get("SLURM_TOPOLOGY_ADDR_PATTERN", "")
+    return address.rpartition(".")[0] if pattern.startswith("switch") else ""

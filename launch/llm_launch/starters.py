@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from llm_launch.agent_step import AgentStep
 from llm_launch.copy_files import run_folder
 from llm_launch.slurm import WORKING_STATES, SlurmError, SlurmJob
 from llm_parallel.config.tree import RunConfig
@@ -150,6 +151,7 @@ class SlurmStarter:
     secret: str
     host: str
     port: int = 0
+    step: AgentStep = field(default_factory=AgentStep)
     steps: list[subprocess.Popen[bytes]] = field(default_factory=list)
     condemned: dict[str, str] = field(default_factory=dict)
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -177,7 +179,7 @@ class SlurmStarter:
             self.job.node,
             {**self.job.environment, "LLM_PARALLEL_SECRET": self.secret},
         )
-        step = job.start_agents([*argv, "--rescue"], names)
+        step = job.start_agents(self.step.command([*argv, "--rescue"]), names, self.step.srun)
         self.steps.append(step)
         return step
 

@@ -7,6 +7,7 @@ overrides.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -175,6 +176,13 @@ def load_with_origins(
 def dump_config(config: RunConfig) -> str:
     """YAML with every field, which ``load_config`` reads back into an equal tree."""
     values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def dump_given(config: RunConfig) -> str:
+    """YAML of the fields that were given, by a file, an override or a preset, which ``load_config`` reads back into an
+    equal tree that knows which fields were given."""
+    values = config.model_dump(mode="json", exclude_unset=True)
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -381,6 +389,8 @@ def _derive(given: _Given) -> None:
 
 
 def _read_override(key: Key, text: str, given: _Given) -> None:
+    if re.search(r"\s#", text) and not text.lstrip().startswith(("'", '"', "[", "{")):
+        text = json.dumps(text, ensure_ascii=False)  # `#` begins a comment in a file, and is part of a path here
     _read_yaml(text, key, f"override {dotted(key)}={text}", given)
 
 

@@ -55,9 +55,10 @@ class Submitted:
     def end_soon(self) -> int:
         """Waits until the job is back in the queue; its next start ends ten steps after the last one. The last step."""
         self._until(lambda: self.cluster.job(self.job)["Restarts"] == "1", 200, "the requeue")
-        tree = yaml.safe_load(self.run_file.read_text())
+        path = self.run / "submit.yaml"  # what every start of the job reads
+        tree = yaml.safe_load(path.read_text())
         tree["train"]["steps"] = last = max(self.steps()) + 10
-        self.run_file.write_text(yaml.safe_dump(tree))
+        path.write_text(yaml.safe_dump(tree))
         return last
 
     def goes_on_with(self, world: int) -> None:
