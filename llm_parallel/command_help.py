@@ -17,33 +17,6 @@ WITH_OVERRIDES = {"ignore_unknown_options": True}
 """Settings of a command that takes ``--section.field value`` too."""
 
 
-_TRAIN = (
-    "`llm-parallel sft RUN.yaml` fine-tunes on conversations, `llm-parallel prefer RUN.yaml` on preferences and "
-    "rewards, and `llm-parallel pretrain RUN.yaml` on texts"
-)
-_PREFER = "`llm-parallel prefer RUN.yaml` with method.kind={}"
-_EXPORT = "`llm-parallel convert RUN FOLDER` writes a Hugging Face folder, with --merge one that has the adapters in it"
-_PAGE = "`llm-parallel serve MODEL` has a chat page for the browser, and OpenAI's interface"
-_PREPARE = "`llm-parallel prepare` turns raw text into token files, and takes the options of Megatron-LM's script"
-_VERSIONS = "`llm-parallel --version` shows all versions"
-ELSEWHERE = {
-    **dict.fromkeys(("train", "finetune", "fine_tune", "run"), _TRAIN),
-    **dict.fromkeys(("export", "merge", "merge_lora", "merge_and_unload"), _EXPORT),
-    **dict.fromkeys(("webchat", "webui", "api", "vllm_serve", "deploy"), _PAGE),
-    **dict.fromkeys(("preprocess", "preprocess_data", "preprocess_data_fast", "tokenize"), _PREPARE),
-    **dict.fromkeys(("version", "env"), _VERSIONS),
-    **{kind: _PREFER.format(kind) for kind in ("dpo", "kto", "rrhf", "reward", "grpo", "ppo", "reject")},
-    "rm": _PREFER.format("reward"),
-    "rloo": _PREFER.format("grpo and method.grpo.leave_one_out=true"),
-    "pretrain_gpt": "`llm-parallel pretrain RUN.yaml` takes its arguments after the run file, which may be empty",
-    "inference": "`llm-parallel generate`, `llm-parallel chat` and `llm-parallel serve` use a model",
-    "eval": "`llm-parallel evaluate MODEL` measures a model on benchmarks",
-    "download": "nothing is downloaded; get a folder with Hugging Face's `hf download`, and name it in checkpoint.load",
-    "help": "`llm-parallel --help` lists the commands, and `llm-parallel COMMAND --help` explains one",
-}
-"""Commands of LLaMA-Factory, axolotl, torchtune, TRL and Megatron-LM, with underscores, and what to call here."""
-
-
 @dataclass(frozen=True)
 class CommandHelp:
     """How one command appears in ``--help``."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm_parallel.command_help import COMMANDS, ELSEWHERE
+from llm_parallel.command_help import COMMANDS
 from llm_parallel.config.foreign_more import TEMPLATES
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import RunConfig
@@ -20,6 +20,7 @@ from llm_parallel.data.preference import PreferenceReader
 from llm_parallel.data.prompts import PromptReader
 from llm_parallel.data.readers import Problems, first_rows
 from llm_parallel.errors import UserError
+from llm_parallel.help_page import ELSEWHERE
 from llm_parallel.model.hf_files import what_it_is
 from tests.support.in_process import in_process
 
