@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from llm_parallel.config.names import Key, dotted, is_flag, show, takes_several,
 from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.schema import config_schema
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.yaml_numbers import Dumper, Loader
 from llm_parallel.errors import UserError
 from llm_parallel.lines import note
 
@@ -41,28 +41,6 @@ CRITIC = ("method", "critic")
 PATH_LISTS = (("data", "train"), ("data", "eval"), ("chat", "train"), ("chat", "eval"))
 """Lists of sections whose items may be given as their path alone."""
 NULL_TAG = "tag:yaml.org,2002:null"
-TEXT_TAG = "tag:yaml.org,2002:str"
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads YAML, by libyaml where PyYAML has it. Numbers are those of YAML 1.2: ``3e-4`` is a number, not text as in
-    1.1."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that ``_Loader`` would take for a number, or whose characters a reader would take for line ends
-    (U+0085, U+2028) or refuse."""
-
-
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(TEXT_TAG, text, style=None if text.isprintable() else '"'),
-)
 
 
 @dataclass
@@ -176,14 +154,14 @@ def load_with_origins(
 def dump_config(config: RunConfig) -> str:
     """YAML with every field, which ``load_config`` reads back into an equal tree."""
     values = config.model_dump(mode="json")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def dump_given(config: RunConfig) -> str:
     """YAML of the fields that were given, by a file, an override or a preset, which ``load_config`` reads back into an
     equal tree that knows which fields were given."""
     values = config.model_dump(mode="json", exclude_unset=True)
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _read_file(path: Path, given: _Given) -> None:
@@ -206,7 +184,7 @@ def _read_yaml(text: str, key: Key, source: str, given: _Given) -> None:
     is_file = not key
     origin = f"{source}:1" if is_file else source
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         if is_file and (node is None or node.tag == NULL_TAG):
             return
@@ -229,7 +207,7 @@ def _read_yaml(text: str, key: Key, source: str, given: _Given) -> None:
 class _Walk:
     """Walks a YAML document and adds each value with its key and line to ``given``."""
 
-    loader: _Loader
+    loader: Loader
     source: str
     given: _Given
     lines: bool
