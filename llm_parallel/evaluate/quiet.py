@@ -1,16 +1,23 @@
-"""lm-eval without its progress bars and its advice about its own command line."""
+"""lm-eval without its progress bars, its advice about its own command line, and its effects on this process."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import datasets
+import numpy as np
+from lm_eval.api import metrics as metrics_module
 from lm_eval.api import task as task_module
+from lm_eval.api.metrics import sample_stddev
 from tqdm import tqdm
 
+SEEDS = 0, 1234
+"""Of Python's and numpy's global generators, from which some tasks draw: lm-eval's own."""
 LOGGERS = ("lm_eval", "datasets", "absl", "httpx", "filelock")
 
 
@@ -33,3 +40,26 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """``quiet``, and draws from the global generators that are the same each time and leave them as they were. Standard
+    errors by bootstrap start no processes, which a process of a training must not fork."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(SEEDS[0])
+    np.random.seed(SEEDS[1])
+    named, metrics_module.bootstrap_stderr = metrics_module.bootstrap_stderr, bootstrap_error
+    try:
+        with quiet():
+            yield
+    finally:
+        metrics_module.bootstrap_stderr = named
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def bootstrap_error(metric: Callable[[Sequence[Any]], float], values: Sequence[Any], iters: int) -> float:
+    """The standard error of a metric by the bootstrap (Efron 1979), with the draws of lm-eval's first thousand."""
+    drawn = random.Random(0)
+    return float(sample_stddev([metric(drawn.choices(values, k=len(values))) for _ in range(iters)]))

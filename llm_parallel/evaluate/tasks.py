@@ -78,13 +78,18 @@ class Builder:
         self._rows: dict[str, dict[str | None, dict[str, tuple[list[Row], list[DataFile]]]]] = {}
         self.found: list[Found] = []
 
-    def build(self, wanted: Mapping[str, int | None]) -> Tasks:
+    def build(self, wanted: Mapping[str, int | None], every: bool = False) -> Tasks:
         """The tasks by name, with their numbers of examples. A task without data is left out and noted; raises
-        UserError if a name is unknown, or nothing is left."""
-        items = []
+        UserError if a name is unknown, or nothing is left, with ``every`` of one of the names."""
+        items: list[Any] = []
         for name, shots in wanted.items():
+            before = len(self.found)
             made = self._named(name, self._shots if self._shots is not None else shots)
-            items += made if isinstance(made, list) else [made] if made is not None else []
+            members = made if isinstance(made, list) else [made] if made is not None else []
+            if every and not members:
+                reason = next((one.missing for one in self.found[before:] if one.missing), "it has no members")
+                raise UserError(f"--tasks names {name}, which cannot run: {reason}")
+            items += members
         tasks = Tasks(items, self.found)
         if not tasks.leaves:
             reasons = "; ".join(sorted({one.missing for one in self.found if one.missing}))

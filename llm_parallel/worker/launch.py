@@ -18,6 +18,7 @@ from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from llm_parallel.evaluate.in_run_file import check_tasks
 from llm_parallel.lines import Unheard, say
 from llm_parallel.parallel.platform import resolve_device
 from llm_parallel.screen import say_next
@@ -49,6 +50,7 @@ def _launch_and_say(
     environment: Mapping[str, str],
 ) -> int:
     config = preflight(load_config(run_file, overrides, notice=say), None, say, starts=True)
+    check_tasks(config, say)
     again = " ".join(["llm-parallel launch", run_file, *map(shlex.quote, overrides)])
     if is_finished(config):
         say_next(after_run(config, 0, again))
@@ -102,6 +104,7 @@ def submit_command(run_file: str, overrides: Sequence[str], request: SubmitReque
         if not dry_run:
             gpus = request.gpus_per_node
             one = preflight_job(one, gpus, request.nodes * gpus or num_processes(one), say)
+            check_tasks(one, say)
             check_room(one, say, max(1, len(request.sweep)))
     text = batch_file(request, config, Path(run_file).resolve(), overrides)
     if dry_run:
