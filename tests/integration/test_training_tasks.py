@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from llm_parallel.evaluate.demo import write_demo
+from llm_parallel.generate.load import Member
 from llm_parallel.metrics.history import read_history
 from tests.support.commands import events, losses, train_in_ranks
 from tests.support.data_helpers import write_token_file
@@ -81,30 +82,121 @@ def assert_alike(one: dict[str, Any], other: dict[str, Any], tolerance: float) -
                 assert got == wanted
 
 
-def by_command(rank: int, world_size: int, folder: str, run: str) -> None:
+class Killed(BaseException):
+    """What a test ends a run with, as a kill would: nothing is saved."""
+
+
+def trained(config: Any, place: Any, asked: Callable[[], bool] = lambda: False) -> int:
+    """Trains as the worker of ``pretrain`` does; the last step that was made."""
+    from llm_parallel.train.loop import run_training
+    from llm_parallel.tune.methods import method_of
+
+    return run_training(config, place, asked, method=method_of(config)).step
+
+
+def of_one_process(rank: int, world_size: int, folder: Path) -> None:
+    """Runs in one process, which has imported lm-eval once: without tasks, with them, the command on the checkpoint of
+    the latter, and starts that end at the moments at which scores could be lost or made twice."""
+    from contextlib import suppress
+
+    from llm_parallel.config.load import load_config
     from llm_parallel.evaluate.command import evaluate_here
+    from llm_parallel.evaluate.in_run_file import check_tasks
     from llm_parallel.evaluate.request import EvaluateRequest
-    from llm_parallel.generate.load import Member
+    from llm_parallel.train.preflight import preflight
+    from llm_parallel.train.run import Place
+    from llm_parallel.worker.command import is_finished
 
-    evaluate_here(
-        EvaluateRequest(
-            f"{folder}/{run}", tasks=TASKS, data_dir=Path(folder) / "sets", limit=3, new_tokens=4, device="cpu",
-            out=Path(folder) / run / "evaluations/step_9999999",
-        ),
-        Member(rank, rank, world_size),
-    )  # fmt: skip
+    def start(overrides: list[str], asked: Callable[[], bool] = lambda: False) -> int:
+        config = preflight(load_config(folder / "run.yaml", overrides, notice=lambda _: None), 1)
+        assert not is_finished(config)
+        check_tasks(config)
+        with suppress(Killed):
+            return trained(config, Place(0, 1, 0), asked)
+        return -1
+
+    def nth(call: int, kill: bool) -> Callable[[], bool]:
+        """Whether the run was asked to stop: at this call, of which there is one in each step and each task."""
+        calls = iter(range(1, 1000))
+
+        def asked() -> bool:
+            if next(calls) != call:
+                return False
+            if kill:
+                raise Killed
+            return True
+
+        return asked
+
+    start([f"run_dir={folder / 'plain'}"])
+    start(scored(folder, "scored"))
+    run = folder / "scored"
+    settings: dict[str, Any] = {"data_dir": folder / "sets", "limit": 3, "new_tokens": 4, "device": "cpu"}
+    evaluate_here(EvaluateRequest(str(run), tasks=TASKS, out=run / "evaluations/step_9999999", **settings), Member())
+    saves = "checkpoint.interval_steps=2"
+    # Calls: 1 and 2 score step 0, then step 1, step 2, 5 and 6 score it, step 3, step 4, 9 and 10 score it.
+    for name, moment in {"stopped": nth(6, kill=False), "killed": nth(5, kill=True), "after": nth(7, kill=True)}.items():
+        assert start([*scored(folder, name), saves], moment) == (2 if name == "stopped" else -1)
+        assert start([*scored(folder, name), saves]) == STEPS
+    assert start(scored(folder, "last"), nth(9, kill=True)) == -1
+    assert start(scored(folder, "last")) == STEPS
+    assert start(scored(folder, "first"), nth(1, kill=False)) == 0
+    assert not (folder / "first/checkpoints").exists(), "before the first step there is nothing to save"
 
 
-def test_losses_stay_as_they_are_and_scores_are_those_of_the_command(folder: Path) -> None:
-    train(folder, 1, f"run_dir={folder / 'plain'}")
-    train(folder, 1, *scored(folder, "scored"))
-    assert losses(folder / "plain") == losses(folder / "scored"), "to the last bit"
-    history = read_history(folder / "scored")
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> Path:
+    run_ranks(of_one_process, 1, folder)
+    return folder
+
+
+def test_losses_stay_as_they_are_and_every_due_step_is_scored(runs: Path) -> None:
+    assert losses(runs / "plain") == losses(runs / "scored"), "to the last bit"
+    history = read_history(runs / "scored")
     assert [record["step"] for record in history.tasks] == [0, 2, 4]
-    assert [event["step"] for event in events(folder / "scored", "tasks")] == [0, 2, 4]
+    assert [event["step"] for event in events(runs / "scored", "tasks")] == [0, 2, 4]
     for record in history.tasks:
         assert record["tasks/hellaswag/documents"] == 3 and 0 <= record["tasks/hellaswag/acc_norm"] <= 1
         assert "tasks/nq_open/exact_match" in record
-    run_ranks(by_command, 1, str(folder), "scored")
-    assert_alike(samples(folder, "scored", 4), samples(folder, "scored", 9999999), 1e-5)
-    assert samples(folder, "scored", 0) != samples(folder, "scored", 4)
+
+
+def test_scores_are_those_that_the_command_gives_the_checkpoint(runs: Path) -> None:
+    assert_alike(samples(runs, "scored", 4), samples(runs, "scored", 9999999), 1e-5)
+    assert samples(runs, "scored", 0) != samples(runs, "scored", 4), "the weights have changed"
+
+
+@pytest.mark.parametrize("run", ["stopped", "killed", "after", "last"])
+def test_an_interrupted_run_scores_every_due_step_once(runs: Path, run: str) -> None:
+    """Asked to stop while it scores; killed then; killed after scores; killed while it scores the last step."""
+    assert [event["step"] for event in events(runs / run, "tasks")] == [0, 2, 4]
+    assert [record["step"] for record in read_history(runs / run).tasks] == [0, 2, 4]
+    assert losses(runs / run) == losses(runs / "plain")
+    for step in (2, 4):
+        assert_alike(samples(runs, "scored", step), samples(runs, run, step), 0.0)
+
+
+LAYOUTS = {
+    "tp 2, dp 2": ("parallel.tp=2", "parallel.dp=2"),
+    "pp 2, vpp 2": ("parallel.pp=2", "parallel.vpp=2"),
+    "cp 2, tp 2": ("parallel.cp=2", "parallel.tp=2"),
+    "pp 2, dp 2": ("parallel.pp=2", "parallel.dp=2", "parallel.distributed_optimizer=false"),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[int, dict[str, Any]]:
+    train(folder, 1, *scored(folder, "alone"))
+    return {step: samples(folder, "alone", step) for step in (0, 2, 4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_scores_alike(folder: Path, alone: dict[int, dict[str, Any]], layout: str) -> None:
+    """With portions of eight requests a replica, so that there are several."""
+    run, fields = layout.replace(" ", "").replace(",", "-"), LAYOUTS[layout]
+    processes = 4 if "dp" in layout or "cp" in layout else 2
+    train(folder, processes, *fields, f"run_dir={folder / run}-plain")
+    train(folder, processes, *fields, *scored(folder, run, max_running=2))
+    assert losses(folder / f"{run}-plain") == losses(folder / run), "to the last bit"
+    for step, expected in alone.items():
+        assert_alike(expected, samples(folder, run, step), 1e-4)
