@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +183,14 @@ class Builder:
         content = DatasetDict({split: Dataset.from_list(held) for split, held in rows.items() if held})
         source = {key: config.pop(key, None) for key in ("dataset_path", "dataset_name", "dataset_kwargs")}
         config["metadata"] = {**(config.get("metadata") or {}), **_described(found, source)}
-        return ConfigurableTask(config={**config, "custom_dataset": lambda **_: content})
+        return prepared_once(ConfigurableTask(config={**config, "custom_dataset": lambda **_: content}))
 
     @staticmethod
     def _from_hub(config: dict[str, Any]) -> ConfigurableTask:
         if config.get("dataset_path") is None:
             raise UserError(f"{config['task']} has no source in the network; give --data-dir with its files, or --demo")
         try:
-            return ConfigurableTask(config=config)
+            return prepared_once(ConfigurableTask(config=config))
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -249,6 +250,14 @@ class Builder:
                     files.append(file)
         self._rows[name] = made
         return made
+
+
+def prepared_once(task: ConfigurableTask) -> ConfigurableTask:
+    """The task, whose documents are prepared at the first call alone: lm-eval prepares a whole split at each, some ten
+    times in an evaluation."""
+    for name in ("training_docs", "validation_docs", "test_docs"):
+        setattr(task, name, cache(getattr(task, name)))
+    return task
 
 
 def _subject(task: str, form: str, config: Mapping[str, Any]) -> str | None:

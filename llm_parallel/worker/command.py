@@ -24,6 +24,7 @@ from llm_parallel.files import atomic_write
 from llm_parallel.lines import Unheard, note, say
 from llm_parallel.metrics.history import scored_steps
 from llm_parallel.screen import say_next
+from llm_parallel.train.inherit import with_own_tokenizer
 from llm_parallel.train.preflight import preflight
 from llm_parallel.train.room import check_room
 from llm_parallel.worker.show import show_mixture, show_plan
@@ -47,9 +48,10 @@ def train_command(
     world_size = environment.world_size if environment else None
     first = environment is None or environment.rank == 0
     config, origins = load_with_origins(run_file, overrides, _notice if first else _silent)
-    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent, starts=not dry_run)
+    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent)
     if first:
         check_tasks(config, _notice)
+    config = config if dry_run else with_own_tokenizer(config, _notice if first else _silent)
     again = " ".join(["llm-parallel", kind, run_file, *map(shlex.quote, overrides)])
     if dry_run:
         if first:

@@ -22,6 +22,7 @@ from llm_parallel.evaluate.in_run_file import check_tasks
 from llm_parallel.lines import Unheard, say
 from llm_parallel.parallel.platform import resolve_device
 from llm_parallel.screen import say_next
+from llm_parallel.train.inherit import with_own_tokenizer
 from llm_parallel.train.preflight import preflight, preflight_job
 from llm_parallel.train.room import check_copies, check_room
 from llm_parallel.worker.command import CONFIG_NAME, after_run, draw_plots, is_finished, save_config
@@ -49,8 +50,9 @@ def _launch_and_say(
     size: tuple[int | None, int | None],
     environment: Mapping[str, str],
 ) -> int:
-    config = preflight(load_config(run_file, overrides, notice=say), None, say, starts=True)
+    config = preflight(load_config(run_file, overrides, notice=say), None, say)
     check_tasks(config, say)
+    config = with_own_tokenizer(config, say)
     again = " ".join(["llm-parallel launch", run_file, *map(shlex.quote, overrides)])
     if is_finished(config):
         say_next(after_run(config, 0, again))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llm_parallel.metrics.history import read_history
 from tests.support.commands import events, losses, train_in_ranks
 from tests.support.data_helpers import write_token_file
 from tests.support.harness import run_ranks
+from tests.support.in_process import in_process
 from tests.support.served import served_folder
 
 if importlib.util.find_spec("lm_eval") is None:
@@ -37,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(5)
     write_token_file(made / "tokens", [rng.integers(3, 259, 60) for _ in range(40)])
     write_demo(made / "sets", 4)
+    shutil.rmtree(made / "sets/winogrande")
     tree = {
         "device": "cpu",
         "model": {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4,
@@ -94,9 +97,9 @@ def trained(config: Any, place: Any, asked: Callable[[], bool] = lambda: False) 
     return run_training(config, place, asked, method=method_of(config)).step
 
 
-def of_one_process(rank: int, world_size: int, folder: Path) -> None:
+def of_one_process(rank: int, world_size: int, folder: Path, more: bool) -> None:
     """Runs in one process, which has imported lm-eval once: without tasks, with them, the command on the checkpoint of
-    the latter, and starts that end at the moments at which scores could be lost or made twice."""
+    the latter, and starts that end at the moments at which scores could be lost or made twice, ``more`` or fewer."""
     from contextlib import suppress
 
     from llm_parallel.config.load import load_config
@@ -135,18 +138,19 @@ def of_one_process(rank: int, world_size: int, folder: Path) -> None:
     evaluate_here(EvaluateRequest(str(run), tasks=TASKS, out=run / "evaluations/step_9999999", **settings), Member())
     saves = "checkpoint.interval_steps=2"
     # Calls: 1 and 2 score step 0, then step 1, step 2, 5 and 6 score it, step 3, step 4, 9 and 10 score it.
-    for name, moment in {"stopped": nth(6, kill=False), "killed": nth(5, kill=True), "after": nth(7, kill=True)}.items():
-        assert start([*scored(folder, name), saves], moment) == (2 if name == "stopped" else -1)
-        assert start([*scored(folder, name), saves]) == STEPS
+    assert start([*scored(folder, "stopped"), saves], nth(6, kill=False)) == 2
+    assert start([*scored(folder, "stopped"), saves]) == STEPS
     assert start(scored(folder, "last"), nth(9, kill=True)) == -1
     assert start(scored(folder, "last")) == STEPS
-    assert start(scored(folder, "first"), nth(1, kill=False)) == 0
-    assert not (folder / "first/checkpoints").exists(), "before the first step there is nothing to save"
+    for name, moment in {"killed": 5, "after": 7}.items() if more else ():
+        assert start([*scored(folder, name), saves], nth(moment, kill=True)) == -1
+        assert start([*scored(folder, name), saves]) == STEPS
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> Path:
-    run_ranks(of_one_process, 1, folder)
+def runs(folder: Path, request: pytest.FixtureRequest) -> Path:
+    more = any("killed" in item.name for item in request.session.items)
+    run_ranks(of_one_process, 1, folder, more)
     return folder
 
 
@@ -165,9 +169,11 @@ def test_scores_are_those_that_the_command_gives_the_checkpoint(runs: Path) -> N
     assert samples(runs, "scored", 0) != samples(runs, "scored", 4), "the weights have changed"
 
 
-@pytest.mark.parametrize("run", ["stopped", "killed", "after", "last"])
+@pytest.mark.parametrize(
+    "run", ["stopped", "last", *(pytest.param(run, marks=pytest.mark.slow) for run in ("killed", "after"))]
+)
 def test_an_interrupted_run_scores_every_due_step_once(runs: Path, run: str) -> None:
-    """Asked to stop while it scores; killed then; killed after scores; killed while it scores the last step."""
+    """Asked to stop while it scores; killed while it scores the last step; killed earlier; killed after scores."""
     assert [event["step"] for event in events(runs / run, "tasks")] == [0, 2, 4]
     assert [record["step"] for record in read_history(runs / run).tasks] == [0, 2, 4]
     assert losses(runs / run) == losses(runs / "plain")
@@ -200,3 +206,50 @@ def test_every_layout_scores_alike(folder: Path, alone: dict[int, dict[str, Any]
     assert losses(folder / f"{run}-plain") == losses(folder / run), "to the last bit"
     for step, expected in alone.items():
         assert_alike(expected, samples(folder, run, step), 1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_to_stop_before_its_first_step_saves_nothing(folder: Path) -> None:
+    train(folder, 1, *scored(folder, "first"), stop_at=1)
+    assert not (folder / "first/checkpoints").exists()
+    assert [event["event"] for event in events(folder / "first", "stop")] == ["stop"]
+    train(folder, 1, *scored(folder, "first"))
+    assert [record["step"] for record in read_history(folder / "first").tasks] == [0, 2, 4]
+
+
+def test_scores_are_drawn_and_stand_in_the_report(runs: Path, tmp_path: Path) -> None:
+    from llm_parallel.metrics.plots import plot_run
+
+    names = [path.name for path in plot_run(runs / "scored")]
+    assert "tasks.png" in names
+    shown = in_process("report", runs / "scored", runs / "plain", "--out", tmp_path / "page.html")
+    assert shown.returncode == 0, shown.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert "Scores of tasks" in page and "hellaswag by step" in page and "acc_norm" in page
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"tasks": ["mmlu_anatomie"]}, "evaluate.tasks names 'mmlu_anatomie', which is no task or group of"),
+    "no rows": (
+        {"tasks": ["hellaswag", "winogrande"]},
+        "evaluate.tasks names winogrande, which cannot run: winogrande",
+    ),
+    "no folder": ({"data_dir": "/nowhere"}, "evaluate.data_dir /nowhere is no folder"),
+    "no steps": ({"interval_steps": 0}, "evaluate.interval_steps"),
+    "no samples": ({"samples": 0}, "evaluate.samples"),
+    "shots": ({"shots": -1}, "evaluate.shots"),
+    "twice": ({"tasks": ["mmlu", "mmlu_miscellaneous"]}, "evaluate.tasks gives mmlu_miscellaneous twice"),
+    "too long": ({"new_tokens": 600}, "nq_open of evaluate.tasks asks for answers of 600 tokens"),
+    "a file": ({"tasks": ["absent.yaml"]}, "evaluate.tasks names absent.yaml, which is no file"),
+    "sandbox": ({"sandbox": "none"}, "evaluate.sandbox"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_scored_is_refused_before_a_process_starts(folder: Path, case: str) -> None:
+    fields, words = REFUSED[case]
+    result = in_process("pretrain", str(folder / "run.yaml"), *scored(folder, f"refused-{case}", **fields))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (error,) = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert words in error
+    assert not (folder / f"refused-{case}").exists()
