@@ -6,7 +6,7 @@ what counts is tokens that are not padding, a processor-second.
     python benchmarks/packing.py --base ~/.cache/llm-parallel-tests/smollm2-135m --tokens 1500 --out FILE
 
 A step is the whole step of either trainer: batch, forward, backward, clipping, AdamW and metrics. Padded samples of
-ours are all as long as ``data.seq_length_tokens``, those of TRL as long as the longest of the batch.
+either are as long as the longest of the micro batch.
 """
 
 from __future__ import annotations

@@ -59,12 +59,6 @@ class Case:
         return self.config.parallel.divides_sequence
 
     @property
-    def sequence_unit(self) -> int:
-        """Number that the tokens of a sample must be a multiple of."""
-        tp, cp = self.config.parallel.tp, self.config.parallel.cp
-        return math.lcm(2 * cp if cp > 1 else 1, cp * tp if self.sequence_parallel else 1)
-
-    @property
     def batch_unit(self) -> int:
         """Number that every global batch size must be a multiple of."""
         parallel = self.config.parallel

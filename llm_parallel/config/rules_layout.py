@@ -168,7 +168,7 @@ def check_recompute(case: Case) -> Iterator[Problem]:
 
 def check_sequence(case: Case) -> Iterator[Problem]:
     """Context and sequence parallelism cut a sample evenly, and it is no longer than the model is meant for."""
-    parallel, unit = case.config.parallel, case.sequence_unit
+    parallel, unit = case.config.parallel, case.config.parallel.sequence_unit
     seq, longest = case.config.data.seq_length_tokens, case.config.model.max_seq_length_tokens
     fits = seq % unit == 0
     if not fits:

@@ -6,9 +6,10 @@ and ``section.field=value`` overrides.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
 from llm_parallel.config.tree_evaluate import EvaluateConfig
@@ -175,6 +176,11 @@ class ParallelConfig(Node):
         """``sequence_parallel``, or its default if it is not given."""
         return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
 
+    @property
+    def sequence_unit(self) -> int:
+        """Number that the tokens of a sample must be a multiple of."""
+        return math.lcm(2 * self.cp if self.cp > 1 else 1, self.cp * self.tp if self.divides_sequence else 1)
+
 
 KernelChoice = Literal["auto", "triton", "torch"]
 
@@ -337,6 +343,9 @@ class LogConfig(Node):
 
     interval_steps: PositiveInt = 1
     """Steps between console lines and metrics records."""
+    line_interval_s: NonNegativeFloat = 0.0
+    """Least time between two lines of steps where the output is no terminal; every record is in metrics.jsonl. 10 in a
+    job that ``submit`` makes."""
     tensorboard: bool = True
     """Write event files for TensorBoard."""
     wandb_project: str | None = None

@@ -78,6 +78,8 @@ class ChatConfig(Node):
     """Held-out conversations; if empty, ``eval_fraction`` of the training conversations are held out."""
     eval_fraction: float = Field(0.02, ge=0.0, lt=1.0)
     """Share of each training source's conversations that is held out when ``eval`` is empty; 0 for none."""
+    max_records: PositiveInt | None = None
+    """Records of each source that are used, its first ones; none: all."""
     template: str | None = None
     """Jinja template (a file) that writes conversations as text, or ``chatml``; if not given, the tokenizer's own, or
     ChatML where it has none."""
@@ -89,7 +91,8 @@ class ChatConfig(Node):
     train_on: Literal["all_turns", "last_turn"] = "all_turns"
     """Answers of a conversation whose tokens are trained."""
     packing: Literal["best_fit", "pad"] = "best_fit"
-    """``best_fit``: several whole conversations share a sample, which do not see each other; ``pad``: one each."""
+    """``best_fit``: several whole conversations share a sample, which do not see each other; ``pad``: one each, and the
+    rows of a micro batch are as long as its longest conversation, with ``parallel.pp`` > 1 as the step's longest."""
     too_long: Literal["cut", "drop"] = "cut"
     """Conversations longer than ``data.seq_length_tokens``: ``cut`` removes the earliest turns, and of an answer that
     is too long alone its end together with its stop token; ``drop`` leaves the conversation out. Both are counted."""

@@ -18,9 +18,11 @@ from llm_parallel.parallel.mesh import Mesh
 class Documents:
     """Where the documents of each row begin: one int32 CPU tensor for each row, whose first number is 0. The last
     document ends with the row. Attention does not cross from one document to another, and positions begin at 0 in
-    each."""
+    each. sample_tokens: the tokens of a whole sample, where the padding at its end was cut off (``Batch.cut``); what
+    depends on the length of a sample takes this one."""
 
     starts: tuple[Tensor, ...]
+    sample_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for starts in self.starts:
@@ -31,6 +33,10 @@ class Documents:
     def most(self) -> int:
         """Documents of the row that has the most."""
         return max(len(starts) for starts in self.starts)
+
+    def cut(self, tokens: int, length: int) -> Documents:
+        """Those that begin before position ``length`` of samples of so many tokens."""
+        return Documents(tuple(starts[starts < length] for starts in self.starts), self.sample_tokens or tokens)
 
     def of_positions(self, positions: Tensor) -> Tensor:
         """Number of the document, from 0, in which each position lies: int64 [b, positions], on the CPU."""
@@ -75,6 +81,29 @@ class Batch:
         """The batch in which nothing counts of the rows where ``keep`` [b] is 0."""
         beside = None if self.mismatched is None else self.mismatched.without_rows(keep)
         return replace(self, weights=self.weights * keep.unsqueeze(1), mismatched=beside)
+
+    def cut(self, length: int) -> Batch:
+        """The batch without the positions from ``length`` on, which must be padding in every row: documents of their
+        own at the end, whose labels weigh nothing."""
+        tokens = self.tokens.shape[1]
+        if length >= tokens:
+            return self
+        assert self.documents is not None, "padding is a document of its own"
+        documents = self.documents.cut(tokens, length)
+
+        def taken(x: Tensor) -> Tensor:
+            return x[:, :length].contiguous()
+
+        return replace(
+            self,
+            tokens=taken(self.tokens),
+            labels=taken(self.labels),
+            weights=taken(self.weights),
+            documents=documents,
+            columns={name: taken(column) for name, column in self.columns.items()},
+            facts={name: fact[:, : documents.most] for name, fact in self.facts.items()},
+            mismatched=None if self.mismatched is None else self.mismatched.cut(length),
+        )
 
     def context_shard(self, mesh: Mesh, cp_rank: int) -> Batch:
         """The tokens that context-parallel rank ``cp_rank`` holds; documents, their facts and ``mismatched`` stay

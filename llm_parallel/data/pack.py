@@ -156,6 +156,10 @@ class Packer:
             place = _C.permute(place, len(plan), derive_key(self._seed, epoch, ROWS))
         return plan.row(place)
 
+    def filled(self, number: int) -> int:
+        """Sum of the lengths of the conversations that share sample ``number``."""
+        return int(self._lengths[self.sample(number)].sum())
+
     def plan(self, epoch: int) -> Plan:
         """All samples of an epoch, before they are shuffled."""
         epoch = epoch if self._shuffled else 0

@@ -8,7 +8,9 @@ IFEval's 541 prompts 64 count sentences or words by it.
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from llm_parallel.errors import UserError
@@ -39,6 +41,12 @@ def prepare() -> None:
     try:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
-        folder = Path(tempfile.mkdtemp(prefix="llm-parallel-nltk-"))
-        write_punkt(folder)
-        nltk.data.path.append(str(folder))
+        folder = _kept(os.getpid())
+        write_punkt(Path(folder.name))
+        nltk.data.path.append(folder.name)
+
+
+@cache
+def _kept(process: int) -> tempfile.TemporaryDirectory[str]:
+    """A folder that is removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="llm-parallel-nltk-")

@@ -46,9 +46,9 @@ class StepMeasurement:
     num_skipped: int = 0
     """Steps of the run that were skipped so far."""
     tokens: int | None = None
-    """Tokens that the step computed, where its samples are no rows of ``Basis.seq_length``."""
+    """Tokens that the step computed, where its rows were not all of ``Basis.seq_length``."""
     consumed_tokens: int | None = None
-    """Tokens trained on so far, where samples are no such rows."""
+    """Tokens trained on so far, where samples do not have so many."""
     statistics: Mapping[str, float] = field(default_factory=dict)
     """The objective's own numbers by name, as ``accuracy``, logged as ``train/accuracy``."""
 

@@ -221,7 +221,8 @@ def open_metrics(
                 if not resumed_step:
                     raise
                 outlets[-1].failed, late[target] = True, error
-        outlets.append(_Outlet("standard output", ConsoleSink(total_steps, resumed_step, world.unit)))
+        lines = ConsoleSink(total_steps, resumed_step, world.unit, line_interval_s=config.log.line_interval_s)
+        outlets.append(_Outlet("standard output", lines))
         events = _events(run_dir / "events.jsonl", run_start)
     except BaseException:
         for outlet in reversed(outlets):

@@ -29,7 +29,7 @@ from llm_parallel.model.mcore_config import padded_vocab_size, transformer_confi
 from llm_parallel.model.noise import add_embedding_noise
 from llm_parallel.model.numerics import Numerics
 from llm_parallel.model.observe import Seen, observe
-from llm_parallel.model.sequence import Angles, sequence_info
+from llm_parallel.model.sequence import Angles, sequence_info, whole_length
 from llm_parallel.parallel.engine import FrozenBase, Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
@@ -132,7 +132,8 @@ class LlamaModel(LanguageModule):
         ranges = mesh.token_ranges(tokens.shape[1] * mesh.cp, self.groups.at.cp)
         shape = tokens.shape[0], tokens.shape[1] * mesh.cp
         info = sequence_info(ranges, documents, self.angles, shape)
-        embedded_SBH = self._embedded(tokens, ranges, numbers) if self.pre_process else None
+        length = whole_length(documents, shape[1])
+        embedded_SBH = self._embedded(tokens, ranges, numbers, length) if self.pre_process else None
         recomputes = self.numerics.recompute.granularity != "none"
         if embedded_SBH is not None and self.is_frozen and recomputes and torch.is_grad_enabled():
             # A recomputed layer has a gradient only if its input has one, and a frozen embedding's result has none.
@@ -162,8 +163,9 @@ class LlamaModel(LanguageModule):
         cap = self.model_config.output_softcap
         return (cap * torch.tanh(logits_SBV / cap) if cap else logits_SBV).transpose(0, 1).contiguous()
 
-    def _embedded(self, tokens: Tensor, ranges: Sequence[range], numbers: Tensor | None) -> Tensor:
-        """Embeddings of the tokens [B, S] at the positions ``ranges``, with noise in training where that is wanted."""
+    def _embedded(self, tokens: Tensor, ranges: Sequence[range], numbers: Tensor | None, length: int) -> Tensor:
+        """Embeddings of the tokens [B, S] at the positions ``ranges`` of samples of ``length`` tokens, with noise in
+        training where that is wanted."""
         embedded_SBH = self.embedding(tokens, None)
         alpha, mesh = self.numerics.embedding_noise, self.groups.mesh
         if not alpha or not self.training or numbers is None:
@@ -171,7 +173,7 @@ class LlamaModel(LanguageModule):
         positions = torch.cat([torch.arange(part.start, part.stop) for part in ranges])
         if mesh.sequence_parallel:
             positions = positions.chunk(mesh.tp)[self.groups.at.tp]
-        return add_embedding_noise(embedded_SBH, alpha, self.seed, numbers, positions, tokens.shape[1] * mesh.cp)
+        return add_embedding_noise(embedded_SBH, alpha, self.seed, numbers, positions, length)
 
     def _look(self, seen: Seen | None, logits_of: Callable[[slice], Tensor], labels: Tensor) -> None:
         """Fills in what is wanted beside the loss; ``logits_of`` gives those of some of the S·B positions."""

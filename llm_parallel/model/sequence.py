@@ -93,6 +93,11 @@ def document_segments(starts: Sequence[int], token_ranges: tuple[range, ...]) ->
     return tuple(segments)
 
 
+def whole_length(documents: Documents | None, tokens: int) -> int:
+    """Tokens of a whole sample, of which a micro batch has ``tokens`` after padding was cut off."""
+    return tokens if documents is None or documents.sample_tokens is None else documents.sample_tokens
+
+
 def sequence_info(
     token_ranges: tuple[range, ...],
     documents: Documents | None,
@@ -100,12 +105,12 @@ def sequence_info(
     shape: tuple[int, int],
 ) -> SequenceInfo:
     """Positions and segments of a micro batch of which this process holds ``token_ranges`` of every sample. shape:
-    samples, and tokens of a whole sample.
+    samples, and tokens of a sample over all processes.
 
     documents: None where attention crosses from one document to another.
     """
     reached = max(part.stop for part in token_ranges)
-    table = angles.reaching(reached, shape[1])
+    table = angles.reaching(reached, whole_length(documents, shape[1]))
     parts = tuple(len(part) for part in token_ranges)
     positions = torch.cat([torch.arange(part.start, part.stop) for part in token_ranges])
     if documents is None:

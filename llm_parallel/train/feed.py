@@ -13,6 +13,8 @@ from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.batch import Batch
 from llm_parallel.data.loader import MicroBatchLoader, Samples
+from llm_parallel.data.pack import Packer
+from llm_parallel.data.row_lengths import RowLengths
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
@@ -32,7 +34,12 @@ class Feed(Protocol):
 
     @property
     def step_tokens(self) -> int | None:
-        """Tokens of the last step, where its samples are no rows of ``data.seq_length_tokens``; else None."""
+        """Tokens that the last step computed, where its rows were not all of ``data.seq_length_tokens``; else None."""
+
+    @property
+    def has_whole_samples(self) -> bool:
+        """Whether the number of samples says how many tokens were trained on: each is ``data.seq_length_tokens``, with
+        its padding."""
 
     def progress(self, state: TrainState) -> Mapping[str, float]:
         """Numbers that are recorded with the step that led to ``state``, such as the epoch."""
@@ -50,6 +57,7 @@ class FeedToCome:
 
     notices: Sequence[str] = ()
     step_tokens = None
+    has_whole_samples = True
 
     def __init__(self, offers: tuple[str, ...]) -> None:
         self.offers = offers
@@ -68,9 +76,10 @@ class FeedToCome:
 
 class SampleFeed:
     """Samples by number, without end, read ahead in the background. ``step`` must be called for consecutive steps, from
-    the state with which the feed was opened. ``columns``: those that the samples have; ``notices``: see ``Feed``."""
+    the state with which the feed was opened. ``columns``: those that the samples have; ``notices``: see ``Feed``;
+    ``lengths``: how long rows are, if they are not whole samples."""
 
-    step_tokens = None
+    has_whole_samples = True
 
     def __init__(
         self,
@@ -80,8 +89,10 @@ class SampleFeed:
         samples: Samples,
         columns: tuple[str, ...] = (),
         notices: Sequence[str] = (),
+        lengths: RowLengths | None = None,
     ) -> None:
-        self.notices = notices
+        self.notices, self._lengths = notices, lengths
+        self.step_tokens: int | None = None
         self._train = config.train
         self._layout = Layout.from_config(config, groups.mesh.world_size)
         self._dp_rank = groups.at.dp
@@ -99,8 +110,15 @@ class SampleFeed:
 
     def step(self, state: TrainState) -> list[Batch]:
         """See ``Feed``."""
-        size = global_batch_size(self._train, state.consumed_samples)
-        return [next(self._loader) for _ in range(self._layout.num_micro_batches(size, self._dp_rank))]
+        first, layout = state.consumed_samples, self._layout
+        size = global_batch_size(self._train, first)
+        batches = [next(self._loader) for _ in range(layout.num_micro_batches(size, self._dp_rank))]
+        if self._lengths is None:
+            return batches
+        parts = [list(layout.micro_batches(first, size, replica)) for replica in range(layout.dp)]
+        rows = layout.micro_batch_size
+        self.step_tokens = rows * sum(sum(self._lengths.of(part)) for part in parts)
+        return self._lengths.cut(batches, parts[self._dp_rank])
 
     def progress(self, state: TrainState) -> Mapping[str, float]:
         """Nothing but what every step records."""
@@ -109,6 +127,12 @@ class SampleFeed:
     def close(self) -> None:
         """Ends the reading thread."""
         self._loader.close()
+
+
+def row_lengths(config: RunConfig, groups: Groups, packer: Packer) -> RowLengths | None:
+    """How long the rows of a run's packed or padded samples are, if they are not whole samples."""
+    layout = Layout.from_config(config, groups.mesh.world_size)
+    return RowLengths.of_run(config, layout, packer, groups.platform.device.type)
 
 
 def token_feed(config: RunConfig, groups: Groups, state: TrainState) -> SampleFeed:
@@ -138,9 +162,11 @@ class HeldOut:
     samples: int = 0
 
 
-def held_out_batches(config: RunConfig, groups: Groups, source: Samples, wanted: int) -> HeldOut:
+def held_out_batches(
+    config: RunConfig, groups: Groups, source: Samples, wanted: int, lengths: RowLengths | None = None
+) -> HeldOut:
     """The first ``wanted`` samples: the same ones in every layout. Micro batches that only complete the number that the
-    replicas or the interleaved schedule need have weight 0."""
+    replicas or the interleaved schedule need have weight 0. ``lengths``: how long rows are, if not whole samples."""
     layout = Layout.from_config(config, groups.mesh.world_size)
     unit = layout.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
     filled = -(-wanted // unit) * unit
@@ -148,6 +174,7 @@ def held_out_batches(config: RunConfig, groups: Groups, source: Samples, wanted:
     prefetch = config.data.prefetch_batches
     with MicroBatchLoader(source, iter(numbers), groups.platform.device, prefetch) as loader:
         batches = list(islice(loader, len(numbers)))
+    batches = batches if lengths is None else lengths.cut(batches, numbers)
     return HeldOut([_without_surplus(batch, part, wanted) for batch, part in zip(batches, numbers)], wanted)
 
 

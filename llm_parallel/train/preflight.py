@@ -81,7 +81,9 @@ def preflight_job(
     check_config(config, processes, device, uneven=True)  # type: ignore[arg-type]
     if device == "cpu":
         check_kernels(config, device, notice)
-    return check_data(config, notice)
+    config = check_data(config, notice)
+    check_config(config, num_processes(config), device)  # type: ignore[arg-type]  # what its start will check
+    return config
 
 
 def without_own_load(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:

@@ -77,7 +77,7 @@ def record_step(run: Run, step: Step, uneven: bool) -> None:
         skip_reason=step.skip_reason,
         num_skipped=state.num_skipped,
         tokens=run.feed.step_tokens,
-        consumed_tokens=None if run.feed.step_tokens is None else state.consumed_tokens,
+        consumed_tokens=None if run.feed.has_whole_samples else state.consumed_tokens,
         statistics={**outcome.statistics, **run.feed.progress(state)},
     )
     run.metrics.step(derive(measured, run.basis, run.step_times_s))

@@ -17,7 +17,7 @@ from llm_parallel.objectives.reward import RewardPairs
 from llm_parallel.objectives.rrhf import RRHF
 from llm_parallel.parallel.engine import POLICY, network_of
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.train.feed import FeedToCome, SampleFeed, held_out_batches, no_held_out
+from llm_parallel.train.feed import FeedToCome, SampleFeed, held_out_batches, no_held_out, row_lengths
 from llm_parallel.train.open import Method
 from llm_parallel.train.run import Run
 from llm_parallel.train.step import evaluate
@@ -46,7 +46,8 @@ class PreferenceFeed(SampleFeed):
 
     def __init__(self, config: RunConfig, groups: Groups, state: TrainState, samples: GroupSamples) -> None:
         self._packer = samples.packer
-        super().__init__(config, groups, state.consumed_samples, samples, samples.offers)
+        lengths = row_lengths(config, groups, samples.packer)
+        super().__init__(config, groups, state.consumed_samples, samples, samples.offers, lengths=lengths)
 
     def progress(self, state: TrainState) -> Mapping[str, float]:
         """The epoch, with its fraction."""
@@ -112,7 +113,9 @@ def begin(run: Run) -> None:
     run.feed = PreferenceFeed(config, run.groups, run.state, data.training(config.seed))
     if data.held_out_rows:
         wanted = min(config.train.eval_samples, data.held_out_rows)
-        run.held_out = held_out_batches(config, run.groups, data.held_out(), wanted)
+        samples = data.held_out()
+        lengths = row_lengths(config, run.groups, samples.packer)
+        run.held_out = held_out_batches(config, run.groups, samples, wanted, lengths)
 
 
 PREFER = Method(

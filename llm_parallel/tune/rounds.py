@@ -102,6 +102,7 @@ class RoundFeed:
         self._collector = Collector(config, run.engine, self._tokenizer, judge, prompts.stops, models)
         self._round: Round | None = None
         self.step_tokens: int | None = 0
+        self.has_whole_samples = False
         self.offers = offers(config)
 
     def step(self, state: TrainState) -> list[Batch]:

@@ -36,6 +36,7 @@ from llm_parallel.objectives.base import Output, Terms, Unweighted
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
+from llm_parallel.train.feed import row_lengths
 from llm_parallel.train.step import evaluate
 from llm_parallel.tune.round_batches import Rows
 
@@ -132,6 +133,7 @@ def score(config: RunConfig, network: Network, data: GroupData, path: Path, say:
     unit = layout.micro_batch_size * layout.dp * (layout.pp if layout.vpp > 1 else 1)
     size = unit * max(1, -(-BLOCK // (layout.pp if layout.vpp > 1 else 1)))
     device = groups.platform.device
+    lengths = row_lengths(config, groups, samples.packer)
     starts = range(first, rows, size)
     filled = [-(-min(size, rows - start) // unit) * unit for start in starts]
     numbers = [list(layout.micro_batches(start, count, groups.at.dp)) for start, count in zip(starts, filled)]
@@ -140,10 +142,12 @@ def score(config: RunConfig, network: Network, data: GroupData, path: Path, say:
     with MicroBatchLoader(samples, flat, device, config.data.prefetch_batches) as loader:
         for start, block in zip(starts, numbers):
             batches = list(islice(loader, len(block)))
+            batches = batches if lengths is None else lengths.cut(batches, block)
             count = min(size, rows - start)
             for mismatched in (False, True)[: 1 + data.mismatches]:
                 chosen = [batch.mismatched if mismatched else batch for batch in batches]
-                whole = _everywhere(network, [one for one in chosen if one is not None], block, start, count)
+                shape = count, config.data.seq_length_tokens
+                whole = _everywhere(network, [one for one in chosen if one is not None], block, start, shape)
                 if values is not None:
                     for row in range(count):
                         for here, there in samples.places(start + row, mismatched):
@@ -157,16 +161,19 @@ def score(config: RunConfig, network: Network, data: GroupData, path: Path, say:
     groups.sum_over_world(0.0)  # nobody opens the file before it is there
 
 
-def _everywhere(network: Network, batches: Sequence[Batch], numbers: Sequence[range], start: int, count: int) -> Tensor:
-    """Log-probabilities [count, s] of the samples from ``start`` on, on the CPU of every process."""
+def _everywhere(
+    network: Network, batches: Sequence[Batch], numbers: Sequence[range], start: int, shape: tuple[int, int]
+) -> Tensor:
+    """Log-probabilities of the samples from ``start`` on, on the CPU of every process, fp32. shape: how many samples,
+    and the tokens of one, of which the batches may lack padding; 0 stands for that."""
     groups = network.groups
     found = log_probabilities(network, batches)
-    whole = torch.zeros((count, batches[0].tokens.shape[1]), dtype=torch.float32, device=groups.platform.device)
+    whole = torch.zeros(shape, dtype=torch.float32, device=groups.platform.device)
     if groups.reports_loss:
         for values, rows in zip(found, numbers):
             for place, number in enumerate(rows):
-                if number - start < count:
-                    whole[number - start] += values[place]
+                if number - start < shape[0]:
+                    whole[number - start, : values.shape[1]] += values[place]
     dist.all_reduce(whole)
     return whole.cpu()
 

@@ -19,7 +19,7 @@ from llm_parallel.metrics.record import AnswerRecord
 from llm_parallel.objectives.base import Objective
 from llm_parallel.objectives.by_source import by_source
 from llm_parallel.parallel.groups import Groups
-from llm_parallel.train.feed import HeldOut, SampleFeed, held_out_batches
+from llm_parallel.train.feed import HeldOut, SampleFeed, held_out_batches, row_lengths
 from llm_parallel.train.open import Method
 from llm_parallel.train.run import Run
 
@@ -52,9 +52,10 @@ class ConversationFeed(SampleFeed):
         data = conversations(config)
         samples = data.training(config.seed)
         self._packer = samples.packer
-        lengths = data.tokens.document_lengths[data.numbers("train")].astype(np.int64)
-        self._tokens = TokenCount(samples.packer, lengths)
-        super().__init__(config, groups, state.consumed_samples, samples, ("source",))
+        tokens = data.tokens.document_lengths[data.numbers("train")].astype(np.int64)
+        self._tokens = TokenCount(samples.packer, tokens)
+        lengths = row_lengths(config, groups, samples.packer)
+        super().__init__(config, groups, state.consumed_samples, samples, ("source",), lengths=lengths)
 
     def progress(self, state: TrainState) -> Mapping[str, float]:
         """The epoch, with its fraction, and the tokens, in TRL's names."""
@@ -98,7 +99,8 @@ def held_out_conversations(config: RunConfig, groups: Groups, state: TrainState)
     if not data.held_out_rows:
         return HeldOut()
     wanted = min(config.train.eval_samples, data.held_out_rows)
-    return held_out_batches(config, groups, data.held_out(), wanted)
+    samples = data.held_out()
+    return held_out_batches(config, groups, samples, wanted, row_lengths(config, groups, samples.packer))
 
 
 def show_answers(run: Run) -> None:

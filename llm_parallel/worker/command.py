@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
+from llm_launch.job_record import forget
 from llm_launch.lease import Lease
 from llm_launch.local import launch_local
 from llm_launch.worker import WorkerEnv, worker_environment
@@ -65,6 +66,8 @@ def train_command(
         check_room(config, _notice)
     with Unheard():
         with Lease(Path(config.run_dir)) if first else nullcontext():
+            if first:
+                forget(Path(config.run_dir))
             status = _train(config, environment)
         if first and status != EXIT_USER_ERROR:
             suggest(after_run(config, status, again))

@@ -180,7 +180,9 @@ def interrupted_scores(rank: int, world_size: int, run_file: str) -> tuple[list[
 
 
 def test_a_scoring_that_was_interrupted_goes_on(task: Callable[..., Path], tmp_path: Path) -> None:
-    scores, (first, second) = run_ranks(interrupted_scores, 1, str(task("kto", "interrupted")))[0]
+    """And rows that are cut to their answers have the numbers of packed ones."""
+    run_file = task("kto", "interrupted", chat={"packing": "pad"})
+    scores, (first, second) = run_ranks(interrupted_scores, 1, str(run_file))[0]
     train_in_ranks(task("kto", "whole", train={"steps": 1}), 1)
     (whole,) = (tmp_path / "whole" / "data").glob("*.logps")
     import numpy as np

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer
+import typer.core
 
 from llm_parallel import cli
 from llm_parallel.command_help import COMMANDS, DATA, MEASURE, OPERATE, PLAN, TRAIN, USE
@@ -89,6 +90,15 @@ def test_short_help_with_examples_everywhere(name: str) -> None:
     done = in_process(*name.split(), "-h")
     assert done.returncode == 0
     assert "Examples:" in done.stdout and f"llm-parallel {name} configs/" in done.stdout
+
+
+@pytest.mark.parametrize("names", [("-h", "--help"), ("--help", "-h")])
+def test_long_names_come_first_in_whatever_order_click_keeps_them(
+    names: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its set of the names of ``--help`` is in another order in every process."""
+    monkeypatch.setattr(typer.core.TyperCommand, "get_help_option_names", lambda *_: list(names))
+    assert "\n  --help, -h\n" in in_process("plan", "-h").stdout
 
 
 def test_version() -> None:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import jsonschema
@@ -25,6 +24,7 @@ from llm_parallel.generate.requests import Reason, Request
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.scheduler import Limits, Scheduler
 from llm_parallel.generate.structure import Structure, Structures
+from tests.support.folders import lasting_folder
 
 pytest.importorskip("llguidance", reason="pip install llguidance")
 MERGES = [("a", "b"), ("ab", "c"), ("{", '"'), ('"', ":"), ("t", "r"), ("Ã", "©")]
@@ -44,7 +44,7 @@ def byte_tokenizer(folder: Path, alphabet: Sequence[str], merges: Sequence[tuple
 @cache
 def kinds() -> tuple[Any, ...]:
     """A byte-level tokenizer and a SentencePiece model."""
-    pieces, bytes_ = Path(mkdtemp()), Path(mkdtemp())
+    pieces, bytes_ = lasting_folder(), lasting_folder()
     train_sentencepiece(['the "abc": [1, 22] é true\n', "ab abc {}"] * 40, 300, pieces)
     return byte_tokenizer(bytes_, pre_tokenizers.ByteLevel.alphabet(), MERGES), load_tokenizer(pieces)
 

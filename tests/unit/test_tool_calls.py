@@ -8,7 +8,6 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import jsonschema
@@ -34,6 +33,7 @@ from llm_parallel.generate.tool_calls import (
     tool_format,
 )
 from llm_parallel.generate.tool_choice import tool_structure
+from tests.support.folders import lasting_folder
 from tests.unit.test_structure import answer, kinds
 
 HERMES, LLAMA = ToolFormat("hermes"), ToolFormat("llama")
@@ -236,7 +236,7 @@ def test_other_templates_have_no_known_format(source: str) -> None:
 @cache
 def marked(special: bool) -> Any:
     """A tokenizer of bytes that has the marks of all formats as tokens of their own."""
-    folder = Path(mkdtemp())
+    folder = lasting_folder()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({one: number for number, one in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
