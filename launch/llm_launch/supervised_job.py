@@ -79,8 +79,12 @@ class SupervisedJob:
                     if tries > TRIES:
                         raise SlurmError("it takes the request, and the job runs on all the same")
                     self.job.requeue(bad)
-            except SlurmAway:
-                silent_since = silent_since or time.monotonic()
+            except SlurmAway as error:
+                if silent_since is None:
+                    silent_since = time.monotonic()
+                    self.journal.say(
+                        f"slurmctld does not answer yet, and is asked for {known.patience_s:.0f} s: {error}"
+                    )
                 decision = decide(replace(known, fate=None, waited_s=time.monotonic() - silent_since))
             except SlurmError as error:
                 known = replace(known, fate=Fate.RUNNING, refusal=str(error))
