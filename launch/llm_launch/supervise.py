@@ -18,10 +18,11 @@ from llm_launch.copy_files import make_run_folder
 from llm_launch.door import raise_file_limit
 from llm_launch.job_end import GIVEN_UP
 from llm_launch.job_record import forget
-from llm_launch.network import own_address
+from llm_launch.network import address_for
 from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.snapshot import used_up
-from llm_launch.starters import AgentStarter, LocalStarter, SlurmStarter, local_nodes, paced
+from llm_launch.starters import AgentStarter, LocalStarter, local_nodes, paced
+from llm_launch.steps import SlurmStarter
 from llm_launch.supervised_job import SupervisedJob
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
@@ -151,11 +152,13 @@ def starter_of_job(
     try:
         names = job.nodes()
         # The shell of salloc may be on a machine that is no node of the job.
-        node = job.node if job.node in names else names[0]
-        address = job.addresses([node])[node]
-        address = address if node == job.node else own_address((address, 1))
-    except (SlurmError, KeyError, OSError) as error:
+        known = {**dict(zip(names, names)), **job.addresses(names)}
+        own = known.pop(job.node, job.node)
+        address = address_for(list(known.values()), own)
+    except SlurmError as error:
         raise UserError(f"SLURM does not say which nodes job {job.job_id} has: {error}") from None
+    except OSError as error:
+        raise UserError(f"the nodes of job {job.job_id} cannot find this one: {error}; see /etc/hosts") from None
     per_node = gpus
     if not per_node:
         active = max(1, len(names) - config.elastic.spare_nodes)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llm_launch import wire
+from llm_launch.absence import Absence
 from llm_launch.controller import Controller, Stopped
 from llm_launch.starters import AgentStarter
 from llm_launch.states import EXIT_TOO_FEW
@@ -44,6 +45,10 @@ class NoStarter:
 
     def start(self, node: str) -> None:
         """Never."""
+
+    def look(self) -> list[Absence]:
+        """None."""
+        return []
 
     def condemn(self, node: str, reason: str) -> None:
         """Never."""
