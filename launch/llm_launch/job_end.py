@@ -32,6 +32,8 @@ class Known:
     """Exit status of the run."""
     time_is_up: bool = False
     """Whether SLURM has announced the job's time limit."""
+    stop_asked: bool = False
+    """Whether anybody has asked the run to end, SLURM included."""
     fate: Fate | None = Fate.RUNNING
     """What SLURM says of the job; None if slurmctld does not answer."""
     asked: str = ""
@@ -100,7 +102,7 @@ def _reason(known: Known) -> str:
         return PREEMPTED
     if known.time_is_up:
         return TIME_LIMIT
-    return TOO_FEW if known.status == EXIT_TOO_FEW else ""
+    return TOO_FEW if known.status == EXIT_TOO_FEW and not known.stop_asked else ""
 
 
 def too_often(starts: int, cause: str) -> str:
