@@ -76,7 +76,7 @@ def decide(known: Known) -> Decision:
         return Decision(Act.END, status, f"slurmctld has not answered for {known.waited_s:.0f} s", given_up=True)
     if known.fate is Fate.QUEUED:
         # The batch script's own status is not 0 either, should SLURM believe it.
-        cause = known.asked or "SLURM or an operator has put it there"
+        cause = known.asked or "SLURM or an operator requeued it"
         return Decision(Act.END, EXIT_STOPPED, cause, queued=True, counts=bool(known.asked) and cause != PREEMPTED)
     if known.fate is Fate.OVER:
         return Decision(Act.END, EXIT_STOPPED, "SLURM has ended this job already", counts=False)

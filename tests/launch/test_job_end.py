@@ -56,7 +56,7 @@ TABLE: dict[str, tuple[Known, Decision]] = {
     ),
     "in the queue by SLURM": (
         Known(FEW, fate=QUEUED),
-        Decision(Act.END, STOP, "SLURM or an operator has put it there", queued=True, counts=False),
+        Decision(Act.END, STOP, "SLURM or an operator requeued it", queued=True, counts=False),
     ),
     "cancelled": (
         Known(STOP, fate=OVER),

@@ -1,6 +1,6 @@
 """Ways in which a SLURM job ends, each caused on a real cluster, and what the next start of its run finds.
 
-python -m tests.slurm.endings FOLDER [WAY …]      prints the table of docs/pages/slurm.md; FOLDER must not exist yet
+python -m tests.slurm.endings FOLDER [WAY …]      prints the table of launch/README.md; FOLDER must not exist yet
 """
 
 from __future__ import annotations
@@ -127,8 +127,10 @@ def _warn(submitted: Submitted) -> None:
 def _warn_without_slurmctld(submitted: Submitted) -> None:
     """The launcher has asked for a requeue in vain before slurmctld comes back."""
     submitted.reach(5)
-    script = [p for p in submitted.cluster.tasks() if p.name() == "bash" and "slurm_script" in " ".join(p.cmdline())]
-    assert len(script) == 1, script
+    tasks = submitted.cluster.tasks()
+    script = [p for p in tasks if any(part.endswith("/slurm_script") for part in p.cmdline())]
+    script = [p for p in script if p.ppid() not in [other.pid for other in script]]
+    assert len(script) == 1, tasks
     submitted.cluster.stop_slurmctld()
     script[0].send_signal(signal.SIGUSR1)
     until(lambda: bool(submitted.events("stopped")), LIMIT_S, "the save")
