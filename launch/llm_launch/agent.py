@@ -162,6 +162,7 @@ class Agent:
         job = SlurmJob.from_environment(os.environ)
         if job is None:
             return
+        said = ""
         while True:
             await asyncio.sleep(RESCUE_S * (1.0 + random.random()))
             try:
@@ -170,7 +171,8 @@ class Agent:
                     self._log("the node of the batch script is dead; putting the job back into the queue")
                     await asyncio.to_thread(job.requeue)
             except SlurmError as error:
-                self._log(f"SLURM: {error}")
+                if said != f"SLURM: {error}":  # an image without SLURM's commands says it every time
+                    self._log(said := f"SLURM: {error}")
 
     def _claims(self, job: SlurmJob) -> bool:
         """Whether this agent may requeue the job, since a second requeue would end the next start. The claim is a file

@@ -24,6 +24,9 @@ AWAY_S = 60.0
 """How long a slurmctld that does not answer is told what a job on hold needs."""
 WORKING_STATES = ("allocated", "mixed", "idle", "draining", "completing", "reserved", "maint", "planned")
 """Words for nodes on which a step of a running job can be started."""
+PROMPT = {"PYTHONUNBUFFERED": "1"}
+"""For lines that arrive when they are printed. srun's own --unbuffered gives every task a terminal, for which programs
+draw bars and colours."""
 NO_STEPS = ("4294967291", "4294967290")
 """What some versions of SLURM give as the step of a batch script, and of a shell that salloc opens on a node."""
 _FIELD = re.compile(r"(?:^| )([A-Za-z:/_]+)=")
@@ -140,7 +143,7 @@ class SlurmJob:
         count = str(len(nodes))
         # The environment as it is here, whatever --export the job was submitted with. No number of CPUs or GPUs: that
         # of this node may be more than another has, and a step without one may use all that the job has on each node.
-        options = ["--no-kill", "--kill-on-bad-exit=0", "--overlap", "--unbuffered", "--export=ALL", "--cpu-bind=none"]
+        options = ["--no-kill", "--kill-on-bad-exit=0", "--overlap", "--export=ALL", "--cpu-bind=none"]
         options += ["--nodes", count, "--ntasks", count, "--ntasks-per-node=1", "--nodelist", ",".join(nodes)]
         # A group of its own: a signal for the batch script is not one for the agents.
         return subprocess.Popen(
@@ -156,7 +159,8 @@ class SlurmJob:
         stale = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
                  "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NODELIST", "SLURM_NODELIST", "SLURM_GPUS",
                  "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_CPUS_PER_GPU")  # fmt: skip
-        return {name: value for name, value in self.environment.items() if name not in stale}
+        kept = {name: value for name, value in self.environment.items() if name not in stale}
+        return {**kept, **PROMPT}
 
     def submit_agent(self, argv: Sequence[str], node: str, logs: Path, more: Sequence[str] = ()) -> str:
         """A job of its own with an agent on ``node``, in this job's partition, account and quality of service, for the
@@ -172,9 +176,9 @@ class SlurmJob:
         options += [f"--nodelist={node}", "--nodes=1", "--exclusive", "--no-requeue", "--export=ALL"]
         log = str(logs).replace("%", "%%") + f"/agent-{node}-%j.out"
         options += [f"--job-name=agent-of-{self.job_id}", f"--output={log}"]
-        step = ["srun", "--nodes=1", "--ntasks=1", "--export=ALL", "--cpu-bind=none", "--unbuffered", *more, *argv]
+        step = ["srun", "--nodes=1", "--ntasks=1", "--export=ALL", "--cpu-bind=none", *more, *argv]
         kept = {name: value for name, value in self.environment.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        job = replace(self, environment={**kept, **_configuration(self.environment)})
+        job = replace(self, environment={**kept, **_configuration(self.environment), **PROMPT})
         return job._call(["sbatch", "--parsable", *options, "--wrap", f"exec {shlex.join(step)}"]).split(";")[0]
 
     def state_of_job(self, number: str) -> str:
