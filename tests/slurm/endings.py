@@ -36,7 +36,7 @@ PARTITIONS = (
     )
     + "PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF State=UP\n"
 )
-QUALITIES = "PreemptType=preempt/qos\nPreemptMode=REQUEUE\nAccountingStorageEnforce=associations,qos\n"
+QUALITIES = "PreemptType=preempt/qos\nPreemptMode=REQUEUE\n"
 
 
 @dataclass
@@ -278,9 +278,11 @@ def bring_up(folder: Path, more: str) -> Cluster:
 def prepare(cluster: Cluster, more: str) -> None:
     """Makes the qualities of service that the configuration needs."""
     if more == QUALITIES:
-        for words in ("add qos scavenger gracetime=30 preemptmode=requeue priority=1", "add qos urgent priority=9",
-                      "modify qos urgent set preempt=scavenger", "add account all",
-                      "add user root account=all qos=normal,scavenger,urgent"):  # fmt: skip
+        for words in (
+            "add qos scavenger gracetime=30 preemptmode=requeue priority=1",
+            "add qos urgent priority=9",
+            "modify qos urgent set preempt=scavenger",
+        ):
             cluster.run(["sacctmgr", "-i", *words.split()])
 
 
