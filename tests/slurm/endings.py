@@ -230,7 +230,7 @@ WAYS = {
                                                 QUALITIES, accounts="REQUEUED"),
     "suspended and resumed": Way(_suspend, "RUNNING", True),
     "a node lost": Way(_crash(False), "RUNNING", True, 1),
-    "all nodes lost, and back": Way(_crash(True), "requeued", True, 1, accounts="REQUEUED"),
+    "all nodes lost, and back": Way(_crash(True), "requeued", True, 1, accounts="NODE_FAIL"),
     "a user's mistake": Way(_mistake, "FAILED 2:0", options=HELD, mends=lambda s: _change_copy(s, 100_000)),
     "an error of the program": Way(_error, "FAILED 1:0", False, 1, ("elastic.drills=true",)),
 }  # fmt: skip
