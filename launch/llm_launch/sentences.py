@@ -93,6 +93,8 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     ),
     "save": lambda r: f"checkpoint of step {r['step']}",
     "save_failed": lambda r: f"the checkpoint of step {r['step']} could not be saved: {r['cause']}",
+    "tasks": lambda r: f"tasks scored after step {r['step']}",
+    "tasks_failed": lambda r: f"the tasks could not be scored after step {r['step']}: {r['cause']}",
     "save_incomplete": lambda r: f"the checkpoint of step {r['step']}: {r['cause']}",
     "skip": lambda r: (
         f"step {r['step']} was not applied: {r['reason']}; samples {r['first_sample']} to {r['last_sample']}"
