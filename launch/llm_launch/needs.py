@@ -72,7 +72,7 @@ def _named(tree: Any) -> Iterator[str]:
                 yield value
             elif name != "chat":
                 yield from _named(value)
-            elif isinstance(value, dict) and value.get("prepared"):  # conversations themselves are read by the launcher alone
+            elif isinstance(value, dict) and value.get("prepared"):  # conversations are read by the launcher alone
                 yield value["prepared"]
     elif isinstance(tree, list):
         for value in tree:
