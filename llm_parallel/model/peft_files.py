@@ -146,6 +146,8 @@ class PeftFolder:
                 f"adapters are {' and '.join(_WHOLE)} only"
             )
         held = {name for name, tensor in _WHOLE.items() if tensor in self._tensors}
+        if given and values.get("ensure_weight_tying"):  # then the one that is named stands for both
+            given |= held
         if odd := sorted(held ^ given):
             raise UserError(
                 f"{self.folder / WEIGHTS_NAME} {'has' if odd[0] in held else 'lacks'} {_WHOLE[odd[0]]}, and "

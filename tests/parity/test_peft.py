@@ -299,6 +299,22 @@ def test_ten_steps_of_dora_are_pefts_in_layouts(family: str, parallel: dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"tp": 2, "pp": 2}, {"tp": 4}, {"pp": 2}], ids=["tp2-pp2", "tp4", "pp2"])
+@pytest.mark.parametrize("kind", ["tied, whole", "tied, vocabulary", "output whole"])
+def test_steps_on_the_vocabulary_are_pefts_in_layouts(
+    kind: str, parallel: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    base = of_kind(base, kind, tmp_path / "tied")
+    expected = theirs(adapted(base, kind, tmp_path / "peft"), 6)
+    settings = adapter_config(kind, tmp_path / "peft")
+    ranks = parallel.get("tp", 1) * parallel.get("pp", 1)
+    for found in run_ranks(ours, ranks, str(base), settings, parallel, str(tmp_path / "run"), 6):
+        worst = np.abs(np.array(found["losses"]) / expected["losses"] - 1).max()
+        print(f"| {kind} | {parallel} | losses {worst:.1e} |")
+        assert worst <= 1e-5
+
+
+@pytest.mark.slow
 def test_more_ranks_than_groups_read_pefts_files_too(base: Path, tmp_path: Path) -> None:
     expected = theirs(adapted(base, "some, rsLoRA", tmp_path / "peft"))
     settings = adapter_config("some, rsLoRA", tmp_path / "peft")
