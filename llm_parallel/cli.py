@@ -12,7 +12,9 @@ from typing import Annotated
 
 import typer
 
+from llm_launch.agent_step import AgentStep
 from llm_launch.drill_request import DrillRequest
+from llm_launch.launch_request import LaunchRequest
 from llm_launch.submit_request import SubmitRequest
 from llm_parallel.annotate.request import AnnotateRequest
 from llm_parallel.bench.requests import CommRequest, KernelsRequest, ScalingRequest, StepRequest
@@ -160,8 +162,8 @@ def sft(
 def prefer(
     run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
 ) -> None:
-    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf, reward). Starts like
-    pretrain."""
+    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf, reward) or that it gives
+    itself (reject, grpo, ppo). Starts like pretrain."""
     from llm_parallel.worker.command import train_command
 
     raise typer.Exit(train_command("prefer", run_file, overrides or [], dry_run, everything))
@@ -177,20 +179,12 @@ def annotate(request: AnnotateRequest) -> None:
 
 
 @command(app, "launch", with_overrides=True)
-def launch(
-    run_file: RunFile,
-    overrides: Overrides = None,
-    processes: Annotated[
-        int | None, typer.Option(help="Devices to use; more than the layout needs are spares. Default: the layout's.")
-    ] = None,
-    nodes: Annotated[
-        int | None, typer.Option(help="Agents among which this machine's devices are dealt. Default: one.")
-    ] = None,
-) -> None:
+@with_options
+def launch(run_file: RunFile, request: LaunchRequest, step: AgentStep, overrides: Overrides = None) -> None:
     """Train as pretrain does, and go on when a process, device or node fails; in a SLURM job on all of its nodes."""
     from llm_parallel.worker.launch import launch_command
 
-    raise typer.Exit(launch_command(run_file, overrides or [], processes, nodes, os.environ))
+    raise typer.Exit(launch_command(run_file, overrides or [], request, step, os.environ))
 
 
 @command(app, "submit", with_overrides=True)
@@ -198,13 +192,14 @@ def launch(
 def submit(
     run_file: RunFile,
     request: SubmitRequest,
+    step: AgentStep,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="Print the batch file; submit nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check the run and print the batch file; submit nothing.")] = False,
 ) -> None:
     """Hand a run to SLURM: it survives failing GPUs and nodes, and goes back to the queue at its time limit."""
     from llm_parallel.worker.launch import submit_command
 
-    raise typer.Exit(submit_command(run_file, overrides or [], request, dry_run))
+    raise typer.Exit(submit_command(run_file, overrides or [], (request, step), dry_run, os.environ))
 
 
 # Operate

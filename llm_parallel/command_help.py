@@ -95,6 +95,7 @@ COMMANDS: dict[str, CommandHelp] = {
         (
             "--model llama2-70b --cluster dgx-h100 --gpus 64 --write runs/70b.yaml",
             "--model llama3-8b --gpus 8 --explain tp=2,pp=1,mbs=1",
+            "configs/sft.yaml --cluster rtx-4090 --document-tokens 200",
             "--model llama3-8b --gpus 64 --what-if gpus=128 --what-if cluster=dgx-h200",
             "--validate",
         ),

@@ -39,6 +39,7 @@ def as_prometheus(status: dict[str, Any]) -> str:
         "recoveries_total": ("counter", "faults recovered from since the start", status["recoveries"]),
         "lost_steps_total": ("counter", "steps made again since the start", status["lost_steps"]),
         "excluded_devices": ("gauge", "devices removed for good", len(status["excluded"])),
+        "missing_nodes": ("gauge", "expected nodes that are not there", len(status.get("missing", ()))),
         "goodput": ("gauge", "part of the time since the start not spent recovering", status["goodput"]["fraction"]),
         "single_copies": (
             "gauge",
@@ -78,8 +79,12 @@ class Journal:
         self.recoveries = 0
         self.lost_steps = 0
         self.resumed_step = 0
+        self.on_resume: Callable[[int], None] | None = None
+        """Is told the step from which a generation goes on."""
 
-    def _later(self, work: Callable[[], None]) -> None:
+    def later(self, work: Callable[[], None]) -> None:
+        """Has ``work`` done by the thread that writes, after what was handed in before."""
+
         def done() -> None:
             try:
                 work()
@@ -103,13 +108,15 @@ class Journal:
             self.recoveries += 1
         elif kind == "resume":
             self.resumed_step = fields.get("step", 0)
+            if self.on_resume is not None:
+                self.on_resume(self.resumed_step)
             if self._faulted_s is not None:
                 fields["seconds_since_detection"] = round(now - self._faulted_s, 3)
                 self._down_s += now - self._faulted_s
                 self._faulted_s = None
         fields = {name: round(value, 3) if isinstance(value, float) else value for name, value in fields.items()}
         record = {"event": kind, **{name: value for name, value in fields.items() if value is not None}}
-        self._later(partial(self._events.append, record, datetime.now(timezone.utc)))
+        self.later(partial(self._events.append, record, datetime.now(timezone.utc)))
         if kind not in QUIET:
             self.say(sentence(record))
         if self._hooks is not None:
@@ -125,9 +132,9 @@ class Journal:
     def fail(self, verdict: Verdict) -> None:
         """Records and prints why the run cannot go on, after the first traceback."""
         record = {"event": "fail", "fault": verdict.fault.value, "cause": verdict.reason}
-        self._later(partial(self._events.append, record, datetime.now(timezone.utc)))
+        self.later(partial(self._events.append, record, datetime.now(timezone.utc)))
         if verdict.fault.value != "user":
-            self._later(self._print_first_traceback)
+            self.later(self._print_first_traceback)
         self._writer.submit(note, verdict.reason)
 
     def _print_first_traceback(self) -> None:
@@ -138,11 +145,11 @@ class Journal:
     def keep_traceback(self, device: Device, generation: int, text: str) -> None:
         """A worker's traceback, in the logs."""
         path = self._run_dir / "logs" / f"traceback_g{generation}_{device.node}_{device.number}.txt"
-        self._later(partial(_replace, path, text))
+        self.later(partial(_replace, path, text))
 
     def keep_stacks(self, generation: int, looks: dict[str, Any]) -> None:
         """Stacks and collectives of all workers at a hang."""
-        self._later(partial(_replace, self._run_dir / "logs" / f"hang_g{generation}.json", json.dumps(looks, indent=1)))
+        self.later(partial(_replace, self._run_dir / "logs" / f"hang_g{generation}.json", json.dumps(looks, indent=1)))
 
     def write_status(self, status: dict[str, Any]) -> None:
         """Replaces elastic.json. Of several states that wait to be written, only the newest is."""
@@ -163,7 +170,7 @@ class Journal:
             },
         )
         if waiting is None:
-            self._later(self._write_newest)
+            self.later(self._write_newest)
 
     def _write_newest(self) -> None:
         with self._lock:
@@ -193,7 +200,7 @@ class Journal:
             self._needed[MEMORY_NAME] = text.encode()
             _replace(self._run_dir / MEMORY_NAME, text)
 
-        self._later(write)
+        self.later(write)
 
     def remembered(self) -> dict[str, Any]:
         """What an earlier start kept; empty if there was none."""

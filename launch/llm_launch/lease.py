@@ -107,7 +107,7 @@ class Lease:
             time.sleep(BEAT_S / 5)
             found = read_holder(self.path)
         if found is not None and self._may_live(found):
-            raise self._refusal(found)
+            raise _in_use(self.path.parent, found)
         with atomic_write(self.path, "wb") as handle:
             handle.write(self.holder.encode())
 
@@ -134,15 +134,8 @@ class Lease:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(fd)
-                raise self._refusal(read_holder(self.path)) from None
+                raise _in_use(self.path.parent, read_holder(self.path)) from None
         return fd
-
-    def _refusal(self, found: Holder | None) -> UserError:
-        who = found.describe() if found is not None else "another process"
-        return UserError(
-            f"run_dir = {self.path.parent} is in use by {who}; end that run first, or give another run_dir (if it is"
-            f" certainly gone, remove {self.path} and start again)"
-        )
 
     def _may_live(self, found: Holder) -> bool:
         """Whether the holder of a record may still train; if that is unknown, waits for a sign of life."""
@@ -202,6 +195,34 @@ class Lease:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def refuse_if_held(run_dir: Path) -> None:
+    """Raises UserError if a process of this machine holds ``run_dir``; says it if one of another machine may. Takes
+    nothing."""
+    found = read_holder(run_dir / RECORD_NAME)
+    if found is None:
+        return
+    if found.boot != _boot():
+        if not found.job:  # what SLURM knows of its jobs says more
+            note(f"run_dir = {run_dir} is in use by {found.describe()}, or that run was killed; a second is refused")
+        return
+    with contextlib.suppress(OSError):
+        fd = open_own(run_dir / LOCK_NAME, os.O_RDWR)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(run_dir, found) from None
+        finally:
+            os.close(fd)
+
+
+def _in_use(run_dir: Path, found: Holder | None) -> UserError:
+    who = found.describe() if found is not None else "another process"
+    return UserError(
+        f"run_dir = {run_dir} is in use by {who}; end that run first, or give another run_dir (if it is certainly gone,"
+        f" remove {run_dir / RECORD_NAME} and start again)"
+    )
 
 
 def read_holder(path: Path) -> Holder | None:

@@ -58,6 +58,8 @@ class Node:
     warm: bool = False
     """Whether it has had a worker: from then on another is forked in milliseconds; before, it imports for seconds."""
     inventory: list[dict[str, Any]] | None = None
+    switches: str = ""
+    """Network switches above it from the top down, with points between them, as SLURM knows them."""
 
     def ready(self) -> dict[int, Worker]:
         """Its workers that can have an assignment, by device. One that the controller had killed cannot, even while
@@ -72,9 +74,11 @@ class Node:
 
 @dataclass
 class Roster:
-    """All nodes, in the order in which they first joined."""
+    """All nodes, in the order in which they first joined. ``order``: the names of the nodes that will join, as the
+    list of hosts has them."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
 
     def join(self, hello: wire.Message, channel: wire.Channel) -> Node:
         """An agent is there, or there again."""
@@ -83,12 +87,16 @@ class Roster:
         if old is not None and old.channel is not None:
             old.channel.close()
         node = Node(name, hello["host"], tuple(hello["devices"]), tuple(hello["copies"]), channel, hello["pid"])
+        node.switches = hello.get("switches", "")
         self.nodes[name] = node
         return node
 
     def alive(self) -> list[Node]:
-        """Nodes whose agent is connected."""
-        return [node for node in self.nodes.values() if node.channel is not None]
+        """Nodes whose agent is connected, those of a switch side by side, in the order of the list of hosts: neighbours
+        in it are neighbours in the network more often than those that happen to join one after the other."""
+        place = {name: number for number, name in enumerate(self.order)}
+        nodes = sorted(self.nodes.values(), key=lambda node: place.get(node.name, len(place)))
+        return [node for node in by_switch(nodes) if node.channel is not None]
 
     def warm(self) -> list[Node]:
         """Those of them whose missing workers will be there in milliseconds."""
@@ -98,3 +106,18 @@ class Roster:
         """The process on a device, if there is one."""
         node = self.nodes.get(device.node)
         return node.workers.get(device.number) if node is not None else None
+
+
+def by_switch(nodes: list[Node]) -> list[Node]:
+    """The nodes with those of a switch side by side, on every level of the network; else in the order given."""
+    first: dict[str, int] = {}
+    for number, node in enumerate(nodes):
+        for above in _levels(node):
+            first.setdefault(above, number)
+    return sorted(nodes, key=lambda node: [first[above] for above in _levels(node)])
+
+
+def _levels(node: Node) -> list[str]:
+    """The switches above a node, each with those above it: a.b for b."""
+    parts = node.switches.split(".") if node.switches else []
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]

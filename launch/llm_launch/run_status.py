@@ -8,7 +8,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -27,9 +27,11 @@ class RunStatus:
     """State of a run."""
 
     state: str
-    """``running``, ``finished``, ``stopped``, ``failed``, or ``ended`` if it is gone without a word."""
+    """``running``, ``finished``, ``stopped``, ``failed``, or ``ended`` if it is gone without a word; of an elastic run
+    what its launcher does; of a SLURM job also ``pending``, ``requeued``, ``starting``, ``suspended``, ``ending``,
+    ``cancelled`` and ``preempted``."""
     why: str = ""
-    """What is known about a failure."""
+    """What is known about it, as of a failure its cause."""
     holder: Holder | None = None
     """Who trains."""
     step: int = 0
@@ -44,6 +46,19 @@ class RunStatus:
     """Step of the newest checkpoint."""
     step_s: float | None = None
     """Median time of the last steps."""
+    job: str = ""
+    """The SLURM job, its start and its nodes, for people."""
+
+    @property
+    def headline(self) -> str:
+        """The state, of what, and why."""
+        by = self.job or (self.holder.describe() if self.holder is not None and self.state == "running" else "")
+        return f"{self.state}{f' ({by})' if by else ''}{f': {self.why}' if self.why else ''}"
+
+    @property
+    def progress(self) -> str:
+        """How many steps are made, and of how many."""
+        return f"step {self.step:,}" + (f" of {self.total_steps:,}" if self.total_steps is not None else "")
 
     @property
     def last_step_at(self) -> datetime | None:
@@ -55,12 +70,10 @@ class RunStatus:
 
     def lines(self, now: datetime) -> list[str]:
         """The state in a few lines."""
-        by = f" ({self.holder.describe()})" if self.holder is not None and self.state == "running" else ""
-        found = [f"{self.state}{by}{f': {self.why}' if self.why else ''}"]
-        of = f" of {self.total_steps:,}" if self.total_steps is not None else ""
+        found = [self.headline]
         loss = self.record.get("train/loss")
         held_out = self.evaluation.get("eval/loss")
-        parts = [f"step {self.step:,}{of}"]
+        parts = [self.progress]
         parts += [f"loss {loss:.4f}"] if isinstance(loss, float) else []
         if isinstance(held_out, float):
             parts.append(f"held-out loss {held_out:.4f} after step {self.evaluation['step']:,}")
@@ -81,8 +94,9 @@ class RunStatus:
         return f"{eta}last step {_duration(ago)} ago"
 
 
-def read_status(run_dir: Path) -> RunStatus:
-    """The status of a run. Raises UserError if the folder is none of a run."""
+def read_status(run_dir: Path, holder: Holder | None) -> RunStatus:
+    """The status of a run in which ``holder`` trains, None if nobody does. Raises UserError if the folder is none of a
+    run."""
     if not (run_dir / "metrics.jsonl").exists() and not (run_dir / "config.yaml").exists():
         raise UserError(f"{run_dir} is no run's folder: it has neither metrics.jsonl nor config.yaml; name a run_dir")
     record: dict[str, Any] = {}
@@ -102,7 +116,6 @@ def read_status(run_dir: Path) -> RunStatus:
         elif "eval/loss" in found and "step" in found:
             evaluation = found
     total = total if isinstance(total, int) else None
-    holder = living_holder(run_dir)
     state, why = ("running", "") if holder is not None else _ending(run_dir, step, total)
     return RunStatus(
         state, why, holder, step, total, record, evaluation, _saved_step(run_dir),
@@ -110,29 +123,66 @@ def read_status(run_dir: Path) -> RunStatus:
     )  # fmt: skip
 
 
-def living_holder(run_dir: Path) -> Holder | None:
-    """Who trains in a folder at this moment; None if nobody does."""
-    path = run_dir / RECORD_NAME
-    holder = read_holder(path)
-    if holder is None:
-        return None
+class SignsOfLife:
+    """Whether somebody trains in a folder. On one machine a lock says so; a process of another machine counts its
+    record up, and what counts is whether it does so while this one looks: the clock of a login node may be wrong by
+    minutes."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._seen: Holder | None = None
+        self._moved_s = time.monotonic()
+
+    def look(self) -> tuple[Holder | None, bool]:
+        """Who trains, None if nobody does; and whether that is sure. As long as it is not, look again."""
+        path = self.run_dir / RECORD_NAME
+        holder = read_holder(path)
+        if holder is None:
+            return None, True
+        locked = _is_locked(self.run_dir / LOCK_NAME)
+        if locked or holder.host == os.uname().nodename[:200]:
+            return (holder, True) if locked else (None, True)  # on this machine it would hold the lock
+        seen, self._seen = self._seen, holder
+        if seen is not None and holder != seen:
+            self._moved_s = time.monotonic()
+            return holder, True
+        if seen is None and abs(time.time() - _modified(path)) < DEAD_BEATS * BEAT_S:
+            return holder, True
+        silent = time.monotonic() - self._moved_s > DEAD_BEATS * BEAT_S
+        return (None, True) if silent else (holder, False)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process of this machine holds the lock, or of another one where the file system passes locks on."""
     try:
-        fd = os.open(run_dir / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
-        fd = None
-    if fd is not None:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return holder
-        finally:
-            os.close(fd)
-        if holder.host == os.uname().nodename[:200]:
-            return None  # it would hold the lock
-    # A process of another machine counts its record up; the clock of the file system may differ a little from ours.
-    age_s = time.time() - path.stat().st_mtime
-    return holder if age_s < 2 * DEAD_BEATS * BEAT_S else None
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(fd)
+    return False
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def living_holder(run_dir: Path, pause: Callable[[float], None] = time.sleep) -> Holder | None:
+    """Who trains in a folder at this moment; None if nobody does. For a record that another machine wrote some time
+    ago, by this machine's clock, it takes seconds to know."""
+    signs = SignsOfLife(run_dir)
+    while True:
+        holder, sure = signs.look()
+        if sure:
+            return holder
+        pause(BEAT_S / 10)
 
 
 def _ending(run_dir: Path, step: int, total: int | None) -> tuple[str, str]:

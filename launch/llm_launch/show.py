@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from llm_launch.run_status import RunStatus, living_holder, read_status
+from llm_launch.job_record import JobRecord, read_record
+from llm_launch.job_view import AT_WORK, WAITING, look
+from llm_launch.run_status import SignsOfLife
 from llm_launch.sentences import line
-from llm_launch.states import OVER
+from llm_launch.standing import Standing, stand
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import read_jsonlines
 from llm_parallel.lines import CONTROL, printable
@@ -24,35 +28,42 @@ FOLLOW_S = 0.5
 LAST_EVENTS = 5
 
 
-def show_status(run_dir: Path, console: Console) -> str:
-    """Prints what a run is doing and its last events; returns the command to try next. Raises UserError if it is no
-    run's folder."""
-    elastic = _elastic(run_dir)
-    status = read_status(run_dir) if elastic is None or (run_dir / "metrics.jsonl").exists() else RunStatus("running")
-    state = status.state
-    if elastic is not None:
-        state = _state(run_dir, elastic)
+def show_status(run_dir: Path, console: Console, environment: Mapping[str, str] = os.environ) -> str:
+    """Prints what a run is doing and its last events; returns the command to try next. SLURM is asked about a run that
+    is its job. Raises UserError if it is no run's folder."""
+    record = read_record(run_dir)
+    if record is not None and record.folders:
+        return show_array(run_dir, record, console, environment)
+    found = stand(run_dir, record, look(record.job, environment) if record is not None else None)
+    if found.elastic is not None:
         try:
-            _show_elastic(run_dir, elastic, state, status, console)
+            _show_elastic(run_dir, found, console)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{run_dir / 'elastic.json'} is not what the launcher writes ({type(error).__name__}: {error}); see "
                 f"{run_dir / 'events.jsonl'}"
             ) from None
     else:
-        first, *rest = status.lines(_now())
+        first, *rest = found.status.lines(_now())
         show(printable("\n".join([f"{run_dir}: {first}", *rest])), console)
+    if found.complaint:
+        show(found.complaint, console)
     if (run_dir / "events.jsonl").exists():
         show("\n".join(list(timeline(run_dir))[-LAST_EVENTS:]), console)
-    return next_command(run_dir, state, elastic is not None)
+    return next_command(run_dir, found.status.state, found.elastic is not None, record)
 
 
-def next_command(run_dir: Path, state: str, elastic: bool) -> str:
+def next_command(run_dir: Path, state: str, elastic: bool, record: JobRecord | None = None) -> str:
     """What to try after looking at a run in a state."""
     if state == "finished":
         return f'llm-parallel generate {run_dir} --prompt "…"'
-    if state in ("stopped", "failed", "ended"):
+    batch_file = run_dir / "submit.sbatch"
+    if state in ("stopped", "failed", "ended", "cancelled", "preempted"):
+        if record is not None and batch_file.exists():
+            return f"sbatch {shlex.quote(str(batch_file))}"
         return f"llm-parallel {'launch' if elastic else _method(run_dir)} {run_dir}/config.yaml"
+    if record is not None and state in (*WAITING, *AT_WORK):
+        return f"squeue --start --jobs {record.job}" if state in WAITING else f"squeue --jobs {record.job}"
     return f"llm-parallel events {run_dir} --follow"
 
 
@@ -66,33 +77,33 @@ def _method(run_dir: Path) -> str:
         return "pretrain"
 
 
-def _elastic(run_dir: Path) -> dict[str, Any] | None:
-    """State that ``launch`` keeps; None where it did not write any."""
-    try:
-        found = json.loads((run_dir / "elastic.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+def show_array(run_dir: Path, record: JobRecord, console: Console, environment: Mapping[str, str]) -> str:
+    """Prints a line for each run of an array; returns the command to try next."""
+    views, complaint = look(record.job, environment)
+    rows = []
+    for number, name in enumerate(record.folders):
+        folder = run_dir / name
+        task = read_record(folder) or JobRecord(f"{record.job}_{number}")
+        view = [view for view in views if view.is_task(number)]
+        status = stand(folder, task, (view, "")).status
+        rows.append(tuple(map(printable, (name, status.state, status.progress, status.why))))
+    show(printable(f"{run_dir}: SLURM job {record.job}, an array of {len(rows)} runs"), console)
+    show_table("Runs", ("folder", "state", "step", ""), rows, console)
+    if complaint:
+        show(complaint, console)
+    return f"llm-parallel status {shlex.quote(str(run_dir / record.folders[0]))}"
 
 
-def _state(run_dir: Path, elastic: dict[str, Any]) -> str:
-    """What the launcher does, or ``ended`` if it is gone without having said how it ended."""
-    state = str(elastic.get("state"))
-    over = state in [phase.value for phase in OVER]
-    return state if over or living_holder(run_dir) is not None else "ended"
-
-
-def _show_elastic(run_dir: Path, elastic: dict[str, Any], state: str, status: RunStatus, console: Console) -> None:
-    if state == "ended":
-        state = f"ended: the launcher is gone, and its last word was {elastic['state']!r}; the next start goes on"
+def _show_elastic(run_dir: Path, found: Standing, console: Console) -> None:
+    elastic, status = found.elastic, found.status
+    assert elastic is not None
     goodput = elastic["goodput"]
     loss = status.record.get("train/loss")
-    of = f" of {status.total_steps}" if status.total_steps is not None else ""
     numbers = f", loss {loss:.4f}" if isinstance(loss, float) else ""
     say = partial(_say, console)
     say(
-        f"{run_dir}: {state}\n"
-        f"step {elastic['step']}{of}{numbers}, generation {elastic['generation']}, {elastic['world_size']} processes, "
+        f"{run_dir}: {status.headline}\n"
+        f"{status.progress}{numbers}, generation {elastic['generation']}, {elastic['world_size']} processes, "
         f"{elastic['layout'] or 'no layout'}\n"
         f"{elastic['recoveries']} recoveries, {elastic['lost_steps']} steps made again, {goodput['down_s']:.1f} s of "
         f"{goodput['elapsed_s']:.0f} s recovering: goodput {goodput['fraction']:.1%} (wall time of this start)"
@@ -100,9 +111,12 @@ def _show_elastic(run_dir: Path, elastic: dict[str, Any], state: str, status: Ru
     if elastic.get("crowded"):
         say(elastic["crowded"])
     excluded = {(entry["node"], entry["device"]): entry["reason"] for entry in elastic["excluded"]}
+    excluded |= {(node, number): reason for node, number, reason in elastic.get("unfit", ())}
+    missing = elastic.get("missing", {})
     rows = []
     for node in elastic["nodes"]:
         gone = [f"{number}: {reason[:80]}" for (name, number), reason in excluded.items() if name == node["name"]]
+        gone += [missing[node["name"]]] if node["name"] in missing else []
         row = (node["name"], node["state"], " ".join(map(str, node["devices"])), "; ".join(gone))
         rows.append(tuple(printable(str(cell)).replace("\n", " ") for cell in row))
     show_table("Nodes", ("node", "state", "devices", "excluded"), rows, console)
@@ -121,7 +135,8 @@ def show_events(run_dir: Path, follow: bool, as_json: bool, say: Callable[[str],
     """Hands each event to ``say``, as a sentence or as JSON; with ``follow`` also those to come, until the run ends.
     Raises UserError if there are none."""
     path = run_dir / "events.jsonl"
-    records = following(path, lambda: living_holder(run_dir) is None) if follow else read_jsonlines(path)
+    signs = SignsOfLife(run_dir)
+    records = following(path, lambda: signs.look()[0] is None) if follow else read_jsonlines(path)
     if as_json:
         for record in _events(records):
             say(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False)))

@@ -7,18 +7,28 @@ slurmctld is away raises SlurmError, which callers survive.
 
 from __future__ import annotations
 
+import contextlib
 import re
-import signal
+import shlex
 import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 
 CALL_S = 10.0
 REQUEUE_TRIES = 3
-WORKING_STATES = ("allocated", "mixed", "idle", "draining")
+AWAY_S = 60.0
+"""How long a slurmctld that does not answer is told what a job on hold needs."""
+WORKING_STATES = ("allocated", "mixed", "idle", "draining", "completing", "reserved", "maint", "planned")
+"""Words for nodes on which a step of a running job can be started."""
+PROMPT = {"PYTHONUNBUFFERED": "1"}
+"""For lines that arrive when they are printed. srun's own --unbuffered gives every task a terminal, for which programs
+draw bars and colours."""
+NO_STEPS = ("4294967291", "4294967290")
+"""What some versions of SLURM give as the step of a batch script, and of a shell that salloc opens on a node."""
 _FIELD = re.compile(r"(?:^| )([A-Za-z:/_]+)=")
 
 
@@ -40,8 +50,10 @@ class Fate(Enum):
     RUNNING = "running"
     PREEMPTED = "preempted"
     """It runs, in the grace time before its nodes are given to another job."""
+    QUEUED = "queued"
+    """It is in the queue again, and only this start of it has not ended yet."""
     OVER = "over"
-    """It was cancelled, requeued or ended already, and only this start of it has not ended yet."""
+    """It was cancelled or ended already, and only this start of it has not ended yet."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +79,12 @@ class SlurmJob:
         return cls(job_id, restarts, node, environment)
 
     @property
-    def is_batch_shell(self) -> bool:
-        """Whether this is the batch script itself, not a task of a step, which has a number of its own."""
+    def may_lead(self) -> bool:
+        """Whether this was started once: by the batch script, from the shell of ``salloc``, or as the only task of a
+        step (``srun --pty bash``). The tasks of a step would each start the run."""
         step = self.environment.get("SLURM_STEP_ID")
-        return step is None or "SLURM_PROCID" not in self.environment or step == "4294967291"
+        alone = self.environment.get("SLURM_STEP_NUM_TASKS") == "1"
+        return step is None or "SLURM_PROCID" not in self.environment or step in NO_STEPS or alone
 
     @property
     def gpus_per_node(self) -> int:
@@ -83,15 +97,16 @@ class SlurmJob:
         return [] if names in ("", "(null)") else self._call(["scontrol", "show", "hostnames", names]).split()
 
     def addresses(self, nodes: Sequence[str]) -> dict[str, str]:
-        """IPv4 address of each node, as slurmctld reaches it."""
-        found = {}
-        for record in self._records(["scontrol", "show", "node", ",".join(nodes), "-o"]):
-            found[record["NodeName"]] = socket.gethostbyname(record.get("NodeAddr", record["NodeName"]))
-        return found
+        """Name or address of each node by which SLURM reaches it."""
+        records = self._records(["scontrol", "show", "node", ",".join(nodes), "-o"]) if nodes else []
+        return {record["NodeName"]: record.get("NodeAddr") or record["NodeName"] for record in records}
 
     def node_states(self) -> dict[str, str]:
         """State of each node of the job in SLURM's words, such as ``mixed``, ``down*``, ``draining``."""
-        nodes = self.nodes()
+        return self.states_of(self.nodes())
+
+    def states_of(self, nodes: Sequence[str]) -> dict[str, str]:
+        """The same of any nodes."""
         lines = self._call(["sinfo", "-N", "-h", "-n", ",".join(nodes), "-o", "%N %T"]).splitlines() if nodes else []
         return {name: state for name, _, state in (line.partition(" ") for line in lines)}
 
@@ -102,12 +117,15 @@ class SlurmJob:
 
     def is_this_run(self) -> bool:
         """Whether the job runs and was not requeued since this run of it began."""
-        return self.fate() is not Fate.OVER
+        return self.fate() in (Fate.RUNNING, Fate.PREEMPTED)
 
     def fate(self) -> Fate:
         """See ``Fate``. Raises SlurmError."""
         job = self._show()
-        if job.get("JobState") != "RUNNING" or int(job.get("Restarts", "0")) != self.restart_count:
+        state = job.get("JobState")
+        if int(job.get("Restarts", "0")) != self.restart_count:
+            return Fate.OVER if state == "CANCELLED" else Fate.QUEUED
+        if state != "RUNNING":
             return Fate.OVER
         return Fate.RUNNING if job.get("PreemptTime", "None") in ("None", "Unknown") else Fate.PREEMPTED
 
@@ -117,63 +135,93 @@ class SlurmJob:
         state = self._call(["sinfo", "-N", "-h", "-n", host, "-o", "%T"]).splitlines() if host else []
         return bool(state) and state[0].rstrip("*").startswith(("down", "fail", "powered"))
 
-    def start_agents(self, argv: Sequence[str], nodes: Sequence[str]) -> subprocess.Popen[bytes]:
-        """One step with one task on each of ``nodes``, which outlives the loss of any of them."""
+    def start_agents(
+        self, argv: Sequence[str], nodes: Sequence[str], more: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """One step with one task on each of ``nodes``, which outlives the loss of any of them once it runs. ``more``:
+        further options of srun, which win over those here. Its standard error is a pipe."""
         count = str(len(nodes))
-        options = [
-            "--no-kill",
-            "--kill-on-bad-exit=0",
-            "--overlap",
-            "--unbuffered",
-            "--nodes",
-            count,
-            "--ntasks",
-            count,
-        ]
-        options += ["--ntasks-per-node=1", "--nodelist", ",".join(nodes), "--job-name", "agents"]
-        if self.gpus_per_node:
-            options += [f"--gpus-per-node={self.gpus_per_node}"]
-        cores = self.environment.get("SLURM_CPUS_ON_NODE")
-        options += [f"--cpus-per-task={cores}"] if cores else []
+        # The environment as it is here, whatever --export the job was submitted with. No number of CPUs or GPUs: that
+        # of this node may be more than another has, and a step without one may use all that the job has on each node.
+        options = ["--no-kill", "--kill-on-bad-exit=0", "--overlap", "--export=ALL", "--cpu-bind=none"]
+        options += ["--nodes", count, "--ntasks", count, "--ntasks-per-node=1", "--nodelist", ",".join(nodes)]
         # A group of its own: a signal for the batch script is not one for the agents.
         return subprocess.Popen(
-            ["srun", *options, *argv],
+            ["srun", *options, "--job-name", "agents", *more, *argv],
             env=self._step_environment(),
             stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
 
     def _step_environment(self) -> dict[str, str]:
         """Without what the batch job's options put there, which a step of fewer nodes must not inherit."""
         stale = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
-                 "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NODELIST", "SLURM_NODELIST")  # fmt: skip
-        return {name: value for name, value in self.environment.items() if name not in stale}
+                 "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NODELIST", "SLURM_NODELIST", "SLURM_GPUS",
+                 "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_CPUS_PER_GPU")  # fmt: skip
+        kept = {name: value for name, value in self.environment.items() if name not in stale}
+        return {**kept, **PROMPT}
+
+    def submit_agent(self, argv: Sequence[str], node: str, logs: Path, more: Sequence[str] = ()) -> str:
+        """A job of its own with an agent on ``node``, in this job's partition, account and quality of service, for the
+        rest of its time; the job's number. ``more``: further options of srun. It waits in the queue while SLURM does
+        not have the node. Raises SlurmError where that is not allowed."""
+        mine = self._show()
+        named = {"partition": "Partition", "account": "Account", "qos": "QOS", "chdir": "WorkDir"}
+        options = [f"--{option}={mine[name]}" for option, name in named.items()
+                   if mine.get(name) not in (None, "", "(null)")]  # fmt: skip
+        left = self.seconds_left()
+        options += [f"--time={max(1, int(left / 60))}"] if left is not None else []
+        options += [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
+        options += [f"--nodelist={node}", "--nodes=1", "--exclusive", "--no-requeue", "--export=ALL"]
+        log = str(logs).replace("%", "%%") + f"/agent-{node}-%j.out"
+        options += [f"--job-name=agent-of-{self.job_id}", f"--output={log}"]
+        step = ["srun", "--nodes=1", "--ntasks=1", "--export=ALL", "--cpu-bind=none", *more, *argv]
+        kept = {name: value for name, value in self.environment.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        job = replace(self, environment={**kept, **_configuration(self.environment), **PROMPT})
+        return job._call(["sbatch", "--parsable", *options, "--wrap", f"exec {shlex.join(step)}"]).split(";")[0]
+
+    def state_of_job(self, number: str) -> str:
+        """SLURM's word for what a job does; "" if it is not known any more. Raises SlurmAway."""
+        try:
+            records = self._records(["scontrol", "show", "job", number, "-o"])
+        except SlurmAway:
+            raise
+        except SlurmError:
+            return ""
+        return records[0].get("JobState", "") if records else ""
+
+    def cancel(self, number: str) -> None:
+        """Cancels another job of this user, if it can be done."""
+        with contextlib.suppress(SlurmError):
+            self._call(["scancel", number])
 
     def requeue(self, exclude: Sequence[str] = ()) -> None:
-        """Puts the job back into the queue, never to run on the nodes ``exclude``; SLURM ends this run of it. With
-        ``exclude`` to be called in the main thread.
+        """Asks that the job goes back into the queue, held if there are nodes to ``exclude``; SLURM ends this run of it
+        then. Nothing happens to a job that was cancelled meanwhile: ``fate`` tells.
 
         Raises SlurmError if it can't be done, as for jobs submitted with --no-requeue.
         """
-        if not exclude:
-            self._call(["scontrol", "requeue", self.job_id])
-            return
-        # SLURM sends TERM to all of this run at once, and KILL some seconds later.
-        ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self._call(["scontrol", "requeuehold", self.job_id])
+        # "Incomplete": SLURM itself leaves a job alone that was cancelled a moment ago.
+        self._call(["scontrol", "requeuehold" if exclude else "requeue", "Incomplete", self.job_id])
+
+    def release(self, exclude: Sequence[str]) -> None:
+        """Lets a job that waits, held, run again, but never on the nodes ``exclude``. Raises SlurmError."""
         try:
             self._insist(["scontrol", "update", f"jobid={self.job_id}", f"ExcNodeList={','.join(exclude)}"])
         finally:
             self._insist(["scontrol", "release", self.job_id])
-            signal.signal(signal.SIGTERM, ignored)
 
     def _insist(self, argv: Sequence[str]) -> None:
-        for attempt in range(REQUEUE_TRIES):
+        """Tries again: a job that SLURM is just ending may refuse a change, and slurmctld may be away."""
+        deadline, refusals = time.monotonic() + AWAY_S, 0
+        while True:
             try:
                 self._call(argv)
                 return
-            except SlurmError:
-                if attempt == REQUEUE_TRIES - 1:
+            except SlurmError as error:
+                refusals += not isinstance(error, SlurmAway)
+                if refusals >= REQUEUE_TRIES or time.monotonic() > deadline:
                     raise
                 time.sleep(1.0)
 
@@ -195,26 +243,45 @@ class SlurmJob:
         return [parse_record(line) for line in self._call(argv).splitlines() if line.strip()]
 
     def _call(self, argv: Sequence[str]) -> str:
-        """Output of a command that ignores the signals of the batch script's group."""
-        try:
-            done = subprocess.run(
-                argv,
-                env=dict(self.environment),
-                capture_output=True,
-                text=True,
-                timeout=CALL_S,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except FileNotFoundError:
-            raise SlurmError(f"{argv[0]} is not installed here") from None
-        except subprocess.TimeoutExpired:
-            raise SlurmAway(f"{' '.join(argv)} did not answer within {CALL_S:g} s") from None
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip()[:500]
-            away = any(words in said.lower() for words in AWAY)
-            raise (SlurmAway if away else SlurmError)(f"{' '.join(argv)}: {said}")
-        return done.stdout.strip()
+        return call(argv, self.environment)
+
+
+def call(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Output of a command of SLURM, which ignores the signals of this process's group. Raises SlurmError."""
+    try:
+        done = subprocess.run(
+            argv,
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            timeout=CALL_S,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{argv[0]} is not installed here") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmAway(f"{' '.join(argv)} did not answer within {CALL_S:g} s") from None
+    if done.returncode < 0:  # as SLURM does with all processes of a job that it ends
+        raise SlurmAway(f"{' '.join(argv)} was ended by signal {-done.returncode}")
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()[:500]
+        away = any(words in said.lower() for words in AWAY)
+        raise (SlurmAway if away else SlurmError)(f"{' '.join(argv)}: {said}")
+    return done.stdout.strip()
+
+
+def _configuration(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where the commands find the cluster, if the environment says it."""
+    return {"SLURM_CONF": environment["SLURM_CONF"]} if "SLURM_CONF" in environment else {}
+
+
+def is_working(state: str) -> bool:
+    """Whether a step can be started on a node in this state. SLURM puts signs behind its words: ``*`` does not answer,
+    ``@`` a reboot is due, ``^`` it reboots, ``$`` maintenance, ``-`` planned for another job, ``~``, ``#``, ``!`` and
+    ``%`` power is saved. A node that does not answer may do so before SLURM calls it down."""
+    word = state.rstrip("*@^$-+~#!%")
+    return word in WORKING_STATES and not state.endswith(("~", "#", "!", "%", "^"))
 
 
 def parse_record(line: str) -> dict[str, str]:
@@ -239,3 +306,9 @@ def parse_time(text: str) -> float | None:
     else:
         hours, minutes, seconds = ([0] * (3 - len(parts)) + parts)[:3]
     return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def switches_above(environment: Mapping[str, str]) -> str:
+    """The network switches above this node, from the top down with points between them; "" where SLURM knows none."""
+    address, pattern = environment.get("SLURM_TOPOLOGY_ADDR", ""), environment.get("SLURM_TOPOLOGY_ADDR_PATTERN", "")
+    return address.rpartition(".")[0] if pattern.startswith("switch") else ""

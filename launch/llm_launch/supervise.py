@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,25 +12,26 @@ from types import FrameType
 from typing import Literal
 
 from llm_launch import wire
+from llm_launch.agent_step import AgentStep
 from llm_launch.controller import Controller
 from llm_launch.copy_files import make_run_folder
 from llm_launch.door import raise_file_limit
-from llm_launch.journal import Journal
-from llm_launch.slurm import Fate, SlurmAway, SlurmError, SlurmJob
+from llm_launch.job_end import GIVEN_UP
+from llm_launch.job_record import forget
+from llm_launch.network import address_for
+from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.snapshot import used_up
-from llm_launch.starters import AgentStarter, LocalStarter, SlurmStarter, local_nodes, paced
-from llm_launch.states import EXIT_TOO_FEW
+from llm_launch.starters import AgentStarter, LocalStarter, local_nodes, paced
+from llm_launch.steps import SlurmStarter
+from llm_launch.supervised_job import SupervisedJob
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
-from llm_parallel.errors import EXIT_STOPPED, UserError
+from llm_parallel.errors import UserError
 from llm_parallel.lines import note, reader_is_gone
 
 SECRET = "LLM_PARALLEL_SECRET"
 ASKED = "LLM_PARALLEL_ASKED"
 """Variable in which the batch script passes on a signal that it got before the launcher listened."""
-REQUEUE_S = 300.0
-"""How long a slurmctld that does not answer is asked to requeue the job."""
-AGAIN_S = 2.0
 READER_S = 0.5
 STANDARD_OUTPUT = 1
 
@@ -78,42 +78,19 @@ def launch_elastic(
         make_run_folder(Path(starter.config.elastic.replica_dir), Path(starter.config.run_dir))
     controller = Controller(starter.config, Path(starter.config.run_dir), starter, device, newest_step)
     try:
+        if slurm is None:
+            forget(Path(starter.config.run_dir))
+        job = SupervisedJob(slurm, controller.journal, starter.config, newest_step()) if slurm is not None else None
+        if job is not None and not job.may_begin():
+            return GIVEN_UP
         status = asyncio.run(_control(controller, starter, requests))
         requests.catch()  # asyncio has removed its handlers, and a signal must not interrupt what follows
-        if slurm is not None and status in (EXIT_TOO_FEW, EXIT_STOPPED):
-            status = settle(
-                slurm, status, requests.time_is_up, used_up(controller.fleet, controller.ledger), controller.journal
-            )
+        if job is not None:
+            bad = used_up(controller.fleet, controller.ledger)
+            status = job.settle(status, requests.time_is_up, bad, controller.fleet.step)
     finally:
         controller.close()
     return status
-
-
-def settle(job: SlurmJob, status: int, time_is_up: bool, bad: Mapping[str, str], journal: Journal) -> int:
-    """Exit status in a SLURM job of a run that is not done: 0 once the job is back in the queue on purpose, without the
-    nodes ``bad``: at its time limit, when it is preempted, and when there were too few devices. A
-    cancelled job stays cancelled, and one that a user asked to stop is not requeued."""
-    deadline = time.monotonic() + REQUEUE_S
-    while True:
-        try:
-            fate = job.fate()
-            if fate is Fate.OVER:
-                journal.say("SLURM has ended this job already; it does not go back to the queue")
-                return EXIT_STOPPED
-            if status == EXIT_STOPPED and not time_is_up and fate is not Fate.PREEMPTED:
-                return status
-            why = "time limit" if time_is_up else ("preempted" if fate is Fate.PREEMPTED else "too few devices")
-            job.requeue(list(bad))
-            journal.event("requeue", cause=why + (f", without {', '.join(bad)}" if bad else ""))
-            return 0
-        except SlurmAway as error:
-            if time.monotonic() > deadline:
-                journal.say(f"the job could not be requeued within {REQUEUE_S:g} s: {error}")
-                return status
-            time.sleep(AGAIN_S)
-        except SlurmError as error:
-            journal.say(f"the job could not be requeued: {error}")
-            return status
 
 
 async def _control(controller: Controller, starter: AgentStarter, requests: StopRequests) -> int:
@@ -156,21 +133,38 @@ def starter_here(
 
 
 def starter_of_job(
-    config: RunConfig, run_file: Path, job: SlurmJob, device: Literal["cpu", "cuda"], environment: Mapping[str, str]
+    config: RunConfig,
+    run_file: Path,
+    job: SlurmJob,
+    gpus: int,
+    environment: Mapping[str, str],
+    step: AgentStep,
 ) -> AgentStarter:
-    """The starter of agents on the nodes of a SLURM job. Raises UserError if SLURM does not answer, or if this process
-    is in a step of the job instead of its batch script."""
-    if not job.is_batch_shell:
-        raise UserError("llm-parallel launch is in a step of a SLURM job; start it in the batch script, without srun")
+    """The starter of agents on the nodes of a SLURM job, each of which trains on ``gpus`` GPUs, or with as many
+    processes as the layout needs. Raises UserError if SLURM does not answer, or if this process
+    is one of several that a step of the job started."""
+    if not job.may_lead:
+        raise UserError(
+            f"srun started llm-parallel launch {job.environment.get('SLURM_STEP_NUM_TASKS', 'several')} times, and it"
+            " starts its processes on all nodes itself; start it once, in the batch script or the shell of salloc"
+            " without srun (if no srun started it, `unset SLURM_STEP_ID` before)"
+        )
     try:
         names = job.nodes()
-        address = job.addresses([job.node])[job.node]
-    except (SlurmError, KeyError, OSError) as error:
+        # The shell of salloc may be on a machine that is no node of the job.
+        known = {**dict(zip(names, names)), **job.addresses(names)}
+        own = known.pop(job.node, job.node)
+        address = address_for(list(known.values()), own)
+    except SlurmError as error:
         raise UserError(f"SLURM does not say which nodes job {job.job_id} has: {error}") from None
-    per_node = job.gpus_per_node if device == "cuda" else 0
+    except OSError as error:
+        raise UserError(f"the nodes of job {job.job_id} cannot find this one: {error}; see /etc/hosts") from None
+    per_node = gpus
     if not per_node:
         active = max(1, len(names) - config.elastic.spare_nodes)
         per_node = math.ceil(num_processes(config) / active)
     secret = environment.get(SECRET) or wire.new_secret()
     note(f"elastic | SLURM job {job.job_id}, start {job.restart_count + 1}: {len(names)} nodes with {per_node} devices")
-    return SlurmStarter(paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address)
+    return SlurmStarter(
+        paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address, step=step
+    )

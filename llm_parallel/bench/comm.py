@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -18,7 +19,7 @@ import torch
 from llm_launch.local import available_cores, launch_local
 from llm_launch.worker import WorkerEnv, worker_environment
 from llm_parallel.bench.collectives import OPERATIONS, Sample, run_rank
-from llm_parallel.bench.environment import environment
+from llm_parallel.bench.environment import crowded, environment
 from llm_parallel.bench.gate import load_result, slower_than, write_result
 from llm_parallel.bench.requests import CommRequest
 from llm_parallel.errors import UserError
@@ -46,7 +47,7 @@ def comm_command(request: CommRequest) -> int:
 
     Under torchrun or srun this process is one of the ranks; else they are started here. Raises UserError.
     """
-    place = worker_environment()
+    place, load = worker_environment(), os.getloadavg()[0]
     device = resolve_device(request.device)
     plan = plan_of(request, device)
     if request.baseline:
@@ -55,7 +56,7 @@ def comm_command(request: CommRequest) -> int:
         if place.world_size < 2:
             raise UserError("bench comm was started as 1 process; communication needs at least 2")
         samples = run_rank(plan, place)
-        return 0 if place.rank else report(request, samples, place, device)
+        return 0 if place.rank else report(request, samples, place, device, load)
     processes = request.processes if request.processes is not None else max(2, torch.cuda.device_count())
     if processes < 2:
         raise UserError(f"--processes {processes} must be at least 2: one process has nobody to talk to")
@@ -73,7 +74,7 @@ def comm_command(request: CommRequest) -> int:
     samples = [Sample(**sample) for sample in json.loads((folder / "samples.json").read_text())]
     shutil.rmtree(folder)
     here = WorkerEnv(0, 0, processes, processes, "127.0.0.1", 0)
-    return report(request, samples, here, device)
+    return report(request, samples, here, device, load)
 
 
 def plan_of(request: CommRequest, device: str) -> dict[str, Any]:
@@ -153,8 +154,9 @@ def _dot(first: Sequence[float], second: Sequence[float]) -> float:
     return math.fsum(one * other for one, other in zip(first, second))
 
 
-def report(request: CommRequest, samples: Sequence[Sample], place: WorkerEnv, device: str) -> int:
-    """Prints and writes what was measured, and compares it with the baseline."""
+def report(request: CommRequest, samples: Sequence[Sample], place: WorkerEnv, device: str, load: float) -> int:
+    """Prints and writes what was measured, and compares it with the baseline. ``load``: the machine's load average
+    before."""
     backend = "nccl" if device == "cuda" else "gloo"
     rows = [as_row(sample, place.world_size, backend) for sample in samples]
     cores = available_cores()
@@ -166,6 +168,7 @@ def report(request: CommRequest, samples: Sequence[Sample], place: WorkerEnv, de
         "processes_per_machine": place.local_world_size,
         "backend": backend,
         "oversubscribed": f"{place.local_world_size} processes share {cores} cores" if shared else None,
+        "crowded": crowded(place.local_world_size, cores, load),
         "definitions": "size and busbw as in nccl-tests; time of the slowest rank, mean of calls in a row, median over"
         " rounds in which every operation and size has its turn",
         "rows": rows,
@@ -234,6 +237,8 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     if result["oversubscribed"]:
         lines.append(f"NOTE: {result['oversubscribed']}; the times hold waiting for a core")
+    if result.get("crowded"):
+        lines.append(f"NOTE: {result['crowded']}")
     lines += [
         "| operation | bytes | median ms | min to max ms | algbw GB/s | busbw GB/s |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

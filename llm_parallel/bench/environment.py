@@ -42,6 +42,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def crowded(processes: int, cores: int, load: float) -> str | None:
+    """What makes figures of ``processes`` on this machine meaningless: others that ran on it before, by the ``load``
+    average of the last minute before the measurement began. None where the cores had room for both."""
+    room = max(0, cores - processes)
+    if load <= room + 0.5:
+        return None
+    return (
+        f"the load was {load:.1f} before the measurement began, and beside {processes} processes {cores} cores have "
+        f"room for {room}: other programs took part in these times, which say little; measure again on a quiet machine"
+    )
+
+
 def chip_name() -> str:
     """Name of the GPU, or of this machine's processor where there is none."""
     if torch.cuda.is_available():

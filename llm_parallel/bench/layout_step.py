@@ -8,6 +8,7 @@ FSDP2 (replicas.py) run beside them.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -21,7 +22,7 @@ import numpy as np
 from llm_launch.local import available_cores, launch_local
 from llm_launch.worker import worker_environment
 from llm_parallel.bench.dp_peers import chosen_in_layout
-from llm_parallel.bench.environment import environment
+from llm_parallel.bench.environment import crowded, environment
 from llm_parallel.bench.gate import load_result, slower_than, write_result
 from llm_parallel.bench.requests import StepRequest
 from llm_parallel.bench.step_request import LOSS_TOLERANCE, after_step, label, peak_of, read_request
@@ -56,7 +57,7 @@ def layout_command(request: StepRequest) -> int:
     except BaseException:
         shutil.rmtree(folder)
         raise
-    names = chosen_in_layout(request.providers, config)
+    names, load = chosen_in_layout(request.providers, config), os.getloadavg()[0]
     layout = Layout.from_config(config, processes)
     tokens = config.train.global_batch_size * config.data.seq_length_tokens
     say(
@@ -75,6 +76,8 @@ def layout_command(request: StepRequest) -> int:
             jobs[name].add(at, name, rounds, request.steps)
     shutil.rmtree(folder)
     result = as_result(request, config, layout, jobs, peak)
+    busy = layout.world_size * (config.train.threads_per_process or 1)
+    result["crowded"] = crowded(busy, available_cores(), load)
     show(layout_table(result))
     if request.out:
         write_result(Path(request.out), result)
@@ -261,6 +264,8 @@ def layout_table(result: Mapping[str, Any]) -> str:
         f"commit {where['commit']}, load {where['load_average_1_min']}; {result['order']}",
         f"MFU: {result['mfu']['convention']}; {result['mfu']['peak']}",
     ]
+    if result.get("crowded"):
+        lines.append(f"NOTE: {result['crowded']}")
     if result["oversubscribed"]:
         lines.append(f"NOTE: {result['oversubscribed']}; waiting for a core counts as waiting for whom it delays")
     for row in result["rows"]:

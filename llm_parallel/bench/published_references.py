@@ -102,6 +102,8 @@ class Line:
     """What the planner predicts for our trainer."""
     measured: float | None = None
     """Median tokens per second and GPU of its repeats; None before it ran."""
+    step_s: tuple[float, float, float] | None = None
+    """Shortest, median and longest seconds of a step over its repeats; None before it ran."""
 
     @property
     def published(self) -> float | None:
@@ -155,25 +157,53 @@ def check_layout(config: RunConfig) -> None:
     check_config(config, num_processes(config), "cpu" if config.device == "cpu" else "cuda")
 
 
-def measured_rate(rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> float | None:
-    """Median tokens per second and GPU over the rows of a sweep's CSV with these keys; None without such rows."""
-    found = [float(row["tokens_per_s_per_gpu"]) for row in rows if row["key"] in keys]
-    return statistics.median(found) if found else None
+def measured_of(
+    rows: Sequence[Mapping[str, str]], keys: Sequence[str]
+) -> tuple[float | None, tuple[float, float, float] | None]:
+    """Of the rows of a sweep's CSV with these keys: median tokens per second and GPU, and the shortest, median and
+    longest step. None and None without such rows."""
+    mine = [row for row in rows if row["key"] in keys]
+    if not mine:
+        return None, None
+    steps = [float(row["step_time_s"]) for row in mine]
+    low, high = (
+        pick(float(row.get(f"step_time_{name}_s") or row["step_time_s"]) for row in mine)
+        for name, pick in (("min", min), ("max", max))
+    )
+    return statistics.median(float(row["tokens_per_s_per_gpu"]) for row in mine), (low, statistics.median(steps), high)
 
 
 def print_table(lines: Sequence[Line], cluster: Cluster | None, min_ratio: float) -> None:
-    """Prints measured, predicted and published speeds, with a verdict where there are measured and published ones."""
-    names = ("--index", "series", "GPUs", "layout", "GiB", "measured", "our trainer, predicted", "published", "row",
-             "its software, predicted", "verdict")  # fmt: skip
+    """Prints measured and predicted speeds, and published ones with a verdict where there are any."""
+    names = ["--index", "series", "GPUs", "layout", "GiB", "measured", "step s", "efficiency", "our trainer, predicted"]
+    published = any(line.reference for line in lines)
+    names += ["published", "row", "its software, predicted", "verdict"] if published else []
     title = "tokens/s/GPU (step time) and MFU with square attention"
-    show_table(title, names, [_cells(line, cluster, min_ratio) for line in lines])
-    show(_legend(cluster))
+    show_table(title, names, [_cells(line, lines, cluster, min_ratio)[: len(names)] for line in lines])
+    show(_legend(cluster, published))
 
 
-def _legend(cluster: Cluster | None) -> str:
+def efficiency(line: Line, lines: Sequence[Line]) -> float | None:
+    """Measured speed per GPU over that of the fastest measured line of the series on the fewest GPUs; None where it did
+    not run."""
+    mine = [one for one in lines if one.series == line.series and one.measured]
+    if not line.measured or not mine:
+        return None
+    fewest = min(num_processes(one.config) for one in mine)
+    return line.measured / max(one.measured or 0.0 for one in mine if num_processes(one.config) == fewest)
+
+
+def _legend(cluster: Cluster | None, published: bool) -> str:
     said = f"the planner's for {SOFTWARE_NAMES['ours']} in this layout on {cluster.name}" if cluster else ""
-    return (
-        f"GiB and `our trainer, predicted`: {said or 'not there, since the sweep names no cluster'}. `published`: as "
+    text = (
+        "`step s`: median, and shortest to longest of all steps that count. `efficiency`: speed per GPU over that of "
+        "the series' fastest layout on the fewest GPUs. GiB and `our trainer, predicted`: "
+        f"{said or 'not there, since the sweep names no cluster'}."
+    )
+    if not published:
+        return text
+    return text + (
+        " `published`: as "
         "printed by the source in that row of published_throughput.csv; MFU in other conventions is marked. `its "
         "software, predicted`: the planner's for that row, with the source's own software, layout and cluster, and how "
         "far it is from the published figure: that is the planner's error; the rest of the way to our trainer's is the "
@@ -182,28 +212,32 @@ def _legend(cluster: Cluster | None) -> str:
     )
 
 
-def _cells(line: Line, cluster: Cluster | None, min_ratio: float) -> list[str]:
+def _cells(line: Line, lines: Sequence[Line], cluster: Cluster | None, min_ratio: float) -> list[str]:
     config, reference = line.config, line.reference
     strategy = strategy_of(config, num_processes(config))
     layout = strategy.describe().replace(",", " ").replace("recompute=", "").replace(" none", "")
     now = f"{line.measured:,.0f}" if line.measured else "not run"
+    share = efficiency(line, lines)
+    memory_gib, forecast = _forecast(line, cluster)
+    step = "—" if line.step_s is None else "{1:.4g} ({0:.4g} to {2:.4g})".format(*line.step_s)
     return [
-        *(str(line.number), line.series, str(num_processes(config)), layout, *_forecast(line, cluster, now)),
+        *(str(line.number), line.series, str(num_processes(config)), layout, memory_gib, now, step),
+        *("—" if share is None else f"{share:.1%}", forecast),
         *(_published(reference, config) if reference else (NONE, "", "")),
         verdict(line, min_ratio),
     ]
 
 
-def _forecast(line: Line, cluster: Cluster | None, now: str) -> tuple[str, str, str]:
-    """Table cells: memory, measured speed, and the speed predicted for our trainer."""
+def _forecast(line: Line, cluster: Cluster | None) -> tuple[str, str]:
+    """Table cells: memory, and the speed predicted for our trainer."""
     found = line.predicted
     if found is None or cluster is None:
-        return "—", now, "—"
+        return "—", "—"
     memory_gib = f"{found.memory.total / 2**30:.0f}"
     if cluster.host is None and not fits(found.memory, cluster):
         memory_gib += f" of {cluster.chip.memory_bytes / 2**30:.0f}: does not fit"
     share = found.mfu(shape_of(line.config.model), cluster, causal=False)
-    return memory_gib, now, f"{found.tokens_per_s():,.0f} ({found.time.total:.3g} s) {share:.1%}"
+    return memory_gib, f"{found.tokens_per_s():,.0f} ({found.time.total:.3g} s) {share:.1%}"
 
 
 def _published(reference: Reference, config: RunConfig) -> tuple[str, str, str]:

@@ -44,7 +44,7 @@ from llm_parallel.bench.published_references import (
     Line,
     Reference,
     check_layout,
-    measured_rate,
+    measured_of,
     predicted,
     print_table,
     reference_of,
@@ -161,8 +161,7 @@ def scaling_command(request: ScalingRequest) -> int:
         check_layout(sweep.entries[index].config)
     failed = _run_missing(sweep, chosen, out, cluster, request)
     lines = _lines(sweep, chosen, read_csv(out), cluster)
-    if request.dry_run or any(line.reference for line in lines):
-        print_table(lines, cluster, request.min_ratio)
+    print_table(lines, cluster, request.min_ratio)
     if request.dry_run:
         say_next(f"llm-parallel bench scaling {request.sweep} --out {out}")
         return 0
@@ -204,8 +203,8 @@ def _lines(
     for indices in groups.values():
         entry = sweep.entries[indices[0]]
         forecast = predicted(entry.config, cluster) if cluster and entry.config.model.vocab_size else None
-        rate = measured_rate(rows, [sweep.entries[index].key for index in indices])
-        lines.append(Line(indices[0], entry.series, entry.config, entry.reference, forecast, rate))
+        measured = measured_of(rows, [sweep.entries[index].key for index in indices])
+        lines.append(Line(indices[0], entry.series, entry.config, entry.reference, forecast, *measured))
     return lines
 
 

@@ -9,13 +9,15 @@ reversed order. Ratios are medians over rounds of the same number.
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm_launch.local import available_cores
 from llm_parallel.bench.contenders import chosen
-from llm_parallel.bench.environment import environment
+from llm_parallel.bench.environment import crowded, environment
 from llm_parallel.bench.gate import load_result, slower_than, write_result
 from llm_parallel.bench.layout_step import layout_command
 from llm_parallel.bench.requests import StepRequest
@@ -48,7 +50,7 @@ def step_command(request: StepRequest) -> int:
         return layout_command(request)
     if request.baseline:
         load_result(request.baseline)
-    config = one_process_config(request)
+    load, config = os.getloadavg()[0], one_process_config(request)
     names = chosen(request.providers, config)
     tokens = config.train.global_batch_size * config.data.seq_length_tokens
     say(
@@ -62,6 +64,7 @@ def step_command(request: StepRequest) -> int:
     rows = as_rows(findings, config, request.rounds, peak)
     result = {
         "environment": environment(),
+        "crowded": crowded(1, available_cores(), load),
         "command": request.command,
         "order": "rotated each round" if config.device == "cpu" else "one after the other, twice, second time reversed",
         "mfu": {"convention": CONVENTIONS["model"], "peak": peak.describe()},
@@ -135,6 +138,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"{where['load_average_1_min']}; {result['order']}",
         f"MFU: {result['mfu']['convention']}; {result['mfu']['peak']}",
         f"peak memory: {result['memory']}",
+        *([f"NOTE: {result['crowded']}"] if result.get("crowded") else []),
         "| " + " | ".join(heads) + " |",
         "|" + " --- |" * len(heads),
     ]

@@ -30,6 +30,12 @@ def check_method(case: Case) -> Iterator[Problem]:
     if kind == "reward" and config.adapter is not None:
         statement = "adapter is given, and method.kind = reward trains a value head beside the model's weights"
         yield Problem(("adapter", "method.kind"), statement, {"adapter": None})
+    if kind == "reward" and config.evaluate.tasks:
+        statement = (
+            f"evaluate.tasks = [{', '.join(config.evaluate.tasks)}] needs log-probabilities, of which a model of "
+            "method.kind = reward has none"
+        )
+        yield Problem(("evaluate.tasks", "method.kind"), statement, {"evaluate.tasks": []})
     yield from _other_methods(case)
     if kind == "ppo":
         yield from _ppo(case)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
+from llm_parallel.config.tree_evaluate import EvaluateConfig
 from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES, AdapterConfig, ChatConfig, MethodConfig
 
@@ -342,6 +343,9 @@ class LogConfig(Node):
 
     interval_steps: PositiveInt = 1
     """Steps between console lines and metrics records."""
+    line_interval_s: NonNegativeFloat = 0.0
+    """Least time between two lines of steps where the output is no terminal; every record is in metrics.jsonl. 10 in a
+    job that ``submit`` makes."""
     tensorboard: bool = True
     """Write event files for TensorBoard."""
     wandb_project: str | None = None
@@ -423,6 +427,7 @@ class RunConfig(Node):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     elastic: ElasticConfig = ElasticConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
     def trains(self) -> Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reward", "reject", "grpo", "ppo"]:

@@ -78,6 +78,8 @@ class ChatConfig(Node):
     """Held-out conversations; if empty, ``eval_fraction`` of the training conversations are held out."""
     eval_fraction: float = Field(0.02, ge=0.0, lt=1.0)
     """Share of each training source's conversations that is held out when ``eval`` is empty; 0 for none."""
+    max_records: PositiveInt | None = None
+    """Records of each source that are used, its first ones; none: all."""
     template: str | None = None
     """Jinja template (a file) that writes conversations as text, or ``chatml``; if not given, the tokenizer's own, or
     ChatML where it has none."""

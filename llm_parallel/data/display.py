@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ WIDE = 90
 def shown_progress(title: str, console: Console | None = None) -> Iterator[Callable[[Progress], None]]:
     """Gives the function that ``prepare`` calls with its progress: it moves a bar on a terminal, and elsewhere prints a
     line every five seconds and at the end."""
+    on_terminal = sys.stdout.isatty() if console is None else console.is_terminal  # FORCE_COLOR makes no terminal
     console = console or Console()
-    if not console.is_terminal:
+    if not on_terminal:
         yield _line_printer(title, console)
         return
     since = (TextColumn("since start"), TimeElapsedColumn()) if console.width >= WIDE else ()

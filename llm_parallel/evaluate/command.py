@@ -124,14 +124,14 @@ def open_tasks(request: EvaluateRequest, folder: Path) -> tuple[Any, Tasks]:
     from llm_parallel.evaluate.demo import write_demo
     from llm_parallel.evaluate.files import DataFolder
     from llm_parallel.evaluate.humaneval import Programs
-    from llm_parallel.evaluate.quiet import quiet
+    from llm_parallel.evaluate.quiet import apart
     from llm_parallel.evaluate.tasks import Builder
 
     data = DataFolder(request.data_dir) if request.data_dir is not None else None
     if request.demo:
         data = DataFolder(write_demo(folder / "demo"))
     programs = Programs(request.sandbox)
-    with quiet():
+    with apart():
         return programs, Builder(data, request.shots, programs).build(expanded(request.names))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from llm_parallel.goodput.rates import Job
+from llm_parallel.goodput.rates import RANGES, Job
 
 
 def kokolis_ettr(mtbf_s: float, down_s: float, interval_s: float, write_s: float) -> float:
@@ -74,7 +74,7 @@ def goodput(job: Job) -> float:
     if job.policy == "wait":
         return full * (1.0 - erlang_b(job.spare_nodes + 1, load))
     total = 0.0
-    for nodes_out, share in enumerate(_shares_of_nodes_out(job)):
+    for nodes_out, share in shares_of_nodes_out(job):
         capacity = job.capacity(nodes_out)
         if capacity == 0.0:
             continue
@@ -108,21 +108,35 @@ def _resizing_ettr(job: Job, capacity: float, returns_per_s: float) -> float:
     return job.interval_s * kept * rate / failed
 
 
-def _shares_of_nodes_out(job: Job) -> list[float]:
-    """Share of time with 0, 1, 2 … nodes in repair; failures are in proportion to the nodes at work."""
-    weights, heaviest = [1.0], 1.0
-    per_node_s = job.failures_per_s * job.hardware_share / job.num_nodes
-    for nodes_out in range(job.num_nodes + job.spare_nodes):
-        arrivals = job.nodes_at_work(nodes_out) * per_node_s
-        weight = weights[-1] * arrivals * job.repair_s / (nodes_out + 1)
-        weights.append(weight)
-        heaviest = max(heaviest, weight)
-        if weight < 1e-12 * heaviest:
+def shares_of_nodes_out(job: Job) -> list[tuple[int, float]]:
+    """Numbers of nodes in repair with the share of time of each, those over 1e-12 of the largest; failures are in
+    proportion to the nodes at work.
+
+    With more nodes out failures come more rarely and nodes come back more often, so the shares rise to one largest and
+    fall from there. It is found by bisection, and the neighbours are followed as far as they matter."""
+    per_node = job.failures_per_s * job.hardware_share / job.num_nodes * job.repair_s
+
+    def growth(nodes_out: int) -> float:
+        """Share of time with one more node out over that with ``nodes_out``."""
+        return job.nodes_at_work(nodes_out) * per_node / (nodes_out + 1)
+
+    low, high = 0, job.num_nodes + job.spare_nodes
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if growth(middle) > 1.0 else (low, middle)
+    weights = {low: 1.0}
+    for nodes_out in range(low, job.num_nodes + job.spare_nodes):
+        weight = weights[nodes_out] * growth(nodes_out)
+        if weight < 1e-12:
             break
-        if heaviest > 1e250:
-            weights, heaviest = [value / heaviest for value in weights], 1.0
-    total = math.fsum(weights)
-    return [weight / total for weight in weights]
+        weights[nodes_out + 1] = weight
+    for nodes_out in range(low - 1, -1, -1):
+        weight = weights[nodes_out + 1] / growth(nodes_out)
+        if weight < 1e-12:
+            break
+        weights[nodes_out] = weight
+    total = math.fsum(weights.values())
+    return [(nodes_out, weight / total) for nodes_out, weight in sorted(weights.items())]
 
 
 def goodput_per_reserved_gpu(job: Job) -> float:
@@ -131,9 +145,25 @@ def goodput_per_reserved_gpu(job: Job) -> float:
 
 
 def best_spares(job: Job) -> int:
-    """The number of spare nodes with the most training per reserved GPU; 0 where the policy never lacks a node."""
+    """The number of spare nodes with the most training per reserved GPU, at most the largest that ``--spares`` may be;
+    0 where the policy never lacks a node.
+
+    Over a wide range the best of 17 numbers is looked for, and then between its neighbours, so at most a hundred
+    numbers are tried."""
     if job.policy == "restart":
         return 0
     load = job.failures_per_s * job.hardware_share * job.repair_s
-    most = math.ceil(load + 8 * math.sqrt(load) + 4)
-    return max(range(most + 1), key=lambda spares: goodput_per_reserved_gpu(replace(job, spare_nodes=spares)))
+    low, high = 0, min(math.ceil(load + 8 * math.sqrt(load) + 4), int(RANGES["spare_nodes"][2]))
+    known: dict[int, float] = {}
+
+    def value(spares: int) -> float:
+        if spares not in known:
+            known[spares] = goodput_per_reserved_gpu(replace(job, spare_nodes=spares))
+        return known[spares]
+
+    while high - low > 32:
+        step = (high - low) / 16
+        tried = [low + round(step * number) for number in range(17)]
+        best = max(range(17), key=lambda number: value(tried[number]))
+        low, high = tried[max(best - 1, 0)], tried[min(best + 1, 16)]
+    return max(range(low, high + 1), key=value)

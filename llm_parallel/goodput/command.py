@@ -12,12 +12,13 @@ from llm_parallel.goodput import closed_form
 from llm_parallel.goodput.claims import deck_claims
 from llm_parallel.goodput.elastic_gain import RECOVERIES_S, Worth, elastic_job, worth
 from llm_parallel.goodput.published_checks import TOLERANCE, agreements, bounds, checks, without_inputs
-from llm_parallel.goodput.rates import HOUR_S, MONTH_S, POLICIES, Job, find_profile, llama3_causes
+from llm_parallel.goodput.rates import HOUR_S, MONTH_S, POLICIES, RANGES, Job, find_profile, llama3_causes
 from llm_parallel.goodput.request import GoodputRequest
-from llm_parallel.goodput.simulate import simulate
+from llm_parallel.goodput.simulate import MOST_EVENTS, simulate
 from llm_parallel.lines import say
 from llm_parallel.screen import say_next, show_table
 
+UNSETTLED = f"the simulation ended after {MOST_EVENTS:,} failures and resizings, before its error was small."
 SIZES = tuple(2**exponent for exponent in range(4, 18))
 
 
@@ -144,12 +145,13 @@ def _interval_s(text: str, job: Job) -> float:
             return float(text)
         except ValueError:
             raise UserError(f"--interval {text} must be a number of seconds, or auto for the best") from None
-    if job.write_s == 0:
+    best = closed_form.best_interval_s(job.mtbf_s, job.write_s)
+    if best < RANGES["interval_s"][1]:
         raise UserError(
-            "--interval auto has no answer with --checkpoint-write-s 0: checkpoints that cost nothing are best taken"
-            " after every step; give the step time as --interval"
+            f"--interval auto has no answer with --checkpoint-write-s {job.write_s:g}: checkpoints that cost nothing"
+            " are best taken after every step; give the step time as --interval"
         )
-    return closed_form.best_interval_s(job.mtbf_s, job.write_s)
+    return min(best, RANGES["interval_s"][2])
 
 
 def _fits(request: GoodputRequest, gpus: int) -> bool:
@@ -171,6 +173,8 @@ def _print_job(job: Job, request: GoodputRequest) -> None:
         f" simulated over {ledger.failures:,} failures (seed {request.seed}); Kokolis' first-order ETTR"
         f" {first_order:.2%}{'' if job.policy == 'restart' else ', which counts no missing nodes'}"
     )
+    if not outcome.settled:
+        say(UNSETTLED)
     parts = {
         "training kept": ledger.useful_s,
         "checkpoints": ledger.checkpoint_s,
@@ -229,6 +233,7 @@ def _size_row(request: GoodputRequest, gpus: int) -> dict[str, Any]:
         "goodput_formula": closed_form.goodput(job),
         "goodput_simulated": outcome.goodput,
         "standard_error": outcome.standard_error,
+        "settled": outcome.settled,
         "kokolis_ettr": closed_form.kokolis_ettr(job.mtbf_s, job.down_s, job.interval_s, job.write_s),
         "goodput_per_reserved_gpu": closed_form.goodput_per_reserved_gpu(job),
     }
@@ -245,6 +250,9 @@ def _print_sizes(rows: list[dict[str, Any]], job: Job) -> None:
         for row in rows
     ]
     show_table("By size", heads, cells)
+    unsettled = [f"{row['gpus']:,}" for row in rows if not row["settled"]]
+    if unsettled:
+        say(f"{', '.join(unsettled)} GPUs: {UNSETTLED}")
 
 
 def _print_worth(gains: list[Worth], step_s: float) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from llm_parallel.errors import UserError
 from llm_parallel.goodput import closed_form
-from llm_parallel.goodput.rates import Job
+from llm_parallel.goodput.rates import RANGES, Job
 from llm_parallel.goodput.simulate import simulate
 
 RECOVERIES_S = (1.0, 3.0)
@@ -19,9 +19,10 @@ def elastic_job(job: Job, step_s: float, recovery_s: float) -> Job:
     """The same job with its state copied to other nodes after every step: no checkpoint stops it, and a failure loses
     at most one step. A node that leaves is replaced, as under ``restart``.
 
-    Raises UserError if the step is not longer than 0 s."""
-    if not 0.0 < step_s < float("inf"):
-        raise UserError(f"--step-s {step_s:g} must be a number over 0")
+    Raises UserError if the step is not as long as an interval may be."""
+    _, least, most, _ = RANGES["interval_s"]
+    if not least <= step_s <= most:
+        raise UserError(f"--step-s {step_s:g} must be a number from {least:g} to {most:,.10g}")
     return replace(
         job, policy="restart", interval_s=step_s, write_s=0.0, detect_s=0.0, restart_s=recovery_s, spare_nodes=0
     )

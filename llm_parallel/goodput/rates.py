@@ -14,6 +14,20 @@ DAY_S = 24 * HOUR_S
 MONTH_S = 365.25 / 12 * DAY_S
 YEAR_S = 365.25 * DAY_S
 POLICIES = ("restart", "shrink", "wait")
+RANGES: dict[str, tuple[str, float, float, bool]] = {
+    "num_gpus": ("--gpus", 1, 10_000_000, False),
+    "spare_nodes": ("--spares", 0, 100_000, False),
+    "gpus_per_node": ("--gpus-per-node", 1, 100_000, False),
+    "rate_per_gpu_month": ("--rate-per-gpu-month", 1e-9, 1e4, True),
+    "detect_s": ("--detect-s", 0.0, MONTH_S, False),
+    "restart_s": ("--restart-s", 0.0, MONTH_S, False),
+    "write_s": ("--checkpoint-write-s", 0.0, MONTH_S, False),
+    "interval_s": ("--interval", 1e-3, YEAR_S, False),
+    "repair_s": ("--repair-h", 1.0, 10 * YEAR_S, False),
+    "hardware_share": ("--hardware-share", 0.0, 1.0, False),
+}
+"""Option, least and largest value of each field of ``Job``, in the field's unit, and whether the option is in percent
+of it. Within them no sum overflows, and the number of states and of simulated events is bounded."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +72,11 @@ class Job:
     """Mean seconds until a node comes back."""
 
     def __post_init__(self) -> None:
-        _whole("--gpus", self.num_gpus, 1)
-        _whole("--spares", self.spare_nodes, 0)
-        _whole("--gpus-per-node", self.gpus_per_node, 1)
-        for field, value, open_end in (
-            ("--rate-per-gpu-month", self.rate_per_gpu_month, True),
-            ("--detect-s", self.detect_s, False),
-            ("--restart-s", self.restart_s, False),
-            ("--checkpoint-write-s", self.write_s, False),
-            ("--interval", self.interval_s, True),
-            ("--repair-h", self.repair_s / HOUR_S, True),
-        ):
-            if not (math.isfinite(value) and (value > 0 if open_end else value >= 0)):
-                raise UserError(f"{field} {value:g} must be a number {'over 0' if open_end else 'of at least 0'}")
-        if not 0.0 <= self.hardware_share <= 1.0:
-            raise UserError(f"--hardware-share {self.hardware_share:g} must lie between 0 and 1")
+        for field, (option, least, most, is_percent) in RANGES.items():
+            value, unit = getattr(self, field), HOUR_S if field == "repair_s" else 0.01 if is_percent else 1.0
+            if not least <= value <= most:  # nan too
+                given = f"{value / unit:.6g}" if isinstance(value, float) else f"{value:,}"[:20]
+                raise UserError(f"{option} {given} must be a number from {least / unit:,.6g} to {most / unit:,.10g}")
         if self.policy not in POLICIES:
             raise UserError(f"--policy {self.policy} is unknown; take {', '.join(POLICIES)}")
         if self.policy == "shrink" and (self.replica_nodes < 1 or self.num_nodes % self.replica_nodes):
@@ -119,11 +123,6 @@ class Job:
     def capacity(self, nodes_out: int) -> float:
         """Speed relative to the full job, 0 to 1, while ``nodes_out`` are in repair."""
         return self.nodes_at_work(nodes_out) / self.num_nodes
-
-
-def _whole(field: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{field} {value} must be a whole number of at least {least}")
 
 
 def published_rows() -> list[dict[str, str]]:

@@ -7,9 +7,13 @@ import math
 import random
 from dataclasses import dataclass, field
 
+from llm_parallel.goodput.closed_form import shares_of_nodes_out
 from llm_parallel.goodput.rates import Job
 
-BATCH_FAILURES = 200
+BATCHES, BATCH_FAILURES = 20, 200
+"""Fewest batches of failures, and fewest failures of a batch, whose scatter gives a standard error."""
+MOST_EVENTS = 400_000
+"""Failures and resizings after which a simulation ends, whatever its standard error."""
 
 
 @dataclass
@@ -48,6 +52,9 @@ class Outcome:
     """Training done, relative to no failures and no checkpoints."""
     standard_error: float
     """Of ``goodput``, over batches of failures; NaN with a single batch."""
+    settled: bool
+    """Whether the standard error became as small as was asked, over many repairs one after the other, before the most
+    events were simulated."""
 
 
 @dataclass
@@ -58,6 +65,15 @@ class _Cluster:
     now_s: float = 0.0
     returns_s: list[float] = field(default_factory=list)
     """Heap of the times at which nodes in repair come back."""
+
+    def age(self) -> None:
+        """Puts as many nodes into repair as are there after a long time; how much longer each takes is exponential
+        too."""
+        if self.job.policy == "restart":
+            return
+        found = shares_of_nodes_out(self.job)
+        (nodes_out,) = self.draw.choices([number for number, _ in found], [share for _, share in found])
+        self.returns_s = sorted(self.draw.expovariate(1.0 / self.job.repair_s) for _ in range(nodes_out))
 
     def take_back(self) -> None:
         while self.returns_s and self.returns_s[0] <= self.now_s:
@@ -81,8 +97,7 @@ class _Cluster:
         up_s = self.now_s + start_s
         cycle_s = job.interval_s + job.write_s
         if capacity < 1.0:  # nodes that are back join after the next checkpoint, once they are enough for a replica
-            enough = heapq.nsmallest(job.returns_to_grow(len(self.returns_s)), self.returns_s)
-            cycles = max(1, math.ceil((enough[-1] - up_s) / cycle_s))
+            cycles = max(1, math.ceil((self._grows_at() - up_s) / cycle_s))
             if up_s + cycles * cycle_s < failure_s:
                 self._keep(cycles, capacity)
                 self.now_s = up_s + cycles * cycle_s
@@ -92,6 +107,11 @@ class _Cluster:
         self._keep(cycles, capacity)
         ledger.lost_s += failure_s - up_s - cycles * cycle_s
         return self._fail(failure_s)
+
+    def _grows_at(self) -> float:
+        """When enough nodes are back for one more replica."""
+        needed = self.job.returns_to_grow(len(self.returns_s))
+        return self.returns_s[0] if needed == 1 else heapq.nsmallest(needed, self.returns_s)[-1]
 
     def _keep(self, cycles: int, capacity: float) -> None:
         self.ledger.useful_s += cycles * self.job.interval_s * capacity
@@ -106,31 +126,34 @@ class _Cluster:
         return self.job.down_s
 
 
-def simulate(
-    job: Job, seed: int = 0, *, relative_error: float = 0.002, min_failures: int = 4000, max_failures: int = 1_000_000
-) -> Outcome:
-    """Simulates ``job`` until one standard error of its goodput is at most ``relative_error`` of it, or after
-    ``max_failures``.
+def simulate(job: Job, seed: int = 0, *, relative_error: float = 0.002, most_events: int = MOST_EVENTS) -> Outcome:
+    """Simulates ``job`` until one standard error of its goodput is at most ``relative_error`` of it, or for
+    ``most_events``.
 
     Failures are a Poisson process in proportion to the GPUs at work, except while the job waits; repair times are
-    exponential. The same seed gives the same result.
+    exponential. It begins with as many nodes in repair as a job that has run for long has, and a batch lasts as long as
+    a repair, so that batches are nearly independent. The same seed gives the same result.
     """
     cluster = _Cluster(job, random.Random(seed))
+    cluster.age()
+    ledger = cluster.ledger
+    in_a_repair = 0 if job.policy == "restart" else math.ceil(job.failures_per_s * job.repair_s)
+    # A failure is followed by one resizing at most, so that there are BATCHES of them at least.
+    batch = min(max(BATCH_FAILURES, in_a_repair), max(1, most_events // (2 * BATCHES)))
     batches: list[tuple[float, float]] = []
-    start_s = 0.0
-    while True:
-        useful_s, began_s = cluster.ledger.useful_s, cluster.now_s
-        goal = cluster.ledger.failures + BATCH_FAILURES
-        while cluster.ledger.failures < goal:
-            start_s = cluster.span(start_s)
-        batches.append((cluster.ledger.useful_s - useful_s, cluster.now_s - began_s))
-        error = _ratio_error(batches)
-        if goal < min_failures:
+    useful_s, began_s, start_s, settled = 0.0, 0.0, 0.0, False
+    for _ in range(most_events):
+        start_s = cluster.span(start_s)
+        if ledger.failures < batch * (len(batches) + 1):
             continue
-        mean = cluster.ledger.useful_s / cluster.now_s
-        if goal >= max_failures or error <= relative_error * mean:
-            cluster.ledger.elapsed_s = cluster.now_s
-            return Outcome(cluster.ledger, mean, error)
+        batches.append((ledger.useful_s - useful_s, cluster.now_s - began_s))
+        useful_s, began_s = ledger.useful_s, cluster.now_s
+        settled = len(batches) >= BATCHES and _ratio_error(batches) <= relative_error * useful_s / began_s
+        if settled:
+            break
+    settled &= batch >= in_a_repair
+    ledger.elapsed_s = cluster.now_s
+    return Outcome(ledger, ledger.goodput, _ratio_error(batches), settled)
 
 
 def _ratio_error(batches: list[tuple[float, float]]) -> float:

@@ -1,4 +1,4 @@
-"""Prints a line for every step, and on a terminal a progress bar below."""
+"""Prints a line for every step, and on a terminal a progress bar below. In a log lines may be rarer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from llm_parallel.lines import say, silence, wrapped
-from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord
-from llm_parallel.metrics.step_line import StepLines, duration, eval_line
+from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord, TaskRecord
+from llm_parallel.metrics.step_line import StepLines, duration, eval_line, task_line
 
 REDRAW_S = 0.3
 """Lines are printed and the bar is drawn anew at most this often; both flicker otherwise where steps take
@@ -24,14 +24,25 @@ WIDE = 76
 
 
 class ConsoleSink:
-    """Prints to standard output. ``unit``, "GPU" or "process", is what rates are given per."""
+    """Prints to standard output. ``unit``, "GPU" or "process", is what rates are given per; ``line_interval_s`` the
+    least time between two lines of steps where that is no terminal, except for skipped steps and the last one."""
 
     target = "standard output"
 
-    def __init__(self, total_steps: int, first_step: int, unit: str, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int,
+        unit: str,
+        console: Console | None = None,
+        line_interval_s: float = 0.0,
+    ) -> None:
         self._lines = StepLines(total_steps, unit)
+        # Variables such as FORCE_COLOR, which a batch job inherits, make rich take a log for a terminal.
+        on_terminal = sys.stdout.isatty() if console is None else console.is_terminal
         console = console or Console(highlight=False, markup=False)
-        self._screen = _Screen(console, total_steps, first_step) if console.is_terminal else None
+        self._screen = _Screen(console, total_steps, first_step) if on_terminal and console.is_terminal else None
+        self._last_step, self._line_interval_s, self._next_line_s = total_steps, line_interval_s, 0.0
 
     def start(self, lines: Sequence[str]) -> None:
         """Prints ``lines`` and begins the progress bar."""
@@ -45,12 +56,19 @@ class ConsoleSink:
         if self._screen:
             self._screen.progress(record)
             self._screen.add(self._lines.line(record, self._screen.width))
-        else:
+            return
+        now = time.monotonic()
+        if now >= self._next_line_s or record.skipped or record.step >= self._last_step:
+            self._next_line_s = now + self._line_interval_s
             self.message(self._lines.line(record))
 
     def eval(self, record: EvalRecord) -> None:
         """Prints the line of an evaluation."""
         self.message(eval_line(record, self._screen.width if self._screen else None))
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Prints the line of tasks' scores."""
+        self.message(task_line(record))
 
     def answer(self, record: AnswerRecord) -> None:
         """Prints prompt and answer."""

@@ -139,3 +139,42 @@ def dequantized_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) 
         return 0.0
     largest = max(one.numbers for one in linears(shape, strategy.tp, adapter))
     return largest * (8 if adapter.base == "int8" else 10)
+
+
+DEQUANTIZED_BYTES = {"full": 0.0, "int8": 19.0, "nf4": 22.5}
+"""Bytes that are moved for each number of a matrix that is made from its codes, by torch's operators as
+``model/quant.py`` calls them: of int8, the code is read and written in fp32 (5), multiplied by its scale (8) and
+rounded (6); of NF4, half a byte of codes becomes an index (4.5) that finds the numbers in fp32 (4), which are scaled
+(8) and rounded (6). bitsandbytes, where it is installed, moves 2.5 of NF4."""
+
+
+def products(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> list[tuple[float, float]]:
+    """(inputs, outputs) of one layer's products with factors on one GPU: A of all projections of a matrix at a time,
+    then B, as wide as all their ranks."""
+    found = [one for one in linears(shape, strategy.tp, adapter) if one.kinds]
+    ranks = [adapter.rank * one.kinds for one in found]
+    return [
+        *((one.columns, rank) for one, rank in zip(found, ranks)),
+        *((rank, one.rows) for one, rank in zip(found, ranks)),
+    ]
+
+
+def added_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig, backward: bool) -> float:
+    """Bytes that are moved in one layer to add the adapters' outputs to those of the matrices, or, backward, the
+    gradients of their inputs; and to make frozen matrices from their codes."""
+    size = 4 if strategy.precision == "fp32" else 2
+    whole = linears(shape, strategy.tp, adapter)
+    width = sum(one.columns if backward else one.rows for one in whole if one.kinds)
+    return 3 * size * strategy.tokens * width + DEQUANTIZED_BYTES[adapter.base] * sum(one.numbers for one in whole)
+
+
+def frozen_parameters(shape: Shape) -> int:
+    """Numbers of the matrices of the whole model, which need no gradient of their own."""
+    return shape.layers * shape.layer_matrices + shape.vocab * shape.hidden
+
+
+def flops_per_token(shape: Shape, whole: float, adapter: AdapterConfig) -> float:
+    """Training FLOPs of one token of which ``whole`` are those of training all weights: without the gradients of frozen
+    weights, and with the adapters (``model/flops.py``)."""
+    trained = sum(factors(shape, adapter)) * shape.layers
+    return whole - 2 * frozen_parameters(shape) + 6 * trained

@@ -46,6 +46,8 @@ def calibrate_command(paths: Sequence[str], cluster: str | None, out: str) -> in
     found = load_cluster(out)
     say(f"written: {out}, from {len(results)} results on {results[0].chip}")
     for result in results:
+        if result.tree.get("crowded"):
+            say(f"NOTE: {Path(result.path).name}: {result.tree['crowded']}")
         if result.kind == "step":
             predicted, measured = predict_step(result, found), step_seconds(result)
             say(f"{Path(result.path).name}: predicted {predicted:.4g} s, measured {measured:.4g} s, "

@@ -22,14 +22,15 @@ from llm_parallel.files import atomic_write
 from llm_parallel.goodput.closed_form import best_interval_s, goodput
 from llm_parallel.goodput.rates import Job, find_profile
 from llm_parallel.planner.advice import TIGHT, is_tight, would_fit
-from llm_parallel.planner.hardware import Cluster, cluster_names, load_cluster, with_network
+from llm_parallel.planner.hardware import Cluster, load_cluster, with_network
 from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
 from llm_parallel.planner.models import planned
 from llm_parallel.planner.published.command import refit_command, validate_command
 from llm_parallel.planner.published.trust import trust
-from llm_parallel.planner.request import DEFAULT_GPUS, PlanRequest, read_length
+from llm_parallel.planner.request import PlanRequest, Question, read_length
+from llm_parallel.planner.run_file import about_documents, own_layout, question_of, with_documents
 from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
-from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, with_software
+from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, strategy_of, with_software
 from llm_parallel.planner.steptime import Model
 from llm_parallel.screen import say_next, show
 
@@ -48,10 +49,10 @@ def plan_command(request: PlanRequest) -> int:
         from llm_parallel.planner.calibrate import calibrate_command  # imports scipy
 
         return calibrate_command(request.calibrate, request.cluster, request.cluster_out)
-    return _plan(_sized(request))
+    return _plan(question_of(request))
 
 
-def _plan(request: PlanRequest) -> int:
+def _plan(request: Question) -> int:
     """Prints the best layouts; 1 if none fits."""
     if request.what_if:
         return what_if_command(request)
@@ -80,8 +81,11 @@ def _plan(request: PlanRequest) -> int:
             return 1
         show(_table(found, shape, cluster))
     show(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, found[0].strategy)}")
-    if request.adapter:
-        show("Memory is that of adapters; times are those of training all weights, which takes longer.")
+    for said in (about_documents(request), own_layout(request, shape, _base(request, cluster), cluster)):
+        if said:
+            show(said)
+    if cluster.host is not None and found[0].strategy.adapter is not None:
+        show("Memory is that of adapters; times on a CPU are those of training all weights, which takes longer.")
     _say_run(request, found[0], cluster)
     if request.write:
         write_run_file(request, shape, found[0], cluster)
@@ -95,14 +99,16 @@ def _plan(request: PlanRequest) -> int:
     return 0
 
 
-def _as_command(request: PlanRequest) -> str:
+def _as_command(request: Question) -> str:
+    model = f"--model {request.model}" if request.run is None else str(request.run)
+    adapter = f" --adapter {request.adapter}" if request.adapter else ""
     return (
-        f"llm-parallel plan --model {request.model} --cluster {request.cluster_name} --gpus {request.gpus} "
-        f"--global-batch {request.global_batch} --seq {request.seq}"
+        f"llm-parallel plan {model} --cluster {request.cluster_name} --gpus {request.gpus} "
+        f"--global-batch {request.global_batch} --seq {request.seq}{adapter}"
     )
 
 
-def _why_none(request: PlanRequest, looked: int) -> str:
+def _why_none(request: Question, looked: int) -> str:
     if looked:
         return "None fits."
     return (
@@ -118,7 +124,7 @@ def _trust(cluster: Cluster, strategy: Strategy) -> str:
     return trust(cluster, strategy).describe()
 
 
-def what_if_command(request: PlanRequest) -> int:
+def what_if_command(request: Question) -> int:
     """Prints the best layout of the request and of each change to it in one table; exit status 1 if none fits."""
     if request.explain or request.write:
         name = "explain" if request.explain else "write"
@@ -154,7 +160,7 @@ def what_if_command(request: PlanRequest) -> int:
     return 0 if fits_somewhere else 1
 
 
-def changed(request: PlanRequest, text: str) -> PlanRequest:
+def changed(request: Question, text: str) -> Question:
     """The request with changes from a text like ``gpus=512,seq=8192``. Raises UserError for what is no change."""
     changes: dict[str, Any] = {}
     for part in text.split(","):
@@ -171,12 +177,12 @@ def changed(request: PlanRequest, text: str) -> PlanRequest:
         else:
             changes[name] = int(value)
     if "cluster" in changes and "gpus" not in changes:
-        sized = _sized(replace(request, cluster=changes["cluster"], gpus=DEFAULT_GPUS))
+        sized = question_of(PlanRequest(cluster=changes["cluster"]))
         changes |= {"cluster": sized.cluster} | ({"gpus": sized.gpus} if sized.cluster != changes["cluster"] else {})
     return replace(request, **changes)
 
 
-def _what_if_row(name: str, case: PlanRequest, found: Sequence[Candidate], shape: Shape, cluster: Cluster) -> str:
+def _what_if_row(name: str, case: Question, found: Sequence[Candidate], shape: Shape, cluster: Cluster) -> str:
     cells = [name, cluster.name, f"{case.gpus:,}", f"{case.global_batch:,}", f"{case.seq:,}"]
     if not found:
         return "| " + " | ".join([*cells, "none fits", "", "", "", "", ""]) + " |"
@@ -188,7 +194,7 @@ def _what_if_row(name: str, case: PlanRequest, found: Sequence[Candidate], shape
     return "| " + " | ".join(cells) + " |"
 
 
-def _base(request: PlanRequest, cluster: Cluster) -> Strategy:
+def _base(request: Question, cluster: Cluster) -> Strategy:
     for name in ("gpus", "global_batch", "seq", "top"):
         value = getattr(request, name)
         if value < 1:
@@ -203,21 +209,25 @@ def _base(request: PlanRequest, cluster: Cluster) -> Strategy:
             f"--gpus {request.gpus} is no whole number of nodes of {cluster.gpus_per_node}; take {whole} or "
             f"{whole + cluster.gpus_per_node}"
         )
-    if request.precision not in ("bf16", "fp8"):
+    of_run_file = request.config is not None and request.precision == request.config.train.precision
+    if request.precision not in ("bf16", "fp8") and not of_run_file:
         raise UserError(f"--precision {request.precision} is not bf16 or fp8")
     if request.precision == "fp8" and cluster.chip.peak_fp8_flops <= cluster.chip.peak_flops:
         raise UserError(f"--precision fp8: {cluster.chip.name} has no 8-bit products; use bf16")
     plain = Strategy(
         gpus=request.gpus, global_batch=request.global_batch, micro_batch=1, seq=request.seq,
         precision="fp32" if cluster.host else request.precision,  # type: ignore[arg-type]
-        adapter=_adapter(request.adapter),
+        adapter=_adapter(request.adapter, request.config),
     )  # fmt: skip
-    return with_software(plain, request.software)
+    if request.config is not None:
+        own = strategy_of(request.config, request.gpus)
+        plain = replace(plain, moment_bits=own.moment_bits, zero=own.zero)
+    return with_software(with_documents(request, plain), request.software)
 
 
-def _adapter(text: str | None) -> AdapterConfig | None:
+def _adapter(text: str | None, config: RunConfig | None) -> AdapterConfig | None:
     if text is None:
-        return None
+        return None if config is None else config.adapter
     fields = dict(part.strip().partition("=")[::2] for part in text.split(","))
     try:
         return AdapterConfig.model_validate(
@@ -264,7 +274,7 @@ def _explained(text: str, base: Strategy) -> Strategy:
     return found
 
 
-def _check_explained(request: PlanRequest, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
+def _check_explained(request: Question, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
     """Raises UserError with the first rule of our trainer that an explained layout breaks. Megatron-Core has the same
     rules."""
     config = RunConfig.model_validate(_run_tree(request, shape, strategy, cluster, whole=True))
@@ -281,17 +291,6 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
     for old, new in names.items():
         name = name.replace(old, new)
     return name
-
-
-def _sized(request: PlanRequest) -> PlanRequest:
-    """The request with ``--cluster dgx-h100x256`` read as 256 GPUs of dgx-h100. Raises UserError where --gpus gives
-    another number."""
-    name, _, number = request.cluster_name.lower().rpartition("x")
-    if name not in cluster_names() or not number.isdecimal():
-        return request
-    if request.gpus not in (DEFAULT_GPUS, int(number)):
-        raise UserError(f"--cluster {request.cluster} has {number} GPUs and --gpus says {request.gpus}; give one")
-    return replace(request, cluster=name, gpus=int(number))
 
 
 def _table(found: Sequence[Candidate], shape: Shape, cluster: Cluster) -> str:
@@ -339,7 +338,7 @@ def _explain(item: Candidate, shape: Shape, cluster: Cluster, say: Any) -> None:
     )
 
 
-def _say_run(request: PlanRequest, best: Candidate, cluster: Cluster) -> None:
+def _say_run(request: Question, best: Candidate, cluster: Cluster) -> None:
     if request.tokens is None:
         return
     seconds = request.tokens / (best.tokens_per_s() * request.gpus)
@@ -362,7 +361,7 @@ def _bill(seconds: float, gpus: int, price: float | None) -> str:
     return f"{seconds / HOUR_S / 24:.1f} days, {hours:,.0f} GPU-hours{cost}"
 
 
-def _run_tree(request: PlanRequest, shape: Shape, strategy: Strategy, cluster: Cluster, whole: bool) -> dict[str, Any]:
+def _run_tree(request: Question, shape: Shape, strategy: Strategy, cluster: Cluster, whole: bool) -> dict[str, Any]:
     """Sections of a run file; ``whole`` replaces the preset by its fields, for the rules to check."""
     fields = as_run_fields(shape, strategy)
     fields["train"]["steps"] = max(1, round((request.tokens or 1e12) / (request.global_batch * request.seq)))
@@ -378,7 +377,7 @@ def _run_tree(request: PlanRequest, shape: Shape, strategy: Strategy, cluster: C
     }
 
 
-def write_run_file(request: PlanRequest, shape: Shape, best: Candidate, cluster: Cluster) -> None:
+def write_run_file(request: Question, shape: Shape, best: Candidate, cluster: Cluster) -> None:
     """Writes a run file that ``pretrain`` takes once its data is filled in. Raises UserError if our trainer can't run
     it."""
     config = RunConfig.model_validate(_run_tree(request, shape, best.strategy, cluster, whole=True))

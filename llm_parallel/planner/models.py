@@ -13,6 +13,7 @@ from llm_parallel.config.tree import ModelConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.model.hf_files import json_object
+from llm_parallel.planner.run_file import with_model
 from llm_parallel.planner.shapes import Shape, shape_of
 
 DEFAULT_VOCAB = 32000
@@ -55,8 +56,7 @@ def planned(text: str | None) -> Planned:
         return Planned(name, name, {"preset": name, **own}, {**own, **preset})
     path = Path(text)
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        model = load_config(path, notice=lambda _: None).model
-        return _of(path.stem, text, model)
+        return _of(path.stem, text, with_model(load_config(path, notice=lambda _: None)).model)
     if (path / "config.json").is_file():
         path = path / "config.json"
     if path.suffix == ".json" and path.is_file():

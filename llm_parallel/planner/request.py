@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llm_parallel.errors import UserError
-from llm_parallel.options import option
+from llm_parallel.options import argument, not_an_option, option
 
 THOUSANDS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 """Letters behind a number of tokens of a run."""
@@ -42,7 +43,7 @@ def _split(text: str, letters: Mapping[str, float]) -> tuple[float | None, float
 
 
 DEFAULT_CLUSTER = "dgx-h100"
-DEFAULT_GPUS = 8
+DEFAULT_GPUS, DEFAULT_BATCH, DEFAULT_SEQ, DEFAULT_PRECISION = 8, 1024, 4096, "bf16"
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,16 @@ class PlanRequest:
     """Model preset, as llama2-70b, a folder or config.json of Hugging Face, or a run file."""
     cluster: str | None = None
     """dgx-a100, dgx-h100 (the default), dgx-b200, l40s …, or a YAML file like theirs."""
-    gpus: int = DEFAULT_GPUS
-    """GPUs to use."""
-    global_batch: int = 1024
-    """Samples of a step."""
-    seq: int = option(4096, read=read_length)
-    """Tokens of a sample, as 8192 or 8k."""
+    gpus: int | None = None
+    """GPUs to use; the run file's number of processes, or 8."""
+    global_batch: int | None = None
+    """Samples of a step; the run file's, or 1024."""
+    seq: int | None = option(None, read=read_length)
+    """Tokens of a sample, as 8192 or 8k; the run file's, or 4096."""
     top: int = 5
     """Layouts to show."""
-    precision: str = "bf16"
-    """bf16, or fp8 for a what-if."""
+    precision: str | None = None
+    """bf16, or fp8 for a what-if; the run file's, or bf16."""
     tokens: float | None = option(None, read=read_amount)
     """Tokens of the whole run, as 2e12 or 100B, for days, GPU-hours and cost."""
     price_per_gpu_hour: float | None = None
@@ -88,13 +89,33 @@ class PlanRequest:
     what_if: Sequence[str] = ()
     """A case to compare with: gpus=512, cluster=dgx-h200, seq=131072 …; several times."""
     adapter: str | None = None
-    """Train adapters of this kind on frozen weights, as rank=16,base=nf4; it changes memory only."""
+    """Train adapters of this kind on frozen weights, as rank=16,base=nf4; the run file's."""
+    document_tokens: int | None = option(None, read=read_length)
+    """Mean tokens of a conversation or document, where they do not see each other in a sample, or each has one."""
     software: str = "ours"
     """ours, or nvidia: Megatron-Core, Transformer Engine."""
     network: str | None = None
     """Network between nodes instead of the cluster's: ib-400, efa-400, roce-100 …"""
+    run: str | None = argument(None)
+    """Run file of pretrain or sft: its model, batch, lengths, precision and adapters are planned, and its layout."""
+    config: Any = not_an_option(default=None)  # noqa: RUF009
+    """The run file's configuration, which is read from ``run``."""
 
     @property
     def cluster_name(self) -> str:
         """The cluster to plan for."""
         return self.cluster or DEFAULT_CLUSTER
+
+
+@dataclass(frozen=True)
+class Question(PlanRequest):
+    """A request whose sizes are all known."""
+
+    gpus: int = DEFAULT_GPUS
+    """GPUs to use."""
+    global_batch: int = DEFAULT_BATCH
+    """Samples of a step."""
+    seq: int = DEFAULT_SEQ
+    """Tokens of a sample."""
+    precision: str = DEFAULT_PRECISION
+    """Number format."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llm_parallel.planner import adapters
 from llm_parallel.planner.hardware import Cluster
 from llm_parallel.planner.memory import ALLOWANCE, CONTEXT_BYTES, Memory, memory, spread
 from llm_parallel.planner.shapes import Recompute, Shape, Strategy
@@ -39,7 +40,10 @@ class Candidate:
 
     def mfu(self, shape: Shape, cluster: Cluster, causal: bool) -> float:
         """Model FLOPs over the 16-bit peak (8-bit if the layers run in 8 bits); ``causal`` counts half of attention."""
-        flops = shape.flops_per_token(self.strategy.seq, causal) * self.tokens_per_s()
+        flops = shape.flops_per_token(self.strategy.seq, causal)
+        if self.strategy.adapter is not None:
+            flops = adapters.flops_per_token(shape, flops, self.strategy.adapter)
+        flops *= self.tokens_per_s()
         fp8 = self.strategy.precision == "fp8"
         return flops / (cluster.chip.peak_fp8_flops if fp8 else cluster.chip.peak_flops)
 
@@ -136,7 +140,8 @@ def as_run_fields(shape: Shape, s: Strategy) -> dict[str, dict[str, Any]]:
     layers = spread(shape.layers, s.pp * s.vpp)
     if len(set(layers)) > 1 and min(layers):
         parallel["stage_layers"] = list(layers)
-    train = {"global_batch_size": s.global_batch, "micro_batch_size": s.micro_batch, "precision": "bf16"}
+    train = {"global_batch_size": s.global_batch, "micro_batch_size": s.micro_batch,
+             "precision": s.precision if s.precision in ("fp32", "fp16") else "bf16"}  # fmt: skip
     adapter = (
         {}
         if s.adapter is None

@@ -152,7 +152,9 @@ class Strategy:
     stage_layers: tuple[int, ...] | None = None
     """Layers of each model chunk in the order of the layers, where they are not even."""
     adapter: AdapterConfig | None = None
-    """Adapters that are trained in place of the weights. Only memory knows of them."""
+    """Adapters that are trained in place of the weights."""
+    document: int = 0
+    """Tokens of a document, where several share a sample and do not see each other; 0: a token sees its sample."""
     plain: bool = False
     """Whether norms, rotation and attention are torch's operators, as on a CPU, which keep more than our kernels. Only
     memory knows of it."""

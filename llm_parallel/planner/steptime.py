@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from llm_parallel.planner import adapters
 from llm_parallel.planner.hardware import Cluster
 from llm_parallel.planner.host import host_step
 from llm_parallel.planner.memory import parameters_of_stage, stage_layers
@@ -175,12 +176,19 @@ class Model:
         """Forward or backward of one layer for one micro batch."""
         shape, strategy = self.shape, self.strategy
         tokens, tp = strategy.tokens, strategy.tp
-        compute = self._products(self._matrices().values()) * (2 if backward else 1)
+        # Frozen matrices have no gradient of their own.
+        compute = self._products(self._matrices().values()) * (2 if backward and strategy.adapter is None else 1)
         attention, traffic = self._attention(backward)
         elementwise = self._move(traffic) + self._move(self._elementwise_bytes() * (2 if backward else 1))
         size = 2.0 * tokens * shape.hidden
         # Two all-reduces, or two pairs of all-gather and reduce-scatter, in each direction.
         sent = 2.0 * self._collective(size, tp, 1, rounds=2)
+        if strategy.adapter is not None:
+            adapter = strategy.adapter
+            compute += self._products(adapters.products(shape, strategy, adapter)) * (2 if backward else 1)
+            elementwise += self._move(adapters.added_bytes(shape, strategy, adapter, backward))
+            # What is as wide as the rank is gathered or summed instead of the hidden rows.
+            sent += self._collective(2.0 * tokens * adapter.rank * len(set(adapter.targets)), tp, 1, rounds=2)
         if strategy.overlap_tp:
             sent *= 1.0 - self.constants.tp_hidden
         return Pass(compute + attention, elementwise, sent, self._ring(attention, backward), self._host())
@@ -193,12 +201,13 @@ class Model:
         shape, strategy = self.shape, self.strategy
         # Causal flash attention skips half of the pairs and all outside of a window, and context parallelism divides
         # the rest evenly.
-        pairs = strategy.tokens * strategy.seq * (shape.seen(strategy.seq) if strategy.flash else 1.0)
+        seen = min(strategy.document or strategy.seq, strategy.seq)
+        pairs = strategy.tokens * (seen * shape.seen(seen) if strategy.flash else strategy.seq)
         flops = 4.0 * pairs * shape.heads * shape.channels / strategy.tp
         if strategy.flash:
             share = strategy.flash_rate * (self.constants.flash_te if strategy.te else self.constants.flash)
             # Context parallelism computes on pieces of the sequence, two for each rank.
-            length = strategy.seq if strategy.cp == 1 else strategy.seq / (2 * strategy.cp)
+            length = min(seen, strategy.seq if strategy.cp == 1 else strategy.seq / (2 * strategy.cp))
             rate = self.chip.peak_flops * share / (1.0 + FLASH_ROWS / length)
             return flops / rate * (BACKWARD_FLASH if backward else 1.0), 0.0
         scores = pairs * shape.heads / strategy.tp
@@ -235,7 +244,7 @@ class Model:
         logits = self.strategy.tokens * self.shape.vocab / self.strategy.tp
         # The output projection stays in 16 bits where the layers run in 8.
         rate = self._gemm_rate()
-        return Pass(flops * (2 if backward else 1) / rate, self._move(logits * 8))
+        return Pass(flops * (2 if backward and self.strategy.adapter is None else 1) / rate, self._move(logits * 8))
 
     def stage(self, stage: int, backward: bool) -> Pass:
         """Forward or backward of all layers of a stage for one micro batch, without recomputation."""
@@ -313,7 +322,7 @@ class Model:
         # The slowest stage waits only while the pipeline fills and drains.
         bubble = (sum(totals) - totals[slowest]) / strategy.vpp + 2.0 * (strategy.pp - 1) * send
         steady = 0.0 if strategy.overlap_pp or strategy.pp == 1 else 2.0 * count * strategy.vpp * send
-        parameters = max(parameters_of_stage(self.shape, strategy, stage) for stage in {0, strategy.pp - 1})
+        parameters = self._trained()
         mine, second = both[slowest].times(count), again[slowest].times(count)
         backward = self.stage(slowest, True).total * count
         updated = parameters / (strategy.dp * strategy.cp if strategy.zero else 1)
@@ -334,6 +343,14 @@ class Model:
         nodes = strategy.gpus / self.cluster.gpus_per_node
         doublings = math.log2(max(1.0, min(nodes, strategy.dp * strategy.cp)))
         return replace(found, waiting=found.total * self.constants.jitter * doublings)
+
+    def _trained(self) -> float:
+        """Weights that are trained, on the GPU that has most of them."""
+        strategy = self.strategy
+        if strategy.adapter is not None:
+            layers = max(map(sum, stage_layers(self.shape, strategy)))
+            return layers * adapters.layer_parameters(self.shape, strategy, strategy.adapter)
+        return max(parameters_of_stage(self.shape, strategy, stage) for stage in {0, strategy.pp - 1})
 
     def _send(self) -> float:
         """Seconds of sending an activation to the next stage."""

@@ -15,7 +15,8 @@ from llm_parallel.report.figures import Picture
 from llm_parallel.report.page import Section, render
 from llm_parallel.report.request import ReportRequest
 from llm_parallel.report.runs import read_runs
-from llm_parallel.report.sections import runs_sections, scaling_section
+from llm_parallel.report.sections import runs_sections
+from llm_parallel.report.sweep_section import scaling_section
 
 
 def report_command(request: ReportRequest) -> int:
@@ -46,7 +47,7 @@ def report_command(request: ReportRequest) -> int:
         raise UserError(f"--out {request.out} cannot be written ({error.strerror}); name another file") from None
     for series in sweeps:
         say(sentence(series))
-        for point in series.best:
+        for point in series.points if series.mode == "layouts" else series.best:
             for flag in series.flags(point):
                 say(f"  on {point.world_size}: {flag}")
     size = Path(request.out).stat().st_size

@@ -20,7 +20,8 @@ SAME_WORK = (
 """Columns that must have the same value in all rows of a series, if they are present."""
 LAYOUT = ("tp", "cp", "pp", "vpp", "dp", "micro_batch_size")
 SUPERLINEAR = 0.02
-NOISY = 0.05
+NOISY = 0.02
+"""Spread, relative to the median, that is never noisy."""
 PART = "time_"
 """Prefix of the columns with parts of the step time, as in ``time_optimizer_s``."""
 CAUSE = "time/"
@@ -66,7 +67,8 @@ class Series:
 
     name: str
     mode: str
-    """``weak``: the batch grows with the processes; ``strong``: the batch stays the same."""
+    """``weak``: the batch grows with the processes; ``strong``: the batch stays the same; ``layouts``: there is one
+    number of processes alone, so that layouts are compared and no scaling is."""
     work: dict[str, str]
     points: list[Point]
     best: list[Point] = field(default_factory=list)
@@ -88,6 +90,19 @@ class Series:
         own = point.batch / point.predicted_s / point.world_size
         return own / (self.baseline.batch / self.baseline.predicted_s / self.baseline.world_size)
 
+    @property
+    def layouts(self) -> list[list[Point]]:
+        """The points of each number of processes on which several layouts were measured, the fastest first."""
+        groups = [[point for point in self.points if point.world_size == one.world_size] for one in self.best]
+        return [group for group in groups if len(group) > 1]
+
+    def effect(self, point: Point) -> float:
+        """What is said of a point, as a share of the speed: the difference to the baseline, or of the baseline the
+        largest difference to it. Of layouts, which are compared on one number of processes, to the fastest."""
+        others = self.points if self.mode == "layouts" else self.best
+        compared = [one for one in others if one is not point] if point is self.baseline else [point]
+        return max((abs(self.efficiency(one) - 1.0) for one in compared), default=0.0)
+
     def flags(self, point: Point) -> list[str]:
         """Reasons to doubt a point."""
         found = []
@@ -96,8 +111,12 @@ class Series:
             found.append(
                 f"superlinear by {excess:.0%}: doubt the baseline (slow layout, memory pressure) before this point"
             )
-        if point.spread is not None and point.spread > NOISY:
-            found.append(f"noisy: its measurements spread over {point.spread:.0%} of their median")
+        effect = self.effect(point)
+        if point.spread is not None and point.spread > max(effect, NOISY):
+            found.append(
+                f"noisy: its measurements spread over {point.spread:.0%} of their median, more than the {effect:.1%} "
+                "that they are to show"
+            )
         if point.spread is None:
             found.append("measured once: its noise is not known")
         return found
@@ -161,7 +180,7 @@ def _series(path: str, name: str, rows: Sequence[tuple[int, dict[str, str]]]) ->
         measured.setdefault((size, _layout(row), batch), []).append((line, row))
     points = [_point(path, *key, group) for key, group in measured.items()]
     points.sort(key=lambda point: (point.world_size, -point.rate))
-    mode = _mode(path, title, points)
+    mode = _mode(path, points)
     best = [next(point for point in points if point.world_size == size) for size in _sizes(points)]
     work = {column: first[column] for column in SAME_WORK if first.get(column)}
     return Series(title, mode, work, points, best)
@@ -171,12 +190,11 @@ def _sizes(points: Sequence[Point]) -> list[int]:
     return list(dict.fromkeys(point.world_size for point in points))
 
 
-def _mode(path: str, title: str, points: Sequence[Point]) -> str:
-    """Whether the batch grows with the processes or stays. Raises UserError if it does neither."""
+def _mode(path: str, points: Sequence[Point]) -> str:
+    """Whether the batch grows with the processes or stays, or there is one number of processes alone. Raises UserError
+    if it does neither."""
     if len(_sizes(points)) < 2:
-        raise UserError(
-            f"--csv {path}: series {title} has world_size {points[0].world_size} alone; efficiency needs two"
-        )
+        return "layouts"
     if len({point.batch for point in points}) == 1:
         return "strong"
     shares = {point.batch / point.world_size for point in points}
@@ -248,8 +266,11 @@ def _whole(path: str, line: int, row: Mapping[str, str], column: str) -> int:
 
 
 def sentence(series: Series) -> str:
-    """A sentence with the efficiency on the most processes, and its baseline."""
+    """A sentence with the efficiency on the most processes, and its baseline; of a single number of processes, with its
+    layouts."""
     base, last = series.baseline, series.best[-1]
+    if series.mode == "layouts":
+        return _sentence_of_layouts(series)
     growth = last.world_size / base.world_size
     prefix = "" if series.name == series.mode else f"{series.name}: "
     number = f"{base.world_size} process{'' if base.world_size == 1 else 'es'}"
@@ -258,4 +279,16 @@ def sentence(series: Series) -> str:
         f" {series.efficiency(last):.1%} of the baseline's speed per process, a speed-up of"
         f" {series.efficiency(last) * growth:.2f} on {growth:g} times the processes. Baseline: {number}"
         f"{', ' + base.layout if base.layout else ''}, {base.step_s:.4g} s per step of {base.batch} samples."
+    )
+
+
+def _sentence_of_layouts(series: Series) -> str:
+    base, slowest = series.baseline, series.points[-1]
+    on = f"{series.name}: {base.world_size} process{'' if base.world_size == 1 else 'es'} alone, so no scaling is shown"
+    fastest = f"{base.layout or 'the layout'} takes {base.step_s:.4g} s per step of {base.batch} samples"
+    if len(series.points) == 1:
+        return f"{on}; {fastest}."
+    return (
+        f"{on}; of {len(series.points)} layouts the fastest, {fastest}, and the slowest, "
+        f"{slowest.layout or 'another'}, has {series.efficiency(slowest):.1%} of its speed."
     )

@@ -212,9 +212,12 @@ def schedule_picture(run: Run, schedule: Schedule, number: int) -> Picture:
 
 def scaling_pictures(series: Sequence[Series]) -> list[Picture]:
     """Draws measured and predicted efficiency of all series over the number of processes, and for each series the time
-    lost by part."""
+    lost by part. Series of a single number of processes have neither."""
+    scaled = {index: one for index, one in enumerate(series) if one.mode != "layouts"}
+    if not scaled:
+        return []
     figure, axes = new_figure(4.0)
-    for index, one in enumerate(series):
+    for index, one in scaled.items():
         colour, _ = _colour(index)
         sizes = [point.world_size for point in one.best]
         measured = [one.efficiency(point) for point in one.best]
@@ -233,14 +236,14 @@ def scaling_pictures(series: Sequence[Series]) -> list[Picture]:
                 axes.annotate("?", at, xytext=(6, 6), textcoords="offset points", color=colour, fontsize=12)
     axes.axhline(1.0, color="#888888", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    sizes = sorted({point.world_size for one in series for point in one.points})
+    sizes = sorted({point.world_size for one in scaled.values() for point in one.points})
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.set_ylim(0, None)
     axes.set_xlabel("processes")
     axes.set_ylabel("speed per process / baseline's")
     axes.legend(frameon=False, loc="lower left")
     caption = "Scaling efficiency, fastest layout of each size; crosses are other layouts, ? is doubtful"
-    return [Picture("scaling", caption, figure), *(_lost(one, n) for n, one in enumerate(series) if _has_parts(one))]
+    return [Picture("scaling", caption, figure), *(_lost(one, n) for n, one in scaled.items() if _has_parts(one))]
 
 
 def _has_parts(series: Series) -> bool:

@@ -78,19 +78,30 @@ def _sum(seconds: Mapping[str, float], parts: tuple[str, ...]) -> float | None:
 
 
 def explained(causes: list[Cause]) -> str:
-    """A sentence that says which causes make up the gap."""
+    """A sentence that says which causes make up the gap. A step that is slower than predicted is explained by causes
+    that cost more than predicted, and a faster one by causes that cost less."""
     whole = causes[-1].gap_s
     assert whole is not None
-    known = [cause for cause in causes[:-1] if cause.gap_s is not None]
-    sign = "more" if whole >= 0 else "less"
-    text = f"The step loses {1e3 * abs(whole):.3g} ms {sign} than predicted"
+    known = {cause.name: cause.gap_s for cause in causes[:-1] if cause.gap_s is not None}
+    slower = whole >= 0
+    text = f"The step loses {1e3 * abs(whole):.3g} ms {'more' if slower else 'less'} than predicted"
     if not known:
         return f"{text}; no part of it was measured by cause."
-    largest = max(known, key=lambda cause: abs(cause.gap_s or 0.0))
-    rest = whole - sum(cause.gap_s or 0.0 for cause in known)
+    rest = whole - sum(known.values())
     missing = [cause.name for cause in causes if cause.measured_s is None]
-    text += f"; the largest known part is {largest.name} with {1e3 * (largest.gap_s or 0.0):+.3g} ms, and"
+    name, seconds = largest(known, slower)
+    if seconds:
+        text += f"; the largest known part is {name} with {1e3 * seconds:+.3g} ms, and"
+    else:
+        text += f"; no measured cause took {'more' if slower else 'less'} time than predicted, and"
     nothing = abs(rest) < 1e-6 * max(abs(cause.gap_s or 0.0) for cause in causes)
     text += " no time is" if nothing else f" {1e3 * rest:+.3g} ms are"
     text += " outside the causes that were both measured and predicted"
     return text + (f". Not measured: {', '.join(missing)}." if missing else ".")
+
+
+def largest(seconds: Mapping[str, float], slower: bool) -> tuple[str, float]:
+    """The part that explains most of a difference: of a slower step the one with most seconds over 0, of a faster one
+    the one with most under 0. No name and 0 if there is none of that sign."""
+    name, found = max(seconds.items(), key=lambda item: item[1] if slower else -item[1], default=("", 0.0))
+    return (name, found) if (found > 0) == slower and found != 0.0 else ("", 0.0)

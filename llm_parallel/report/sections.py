@@ -6,25 +6,21 @@ import statistics
 from collections.abc import Sequence
 
 from llm_parallel.report.charts import charts_of, page_data
-from llm_parallel.report.efficiency import Series, sentence
 from llm_parallel.report.figures import (
     Picture,
     chart_picture,
-    layout_map,
     life_picture,
-    scaling_pictures,
     schedule_picture,
     split_picture,
 )
-from llm_parallel.report.gap import causes_of, explained
-from llm_parallel.report.heatmap import heat_map
 from llm_parallel.report.page import Section
-from llm_parallel.report.pipeline_of_run import schedule_of
+from llm_parallel.report.pipeline_of_run import bubble_of, schedule_of
 from llm_parallel.report.recovery import Life, Recovery, life_of
 from llm_parallel.report.rounds import rounds_section
 from llm_parallel.report.runs import Run, Summary, different_work, differing_fields, loss_at, summarize
 from llm_parallel.report.summary import answers_section, settings_section, split_section, summary_section
-from llm_parallel.report.text import count, time_text, unbroken, written
+from llm_parallel.report.tasks import tasks_section
+from llm_parallel.report.text import count, unbroken, written
 
 
 def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> tuple[list[Section], str]:
@@ -43,6 +39,7 @@ def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> tuple[list[Se
             picture = schedule_picture(run, schedule, number)
             pictures.append(picture)
             pipelines.picture(picture)
+            pipelines.text(bubble_of(run, schedule).describe(schedule.timeline.makespan))
     lives = [(run, life_of(run.events, run.step_times)) for run in runs]
     recovery = Section("recovery", "Failures and recovery")
     for number, (run, life) in enumerate(lives):
@@ -51,6 +48,7 @@ def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> tuple[list[Se
     sections = [
         summary_section(runs, summaries),
         curves,
+        tasks_section(runs, pictures),
         rounds_section(runs, pictures),
         answers_section(runs),
         split_section(runs),
@@ -141,86 +139,3 @@ def _recovery_row(index: int, recovery: Recovery) -> tuple[str, ...]:
 
 def _short(text: str, most: int = 160) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def scaling_section(sweeps: Sequence[Series], pictures: list[Picture]) -> Section:
-    """Scaling efficiency with its baseline, doubtful points, and the time lost by cause."""
-    section = Section("scaling", "Scaling efficiency")
-    drawn = scaling_pictures(sweeps)
-    section.picture(drawn[0])
-    pictures += drawn
-    lost = {picture.name: picture for picture in drawn[1:]}
-    for number, series in enumerate(sweeps):
-        section.heading(series.name)
-        section.text(sentence(series))
-        if series.work:
-            section.text("Work: " + ", ".join(f"{name} {value}" for name, value in series.work.items()) + ".", "faint")
-        section.table(*_scaling_table(series), text_columns=(1,))
-        flags = [
-            f"{count(point.world_size, 'process')}: {flag}" for point in series.best for flag in series.flags(point)
-        ]
-        section.list(flags, "flag")
-        if f"lost_{number}" in lost:
-            section.picture(lost[f"lost_{number}"])
-            section.text(_largest_loss(series))
-        _gap(section, series)
-        heat = heat_map(series, number)
-        if heat is not None:
-            pictures.append(heat)
-            section.picture(heat)
-        layouts = layout_map(series, number)
-        if layouts is not None:
-            pictures.append(layouts)
-            section.picture(layouts)
-    return section
-
-
-def _scaling_table(series: Series) -> tuple[Sequence[str], list[Sequence[str]]]:
-    head = ("processes", "layout", "step", "spread", "samples/s", "speed-up", "efficiency", "predicted", "gap")
-    rows: list[Sequence[str]] = []
-    for point in series.best:
-        efficiency, predicted = series.efficiency(point), series.predicted(point)
-        rows.append(
-            (
-                *(f"{point.world_size:,}", unbroken(point.layout) or "—", time_text(point.step_s)),
-                *("—" if point.spread is None else f"{point.spread:.1%}", f"{point.batch / point.step_s:,.4g}"),
-                *(f"{efficiency * point.world_size / series.baseline.world_size:.2f}", f"{efficiency:.1%}"),
-                "—" if predicted is None else f"{predicted:.1%}",
-                "—" if predicted is None else f"{100 * (efficiency - predicted):+.1f} points",
-            )
-        )
-    return head, rows
-
-
-def _gap(section: Section, series: Series) -> None:
-    """Adds a table of measured and predicted losses by cause on the most processes, if the sweep has predictions by
-    cause."""
-    last = series.best[-1]
-    causes = causes_of(series, last)
-    if not causes:
-        return
-    section.table(
-        (f"lost per step on {count(last.world_size, 'process')}", "predicted", "measured", "gap"),
-        [
-            (
-                *(cause.name, "—" if cause.predicted_s is None else time_text(cause.predicted_s)),
-                "not measured" if cause.measured_s is None else time_text(cause.measured_s),
-                "—" if cause.gap_s is None else time_text(cause.gap_s),
-            )
-            for cause in causes
-        ],
-    )
-    section.text(explained(causes))
-
-
-def _largest_loss(series: Series) -> str:
-    last, base = series.best[-1], series.baseline
-    lost = series.lost(last)
-    growth = 1.0 if series.mode == "weak" else last.world_size / base.world_size
-    whole = last.step_s - base.step_s / growth
-    text = (
-        f"On {count(last.world_size, 'process')} a step takes {time_text(abs(whole))}"
-        f" {'more' if whole >= 0 else 'less'} than the ideally scaled baseline"
-    )
-    name, seconds = max(lost.items(), key=lambda item: item[1])
-    return f"{text}; the largest part is {name} with {time_text(seconds)}." if seconds > 0 else f"{text}; no part grew."

@@ -20,7 +20,7 @@ from llm_parallel.parallel.layout import Layout
 from llm_parallel.tasks.open import open_judge
 from llm_parallel.tasks.readings import check_records
 from llm_parallel.train.beside import check_beside
-from llm_parallel.train.inherit import check_reference, inherited, other_tokenizer, with_own_tokenizer
+from llm_parallel.train.inherit import check_reference, inherited, other_tokenizer
 from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import steps_for, total_samples
 
@@ -45,12 +45,12 @@ def preflight(
     config: RunConfig,
     world_size: int | None = None,
     notice: Callable[[str], None] = lambda _: None,
-    starts: bool = False,
 ) -> RunConfig:
     """The configuration with the vocabulary filled in from the tokenizer, after every check that needs no process.
 
     ``world_size``: number of processes if they are already started; ``notice`` is called with what could not be
-    checked; ``starts``: the run begins after this, so that what may vanish is copied to its folder. Raises UserError.
+    checked. A run that begins copies what may vanish to its folder after this (``with_own_tokenizer``). Raises
+    UserError.
     """
     config = with_value_head(inherited(without_own_load(config, notice), notice))
     processes = world_size or num_processes(config)
@@ -62,7 +62,7 @@ def preflight(
     check_kernels(config, device, notice)
     config = check_data(config, notice)
     check_config(config, processes, device)  # type: ignore[arg-type]  # the data may have decided train.steps
-    return with_own_tokenizer(config, notice) if starts else config
+    return config
 
 
 def preflight_job(
@@ -81,7 +81,9 @@ def preflight_job(
     check_config(config, processes, device, uneven=True)  # type: ignore[arg-type]
     if device == "cpu":
         check_kernels(config, device, notice)
-    return check_data(config, notice)
+    config = check_data(config, notice)
+    check_config(config, num_processes(config), device)  # type: ignore[arg-type]  # what its start will check
+    return config
 
 
 def without_own_load(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_launch.worker import WorkerEnv
 from llm_parallel.bench.collectives import OPERATIONS, Call, Sample, measure, whole_size
-from llm_parallel.bench.comm import as_row, bus_factor, comm_command, fit_line, parse_sizes
-from llm_parallel.bench.environment import environment
+from llm_parallel.bench.comm import as_row, bus_factor, comm_command, fit_line, parse_sizes, report
+from llm_parallel.bench.environment import crowded, environment
 from llm_parallel.bench.requests import CommRequest
 from llm_parallel.errors import UserError
 from tests.support.commands import llm_parallel
@@ -151,6 +152,27 @@ def test_the_command_writes_and_gates(tmp_path: Path) -> None:
     again = llm_parallel("bench", "comm", *options, "--baseline", tmp_path / "faster")
     assert again.returncode == 1, again.stdout + again.stderr
     assert again.stdout.count("SLOWER") == 4
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.1, False), (0.4, False), (2.6, True), (30.0, True)])
+def test_a_busy_machine_makes_the_figures_meaningless(
+    load: float, busy: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Two processes on four cores leave room for two, so a load of 2.4 from others changes nothing."""
+    monkeypatch.setattr("llm_parallel.bench.comm.available_cores", lambda: 4)
+    samples = [Sample("all_reduce", size, 1, [1e-3, 1.1e-3]) for size in (8192, 2**20)]
+    here = WorkerEnv(0, 0, 2, 2, "127.0.0.1", 0)
+    assert report(CommRequest(out=str(tmp_path / "c")), samples, here, "cpu", load) == 0
+    assert ("NOTE: the load was" in capsys.readouterr().out) == busy
+    assert bool(json.loads((tmp_path / "c.json").read_text())["crowded"]) == busy
+
+
+@pytest.mark.parametrize(
+    ("processes", "cores", "load", "busy"),
+    [(2, 2, 0.4, False), (2, 2, 0.6, True), (4, 2, 0.4, False), (1, 8, 7.0, False), (1, 8, 8.0, True)],
+)
+def test_others_had_room_or_not(processes: int, cores: int, load: float, busy: bool) -> None:
+    assert (crowded(processes, cores, load) is not None) == busy
 
 
 @pytest.mark.parametrize(

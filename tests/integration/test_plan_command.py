@@ -149,7 +149,7 @@ def test_bad_input(tmp_path: Path) -> None:
 )
 def test_an_impossible_layout_is_one_sentence(layout: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Also if it breaks several rules."""
-    asked = PlanRequest("llama2-70b", "dgx-h100x256", 8, 1024, 4096, explain=layout)
+    asked = PlanRequest("llama2-70b", "dgx-h100x256", None, 1024, 4096, explain=layout)
     with pytest.raises(UserError) as caught:
         plan_command(asked)
     text = str(caught.value)

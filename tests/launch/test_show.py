@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from llm_launch.lease import Lease
-from llm_launch.run_status import read_status
+from llm_launch.run_status import living_holder, read_status
 from llm_launch.sentences import clock, sentence
 from llm_launch.show import following, show_events, show_status, timeline
 from llm_parallel.errors import UserError
@@ -50,7 +50,7 @@ def shown(run_dir: Path) -> tuple[str, str]:
 def test_a_run_that_trains_says_how_far_it_is(tmp_path: Path) -> None:
     run_dir = written(tmp_path / "run", 40)
     with Lease(run_dir):
-        status = read_status(run_dir)
+        status = read_status(run_dir, living_holder(run_dir))
         text, hint = shown(run_dir)
     assert status.state == "running"
     lines = status.lines(NOW + timedelta(seconds=3))
@@ -83,7 +83,7 @@ def test_the_error_of_a_process_is_the_reason_of_a_failure(tmp_path: Path) -> No
     run_dir = written(tmp_path / "run", 3)
     (run_dir / "logs").mkdir()
     (run_dir / "logs" / "error_rank_1.json").write_text(json.dumps({"message": "Traceback …\nRuntimeError: boom"}))
-    assert read_status(run_dir).lines(NOW)[0] == "failed: RuntimeError: boom"
+    assert read_status(run_dir, living_holder(run_dir)).lines(NOW)[0] == "failed: RuntimeError: boom"
 
 
 def test_a_record_that_a_kill_left_is_no_running_run(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_record_that_a_kill_left_is_no_running_run(tmp_path: Path) -> None:
     lease = Lease(run_dir)
     (run_dir / "lease.json").write_bytes(lease.holder.encode())
     (run_dir / ".lease.lock").touch()
-    assert read_status(run_dir).state == "ended"
+    assert read_status(run_dir, living_holder(run_dir)).state == "ended"
 
 
 def test_a_folder_of_no_run_is_refused(tmp_path: Path) -> None:

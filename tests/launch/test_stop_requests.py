@@ -1,5 +1,4 @@
-"""A run that is asked to end exits with the status that says so, whenever the request comes. Under SLURM only a run
-that ended without a request goes back to the queue."""
+"""A run that is asked to end exits with the status that says so, whenever the request comes."""
 
 from __future__ import annotations
 
@@ -10,14 +9,12 @@ from typing import Any
 
 import pytest
 
-from llm_launch import supervise as supervise_module
 from llm_launch import wire
+from llm_launch.absence import Absence
 from llm_launch.controller import Controller, Stopped
-from llm_launch.journal import Journal
-from llm_launch.slurm import Fate, SlurmAway, SlurmError, SlurmJob
 from llm_launch.starters import AgentStarter
 from llm_launch.states import EXIT_TOO_FEW
-from llm_launch.supervise import StopRequests, launch_elastic, settle
+from llm_launch.supervise import StopRequests, launch_elastic
 from llm_parallel.config.tree import ElasticConfig, ModelConfig, RunConfig
 from llm_parallel.errors import EXIT_STOPPED
 
@@ -48,6 +45,10 @@ class NoStarter:
 
     def start(self, node: str) -> None:
         """Never."""
+
+    def look(self) -> list[Absence]:
+        """None."""
+        return []
 
     def condemn(self, node: str, reason: str) -> None:
         """Never."""
@@ -139,75 +140,3 @@ def test_copies_go_only_when_the_last_step_is_on_disk(
     finally:
         controller.close()
     assert (end.value.status, end.value.keep) == (status, keep)
-
-
-class Job(SlurmJob):
-    """A job whose fate is given, one after the other; the last stays."""
-
-    def __init__(self, *fates: Fate | SlurmError, refusal: SlurmError | None = None) -> None:
-        super().__init__("7", 0, "n1", {})
-        self.__dict__.update(fates=list(fates), refusal=refusal, requeued=[])
-
-    def fate(self) -> Fate:
-        """The next one."""
-        fates = self.__dict__["fates"]
-        found = fates.pop(0) if len(fates) > 1 else fates[0]
-        if isinstance(found, SlurmError):
-            raise found
-        return found
-
-    def requeue(self, exclude: Any = ()) -> None:
-        """Notes it."""
-        if self.__dict__["refusal"]:
-            raise self.__dict__["refusal"]
-        self.__dict__["requeued"].append(list(exclude))
-
-
-AWAY, REFUSED = SlurmAway("no answer"), SlurmError("Requested operation is presently disabled")
-ENDS = {
-    "stopped by its user": (EXIT_STOPPED, False, Job(Fate.RUNNING), EXIT_STOPPED, 0),
-    "cancelled while it trained": (EXIT_STOPPED, False, Job(Fate.OVER), EXIT_STOPPED, 0),
-    "cancelled while it waited": (EXIT_TOO_FEW, False, Job(Fate.OVER), EXIT_STOPPED, 0),
-    "cancelled after the warning": (EXIT_STOPPED, True, Job(Fate.OVER), EXIT_STOPPED, 0),
-    "time limit": (EXIT_STOPPED, True, Job(Fate.RUNNING), 0, 1),
-    "preempted with a grace time": (EXIT_STOPPED, False, Job(Fate.PREEMPTED), 0, 1),
-    "too few devices": (EXIT_TOO_FEW, False, Job(Fate.RUNNING), 0, 1),
-    "slurmctld away for a while": (EXIT_STOPPED, True, Job(AWAY, AWAY, Fate.RUNNING), 0, 1),
-    "slurmctld away for good": (EXIT_STOPPED, True, Job(AWAY), EXIT_STOPPED, 0),
-    "a job that may not be requeued": (EXIT_STOPPED, True, Job(Fate.RUNNING, refusal=REFUSED), EXIT_STOPPED, 0),
-    "the same with too few devices": (EXIT_TOO_FEW, False, Job(Fate.RUNNING, refusal=REFUSED), EXIT_TOO_FEW, 0),
-}
-
-
-@pytest.mark.parametrize("name", ENDS)
-def test_what_a_job_ends_with(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0 only where the job is in the queue again; nobody's cancelled job is."""
-    monkeypatch.setattr(supervise_module, "REQUEUE_S", 0.05 if name == "slurmctld away for good" else 600.0)
-    monkeypatch.setattr(supervise_module, "AGAIN_S", 0.01)
-    status, time_is_up, job, expected, requeues = ENDS[name]
-    journal = Journal(tmp_path, ElasticConfig(), SECRET)
-    try:
-        assert settle(job, status, time_is_up, {"n3": "ECC"}, journal) == expected
-    finally:
-        journal.close()
-    assert job.__dict__["requeued"] == [["n3"]] * requeues
-
-
-RUNNING = "JobId=7 JobState=RUNNING Reason=None Restarts=0 PreemptTime=None"
-
-
-@pytest.mark.parametrize(
-    ("record", "fate"),
-    [
-        (RUNNING, Fate.RUNNING),
-        (RUNNING.replace("PreemptTime=None", "PreemptTime=2026-11-29T18:00:00"), Fate.PREEMPTED),
-        (RUNNING.replace("RUNNING", "CANCELLED"), Fate.OVER),
-        (RUNNING.replace("RUNNING", "COMPLETING"), Fate.OVER),
-        (RUNNING.replace("Restarts=0", "Restarts=1"), Fate.OVER),
-    ],
-)
-def test_what_slurm_says_of_a_job(record: str, fate: Fate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f"#!/bin/sh\necho '{record}'\n")
-    scontrol.chmod(0o755)
-    assert SlurmJob("7", 0, "n1", {"PATH": f"{tmp_path}:/bin:/usr/bin"}).fate() is fate

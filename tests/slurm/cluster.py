@@ -42,7 +42,7 @@ SlurmdLogFile={folder}/log/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+AccountingStorageType={storage}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 GresTypes=gpu
@@ -79,10 +79,12 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
 class Cluster:
     """Slurm with nodes n1 to n<nodes> on the loopback interface; ``more``: further lines for its configuration."""
 
+    accounting = "accounting_storage/none"
+
     def __init__(self, folder: Path, nodes: int = 4, gpus: int = 0, more: str = "") -> None:
         self.folder, self.gpus, self.more = folder, gpus, more
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
-        self.port = _free_ports(nodes + 1)
+        self.port = free_ports(nodes + 1)
         self.conf = folder / "slurm.conf"
 
     @property
@@ -100,14 +102,28 @@ class Cluster:
         self.wait_for_nodes(len(self.nodes), ("idle",))
 
     def _start_controller(self) -> None:
+        self._start_munge()
+        self.start_slurmctld()
+
+    def _start_munge(self) -> None:
         munge = ("munge.sock", "munge.key", "munged.log", "munged.pid", "munged.seed")
         kinds = ("socket", "key-file", "log-file", "pid-file", "seed-file")
         self.run(["munged", *(f"--{kind}={self.folder / name}" for kind, name in zip(kinds, munge))])
+
+    def start_slurmctld(self) -> None:
+        """Starts it, for the first time or after ``stop_slurmctld``, and waits until it listens."""
         self.run(["slurmctld", "-f", str(self.conf)])
         until(self._controller_listens, UP_S, "slurmctld's start")
 
+    def stop_slurmctld(self) -> None:
+        """Ends slurmctld, which writes its state; jobs go on, and nobody answers questions about them."""
+        pid = int((self.folder / "run" / "slurmctld.pid").read_text())
+        process = psutil.Process(pid)
+        process.terminate()
+        psutil.wait_procs([process], timeout=UP_S)
+
     def _controller_listens(self) -> bool:
-        return _listens(self.port)
+        return listens(self.port)
 
     def _start_node(self, node: str) -> None:
         self.run(["slurmd", "-f", str(self.conf), "-N", node])
@@ -127,7 +143,7 @@ class Cluster:
             gres = f" Gres=gpu:{self.gpus}"
             listed = f"NodeName={self._all()} Name=gpu File={self.folder}/gpu/nvidia[0-{self.gpus - 1}]\n"
         (self.folder / "gres.conf").write_text(listed)
-        common = CONFIGURATION.format(folder=self.folder, controller=self._controller())
+        common = CONFIGURATION.format(folder=self.folder, controller=self._controller(), storage=self.accounting)
         self.conf.write_text(common + self._node_lines(gres) + self.more)
 
     def _all(self) -> str:
@@ -244,14 +260,14 @@ class Cluster:
         self.down()
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _free_ports(count: int) -> int:
+def free_ports(count: int) -> int:
     """First of ``count`` free ports in a row."""
     while True:
         first = 20000 + secrets.randbelow(20000)
-        if not any(_listens(first + number) for number in range(count)):
+        if not any(listens(first + number) for number in range(count)):
             return first

@@ -15,17 +15,18 @@ from tests.support.commands import Corpus, write_run_file
 
 
 class Submitted:
-    """A run of four nodes that ``llm-parallel submit`` handed to Slurm. It ends only by ``end_soon`` or ``stop``, so no
-    fault can come too late for it."""
+    """A run on all nodes of a cluster that ``llm-parallel submit`` handed to Slurm. It ends only by ``end_soon`` or
+    ``stop``, so no fault can come too late for it."""
 
     def __init__(self, cluster: Cluster, corpus: Corpus, *options: str) -> None:
         self.cluster = cluster
         self.folder = cluster.folder / "job"
-        train, optim = {"steps": 100_000, "global_batch_size": 8}, {"schedule": "constant"}
+        nodes = len(cluster.nodes)
+        train, optim = {"steps": 100_000, "global_batch_size": 2 * nodes}, {"schedule": "constant"}
         self.run_file = write_run_file(
-            corpus, self.folder, parallel={"dp": 4}, train=train, optim=optim, data={"eval_fraction": 0.0}
+            corpus, self.folder, parallel={"dp": nodes}, train=train, optim=optim, data={"eval_fraction": 0.0}
         )
-        command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(self.run_file), "--nodes", "4"]
+        command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(self.run_file), "--nodes", str(nodes)]
         command += ["--gpus-per-node", "0", *options]
         printed = cluster.run(["env", "OMP_NUM_THREADS=1", *command], timeout_s=60)
         self.job = printed.split()[1].rstrip(";")
@@ -55,9 +56,10 @@ class Submitted:
     def end_soon(self) -> int:
         """Waits until the job is back in the queue; its next start ends ten steps after the last one. The last step."""
         self._until(lambda: self.cluster.job(self.job)["Restarts"] == "1", 200, "the requeue")
-        tree = yaml.safe_load(self.run_file.read_text())
+        path = self.run / "submit.yaml"  # what every start of the job reads
+        tree = yaml.safe_load(path.read_text())
         tree["train"]["steps"] = last = max(self.steps()) + 10
-        self.run_file.write_text(yaml.safe_dump(tree))
+        path.write_text(yaml.safe_dump(tree))
         return last
 
     def goes_on_with(self, world: int) -> None:

@@ -91,7 +91,7 @@ PRELUDE = "import json, os\nfrom llm_launch.slurm import SlurmJob\njob = SlurmJo
 def test_what_a_job_knows(cluster: Cluster) -> None:
     found = in_job(
         cluster,
-        PRELUDE + "print(json.dumps([job.nodes(), job.gpus_per_node, job.is_batch_shell, job.is_this_run(), "
+        PRELUDE + "print(json.dumps([job.nodes(), job.gpus_per_node, job.may_lead, job.is_this_run(), "
         "job.seconds_left(), job.node_states(), job.addresses(job.nodes()[:1]), job.batch_host_is_dead()]))",
         "--nodes=3", "--time=30", "--gpus-per-node=2",
     )  # fmt: skip
@@ -102,10 +102,13 @@ def test_what_a_job_knows(cluster: Cluster) -> None:
 
 def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
     script = PRELUDE + (
-        "import time\n"
+        "import signal, time\n"
         "if job.restart_count == 0:\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "    assert job.drain('n2', 'a test')\n"
         "    job.requeue(['n2'])\n"
+        "    assert job.fate().value == 'queued'\n"
+        "    job.release(['n2'])\n"
         "    time.sleep(60)\n"
         "print(json.dumps([job.nodes(), job.restart_count]))"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,69 @@ def test_best_spares_is_the_best_of_all_tried() -> None:
     assert closed_form.best_spares(replace(job, policy="restart")) == 0
 
 
+@st.composite
+def jobs(draw: st.DrawFn) -> Job:
+    """Jobs from anywhere in the ranges of their fields."""
+
+    def number(field: str) -> float:
+        _, least, most, _ = rates.RANGES[field]
+        return min(most, max(least, 10 ** draw(st.floats(math.log10(least or 1e-6), math.log10(most)))))
+
+    replica_nodes, replicas, per_node = (
+        draw(st.integers(1, 64)),
+        int(number("num_gpus") ** 0.5),
+        draw(st.integers(1, 8)),
+    )
+    return Job(
+        replica_nodes * replicas * per_node,
+        *(number(name) for name in ("rate_per_gpu_month", "hardware_share", "detect_s", "restart_s", "write_s")),
+        interval_s=number("interval_s"),
+        policy=draw(st.sampled_from(rates.POLICIES)),
+        spare_nodes=draw(st.integers(0, 100)),
+        gpus_per_node=per_node,
+        replica_nodes=replica_nodes,
+        repair_s=number("repair_s"),
+    )
+
+
+@given(job=jobs())
+@settings(max_examples=60, deadline=None)
+def test_every_job_ends_after_a_bounded_number_of_events(job: Job) -> None:
+    """Failures that come a thousand times an hour, or repairs of ten years: the count of events ends a simulation."""
+    outcome = simulate(job, most_events=2000)
+    assert outcome.ledger.failures + outcome.ledger.resizes <= 2000
+    assert outcome.ledger.failures >= 20 and math.isfinite(outcome.standard_error)
+    assert 0 <= outcome.goodput <= 1 and 0 <= closed_form.goodput(job) <= 1 + 1e-9
+
+
+@given(job=jobs())
+@settings(max_examples=30, deadline=None)
+def test_the_best_spares_are_found_in_a_hundred_trials(job: Job) -> None:
+    tried: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closed_form, "goodput_per_reserved_gpu", lambda one: -abs(tried.append(one.spare_nodes) or 777.0))
+        assert 0 <= closed_form.best_spares(job) <= rates.RANGES["spare_nodes"][2]
+    assert len(tried) <= 100
+
+
+@pytest.mark.parametrize("policy", ["wait", "shrink"])
+@pytest.mark.parametrize("repair_h", [100, 1000])
+def test_the_best_of_many_spares_is_the_best_of_all(policy: str, repair_h: float) -> None:
+    job = Job(131_072, 0.0144, hardware_share=0.78, policy=policy, repair_s=repair_h * HOUR_S, interval_s=300.0)
+    best = closed_form.best_spares(job)
+    assert best > 100
+    values = {s: closed_form.goodput_per_reserved_gpu(replace(job, spare_nodes=s)) for s in range(0, 4000, 40)}
+    assert closed_form.goodput_per_reserved_gpu(replace(job, spare_nodes=best)) >= max(values.values())
+
+
+def test_a_repair_longer_than_a_batch_is_simulated_as_long_as_it_takes() -> None:
+    """Nodes are away for four months: a simulation that begins with all nodes, and ends before the first is back, found
+    98 % where the formula says 91 %."""
+    job = Job(1024, 0.0144, hardware_share=0.78, policy="wait", repair_s=3000 * HOUR_S, spare_nodes=40, interval_s=3e3)
+    outcome = simulate(job, seed=1, relative_error=0.003)
+    assert outcome.settled and outcome.goodput == pytest.approx(closed_form.goodput(job), rel=0.01)
+
+
 def test_profiles_are_the_published_rates() -> None:
     """Rates that anchors give by hand: % per GPU-month 1.44, 2.4, 0.9, 5.2, 8."""
     found = {name: 100 * profile.rate_per_gpu_month for name, profile in rates.profiles().items()}
@@ -137,7 +201,18 @@ def test_profiles_are_the_published_rates() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_gpus": 0}, "--gpus 0"),
+        ({"num_gpus": 0}, "--gpus 0 must be a number from 1 to 10,000,000"),
+        ({"num_gpus": 10**400}, "--gpus 10,000,"),
+        ({"rate_per_gpu_month": 1e300}, "--rate-per-gpu-month 1e+302 must be a number from 1e-07 to 1,000,000"),
+        ({"rate_per_gpu_month": 1e-300}, "--rate-per-gpu-month 1e-298"),
+        ({"rate_per_gpu_month": math.inf}, "--rate-per-gpu-month inf"),
+        ({"repair_s": 1e9 * HOUR_S}, "--repair-h 1e+09 must be a number from 0.000277778 to 87,660"),
+        ({"repair_s": math.inf}, "--repair-h inf"),
+        ({"repair_s": math.nan}, "--repair-h nan"),
+        ({"write_s": math.nan}, "--checkpoint-write-s nan"),
+        ({"detect_s": 1e300}, "--detect-s 1e+300"),
+        ({"interval_s": 1e-300}, "--interval 1e-300"),
+        ({"hardware_share": math.nan}, "--hardware-share nan must be a number from 0 to 1"),
         ({"rate_per_gpu_month": 0.0}, "--rate-per-gpu-month 0"),
         ({"rate_per_gpu_month": math.nan}, "--rate-per-gpu-month nan"),
         ({"restart_s": -1.0}, "--restart-s -1"),
@@ -150,7 +225,7 @@ def test_profiles_are_the_published_rates() -> None:
     ],
 )
 def test_impossible_jobs_are_named(change: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message.replace("-", r"\-")):
+    with pytest.raises(UserError, match=re.escape(message)):
         replace(JOB, **change)
 
 
@@ -231,12 +306,15 @@ def test_formula_and_simulation_agree_in_every_row(request_: GoodputRequest, siz
         (GoodputRequest(write_s=0.0), "--checkpoint-write-s 0"),
         (GoodputRequest(gpus=-8), "--gpus -8"),
         (GoodputRequest(step_s=0.0), "--step-s 0"),
+        (GoodputRequest(step_s=math.inf), "--step-s inf"),
+        (GoodputRequest(write_s=1e-300), "--interval auto has no answer with --checkpoint-write-s 1e-300"),
+        (GoodputRequest(gpus=1024, repair_h=1e9, policy="shrink"), "--repair-h 1e+09"),
         (GoodputRequest(gpus_per_node=0), "--gpus-per-node 0"),
         (GoodputRequest(gpus=64, policy="shrink", replica_gpus=128), "--replica-gpus 128"),
     ],
 )
 def test_bad_requests_are_named(request_: GoodputRequest, message: str) -> None:
-    with pytest.raises(UserError, match=message.replace("-", r"\-")):
+    with pytest.raises(UserError, match=re.escape(message)):
         goodput_command(request_)
 
 

@@ -360,6 +360,22 @@ class TestConsole:
         assert len(out) == 5
         assert "\x1b" not in text and "\r" not in text
 
+    def test_a_log_stays_one_where_variables_speak_of_a_terminal(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A batch job inherits what the shell exports that submits it. Lines of steps are as rare as was asked, and
+        none is missing that says that a step was skipped, or that the run is over."""
+        for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE"):
+            monkeypatch.setenv(name, "1")
+        sink = ConsoleSink(200, 0, "GPU", line_interval_s=3600.0)
+        sink.start(["layout"])
+        for step in (*range(1, 50), 200):
+            sink.step(replace(record(step), skipped=step == 7, skip_reason="loss" if step == 7 else None))
+        sink.close()
+        text = capsys.readouterr().out
+        assert [line.split("/")[0] for line in text.splitlines()] == ["layout", "step   1", "step   7", "step 200"]
+        assert "\x1b" not in text and "\r" not in text
+
     @pytest.mark.parametrize("width", [60, 80, 110, 200])
     def test_progress_bar_on_a_terminal(self, width: int) -> None:
         out = io.StringIO()

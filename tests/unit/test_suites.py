@@ -214,6 +214,24 @@ def test_a_finished_suite_is_held_against_what_was_published(
     assert scaling_command(ScalingRequest(str(path), {}, min_ratio=0.9)) == 0
 
 
+def test_a_sweep_without_published_figures_prints_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weak scaling from 1,000 tokens/s and GPU to 900: steps, efficiency and no columns of published figures."""
+    (tmp_path / "base.yaml").write_text((SUITES / "base.yaml").read_text())
+    rows = [{"model.preset": "llama2-7b", "parallel.dp": n, "train.global_batch_size": 8 * n} for n in (8, 16)]
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({"base": "base.yaml", "repeats": 1, "series": {"weak": rows}}))
+    layout = {"dp": 8, "tp": 1, "pp": 1, "cp": 1, "vpp": 1, "micro_batch_size": 1, "global_batch_size": 64}
+    work = {"model": "llama2-7b", "seq_length_tokens": 256, "precision": "bf16", "series": "weak"}
+    for entry, rate, step in zip(read_sweep_file(str(path)).entries, (1000, 900), (1.8, 2.0)):
+        steps = {"step_time_s": step, "step_time_min_s": step - 0.1, "step_time_max_s": step + 0.1}
+        append_csv(tmp_path / "s.csv", {"key": entry.key, "tokens_per_s_per_gpu": rate, **steps, **layout, **work})
+    assert scaling_command(ScalingRequest(str(path), {})) == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if "| weak |" in line]
+    assert "| 1,000 | 1.8 (1.7 to 1.9) | 100.0% |" in lines[0] and "| 900 | 2 (1.9 to 2.1) | 90.0% |" in lines[1]
+    assert "its software" not in shown and "verdict" not in shown
+
+
 def test_a_dry_run_shows_predicted_beside_published(capsys: pytest.CaptureFixture[str]) -> None:
     assert scaling_command(ScalingRequest(str(SUITES / "h100.yaml"), {}, dry_run=True)) == 0
     shown = capsys.readouterr().out

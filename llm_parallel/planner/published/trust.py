@@ -68,6 +68,8 @@ def trust(cluster: Cluster, strategy: Strategy) -> Trust:
     exact = chip is not None and "PCIE" not in cluster.chip.name.upper()
     family = [(row, error) for row, error in _errors() if exact and family_of(row.chip) == family_of(str(chip))]
     like, apart = family, "" if exact else f"the chip {cluster.chip.name}"
+    if strategy.adapter is not None:  # all rows train all weights
+        like, apart = [], apart or "adapters on frozen weights"
     for name, keeps in (
         ("its software", lambda row: row.strategy.te == strategy.te),
         (f"{strategy.precision}", lambda row: (row.strategy.precision == "fp8") == (strategy.precision == "fp8")),
