@@ -51,7 +51,8 @@ def absences(names: Sequence[str], said: Sequence[str], status: int) -> list[Abs
     if own:
         reason = _PREFIX.sub("", own[-1].strip())
     else:
-        reason = unreached or (_PREFIX.sub("", of_srun[0]) if of_srun else "its agent said nothing")
+        errors = [line for line in of_srun if line.startswith("srun: error: ")] or of_srun
+        reason = unreached or (_PREFIX.sub("", errors[0]) if errors else "its agent said nothing")
     passing = any(words in line.lower() for words in PASSING for line in (*of_srun, how, unreached))
     end = how or f"srun ended with status {status}"
     return [Absence(name, f"{printable(reason)[:300]} ({printable(end)[:80]})", passing, True)]

@@ -24,7 +24,9 @@ def needs_of(config: RunConfig, run_file: Path) -> dict[str, Any]:
     random number, and every file and folder of the configuration that workers read and that is here; of token files,
     which never change, with their size in bytes (else -1)."""
     run_dir = Path(config.run_dir)
-    named = [Path(name) for name in _named(json.loads(config.model_dump_json()))]
+    tree = json.loads(config.model_dump_json())
+    tree["chat"] = {"prepared": config.chat.prepared}  # conversations themselves are read by the launcher alone
+    named = [Path(name) for name in _named(tree)]
     tokens = [path.with_name(path.name + ending) for path in named for ending in TOKEN_FILES]
     files = {path: -1 for path in (run_file, *named) if path.exists()}
     files |= {path: path.stat().st_size for path in tokens if path.is_file()}
@@ -70,10 +72,8 @@ def _named(tree: Any) -> Iterator[str]:
         for name, value in tree.items():
             if name in FIELDS and isinstance(value, str):
                 yield value
-            elif name != "chat":
+            else:
                 yield from _named(value)
-            elif value.get("prepared"):  # conversations themselves are read by the launcher alone
-                yield value["prepared"]
     elif isinstance(tree, list):
         for value in tree:
             yield from _named(value)

@@ -96,6 +96,17 @@ class SlurmJob:
         names = self._show().get("NodeList", "")
         return [] if names in ("", "(null)") else self._call(["scontrol", "show", "hostnames", names]).split()
 
+    def first_nodes(self) -> list[str]:
+        """Names of the nodes that this start of the job began with."""
+        names = self.environment.get("SLURM_JOB_NODELIST", "")
+        return self._call(["scontrol", "show", "hostnames", names]).split() if names else []
+
+    def taken(self, gone: Sequence[str]) -> list[str]:
+        """Those of the nodes ``gone``, which are not the job's any more, that are down: SLURM has taken them out of the
+        job. The others were given back by a user."""
+        states = self.states_of(gone)
+        return [name for name in gone if not is_working(states.get(name, ""))]
+
     def addresses(self, nodes: Sequence[str]) -> dict[str, str]:
         """Name or address of each node by which SLURM reaches it."""
         records = self._records(["scontrol", "show", "node", ",".join(nodes), "-o"]) if nodes else []

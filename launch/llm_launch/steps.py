@@ -78,6 +78,8 @@ class SlurmStarter:
     host: str
     port: int = 0
     step: AgentStep = field(default_factory=AgentStep)
+    lost: Sequence[str] = ()
+    """Those of ``names`` that SLURM has taken out of the job before this start of the launcher."""
     steps: list[Step] = field(default_factory=list)
     condemned: dict[str, str] = field(default_factory=dict)
     _newest: dict[str, Step] = field(default_factory=dict)
@@ -98,8 +100,10 @@ class SlurmStarter:
     def begin(self, port: int) -> None:
         """Starts an agent on each node."""
         self.port = port
-        for names in groups(self.names):
+        for names in groups([name for name in self.names if name not in self.lost]):
             self._run(names)
+        for name in self.lost:
+            self.start(name)
 
     def look(self) -> list[Absence]:
         """Agents that have ended, and nodes on which none can be started, since the last call."""

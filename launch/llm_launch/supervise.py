@@ -150,7 +150,8 @@ def starter_of_job(
             " without srun (if no srun started it, `unset SLURM_STEP_ID` before)"
         )
     try:
-        names = job.nodes()
+        names, first = job.nodes(), job.first_nodes()
+        lost = job.taken([name for name in first if name not in names])
         # The shell of salloc may be on a machine that is no node of the job.
         known = {**dict(zip(names, names)), **job.addresses(names)}
         own = known.pop(job.node, job.node)
@@ -159,6 +160,7 @@ def starter_of_job(
         raise UserError(f"SLURM does not say which nodes job {job.job_id} has: {error}") from None
     except OSError as error:
         raise UserError(f"the nodes of job {job.job_id} cannot find this one: {error}; see /etc/hosts") from None
+    names = [name for name in first if name in {*names, *lost}] if lost else names
     per_node = gpus
     if not per_node:
         active = max(1, len(names) - config.elastic.spare_nodes)
@@ -166,5 +168,5 @@ def starter_of_job(
     secret = environment.get(SECRET) or wire.new_secret()
     note(f"elastic | SLURM job {job.job_id}, start {job.restart_count + 1}: {len(names)} nodes with {per_node} devices")
     return SlurmStarter(
-        paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address, step=step
+        paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address, step=step, lost=lost
     )

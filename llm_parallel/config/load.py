@@ -175,6 +175,8 @@ def _read_file(path: Path, given: _Given) -> None:
                 "everything, an empty file will do"
             ) from None
         raise UserError(f"configuration file {path} does not exist; give the path of a YAML file") from None
+    except IsADirectoryError:
+        raise UserError(f"configuration file {path} is a folder; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {path} cannot be read as a YAML text file: {error}") from None
     _read_yaml(text, (), str(path), given)

@@ -11,7 +11,7 @@ from llm_parallel.data.chat_data import ChatData
 from llm_parallel.data.chat_files import prepare_conversations
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.group_files import prepare_groups
-from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
+from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table, tokenizer_of_reports
 from llm_parallel.data.prompts import Prompts, prepare_prompts
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -53,6 +53,7 @@ def preflight(
     UserError.
     """
     config = with_value_head(inherited(without_own_load(config, notice), notice))
+    config = with_reported_tokenizer(config, notice)
     processes = world_size or num_processes(config)
     device = expected_device(config)
     train = config.train
@@ -84,6 +85,17 @@ def preflight_job(
     config = check_data(config, notice)
     check_config(config, num_processes(config), device)  # type: ignore[arg-type]  # what its start will check
     return config
+
+
+def with_reported_tokenizer(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
+    """The configuration with the tokenizer that made the token files, where it names neither one nor a vocabulary."""
+    if config.data.tokenizer is not None or config.model.vocab_size is not None or config.reads_chat:
+        return config
+    found = tokenizer_of_reports(config.data)
+    if found is None:
+        return config
+    notice(f"data.tokenizer = {found}, with which {config.data.train[0].path} was prepared")
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": found})})
 
 
 def without_own_load(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:

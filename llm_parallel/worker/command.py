@@ -117,7 +117,8 @@ def of_kind(config: RunConfig, kind: Kind) -> RunConfig:
     if kind == "pretrain" and config.trains == "sft":
         raise UserError(
             "data.train is empty, and chat.train names conversations; use `llm-parallel sft`, or give data.train the "
-            "prefix of a .bin/.idx pair that `llm-parallel prepare` wrote"
+            "prefix of a .bin/.idx pair that `llm-parallel prepare` wrote: texts become one by `llm-parallel prepare "
+            "FILE --out PREFIX --tokenizer FOLDER`"
         )
     return config.model_copy(update={"method": config.method.model_copy(update={"kind": kind})})
 

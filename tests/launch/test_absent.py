@@ -8,6 +8,7 @@ import io
 import json
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ UNREACHED = ["srun: error: Task launch for StepId=1.4 failed on node n3: Communi
          "its agent said nothing (Killed)", True),
         (["srun: error: Unable to create step for job 1: More processors requested than permitted"], 1,
          "Unable to create step for job 1: More processors requested than permitted (srun ended with status 1)", False),
-        (["srun: error: Unable to create step for job 1: Requested node configuration is not available"], 1,
+        (["srun: Job 1 step creation temporarily disabled, retrying (Requested nodes are busy)",
+          "srun: error: Unable to create step for job 1: Requested node configuration is not available"], 1,
          "Unable to create step for job 1: Requested node configuration is not available (srun ended with status 1)",
          True),
         (["\x1b[2Jbad"], 1, "␛[2Jbad (srun ended with status 1)", False),
@@ -468,6 +470,20 @@ async def until_three(folder: Path) -> None:
     """Until three steps have written their environment, whose last variable is bash's own."""
     while sum("\n_=" in path.read_text() for path in folder.glob("env.*")) < 3:
         await asyncio.sleep(0.01)
+
+
+@pytest.mark.processes
+def test_a_node_that_slurm_took_away_before_the_launcher_asked_is_expected(
+    slurm: Callable[..., SlurmStarter], tmp_path: Path
+) -> None:
+    """n2 was down; n4 works, so a user has given it back."""
+    scontrol = ('case "$2" in job) echo "JobId=7 JobState=RUNNING NodeList=n[1,3]";; node) echo "NodeName=n1";; '
+                'hostnames) [ "$3" = "n[1-4]" ] && echo n1 n2 n3 n4 || echo n1 n3;; esac')  # fmt: skip
+    states = "for node in ${4//,/ }; do [ $node = n2 ] && echo $node down\\* || echo $node allocated; done"
+    job = slurm(scontrol=scontrol, sinfo=states).job
+    job = replace(job, node="login", environment={**job.environment, "SLURM_JOB_NODELIST": "n[1-4]"})
+    assert (job.nodes(), job.first_nodes()) == (["n1", "n3"], ["n1", "n2", "n3", "n4"])
+    assert job.taken(["n2", "n4"]) == ["n2"] and job.taken([]) == []
 
 
 @pytest.mark.processes

@@ -44,6 +44,10 @@ class Submitted:
         """Waits for a step."""
         self._until(lambda: max(self.steps(), default=0) >= step, 120, f"step {step}")
 
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Waits for what happens while the job lasts."""
+        self._until(condition, 200, what)
+
     def _until(self, condition: Callable[[], bool], timeout_s: float, what: str, ended: bool = False) -> None:
         over = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
         deadline = time.monotonic() + timeout_s

@@ -11,10 +11,12 @@ import pytest
 from llm_parallel.command_help import COMMANDS
 from llm_parallel.config.foreign_more import TEMPLATES
 from llm_parallel.config.load import load_config
+from llm_parallel.config.rules import check_inputs
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.config.tree_tune import ChatConfig, ChatSource, Columns
 from llm_parallel.data.chat_counts import records_of
 from llm_parallel.data.chat_files import opened_sources
+from llm_parallel.data.foreign_options import translated
 from llm_parallel.data.formats import BadRecord, Reader
 from llm_parallel.data.preference import PreferenceReader
 from llm_parallel.data.prompts import PromptReader
@@ -22,6 +24,8 @@ from llm_parallel.data.readers import Problems, first_rows
 from llm_parallel.errors import UserError
 from llm_parallel.help_page import ELSEWHERE
 from llm_parallel.model.hf_files import what_it_is
+from llm_parallel.train.preflight import with_reported_tokenizer
+from tests.support.data_helpers import write_token_file
 from tests.support.in_process import in_process
 
 ASKED, SAID = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -217,3 +221,52 @@ def test_contents_of_typed_parts_with_weights() -> None:
     assert read.messages[0] == ASKED and read.weights == [0.0, 0.0, 0.0, 0.5]
     pair = {"chosen_messages": [ASKED, SAID], "rejected_messages": [ASKED, {**SAID, "content": "5"}]}
     assert len(PreferenceReader("auto", Columns()).read(pair).answers) == 2
+
+
+def test_options_of_preprocessing_that_search_for_workers() -> None:
+    said: list[str] = []
+    given = "--input a.jsonl --find-optimal-num-workers --workers-to-check 4 8 16 --max-documents 50 --use-gigatoken b"
+    assert translated(given.split(), said.append) == ["a.jsonl", "b"]
+    assert sum("is left out: " in text for text in said) == 4
+
+
+def test_token_files_by_the_name_that_preprocessing_would_give_them(tmp_path: Path) -> None:
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"corpus{ending}").write_bytes(b"")
+    with pytest.raises(UserError, match=r"of a \.bin/\.idx pair, such as .*/corpus"):
+        check_inputs(RunConfig.model_validate({"data": {"train": [{"path": str(tmp_path / "corpus_text")}]}}))
+
+
+def test_the_tokenizer_of_token_files_is_found_by_their_report(tmp_path: Path) -> None:
+    write_token_file(tmp_path / "a", [[1, 2, 3]])
+    config = RunConfig.model_validate({"data": {"train": [{"path": str(tmp_path / "a")}]}})
+    said: list[str] = []
+    assert with_reported_tokenizer(config, said.append) is config
+    report = {"tokens": 3, "tokenizer": str(tmp_path), "tokenizer_fingerprint": "x", "vocab_size": 9}
+    (tmp_path / "a.report.json").write_text(json.dumps(report))
+    assert with_reported_tokenizer(config, said.append).data.tokenizer == str(tmp_path)
+    assert said == [f"data.tokenizer = {tmp_path}, with which {tmp_path / 'a'} was prepared"]
+    sized = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 9})})
+    assert with_reported_tokenizer(sized, said.append) is sized
+
+
+# Mistakes of anyone
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("generate", "Qwen/Qwen3-4B", "--prompt", "x"), "models are not downloaded"),
+        (("evaluate", "{}", "--tasks", "boolq"), "holds no checkpoint; give a run folder"),
+        (("sft", "{}"), "is a folder; give the path of a YAML file"),
+        (("generate", "{}", "--input", "{}/zero.jsonl", "--output", "{}/out.jsonl"), "holds no prompts"),
+        (("convert", "{}", "{}/"), "is source and target; give another folder"),
+    ],
+)
+def test_mistakes_are_answered_before_anything_is_done(tmp_path: Path, command: tuple[str, ...], said: str) -> None:
+    if command[0] == "evaluate":
+        pytest.importorskip("lm_eval")
+    (tmp_path / "zero.jsonl").write_text("\n")
+    done = in_process(*(part.format(tmp_path) for part in command))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["zero.jsonl"]
