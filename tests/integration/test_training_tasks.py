@@ -307,3 +307,11 @@ def losses_alone(folder: Path, steps: int) -> dict[int, float]:
     """Losses of the run of one process to which nothing happens, with the same constant learning rate."""
     train(folder, 1, f"run_dir={folder / 'undisturbed'}", f"train.steps={steps}", "optim.schedule=constant")
     return losses(folder / "undisturbed")
+
+
+def test_the_launcher_asks_every_node_for_the_data(folder: Path) -> None:
+    from llm_launch.needs import needs_of
+    from llm_parallel.config.load import load_config
+
+    config = load_config(folder / "run.yaml", scored(folder, "needs"), notice=lambda _: None)
+    assert [str(folder / "sets"), -1] in needs_of(config, folder / "run.yaml")["files"]
