@@ -80,14 +80,23 @@ def _held_out(value: Any) -> float:
 
 
 _PROJECTIONS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
+_OF_VOCABULARY = {name: name for name in ("embed_tokens", "lm_head")}
 
 
 def _projections(value: Any) -> list[str]:
     """Projections by Hugging Face's names, ``q_proj,v_proj`` or a list of such, by ours."""
     if str(value).lower() in ("all", "all-linear", "true"):
         return list(_PROJECTIONS.values())
-    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
-    return [_PROJECTIONS[part] for part in parts]
+    return [{**_PROJECTIONS, **_OF_VOCABULARY}[part] for part in _parts(value)]
+
+
+def _parts(value: Any) -> list[str]:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+
+
+def _whole_modules(value: Any) -> list[str]:
+    """Modules that are trained whole beside adapters."""
+    return [_OF_VOCABULARY[part] for part in _parts(value)]
 
 
 def _interpolated(value: Any) -> dict[str, Any]:
@@ -307,7 +316,11 @@ _CONVERTED: dict[str, Alias] = {
     "peft_scheme": _by_table("adapter", {**_ADAPTER_SWITCH, "none": None}),
     **dict.fromkeys(
         ("lora_target", "lora_target_modules", "target_modules", "lora_target_linear"),
-        Alias("adapter.targets", _projections, f"all, or of {', '.join(_PROJECTIONS)}"),
+        Alias("adapter.targets", _projections, f"all, or of {', '.join((*_PROJECTIONS, *_OF_VOCABULARY))}"),
+    ),
+    **dict.fromkeys(
+        ("additional_target", "modules_to_save", "lora_modules_to_save"),
+        Alias("adapter.modules_to_save", _whole_modules, "embed_tokens and lm_head"),
     ),
     "quantization_bit": _by_table("adapter.base", {8: "int8", 4: "nf4"}),
     "load_in_8bit": _by_table("adapter.base", {True: "int8"}),

@@ -60,8 +60,8 @@ ROWS: tuple[Foreign, ...] = (
          "data and pipeline parallelism", "parallel.overlap", "false"),
     _row("compile torch_compile compile.enable training.compile torch_compile_*",
          "models are not compiled; on GPUs the fused kernels of the section kernels run", "kernels", "false none"),
-    _row("additional_target modules_to_save lora_modules_to_save", "embeddings and the output matrix have no adapters "
-         "and stay frozen; adapter.targets names projections of the layers", "adapter.targets", "none null"),
+    _row("additional_target modules_to_save lora_modules_to_save", "adapter.modules_to_save names what is trained "
+         "whole beside adapters: embed_tokens, lm_head", "adapter.modules_to_save", "none null"),
     _row("pissa_init pissa_iter loraplus_lr_ratio use_galore use_badam use_apollo lora_layers_to_transform "
          "lora_fan_in_fan_out freeze_trainable_layers freeze_trainable_modules freeze_extra_modules lisa_n_layers "
          "relora_steps oft_* use_llama_pro pissa_convert loraplus_lr_embedding module_dropout create_new_adapter",

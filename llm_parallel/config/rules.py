@@ -436,6 +436,7 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _deterministic,
     _adapter,
     rules_method.check_method,
+    rules_method.check_vocabulary_adapters,
     rules_rounds.check_rounds,
 )
 

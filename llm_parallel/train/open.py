@@ -218,11 +218,11 @@ def new_adapters(config: RunConfig, models: Models) -> Resumed:
     engine, path = models[POLICY], config.adapter.load if config.adapter is not None else None
     origin = f"adapters of the model in {config.checkpoint.load}"
     said: list[str] = []
+    assert isinstance(engine, Engine)
     if path is not None:
-        load_adapters(path, network_of(engine))
-        assert isinstance(engine, Engine)
-        engine.optimizer.reload_model_params()
+        load_adapters(path, engine.network)
         said = made_for_another(path, str(config.checkpoint.load))
+    engine.optimizer.reload_model_params()  # of adapters, and of weights that are trained whole
     return Resumed(TrainState(), origin + (f", from {path}" if path else ""), said)
 
 

@@ -117,6 +117,20 @@ def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
     assert cluster.states()["n2"] == "drained"
 
 
+def test_nobody_requeues_a_job_that_was_cancelled(cluster: Cluster) -> None:
+    """Though it is asked for a moment later, when the job's processes still end."""
+    options = ["--parsable", "--requeue", "--nodes=2", "--output=/dev/null", "--wrap", "trap '' TERM; sleep 60"]
+    job = SlurmJob(cluster.run(["sbatch", *options]), 0, "n1", cluster.env)
+    until(lambda: job.is_this_run(), 60, "the job's start")
+    cluster.run(["scancel", job.job_id])
+    job.requeue()
+    job.requeue(["n3"])
+    until(lambda: cluster.job(job.job_id)["JobState"] == "CANCELLED", 60, "the job's end")
+    job.requeue()
+    found = cluster.job(job.job_id)
+    assert (found["JobState"], found["Restarts"], job.fate().value) == ("CANCELLED", "0", "over")
+
+
 @pytest.mark.slow
 def test_a_task_of_an_array_speaks_for_itself_alone(cluster: Cluster) -> None:
     """The last task, whose number is the array's too, goes back to the queue; the others do not."""

@@ -321,8 +321,7 @@ def test_a_run_file_that_is_missing_before_options() -> None:
     [
         ("optim=adamw_8bit", "optim.moment_bits=8 holds its moments in 8 bits"),
         ("optim=paged_adamw_8bit", "They are not moved to the host"),
-        ("additional_target=embed_tokens", "embeddings and the output matrix have no adapters"),
-        ("modules_to_save=[lm_head]", "adapter.targets names projections"),
+        ("additional_target=wte", "must be embed_tokens and lm_head"),
     ],
 )
 def test_what_is_not_there_is_refused_by_its_own_sentence(given: str, said: str) -> None:
