@@ -100,6 +100,20 @@ def test_what_a_job_knows(cluster: Cluster) -> None:
     assert 1500 < left <= 1800 and set(states) == set(nodes) and addresses == {"n1": "127.0.0.1"}
 
 
+@pytest.mark.slow
+def test_agents_have_all_gpus_of_their_node(cluster: Cluster) -> None:
+    """However the job asked for them, and though their steps name no number."""
+    script = PRELUDE + (
+        "step = ['bash', '-c', 'echo $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES $SLURM_GPUS_ON_NODE >&2']\n"
+        "steps = [job.start_agents(step, [node]) for node in job.nodes()]\n"
+        "told = [step.communicate()[1].decode().splitlines() for step in steps]\n"
+        "print(json.dumps([[line for line in lines if 'binding' not in line] for lines in told]))"
+    )
+    for asked in ("--gpus-per-node=2", "--gres=gpu:2", "--gpus=4"):
+        found = in_job(cluster, script, "--nodes=2", "--exclusive", asked)
+        assert found == [["n1 0,1 2"], ["n2 0,1 2"]], asked
+
+
 def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
     script = PRELUDE + (
         "import signal, time\n"
