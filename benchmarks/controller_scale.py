@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
+from llm_launch.absence import Absence
 from llm_launch.controller import Controller
 from llm_parallel.bench.environment import chip_name, commit
 from llm_parallel.config.tree import RunConfig
@@ -123,6 +124,10 @@ class Given:
     def start(self, node: str) -> None:
         """Does nothing, so a lost agent stays lost."""
 
+    def look(self) -> list[Absence]:
+        """None."""
+        return []
+
     def condemn(self, node: str, reason: str) -> None:
         """Nothing."""
 
@@ -142,7 +147,7 @@ async def drill(controller: Controller, nodes: int, heartbeat_s: float) -> dict[
             await asyncio.sleep(0.01)
         return time.monotonic()
 
-    arrived = await until(lambda: controller._all_expected_ready(), "agents")
+    arrived = await until(lambda: controller.fleet.attendance.settled(controller.starter.expected), "agents")
     trained = await until(lambda: fleet.phase.value == "training", "training")
     await asyncio.sleep(3 * heartbeat_s)
     lost = fleet.roster.nodes[f"n{nodes // 2:05d}"]

@@ -162,8 +162,8 @@ def sft(
 def prefer(
     run_file: RunFile, overrides: Overrides = None, dry_run: WithoutStart = False, everything: Everything = False
 ) -> None:
-    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf, reward). Starts like
-    pretrain."""
+    """Train a model by answers that are compared or judged (method.kind: dpo, kto, rrhf, reward) or that it gives
+    itself (reject, grpo, ppo). Starts like pretrain."""
     from llm_parallel.worker.command import train_command
 
     raise typer.Exit(train_command("prefer", run_file, overrides or [], dry_run, everything))

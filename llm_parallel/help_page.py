@@ -13,10 +13,38 @@ from typing import Any, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from llm_parallel.errors import UserError
 from llm_parallel.lines import note, terminal_width, wrapped
 
 PANELS_FROM = 100
 """Columns from which no panel cuts a name (tests/unit/test_command_help.py holds it)."""
+
+
+_TRAIN = (
+    "`llm-parallel sft RUN.yaml` fine-tunes on conversations, `llm-parallel prefer RUN.yaml` on preferences and "
+    "rewards, and `llm-parallel pretrain RUN.yaml` on texts"
+)
+_PREFER = "`llm-parallel prefer RUN.yaml` with method.kind={}"
+_EXPORT = "`llm-parallel convert RUN FOLDER` writes a Hugging Face folder, with --merge one that has the adapters in it"
+_PAGE = "`llm-parallel serve MODEL` has a chat page for the browser, and OpenAI's interface"
+_PREPARE = "`llm-parallel prepare` turns raw text into token files, and takes the options of Megatron-LM's script"
+_VERSIONS = "`llm-parallel --version` shows all versions"
+ELSEWHERE = {
+    **dict.fromkeys(("train", "finetune", "fine_tune", "run"), _TRAIN),
+    **dict.fromkeys(("export", "merge", "merge_lora", "merge_and_unload"), _EXPORT),
+    **dict.fromkeys(("webchat", "webui", "api", "vllm_serve", "deploy"), _PAGE),
+    **dict.fromkeys(("preprocess", "preprocess_data", "preprocess_data_fast", "tokenize"), _PREPARE),
+    **dict.fromkeys(("version", "env"), _VERSIONS),
+    **{kind: _PREFER.format(kind) for kind in ("dpo", "kto", "rrhf", "reward", "grpo", "ppo", "reject")},
+    "rm": _PREFER.format("reward"),
+    "rloo": _PREFER.format("grpo and method.grpo.leave_one_out=true"),
+    "pretrain_gpt": "`llm-parallel pretrain RUN.yaml` takes its arguments after the run file, which may be empty",
+    "inference": "`llm-parallel generate`, `llm-parallel chat` and `llm-parallel serve` use a model",
+    "eval": "`llm-parallel evaluate MODEL` measures a model on benchmarks",
+    "download": "nothing is downloaded; get a folder with Hugging Face's `hf download`, and name it in checkpoint.load",
+    "help": "`llm-parallel --help` lists the commands, and `llm-parallel COMMAND --help` explains one",
+}
+"""Commands of LLaMA-Factory, axolotl, torchtune, TRL and Megatron-LM, with underscores, and what to call here."""
 
 
 class Command(TyperCommand):
@@ -35,6 +63,13 @@ class Group(TyperGroup):
         """Writes the page, or has typer draw its panels."""
         text = _page_here(self, ctx)
         super().format_help(ctx, formatter) if text is None else formatter.write(text)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is called. Raises UserError with what to do for one that another system has."""
+        name = args[0].rpartition("/")[2].removesuffix(".py").replace("-", "_") if args else ""
+        if name in ELSEWHERE and self.get_command(ctx, args[0]) is None:
+            raise UserError(f"{args[0]} is no command here: {ELSEWHERE[name]}")
+        return super().resolve_command(ctx, args)
 
 
 def _page_here(command: Any, ctx: Any) -> str | None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import signal
+import threading
 import time
 import traceback
 from dataclasses import asdict
@@ -18,17 +19,29 @@ from functools import partial
 from typing import Any
 
 from llm_launch import wire
+from llm_launch.absence import UNREACHED
 from llm_launch.agent_settings import AgentSettings
 from llm_launch.copy_files import Claim, forget, forget_all_but, forget_stale, inventory
 from llm_launch.copy_transfer import CopyServer
 from llm_launch.door import raise_file_limit
 from llm_launch.health import GpuHealth, HostHealth, open_nvml
+from llm_launch.needs import lacking
 from llm_launch.node_workers import NodeWorkers, kill, process_state
 from llm_launch.slurm import SlurmError, SlurmJob, switches_above
-from llm_parallel.errors import UserError
+from llm_parallel.errors import EXIT_USER_ERROR, UserError
 from llm_parallel.lines import note
 
 CONNECT_S = 60.0
+UNREACHED_S = 20.0
+"""Time after which an agent says that it does not reach the controller."""
+PATIENCE_S = 20.0
+"""Time that files may take to appear on this node before it counts as one that lacks them: caches of NFS keep an older
+state for seconds."""
+FINAL_S = 60.0
+"""Time after which nothing more is expected of the others if all nodes lack something."""
+LOOK_S = 2.0
+MOUNT_S = 30.0
+"""Time for a file system to answer."""
 RECONNECT_S = 0.2
 HEALTH_S = 30.0
 CLAIM_S = 60.0
@@ -74,6 +87,9 @@ class Agent:
 
     async def run(self) -> int:
         """Serves until the run ends: 0 if the controller ended it, 1 if no controller can be reached."""
+        first = await self._find_controller()
+        if first is None or not await self._is_fit(first):
+            return 1
         with contextlib.suppress(OSError, UserError):
             self._claim.renew()
         await self.here.start()
@@ -82,7 +98,8 @@ class Agent:
         self._spawn(self._watch_health(), vital=False)
         status = 1
         while not self.here.ending:
-            channel = await self._find_controller()
+            channel = first or await self._find_controller()
+            first = None
             if channel is None:
                 break
             self.controller, self.heard_s = channel, time.monotonic()
@@ -95,6 +112,40 @@ class Agent:
         if not self._keep:
             forget(self.settings.copies_dir)
         return 1 if self._broken else status
+
+    async def _is_fit(self, channel: wire.Channel) -> bool:
+        """Waits until this node has all that the run needs, and tells the controller what it lacks; False if the
+        controller is gone before, or the run has ended. A shared file system may be mounted late."""
+        channel.send({"is": "here", "node": self.settings.node})
+        try:
+            needs = await channel.receive()
+            began, told = time.monotonic(), ("", False)
+            while needs is not None and needs["is"] == "needs":
+                lacks = await self._lacking(needs)
+                if lacks is None:
+                    return True
+                passed_s = time.monotonic() - began
+                if passed_s > PATIENCE_S and told != (lacks, passed_s > FINAL_S):
+                    told = lacks, passed_s > FINAL_S
+                    self._log(f"waits: {lacks}")
+                    channel.send({"is": "absent", "node": self.settings.node, "cause": lacks, "final": told[1]})
+                with contextlib.suppress(asyncio.TimeoutError):
+                    needs = await asyncio.wait_for(channel.receive(), LOOK_S)
+        except OSError:
+            pass
+        return False
+
+    async def _lacking(self, needs: wire.Message) -> str | None:
+        """What this node lacks. A mount that does not answer holds up a thread of its own, not this agent."""
+        found: list[str | None] = []
+        thread = threading.Thread(target=lambda: found.append(lacking(needs)), daemon=True)
+        thread.start()
+        deadline = time.monotonic() + MOUNT_S
+        while thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        if not thread.is_alive():
+            return found[0] if found else "its files could not be looked at"
+        return f"a file system of the run does not answer there for {MOUNT_S:g} s"
 
     async def _find_controller(self) -> wire.Channel | None:
         deadline = time.monotonic() + CONNECT_S
@@ -111,6 +162,7 @@ class Agent:
         job = SlurmJob.from_environment(os.environ)
         if job is None:
             return
+        said = ""
         while True:
             await asyncio.sleep(RESCUE_S * (1.0 + random.random()))
             try:
@@ -119,7 +171,8 @@ class Agent:
                     self._log("the node of the batch script is dead; putting the job back into the queue")
                     await asyncio.to_thread(job.requeue)
             except SlurmError as error:
-                self._log(f"SLURM: {error}")
+                if said != f"SLURM: {error}":  # an image without SLURM's commands says it every time
+                    self._log(said := f"SLURM: {error}")
 
     def _claims(self, job: SlurmJob) -> bool:
         """Whether this agent may requeue the job, since a second requeue would end the next start. The claim is a file
@@ -135,10 +188,15 @@ class Agent:
         return True
 
     async def _try_controllers(self, deadline: float) -> wire.Channel | None:
+        began, said = time.monotonic(), False
         while time.monotonic() < deadline:
             for host, port in self.settings.controllers:
-                with contextlib.suppress(ConnectionError):
+                try:
                     return await wire.connect(host, port, self.settings.secret)
+                except ConnectionError as error:
+                    if not said and time.monotonic() - began > UNREACHED_S:
+                        said = True
+                        self._log(f"{UNREACHED} {host}:{port}: {error.__cause__ or error}")
             await asyncio.sleep(RECONNECT_S)
         return None
 
@@ -243,7 +301,11 @@ class Agent:
 def main() -> None:
     """Runs one agent until the run is over or the controller is gone."""
     raise_file_limit()
-    agent = Agent(AgentSettings.parse())
+    try:
+        agent = Agent(AgentSettings.parse())
+    except UserError as error:
+        note(str(error))
+        raise SystemExit(EXIT_USER_ERROR) from None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def serve() -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm_launch.network import own_address
 from llm_launch.zygote import die_with_parent
+from llm_parallel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class AgentSettings:
     @classmethod
     def parse(cls, arguments: Sequence[str] | None = None) -> AgentSettings:
         """From the command line; the run's secret from the environment. With ``--die-with-parent`` the kernel is asked
-        to end this process when its parent dies."""
+        to end this process when its parent dies. Raises UserError if there is no secret."""
         parser = argparse.ArgumentParser(prog="llm_launch.agent", description="One agent of a run on this node.")
         for name in ("controller", "node", "host", "devices", "run-dir", "run-file", "replica-dir", "copies"):
             parser.add_argument(f"--{name}", required=True)
@@ -51,6 +52,12 @@ class AgentSettings:
         told = parser.parse_args(arguments)
         if told.die_with_parent:
             die_with_parent(os.getppid())
+        secret = os.environ.get("LLM_PARALLEL_SECRET")
+        if not secret:
+            raise UserError(
+                "LLM_PARALLEL_SECRET is not in this agent's environment; srun must pass the environment on"
+                " (--export=ALL)"
+            )
         controllers = []
         for text in told.controller.split(","):
             host, _, port = text.rpartition(":")
@@ -62,13 +69,19 @@ class AgentSettings:
             node=node,
             host=own_address(controllers[0]) if told.host == "auto" else told.host,
             controllers=tuple(controllers),
-            devices=tuple(int(device) for device in told.devices.split(",")),
+            devices=devices_here([int(device) for device in told.devices.split(",")], os.environ),
             run_dir=Path(told.run_dir),
             run_file=told.run_file,
             copies_root=Path(told.replica_dir),
             copies_name=told.copies,
             heartbeat_s=told.heartbeat_s,
             lost_after_s=told.lost_after_s,
-            secret=os.environ["LLM_PARALLEL_SECRET"],
+            secret=secret,
             rescue=told.rescue,
         )
+
+
+def devices_here(devices: Sequence[int], environment: Mapping[str, str]) -> tuple[int, ...]:
+    """Those of ``devices`` that this node has: SLURM may have given it fewer GPUs than the node of the batch script."""
+    gpus = int(environment.get("SLURM_GPUS_ON_NODE") or 0) if "SLURM_STEP_ID" in environment else 0
+    return tuple(device for device in devices if device < gpus) or tuple(devices) if gpus else tuple(devices)

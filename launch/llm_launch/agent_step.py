@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from llm_parallel.errors import UserError
 from llm_parallel.options import option
@@ -39,12 +41,13 @@ class AgentStep:
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """The command that starts an agent: ``argv``, which begins with this process's Python, after the lines of
-        ``agent_setup`` and with the Python that was asked for."""
+        ``agent_setup`` and with the Python that was asked for. With that it begins in this process's folder, since a
+        container begins in one of its own and paths in a run file may be relative."""
         assert argv[0] == sys.executable
         command = [self.agent_python or argv[0], *argv[1:]]
-        if not self.agent_setup:
-            return command
-        return ["bash", "-c", "\n".join([*self.agent_setup, 'exec "$@"']), "agent", *command]
+        lines = [f"cd {shlex.quote(str(Path.cwd()))} || exit 2"] if self.elsewhere else []
+        lines += self.agent_setup
+        return ["bash", "-c", "\n".join([*lines, 'exec "$@"']), "agent", *command] if lines else command
 
     def options(self) -> list[str]:
         """These options, for the command line of ``llm-parallel launch``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -82,6 +82,8 @@ class Fault(Enum):
     HOST_MEMORY = "host memory"
     ENVIRONMENT = "environment"
     """Disk, files, ports: what the system refuses, whatever the device."""
+    SETUP = "setup"
+    """Something that one node lacks: files, a mount, software."""
     DEVICE = "device"
     NODE = "node"
     AGENT = "agent"
@@ -104,6 +106,11 @@ class Verdict:
     def stops_run(self) -> bool:
         """Whether another generation would fail in the same way."""
         return self.fault in (Fault.USER, Fault.PROGRAM, Fault.OUT_OF_MEMORY)
+
+    def of_all_nodes(self) -> Verdict:
+        """What was taken for something that one node lacks, when it is not: the user's or the program's."""
+        users = all(classify_error(item.error, item.message) == "user" for item in self.evidence)
+        return replace(self, fault=Fault.USER if users else Fault.PROGRAM, nodes=())
 
 
 _CONNECTION = re.compile(
@@ -173,11 +180,22 @@ def said(item: Evidence) -> str:
     return f"{item.error}: {text}" if item.error else text
 
 
-def _user(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
-    for item in _of(evidence, Kind.RAISED):
-        if classify_error(item.error, item.message) == "user":
-            return Verdict(Fault.USER, item.message, evidence=(item,))
-    return None
+def _user(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
+    """A mistake of the user; but one that only the processes of one node of several meet, before they train, is first
+    taken for something that this node lacks. The ledger knows whether another node has met it too."""
+    items = [item for item in _of(evidence, Kind.RAISED) if classify_error(item.error, item.message) == "user"]
+    if not items:
+        return None
+    if (node := _one_node_of_several(items, devices)) is not None:
+        return Verdict(Fault.SETUP, items[0].message, nodes=(node,), evidence=tuple(items))
+    return Verdict(Fault.USER, items[0].message, evidence=(items[0],))
+
+
+def _one_node_of_several(items: Sequence[Evidence], devices: set[Device]) -> str | None:
+    """The node of all the ``items``, which ended before they trained, if there are others that did not end so."""
+    nodes = {item.node for item in items}
+    alone = len(nodes) == 1 and all(item.forming for item in items) and {device.node for device in devices} - nodes
+    return nodes.pop() if alone else None
 
 
 def _out_of_memory(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
@@ -202,6 +220,9 @@ def _same_error_in_several_places(evidence: Sequence[Evidence], devices: set[Dev
         places = {item.device for item in items}
         if len(places) > 1 or len(devices) == 1:
             first = min(items, key=lambda item: item.rank or 0)
+            if (node := _one_node_of_several(items, devices)) is not None:
+                reason = f"{len(places)} processes of {node} alone raised the same error: {said(first)}"
+                return Verdict(Fault.SETUP, reason, nodes=(node,), evidence=tuple(items))
             return Verdict(
                 Fault.PROGRAM,
                 f"{len(places)} of {len(devices)} processes raised the same error, rank {first.rank}: {said(first)}",
@@ -258,13 +279,16 @@ def _lost_copies(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None
     return Verdict(Fault.ENVIRONMENT, f"{reason}; another copy or the checkpoint is taken", evidence=tuple(items))
 
 
-def _environment(evidence: Sequence[Evidence], _: set[Device]) -> Verdict | None:
+def _environment(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
     items = _of(evidence, Kind.RAISED)
     found = [item for item in items if classify_error(item.error, item.message) == "environment"]
     if not found:
         return None
     reason = few([f"rank {item.rank} of {item.node}: {said(item)}" for item in found], "; ")
-    return Verdict(Fault.ENVIRONMENT, f"{reason} (the system's answer, not the device's fault)", evidence=tuple(found))
+    node = _one_node_of_several(found, devices)
+    nodes = (node,) if node is not None else ()
+    reason = f"{reason} (the system's answer, not the device's fault)"
+    return Verdict(Fault.ENVIRONMENT, reason, nodes=nodes, evidence=tuple(found))
 
 
 def _all_stand_still(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:

@@ -14,13 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from llm_launch.assign import assign
 from llm_launch.blame import Device, Evidence, Fault, Kind, Verdict, blame, few
-from llm_launch.copy_catalog import CopyCatalog, Restore
+from llm_launch.copy_catalog import CopyCatalog
 from llm_launch.door import WAITING
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow
 from llm_launch.journal import Journal
 from llm_launch.ledger import Ledger
+from llm_launch.needs import needs_of
 from llm_launch.placement import Placement, Trained, crowded, fingerprint, place
 from llm_launch.snapshot import snapshot, used_up
 from llm_launch.starters import AgentStarter
@@ -67,6 +69,7 @@ class Controller:
         remembered = self.journal.remembered()
         self.ledger = Ledger.from_json(remembered, config.elastic.strikes, 3600.0 * config.elastic.strike_hours)
         self.fleet = Fleet(config.elastic, starter.secret, self.journal)
+        self.fleet.needs = needs_of(config, run_dir / "config.yaml")
         self.fleet.roster.order = list(starter.expected)
         self._model = fingerprint(config)
         trained = [Trained.read(item) for item in remembered.get("trained", [])]
@@ -74,7 +77,7 @@ class Controller:
         self.copies.remember(trained, remembered.get("model"))
         self._ticker = Ticker(self.fleet, self.copies, starter, self.stop, self._write_status)
         self._started_s = time.monotonic()
-        self._stop = False
+        self.stop_asked = False
         self._trained = False
         self._turn = False
         self._believe: set[int] = set()
@@ -103,6 +106,7 @@ class Controller:
             self._enter(end.phase)
             for node in self.fleet.roster.alive():
                 node.send({"is": "end", "keep": end.keep})
+            self.fleet.attendance.dismiss()
             await asyncio.sleep(TICK_S)
             return end.status
         finally:
@@ -111,7 +115,8 @@ class Controller:
             self._write_status()
 
     async def _work(self) -> None:
-        await self.fleet.until(self._all_expected_ready, self.config.elastic.wait_s)
+        wait_s, expected = self.config.elastic.wait_s, self.starter.expected
+        await self.fleet.attendance.gather(expected, wait_s, self.fleet.until, lambda: self.stop_asked)
         while True:
             await self._form()
             await self._train()
@@ -125,18 +130,18 @@ class Controller:
 
     def stop(self) -> None:
         """Asks the run to save and end, whatever it has to recover from first."""
-        self._stop = True
+        self.stop_asked = True
         self._pass_on_stop()
         self.fleet.changed.set()
 
     def _pass_on_stop(self) -> None:
-        for node in self.fleet.roster.alive() if self._stop else ():
+        for node in self.fleet.roster.alive() if self.stop_asked else ():
             node.send({"is": "stop"})
 
     @property
     def _nothing_to_save(self) -> bool:
         """Whether to end at once: no step was made in this start, so all is where the start found it."""
-        return self._stop and not self._trained
+        return self.stop_asked and not self._trained
 
     def _enter(self, phase: Phase) -> None:
         if phase is not self.fleet.phase:
@@ -144,11 +149,9 @@ class Controller:
             self.fleet.phase = phase
             self._write_status()
 
-    def _all_expected_ready(self) -> bool:
-        nodes = {node.name: node for node in self.fleet.roster.alive()}
-        return self._stop or all(
-            name in nodes and len(nodes[name].ready()) >= count for name, count in self.starter.expected.items()
-        )
+    def _hopeless(self) -> bool:
+        """Whether no device is there, and none will come."""
+        return self.fleet.attendance.hopeless(self.starter.expected)
 
     def _usable(self) -> list[Device]:
         """Devices with a worker that is ready, without those removed, in the order of ``Roster.alive``."""
@@ -175,20 +178,7 @@ class Controller:
         await self._until_replaced()
         placement = self._choose()
         if placement is None:
-            self._enter(Phase.WAITING)
-            left = len(self._usable())
-            self.journal.event("wait", cause=f"{left} devices are left, and the run needs {config.elastic.min_devices}")
-            await self.fleet.until(lambda: self._stop or self._choose() is not None, config.elastic.wait_s)
-            if self._stop and self._trained:
-                await self.fleet.until(lambda: self._choose() is not None, STOP_WAIT_S)
-            placement = self._choose()
-            if self._nothing_to_save:
-                raise Stopped(EXIT_STOPPED, Phase.STOPPED)
-            if placement is None and self._stop:
-                self.journal.say(f"asked to end, and too few devices are left to save step {self.fleet.step}")
-                raise Stopped(1, Phase.FAILED)
-            if placement is None:
-                raise Stopped(EXIT_TOO_FEW, Phase.FAILED)
+            placement = await self._wait_for_devices()
         restore = await self.copies.find()
         if restore is None and await self._wait_for_copies():
             return await self._form()
@@ -203,7 +193,7 @@ class Controller:
             self.journal.event("crowded", cause=cause)
         self._turn = False
         self.fleet.begin(placement)
-        self._assign(placement, restore)
+        assign(self.fleet, self.copies, restore, time.monotonic() - self._started_s, sorted(self._believe))
         self._pass_on_stop()  # workers forked since the request have not received it
         self._enter(Phase.FORMING)
         self.journal.event(
@@ -215,6 +205,31 @@ class Controller:
             cause="memory" if restore else "checkpoint or new run",
             seconds=time.monotonic() - began,
         )
+
+    async def _wait_for_devices(self) -> Placement:
+        """Waits until a layout fits on the devices that are there. Raises Stopped if none does."""
+        self._enter(Phase.WAITING)
+        elastic, fleet, wait_s = self.config.elastic, self.fleet, self.config.elastic.wait_s
+        if fleet.placement is None:  # the time in which nodes were to join counts
+            wait_s = max(0.0, self._started_s + wait_s - time.monotonic())
+        if not self._hopeless():
+            left = len(self._usable())
+            self.journal.event("wait", cause=f"{left} devices are left, and the run needs {elastic.min_devices}")
+            await fleet.until(lambda: self.stop_asked or self._hopeless() or self._choose() is not None, wait_s)
+        if self.stop_asked and self._trained:
+            await fleet.until(lambda: self._choose() is not None, STOP_WAIT_S)
+        placement = self._choose()
+        if self._nothing_to_save:
+            raise Stopped(EXIT_STOPPED, Phase.STOPPED)
+        if placement is None and self.stop_asked:
+            self.journal.say(f"asked to end, and too few devices are left to save step {fleet.step}")
+            raise Stopped(EXIT_TOO_FEW, Phase.FAILED)
+        if placement is None and self._hopeless():
+            self.journal.fail(Verdict(Fault.ENVIRONMENT, fleet.attendance.why()))
+            raise Stopped(1, Phase.FAILED)
+        if placement is None:
+            raise Stopped(EXIT_TOO_FEW, Phase.FAILED)
+        return placement
 
     async def _until_replaced(self) -> None:
         """Waits for the replacements of killed workers, which are forked in milliseconds; for a process that the system
@@ -263,34 +278,6 @@ class Controller:
         if len(usable) < self.config.elastic.min_devices:
             return None
         return place(self.config, self._active(usable), self.device, self.fleet.placement, self._turn)
-
-    def _assign(self, placement: Placement, restore: Restore | None) -> None:
-        names = list(dict.fromkeys(device.node for device in placement.devices))
-        after = {name: self.fleet.roster.nodes[following] for name, following in zip(names, names[1:] + names[:1])}
-        sources = self.copies.sources(restore, placement)
-        for rank, device in enumerate(placement.devices):
-            node = self.fleet.roster.nodes[device.node]
-            worker = node.workers[device.number]
-            worker.begin(self.fleet.generation)
-            worker.partner = after[device.node].name if len(names) > 1 else None
-            node.send(
-                {
-                    "is": "assign",
-                    "device": device.number,
-                    "number": worker.number,
-                    "generation": self.fleet.generation,
-                    "rank": rank,
-                    "world_size": placement.layout.world_size,
-                    "local_rank": device.number,
-                    "overrides": list(placement.overrides),
-                    "restore": sources[rank],
-                    "here": list(node.copies_address),
-                    "partner": list(after[device.node].copies_address) if len(names) > 1 else None,
-                    "elapsed_s": time.monotonic() - self._started_s,
-                    "origin": self.copies.origin(placement),
-                    "believe": sorted(self._believe),
-                }
-            )
 
     async def _train(self) -> None:
         """Watches one generation to its end. Raises Stopped when it was the last."""
@@ -345,7 +332,7 @@ class Controller:
 
     def _better_layout_now(self) -> bool:
         """Whether devices that joined allow a larger world."""
-        if self.fleet.phase is not Phase.TRAINING or self._stop or self.fleet.placement is None:
+        if self.fleet.phase is not Phase.TRAINING or self.stop_asked or self.fleet.placement is None:
             return False
         assigned = set(self.fleet.placement.devices)
         if all(device in assigned for device in self._usable()):
@@ -413,6 +400,10 @@ class Controller:
     def _act_on(self, verdict: Verdict) -> None:
         broken = verdict.fault is Fault.NETWORK and self._trained
         self.fleet.fruitless += not (broken and self.fleet.broken_for_s() < self.config.elastic.wait_s)
+        if verdict.fault is Fault.SETUP:
+            self.fleet.exclude(verdict.nodes[0], verdict.reason)
+            if self._choose() is None:  # the run would wait for what does not come
+                verdict = verdict.of_all_nodes()
         if verdict.stops_run:
             self.journal.fail(verdict)
             raise Stopped(EXIT_USER_ERROR if verdict.fault is Fault.USER else 1, Phase.FAILED)

@@ -50,18 +50,18 @@ HEAD = struct.Struct(f"<{len(MAGIC)}sQ")
 def run_identity(run_dir: Path) -> str:
     """Hexadecimal digits that differ for every run, also for a copy of its run folder and for an earlier run in the
     same folder. Writes the random number that they are derived from into the run folder if there is none."""
-    path = run_dir / RUN_ID_NAME
-    number = _read_run_id(path)
+    number = run_number(run_dir)
     if number is None:
-        with atomic_write(path) as handle:
+        with atomic_write(run_dir / RUN_ID_NAME) as handle:
             handle.write(secrets.token_hex(16) + "\n")
-        number = _read_run_id(path)
+        number = run_number(run_dir)
     return hashlib.sha256(f"{number} {run_dir.resolve()}".encode()).hexdigest()[:32]
 
 
-def _read_run_id(path: Path) -> str | None:
+def run_number(run_dir: Path) -> str | None:
+    """The random number in a run folder; None if it has none. Raises OSError if it cannot be read."""
     try:
-        text = path.read_text(errors="replace").strip()
+        text = (run_dir / RUN_ID_NAME).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
     return text if re.fullmatch(r"[0-9a-f]{32}", text) else None

@@ -12,6 +12,8 @@ from functools import partial
 from typing import Any
 
 from llm_launch import wire
+from llm_launch.absence import Absence
+from llm_launch.attendance import Attendance
 from llm_launch.blame import Device, Evidence, Kind, classify_error, few
 from llm_launch.door import PAUSE_S, WAITING, Door
 from llm_launch.generation_store import GenerationStore
@@ -40,6 +42,9 @@ class Fleet:
     def __init__(self, elastic: ElasticConfig, secret: str, journal: Journal) -> None:
         self.elastic, self.secret, self.journal = elastic, secret, journal
         self.roster = Roster()
+        self.attendance = Attendance(self.roster, journal)
+        self.needs: wire.Message = {"is": "needs", "at": None, "run_dir": ".", "run": None, "files": []}
+        """What agents are asked to look for before they join."""
         self.phase = Phase.WAITING
         self.generation = journal.last_generation()
         self.placement: Placement | None = None
@@ -47,7 +52,7 @@ class Fleet:
         self.doubted: dict[int, set[Device]] = {}
         """Devices on which the loss of a step was not finite."""
         self.unfit: dict[Device, str] = {}
-        """Devices that their driver has called broken."""
+        """Devices that their driver has called broken, and those of nodes that lack something."""
         self.asked_to_stop = False
         """Whether an agent was asked to end, as by SLURM, whose signals for a step the launcher does not get."""
         self.to_restart: set[str] = set()
@@ -137,8 +142,16 @@ class Fleet:
             while (message := await channel.receive()) is not None:
                 if message["is"] == "drill":
                     self._on_drill(message)
+                elif message["is"] == "here":
+                    self.attendance.visitors.add(channel)
+                    channel.send(self.needs)
+                elif message["is"] == "absent":
+                    item = Absence(message["node"], message["cause"], not message["final"])
+                    self.attendance.absent(item, by_agent=True)
                 elif message["is"] == "hello":
                     node = self.roster.join(message, channel)
+                    self.attendance.joined(node.name)
+                    self.attendance.visitors.discard(channel)
                     # It was only cut off, perhaps: starting its agent again would end this one.
                     self.to_restart.discard(node.name)
                     self.journal.event("join", node=node.name, generation=self.generation)
@@ -152,6 +165,7 @@ class Fleet:
         except Exception:  # a mistake of ours; without its agent the node's work is made elsewhere
             self.journal.say(f"a message of {node.name if node else 'an agent'} failed:\n{traceback.format_exc()}")
         finally:
+            self.attendance.visitors.discard(channel)
             if node is not None and node.channel is channel:
                 self.lost(node, Kind.AGENT_LOST)
 
@@ -285,8 +299,14 @@ class Fleet:
             kind = Kind.CONNECTION
         else:
             self.journal.keep_traceback(device, self.generation, message.get("traceback", ""))
-        rank = self.rank(device)
-        self.evidence.append(Evidence(kind, device.node, device, rank, error, text, samples=samples))
+        rank, worker = self.rank(device), self.roster.worker(device)
+        forming = worker is not None and not worker.training
+        self.evidence.append(Evidence(kind, device.node, device, rank, error, text, samples=samples, forming=forming))
+
+    def exclude(self, node: str, reason: str) -> None:
+        """Leaves the devices of a node out of this start."""
+        self.unfit.update({Device(node, number): reason for number in self.roster.nodes[node].devices})
+        self.journal.event("exclude", node=node, cause=reason)
 
     def rank(self, device: Device) -> int | None:
         """Rank of a device in the present generation, if it has one."""

@@ -39,6 +39,7 @@ def as_prometheus(status: dict[str, Any]) -> str:
         "recoveries_total": ("counter", "faults recovered from since the start", status["recoveries"]),
         "lost_steps_total": ("counter", "steps made again since the start", status["lost_steps"]),
         "excluded_devices": ("gauge", "devices removed for good", len(status["excluded"])),
+        "missing_nodes": ("gauge", "expected nodes that are not there", len(status.get("missing", ()))),
         "goodput": ("gauge", "part of the time since the start not spent recovering", status["goodput"]["fraction"]),
         "single_copies": (
             "gauge",

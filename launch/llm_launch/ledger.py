@@ -26,6 +26,10 @@ class Ledger:
     """Unix time and reason of each strike."""
     removed: dict[Device, str] = field(default_factory=dict)
     errors: dict[str, set[Device]] = field(default_factory=dict)
+    lacking: dict[str, str] = field(default_factory=dict)
+    """Nodes that could not begin to train in this start though others could, with what they said."""
+    refused: str = ""
+    """The only node to which the system refused something in the last forming, when no generation has trained since."""
     forming: set[Device] = field(default_factory=set)
     """Devices whose process ended in the last forming, when no generation has trained since."""
     now: Callable[[], float] = field(default=time.time, compare=False)
@@ -33,6 +37,15 @@ class Ledger:
     def judge(self, verdict: Verdict) -> Verdict:
         """Takes in a verdict about devices; the one that comes back blames the program if another device failed with
         the same error before, and nobody for a process that ended while its generation formed."""
+        if verdict.fault is Fault.ENVIRONMENT and len(verdict.nodes) == 1:
+            before, (self.refused,) = self.refused, verdict.nodes
+            if before == self.refused:  # twice in a row: it lacks something for good
+                verdict = replace(verdict, fault=Fault.SETUP)
+        if verdict.fault is Fault.SETUP:
+            (node,) = verdict.nodes
+            if self.lacking.keys() - {node}:  # a second node says so: it is not the first one's
+                return verdict.of_all_nodes()
+            self.lacking[node] = verdict.reason
         if verdict.fault is not Fault.DEVICE:
             return verdict
         for item in verdict.evidence:
@@ -75,6 +88,7 @@ class Ledger:
     def formed(self) -> None:
         """A generation trains."""
         self.forming.clear()
+        self.refused = ""
 
     def to_json(self) -> dict[str, Any]:
         """What is written into the run folder."""

@@ -70,7 +70,7 @@ class NodeWorkers:
         self.memory_kills = MemoryKills()
         self.ending = False
         self._number = 0
-        self._log_fd = self._open_log()
+        self._log_fd = -1
         self._zygote: subprocess.Popen[bytes] | None = None
         self._zygote_socket: socket.socket | None = None
         self._warm = False
@@ -103,6 +103,7 @@ class NodeWorkers:
 
     async def start(self) -> None:
         """Starts the zygote, which forks a worker on every device when it has imported everything."""
+        self._log_fd = self._open_log() if self._log_fd < 0 else self._log_fd
         ours, theirs = socket.socketpair()
         self._zygote = subprocess.Popen(
             [sys.executable, "-m", "llm_launch.zygote", str(theirs.fileno())],

@@ -93,6 +93,8 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     ),
     "save": lambda r: f"checkpoint of step {r['step']}",
     "save_failed": lambda r: f"the checkpoint of step {r['step']} could not be saved: {r['cause']}",
+    "tasks": lambda r: f"tasks scored after step {r['step']}",
+    "tasks_failed": lambda r: f"the tasks could not be scored after step {r['step']}: {r['cause']}",
     "save_incomplete": lambda r: f"the checkpoint of step {r['step']}: {r['cause']}",
     "skip": lambda r: (
         f"step {r['step']} was not applied: {r['reason']}; samples {r['first_sample']} to {r['last_sample']}"
@@ -121,6 +123,8 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "lost": lambda r: f"node {r['node']} is lost: {r['cause']}",
     "stuck": lambda r: f"{r['cause']}",
     "not_started": lambda r: f"the agent of {r['node']} could not be started, and is tried again: {r['cause']}",
+    "not_joined": lambda r: f"node {r['node']} is not there: {r['cause']}",
+    "exclude": lambda r: f"node {r['node']} is left out of this start: {r['cause']}",
     "join": lambda r: f"node {r['node']} is there",
     "health": lambda r: f"{r['node']}, device {r['device']}: {r['cause']}",
     "stall": lambda r: f"step {r['step']} has taken {r['seconds']:.1f} s: {r['cause']}",

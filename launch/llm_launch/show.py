@@ -111,9 +111,12 @@ def _show_elastic(run_dir: Path, found: Standing, console: Console) -> None:
     if elastic.get("crowded"):
         say(elastic["crowded"])
     excluded = {(entry["node"], entry["device"]): entry["reason"] for entry in elastic["excluded"]}
+    excluded |= {(node, number): reason for node, number, reason in elastic.get("unfit", ())}
+    missing = elastic.get("missing", {})
     rows = []
     for node in elastic["nodes"]:
         gone = [f"{number}: {reason[:80]}" for (name, number), reason in excluded.items() if name == node["name"]]
+        gone += [missing[node["name"]]] if node["name"] in missing else []
         row = (node["name"], node["state"], " ".join(map(str, node["devices"])), "; ".join(gone))
         rows.append(tuple(printable(str(cell)).replace("\n", " ") for cell in row))
     show_table("Nodes", ("node", "state", "devices", "excluded"), rows, console)

@@ -7,19 +7,26 @@ slurmctld is away raises SlurmError, which callers survive.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shlex
 import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 
 CALL_S = 10.0
 REQUEUE_TRIES = 3
 AWAY_S = 60.0
 """How long a slurmctld that does not answer is told what a job on hold needs."""
-WORKING_STATES = ("allocated", "mixed", "idle", "draining")
+WORKING_STATES = ("allocated", "mixed", "idle", "draining", "completing", "reserved", "maint", "planned")
+"""Words for nodes on which a step of a running job can be started."""
+PROMPT = {"PYTHONUNBUFFERED": "1"}
+"""For lines that arrive when they are printed. srun's own --unbuffered gives every task a terminal, for which programs
+draw bars and colours."""
 NO_STEPS = ("4294967291", "4294967290")
 """What some versions of SLURM give as the step of a batch script, and of a shell that salloc opens on a node."""
 _FIELD = re.compile(r"(?:^| )([A-Za-z:/_]+)=")
@@ -89,16 +96,28 @@ class SlurmJob:
         names = self._show().get("NodeList", "")
         return [] if names in ("", "(null)") else self._call(["scontrol", "show", "hostnames", names]).split()
 
+    def first_nodes(self) -> list[str]:
+        """Names of the nodes that this start of the job began with."""
+        names = self.environment.get("SLURM_JOB_NODELIST", "")
+        return self._call(["scontrol", "show", "hostnames", names]).split() if names else []
+
+    def taken(self, gone: Sequence[str]) -> list[str]:
+        """Those of the nodes ``gone``, which are not the job's any more, that are down: SLURM has taken them out of the
+        job. The others were given back by a user."""
+        states = self.states_of(gone)
+        return [name for name in gone if not is_working(states.get(name, ""))]
+
     def addresses(self, nodes: Sequence[str]) -> dict[str, str]:
-        """IPv4 address of each node, as slurmctld reaches it."""
-        found = {}
-        for record in self._records(["scontrol", "show", "node", ",".join(nodes), "-o"]):
-            found[record["NodeName"]] = socket.gethostbyname(record.get("NodeAddr", record["NodeName"]))
-        return found
+        """Name or address of each node by which SLURM reaches it."""
+        records = self._records(["scontrol", "show", "node", ",".join(nodes), "-o"]) if nodes else []
+        return {record["NodeName"]: record.get("NodeAddr") or record["NodeName"] for record in records}
 
     def node_states(self) -> dict[str, str]:
         """State of each node of the job in SLURM's words, such as ``mixed``, ``down*``, ``draining``."""
-        nodes = self.nodes()
+        return self.states_of(self.nodes())
+
+    def states_of(self, nodes: Sequence[str]) -> dict[str, str]:
+        """The same of any nodes."""
         lines = self._call(["sinfo", "-N", "-h", "-n", ",".join(nodes), "-o", "%N %T"]).splitlines() if nodes else []
         return {name: state for name, _, state in (line.partition(" ") for line in lines)}
 
@@ -130,37 +149,66 @@ class SlurmJob:
     def start_agents(
         self, argv: Sequence[str], nodes: Sequence[str], more: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
-        """One step with one task on each of ``nodes``, which outlives the loss of any of them. ``more``: further
-        options of srun, which win over those here."""
+        """One step with one task on each of ``nodes``, which outlives the loss of any of them once it runs. ``more``:
+        further options of srun, which win over those here. Its standard error is a pipe."""
         count = str(len(nodes))
-        options = [
-            "--no-kill",
-            "--kill-on-bad-exit=0",
-            "--overlap",
-            "--unbuffered",
-            "--nodes",
-            count,
-            "--ntasks",
-            count,
-        ]
-        options += ["--ntasks-per-node=1", "--nodelist", ",".join(nodes), "--job-name", "agents"]
-        if self.gpus_per_node:
+        # The environment as it is here, whatever --export the job was submitted with. No number of CPUs or GPUs: that
+        # of this node may be more than another has, and a step without one may use all that the job has on each node.
+        options = ["--no-kill", "--kill-on-bad-exit=0", "--overlap", "--export=ALL", "--cpu-bind=none"]
+        options += ["--nodes", count, "--ntasks", count, "--ntasks-per-node=1", "--nodelist", ",".join(nodes)]
+        if "SLURM_GPUS" in self.environment and self.gpus_per_node:
+            # A step of a job that asked for a total (--gpus=16) would ask for that total on its nodes.
             options += [f"--gpus-per-node={self.gpus_per_node}"]
-        cores = self.environment.get("SLURM_CPUS_ON_NODE")
-        options += [f"--cpus-per-task={cores}"] if cores else []
         # A group of its own: a signal for the batch script is not one for the agents.
         return subprocess.Popen(
-            ["srun", *options, *more, *argv],
+            ["srun", *options, "--job-name", "agents", *more, *argv],
             env=self._step_environment(),
             stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
 
     def _step_environment(self) -> dict[str, str]:
         """Without what the batch job's options put there, which a step of fewer nodes must not inherit."""
         stale = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
-                 "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NODELIST", "SLURM_NODELIST")  # fmt: skip
-        return {name: value for name, value in self.environment.items() if name not in stale}
+                 "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NODELIST", "SLURM_NODELIST", "SLURM_GPUS",
+                 "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_CPUS_PER_GPU")  # fmt: skip
+        kept = {name: value for name, value in self.environment.items() if name not in stale}
+        return {**kept, **PROMPT}
+
+    def submit_agent(self, argv: Sequence[str], node: str, logs: Path, more: Sequence[str] = ()) -> str:
+        """A job of its own with an agent on ``node``, in this job's partition, account and quality of service, for the
+        rest of its time; the job's number. ``more``: further options of srun. It waits in the queue while SLURM does
+        not have the node. Raises SlurmError where that is not allowed."""
+        mine = self._show()
+        named = {"partition": "Partition", "account": "Account", "qos": "QOS", "chdir": "WorkDir"}
+        options = [f"--{option}={mine[name]}" for option, name in named.items()
+                   if mine.get(name) not in (None, "", "(null)")]  # fmt: skip
+        left = self.seconds_left()
+        options += [f"--time={max(1, int(left / 60))}"] if left is not None else []
+        options += [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
+        options += [f"--nodelist={node}", "--nodes=1", "--exclusive", "--no-requeue", "--export=ALL"]
+        log = str(logs).replace("%", "%%") + f"/agent-{node}-%j.out"
+        options += [f"--job-name=agent-of-{self.job_id}", f"--output={log}"]
+        step = ["srun", "--nodes=1", "--ntasks=1", "--export=ALL", "--cpu-bind=none", *more, *argv]
+        kept = {name: value for name, value in self.environment.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        job = replace(self, environment={**kept, **_configuration(self.environment), **PROMPT})
+        return job._call(["sbatch", "--parsable", *options, "--wrap", f"exec {shlex.join(step)}"]).split(";")[0]
+
+    def state_of_job(self, number: str) -> str:
+        """SLURM's word for what a job does; "" if it is not known any more. Raises SlurmAway."""
+        try:
+            records = self._records(["scontrol", "show", "job", number, "-o"])
+        except SlurmAway:
+            raise
+        except SlurmError:
+            return ""
+        return records[0].get("JobState", "") if records else ""
+
+    def cancel(self, number: str) -> None:
+        """Cancels another job of this user, if it can be done."""
+        with contextlib.suppress(SlurmError):
+            self._call(["scancel", number])
 
     def requeue(self, exclude: Sequence[str] = ()) -> None:
         """Asks that the job goes back into the queue, held if there are nodes to ``exclude``; SLURM ends this run of it
@@ -235,6 +283,19 @@ def call(argv: Sequence[str], environment: Mapping[str, str]) -> str:
         away = any(words in said.lower() for words in AWAY)
         raise (SlurmAway if away else SlurmError)(f"{' '.join(argv)}: {said}")
     return done.stdout.strip()
+
+
+def _configuration(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where the commands find the cluster, if the environment says it."""
+    return {"SLURM_CONF": environment["SLURM_CONF"]} if "SLURM_CONF" in environment else {}
+
+
+def is_working(state: str) -> bool:
+    """Whether a step can be started on a node in this state. SLURM puts signs behind its words: ``*`` does not answer,
+    ``@`` a reboot is due, ``^`` it reboots, ``$`` maintenance, ``-`` planned for another job, ``~``, ``#``, ``!`` and
+    ``%`` power is saved. A node that does not answer may do so before SLURM calls it down."""
+    word = state.rstrip("*@^$-+~#!%")
+    return word in WORKING_STATES and not state.endswith(("~", "#", "!", "%", "^"))
 
 
 def parse_record(line: str) -> dict[str, str]:

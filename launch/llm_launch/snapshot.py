@@ -15,7 +15,7 @@ from llm_parallel.config.tree import RunConfig
 def snapshot(fleet: Fleet, ledger: Ledger, started_s: float, config: RunConfig) -> dict[str, Any]:
     """Phase, step, layout, nodes, what is excluded, and what a layout smaller than the run file's means for memory.
     ``started_s``: monotonic time of the launcher's start."""
-    placement = fleet.placement
+    placement, missing = fleet.placement, fleet.attendance.missing
     active = {device.node for device in placement.devices} if placement else set()
     return {
         "state": fleet.phase.value,
@@ -36,7 +36,13 @@ def snapshot(fleet: Fleet, ledger: Ledger, started_s: float, config: RunConfig) 
                 "workers": {str(index): worker.pid for index, worker in node.workers.items()},
             }
             for node in fleet.roster.nodes.values()
+        ]
+        + [
+            {"name": name, "state": "not joined", "devices": [], "agent_pid": 0, "workers": {}}
+            for name in sorted(missing.keys() - fleet.roster.nodes.keys())
         ],
+        "missing": {name: item.absence.reason for name, item in sorted(missing.items())},
+        "unfit": [[device.node, device.number, reason] for device, reason in sorted(fleet.unfit.items())],
         "excluded": [
             {"node": device.node, "device": device.number, "reason": reason, "permanent": True}
             for device, reason in ledger.removed.items()

@@ -1,26 +1,21 @@
-"""Starts agents: as processes of this machine, or as a step of a SLURM job."""
+"""Starts agents: what every starter offers, and agents as processes of this machine. steps.py: those of a SLURM job."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from llm_launch.agent_step import AgentStep
+from llm_launch.absence import Absence
 from llm_launch.copy_files import run_folder
-from llm_launch.slurm import WORKING_STATES, SlurmError, SlurmJob
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 
 LOOPBACK = "127.0.0.1"
-RETRY_S = 10.0
 END_S = 10.0
 MAX_BEATS_PER_S = 1000.0
 
@@ -41,6 +36,10 @@ class AgentStarter(Protocol):
 
     def start(self, node: str) -> None:
         """Starts the agent of ``node`` again; returns at once."""
+
+    def look(self) -> list[Absence]:
+        """Agents that have ended since the last call, and nodes on which none can be started; with no reason where only
+        a step that it shared with others has ended."""
 
     def condemn(self, node: str, reason: str) -> None:
         """No device of ``node`` will be used again; returns at once."""
@@ -90,6 +89,8 @@ class LocalStarter:
     port: int = 0
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     ended: bool = False
+    known: set[str] = field(default_factory=set)
+    """Nodes of which ``look`` has told that their agent has ended."""
 
     def __post_init__(self) -> None:
         self.copies = copies_name(self.config)
@@ -122,6 +123,14 @@ class LocalStarter:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
+        self.known.discard(node)
+
+    def look(self) -> list[Absence]:
+        """Agents that have ended since the last call."""
+        ended = {name: process.returncode for name, process in self.processes.items()
+                 if name not in self.known and process.poll() is not None}  # fmt: skip
+        self.known.update(ended)
+        return [Absence(name, f"its agent ended with {_how(how)}", how < 0, True) for name, how in ended.items()]
 
     def condemn(self, node: str, reason: str) -> None:
         """Nothing: no scheduler assigns this machine."""
@@ -137,89 +146,8 @@ class LocalStarter:
                 process.wait()
 
 
-@dataclass
-class SlurmStarter:
-    """One agent on each node of a SLURM job, as a step that outlives the loss of any of them. An agent that is gone is
-    started again by a step of its own, as soon as SLURM lets it: at once where only the agent died, when the node is
-    back where it crashed."""
-
-    config: RunConfig
-    run_file: Path
-    job: SlurmJob
-    names: list[str]
-    devices: list[int]
-    secret: str
-    host: str
-    port: int = 0
-    step: AgentStep = field(default_factory=AgentStep)
-    steps: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    condemned: dict[str, str] = field(default_factory=dict)
-    _ended: threading.Event = field(default_factory=threading.Event)
-    _waiting: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.copies = copies_name(self.config)
-
-    @property
-    def expected(self) -> dict[str, int]:
-        """Devices of each node."""
-        return {name: len(self.devices) for name in self.names}
-
-    def begin(self, port: int) -> None:
-        """Starts one step with an agent on each node."""
-        self.port = port
-        self._start(self.names)
-
-    def _start(self, names: Sequence[str]) -> subprocess.Popen[bytes]:
-        controller = f"{self.host}:{self.port}"
-        argv = agent_command(self.config, self.run_file, controller, "auto", "auto", self.devices, self.copies)
-        job = SlurmJob(
-            self.job.job_id,
-            self.job.restart_count,
-            self.job.node,
-            {**self.job.environment, "LLM_PARALLEL_SECRET": self.secret},
-        )
-        step = job.start_agents(self.step.command([*argv, "--rescue"]), names, self.step.srun)
-        self.steps.append(step)
-        return step
-
-    def start(self, node: str) -> None:
-        """Starts the agent of ``node`` again, in the background, for as long as SLURM has the node."""
-        if node not in self._waiting and node not in self.condemned and not self._ended.is_set():
-            self._waiting.add(node)
-            threading.Thread(target=self._keep_starting, args=(node,), daemon=True).start()
-
-    def _keep_starting(self, node: str) -> None:
-        while not self._ended.is_set():
-            began = time.monotonic()
-            # SLURM misses a crashed node after half a minute; until then a step on it fails.
-            with contextlib.suppress(SlurmError, subprocess.TimeoutExpired):
-                if self._usable(node):
-                    self._start([node]).wait(RETRY_S)
-            if time.monotonic() - began >= RETRY_S:
-                break  # the agent runs
-            self._ended.wait(RETRY_S - (time.monotonic() - began))
-        self._waiting.discard(node)
-
-    def _usable(self, node: str) -> bool:
-        return self.job.node_states().get(node, "") in WORKING_STATES
-
-    def condemn(self, node: str, reason: str) -> None:
-        """Drains the node, in the background; where that is not permitted it is kept out when the job is requeued."""
-        if node not in self.condemned:
-            self.condemned[node] = reason
-            threading.Thread(target=self.job.drain, args=(node, f"llm-parallel: {reason}"), daemon=True).start()
-
-    def end(self) -> None:
-        """Waits for the steps to end, and ends those that do not."""
-        self._ended.set()
-        deadline = time.monotonic() + END_S
-        for step in self.steps:
-            try:
-                step.wait(timeout=max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                step.kill()
-                step.wait()
+def _how(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"status {status}; what it said is above"
 
 
 def paced(config: RunConfig, nodes: int) -> RunConfig:

@@ -13,7 +13,6 @@ from llm_launch.agent_step import AgentStep
 from llm_launch.lease import refuse_if_held
 from llm_launch.slurm import parse_time
 from llm_launch.submit_request import SubmitRequest
-from llm_parallel.config.rules import check_config
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, refuse_strangers
@@ -35,7 +34,7 @@ OVER = ("COMPLETING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL"
 
 
 def check_request(request: SubmitRequest, step: AgentStep, config: RunConfig) -> None:
-    """Raises UserError for what SLURM or the run would refuse."""
+    """Raises UserError for what SLURM, or a shell that reads the batch file, would refuse or misunderstand."""
     for name, value, least in (
         ("nodes", request.nodes, 1), ("gpus-per-node", request.gpus, 0), ("spares", request.spares, 0),
         ("warning-s", request.warning, 10), ("throttle", request.throttle, 1), ("segment", request.segment, 1),
@@ -58,8 +57,6 @@ def check_request(request: SubmitRequest, step: AgentStep, config: RunConfig) ->
         raise UserError(f"--throttle {request.throttle} is for the runs of an --array; give both")
     _check_texts(request, config)
     step.check()
-    if request.gpus:
-        check_config(config, request.nodes * request.gpus, "cuda", uneven=True)
 
 
 def _check_time(request: SubmitRequest) -> None:

@@ -18,10 +18,11 @@ from llm_launch.copy_files import make_run_folder
 from llm_launch.door import raise_file_limit
 from llm_launch.job_end import GIVEN_UP
 from llm_launch.job_record import forget
-from llm_launch.network import own_address
+from llm_launch.network import address_for
 from llm_launch.slurm import SlurmError, SlurmJob
 from llm_launch.snapshot import used_up
-from llm_launch.starters import AgentStarter, LocalStarter, SlurmStarter, local_nodes, paced
+from llm_launch.starters import AgentStarter, LocalStarter, local_nodes, paced
+from llm_launch.steps import SlurmStarter
 from llm_launch.supervised_job import SupervisedJob
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
@@ -86,7 +87,8 @@ def launch_elastic(
         requests.catch()  # asyncio has removed its handlers, and a signal must not interrupt what follows
         if job is not None:
             bad = used_up(controller.fleet, controller.ledger)
-            status = job.settle(status, requests.time_is_up, bad, controller.fleet.step)
+            asked = bool(requests.received) or controller.stop_asked
+            status = job.settle(status, requests.time_is_up, bad, controller.fleet.step, asked)
     finally:
         controller.close()
     return status
@@ -149,13 +151,17 @@ def starter_of_job(
             " without srun (if no srun started it, `unset SLURM_STEP_ID` before)"
         )
     try:
-        names = job.nodes()
+        names, first = job.nodes(), job.first_nodes()
+        lost = job.taken([name for name in first if name not in names])
         # The shell of salloc may be on a machine that is no node of the job.
-        node = job.node if job.node in names else names[0]
-        address = job.addresses([node])[node]
-        address = address if node == job.node else own_address((address, 1))
-    except (SlurmError, KeyError, OSError) as error:
+        known = {**dict(zip(names, names)), **job.addresses(names)}
+        own = known.pop(job.node, job.node)
+        address = address_for(list(known.values()), own)
+    except SlurmError as error:
         raise UserError(f"SLURM does not say which nodes job {job.job_id} has: {error}") from None
+    except OSError as error:
+        raise UserError(f"the nodes of job {job.job_id} cannot find this one: {error}; see /etc/hosts") from None
+    names = [name for name in first if name in {*names, *lost}] if lost else names
     per_node = gpus
     if not per_node:
         active = max(1, len(names) - config.elastic.spare_nodes)
@@ -163,5 +169,5 @@ def starter_of_job(
     secret = environment.get(SECRET) or wire.new_secret()
     note(f"elastic | SLURM job {job.job_id}, start {job.restart_count + 1}: {len(names)} nodes with {per_node} devices")
     return SlurmStarter(
-        paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address, step=step
+        paced(config, len(names)), run_file, job, names, list(range(per_node)), secret, address, step=step, lost=lost
     )

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from llm_parallel.checkpoint.optimizer import moments_in_fp32
 from llm_parallel.checkpoint.sharded import write_common
-from llm_parallel.model.tensors import ADAPTER_MARK
+from llm_parallel.model.vocabulary_adapters import is_trained
 from llm_parallel.parallel.engine import POLICY, Engine, Models, Network, network_of
 from llm_parallel.parallel.mcore_optimizer import distributed_parts, padded_buckets
 
@@ -40,15 +40,14 @@ def metadata(model: Network | Engine) -> dict[str, Any]:
 
 def weights_state(network: Network) -> dict[str, Any]:
     """Sharded weights of this process's chunks of one model, under the keys that megatron-core's optimizer looks for;
-    the adapters alone if it has any. The extra state of Transformer Engine's modules is left out, since ours have
-    none."""
-    described, models = metadata(network), network.models
-    mark = "" if network.base is None else ADAPTER_MARK
+    of a model with adapters those alone, and what is trained beside them. The extra state of Transformer Engine's
+    modules is left out, since ours have none."""
+    described, models, base = metadata(network), network.models, network.base
     return {
         "model" if len(models) == 1 else f"model{number}": {
             key: value
             for key, value in model.sharded_state_dict(metadata=described).items()
-            if not isinstance(value, ShardedObject) and mark in key
+            if not isinstance(value, ShardedObject) and (base is None or is_trained(key, base.whole))
         }
         for number, model in enumerate(models)
     }

@@ -152,9 +152,9 @@ def _check_adapters(folder: Path, content: dict[str, Any], network: Network) -> 
         raise UserError(
             f"{folder} holds adapters alone, and this run has none; give the adapter section of {folder / CONFIG_NAME}"
         )
-    for name in ("rank", "targets", "dora"):
+    for name in ("rank", "targets", "dora", "modules_to_save"):
         old, new = getattr(theirs, name), getattr(here.adapter, name)
-        if set(old) != set(new) if name == "targets" else old != new:
+        if set(old) != set(new) if isinstance(old, tuple) else old != new:
             old, new = (list(x) if isinstance(x, tuple) else x for x in (old, new))
             raise UserError(f"adapter.{name} is {new}, and {folder} holds adapters with {old}; make them the same")
     known = (saved["fingerprint"], here.fingerprint)

@@ -80,14 +80,29 @@ def _held_out(value: Any) -> float:
 
 
 _PROJECTIONS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
+_OF_VOCABULARY = {name: name for name in ("embed_tokens", "lm_head")}
 
 
 def _projections(value: Any) -> list[str]:
     """Projections by Hugging Face's names, ``q_proj,v_proj`` or a list of such, by ours."""
     if str(value).lower() in ("all", "all-linear", "true"):
         return list(_PROJECTIONS.values())
-    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
-    return [_PROJECTIONS[part] for part in parts]
+    return [{**_PROJECTIONS, **_OF_VOCABULARY}[part] for part in _parts(value)]
+
+
+def _parts(value: Any) -> list[str]:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+
+
+def _whole_modules(value: Any) -> list[str]:
+    """Modules that are trained whole beside adapters."""
+    return [_OF_VOCABULARY[part] for part in _parts(value)]
+
+
+def _interpolated(value: Any) -> dict[str, Any]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise KeyError(value)
+    return {"kind": "linear", "factor": value}
 
 
 def _fraction(value: Any) -> float:
@@ -114,7 +129,7 @@ def _zeros(flags: Any) -> list[int]:
 _NAMES = {
     "parallel.tp": "tp tensor_model_parallel_size tensor_parallel_size tensor_parallel_degree",
     "parallel.pp": "pp pipeline_model_parallel_size pipeline_parallel_size pipeline_parallel_degree",
-    "parallel.cp": "cp context_parallel_size context_parallel_degree sequence_parallel_degree",
+    "parallel.cp": "cp cp_size context_parallel_size context_parallel_degree sequence_parallel_degree",
     "parallel.dp": "dp data_parallel_size dp_shard_size dp_replicate_size data_parallel_replicate_degree",
     "parallel.vpp": "vpp virtual_pipeline_model_parallel_size num_virtual_stages_per_pipeline_rank",
     "parallel.sequence_parallel": "sequence_parallel",
@@ -174,6 +189,22 @@ _NAMES = {
     "log.plots": "plot_loss",
     "chat.neftune_alpha": "neftune_noise_alpha",
     "chat.system": "default_system",
+    "chat.max_records": "max_samples max_train_samples",
+    "train.early_stop_evaluations": "early_stopping_steps early_stopping_patience",
+    "method.dpo.label_smoothing": "dpo_label_smoothing",
+    "method.dpo.sft_weight": "pref_ftx",
+    "method.dpo.gamma": "simpo_gamma",
+    "method.dpo.beta": "dpo_beta",
+    "method.kto.beta": "kto_beta",
+    "method.kto.desirable_weight": "kto_chosen_weight desirable_weight",
+    "method.kto.undesirable_weight": "kto_rejected_weight undesirable_weight",
+    "method.reference.load": "ref_model",
+    "method.rollout.prompts": "grpo_prompts_per_step",
+    "method.rollout.answers": "grpo_group_size",
+    "method.rollout.epochs": "grpo_iterations",
+    "method.grpo.kl_weight": "grpo_kl_beta",
+    "method.grpo.clip_low": "grpo_clamp_eps_lower",
+    "method.grpo.clip_high": "grpo_clamp_eps_upper",
     "adapter.rank": "lora_rank lora_r",
     "adapter.alpha": "lora_alpha",
     "adapter.dropout": "lora_dropout",
@@ -221,6 +252,10 @@ _CONVERTED: dict[str, Alias] = {
     "bf16": _by_table("train.precision", {True: "bf16", False: "fp32"}),
     "bf16.enabled": _by_table("train.precision", {True: "bf16", False: "fp32"}),
     "precision": _by_table("train.precision", _PRECISIONS),
+    "mixed_precision": _by_table("train.precision", {**_PRECISIONS, "bf16_mixed": "bf16", "no": "fp32"}),
+    "stage": _by_table("method.kind", {"dpo": "dpo", "kto": "kto", "rm": "reward", "ppo": "ppo"}),
+    "pref_loss": _by_table("method.dpo.loss", {loss: loss for loss in ("sigmoid", "hinge", "ipo", "simpo", "orpo")}),
+    "rotary_seq_len_interpolation_factor": Alias("model.rope_scaling", _interpolated, "a number over 0"),
     "mixed_precision_param": _by_table("train.precision", {"bfloat16": "bf16", "float32": "fp32"}),
     "no_rope_layers": Alias("model.layers_without_rope", _zeros, "a list with 1 (rotated) or 0 for each layer"),
     "model.rope_scaling.rope_type": Alias("model.rope_scaling.kind"),
@@ -281,7 +316,11 @@ _CONVERTED: dict[str, Alias] = {
     "peft_scheme": _by_table("adapter", {**_ADAPTER_SWITCH, "none": None}),
     **dict.fromkeys(
         ("lora_target", "lora_target_modules", "target_modules", "lora_target_linear"),
-        Alias("adapter.targets", _projections, f"all, or of {', '.join(_PROJECTIONS)}"),
+        Alias("adapter.targets", _projections, f"all, or of {', '.join((*_PROJECTIONS, *_OF_VOCABULARY))}"),
+    ),
+    **dict.fromkeys(
+        ("additional_target", "modules_to_save", "lora_modules_to_save"),
+        Alias("adapter.modules_to_save", _whole_modules, "embed_tokens and lm_head"),
     ),
     "quantization_bit": _by_table("adapter.base", {8: "int8", 4: "nf4"}),
     "load_in_8bit": _by_table("adapter.base", {True: "int8"}),

@@ -42,6 +42,21 @@ def _steps(value: Any, known: Known) -> tuple[str, Any, str]:
     return "train.steps", value // size, f"{value} / train.global_batch_size {size}"
 
 
+def _of_samples(target: str) -> Callable[[Any, Known], tuple[str, Any, str]]:
+    """A number of samples as steps."""
+
+    def derive(value: Any, known: Known) -> tuple[str, Any, str]:
+        size = known("train.global_batch_size")
+        return target, -(-value // size), f"{value} / train.global_batch_size {size}"
+
+    return derive
+
+
+def _beta(value: Any, known: Known) -> tuple[str, Any, str]:
+    kind = known("method.kind")
+    return f"method.{'kto' if kind == 'kto' else 'dpo'}.beta", value, f"method.kind is {kind or 'not given'}"
+
+
 def _eval_samples(value: Any, known: Known) -> tuple[str, Any, str]:
     if not isinstance(value, int) or value < 1:
         raise ValueError("it must be a whole number over 0; data.eval_fraction=0 switches evaluations off")
@@ -101,6 +116,9 @@ DERIVED: dict[str, Callable[[Any, Known], tuple[str, Any, str]]] = {
     "num_layers_per_virtual_pipeline_stage": _chunks,
     "pipeline_parallel_layers_per_stage": _chunks,
     "train_samples": _steps,
+    "lr_warmup_samples": _of_samples("optim.warmup_steps"),
+    "lr_decay_samples": _of_samples("optim.decay_steps"),
+    "pref_beta": _beta,
     "eval_iters": _eval_samples,
     "limit_val_batches": _eval_samples,
     "validation.steps": _eval_samples,

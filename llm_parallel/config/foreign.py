@@ -6,9 +6,12 @@ Names that mean one of our fields are in ``aliases.py``, and those whose value f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+
+from llm_parallel.config.foreign_more import MORE, TEMPLATES
+from llm_parallel.config.foreign_row import ANY, Foreign
+from llm_parallel.config.foreign_row import row as _row
 
 SECTIONS = frozenset({
     "activation_checkpoint", "comm", "compile", "debug", "experimental", "exp_manager", "float8", "job", "metrics",
@@ -16,28 +19,6 @@ SECTIONS = frozenset({
     "zero_optimization", "bf16", "fp16",
 })  # fmt: skip
 """Sections of other systems, inside which their names are understood."""
-
-ANY = "*"
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """Settings of other systems that are treated alike."""
-
-    names: tuple[str, ...]
-    """The settings; ``*`` stands for any characters, and a dotted name for one section's."""
-    advice: str
-    """What to do here; a clause."""
-    fields: tuple[str, ...] = ()
-    """Our fields that the advice names."""
-    same: tuple[str, ...] = ()
-    """Values that ask for what happens here anyway, in lower case: such a setting is left out with a notice. ``*``
-    stands for every value, for settings that change no result."""
-
-
-def _row(names: str, advice: str, fields: str = "", same: str = "") -> Foreign:
-    return Foreign(tuple(names.split()), advice, tuple(fields.split()), tuple(same.split()))
-
 
 _NO_MOE = "mixtures of experts are not supported; models are dense"
 _NO_FP8 = (
@@ -61,8 +42,9 @@ ROWS: tuple[Foreign, ...] = (
     _row("fsdp fsdp_* use_torch_fsdp2 use_megatron_fsdp data_parallel_shard_degree zero_optimization.offload_* "
          "data_parallel_sharding_strategy", _NO_FSDP, "parallel.distributed_optimizer parallel.tp parallel.pp",
          "false none null 1"),
-    _row("deepspeed", "DeepSpeed is not used. " + _NO_FSDP, "parallel.distributed_optimizer parallel.tp parallel.pp",
-         "false none null"),
+    _row("deepspeed", "DeepSpeed is not used; parallel.distributed_optimizer divides the optimizer's state (ZeRO 1), "
+         "and parallel.tp and parallel.pp divide the model where memory does not suffice",
+         "parallel.distributed_optimizer parallel.tp parallel.pp", ANY),
     _row("cpu_offloading* optimizer_cpu_offload offload_optimizer offload_params enable_cpu_offload",
          "state is not moved to the host's memory; parallel.distributed_optimizer, parallel.tp and parallel.pp divide "
          "it over devices", "parallel.distributed_optimizer parallel.tp parallel.pp", "false"),
@@ -78,20 +60,20 @@ ROWS: tuple[Foreign, ...] = (
          "data and pipeline parallelism", "parallel.overlap", "false"),
     _row("compile torch_compile compile.enable training.compile torch_compile_*",
          "models are not compiled; on GPUs the fused kernels of the section kernels run", "kernels", "false none"),
-    _row("additional_target modules_to_save lora_modules_to_save", "embeddings and the output matrix have no adapters "
-         "and stay frozen; adapter.targets names projections of the layers", "adapter.targets", "none null"),
+    _row("additional_target modules_to_save lora_modules_to_save", "adapter.modules_to_save names what is trained "
+         "whole beside adapters: embed_tokens, lm_head", "adapter.modules_to_save", "none null"),
     _row("pissa_init pissa_iter loraplus_lr_ratio use_galore use_badam use_apollo lora_layers_to_transform "
-         "lora_fan_in_fan_out freeze_trainable_layers lisa_n_layers relora_steps",
+         "lora_fan_in_fan_out freeze_trainable_layers freeze_trainable_modules freeze_extra_modules lisa_n_layers "
+         "relora_steps oft_* use_llama_pro pissa_convert loraplus_lr_embedding module_dropout create_new_adapter",
          "of the ways to train few parameters only LoRA is here: section adapter", "adapter", "false none null"),
     _row("use_unsloth use_unsloth_gc unsloth_*", "Unsloth is not used; the fused kernels of the section kernels take "
          "its place", "kernels", "false"),
     _row("push_to_hub hub_* push_dataset_to_hub", "nothing is uploaded; `llm-parallel convert` writes a folder that "
          "Hugging Face's tools take", same="false none null"),
-    _row("group_by_length length_column_name", "samples are drawn in an order that depends on seed alone; chat.packing="
-         "best_fit fills them", "seed chat.packing", "false"),
-    _row("streaming buffer_size max_samples max_train_samples max_steps_per_epoch",
-         "all of a file is used; make a smaller file, or give its source a weight below 1 in chat.train", "chat.train",
-         "false none null"),
+    _row("group_by_length length_column_name disable_shuffling", "samples are drawn in an order that depends on seed "
+         "alone; chat.packing=best_fit fills them", "seed chat.packing", "false"),
+    _row("streaming buffer_size max_steps_per_epoch", "all of a file is used, and it may be larger than memory; "
+         "chat.max_records takes the first records alone", "chat.max_records", "false none null"),
     _row("decoupled_lr decoupled_min_lr", "one learning rate holds for all matrices: optim.lr", "optim.lr", "none"),
     _row("start_weight_decay end_weight_decay weight_decay_incr_style", "weight decay is constant: optim.weight_decay",
          "optim.weight_decay", "constant"),
@@ -117,7 +99,9 @@ ROWS: tuple[Foreign, ...] = (
          "adam adamw adamw_torch adamw_torch_fused fused_adam distributed_fused_adam"),
     _row("distributed_backend accelerator", "GPUs use NCCL and CPUs gloo, as the field device says", "device",
          "nccl gloo gpu cuda cpu"),
-    _row("stage", "the command says what is trained: `llm-parallel pretrain` or `llm-parallel sft`", same="pt sft"),
+    _row("stage", "the command says what is trained: `llm-parallel pretrain`, `sft` or `prefer`", same="pt sft"),
+    _row("template", "the tokenizer's own chat template is taken, or ChatML where it has none; a Jinja file in "
+         "chat.template is another one", "chat.template", " ".join(TEMPLATES)),
     _row("do_train", "a run trains", same="true"),
     _row("completion_only_loss assistant_only_loss", "answers alone are trained; `llm-parallel pretrain` learns from "
          "whole texts", same="true none null"),
@@ -131,13 +115,14 @@ ROWS: tuple[Foreign, ...] = (
     _row("resume_from_checkpoint auto_resume auto_resume_from_checkpoints",
          "a run that is started again goes on from its last checkpoint by itself; checkpoint.load names another one",
          "checkpoint.load", "true false none null"),
-    _row("overwrite_output_dir", "a run folder is never overwritten: a run goes on in it; name another run_dir",
-         "run_dir", "false"),
+    _row("overwrite_output_dir", "a run folder is never overwritten: a run that is started again goes on in it, and "
+         "another run_dir begins anew", "run_dir", ANY),
     # What changes no result, and is left out.
     _row("transformer_impl use_mcore_models use_flash_attn flash_attn flash_attention attn_implementation "
          "attention_backend sdp_attention xformers_attention no_*_fusion *_fusion no_persist_layer_norm "
          "enable_liger_kernel liger_* use_fused_rmsnorm no_async_tensor_model_parallel_allreduce "
-         "apply_query_key_layer_scaling no_rope_fusion", _KERNELS, "kernels", ANY),
+         "apply_query_key_layer_scaling no_rope_fusion *_fusion_impl use_flashinfer_fused_rope spec transformer_spec "
+         "cuda_graph_* enable_cuda_graph external_cuda_graph te_rng_tracker", _KERNELS, "kernels", ANY),
     _row("quantization_method quantization_type quantization_device_map bnb_4bit_quant_type",
          "adapter.base says how the matrices under adapters are held: int8, or nf4 with a scale for each block of 64",
          "adapter.base", "bnb bitsandbytes nf4 none null auto"),
@@ -147,19 +132,26 @@ ROWS: tuple[Foreign, ...] = (
     _row("tokenizer_type tokenizer_use_fast use_fast_tokenizer", _BY_FILE, same=ANY),
     _row("tf32 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis fp16_lm_cross_entropy "
          "params_dtype torch_dtype use_cpu_initialization low_cpu_mem_usage ddp_find_unused_parameters "
-         "main_grads_dtype main_params_dtype pure_bf16", "train.precision=bf16 computes in bf16 and keeps weights, "
+         "main_grads_dtype main_params_dtype pure_bf16 grad_reduce_in_bf16 upcast_layernorm upcast_lmhead_output "
+         "compute_dtype", "train.precision=bf16 computes in bf16 and keeps weights, "
          "gradients and moments in fp32", "train.precision", ANY),
-    _row("overlap_param_gather overlap_p2p_communication align_grad_reduce align_param_gather batch_p2p_comm",
+    _row("overlap_param_gather overlap_param_gather_with_optimizer_step overlap_p2p_communication_warmup_flush "
+         "defer_embedding_wgrad_compute wgrad_deferral_limit overlap_p2p_communication align_grad_reduce "
+         "align_param_gather batch_p2p_comm",
          "parallel.overlap covers it", "parallel.overlap", ANY),
     _row("num_workers dataloader_num_workers preprocessing_num_workers dataloader_type dataset_processes "
          "dataloader_pin_memory overwrite_cache tokenized_path remove_unused_columns pad_to_sequence_len "
-         "dataset_prepared_path",
+         "dataset_prepared_path data_cache_path no_mmap_bin_files no_create_attention_mask_in_dataloader "
+         "preprocessing_batch_size data_shared_file_system",
          "token files are read in place; data.prefetch_batches sets how far ahead", "data.prefetch_batches", ANY),
     _row("ckpt_format dist_ckpt_format use_dist_ckpt auto_detect_ckpt_format ckpt_fully_parallel_save no_load_rng "
-         "no_save_rng save_safetensors", "checkpoints have one format, which loads under any layout; `llm-parallel "
-         "convert` makes Hugging Face's", same=ANY),
+         "no_save_rng save_safetensors dist_ckpt_* use_persistent_ckpt_worker ckpt_assume_constant_structure "
+         "ckpt_fully_parallel_load no_ckpt_fully_parallel_save async_strategy async_ckpt_*", "checkpoints have "
+         "one format, which loads under any layout; `llm-parallel convert` makes Hugging Face's", same=ANY),
     _row("log_throughput timing_log_level timing_log_option wall_clock_breakdown log_timers_to_tensorboard "
-         "log_params_norm log_num_zeros_in_grad include_tokens_per_second log_validation_ppl_to_tensorboard",
+         "log_params_norm log_num_zeros_in_grad include_tokens_per_second include_effective_tokens_per_second "
+         "include_num_input_tokens_seen log_validation_ppl_to_tensorboard log_memory_to_tensorboard log_progress "
+         "tensorboard_log_interval logging_level compute_accuracy print_param_status log_straggler straggler_*",
          "all numbers of a step are in metrics.jsonl of the run folder", same=ANY),
     _row("ddp_timeout distributed_timeout_minutes", "`llm-parallel launch` finds runs that hang; "
          "elastic.hang_deviations says after how long", "elastic.hang_deviations", ANY),
@@ -170,12 +162,14 @@ ROWS: tuple[Foreign, ...] = (
          "train.micro_batch_size", ANY),
     # What is set otherwise.
     _row("model.name model.flavor model_type", "model.preset names a model's shape", "model.preset", "llama"),
-    _row("datasets dataset_path training.dataset training.dataset_path test_datasets",
+    _row("datasets train_dataset dataset_path training.dataset training.dataset_path test_datasets",
          "raw text becomes token files by `llm-parallel prepare`, named in data.train; conversations are named in "
          "chat.train, as {path: FILE}, or {path: DATASET_DIR, dataset: NAME} of a dataset_info.json",
          "data.train chat.train"),
     _row("mix_strategy interleave_probs", "each source has a weight, in data.train or chat.train",
          "data.train chat.train", "concat"),
+    _row("data_args_path per_split_data_args_path", "data.train and data.eval list sources with their weights",
+         "data.train data.eval"),
     _row("test_data_path test_data", "there is no test set beside the held-out data: data.eval", "data.eval"),
     _row("vocab_file merge_file vocab_path", "data.tokenizer takes a SentencePiece .model or a tokenizer.json; "
          "transformers writes the latter by AutoTokenizer.from_pretrained(FOLDER).save_pretrained(TARGET)",
@@ -194,14 +188,13 @@ ROWS: tuple[Foreign, ...] = (
          "train.micro_batch_size"),
     _row("activation_checkpoint.selective_ac_option", "parallel.recompute_modules names what is recomputed",
          "parallel.recompute_modules"),
-    _row("nproc_per_node num_gpus devices num_nodes nnodes trainer.devices trainer.num_nodes world_size gpus_per_node",
+    _row("nproc_per_node num_gpus devices num_nodes nnodes node_rank master_addr master_port ray_* "
+         "use_ray trainer.devices trainer.num_nodes world_size gpus_per_node",
          "the sizes in the section parallel say how many processes a run has; torchrun, srun or `llm-parallel submit` "
          "start them on several machines", "parallel"),
     _row("exit_interval", "train.steps ends a run, and a run that is started again goes on", "train.steps"),
     _row("validation.enable do_eval", "evaluations come with held-out data: data.eval_fraction, data.eval",
          "data.eval_fraction data.eval", "true"),
-    _row("lr_warmup_samples lr_decay_samples", "optim.warmup_steps and optim.decay_steps count steps: samples / "
-         "train.global_batch_size", "optim.warmup_steps optim.decay_steps train.global_batch_size", "0"),
     _row("lr_scheduler.decay_ratio lr_wsd_decay_style", "optim.decay_steps is the length of the decay of "
          "optim.schedule=wsd", "optim.decay_steps optim.schedule", "exponential"),
     _row("betas optimizer.params.betas model.optim.betas", "optim.beta1 and optim.beta2 are two fields",
@@ -219,10 +212,19 @@ ROWS: tuple[Foreign, ...] = (
          "run_dir", "run_dir"),
     _row("profile profiling.* use_pytorch_profiler profiler_steps", "`llm-parallel bench step --trace FOLDER` traces a "
          "step", same="false"),
+    _row("profile_* profiler_* memory_snapshot_path record_memory_history", "`llm-parallel bench step --trace FOLDER` "
+         "traces a step", same=ANY),
     _row("exp_manager exp_manager.*", "run_dir, and the sections checkpoint and log, say what a run leaves and where",
          "run_dir checkpoint log"),
-    _row("pref_beta pref_loss dpo_beta rl simpo_gamma kto_* ref_model reward_model reward_model_type",
-         "a run file has no settings of training by preferences or rewards"),
+    _row("reward_model reward_model_type reward_model_adapters reward_model_quantization_bit", "method.rollout.judges "
+         "names what judges answers: {kind: reward_model, folder: FOLDER}, a run of method.kind=reward or a Hugging "
+         "Face folder", "method.rollout.judges method.kind", "none null lora"),
+    _row("ref_model_adapters ref_model_quantization_bit", "method.reference.load names the reference, which is held in "
+         "the run's precision; if it is not given, it is the model that training begins with", "method.reference.load",
+         "none null"),
+    _row("pref_bco_weight ld_alpha ppo_* rl", "method.kind and the sections of method set training by preferences and "
+         "rewards", "method.kind method", "0 0.0 none null"),
+    *MORE,
 )  # fmt: skip
 """All of them; the first row that has a name counts."""
 

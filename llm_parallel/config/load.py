@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from llm_parallel.config.aliases import ALIASES
+from llm_parallel.config.defaults import followed, others
 from llm_parallel.config.derived import DERIVED
 from llm_parallel.config.fields import (
     FieldDoc,
@@ -29,6 +31,7 @@ from llm_parallel.config.names import Key, dotted, is_flag, show, takes_several,
 from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.config.schema import config_schema
 from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.yaml_numbers import Dumper, Loader
 from llm_parallel.errors import UserError
 from llm_parallel.lines import note
 
@@ -39,28 +42,6 @@ CRITIC = ("method", "critic")
 PATH_LISTS = (("data", "train"), ("data", "eval"), ("chat", "train"), ("chat", "eval"))
 """Lists of sections whose items may be given as their path alone."""
 NULL_TAG = "tag:yaml.org,2002:null"
-TEXT_TAG = "tag:yaml.org,2002:str"
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads YAML, by libyaml where PyYAML has it. Numbers are those of YAML 1.2: ``3e-4`` is a number, not text as in
-    1.1."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that ``_Loader`` would take for a number, or whose characters a reader would take for line ends
-    (U+0085, U+2028) or refuse."""
-
-
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(TEXT_TAG, text, style=None if text.isprintable() else '"'),
-)
 
 
 @dataclass
@@ -73,6 +54,8 @@ class _Given:
     notices: list[str] = field(default_factory=list)
     derived: dict[str, tuple[Key, Any, str]] = field(default_factory=dict)
     """Settings whose value follows from others: name → key, value and origin, the last one given."""
+    used: set[str] = field(default_factory=set)
+    """Names of other systems that were understood."""
 
     def complain(self, problem: str) -> None:
         """Adds a problem, once."""
@@ -153,10 +136,14 @@ def load_with_origins(
     given = _Given()
     if path is not None:
         _read_file(Path(path), given)
-    for key, text in _split_overrides(overrides):
+    for key, text in _split_overrides(overrides, given):
         _read_override(key, text, given)
     _fill_preset(given)
     _derive(given)
+    for key, value, why in [*followed(given.values)]:
+        given.notices.append(f"{dotted(key)} = {value}: {why}")
+        given.put(key, value, "derived")
+    given.notices += others(given.values, given.used)
     config = _validate(given)
     if given.problems or config is None:
         raise UserError("\n".join(given.problems))
@@ -168,14 +155,14 @@ def load_with_origins(
 def dump_config(config: RunConfig) -> str:
     """YAML with every field, which ``load_config`` reads back into an equal tree."""
     values = config.model_dump(mode="json")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def dump_given(config: RunConfig) -> str:
     """YAML of the fields that were given, by a file, an override or a preset, which ``load_config`` reads back into an
     equal tree that knows which fields were given."""
     values = config.model_dump(mode="json", exclude_unset=True)
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _read_file(path: Path, given: _Given) -> None:
@@ -184,9 +171,12 @@ def _read_file(path: Path, given: _Given) -> None:
     except FileNotFoundError:
         if str(path).startswith("-"):
             raise UserError(
-                f"{path} is no run file; write the run file first, and options and overrides after it"
+                f"{path} is no run file; write the run file first, and options and overrides after it; where they say "
+                "everything, an empty file will do"
             ) from None
         raise UserError(f"configuration file {path} does not exist; give the path of a YAML file") from None
+    except IsADirectoryError:
+        raise UserError(f"configuration file {path} is a folder; give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {path} cannot be read as a YAML text file: {error}") from None
     _read_yaml(text, (), str(path), given)
@@ -197,7 +187,7 @@ def _read_yaml(text: str, key: Key, source: str, given: _Given) -> None:
     is_file = not key
     origin = f"{source}:1" if is_file else source
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         if is_file and (node is None or node.tag == NULL_TAG):
             return
@@ -220,7 +210,7 @@ def _read_yaml(text: str, key: Key, source: str, given: _Given) -> None:
 class _Walk:
     """Walks a YAML document and adds each value with its key and line to ``given``."""
 
-    loader: _Loader
+    loader: Loader
     source: str
     given: _Given
     lines: bool
@@ -273,6 +263,8 @@ class _Walk:
         except UserError as error:
             self.given.complain(f"{origin}: {error}")
             return
+        if named.notice or named.derived:
+            self.given.used.add(str(key[-1]))
         if named.notice:
             self.given.notices.append(f"{origin}: {named.notice}")
         if named.derived:
@@ -321,8 +313,8 @@ def _in_full(key: Key, value: Any) -> tuple[Key, Any]:
     return ((*key, "load"), value) if key == CRITIC and isinstance(value, str) else (key, value)
 
 
-def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:
-    """Dotted keys and texts of values; accepts the three ways of writing an override."""
+def _split_overrides(overrides: Sequence[str], into: _Given) -> list[tuple[Key, str]]:
+    """Dotted keys and texts of values; accepts the three ways of writing an override. ``into`` gets the problems."""
     found = []
     rest = list(overrides)
     while rest:
@@ -333,8 +325,9 @@ def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:
             text = "true"
         elif not equals:
             if not given.startswith("--") or not rest or rest[0].startswith("--"):
-                if not given.startswith("--") or not _is_left_out(name, given):
-                    raise UserError(f"override {given!r} has no value; write {name or 'section.field'}=value")
+                if not given.startswith("--") or not name or _needs_value(name):
+                    into.complain(f"override {given!r} has no value; write {name or 'section.field'}=value")
+                    continue
                 text = "true"
             else:
                 text = rest.pop(0)
@@ -342,18 +335,16 @@ def _split_overrides(overrides: Sequence[str]) -> list[tuple[Key, str]]:
                     text += " " + rest.pop(0)
         parts = name.split(".")
         if not all(parts):
-            raise UserError(f"override {given!r} names no field; write section.field=value")
+            into.complain(f"override {given!r} names no field; write section.field=value")
+            continue
         found.append((tuple(int(part) if part.isdecimal() else part for part in parts), text))
     return found
 
 
-def _is_left_out(name: str, given: str) -> bool:
-    """Whether a flag of another system asks for what happens here anyway. Raises UserError with what to do for one that
-    has no counterpart here."""
-    try:
-        return bool(name) and understood(tuple(name.split(".")), True).key is None
-    except UserError as error:
-        raise UserError(f"override {given!r}: {error}") from None
+def _needs_value(name: str) -> bool:
+    """Whether a name that stands without a value is one of a field, here or elsewhere, that takes one. Any other name
+    may be a switch of another system, of which ``understood`` knows what it is."""
+    return field_at(tuple(name.split("."))) is not None or name in ALIASES
 
 
 def _derive(given: _Given) -> None:

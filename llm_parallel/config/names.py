@@ -12,6 +12,7 @@ from llm_parallel.config.aliases import ALIASES, Alias
 from llm_parallel.config.derived import DERIVED
 from llm_parallel.config.fields import field_at, nearest_name, section_at, type_in_words
 from llm_parallel.config.foreign import SECTIONS, Foreign, asks_for_the_same, foreign
+from llm_parallel.config.presets import MODEL_PRESETS
 from llm_parallel.errors import UserError
 
 Key = tuple[str | int, ...]
@@ -37,6 +38,8 @@ class Named:
 def understood(key: Key, value: Any) -> Named:
     """The meaning of a name and its value. A name that nobody has comes back as it is. Raises UserError with what to do
     for a setting of another system that has no counterpart here."""
+    if key == ("model",) and isinstance(value, str) and value not in MODEL_PRESETS:
+        return _by_alias(key, value, ALIASES["model_name_or_path"])
     if field_at(key) is not None and not (key == ("optim",) and isinstance(value, str)):
         return Named(key, value)
     for name in _candidates(key):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +72,12 @@ def check_layout(config: RunConfig, world_size: int) -> None:
         raise UserError("\n".join(problem.message for problem in problems))
 
 
+def _near(prefix: Path) -> str:
+    """Token files beside a prefix that are called much as it is, as the end of a sentence."""
+    found = get_close_matches(prefix.name, [path.stem for path in prefix.parent.glob("*.idx")], 1)
+    return f", such as {prefix.parent / found[0]}" if found else ""
+
+
 def check_inputs(config: RunConfig) -> None:
     """Checks that the files of ``data`` and ``checkpoint.load`` are there.
 
@@ -86,7 +93,7 @@ def check_inputs(config: RunConfig) -> None:
                     hint = "the prefix without .bin or .idx" if source.path.endswith((".bin", ".idx")) else "the prefix"
                     missing.append(
                         f"data.{split}.{index}.path = {source.path}: {source.path + ending} does not exist; give {hint}"
-                        " of a .bin/.idx pair"
+                        f" of a .bin/.idx pair{_near(Path(source.path))}"
                     )
                     break
     _refuse_missing(config, missing)
@@ -429,6 +436,7 @@ RULES: tuple[Callable[[Case], Iterator[Problem]], ...] = (
     _deterministic,
     _adapter,
     rules_method.check_method,
+    rules_method.check_vocabulary_adapters,
     rules_rounds.check_rounds,
 )
 

@@ -9,6 +9,9 @@ from llm_parallel.config.problem import Case, Problem
 from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES
 
+OF_VOCABULARY = ("embed_tokens", "lm_head")
+"""The names of ``adapter.targets`` that are not of a layer."""
+
 
 def check_method(case: Case) -> Iterator[Problem]:
     """Settings that belong to other methods."""
@@ -27,6 +30,12 @@ def check_method(case: Case) -> Iterator[Problem]:
     if kind == "reward" and config.adapter is not None:
         statement = "adapter is given, and method.kind = reward trains a value head beside the model's weights"
         yield Problem(("adapter", "method.kind"), statement, {"adapter": None})
+    if kind == "reward" and config.evaluate.tasks:
+        statement = (
+            f"evaluate.tasks = [{', '.join(config.evaluate.tasks)}] needs log-probabilities, of which a model of "
+            "method.kind = reward has none"
+        )
+        yield Problem(("evaluate.tasks", "method.kind"), statement, {"evaluate.tasks": []})
     yield from _other_methods(case)
     if kind == "ppo":
         yield from _ppo(case)
@@ -54,6 +63,40 @@ def check_method(case: Case) -> Iterator[Problem]:
             " method.reference.keep = memory writes none",
             {"method.reference.folder": None},
         )
+
+
+def check_vocabulary_adapters(case: Case) -> Iterator[Problem]:
+    """Adapters on the embedding and the output projection, and weights that are trained whole beside adapters."""
+    adapter, model, values = case.config.adapter, case.config.model, case.config.trains == "reward"
+    if adapter is None:
+        return
+    targets, whole = [name for name in adapter.targets if name in OF_VOCABULARY], set(adapter.modules_to_save)
+    fields = ("adapter.targets", "adapter.modules_to_save")
+    others = [name for name in adapter.targets if name not in targets]
+    if both := sorted(whole & set(targets)):
+        statement = (
+            f"{both[0]} is in adapter.modules_to_save and is trained whole, so it has no place in adapter.targets"
+        )
+        yield Problem(fields, statement, {"adapter.targets": [x for x in adapter.targets if x not in whole] or ["q"]})
+    if targets and adapter.dora:
+        statement = f"adapter.dora = true has no magnitudes for {targets[0]} of adapter.targets"
+        yield Problem(("adapter.targets", "adapter.dora"), statement, {"adapter.dora": False})
+    if len(whole) == 1 and model.tie_embeddings and not values:
+        statement = (
+            f"adapter.modules_to_save has {min(whole)} alone, and the model's embeddings are tied, so that "
+            "embed_tokens and lm_head are one matrix"
+        )
+        yield Problem((fields[1], "model.tie_embeddings"), statement, {fields[1]: list(OF_VOCABULARY)})
+    if "lm_head" in targets and case.config.kernels.output_loss != "separate":
+        statement = (
+            "an adapter on lm_head (adapter.targets) adds to logits, which kernels.output_loss = "
+            f"{case.config.kernels.output_loss} never holds"
+        )
+        yield Problem(("adapter.targets", "kernels.output_loss"), statement, {"kernels.output_loss": "separate"})
+    if values and "lm_head" in (*targets, *whole):
+        statement = "lm_head is adapted, and method.kind = reward trains a model with a value head in its place"
+        fix = {"adapter.targets": [*others, *(x for x in targets if x != "lm_head")] or ["q"]}
+        yield Problem(("adapter", "method.kind"), statement, fix | {fields[1]: sorted(whole - {"lm_head"})})
 
 
 def _other_methods(case: Case) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm_parallel.config.node import Node
+from llm_parallel.config.tree_evaluate import EvaluateConfig
 from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES, AdapterConfig, ChatConfig, MethodConfig
 
@@ -426,6 +427,7 @@ class RunConfig(Node):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     elastic: ElasticConfig = ElasticConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @property
     def trains(self) -> Literal["pretrain", "sft", "dpo", "kto", "rrhf", "reward", "reject", "grpo", "ppo"]:

@@ -78,6 +78,8 @@ class ChatConfig(Node):
     """Held-out conversations; if empty, ``eval_fraction`` of the training conversations are held out."""
     eval_fraction: float = Field(0.02, ge=0.0, lt=1.0)
     """Share of each training source's conversations that is held out when ``eval`` is empty; 0 for none."""
+    max_records: PositiveInt | None = None
+    """Records of each source that are used, its first ones; none: all."""
     template: str | None = None
     """Jinja template (a file) that writes conversations as text, or ``chatml``; if not given, the tokenizer's own, or
     ChatML where it has none."""
@@ -201,6 +203,7 @@ PREFERENCES = ("dpo", "kto", "rrhf", "reward")
 """Kinds of methods that learn from answers that are compared or judged: ``llm-parallel prefer``."""
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+OfVocabulary = Literal["embed_tokens", "lm_head"]
 
 
 class AdapterConfig(Node):
@@ -216,8 +219,11 @@ class AdapterConfig(Node):
     """Train a magnitude for every row of the adapted matrices too (DoRA; Liu et al. 2024, arXiv 2402.09353)."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of an adapter's inputs that is dropped while training."""
-    targets: tuple[Projection, ...] = Field(("q", "k", "v", "o", "gate", "up", "down"), min_length=1)
-    """Projections of every layer that have adapters."""
+    targets: tuple[Projection | OfVocabulary, ...] = Field(("q", "k", "v", "o", "gate", "up", "down"), min_length=1)
+    """Projections of every layer that have adapters, and ``embed_tokens`` and ``lm_head`` for the embedding and the
+    output projection."""
+    modules_to_save: tuple[OfVocabulary, ...] = ()
+    """Weights that are trained whole beside the adapters, as new special tokens need: ``embed_tokens``, ``lm_head``."""
     base: Literal["full", "int8", "nf4"] = "full"
     """How the frozen weights of the layers are held: in the run's precision, in 8 bits with a scale for each row, or in
     4 bits with a scale for each block of 64 (NF4, QLoRA; Dettmers et al. 2023, arXiv 2305.14314)."""

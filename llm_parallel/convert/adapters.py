@@ -29,10 +29,19 @@ from llm_parallel.model.hf import HfReader, is_hf_folder, read_rows
 from llm_parallel.model.hf_config import family_of
 from llm_parallel.model.hf_families import FAMILIES
 from llm_parallel.model.hf_files import is_peft_folder, read_hf_config
-from llm_parallel.model.peft_files import PeftFolder, peft_tensors, write_peft
+from llm_parallel.model.peft_files import (
+    PeftFolder,
+    peft_tensors,
+    peft_vocabulary_tensors,
+    peft_whole_tensor,
+    write_peft,
+)
 from llm_parallel.model.quant import QuantizedMatrix
-from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, Role, kind_of, split_name
+from llm_parallel.model.tensors import ADAPTER_MARK, EMBEDDING, LAYERS, OUTPUT, Role, kind_of, split_name
+from llm_parallel.model.vocabulary_adapters import EMBED_TOKENS, LM_HEAD, PREFIXES, WEIGHTS, vocabulary_delta
 
+OF_VOCABULARY = {weight: name for name, weight in WEIGHTS.items()}
+"""Hugging Face's names of the embedding and the output projection, by ours."""
 Factors = Callable[[int, str], tuple[Tensor, Tensor]]
 """Whole A and B of the adapter of one linear, by layer and linear."""
 
@@ -76,15 +85,44 @@ def _factors(source: str | Path, model: ModelConfig) -> Factors:
     return read
 
 
+class _Vocabulary:
+    """What adapters hold of the embedding and the output projection, without rows that round the vocabulary up."""
+
+    def __init__(self, source: str | Path, model: ModelConfig) -> None:
+        self._peft = PeftFolder(source) if is_peft_folder(source) else None
+        self._tensors = None if self._peft else CheckpointTensors(find_checkpoint(source))
+        self._model = model
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Whole A and B of an adapter."""
+        if self._peft is not None:
+            return self._peft.vocabulary_factors(name)
+        a, b = (self._read(f"{PREFIXES[name]}{factor}") for factor in "ab")
+        size = self._model.vocab_size
+        return (a[:size], b) if name == EMBED_TOKENS else (a, b[:size])
+
+    def whole(self, name: str) -> Tensor:
+        """A weight that was trained whole."""
+        if self._peft is not None:
+            return self._peft.whole(name)
+        shared = name == LM_HEAD and self._model.tie_embeddings
+        return self._read(EMBEDDING.name if shared else WEIGHTS[name])[: self._model.vocab_size]
+
+    def _read(self, name: str) -> Tensor:
+        assert self._tensors is not None
+        return self._tensors.read(name)
+
+
 class MergedTensors:
     """The weights under adapters with the adapters added, by canonical name, in the dtype of the weights. Where the
     adapters were trained on matrices in few bits, these are what is merged; ``rounding``: their relative distance from
     the matrices of the files, as a root mean square."""
 
     def __init__(self, base: Callable[[str], Tensor], source: str | Path, config: RunConfig) -> None:
-        self._base, self._config = base, config
+        self._base, self._config, self._tied = base, config, config.model.tie_embeddings
         self._factors = _factors(source, config.model)
         self._magnitudes = _magnitudes(source, config.model)
+        self._vocabulary = _Vocabulary(source, config.model)
         self._lost = self._whole = 0.0
 
     @property
@@ -94,9 +132,12 @@ class MergedTensors:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor ``name``."""
-        weight, (kind, layer) = self._base(name), split_name(name)
+        in_base = EMBEDDING.name if name == OUTPUT.name and self._tied else name
+        weight, (kind, layer) = self._base(in_base), split_name(name)
         linear, adapter = kind.name.removesuffix(".weight"), self._config.adapter
         assert adapter is not None
+        if name in OF_VOCABULARY:
+            return self._of_vocabulary(OF_VOCABULARY[name], weight)
         if layer is None or linear not in PROJECTIONS or kind.role is Role.BIAS:
             return weight
         held = self._as_held(weight, adapter.base)
@@ -109,6 +150,17 @@ class MergedTensors:
             else:
                 held = held + delta
         return held.to(weight.dtype)
+
+    def _of_vocabulary(self, name: str, weight: Tensor) -> Tensor:
+        """The embedding or the output projection, with its adapter or as it was trained whole."""
+        adapter = self._config.adapter
+        assert adapter is not None
+        weight = weight[: self._config.model.vocab_size]
+        if name in adapter.modules_to_save:
+            return self._vocabulary.whole(name).to(weight.dtype)
+        if name not in adapter.targets:
+            return weight
+        return (weight.float() + vocabulary_delta(adapter, name, *self._vocabulary.factors(name))).to(weight.dtype)
 
     def magnitudes(self, layer: int, linear: str) -> Tensor | None:
         """Of DoRA: magnitudes of the rows of one linear's whole weight; else None."""
@@ -171,7 +223,7 @@ def export_merged(
         for path in _tokenizer_files(source):
             beside.mkdir(exist_ok=True)
             shutil.copy2(path, beside / path.name)
-        config = describe_folder(source)
+        config = untied(describe_folder(source))
         written = write_hf_folder(tensors, config, settings, target, max_shard_bytes, dtype)
         if tensors.rounding and config.adapter is not None:
             say(
@@ -179,6 +231,14 @@ def export_merged(
                 f"from those of {base} by {tensors.rounding:.2%} (root mean square)"
             )
         return written
+
+
+def untied(config: RunConfig) -> RunConfig:
+    """The configuration of a model with its adapters merged. Tied embeddings with adapters become two matrices."""
+    adapter = config.adapter
+    if adapter is None or not config.model.tie_embeddings or not set(OF_VOCABULARY.values()) & set(adapter.targets):
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"tie_embeddings": False})})
 
 
 def _tokenizer_files(source: str | Path) -> list[Path]:
@@ -210,7 +270,12 @@ def export_to_peft(source: str | Path, target: str | Path) -> Path:
                 if targets_of(linear, config.adapter):
                     factors = (*read(layer, linear), merged.magnitudes(layer, linear))
                     found |= peft_tensors(config.model, config.adapter, layer, linear, *factors)
-        write_peft(making, found, config.adapter, base)
+        vocabulary = _Vocabulary(source, config.model)
+        for part in set(config.adapter.targets) & set(OF_VOCABULARY.values()):
+            found |= peft_vocabulary_tensors(config.model, part, *vocabulary.factors(part))
+        for part in config.adapter.modules_to_save:
+            found |= peft_whole_tensor(config.model, part, vocabulary.whole(part))
+        write_peft(making, found, config.adapter, base, config.model.tie_embeddings)
         for path in _tokenizer_files(folder):
             if path.name != "config.json":  # that of the model, by which the folder would be taken for one
                 shutil.copy2(path, making / path.name)

@@ -41,6 +41,8 @@ def convert_command(
         raise UserError(f"max_shard_gb is {max_shard_gb}; it must be over 0")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be {', '.join(DTYPES)}, or left out to keep the source's")
+    if Path(source).resolve() == Path(target).resolve():
+        raise UserError(f"{source} is source and target; give another folder for what is written")
     wanted = DTYPES[dtype] if dtype is not None else None
     config = describe_folder(source)
     if merge and config.adapter is None:

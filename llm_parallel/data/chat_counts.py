@@ -116,13 +116,20 @@ def described(report: dict[str, Any]) -> Iterator[str]:
     stop = report["stop_names"][0]
     yield f"conversations are written by {report['template_origin']}; answers end with {stop}"
     yield from report["remarks"]
-    for path, counts in zip(report["paths"], report["counts"]):
-        formats = ", ".join(f"{count:,} as {name}" for name, count in counts["formats"].items())
+    for number, (path, counts) in enumerate(zip(report["paths"], report["counts"])):
         yield (
-            f"{path}: {some(counts['kept'], 'conversation')} of {some(counts['records'], 'record')} ({formats}), "
+            f"{path}: {some(counts['kept'], 'conversation')} of {records_of(report, number)}, "
             f"{some(counts['tokens'], 'token')}, of which {counts['trained']:,} are trained"
         )
         yield from (f"{path}: {text}" for text in _left_out(counts, report))
+
+
+def records_of(report: dict[str, Any], number: int) -> str:
+    """How many records of a source were read, and as what."""
+    counts = report["counts"][number]
+    first = "the first " if counts["records"] == report.get("limits", {number: None})[number] else ""
+    formats = ", ".join(f"{count:,} as {name}" for name, count in counts["formats"].items())
+    return f"{first}{some(counts['records'], 'record')} ({formats})"
 
 
 def _likewise(places: list[str]) -> str:

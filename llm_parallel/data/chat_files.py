@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def opened_sources(chat: ChatConfig, preferences: bool = False) -> list[Opened]:
     opened = []
     for number, one in enumerate((*chat.train, *chat.eval)):
         with named_source(chat, number):
-            opened.append(open_source(one, preferences))
+            source = open_source(one, preferences)
+            limits = [limit for limit in (source.limit, chat.max_records) if limit is not None]
+            opened.append(replace(source, limit=min(limits, default=None)))
     return opened
 
 
@@ -126,6 +129,7 @@ def settings_of(config: RunConfig, encoder: ChatEncoder, opened: Sequence[Opened
         "train_on": chat.train_on,
         "too_long": chat.too_long,
         "seq_length": config.data.seq_length_tokens,
+        **({"limits": [source.limit for source in opened]} if any(source.limit for source in opened) else {}),
     }
 
 

@@ -19,7 +19,7 @@ from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.dataset_info import Opened
 from llm_parallel.data.formats import BadRecord, Reader
 from llm_parallel.data.preference import was_disliked
-from llm_parallel.data.readers import Problems, Row, rows
+from llm_parallel.data.readers import Problems, Row, first_rows
 from llm_parallel.data.shards import end_with_parent
 from llm_parallel.data.template import Refused
 from llm_parallel.errors import UserError
@@ -98,7 +98,7 @@ def encode_block(source: Opened, config: RunConfig, encoder: ChatEncoder, block:
 
 
 def _blocks(source: Opened, counts: Counts) -> Iterator[list[tuple[int, Row]]]:
-    read = enumerate(row for path in source.files for row in rows(path, _Problems(counts)))
+    read = enumerate(first_rows(source.files, _Problems(counts), source.limit))
     # Records that cannot be read are counted before the next one comes, and have numbers too.
     found = ((number + counts.records, row) for number, row in read)
     while block := list(islice(found, ROWS)):

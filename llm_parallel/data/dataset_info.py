@@ -14,6 +14,8 @@ from llm_parallel.data.kinds import RECORDS, ending
 from llm_parallel.errors import UserError
 
 NAME = "dataset_info.json"
+SHOWN = 12
+"""Names of data sets that a message lists."""
 STATE, SPLITS = "state.json", "dataset_dict.json"
 """What ``save_to_disk`` writes beside the records of a data set, and beside the folders of its splits."""
 HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
@@ -56,6 +58,8 @@ class Opened:
     columns: Columns
     roles: Mapping[str, str] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    limit: int | None = None
+    """Records that are used, the first ones; None: all."""
 
 
 def open_source(source: ChatSource, preferences: bool = False) -> Opened:
@@ -131,7 +135,9 @@ def _declared(source: ChatSource, name: str, preferences: bool) -> Opened:
     if not isinstance(whole, dict) or name not in whole:
         names = list(whole) if isinstance(whole, dict) else []
         near = difflib.get_close_matches(name, names, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(map(repr, names)) or 'none'}"
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        hint = f"; it has {', '.join(map(repr, names[:SHOWN])) or 'none'}{more}"
+        hint = f"; did you mean {near[0]!r}?" if near else hint
         raise UserError(f"{path} has no data set {name!r}{hint}")
     info = whole[name]
     if not isinstance(info, dict):
@@ -150,8 +156,11 @@ def _declared(source: ChatSource, name: str, preferences: bool) -> Opened:
     if form == "sharegpt":
         columns.setdefault("messages", "conversations")
     ignored = [key for key in WITHOUT_EFFECT if key in info]
-    notices = (f"{place} {', '.join(ignored)}, which has no effect on a file",) if ignored else ()
-    return Opened(files, "alpaca" if form == "alpaca" else "messages", Columns(**columns, **turn), roles, notices)
+    notices = [f"{place} {', '.join(ignored)}, which has no effect on a file"] if ignored else []
+    if limit := info.get("num_samples"):
+        notices.append(f"{place} num_samples: of its records the first {limit:,} are used")
+    form = "alpaca" if form == "alpaca" else "messages"
+    return Opened(files, form, Columns(**columns, **turn), roles, tuple(notices), limit)
 
 
 def _refuse(info: Mapping[str, Any], place: str, preferences: bool) -> None:
@@ -160,11 +169,13 @@ def _refuse(info: Mapping[str, Any], place: str, preferences: bool) -> None:
             near = difflib.get_close_matches(key, KNOWN, 1)
             raise UserError(f"{place} the unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if info.get("ranking") and not preferences:
-        raise UserError(f"{place} ranking, for training by preferences; fine-tuning needs one answer for each question")
-    if info.get("num_samples"):
         raise UserError(
-            f"{place} num_samples, which is not supported; a weight below 1 in the run file takes part of it"
+            f"{place} ranking, for training by preferences: `llm-parallel prefer` with method.kind=dpo; fine-tuning "
+            "needs one answer for each question"
         )
+    samples = info.get("num_samples")
+    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+        raise UserError(f"{place} num_samples {samples!r}; give a whole number over 0")
     if not isinstance(info.get("file_name"), str):
         hub = next((key for key in HUBS if key in info), None)
         what = f"{hub} and no file_name; download it and give" if hub else "no file_name; give"
@@ -179,7 +190,11 @@ def _columns(given: Mapping[str, str], place: str, preferences: bool) -> dict[st
         if key in REFUSED_COLUMNS:
             raise UserError(f"{place} the column {key!r}: {REFUSED_COLUMNS[key]}")
         if key in PREFERENCE_COLUMNS and not preferences:
-            raise UserError(f"{place} the column {key!r}: it is for training by preferences")
+            kind = "kto" if key == "kto_tag" else "dpo"
+            raise UserError(
+                f"{place} the column {key!r}: it is for training by preferences, `llm-parallel prefer` with "
+                f"method.kind={kind}"
+            )
         if key not in known:
             raise UserError(f"{place} the unknown column {key!r}; known are {', '.join(known)}")
         found[known[key]] = column

@@ -22,10 +22,16 @@ LEFT_OUT = {
     "--dataset-impl": "token files are .bin/.idx pairs",
     "--keep-sequential-samples": "documents keep their order",
     "--find-optimal-num-workers": "--workers is all cores by default",
+    "--workers-to-check": "--workers is all cores by default",
+    "--max-documents": "--workers is all cores by default",
+    "--use-gigatoken": "tokenizing is fast as it is",
+    "--keep-newlines": "documents are kept as they are",
+    "--tokenizer-vocab-size": "the vocabulary is the tokenizer's",
 }
 """Options that ask for what happens here anyway → why."""
-FLAGS = ("--keep-sequential-samples", "--find-optimal-num-workers")
-"""Those of them that have no value."""
+FLAGS = ("--keep-sequential-samples", "--find-optimal-num-workers", "--use-gigatoken", "--keep-newlines")
+SEVERAL = ("--workers-to-check",)
+"""Those of them that have no value, and that may have several."""
 REFUSED = {
     "--vocab-file": "--tokenizer takes a SentencePiece .model or a Hugging Face tokenizer.json; transformers writes "
     "the latter by AutoTokenizer.from_pretrained(FOLDER).save_pretrained(TARGET)",
@@ -56,7 +62,7 @@ def translated(arguments: Sequence[str], notice: Callable[[str], None] = lambda 
             raise UserError(f"{name} has no value")
         if name in LEFT_OUT:
             notice(f"{name} is left out: {LEFT_OUT[name]}")
-            found += values if name in FLAGS else values[1:]
+            found += values if name in FLAGS else [] if name in SEVERAL else values[1:]
             continue
         ours = SAME[name]
         if ours == "--key" and len(values) > 1:

@@ -41,11 +41,22 @@ FORMATS = {
 }
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """Further fields of a message that templates read."""
-WEIGHTS = ("weight", "train")
+WEIGHTS = ("weight", "train", "loss_weight")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Fields with what only models of more than text read."""
+PAIR = ("chosen", "rejected")
+COMPARED = "has two answers, 'chosen' and 'rejected'; `llm-parallel prefer` with method.kind=dpo learns from pairs"
 
 
 class BadRecord(ValueError):
     """A record that is no conversation; the message goes on a sentence that begins with its place."""
+
+
+def refuse_media(record: Mapping[str, Any]) -> None:
+    """Raises BadRecord about a record with pictures, films or sounds, of which its text speaks."""
+    seen = next((name for name in MEDIA if record.get(name)), None)
+    if seen is not None:
+        raise BadRecord(f"has {seen!r}, and only text can be trained on; leave the field out if the text needs it not")
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,17 @@ class Reader:
         """The conversation of a record; ``found`` counts the records of each format. Raises BadRecord."""
         if not isinstance(record, Mapping):
             raise BadRecord(f"is {_kind(record)} where a record with named fields is expected")
-        form = self._recognised(record)
-        conversation = getattr(self, f"_{form}")(record)
+        refuse_media(record)
+        compared = all(record.get(name) is not None for name in PAIR)
+        try:
+            form = self._recognised(record)
+            conversation = getattr(self, f"_{form}")(record)
+        except BadRecord:
+            if compared:
+                raise BadRecord(COMPARED) from None
+            raise
+        if compared and conversation.messages and conversation.messages[-1]["role"] != "assistant":
+            raise BadRecord(COMPARED)
         if not conversation.messages:
             raise BadRecord("holds no messages")
         if not any(message["role"] == "assistant" for message in conversation.messages):
@@ -273,7 +293,7 @@ def _joined(content: Any, number: int) -> str | None:
             pieces.append(part)
             continue
         kind = part.get("type", "text") if isinstance(part, Mapping) else _kind(part)
-        text = part.get("text") if isinstance(part, Mapping) else None
+        text = part.get("text", part.get("value")) if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(text, str):
             raise BadRecord(f"has a turn {number} with a content of type {kind!r}; only text can be trained on")
         pieces.append(text)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.chat import ChatEncoder, ChatTokens, heads_of, holds_private
-from llm_parallel.data.chat_counts import Counts, some, unreadable
+from llm_parallel.data.chat_counts import Counts, records_of, some, unreadable
 from llm_parallel.data.chat_rows import refuse_stop
 from llm_parallel.data.dataset_info import Opened
 from llm_parallel.data.formats import BadRecord, Conversation
@@ -40,7 +40,8 @@ class GroupCounts(Counts):
         if self.unreadable:
             reasons.append(f"{self.unreadable} cannot be read ({' '.join(self.first[0])})")
         if self.uncompared:
-            reasons.append(f"{self.uncompared} have no answer that is better than another")
+            kto = "; method.kind=kto learns from labels" if "answers with a label" in self.formats else ""
+            reasons.append(f"{self.uncompared} have no answer that is better than another{kto}")
         if self.alike:
             reasons.append(f"{self.alike} have answers that are the same tokens once the template has written them")
         if self.too_long:
@@ -146,10 +147,9 @@ def described_groups(report: dict[str, Any]) -> Iterator[str]:
     stop, unit = report["stop_names"][0], UNITS[report["method"]]
     yield f"conversations are written by {report['template_origin']}; answers end with {stop}"
     yield from report["remarks"]
-    for path, counts in zip(report["paths"], report["counts"]):
-        formats = ", ".join(f"{count:,} as {name}" for name, count in counts["formats"].items())
+    for number, (path, counts) in enumerate(zip(report["paths"], report["counts"])):
         yield (
-            f"{path}: {some(counts['groups'], unit)} of {some(counts['records'], 'record')} ({formats}), "
+            f"{path}: {some(counts['groups'], unit)} of {records_of(report, number)}, "
             f"{some(counts['tokens'], 'token')}, of which {counts['trained']:,} are those of answers"
         )
         yield from (f"{path}: {text}" for text in _left_out(counts, report, unit))

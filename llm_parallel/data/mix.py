@@ -266,6 +266,12 @@ def _refuse_mixed_tokenizers(reported: Mapping[str, Mapping[str, Any]], tokenize
             )
 
 
+def tokenizer_of_reports(data: DataConfig) -> str | None:
+    """The tokenizer that the report of the first source names, if that is there."""
+    report = _report_of(data.train[0].path) if data.train else None
+    return report["tokenizer"] if report is not None and Path(report["tokenizer"]).exists() else None
+
+
 def _report_of(path: str) -> dict[str, Any] | None:
     """The report that `prepare` wrote about a pair of token files; None if there is none. Raises UserError if it is
     damaged or about other files."""

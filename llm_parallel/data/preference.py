@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm_parallel.config.tree_tune import Columns
-from llm_parallel.data.formats import BadRecord, Reader
+from llm_parallel.data.formats import BadRecord, Reader, refuse_media
 from llm_parallel.data.groups import BAD, GOOD, Answer, Group, Messages, check_group, common_messages
 
 NAMES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "query", "question"),
-    "chosen": ("chosen", "chosen_response"),
-    "rejected": ("rejected", "rejected_response"),
+    "chosen": ("chosen", "chosen_response", "chosen_messages"),
+    "rejected": ("rejected", "rejected_response", "rejected_messages"),
     "label": ("label", "kto_tag"),
     "responses": ("responses", "completions", "answers", "candidates"),
     "scores": ("scores", "rewards", "ratings"),
@@ -62,6 +62,7 @@ class PreferenceReader:
         """The group of a record. Raises BadRecord."""
         if not isinstance(record, Mapping):
             raise BadRecord("is no record with named fields")
+        refuse_media(record)
         form = self._recognised(record)
         shown, group = getattr(self, f"_{form}")(record)
         check_group(group)

@@ -19,9 +19,9 @@ from llm_parallel.data.chat_files import opened_sources, settings_of, write_repo
 from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.dataset_info import Opened
 from llm_parallel.data.epochs import derive_key
-from llm_parallel.data.formats import BadRecord, Reader
+from llm_parallel.data.formats import BadRecord, Reader, refuse_media
 from llm_parallel.data.prepare import file_errors_explained
-from llm_parallel.data.readers import Problems, rows
+from llm_parallel.data.readers import Problems, first_rows
 from llm_parallel.data.template import Refused
 from llm_parallel.errors import UserError
 from llm_parallel.tasks.base import Asked
@@ -57,6 +57,7 @@ class PromptReader:
         """The messages of a record's prompt. Raises BadRecord."""
         if not isinstance(record, Mapping):
             raise BadRecord("is no record with named fields")
+        refuse_media(record)
         messages = self._messages(record)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -186,23 +187,24 @@ def _read(
     field = f"chat.train.{number}" if train else f"chat.eval.{number - len(chat.train)}"
     reader, problems, too_long = PromptReader(opened.columns, opened.roles), Problems(), 0
     found: list[Prompt] = []
-    for path in opened.files:
-        for row in rows(path, problems):
-            try:
-                messages = reader.read(row.value)
-                ids = encoder.prompt(messages, row.value.get("tools"))
-            except BadRecord as error:
-                problems.add(row.where, str(error))
-                continue
-            except Refused as error:
-                raise UserError(
-                    f"the chat template ({encoder.template.origin}) refuses {row.where}: {error}; mend or remove that "
-                    "record, or give another chat.template"
-                ) from None
-            if len(ids) > room:
-                too_long += 1
-                continue
-            found.append(Prompt(tuple(ids.tolist()), messages, row.value, row.where))
+    for row in first_rows(opened.files, problems, opened.limit):
+        try:
+            messages = reader.read(row.value)
+            ids = encoder.prompt(messages, row.value.get("tools"))
+        except BadRecord as error:
+            problems.add(row.where, str(error))
+            continue
+        except Refused as error:
+            raise UserError(
+                f"the chat template ({encoder.template.origin}) refuses {row.where}: {error}; mend or remove that "
+                "record, or give another chat.template"
+            ) from None
+        if len(ids) > room:
+            too_long += 1
+            continue
+        found.append(Prompt(tuple(ids.tolist()), messages, row.value, row.where))
+    if opened.limit is not None:
+        said.append(f"{field}: of the first {opened.limit:,} records")
     if summary := problems.summary():
         said.append(f"{field}: {summary}")
     if too_long:

@@ -70,6 +70,32 @@ class Problems:
         return f"left out {self.count:,} records that cannot be read: {'; '.join(self.first)}{more}"
 
 
+class _Limited(Problems):
+    """Tells another about the records that cannot be read, until ``limit`` records were seen."""
+
+    def __init__(self, problems: Problems, limit: int) -> None:
+        super().__init__()
+        self._problems, self._limit, self.seen = problems, limit, 0
+
+    def add(self, where: str, reason: str) -> None:
+        if self.seen < self._limit:
+            self.seen += 1
+            self._problems.add(where, reason)
+
+
+def first_rows(files: Sequence[Path], problems: Problems, limit: int | None) -> Iterator[Row]:
+    """The records of several files in order, as ``rows`` gives them: the first ``limit`` (None: all), of which those
+    that cannot be read are some."""
+    limited = None if limit is None else _Limited(problems, limit)
+    for path in files:
+        for row in rows(path, limited or problems):
+            if limited is not None:
+                if limited.seen >= limited._limit:
+                    return
+                limited.seen += 1
+            yield row
+
+
 def rows(path: str | Path, problems: Problems | None = None, columns: Sequence[str] | None = None) -> Iterator[Row]:
     """The records of a data file in order, judged by its name and content: each line of JSON lines, each element of a
     JSON array, each of several JSON objects, each row of a table (as a dict).

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llm_launch.local import launch_local
 from llm_parallel.errors import UserError
 from llm_parallel.evaluate.request import EvaluateRequest
-from llm_parallel.generate.load import Member
+from llm_parallel.generate.load import Member, describe_folder
 from llm_parallel.lines import note, say
 from llm_parallel.screen import say_next, show_table
 
@@ -56,6 +56,8 @@ def evaluate_here(request: EvaluateRequest, member: Member) -> int:
     if member.rank > 0:
         follow_rank_0(request, member)
         return 0
+    if not (request.is_server or request.data_dir or request.demo):
+        describe_folder(request.model)  # before data are asked for over the network, which may take a minute
     folder = made_folder(out_folder(request))
     programs, tasks = open_tasks(request, folder)
     show_found(tasks.found)
@@ -124,14 +126,14 @@ def open_tasks(request: EvaluateRequest, folder: Path) -> tuple[Any, Tasks]:
     from llm_parallel.evaluate.demo import write_demo
     from llm_parallel.evaluate.files import DataFolder
     from llm_parallel.evaluate.humaneval import Programs
-    from llm_parallel.evaluate.quiet import quiet
+    from llm_parallel.evaluate.quiet import apart
     from llm_parallel.evaluate.tasks import Builder
 
     data = DataFolder(request.data_dir) if request.data_dir is not None else None
     if request.demo:
         data = DataFolder(write_demo(folder / "demo"))
     programs = Programs(request.sandbox)
-    with quiet():
+    with apart():
         return programs, Builder(data, request.shots, programs).build(expanded(request.names))
 
 

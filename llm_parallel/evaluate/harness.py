@@ -12,7 +12,7 @@ import lm_eval
 from lm_eval.api.model import LM
 
 from llm_parallel.errors import UserError
-from llm_parallel.evaluate.quiet import quiet
+from llm_parallel.evaluate.quiet import apart
 from llm_parallel.evaluate.results import OURS
 from llm_parallel.evaluate.tasks import Tasks, fingerprint_of
 
@@ -50,10 +50,8 @@ def drawn(tasks: Tasks, limit: int | None, seed: int) -> dict[str, list[int]] | 
 def run_harness(lm: LM, tasks: Tasks, settings: Settings) -> dict[str, Any]:
     """lm-eval's results with samples, and under ``OURS`` what it does not note. Raises UserError for tasks that would
     run programs outside the sandbox."""
-    for task in tasks.leaves:
-        if getattr(task, "UNSAFE_CODE", False) and task.task_name != "humaneval":
-            raise UserError(f"{task.task_name} runs programs of answers outside the sandbox; leave it out")
-    with quiet():
+    check_programs(tasks)
+    with apart():
         results = lm_eval.simple_evaluate(
             model=lm,
             tasks=list(tasks.items),
@@ -61,6 +59,9 @@ def run_harness(lm: LM, tasks: Tasks, settings: Settings) -> dict[str, Any]:
             samples=drawn(tasks, settings.limit, settings.seed),
             bootstrap_iters=BOOTSTRAP,
             gen_kwargs=None if settings.new_tokens is None else {"max_gen_toks": settings.new_tokens},
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
             apply_chat_template=settings.chat,
             system_instruction=settings.system,
             log_samples=True,
@@ -73,6 +74,13 @@ def run_harness(lm: LM, tasks: Tasks, settings: Settings) -> dict[str, Any]:
         found["configs"][name] = config
     found[OURS] = described(tasks, settings)
     return found
+
+
+def check_programs(tasks: Tasks) -> None:
+    """Raises UserError for tasks that would run programs outside the sandbox."""
+    for task in tasks.leaves:
+        if getattr(task, "UNSAFE_CODE", False) and task.task_name != "humaneval":
+            raise UserError(f"{task.task_name} runs programs of answers outside the sandbox; leave it out")
 
 
 def _no_index() -> Any:

@@ -25,22 +25,21 @@ class Programs:
         self._asked = mode
         self._sandbox: Sandbox | None = None
         self._passed: dict[tuple[str, str], bool] = {}
-
-    @property
-    def mode(self) -> str | None:
+        self.mode: str | None = None
         """How programs were held; None while none has run."""
-        return None if self._sandbox is None else self._sandbox.mode
 
     def close(self) -> None:
-        """Ends the sandbox's workers."""
-        if self._sandbox is not None:
+        """Ends the sandbox's workers; further programs start others."""
+        sandbox, self._sandbox = self._sandbox, None
+        if sandbox is not None:
             with suppress(OSError):
-                self._sandbox.close()
+                sandbox.close()
 
     def run(self, jobs: Sequence[tuple[str, str]]) -> list[bool]:
         """Which programs pass their tests. Raises SandboxFailed if they cannot be run."""
         if self._sandbox is None:
             self._sandbox = Sandbox(cast(Mode | Literal["auto"], self._asked))
+            self.mode = self._sandbox.mode
         new = [job for job in dict.fromkeys(jobs) if job not in self._passed]
         for job, result in zip(new, self._sandbox.run_many([Tested(*job) for job in new])):
             self._passed[job] = result.status == "passed"

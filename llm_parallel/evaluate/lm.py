@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -23,7 +23,7 @@ from llm_parallel.data.template import Refused
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.evaluate.record import Outcome
-from llm_parallel.evaluate.runner import Runner, Work
+from llm_parallel.evaluate.runner import Work
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.requests import Request
 from llm_parallel.generate.sampling import Sampling
@@ -79,6 +79,14 @@ def read(request: Request, members: Sequence[Member], outcome: Outcome) -> Itera
         yield member.number, (sum(score for score, _ in own) + last[member.last][0], greedy)
 
 
+class Answers(Protocol):
+    """What answers requests, on rank 0: ``Runner``, or within a training ``Together``."""
+
+    def run(self, work: Work) -> list[Outcome]:
+        """The outcomes, in the order of the requests."""
+        ...
+
+
 @dataclass(frozen=True)
 class Texts:
     """How texts become tokens. begin: tokens before a text; ends: tokens that end an answer; encoder: what writes
@@ -120,7 +128,7 @@ class SpecialTokens:
 class EngineLM(TemplateLM):
     """See lm-eval's ``TemplateLM``. All processes but rank 0 follow it."""
 
-    def __init__(self, texts: Texts, runner: Runner, info: dict[str, Any]) -> None:
+    def __init__(self, texts: Texts, runner: Answers, info: dict[str, Any]) -> None:
         super().__init__()
         self._texts, self._runner, self._info = texts, runner, info
         self.tokenizer = SpecialTokens.of(texts.tokenizer)

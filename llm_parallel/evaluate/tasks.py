@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,18 @@ class Builder:
         self._rows: dict[str, dict[str | None, dict[str, tuple[list[Row], list[DataFile]]]]] = {}
         self.found: list[Found] = []
 
-    def build(self, wanted: Mapping[str, int | None]) -> Tasks:
+    def build(self, wanted: Mapping[str, int | None], every: bool = False) -> Tasks:
         """The tasks by name, with their numbers of examples. A task without data is left out and noted; raises
-        UserError if a name is unknown, or nothing is left."""
-        items = []
+        UserError if a name is unknown, or nothing is left, with ``every`` of one of the names."""
+        items: list[Any] = []
         for name, shots in wanted.items():
+            before = len(self.found)
             made = self._named(name, self._shots if self._shots is not None else shots)
-            items += made if isinstance(made, list) else [made] if made is not None else []
+            members = made if isinstance(made, list) else [made] if made is not None else []
+            if every and not members:
+                reason = next((one.missing for one in self.found[before:] if one.missing), "it has no members")
+                raise UserError(f"--tasks names {name}, which cannot run: {reason}")
+            items += members
         tasks = Tasks(items, self.found)
         if not tasks.leaves:
             reasons = "; ".join(sorted({one.missing for one in self.found if one.missing}))
@@ -177,14 +183,14 @@ class Builder:
         content = DatasetDict({split: Dataset.from_list(held) for split, held in rows.items() if held})
         source = {key: config.pop(key, None) for key in ("dataset_path", "dataset_name", "dataset_kwargs")}
         config["metadata"] = {**(config.get("metadata") or {}), **_described(found, source)}
-        return ConfigurableTask(config={**config, "custom_dataset": lambda **_: content})
+        return prepared_once(ConfigurableTask(config={**config, "custom_dataset": lambda **_: content}))
 
     @staticmethod
     def _from_hub(config: dict[str, Any]) -> ConfigurableTask:
         if config.get("dataset_path") is None:
             raise UserError(f"{config['task']} has no source in the network; give --data-dir with its files, or --demo")
         try:
-            return ConfigurableTask(config=config)
+            return prepared_once(ConfigurableTask(config=config))
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -244,6 +250,14 @@ class Builder:
                     files.append(file)
         self._rows[name] = made
         return made
+
+
+def prepared_once(task: ConfigurableTask) -> ConfigurableTask:
+    """The task, whose documents are prepared at the first call alone: lm-eval prepares a whole split at each, some ten
+    times in an evaluation."""
+    for name in ("training_docs", "validation_docs", "test_docs"):
+        setattr(task, name, cache(getattr(task, name)))
+    return task
 
 
 def _subject(task: str, form: str, config: Mapping[str, Any]) -> str | None:

@@ -27,6 +27,7 @@ from llm_parallel.model.adapters import add_adapters, linears_of
 from llm_parallel.model.deterministic import cut, parted_product, product, sum_over_ranks
 from llm_parallel.model.hf_files import is_peft_folder
 from llm_parallel.model.peft_files import PeftFolder
+from llm_parallel.model.vocabulary_adapters import EMBED_TOKENS, LM_HEAD
 from llm_parallel.parallel.engine import Network
 
 Rows = tuple[tuple[str, Tensor | None], ...]
@@ -139,6 +140,12 @@ def load_bank(adapters: Mapping[str, str], network: Network, seed: int) -> Adapt
             raise UserError(
                 f"adapter {path} has magnitudes (DoRA), which requests cannot choose among; merge it with "
                 "`llm-parallel convert --merge`"
+            )
+        whole = {EMBED_TOKENS, LM_HEAD} & {*settings.targets, *settings.modules_to_save}
+        if whole:
+            raise UserError(
+                f"adapter {path} changes {' and '.join(sorted(whole))}, which requests cannot choose among; merge it "
+                "with `llm-parallel convert --merge`"
             )
         _without_adapters(network)
         for chunk in network.models:

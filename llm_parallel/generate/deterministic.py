@@ -57,9 +57,9 @@ def _without_magnitudes(adapter: Any) -> Any:
     return adapter
 
 
-def column(module: Any, added: Added | None) -> Function:
+def column(module: Any, added: Added | None, weight: Tensor) -> Function:
     """A linear whose rows ranks divide, with its adapter, or what is ``added`` for those that requests name."""
-    multiply, bias, adapter = linear(module.weight), module.bias, _without_magnitudes(module.adapter)
+    multiply, bias, adapter = linear(weight), module.bias, _without_magnitudes(module.adapter)
     wide_b = None if adapter is None else adapter.wide_b().contiguous()
 
     def forward(x: Tensor) -> Tensor:

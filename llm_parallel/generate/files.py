@@ -118,6 +118,8 @@ def read_source(path: Path) -> Iterator[tuple[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"input {path} cannot be read: {reason}; give a file of JSON lines") from None
+    if not any(map(str.strip, lines)):
+        raise UserError(f"input {path} holds no prompts; give a file of JSON lines")
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:

@@ -31,6 +31,7 @@ from llm_parallel.generate.sizes import in_few_sizes
 from llm_parallel.model.deterministic import gated
 from llm_parallel.model.gpt import LlamaModel
 from llm_parallel.model.modules import HeadsNorm, OutputNormLayer, RMSNorm
+from llm_parallel.model.vocabulary_adapters import vocabulary_adapters
 
 Function = Callable[[Tensor], Tensor]
 
@@ -88,12 +89,14 @@ def heads_norm(module: Any) -> Function | None:
     return over_heads
 
 
-def column(module: Any, bank: AdapterBank | None = None) -> Function:
-    """A linear whose rows ranks divide: x [T, H] → this rank's columns of the output."""
+def column(module: Any, bank: AdapterBank | None = None, shared: Tensor | None = None) -> Function:
+    """A linear whose rows ranks divide: x [T, H] → this rank's columns of the output. ``shared``: the weight, if it is
+    not the module's own."""
     added = None if bank is None else bank.added(module)
+    weight = module.weight if shared is None else shared
     if module.config.kernels.deterministic:
-        return deterministic.column(module, added)
-    multiply, bias, adapter = product(module.weight), module.bias, module.adapter
+        return deterministic.column(module, added, weight)
+    multiply, bias, adapter = product(weight), module.bias, module.adapter
     wide_b = None if adapter is None else adapter.wide_b()
     low_rank = in_few_sizes(lambda x: F.linear(F.linear(x, adapter.a), wide_b))
     gain = None if adapter is None or adapter.m is None else adapter.gain(module.weight)
@@ -251,12 +254,14 @@ class PlainChunk:
         output = None
         if self.is_first:
             self.embedding = model.embedding.word_embeddings.weight
+            self.embedding_adapter = getattr(model.embedding, "adapter", None)
         if self.is_last:
             tied = model.share_embeddings_and_output_weights
-            weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-            multiply = deterministic.linear if model.config.kernels.deterministic else product
-            self.norm, self.output, output = norm(model.decoder.final_layernorm), multiply(weight), weight
-        self.native = NativeChunk.of(model, caches, output) if bank is None else None
+            output = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+            self.norm = norm(model.decoder.final_layernorm)
+            self.output = column(model.output_layer, shared=output)
+        plain = bank is None and not any(vocabulary_adapters([model]))
+        self.native = NativeChunk.of(model, caches, output) if plain else None
 
     def __call__(self, x_TH: Tensor | None, info: Pass) -> Tensor:
         """The stream of the chunk before (None for the first) → the stream after this one."""
@@ -270,6 +275,17 @@ class PlainChunk:
         return x_TH
 
     def _embed(self, tokens: Tensor) -> Tensor:
+        found, adapter = self._embedded(tokens), self.embedding_adapter
+        if adapter is None or not adapter.on:
+            return found
+        low = adapter.rows(tokens)
+        if self.group.size() > 1:
+            dist.all_reduce(low, group=self.group)
+        if adapter.deterministic:
+            return found + adapter.scale * deterministic.linear(adapter.b)(low)
+        return torch.addmm(found, low, adapter.b.t(), alpha=adapter.scale)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
         if self.group.size() == 1:
             return self.embedding.index_select(0, tokens)
         held = self.embedding.shape[0]

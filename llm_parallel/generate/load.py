@@ -65,7 +65,10 @@ def describe_folder(path: str | Path) -> RunConfig:
     """Configuration of the model in a Hugging Face folder, in one of our run, checkpoints or ``iter_…`` folders, or
     under the adapter in a PEFT folder, set for one process. Raises UserError if there is no model."""
     if not Path(path).exists():
-        raise UserError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face folder")
+        raise UserError(
+            f"{path} does not exist; give a run, a checkpoint or a Hugging Face folder on this machine: models are not "
+            "downloaded"
+        )
     if is_peft_folder(path):
         return _describe_peft(path)
     if is_hf_folder(path):

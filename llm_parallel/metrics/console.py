@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from llm_parallel.lines import say, silence, wrapped
-from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord
-from llm_parallel.metrics.step_line import StepLines, duration, eval_line
+from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord, TaskRecord
+from llm_parallel.metrics.step_line import StepLines, duration, eval_line, task_line
 
 REDRAW_S = 0.3
 """Lines are printed and the bar is drawn anew at most this often; both flicker otherwise where steps take
@@ -65,6 +65,10 @@ class ConsoleSink:
     def eval(self, record: EvalRecord) -> None:
         """Prints the line of an evaluation."""
         self.message(eval_line(record, self._screen.width if self._screen else None))
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Prints the line of tasks' scores."""
+        self.message(task_line(record))
 
     def answer(self, record: AnswerRecord) -> None:
         """Prints prompt and answer."""

@@ -12,7 +12,7 @@ import yaml
 
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import read_jsonlines
-from llm_parallel.metrics.record import EVAL_NAMES, STEP_NAMES, is_of_round
+from llm_parallel.metrics.record import EVAL_NAMES, STEP_NAMES, TASKS, is_of_round
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class History:
     """What the model wrote, as records with step, prompt, answer and stopped, in the order of writing."""
     folder: Path = Path()
     """The run's folder."""
+    tasks: tuple[dict[str, Any], ...] = ()
+    """Scores of ``evaluate.tasks``."""
     config: dict[str, Any] = field(default_factory=dict)
     """Merged configuration by field, ``{"model.num_layers": 2, …}``; empty if the folder has none."""
 
@@ -152,6 +154,7 @@ def read_history(run_dir: str | Path) -> History:
     folder = Path(run_dir).resolve()
     steps: dict[int, dict[str, Any]] = {}
     evals: dict[int, dict[str, Any]] = {}
+    tasks: dict[int, dict[str, Any]] = {}
     starts: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     for record in read_jsonlines(folder / "metrics.jsonl"):
@@ -159,7 +162,7 @@ def read_history(run_dir: str | Path) -> History:
             continue
         if record.get("event") == "run_start":
             starts.append(record)
-            for kept in (steps, evals):
+            for kept in (steps, evals, tasks):
                 for step in [step for step in kept if step > record["step"]]:
                     del kept[step]
             answers = [answer for answer in answers if answer["step"] <= record["step"]]
@@ -169,8 +172,25 @@ def read_history(run_dir: str | Path) -> History:
             steps[record["step"]] = record
         elif "eval/loss" in record:
             evals[record["step"]] = record
+        elif f"{TASKS}seconds" in record:
+            tasks[record["step"]] = record
     found = _in_order(steps), _in_order(evals), tuple(starts), tuple(answers)
-    return History(folder.name, *found, folder, _config(folder))
+    return History(folder.name, *found, folder, _in_order(tasks), _config(folder))
+
+
+def scored_steps(run_dir: str | Path) -> set[int]:
+    """Steps after which a run has scored its tasks, without those that it has forgotten since it went on from an
+    earlier step."""
+    found: set[int] = set()
+    try:
+        for record in read_jsonlines(Path(run_dir) / "metrics.jsonl"):
+            if record.get("event") == "run_start":
+                found = {step for step in found if step <= record["step"]}
+            elif f"{TASKS}seconds" in record:
+                found.add(record["step"])
+    except UserError:
+        pass  # a run without metrics has scored nothing
+    return found
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from llm_parallel.files import atomic_write
 from llm_parallel.metrics.history import History, read_history
 from llm_parallel.metrics.round_plots import panels_of
 from llm_parallel.metrics.rounds import RoundHistory, read_rounds
+from llm_parallel.metrics.task_plots import draw_task, scored_tasks
 from llm_parallel.metrics.time_split import PART_COLOURS, split_by_step
 
 # matplotlib takes 0.4 s to import, so it is imported where a figure is made.
@@ -24,7 +25,8 @@ _MARKS = {"restart": ("0.35", ":", "restart"), "layout": ("#882255", "--", "chan
 
 def plot_run(run_dir: str | Path, *, unigram_entropy: float | None = None) -> list[Path]:
     """Draws ``loss.png``, ``throughput.png``, ``lr_gradnorm.png``, ``statistics.png`` if the run recorded numbers of
-    its objective, and ``rounds.png`` of a run in rounds, into ``run_dir/plots`` and returns their paths.
+    its objective, ``tasks.png`` if it scored tasks, and ``rounds.png`` of a run in rounds, into ``run_dir/plots`` and
+    returns their paths.
 
     ``unigram_entropy`` (nats per token) is what a model reaches that knows only how frequent each token is; it is drawn
     as a dashed line. A run without a step yields no plots. Raises UserError if the folder has no metrics.jsonl.
@@ -50,6 +52,8 @@ def _draw(runs: Sequence[History], folder: Path, prefix: str, unigram_entropy: f
     }
     if any(run.statistics() for run in runs):
         figures["statistics"] = draw_statistics(runs)
+    if scored_tasks(runs):
+        figures["tasks"] = _draw_tasks(runs)
     rounds = [found for run in runs if (found := read_rounds(run))]
     if rounds:
         figures["rounds"] = _draw_rounds(rounds, runs)
@@ -292,6 +296,18 @@ def draw_statistics(runs: Sequence[History]) -> Any:
                     axes.plot(x, smoothed(values), color=colour, linewidth=1.6, label=f"{label} (smoothed)")
         _mark(axes, runs, "step", named=axes is panels[0])
         axes.set_ylabel(kind)
+        _legend_above(axes)
+    panels[-1].set_xlabel("steps")
+    return figure
+
+
+def _draw_tasks(runs: Sequence[History]) -> Any:
+    """A panel for each task that the runs have scored."""
+    tasks = scored_tasks(runs)
+    figure, panels = _figure("Scores of tasks", len(tasks), runs)
+    for axes, task in zip(panels, tasks):
+        draw_task(axes, runs, task)
+        _mark(axes, runs, "step", named=axes is panels[0])
         _legend_above(axes)
     panels[-1].set_xlabel("steps")
     return figure

@@ -131,6 +131,27 @@ class EvalRecord:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """A metric of a task, over ``documents`` of its documents. ``error``: its standard error if it has one. ``metric``
+    has the name of the answers' filter behind a stroke where there are several, as ``exact_match/strict-match``."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    documents: int
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """Scores of ``evaluate.tasks`` after ``step`` steps; ``seconds``: wall time that scoring took."""
+
+    step: int
+    scores: tuple[TaskScore, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class AnswerRecord:
     """What the model answered to a prompt after ``step`` steps; ``stopped``: whether it ended the answer itself."""
 
@@ -222,8 +243,27 @@ def is_of_round(name: str) -> bool:
     return name.startswith("train/") and (bare in ROUND_NAMES or bare.startswith(ROUND_PREFIXES))
 
 
-def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
+TASKS = "tasks/"
+"""How the names of tasks' numbers begin: ``tasks/TASK/METRIC``, ``tasks/TASK/METRIC_stderr``,
+``tasks/TASK/documents``."""
+
+
+def task_scalars(record: TaskRecord) -> dict[str, float]:
+    """Logged numbers of ``record`` by name."""
+    values: dict[str, float] = {}
+    for one in record.scores:
+        name = f"{TASKS}{one.task}/{one.metric}"
+        values[name] = one.value
+        if one.error is not None:
+            values[f"{name}_stderr"] = one.error
+        values[f"{TASKS}{one.task}/documents"] = one.documents
+    return values
+
+
+def scalars(record: StepRecord | EvalRecord | TaskRecord) -> dict[str, float]:
     """Logged numbers of ``record`` by name, without those that are not known. NaN and infinity stay as they are."""
+    if isinstance(record, TaskRecord):
+        return task_scalars(record)
     names = STEP_NAMES if isinstance(record, StepRecord) else EVAL_NAMES
     values = {name: getattr(record, attribute) for name, attribute in names.items()}
     if isinstance(record, StepRecord):

@@ -15,7 +15,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import JsonLines
 from llm_parallel.lines import note
 from llm_parallel.metrics.console import ConsoleSink
-from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord
+from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord, TaskRecord
 from llm_parallel.metrics.sinks import JsonlSink, PrometheusSink, Sink, TensorBoardSink, WandbSink
 
 
@@ -115,6 +115,10 @@ class Metrics:
     def eval(self, record: EvalRecord) -> None:
         """Records an evaluation everywhere."""
         self._each(lambda sink: sink.eval(record))
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Records scores of tasks everywhere."""
+        self._each(lambda sink: sink.tasks(record))
 
     def answer(self, record: AnswerRecord) -> None:
         """Records an answer of the model everywhere."""

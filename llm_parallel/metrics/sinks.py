@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import JsonLines
-from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord, scalars
+from llm_parallel.metrics.record import AnswerRecord, EvalRecord, StepRecord, TaskRecord, scalars
 
 
 class Sink(Protocol):
@@ -30,6 +31,9 @@ class Sink(Protocol):
 
     def eval(self, record: EvalRecord) -> None:
         """Records an evaluation."""
+
+    def tasks(self, record: TaskRecord) -> None:
+        """Records scores of tasks."""
 
     def answer(self, record: AnswerRecord) -> None:
         """Records an answer of the model."""
@@ -84,6 +88,10 @@ class JsonlSink(QuietSink):
         """Appends the line of an evaluation."""
         self._lines.append({"step": record.step, **scalars(record)})
 
+    def tasks(self, record: TaskRecord) -> None:
+        """Appends the line of tasks' scores."""
+        self._lines.append({"step": record.step, **scalars(record), "tasks/seconds": record.seconds})
+
     def answer(self, record: AnswerRecord) -> None:
         """Appends the line of an answer."""
         self._lines.append({"event": "answer", **asdict(record)})
@@ -110,6 +118,10 @@ class TensorBoardSink(QuietSink):
         """Writes the scalars of an evaluation."""
         self._write(record)
 
+    def tasks(self, record: TaskRecord) -> None:
+        """Writes the scores of tasks."""
+        self._write(record)
+
     def answer(self, record: AnswerRecord) -> None:
         """Writes prompt and answer as a text under the prompt's name."""
         ending = "" if record.stopped else " …"
@@ -120,7 +132,7 @@ class TensorBoardSink(QuietSink):
         """Flushes and closes the event file."""
         self._writer.close()
 
-    def _write(self, record: StepRecord | EvalRecord) -> None:
+    def _write(self, record: StepRecord | EvalRecord | TaskRecord) -> None:
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record.step)
 
@@ -161,6 +173,10 @@ class WandbSink(QuietSink):
         """Sends the scalars of an evaluation."""
         self._run.log({"step": record.step, **scalars(record)})
 
+    def tasks(self, record: TaskRecord) -> None:
+        """Sends the scores of tasks."""
+        self._run.log({"step": record.step, **scalars(record)})
+
     def close(self) -> None:
         """Waits until everything is sent."""
         self._run.finish()
@@ -199,19 +215,23 @@ class PrometheusSink(QuietSink):
         """Sets the gauges of an evaluation."""
         self._set(record)
 
+    def tasks(self, record: TaskRecord) -> None:
+        """Sets the gauges of tasks."""
+        self._set(record)
+
     def close(self) -> None:
         """Frees the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
-    def _set(self, record: StepRecord | EvalRecord) -> None:
+    def _set(self, record: StepRecord | EvalRecord | TaskRecord) -> None:
         self._gauge("train/step").set(record.step)
         for name, value in scalars(record).items():
             self._gauge(name).set(value if math.isfinite(value) else math.nan)
 
     def _gauge(self, name: str) -> Any:
         if name not in self._gauges:
-            safe_name = "llm_parallel_" + name.replace("/", "_")
+            safe_name = "llm_parallel_" + re.sub(r"\W", "_", name, flags=re.ASCII)
             self._gauges[name] = self._client.Gauge(safe_name, name, registry=self._registry)
         return self._gauges[name]

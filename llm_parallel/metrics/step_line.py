@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from llm_parallel.metrics.record import EvalRecord, StepRecord
+from llm_parallel.metrics.record import EvalRecord, StepRecord, TaskRecord
 
 _SEPARATOR = " | "
 _IMPORTANCE = ("step", "skipped", "loss", "eta", "tokens", "grad", "lr", "mfu", "statistics", "memory", "tflops")
@@ -151,6 +151,22 @@ def eval_line(record: EvalRecord, width: int | None = None) -> str:
     if width is None:
         return _SEPARATOR.join(text for _, text in parts)
     return fitted(parts, width, ("loss", "step", *(name for name, _ in parts[2:])))
+
+
+def task_line(record: TaskRecord) -> str:
+    """The line of tasks' scores, shares in percent with their standard errors."""
+    parts, before = [], ""
+    for one in record.scores:
+        named = one.metric if one.task == before else f"{one.task} {one.metric}"
+        error = "" if one.error is None else f" ± {score_text(one.error)}"
+        parts.append(f"{named} {score_text(one.value)}{error}")
+        before = one.task
+    return _SEPARATOR.join([f"tasks after step {record.step}", *parts, f"{record.seconds:.1f} s"])
+
+
+def score_text(value: float) -> str:
+    """A score: a share, which is between 0 and 1, in percent, another number with four digits."""
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

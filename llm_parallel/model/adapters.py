@@ -62,8 +62,16 @@ def scale_of(adapter: AdapterConfig) -> float:
     return adapter.alpha / (math.sqrt(adapter.rank) if adapter.rank_stabilized else adapter.rank)
 
 
-class Adapter(nn.Module):
-    """What the adapters of all linears share. ``on``: whether it takes part in forward."""
+class AnyAdapter(nn.Module):
+    """What all adapters share. ``on``: whether it takes part in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = True
+
+
+class Adapter(AnyAdapter):
+    """What the adapters of all linears share."""
 
     def __init__(self, adapter: AdapterConfig, a: Tensor, b: Tensor, group: Any, sequence_parallel: bool) -> None:
         super().__init__()
@@ -73,7 +81,6 @@ class Adapter(nn.Module):
         self.m = nn.Parameter(b.new_zeros(b.shape[0])) if adapter.dora else None
         """Of DoRA: the trained magnitude of each row of the weight, less the norm of that row."""
         self._squares: Tensor | None = None
-        self.on = True
         self.row_parts = 0
         """With ``kernels.deterministic``, parts of the sum of a row-parallel product; 0 without it."""
 
@@ -142,7 +149,7 @@ class ColumnAdapter(Adapter):
             low_SBR = gather_from_sequence_parallel_region(low_SBR, group=self.group)
         else:
             low_SBR = copy_to_tensor_model_parallel_region(low_SBR, group=self.group)
-        return _add_product(y_SBO, low_SBR, self.wide_b(), self.scale, bool(self.row_parts))
+        return add_product(y_SBO, low_SBR, self.wide_b(), self.scale, bool(self.row_parts))
 
 
 def _wide(b: Tensor, meets: Tensor) -> Tensor:
@@ -169,13 +176,13 @@ class RowAdapter(Adapter):
         x_SBI = self._dropped(x_SBI)
         if self.row_parts:
             low_SBR: Any = RowProduct.apply(x_SBI, self.a, self.row_parts, self.group, self.sequence_parallel)
-            return _add_product(y_SBO, low_SBR, self.b, self.scale, True)
+            return add_product(y_SBO, low_SBR, self.b, self.scale, True)
         low_SBR = F.linear(x_SBI, self.a)
         if self.sequence_parallel:
             low_SBR = reduce_scatter_to_sequence_parallel_region(low_SBR, group=self.group)
         else:
             low_SBR = reduce_from_tensor_model_parallel_region(low_SBR, group=self.group)
-        return _add_product(y_SBO, low_SBR, self.b, self.scale, False)
+        return add_product(y_SBO, low_SBR, self.b, self.scale, False)
 
     def _dropped(self, x_SBI: Tensor) -> Tensor:
         """Dropout with a mask of each rank's own, as every rank has other columns."""
@@ -187,7 +194,7 @@ class RowAdapter(Adapter):
             return F.dropout(x_SBI, self.dropout)
 
 
-def _add_product(y_SBO: Tensor, low_SBR: Tensor, b: Tensor, scale: float, deterministic: bool) -> Tensor:
+def add_product(y_SBO: Tensor, low_SBR: Tensor, b: Tensor, scale: float, deterministic: bool) -> Tensor:
     """y + scale · low bᵀ, in one product."""
     if deterministic:
         # Multiplied and added apart: whether one operation rounds once or twice depends on the place in memory.
@@ -208,7 +215,7 @@ def _without_weight(module: Any, state: dict[str, Any], prefix: str, metadata: A
     del state[f"{prefix}weight"]
 
 
-class _Adapted(nn.Module):
+class Adapted(nn.Module):
     """What our linears have besides megatron-core's: a place for an adapter, None where it has none, and for a frozen
     weight in few bits, whose parameter then is empty."""
 
@@ -260,7 +267,7 @@ class _Adapted(nn.Module):
         return found
 
 
-class ColumnLinear(_Adapted, ColumnParallelLinear):
+class ColumnLinear(Adapted, ColumnParallelLinear):
     """megatron-core's linear whose rows ranks divide, with room for an adapter. ``interleaved``: matrices that stand
     one after the other in it, each of which is divided."""
 
@@ -285,17 +292,7 @@ class ColumnLinear(_Adapted, ColumnParallelLinear):
         return found
 
 
-class OutputLayer(ColumnParallelLinear):
-    """The projection on the vocabulary, whose rows ranks divide."""
-
-    def _forward_impl(self, input: Any, weight: Any, *arguments: Any, **named: Any) -> Any:
-        """megatron-core's product, or that of ``kernels.deterministic``."""
-        if not self.config.kernels.deterministic:
-            return super()._forward_impl(input, weight, *arguments, **named)
-        return ColumnProduct.apply(_seen_by_all(input, named), weight)
-
-
-class RowLinear(_Adapted, RowParallelLinear):
+class RowLinear(Adapted, RowParallelLinear):
     """megatron-core's linear whose columns ranks divide, with room for an adapter."""
 
     def __init__(self, *arguments: Any, config: LlamaTransformerConfig, **named: Any) -> None:
@@ -338,6 +335,11 @@ def adapters_of(models: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
         for layer, linear, module in linears_of(chunk):
             if module.adapter is not None:
                 yield layer, linear, module.adapter
+
+
+def every_adapter(models: Sequence[Any]) -> list[AnyAdapter]:
+    """All adapters that a process holds, on the vocabulary too."""
+    return [module for chunk in models for module in chunk.modules() if isinstance(module, AnyAdapter)]
 
 
 @torch.no_grad()
@@ -417,7 +419,7 @@ def whole_delta(model: ModelConfig, adapter: AdapterConfig, linear: str, a: Tens
 @contextmanager
 def adapters_off(network: Network) -> Iterator[None]:
     """While inside, a model computes what it computes without its adapters: the reference of a preference loss."""
-    found = [adapter for *_, adapter in adapters_of(network.models)]
+    found = every_adapter(network.models)
     for adapter in found:
         adapter.on = False
     try:

@@ -113,11 +113,21 @@ def flops_per_token(
     frozen = (
         model.num_layers * (count.attention_per_layer + count.mlp_per_layer) + _vocabulary(model) * model.hidden_size
     )
-    return whole - 2 * frozen + 6 * adapter_parameters(model, adapter)
+    beside = whole_parameters(model, adapter)
+    if "lm_head" in adapter.modules_to_save:
+        frozen -= _vocabulary(model) * model.hidden_size
+    return whole - 2 * frozen + 6 * (adapter_parameters(model, adapter) - beside)
+
+
+def whole_parameters(model: ModelConfig, adapter: AdapterConfig) -> int:
+    """Parameters of the model's own that are trained beside its adapters."""
+    tables = len(set(adapter.modules_to_save))
+    matrices = min(tables, 1) if model.tie_embeddings else tables
+    return (matrices * _vocabulary(model) if matrices else 0) * model.hidden_size + model.value_head * model.hidden_size
 
 
 def adapter_parameters(model: ModelConfig, adapter: AdapterConfig) -> int:
-    """Parameters of all adapters of a model."""
+    """Parameters that a run of adapters trains: those of all adapters, and of what is trained beside them."""
     heads, groups = (count * model.kv_channels for count in (model.num_attention_heads, model.num_query_groups))
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     sides = {
@@ -130,8 +140,12 @@ def adapter_parameters(model: ModelConfig, adapter: AdapterConfig) -> int:
         "down": ffn + hidden,
     }
     rows = {"q": heads, "k": groups, "v": groups, "o": hidden, "gate": ffn, "up": ffn, "down": hidden}
-    magnitudes = sum(rows[target] for target in set(adapter.targets)) if adapter.dora else 0
-    return model.num_layers * (adapter.rank * sum(sides[target] for target in set(adapter.targets)) + magnitudes)
+    magnitudes = sum(rows[target] for target in set(adapter.targets) & set(rows)) if adapter.dora else 0
+    in_layers = set(adapter.targets) & set(sides)
+    layers = model.num_layers * (adapter.rank * sum(sides[target] for target in in_layers) + magnitudes)
+    on_vocabulary = len(set(adapter.targets) - in_layers)
+    of_vocabulary = on_vocabulary and on_vocabulary * adapter.rank * (_vocabulary(model) + hidden)
+    return layers + of_vocabulary + whole_parameters(model, adapter)
 
 
 def _vocabulary(model: ModelConfig) -> int:

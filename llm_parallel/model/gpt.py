@@ -19,7 +19,7 @@ from llm_kernels.linear_cross_entropy.op import linear_cross_entropy, weighted_l
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.data.batch import Documents
-from llm_parallel.model.adapters import OutputLayer, add_adapters
+from llm_parallel.model.adapters import add_adapters
 from llm_parallel.model.deterministic import token_losses
 from llm_parallel.model.entropy import entropy
 from llm_parallel.model.heads import ValueHead
@@ -30,6 +30,7 @@ from llm_parallel.model.noise import add_embedding_noise
 from llm_parallel.model.numerics import Numerics
 from llm_parallel.model.observe import Seen, observe
 from llm_parallel.model.sequence import Angles, sequence_info, whole_length
+from llm_parallel.model.vocabulary_adapters import OutputLayer, add_vocabulary_adapters, trained_whole
 from llm_parallel.parallel.engine import FrozenBase, Network
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
@@ -167,6 +168,9 @@ class LlamaModel(LanguageModule):
         """Embeddings of the tokens [B, S] at the positions ``ranges`` of samples of ``length`` tokens, with noise in
         training where that is wanted."""
         embedded_SBH = self.embedding(tokens, None)
+        adapter = getattr(self.embedding, "adapter", None)
+        if adapter is not None and adapter.on:
+            embedded_SBH = adapter(tokens, embedded_SBH)
         alpha, mesh = self.numerics.embedding_noise, self.groups.mesh
         if not alpha or not self.training or numbers is None:
             return embedded_SBH
@@ -262,13 +266,15 @@ def build_network(
     adapter: AdapterConfig | None = None,
 ) -> Network:
     """This process's chunks of a model, in the order of their virtual stages, with initial weights that ``seed``
-    decides, and with adapters in place of trainable weights if they are given. A process may hold several networks."""
+    decides, and with adapters on frozen weights if they are given. A process may hold several networks."""
     models = [LlamaModel(model, numerics, groups, stages, seed, stage) for stage in range(stages.vpp)]
     if adapter is not None:
         for chunk in models:
             chunk.is_frozen = True
             add_adapters(chunk, adapter, groups, seed)
-    return Network.of(models, groups, stages, None if adapter is None else FrozenBase(adapter))
+            add_vocabulary_adapters(chunk, adapter, groups, seed)
+    base = None if adapter is None else FrozenBase(adapter, trained_whole(model, adapter))
+    return Network.of(models, groups, stages, base)
 
 
 def build_policy(config: RunConfig, groups: Groups) -> Network:

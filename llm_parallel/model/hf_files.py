@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llm_parallel.errors import UserError
 from llm_parallel.files import refuse_outside
 
@@ -101,6 +103,16 @@ def is_pointer(path: Path) -> bool:
     return False
 
 
+def _model_of(path: Path) -> str:
+    """Which model a run file names, ours or one of another system, as the end of a sentence."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for name in ("run_dir", "output_dir", "export_dir", "model_name_or_path") if isinstance(values, dict) else ():
+            if isinstance(values.get(name), str):
+                return f", such as {values[name]}, its {name}"
+    return ""
+
+
 def what_it_is(path: str | Path) -> str | None:
     """One sentence about a file or folder that holds a model in a form which is not read, and what to do; None if it is
     nothing that is known."""
@@ -108,6 +120,8 @@ def what_it_is(path: str | Path) -> str | None:
     if path.is_file():
         if path.suffix == ".gguf":
             return f"{path} is a GGUF file, which llama.cpp reads; {REWRITE}"
+        if path.suffix in (".yaml", ".yml"):
+            return f"{path} is a run file; give the folder of a model{_model_of(path)}"
         return f"{path} is a file; give the folder that holds it"
     if not path.is_dir():
         return None

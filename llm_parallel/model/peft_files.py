@@ -22,7 +22,15 @@ from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.model.adapters import PROJECTIONS, adapters_of, linears_of, rows_by_projection, targets_of
-from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, kind_of
+from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, canonical_parameters, kind_of
+from llm_parallel.model.vocabulary_adapters import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    PREFIXES,
+    WEIGHTS,
+    own_rows,
+    vocabulary_adapters,
+)
 from llm_parallel.parallel.engine import Network
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -38,7 +46,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 ``CHANGING`` that is ``null`` or ``false``."""
 CHANGING = (
     *PLAIN,
-    *("fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "modules_to_save", "layers_to_transform"),
+    *("fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layers_to_transform"),
     *("layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
     *("arrow_config", "kasa_config", "velora_config", "monteclora_config"),
 )
@@ -52,6 +60,16 @@ _MODULES = {projection: module for module, (_, projection) in _PLACES.items()}
 _TENSOR = re.compile(
     r"base_model\.model\.model\.layers\.(\d+)\.([a-z_.]+)\.lora_(A\.weight|B\.weight|magnitude_vector)"
 )
+_OUTER = "base_model.model."
+_PATHS = {EMBED_TOKENS: f"{_OUTER}model.{EMBED_TOKENS}", LM_HEAD: f"{_OUTER}{LM_HEAD}"}
+_FACTORS = {
+    EMBED_TOKENS: (f"{_PATHS[EMBED_TOKENS]}.lora_embedding_A", f"{_PATHS[EMBED_TOKENS]}.lora_embedding_B"),
+    LM_HEAD: (f"{_PATHS[LM_HEAD]}.lora_A.weight", f"{_PATHS[LM_HEAD]}.lora_B.weight"),
+}
+"""Names of the adapters on the embedding, whose A is [rank, tokens] and B [hidden, rank], and on the output."""
+_WHOLE = {name: f"{path}.weight" for name, path in _PATHS.items()}
+"""Names of weights that were trained whole. Beside an adapter PEFT also writes the weight under it, which is frozen."""
+_FROZEN = tuple(f"{path}.base_layer.weight" for path in _PATHS.values())
 
 
 class PeftFolder:
@@ -76,7 +94,9 @@ class PeftFolder:
             dora=bool(values.get("use_dora")),
             dropout=values.get("lora_dropout", 0.0),
             targets=self._targets(),
+            modules_to_save=self._whole(values),
         )
+        self._shares = bool(values.get("ensure_weight_tying"))
 
     def _refuse_other_functions(self, values: Mapping[str, Any]) -> None:
         for name in CHANGING:
@@ -94,12 +114,14 @@ class PeftFolder:
         """The projections that have factors, which says more than ``target_modules``: a list, a pattern, or
         "all-linear"."""
         found: dict[str, set[int]] = {}
-        for name in self._tensors:
+        on_vocabulary = [name for name, factors in _FACTORS.items() if factors[0] in self._tensors]
+        known = {*_FROZEN, *_WHOLE.values(), *(factor for name in on_vocabulary for factor in _FACTORS[name])}
+        for name in (name for name in self._tensors if name not in known):
             parts = _TENSOR.fullmatch(name)
             if parts is None or parts[2] not in _PLACES:
                 raise UserError(
                     f"{self.folder / WEIGHTS_NAME} has {name}; adapters here are on {', '.join(_MODULES.values())} of "
-                    "the layers only"
+                    f"the layers, on {EMBED_TOKENS} and on {LM_HEAD} only"
                 )
             found.setdefault(_PLACES[parts[2]][1], set()).add(int(parts[1]))
         layers = max(found.values(), key=len, default=set())
@@ -109,12 +131,30 @@ class PeftFolder:
                     f"{self.folder / WEIGHTS_NAME} has {_MODULES[projection]} of some layers only; adapters here are "
                     "on the same projections of all layers"
                 )
-        if not found:
+        if not found and not on_vocabulary:
             raise UserError(f"{self.folder / WEIGHTS_NAME} holds no adapters; give another folder")
-        self.num_layers = len(layers)
-        return tuple(
-            projection for projections in PROJECTIONS.values() for projection in projections if projection in found
-        )
+        self.num_layers = len(layers) if found else None
+        of_layers = [name for projections in PROJECTIONS.values() for name in projections if name in found]
+        return (*of_layers, *on_vocabulary)
+
+    def _whole(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The weights that were trained whole; PEFT names some of them more than once."""
+        given = {str(name).rpartition(".")[2] for name in values.get("modules_to_save") or ()}
+        if others := sorted(given - set(_WHOLE)):
+            raise UserError(
+                f"{self.folder / CONFIG_NAME} has modules_to_save = {json.dumps(others)}; trained whole beside "
+                f"adapters are {' and '.join(_WHOLE)} only"
+            )
+        held = {name for name, tensor in _WHOLE.items() if tensor in self._tensors}
+        if given and values.get("ensure_weight_tying"):  # then the one that is named stands for both
+            given |= held
+        if odd := sorted(held ^ given):
+            raise UserError(
+                f"{self.folder / WEIGHTS_NAME} {'has' if odd[0] in held else 'lacks'} {_WHOLE[odd[0]]}, and "
+                f"modules_to_save in {CONFIG_NAME} is {json.dumps(sorted(given))}; load it into its model with PEFT, "
+                "and save both anew"
+            )
+        return tuple(name for name in _WHOLE if name in given)
 
     def base_path(self) -> str:
         """Where the model under the adapter is. Raises UserError if it is not a folder here."""
@@ -127,25 +167,61 @@ class PeftFolder:
 
     def check(self, model: ModelConfig) -> None:
         """Raises UserError if the adapter is for a model of other sizes."""
-        if self.num_layers != model.num_layers:
+        self._check_vocabulary(model)
+        if self.num_layers not in (None, model.num_layers):
             raise UserError(
                 f"{self.folder} has adapters for {self.num_layers} layers, and the model has {model.num_layers}; give "
                 "the model that they were trained on"
             )
-        for projection in self.settings.targets:
+        for projection in (name for name in self.settings.targets if name in _MODULES):
             linear = next(linear for linear, those in PROJECTIONS.items() if projection in those)
             rows, columns = _size(model, linear, projection)
             sizes: dict[str, tuple[int, ...]] = {"A": (self.settings.rank, columns), "B": (rows, self.settings.rank)}
             if self.settings.dora:
                 sizes[MAGNITUDE] = (rows,)
             for factor, wanted in sizes.items():
-                name = _tensor_name(0, projection, factor)
-                shape = tuple(self._tensors[name].shape) if name in self._tensors else None
-                if shape != wanted:
-                    raise UserError(
-                        f"{name} in {self.folder} has shape {shape and list(shape)}, and the model needs "
-                        f"{list(wanted)}; give the model that the adapters were trained on"
-                    )
+                self._check_shape(_tensor_name(0, projection, factor), wanted)
+
+    def _check_vocabulary(self, model: ModelConfig) -> None:
+        assert model.vocab_size is not None
+        table, rank = (model.vocab_size, model.hidden_size), self.settings.rank
+        for name in set(self.settings.targets) & set(_FACTORS):
+            of_embedding = name == EMBED_TOKENS
+            self._check_shape(_FACTORS[name][0], (rank, table[0] if of_embedding else table[1]))
+            self._check_shape(_FACTORS[name][1], (table[1] if of_embedding else table[0], rank))
+            if model.tie_embeddings and self._shares:
+                raise UserError(
+                    f"{self.folder / CONFIG_NAME} has ensure_weight_tying = true and adapts {name} of a model with "
+                    "tied embeddings, so that both have the same factors; adapters here have their own: merge it with "
+                    "PEFT"
+                )
+        for name in self.settings.modules_to_save:
+            self._check_shape(_WHOLE[name], table)
+        if model.tie_embeddings and self.settings.modules_to_save:
+            parts = [self._tensors[_WHOLE[name]] for name in self.settings.modules_to_save]
+            if len(parts) < len(_WHOLE) or not torch.equal(*parts):
+                raise UserError(
+                    f"{self.folder} trained {' and '.join(self.settings.modules_to_save)} of a model with tied "
+                    "embeddings apart; here they stay one matrix: merge it with PEFT, or train it with "
+                    "ensure_weight_tying"
+                )
+
+    def _check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        shape = tuple(self._tensors[name].shape) if name in self._tensors else None
+        if shape != wanted:
+            raise UserError(
+                f"{name} in {self.folder} has shape {shape and list(shape)}, and the model needs {list(wanted)}; give "
+                "the model that the adapters were trained on"
+            )
+
+    def vocabulary_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of the adapter on the embedding or the output projection, whole, as ours are."""
+        a, b = (self._tensors[factor] for factor in _FACTORS[name])
+        return (a.t() if name == EMBED_TOKENS else a), b
+
+    def whole(self, name: str) -> Tensor:
+        """The weight of the embedding or the output projection, if it was trained whole."""
+        return self._tensors[_WHOLE[name]]
 
     def factors(self, model: ModelConfig, layer: int, linear: str) -> tuple[Tensor, Tensor]:
         """A and B of the adapter of one linear, whole, as ours are."""
@@ -219,9 +295,9 @@ def load_peft(folder: PeftFolder, network: Network) -> None:
     are not changed. Raises UserError if the adapters are not of the network's kind."""
     assert network.base is not None
     here, theirs = network.base.adapter, folder.settings
-    for name in ("rank", "alpha", "rank_stabilized", "dora", "targets"):
+    for name in ("rank", "alpha", "rank_stabilized", "dora", "targets", "modules_to_save"):
         ours, saved = getattr(here, name), getattr(theirs, name)
-        if set(ours) != set(saved) if name == "targets" else ours != saved:
+        if set(ours) != set(saved) if isinstance(ours, tuple) else ours != saved:
             ours, saved = (list(x) if isinstance(x, tuple) else x for x in (ours, saved))
             raise UserError(f"adapter.{name} is {ours}, and {folder.folder} has {saved}; make them the same")
     mesh, at, model = network.groups.mesh, network.groups.at, network.models[0].model_config
@@ -244,6 +320,21 @@ def load_peft(folder: PeftFolder, network: Network) -> None:
             met, norms = adapter.rows_met(), adapter.squares(weights[layer, linear]).sqrt()
             beside = adapter.m.float() - norms
             adapter.m.copy_(beside if met is None else torch.where(met, beside, 0.0))
+    _load_vocabulary(folder, network)
+
+
+def _load_vocabulary(folder: PeftFolder, network: Network) -> None:
+    """The same for what is on the vocabulary, and for what was trained whole."""
+    groups = network.groups
+    for name, adapter in vocabulary_adapters(network.models):
+        for factor, whole in zip("ab", folder.vocabulary_factors(name)):
+            held = getattr(adapter, factor)
+            held.copy_(own_rows(f"{PREFIXES[name]}{factor}", whole, held, groups))
+    for name in folder.settings.modules_to_save:
+        for chunk in network.models:
+            for own, parameter in canonical_parameters(chunk):
+                if own == WEIGHTS[name]:
+                    parameter.copy_(own_rows(own, folder.whole(name), parameter, groups))
 
 
 def peft_tensors(
@@ -267,8 +358,20 @@ def peft_tensors(
     return found
 
 
-def write_peft(folder: Path, tensors: dict[str, Tensor], adapter: AdapterConfig, base: str) -> None:
-    """Writes both files as PEFT writes them."""
+def peft_vocabulary_tensors(model: ModelConfig, name: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """PEFT's tensors of the adapter on the embedding or the output projection, from its whole factors."""
+    size = model.vocab_size
+    found = (a[:size].t(), b) if name == EMBED_TOKENS else (a, b[:size])
+    return {tensor: factor.contiguous() for tensor, factor in zip(_FACTORS[name], found)}
+
+
+def peft_whole_tensor(model: ModelConfig, name: str, weight: Tensor) -> dict[str, Tensor]:
+    """PEFT's tensor of a weight that was trained whole beside adapters."""
+    return {_WHOLE[name]: weight[: model.vocab_size].clone()}
+
+
+def write_peft(folder: Path, tensors: dict[str, Tensor], adapter: AdapterConfig, base: str, tied: bool) -> None:
+    """Writes both files as PEFT writes them. ``tied``: whether the model's embeddings are."""
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     values = {
         "peft_type": "LORA",
@@ -279,7 +382,9 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], adapter: AdapterConfig,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rank_stabilized,
         "use_dora": adapter.dora,
-        "target_modules": sorted(_MODULES[target].rpartition(".")[2] for target in adapter.targets),
+        "target_modules": sorted(_MODULES.get(target, target).rpartition(".")[2] for target in adapter.targets),
+        "modules_to_save": list(adapter.modules_to_save) or None,
+        "ensure_weight_tying": tied and bool(adapter.modules_to_save),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -176,7 +176,7 @@ TENSORS = (
     TensorKind("value_head.weight", Role.VALUE, None, ("score.weight",), in_layer=False, switch="value_head"),
     TensorKind("output_layer.weight", Role.VOCABULARY, 0, ("lm_head.weight",), in_layer=False),
 )
-EMBEDDING, OUTPUT = TENSORS[0], TENSORS[-1]
+EMBEDDING, VALUE, OUTPUT = TENSORS[0], TENSORS[-2], TENSORS[-1]
 ADAPTER_MARK = ".adapter."
 """In the name of every tensor of an adapter, and of no other."""
 
@@ -195,8 +195,14 @@ ADAPTER_TENSORS = (
     *_factors("self_attention.linear_proj", 1, None),
     *_factors("mlp.linear_fc1", None, 0, interleaved=2),
     *_factors("mlp.linear_fc2", 1, None),
+    # A row of A for each token: what is added to its embedding is B times that row.
+    TensorKind(f"embedding{ADAPTER_MARK}a", Role.ADAPTER, 0, (), in_layer=False),
+    TensorKind(f"embedding{ADAPTER_MARK}b", Role.ADAPTER, None, (), in_layer=False),
+    TensorKind(f"output_layer{ADAPTER_MARK}a", Role.ADAPTER, None, (), in_layer=False),
+    TensorKind(f"output_layer{ADAPTER_MARK}b", Role.ADAPTER, 0, (), in_layer=False),
 )
-"""A [rank of all kinds, in], B [out, rank] and, of DoRA, magnitudes [out] of the adapters (``model/adapters.py``).
+"""A [rank of all kinds, in], B [out, rank] and, of DoRA, magnitudes [out] of the adapters (``model/adapters.py``,
+``model/vocabulary_adapters.py``).
 A model has them where a run trains them. Their sizes are those of the run's ``adapter`` section, so ``shape`` does not
 know them."""
 _BY_NAME = {kind.name: kind for kind in (*TENSORS, *ADAPTER_TENSORS)}

@@ -20,10 +20,11 @@ from llm_parallel.parallel.stages import Stages
 
 @dataclass
 class FrozenBase:
-    """The weights under a model's adapters. ``path`` and ``fingerprint``: where they were loaded from, and what tells
-    others from them; None until they are loaded."""
+    """The weights under a model's adapters. ``whole``: names of those that are trained beside the adapters; ``path``
+    and ``fingerprint``: where they were loaded from, and what tells others from them; None until they are loaded."""
 
     adapter: AdapterConfig
+    whole: frozenset[str] = frozenset()
     path: str | None = None
     fingerprint: str | None = None
 

@@ -55,6 +55,30 @@ def factors(shape: Shape, adapter: AdapterConfig) -> list[int]:
     return counts + [int(one.rows) for one in found if adapter.dora]
 
 
+def vocabulary_parameters(shape: Shape, strategy: Strategy, adapter: AdapterConfig, stage: int) -> float:
+    """Numbers of the adapters on the embedding and the output projection that one GPU of a stage holds."""
+    here = (stage == 0) * ("embed_tokens" in adapter.targets)
+    here += (stage == strategy.pp - 1) * ("lm_head" in adapter.targets)
+    return here * adapter.rank * (shape.vocab / strategy.tp + shape.hidden)
+
+
+def whole_tables(shape: Shape, strategy: Strategy, adapter: AdapterConfig, stage: int) -> int:
+    """How many matrices of the vocabulary are trained whole on a stage, beside adapters."""
+    here = {"embed_tokens": stage == 0, "lm_head": stage == strategy.pp - 1}
+    found = sum(here[name] for name in set(adapter.modules_to_save))
+    return min(found, 1) if shape.tied else found
+
+
+def reads_output_input(adapter: AdapterConfig | None) -> bool:
+    """Whether backward reads the input of the output projection."""
+    return adapter is None or "lm_head" in (*adapter.targets, *adapter.modules_to_save)
+
+
+def changes_embedding(adapter: AdapterConfig) -> bool:
+    """Whether embeddings have a gradient."""
+    return "embed_tokens" in (*adapter.targets, *adapter.modules_to_save)
+
+
 def mask_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig) -> float:
     """Bytes of one layer's masks, which say what part of the first factor a row of a matrix meets."""
     return sum(one.kinds * one.rows for one in linears(shape, strategy.tp, adapter) if one.divided_rows)

@@ -203,7 +203,8 @@ def memory_of_stage(shape: Shape, strategy: Strategy, stage: int) -> Memory:
     activations = in_flight(strategy, stage) * chunk_layers * layer_activations(shape, strategy)
     if strategy.plain:
         activations += 2 * 4 * shape.channels * strategy.seq / strategy.cp  # the rotation's table
-    if strategy.adapter is not None and stage == 0 and strategy.recompute == "none":
+    frozen = strategy.adapter is not None and not adapters.changes_embedding(strategy.adapter)
+    if frozen and stage == 0 and strategy.recompute == "none":
         # The first norm's input is the embedding's output, which needs no gradient.
         activations -= in_flight(strategy, stage) / strategy.vpp * _unread_embedding(shape, strategy)
     return Memory(
@@ -247,7 +248,10 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
         dense = size * (parameters - layers * shape.layer_matrices / strategy.tp)
         frozen = dense + layers * adapters.frozen_layer_bytes(shape, strategy, strategy.adapter)
         frozen += layers * adapters.mask_bytes(shape, strategy, strategy.adapter)
+        whole = adapters.whole_tables(shape, strategy, strategy.adapter, stage) * shape.vocab * shape.hidden
+        frozen -= size * whole / strategy.tp
         parameters = layers * adapters.layer_parameters(shape, strategy, strategy.adapter)
+        parameters += whole / strategy.tp + adapters.vocabulary_parameters(shape, strategy, strategy.adapter, stage)
     optimizer = main * parameters + _moments(shape, strategy, stage, parameters)
     if strategy.zero != 1:
         return frozen + size * parameters, held * parameters, optimizer
@@ -267,7 +271,10 @@ def _moments(shape: Shape, strategy: Strategy, stage: int, parameters: float) ->
     if strategy.adapter is not None:
         whole = adapters.factors(shape, strategy.adapter)
         share = sum(count for count in whole if count >= LEAST_IN_8_BITS) / (sum(whole) or 1)
-        eight = share * parameters
+        eight = share * layers * adapters.layer_parameters(shape, strategy, strategy.adapter)
+        tables = adapters.whole_tables(shape, strategy, strategy.adapter, stage)
+        if tables and stage == strategy.pp - 1 and not shape.tied and "lm_head" in strategy.adapter.modules_to_save:
+            eight += shape.vocab * shape.hidden / strategy.tp
     else:
         vectors = 2 * shape.hidden if shape.hidden >= LEAST_IN_8_BITS else 0
         eight = layers * (shape.layer_matrices / strategy.tp + vectors)
@@ -282,7 +289,7 @@ def _logits(shape: Shape, strategy: Strategy) -> float:
     logits."""
     size = 4 if strategy.precision == "fp32" else 2
     # The input of a frozen output projection is not read in backward.
-    inputs = 2 * size * shape.hidden if strategy.adapter is None else size * shape.hidden
+    inputs = (2 if adapters.reads_output_input(strategy.adapter) else 1) * size * shape.hidden
     rows = (inputs + 4 * strategy.plain) / (strategy.tp if strategy.sequence_parallel else 1)
     rows += 8 * strategy.plain  # largest logits, and sums of exponentials
     if strategy.zero == 3:  # only layers are compiled there, so the last norm keeps its input and result in fp32

@@ -19,6 +19,7 @@ from llm_parallel.report.recovery import Life, Recovery, life_of
 from llm_parallel.report.rounds import rounds_section
 from llm_parallel.report.runs import Run, Summary, different_work, differing_fields, loss_at, summarize
 from llm_parallel.report.summary import answers_section, settings_section, split_section, summary_section
+from llm_parallel.report.tasks import tasks_section
 from llm_parallel.report.text import count, unbroken, written
 
 
@@ -47,6 +48,7 @@ def runs_sections(runs: Sequence[Run], pictures: list[Picture]) -> tuple[list[Se
     sections = [
         summary_section(runs, summaries),
         curves,
+        tasks_section(runs, pictures),
         rounds_section(runs, pictures),
         answers_section(runs),
         split_section(runs),

@@ -19,6 +19,7 @@ OTHER_HELD_OUT = (
     "those that leave them are from each source's next epoch on"
 )
 
+OTHER_SCORES = "scores of tasks are not comparable with those before"
 OTHER_LOSS = "steps before minimised something else"
 MEANINGS = {
     "seed": "what is left of each source's epoch is shuffled anew; the same documents stay held out",
@@ -47,6 +48,12 @@ MEANINGS = {
     "train.eval_samples": "held-out losses are of another number of samples",
     "train.label_smoothing": "training losses are not comparable",
     "train.z_loss": "training losses are not comparable",
+    "evaluate.data_dir": OTHER_SCORES,
+    "evaluate.samples": OTHER_SCORES,
+    "evaluate.seed": OTHER_SCORES,
+    "evaluate.shots": OTHER_SCORES,
+    "evaluate.new_tokens": OTHER_SCORES,
+    "evaluate.chat": OTHER_SCORES,
 }
 """Fields whose change matters to a run that goes on → what the change means. A change of the model's sizes is refused;
 the optimizer's betas, epsilon and weight decay are compared with its state; all other fields (layout, logging, folders)
@@ -75,7 +82,8 @@ def changed_fields(saved: RunConfig, now: RunConfig, step: int) -> list[str]:
     found = []
     for name, meaning in MEANINGS.items():
         old, new = _value(saved, name), _value(now, name)
-        if old != new:
+        unscored = meaning == OTHER_SCORES and not (saved.evaluate.tasks and now.evaluate.tasks)
+        if old != new and not unscored:
             found.append(f"{_change(name, old, new)} ({meaning})")
     for at in _some_steps(step + 1, now.train.steps):
         before = learning_rate(saved.optim, saved.train.steps, at)

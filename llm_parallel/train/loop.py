@@ -18,6 +18,7 @@ from llm_parallel.train.guard import TooManySkips
 from llm_parallel.train.open import PRETRAINING, Method, open_run
 from llm_parallel.train.record import Step, StepTimes, is_logged, judge, record_step
 from llm_parallel.train.run import Place, Run
+from llm_parallel.train.scoring import make_up_scores, score_after_step
 from llm_parallel.train.step import StepOutcome, Wishes, apply_gradient, evaluate, forward_backward
 from llm_parallel.train.step_settings import global_batch_size, learning_rate
 from llm_parallel.train.watch import Watch
@@ -43,18 +44,15 @@ def run_training(
                 run.metrics.message(nothing_to_train(run))
             with watch.long():
                 method.begin(run)
+                run.scoring = method.scoring(run)
             make_up_evaluation(run, watch)
-            with run.comm.recording():
-                while not run.state.finished(config.train.steps):
-                    outcome = train_step(run, watch)
-                    if outcome.stop:
-                        run.metrics.message(stopping(run))
-                        run.metrics.event("stop", step=run.state.step)
-                        break
-                    if outcome.pause:
-                        return run.state
-            with watch.long():
-                finish(run)
+            if not run.state.finished(config.train.steps) and not make_up_scores(run, watch):
+                say_stop(run)
+                if not run.state.step:  # there is nothing to save
+                    return run.state
+            elif steps_until_pause(run, watch):
+                return run.state
+            finish(run, watch)
             return run.state
         except TooManySkips:
             run.store.wait()  # all processes stop at the same step, and an earlier checkpoint may be in flight
@@ -66,12 +64,31 @@ def run_training(
         close_groups()
 
 
+def steps_until_pause(run: Run, watch: Watch) -> bool:
+    """Makes the steps that are left, until the run is to stop; whether it pauses instead."""
+    with run.comm.recording():
+        while not run.state.finished(run.config.train.steps):
+            outcome = train_step(run, watch)
+            if outcome.stop:
+                say_stop(run)
+                return False
+            if outcome.pause:
+                return True
+    return False
+
+
 def nothing_to_train(run: Run) -> str:
     """What the console says when the loaded state has made all steps already."""
     made, wanted = run.state.step, run.config.train.steps
     if run.state.stopped_early:
         return f"nothing to train: the run ended after step {made}, {early_stop(run)}"
     return f"nothing to train: the state is that of step {made}, and train.steps is {wanted}; raise it to go on"
+
+
+def say_stop(run: Run) -> None:
+    """Reports that the run ends before its last step."""
+    run.metrics.message(stopping(run))
+    run.metrics.event("stop", step=run.state.step)
 
 
 def stopping(run: Run) -> str:
@@ -117,8 +134,8 @@ def train_step(run: Run, watch: Watch) -> StepOutcome:
     advance(run, size, outcome)
     record_step(run, Step(outcome, times, size, lr, reason), watch.uneven)
     watch.after_step(run)
-    after_step(run, watch, outcome.stop)
-    return outcome
+    goes_on = after_step(run, watch, outcome)
+    return outcome if goes_on else replace(outcome, stop=True)
 
 
 @dataclass
@@ -160,23 +177,25 @@ def advance(run: Run, size: int, outcome: StepOutcome) -> None:
     state.guard = run.guard.state()
 
 
-def after_step(run: Run, watch: Watch, stopping: bool) -> None:
-    """Makes the evaluation and the checkpoint that are due after this step; ``finish`` makes the last ones."""
+def after_step(run: Run, watch: Watch, outcome: StepOutcome) -> bool:
+    """Makes the evaluation, the checkpoint and the scores of tasks that are due after this step; ``finish`` makes the
+    last ones. False if scoring was given up, since the run is to stop."""
     step, last = run.state.step, run.state.step >= run.config.train.steps
     with going_on(run, watch):
         run.store.poll()
-    if last or stopping:
-        return
+    if last or outcome.stop:
+        return True
     if evaluation_is_due(run):
         evaluate_within(run, watch)
         if run.state.stopped_early:
-            return
+            return True
     interval = run.config.checkpoint.interval_steps
     if interval and step % interval == 0:
         with watch.long(), going_on(run, watch):
             run.store.save(run.models, run.state)
             run.metrics.event("save", step=step)
             say_what_is_missing(run)
+    return outcome.pause or score_after_step(run, watch)  # those who go on after a pause make up what is missing
 
 
 def say_what_is_missing(run: Run) -> None:
@@ -244,10 +263,19 @@ def run_evaluation(run: Run) -> float:
     return loss
 
 
-def finish(run: Run) -> None:
-    """Last evaluation (of a run that is complete) and checkpoint; waits until it is on disk."""
-    if run.state.step >= run.config.train.steps:
-        run_evaluation(run)
+def finish(run: Run, watch: Watch) -> None:
+    """Last evaluation (of a run that is complete) and checkpoint, and when it is on disk the last scores of tasks."""
+    with watch.long():
+        if run.state.step >= run.config.train.steps:
+            run_evaluation(run)
+        save_last(run)
+    if run.state.finished(run.config.train.steps):
+        make_up_scores(run, watch)
+    run.metrics.event("end", step=run.state.step)
+
+
+def save_last(run: Run) -> None:
+    """The last checkpoint; waits until it is on disk."""
     try:
         run.store.wait()
     except UserError as error:  # of an earlier checkpoint; whether this one succeeds is what counts
@@ -255,4 +283,3 @@ def finish(run: Run) -> None:
     run.store.save(run.models, run.state, blocking=True)
     say_what_is_missing(run)
     run.store.wait()
-    run.metrics.event("end", step=run.state.step)

@@ -43,7 +43,7 @@ from llm_parallel.train.changes import (
 )
 from llm_parallel.train.feed import Feed, HeldOut, evaluation_batches, token_feed
 from llm_parallel.train.guard import Guard
-from llm_parallel.train.run import AlsoTrained, Place, Run
+from llm_parallel.train.run import AlsoTrained, Place, Run, Scoring
 from llm_parallel.train.watch import Resumed, Watch
 
 
@@ -81,13 +81,19 @@ def nothing_more(run: Run) -> None:
     """For methods that do nothing before the first step or after an evaluation."""
 
 
+def nothing_scored(run: Run) -> Scoring | None:
+    """For runs without ``evaluate.tasks``."""
+    return None
+
+
 @dataclass(frozen=True)
 class Method:
     """What a run trains: what a step minimises, with which models, on what; what else of these it trains; ``initial``
     gives those models the weights that a run begins with which ``checkpoint.load`` does not hold, and returns what is
     to be said of them; which data are held out and how they are judged; ``begin`` is called when the run is open,
     before its first step, and may take long; ``evaluated`` is called after each evaluation. Every process calls both.
-    ``observes``: with accuracy and entropy of the labels, at steps that are logged and in evaluations."""
+    ``observes``: with accuracy and entropy of the labels, at steps that are logged and in evaluations; ``scoring``
+    makes what scores ``evaluate.tasks``, on every process of the open run."""
 
     objective: Callable[[RunConfig], Objective] = likelihood
     evaluation: Callable[[RunConfig], Objective] = unweighted_likelihood
@@ -98,6 +104,7 @@ class Method:
     held_out: Callable[[RunConfig, Groups, TrainState], HeldOut] = evaluation_batches
     begin: Callable[[Run], None] = nothing_more
     evaluated: Callable[[Run], None] = nothing_more
+    scoring: Callable[[Run], Scoring | None] = nothing_scored
     observes: bool = False
 
 
@@ -211,11 +218,11 @@ def new_adapters(config: RunConfig, models: Models) -> Resumed:
     engine, path = models[POLICY], config.adapter.load if config.adapter is not None else None
     origin = f"adapters of the model in {config.checkpoint.load}"
     said: list[str] = []
+    assert isinstance(engine, Engine)
     if path is not None:
-        load_adapters(path, network_of(engine))
-        assert isinstance(engine, Engine)
-        engine.optimizer.reload_model_params()
+        load_adapters(path, engine.network)
         said = made_for_another(path, str(config.checkpoint.load))
+    engine.optimizer.reload_model_params()  # of adapters, and of weights that are trained whole
     return Resumed(TrainState(), origin + (f", from {path}" if path else ""), said)
 
 

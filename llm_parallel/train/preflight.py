@@ -11,7 +11,7 @@ from llm_parallel.data.chat_data import ChatData
 from llm_parallel.data.chat_files import prepare_conversations
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.group_files import prepare_groups
-from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table
+from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table, tokenizer_of_reports
 from llm_parallel.data.prompts import Prompts, prepare_prompts
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -20,7 +20,7 @@ from llm_parallel.parallel.layout import Layout
 from llm_parallel.tasks.open import open_judge
 from llm_parallel.tasks.readings import check_records
 from llm_parallel.train.beside import check_beside
-from llm_parallel.train.inherit import check_reference, inherited, other_tokenizer, with_own_tokenizer
+from llm_parallel.train.inherit import check_reference, inherited, other_tokenizer
 from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import steps_for, total_samples
 
@@ -45,14 +45,15 @@ def preflight(
     config: RunConfig,
     world_size: int | None = None,
     notice: Callable[[str], None] = lambda _: None,
-    starts: bool = False,
 ) -> RunConfig:
     """The configuration with the vocabulary filled in from the tokenizer, after every check that needs no process.
 
     ``world_size``: number of processes if they are already started; ``notice`` is called with what could not be
-    checked; ``starts``: the run begins after this, so that what may vanish is copied to its folder. Raises UserError.
+    checked. A run that begins copies what may vanish to its folder after this (``with_own_tokenizer``). Raises
+    UserError.
     """
     config = with_value_head(inherited(without_own_load(config, notice), notice))
+    config = with_reported_tokenizer(config, notice)
     processes = world_size or num_processes(config)
     device = expected_device(config)
     train = config.train
@@ -62,7 +63,7 @@ def preflight(
     check_kernels(config, device, notice)
     config = check_data(config, notice)
     check_config(config, processes, device)  # type: ignore[arg-type]  # the data may have decided train.steps
-    return with_own_tokenizer(config, notice) if starts else config
+    return config
 
 
 def preflight_job(
@@ -84,6 +85,17 @@ def preflight_job(
     config = check_data(config, notice)
     check_config(config, num_processes(config), device)  # type: ignore[arg-type]  # what its start will check
     return config
+
+
+def with_reported_tokenizer(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
+    """The configuration with the tokenizer that made the token files, where it names neither one nor a vocabulary."""
+    if config.data.tokenizer is not None or config.model.vocab_size is not None or config.reads_chat:
+        return config
+    found = tokenizer_of_reports(config.data)
+    if found is None:
+        return config
+    notice(f"data.tokenizer = {found}, with which {config.data.train[0].path} was prepared")
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": found})})
 
 
 def without_own_load(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -45,6 +46,15 @@ class AlsoTrained:
     rate: float = 1.0
 
 
+class Scoring(Protocol):
+    """Scores benchmarks with the weights of a run."""
+
+    def score(self, run: Run) -> bool:
+        """Scores them and records the scores. False if that was given up, since a process was asked to stop.
+        Collective."""
+        ...
+
+
 @dataclass(kw_only=True)
 class Run:
     """Everything that one process of a run holds.
@@ -53,7 +63,7 @@ class Run:
     are neither trained nor saved, by name; objective, feed: what a step minimises, and on what; evaluation, held_out:
     the same for held-out data; evaluated: called after each evaluation; long: surrounds work that takes longer than a
     step; asked_to_stop: whether this process was; observes: whether accuracy and entropy are recorded; started_s: when
-    the run began, by the monotonic clock of this process."""
+    the run began, by the monotonic clock of this process; scoring: of ``evaluate.tasks``, None if there are none."""
 
     config: RunConfig
     layout: Layout
@@ -76,6 +86,7 @@ class Run:
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=20))
     also: Mapping[str, AlsoTrained] = field(default_factory=dict)
     besides: dict[str, Network] = field(default_factory=dict)
+    scoring: Scoring | None = None
 
     @property
     def engine(self) -> Engine:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES
@@ -20,5 +22,10 @@ METHODS = {
 
 
 def method_of(config: RunConfig) -> Method:
-    """The method of a run."""
-    return METHODS[config.trains]
+    """The method of a run, with the scoring of ``evaluate.tasks`` if it has any."""
+    method = METHODS[config.trains]
+    if not config.evaluate.tasks:
+        return method
+    from llm_parallel.evaluate.training import scoring_of
+
+    return replace(method, scoring=scoring_of)

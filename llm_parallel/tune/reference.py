@@ -39,7 +39,9 @@ POINTER = "reference.json"
 
 def is_the_base(config: RunConfig) -> bool:
     """Whether the reference is the policy without its adapters, in every step of the run."""
-    return config.adapter is not None and config.adapter.load is None and config.method.reference.load is None
+    adapter = config.adapter
+    frozen = adapter is not None and adapter.load is None and not adapter.modules_to_save
+    return frozen and config.method.reference.load is None
 
 
 def second_model(config: RunConfig, groups: Groups) -> Network:

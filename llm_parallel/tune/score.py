@@ -30,8 +30,9 @@ from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.loader import MicroBatchLoader
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, sha256_of
-from llm_parallel.model.adapters import adapters_of
-from llm_parallel.model.tensors import ADAPTER_MARK, canonical_parameters
+from llm_parallel.model.adapters import every_adapter
+from llm_parallel.model.tensors import canonical_parameters
+from llm_parallel.model.vocabulary_adapters import is_trained
 from llm_parallel.objectives.base import Output, Terms, Unweighted
 from llm_parallel.parallel.engine import Network
 from llm_parallel.parallel.groups import Groups
@@ -101,10 +102,10 @@ def outputs_of_rows(network: Network, rows: Rows, layout: Layout, pad: int) -> l
 def fingerprint_of(network: Network) -> str:
     """What tells a model's weights from others, whatever their layout; adapters count while they are on. Collective."""
     found, base = Fingerprint(network.groups), network.base
-    off = any(not adapter.on for *_, adapter in adapters_of(network.models))
+    off = any(not adapter.on for adapter in every_adapter(network.models))
     for chunk in network.models:
         for name, parameter in canonical_parameters(chunk):
-            if base is None or (ADAPTER_MARK in name and not off):
+            if base is None or (is_trained(name, base.whole) and not off):
                 found.add(chunk, name, parameter.detach())
     own = found.value()
     if base is None:

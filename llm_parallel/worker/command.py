@@ -20,9 +20,12 @@ from llm_parallel.config.tree import RunConfig
 from llm_parallel.config.tree_online import ONLINE
 from llm_parallel.config.tree_tune import PREFERENCES
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from llm_parallel.evaluate.in_run_file import check_tasks
 from llm_parallel.files import atomic_write
 from llm_parallel.lines import Unheard, note, say
+from llm_parallel.metrics.history import scored_steps
 from llm_parallel.screen import say_next
+from llm_parallel.train.inherit import with_own_tokenizer
 from llm_parallel.train.preflight import preflight
 from llm_parallel.train.room import check_room
 from llm_parallel.worker.show import show_mixture, show_plan
@@ -46,7 +49,10 @@ def train_command(
     world_size = environment.world_size if environment else None
     first = environment is None or environment.rank == 0
     config, origins = load_with_origins(run_file, overrides, _notice if first else _silent)
-    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent, starts=not dry_run)
+    config = preflight(of_kind(config, kind), world_size, _notice if first else _silent)
+    if first:
+        check_tasks(config, _notice)
+    config = config if dry_run else with_own_tokenizer(config, _notice if first else _silent)
     again = " ".join(["llm-parallel", kind, run_file, *map(shlex.quote, overrides)])
     if dry_run:
         if first:
@@ -72,13 +78,18 @@ def is_finished(config: RunConfig) -> bool:
     """Whether the run has made all its steps; if so, says it."""
     newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
     step = step_of(newest) if newest is not None else None
-    if step is None or step < config.train.steps:
+    if step is None or step < config.train.steps or lacks_scores(config, step):
         return False
     say(
         f"{config.run_dir} is finished: {newest} holds step {step}, and train.steps is {config.train.steps}; set a "
         "larger train.steps to go on, or another run_dir to begin anew"
     )
     return True
+
+
+def lacks_scores(config: RunConfig, step: int) -> bool:
+    """Whether the scores of ``evaluate.tasks`` after the last step are still to be made."""
+    return bool(config.evaluate.tasks) and step not in scored_steps(config.run_dir)
 
 
 def after_run(config: RunConfig, status: int, again: str) -> str:
@@ -106,7 +117,8 @@ def of_kind(config: RunConfig, kind: Kind) -> RunConfig:
     if kind == "pretrain" and config.trains == "sft":
         raise UserError(
             "data.train is empty, and chat.train names conversations; use `llm-parallel sft`, or give data.train the "
-            "prefix of a .bin/.idx pair that `llm-parallel prepare` wrote"
+            "prefix of a .bin/.idx pair that `llm-parallel prepare` wrote: texts become one by `llm-parallel prepare "
+            "FILE --out PREFIX --tokenizer FOLDER`"
         )
     return config.model_copy(update={"method": config.method.model_copy(update={"kind": kind})})
 

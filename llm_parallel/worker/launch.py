@@ -26,6 +26,7 @@ from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from llm_parallel.evaluate.in_run_file import check_tasks
 from llm_parallel.lines import Unheard, note, say
 from llm_parallel.parallel.platform import resolve_device
 from llm_parallel.screen import say_next
@@ -63,9 +64,11 @@ def _launch_and_say(
     job = None if asked[0].here else SlurmJob.from_environment(environment)
     gpus = asked[0].gpus_per_node or (job.gpus_per_node if job is not None else 0)
     if job is not None and asked[1].elsewhere:
-        config = with_own_tokenizer(preflight_job(config, gpus, num_processes(config), say), say)
+        config = preflight_job(config, gpus, num_processes(config), say)
     else:
-        config = preflight(config, None, say, starts=True)
+        config = preflight(config, None, say)
+    check_tasks(config, say)
+    config = with_own_tokenizer(config, say)
     again = " ".join(["llm-parallel launch", run_file, *map(shlex.quote, overrides)])
     if is_finished(config):
         say_next(after_run(config, 0, again))
@@ -161,6 +164,7 @@ def _check_runs(runs: Sequence[RunConfig], request: SubmitRequest) -> None:
     gpus = request.gpus
     for config in runs:
         checked = preflight_job(config, gpus, request.nodes * gpus or num_processes(config), note)
+        check_tasks(checked, note)
         check_room(checked, note, len(runs))
 
 

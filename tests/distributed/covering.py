@@ -144,7 +144,10 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 ADAPTER: dict[str, dict[str, Any]] = {
     "none": {},
-    "all": {"adapter.rank": 4},
+    "all": {
+        "adapter.rank": 4,
+        "adapter.targets": ("q", "k", "v", "o", "gate", "up", "down", "embed_tokens", "lm_head"),
+    },
     "nf4": {"adapter.rank": 4, "adapter.base": "nf4"},
     "some": {
         "adapter.rank": 3,

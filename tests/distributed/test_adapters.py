@@ -22,6 +22,8 @@ from tests.support.job import base_config, changed, open_engine, train_steps
 pytestmark = pytest.mark.gloo
 
 SOME = {"adapter.rank": 4, "adapter.targets": ("q", "v", "o", "gate", "down")}
+ON_VOCABULARY = {"adapter.targets": (*SOME["adapter.targets"], "embed_tokens"), "adapter.modules_to_save": ("lm_head",)}
+"""An adapter on the embedding, and the output projection trained whole."""
 OTHERS = [
     ("one process", {}, 1),
     ("TP4, 2 groups", _p(tp=4), 4),
@@ -53,21 +55,20 @@ def assert_goes_on(
 def test_a_checkpoint_holds_adapters_alone_and_goes_on_in_another_layout(tmp_path: Path) -> None:
     from torch.distributed.checkpoint import FileSystemReader
 
-    assert_goes_on(tmp_path, OTHERS[:1])
+    assert_goes_on(tmp_path, OTHERS[:1], ON_VOCABULARY)
     stored = FileSystemReader(str(tmp_path / "iter_0000002")).read_metadata().state_dict_metadata
-    of_model = [key for key in stored if key.startswith("decoder.")]
-    assert sorted(of_model) == sorted(
-        f"decoder.layers.{linear}.adapter.{factor}"
-        for linear in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-        for factor in "ab"
-    )
+    of_model = [key for key in stored if key.startswith(("decoder.", "embedding", "output"))]
+    in_layers = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    linears = (*(f"decoder.layers.{linear}" for linear in in_layers), "embedding")
+    expected = [f"{linear}.adapter.{factor}" for linear in linears for factor in "ab"]
+    assert sorted(of_model) == sorted([*expected, "output_layer.weight"])
     assert all(".adapter." in key for key in stored if "layers" in key)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_checkpoint_of_adapters_goes_on_in_five_other_layouts(dora: bool, tmp_path: Path) -> None:
-    assert_goes_on(tmp_path, OTHERS, {"adapter.dora": dora})
+@pytest.mark.parametrize("more", [{}, {"adapter.dora": True}, ON_VOCABULARY], ids=["LoRA", "DoRA", "vocabulary"])
+def test_a_checkpoint_of_adapters_goes_on_in_five_other_layouts(more: dict[str, Any], tmp_path: Path) -> None:
+    assert_goes_on(tmp_path, OTHERS, more)
 
 
 @pytest.mark.parametrize(
@@ -90,12 +91,11 @@ def test_a_checkpoint_of_adapters_goes_on_in_five_other_layouts(dora: bool, tmp_
 def test_adapters_go_on_from_memory(
     saved: dict[str, Any], processes: int, other: dict[str, Any], ranks: int, tmp_path: Path
 ) -> None:
-    undisturbed = run_ranks(memory.save_job, processes, saved | SOME, str(tmp_path), None)[0]
-    same = run_ranks(memory.load_job, processes, saved | SOME, processes, str(tmp_path), None)[0]
+    saved, other = ({**SOME, **({} if "adapter.dora" in one else ON_VOCABULARY), **one} for one in (saved, other))
+    undisturbed = run_ranks(memory.save_job, processes, saved, str(tmp_path), None)[0]
+    same = run_ranks(memory.load_job, processes, saved, processes, str(tmp_path), None)[0]
     assert same == undisturbed
-    assert (
-        worst(undisturbed, run_ranks(memory.load_job, ranks, other | SOME, processes, str(tmp_path), None)[0]) <= 1e-6
-    )
+    assert worst(undisturbed, run_ranks(memory.load_job, ranks, other, processes, str(tmp_path), None)[0]) <= 1e-6
 
 
 def replicas(rank: int, world_size: int, changes: dict[str, Any]) -> tuple[History, dict[str, np.ndarray]]:
@@ -253,7 +253,7 @@ def test_adapters_can_be_switched_off() -> None:
 def held_bytes(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Bytes of weights, gradients and optimizer state that a rank holds, and the prediction for its stage."""
     from llm_parallel.checkpoint.optimizer import allocate_moments
-    from llm_parallel.model.adapters import adapters_of
+    from llm_parallel.model.adapters import every_adapter
     from llm_parallel.parallel.mcore_optimizer import inner_optimizers
     from llm_parallel.planner.memory import memory_of_stage
     from llm_parallel.planner.shapes import shape_of, strategy_of
@@ -263,7 +263,7 @@ def held_bytes(rank: int, world_size: int, changes: dict[str, Any]) -> dict[str,
     allocate_moments(engine)
     parameters = [parameter for model in engine.models for parameter in model.parameters()]
     weights = [part for p in parameters for part in (p.stored.tensors if hasattr(p, "stored") else (p,))]
-    weights += [adapter.meets for *_, adapter in adapters_of(engine.models) if hasattr(adapter, "meets")]
+    weights += [adapter.meets for adapter in every_adapter(engine.models) if hasattr(adapter, "meets")]
     inner = inner_optimizers(engine.optimizer)
     mains = [p for one in inner for group in one.param_groups for p in group["params"]]
     moments = [one.state[p][name] for one in inner for p in one.state for name in ("exp_avg", "exp_avg_sq")]
@@ -285,7 +285,8 @@ def test_bytes_that_are_held_are_those_predicted(kind: str) -> None:
         "int8": _p(dp=2) | {"train.precision": "bf16"},
         "nf4": _p(tp=2, pp=2),
     }[kind]
-    for rank in run_ranks(held_bytes, 4 if kind == "nf4" else 2, layout | SOME | {"adapter.base": kind}):
+    some = SOME if kind == "int8" else SOME | ON_VOCABULARY
+    for rank in run_ranks(held_bytes, 4 if kind == "nf4" else 2, layout | some | {"adapter.base": kind}):
         for name, (measured, predicted) in rank.items():
             print(f"| {kind} | {name} | {measured:.0f} | {predicted:.0f} | {predicted / measured - 1:+.2%} |")
             assert abs(predicted / measured - 1) <= 0.05, (name, measured, predicted)

@@ -76,6 +76,20 @@ def merged(by_rank: list[tuple], kind: float) -> list[Any]:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
+def test_generation_with_adapters_on_the_vocabulary_is_the_same_in_every_layout() -> None:
+    adapter = {"adapter.rank": 4, "adapter.targets": ("q", "down", "embed_tokens", "lm_head")}
+    shared = adapter | {"model.tie_embeddings": True, "model.vocab_size": 101}
+    greedy, expected = merged(alone := run_ranks(trained, 1, shared, True), 0.0), alone[0][2]
+    for answer, log_probs in zip(greedy, expected):
+        np.testing.assert_allclose(answer.log_probs, log_probs, atol=2e-5)
+    by_rank = run_ranks(trained, 4, shared | {"parallel.tp": 2, "parallel.pp": 2}, True)
+    for ours, theirs in zip(merged(by_rank, 0.0), greedy, strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=2e-5)
+
+
+@pytest.mark.gloo
 @pytest.mark.parametrize("tied", [False, True])
 def test_generation_between_steps_is_the_same_in_every_layout(tied: bool) -> None:
     tie: dict[str, Any] = {"model.tie_embeddings": tied, **(ADAPTER if tied else {})}

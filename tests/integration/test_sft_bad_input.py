@@ -130,8 +130,8 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
     "an early stop without evaluations": (
         given("train.early_stop_evaluations=2"), ("train.early_stop_evaluations = 2", "train.eval_interval_steps=1")
     ),
-    "a stage of LLaMA-Factory": (given("--stage", "dpo"), ("stage", "`llm-parallel sft`")),
-    "a template of LLaMA-Factory": (given("--template", "qwen"), ("chatml or a Jinja file", "leave it out")),
+    "a stage of LLaMA-Factory": (given("--stage", "dpo"), ("method.kind = dpo", "`llm-parallel prefer`")),
+    "a template of LLaMA-Factory": (given("--template", "vicuna"), ("chatml or a Jinja file", "leave it out")),
     "a way to train of LLaMA-Factory": (given("--use_galore", "true"), ("use_galore",)),
     # adapters and what they are on
     "a base that is not there": (given("checkpoint.load=/nowhere"), ("checkpoint.load = /nowhere does not exist",)),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_launch import wire
+from llm_launch.absence import Absence
 from llm_launch.controller import Controller
 from llm_parallel.config.tree import RunConfig
 
@@ -72,6 +73,12 @@ class FakeAgent:
                 self.tell({**left, "copy_lost": self.nodes.lose_copies.pop(0), "message": "a copy has changed"})
                 del self.ranks[device]
                 return
+            if self.name in self.nodes.refusals:
+                error, text = self.nodes.refusals[self.name]
+                left = {"is": "left", "device": device, "outcome": "failed", "generation": self.generation}
+                self.tell({**left, "error": error, "message": text})
+                del self.ranks[device]
+                return
             step = self.nodes.restored_step(message["restore"])
             self.tell({"is": "training", "device": device, "step": step, "generation": self.generation})
         elif kind in ("abort", "pause", "stop"):
@@ -126,6 +133,12 @@ class Nodes:
         self.own_s: dict[tuple[str, int], float] = {}
         self.stack = 'File "distributed_c10d.py", in all_reduce'
         self.restarts = True
+        self.away: set[str] = set()
+        """Nodes whose agents do not come."""
+        self.refusals: dict[str, tuple[str, str]] = {}
+        """By node, the class and message of the error that its workers raise before they train."""
+        self.absences: list[Absence] = []
+        """What the starter has seen of nodes that are not there, since the controller last asked."""
         self.kept: list[bool] = []
         """What each agent was told at the end about its memory copies."""
         self._port = 0
@@ -147,10 +160,17 @@ class Nodes:
             self._start(node)
 
     def _start(self, name: str) -> None:
+        if name in self.away:
+            return
         agent = self.agents[name] = FakeAgent(self, name, list(range(self.expected[name])))
         task = asyncio.get_running_loop().create_task(agent.run(self._port))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def look(self) -> list[Absence]:
+        """What a test has put there."""
+        found, self.absences = self.absences, []
+        return found
 
     def condemn(self, node: str, reason: str) -> None:
         """Nothing."""

@@ -100,9 +100,8 @@ def test_a_folder_whose_name_would_be_an_option_is_refused(folder: str) -> None:
         check_request(SubmitRequest(1, 0, options=("--x=a\r#SBATCH --y",)), HERE, CONFIG)
 
 
-LETTERS = st.text(
-    st.characters(blacklist_categories=("C", "Z"), blacklist_characters='"\\/') | st.just(" "), min_size=1
-)
+PRINTED = st.characters(blacklist_categories=("C", "Z"), blacklist_characters='"\\/')
+LETTERS = st.text(st.sampled_from(" %#'$&;|*()[]{}!~ü") | PRINTED, min_size=1)
 
 
 @given(LETTERS.filter(lambda name: name.strip() not in ("", ".", "..")), st.lists(LETTERS, max_size=3))
@@ -139,7 +138,11 @@ def test_an_agent_runs_after_its_set_up(tmp_path: Path) -> None:
     script = "import os, sys; print(os.getcwd(), os.environ['GREETING'], sys.argv[1:])"
     done = subprocess.run(step.command([sys.executable, "-c", script, "--node", "x y"]), capture_output=True, text=True)
     assert done.stdout == "/ a b ['--node', 'x y']\n", done.stderr
-    assert AgentStep(agent_python="python3").command([sys.executable, "-m", "x"]) == ["python3", "-m", "x"]
+    here, other = [sys.executable, "-c", "import os; print(os.getcwd())"], AgentStep(agent_python=sys.executable)
+    assert AgentStep().command(here) == here
+    begun = subprocess.run(other.command(here), capture_output=True, text=True, cwd="/")
+    assert begun.stdout == f"{Path.cwd()}\n", begun.stderr
+    assert AgentStep(agent_python="python3").command(here)[-3:] == ["python3", *here[1:]]
     for bad in (AgentStep(("container-image=x",)), AgentStep(("--a\n--b",)), AgentStep(agent_python="")):
         with pytest.raises(UserError, match=r"--srun|--agent-python"):
             bad.check()
@@ -240,7 +243,6 @@ def test_array(tmp_path: Path) -> None:
         (SubmitRequest(4, spares=1, segment=2), "--segment 2 does not divide 5 nodes"),
         (SubmitRequest(4, switches="few"), "--switches few must be a number"),
         (SubmitRequest(4, throttle=2), "--throttle 2 is for the runs of an --array"),
-        (SubmitRequest(3, gpus_per_node=3), "parallel.tp"),
     ],
 )
 def test_bad_requests(request_: SubmitRequest, words: str) -> None:
@@ -354,6 +356,16 @@ def test_switches_above_a_node() -> None:
     assert switches_above(tree) == "spine.leaf2"
     assert switches_above({"SLURM_TOPOLOGY_ADDR": "n7", "SLURM_TOPOLOGY_ADDR_PATTERN": "node"}) == ""
     assert switches_above({}) == ""
+
+
+def test_the_agents_step_has_no_terminal(tmp_path: Path) -> None:
+    """With --unbuffered, srun would give each task one, and a log its bars. The user's options come after ours."""
+    fake(tmp_path, "srun", f"printf '%s\\n' \"$@\" > {tmp_path}/seen; printenv PYTHONUNBUFFERED >> {tmp_path}/seen")
+    job = SlurmJob("7", 0, "n1", {"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert job.start_agents(["agent"], ["n1", "n2"], ["--cpu-bind=cores"]).wait(60) == 0
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert not {"--unbuffered", "-u", "--pty"} & {*seen}
+    assert seen[-3:] == ["--cpu-bind=cores", "agent", "1"] and seen.index("--cpu-bind=none") < len(seen) - 3
 
 
 def test_failures_of_slurm_are_slurm_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

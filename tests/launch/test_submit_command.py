@@ -215,6 +215,11 @@ def test_what_a_dry_run_of_training_checks_is_checked(
         assert shown.out.startswith("#!/bin/bash\n") and "submit would refuse this now: " in shown.err
 
 
+def test_the_layout_must_fit_the_gpus(run_file: Path, there: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"parallel\.tp"):
+        submit(run_file, there, "parallel.tp=2", "device=auto", "parallel.dp=null", nodes=3, gpus_per_node=3)
+
+
 def test_every_run_of_an_array_is_checked(run_file: Path, there: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.seq_length_tokens"):
         submit(run_file, there, array="data.seq_length_tokens=32,4096000")

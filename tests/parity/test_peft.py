@@ -31,12 +31,33 @@ KINDS: dict[str, dict[str, Any]] = {
         "use_dora": True,
     },
     "pattern": {"r": 4, "lora_alpha": 16, "target_modules": r".*\.(k_proj|o_proj|gate_proj|down_proj)"},
+    "vocabulary": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "whole": {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "output whole": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["v_proj", "embed_tokens"],
+        "modules_to_save": ["lm_head"],
+    },
+    "tied, whole": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["v_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"],
+        "ensure_weight_tying": True,
+    },
+    "tied, vocabulary": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
 }
 TARGETS = {
     "all": tuple(MODULES),
     "some, rsLoRA": ("q", "v", "up"),
     "DoRA": ("q", "v", "o", "up", "down"),
     "pattern": ("k", "o", "gate", "down"),
+    "vocabulary": ("q", "embed_tokens", "lm_head"),
+    "whole": ("v",),
+    "output whole": ("v", "embed_tokens"),
+    "tied, whole": ("v",),
+    "tied, vocabulary": ("q", "embed_tokens", "lm_head"),
 }
 
 
@@ -53,11 +74,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(base: Path, kind: str, folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     """PEFT's model with a second factor that is not zero, and its files."""
     torch.manual_seed(1)
-    model = peft.get_peft_model(load_hf(base, dtype), peft.LoraConfig(**KINDS[kind], task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(load_hf(base, dtype), peft.LoraConfig(**deepcopy(KINDS[kind]), task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.normal_(0.0, 0.1)
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.01)
     model.save_pretrained(folder)
     return model
 
@@ -65,7 +88,7 @@ def adapted(base: Path, kind: str, folder: Path, dtype: torch.dtype = torch.floa
 def theirs(model: Any, steps: int = STEPS) -> dict[str, Any]:
     """Gradients of the first step, the losses of all, and the logits after them."""
     trained = {
-        name.replace(".default", "").replace("vector.weight", "vector"): p
+        name.replace(".default", "").replace("vector.weight", "vector").replace(".modules_to_save", ""): p
         for name, p in model.named_parameters()
         if p.requires_grad
     }
@@ -85,6 +108,17 @@ def theirs(model: Any, steps: int = STEPS) -> dict[str, Any]:
     return {"gradients": first, "losses": losses, "logits": logits}
 
 
+def of_kind(base: Path, kind: str, folder: Path) -> Path:
+    """The model for a kind of adapters: with tied embeddings, or as it is."""
+    if not kind.startswith("tied"):
+        return base
+    model = load_hf(base, torch.float32)
+    tied = type(model)(type(model.config)(**{**model.config.to_dict(), "tie_word_embeddings": True}))
+    tied.load_state_dict(model.state_dict() | {"lm_head.weight": model.state_dict()["model.embed_tokens.weight"]})
+    tied.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def written(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PEFT folder with adapters on all projections."""
@@ -101,6 +135,7 @@ def adapter_config(kind: str, folder: Path | None) -> dict[str, Any]:
         "rank_stabilized": settings.get("use_rslora", False),
         "dora": settings.get("use_dora", False),
         "targets": TARGETS[kind],
+        "modules_to_save": tuple(settings.get("modules_to_save", ())),
         "load": folder and str(folder),
     }
 
@@ -138,7 +173,9 @@ def ours(
     from llm_parallel.data.batch import Batch
     from llm_parallel.generate.forward import pipeline_logits
     from llm_parallel.model.adapters import adapters_of
-    from llm_parallel.model.peft_files import peft_tensors
+    from llm_parallel.model.peft_files import peft_tensors, peft_vocabulary_tensors, peft_whole_tensor
+    from llm_parallel.model.tensors import canonical_parameters
+    from llm_parallel.model.vocabulary_adapters import WEIGHTS, vocabulary_adapters
     from llm_parallel.parallel.groups import open_groups
     from llm_parallel.parallel.layout import Layout
     from llm_parallel.parallel.platform import open_platform
@@ -170,6 +207,12 @@ def ours(
                 tensors = (found.a, found.b, *([] if found.m is None else [found.m]))
                 gradients = [tensor.main_grad for tensor in tensors]
                 first |= peft_tensors(config.model, config.adapter, layer, linear, *gradients)
+            for name, found in vocabulary_adapters(engine.models):
+                first |= peft_vocabulary_tensors(config.model, name, found.a.main_grad, found.b.main_grad)
+            by_name = dict(canonical_parameters(engine.models[0]))
+            for name in config.adapter.modules_to_save:
+                if WEIGHTS[name] in by_name:
+                    first |= peft_whole_tensor(config.model, name, by_name[WEIGHTS[name]].main_grad)
             first = {name: gradient.clone().numpy() for name, gradient in first.items()}
         apply_gradient(engine, outcome, LR, 0.0)
         losses.append(outcome.loss)
@@ -181,10 +224,15 @@ def ours(
     return {"gradients": first, "losses": losses, "logits": None if logits is None else logits.numpy()}
 
 
-@pytest.mark.parametrize("kind", ["all", "some, rsLoRA", "DoRA", pytest.param("pattern", marks=pytest.mark.slow)])
+SLOW = ("pattern", "whole", "vocabulary", "tied, whole", "output whole")
+GRADIENTS = ["all", "some, rsLoRA", "DoRA", "tied, vocabulary"]
+
+
+@pytest.mark.parametrize("kind", [*GRADIENTS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
 def test_gradients_steps_and_logits_are_pefts(kind: str, base: Path, tmp_path: Path) -> None:
     """From PEFT's files, which thus are read. Adam divides a gradient by its size, so that the rounding of small ones
     grows: PEFT itself in fp32 says how far logits may be from its own in fp64."""
+    base = of_kind(base, kind, tmp_path / "tied")
     model = adapted(base, kind, tmp_path / "peft")
     in_fp32 = theirs(deepcopy(model).float())["logits"]
     expected = theirs(model)
@@ -251,6 +299,22 @@ def test_ten_steps_of_dora_are_pefts_in_layouts(family: str, parallel: dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"tp": 2, "pp": 2}, {"tp": 4}, {"pp": 2}], ids=["tp2-pp2", "tp4", "pp2"])
+@pytest.mark.parametrize("kind", ["tied, whole", "tied, vocabulary", "output whole"])
+def test_steps_on_the_vocabulary_are_pefts_in_layouts(
+    kind: str, parallel: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    base = of_kind(base, kind, tmp_path / "tied")
+    expected = theirs(adapted(base, kind, tmp_path / "peft"), 6)
+    settings = adapter_config(kind, tmp_path / "peft")
+    ranks = parallel.get("tp", 1) * parallel.get("pp", 1)
+    for found in run_ranks(ours, ranks, str(base), settings, parallel, str(tmp_path / "run"), 6):
+        worst = np.abs(np.array(found["losses"]) / expected["losses"] - 1).max()
+        print(f"| {kind} | {parallel} | losses {worst:.1e} |")
+        assert worst <= 1e-5
+
+
+@pytest.mark.slow
 def test_more_ranks_than_groups_read_pefts_files_too(base: Path, tmp_path: Path) -> None:
     expected = theirs(adapted(base, "some, rsLoRA", tmp_path / "peft"))
     settings = adapter_config("some, rsLoRA", tmp_path / "peft")
@@ -258,9 +322,13 @@ def test_more_ranks_than_groups_read_pefts_files_too(base: Path, tmp_path: Path)
     assert np.abs(np.array(found["losses"]) / expected["losses"] - 1).max() <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["all", "DoRA", pytest.param("some, rsLoRA", marks=pytest.mark.slow)])
+ROUND_TRIPS = ("some, rsLoRA", "tied, vocabulary", "tied, whole", "output whole", "vocabulary")
+
+
+@pytest.mark.parametrize("kind", ["all", "DoRA", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ROUND_TRIPS)])
 def test_peft_and_transformers_read_what_we_write(kind: str, base: Path, tmp_path: Path) -> None:
     """PEFT our adapters, transformers the merged model, and ``generate``'s loader all three."""
+    base = of_kind(base, kind, tmp_path / "tied")
     adapted(base, kind, tmp_path / "peft", torch.float32)
     settings = adapter_config(kind, tmp_path / "peft")
     wanted = run_ranks(ours, 1, str(base), settings, {}, str(tmp_path / "run"))[0]["logits"]
@@ -283,7 +351,7 @@ def test_peft_and_transformers_read_what_we_write(kind: str, base: Path, tmp_pat
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("ranks", {"rank_pattern": {"q_proj": 2}}, 'rank_pattern = {"q_proj": 2}'),
     ("alphas", {"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-    ("whole modules", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ("other whole modules", {"modules_to_save": ["norm"]}, 'modules_to_save = ["norm"]'),
     ("layers", {"layers_to_transform": [0]}, "layers_to_transform"),
     ("bias", {"bias": "all"}, 'bias = "all"'),
     ("transposed", {"fan_in_fan_out": True}, "fan_in_fan_out"),

@@ -43,10 +43,15 @@ _BRIDGE = ("ip", "link", "add", "br0", "type", "bridge", "forward_delay", "0")
 
 
 class Namespaces(Cluster):
-    """Slurm with nodes n1 to n<nodes> at 10.77.0.1 and on; slurmctld, sbatch and all of ``run`` at 10.77.0.254."""
+    """Slurm with nodes n1 to n<nodes> at 10.77.0.1 and on; slurmctld, sbatch and all of ``run`` at 10.77.0.254.
 
-    def __init__(self, folder: Path, nodes: int = 4, gpus: int = 0) -> None:
-        super().__init__(folder, nodes, gpus)
+    ``cpus``: CPUs of each node, 8 if not given. ``own_name``: the address that a node's /etc/hosts gives for the node
+    itself, as Debian's installer writes 127.0.1.1; the nodes' addresses then have no other source than their names."""
+
+    def __init__(self, folder: Path, nodes: int = 4, cpus: Sequence[int] = (), own_name: str | None = None) -> None:
+        super().__init__(folder, nodes)
+        self.cpus = dict(zip(self.nodes, cpus))
+        self.own_name = own_name
         self._makers: list[subprocess.Popen[bytes]] = []
         self._inits: dict[str, psutil.Process] = {}
 
@@ -88,8 +93,12 @@ class Namespaces(Cluster):
     def up(self) -> None:
         """Starts every daemon and waits until all nodes are idle."""
         self._write_files()
-        addresses = [f"{NETWORK}.{number} {name}" for number, name in enumerate(self.nodes, 1)]
-        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{CONTROLLER} control", *addresses, ""]))
+        addresses = {name: f"{NETWORK}.{number}" for number, name in enumerate(self.nodes, 1)}
+        for of in ("", *self.nodes):
+            own = {of: self.own_name} if of and self.own_name else {}
+            lines = [f"{address} {name}" for name, address in {**addresses, **own}.items()]
+            text = "\n".join(["127.0.0.1 localhost", f"{CONTROLLER} control", *lines, ""])
+            (self.folder / f"hosts{of}").write_text(text)
         self._begin("", ("setpriv", "--pdeathsig", "KILL"))
         for command in (
             ["hostname", "control"],
@@ -114,10 +123,11 @@ class Namespaces(Cluster):
         return f"control({CONTROLLER})"
 
     def _node_lines(self, gres: str) -> str:
-        return (
-            f"SlurmctldPort={self.port}\nSlurmdPort={self.port + 1}\n"
-            f"NodeName={self._all()} NodeAddr={NETWORK}.[1-{len(self.nodes)}] CPUs=8 RealMemory=4000{gres} "
+        address = "" if self.own_name else f"NodeAddr={NETWORK}."
+        return f"SlurmctldPort={self.port}\nSlurmdPort={self.port + 1}\n" + "".join(
+            f"NodeName={name} {address and f'{address}{number}'} CPUs={self.cpus.get(name, 8)} RealMemory=4000{gres} "
             "State=UNKNOWN\n"
+            for number, name in enumerate(self.nodes, 1)
         )
 
     def _start_node(self, node: str) -> None:
@@ -129,6 +139,7 @@ class Namespaces(Cluster):
         self._network("link", "set", f"v{node}", "master", "br0", "up")
         for command in (
             ["hostname", node],
+            ["mount", "--bind", str(self.folder / f"hosts{node}"), "/etc/hosts"],
             ["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"],
             ["ip", "link", "set", "lo", "up"],
             ["ip", "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0"],
@@ -152,6 +163,15 @@ class Namespaces(Cluster):
     def partition(self, node: str) -> None:
         """Pulls the node's cable; what runs there goes on."""
         self._network("link", "set", f"v{node}", "down")
+
+    def hide(self, node: str, path: Path) -> None:
+        """The node has nothing at ``path``: there lies an empty file system of its own."""
+        path.mkdir(parents=True, exist_ok=True)
+        Cluster.run(self, self.inside(node, ["mount", "-t", "tmpfs", "tmpfs", str(path)]))
+
+    def show(self, node: str, path: Path) -> None:
+        """What ``hide`` hid is there again."""
+        Cluster.run(self, self.inside(node, ["umount", "--lazy", str(path)]))
 
     def heal(self, node: str) -> None:
         """Puts the cable back."""

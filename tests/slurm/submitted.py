@@ -15,17 +15,18 @@ from tests.support.commands import Corpus, write_run_file
 
 
 class Submitted:
-    """A run of four nodes that ``llm-parallel submit`` handed to Slurm. It ends only by ``end_soon`` or ``stop``, so no
-    fault can come too late for it."""
+    """A run on all nodes of a cluster that ``llm-parallel submit`` handed to Slurm. It ends only by ``end_soon`` or
+    ``stop``, so no fault can come too late for it."""
 
-    def __init__(self, cluster: Cluster, corpus: Corpus, *options: str) -> None:
+    def __init__(self, cluster: Cluster, corpus: Corpus, *options: str, folder: str = "job") -> None:
         self.cluster = cluster
-        self.folder = cluster.folder / "job"
-        train, optim = {"steps": 100_000, "global_batch_size": 8}, {"schedule": "constant"}
+        self.folder = cluster.folder / folder
+        nodes = len(cluster.nodes)
+        train, optim = {"steps": 100_000, "global_batch_size": 2 * nodes}, {"schedule": "constant"}
         self.run_file = write_run_file(
-            corpus, self.folder, parallel={"dp": 4}, train=train, optim=optim, data={"eval_fraction": 0.0}
+            corpus, self.folder, parallel={"dp": nodes}, train=train, optim=optim, data={"eval_fraction": 0.0}
         )
-        command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(self.run_file), "--nodes", "4"]
+        command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(self.run_file), "--nodes", str(nodes)]
         command += ["--gpus-per-node", "0", *options]
         printed = cluster.run(["env", "OMP_NUM_THREADS=1", *command], timeout_s=60)
         self.job = printed.split()[1].rstrip(";")
@@ -42,6 +43,10 @@ class Submitted:
     def reach(self, step: int) -> None:
         """Waits for a step."""
         self._until(lambda: max(self.steps(), default=0) >= step, 120, f"step {step}")
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Waits for what happens while the job lasts."""
+        self._until(condition, 200, what)
 
     def _until(self, condition: Callable[[], bool], timeout_s: float, what: str, ended: bool = False) -> None:
         over = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
@@ -78,6 +83,15 @@ class Submitted:
         over = ("RUNNING", "COMPLETING")
         self._until(lambda: self.cluster.job(self.job)["JobState"] not in over, 200, "the job's end", ended=True)
         return self.cluster.job(self.job)
+
+    def again(self) -> None:
+        """Submits its batch file once more, as ``status`` says of a run that has ended."""
+        self.job = self.cluster.run(["sbatch", "--parsable", str(self.run / "submit.sbatch")])
+
+    def status(self) -> str:
+        """What ``llm-parallel status`` says first, on a machine that is none of the job's nodes."""
+        command = [sys.executable, "-m", "llm_parallel.cli", "status", str(self.run)]
+        return self.cluster.run(command, timeout_s=60).splitlines()[0].removeprefix(f"{self.run}: ")
 
     def log(self) -> str:
         """End of what the job printed."""

@@ -105,14 +105,14 @@ def open_engine(config: RunConfig, rank: int, world_size: int) -> Any:
 
 @torch.no_grad()
 def fill_adapters(engine: Any) -> None:
-    """Gives adapters a second factor that is not zero, the same in every layout, so that both have a gradient."""
+    """Gives adapters no factor that is zero, the same in every layout, so that both have a gradient."""
     from llm_parallel.model.init import normal_rows
     from llm_parallel.model.tensors import canonical_parameters, kind_of
 
     mesh, at = engine.groups.mesh, engine.groups.at
     for model in engine.models:
         for name, parameter in canonical_parameters(model):
-            if name.endswith(".adapter.b"):
+            if name.endswith(".adapter.b") or name == "embedding.adapter.a":
                 kind, (rows, rank) = kind_of(name), parameter.shape
                 held = kind.shard(rows * (1 if kind.sharded_dim is None else mesh.tp), mesh.tp, at.tp)
                 parameter.copy_(0.1 * torch.cat([normal_rows(1, name, part, rank) for part in held]))

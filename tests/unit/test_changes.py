@@ -15,6 +15,7 @@ SAVED = RunConfig.model_validate(
         "train": {"steps": 40},
         "optim": {"lr": 1e-3, "min_lr": 1e-4},
         "adapter": {"rank": 8},
+        "evaluate": {"tasks": ["boolq"]},
     }
 )
 
@@ -45,6 +46,12 @@ CHANGES = {
     "train.z_loss": 1e-4,
     "chat.prepared": "data/0123456789abcdef",
     "chat.neftune_alpha": 5.0,
+    "evaluate.data_dir": "sets",
+    "evaluate.samples": 7,
+    "evaluate.seed": 1,
+    "evaluate.shots": 2,
+    "evaluate.new_tokens": 9,
+    "evaluate.chat": True,
 }
 
 

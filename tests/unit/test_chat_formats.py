@@ -164,7 +164,7 @@ INFO: dict[str, Any] = {
     "strange": {"file_name": "alpaca.json", "formatting": "xml"},
     "outside": {"file_name": "../alpaca.json"},
     "missing": {"file_name": "none.json"},
-    "some": {"file_name": "alpaca.json", "num_samples": 5},
+    "some": {"file_name": "alpaca.json", "num_samples": 0},
     "tagged": {"file_name": "alpaca.json", "tags": {"robot_tag": "r"}},
 }
 
@@ -193,13 +193,13 @@ def test_data_sets_of_llama_factory(factory: Path, name: str) -> None:
     [
         ("plane", "has no data set 'plane'; did you mean 'plain'"),
         ("hub", "hf_hub_url and no file_name; download it and give"),
-        ("pairs", "ranking, for training by preferences"),
+        ("pairs", "ranking, for training by preferences: `llm-parallel prefer` with method.kind=dpo"),
         ("pictures", "the column 'images': only text can be trained on"),
         ("misspelt", "the unknown key 'formating'; did you mean 'formatting'"),
         ("strange", "the formatting 'xml'; known are"),
         ("outside", "which lies outside its folder"),
         ("missing", "none.json does not exist"),
-        ("some", "num_samples, which is not supported"),
+        ("some", "num_samples 0; give a whole number over 0"),
         ("tagged", "the unknown tag 'robot_tag'"),
     ],
 )

@@ -312,7 +312,10 @@ output_dir: here
     assert (config.model.tie_embeddings, config.model.num_layers, config.model.norm_epsilon) == (True, 8, 1e-6)
     assert (config.optim.lr, config.optim.warmup_steps, config.optim.clip_grad) == (1e-3, 3, 0.5)
     assert (config.checkpoint.interval_steps, config.run_dir) == (5, "here")
-    assert len(notices) == 15
+    assert len(notices) == 16
+    assert notices[-1].startswith(
+        "defaults that differ from those of Megatron-LM: optim.schedule=cosine (there linear)"
+    )
     assert notices[0] == f"{path}:1: tensor_model_parallel_size is read as parallel.tp"
 
 

@@ -36,6 +36,7 @@ MEGATRON_FILES = {
     "llm_parallel/model/layer_spec.py": "layers and their slots",
     "llm_parallel/model/modules.py": "the protocols of the slots, and the layer",
     "llm_parallel/model/adapters.py": "adapters beside its linears, and how they are sharded",
+    "llm_parallel/model/vocabulary_adapters.py": "the same for its embedding and its output projection",
     "llm_parallel/model/attention.py": "self-attention's projections",
     "llm_parallel/model/gpt.py": "the model",
     "llm_parallel/model/heads.py": "how a head's values are gathered, and its weight saved",

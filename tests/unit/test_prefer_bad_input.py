@@ -183,7 +183,7 @@ REFUSED: dict[str, Case] = {
         "sft", [{**row, "label": False} for row in LABELS], [],
         "4 have a label which says that the answer was not liked",
     ),
-    "pairs for sft": ("sft", PAIRS, [], "no conversation can be made"),
+    "pairs for sft": ("sft", PAIRS, [], "`llm-parallel prefer` with method.kind=dpo learns from pairs"),
 }  # fmt: skip
 
 

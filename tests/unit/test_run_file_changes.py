@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from llm_parallel.config.load import describe_fields, load_config
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.data.indexed import TokenFile
 from llm_parallel.errors import UserError
-from llm_parallel.train.changes import MEANINGS, RATE, WITHOUT_EFFECT
+from llm_parallel.train.changes import MEANINGS, RATE, WITHOUT_EFFECT, changed_fields
 from llm_parallel.train.loop import run_training
 from llm_parallel.train.preflight import preflight
 from llm_parallel.train.run import Place
@@ -118,6 +119,17 @@ ONE_RESULT = {
     "checkpoint.keep_last": "1",
 }
 """Changes that must leave every loss as it is, but for the rounding of a sum in another order."""
+SCORED = {
+    "evaluate.data_dir": "sets",
+    "evaluate.samples": "7",
+    "evaluate.seed": "1",
+    "evaluate.shots": "2",
+    "evaluate.new_tokens": "9",
+    "evaluate.chat": "true",
+}
+"""Noticed by a run that scores tasks."""
+SCORED_ALIKE = {"evaluate.tasks", "evaluate.interval_steps", "evaluate.max_running", "evaluate.sandbox"}
+"""No loss depends on them, as tests/integration/test_training_tasks.py shows."""
 NOT_TRIED = {"model.preset", "train.threads_per_process", "optim.warmup_fraction"}
 """The first only fills in other fields; the second is speed alone, and costs more threads than a test may have; the
 third takes the place of another field and has a test of its own."""
@@ -286,15 +298,27 @@ def test_the_runs_own_folder_as_the_place_to_load_from(folder: Path, unchanged: 
     assert any("a run goes on by itself" in text for text in notices)
 
 
-def test_every_field_of_data_model_optim_and_train_is_tried() -> None:
+def test_what_is_scored_otherwise_is_said_by_a_run_that_scores(folder: Path) -> None:
+    def config(*overrides: str) -> RunConfig:
+        return load_config(folder / "run.yaml", overrides, notice=lambda _: None)
+
+    for name, value in SCORED.items():
+        tasks = "evaluate.tasks=[boolq]"
+        (said,) = changed_fields(config(tasks), config(tasks, f"{name}={value}"), STOPPED_AT)
+        assert said.startswith(f"{name} ") and "scores of tasks" in said
+        assert changed_fields(config(), config(f"{name}={value}"), STOPPED_AT) == []
+    assert changed_fields(config(), config("evaluate.tasks=[boolq]", "evaluate.interval_steps=1"), STOPPED_AT) == []
+
+
+def test_every_field_of_data_model_optim_train_and_evaluate_is_tried() -> None:
     fields = {
         ".".join(doc.name.split(".")[:2])
         for doc in describe_fields()
-        if doc.name.split(".")[0] in ("data", "model", "optim", "train") and "." in doc.name
+        if doc.name.split(".")[0] in ("data", "model", "optim", "train", "evaluate") and "." in doc.name
     }
-    assert fields <= set(REFUSED) | set(NOTICED) | set(ONE_RESULT) | NOT_TRIED
+    assert fields <= {*REFUSED, *NOTICED, *ONE_RESULT, *SCORED, *SCORED_ALIKE, *NOT_TRIED}
     said = {name for name in (*MEANINGS, *RATE, *WITHOUT_EFFECT) if name.split(".")[0] not in ("chat", "adapter")}
-    assert said <= set(NOTICED) | NOT_TRIED
+    assert said <= {*NOTICED, *SCORED, *NOT_TRIED}
 
 
 def rows(folder: Path) -> Iterator[str]:
