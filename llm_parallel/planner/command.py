@@ -22,6 +22,7 @@ from llm_parallel.files import atomic_write
 from llm_parallel.goodput.closed_form import best_interval_s, goodput
 from llm_parallel.goodput.rates import Job, find_profile
 from llm_parallel.planner.advice import TIGHT, is_tight, would_fit
+from llm_parallel.planner.explained import check_ep, explained
 from llm_parallel.planner.hardware import Cluster, load_cluster, with_network
 from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
 from llm_parallel.planner.models import planned
@@ -35,16 +36,6 @@ from llm_parallel.planner.steptime import Model
 from llm_parallel.screen import say_next, show
 
 HOUR_S = 3600.0
-_SIZES = {
-    "tp": "tp",
-    "pp": "pp",
-    "cp": "cp",
-    "vpp": "vpp",
-    "mbs": "micro_batch",
-    "ep": "ep",
-    "recompute": "recompute",
-    "dp": "dp",
-}
 _WHAT_IF = ("cluster", "network", "gpus", "global_batch", "seq", "precision", "software")
 
 
@@ -71,7 +62,7 @@ def _plan(request: Question) -> int:
     base = _base(request, cluster)
     began = time.monotonic()
     if request.explain is not None:
-        strategy = _explained(request.explain, base)
+        strategy = explained(request.explain, base)
         _check_explained(request, shape, strategy, cluster)
         found = [evaluate(shape, strategy, cluster)]
         lines: list[str] = []
@@ -269,54 +260,10 @@ def _adapter(text: str | None, config: RunConfig | None) -> AdapterConfig | None
         ) from error
 
 
-def _explained(text: str, base: Strategy) -> Strategy:
-    sizes: dict[str, Any] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        if name not in _SIZES or not value:
-            raise UserError(f"--explain {text}: {part!r} is not one of {', '.join(_SIZES)} with a value, as tp=8")
-        if _SIZES[name] in sizes:
-            raise UserError(f"--explain {text}: {name} is given twice; give it once")
-        if name == "recompute":
-            if value not in ("none", "selective", "full", *(["ops"] if base.zero == 3 else [])):
-                raise UserError(f"--explain {text}: recompute is none, selective or full, not {value}")
-            sizes["recompute"] = value
-        elif not value.isdecimal() or int(value) < 1:
-            raise UserError(f"--explain {text}: {name}={value} must be a whole number of at least 1")
-        else:
-            sizes[_SIZES[name]] = int(value)
-    dp = sizes.pop("dp", None)
-    found = replace(base, **sizes, sequence_parallel=sizes.get("tp", 1) > 1, overlap_pp=sizes.get("vpp", 1) > 1)
-    product = found.tp * found.pp * found.cp
-    made = f"tp={found.tp} x pp={found.pp} x cp={found.cp}"
-    if base.gpus % product:
-        raise UserError(f"--explain {text}: {made} is {product}, which does not divide --gpus {base.gpus}")
-    if dp is not None and dp * product != base.gpus:
-        raise UserError(
-            f"--explain {text}: {made} x dp={dp} is {dp * product}, not --gpus {base.gpus}; use dp={found.dp}"
-        )
-    if base.global_batch % (found.dp * found.micro_batch):
-        raise UserError(
-            f"--explain {text}: --global-batch {base.global_batch} does not divide into micro batches of "
-            f"{found.micro_batch} on {found.dp} replicas"
-        )
-    return found
-
-
-def _check_ep(text: str, shape: Shape, strategy: Strategy) -> None:
-    """Raises UserError for an expert-parallel size that divides neither the experts nor the ranks."""
-    count, ranks = shape.experts.count if shape.experts else 1, strategy.dp * strategy.cp
-    if count % strategy.ep or ranks % strategy.ep:
-        raise UserError(
-            f"--explain {text}: ep={strategy.ep} must divide the {count} expert{'s' * (count > 1)} of a layer and "
-            f"dp x cp = {ranks}"
-        )
-
-
 def _check_explained(request: Question, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
     """Raises UserError with the first rule of our trainer that an explained layout breaks. Megatron-Core has the same
     rules."""
-    _check_ep(request.explain or "", shape, strategy)
+    check_ep(request.explain or "", shape, strategy)
     known = replace(strategy, recompute="full") if strategy.recompute == "ops" else strategy
     config = RunConfig.model_validate(_run_tree(request, shape, known, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cpu" if cluster.host else "cuda")

@@ -11,7 +11,8 @@ from llm_parallel.planner import adapters
 from llm_parallel.planner.hardware import Cluster
 from llm_parallel.planner.memory import ALLOWANCE, CONTEXT_BYTES, Memory, memory, spread
 from llm_parallel.planner.shapes import RECOMPUTES, Recompute, Shape, Strategy
-from llm_parallel.planner.steptime import Model, StepTime
+from llm_parallel.planner.step_parts import StepTime
+from llm_parallel.planner.steptime import Model
 
 MICRO_BATCHES = (1, 2, 4, 8)
 
