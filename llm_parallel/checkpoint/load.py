@@ -182,11 +182,10 @@ def _check_models(folder: Path, content: dict[str, Any], models: Models) -> list
         check_same_architecture(folder, theirs, network_of(model).models[0].model_config)
     _check_adapters(folder, content, network_of(models[POLICY]))
     for name in set(adapted_models(models)) ^ (set(content.get(ADAPTED, ())) & set(models)):
-        held, here = (
-            ("adapters", "a whole model") if name in content.get(ADAPTED, ()) else ("a whole model", "adapters")
-        )
+        kinds = ("adapters", "a whole model")
+        held, wanted = kinds if name in content.get(ADAPTED, ()) else kinds[::-1]
         raise UserError(
-            f"{folder} holds {held} of the {name}, and this run trains {here}; set method.critic.adapters as it was, "
+            f"{folder} holds {held} of the {name}, and this run trains {wanted}; set method.critic.adapters as it was, "
             "or give another run_dir"
         )
     # A checkpoint from before this list existed holds the policy alone.
