@@ -108,13 +108,19 @@ def test_a_reward_model_of_adapters_is_trained_exported_and_judges(
 ) -> None:
     written, base = partial(write_preferences, start, tmp_path), tmp_path / "base"
     assert in_process("convert", start / "run", base).returncode == 0
-    shared: dict[str, Any] = {"adapter": {"rank": 4, "targets": ["q", "v", "down"]}, "checkpoint": {"load": str(base)}}
-    assert train_in_ranks(written("reward", "alone", **shared), 1) == [4]
+    shared: dict[str, Any] = {
+        "adapter": {"rank": 4, "targets": ["q", "v", "down"]},
+        "checkpoint": {"load": str(base)},
+        "optim": {"lr": 1e-2},
+        "train": {"steps": 16},
+    }
+    assert train_in_ranks(written("reward", "alone", **shared), 1) == [16]
     run_file = written("reward", "many", parallel={"tp": 2, "pp": 2}, **shared)
-    assert train_in_ranks(run_file, 4, stop_at=2) == [2] * 4
-    assert train_in_ranks(run_file, 1, "parallel.tp=1", "parallel.pp=1") == [4]
+    assert train_in_ranks(run_file, 4, stop_at=6) == [6] * 4
+    assert train_in_ranks(run_file, 1, "parallel.tp=1", "parallel.pp=1") == [16]
     alone, many = tmp_path / "alone", tmp_path / "many"
-    assert losses(many) == pytest.approx(losses(alone), abs=1e-5) and losses(alone)[4] < losses(alone)[1]
+    assert losses(many) == pytest.approx(losses(alone), abs=1e-4)
+    assert losses(alone)[16] < losses(alone)[1] - 0.01, losses(alone)
     folders = {"run": str(alone), "peft": str(tmp_path / "peft"), "merged": str(tmp_path / "hf"), "base": str(base)}
     for target, options in ((folders["peft"], ()), (folders["merged"], ("--merge",))):
         done = in_process("convert", alone, target, *options)
