@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.measured_on import measured_on
 from llm_parallel.config.load import load_config
 from llm_parallel.config.tree import CheckpointConfig, RunConfig
 from llm_parallel.config.tree_tune import AdapterConfig
@@ -174,10 +172,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = measure(asked.kinds, asked.rounds, asked.base)
     if asked.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        versions = {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "megatron-core")}
-        about = {"command": " ".join(sys.argv), "commit": commit, "machine": platform.processor(), "versions": versions}
-        asked.out.write_text(json.dumps({**about, "threads": 1, "rounds": asked.rounds, "rows": rows}, indent=1) + "\n")
+        about = {**measured_on("peft", "bitsandbytes"), "threads": 1, "rounds": asked.rounds}
+        asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

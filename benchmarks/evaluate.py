@@ -14,17 +14,17 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.measured_on import sentence  # noqa: E402
+
 CONTENDERS = ("ours", "lm-eval hf")
 CASES = {
     "MMLU, 5 examples": ("mmlu", 5, 1.0),
@@ -163,16 +163,8 @@ def main() -> None:
         model = given.model or model_folder(Path(folder) / "model")
         options = {"model": model, "data": data, "documents": given.documents, "batch": given.batch}
         rows = measure(options, given.cases)
-    chip = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "lm-eval"))
-    load = os.getloadavg()[0]
     lines = [
-        f"Command: `.venv/bin/python benchmarks/evaluate.py {' '.join(sys.argv[1:])}`; {chip}, one thread, load "
-        f"{load:.0f}; Python {platform.python_version()}, {versions}; commit {commit.strip()}.",
+        sentence("transformers", "lm-eval"),
         "",
         "Processor-seconds; the same choices and texts are counted last.",
         "",

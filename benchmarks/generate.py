@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -27,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,9 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.measured_on import sentence  # noqa: E402
+
 OURS = ("ours-fp32", "ours-bf16", "ours-int8", "ours-int4")
 PEERS = ("transformers-fp32", "transformers-bf16", "llama.cpp", "vllm-bf16")
 QUICK = ("ours-fp32", "ours-int4", "transformers-fp32", "llama.cpp")
@@ -248,19 +249,12 @@ def model_folder(name: str, made: Path) -> tuple[str, str | None]:
 
 def heading(options: Any, new: int) -> list[str]:
     """What was run, where."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    chip = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
     from llm_parallel.generate.extension import level
 
     return [
         "# Generation beside its peers",
         "",
-        f"Command: `.venv/bin/python benchmarks/generate.py {' '.join(sys.argv[1:])}`; {chip}, one thread each; load "
-        f"{os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, {versions}; our extension: "
-        f"{level()}; commit {commit.strip()}.",
+        f"{sentence('transformers')} One thread each; our extension: {level()}.",
         "",
         f"Greedy, {new} new tokens a prompt, prompts included; contenders take turns by case; medians over the rounds.",
     ]

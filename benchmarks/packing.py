@@ -17,25 +17,24 @@ import inspect
 import json
 import logging
 import os
-import platform
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measured_on import measured_on
 from llm_parallel.parallel.cpu_products import as_torch_multiplies
 
-ROOT = Path(__file__).parents[1]
 MODULES = "json re os shutil random statistics textwrap difflib heapq bisect glob fnmatch csv string logging zipfile"
 SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 LENGTH, ROWS, LR, RANK, VOCABULARY = 256, 4, 2e-4, 8, 8192
@@ -230,10 +229,8 @@ def main() -> None:
                     flush=True,
                 )
     if asked.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        versions = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "megatron-core")}
-        about = {"command": " ".join(sys.argv), "commit": commit, "machine": platform.processor(), "versions": versions}
-        asked.out.write_text(json.dumps({**about, "threads": 1, "tokens": tokens, "rows": rows}, indent=1) + "\n")
+        about = {**measured_on("trl", "peft"), "threads": 1, "tokens": tokens}
+        asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,8 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.measured_on import measured_on  # noqa: E402
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -215,10 +215,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rows = measure(asked.kinds, asked.rounds, folder)
     if asked.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        versions = {name: version(name) for name in ("torch", "transformers", "trl", "megatron-core")}
-        about = {"command": " ".join(sys.argv), "commit": commit, "machine": platform.processor(), "versions": versions}
-        asked.out.write_text(json.dumps({**about, "threads": 1, "rounds": asked.rounds, "rows": rows}, indent=1) + "\n")
+        about = {**measured_on("trl"), "threads": 1, "rounds": asked.rounds}
+        asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     return None
 
 

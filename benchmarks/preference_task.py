@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measured_on import sentence  # noqa: E402
 from tests.support.preference_task import LAYOUTS, SETTINGS, fine_tuned, tune  # noqa: E402
 
 
@@ -62,9 +61,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         lines = measured(arguments, Path(folder))
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    about = f"{platform.processor() or platform.machine()}, torch {metadata.version('torch')}, load {load}"
-    text = "\n".join([*lines, "", about]) + "\n"
+    text = "\n".join([*lines, "", sentence()]) + "\n"
     print(text)
     if arguments.out is not None:
         arguments.out.write_text(text)

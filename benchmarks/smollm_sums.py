@@ -12,18 +12,19 @@ import argparse
 import itertools
 import json
 import math
-import platform
 import random
 import resource
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measured_on import measured_on
+
 LARGEST = 40
 NUM_HELD_OUT = 200
 ANSWER_TOKENS = 8
@@ -107,7 +108,7 @@ def stage(name: str, model: Path, folder: Path, seconds: float) -> dict[str, Any
     return row
 
 
-def measure(base: Path, folder: Path, methods: list[str], rounds: int) -> list[dict[str, Any]]:
+def measure(base: Path, folder: Path, methods: list[str], rounds: int, lr: float) -> list[dict[str, Any]]:
     """Fine-tunes, then each method from the fine-tuned model, with the share of right sums after each."""
     folder.mkdir(parents=True, exist_ok=True)
     write_sums(folder)
@@ -130,7 +131,7 @@ def measure(base: Path, folder: Path, methods: list[str], rounds: int) -> list[d
         if kind == REJECT:
             method["reject"] = {"keep": "above", "least_score": 1}
         train = {"global_batch_size": 128, "micro_batch_size": 4, "steps": rounds}
-        optim = {"lr": 3e-4, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
+        optim = {"lr": lr, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
         path = run_file(folder, kind, tuned, method=method, train=train, optim=optim)
         spent = command("prefer", str(path))
         rows.append(stage(kind, folder / kind, folder, spent))
@@ -144,14 +145,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=[REJECT, GRPO])
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    rows = measure(asked.model.resolve(), asked.folder.resolve(), asked.methods, asked.rounds)
+    rows = measure(asked.model.resolve(), asked.folder.resolve(), asked.methods, asked.rounds, asked.lr)
     if asked.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        versions = {name: version(name) for name in ("torch", "transformers", "megatron-core")}
-        about = {"command": " ".join(sys.argv), "commit": commit, "machine": platform.processor(), "versions": versions}
-        asked.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        asked.out.write_text(json.dumps({**measured_on(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Controller:
         self.copies.remember(trained, remembered.get("model"))
         self._ticker = Ticker(self.fleet, self.copies, starter, self.stop, self._write_status)
         self._started_s = time.monotonic()
-        self._stop = False
+        self.stop_asked = False
         self._trained = False
         self._turn = False
         self._believe: set[int] = set()
@@ -116,7 +116,7 @@ class Controller:
 
     async def _work(self) -> None:
         wait_s, expected = self.config.elastic.wait_s, self.starter.expected
-        await self.fleet.attendance.gather(expected, wait_s, self.fleet.until, lambda: self._stop)
+        await self.fleet.attendance.gather(expected, wait_s, self.fleet.until, lambda: self.stop_asked)
         while True:
             await self._form()
             await self._train()
@@ -130,18 +130,18 @@ class Controller:
 
     def stop(self) -> None:
         """Asks the run to save and end, whatever it has to recover from first."""
-        self._stop = True
+        self.stop_asked = True
         self._pass_on_stop()
         self.fleet.changed.set()
 
     def _pass_on_stop(self) -> None:
-        for node in self.fleet.roster.alive() if self._stop else ():
+        for node in self.fleet.roster.alive() if self.stop_asked else ():
             node.send({"is": "stop"})
 
     @property
     def _nothing_to_save(self) -> bool:
         """Whether to end at once: no step was made in this start, so all is where the start found it."""
-        return self._stop and not self._trained
+        return self.stop_asked and not self._trained
 
     def _enter(self, phase: Phase) -> None:
         if phase is not self.fleet.phase:
@@ -215,15 +215,15 @@ class Controller:
         if not self._hopeless():
             left = len(self._usable())
             self.journal.event("wait", cause=f"{left} devices are left, and the run needs {elastic.min_devices}")
-            await fleet.until(lambda: self._stop or self._hopeless() or self._choose() is not None, wait_s)
-        if self._stop and self._trained:
+            await fleet.until(lambda: self.stop_asked or self._hopeless() or self._choose() is not None, wait_s)
+        if self.stop_asked and self._trained:
             await fleet.until(lambda: self._choose() is not None, STOP_WAIT_S)
         placement = self._choose()
         if self._nothing_to_save:
             raise Stopped(EXIT_STOPPED, Phase.STOPPED)
-        if placement is None and self._stop:
+        if placement is None and self.stop_asked:
             self.journal.say(f"asked to end, and too few devices are left to save step {fleet.step}")
-            raise Stopped(1, Phase.FAILED)
+            raise Stopped(EXIT_TOO_FEW, Phase.FAILED)
         if placement is None and self._hopeless():
             self.journal.fail(Verdict(Fault.ENVIRONMENT, fleet.attendance.why()))
             raise Stopped(1, Phase.FAILED)
@@ -332,7 +332,7 @@ class Controller:
 
     def _better_layout_now(self) -> bool:
         """Whether devices that joined allow a larger world."""
-        if self.fleet.phase is not Phase.TRAINING or self._stop or self.fleet.placement is None:
+        if self.fleet.phase is not Phase.TRAINING or self.stop_asked or self.fleet.placement is None:
             return False
         assigned = set(self.fleet.placement.devices)
         if all(device in assigned for device in self._usable()):

@@ -32,6 +32,8 @@ class Known:
     """Exit status of the run."""
     time_is_up: bool = False
     """Whether SLURM has announced the job's time limit."""
+    stop_asked: bool = False
+    """Whether anybody has asked the run to end, SLURM included."""
     fate: Fate | None = Fate.RUNNING
     """What SLURM says of the job; None if slurmctld does not answer."""
     asked: str = ""
@@ -74,7 +76,7 @@ def decide(known: Known) -> Decision:
         return Decision(Act.END, status, f"slurmctld has not answered for {known.waited_s:.0f} s", given_up=True)
     if known.fate is Fate.QUEUED:
         # The batch script's own status is not 0 either, should SLURM believe it.
-        cause = known.asked or "SLURM or an operator has put it there"
+        cause = known.asked or "SLURM or an operator requeued it"
         return Decision(Act.END, EXIT_STOPPED, cause, queued=True, counts=bool(known.asked) and cause != PREEMPTED)
     if known.fate is Fate.OVER:
         return Decision(Act.END, EXIT_STOPPED, "SLURM has ended this job already", counts=False)
@@ -100,7 +102,7 @@ def _reason(known: Known) -> str:
         return PREEMPTED
     if known.time_is_up:
         return TIME_LIMIT
-    return TOO_FEW if known.status == EXIT_TOO_FEW else ""
+    return TOO_FEW if known.status == EXIT_TOO_FEW and not known.stop_asked else ""
 
 
 def too_often(starts: int, cause: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from llm_launch.copy_files import run_number
 from llm_parallel.config.tree import RunConfig
 
-FIELDS = ("path", "load", "tokenizer", "prepared", "folder")
+FIELDS = ("path", "load", "tokenizer", "prepared", "folder", "data_dir")
 """Names of the fields of a run file that name what workers read."""
 TOKEN_FILES = (".bin", ".idx")
 

@@ -156,6 +156,9 @@ class SlurmJob:
         # of this node may be more than another has, and a step without one may use all that the job has on each node.
         options = ["--no-kill", "--kill-on-bad-exit=0", "--overlap", "--export=ALL", "--cpu-bind=none"]
         options += ["--nodes", count, "--ntasks", count, "--ntasks-per-node=1", "--nodelist", ",".join(nodes)]
+        if "SLURM_GPUS" in self.environment and self.gpus_per_node:
+            # A step of a job that asked for a total (--gpus=16) would ask for that total on its nodes.
+            options += [f"--gpus-per-node={self.gpus_per_node}"]
         # A group of its own: a signal for the batch script is not one for the agents.
         return subprocess.Popen(
             ["srun", *options, "--job-name", "agents", *more, *argv],

@@ -87,7 +87,8 @@ def launch_elastic(
         requests.catch()  # asyncio has removed its handlers, and a signal must not interrupt what follows
         if job is not None:
             bad = used_up(controller.fleet, controller.ledger)
-            status = job.settle(status, requests.time_is_up, bad, controller.fleet.step)
+            asked = bool(requests.received) or controller.stop_asked
+            status = job.settle(status, requests.time_is_up, bad, controller.fleet.step, asked)
     finally:
         controller.close()
     return status

@@ -52,22 +52,25 @@ class SupervisedJob:
         self._end(Decision(Act.END, GIVEN_UP, cause, given_up=True), [])
         return False
 
-    def settle(self, status: int, time_is_up: bool, bad: Mapping[str, str], step: int) -> int:
+    def settle(self, status: int, time_is_up: bool, bad: Mapping[str, str], step: int, stop_asked: bool = False) -> int:
         """Exit status of the batch script after a run that ended with ``status`` after ``step``, once the job is back
         in the queue where it belongs there, to run without the nodes ``bad``: at its time limit, when it is preempted,
-        and when there were too few devices. To be called in the main thread."""
+        and when there were too few devices. ``stop_asked``: whether anybody has asked the run to end. To be called in
+        the main thread."""
         if status in (EXIT_STOPPED, EXIT_TOO_FEW):
             self._keep(step)
         # SLURM sends TERM to all processes of a start that it ends, the commands that ask it too, and KILL only later.
         handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            return self._settle(status, time_is_up, list(bad))
+            return self._settle(Known(status, time_is_up, stop_asked), list(bad))
         finally:
             signal.signal(signal.SIGTERM, handler)
 
-    def _settle(self, status: int, time_is_up: bool, bad: list[str]) -> int:
-        known = Known(status, time_is_up, patience_s=self._patience_s(time_is_up), fruitless=self.record.fruitless,
-                      most_fruitless=self.most_fruitless)  # fmt: skip
+    def _settle(self, known: Known, bad: list[str]) -> int:
+        patience_s = self._patience_s(known.time_is_up)
+        known = replace(
+            known, patience_s=patience_s, fruitless=self.record.fruitless, most_fruitless=self.most_fruitless
+        )
         silent_since: float | None = None
         tries = 0
         while True:
@@ -79,8 +82,12 @@ class SupervisedJob:
                     if tries > TRIES:
                         raise SlurmError("it takes the request, and the job runs on all the same")
                     self.job.requeue(bad)
-            except SlurmAway:
-                silent_since = silent_since or time.monotonic()
+            except SlurmAway as error:
+                if silent_since is None:
+                    silent_since = time.monotonic()
+                    self.journal.say(
+                        f"slurmctld does not answer yet, and is asked for {known.patience_s:.0f} s: {error}"
+                    )
                 decision = decide(replace(known, fate=None, waited_s=time.monotonic() - silent_since))
             except SlurmError as error:
                 known = replace(known, fate=Fate.RUNNING, refusal=str(error))

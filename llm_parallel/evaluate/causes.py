@@ -19,6 +19,7 @@ from llm_parallel.evaluate.results import OURS
 MARKS = re.compile(r"<\|[\w ]+\|>|\[/?INST\]|<(?:start|end)_of_turn>|</?(?:user|assistant|system)>")
 """What chat templates write and plain prompts do not."""
 BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>", "<|startoftext|>")
+BLANKS = re.compile(r"[ \t]+")
 SAME_NUMBERS = 2e-3
 """Log-probabilities of one model in two layouts or kernels in fp32 differ by less."""
 ROUNDING = 0.5
@@ -49,10 +50,13 @@ def causes(first: Mapping[str, Any], second: Mapping[str, Any], pairs: Mapping[s
 
 
 def prompt_difference(one: str, other: str) -> str:
-    """How two prompts of the same document differ: by ``trailing space``, ``begin token``, ``template``, ``examples``
-    (what stands before the question) or ``wording``."""
+    """How two prompts of the same document differ: by ``trailing space`` (which a task that ends its questions with one
+    also leaves in its examples), ``white space`` elsewhere, ``begin token``, ``template``, ``examples`` (what stands
+    before the question) or ``wording``."""
     if one.rstrip() == other.rstrip():
         return "trailing space"
+    if BLANKS.sub(" ", one).rstrip() == BLANKS.sub(" ", other).rstrip():
+        return "trailing space" if one[-1:].isspace() != other[-1:].isspace() else "white space"
     if any(one == begin + other or other == begin + one for begin in BEGINS):
         return "begin token"
     if bool(MARKS.search(one)) != bool(MARKS.search(other)):

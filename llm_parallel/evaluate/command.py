@@ -56,8 +56,8 @@ def evaluate_here(request: EvaluateRequest, member: Member) -> int:
     if member.rank > 0:
         follow_rank_0(request, member)
         return 0
-    if not request.is_server:
-        describe_folder(request.model)  # before data are asked for, which may take a minute
+    if not (request.is_server or request.data_dir or request.demo):
+        describe_folder(request.model)  # before data are asked for over the network, which may take a minute
     folder = made_folder(out_folder(request))
     programs, tasks = open_tasks(request, folder)
     show_found(tasks.found)

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import yaml
 
+from llm_parallel.errors import EXIT_STOPPED
 from llm_parallel.evaluate.demo import write_demo
 from llm_parallel.generate.load import Member
 from llm_parallel.metrics.history import read_history
+from tests.launch.elastic_runs import LIMIT_S, runs_of
 from tests.support.commands import events, losses, train_in_ranks
 from tests.support.data_helpers import write_token_file
 from tests.support.harness import run_ranks
@@ -253,3 +255,63 @@ def test_what_cannot_be_scored_is_refused_before_a_process_starts(folder: Path, 
     (error,) = [line for line in result.stderr.splitlines() if "error: " in line]
     assert words in error
     assert not (folder / f"refused-{case}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_fine_tuning_scores_its_model(folder: Path, tmp_path: Path, kind: str) -> None:
+    """With the chat template, over conversations or pairs of answers, of adapters on TP 2."""
+    train(folder, 1, f"run_dir={tmp_path / 'start'}", "train.steps=1")
+    said = [{"role": "user", "content": "Count to two."}, {"role": "assistant", "content": "One, two."}]
+    pair = {"prompt": said[:1], "chosen": said[1:], "rejected": [{"role": "assistant", "content": "Three."}]}
+    rows = [{"messages": said} if kind == "sft" else pair for _ in range(24)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [
+        f"method.kind={kind}", "data.train=[]", "data.seq_length_tokens=256", f"chat.train=[{tmp_path / 'data.jsonl'}]",
+        "chat.eval_fraction=0.0", "adapter.rank=4", "parallel.tp=2", f"checkpoint.load={tmp_path / 'start'}",
+    ]  # fmt: skip
+    train(folder, 2, *common, f"run_dir={tmp_path / 'plain'}")
+    train(folder, 2, *common, *scored(folder, "unused", chat=True), f"run_dir={tmp_path / 'scored'}")
+    assert losses(tmp_path / "plain") == losses(tmp_path / "scored"), "to the last bit"
+    records = read_history(tmp_path / "scored").tasks
+    assert [record["step"] for record in records] == [0, 2, 4]
+    assert all("tasks/hellaswag/acc" in record and "tasks/nq_open/exact_match" in record for record in records)
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_are_killed_while_it_scores_scores_every_due_step_once(
+    folder: Path, alone: dict[int, dict[str, Any]]
+) -> None:
+    """Workers are killed when a due step is recorded, so that it is being scored or about to be; which of them, and
+    whether the step or its scores are made again, differs from time to time, and what the run says must not."""
+    due = ["evaluate.interval_steps=2", "train.steps=100000", "optim.schedule=constant"]
+    with runs_of(folder / "run.yaml") as start:
+        run = start("parallel.tp=2", "parallel.dp=2", *scored(folder, "elastic"), *due, name="elastic")
+        for step, rank in ((2, 1), (6, 0)):
+            run.reach(step, LIMIT_S)
+            run.first_step_after(run.cause("kill", rank), LIMIT_S)
+        run.reach(run.steps()[-1]["step"] + 3, LIMIT_S)
+        run.stop()
+        assert run.wait() == EXIT_STOPPED
+        last = run.steps()[-1]["step"]
+        history = read_history(run.run_dir)
+        assert len(run.events("detect")) >= 2
+        scored_at = [record["step"] for record in history.tasks]
+        assert scored_at == list(range(0, scored_at[-1] + 1, 2)) and scored_at[-1] >= last - 2
+        expected = losses_alone(folder, last)
+        assert max(abs(loss - expected[step]) for step, loss in run.losses().items()) <= 1e-5
+    assert_alike(alone[0], samples(folder, "elastic", 0), 1e-4)
+
+
+def losses_alone(folder: Path, steps: int) -> dict[int, float]:
+    """Losses of the run of one process to which nothing happens, with the same constant learning rate."""
+    train(folder, 1, f"run_dir={folder / 'undisturbed'}", f"train.steps={steps}", "optim.schedule=constant")
+    return losses(folder / "undisturbed")
+
+
+def test_the_launcher_asks_every_node_for_the_data(folder: Path) -> None:
+    from llm_launch.needs import needs_of
+    from llm_parallel.config.load import load_config
+
+    config = load_config(folder / "run.yaml", scored(folder, "needs"), notice=lambda _: None)
+    assert [str(folder / "sets"), -1] in needs_of(config, folder / "run.yaml")["files"]

@@ -7,6 +7,7 @@ import asyncio
 import io
 import json
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +25,16 @@ from llm_launch import ticker as ticker_module
 from llm_launch.absence import Absence, absences, alike
 from llm_launch.agent import Agent
 from llm_launch.agent_settings import AgentSettings, devices_here
+from llm_launch.blame import Device, Evidence, Fault, Kind, blame
 from llm_launch.controller import Controller
 from llm_launch.copy_files import run_identity
+from llm_launch.ledger import Ledger
 from llm_launch.live_run import read_lines
 from llm_launch.needs import lacking, needs_of
 from llm_launch.network import address_for
 from llm_launch.show import show_status
 from llm_launch.slurm import SlurmJob, is_working
+from llm_launch.starters import LocalStarter
 from llm_launch.steps import SlurmStarter, groups
 from llm_parallel.config.tree import DataConfig, RunConfig, Source
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
@@ -510,3 +514,63 @@ def test_a_node_that_slurm_took_away_comes_back_by_a_job_of_its_own(
         assert calls(tmp_path, "scancel") == ["scancel 9"]
     else:
         assert "QOSMaxSubmitJobPerUserLimit" in absence.reason and "next start" in absence.reason
+
+
+@pytest.mark.processes
+def test_an_agent_of_this_machine_that_ends_is_told_once(tmp_path: Path) -> None:
+    """Here for want of its Python; a new one that is started in its place counts anew."""
+    config = config_of(tmp_path)
+    Path(config.run_dir).mkdir()
+    starter = LocalStarter(config, tmp_path / "f.yaml", {"here": [0]}, "s", {})
+    starter.processes["here"] = subprocess.Popen(["false"])
+    starter.processes["here"].wait()
+    (absence,) = starter.look()
+    assert absence == Absence("here", "its agent ended with status 1; what it said is above", False, True)
+    assert starter.look() == []
+    starter.known.clear()
+    starter.processes["here"] = subprocess.Popen(["sleep", "600"])
+    assert starter.look() == []
+    starter.processes["here"].kill()
+    starter.processes["here"].wait()
+    assert starter.look() == [Absence("here", "its agent ended with signal 9", True, True)]
+
+
+WORLD = [Device(node, index) for node in ("a", "b") for index in (0, 1)]
+
+
+def raised(devices: list[Device], error: str, forming: bool = True) -> list[Evidence]:
+    """What their processes raised."""
+    text = "[Errno 2] No such file or directory: 'x'"
+    return [Evidence(Kind.RAISED, device.node, device, WORLD.index(device), error, text, forming=forming)
+            for device in devices]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("evidence", "fault"),
+    [
+        (raised(WORLD[2:], "UserError"), Fault.SETUP),
+        (raised(WORLD[2:3], "UserError"), Fault.SETUP),
+        (raised(WORLD[1:3], "UserError"), Fault.USER),
+        (raised(WORLD[2:], "UserError", forming=False), Fault.USER),
+        (raised(WORLD[2:], "FileNotFoundError"), Fault.SETUP),
+        (raised(WORLD[2:], "ModuleNotFoundError"), Fault.SETUP),
+        (raised(WORLD[2:], "ModuleNotFoundError", forming=False), Fault.PROGRAM),
+        (raised(WORLD, "ModuleNotFoundError"), Fault.PROGRAM),
+        (raised(WORLD[2:3], "FileNotFoundError"), Fault.ENVIRONMENT),
+    ],
+)
+def test_whose_fault_it_is_that_a_node_cannot_begin(evidence: list[Evidence], fault: Fault) -> None:
+    verdict = blame(evidence, WORLD)
+    assert verdict.fault is fault and (fault is not Fault.SETUP or verdict.nodes == ("b",))
+    alone = [Device("b", index) for index in (0, 1)]
+    assert blame(evidence, alone).fault is not Fault.SETUP, "a run on one node has no other to compare with"
+
+
+def test_what_the_system_refuses_one_node_twice_is_the_nodes() -> None:
+    ledger, verdict = Ledger(), blame(raised(WORLD[2:3], "FileNotFoundError"), WORLD)
+    assert ledger.judge(verdict).fault is Fault.ENVIRONMENT
+    ledger.formed()
+    assert ledger.judge(verdict).fault is Fault.ENVIRONMENT, "others have trained in between"
+    assert ledger.judge(verdict).fault is Fault.SETUP and "b" in ledger.lacking
+    other = blame(raised(WORLD[:2], "FileNotFoundError"), WORLD)
+    assert ledger.judge(other).fault is Fault.PROGRAM

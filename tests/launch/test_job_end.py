@@ -35,11 +35,19 @@ TABLE: dict[str, tuple[Known, Decision]] = {
     "time limit": (Known(STOP, True), Decision(Act.REQUEUE, STOP, "time limit")),
     "time limit while it waited for devices": (Known(FEW, True), Decision(Act.REQUEUE, FEW, "time limit")),
     "too few devices": (Known(FEW), Decision(Act.REQUEUE, FEW, "too few devices")),
+    "stopped by its user, who was not heard before too few devices were left": (
+        Known(FEW, stop_asked=True),
+        Decision(Act.END, FEW),
+    ),
+    "time limit, and too few devices are left to save": (
+        Known(FEW, True, True),
+        Decision(Act.REQUEUE, FEW, "time limit"),
+    ),
     "preempted": (Known(STOP, fate=PREEMPTED), Decision(Act.REQUEUE, STOP, "preempted")),
-    "preempted by the user's signal": (Known(STOP, True, PREEMPTED), Decision(Act.REQUEUE, STOP, "preempted")),
+    "preempted by the user's signal": (Known(STOP, True, fate=PREEMPTED), Decision(Act.REQUEUE, STOP, "preempted")),
     "preempted while it waited": (Known(FEW, fate=PREEMPTED), Decision(Act.REQUEUE, FEW, "preempted")),
     "in the queue, as asked": (
-        Known(STOP, True, QUEUED, asked="time limit"),
+        Known(STOP, True, fate=QUEUED, asked="time limit"),
         Decision(Act.END, STOP, "time limit", queued=True),
     ),
     "in the queue, as asked, preempted": (
@@ -48,7 +56,7 @@ TABLE: dict[str, tuple[Known, Decision]] = {
     ),
     "in the queue by SLURM": (
         Known(FEW, fate=QUEUED),
-        Decision(Act.END, STOP, "SLURM or an operator has put it there", queued=True, counts=False),
+        Decision(Act.END, STOP, "SLURM or an operator requeued it", queued=True, counts=False),
     ),
     "cancelled": (
         Known(STOP, fate=OVER),
@@ -59,16 +67,16 @@ TABLE: dict[str, tuple[Known, Decision]] = {
         Decision(Act.END, STOP, "SLURM has ended this job already", counts=False),
     ),
     "cancelled after the request": (
-        Known(STOP, True, OVER, asked="time limit"),
+        Known(STOP, True, fate=OVER, asked="time limit"),
         Decision(Act.END, STOP, "SLURM has ended this job already", counts=False),
     ),
-    "slurmctld away": (Known(STOP, True, None, waited_s=299.0), Decision(Act.ASK_AGAIN, STOP)),
+    "slurmctld away": (Known(STOP, True, fate=None, waited_s=299.0), Decision(Act.ASK_AGAIN, STOP)),
     "slurmctld away in a long warning": (
-        Known(STOP, True, None, waited_s=999.0, patience_s=1000.0),
+        Known(STOP, True, fate=None, waited_s=999.0, patience_s=1000.0),
         Decision(Act.ASK_AGAIN, STOP),
     ),
     "slurmctld away for good": (
-        Known(STOP, True, None, waited_s=300.0),
+        Known(STOP, True, fate=None, waited_s=300.0),
         Decision(Act.END, STOP, "slurmctld has not answered for 300 s", given_up=True),
     ),
     "too few devices, slurmctld away for good": (
@@ -106,6 +114,7 @@ def test_requeues_without_progress_are_bounded(status: int, up: bool) -> None:
 ALL = st.builds(
     Known,
     st.sampled_from([0, 1, EXIT_USER_ERROR, STOP, FEW, 130, 137]),
+    st.booleans(),
     st.booleans(),
     st.sampled_from([None, *Fate]),
     st.sampled_from(["", "time limit", "preempted", "too few devices"]),

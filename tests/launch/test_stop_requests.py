@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llm_launch import controller as controller_module
 from llm_launch import wire
 from llm_launch.absence import Absence
 from llm_launch.controller import Controller, Stopped
@@ -123,6 +124,19 @@ def test_a_stop_while_it_waits_or_forms(devices: int, needed: int, phase: str, t
     finally:
         controller.close()
     assert heard[-1] == "end"
+
+
+def test_a_stop_when_too_few_devices_are_left_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is in memory, and at its time limit a SLURM job has to go back to the queue for it."""
+    monkeypatch.setattr(controller_module, "STOP_WAIT_S", 0.0)
+    config = config_of(tmp_path, wait_s=3600.0, min_devices=2)
+    controller = Controller(config, Path(config.run_dir), NoStarter(config), "cpu")
+    controller._trained = True
+    try:
+        ending = asyncio.wait_for(with_an_agent(controller, 1, "waiting", [], False), 120)
+        assert asyncio.run(ending) == EXIT_TOO_FEW
+    finally:
+        controller.close()
 
 
 @pytest.mark.parametrize(("on_disk", "keep"), [(7, False), (6, True)])

@@ -100,9 +100,8 @@ def test_a_folder_whose_name_would_be_an_option_is_refused(folder: str) -> None:
         check_request(SubmitRequest(1, 0, options=("--x=a\r#SBATCH --y",)), HERE, CONFIG)
 
 
-LETTERS = st.text(
-    st.characters(blacklist_categories=("C", "Z"), blacklist_characters='"\\/') | st.just(" "), min_size=1
-)
+PRINTED = st.characters(blacklist_categories=("C", "Z"), blacklist_characters='"\\/')
+LETTERS = st.text(st.sampled_from(" %#'$&;|*()[]{}!~ü") | PRINTED, min_size=1)
 
 
 @given(LETTERS.filter(lambda name: name.strip() not in ("", ".", "..")), st.lists(LETTERS, max_size=3))

@@ -68,3 +68,9 @@ class Accounted(Cluster):
         until(lambda: listens(self.dbd), UP_S, "slurmdbd's start")
         self.run(["sacctmgr", "-i", "add", "cluster", "test"], check=False)
         self.start_slurmctld()
+
+    def accounts(self, job: str) -> list[str]:
+        """State and exit code of each start of a job, by the accounting, the first one first."""
+        options = ["-X", "-D", "-n", "-P", "-j", job, "-o", "State,ExitCode"]
+        lines = self.run(["sacct", *options]).splitlines()
+        return [" ".join([line.split("|")[0].split()[0], line.split("|")[1]]) for line in lines if line]

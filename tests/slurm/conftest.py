@@ -26,6 +26,11 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def corpus(folder: Path) -> Corpus:
     """Token files of a few modules of Python's library."""
+    return make_corpus(folder)
+
+
+def make_corpus(folder: Path) -> Corpus:
+    """The same, in a folder."""
     documents = []
     for name in ("argparse", "ast", "bdb"):
         documents.append(str(folder / f"{name}.txt"))

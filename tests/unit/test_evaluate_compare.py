@@ -98,6 +98,10 @@ def without_first(prompt: str) -> str:
 PLANTED: dict[str, tuple[dict[str, Any], str]] = {
     "BOS": (with_numbers(1.5, begin=["<s>"]), "begin token (BOS)"),
     "trailing space": (with_prompts(lambda prompt: prompt + " "), "trailing space"),
+    "trailing space in examples too": (
+        with_prompts(lambda prompt: prompt.replace("Answer:", "Answer: ")), "trailing space",
+    ),
+    "two spaces": (with_prompts(lambda prompt: prompt.replace("Answer: it", "Answer:  it")), "white space"),
     "stop string": (with_stops(["\n", "."]), "stop strings"),
     "other shots": (with_prompts(without_first), "few-shot examples"),
     "bf16": (with_numbers(0.02, precision="bf16"), "precision"),

@@ -1,0 +1,225 @@
+"""Whether evaluations are lm-eval's, sample by sample: ours in one process, with TP 3 and with PP 2, beside lm-eval's
+own back end over transformers, on the same documents of each task for which data are there.
+
+For each task and layout: answers that were compared, the largest difference of a log-probability, choices and texts
+that differ, and whether prompts, scores and result keys are the same. Exit status 1 if a log-probability differs by
+more than 1e-4 or something else differs that is not listed. Sets that the folder of data lacks are named.
+
+    .venv/bin/python benchmarks/evaluate_equal.py --data-dir FOLDER [--documents 100] [--tasks mmlu hellaswag …]
+        [--layouts one tp=3 pp=2] [--model FOLDER] [--new-tokens 64] [--out FILE.md]
+
+Without --data-dir the documents are made-up ones, which show the same and measure nothing about a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+LAYOUTS = {"one": {}, "tp=3": {"tp": 3}, "pp=2": {"pp": 2}}
+TOLERANCE = 1e-4
+HEAD = ("task", "layout", "documents", "answers", "largest difference", "choices that differ", "texts that differ",
+        "prompts, keys, scores")  # fmt: skip
+
+
+@dataclass
+class Comparison:
+    """What was found of one task in one layout. notes: what differs, in words."""
+
+    documents: int = 0
+    answers: int = 0
+    largest: float = 0.0
+    choices: int = 0
+    texts: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing differs beyond the tolerance."""
+        return self.largest <= TOLERANCE and not (self.choices or self.texts or self.notes)
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> Comparison:
+    """Compares two results of the same task or group."""
+    found = Comparison()
+    if missing := set(theirs) - {"samples"} - set(ours):
+        found.notes.append(f"result keys {', '.join(sorted(missing))} are missing")
+    for task, samples in theirs["samples"].items():
+        mine = ours["samples"].get(task, [])
+        if len(mine) != len(samples):
+            found.notes.append(f"{task} has {len(mine)} samples and not {len(samples)}")
+        for one, other in zip(mine, samples):
+            compare_sample(task, one, other, found)
+    for task, values in theirs["results"].items():
+        for name, value in values.items():
+            got = ours["results"].get(task, {}).get(name)
+            if isinstance(value, float) and "stderr" not in name and (got is None or abs(got - value) > 1e-9):
+                found.notes.append(f"{task} {name} is {got} and not {value}")
+    return found
+
+
+def compare_sample(task: str, one: dict[str, Any], other: dict[str, Any], found: Comparison) -> None:
+    """Adds one document to what was found."""
+    found.documents += 1
+    hashes = "doc_hash", "prompt_hash", "target_hash"
+    if any(one[name] != other[name] for name in hashes):
+        found.notes.append(f"document {one['doc_id']} of {task} has another prompt")
+        return
+    pairs = list(zip(one["resps"], other["resps"], strict=True))
+    found.answers += len(pairs)
+    if isinstance(pairs[0][1][0], str):
+        found.texts += sum(a != b for a, b in pairs)
+        return
+    scores = [[float(answers[0][0]) for answers in row] for row in zip(*pairs)]
+    found.largest = max(found.largest, *(abs(a - b) for a, b in zip(*scores)))
+    best = [max(range(len(row)), key=row.__getitem__) for row in scores]
+    found.choices += best[0] != best[1]
+
+
+def request_of(task: str, options: dict[str, Any], layout: str, out: Path) -> Any:
+    """What is asked for."""
+    from llm_parallel.evaluate.request import EvaluateRequest
+
+    return EvaluateRequest(
+        options["model"], tasks=(task,), data_dir=Path(options["data"]), limit=options["documents"],
+        new_tokens=options["new_tokens"], device="cpu", out=out, **LAYOUTS[layout],
+    )  # fmt: skip
+
+
+def ours(task: str, options: dict[str, Any], layout: str, out: Path) -> dict[str, Any]:
+    """Results of the command, in processes of its own."""
+    from llm_parallel.evaluate.results import read_results
+
+    axes = [f"--{axis}={size}" for axis, size in LAYOUTS[layout].items()]
+    new = [] if options["new_tokens"] is None else ["--new-tokens", str(options["new_tokens"])]
+    subprocess.run(
+        [sys.executable, "-m", "llm_parallel.cli", "evaluate", options["model"], "--tasks", task, "--data-dir",
+         options["data"], "--limit", str(options["documents"]), "--device", "cpu", "--out", str(out), *axes, *new],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    return read_results(out)
+
+
+def reference(options: dict[str, Any], pipe: Any) -> None:
+    """lm-eval's back end, in a process of its own: a file of results for each task that it is sent, or why none."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress
+    from lm_eval.models.huggingface import HFLM
+
+    from llm_parallel.errors import UserError
+    from llm_parallel.evaluate.command import open_tasks
+    from llm_parallel.evaluate.harness import Settings, run_harness
+    from llm_parallel.evaluate.results import write_results
+
+    lm = HFLM(pretrained=options["model"], device="cpu", dtype="float32", batch_size=options["batch"])
+    while (asked := pipe.recv()) is not None:
+        task, out = asked
+        request = request_of(task, options, "one", out)
+        try:
+            programs, tasks = open_tasks(request, out)
+        except UserError as error:
+            pipe.send(str(error))
+            continue
+        write_results(out, run_harness(lm, tasks, Settings(request.limit, request.seed, request.new_tokens)))
+        programs.close()
+        pipe.send("")
+
+
+def compared(options: dict[str, Any], given: argparse.Namespace, folder: Path) -> Iterator[tuple[str, ...]]:
+    """Rows under ``HEAD``, each as soon as it is known; of a task without data the task and the reason."""
+    from llm_parallel.evaluate.results import read_results
+
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    context.Process(target=reference, args=(options, theirs), daemon=True).start()
+    for task in given.tasks:
+        wanted = folder / task / "hf"
+        pipe.send((task, wanted))
+        if reason := pipe.recv():
+            yield task, reason
+            continue
+        for layout in given.layouts:
+            found = compare(ours(task, options, layout, folder / task / layout), read_results(wanted))
+            yield (
+                task, layout, str(found.documents), str(found.answers), f"{found.largest:.1e}", str(found.choices),
+                str(found.texts), "the same" if not found.notes else "; ".join(found.notes[:3]),
+            )  # fmt: skip
+        shutil.rmtree(folder / task, ignore_errors=True)
+    pipe.send(None)
+
+
+def model_folder(folder: Path) -> str:
+    """SmolLM2-135M with the names of its special tokens beside it, without which lm-eval's back end fails."""
+    from tests.support.smollm import smollm_folder
+
+    folder.mkdir()
+    for file in smollm_folder().iterdir():
+        shutil.copy(file, folder / file.name)  # a link that leaves the folder is refused
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return str(folder)
+
+
+def main() -> None:
+    """Compares and prints, and writes a file if asked to."""
+    from llm_parallel.evaluate.catalog import LLAMA2
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", help="files of the sets; made-up ones if not given")
+    parser.add_argument("--documents", type=int, default=100, help="of each task")
+    parser.add_argument("--tasks", nargs="+", default=[*LLAMA2, "truthfulqa_mc1", "truthfulqa_mc2", "toxigen"])
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--model", help="Hugging Face folder; SmolLM2-135M if not given")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of an answer at most")
+    parser.add_argument("--batch", type=int, default=8, help="batch size of lm-eval's back end")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as made:
+        from llm_parallel.evaluate.demo import write_demo
+
+        data = given.data_dir or str(write_demo(Path(made) / "data", given.documents))
+        options = {
+            "model": given.model or model_folder(Path(made) / "model"), "data": data, "documents": given.documents,
+            "new_tokens": given.new_tokens, "batch": given.batch,
+        }  # fmt: skip
+        rows, without = [], []
+        for row in compared(options, given, Path(made)):
+            (rows if len(row) == len(HEAD) else without).append(row)
+            print(" | ".join(row), flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "lm-eval"))
+    lines = [
+        f"Command: `.venv/bin/python benchmarks/evaluate_equal.py {' '.join(sys.argv[1:])}`; Python "
+        f"{platform.python_version()}, {versions}; commit {commit.strip()}.",
+        "",
+        f"| {' | '.join(HEAD)} |",
+        f"| {' | '.join('---' for _ in HEAD)} |",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        *(f"Without data: {task} ({reason})." for task, reason in without),
+    ]
+    if given.out is not None:
+        given.out.write_text("\n".join(lines) + "\n")
+    fine = all(float(row[4]) <= TOLERANCE and row[5:] == ("0", "0", "the same") for row in rows)
+    sys.exit(0 if rows and fine else 1)
+
+
+if __name__ == "__main__":
+    main()
