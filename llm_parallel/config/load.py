@@ -140,10 +140,10 @@ def load_with_origins(
         _read_override(key, text, given)
     _fill_preset(given)
     _derive(given)
-    given.notices += others(given.values, given.used)
     for key, value, why in [*followed(given.values)]:
         given.notices.append(f"{dotted(key)} = {value}: {why}")
         given.put(key, value, "derived")
+    given.notices += others(given.values, given.used)
     config = _validate(given)
     if given.problems or config is None:
         raise UserError("\n".join(given.problems))

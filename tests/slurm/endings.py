@@ -257,6 +257,8 @@ def end(name: str, cluster: Cluster, corpus: Corpus) -> Ended:
     if not way.goes_on:
         (way.mends or (lambda _: None))(submitted)
         submitted.again()
+        if way.options == HELD:  # as its batch file says
+            cluster.run(["scontrol", "release", submitted.job])
     if name == "all steps":
         _over(submitted)
         assert cluster.job(submitted.job)["JobState"] == "COMPLETED", submitted.log()

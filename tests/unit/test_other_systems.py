@@ -65,6 +65,7 @@ def test_a_file_of_preferences(tmp_path: Path) -> None:
     assert (config.chat.max_records, config.chat.template, config.method.reference.load) == (100, None, "other")
     assert config.optim.min_lr == 5e-7
     assert "optim.min_lr = 5e-07: a tenth of optim.lr = 5e-06, which is below the default, 3e-05" in said
+    assert "optim.min_lr=3e-05" not in said
     for name in ("template", "overwrite_output_dir", "deepspeed"):
         assert f"{name} is left out: " in said
 
