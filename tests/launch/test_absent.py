@@ -502,7 +502,7 @@ def test_a_node_that_slurm_took_away_comes_back_by_a_job_of_its_own(
     allowed: bool, slurm: Callable[..., SlurmStarter], tmp_path: Path
 ) -> None:
     """Where that is not allowed, it is said that it cannot. The job is of the same partition and ends with the run."""
-    scontrol = ('case "$2" in job) case "$3" in 7) echo "JobId=7 JobState=RUNNING NodeList=n[1,3] Partition=main '
+    scontrol = ('case "$2" in job) case "$3" in 7) echo "JobId=7 JobState=RUNNING NodeList=n[1,3] OverSubscribe=NO Partition=main '
                 'Account=(null) QOS=normal WorkDir=/";; 9) echo "JobId=9 JobState=PENDING";; esac;; '
                 'hostnames) echo "n1 n3";; esac')  # fmt: skip
     sbatch = "echo 9" if allowed else "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
@@ -513,6 +513,7 @@ def test_a_node_that_slurm_took_away_comes_back_by_a_job_of_its_own(
     assert absence.passing and "SLURM has taken it out of this job" in absence.reason
     (asked,) = calls(tmp_path, "sbatch")
     assert "--nodelist=n2" in asked and "--partition=main" in asked and "--qos=normal" in asked
+    assert "--exclusive" in asked and "--cpus-per-task" not in asked
     assert "--account" not in asked and "--time=60" in asked and "--rescue" not in asked
     starter.end()
     if allowed:
