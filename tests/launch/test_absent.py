@@ -502,8 +502,8 @@ def test_a_node_that_slurm_took_away_comes_back_by_a_job_of_its_own(
     allowed: bool, slurm: Callable[..., SlurmStarter], tmp_path: Path
 ) -> None:
     """Where that is not allowed, it is said that it cannot. The job is of the same partition and ends with the run."""
-    scontrol = ('case "$2" in job) case "$3" in 7) echo "JobId=7 JobState=RUNNING NodeList=n[1,3] OverSubscribe=NO Partition=main '
-                'Account=(null) QOS=normal WorkDir=/";; 9) echo "JobId=9 JobState=PENDING";; esac;; '
+    scontrol = ('case "$2" in job) case "$3" in 7) echo "JobId=7 JobState=RUNNING NodeList=n[1,3] OverSubscribe=NO '
+                'Partition=main Account=(null) QOS=normal WorkDir=/";; 9) echo "JobId=9 JobState=PENDING";; esac;; '
                 'hostnames) echo "n1 n3";; esac')  # fmt: skip
     sbatch = "echo 9" if allowed else "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
     starter = slurm(scontrol=scontrol, sbatch=sbatch, srun="exec sleep 600")
