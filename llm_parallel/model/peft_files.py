@@ -121,8 +121,8 @@ class PeftFolder:
         for name in (name for name in self._tensors if name not in known):
             if "magnitude" in name and (odd := [x for x, path in _PATHS.items() if name.startswith(f"{path}.")]):
                 raise UserError(
-                    f"{self.folder / WEIGHTS_NAME} has {name}, a magnitude of {odd[0]} (use_dora), which adapters on it "
-                    "do not have here; train it without, or merge it into its model with PEFT"
+                    f"{self.folder / WEIGHTS_NAME} has {name}, a magnitude of {odd[0]} (use_dora), which adapters "
+                    "on it do not have here; train it without, or merge it into its model with PEFT"
                 )
             parts = _TENSOR.fullmatch(name)
             if parts is None or parts[2] not in _PLACES:
