@@ -118,7 +118,10 @@ def _load_from_checkpoint(
             f"{folder} holds adapters, and no model under them; give theirs, checkpoint.load={base['path']}, and "
             f"adapter.load={folder} to begin from these adapters"
         )
-    check_same_architecture(folder, read_config(folder).model, network.models[0].model_config, but_for)
+    theirs, ours = read_config(folder).model, network.models[0].model_config
+    if network.base is not None and ours.value_head and not theirs.value_head:  # under a new head
+        but_for = ("value_head",)
+    check_same_architecture(folder, theirs, ours, but_for)
     _read_weights(folder, network, fingerprint, without_value=bool(but_for))
 
 

@@ -22,6 +22,8 @@ BASE = "base"
 """Key of the metadata of a checkpoint that holds adapters alone: path and fingerprint of the weights under them."""
 MODELS = "models"
 """Key of the metadata for the models that a checkpoint holds besides the policy, by name."""
+ADAPTED = "adapted"
+"""In the metadata: names of the models besides the policy of which adapters alone are held."""
 WEIGHTS_ONLY = "weights_only"
 """Key of the metadata that marks a checkpoint without optimizer state, as ``convert`` writes it."""
 
@@ -84,6 +86,11 @@ def described_models(models: Models) -> dict[str, Any]:
     return {
         name: network_of(model).models[0].model_config.model_dump() for name, model in models.items() if name != POLICY
     }
+
+
+def adapted_models(models: Models) -> list[str]:
+    """The models besides the policy that have adapters."""
+    return [name for name, model in models.items() if name != POLICY and network_of(model).base is not None]
 
 
 def load_weights_into(network: Network, state: dict[str, Any]) -> None:

@@ -11,11 +11,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.content import (
+    ADAPTED,
     BASE,
     DISTRIBUTED,
     MODELS,
     SHARDING,
     WEIGHTS_ONLY,
+    adapted_models,
     load_weights_into,
     training_state,
     weights_state,
@@ -179,6 +181,13 @@ def _check_models(folder: Path, content: dict[str, Any], models: Models) -> list
         theirs = read_config(folder).model if name == POLICY else ModelConfig.model_validate(others[name])
         check_same_architecture(folder, theirs, network_of(model).models[0].model_config)
     _check_adapters(folder, content, network_of(models[POLICY]))
+    for name in set(adapted_models(models)) ^ (set(content.get(ADAPTED, ())) & set(models)):
+        kinds = ("adapters", "a whole model")
+        held, wanted = kinds if name in content.get(ADAPTED, ()) else kinds[::-1]
+        raise UserError(
+            f"{folder} holds {held} of the {name}, and this run trains {wanted}; set method.critic.adapters as it was, "
+            "or give another run_dir"
+        )
     # A checkpoint from before this list existed holds the policy alone.
     distributed = content.get(DISTRIBUTED, [POLICY] if content.get(SHARDING) else [])
     for name, engine in engines_of(models).items():

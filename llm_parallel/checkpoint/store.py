@@ -16,10 +16,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, Checkpoin
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llm_parallel.checkpoint.content import (
+    ADAPTED,
     BASE,
     DISTRIBUTED,
     MODELS,
     SHARDING,
+    adapted_models,
     described_models,
     metadata,
     training_state,
@@ -217,6 +219,7 @@ class CheckpointStore:
         described[DISTRIBUTED] = [name for name, model in models.items() if SHARDING in metadata(model)]
         if others := described_models(models):
             described[MODELS] = others
+            described[ADAPTED] = adapted_models(models)
         if base := network_of(models[POLICY]).base:
             described[BASE] = {"path": base.path, "fingerprint": base.fingerprint}
         problem: Exception | None = None

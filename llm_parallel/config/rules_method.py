@@ -27,9 +27,6 @@ def check_method(case: Case) -> Iterator[Problem]:
             if value != none:
                 statement = f"{name} = {value} changes the likelihood that method.kind = {kind} compares"
                 yield Problem((name, "method.kind"), statement, {name: none})
-    if kind == "reward" and config.adapter is not None:
-        statement = "adapter is given, and method.kind = reward trains a value head beside the model's weights"
-        yield Problem(("adapter", "method.kind"), statement, {"adapter": None})
     if kind == "reward" and config.evaluate.tasks:
         statement = (
             f"evaluate.tasks = [{', '.join(config.evaluate.tasks)}] needs log-probabilities, of which a model of "
@@ -39,6 +36,7 @@ def check_method(case: Case) -> Iterator[Problem]:
     yield from _other_methods(case)
     if kind == "ppo":
         yield from _ppo(case)
+        yield from _critic_adapters(case)
     if kind == "dpo":
         yield from _pairs(case)
     reads_reference = (
@@ -115,6 +113,32 @@ def _other_methods(case: Case) -> Iterator[Problem]:
 
 def _default(section: Any, name: str) -> Any:
     return getattr(type(section)(), name)
+
+
+def _critic_adapters(case: Case) -> Iterator[Problem]:
+    """Adapters of the critic, which stand on the policy's frozen weights."""
+    adapter, critic, field = case.config.adapter, case.config.method.critic, "method.critic.adapters"
+    if not critic.adapters:
+        return
+    if adapter is None:
+        statement = f"{field} = true trains adapters of the kind of the section adapter, which is not given"
+        yield Problem((field, "adapter"), statement, {field: False})
+        return
+    if critic.load != "policy":
+        statement = (
+            f"{field} = true puts adapters on the policy's frozen weights, and method.critic.load = {critic.load} has "
+            "others"
+        )
+        yield Problem((field, "method.critic.load"), statement, {"method.critic.load": "policy"})
+    if adapter.modules_to_save:
+        statement = (
+            f"{field} = true needs the policy's weights as they are, and adapter.modules_to_save = "
+            f"{list(adapter.modules_to_save)} trains some"
+        )
+        yield Problem((field, "adapter.modules_to_save"), statement, {field: False})
+    if set(adapter.targets) == {"lm_head"}:
+        statement = f"{field} = true, and adapter.targets has lm_head alone, which a critic has not"
+        yield Problem((field, "adapter.targets"), statement, {field: False})
 
 
 def _ppo(case: Case) -> Iterator[Problem]:

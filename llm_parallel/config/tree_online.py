@@ -182,6 +182,9 @@ class CriticConfig(Node):
     language model or of a model for sequence classification with one label."""
     lr: PositiveFloat | None = None
     """Peak of the critic's learning rate, which follows the schedule of ``optim``; none: ``optim.lr``."""
+    adapters: bool = False
+    """Train adapters of the kind of the section ``adapter`` and the head, on the policy's frozen weights, which both
+    models share, instead of a whole model."""
 
 
 class RejectConfig(Node):

@@ -30,6 +30,7 @@ from llm_parallel.model.hf_config import family_of
 from llm_parallel.model.hf_families import FAMILIES
 from llm_parallel.model.hf_files import is_peft_folder, read_hf_config
 from llm_parallel.model.peft_files import (
+    SCORE,
     PeftFolder,
     peft_tensors,
     peft_vocabulary_tensors,
@@ -37,7 +38,7 @@ from llm_parallel.model.peft_files import (
     write_peft,
 )
 from llm_parallel.model.quant import QuantizedMatrix
-from llm_parallel.model.tensors import ADAPTER_MARK, EMBEDDING, LAYERS, OUTPUT, Role, kind_of, split_name
+from llm_parallel.model.tensors import ADAPTER_MARK, EMBEDDING, LAYERS, OUTPUT, VALUE, Role, kind_of, split_name
 from llm_parallel.model.vocabulary_adapters import EMBED_TOKENS, LM_HEAD, PREFIXES, WEIGHTS, vocabulary_delta
 
 OF_VOCABULARY = {weight: name for name, weight in WEIGHTS.items()}
@@ -86,7 +87,8 @@ def _factors(source: str | Path, model: ModelConfig) -> Factors:
 
 
 class _Vocabulary:
-    """What adapters hold of the embedding and the output projection, without rows that round the vocabulary up."""
+    """What adapters hold of the embedding, the output projection and a value head, without rows that round the
+    vocabulary up."""
 
     def __init__(self, source: str | Path, model: ModelConfig) -> None:
         self._peft = PeftFolder(source) if is_peft_folder(source) else None
@@ -107,6 +109,10 @@ class _Vocabulary:
             return self._peft.whole(name)
         shared = name == LM_HEAD and self._model.tie_embeddings
         return self._read(EMBEDDING.name if shared else WEIGHTS[name])[: self._model.vocab_size]
+
+    def head(self) -> Tensor:
+        """The value head of a reward model."""
+        return self._peft.head() if self._peft is not None else self._read(VALUE.name)
 
     def _read(self, name: str) -> Tensor:
         assert self._tensors is not None
@@ -132,6 +138,8 @@ class MergedTensors:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor ``name``."""
+        if name == VALUE.name:
+            return self._vocabulary.head()
         in_base = EMBEDDING.name if name == OUTPUT.name and self._tied else name
         weight, (kind, layer) = self._base(in_base), split_name(name)
         linear, adapter = kind.name.removesuffix(".weight"), self._config.adapter
@@ -275,7 +283,9 @@ def export_to_peft(source: str | Path, target: str | Path) -> Path:
             found |= peft_vocabulary_tensors(config.model, part, *vocabulary.factors(part))
         for part in config.adapter.modules_to_save:
             found |= peft_whole_tensor(config.model, part, vocabulary.whole(part))
-        write_peft(making, found, config.adapter, base, config.model.tie_embeddings)
+        if config.model.value_head:
+            found[SCORE] = vocabulary.head().clone()
+        write_peft(making, found, config.adapter, base, config.model)
         for path in _tokenizer_files(folder):
             if path.name != "config.json":  # that of the model, by which the folder would be taken for one
                 shutil.copy2(path, making / path.name)

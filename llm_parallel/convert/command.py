@@ -68,7 +68,7 @@ def convert_command(
     if config.adapter is not None and not merge:
         count, kind = adapter_parameters(config.model, config.adapter), "PEFT adapter"
     say(f"{parameters(count)} parameters written as {kind} {written} in {seconds:.1f} s")
-    if verify and config.adapter is not None:
+    if verify and config.adapter is not None and not config.model.value_head:
         say(verify_adapters(source, written))
     elif verify and config.model.value_head:
         say("not compared with transformers: the model gives texts a value, and no logits over the vocabulary")

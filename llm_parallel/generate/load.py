@@ -90,6 +90,7 @@ def describe_folder(path: str | Path) -> RunConfig:
 def _describe_peft(path: str | Path) -> RunConfig:
     peft = PeftFolder(path)
     config = describe_folder(peft.base_path())
+    config = config.model_copy(update={"model": config.model.model_copy(update={"value_head": peft.has_head})})
     peft.check(config.model)
     has_tokenizer = any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
     data = config.data.model_copy(update={"tokenizer": str(path)} if has_tokenizer else {})

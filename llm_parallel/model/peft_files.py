@@ -22,7 +22,7 @@ from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.model.adapters import PROJECTIONS, adapters_of, linears_of, rows_by_projection, targets_of
-from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, canonical_parameters, kind_of
+from llm_parallel.model.tensors import ADAPTER_MARK, LAYERS, VALUE, canonical_parameters, kind_of
 from llm_parallel.model.vocabulary_adapters import (
     EMBED_TOKENS,
     LM_HEAD,
@@ -69,6 +69,8 @@ _FACTORS = {
 """Names of the adapters on the embedding, whose A is [rank, tokens] and B [hidden, rank], and on the output."""
 _WHOLE = {name: f"{path}.weight" for name, path in _PATHS.items()}
 """Names of weights that were trained whole. Beside an adapter PEFT also writes the weight under it, which is frozen."""
+SCORE = f"{_OUTER}score.weight"
+"""The value head of a model for sequence classification with one label, which PEFT trains whole too."""
 _FROZEN = tuple(f"{path}.base_layer.weight" for path in _PATHS.values())
 
 
@@ -115,7 +117,7 @@ class PeftFolder:
         "all-linear"."""
         found: dict[str, set[int]] = {}
         on_vocabulary = [name for name, factors in _FACTORS.items() if factors[0] in self._tensors]
-        known = {*_FROZEN, *_WHOLE.values(), *(factor for name in on_vocabulary for factor in _FACTORS[name])}
+        known = {SCORE, *_FROZEN, *_WHOLE.values(), *(factor for name in on_vocabulary for factor in _FACTORS[name])}
         for name in (name for name in self._tensors if name not in known):
             parts = _TENSOR.fullmatch(name)
             if parts is None or parts[2] not in _PLACES:
@@ -140,6 +142,7 @@ class PeftFolder:
     def _whole(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """The weights that were trained whole; PEFT names some of them more than once."""
         given = {str(name).rpartition(".")[2] for name in values.get("modules_to_save") or ()}
+        given -= {"score", "classifier"} if SCORE in self._tensors else set()
         if others := sorted(given - set(_WHOLE)):
             raise UserError(
                 f"{self.folder / CONFIG_NAME} has modules_to_save = {json.dumps(others)}; trained whole beside "
@@ -168,6 +171,7 @@ class PeftFolder:
     def check(self, model: ModelConfig) -> None:
         """Raises UserError if the adapter is for a model of other sizes."""
         self._check_vocabulary(model)
+        self._check_head(model)
         if self.num_layers not in (None, model.num_layers):
             raise UserError(
                 f"{self.folder} has adapters for {self.num_layers} layers, and the model has {model.num_layers}; give "
@@ -213,6 +217,25 @@ class PeftFolder:
                 f"{name} in {self.folder} has shape {shape and list(shape)}, and the model needs {list(wanted)}; give "
                 "the model that the adapters were trained on"
             )
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has a value head."""
+        return SCORE in self._tensors
+
+    def _check_head(self, model: ModelConfig) -> None:
+        if self.has_head != model.value_head:
+            raise UserError(
+                f"{self.folder / WEIGHTS_NAME} {'has' if self.has_head else 'lacks'} {SCORE}, the head of a reward "
+                f"model, and the model {'gives texts no value' if self.has_head else 'is one'}; give the adapters of a "
+                "model of the same kind"
+            )
+        if self.has_head:
+            self._check_shape(SCORE, (1, model.hidden_size))
+
+    def head(self) -> Tensor:
+        """The value head, [1, hidden]."""
+        return self._tensors[SCORE]
 
     def vocabulary_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of the adapter on the embedding or the output projection, whole, as ours are."""
@@ -330,11 +353,12 @@ def _load_vocabulary(folder: PeftFolder, network: Network) -> None:
         for factor, whole in zip("ab", folder.vocabulary_factors(name)):
             held = getattr(adapter, factor)
             held.copy_(own_rows(f"{PREFIXES[name]}{factor}", whole, held, groups))
-    for name in folder.settings.modules_to_save:
-        for chunk in network.models:
-            for own, parameter in canonical_parameters(chunk):
-                if own == WEIGHTS[name]:
-                    parameter.copy_(own_rows(own, folder.whole(name), parameter, groups))
+    whole = {WEIGHTS[name]: folder.whole(name) for name in folder.settings.modules_to_save}
+    whole |= {VALUE.name: folder.head()} if folder.has_head else {}
+    for chunk in network.models:
+        for name, parameter in canonical_parameters(chunk):
+            if name in whole:
+                parameter.copy_(own_rows(name, whole[name], parameter, groups))
 
 
 def peft_tensors(
@@ -370,12 +394,13 @@ def peft_whole_tensor(model: ModelConfig, name: str, weight: Tensor) -> dict[str
     return {_WHOLE[name]: weight[: model.vocab_size].clone()}
 
 
-def write_peft(folder: Path, tensors: dict[str, Tensor], adapter: AdapterConfig, base: str, tied: bool) -> None:
-    """Writes both files as PEFT writes them. ``tied``: whether the model's embeddings are."""
+def write_peft(folder: Path, tensors: dict[str, Tensor], adapter: AdapterConfig, base: str, model: ModelConfig) -> None:
+    """Writes both files of adapters on a model, in the folder ``base``, as PEFT writes them."""
+    whole = [*adapter.modules_to_save, *(["score"] if model.value_head else [])]
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     values = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if model.value_head else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
@@ -383,8 +408,8 @@ def write_peft(folder: Path, tensors: dict[str, Tensor], adapter: AdapterConfig,
         "use_rslora": adapter.rank_stabilized,
         "use_dora": adapter.dora,
         "target_modules": sorted(_MODULES.get(target, target).rpartition(".")[2] for target in adapter.targets),
-        "modules_to_save": list(adapter.modules_to_save) or None,
-        "ensure_weight_tying": tied and bool(adapter.modules_to_save),
+        "modules_to_save": whole or None,
+        "ensure_weight_tying": model.tie_embeddings and bool(adapter.modules_to_save),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -12,6 +12,7 @@ from llm_parallel.config.rules import check_layout, num_processes
 from llm_parallel.config.rules_rounds import models_beside
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.config.tree_online import OF_POLICY
+from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.model.hf_config import hf_config_to_model
@@ -40,6 +41,19 @@ def critic_in(folder: Path) -> ModelConfig | None:
 
     described: dict[str, Any] = content_of(folder).get(MODELS) or {}
     return ModelConfig.model_validate(described[CRITIC]) if CRITIC in described else None
+
+
+def critic_adapter(config: RunConfig) -> AdapterConfig | None:
+    """The adapters of a run's critic, if it has them: those of the policy, but for the output projection."""
+    adapter = config.adapter
+    if adapter is None or not config.method.critic.adapters:
+        return None
+    return adapter.model_copy(update={"targets": tuple(name for name in adapter.targets if name != "lm_head")})
+
+
+def adapter_in(path: str) -> AdapterConfig | None:
+    """The adapters of the reward model that a folder holds, if it is a checkpoint of some."""
+    return None if is_hf_folder(path) else read_config(find_checkpoint(path)).adapter
 
 
 def critic_model(config: RunConfig) -> ModelConfig:

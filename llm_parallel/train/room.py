@@ -12,7 +12,7 @@ from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.model.flops import adapter_parameters, parameter_count
-from llm_parallel.train.beside import critic_model
+from llm_parallel.train.beside import critic_adapter, critic_model
 
 VOCABULARY_ROWS = 128
 """``model.mcore_config.padded_vocab_size`` rounds up to a multiple of it."""
@@ -48,7 +48,7 @@ def also_trained(config: RunConfig) -> list[RunConfig]:
         return []
     critic = critic_model(config).model_copy(update={"tie_embeddings": True})  # it has no output projection
     method = config.method.model_copy(update={"kind": "reward"})
-    return [config.model_copy(update={"model": critic, "method": method, "adapter": None})]
+    return [config.model_copy(update={"model": critic, "method": method, "adapter": critic_adapter(config)})]
 
 
 def num_parameters(config: RunConfig) -> int:

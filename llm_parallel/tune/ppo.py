@@ -10,12 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm_parallel.checkpoint.base import load_other, load_trunk
+from llm_parallel.checkpoint.base import load_adapters, load_base, load_other, load_trunk, path_of_base
+from llm_parallel.checkpoint.content import ADAPTED
 from llm_parallel.checkpoint.folders import find_checkpoint
-from llm_parallel.checkpoint.load import load_weights, refuse_damaged
+from llm_parallel.checkpoint.load import content_of, load_weights, refuse_damaged
 from llm_parallel.checkpoint.run_file import read_config
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.config.tree_online import OF_POLICY, PPOConfig
+from llm_parallel.config.tree_tune import AdapterConfig
+from llm_parallel.errors import UserError
 from llm_parallel.model.gpt import build_network
 from llm_parallel.model.hf import is_hf_folder, load_hf_weights
 from llm_parallel.model.numerics import Numerics
@@ -25,7 +28,7 @@ from llm_parallel.objectives.value import ClippedValue
 from llm_parallel.parallel.engine import POLICY, Engine, Models, Network, build_engine
 from llm_parallel.parallel.groups import Groups
 from llm_parallel.parallel.layout import Layout
-from llm_parallel.train.beside import CRITIC, critic_in, critic_model
+from llm_parallel.train.beside import CRITIC, critic_adapter, critic_in, critic_model
 from llm_parallel.train.open import policy_engine
 from llm_parallel.train.run import AlsoTrained
 
@@ -37,11 +40,13 @@ WORSE = -0.2
 right it is about 0, as nobody can tell the few others (-0.04 to 0 on the four-digit task)."""
 
 
-def network_beside(config: RunConfig, model: ModelConfig, groups: Groups) -> Network:
-    """Another model in the run's layout and precision, with all of its weights in full."""
+def network_beside(
+    config: RunConfig, model: ModelConfig, groups: Groups, adapter: AdapterConfig | None = None
+) -> Network:
+    """Another model in the run's layout and precision, with all of its weights in full or with adapters."""
     layout = Layout.from_config(config.model_copy(update={"model": model}), groups.mesh.world_size)
-    numerics = replace(Numerics.from_config(config), base="full")
-    return build_network(model, numerics, groups, layout.stages, config.seed)
+    numerics = replace(Numerics.from_config(config), base="full" if adapter is None else adapter.base)
+    return build_network(model, numerics, groups, layout.stages, config.seed, adapter)
 
 
 def load_beside(path: str, network: Network, verify: bool) -> list[str]:
@@ -52,7 +57,21 @@ def load_beside(path: str, network: Network, verify: bool) -> list[str]:
     folder = find_checkpoint(path)
     if verify:
         refuse_damaged(folder, network.groups)
+    if network.base is not None:
+        said = load_base(path_of_base(folder, content_of(folder)), network)
+        load_adapters(folder, network)
+        return said
+    if read_config(folder).adapter is not None and read_config(folder).trains != "ppo":
+        raise UserError(
+            f"{path} holds adapters, and a critic that begins with it trains all of its weights; merge them with "
+            "`llm-parallel convert --merge`"
+        )
     if critic_in(folder) is not None:
+        if CRITIC in content_of(folder).get(ADAPTED, ()):
+            raise UserError(
+                f"{path} is a run of ppo whose critic is adapters on its policy's weights; give another model, such as "
+                "a run of method.kind = reward"
+            )
         load_other(folder, CRITIC, network)
     elif read_config(folder).model.value_head:
         load_weights(folder, network)
@@ -63,14 +82,32 @@ def load_beside(path: str, network: Network, verify: bool) -> list[str]:
 
 def policy_and_critic(config: RunConfig, groups: Groups) -> Models:
     """Both models with initial weights, and their optimizers."""
-    critic = build_engine(network_beside(config, critic_model(config), groups), config.optim, config.parallel)
-    return {POLICY: policy_engine(config, groups), CRITIC: critic}
+    adapter = critic_adapter(config)
+    network = network_beside(config, critic_model(config), groups, adapter)
+    policy = policy_engine(config, groups)
+    if adapter is not None:
+        share_frozen(network, policy.network)
+    return {POLICY: policy, CRITIC: build_engine(network, config.optim, config.parallel)}
+
+
+def share_frozen(network: Network, owner: Network) -> None:
+    """Lets the frozen weights of a network be those of another with the same layers: they are held once, and loaded
+    with the other's."""
+    for chunk, other in zip(network.models, owner.models, strict=True):
+        theirs = dict(other.named_parameters())
+        for name, parameter in chunk.named_parameters():
+            if not parameter.requires_grad:
+                parameter.data = theirs[name].data
+                if hasattr(parameter, "stored"):
+                    parameter.stored = theirs[name].stored
 
 
 def new_critic(config: RunConfig, models: Models) -> list[str]:
     """Gives the critic the weights that it begins with. Collective. Raises UserError."""
     critic, load = models[CRITIC], config.method.critic.load
     assert isinstance(critic, Engine) and config.checkpoint.load is not None
+    if critic.network.base is not None:  # on the policy's weights, with factors that add nothing and a new head
+        return []
     path = config.checkpoint.load if load == OF_POLICY else load
     said = load_beside(path, critic.network, config.checkpoint.verify)
     critic.optimizer.reload_model_params()

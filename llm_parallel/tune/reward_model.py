@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from llm_parallel.data.prompts import Prompt
 from llm_parallel.parallel.engine import Network
-from llm_parallel.train.beside import model_in
+from llm_parallel.train.beside import adapter_in, model_in
 from llm_parallel.train.run import Run
 from llm_parallel.tune.ppo import load_beside, network_beside
 from llm_parallel.tune.round_batches import Rows, Text
@@ -53,7 +53,7 @@ class RewardModels:
         name, path, run = f"{REWARD} {number}", self._folders[number], self._run
         assert path is not None
         if name not in run.besides:
-            network = network_beside(run.config, model_in(path), run.groups)
+            network = network_beside(run.config, model_in(path), run.groups, adapter_in(path))
             for text in load_beside(path, network, run.config.checkpoint.verify):
                 run.metrics.message(text)
             network.set_training(False)

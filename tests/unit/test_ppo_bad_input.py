@@ -52,6 +52,20 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
     "a critic for grpo": ("grpo", ["method.critic=MODELS/reward"], "method.critic.load = .* has no effect"),
     "a critic's rate for grpo": ("grpo", ["method.critic.lr=1e-3"], "method.critic.lr = 0.001 has no effect"),
     "settings of ppo for grpo": ("grpo", ["method.ppo.gamma=0.9"], "method.ppo.gamma = 0.9 has no effect"),
+    "adapters of a critic without a kind": (
+        "ppo", ["method.critic.adapters=true"], "method.critic.adapters = true .* which is not given"
+    ),
+    "adapters of a critic of its own": (
+        "ppo", ["adapter.rank=4", "method.critic={load: MODELS/reward, adapters: true}"],
+        "puts adapters on the policy's frozen weights, and method.critic.load = .* has others",
+    ),
+    "adapters of a critic on weights that are trained": (
+        "ppo", ["adapter.modules_to_save=[embed_tokens,lm_head]", "method.critic.adapters=true"],
+        "needs the policy's weights as they are, and adapter.modules_to_save = ",
+    ),
+    "adapters of a critic on what it has not": (
+        "ppo", ["adapter.targets=[lm_head]", "method.critic.adapters=true"], "has lm_head alone, which a critic has not"
+    ),
     "no such critic": ("ppo", ["method.critic=FOLDER/none"], "method.critic.load = .*none does not exist"),
     "a critic of another tokenizer": (
         "ppo", ["method.critic=MODELS/other"], "method.critic.load = .* cannot read the answers, since 10 tokens"
