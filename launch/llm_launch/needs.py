@@ -9,10 +9,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_launch.copy_files import run_number
-from llm_parallel.config.tree import RunConfig
+
+if TYPE_CHECKING:  # it takes longer to import than the rest of an agent
+    from llm_parallel.config.tree import RunConfig
 
 FIELDS = ("path", "load", "tokenizer", "prepared", "folder", "data_dir")
 """Names of the fields of a run file that name what workers read."""

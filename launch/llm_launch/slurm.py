@@ -181,13 +181,17 @@ class SlurmJob:
         rest of its time; the job's number. ``more``: further options of srun. It waits in the queue while SLURM does
         not have the node. Raises SlurmError where that is not allowed."""
         mine = self._show()
-        named = {"partition": "Partition", "account": "Account", "qos": "QOS", "chdir": "WorkDir"}
+        named = {"partition": "Partition", "account": "Account", "qos": "QOS", "reservation": "Reservation",
+                 "chdir": "WorkDir"}  # fmt: skip
         options = [f"--{option}={mine[name]}" for option, name in named.items()
                    if mine.get(name) not in (None, "", "(null)")]  # fmt: skip
         left = self.seconds_left()
         options += [f"--time={max(1, int(left / 60))}"] if left is not None else []
         options += [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
-        options += [f"--nodelist={node}", "--nodes=1", "--exclusive", "--no-requeue", "--export=ALL"]
+        shares = {"cpus-per-task": "SLURM_CPUS_PER_TASK", "mem": "SLURM_MEM_PER_NODE"}
+        parts = [f"--{option}={self.environment[name]}" for option, name in shares.items() if name in self.environment]
+        options += ["--exclusive", "--mem=0"] if mine.get("OverSubscribe") == "NO" else parts
+        options += [f"--nodelist={node}", "--nodes=1", "--no-requeue", "--export=ALL"]
         log = str(logs).replace("%", "%%") + f"/agent-{node}-%j.out"
         options += [f"--job-name=agent-of-{self.job_id}", f"--output={log}"]
         step = ["srun", "--nodes=1", "--ntasks=1", "--export=ALL", "--cpu-bind=none", *more, *argv]

@@ -61,7 +61,8 @@ from llm_parallel.jsonlines import read_jsonlines
 from llm_parallel.lines import say
 from llm_parallel.planner.hardware import Cluster, load_cluster
 from llm_parallel.planner.shapes import shape_of, strategy_of
-from llm_parallel.planner.steptime import StepTime, step_time
+from llm_parallel.planner.step_parts import StepTime
+from llm_parallel.planner.steptime import step_time
 from llm_parallel.screen import say_next
 from llm_parallel.train.preflight import with_vocabulary
 

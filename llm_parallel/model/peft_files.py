@@ -119,6 +119,11 @@ class PeftFolder:
         on_vocabulary = [name for name, factors in _FACTORS.items() if factors[0] in self._tensors]
         known = {SCORE, *_FROZEN, *_WHOLE.values(), *(factor for name in on_vocabulary for factor in _FACTORS[name])}
         for name in (name for name in self._tensors if name not in known):
+            if "magnitude" in name and (odd := [x for x, path in _PATHS.items() if name.startswith(f"{path}.")]):
+                raise UserError(
+                    f"{self.folder / WEIGHTS_NAME} has {name}, a magnitude of {odd[0]} (use_dora), which adapters "
+                    "on it do not have here; train it without, or merge it into its model with PEFT"
+                )
             parts = _TENSOR.fullmatch(name)
             if parts is None or parts[2] not in _PLACES:
                 raise UserError(

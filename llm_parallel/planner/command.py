@@ -22,6 +22,7 @@ from llm_parallel.files import atomic_write
 from llm_parallel.goodput.closed_form import best_interval_s, goodput
 from llm_parallel.goodput.rates import Job, find_profile
 from llm_parallel.planner.advice import TIGHT, is_tight, would_fit
+from llm_parallel.planner.explained import check_ep, explained
 from llm_parallel.planner.hardware import Cluster, load_cluster, with_network
 from llm_parallel.planner.memory import CONTEXT_BYTES, GIB
 from llm_parallel.planner.models import planned
@@ -30,12 +31,11 @@ from llm_parallel.planner.published.trust import trust
 from llm_parallel.planner.request import PlanRequest, Question, read_length
 from llm_parallel.planner.run_file import about_documents, own_layout, question_of, with_documents
 from llm_parallel.planner.search import Candidate, as_run_fields, best_layouts, evaluate, fits
-from llm_parallel.planner.shapes import SOFTWARE_NAMES, Shape, Strategy, strategy_of, with_software
+from llm_parallel.planner.shapes import RECOMPUTES, SOFTWARE_NAMES, Shape, Strategy, strategy_of, with_software
 from llm_parallel.planner.steptime import Model
 from llm_parallel.screen import say_next, show
 
 HOUR_S = 3600.0
-_SIZES = {"tp": "tp", "pp": "pp", "cp": "cp", "vpp": "vpp", "mbs": "micro_batch", "recompute": "recompute", "dp": "dp"}
 _WHAT_IF = ("cluster", "network", "gpus", "global_batch", "seq", "precision", "software")
 
 
@@ -58,17 +58,18 @@ def _plan(request: Question) -> int:
         return what_if_command(request)
     model, cluster = planned(request.model), with_network(load_cluster(request.cluster_name), request.network)
     request, shape = replace(request, model=model.given), model.shape
+    _check_experts(request, shape)
     base = _base(request, cluster)
     began = time.monotonic()
     if request.explain is not None:
-        strategy = _explained(request.explain, base)
+        strategy = explained(request.explain, base)
         _check_explained(request, shape, strategy, cluster)
         found = [evaluate(shape, strategy, cluster)]
         lines: list[str] = []
         _explain(found[0], shape, cluster, lines.append)
         show("\n".join(lines))
     else:
-        found, looked, fitting = best_layouts(shape, base, cluster, request.top)
+        found, looked, fitting = best_layouts(shape, base, cluster, request.top, RECOMPUTES[request.software])
         show(
             f"{model.name}, {shape.parameters / 1e9:.1f} B parameters, on {request.gpus} GPUs of {cluster.name}: "
             f"{looked} layouts in {time.monotonic() - began:.1f} s, {fitting} fit into "
@@ -80,7 +81,9 @@ def _plan(request: Question) -> int:
                 show(sentence)
             return 1
         show(_table(found, shape, cluster))
-    show(f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, found[0].strategy)}")
+    show(
+        f"\nPredicted for {SOFTWARE_NAMES[request.software]}, not measured. {_trust(cluster, found[0].strategy, shape)}"
+    )
     for said in (about_documents(request), own_layout(request, shape, _base(request, cluster), cluster)):
         if said:
             show(said)
@@ -97,6 +100,16 @@ def _plan(request: Question) -> int:
     else:
         say_next(f"{_as_command(request)} --write runs/{model.name}.yaml")
     return 0
+
+
+def _check_experts(request: Question, shape: Shape) -> None:
+    """Raises UserError where a model with experts is asked of software, or with adapters, that has no prediction of
+    them."""
+    if shape.experts is not None and (request.software != "nvidia" or request.adapter or request.write):
+        raise UserError(
+            f"--model {request.model} has experts, which our trainer does not have; --software nvidia predicts "
+            "Megatron-Core's training of all weights (without --adapter and --write)"
+        )
 
 
 def _as_command(request: Question) -> str:
@@ -117,11 +130,11 @@ def _why_none(request: Question, looked: int) -> str:
     )
 
 
-def _trust(cluster: Cluster, strategy: Strategy) -> str:
+def _trust(cluster: Cluster, strategy: Strategy, shape: Shape) -> str:
     """The error to expect of a prediction."""
     if cluster.host is not None:
         return "How far such predictions are off on a CPU is measured by benchmarks/cpu_truth.py."
-    return trust(cluster, strategy).describe()
+    return trust(cluster, strategy, shape.experts is not None).describe()
 
 
 def what_if_command(request: Question) -> int:
@@ -131,14 +144,16 @@ def what_if_command(request: Question) -> int:
         raise UserError(f"--what-if compares the best layouts; leave out --{name}, or plan each case by itself")
     model = planned(request.model)
     shape = model.shape
+    for text in ("", *request.what_if):
+        _check_experts(changed(request, text) if text else request, shape)
     cases = [("as asked", request), *((text, changed(request, text)) for text in request.what_if)]
     rows, records = [], []
     trusted: dict[str, list[str]] = {}
     for name, case in cases:
         cluster = with_network(load_cluster(case.cluster_name), case.network)
         base = _base(case, cluster)
-        found, _, _ = best_layouts(shape, base, cluster, 1)
-        said = f"Predicted for {SOFTWARE_NAMES[case.software]}, not measured. {_trust(cluster, base)}"
+        found, _, _ = best_layouts(shape, base, cluster, 1, RECOMPUTES[case.software])
+        said = f"Predicted for {SOFTWARE_NAMES[case.software]}, not measured. {_trust(cluster, base, shape)}"
         trusted.setdefault(said, []).append(name)
         rows.append(_what_if_row(name, case, found, shape, cluster))
         best = as_data(found[0], shape, cluster) if found else None
@@ -222,7 +237,12 @@ def _base(request: Question, cluster: Cluster) -> Strategy:
     if request.config is not None:
         own = strategy_of(request.config, request.gpus)
         plain = replace(plain, moment_bits=own.moment_bits, zero=own.zero)
-    return with_software(with_documents(request, plain), request.software)
+    found = with_software(with_documents(request, plain), request.software)
+    if found.zero > 1 and found.adapter is not None:
+        raise UserError(
+            f"--software {request.software} is planned for all weights; leave out --adapter, or take --software ours"
+        )
+    return found
 
 
 def _adapter(text: str | None, config: RunConfig | None) -> AdapterConfig | None:
@@ -240,44 +260,12 @@ def _adapter(text: str | None, config: RunConfig | None) -> AdapterConfig | None
         ) from error
 
 
-def _explained(text: str, base: Strategy) -> Strategy:
-    sizes: dict[str, Any] = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        if name not in _SIZES or not value:
-            raise UserError(f"--explain {text}: {part!r} is not one of {', '.join(_SIZES)} with a value, as tp=8")
-        if _SIZES[name] in sizes:
-            raise UserError(f"--explain {text}: {name} is given twice; give it once")
-        if name == "recompute":
-            if value not in ("none", "selective", "full"):
-                raise UserError(f"--explain {text}: recompute is none, selective or full, not {value}")
-            sizes["recompute"] = value
-        elif not value.isdecimal() or int(value) < 1:
-            raise UserError(f"--explain {text}: {name}={value} must be a whole number of at least 1")
-        else:
-            sizes[_SIZES[name]] = int(value)
-    dp = sizes.pop("dp", None)
-    found = replace(base, **sizes, sequence_parallel=sizes.get("tp", 1) > 1, overlap_pp=sizes.get("vpp", 1) > 1)
-    product = found.tp * found.pp * found.cp
-    made = f"tp={found.tp} x pp={found.pp} x cp={found.cp}"
-    if base.gpus % product:
-        raise UserError(f"--explain {text}: {made} is {product}, which does not divide --gpus {base.gpus}")
-    if dp is not None and dp * product != base.gpus:
-        raise UserError(
-            f"--explain {text}: {made} x dp={dp} is {dp * product}, not --gpus {base.gpus}; use dp={found.dp}"
-        )
-    if base.global_batch % (found.dp * found.micro_batch):
-        raise UserError(
-            f"--explain {text}: --global-batch {base.global_batch} does not divide into micro batches of "
-            f"{found.micro_batch} on {found.dp} replicas"
-        )
-    return found
-
-
 def _check_explained(request: Question, shape: Shape, strategy: Strategy, cluster: Cluster) -> None:
     """Raises UserError with the first rule of our trainer that an explained layout breaks. Megatron-Core has the same
     rules."""
-    config = RunConfig.model_validate(_run_tree(request, shape, strategy, cluster, whole=True))
+    check_ep(request.explain or "", shape, strategy)
+    known = replace(strategy, recompute="full") if strategy.recompute == "ops" else strategy
+    config = RunConfig.model_validate(_run_tree(request, shape, known, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cpu" if cluster.host else "cuda")
     if problems:
         named = {"parallel.": "", "train.micro_batch_size": "mbs", "train.global_batch_size": "--global-batch"}
@@ -380,6 +368,11 @@ def _run_tree(request: Question, shape: Shape, strategy: Strategy, cluster: Clus
 def write_run_file(request: Question, shape: Shape, best: Candidate, cluster: Cluster) -> None:
     """Writes a run file that ``pretrain`` takes once its data is filled in. Raises UserError if our trainer can't run
     it."""
+    if best.strategy.zero > 1 or best.strategy.recompute == "ops":
+        raise UserError(
+            f"--write: this layout was predicted for {SOFTWARE_NAMES[request.software]}; our trainer has no sharded "
+            "gradients and weights (ZeRO-2, ZeRO-3) and does not recompute single operators; plan with --software ours"
+        )
     config = RunConfig.model_validate(_run_tree(request, shape, best.strategy, cluster, whole=True))
     problems = find_problems(config, request.gpus, "cuda")
     if problems:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm_parallel.planner import adapters
-from llm_parallel.planner.shapes import Shape, Strategy
+from llm_parallel.planner.shapes import Experts, Shape, Strategy
 
 GIB = 2.0**30
 # CUDA context, NCCL's buffers and cuBLAS workspaces, which a process takes beside its tensors. torch's own figures of
@@ -79,7 +79,13 @@ def parameters_of_stage(shape: Shape, strategy: Strategy, stage: int) -> float:
     table = shape.vocab * shape.hidden / strategy.tp
     first, last = stage == 0, stage == strategy.pp - 1
     tables = int(first) + int(last) - int(shape.tied and first and last)
+    held += experts_of_stage(shape, strategy, stage) + layers * shape.router
     return held + tables * table + (shape.hidden if last else 0)
+
+
+def experts_of_stage(shape: Shape, strategy: Strategy, stage: int) -> float:
+    """Number of weights of experts on one GPU of a stage. Expert and tensor parallelism divide them."""
+    return sum(stage_layers(shape, strategy)[stage]) * shape.expert_matrices / (strategy.ep * strategy.tp)
 
 
 def in_flight(strategy: Strategy, stage: int) -> int:
@@ -113,6 +119,8 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
         found += per_score * tokens * strategy.seq * shape.heads / tp
     elif strategy.flash:
         found += 4 * tokens * shape.heads / tp  # logarithms of the sums, fp32
+    if shape.experts is not None:
+        found += _expert_activations(shape, strategy, shape.experts)
     if strategy.keeps_gathered and strategy.sequence_parallel:  # inputs of QKV and of the first MLP matrix, whole
         found += 2 * size * tokens * shape.hidden * (1 - 1 / tp)
     if shape.qk_norm != "none":
@@ -127,6 +135,17 @@ def layer_activations(shape: Shape, strategy: Strategy, recompute: str | None = 
     if strategy.cp > 1 and strategy.cp_gathers:
         found += _gathered_attention(shape, strategy)
     return found
+
+
+def _expert_activations(shape: Shape, strategy: Strategy, experts: Experts) -> float:
+    """Bytes that one layer's experts keep for backward where all have as many tokens: the rows that came to them, whole
+    over tensor-parallel ranks; what goes into and out of their activation; their outputs, which the gradient of the
+    router's weights reads; and the router's fp32 logits and probabilities."""
+    size = 4 if strategy.precision == "fp32" else 2
+    whole = strategy.tp if strategy.sequence_parallel else 1
+    inner = experts.ffn * (2 + shape.gated) / strategy.tp
+    rows = experts.active * size * (shape.hidden + inner + shape.hidden / whole)
+    return strategy.tokens * (rows + 8 * experts.count / whole)
 
 
 def _plain_operators(shape: Shape, strategy: Strategy) -> float:
@@ -220,6 +239,8 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
         gathered = parameters if strategy.pp > 1 else 0.0
         return shard + size * gathered, shard + 4 * gathered / strategy.vpp, 2 * shard
     main = 0 if strategy.precision == "fp32" else 4
+    if strategy.zero == 2:  # gradients of a layer at a time are whole, see _temporary
+        return size * parameters, 4.0 * parameters / replicas, (8 + main) * parameters / replicas
     held = strategy.grad_bytes + strategy.copied_grad_bytes
     frozen = 0.0
     if strategy.adapter is not None:
@@ -232,7 +253,12 @@ def _states(shape: Shape, strategy: Strategy, stage: int) -> tuple[float, float,
         parameters = layers * adapters.layer_parameters(shape, strategy, strategy.adapter)
         parameters += whole / strategy.tp + adapters.vocabulary_parameters(shape, strategy, strategy.adapter, stage)
     optimizer = main * parameters + _moments(shape, strategy, stage, parameters)
-    return frozen + size * parameters, held * parameters, optimizer / (replicas if strategy.zero == 1 else 1)
+    if strategy.zero != 1:
+        return frozen + size * parameters, held * parameters, optimizer
+    # Experts are on fewer replicas than the rest.
+    share = experts_of_stage(shape, strategy, stage) / parameters if shape.experts else 0.0
+    divided = (1.0 - share) / replicas + share / (replicas / strategy.ep)
+    return frozen + size * parameters, held * parameters, optimizer * divided
 
 
 def _moments(shape: Shape, strategy: Strategy, stage: int, parameters: float) -> float:
@@ -280,7 +306,8 @@ def _temporary(shape: Shape, strategy: Strategy) -> float:
     gradients."""
     size = 4 if strategy.precision == "fp32" else 2
     found = recomputed_activations(shape, strategy)
-    found += size * strategy.tokens * shape.ffn * (2 if shape.gated else 1) / strategy.tp
+    wide = max(shape.ffn, shape.experts.active * shape.experts.ffn if shape.experts else 0)
+    found += size * strategy.tokens * wide * (2 if shape.gated else 1) / strategy.tp
     if strategy.adapter is not None:
         found += adapters.dequantized_bytes(shape, strategy, strategy.adapter)
     if not strategy.fused:  # inputs and results of norms in fp32, and the activated gate
@@ -290,6 +317,8 @@ def _temporary(shape: Shape, strategy: Strategy) -> float:
         # parallelism they are in NVLink's symmetric memory, which the allocator does not count.
         both = 1 if strategy.zero != 3 else 1 + 2 * (not strategy.overlap_tp)
         found += both * size * strategy.tokens * shape.hidden
+    if strategy.zero == 2:  # of one layer the gradient, and its fp32 copy
+        found += (size + 4) * shape.layer_parameters / strategy.tp
     if strategy.zero == 3:
         # Weights of two layers (one runs, one is gathered ahead), and of one the gradient and its fp32 copy.
         found += (2 * size + size + 4) * shape.layer_parameters / strategy.tp

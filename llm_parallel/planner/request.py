@@ -93,7 +93,7 @@ class PlanRequest:
     document_tokens: int | None = option(None, read=read_length)
     """Mean tokens of a conversation or document, where they do not see each other in a sample, or each has one."""
     software: str = "ours"
-    """ours, or nvidia: Megatron-Core, Transformer Engine."""
+    """ours, nvidia (Megatron-Core with Transformer Engine), fsdp (PyTorch's FSDP2) or zero-2 (DeepSpeed)."""
     network: str | None = None
     """Network between nodes instead of the cluster's: ib-400, efa-400, roce-100 …"""
     run: str | None = argument(None)

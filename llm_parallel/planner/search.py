@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_parallel.planner import adapters
 from llm_parallel.planner.hardware import Cluster
 from llm_parallel.planner.memory import ALLOWANCE, CONTEXT_BYTES, Memory, memory, spread
-from llm_parallel.planner.shapes import Recompute, Shape, Strategy
-from llm_parallel.planner.steptime import Model, StepTime
+from llm_parallel.planner.shapes import RECOMPUTES, Recompute, Shape, Strategy
+from llm_parallel.planner.step_parts import StepTime
+from llm_parallel.planner.steptime import Model
 
 MICRO_BATCHES = (1, 2, 4, 8)
-RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ def _divisors(number: int, most: int) -> list[int]:
     return [size for size in range(1, min(number, most) + 1) if number % size == 0]
 
 
-def layouts(shape: Shape, base: Strategy, cluster: Cluster) -> Iterator[Strategy]:
-    """Every legal layout of ``base``'s GPUs, batch and sequence.
+def layouts(
+    shape: Shape, base: Strategy, cluster: Cluster, recomputes: Sequence[Recompute] = RECOMPUTES["ours"]
+) -> Iterator[Strategy]:
+    """Every legal layout of ``base``'s GPUs, batch and sequence, with each of ``recomputes``.
 
     TP divides the heads, divides the groups or is a multiple of them, and stays within a node. PP need not divide the
     layers; with VPP the chunks are even, or lack one or two layers in all, as Llama 3 405B's 126 layers do. CP is a
@@ -80,24 +82,32 @@ def layouts(shape: Shape, base: Strategy, cluster: Cluster) -> Iterator[Strategy
                 continue
             for pp in _divisors(gpus // (tp * cp), min(shape.layers, 64)):
                 dp = gpus // (tp * cp * pp)
-                if base.global_batch % dp:
+                if base.global_batch % dp or (pp > 1 and base.zero == 2):  # DeepSpeed's pipelines have no stage 2
                     continue
                 for micro in MICRO_BATCHES:
                     if base.global_batch // dp % micro:
                         continue
-                    yield from _variants(shape, replace(
-                        base, tp=tp, cp=cp, pp=pp, micro_batch=micro, sequence_parallel=tp > 1
-                    ))  # fmt: skip
+                    for ep in _expert_sizes(shape, dp * cp):
+                        yield from _variants(shape, replace(
+                            base, tp=tp, cp=cp, pp=pp, ep=ep, micro_batch=micro, sequence_parallel=tp > 1
+                        ), recomputes)  # fmt: skip
 
 
-def _variants(shape: Shape, strategy: Strategy) -> Iterator[Strategy]:
+def _expert_sizes(shape: Shape, replicas: int) -> list[int]:
+    """Legal expert-parallel sizes: they divide the experts, and the ranks that hold different samples."""
+    if shape.experts is None:
+        return [1]
+    return [size for size in _divisors(shape.experts.count, replicas) if replicas % size == 0]
+
+
+def _variants(shape: Shape, strategy: Strategy, recomputes: Sequence[Recompute]) -> Iterator[Strategy]:
     """The layout with each legal number of model chunks and each recomputation."""
     pp = strategy.pp
     chunks = [1]
     if pp > 1 and strategy.micro_batches % pp == 0:
         chunks += [v for v in range(2, min(shape.layers // pp, 16) + 1) if is_even_enough(shape.layers, pp * v)]
     for vpp in chunks:
-        for recompute in RECOMPUTES:
+        for recompute in recomputes:
             # Megatron-Core overlaps pipeline sends with compute only in the interleaved schedule.
             yield replace(strategy, vpp=vpp, recompute=recompute, overlap_pp=vpp > 1)
 
@@ -112,18 +122,20 @@ def evaluate(shape: Shape, strategy: Strategy, cluster: Cluster) -> Candidate:
     return Candidate(strategy, Model(shape, strategy, cluster).step(), memory(shape, strategy))
 
 
-def best_layouts(shape: Shape, base: Strategy, cluster: Cluster, top: int) -> tuple[list[Candidate], int, int]:
+def best_layouts(
+    shape: Shape, base: Strategy, cluster: Cluster, top: int, recomputes: Sequence[Recompute] = RECOMPUTES["ours"]
+) -> tuple[list[Candidate], int, int]:
     """The ``top`` fastest layouts that fit, the number of legal layouts, and the number that fit."""
     looked = fitting = 0
     found: list[tuple[float, int, Candidate]] = []
-    for strategy in layouts(shape, base, cluster):
+    for strategy in layouts(shape, base, cluster, recomputes):
         looked += 1
         needed = memory(shape, strategy)
         if not fits(needed, cluster):
             continue
         fitting += 1
         # Where the layout fits without recomputation it is faster, so this one need not be timed.
-        if strategy.recompute == "full" and fits(memory(shape, replace(strategy, recompute="none")), cluster):
+        if strategy.recompute != "none" and fits(memory(shape, replace(strategy, recompute="none")), cluster):
             continue
         time = Model(shape, strategy, cluster).step()
         item = (-time.total, looked, Candidate(strategy, time, needed))

@@ -18,8 +18,22 @@ Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The feed-forward part of a layer as a mixture of experts (Shazeer et al. 2017, arXiv 1701.06538; Lepikhin et al.
+    2020, GShard, arXiv 2006.16668), without a capacity (Gale et al. 2022, MegaBlocks, arXiv 2211.15841)."""
+
+    count: int
+    """Experts of a layer."""
+    active: int
+    """Experts that a token goes through."""
+    ffn: int
+    """Width of one expert."""
+
+
+@dataclass(frozen=True)
 class Shape:
-    """Dimensions of a decoder."""
+    """Dimensions of a decoder. Where it has experts, ``ffn`` is the width of what all tokens go through beside them,
+    which may be 0."""
 
     layers: int
     """Transformer layers."""
@@ -53,6 +67,8 @@ class Shape:
     """The same, that every tensor-parallel rank holds."""
     qk_norm: Literal["none", "each", "wide"] = "none"
     """Norms of queries and keys: of each head, or of all heads together."""
+    experts: Experts | None = None
+    """Experts of every layer; None: it is dense. Our trainer has none."""
 
     @property
     def channels(self) -> int:
@@ -71,10 +87,25 @@ class Shape:
         return self.layer_matrices + 2 * self.hidden + self.divided_vectors + self.whole_vectors
 
     @property
+    def expert_matrices(self) -> int:
+        """Number of weights of one layer's experts."""
+        return self.experts.count * self.one_expert if self.experts else 0
+
+    @property
+    def one_expert(self) -> int:
+        """Number of weights of one expert."""
+        return (3 if self.gated else 2) * self.hidden * self.experts.ffn if self.experts else 0
+
+    @property
+    def router(self) -> int:
+        """Number of weights of one layer's router."""
+        return self.experts.count * self.hidden if self.experts else 0
+
+    @property
     def parameters(self) -> int:
         """Number of all weights."""
         ends = self.vocab * self.hidden * (1 if self.tied else 2)
-        return self.layers * self.layer_parameters + ends + self.hidden
+        return self.layers * (self.layer_parameters + self.expert_matrices + self.router) + ends + self.hidden
 
     def seen(self, seq: int) -> float:
         """Share of a sample of ``seq`` tokens that a token attends to, on average."""
@@ -85,7 +116,9 @@ class Shape:
         """Training FLOPs of one token of a sample of ``seq``, recomputation not counted; ``causal`` counts half of
         attention, or what a window sees (see model/flops.py for the conventions)."""
         attention = 4 * seq * self.heads * self.channels * self.layers * (self.seen(seq) if causal else 1.0)
-        return 3.0 * (2 * (self.layers * self.layer_matrices + self.vocab * self.hidden) + attention)
+        active = self.router + self.one_expert * (self.experts.active if self.experts else 0)
+        matrices = self.layers * (self.layer_matrices + active) + self.vocab * self.hidden
+        return 3.0 * (2 * matrices + attention)
 
 
 @dataclass(frozen=True)
@@ -108,12 +141,15 @@ class Strategy:
     """Context-parallel size."""
     vpp: int = 1
     """Model chunks of a pipeline stage; over 1 the schedule is interleaved."""
+    ep: int = 1
+    """Expert-parallel size: ranks among data- and context-parallel ones that divide the experts."""
     recompute: Recompute = "none"
     """Activations that backward computes again."""
     sequence_parallel: bool = True
     """Whether norms and residuals are divided along the sequence within a tensor-parallel group."""
     zero: int = 1
-    """0: every replica holds all state (DDP); 1: the optimizer is sharded; 3: weights and gradients too (FSDP)."""
+    """What replicas divide among them (Rajbhandari et al. 2020, arXiv 1910.02054): 0: nothing (DDP); 1: optimizer
+    state; 2: accumulated gradients too; 3: weights too (FSDP)."""
     precision: Precision = "bf16"
     """Number format of the matrix products."""
     flash: bool = True
@@ -141,6 +177,9 @@ class Strategy:
     """Bytes of a parameter's accumulated gradient."""
     logit_bytes: int = 2
     """Bytes that a logit takes at the loss, with its gradient and copies."""
+    adds_gradients: bool = False
+    """Whether an operator of its own adds each micro batch's gradients to the accumulated ones, rather than the product
+    that makes them."""
     copied_grad_bytes: int = 0
     """Bytes of a parameter's gradients beside the accumulated one: backward's own, and buckets."""
     dp_collectives: int = 0
@@ -180,19 +219,45 @@ class Strategy:
         """One line for tables."""
         parts = [f"tp={self.tp}", f"pp={self.pp}", f"dp={self.dp}"]
         parts += [f"cp={self.cp}"] if self.cp > 1 else []
+        parts += [f"ep={self.ep}"] if self.ep > 1 else []
         parts += [f"vpp={self.vpp}"] if self.vpp > 1 else []
         return ",".join([*parts, f"mbs={self.micro_batch}", f"recompute={self.recompute}"])
 
 
 SOFTWARE: Mapping[str, Mapping[str, Any]] = {
-    "ours": {"te": False, "overlap_tp": False, "cp_gathers": True, "logit_bytes": 2},
-    "nvidia": {"te": True, "overlap_tp": True, "cp_gathers": False, "logit_bytes": 8},
+    "ours": {"te": False, "overlap_tp": False, "cp_gathers": True, "logit_bytes": 2, "adds_gradients": True},
+    "nvidia": {"te": True, "overlap_tp": True, "cp_gathers": False, "logit_bytes": 8, "adds_gradients": False},
+    "zero-2": {"cp_gathers": False, "logit_bytes": 8, "zero": 2, "moment_bits": 32, "adds_gradients": False},
+    "fsdp": {
+        "cp_gathers": False,
+        "logit_bytes": 4,
+        "zero": 3,
+        "early_stop": True,
+        "moment_bits": 32,
+        "adds_gradients": False,
+    },
 }
 """Fields of ``Strategy`` for each software that can be planned. ``ours``: our trainer, whose matrix products and
-attention are taken to be as fast as published open PyTorch code. ``nvidia``: Megatron-Core with Transformer Engine as
+attention are taken to be as fast as published open PyTorch code, and whose gradients are added by an operator of their
+own (``gradient_accumulation_fusion`` needs apex). ``nvidia``: Megatron-Core with Transformer Engine as
 NVIDIA's recipes run it, with cuDNN's attention, tensor-parallel communication overlapped with matrix products, and 8
-bytes per logit, as in published rows of NeMo and Megatron-LM."""
-SOFTWARE_NAMES = {"ours": "our trainer", "nvidia": "NVIDIA's stack (Megatron-Core with Transformer Engine)"}
+bytes per logit, as in published rows of NeMo and Megatron-LM. ``zero-2``: DeepSpeed's stage 2, whose replicas divide
+gradients and optimizer state. ``fsdp``: PyTorch's FSDP2 as torchtitan compiles it, whose replicas divide the weights
+too. Our trainer has neither of these two."""
+SOFTWARE_NAMES = {
+    "ours": "our trainer",
+    "nvidia": "NVIDIA's stack (Megatron-Core with Transformer Engine)",
+    "zero-2": "DeepSpeed's ZeRO-2, which is other software than our trainer",
+    "fsdp": "PyTorch's FSDP2 (ZeRO-3), which is other software than our trainer",
+}
+RECOMPUTES: Mapping[str, tuple[Recompute, ...]] = {
+    "ours": ("none", "full"),
+    "nvidia": ("none", "selective", "full"),
+    "zero-2": ("none", "full"),
+    "fsdp": ("none", "ops", "full"),
+}
+"""What is looked for with each software. ``selective`` is Korthikanti et al.'s (2022, arXiv 2205.05198), which spares
+nothing where attention is fused, as ours always is; ``ops`` is PyTorch's selective activation checkpointing."""
 
 
 def with_software(strategy: Strategy, name: str) -> Strategy:
@@ -238,6 +303,7 @@ def strategy_of(config: RunConfig, gpus: int, device: str = "cuda") -> Strategy:
         cp=parallel.cp,
         vpp=parallel.vpp,
         recompute=parallel.recompute,
+        adds_gradients=True,
         sequence_parallel=parallel.divides_sequence and parallel.tp > 1,
         zero=1 if parallel.distributed_optimizer else 0,
         precision=train.precision,

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from llm_parallel.planner import adapters
 from llm_parallel.planner.hardware import Cluster
 from llm_parallel.planner.host import host_step
-from llm_parallel.planner.memory import parameters_of_stage, stage_layers
+from llm_parallel.planner.memory import experts_of_stage, parameters_of_stage, stage_layers
 from llm_parallel.planner.pipeline_simulation import Timeline, simulate
-from llm_parallel.planner.shapes import Shape, Strategy
+from llm_parallel.planner.shapes import Experts, Shape, Strategy
+from llm_parallel.planner.step_parts import Pass, StepTime
 
 BACKWARD_FLASH = 2.5 / 0.8
 """Backward over forward time of flash attention: five matrix products instead of two, at four fifths of the rate."""
@@ -24,81 +25,14 @@ FLASH_ROWS = 512
 """Sequence length at which flash attention reaches half its rate: the rows of two tiles."""
 UNFUSED = 2.5
 """Memory traffic of norms, rotation and activation when each operator runs by itself, relative to fused ones."""
+UNFUSED_KERNELS = 2.0
+"""Kernels of a layer whose attention is not fused (copies into heads, two batched products, scale and mask, softmax,
+dropout, and a copy back), relative to one whose attention is a single kernel."""
 BUCKET, BUCKET_OF_RANK = 40e6, 1e6
 """Parameters in a gradient bucket of Megatron-Core's distributed optimizer: the larger of the first, and the second for
 every replica."""
 ADAM_BYTES = 30
 """Bytes that AdamW reads and writes for a parameter: fp32 weight, two moments and gradient, and a bf16 copy."""
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of a step by cause; they add up to ``total``."""
-
-    compute: float
-    """Matrix products and attention."""
-    elementwise: float
-    """Operators that memory bandwidth limits."""
-    recompute: float
-    """Activations computed again in backward."""
-    tp: float
-    """Tensor-parallel communication."""
-    cp: float
-    """Context-parallel communication."""
-    pp: float
-    """Sends between pipeline stages."""
-    bubble: float
-    """Waiting in the pipeline."""
-    dp: float
-    """Data-parallel communication."""
-    optimizer: float
-    """The update of the weights."""
-    host: float
-    """Kernel launches that are not hidden."""
-    waiting: float
-    """Waiting for the slowest of many nodes."""
-
-    @property
-    def total(self) -> float:
-        """Seconds of a step."""
-        return sum(self.parts().values())
-
-    @property
-    def exposed_communication(self) -> float:
-        """Seconds of communication that nothing hides."""
-        return self.tp + self.cp + self.pp + self.dp
-
-    def parts(self) -> dict[str, float]:
-        """Seconds by field name."""
-        names = ("compute", "elementwise", "recompute", "tp", "cp", "pp", "bubble", "dp", "optimizer", "host",
-                 "waiting")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Seconds of one micro batch's forward or backward through one layer, or the output, on one GPU."""
-
-    compute: float = 0.0
-    elementwise: float = 0.0
-    tp: float = 0.0
-    cp: float = 0.0
-    host: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Seconds."""
-        return self.compute + self.elementwise + self.tp + self.cp + self.host
-
-    def __add__(self, other: Pass) -> Pass:
-        return Pass(*(getattr(self, name) + getattr(other, name) for name in _PASS))
-
-    def times(self, factor: float) -> Pass:
-        """This pass, ``factor`` times."""
-        return Pass(*(factor * getattr(self, name) for name in _PASS))
-
-
-_PASS = ("compute", "elementwise", "tp", "cp", "host")
 
 
 class Model:
@@ -115,22 +49,26 @@ class Model:
         return {
             "qkv": (shape.hidden, wide * (1 + 2 * shape.groups / shape.heads)),
             "out": (wide, shape.hidden),
-            "up": (shape.hidden, gate * shape.ffn / tp),
-            "down": (shape.ffn / tp, shape.hidden),
+            **(
+                {"up": (shape.hidden, gate * shape.ffn / tp), "down": (shape.ffn / tp, shape.hidden)}
+                if shape.ffn
+                else {}
+            ),
         }
 
-    def _products(self, matrices: Iterable[tuple[float, float]]) -> float:
+    def _products(self, matrices: Iterable[tuple[float, float]], rows: float = 1.0, copies: float = 1.0) -> float:
         """Seconds of a micro batch's matrix products: arithmetic, and the traffic of operands and results, which the
-        arithmetic of narrow matrices does not hide."""
+        arithmetic of narrow matrices does not hide. ``rows``: how often each token is multiplied, by one of ``copies``
+        matrices of the same dimensions."""
         strategy, size = self.strategy, 2.0
         rate = self._gemm_rate()
         if strategy.precision == "fp8":
             rate, size = self.chip.peak_fp8_flops * self.constants.gemm_fp8, 1.0
         elif strategy.precision == "fp32":
             rate, size = rate / 2.0, 4.0
-        tokens, found = strategy.tokens, 0.0
+        tokens, found = strategy.tokens * rows, 0.0
         for inputs, outputs in matrices:
-            traffic = size * (tokens * inputs + inputs * outputs) + max(size, 2.0) * tokens * outputs
+            traffic = size * (tokens * inputs + copies * inputs * outputs) + max(size, 2.0) * tokens * outputs
             found += 2.0 * tokens * inputs * outputs / rate + self._move(traffic)
         return found
 
@@ -182,7 +120,10 @@ class Model:
         elementwise = self._move(traffic) + self._move(self._elementwise_bytes() * (2 if backward else 1))
         size = 2.0 * tokens * shape.hidden
         # Two all-reduces, or two pairs of all-gather and reduce-scatter, in each direction.
-        sent = 2.0 * self._collective(size, tp, 1, rounds=2)
+        sent = (2.0 if shape.ffn else 1.0) * self._collective(size, tp, 1, rounds=2)
+        if backward:
+            numbers = shape.layer_matrices + shape.expert_matrices / strategy.ep
+            elementwise += self._move(self._accumulated_bytes(numbers))
         if strategy.adapter is not None:
             adapter = strategy.adapter
             compute += self._products(adapters.products(shape, strategy, adapter)) * (2 if backward else 1)
@@ -191,10 +132,16 @@ class Model:
             sent += self._collective(2.0 * tokens * adapter.rank * len(set(adapter.targets)), tp, 1, rounds=2)
         if strategy.overlap_tp:
             sent *= 1.0 - self.constants.tp_hidden
+        if shape.experts is not None:
+            compute += self._expert_products(shape.experts) * (2 if backward else 1)
+            elementwise += self._move(self._expert_bytes(shape.experts)) * (2 if backward else 1)
+            sent += self._expert_communication(shape.experts)
         return Pass(compute + attention, elementwise, sent, self._ring(attention, backward), self._host())
 
     def _host(self) -> float:
-        return self.constants.layer_us * 1e-6
+        """Seconds of one layer's pass that do not depend on its size: the begin and end of its kernels. Attention that
+        is not fused runs about as many kernels as all the rest."""
+        return self.constants.layer_us * 1e-6 * (1.0 if self.strategy.flash else UNFUSED_KERNELS)
 
     def _attention(self, backward: bool) -> tuple[float, float]:
         """Seconds of attention's matrix products, and bytes of scores that are moved."""
@@ -229,6 +176,53 @@ class Model:
             cast = 4.0 * (2 * shape.hidden + (shape.heads * shape.channels + shape.ffn) / strategy.tp)
         return strategy.tokens * (factor * (rows + (rotary + activation) / strategy.tp) + cast)
 
+    def _accumulated_bytes(self, matrices: float) -> float:
+        """Bytes that are moved where a micro batch's gradients of ``matrices`` numbers of the model are added to those
+        before it by an operator of its own: backward's own in 16 bits are read, the accumulated ones read and
+        written."""
+        strategy = self.strategy
+        if not strategy.adds_gradients or strategy.adapter is not None:
+            return 0.0
+        return (2.0 + 2.0 * strategy.grad_bytes) * matrices / strategy.tp
+
+    def _expert_products(self, experts: Experts) -> float:
+        """Seconds of the products of a GPU's experts, which have as many tokens each, and of the router."""
+        shape, tp = self.shape, self.strategy.tp
+        matrices = (shape.hidden, (2 if shape.gated else 1) * experts.ffn / tp), (experts.ffn / tp, shape.hidden)
+        share = tp if self.strategy.sequence_parallel else 1
+        router = 2.0 * self.strategy.tokens / share * shape.router / self._gemm_rate()
+        return router + self._products(matrices, experts.active, experts.count / self.strategy.ep)
+
+    def _expert_bytes(self, experts: Experts) -> float:
+        """Bytes that a layer's experts move in forward beside products: rows are sorted by rank and then by expert on
+        the way there, and back on the way home (a read and a write each), and the activation."""
+        shape, strategy = self.shape, self.strategy
+        sorted_ = 4 * 2 * 2 * shape.hidden / (strategy.tp if strategy.sequence_parallel else 1)
+        return strategy.tokens * experts.active * (sorted_ + (6 if shape.gated else 4) * experts.ffn / strategy.tp)
+
+    def _expert_communication(self, experts: Experts) -> float:
+        """Seconds of a layer's experts in one direction: all-to-alls that bring rows to their experts and back, of the
+        tokens that sequence parallelism leaves each rank; and gathering and reducing those rows over tensor-parallel
+        ranks, which divide each expert (Singh et al. 2023, arXiv 2303.06318)."""
+        strategy, shape = self.strategy, self.shape
+        rows = 2.0 * strategy.tokens * experts.active * shape.hidden
+        found = self._collective(rows, strategy.tp, 1, rounds=2)
+        own = rows / (strategy.tp if strategy.sequence_parallel else 1)
+        return found + 2.0 * self._all_to_all(own, strategy.ep, strategy.tp)
+
+    def _all_to_all(self, size: float, members: int, span: int) -> float:
+        """Seconds in which each of ``members`` sends an equal part of ``size`` bytes to each, over NVLink to those on
+        its node and by its own network card to the others."""
+        if members == 1:
+            return 0.0
+        here = min(members, max(1, self.cluster.gpus_per_node // span))
+        near = self.cluster.nvlink_bytes_per_s * self.constants.nvlink
+        inside = (here - 1) / members * size / near + self.cluster.nvlink_latency_s
+        if here == members:
+            return inside
+        outside = (members - here) / members * size / (self.cluster.nic_bytes_per_s * self.constants.nic)
+        return max(inside, outside + self.cluster.nic_latency_s)
+
     def _ring(self, attention: float, backward: bool) -> float:
         """Seconds of sending keys and values around the context-parallel group that attention does not hide."""
         strategy, shape = self.strategy, self.shape
@@ -244,7 +238,8 @@ class Model:
         logits = self.strategy.tokens * self.shape.vocab / self.strategy.tp
         # The output projection stays in 16 bits where the layers run in 8.
         rate = self._gemm_rate()
-        return Pass(flops * (2 if backward and self.strategy.adapter is None else 1) / rate, self._move(logits * 8))
+        traffic = logits * 8 + (self._accumulated_bytes(self.shape.vocab * self.shape.hidden) if backward else 0.0)
+        return Pass(flops * (2 if backward and self.strategy.adapter is None else 1) / rate, self._move(traffic))
 
     def stage(self, stage: int, backward: bool) -> Pass:
         """Forward or backward of all layers of a stage for one micro batch, without recomputation."""
@@ -272,15 +267,19 @@ class Model:
         return Pass()
 
     def _sharded_exposed(self, compute: float) -> float:
-        """Seconds of FSDP's all-gathers and reduce-scatters in a step that ``compute`` does not hide."""
+        """Seconds of the all-gathers and reduce-scatters of sharded gradients (ZeRO-2) and weights (ZeRO-3) in a step
+        that ``compute`` does not hide."""
         strategy = self.strategy
-        if strategy.zero != 3:
+        if strategy.zero < 2:
             return 0.0
         size = 2.0 * sum(stage_layers(self.shape, strategy)[0]) * self.shape.layer_parameters / strategy.tp
         members = strategy.dp * strategy.cp
         layers = sum(stage_layers(self.shape, strategy)[0])
         gather = self._collective(size, members, strategy.tp, count=layers)
         scatter = self._collective(size * strategy.grad_bytes / 2, members, strategy.tp, count=layers)
+        if strategy.zero == 2:  # every micro batch's gradients are reduced; weights are gathered once, after the update
+            sent = strategy.micro_batches * scatter
+            return gather + max(sent - compute, sent * (1.0 - self.constants.dp_hidden))
         # In a pipeline the weights stay gathered for all micro batches of the step.
         times = strategy.micro_batches if strategy.pp == 1 else 1
         # Backward gathers again; recomputation uses the same gathered weights.
@@ -288,24 +287,32 @@ class Model:
         sent = times * beside
         return times * alone + max(sent - compute, sent * (1.0 - self.constants.dp_hidden))
 
-    def _replicas_exposed(self, parameters: float, backward: float) -> float:
+    def _replicas_exposed(self, parameters: float, experts: float, backward: float) -> float:
         """Seconds of reducing gradients and gathering weights that the last backward and the first forward do not
-        hide."""
+        hide. ``experts`` of the ``parameters`` are held by fewer replicas."""
         strategy = self.strategy
-        members = strategy.dp * strategy.cp
-        if members == 1 or strategy.zero == 3:
+        if strategy.zero >= 2:
             return 0.0
-        span = strategy.tp
+        members, span = strategy.dp * strategy.cp, strategy.tp
+        sent = self._reduced(parameters - experts, members, span)
+        if experts:
+            sent += self._reduced(experts, members // strategy.ep, span * strategy.ep)
+        if not strategy.overlap_dp:
+            return sent
+        return sent - min(self.constants.dp_hidden * sent, backward)
+
+    def _reduced(self, parameters: float, members: int, span: int) -> float:
+        """Seconds of reducing the gradients of ``parameters`` and, where the optimizer is sharded, gathering them."""
+        strategy = self.strategy
+        if members == 1:
+            return 0.0
         if strategy.zero == 1:
             count = strategy.dp_collectives or max(1, round(parameters / max(BUCKET, BUCKET_OF_RANK * members)))
             sent = self._collective(strategy.grad_bytes * parameters, members, span, count=count)
             sent += self._collective(2.0 * parameters, members, span, count=count)
         else:
             sent = self._collective(strategy.grad_bytes * parameters, members, span, rounds=2)
-        if not strategy.overlap_dp:
-            return sent
-        hidden = min(self.constants.dp_hidden * sent, backward)
-        return sent - hidden
+        return sent
 
     def step(self) -> StepTime:
         """Seconds of a whole step."""
@@ -325,7 +332,9 @@ class Model:
         parameters = self._trained()
         mine, second = both[slowest].times(count), again[slowest].times(count)
         backward = self.stage(slowest, True).total * count
-        updated = parameters / (strategy.dp * strategy.cp if strategy.zero else 1)
+        experts = max(experts_of_stage(self.shape, strategy, stage) for stage in {0, strategy.pp - 1})
+        updated = (parameters - experts + experts * strategy.ep) / (strategy.dp * strategy.cp)
+        updated = updated if strategy.zero else parameters
         found = StepTime(
             compute=mine.compute,
             elementwise=mine.elementwise,
@@ -334,7 +343,7 @@ class Model:
             cp=mine.cp,
             pp=steady,
             bubble=bubble,
-            dp=self._replicas_exposed(parameters, backward) + self._sharded_exposed(mine.total + second.total),
+            dp=self._replicas_exposed(parameters, experts, backward) + self._sharded_exposed(mine.total + second.total),
             optimizer=self._move(ADAM_BYTES * updated),
             host=mine.host,
             waiting=0.0,

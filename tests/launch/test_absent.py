@@ -25,6 +25,7 @@ from llm_launch import ticker as ticker_module
 from llm_launch.absence import Absence, absences, alike
 from llm_launch.agent import Agent
 from llm_launch.agent_settings import AgentSettings, devices_here
+from llm_launch.agent_step import AgentStep
 from llm_launch.blame import Device, Evidence, Fault, Kind, blame
 from llm_launch.controller import Controller
 from llm_launch.copy_files import run_identity
@@ -36,6 +37,7 @@ from llm_launch.show import show_status
 from llm_launch.slurm import SlurmJob, is_working
 from llm_launch.starters import LocalStarter
 from llm_launch.steps import SlurmStarter, groups
+from llm_launch.supervise import starter_of_job
 from llm_parallel.config.tree import DataConfig, RunConfig, Source
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
 from tests.launch.fake_agents import SECRET, Nodes, Story, play
@@ -233,12 +235,12 @@ def test_an_agent_whose_node_lacks_something_waits_for_it(
                 (tmp_path / "away").rename(tmp_path / "docs.bin")
             else:
                 controller.fleet.attendance.dismiss()
-            return await asyncio.wait_for(fit, 60)
+            return await fit
         finally:
             agent.copy_server.close()
             controller.close()
 
-    assert asyncio.run(act()) == (waits == "for a mount")
+    assert asyncio.run(asyncio.wait_for(act(), 60)) == (waits == "for a mount")
 
 
 def test_a_node_that_does_not_come_is_named_and_the_others_begin(tmp_path: Path) -> None:
@@ -481,13 +483,17 @@ def test_a_node_that_slurm_took_away_before_the_launcher_asked_is_expected(
     slurm: Callable[..., SlurmStarter], tmp_path: Path
 ) -> None:
     """n2 was down; n4 works, so a user has given it back."""
-    scontrol = ('case "$2" in job) echo "JobId=7 JobState=RUNNING NodeList=n[1,3]";; node) echo "NodeName=n1";; '
+    scontrol = ('case "$2" in job) echo "JobId=7 JobState=RUNNING NodeList=n[1,3]";; '
+                'node) for node in ${3//,/ }; do echo "NodeName=$node NodeAddr=127.0.0.1"; done;; '
                 'hostnames) [ "$3" = "n[1-4]" ] && echo n1 n2 n3 n4 || echo n1 n3;; esac')  # fmt: skip
     states = "for node in ${4//,/ }; do [ $node = n2 ] && echo $node down\\* || echo $node allocated; done"
-    job = slurm(scontrol=scontrol, sinfo=states).job
-    job = replace(job, node="login", environment={**job.environment, "SLURM_JOB_NODELIST": "n[1-4]"})
+    before = slurm(scontrol=scontrol, sinfo=states)
+    job = replace(before.job, environment={**before.job.environment, "SLURM_JOB_NODELIST": "n[1-4]"})
     assert (job.nodes(), job.first_nodes()) == (["n1", "n3"], ["n1", "n2", "n3", "n4"])
     assert job.taken(["n2", "n4"]) == ["n2"] and job.taken([]) == []
+    starter = starter_of_job(before.config, tmp_path / "f.yaml", job, 0, {}, AgentStep())
+    assert isinstance(starter, SlurmStarter)
+    assert (starter.names, starter.lost, starter.host) == (["n1", "n2", "n3"], ["n2"], "127.0.0.1")
 
 
 @pytest.mark.processes
@@ -496,8 +502,8 @@ def test_a_node_that_slurm_took_away_comes_back_by_a_job_of_its_own(
     allowed: bool, slurm: Callable[..., SlurmStarter], tmp_path: Path
 ) -> None:
     """Where that is not allowed, it is said that it cannot. The job is of the same partition and ends with the run."""
-    scontrol = ('case "$2" in job) case "$3" in 7) echo "JobId=7 JobState=RUNNING NodeList=n[1,3] Partition=main '
-                'Account=(null) QOS=normal WorkDir=/";; 9) echo "JobId=9 JobState=PENDING";; esac;; '
+    scontrol = ('case "$2" in job) case "$3" in 7) echo "JobId=7 JobState=RUNNING NodeList=n[1,3] OverSubscribe=NO '
+                'Partition=main Account=(null) QOS=normal WorkDir=/";; 9) echo "JobId=9 JobState=PENDING";; esac;; '
                 'hostnames) echo "n1 n3";; esac')  # fmt: skip
     sbatch = "echo 9" if allowed else "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
     starter = slurm(scontrol=scontrol, sbatch=sbatch, srun="exec sleep 600")
@@ -507,6 +513,7 @@ def test_a_node_that_slurm_took_away_comes_back_by_a_job_of_its_own(
     assert absence.passing and "SLURM has taken it out of this job" in absence.reason
     (asked,) = calls(tmp_path, "sbatch")
     assert "--nodelist=n2" in asked and "--partition=main" in asked and "--qos=normal" in asked
+    assert "--exclusive" in asked and "--cpus-per-task" not in asked
     assert "--account" not in asked and "--time=60" in asked and "--rescue" not in asked
     starter.end()
     if allowed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,6 +58,15 @@ def test_workers_that_the_agent_has_ended_are_not_offered(tmp_path: Path) -> Non
         assert told.messages == []
     finally:
         agent.copy_server.close()
+
+
+@pytest.mark.processes
+def test_an_agent_imports_no_configuration() -> None:
+    """It has to be there in a moment; what reads the run file is imported by its zygote."""
+    heavy = "sorted({'pydantic', 'torch', 'yaml', 'numpy'} & {*sys.modules})"
+    told = subprocess.run([sys.executable, "-c", f"import sys, llm_launch.agent; print({heavy})"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert told.stdout == "[]\n"
 
 
 @pytest.mark.processes

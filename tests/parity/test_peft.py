@@ -389,9 +389,9 @@ def test_adapters_for_another_model_or_place_are_refused(base: Path, tmp_path: P
     ):
         PeftFolder(tmp_path / "one").check(model.model_copy(update={"ffn_hidden_size": 128}))
     torch.manual_seed(0)
-    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", use_dora=True)
     peft.get_peft_model(load_hf(base, torch.float32), settings).save_pretrained(tmp_path / "head")
-    with pytest.raises(UserError, match=r"lm_head.*; adapters here are on self_attn.q_proj, "):
+    with pytest.raises(UserError, match=r"has .*lm_head.*, a magnitude of lm_head \(use_dora\), which adapters on it"):
         PeftFolder(tmp_path / "head")
     (tmp_path / "one" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="is not a complete PEFT adapter"):

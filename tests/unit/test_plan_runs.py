@@ -25,7 +25,8 @@ from llm_parallel.planner.request import PlanRequest
 from llm_parallel.planner.run_file import own_layout, question_of, with_documents
 from llm_parallel.planner.search import evaluate
 from llm_parallel.planner.shapes import Strategy, shape_of, strategy_of, with_software
-from llm_parallel.planner.steptime import FLASH_ROWS, StepTime, step_time
+from llm_parallel.planner.step_parts import StepTime
+from llm_parallel.planner.steptime import FLASH_ROWS, step_time
 
 MODEL = ModelConfig(
     num_layers=4, hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8, num_query_groups=4, vocab_size=1024,

@@ -42,7 +42,7 @@ def run_config(model: ModelConfig, strategy: Strategy, sections: dict[str, dict[
 def test_every_tenth_layout_is_one_that_the_trainer_accepts(preset: str, gpus: int, batch: int, seq: int) -> None:
     model = model_of(preset)
     shape = shape_of(model)
-    base = Strategy(gpus=gpus, global_batch=batch, micro_batch=1, seq=seq)
+    base = with_software(Strategy(gpus=gpus, global_batch=batch, micro_batch=1, seq=seq), "ours")
     every = list(layouts(shape, base, H100))
     assert len(every) == len(set(every)) > 50
     for strategy in every[:: max(1, len(every) // 60)]:

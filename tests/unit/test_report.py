@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from llm_parallel.errors import UserError
 from llm_parallel.planner.hardware import load_cluster
-from llm_parallel.planner.shapes import Shape, Strategy
+from llm_parallel.planner.shapes import Shape, Strategy, with_software
 from llm_parallel.planner.steptime import step_time
 from llm_parallel.report.command import report_command
 from llm_parallel.report.efficiency import read_sweep, sentence
@@ -433,7 +433,8 @@ def test_the_heat_map_is_measured_first_and_predicted_else(tmp_path: Path) -> No
     # The debug model has two layers and four heads: PP 2 and TP 4 are its largest, and each TP x PP divides 4.
     assert {key for key, cell in cells.items() if not cell.is_measured} == {(1, 1), (1, 2), (2, 1)}
     shape = Shape(layers=2, hidden=64, heads=4, groups=2, ffn=176, vocab=512)
-    strategy = Strategy(gpus=4, global_batch=16, micro_batch=1, seq=64, tp=2, sequence_parallel=True)
+    plain = Strategy(gpus=4, global_batch=16, micro_batch=1, seq=64, tp=2, sequence_parallel=True)
+    strategy = with_software(plain, "ours")
     assert cells[2, 1].step_s == pytest.approx(step_time(shape, strategy, load_cluster("dgx-a100")).total)
     picture = heat_map(series, 0)
     assert picture is not None and "bold: measured; ~: the planner's prediction for dgx-a100" in picture.caption

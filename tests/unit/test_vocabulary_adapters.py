@@ -114,6 +114,12 @@ TIED = {f"{EMBED}.weight": torch.ones(SIZE, HIDDEN), f"{HEAD}.weight": torch.one
         ),
         (WHOLE, {}, False, f"has {EMBED}.weight, and modules_to_save in adapter_config.json is []"),
         (
+            {"base_model.model.model.norm.lora_A.weight": torch.ones(1)},
+            {},
+            False,
+            "; adapters here are on self_attn.q_proj,",
+        ),
+        (
             {},
             {"modules_to_save": ["score"]},
             False,

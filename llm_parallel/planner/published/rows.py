@@ -310,7 +310,7 @@ def _strategy(record: Mapping[str, str], known: Source, note: str) -> Strategy:
         sequence_parallel=sequence and tp > 1, zero=zero, precision=precision, flash=known.flash,  # type: ignore[arg-type]
         overlap_tp=known.overlap_tp or asynchronous, overlap_pp=known.overlap_pp,
         overlap_dp=known.overlap_dp and tp >= known.overlap_dp_from_tp,
-        grad_bytes=known.grad_bytes, te=known.te, cp_gathers=not known.te,
+        grad_bytes=known.grad_bytes, adds_gradients=known.adds_gradients, te=known.te, cp_gathers=not known.te,
         flash_rate=known.flash_rate, keeps_gathered=known.keeps_gathered,
         prefetches=known.prefetches, early_stop=known.early_stop, logit_bytes=_logit_bytes(known, tp),
         copied_grad_bytes=known.copied_grad_bytes, keeps_gate=known.keeps_gate,

@@ -43,6 +43,8 @@ class Source:
     """As in ``Strategy``."""
     grad_bytes: int = 4
     """As in ``Strategy``."""
+    adds_gradients: bool = False
+    """As in ``Strategy``."""
     te: bool = False
     """As in ``Strategy``."""
     recompute: str = "none"
@@ -125,6 +127,7 @@ _SOURCES: tuple[tuple[str, Source], ...] = (
     # nanotron at 2411b022a: bf16 gradients, which are views of DDP's buckets, beside accumulated fp32 ones; the inputs
     # that sequence parallelism gathered are kept (functional.py), and so is silu's output; logits in
     # bf16, in fp32, less their maximum, and the bf16 gradient. Rank 0 writes the peak (helpers.py).
+    # Its gradients are added to the fp32 ones by a hook (gradient_accumulator.py).
     # Its sharded optimizer reduces and gathers tensor by tensor (gradient_accumulator.py, zero.py).
     (
         r"nanotron",
@@ -132,6 +135,7 @@ _SOURCES: tuple[tuple[str, Source], ...] = (
             software="nanotron",
             overlap_dp=False,
             copied_grad_bytes=2,
+            adds_gradients=True,
             keeps_gate=True,
             keeps_gathered=True,
             logit_bytes=12,

@@ -60,7 +60,7 @@ def _errors() -> tuple[tuple[Row, float], ...]:
     return tuple((row, seconds[row.number] / row.step_s - 1.0) for row in rows if row.number in seconds)
 
 
-def trust(cluster: Cluster, strategy: Strategy) -> Trust:
+def trust(cluster: Cluster, strategy: Strategy, has_experts: bool = False) -> Trust:
     """How far a prediction of ``strategy`` on ``cluster`` may be off. Rows are like it if they are of the same kind of
     chip and of software (NVIDIA's stack or open), of 8 or of 16 bits, and if their lengths are within a factor of four
     and their numbers of GPUs within a factor of eight."""
@@ -68,8 +68,8 @@ def trust(cluster: Cluster, strategy: Strategy) -> Trust:
     exact = chip is not None and "PCIE" not in cluster.chip.name.upper()
     family = [(row, error) for row, error in _errors() if exact and family_of(row.chip) == family_of(str(chip))]
     like, apart = family, "" if exact else f"the chip {cluster.chip.name}"
-    if strategy.adapter is not None:  # all rows train all weights
-        like, apart = [], apart or "adapters on frozen weights"
+    if strategy.adapter is not None or has_experts:  # no row that is predicted has either
+        like, apart = [], apart or ("a mixture of experts" if has_experts else "adapters on frozen weights")
     for name, keeps in (
         ("its software", lambda row: row.strategy.te == strategy.te),
         (f"{strategy.precision}", lambda row: (row.strategy.precision == "fp8") == (strategy.precision == "fp8")),
