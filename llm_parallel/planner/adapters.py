@@ -69,6 +69,18 @@ def whole_tables(shape: Shape, strategy: Strategy, adapter: AdapterConfig, stage
     return min(found, 1) if shape.tied else found
 
 
+def trained_parameters(shape: Shape, strategy: Strategy, adapter: AdapterConfig, stage: int, layers: int) -> float:
+    """Numbers that one GPU of a stage of ``layers`` layers trains: adapters, and matrices that are trained whole."""
+    whole = whole_tables(shape, strategy, adapter, stage) * shape.vocab * shape.hidden / strategy.tp
+    found = layers * layer_parameters(shape, strategy, adapter) + whole
+    return found + vocabulary_parameters(shape, strategy, adapter, stage)
+
+
+def projections(adapter: AdapterConfig) -> int:
+    """Projections of a layer that have adapters."""
+    return len(set(adapter.targets) - {"embed_tokens", "lm_head"})
+
+
 def reads_output_input(adapter: AdapterConfig | None) -> bool:
     """Whether backward reads the input of the output projection."""
     return adapter is None or "lm_head" in (*adapter.targets, *adapter.modules_to_save)
@@ -168,13 +180,23 @@ def added_bytes(shape: Shape, strategy: Strategy, adapter: AdapterConfig, backwa
     return 3 * size * strategy.tokens * width + DEQUANTIZED_BYTES[adapter.base] * sum(one.numbers for one in whole)
 
 
-def frozen_parameters(shape: Shape) -> int:
-    """Numbers of the matrices of the whole model, which need no gradient of their own."""
-    return shape.layers * shape.layer_matrices + shape.vocab * shape.hidden
+def frozen_parameters(shape: Shape, adapter: AdapterConfig) -> int:
+    """Numbers of the matrices of the whole model that are multiplied and need no gradient of their own."""
+    output = shape.vocab * shape.hidden * ("lm_head" not in adapter.modules_to_save)
+    return shape.layers * shape.layer_matrices + output
 
 
 def flops_per_token(shape: Shape, whole: float, adapter: AdapterConfig) -> float:
     """Training FLOPs of one token of which ``whole`` are those of training all weights: without the gradients of frozen
     weights, and with the adapters (``model/flops.py``)."""
-    trained = sum(factors(shape, adapter)) * shape.layers
-    return whole - 2 * frozen_parameters(shape) + 6 * trained
+    width, keys = shape.heads * shape.channels, shape.groups * shape.channels
+    rows = {"q": width, "k": keys, "v": keys, "o": shape.hidden, "gate": shape.ffn, "up": shape.ffn,
+            "down": shape.hidden}  # fmt: skip
+    inputs = {"o": width, "down": shape.ffn}
+    here = set(adapter.targets) & set(rows)
+    layer = sum(
+        adapter.rank * (inputs.get(name, shape.hidden) + rows[name]) + adapter.dora * rows[name] for name in here
+    )
+    on_vocabulary = len(set(adapter.targets)) - len(here)
+    trained = shape.layers * layer + on_vocabulary * adapter.rank * (shape.vocab + shape.hidden)
+    return whole - 2 * frozen_parameters(shape, adapter) + 6 * trained

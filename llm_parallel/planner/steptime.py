@@ -129,7 +129,7 @@ class Model:
             compute += self._products(adapters.products(shape, strategy, adapter)) * (2 if backward else 1)
             elementwise += self._move(adapters.added_bytes(shape, strategy, adapter, backward))
             # What is as wide as the rank is gathered or summed instead of the hidden rows.
-            sent += self._collective(2.0 * tokens * adapter.rank * len(set(adapter.targets)), tp, 1, rounds=2)
+            sent += self._collective(2.0 * tokens * adapter.rank * adapters.projections(adapter), tp, 1, rounds=2)
         if strategy.overlap_tp:
             sent *= 1.0 - self.constants.tp_hidden
         if shape.experts is not None:
@@ -239,7 +239,13 @@ class Model:
         # The output projection stays in 16 bits where the layers run in 8.
         rate = self._gemm_rate()
         traffic = logits * 8 + (self._accumulated_bytes(self.shape.vocab * self.shape.hidden) if backward else 0.0)
-        return Pass(flops * (2 if backward and self.strategy.adapter is None else 1) / rate, self._move(traffic))
+        adapter = self.strategy.adapter
+        trained = adapter is None or "lm_head" in adapter.modules_to_save
+        compute = flops * (2 if backward and trained else 1) / rate
+        if adapter is not None and "lm_head" in adapter.targets:
+            sides = (self.shape.hidden, adapter.rank), (adapter.rank, self.shape.vocab / self.strategy.tp)
+            compute += self._products(sides) * (2 if backward else 1)
+        return Pass(compute, self._move(traffic))
 
     def stage(self, stage: int, backward: bool) -> Pass:
         """Forward or backward of all layers of a stage for one micro batch, without recomputation."""
@@ -357,8 +363,10 @@ class Model:
         """Weights that are trained, on the GPU that has most of them."""
         strategy = self.strategy
         if strategy.adapter is not None:
-            layers = max(map(sum, stage_layers(self.shape, strategy)))
-            return layers * adapters.layer_parameters(self.shape, strategy, strategy.adapter)
+            return max(
+                adapters.trained_parameters(self.shape, strategy, strategy.adapter, stage, sum(layers))
+                for stage, layers in enumerate(stage_layers(self.shape, strategy))
+            )
         return max(parameters_of_stage(self.shape, strategy, stage) for stage in {0, strategy.pp - 1})
 
     def _send(self) -> float:

@@ -21,7 +21,7 @@ from llm_parallel.planner.memory import ALLOWANCE, CONTEXT_BYTES, GIB
 from llm_parallel.planner.models import planned
 from llm_parallel.planner.published.fit import fit_chip
 from llm_parallel.planner.published.rows import read_rows
-from llm_parallel.planner.published.trust import by_left_out_source, trust
+from llm_parallel.planner.published.trust import by_left_out, by_left_out_source, trust
 from llm_parallel.planner.request import read_amount, read_length
 from llm_parallel.planner.search import best_layouts
 from llm_parallel.planner.shapes import Strategy
@@ -86,6 +86,18 @@ def test_every_row_was_predicted_without_its_source() -> None:
     assert sum(count for count, _, _ in errors.values()) == len(rows)
     overall = sum(count * error for count, error, _ in errors.values()) / len(rows)
     assert overall < 0.085, "measured 8.0 %; 4.7 % with half of each source's rows in the fit"
+
+
+def test_left_out_errors_by_chip_software_and_size_are_of_all_rows() -> None:
+    """Each kind of group holds every row once, and the same mean in all; sizes grow."""
+    rows, _ = read_rows()
+    found = {kind: by_left_out(kind) for kind in ("chip", "software", "size")}
+    for groups in found.values():
+        assert sum(count for count, _, _ in groups.values()) == len(rows)
+        mean = sum(count * error for count, error, _ in groups.values()) / len(rows)
+        assert mean == pytest.approx(sum(c * e for c, e, _ in by_left_out_source().values()) / len(rows))
+    assert list(found["size"]) == ["up to 8 GPUs", "up to 64 GPUs", "up to 512 GPUs", "over 512 GPUs"]
+    assert set(found["chip"]) == {"A100", "H100", "H200"} and "torchtitan" in found["software"]
 
 
 @pytest.mark.slow

@@ -94,6 +94,24 @@ def test_only_adapters_are_reduced_and_updated() -> None:
     assert found.optimizer == pytest.approx(30 * numbers * 1e-9)
 
 
+def test_the_output_projection_may_be_adapted_or_trained_whole() -> None:
+    """Beside adapters on o: A and B of 512 and 1,024 numbers a rank, 6 FLOPs each, are updated too; or the whole matrix
+    has a gradient of its own, is reduced among 8 replicas and updated."""
+    base = replace(PLAIN, gpus=8, global_batch=16)
+    plain, adapted, whole = (
+        steps(replace(base, adapter=AdapterConfig(rank=8, **fields)), memory_s=1e-9, network=1e9)
+        for fields in (
+            {"targets": ("o",)}, {"targets": ("o", "lm_head")}, {"targets": ("o",), "modules_to_save": ("lm_head",)}
+        )
+    )  # fmt: skip
+    numbers, tokens = 8 * (512 + 1024), 2 * 1024
+    assert adapted.optimizer - plain.optimizer == pytest.approx(30 * numbers * 1e-9)
+    assert adapted.compute - plain.compute >= 6 * numbers * tokens / 1e12 and adapted.tp == plain.tp == 0.0
+    assert whole.compute - plain.compute == pytest.approx(2 * 512 * 1024 * tokens / 1e12)
+    assert whole.dp - plain.dp == pytest.approx(2 * 7 / 8 * 4 * 512 * 1024 / 1e9)
+    assert whole.optimizer - plain.optimizer == pytest.approx(30 * 512 * 1024 * 1e-9)
+
+
 def test_tensor_parallel_adapters_communicate_rows_as_wide_as_their_ranks() -> None:
     """Beside two all-reduces of the hidden rows in each direction of each layer, one of 7 ranks of 8."""
     base = replace(PLAIN, gpus=4, tp=4)
@@ -104,8 +122,11 @@ def test_tensor_parallel_adapters_communicate_rows_as_wide_as_their_ranks() -> N
     assert tuned - full == pytest.approx(2 * SHAPE.layers * (2 * 3 / 4 * 2 * tokens * 7 * 8) / 1e9)
 
 
-def test_utilization_counts_the_flops_that_the_trainer_counts() -> None:
-    adapter = AdapterConfig(rank=8)
+@pytest.mark.parametrize(
+    "fields", [{}, {"targets": ("q", "lm_head", "embed_tokens")}, {"modules_to_save": ("lm_head",)}]
+)
+def test_utilization_counts_the_flops_that_the_trainer_counts(fields: dict[str, Any]) -> None:
+    adapter = AdapterConfig(rank=8, **fields)
     found = evaluate(SHAPE, replace(PLAIN, adapter=adapter), ideal())
     for convention, causal in (("model", True), ("megatron", False)):
         expected = flops_per_token(MODEL, PLAIN.seq, convention, adapter) * found.tokens_per_s() / 1e12  # type: ignore[arg-type]

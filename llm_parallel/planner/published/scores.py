@@ -15,7 +15,7 @@ from llm_parallel.planner.memory import GIB
 from llm_parallel.planner.published.fit import clusters_with, family_of, is_fitted, predict
 from llm_parallel.planner.published.peers import printed_bytes, say_peers
 from llm_parallel.planner.published.rows import Refused, Row, read_rows
-from llm_parallel.planner.published.trust import by_left_out_source
+from llm_parallel.planner.published.trust import by_left_out, by_left_out_source
 from llm_parallel.screen import markdown_table
 
 CHIPS = ("A100", "H100")
@@ -188,6 +188,8 @@ def report(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
         1, sum(rows for rows, _, _ in alone.values())
     )
     say(f"| **all** | | {len(scored)} | {len(scored) - len(held)} | {_cells(held)} | {overall:.1%} |")
+    if path is None:
+        _say_left_out(say)
     _say_rankings(rankings(scored), trends(scored), say)
     _say_memory(memory_errors(scored), say)
     if path is None:
@@ -204,6 +206,13 @@ def report(path: str | None, say: Callable[[str], None]) -> dict[str, Any]:
         },
         "refused": [asdict(item) for item in refused],
     }
+
+
+def _say_left_out(say: Callable[[str], None]) -> None:
+    say("\n| left out with its source, by | rows | mean error | bias |\n|" + " --- |" * 4)
+    for kind in ("chip", "software", "size"):
+        for name, (rows, error, bias) in by_left_out(kind).items():
+            say(f"| {kind}: {name} | {rows} | {error:.1%} | {bias:+.1%} |")
 
 
 def summary() -> list[str]:

@@ -102,6 +102,29 @@ def by_left_out_source() -> dict[str, tuple[int, float, float]]:
     }
 
 
+SIZE_STEPS = (8, 64, 512)
+"""Numbers of GPUs that end a group of sizes."""
+
+
+def by_left_out(kind: str) -> dict[str, tuple[int, float, float]]:
+    """Rows, mean absolute error and mean error with the row's source left out of the fit, for each ``chip``,
+    ``software`` or ``size``, the number of GPUs."""
+    groups: dict[str, list[float]] = {}
+    for row, error in sorted(_errors(), key=lambda item: item[0].strategy.gpus):
+        groups.setdefault(_group(row, kind), []).append(error)
+    return {
+        name: (len(some), statistics.fmean(map(abs, some)), statistics.fmean(some)) for name, some in groups.items()
+    }
+
+
+def _group(row: Row, kind: str) -> str:
+    if kind != "size":
+        return row.chip if kind == "chip" else row.software
+    gpus = row.strategy.gpus
+    most = next((end for end in SIZE_STEPS if gpus <= end), None)
+    return f"up to {most} GPUs" if most else f"over {SIZE_STEPS[-1]} GPUs"
+
+
 def _of_sources(rows: Sequence[tuple[Row, float]]) -> dict[str, float]:
     groups: dict[str, list[float]] = {}
     for row, error in rows:
