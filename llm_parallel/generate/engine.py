@@ -155,6 +155,10 @@ class Generator:
             self._chunks = [PlainChunk(model, caches, self._bank) for model, caches in zip(self._models, self._caches)]
         self.is_stale = False
 
+    def close(self) -> None:
+        """Gives up the cache, for those whose own objects refer to this one in circles. Nothing is asked afterwards."""
+        self._caches, self._chunks = [], []
+
     def submit(self, request: Request) -> None:
         """Takes a request. Raises UserError as ``checked`` does."""
         self.scheduler.submit(self.checked(request))

@@ -112,6 +112,7 @@ def test_generation_between_steps_is_the_same_in_every_layout(tied: bool) -> Non
         for found in by_rank:
             assert found[0] == pytest.approx(losses, abs=1e-5)
 
+
 def kept(rank: int, world_size: int, changes: dict[str, Any]) -> list[bool]:
     """Whether a generator, and its cache of keys, are still there after the last name for it has gone: one that was
     never asked, and one that has answered."""
