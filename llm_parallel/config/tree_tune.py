@@ -202,7 +202,7 @@ class MethodConfig(Node):
 PREFERENCES = ("dpo", "kto", "rrhf", "reward")
 """Kinds of methods that learn from answers that are compared or judged: ``llm-parallel prefer``."""
 
-Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Target = Literal["q", "k", "v", "o", "gate", "up", "down", "embed_tokens", "lm_head"]
 OfVocabulary = Literal["embed_tokens", "lm_head"]
 
 
@@ -219,7 +219,7 @@ class AdapterConfig(Node):
     """Train a magnitude for every row of the adapted matrices too (DoRA; Liu et al. 2024, arXiv 2402.09353)."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of an adapter's inputs that is dropped while training."""
-    targets: tuple[Projection | OfVocabulary, ...] = Field(("q", "k", "v", "o", "gate", "up", "down"), min_length=1)
+    targets: tuple[Target, ...] = Field(("q", "k", "v", "o", "gate", "up", "down"), min_length=1)
     """Projections of every layer that have adapters, and ``embed_tokens`` and ``lm_head`` for the embedding and the
     output projection."""
     modules_to_save: tuple[OfVocabulary, ...] = ()

@@ -85,6 +85,8 @@ class TaskScoring:
                 together.follow()
         except GivenUp:
             return False
+        finally:
+            generator.close()
         problem = self._channel.tell(problem)
         if problem and not run.state.step:
             raise UserError(problem)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
+from llm_parallel.generate.scheduler import Draft
 
 HALF = "\ufffd"
 """What a tokenizer shows for a part of a character; the next token brings the rest."""
@@ -116,3 +118,21 @@ def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of a text with which a stop string begins."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+
+
+class StopStrings:
+    """Says of an answer under way whether its last token completed one of its request's stop strings.
+
+    tokenizer: None if no request has any.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._texts: weakref.WeakKeyDictionary[Draft, Answer] = weakref.WeakKeyDictionary()
+
+    def __call__(self, draft: Draft) -> bool:
+        assert self._tokenizer is not None
+        text = self._texts.get(draft)
+        if text is None:
+            text = self._texts[draft] = Answer(self._tokenizer, draft.request.prompt, draft.request.stop)
+        return text.add(draft.tokens[-1])

@@ -20,7 +20,7 @@ from torch import Tensor
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.adapters import AdapterBank
-from llm_parallel.generate.answer import Answer
+from llm_parallel.generate.answer import StopStrings
 from llm_parallel.generate.draw import NO_TOKEN, Choice, Draw, choose_tokens
 from llm_parallel.generate.extras import Extras
 from llm_parallel.generate.layers import PlainChunk
@@ -114,13 +114,13 @@ class Generator:
         self._bank = bank
         self._best: dict[int, Request] = {}
         self._made: dict[int, list[Finished]] = {}
-        self._texts: weakref.WeakKeyDictionary[Draft, Answer] = weakref.WeakKeyDictionary()
         self._deterministic = self._models[0].config.kernels.deterministic
         self._pp, self._device = self.groups.mesh.pp, self.groups.platform.device
         num_pages = _num_pages(network, options)
         self.limits = Limits(num_pages, options.page_tokens, options.max_running, options.pass_tokens)
         self._rotation = Rotation(self.model_config, self._device)
-        self.scheduler = Scheduler(self.limits, self._pp, self._ends, self._rotation.salt)
+        # Nothing here refers back to this object, so that its cache goes with it, and not when garbage is collected.
+        self.scheduler = Scheduler(self.limits, self._pp, StopStrings(tokenizer), self._rotation.salt)
         self._caches = [LayerCache.of_chunk(chunk, num_pages, options.page_tokens) for chunk in self._models]
         self._passes: list[_Running | None] = [None] * self._pp
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
@@ -154,6 +154,10 @@ class Generator:
         with torch.inference_mode():
             self._chunks = [PlainChunk(model, caches, self._bank) for model, caches in zip(self._models, self._caches)]
         self.is_stale = False
+
+    def close(self) -> None:
+        """Gives up the cache, for those whose own objects refer to this one in circles. Nothing is asked afterwards."""
+        self._caches, self._chunks = [], []
 
     def submit(self, request: Request) -> None:
         """Takes a request. Raises UserError as ``checked`` does."""
@@ -338,14 +342,6 @@ class Generator:
             sums = torch.empty(running.num_sums, self.model_config.hidden_size, device=self._device)
             self._broadcast(sums, wait=True)
         return choices or [], sums
-
-    def _ends(self, draft: Draft) -> bool:
-        """Whether the last token completed a stop string."""
-        assert self._tokenizer is not None
-        text = self._texts.get(draft)
-        if text is None:
-            text = self._texts[draft] = Answer(self._tokenizer, draft.request.prompt, draft.request.stop)
-        return text.add(draft.tokens[-1])
 
 
 def _mark_stale_after_steps(engine: Engine, generator: Generator) -> None:

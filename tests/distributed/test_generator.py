@@ -111,3 +111,33 @@ def test_generation_between_steps_is_the_same_in_every_layout(tied: bool) -> Non
                 np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=2e-5)
         for found in by_rank:
             assert found[0] == pytest.approx(losses, abs=1e-5)
+
+
+def kept(rank: int, world_size: int, changes: dict[str, Any]) -> list[bool]:
+    """Whether a generator, and its cache of keys, are still there after the last name for it has gone: one that was
+    never asked, and one that has answered."""
+    import gc
+    import weakref
+
+    from llm_parallel.generate.engine import Generator, GeneratorOptions
+
+    engine = open_engine(changed(base_config(), changes), rank, world_size)
+    gc.collect()
+    gc.disable()
+    found = []
+    try:
+        for asked in ([], made_requests(1.0)):
+            generator = Generator(engine, GeneratorOptions(4, 16, 4, 200))
+            generator.run(asked)
+            there = weakref.ref(generator), weakref.ref(generator._caches[0][0].k)
+            del generator
+            found += [one() is not None for one in there]
+    finally:
+        gc.enable()
+    return found
+
+
+@pytest.mark.parametrize(("changes", "processes"), [({}, 1), ({"parallel.pp": 2}, 2)])
+def test_the_cache_goes_with_its_generator(changes: dict[str, Any], processes: int) -> None:
+    """A run makes a generator in each round. What only the collector of garbage would free, it frees too late."""
+    assert run_ranks(kept, processes, changes) == [[False] * 4] * processes
