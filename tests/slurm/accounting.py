@@ -10,6 +10,7 @@ from tests.slurm import cluster
 from tests.slurm.cluster import UP_S, Cluster, free_ports, listens, until
 
 PROGRAMS = ("slurmdbd", "mariadbd", "sacct", "sacctmgr")
+TRIES = 3
 CONFIGURATION = """\
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.sock
@@ -51,16 +52,12 @@ class Accounted(Cluster):
 
     def _start_controller(self) -> None:
         self._start_munge()
-        data = self.folder / "database"
-        data.mkdir()
-        # Without tables of rights, since nobody else reaches it and it lives for one test.
-        command = ["mariadbd", "--no-defaults", f"--datadir={data}", "--user=root", "--skip-grant-tables",
-                    "--bind-address=127.0.0.1", f"--port={self.storage}", f"--socket={data}/s",
-                    f"--pid-file={data}/pid", f"--log-error={self.folder}/log/database.log",
-                    "--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=16M"]  # fmt: skip
-        nowhere = subprocess.DEVNULL
-        subprocess.Popen(command, env=self.env, stdin=nowhere, stdout=nowhere, stderr=nowhere)
-        until(lambda: listens(self.storage), UP_S, "the database's start")
+        for attempt in range(TRIES):  # another program may have taken the port meanwhile
+            if self._start_database(self.folder / f"database{attempt}"):
+                break
+            (self.storage,) = free_ports(1)
+        else:
+            raise RuntimeError(f"the database ended {TRIES} times; see {self.folder}/log/database.log")
         path = self.folder / "slurmdbd.conf"
         path.write_text(CONFIGURATION.format(folder=self.folder, port=self.dbd, storage=self.storage))
         path.chmod(0o600)
@@ -68,6 +65,19 @@ class Accounted(Cluster):
         until(lambda: listens(self.dbd), UP_S, "slurmdbd's start")
         self.run(["sacctmgr", "-i", "add", "cluster", "test"], check=False)
         self.start_slurmctld()
+
+    def _start_database(self, data: Path) -> bool:
+        """Starts it; False if it has ended instead of listening."""
+        data.mkdir()
+        # Without tables of rights, since nobody else reaches it and it lives for one test.
+        command = ["mariadbd", "--no-defaults", f"--datadir={data}", "--user=root", "--skip-grant-tables",
+                    "--bind-address=127.0.0.1", f"--port={self.storage}", f"--socket={data}/s",
+                    f"--pid-file={data}/pid", f"--log-error={self.folder}/log/database.log",
+                    "--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=16M"]  # fmt: skip
+        nowhere = subprocess.DEVNULL
+        process = subprocess.Popen(command, env=self.env, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+        until(lambda: process.poll() is not None or listens(self.storage), UP_S, "the database's start")
+        return process.poll() is None
 
     def accounts(self, job: str) -> list[str]:
         """State and exit code of each start of a job, by the accounting, the first one first."""
