@@ -15,7 +15,7 @@ class EvaluateConfig(Node):
     tasks: tuple[str, ...] = ()
     """Tasks, groups or YAML files of lm-evaluation-harness, or the sets of ``llm-parallel evaluate`` (llama2, safety,
     instructions, chinese), which are scored before the first step, every ``interval_steps`` and after the last step.
-    None: nothing is scored."""
+    Without any, nothing is scored."""
     interval_steps: PositiveInt | None = None
     """Steps from one scoring to the next; none: before the first step and after the last one only."""
     data_dir: str | None = None

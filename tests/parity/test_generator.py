@@ -250,9 +250,9 @@ class Letters:
 
 
 def stops_job(rank: int, world_size: int, folder: str) -> tuple[list[Finished], list[Finished], list[tuple]]:
-    generator = open_generator(folder, rank, world_size, {}, **SMALL)
+    generator = open_generator(folder, rank, world_size, {}, tokenizer=Letters(), **SMALL)
     seen: list[tuple] = []
-    generator._tokenizer, generator.on_token = Letters(), lambda *at: seen.append((*at[:2], at[2].token))
+    generator.on_token = lambda *at: seen.append((*at[:2], at[2].token))
     free = Request(1, (7, 8, 9), Sampling(max_new_tokens=12))
     whole = generator.run([free])
     text = Letters().decode(whole[0].tokens, True)

@@ -278,7 +278,7 @@ def test_missing_file_and_folder(tmp_path):
     assert refusal(tmp_path / "no.yaml") == (
         f"configuration file {tmp_path / 'no.yaml'} does not exist; give the path of a YAML file"
     )
-    assert "cannot be read" in refusal(tmp_path)
+    assert refusal(tmp_path) == f"configuration file {tmp_path} is a folder; give the path of a YAML file"
 
 
 def test_names_of_megatron_and_hugging_face(tmp_path):
