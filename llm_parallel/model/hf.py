@@ -22,7 +22,14 @@ from llm_parallel.errors import UserError
 from llm_parallel.model.architecture import check_same_architecture
 from llm_parallel.model.hf_config import family_in, hf_config_to_model, unused_fields
 from llm_parallel.model.hf_families import Family
-from llm_parallel.model.hf_files import ADAPTER_NAME, is_hf_folder, is_pointer, read_hf_config, weight_files
+from llm_parallel.model.hf_files import (
+    ADAPTER_NAME,
+    LFS_POINTER,
+    is_hf_folder,
+    is_pointer,
+    read_hf_config,
+    weight_files,
+)
 from llm_parallel.model.tensors import EMBEDDING, OUTPUT, Role, all_names, kind_of, split_name, weights_of
 
 __all__ = ["HfReader", "Piece", "hf_tensors", "is_hf_folder", "load_hf_weights", "pieces_of"]
@@ -139,9 +146,7 @@ class HfReader:
 
     def _opened(self, path: Path) -> Any:
         if is_pointer(path):
-            raise UserError(
-                f"{path} is Git LFS's pointer to the weights, not the weights; fetch them with git lfs pull"
-            )
+            raise UserError(f"{path} is {LFS_POINTER}")
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:

@@ -16,6 +16,9 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_NAME, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LFS_POINTER = "Git LFS's pointer to the weights, not the weights; fetch them with git lfs pull"
+MOST_HEADER = 100_000_000
+"""Bytes of the longest header that safetensors itself reads."""
 POINTER = b"version https://git-lfs"
 """First bytes of the small file that stands for a large one until ``git lfs pull`` fetches it."""
 FORMATS = (
@@ -94,6 +97,38 @@ def weight_files(folder: Path) -> dict[str, Path] | list[Path]:
     for name in names:
         refuse_outside(folder / name, folder)
     return {name: folder / file for name, file in places.items()}
+
+
+def check_weight_files(folder: str | Path) -> None:
+    """Raises UserError for a file of weights that is not whole, as a download that broke off leaves it: empty, cut, a
+    pointer of Git LFS. Only the beginning of each file is read."""
+    files = weight_files(Path(folder))
+    for path in sorted(set(files.values() if isinstance(files, dict) else files)):
+        if is_pointer(path):
+            raise UserError(f"{path} is {LFS_POINTER}")
+        size, whole = path.stat().st_size, _whole_size(path)
+        if whole is None:
+            raise UserError(f"{path} ({size:,} bytes) is no safetensors file; fetch the Hugging Face folder again")
+        if size != whole:
+            raise UserError(
+                f"{path} has {size:,} bytes, and {whole:,} by its own header; fetch the Hugging Face folder again"
+            )
+
+
+def _whole_size(path: Path) -> int | None:
+    """Bytes that a safetensors file has by its header; None if it has no such header."""
+    try:
+        with path.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if not 2 <= length <= MOST_HEADER:
+                return None
+            header = json.loads(handle.read(length))
+        ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
+        return 8 + length + max(map(int, ends), default=0)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
 
 
 def is_pointer(path: Path) -> bool:

@@ -16,7 +16,7 @@ from llm_parallel.config.tree_tune import AdapterConfig
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.model.hf_config import hf_config_to_model
-from llm_parallel.model.hf_files import is_hf_folder, read_hf_config
+from llm_parallel.model.hf_files import check_weight_files, is_hf_folder, read_hf_config
 from llm_parallel.train.inherit import changed_tokens
 
 CRITIC = "critic"
@@ -26,6 +26,7 @@ CRITIC = "critic"
 def model_in(path: str) -> ModelConfig:
     """The model that a folder holds: that of a run of PPO is its critic. Raises UserError."""
     if is_hf_folder(path):
+        check_weight_files(path)
         return hf_config_to_model(read_hf_config(path))
     folder = find_checkpoint(path)
     critic = critic_in(folder)

@@ -13,7 +13,7 @@ from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, finger
 from llm_parallel.errors import UserError
 from llm_parallel.files import folder_in_whole, turn
 from llm_parallel.model.hf_config import hf_config_to_model
-from llm_parallel.model.hf_files import is_hf_folder, is_peft_folder, read_hf_config
+from llm_parallel.model.hf_files import check_weight_files, is_hf_folder, is_peft_folder, read_hf_config
 
 
 def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
@@ -100,6 +100,7 @@ def changed_tokens(folder: str, tokenizer: Tokenizer) -> int:
 def _held(folder: str) -> tuple[ModelConfig, str | None]:
     """The model of a folder, and its tokenizer if it has one."""
     if is_hf_folder(folder):
+        check_weight_files(folder)
         found = any((Path(folder) / name).is_file() for name in (JSON_NAME, MODEL_NAME))
         return hf_config_to_model(read_hf_config(folder)), folder if found else None
     saved = read_config(find_checkpoint(folder))

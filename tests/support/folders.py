@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
+"""A safetensors file that holds nothing, for tests that end before weights are read."""
 _KEPT: list[TemporaryDirectory[str]] = []
 
 

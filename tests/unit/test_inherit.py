@@ -22,6 +22,7 @@ from llm_parallel.train.inherit import inherited, other_tokenizer, with_own_toke
 from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import global_batch_size, steps_for, total_samples
 from tests.support import four_digits
+from tests.support.folders import NO_TENSORS
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3, "hidden_size": 48,
@@ -35,7 +36,7 @@ LLAMA = {
 def folder(tmp_path: Path) -> Path:
     """A Hugging Face folder, as far as it is looked at before a run starts."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes(NO_TENSORS)
     (tmp_path / "tokenizer.json").touch()
     return tmp_path
 
@@ -105,7 +106,7 @@ def test_states_of_before_early_stops_are_read(tmp_path: Path) -> None:
 def test_tokens_that_the_model_knows_as_others_are_counted(tmp_path: Path) -> None:
     """Two of 16 change places; the same file elsewhere is the same tokenizer."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 16}))
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes(NO_TENSORS)
     four_digits.write_tokenizer(tmp_path)
     for name, places, said in (("same", (3, 4), None), ("other", (4, 3), "2 of its 16 tokens are other texts there")):
         path = four_digits.write_tokenizer(tmp_path / name) / "tokenizer.json"
@@ -142,7 +143,7 @@ def test_a_tokenizer_in_a_checkpoint_is_copied_to_the_run(tmp_path: Path) -> Non
     inside.mkdir(parents=True)
     (inside / "tokenizer.json").write_text("{}")
     (inside / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    (inside / "model.safetensors").write_text("weights")
+    (inside / "model.safetensors").write_bytes(NO_TENSORS)
     config, said = load_config(None, [f"run_dir={tmp_path / 'run'}", f"data.tokenizer={inside}"]), list[str]()
     own = with_own_tokenizer(config, said.append)
     shutil.rmtree(tmp_path / "other")

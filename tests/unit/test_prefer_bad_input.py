@@ -16,6 +16,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.train.preflight import preflight
 from llm_parallel.worker.command import of_kind
 from tests.support import four_digits
+from tests.support.folders import NO_TENSORS
 
 LENGTH = 48
 
@@ -35,7 +36,7 @@ def hf_folder(folder: Path, tokens: Sequence[str] = four_digits.TOKENS) -> Path:
         "tie_word_embeddings": False, "hidden_act": "silu",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(sizes))
-    (folder / "model.safetensors").write_bytes(b"")  # weights are looked at by the processes
+    (folder / "model.safetensors").write_bytes(NO_TENSORS)  # weights are read by the processes
     return folder
 
 
