@@ -112,6 +112,7 @@ class TestFullDisk:
 
 
 class TestPipe:
+    @pytest.mark.processes
     def test_a_reader_that_has_gone_ends_no_run(self, tmp_path: Path) -> None:
         """As of ``pretrain … | head``: records are written on, and Python's end is quiet."""
         program = (

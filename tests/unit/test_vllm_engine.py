@@ -83,6 +83,7 @@ def answers(engine: VllmEngine) -> list[Finished]:
     return sorted(found, key=lambda one: (one.number, one.sample))
 
 
+@pytest.mark.processes
 def test_requests_become_vllms_and_its_answers_ours(python: str, tmp_path: Path) -> None:
     engine = opened(python, tmp_path / "model", stops=True)
     try:
@@ -119,6 +120,7 @@ def test_requests_become_vllms_and_its_answers_ours(python: str, tmp_path: Path)
     assert "vLLM logs" in (tmp_path / "model" / "log" / "vllm.log").read_text()
 
 
+@pytest.mark.processes
 def test_what_vllm_says_and_its_death_are_passed_on(python: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has failed: ValueError: no such model; its log is .*vllm\.log"):
         opened(python, tmp_path / "broken")
@@ -137,6 +139,7 @@ def test_what_vllm_says_and_its_death_are_passed_on(python: str, tmp_path: Path)
             engine.close()
 
 
+@pytest.mark.processes
 def test_what_vllm_is_not_asked_for_is_refused(python: str, tmp_path: Path) -> None:
     engine = opened(python, tmp_path / "model")
     try:
