@@ -15,7 +15,6 @@ the file outlives the worker. The agent of a partner node keeps a second copy, w
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -30,7 +29,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from llm_launch.private import names_in, open_own_file, private_folder, remove_below
+from llm_launch.private import lock_is_refused, names_in, open_own_file, private_folder, remove_below
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write
 
@@ -316,13 +315,7 @@ def forget_stale(folder: Path) -> None:
 def _is_held(parent: int, name: str) -> bool:
     """Whether a process holds the folder ``name``."""
     fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-    finally:
-        os.close(fd)
-    return False
+    return lock_is_refused(fd, fcntl.LOCK_EX)
 
 
 def forget(folder: Path) -> None:

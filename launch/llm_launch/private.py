@@ -9,6 +9,8 @@ link: every name is looked up in a descriptor of the folder before it.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -127,3 +129,15 @@ def remove_below(parent: int, name: str) -> None:
         finally:
             os.close(fd)
         os.rmdir(name, dir_fd=parent)
+
+
+def lock_is_refused(fd: int, kind: int) -> bool:
+    """Whether another process holds a lock that forbids one of ``kind`` (fcntl.LOCK_SH or LOCK_EX) on an open file,
+    which is closed by this call, and the lock with it."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(fd)
+    return False

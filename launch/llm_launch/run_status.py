@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_launch.lease import BEAT_S, DEAD_BEATS, LOCK_NAME, RECORD_NAME, Holder, read_holder
+from llm_launch.private import lock_is_refused
 from llm_parallel.errors import UserError
 from llm_parallel.jsonlines import read_jsonlines
 
@@ -158,13 +158,7 @@ def _is_locked(path: Path) -> bool:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-    finally:
-        os.close(fd)
-    return False
+    return lock_is_refused(fd, fcntl.LOCK_SH)
 
 
 def _modified(path: Path) -> float:
