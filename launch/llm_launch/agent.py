@@ -64,6 +64,8 @@ class Agent:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._broken = False
         self._keep = True
+        self._look: tuple[threading.Thread, list[str | None]] | None = None
+        """A look at what this node lacks, and its answer."""
 
     def _spawn(self, coroutine: Any, vital: bool = True) -> None:
         """Runs a task beside the others. If a vital one dies this agent ends, and another is started: without its sign
@@ -137,15 +139,19 @@ class Agent:
 
     async def _lacking(self, needs: wire.Message) -> str | None:
         """What this node lacks. A mount that does not answer holds up a thread of its own, not this agent."""
-        found: list[str | None] = []
-        thread = threading.Thread(target=lambda: found.append(lacking(needs)), daemon=True)
-        thread.start()
+        if self._look is None:  # one that still waits is waited for, so that threads do not pile up
+            found: list[str | None] = []
+            thread = threading.Thread(target=lambda: found.append(lacking(needs)), daemon=True)
+            self._look = thread, found
+            thread.start()
+        thread, found = self._look
         deadline = time.monotonic() + MOUNT_S
         while thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        if not thread.is_alive():
-            return found[0] if found else "its files could not be looked at"
-        return f"a file system of the run does not answer there for {MOUNT_S:g} s"
+        if thread.is_alive():
+            return f"a file system of the run does not answer there for {MOUNT_S:g} s"
+        self._look = None
+        return found[0] if found else "its files could not be looked at"
 
     async def _find_controller(self) -> wire.Channel | None:
         deadline = time.monotonic() + CONNECT_S

@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -581,3 +582,22 @@ def test_what_the_system_refuses_one_node_twice_is_the_nodes() -> None:
     assert ledger.judge(verdict).fault is Fault.SETUP and "b" in ledger.lacking
     other = blame(raised(WORLD[:2], "FileNotFoundError"), WORLD)
     assert ledger.judge(other).fault is Fault.PROGRAM
+
+
+def test_a_mount_that_hangs_holds_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent asks again and again meanwhile, and takes the answer of the first look when it comes."""
+    answers, looks = threading.Event(), []
+
+    def slow(needs: Any) -> None:
+        looks.append(needs)
+        answers.wait(60.0)
+
+    monkeypatch.setattr(agent_module, "lacking", slow)
+    monkeypatch.setattr(agent_module, "MOUNT_S", 0.02)
+    agent = object.__new__(Agent)
+    agent._look = None
+    said = [asyncio.run(agent._lacking({})) for _ in range(3)]
+    assert said == ["a file system of the run does not answer there for 0.02 s"] * 3 and len(looks) == 1
+    answers.set()
+    monkeypatch.setattr(agent_module, "MOUNT_S", 60.0)
+    assert asyncio.run(agent._lacking({})) is None and len(looks) == 1
