@@ -50,7 +50,7 @@ class Access:
         if self.own_user and path not in (*OPEN_PATHS, "/metrics"):
             client, server = (tuple(end[:2]) if end else None for end in (scope.get("client"), scope.get("server")))
             if not is_ours(client, server):
-                raise ApiError(403, "this server answers the user who started it; it needs an API key to answer others")
+                raise ApiError(403, "this server asks for no key, so it answers the user who started it alone")
         return headers
 
     def check(self, path: str, headers: Headers) -> None:

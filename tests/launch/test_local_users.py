@@ -85,7 +85,7 @@ def test_a_stranger_is_refused_and_may_ask_for_health(listener: socket.socket) -
     with caller.connection:
         try:
             for path in ("/api/next", "/api/judge", "/v1/chat/completions", "/v1/models"):
-                with pytest.raises(ApiError, match="answers the user who started it"):
+                with pytest.raises(ApiError, match="answers the user who started it alone"):
                     access.check_scope({**scope, "path": path})
                 Access().check_scope({**scope, "path": path})
             for path in ("/", "/health", "/metrics"):
