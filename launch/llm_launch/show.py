@@ -55,26 +55,35 @@ def show_status(run_dir: Path, console: Console, environment: Mapping[str, str] 
 
 def next_command(run_dir: Path, state: str, elastic: bool, record: JobRecord | None = None) -> str:
     """What to try after looking at a run in a state."""
+    folder = shlex.quote(str(run_dir))
     if state == "finished":
-        return f'llm-parallel generate {run_dir} --prompt "…"'
+        return f'llm-parallel generate {folder} {"--chat " if _reads_chat(run_dir) else ""}--prompt "…"'
     batch_file = run_dir / "submit.sbatch"
     if state in ("stopped", "failed", "ended", "cancelled", "preempted"):
         if record is not None and batch_file.exists():
             return f"sbatch {shlex.quote(str(batch_file))}"
-        return f"llm-parallel {'launch' if elastic else _method(run_dir)} {run_dir}/config.yaml"
+        return f"llm-parallel {'launch' if elastic else _method(run_dir)} {shlex.quote(f'{run_dir}/config.yaml')}"
     if record is not None and state in (*WAITING, *AT_WORK):
         return f"squeue --start --jobs {record.job}" if state in WAITING else f"squeue --jobs {record.job}"
-    return f"llm-parallel events {run_dir} --follow"
+    return f"llm-parallel events {folder} --follow"
 
 
 def _method(run_dir: Path) -> str:
+    return str(_given(run_dir, "method", "kind") or "pretrain")
+
+
+def _reads_chat(run_dir: Path) -> bool:
+    return bool(_given(run_dir, "chat", "train"))
+
+
+def _given(run_dir: Path, section: str, name: str) -> Any:
+    """A field of the run's configuration; None if it is not there."""
     import yaml
 
     try:
-        tree = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        return tree["method"]["kind"] or "pretrain"
+        return yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))[section][name]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return "pretrain"
+        return None
 
 
 def show_array(run_dir: Path, record: JobRecord, console: Console, environment: Mapping[str, str]) -> str:

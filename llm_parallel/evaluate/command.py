@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -93,7 +94,7 @@ def finish(results: dict[str, Any], facts: dict[str, Any], folder: Path) -> None
     if "xstest" in results["results"]:
         say(BIAS)
     say(f"Results and samples are in {folder}.")
-    say_next(f"llm-parallel evaluate --compare {path} OTHER/results.json")
+    say_next(f"llm-parallel evaluate --compare {shlex.quote(str(path))} OTHER/results.json")
 
 
 def out_folder(request: EvaluateRequest) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def compare_command(first: Path, second: Path) -> int:
         show_table("Why they differ", ("cause", "evidence"), [(cause.name, cause.evidence) for cause in found])
     else:
         say("Nothing that was asked differs, and no number beyond rounding.")
-    say_next(f"llm-parallel evaluate --compare {second} {first}")
+    say_next(shlex.join(["llm-parallel", "evaluate", "--compare", str(second), str(first)]))
     return 0
 
 

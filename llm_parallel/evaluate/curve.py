@@ -4,6 +4,7 @@ What an earlier call has evaluated is not computed again, so the command can be 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +53,8 @@ def curve_command(request: EvaluateRequest, evaluate: Callable[[EvaluateRequest]
             return status
         points += points_of(step_of(folder) or 0, read_results(out / folder.name))
     show_curve(points, out)
-    say_next(f"llm-parallel evaluate --compare {out / folders[0].name} {out / folders[-1].name}")
+    ends = [str(out / folders[at].name) for at in (0, -1)]
+    say_next(shlex.join(["llm-parallel", "evaluate", "--compare", *ends]))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,4 +17,5 @@ def plot_command(run_dirs: Sequence[str]) -> None:
     pictures = plot_run(folders[0]) if len(folders) == 1 else compare_runs(folders, folders[0] / "plots")
     for picture in pictures:
         say(str(picture))
-    say_next(f"llm-parallel report {' '.join(run_dirs)} --out {run_dirs[0].rstrip('/')}/report.html")
+    out = f"{run_dirs[0].rstrip('/')}/report.html"
+    say_next(shlex.join(["llm-parallel", "report", *run_dirs, "--out", out]))
