@@ -4,10 +4,10 @@ What an earlier call has evaluated is not computed again, so the command can be 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from llm_parallel.checkpoint.folders import complete_checkpoints, step_of
@@ -53,8 +53,9 @@ def curve_command(request: EvaluateRequest, evaluate: Callable[[EvaluateRequest]
             return status
         points += points_of(step_of(folder) or 0, read_results(out / folder.name))
     show_curve(points, out)
-    ends = [str(out / folders[at].name) for at in (0, -1)]
-    say_next(shlex.join(["llm-parallel", "evaluate", "--compare", *ends]))
+    say_next(
+        f"llm-parallel evaluate --compare {quote(str(out / folders[0].name))} {quote(str(out / folders[-1].name))}"
+    )
     return 0
 
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from llm_launch.job_record import forget
@@ -94,7 +95,7 @@ def lacks_scores(config: RunConfig, step: int) -> bool:
 
 def after_run(config: RunConfig, status: int, again: str) -> str:
     """The command to try after a run that ended with ``status``; ``again`` is the one that started it."""
-    run_dir = shlex.quote(config.run_dir)
+    run_dir = quote(config.run_dir)
     if status == 0:
         return f'llm-parallel generate {run_dir} {"--chat " if config.reads_chat else ""}--prompt "…"'
     return again if status == EXIT_STOPPED else f"llm-parallel status {run_dir}"
