@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +41,8 @@ FORMATS = {
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """Further fields of a message that templates read."""
 WEIGHTS = ("weight", "train", "loss_weight")
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+"""Weights of a turn besides 0; sums of losses in fp32 hold these."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Fields with what only models of more than text read."""
 PAIR = ("chosen", "rejected")
@@ -148,7 +149,7 @@ class Reader:
         """What stands before an answer that is kept in another field: the text or turns of 'prompt', Alpaca's question,
         or a list of turns; without messages where there is none of these. Raises BadRecord."""
         messages: list[dict[str, Any]] = []
-        value = _parsed(self._get(record, "prompt"))
+        value = self._turns_or_text(self._get(record, "prompt"))
         if isinstance(value, str):
             messages = [{"role": "user", "content": value}] if value else []
         elif value is not None:
@@ -218,7 +219,7 @@ class Reader:
     def _completion(self, record: Mapping[str, Any]) -> Conversation:
         parts = []
         for field, role in (("prompt", "user"), ("completion", "assistant")):
-            value = self._need(record, field)
+            value = self._turns_or_text(self._need(record, field))
             if isinstance(value, str):
                 parts.append(([{"role": role, "content": value}], [float(role == "assistant")]))
             else:
@@ -226,6 +227,18 @@ class Reader:
         (asked, weights), (answered, trained) = parts
         found = Conversation([*asked, *answered], [*(0.0 for _ in weights), *trained])
         return _with_system(found, _text_or_none(self._get(record, "system"), "system"))
+
+    def _turns_or_text(self, value: Any) -> Any:
+        """What is a text or a list of turns, and a table holds the list as text: the list, if all of it are turns."""
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                found = json.loads(value)
+            except (ValueError, RecursionError):
+                return value
+            roles = set(self._names["role"])
+            if isinstance(found, list) and found and all(isinstance(one, dict) and roles & one.keys() for one in found):
+                return found
+        return value
 
     def _turns(self, turns: Any, field: str) -> tuple[list[dict[str, Any]], list[float]]:
         messages, weights = [], []
@@ -278,8 +291,11 @@ def _with_system(conversation: Conversation, text: str | None) -> Conversation:
 
 def _weight(turn: Mapping[str, Any], number: int) -> float:
     given = next((turn[name] for name in WEIGHTS if turn.get(name) is not None), 1.0)
-    if not isinstance(given, (bool, int, float)) or not 0 <= given < math.inf:
-        raise BadRecord(f"has a turn {number} of weight {given!r}; a weight is 0 or more, 'train' is true or false")
+    if not isinstance(given, (bool, int, float)) or not (given == 0 or LEAST_WEIGHT <= given <= MOST_WEIGHT):
+        raise BadRecord(
+            f"has a turn {number} of weight {given!r}; a weight is 0, or from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, and "
+            "'train' is true or false"
+        )
     return float(given)
 
 
