@@ -136,7 +136,7 @@ class Reader:
             raise BadRecord("holds no messages")
         if not any(message["role"] == "assistant" for message in conversation.messages):
             raise BadRecord("has no turn of the assistant, so there is nothing to learn from it")
-        tools = conversation.tools or self._tools(record)
+        tools = conversation.tools or self.tools(record)
         shown = form if form not in ("messages", "sharegpt") else self._dialect(record)
         self.found[shown] = self.found.get(shown, 0) + 1
         return replace(conversation, tools=tools)
@@ -145,11 +145,23 @@ class Reader:
         """A list of turns as messages. Raises BadRecord."""
         return self._turns(_parsed(value), field)[0]
 
+    def turns_or_text(self, value: Any) -> Any:
+        """What is a text or a list of turns, and a table holds the list as text: the list, if all of it are turns."""
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                found = json.loads(value)
+            except (ValueError, RecursionError):
+                return value
+            roles = set(self._names["role"])
+            if isinstance(found, list) and found and all(isinstance(one, dict) and roles & one.keys() for one in found):
+                return found
+        return value
+
     def prompt(self, record: Mapping[str, Any]) -> Conversation:
         """What stands before an answer that is kept in another field: the text or turns of 'prompt', Alpaca's question,
         or a list of turns; without messages where there is none of these. Raises BadRecord."""
         messages: list[dict[str, Any]] = []
-        value = self._turns_or_text(self._get(record, "prompt"))
+        value = self.turns_or_text(self._get(record, "prompt"))
         if isinstance(value, str):
             messages = [{"role": "user", "content": value}] if value else []
         elif value is not None:
@@ -158,8 +170,17 @@ class Reader:
             messages = self._question(record)
         elif (turns := _parsed(self._get(record, "messages"))) is not None:
             messages = self._turns(turns, self._names["messages"][0])[0]
-        found = Conversation(messages, [0.0] * len(messages), self._tools(record))
+        found = Conversation(messages, [0.0] * len(messages), self.tools(record))
         return _with_system(found, _text_or_none(self._get(record, "system"), "system")) if messages else found
+
+    def tools(self, record: Mapping[str, Any]) -> list[Any] | None:
+        """What the assistant may call, a list or the JSON of one; None if there is nothing. Raises BadRecord."""
+        tools = self._get(record, "tools")
+        if isinstance(tools, str):
+            if not tools.strip():
+                return None
+            tools = _json(tools, "'tools'")
+        return None if not tools else _listed(tools, "tools")
 
     def _recognised(self, record: Mapping[str, Any]) -> str:
         if self._wanted != "auto":
@@ -219,7 +240,7 @@ class Reader:
     def _completion(self, record: Mapping[str, Any]) -> Conversation:
         parts = []
         for field, role in (("prompt", "user"), ("completion", "assistant")):
-            value = self._turns_or_text(self._need(record, field))
+            value = self.turns_or_text(self._need(record, field))
             if isinstance(value, str):
                 parts.append(([{"role": role, "content": value}], [float(role == "assistant")]))
             else:
@@ -227,18 +248,6 @@ class Reader:
         (asked, weights), (answered, trained) = parts
         found = Conversation([*asked, *answered], [*(0.0 for _ in weights), *trained])
         return _with_system(found, _text_or_none(self._get(record, "system"), "system"))
-
-    def _turns_or_text(self, value: Any) -> Any:
-        """What is a text or a list of turns, and a table holds the list as text: the list, if all of it are turns."""
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            try:
-                found = json.loads(value)
-            except (ValueError, RecursionError):
-                return value
-            roles = set(self._names["role"])
-            if isinstance(found, list) and found and all(isinstance(one, dict) and roles & one.keys() for one in found):
-                return found
-        return value
 
     def _turns(self, turns: Any, field: str) -> tuple[list[dict[str, Any]], list[float]]:
         messages, weights = [], []
@@ -275,14 +284,6 @@ class Reader:
             # None is the word "None" in templates that know no tool calls.
             message["content"] = ""
         return message
-
-    def _tools(self, record: Mapping[str, Any]) -> list[Any] | None:
-        tools = self._get(record, "tools")
-        if isinstance(tools, str):
-            if not tools.strip():
-                return None
-            tools = _json(tools, "'tools'")
-        return None if not tools else _listed(tools, "tools")
 
 
 def _with_system(conversation: Conversation, text: str | None) -> Conversation:

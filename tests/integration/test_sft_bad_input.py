@@ -89,6 +89,12 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
         ("unknown key chat.train.0.columns.q", "llm-parallel fields chat.train.N.columns"),
     ),
     "a weight of 0": (given("chat.train=[{path: FOLDER/train.jsonl, weight: 0}]"), ("chat.train.0.weight = 0",)),
+    "a weight of too many": (
+        given("chat.train=[{path: FOLDER/train.jsonl, weight: 1e9}]"), ("chat.train.N.weight", "an epoch see 3.9e+10"),
+    ),
+    "a field twice": (
+        data('{"messages": [], "messages": [{"role": "user", "content": "1"}]}'), ("line 1", "'messages' twice"),
+    ),
     "all held out": (
         lambda folder: [*data(record(Q, A))(folder), "chat.eval_fraction=0.9"],
         ("chat.eval_fraction = 0.9 holds all conversations out",),
@@ -182,6 +188,7 @@ COUNTED: dict[str, tuple[Overrides, str]] = {
         "1 conversation has calls of tools, which the template does not write",
     ),
     "steps and epochs": (given("train.epochs=2"), "train.steps = 6 is replaced by"),
+    "epochs that end within a batch": (given("train.epochs=2"), "the run has 4.00 epochs"),
 }
 
 

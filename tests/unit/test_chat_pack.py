@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_parallel.data.pack import Packer, best_fit, shuffled
+from llm_parallel.errors import UserError
 from llm_parallel.tune.sft import TokenCount
 
 SIZE = 24
@@ -80,6 +81,15 @@ def test_a_weight_is_how_often_a_conversation_is_seen(lengths: np.ndarray, seed:
             other = seen[sources == 1]
             assert (seen[sources == 0] == done).all()
             assert ((other >= np.floor(done * weight)) & (other <= np.ceil(done * weight))).all()
+
+
+@pytest.mark.parametrize("weights", [(1e-9, 1e-5), (1.0, 1e9), (1e300, 1e300)])
+def test_weights_that_make_no_epoch_are_refused(weights: tuple[float, float]) -> None:
+    """The first would look for a conversation in many thousands of empty epochs, the others need more memory than there
+    is."""
+    lengths, sources = np.full(8, 3), np.arange(8) % 2
+    with pytest.raises(UserError, match=r"chat\.train\.N\.weight, .* lets an epoch see .* of the 8 that there are"):
+        Packer(lengths, 64, 5, sources=sources, weights=weights)
 
 
 def test_epochs_differ_in_what_shares_a_sample_and_in_order() -> None:
