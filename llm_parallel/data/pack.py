@@ -106,7 +106,9 @@ class Packer:
     in one epoch. With whole weights every epoch has the same number of samples. With a weight of k + f every epoch has
     k times all and another share f of the source's conversations: over n epochs each is seen floor or ceil of n (k + f)
     times, and the number of samples of an epoch follows from the lengths of those it has. ``together``: several
-    conversations share a sample; ``shuffled``: False keeps one order, the same in every epoch.
+    conversations share a sample; ``shuffled``: False keeps one order, the same in every epoch. That is a random one
+    too, since the plan begins with the longest conversations, and files with one source: the first samples stand for
+    all.
 
     Raises UserError on weights with which an epoch has no conversation, or more than can be planned."""
 
@@ -164,9 +166,8 @@ class Packer:
         """Conversations that share sample ``number``."""
         epoch, place = self.locate(number)
         plan = self.plan(epoch)
-        if self._shuffled:
-            place = _C.permute(place, len(plan), derive_key(self._seed, epoch, ROWS))
-        return plan.row(place)
+        key = derive_key(self._seed, epoch if self._shuffled else 0, ROWS)
+        return plan.row(_C.permute(place, len(plan), key))
 
     def filled(self, number: int) -> int:
         """Sum of the lengths of the conversations that share sample ``number``."""

@@ -155,6 +155,8 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
         check_preferences(config, data, notice)
     else:
         data = prepare_conversations(config, notice)
+    if not isinstance(data, Prompts):
+        check_held_out(config, data.held_out_rows, notice)
     if unused := unused_conversations(Path(config.run_dir), data.folder):
         notice(unused)
     chat = config.chat.model_copy(update={"prepared": str(data.folder)})
@@ -167,18 +169,36 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
     return config.model_copy(update={"chat": chat, "train": train, "checkpoint": checkpoint})
 
 
+def check_held_out(config: RunConfig, rows: int, notice: Callable[[str], None]) -> None:
+    """Says what evaluations judge of the ``rows`` samples that are held out. Raises UserError if there are none, and
+    evaluations are asked for."""
+    train, fraction = config.train, config.chat.eval_fraction
+    if rows > train.eval_samples:
+        notice(
+            f"an evaluation judges {train.eval_samples:,} of {rows:,} samples of what is held out, the same ones every "
+            "time; train.eval_samples says how many"
+        )
+    if not rows and not config.chat.eval and fraction and train.eval_interval_steps is not None:
+        raise UserError(
+            f"chat.eval_fraction = {fraction:g} of the records here is less than one, so nothing is held out, and "
+            f"train.eval_interval_steps = {train.eval_interval_steps} asks for evaluations; make chat.eval_fraction "
+            "larger, or give chat.eval"
+        )
+
+
 def with_steps(train: TrainConfig, packer: Packer, notice: Callable[[str], None]) -> TrainConfig:
     """The settings with the steps of ``train.epochs``, the last of which is a whole batch."""
-    assert train.epochs is not None
-    steps = steps_for(train, packer.samples_before(train.epochs))
+    epochs = train.epochs
+    assert epochs is not None
+    steps = steps_for(train, packer.samples_before(epochs))
     if "steps" in train.model_fields_set and train.steps != steps:
-        notice(f"train.steps = {train.steps} is replaced by {steps}, which are train.epochs = {train.epochs:g}")
+        notice(f"train.steps = {train.steps} is replaced by {steps}, which are train.epochs = {epochs:g}")
     train = train.model_copy(update={"steps": steps})
     epoch, place = packer.locate(total_samples(train))
     made = epoch + place / packer.samples_of(epoch)
-    if made > OVERSHOOT * train.epochs:
+    if made > OVERSHOOT * epochs:
         notice(
-            f"train.epochs = {train.epochs:g} ends within step {steps:,}, whose batch of {train.global_batch_size:,} "
+            f"train.epochs = {epochs:g} ends within step {steps:,}, whose batch of {train.global_batch_size:,} "
             f"samples is made whole: the run has {made:.2f} epochs; a smaller train.global_batch_size comes nearer"
         )
     return train

@@ -133,6 +133,9 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
     "evaluations of nothing": (
         given("chat.eval_fraction=0", "train.eval_interval_steps=2"), ("chat.eval is empty and chat.eval_fraction = 0",)
     ),
+    "evaluations of less than one": (
+        given("chat.eval_fraction=0.001", "train.eval_interval_steps=2"), ("chat.eval_fraction = 0.001", "chat.eval")
+    ),
     "an early stop without evaluations": (
         given("train.early_stop_evaluations=2"), ("train.early_stop_evaluations = 2", "train.eval_interval_steps=1")
     ),
@@ -188,6 +191,10 @@ COUNTED: dict[str, tuple[Overrides, str]] = {
         "1 conversation has calls of tools, which the template does not write",
     ),
     "steps and epochs": (given("train.epochs=2"), "train.steps = 6 is replaced by"),
+    "an evaluation of a part": (
+        lambda folder: [f"chat.eval=[{folder / 'train.jsonl'}]", "chat.packing=pad"],
+        "judges 8 of 40 samples of what is",
+    ),
     "epochs that end within a batch": (given("train.epochs=2"), "the run has 4.00 epochs"),
 }
 
