@@ -171,19 +171,23 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
 
 def check_held_out(config: RunConfig, rows: int, notice: Callable[[str], None]) -> None:
     """Says what evaluations judge of the ``rows`` samples that are held out. Raises UserError if there are none, and
-    evaluations are asked for."""
+    the run is to end by them."""
     train, fraction = config.train, config.chat.eval_fraction
     if rows > train.eval_samples:
         notice(
             f"an evaluation judges {train.eval_samples:,} of {rows:,} samples of what is held out, the same ones every "
             "time; train.eval_samples says how many"
         )
-    if not rows and not config.chat.eval and fraction and train.eval_interval_steps is not None:
-        raise UserError(
-            f"chat.eval_fraction = {fraction:g} of the records here is less than one, so nothing is held out, and "
-            f"train.eval_interval_steps = {train.eval_interval_steps} asks for evaluations; make chat.eval_fraction "
-            "larger, or give chat.eval"
-        )
+    if rows or config.chat.eval or not fraction or train.eval_interval_steps is None:
+        return
+    nothing = f"chat.eval_fraction = {fraction:g} of the records here is less than one, so nothing is held out"
+    if train.early_stop_evaluations is None:
+        notice(f"{nothing} and evaluations judge nothing; a larger chat.eval_fraction or chat.eval would change that")
+        return
+    raise UserError(
+        f"{nothing}, and train.early_stop_evaluations = {train.early_stop_evaluations} needs evaluations; make "
+        "chat.eval_fraction larger, or give chat.eval"
+    )
 
 
 def with_steps(train: TrainConfig, packer: Packer, notice: Callable[[str], None]) -> TrainConfig:

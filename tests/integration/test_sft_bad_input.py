@@ -133,8 +133,9 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
     "evaluations of nothing": (
         given("chat.eval_fraction=0", "train.eval_interval_steps=2"), ("chat.eval is empty and chat.eval_fraction = 0",)
     ),
-    "evaluations of less than one": (
-        given("chat.eval_fraction=0.001", "train.eval_interval_steps=2"), ("chat.eval_fraction = 0.001", "chat.eval")
+    "an early stop by less than one": (
+        given("chat.eval_fraction=0.001", "train.eval_interval_steps=2", "train.early_stop_evaluations=2"),
+        ("chat.eval_fraction = 0.001", "train.early_stop_evaluations = 2 needs evaluations"),
     ),
     "an early stop without evaluations": (
         given("train.early_stop_evaluations=2"), ("train.early_stop_evaluations = 2", "train.eval_interval_steps=1")
@@ -195,6 +196,10 @@ COUNTED: dict[str, tuple[Overrides, str]] = {
         lambda folder: [f"chat.eval=[{folder / 'train.jsonl'}]", "chat.packing=pad"],
         "judges 8 of 40 samples of what is",
     ),
+    "evaluations of less than one": (
+        given("chat.eval_fraction=0.001", "train.eval_interval_steps=2"),
+        "nothing is held out and evaluations judge",
+    ),
     "epochs that end within a batch": (given("train.epochs=2"), "the run has 4.00 epochs"),
 }
 
@@ -203,7 +208,7 @@ COUNTED: dict[str, tuple[Overrides, str]] = {
 def test_what_is_left_out_or_replaced_is_said(run_file: Path, tmp_path: Path, overrides: Overrides, said: str) -> None:
     shutil.copytree(run_file.parent, tmp_path, dirs_exist_ok=True)
     more = ("chat.eval_fraction=0", "optim.warmup_steps=0", f"run_dir={tmp_path / 'x'}", "--dry-run")
-    result = in_process("sft", run_file, *overrides(tmp_path), *more)
+    result = in_process("sft", run_file, *more, *overrides(tmp_path))
     assert result.returncode == 0, result.stderr
     assert said.replace("FOLDER", str(tmp_path)) in result.stderr
 
