@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llm_parallel.config.rules import check_chat_inputs, check_config, check_inputs, num_processes
-from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree import RunConfig, TrainConfig
 from llm_parallel.data.chat_data import ChatData
 from llm_parallel.data.chat_files import prepare_conversations
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.group_files import prepare_groups
 from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table, tokenizer_of_reports
+from llm_parallel.data.pack import Packer
 from llm_parallel.data.prompts import Prompts, prepare_prompts
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -25,6 +26,8 @@ from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import steps_for, total_samples
 
 MANY_STEPS = 10**9
+OVERSHOOT = 1.05
+"""A run may have so many times the epochs that were asked for before it is said."""
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
@@ -162,19 +165,57 @@ def check_conversations(
         check_preferences(config, data, notice)
     else:
         data = prepare_conversations(config, notice)
+    if not isinstance(data, Prompts):
+        check_held_out(config, data.held_out_rows, notice)
     if unused := unused_conversations(Path(config.run_dir), data.folder):
         notice(unused)
     chat = config.chat.model_copy(update={"prepared": str(data.folder)})
     train = config.train
     if train.epochs is not None and not isinstance(data, Prompts):
-        steps = steps_for(train, data.training(config.seed).packer.samples_before(train.epochs))
-        if "steps" in train.model_fields_set and train.steps != steps:
-            notice(f"train.steps = {train.steps} is replaced by {steps}, which are train.epochs = {train.epochs:g}")
-        train = train.model_copy(update={"steps": steps})
+        train = with_steps(train, data.training(config.seed).packer, notice)
     checkpoint = config.checkpoint
     if "load_optimizer" not in checkpoint.model_fields_set:  # fine-tuning has a schedule of its own
         checkpoint = checkpoint.model_copy(update={"load_optimizer": False})
     return config.model_copy(update={"chat": chat, "train": train, "checkpoint": checkpoint})
+
+
+def check_held_out(config: RunConfig, rows: int, notice: Callable[[str], None]) -> None:
+    """Says what evaluations judge of the ``rows`` samples that are held out. Raises UserError if there are none, and
+    the run is to end by them."""
+    train, fraction = config.train, config.chat.eval_fraction
+    if rows > train.eval_samples:
+        notice(
+            f"an evaluation judges {train.eval_samples:,} of {rows:,} samples of what is held out, the same ones every "
+            "time; train.eval_samples says how many"
+        )
+    if rows or config.chat.eval or not fraction or train.eval_interval_steps is None:
+        return
+    nothing = f"chat.eval_fraction = {fraction:g} of the records here is less than one, so nothing is held out"
+    if train.early_stop_evaluations is None:
+        notice(f"{nothing} and evaluations judge nothing; a larger chat.eval_fraction or chat.eval would change that")
+        return
+    raise UserError(
+        f"{nothing}, and train.early_stop_evaluations = {train.early_stop_evaluations} needs evaluations; make "
+        "chat.eval_fraction larger, or give chat.eval"
+    )
+
+
+def with_steps(train: TrainConfig, packer: Packer, notice: Callable[[str], None]) -> TrainConfig:
+    """The settings with the steps of ``train.epochs``, the last of which is a whole batch."""
+    epochs = train.epochs
+    assert epochs is not None
+    steps = steps_for(train, packer.samples_before(epochs))
+    if "steps" in train.model_fields_set and train.steps != steps:
+        notice(f"train.steps = {train.steps} is replaced by {steps}, which are train.epochs = {epochs:g}")
+    train = train.model_copy(update={"steps": steps})
+    epoch, place = packer.locate(total_samples(train))
+    made = epoch + place / packer.samples_of(epoch)
+    if made > OVERSHOOT * epochs:
+        notice(
+            f"train.epochs = {epochs:g} ends within step {steps:,}, whose batch of {train.global_batch_size:,} "
+            f"samples is made whole: the run has {made:.2f} epochs; a smaller train.global_batch_size comes nearer"
+        )
+    return train
 
 
 def check_preferences(config: RunConfig, data: GroupData, notice: Callable[[str], None]) -> None:
