@@ -50,6 +50,15 @@ class Found:
 
 
 @dataclass
+class _Split:
+    """Rows of a subject's split, the files that they are from, and what is to be said of the first that is wrong."""
+
+    rows: list[Row] = field(default_factory=list)
+    files: list[DataFile] = field(default_factory=list)
+    error: UserError | None = None
+
+
+@dataclass
 class Tasks:
     """Tasks and groups of the harness, and what was found for each task."""
 
@@ -76,7 +85,8 @@ class Builder:
     def __init__(self, data: DataFolder | None, shots: int | None, programs: humaneval.Programs) -> None:
         self._data, self._shots, self._programs = data, shots, programs
         self._indices: dict[str, dict[str, Entry]] = {}
-        self._rows: dict[str, dict[str | None, dict[str, tuple[list[Row], list[DataFile]]]]] = {}
+        self._rows: dict[str, dict[str | None, dict[str, _Split]]] = {}
+        self._read: dict[str, set[str]] = {}
         self.found: list[Found] = []
 
     def build(self, wanted: Mapping[str, int | None], every: bool = False) -> Tasks:
@@ -183,7 +193,10 @@ class Builder:
         content = DatasetDict({split: Dataset.from_list(held) for split, held in rows.items() if held})
         source = {key: config.pop(key, None) for key in ("dataset_path", "dataset_name", "dataset_kwargs")}
         config["metadata"] = {**(config.get("metadata") or {}), **_described(found, source)}
-        return prepared_once(ConfigurableTask(config={**config, "custom_dataset": lambda **_: content}))
+        try:
+            return prepared_once(ConfigurableTask(config={**config, "custom_dataset": lambda **_: content}))
+        except Exception as error:  # of the task's own templates and functions, over rows with other fields
+            raise UserError(_unfit(found, content, error)) from None
 
     @staticmethod
     def _from_hub(config: dict[str, Any]) -> ConfigurableTask:
@@ -206,11 +219,17 @@ class Builder:
         form_name = place.form if place is not None else name
         form = FORMS[form_name] if place is not None else own_form(name, evaluated, wanted)
         subject = _subject(name, place.form if place is not None else "", config)
-        by_split = self._of_form(form_name, form).get(subject if form.by else None, {})
-        rows = {split: by_split[split][0] for split in dict.fromkeys(wanted) if by_split.get(split, ([], []))[0]}
-        found.files = {split: by_split[split][1] for split in rows}
+        held = self._of_form(form_name, form, wanted).get(subject if form.by else None, {})
+        for split in wanted:
+            if split in held and (error := held[split].error) is not None:
+                raise error
+        rows = {split: held[split].rows for split in dict.fromkeys(wanted) if split in held and held[split].rows}
+        found.files = {split: held[split].files for split in rows}
         if evaluated not in rows:
             found.missing = f"{name} needs rows for its split {evaluated}, and --data-dir has none"
+            return {}
+        if name == "truthfulqa_mc2" and "mc2_targets" not in rows[evaluated][0]:
+            found.missing = "truthfulqa_mc2 needs mc2_targets, and --data-dir has the right answers of mc1 alone"
             return {}
         if form_name == "mmlu" and "dev" not in rows and config.get("num_fewshot"):
             rows["dev"] = _official_shots(name)
@@ -233,22 +252,23 @@ class Builder:
             if len(rows) <= shots:
                 found.missing = f"{found.task} needs {shots} examples, and --data-dir has {len(rows)} rows in all"
 
-    def _of_form(self, name: str, form: Form) -> dict[str | None, dict[str, tuple[list[Row], list[DataFile]]]]:
-        """Rows and files of a set by subject and split."""
+    def _of_form(self, name: str, form: Form, splits: Iterable[str]) -> dict[str | None, dict[str, _Split]]:
+        """Rows and files of a set by subject and split. Files of other splits are not read."""
         assert self._data is not None
-        if name in self._rows:
-            return self._rows[name]
-        made: dict[str | None, dict[str, tuple[list[Row], list[DataFile]]]] = {}
+        made = self._rows.setdefault(name, {})
+        read = self._read.setdefault(name, set())
         for file in self._data.files:
-            if not form.holds(file):
+            if not form.holds(file) or file.within in read or (split := form.split(file)) not in splits:
                 continue
-            split = form.split(file)
+            read.add(file.within)
             for subject, row in form.converted(file):
-                rows, files = made.setdefault(subject, {}).setdefault(split, ([], []))
-                rows.append(row)
-                if not files or files[-1] is not file:
-                    files.append(file)
-        self._rows[name] = made
+                held = made.setdefault(subject, {}).setdefault(split, _Split())
+                if isinstance(row, UserError):
+                    held.error = held.error or row
+                    continue
+                held.rows.append(row)
+                if not held.files or held.files[-1] is not file:
+                    held.files.append(file)
         return made
 
 
@@ -273,6 +293,14 @@ def _described(found: Found, source: Mapping[str, Any]) -> dict[str, Any]:
     """What the results say about the data of a task."""
     origin = {key: value for key, value in source.items() if value is not None}
     return {"data_files": found.fingerprints, "data_rows": found.rows, "instead_of": origin}
+
+
+def _unfit(found: Found, content: Mapping[str, Dataset], error: Exception) -> str:
+    """What is said of rows that a task cannot be built over."""
+    files = ", ".join(dict.fromkeys(file.within for files in found.files.values() for file in files)) or "its documents"
+    fields = ", ".join(dict.fromkeys(name for rows in content.values() for name in rows.column_names))
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{found.task} cannot be built over {files}: {reason}; its rows have the fields {fields[:200]}"
 
 
 def _official_shots(task: str) -> list[Row]:

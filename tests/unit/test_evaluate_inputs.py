@@ -68,7 +68,7 @@ def test_mmlu_in_every_form(name: str, content: Any, tmp_path: Path) -> None:
     write(tmp_path / name, content)
     (file,) = DataFolder(tmp_path).files
     assert FORMS["mmlu"].holds(file) and FORMS["mmlu"].split(file) == "test"
-    assert FORMS["mmlu"].converted(file) == [("anatomy", QUESTION)]
+    assert list(FORMS["mmlu"].converted(file)) == [("anatomy", QUESTION)]
 
 
 def test_other_sets_in_their_public_forms(tmp_path: Path) -> None:
@@ -107,6 +107,80 @@ def test_other_sets_in_their_public_forms(tmp_path: Path) -> None:
     assert rows_of(tmp_path, "truthfulqa")["validation"][0]["mc1_targets"] == {"choices": ["x", "y"], "labels": [1, 0]}
 
 
+def test_copies_with_the_place_of_the_right_answer(tmp_path: Path) -> None:
+    row = {"activity_label": "Paint", "ctx": "A shot. they", "endings": ["a", "b"], "expected_index": 1}
+    write(tmp_path / "hellaswag.jsonl", [row])
+    write(tmp_path / "truthfulqa_mc1.jsonl", [{"question": "q", "choices": ["x", "y"], "expected_index": 1}])
+    assert rows_of(tmp_path, "hellaswag")["validation"] == [
+        {"activity_label": "Paint", "ctx_a": "A shot.", "ctx_b": "they", "endings": ["a", "b"], "label": "1"}
+    ]
+    assert rows_of(tmp_path, "truthfulqa")["validation"] == [
+        {"question": "q", "mc1_targets": {"choices": ["x", "y"], "labels": [0, 1]}}
+    ]
+
+
+def test_openbookqa_as_its_authors_table(tmp_path: Path) -> None:
+    (tmp_path / "openbookqa").mkdir()
+    (tmp_path / "openbookqa" / "test.tsv").write_text(
+        "ID\tQuestion Stem\tChoices\tComplete Question\tAnswer Key\n"
+        "1\tFog is near\t(A) a marsh (B) a (dry) desert (C) the plains (D) rock\tFog is near (A) …\tB\n"
+    )
+    assert rows_of(tmp_path, "openbookqa")["test"] == [{
+        "question_stem": "Fog is near", "answerKey": "B",
+        "choices": {"text": ["a marsh", "a (dry) desert", "the plains", "rock"], "label": ["A", "B", "C", "D"]},
+    }]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("label", "gold"), [("B", [1]), ("AD", [0, 3]), ("A B D", [0, 1, 3]), (["A", "C", "。"], [0, 2]), (["B"], [1])]
+)
+def test_agieval_has_rows_with_several_right_answers(label: Any, gold: list[int]) -> None:
+    row = {
+        "passage": None,
+        "question": "?",
+        "options": ["(A)x", "(B)y", "(C)z", "(D)u"],
+        "label": label,
+        "answer": None,
+    }
+    assert agieval_row(row)[0]["gold"] == gold
+
+
+def built(data: Path, task: str) -> Any:
+    from llm_parallel.evaluate.command import open_tasks
+    from llm_parallel.evaluate.request import EvaluateRequest
+
+    programs, tasks = open_tasks(EvaluateRequest("model", tasks=(task,), data_dir=data), data)
+    programs.close()
+    return tasks
+
+
+def test_a_wrong_row_stops_only_the_tasks_that_need_it(tmp_path: Path) -> None:
+    """Of another subject, and in a split that the task does not use."""
+    one_exam(tmp_path)
+    row = {"passage": None, "question": "?", "options": ["(A)x", "(B)y"], "label": "?", "answer": None}
+    write(tmp_path / "agieval" / "sat-math.jsonl", [row])
+    assert len(built(tmp_path, "agieval_sat_en").leaves) == 1
+    with pytest.raises(UserError, match=r"row 1 of .*sat-math.jsonl cannot be read \('\?' names no answer\)"):
+        built(tmp_path, "agieval_en")
+    write(tmp_path / "gsm8k" / "test.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
+    (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "1+')
+    assert len(built(tmp_path, "gsm8k_cot").leaves) == 1, "its examples are fixed"
+    with pytest.raises(UserError, match=r"line 1 of .*train.jsonl is no JSON"):
+        built(tmp_path, "gsm8k")
+
+
+def test_rows_with_other_fields_than_a_task_of_ones_own(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "mine" / "test.jsonl", [{"frage": "1+1?", "answer": "2"}])
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\noutput_type: generate_until\ntest_split: test\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+    )
+    with pytest.raises(
+        UserError, match=r"mine cannot be built over mine/test.jsonl: 'question' is undefined; .* frage"
+    ):
+        built(tmp_path / "data", str(tmp_path / "mine.yaml"))
+
+
 def test_agieval_gets_the_prompt_of_lm_evals_copies() -> None:
     row = {"passage": "P. ", "question": "Which?", "options": ["(A)x", "(B)y", "(C)z"], "label": "B", "answer": None}
     assert agieval_row(row) == [{
@@ -120,7 +194,7 @@ def test_agieval_gets_the_prompt_of_lm_evals_copies() -> None:
 def test_every_demo_file_belongs_to_one_set(tmp_path: Path) -> None:
     for file in DataFolder(write_demo(tmp_path, 3)).files:
         holders = [name for name, form in FORMS.items() if form.holds(file)]
-        assert len(holders) == 1 and FORMS[holders[0]].converted(file), (file.within, holders)
+        assert len(holders) == 1 and list(FORMS[holders[0]].converted(file)), (file.within, holders)
 
 
 @pytest.mark.parametrize(
