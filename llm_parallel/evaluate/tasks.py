@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from llm_parallel.errors import UserError
 from llm_parallel.evaluate import follow, humaneval, ifeval, quac, safety
-from llm_parallel.evaluate.catalog import PLACES, place_of
+from llm_parallel.evaluate.catalog import PLACES, SETS, place_of
 from llm_parallel.evaluate.files import DataFile, DataFolder, Row
 from llm_parallel.evaluate.forms import FORMS, Form, own_form
 
@@ -115,71 +116,118 @@ class Builder:
         if name in OURS:
             return self._task(name, OURS[name](), shots)
         if name.endswith((".yaml", ".yml")):
-            path = Path(name)
-            if not path.is_file():
-                raise UserError(f"--tasks names {name}, which is no file; give a task of lm-eval or its YAML file")
-            config = load_yaml(path)
-            if "task" not in config or not isinstance(config["task"], str):
-                raise UserError(f"{name} describes no task; its key task must be a name")
-            return self._task(config["task"], config, shots)
+            return self._own(Path(name), shots)
         index = self._index(name)
+        if any(mark in name for mark in "*?["):
+            return self._matching(name, index, shots)
         if name not in index:
             from difflib import get_close_matches
 
-            near = get_close_matches(name, [*index, *PLACES], 1)
+            near = get_close_matches(name.lower(), [*index, *PLACES, *SETS], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"--tasks names {name!r}, which is no task or group of lm-eval{hint}")
         return self._entry(index[name], index, shots)
 
+    def _own(self, path: Path, shots: int | None) -> Any:
+        """A task or a group of the user's own. Members of a group are lm-eval's, or lie in the same folder."""
+        if not path.is_file():
+            raise UserError(f"--tasks names {path}, which is no file; give a task of lm-eval or its YAML file")
+        try:
+            config = load_yaml(path)
+        except Exception as error:  # of YAML, of a file that it includes, or of the user's own functions
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path} cannot be read as a task of lm-eval: {reason}") from None
+        if isinstance(config.get("group"), str) and isinstance(config.get("task"), list):
+            folder = str(path.parent.absolute())
+            index = dict(TaskManager(include_defaults=False, include_path=folder).task_index)
+            return self._group(Entry(config["group"], Kind.GROUP, None, config), index, shots)
+        if not isinstance(config.get("task"), str):
+            raise UserError(
+                f"{path} describes no task; its key task must be a name, or a list of tasks beside the key group"
+            )
+        return self._task(config["task"], config, shots)
+
+    def _matching(self, pattern: str, index: dict[str, Entry], shots: int | None) -> list[Any]:
+        """Tasks whose names match a pattern such as ``mmlu_*``, or groups if none do."""
+        names = [name for name in [*index, *OURS] if fnmatchcase(name, pattern)]
+        single = [name for name in names if name not in index or index[name].kind is Kind.TASK]
+        if not names:
+            raise UserError(f"--tasks names {pattern!r}, which no task of lm-eval matches")
+        made = [self._named(name, shots) for name in sorted(single or names)]
+        return [one for part in made for one in (part if isinstance(part, list) else [part]) if one is not None]
+
     def _index(self, name: str) -> dict[str, Entry]:
         """The task files among which a name is looked up: those of its set, which takes 0.1 s, or all, which takes
         9 s."""
-        place = place_of(name)
+        place = place_of(name.lower())
         folder = "" if place is None or place.folder is None else place.folder
         if folder not in self._indices:
             path = str(lm_eval_folder() / folder)
             self._indices[folder] = dict(TaskManager(include_defaults=False, include_path=path).task_index)
         return self._indices[folder]
 
-    def _entry(self, entry: Entry, index: dict[str, Entry], shots: int | None) -> Any:
+    def _entry(self, entry: Entry, index: dict[str, Entry], shots: int | None, changes: Row | None = None) -> Any:
+        """What an entry of the index describes. changes: what a group that it is in sets otherwise."""
         if entry.kind is Kind.TAG:
-            made = [self._entry(index[name], index, shots) for name in sorted(entry.tags)]
+            made = [self._entry(index[name], index, shots, changes) for name in sorted(entry.tags)]
             return [one for one in made if one is not None]
         if entry.kind is Kind.GROUP:
-            return self._group(entry, index, shots)
-        assert entry.yaml_path is not None
-        if entry.name == "humaneval":
-            return self._task(entry.name, self._humaneval(entry), shots)
+            return self._group(entry, index, shots, changes)
+        if entry.yaml_path is None or entry.kind is Kind.PY_TASK:
+            raise UserError(f"--tasks names {entry.name}, a task of lm-eval that is a Python class; leave it out")
         if entry.name == "ifeval":
             ifeval.prepare()
-        return self._task(entry.name, load_yaml(entry.yaml_path), shots)
+        config = self._humaneval(entry) if entry.name == "humaneval" else load_yaml(entry.yaml_path)
+        return self._task(entry.name, {**config, **(changes or {}), "task": entry.name}, shots)
 
     def _humaneval(self, entry: Entry) -> dict[str, Any]:
         assert entry.yaml_path is not None
         return humaneval.task(load_yaml(entry.yaml_path, resolve_func=False), self._programs)
 
-    def _group(self, entry: Entry, index: dict[str, Entry], shots: int | None) -> Group | None:
-        config = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else dict(entry.cfg or {})
-        fields = {key: value for key, value in config.items() if key in GroupConfig.__dataclass_fields__}
-        group = Group.from_config(GroupConfig(**fields))
-        for member in config["task"]:
-            if isinstance(member, dict) and "group" in member:
-                inner = Entry(member["group"], Kind.GROUP, None, member)
-                made = self._group(inner, index, shots)
-            else:
-                name = member["task"] if isinstance(member, dict) else member
-                made = self._entry(index[name], index, shots)
+    def _group(
+        self, entry: Entry, index: dict[str, Entry], shots: int | None, changes: Row | None = None
+    ) -> Group | None:
+        config = load_yaml(entry.yaml_path) if entry.yaml_path else dict(entry.cfg or {})
+        fields = GroupConfig.__dataclass_fields__
+        group = Group.from_config(GroupConfig(**{key: value for key, value in config.items() if key in fields}))
+        changes = {**{key: value for key, value in config.items() if key not in fields}, **(changes or {})}
+        members = config["task"] if isinstance(config.get("task"), list) else [config.get("task")]
+        for member in members:
+            made = self._member(entry.name, member, index, shots, changes)
             for one in made if isinstance(made, list) else [made]:
                 if one is not None:
                     group.add(one)
         return group if len(group) else None
 
+    def _member(self, group: str, member: Any, index: dict[str, Entry], shots: int | None, changes: Row) -> Any:
+        """A member of a group: a name; a task or group with what it sets otherwise; or one that is described there."""
+        given = member if isinstance(member, dict) else {"task": member}
+        kind = "group" if "group" in given else "task"
+        if not isinstance(given.get(kind), str):
+            raise UserError(f"group {group} has the member {member!r}, which names no task or group")
+        name = given[kind]
+        more = {**changes, **{key: value for key, value in given.items() if key != kind}}
+        if name in OURS:
+            return self._task(name, {**OURS[name](), **more}, shots)
+        if kind == "group" and "task" in given:
+            return self._group(
+                Entry(f"{group}::{name}", Kind.GROUP, None, {**given, "group": name}), index, shots, changes
+            )
+        known = index if name in index else self._index(name)
+        if name in known:
+            return self._entry(known[name], known, shots, more)
+        if not isinstance(member, dict) or "doc_to_text" not in member:
+            raise UserError(f"group {group} has the member {name}, which is no task or group of lm-eval")
+        return self._task(f"{group}::{name}", {**more, "task": f"{group}::{name}"}, shots)
+
     def _task(self, name: str, config: dict[str, Any], shots: int | None) -> ConfigurableTask | None:
         config = {key: value for key, value in config.items() if key not in ("tag", "group", "task_list", "include")}
-        if shots is not None and config.get("num_fewshot") != 0:
-            config["num_fewshot"] = shots
         place = place_of(name)
         found = Found(name, name if place is None else place.form)
+        if shots is not None and config.get("num_fewshot") != 0:
+            config["num_fewshot"] = shots
+        elif shots:
+            found.remark = "it is asked without examples whatever --shots says"
         self.found.append(found)
         if name == "follow":
             rows = {"test": follow.documents()}
