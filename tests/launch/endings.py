@@ -314,7 +314,7 @@ def row(name: str, alone: Ending | None, together: Ending | None) -> str:
     cells = [name]
     for ending in (alone, together):
         cells += ["hung"] * 4 if ending is None else [
-            str(_shell_status(ending.status)), f"{ending.made}, {ending.went_on}", str(ending.lost), ending.source
+            str(_shell_status(ending.status)), f"{ending.made}, {ending.went_on}", str(ending.lost), "memory" if ending.source == "memory" else "disk"
         ]  # fmt: skip
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
