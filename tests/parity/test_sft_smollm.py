@@ -46,9 +46,8 @@ def answered(rank: int, world_size: int, run_dir: str) -> tuple[int, int, int]:
     return sum(text is not None for text in texts), sum(len(tokens) < 16 for tokens in found), right
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 3, "pp": 2}], ids=["1 process", "TP3 PP2"])
+@pytest.mark.parametrize("layout", [{}, {"tp": 3}, {"pp": 2}], ids=["1 process", "TP3", "PP2"])
 def test_adapters_teach_the_form_and_to_stop(tmp_path: Path, layout: dict[str, int]) -> None:
-    """Its 9 heads in 3 groups can be divided by 3, not by 2."""
     held_out = set(problems(0, HELD_OUT))
     with (tmp_path / "sums.jsonl").open("w") as handle:
         for a, b in [pair for pair in problems(1, 400) if pair not in held_out][:200]:
