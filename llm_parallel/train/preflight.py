@@ -21,7 +21,7 @@ from llm_parallel.parallel.layout import Layout
 from llm_parallel.tasks.open import open_judge
 from llm_parallel.tasks.readings import check_records
 from llm_parallel.train.beside import check_beside
-from llm_parallel.train.inherit import check_reference, inherited, other_tokenizer
+from llm_parallel.train.inherit import Held, check_reference, inherited, other_tokenizer, with_model_of
 from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import steps_for, total_samples
 
@@ -70,10 +70,15 @@ def preflight(
 
 
 def preflight_job(
-    config: RunConfig, gpus: int, processes: int, notice: Callable[[str], None] = lambda _: None
+    config: RunConfig,
+    gpus: int,
+    processes: int,
+    notice: Callable[[str], None] = lambda _: None,
+    promised: Held | None = None,
 ) -> RunConfig:
     """The same for a job of ``processes`` processes on nodes with ``gpus`` GPUs each, of which this machine is none:
-    whether their GPUs run the kernels is found there. Raises UserError."""
+    whether their GPUs run the kernels is found there. ``promised``: the model that another job will have left in
+    ``checkpoint.load`` by then. Raises UserError."""
     if config.device == "cuda" and not gpus:
         raise UserError(
             "device = cuda, and --gpus-per-node 0 asks for nodes without GPUs; give --gpus-per-node, or device=cpu"
@@ -81,11 +86,13 @@ def preflight_job(
     if config.device == "cpu" and gpus:
         notice(f"device = cpu: the {gpus} GPUs of each node that --gpus-per-node asks for are not used")
     device = "cuda" if gpus and config.device != "cpu" else "cpu"
-    config = with_value_head(inherited(without_own_load(config, notice), notice))
+    config = without_own_load(config, notice)
+    config = with_value_head(inherited(config, notice) if promised is None else with_model_of(config, promised, notice))
+    config = with_reported_tokenizer(config, notice)
     check_config(config, processes, device, uneven=True)  # type: ignore[arg-type]
     if device == "cpu":
         check_kernels(config, device, notice)
-    config = check_data(config, notice)
+    config = check_data(config, notice, promised is None)
     check_config(config, num_processes(config), device)  # type: ignore[arg-type]  # what its start will check
     return config
 
@@ -111,10 +118,11 @@ def without_own_load(config: RunConfig, notice: Callable[[str], None]) -> RunCon
     return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"load": None})})
 
 
-def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
-    """The configuration with its vocabulary, after every check of tokenizer and data. Raises UserError."""
+def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None, there: bool = True) -> RunConfig:
+    """The configuration with its vocabulary, after every check of tokenizer and data. ``there``: whether the model that
+    ``checkpoint.load`` names is there, and its tokenizer can be compared. Raises UserError."""
     if config.reads_chat:
-        return check_conversations(config, notice)
+        return check_conversations(config, notice, there)
     if config.train.epochs is not None:
         raise UserError(
             f"train.epochs = {config.train.epochs:g} counts passes over conversations, for `llm-parallel sft`; give "
@@ -123,7 +131,7 @@ def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None
     check_inputs(config)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
     config = with_vocabulary(config, tokenizer)
-    if tokenizer is not None and (differs := other_tokenizer(config, tokenizer)):
+    if there and tokenizer is not None and (differs := other_tokenizer(config, tokenizer)):
         notice(differs)
     assert config.model.vocab_size is not None
     for text in check_token_files(config.data, config.model.vocab_size, tokenizer):
@@ -134,14 +142,16 @@ def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None
     return config
 
 
-def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
+def check_conversations(
+    config: RunConfig, notice: Callable[[str], None] = lambda _: None, there: bool = True
+) -> RunConfig:
     """The configuration of a run over conversations or preferences with its vocabulary, its steps and the folder of
     their tokens, which are written if they are not there. Raises UserError."""
     check_chat_inputs(config)
     assert config.data.tokenizer is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocabulary(config, tokenizer)
-    if differs := other_tokenizer(config, tokenizer):
+    if there and (differs := other_tokenizer(config, tokenizer)):
         notice(differs)
     check_reference(config, tokenizer)
     data: GroupData | ChatData | Prompts
