@@ -32,7 +32,7 @@ ANSWER_TOKENS = 8
 SAMPLES = 4
 """Sampled answers to each held-out sum, for a smaller standard error."""
 ADAPTER = {"rank": 16, "alpha": 32}
-WARMUP_STEPS = 3
+WARMUP_STEPS = 4
 OPTIM = {"schedule": "constant", "warmup_steps": WARMUP_STEPS, "weight_decay": 0.0}
 SFT_STEPS = 7
 """Of one row each, about 75 conversations in all: enough for the form of an answer. More of them make the model so sure
@@ -44,7 +44,7 @@ BATCH = 44
 """Answers of a step: four rows, and four steps a round."""
 RECIPES: dict[str, dict[str, Any]] = {
     "reject": {"lr": 3e-4, "rounds": 12, "method": {"reject": {"keep": "above", "least_score": 1}}},
-    "grpo": {"lr": 2e-4, "rounds": 12, "method": {}},
+    "grpo": {"lr": 1e-4, "rounds": 16, "method": {}},
 }
 
 
