@@ -175,7 +175,8 @@ class SlurmJob:
         """Without what the batch job's options put there, which a step of fewer nodes must not inherit."""
         stale = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
                  "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NODELIST", "SLURM_NODELIST", "SLURM_GPUS",
-                 "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_CPUS_PER_GPU")  # fmt: skip
+                 "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_CPUS_PER_GPU",
+                 "SLURM_TRES_PER_TASK")  # fmt: skip
         kept = {name: value for name, value in self.environment.items() if name not in stale}
         return {**kept, **PROMPT, **ONE_TASK}
 

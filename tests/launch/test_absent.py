@@ -418,6 +418,7 @@ def slurm(tmp_path: Path) -> Iterator[Callable[..., SlurmStarter]]:
         config = config_of(tmp_path)
         Path(config.run_dir).mkdir()
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_CPUS_ON_NODE": "64", "SLURM_GPUS": "16",
+                       "SLURM_TRES_PER_TASK": "cpu=64",
                        "SLURM_EXPORT_ENV": "NONE", "SLURM_CPUS_PER_TASK": "64"}  # fmt: skip
         job = SlurmJob("7", 0, "n1", environment)
         starter = SlurmStarter(config, tmp_path / "f.yaml", job, ["n1", "n2", "n3"], [0], "s", "10.7.0.1")
@@ -530,7 +531,9 @@ def test_the_environment_of_a_step_has_nothing_of_the_batch_nodes_size(
     asyncio.run(asyncio.wait_for(until_three(tmp_path), 60))
     for path in tmp_path.glob("env.*"):
         names = {line.partition("=")[0] for line in path.read_text().splitlines()}
-        assert not names & {"SLURM_GPUS", "SLURM_CPUS_PER_TASK"} and "LLM_PARALLEL_SECRET" in names
+        assert (
+            not names & {"SLURM_GPUS", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK"} and "LLM_PARALLEL_SECRET" in names
+        )
         assert "SLURM_OOM_KILL_STEP=0" in path.read_text().splitlines()
 
 
