@@ -145,7 +145,7 @@ class Ours(Job):
     def submit(self) -> str:
         options = ["--nodes", str(NODES), "--gpus-per-node", "0", "--sbatch=--hold"]
         command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(self.run_file), *options]
-        return self.cluster.run(command, timeout_s=120).split("job ", 1)[1].split(";")[0]
+        return self.cluster.run(command, timeout_s=300).split("job ", 1)[1].split(";")[0]
 
     def trains(self, process: psutil.Process) -> bool:
         parent = process.parent()
