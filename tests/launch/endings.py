@@ -226,7 +226,7 @@ WAYS: dict[str, Way] = {
     "run folder deleted, SIGTERM": Way(_delete, SAVED, True),
     "error of the program": Way(_mistake, (1,)),
     "too few devices": Way(_nothing, (75,), overrides=("train.steps=100000", "elastic.min_devices=2",
-                           "elastic.strikes=1", "elastic.wait_s=30")),
+                           "elastic.strikes=1", "elastic.wait_s=120")),
     "kill -9 of all processes": Way(_all, (-signal.SIGKILL,)),
 }  # fmt: skip
 
