@@ -21,5 +21,7 @@ class DrillRequest:
     """Seconds of one run with faults all the time; 0: none."""
     every_s: float = 20.0
     """Mean seconds between the faults of the soak."""
+    pair_ms: float = 0.0
+    """Every fault of the soak is two within so many milliseconds; 0: most come alone."""
     seed: int = 0
     """Seed of what fails, where and when."""
