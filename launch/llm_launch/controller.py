@@ -19,7 +19,7 @@ from llm_launch.blame import Device, Evidence, Fault, Kind, Verdict, blame, few
 from llm_launch.copy_catalog import CopyCatalog
 from llm_launch.door import WAITING
 from llm_launch.fleet import TICK_S, Fleet
-from llm_launch.hang import find_slow
+from llm_launch.hang import find_slow, kind_of_hang
 from llm_launch.journal import Journal
 from llm_launch.ledger import Ledger
 from llm_launch.needs import needs_of
@@ -358,9 +358,8 @@ class Controller:
             looks = {str(device): look for device, look in self.fleet.looks.items()}
             self.journal.keep_stacks(self.fleet.generation, looks)
             for device, why in hung.items():
-                self.fleet.evidence.append(
-                    Evidence(Kind.HANG, device.node, device, self.fleet.rank(device), message=why)
-                )
+                kind = kind_of_hang(self.fleet.looks.get(device, {}))
+                self.fleet.evidence.append(Evidence(kind, device.node, device, self.fleet.rank(device), message=why))
 
     async def _recover(self) -> None:
         """A fault was seen: all leave, the evidence is judged, what is at fault is removed."""
@@ -378,7 +377,7 @@ class Controller:
         for node in self.fleet.roster.alive():
             node.send({"is": "abort", "generation": self.fleet.generation})
         # A hung worker cannot leave; killed at once, its replacement is forked meanwhile.
-        hung = {item.device for item in self.fleet.evidence if item.kind is Kind.HANG}
+        hung = {item.device for item in self.fleet.evidence if item.kind in (Kind.HANG, Kind.STALL)}
         self.fleet.kill([worker for worker in self.fleet.inside() if worker.device in hung])
         await asyncio.sleep(SETTLE_S)
         if all(item.kind is Kind.CONNECTION for item in self.fleet.evidence):
@@ -393,6 +392,7 @@ class Controller:
         for item in self.fleet.evidence:
             if item.kind is Kind.COPY_LOST:
                 self.copies.distrust(item.copy)
+        self.ledger.made_steps(self.fleet.made_steps, self.fleet.placement.devices)
         verdict = self.ledger.judge(blame(self.fleet.evidence, self.fleet.placement.devices))
         self.journal.event("blame", fault=verdict.fault.value, cause=verdict.reason, seconds=time.monotonic() - began)
         self._act_on(verdict)

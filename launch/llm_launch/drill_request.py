@@ -17,6 +17,8 @@ class DrillRequest:
     """Where the runs go."""
     blame: int = 10
     """Short runs with one random fault each, whose culprit is known."""
+    kinds: str = ""
+    """Scenarios of the short runs, with commas between them, as "worker killed,silent partner"; empty: all."""
     soak_s: float = 0.0
     """Seconds of one run with faults all the time; 0: none."""
     every_s: float = 20.0

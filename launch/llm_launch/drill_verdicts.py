@@ -17,6 +17,8 @@ class Finding:
     scenario: str
     seconds: float = 0.0
     wrong: list[str] = field(default_factory=list)
+    skipped: str = ""
+    """Why it could not be caused on this machine; empty if it was."""
 
     def expect(self, holds: bool, otherwise: str) -> None:
         """Notes ``otherwise`` as wrong unless it ``holds``."""

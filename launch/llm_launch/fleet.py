@@ -90,6 +90,11 @@ class Fleet:
         self._store = GenerationStore()
         self.looks.clear()
 
+    @property
+    def made_steps(self) -> int:
+        """Steps of the present generation."""
+        return self.step - self.start_step if self.start_step is not None else 0
+
     def new_pace(self) -> None:
         """Forgets how long steps took, for a layout whose steps take another time."""
         usual_s = self.pace.median_s()
@@ -172,8 +177,14 @@ class Fleet:
     def _on_drill(self, message: wire.Message) -> None:
         """A fault that a drill wants inside the process of a device."""
         node = self.roster.nodes.get(message["node"])
-        if self.elastic.drills and node is not None:
-            node.send({"is": "inject", "device": message["device"], "fault": message["fault"]})
+        if not self.elastic.drills or node is None:
+            return
+        fault, worker = message["fault"], node.workers.get(message["device"])
+        if fault["kind"] != "partner":
+            node.send({"is": "inject", "device": message["device"], "fault": fault})
+        elif worker is not None:
+            to = {"is": "partner", "device": message["device"], "number": worker.number}
+            node.send({**to, "partner": fault["address"]})
 
     def lost(self, node: Node, kind: Kind) -> None:
         """An agent is gone, by its connection's end or by its silence."""

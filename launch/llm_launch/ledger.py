@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_launch.blame import Device, Fault, Kind, Verdict, said
+
+PROVEN_STEPS = 10
+"""Steps that a device makes after a hang in which a fault that stays would have shown again."""
+
+
+class Strike(NamedTuple):
+    """One fault of a device."""
+
+    at_s: float
+    """Unix time."""
+    reason: str
+    hang: bool = False
+    """Whether nothing is known but that its process did not go on."""
 
 
 @dataclass
@@ -17,13 +30,13 @@ class Ledger:
     A suspected device is used again until its ``strikes``-th fault within ``expire_s`` seconds, which removes it for
     good; hard evidence removes it at once. If the same error follows the work to another device, the program is at
     fault and both are acquitted. A process that ends while its generation forms says little about its device, since
-    the launcher, the network and the file system are at work then: it counts if the next forming ends there again.
+    the launcher, the network and the file system are at work then: it counts if the next forming ends there again. A
+    hang counts until the device has made ``PROVEN_STEPS`` steps: a program may stand still for reasons of its own.
     """
 
     strikes: int = 2
     expire_s: float = 86400.0
-    counts: dict[Device, list[tuple[float, str]]] = field(default_factory=dict)
-    """Unix time and reason of each strike."""
+    counts: dict[Device, list[Strike]] = field(default_factory=dict)
     removed: dict[Device, str] = field(default_factory=dict)
     errors: dict[str, set[Device]] = field(default_factory=dict)
     lacking: dict[str, str] = field(default_factory=dict)
@@ -70,15 +83,23 @@ class Ledger:
                     return Verdict(Fault.UNKNOWN, f"{reason}: no device is to blame yet", evidence=verdict.evidence)
                 verdict = replace(verdict, devices=guilty, reason=reason)
         for device in verdict.devices:
-            given = [*self._fresh(device), (self.now(), verdict.reason)]
+            hang = all(item.kind is Kind.HANG for item in verdict.evidence if item.device == device)
+            given = [*self._fresh(device), Strike(self.now(), verdict.reason, hang and not verdict.certain)]
             self.counts[device] = given
             if verdict.certain or len(given) >= self.strikes:
                 self.removed[device] = verdict.reason
         return verdict
 
-    def _fresh(self, device: Device) -> list[tuple[float, str]]:
+    def _fresh(self, device: Device) -> list[Strike]:
         """Strikes that count still; one that lies in the future, since a clock was set back, does."""
-        return [(at, why) for at, why in self.counts.get(device, []) if self.now() - at < self.expire_s]
+        return [strike for strike in self.counts.get(device, []) if self.now() - strike.at_s < self.expire_s]
+
+    def made_steps(self, number: int, devices: Iterable[Device]) -> None:
+        """These devices have made so many steps in the generation that ends: after enough of them the hangs before it
+        are forgotten."""
+        for device in devices if number >= PROVEN_STEPS else ():
+            if device in self.counts:
+                self.counts[device] = [strike for strike in self.counts[device] if not strike.hang]
 
     def acquit(self, device: Device) -> None:
         """Forgets strikes and removal of a device that is not at fault."""
@@ -103,8 +124,10 @@ class Ledger:
         """Inverse of ``to_json``. Strikes that an earlier version wrote have no time, and count from now on."""
         found = cls(strikes, expire_s)
         for node, index, given in values.get("strikes", []):
-            times = [(found.now(), item) if isinstance(item, str) else (float(item[0]), item[1]) for item in given]
-            found.counts[Device(node, index)] = times
+            found.counts[Device(node, index)] = [
+                Strike(found.now(), item) if isinstance(item, str) else Strike(float(item[0]), *item[1:])
+                for item in given
+            ]
         found.removed = {Device(node, index): reason for node, index, reason in values.get("removed", [])}
         found.errors = {error: {Device(*place) for place in places} for error, places in values.get("errors", [])}
         return found

@@ -147,7 +147,8 @@ class LiveRun:
         """Causes one fault at the device of ``rank``; the Unix time of it.
 
         kinds: kill, stop (the worker's process), slow (it runs a fifth of the time, or a ``factor``-th), agent (its
-        agent), node (agent and all its processes at once), and nan, flip, raise inside the worker.
+        agent), node (agent and all its processes at once), partner (its second copies go to an ``address``), and nan,
+        flip, raise, stall, hold inside the worker.
         """
         return self.cause_at(kind, self.target(rank), **details)
 
@@ -165,14 +166,19 @@ class LiveRun:
             for process in (*target.workers, target.agent_pid):
                 with contextlib.suppress(ProcessLookupError):
                     self._signal(process, signal.SIGKILL)
-        else:
+        else:  # what only the process itself can have, and "partner", which its agent tells it
             host, port = self.status()["controller"]
             with wire.connect_blocking(host, port, self.secret) as connection:
                 fault = {"kind": kind, **details}
                 wire.send(connection, {"is": "drill", "node": target.node, "device": target.device, "fault": fault})
                 time.sleep(POLL_S)
-        self.faults.append((now, f"{kind} at rank {target.rank} ({target.node}/{target.device})"))
-        return now
+        return self.note_fault(f"{kind} at rank {target.rank} ({target.node}/{target.device})", now)
+
+    def note_fault(self, what: str, at_s: float | None = None) -> float:
+        """Keeps a fault that was caused at a Unix time, now unless it is given; that time."""
+        at_s = time.time() if at_s is None else at_s
+        self.faults.append((at_s, what))
+        return at_s
 
     def _signal(self, pid: int, number: signal.Signals) -> None:
         """To a process of this run; a number that another process has by now is left alone."""
@@ -194,6 +200,13 @@ class LiveRun:
             return next((record for record in self.steps() if unix_time(record) > formed[0]), None)
 
         return self.until(found, timeout_s, "a step after the fault")
+
+    def saved_step(self) -> int:
+        """Step of the newest complete checkpoint; 0 if there is none."""
+        try:
+            return int((self.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+        except (OSError, ValueError):
+            return 0
 
     def stop(self) -> None:
         """Asks the run to save and end."""
