@@ -67,7 +67,10 @@ class Controller:
         self.config, self.starter, self.device, self._newest_step = config, starter, device, newest_step
         self.journal = Journal(run_dir, config.elastic, starter.secret)
         remembered = self.journal.remembered()
-        self.ledger = Ledger.from_json(remembered, config.elastic.strikes, 3600.0 * config.elastic.strike_hours)
+        elastic = config.elastic
+        self.ledger = Ledger.from_json(
+            remembered, elastic.strikes, 3600.0 * elastic.strike_hours, elastic.probe_every_steps
+        )
         self.fleet = Fleet(config.elastic, starter.secret, self.journal)
         self.fleet.needs = needs_of(config, run_dir / "config.yaml")
         self.fleet.roster.order = list(starter.expected)

@@ -49,7 +49,7 @@ def _twice_apart(kind: str, **details: Any) -> Scene:
         stage.again(device, kind, **details)
         return []
 
-    return Scene(act, steps=80)
+    return Scene(act, steps=55)
 
 
 def _everywhere(stage: Stage) -> list[Device]:

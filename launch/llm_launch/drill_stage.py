@@ -50,7 +50,7 @@ class Scene:
     act: Callable[[Stage], list[Device]]
     """Causes it; the devices that have to be removed."""
     overrides: tuple[str, ...] = ()
-    steps: int = 60
+    steps: int = 45
     status: int = 0
     """Exit status of the run."""
     end_s: float = 180.0

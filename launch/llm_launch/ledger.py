@@ -11,6 +11,8 @@ from llm_launch.blame import Device, Fault, Kind, Verdict, said
 
 PROVEN_STEPS = 10
 """Steps that a device makes after a hang in which a fault that stays would have shown again."""
+PROVEN_PROBES = 12
+"""The same for a slow device, in probes: three in a row find it."""
 
 
 class Strike(NamedTuple):
@@ -19,8 +21,9 @@ class Strike(NamedTuple):
     at_s: float
     """Unix time."""
     reason: str
-    hang: bool = False
-    """Whether nothing is known but that its process did not go on."""
+    until_steps: int = 0
+    """Steps of its device afterwards in which a fault that stays would have shown again: then it is forgotten; 0: it
+    stays."""
 
 
 @dataclass
@@ -30,12 +33,14 @@ class Ledger:
     A suspected device is used again until its ``strikes``-th fault within ``expire_s`` seconds, which removes it for
     good; hard evidence removes it at once. If the same error follows the work to another device, the program is at
     fault and both are acquitted. A process that ends while its generation forms says little about its device, since
-    the launcher, the network and the file system are at work then: it counts if the next forming ends there again. A
-    hang counts until the device has made ``PROVEN_STEPS`` steps: a program may stand still for reasons of its own.
+    the launcher, the network and the file system are at work then: it counts if the next forming ends there again.
+    A hang counts until the device has made ``PROVEN_STEPS`` steps, since a program may stand still for reasons of its
+    own, and slowness until it has made ``slow_steps``, since a busy host may make a process slow for a while.
     """
 
     strikes: int = 2
     expire_s: float = 86400.0
+    slow_steps: int = PROVEN_PROBES * 10
     counts: dict[Device, list[Strike]] = field(default_factory=dict)
     removed: dict[Device, str] = field(default_factory=dict)
     errors: dict[str, set[Device]] = field(default_factory=dict)
@@ -83,8 +88,7 @@ class Ledger:
                     return Verdict(Fault.UNKNOWN, f"{reason}: no device is to blame yet", evidence=verdict.evidence)
                 verdict = replace(verdict, devices=guilty, reason=reason)
         for device in verdict.devices:
-            hang = all(item.kind is Kind.HANG for item in verdict.evidence if item.device == device)
-            given = [*self._fresh(device), Strike(self.now(), verdict.reason, hang and not verdict.certain)]
+            given = [*self._fresh(device), Strike(self.now(), verdict.reason, self._until_steps(verdict, device))]
             self.counts[device] = given
             if verdict.certain or len(given) >= self.strikes:
                 self.removed[device] = verdict.reason
@@ -94,12 +98,16 @@ class Ledger:
         """Strikes that count still; one that lies in the future, since a clock was set back, does."""
         return [strike for strike in self.counts.get(device, []) if self.now() - strike.at_s < self.expire_s]
 
+    def _until_steps(self, verdict: Verdict, device: Device) -> int:
+        kinds = {item.kind for item in verdict.evidence if item.device == device}
+        return {frozenset({Kind.HANG}): PROVEN_STEPS, frozenset({Kind.SLOW}): self.slow_steps}.get(frozenset(kinds), 0)
+
     def made_steps(self, number: int, devices: Iterable[Device]) -> None:
-        """These devices have made so many steps in the generation that ends: after enough of them the hangs before it
-        are forgotten."""
-        for device in devices if number >= PROVEN_STEPS else ():
+        """These devices have made so many steps in the generation that ends: what would have shown again in as many is
+        forgotten."""
+        for device in devices:
             if device in self.counts:
-                self.counts[device] = [strike for strike in self.counts[device] if not strike.hang]
+                self.counts[device] = [s for s in self.counts[device] if not 0 < s.until_steps <= number]
 
     def acquit(self, device: Device) -> None:
         """Forgets strikes and removal of a device that is not at fault."""
@@ -120,9 +128,11 @@ class Ledger:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], strikes: int, expire_s: float = 86400.0) -> Ledger:
+    def from_json(
+        cls, values: dict[str, Any], strikes: int, expire_s: float = 86400.0, probe_steps: int = 10
+    ) -> Ledger:
         """Inverse of ``to_json``. Strikes that an earlier version wrote have no time, and count from now on."""
-        found = cls(strikes, expire_s)
+        found = cls(strikes, expire_s, PROVEN_PROBES * max(probe_steps, 1))
         for node, index, given in values.get("strikes", []):
             found.counts[Device(node, index)] = [
                 Strike(found.now(), item) if isinstance(item, str) else Strike(float(item[0]), *item[1:])
