@@ -177,7 +177,7 @@ SCENES: dict[str, Scene] = {
     "program stalls twice on one device": _twice_apart("stall", left=1),
     "program stalls twice with the interpreter's lock": _twice_apart("hold", left=1),
     "process that cannot be killed": Scene(_unkillable, impossible=lambda: _lacks("freezer")),
-    "zygote stopped, worker killed": Scene(_zygote_stopped),
+    "worker killed under a stopped zygote": Scene(_zygote_stopped),
     "no process can be forked": Scene(_no_fork, impossible=lambda: _lacks("pids")),
     "flood at the server of copies": Scene(_flood_at_copies),
     "flood at the controller": Scene(_flood_at_controller),
