@@ -157,10 +157,8 @@ class SilentPartner(_Background):
                     threads[-1].start()
 
     def _swallow(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError, wire.WireError):
-            wire.accept_blocking(connection, self._secret)
-            connection.settimeout(None)
-            while data := connection.recv(1 << 16):
+        with contextlib.suppress(OSError), wire.accept_blocking(connection, self._secret) as sealed:
+            while data := sealed.recv(1 << 16):
                 self.received += len(data)
 
 

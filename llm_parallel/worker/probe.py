@@ -15,6 +15,8 @@ from llm_parallel.parallel.engine import Models, network_of
 
 SIZE = {"cuda": 4096, "cpu": 192}
 REPEATS = 3
+SCHEDULED = Path("/proc/thread-self/schedstat")
+"""Nanoseconds for which the reading thread ran, and for which it waited for a processor (Linux)."""
 
 
 class Suspect(RuntimeError):
@@ -33,7 +35,7 @@ def processor_s() -> float:
     """Seconds of a clock that stands still while this thread waits for a processor, which other programs of the host
     have: that tells nothing of the device. A process that is stopped does not wait for one."""
     try:
-        waited_ns = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+        waited_ns = int(SCHEDULED.read_text().split()[1])
     except (OSError, IndexError, ValueError):  # a kernel without it
         waited_ns = 0
     return time.perf_counter() - 1e-9 * waited_ns

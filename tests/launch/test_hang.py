@@ -15,17 +15,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import llm_parallel
 from llm_launch import fleet
 from llm_launch.blame import Device, Kind
-from llm_launch.hang import FILE_CODE, _median_of_others, find_hung, find_slow, waits_for_files
+from llm_launch.hang import FILE_CODE, _median_of_others, find_hung, find_slow, kind_of_hang, waits_for_files
 from llm_launch.progress import Marker, Pace, Progress, ProgressPage
 from llm_launch.roster import Worker
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.jsonlines import JsonLines
+from llm_parallel.worker import probe
 
 A, B, C = (Device("n", index) for index in range(3))
 WAITING = 'File "torch/distributed/distributed_c10d.py", line 1, in all_reduce'
@@ -51,6 +53,38 @@ def test_who_waits_for_the_missing_one_elsewhere_is_not_to_blame() -> None:
     """B waits in its tensor-parallel group for C and is therefore missing in the data-parallel one."""
     looks = {A: look(WAITING, dp=5), B: look(WAITING, dp=4, tp=9), C: look(COMPUTING, tp=8)}
     assert list(find_hung([A, B, C], looks)) == [C]
+
+
+@pytest.mark.parametrize(
+    ("seen", "kind"),
+    [
+        ({"state": "T"}, Kind.STALL),
+        ({"state": "t"}, Kind.STALL),
+        ({"state": "S", **look(COMPUTING), "idle": True}, Kind.STALL),
+        ({"state": "S", **look(COMPUTING), "idle": False}, Kind.HANG),
+        ({"state": "R"}, Kind.HANG),
+        ({"state": "D"}, Kind.HANG),
+        ({}, Kind.HANG),
+    ],
+)
+def test_what_stands_still_though_its_device_does_not(seen: dict[str, Any], kind: Kind) -> None:
+    assert kind_of_hang(seen) is kind
+
+
+def test_a_clock_without_the_wait_for_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy host makes a process slow, and no device."""
+    monkeypatch.setattr(probe, "SCHEDULED", tmp_path / "schedstat")
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: 10.0)
+    assert probe.processor_s() == 10.0, "a kernel that does not tell"
+    (tmp_path / "schedstat").write_text("5000000000 3000000000 17\n")
+    assert probe.processor_s() == 7.0
+    watch = probe.Stopwatch(torch.device("cpu"))
+    for waited_s in (0, 4):
+        (tmp_path / "schedstat").write_text(f"0 {waited_s}000000000 1")
+        watch.start(1)
+        (tmp_path / "schedstat").write_text(f"0 {waited_s + 1}000000000 1")
+        watch.stop()
+    assert watch.mean_s() == -1.0, "a second of waiting is left out"
 
 
 def test_who_waits_for_files_is_told_by_its_real_stack(tmp_path: Path) -> None:
@@ -94,8 +128,8 @@ def test_file_code_is_where_it_is_looked_for() -> None:
 
 def workers(*probes: float) -> list[Worker]:
     found = [Worker(device, 1, 1) for device in (A, B, C)]
-    for worker, probe in zip(found, probes):
-        worker.probe_s = probe
+    for worker, seconds in zip(found, probes):
+        worker.probe_s = seconds
     return found
 
 
