@@ -85,14 +85,14 @@ class _Background:
 
 class Flood(_Background):
     """Connections of a stranger to one address, held open. Most say nothing, some a byte every second; those that the
-    other end closes are opened again. ``held``: how many are open; ``most``: the most that were."""
+    other end closes are opened again. ``held``: those that are open; ``opened``: how many there were so far."""
 
     def __init__(self, address: tuple[str, int], silent: int = 1100, dripping: int = 100) -> None:
         super().__init__()
         raise_file_limit()
         self.address, self.silent, self.dripping = address, silent, dripping
         self.held: list[socket.socket] = []
-        self.opened = self.most = 0
+        self.opened = 0
 
     def _run(self) -> None:
         dripped_s, wanted = 0.0, self.silent + self.dripping
@@ -117,7 +117,6 @@ class Flood(_Background):
                 self.opened += 1
             if self._over.is_set():
                 return
-        self.most = max(self.most, self.opened)
 
     def _drop_closed(self) -> None:
         poll = select.poll()

@@ -123,7 +123,7 @@ def _flood_at_controller(stage: Stage) -> list[Device]:
 
 
 def _during_flood(stage: Stage, flood: Flood, rank: int, kind: str) -> list[Device]:
-    stage.run.until(lambda: flood.most >= flood.silent, 120.0, "the flood")
+    stage.run.until(lambda: flood.opened >= flood.silent + flood.dripping, 120.0, "the flood")
     stage.make_steps(5)
     stage.finding.expect(not stage.run.events("detect", "lost"), "the flood alone caused a recovery")
     stage.run.first_step_after(stage.run.cause(kind, rank))
