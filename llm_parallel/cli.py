@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from shlex import join, quote
 from typing import Annotated
 
 import typer
@@ -104,7 +105,8 @@ def prepare(request: PrepareRequest) -> None:
     from llm_parallel.screen import say_next
 
     report = prepare_command(**vars(request))
-    say_next(f"llm-parallel pretrain RUN.yaml data.train={request.out} data.tokenizer={report.tokenizer} --dry-run")
+    data = [f"data.train={request.out}", f"data.tokenizer={report.tokenizer}"]
+    say_next(join(["llm-parallel", "pretrain", "RUN.yaml", *data, "--dry-run"]))
 
 
 @command(app, "check", with_overrides=True)
@@ -119,7 +121,7 @@ def check(
     from llm_parallel.screen import say_next
 
     trains = check_command(run_file, overrides or [], html, samples)
-    say_next(" ".join([f"llm-parallel {trains}", run_file, *(overrides or []), "--dry-run"]))
+    say_next(join(["llm-parallel", trains, run_file, *(overrides or []), "--dry-run"]))
 
 
 # Train
@@ -231,7 +233,7 @@ def events(
     with suppress(KeyboardInterrupt):
         show_events(Path(run_dir), follow, as_json, typer.echo if as_json else say)
     if not as_json:
-        say_next(f"llm-parallel status {run_dir}")
+        say_next(f"llm-parallel status {quote(run_dir)}")
 
 
 @command(app, "drill")
@@ -242,7 +244,7 @@ def drill(request: DrillRequest) -> None:
     from llm_parallel.screen import say_next
 
     status = drill_command(request)
-    say_next(f"llm-parallel drill {request.run_file} --seed {request.seed + 1}")
+    say_next(f"llm-parallel drill {quote(str(request.run_file))} --seed {request.seed + 1}")
     raise typer.Exit(status)
 
 
@@ -347,7 +349,9 @@ def report(request: ReportRequest) -> None:
 
     status = report_command(request)
     say_next(
-        f'llm-parallel generate {request.runs[0]} --prompt "…"' if request.runs else "llm-parallel plan --validate"
+        f'llm-parallel generate {quote(str(request.runs[0]))} --prompt "…"'
+        if request.runs
+        else "llm-parallel plan --validate"
     )
     raise typer.Exit(status)
 
@@ -370,9 +374,9 @@ def generate(request: GenerateRequest) -> None:
     use.prompts_command(request)
     if not (Path(request.checkpoint) / "config.json").exists():
         target = str(Path(request.checkpoint)).rstrip("/") + "-hf"
-        say_next(f"llm-parallel convert {request.checkpoint} {target}")
+        say_next(f"llm-parallel convert {quote(str(request.checkpoint))} {quote(target)}")
     else:
-        say_next(f"llm-parallel generate {request.checkpoint} --prompt … --temperature 0.7 --top-p 0.95")
+        say_next(f"llm-parallel generate {quote(str(request.checkpoint))} --prompt … --temperature 0.7 --top-p 0.95")
 
 
 @command(app, "serve")
@@ -411,9 +415,9 @@ def convert(request: ConvertRequest) -> None:
 
     written = convert_command(**vars(request))
     if (Path(written) / "adapter_config.json").exists():
-        say_next(f"llm-parallel convert {request.source} {request.target}-merged --merge")
+        say_next(f"llm-parallel convert {quote(str(request.source))} {quote(f'{request.target}-merged')} --merge")
     else:
-        say_next(f'llm-parallel generate {request.target} --prompt "…"')
+        say_next(f'llm-parallel generate {quote(str(request.target))} --prompt "…"')
 
 
 def main() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -15,9 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm_parallel.errors import UserError
+from llm_parallel.lines import note
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 """Errors of a place that a user can mend or avoid."""
+SMALL_BYTES = 64 << 20
+"""More than any file that is read as a whole by its name: a run folder's records, a cache's answers."""
 
 
 def fsync_dir(path: Path) -> None:
@@ -116,7 +121,7 @@ def open_own(path: Path, flags: int) -> int:
     """Opens ``path`` and returns its descriptor. Raises UserError if it is a symbolic link, or belongs to another user
     in a folder that everyone may write to."""
     try:
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if path.is_symlink():
             raise UserError(f"{path} is a symbolic link where LLM Parallel needs its own file; remove it") from None
@@ -135,6 +140,72 @@ def refuse_strangers(path: Path, found: os.stat_result, fd: int | None = None) -
         raise UserError(
             f"{path} belongs to user {found.st_uid} and lies in a folder that everyone may write to; choose a folder of"
             " your own"
+        )
+
+
+def read_small(path: Path, most: int = SMALL_BYTES) -> bytes:
+    """Content of a file that a program of ours wrote, in a folder in which somebody else may have put another. Raises
+    OSError if it is no regular file (a reader would wait for ever at a pipe, and a device may have no end) or has more
+    than ``most`` bytes, as a sparse file can without taking room."""
+    fd = open_regular(path)
+    with os.fdopen(fd, "rb") as handle:
+        content = handle.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """The value in such a file. Raises OSError as ``read_small`` does, and ValueError if it is not JSON."""
+    try:
+        return json.loads(read_small(path).decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} has lists within lists beyond measure") from None
+
+
+def open_regular(path: Path) -> int:
+    """Descriptor to read a regular file. Raises OSError if something else has its name; it is not waited for."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return fd
+
+
+def open_to_append(path: Path, flags: int = os.O_WRONLY) -> int:
+    """Descriptor of a log. Raises PermissionError if a link of another user is in its place, which would have our lines
+    written to any file of ours. A link of this user's own is followed. A pipe that nobody reads is an OSError."""
+    flags |= os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK):
+            raise
+        link, target, again = path.lstat(), path.parent / path.readlink(), path.lstat()
+        if link.st_uid not in (0, os.getuid()) or not os.path.samestat(link, again):
+            text = f"it is a symbolic link of user {link.st_uid}"
+            raise PermissionError(errno.EPERM, text, str(path)) from None
+        fd = os.open(target, flags, 0o644)
+    os.set_blocking(fd, True)
+    return fd
+
+
+def refuse_planted(folder: Path) -> None:
+    """Raises UserError if a link in a run folder is another user's, or another user could replace the folder itself,
+    because it lies in a folder of his that he made where everyone may write. Says it if everyone may write to it."""
+    resolved = folder.resolve()
+    for place in (resolved, *resolved.parents[:-1]):
+        refuse_strangers(place, place.stat())
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            owner = entry.stat(follow_symlinks=False).st_uid
+            if entry.is_symlink() and owner not in (0, os.getuid()):
+                raise UserError(f"{entry.path} is a symbolic link of user {owner}; remove it, or give another run_dir")
+    mode = stat.S_IMODE(resolved.stat().st_mode)
+    if mode & stat.S_IWOTH:
+        note(
+            f"run_dir = {folder}: every user of this machine may change the run and its checkpoints (mode {mode:04o});"
+            f" `chmod o-w {shlex.quote(str(folder))}` ends that"
         )
 
 

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_parallel.errors import UserError
+from llm_parallel.files import open_regular, open_to_append
+
+LINE_BYTES = 64 << 20
+"""A line that is as long was written by no run; a sparse file has one of any length on a disk of any size."""
 
 
 class JsonLines:
@@ -37,7 +41,7 @@ class JsonLines:
 
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return open_to_append(self.path, os.O_RDWR)
 
     def append(self, record: dict[str, Any], at: datetime | None = None) -> None:
         """Writes ``record`` with its time, by default now; numbers that JSON lacks (NaN, infinity) become null."""
@@ -79,18 +83,32 @@ class JsonLines:
 
 
 def read_jsonlines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of ``path`` in order; lines torn by a kill are left out. Raises UserError if it cannot be read."""
+    """The objects of ``path`` in order; lines torn by a kill are left out. Raises UserError if it cannot be read or has
+    a line of ``LINE_BYTES``."""
     try:
-        with path.open("rb") as handle:
-            for line in handle:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict):
+        with os.fdopen(open_regular(path), "rb") as handle:
+            while line := handle.readline(LINE_BYTES):
+                if len(line) == LINE_BYTES:
+                    raise endless(path)
+                record = parsed(line)
+                if record is not None:
                     yield record
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the folder of a run") from error
+
+
+def endless(path: Path) -> UserError:
+    """What is said of a file with a line of ``LINE_BYTES``."""
+    return UserError(f"cannot read {path}: it has a line of {LINE_BYTES >> 20} MiB, which no run wrote")
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The object on a line; None if there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _finite(value: Any) -> Any:

@@ -25,9 +25,10 @@ _ARGUMENT = re.compile(r"""(?:--[\w-]+ (?=[^-\s]))?(?:"[^"]*"|'[^']*'|[^\s"']|["
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Prints lines for people on standard output (or ``stream``), at once."""
+    """Prints lines for people on standard output (or ``stream``), at once. Names of files, errors and the like may be
+    somebody else's text, so control characters are shown and not sent."""
     stream = sys.stdout if stream is None else stream
-    width = terminal_width(stream)
+    width, text = terminal_width(stream), printable(text)
     print(text if width is None else wrapped(text, width), file=stream, flush=True)
 
 

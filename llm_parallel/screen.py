@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llm_parallel.lines import note, wrapped
+from llm_parallel.lines import note, printable, wrapped
 
 _BETWEEN = 3
 """Characters between two columns of a drawn table."""
@@ -28,7 +28,7 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> st
 
 def show(text: str, console: Console | None = None) -> None:
     """Prints text with Markdown tables in it: as it is in a pipe or a file, drawn on a terminal."""
-    console = console or Console(highlight=False)
+    console, text = console or Console(highlight=False), printable(text)
     if not console.is_terminal:
         print(text, file=console.file, flush=True)
         return

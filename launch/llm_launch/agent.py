@@ -29,6 +29,7 @@ from llm_launch.needs import lacking
 from llm_launch.node_workers import NodeWorkers, kill, process_state
 from llm_launch.slurm import SlurmError, SlurmJob, switches_above
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
+from llm_parallel.files import open_to_append
 from llm_parallel.lines import note
 
 CONNECT_S = 60.0
@@ -300,7 +301,7 @@ class Agent:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):
             note(f"agent {self.settings.node}: {text}")
-            with (self.settings.run_dir / "logs" / "agents.log").open("a") as log:
+            with os.fdopen(open_to_append(self.settings.run_dir / "logs" / "agents.log"), "a") as log:
                 log.write(f"{stamp} {self.settings.node}: {text}\n")
 
 

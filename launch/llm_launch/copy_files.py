@@ -31,7 +31,7 @@ from typing import Any
 
 from llm_launch.private import lock_is_refused, names_in, open_own_file, private_folder, remove_below
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, read_small
 
 RUN_ID_NAME = "run_id"
 """File of the run folder with the run's random number."""
@@ -60,7 +60,7 @@ def run_identity(run_dir: Path) -> str:
 def run_number(run_dir: Path) -> str | None:
     """The random number in a run folder; None if it has none. Raises OSError if it cannot be read."""
     try:
-        text = (run_dir / RUN_ID_NAME).read_text(errors="replace").strip()
+        text = read_small(run_dir / RUN_ID_NAME).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
     return text if re.fullmatch(r"[0-9a-f]{32}", text) else None

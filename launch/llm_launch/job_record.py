@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from llm_launch.slurm import SlurmJob
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, read_json
 
 NAME = "slurm.json"
+JOB = re.compile(r"\d[\d_+\[\],%-]*")
+"""Number of a job, which commands get as an argument."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,16 @@ class JobRecord:
 def read_record(run_dir: Path) -> JobRecord | None:
     """The record of a folder; None if there is none, or it is none of ours."""
     try:
-        found: dict[str, Any] = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(run_dir / NAME)
         record = JobRecord(**{field.name: found[field.name] for field in fields(JobRecord) if field.name in found})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-    right = isinstance(record.job, str) and isinstance(record.ended, str) and isinstance(record.folders, list | tuple)
+    right = (
+        isinstance(record.job, str)
+        and JOB.fullmatch(record.job) is not None
+        and isinstance(record.ended, str)
+        and isinstance(record.folders, list | tuple)
+    )
     numbers = all(isinstance(number, int) for number in (record.start, record.kept, record.fruitless))
     return record if right and numbers and record.job else None
 

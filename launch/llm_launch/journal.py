@@ -20,7 +20,7 @@ from llm_launch.hooks import Hooks
 from llm_launch.sentences import sentence
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, read_json, read_small
 from llm_parallel.jsonlines import JsonLines
 from llm_parallel.lines import note
 
@@ -140,7 +140,7 @@ class Journal:
     def _print_first_traceback(self) -> None:
         traces = sorted(self._run_dir.glob("logs/traceback_*.txt"), key=lambda path: path.stat().st_mtime)
         if traces:
-            note(traces[0].read_text())
+            note(read_small(traces[0]).decode(errors="replace"))
 
     def keep_traceback(self, device: Device, generation: int, text: str) -> None:
         """A worker's traceback, in the logs."""
@@ -205,14 +205,14 @@ class Journal:
     def remembered(self) -> dict[str, Any]:
         """What an earlier start kept; empty if there was none."""
         try:
-            return json.loads((self._run_dir / MEMORY_NAME).read_text())
-        except (OSError, ValueError):
+            return dict(read_json(self._run_dir / MEMORY_NAME))
+        except (OSError, ValueError, TypeError):
             return {}
 
     def last_generation(self) -> int:
         """Generation of an earlier start, so that this one's are new."""
         try:
-            return int(json.loads((self._run_dir / "elastic.json").read_text())["generation"])
+            return int(read_json(self._run_dir / "elastic.json")["generation"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
@@ -226,7 +226,7 @@ class Journal:
 
 def _content(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_small(path)
     except OSError:
         return None
 

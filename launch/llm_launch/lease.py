@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, open_own, refuse_strangers
+from llm_parallel.files import atomic_write, open_own, read_json, refuse_planted
 from llm_parallel.lines import note
 
 RECORD_NAME, LOCK_NAME = "lease.json", ".lease.lock"
@@ -87,7 +87,7 @@ class Lease:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            refuse_strangers(folder, folder.stat())
+            refuse_planted(folder)
             self._lock = self._take_lock()
             self._take()
         except OSError as error:
@@ -189,7 +189,9 @@ class Lease:
 
     def _write(self, new: bool) -> None:
         """In place: a reader on another machine would see a file that was replaced only later."""
-        fd = os.open(self.path, os.O_WRONLY | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0), 0o644)
+        fd = os.open(
+            self.path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0), 0o644
+        )
         try:
             os.pwrite(fd, self.holder.encode(), 0)
             os.fsync(fd)
@@ -228,7 +230,7 @@ def _in_use(run_dir: Path, found: Holder | None) -> UserError:
 def read_holder(path: Path) -> Holder | None:
     """The holder that a record names; None if there is none, or it is damaged."""
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+        return Holder(**read_json(path))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 
 from llm_launch.worker import EXIT_CRASH, error_path
 from llm_parallel.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from llm_parallel.files import open_to_append, read_json
 from llm_parallel.lines import note, reader_is_gone
 
 POLL_S = 0.05
@@ -240,7 +240,7 @@ def _start(rank: int, num_processes: int, argv: Sequence[str], log_dir: Path, co
     }
     log = log_dir / f"rank_{rank}.log"
     try:
-        handle = log.open("ab")
+        handle = os.fdopen(open_to_append(log), "ab")
     except OSError as error:
         raise UserError(f"log {log} cannot be written ({error.strerror}); choose another run_dir") from None
     with handle:
@@ -340,6 +340,6 @@ def _how_it_ended(worker: _Worker) -> str:
 
 def _read_report(log_dir: Path, rank: int) -> dict[str, Any] | None:
     try:
-        return json.loads(error_path(log_dir, rank).read_text(encoding="utf-8"))
+        return read_json(error_path(log_dir, rank))
     except (OSError, ValueError):
         return None

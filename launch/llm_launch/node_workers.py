@@ -20,6 +20,7 @@ from llm_launch.health import MemoryKills
 from llm_launch.local import worker_defaults
 from llm_launch.network import interface_of
 from llm_launch.progress import ProgressPage
+from llm_parallel.files import open_to_append
 
 WORKER_MODULE = "llm_parallel.worker.elastic"
 PRELOAD = (WORKER_MODULE, "llm_parallel.model.gpt", "torch.utils.tensorboard", "torch._dynamo")
@@ -81,7 +82,7 @@ class NodeWorkers:
         log = self.settings.run_dir / "logs" / f"{self.settings.node}.log"
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            return open_to_append(log)
         except OSError as error:
             self.log(f"{log} cannot be opened ({error.strerror}); the workers here have no log")
             return os.open(os.devnull, os.O_WRONLY)

@@ -101,7 +101,7 @@ def private_folder(root: Path, *names: str, make: bool) -> Iterator[int]:
 
 def open_own_file(path: Path, flags: int) -> int:
     """Descriptor of a file of this user's that is no link. Raises OSError, PermissionError if it is another's."""
-    fd = os.open(path, flags | _FILE)
+    fd = os.open(path, flags | _FILE | os.O_NONBLOCK)
     found = os.fstat(fd)
     if found.st_uid != os.getuid() or not stat.S_ISREG(found.st_mode):
         os.close(fd)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import statistics
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from llm_launch.lease import BEAT_S, DEAD_BEATS, LOCK_NAME, RECORD_NAME, Holder, read_holder
 from llm_launch.private import lock_is_refused
 from llm_parallel.errors import UserError
+from llm_parallel.files import open_regular, read_json, read_small
 from llm_parallel.jsonlines import read_jsonlines
 
 SLOW_STEPS = 10.0
@@ -155,7 +155,7 @@ class SignsOfLife:
 def _is_locked(path: Path) -> bool:
     """Whether a process of this machine holds the lock, or of another one where the file system passes locks on."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = open_regular(path)
     except OSError:
         return False
     return lock_is_refused(fd, fcntl.LOCK_SH)
@@ -204,14 +204,14 @@ def _ending(run_dir: Path, step: int, total: int | None) -> tuple[str, str]:
 
 def _report(path: Path) -> str:
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["message"]).strip().splitlines()[-1]
-    except (OSError, ValueError, KeyError, IndexError):
+        return str(read_json(path)["message"]).strip().splitlines()[-1]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         return ""
 
 
 def _saved_step(run_dir: Path) -> int | None:
     try:
-        return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+        return int(read_small(run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"))
     except (OSError, ValueError):
         return None
 

@@ -20,7 +20,8 @@ from llm_launch.run_status import SignsOfLife
 from llm_launch.sentences import line
 from llm_launch.standing import Standing, stand
 from llm_parallel.errors import UserError
-from llm_parallel.jsonlines import read_jsonlines
+from llm_parallel.files import open_regular, read_small
+from llm_parallel.jsonlines import LINE_BYTES, endless, parsed, read_jsonlines
 from llm_parallel.lines import CONTROL, printable
 from llm_parallel.screen import show, show_table
 
@@ -56,24 +57,24 @@ def show_status(run_dir: Path, console: Console, environment: Mapping[str, str] 
 def next_command(run_dir: Path, state: str, elastic: bool, record: JobRecord | None = None) -> str:
     """What to try after looking at a run in a state."""
     if state == "finished":
-        return f'llm-parallel generate {run_dir} --prompt "…"'
+        return f'llm-parallel generate {shlex.quote(str(run_dir))} --prompt "…"'
     batch_file = run_dir / "submit.sbatch"
     if state in ("stopped", "failed", "ended", "cancelled", "preempted"):
         if record is not None and batch_file.exists():
             return f"sbatch {shlex.quote(str(batch_file))}"
-        return f"llm-parallel {'launch' if elastic else _method(run_dir)} {run_dir}/config.yaml"
+        return f"llm-parallel {'launch' if elastic else _method(run_dir)} {shlex.quote(f'{run_dir}/config.yaml')}"
     if record is not None and state in (*WAITING, *AT_WORK):
         return f"squeue --start --jobs {record.job}" if state in WAITING else f"squeue --jobs {record.job}"
-    return f"llm-parallel events {run_dir} --follow"
+    return f"llm-parallel events {shlex.quote(str(run_dir))} --follow"
 
 
 def _method(run_dir: Path) -> str:
     import yaml
 
     try:
-        tree = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        tree = yaml.safe_load(read_small(run_dir / "config.yaml", 1 << 20))
         return tree["method"]["kind"] or "pretrain"
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
         return "pretrain"
 
 
@@ -153,18 +154,17 @@ def following(
     while not path.exists() and not is_over():
         pause(FOLLOW_S)
     try:
-        with path.open("rb") as handle:
+        with os.fdopen(open_regular(path), "rb") as handle:
             rest = b""
             while True:
                 over = is_over()
-                rest += handle.read()
+                rest += handle.read(LINE_BYTES - len(rest))
                 *lines, rest = rest.split(b"\n")
+                if len(rest) >= LINE_BYTES:
+                    raise endless(path)
                 for text in lines:
-                    try:
-                        record = json.loads(text)
-                    except ValueError:
-                        continue
-                    if isinstance(record, dict):
+                    record = parsed(text)
+                    if record is not None:
                         yield record
                 if over and not lines:
                     return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from llm_launch.job_view import JobView, word
 from llm_launch.lease import Holder
 from llm_launch.run_status import RunStatus, living_holder, read_status
 from llm_launch.states import OVER
+from llm_parallel.files import read_json
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def stand(run_dir: Path, record: JobRecord | None, said: tuple[Sequence[JobView]
 def read_elastic(run_dir: Path) -> dict[str, Any] | None:
     """State that ``launch`` keeps; None where it did not write any."""
     try:
-        found = json.loads((run_dir / "elastic.json").read_text(encoding="utf-8"))
+        found = read_json(run_dir / "elastic.json")
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -182,7 +183,7 @@ def report(request: CommRequest, samples: Sequence[Sample], place: WorkerEnv, de
             raise UserError(f"--out {request.out} cannot be written ({error.strerror})") from None
     status = slower_than(request.baseline, result, request.min_ratio) if request.baseline else 0
     say_next(
-        f"llm-parallel plan --calibrate {request.out}.json --cluster-out my-cluster.yaml"
+        f"llm-parallel plan --calibrate {quote(f'{request.out}.json')} --cluster-out my-cluster.yaml"
         if request.out
         else "llm-parallel bench comm --out runs/comm"
     )

@@ -32,6 +32,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -164,14 +165,14 @@ def scaling_command(request: ScalingRequest) -> int:
     lines = _lines(sweep, chosen, read_csv(out), cluster)
     print_table(lines, cluster, request.min_ratio)
     if request.dry_run:
-        say_next(f"llm-parallel bench scaling {request.sweep} --out {out}")
+        say_next(f"llm-parallel bench scaling {quote(str(request.sweep))} --out {quote(str(out))}")
         return 0
     failed += slower_than_published(lines, request.min_ratio)
     if request.baseline:
         failed += slower_than(request.baseline, _as_result(read_csv(out)), request.min_ratio)
     with atomic_write(out.with_suffix(".json")) as handle:
         json.dump(_as_result(read_csv(out)), handle, indent=1)
-    say_next(f"llm-parallel report --csv {out} --out {out.with_suffix('.html')}")
+    say_next(f"llm-parallel report --csv {quote(str(out))} --out {quote(str(out.with_suffix('.html')))}")
     return int(failed > 0)
 
 

@@ -3,6 +3,8 @@ processes) both need of it: the configuration, its label and the peak that MFU i
 
 from __future__ import annotations
 
+from shlex import quote
+
 import torch
 
 from llm_parallel.bench.requests import StepRequest
@@ -59,5 +61,5 @@ def label(config: RunConfig) -> str:
 def after_step(request: StepRequest) -> str:
     """The command to try after ``bench step``: hold a later version against this result, or write it first."""
     if request.out:
-        return f"{request.command} --baseline {request.out}.json"
+        return f"{request.command} --baseline {quote(f'{request.out}.json')}"
     return f"{request.command} --out runs/step"

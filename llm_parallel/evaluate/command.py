@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from llm_launch.local import launch_local
@@ -93,7 +94,7 @@ def finish(results: dict[str, Any], facts: dict[str, Any], folder: Path) -> None
     if "xstest" in results["results"]:
         say(BIAS)
     say(f"Results and samples are in {folder}.")
-    say_next(f"llm-parallel evaluate --compare {path} OTHER/results.json")
+    say_next(f"llm-parallel evaluate --compare {quote(str(path))} OTHER/results.json")
 
 
 def out_folder(request: EvaluateRequest) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from llm_parallel.errors import UserError
@@ -45,7 +46,7 @@ def compare_command(first: Path, second: Path) -> int:
         show_table("Why they differ", ("cause", "evidence"), [(cause.name, cause.evidence) for cause in found])
     else:
         say("Nothing that was asked differs, and no number beyond rounding.")
-    say_next(f"llm-parallel evaluate --compare {second} {first}")
+    say_next(f"llm-parallel evaluate --compare {quote(str(second))} {quote(str(first))}")
     return 0
 
 

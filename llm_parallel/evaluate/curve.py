@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from llm_parallel.checkpoint.folders import complete_checkpoints, step_of
@@ -52,7 +53,9 @@ def curve_command(request: EvaluateRequest, evaluate: Callable[[EvaluateRequest]
             return status
         points += points_of(step_of(folder) or 0, read_results(out / folder.name))
     show_curve(points, out)
-    say_next(f"llm-parallel evaluate --compare {out / folders[0].name} {out / folders[-1].name}")
+    say_next(
+        f"llm-parallel evaluate --compare {quote(str(out / folders[0].name))} {quote(str(out / folders[-1].name))}"
+    )
     return 0
 
 

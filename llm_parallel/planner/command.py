@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -96,7 +97,7 @@ def _plan(request: Question) -> int:
         with atomic_write(request.json) as handle:
             json.dump([as_data(item, shape, cluster) for item in found], handle, indent=1)
     if request.write:
-        say_next(f"llm-parallel pretrain {request.write} data.train=PREFIX data.tokenizer=FOLDER --dry-run")
+        say_next(f"llm-parallel pretrain {quote(str(request.write))} data.train=PREFIX data.tokenizer=FOLDER --dry-run")
     else:
         say_next(f"{_as_command(request)} --write runs/{model.name}.yaml")
     return 0
@@ -113,7 +114,7 @@ def _check_experts(request: Question, shape: Shape) -> None:
 
 
 def _as_command(request: Question) -> str:
-    model = f"--model {request.model}" if request.run is None else str(request.run)
+    model = f"--model {request.model}" if request.run is None else quote(str(request.run))
     adapter = f" --adapter {request.adapter}" if request.adapter else ""
     return (
         f"llm-parallel plan {model} --cluster {request.cluster_name} --gpus {request.gpus} "

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from shlex import quote
 from typing import Literal
 
 from llm_launch.job_record import forget
@@ -53,7 +54,7 @@ def train_command(
     if first:
         check_tasks(config, _notice)
     config = config if dry_run else with_own_tokenizer(config, _notice if first else _silent)
-    again = " ".join(["llm-parallel", kind, run_file, *map(shlex.quote, overrides)])
+    again = shlex.join(["llm-parallel", kind, run_file, *overrides])
     if dry_run:
         if first:
             show_plan(config, world_size, origins, everything)
@@ -94,7 +95,7 @@ def lacks_scores(config: RunConfig, step: int) -> bool:
 
 def after_run(config: RunConfig, status: int, again: str) -> str:
     """The command to try after a run that ended with ``status``; ``again`` is the one that started it."""
-    run_dir = config.run_dir
+    run_dir = quote(config.run_dir)
     if status == 0:
         return f'llm-parallel generate {run_dir} {"--chat " if config.reads_chat else ""}--prompt "…"'
     return again if status == EXIT_STOPPED else f"llm-parallel status {run_dir}"

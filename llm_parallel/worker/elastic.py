@@ -29,6 +29,7 @@ from llm_parallel.checkpoint.copies import CopyLost, LocalSource, RemoteSource, 
 from llm_parallel.checkpoint.state import TrainState
 from llm_parallel.config.load import load_config
 from llm_parallel.errors import UserError
+from llm_parallel.files import open_to_append
 from llm_parallel.lines import note
 from llm_parallel.parallel.engine import POLICY, Models, network_of
 from llm_parallel.quiet import quiet_libraries
@@ -235,7 +236,7 @@ def _log_to(run_dir: Path, rank: int, terminal: int) -> None:
             stream.flush()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        log = open_to_append(path)
     except OSError as error:
         note(f"{path} cannot be opened ({error.strerror}); rank {rank} goes on in this log")
         log = os.dup(2)

@@ -69,7 +69,7 @@ def _launch_and_say(
         config = preflight(config, None, say)
     check_tasks(config, say)
     config = with_own_tokenizer(config, say)
-    again = " ".join(["llm-parallel launch", run_file, *map(shlex.quote, overrides)])
+    again = shlex.join(["llm-parallel", "launch", run_file, *overrides])
     if is_finished(config):
         say_next(after_run(config, 0, again))
         return 0
@@ -77,7 +77,7 @@ def _launch_and_say(
     with Lease(Path(config.run_dir), environment):
         status = _launch(config, requests, asked, (job, gpus), environment)
     if SlurmJob.from_environment(environment) is not None:
-        again = f"llm-parallel status {config.run_dir}"  # the job may go on by itself
+        again = f"llm-parallel status {shlex.quote(config.run_dir)}"  # the job may go on by itself
     if status != EXIT_USER_ERROR:
         say_next(after_run(config, status, again))
     return status
@@ -156,7 +156,7 @@ def submit_command(
     )
     say(f"job {job}; batch file and log in {config.run_dir}")
     say(f"every start of the job reads {run_dir / RUN_FILE}, a copy of the run file: change it there to change the job")
-    say_next(f"llm-parallel status {config.run_dir}")
+    say_next(f"llm-parallel status {shlex.quote(config.run_dir)}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Ways in which a run ends, each caused in a real run of two processes, and what the next start of that run finds.
 
-python -m tests.launch.endings CORPUS_PREFIX TOKENIZER FOLDER [WAY …]      prints the table of launch/README.md
+python -m tests.launch.endings FOLDER [WAY …]      prints the table of launch/README.md; all ways take half an hour
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llm_launch.copy_files import forget_run
 from llm_launch.live_run import LiveRun, read_lines
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import EXIT_STOPPED
-from tests.support.commands import Corpus, write_run_file
+from tests.support.commands import Corpus, prepare_corpus, write_run_file
 from tests.support.disks import grow, small_disk_at
 
 LIMIT_S = 240.0
@@ -309,26 +309,58 @@ def _again(scene: Scene, ending: Ending) -> None:
         ending.went_on, ending.source = begun["step"], formed.get("cause", "")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Prints one row for each way, alone and with a killed worker."""
-    prefix, tokenizer, folder, *names = arguments
-    corpus = Corpus(Path(prefix), Path(tokenizer), "")
+def row(name: str, alone: Ending | None, together: Ending | None) -> str:
+    """One row of the table: a way alone, and together with a killed worker; None where a run hung."""
+    cells = [name]
+    for ending in (alone, together):
+        cells += ["hung"] * 4 if ending is None else [
+            str(_shell_status(ending.status)), f"{ending.made}, {ending.went_on}", str(ending.lost), ending.source
+        ]  # fmt: skip
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _shell_status(status: int) -> int:
+    return 128 - status if status < 0 else status
+
+
+def promised(name: str, ending: Ending | None) -> str:
+    """What of a way's promises did not hold; empty if all did."""
+    if ending is None:
+        return "it hung"
+    way, broken = WAYS[name], []
+    if ending.status not in way.statuses:
+        broken.append(f"status {ending.status}")
+    if not 0 <= ending.lost <= 1 or not ending.made:
+        broken.append(f"step {ending.made} was made, and the next start went on from {ending.went_on}")
+    if way.saves and ending.saved != ending.made:
+        broken.append(f"step {ending.made} was to be on disk, and step {ending.saved} is")
+    if "Traceback" in ending.log and name != "error of the program":
+        broken.append("a traceback on the terminal")
+    return "; ".join(broken)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints one row for each way, alone and with a killed worker; the exit status is 1 where a promise was broken."""
+    folder, names = Path(arguments[0]), arguments[1:]
+    corpus, broken = prepare_corpus(folder / "corpus"), []
+    print("| way | status | made, goes on | lost | from | with a killed worker | made, goes on | lost | from |")
+    print("| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | --- |", flush=True)
     for name in names or WAYS:
+        found: list[Ending | None] = []
         for killed in (False, True):
-            place = Path(folder) / f"{list(WAYS).index(name)}-{int(killed)}"
+            place = folder / f"{list(WAYS).index(name)}-{int(killed)}"
             shutil.rmtree(place, ignore_errors=True)
-            began = time.monotonic()
             try:
-                ending = drive(corpus, place, name, killed)
+                found.append(drive(corpus, place, name, killed))
             except TimeoutError as error:
-                print(f"| {name}, {killed}: {error} |", flush=True)
-                continue
-            print(
-                f"| {name}{', a worker killed' if killed else ''} | {ending.status} | {ending.made} | {ending.saved} |"
-                f" {ending.went_on} | {ending.source} | {ending.lost} | {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
+                print(f"{name}, {killed}: {error}", file=sys.stderr)
+                found.append(None)
+            trouble = promised(name, found[-1])
+            broken += [f"{name}{', a worker killed' if killed else ''}: {trouble}"] if trouble else []
+        print(row(name, *found), flush=True)
+    print("\n".join(broken) or "every promise was kept")
+    return int(bool(broken))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    raise SystemExit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,17 @@ def llm_parallel(
         timeout=timeout_s,
         stdin=subprocess.DEVNULL,
     )
+
+
+def prepare_corpus(folder: Path) -> Corpus:
+    """Modules of Python's library from a to c, with a vocabulary of 400 words, made in ``folder``."""
+    text, prefix = folder / "text", folder / "tokens"
+    text.mkdir(parents=True, exist_ok=True)
+    for source in Path(os.__file__).parent.glob("[a-c]*.py"):
+        shutil.copy(source, text / f"{source.stem}.txt")
+    result = llm_parallel("prepare", text, "--out", prefix, "--train-vocab", "400", "--workers", "1")
+    assert result.returncode == 0, result.stderr
+    return Corpus(prefix, folder / "tokenizer.model", result.stdout)
 
 
 def write_run_file(corpus: Corpus, folder: Path, **sections: dict[str, Any]) -> Path:
