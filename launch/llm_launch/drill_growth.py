@@ -24,6 +24,7 @@ FEWEST = 5
 """Looks in each window without which nothing is said."""
 MORE_MEMORY, MORE_MIB = 0.10, 16.0
 MORE_COUNTED = 4.0
+FORKED = {"agent", "zygote", "worker"}
 AMOUNTS = ("pss_mib", "uss_mib", "files", "threads")
 
 
@@ -62,19 +63,34 @@ class Change:
 
 
 def changes(looks: Sequence[Look], seconds: float) -> list[Change]:
-    """Medians over the first window and the last of ``seconds``; nothing for a role that was seen too seldom."""
-    found = []
+    """Medians over the first window and the last of ``seconds``; nothing for a role that was seen too seldom.
+
+    Memory, files and threads are compared between moments in which all processes were there: pages that a zygote shares
+    with its workers are its own alone while they are missing, and a worker has connections to those that are there.
+    """
+    whole, found = _whole(looks), list[Change]()
     for role in dict.fromkeys(look.role for look in looks):
-        first, last = (
-            [look for look in looks if look.role == role and low * seconds <= look.at_s <= high * seconds]
-            for low, high in (FIRST, LAST)
-        )
-        if min(len(first), len(last)) < FEWEST:
-            continue
         for amount in ("processes", *AMOUNTS):
-            medians = [statistics.median(getattr(look, amount) for look in window) for window in (first, last)]
-            found.append(Change(role, amount, *medians))
+            counted = [look for look in looks if look.role == role and (amount == "processes" or look.at_s in whole)]
+            first, last = (
+                [getattr(look, amount) for look in counted if low * seconds <= look.at_s <= high * seconds]
+                for low, high in (FIRST, LAST)
+            )
+            if min(len(first), len(last)) >= FEWEST:
+                found.append(Change(role, amount, statistics.median(first), statistics.median(last)))
     return found
+
+
+def _whole(looks: Sequence[Look]) -> set[float]:
+    """Moments in which as many agents, zygotes and workers were there as ever."""
+    most: dict[str, int] = {}
+    for look in looks:
+        most[look.role] = max(most.get(look.role, 0), look.processes)
+    missing = {look.at_s for look in looks if look.role in FORKED and look.processes < most[look.role]}
+    here: dict[float, set[str]] = {}
+    for look in looks:
+        here.setdefault(look.at_s, set()).add(look.role)
+    return {at for at, roles in here.items() if roles >= FORKED & most.keys()} - missing
 
 
 class GrowthWatch:

@@ -55,7 +55,6 @@ def looks(role: str = "agent", **growth: float) -> list[Look]:
         ({"uss_mib": 40.0}, ["uss_mib"]),
         ({"files": 5.0}, []),
         ({"files": 10.0, "threads": 10.0}, ["files", "threads"]),
-        ({"processes": 8.0}, ["processes"]),
     ],
 )
 def test_growth_is_found(growth: dict[str, float], grown: list[str]) -> None:
@@ -65,6 +64,22 @@ def test_growth_is_found(growth: dict[str, float], grown: list[str]) -> None:
     assert [change.amount for change in found if change.last > change.bound] == grown
     assert found[1].first == pytest.approx(100.0 + 0.2 * growth.get("pss_mib", 0.0))
     assert found[1].last == pytest.approx(100.0 + 0.9 * growth.get("pss_mib", 0.0))
+
+
+def test_processes_that_are_left_over_are_growth() -> None:
+    (found,) = changes(looks("below a worker", processes=8.0), 100.0)[:1]
+    assert found.amount == "processes" and found.last > found.bound
+
+
+def test_pages_that_are_shared_with_a_missing_worker_are_no_growth() -> None:
+    """At the end of the soak two of three looks find a worker killed; its zygote's pages are nobody else's then."""
+    found = []
+    for at in range(101):
+        missing = at > 80 and at % 3
+        found += [Look(float(at), "zygote", 4, 160.0, 120.0 if missing else 35.0, 7.0, 1.0)]
+        found += [Look(float(at), "worker", 3 if missing else 4, 180.0, 50.0, 37.5, 42.0)]
+    assert all(change.last <= change.bound for change in changes(found, 100.0))
+    assert [change.last for change in changes(found, 100.0) if change.amount == "uss_mib"] == [35.0, 50.0]
 
 
 def test_a_peak_is_no_growth_and_few_looks_say_nothing() -> None:
