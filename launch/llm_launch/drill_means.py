@@ -162,15 +162,15 @@ class SilentPartner(_Background):
 
 
 class WriterKiller(_Background):
-    """Kills processes that workers start, which write checkpoints, until it has killed ``wanted``."""
+    """Kills the processes that workers start, which write checkpoints."""
 
-    def __init__(self, workers: Callable[[], list[int]], wanted: int) -> None:
+    def __init__(self, workers: Callable[[], list[int]]) -> None:
         super().__init__()
-        self._workers, self._wanted = workers, wanted
+        self._workers = workers
         self.killed = 0
 
     def _run(self) -> None:
-        while self.killed < self._wanted and not self._over.is_set():
+        while not self._over.is_set():
             for pid in self._workers():
                 with contextlib.suppress(OSError, ValueError):
                     for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):

@@ -15,7 +15,7 @@ from llm_launch import wire
 from llm_launch.absence import Absence
 from llm_launch.attendance import Attendance
 from llm_launch.blame import Device, Evidence, Kind, classify_error, few
-from llm_launch.door import PAUSE_S, WAITING, Door
+from llm_launch.door import CROWDED_S, PAUSE_S, WAITING, Door
 from llm_launch.generation_store import GenerationStore
 from llm_launch.hang import find_hung, waits_for_files
 from llm_launch.journal import Journal
@@ -125,6 +125,8 @@ class Fleet:
                     await asyncio.sleep(PAUSE_S)
                     continue
                 self._spawn(self._accept(connection, self.door.enter(connection)))
+                # A queue of connections is accepted without a moment for anybody else unless it is given here.
+                await asyncio.sleep(CROWDED_S if self.door.crowded else 0.0)
 
     async def _accept(self, connection: socket.socket, number: int) -> None:
         try:

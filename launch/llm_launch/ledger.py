@@ -88,9 +88,12 @@ class Ledger:
                     return Verdict(Fault.UNKNOWN, f"{reason}: no device is to blame yet", evidence=verdict.evidence)
                 verdict = replace(verdict, devices=guilty, reason=reason)
         for device in verdict.devices:
-            given = [*self._fresh(device), Strike(self.now(), verdict.reason, self._until_steps(verdict, device))]
+            new = Strike(self.now(), verdict.reason, self._until_steps(verdict, device))
+            given = [*self._fresh(device), new]
             self.counts[device] = given
-            if verdict.certain or len(given) >= self.strikes:
+            slow = self.slow_steps  # slowness and another fault are no sign of each other
+            alike = [strike for strike in given if (strike.until_steps == slow) == (new.until_steps == slow)]
+            if verdict.certain or len(alike) >= self.strikes:
                 self.removed[device] = verdict.reason
         return verdict
 

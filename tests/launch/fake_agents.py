@@ -109,6 +109,7 @@ class FakeAgent:
             self.tell({"is": "seen", **device, **seen, **behind[self.name]})
         elif message["is"] == "kill":
             del behind[self.name]
+            self.nodes.age_s = 0.0
             self.tell({"is": "exit", **device, "status": -9, "host_memory": False, "number": message["number"]})
             self.tell({"is": "worker", **device, "pid": 1, "number": message["number"] + 1, "generation": 0})
 
