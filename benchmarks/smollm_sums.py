@@ -14,6 +14,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,16 @@ LARGEST = 40
 NUM_HELD_OUT = 200
 ANSWER_TOKENS = 8
 ADAPTER = {"rank": 16, "alpha": 32}
-REJECT, GRPO = "reject", "grpo"
+OPTIM = {"schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
+SFT_STEPS = 12
+"""Of one row of 256 tokens each, about 130 conversations in all: enough for the form of an answer, and no more."""
+ROLLOUT = {"prompts": 16, "answers": 8}
+BATCH = 32
+"""Answers of a step: four steps a round, so that a round moves the weights by more than one step's learning rate."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "reject": {"lr": 6e-4, "rounds": 10, "method": {"reject": {"keep": "above", "least_score": 1}}},
+    "grpo": {"lr": 3e-4, "rounds": 8, "method": {}},
+}
 
 
 def write_sums(folder: Path) -> None:
@@ -94,48 +104,50 @@ def share_right(model: Path, folder: Path, temperature: float) -> float:
     )
 
 
-def stage(name: str, model: Path, folder: Path, seconds: float) -> dict[str, Any]:
-    """What a stage reached, printed."""
-    row = {"stage": name, "processor_s": round(seconds, 1)}
-    for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        row[kind] = share_right(model, folder, temperature)
-    error = math.sqrt(row["sampled"] * (1 - row["sampled"]) / NUM_HELD_OUT)
-    print(
-        f"{name}: greedy {row['greedy']:.3f}, sampled {row['sampled']:.3f} (standard error {error:.3f}), "
-        f"{seconds:.0f} processor-s",
-        flush=True,
-    )
+def stage(name: str, folder: Path, run: Path) -> dict[str, Any]:
+    """Trains, unless an earlier call for the same folder did; what that reached, printed."""
+    kept = folder / f"{name}.json"
+    if not kept.exists():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        seconds = command("sft" if name == "sft" else "prefer", str(run))
+        row: dict[str, Any] = {"stage": name, "processor_s": round(seconds, 1)}
+        for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            row[kind] = share_right(folder / name, folder, temperature)
+        row["standard_error"] = round(math.sqrt(row["sampled"] * (1 - row["sampled"]) / NUM_HELD_OUT), 3)
+        kept.write_text(json.dumps(row | {"rewards": rewards(folder / name)}))
+    row = json.loads(kept.read_text())
+    print(json.dumps(row), flush=True)
     return row
 
 
-def measure(base: Path, folder: Path, methods: list[str], rounds: int, lr: float) -> list[dict[str, Any]]:
-    """Fine-tunes, then each method from the fine-tuned model, with the share of right sums after each."""
+def measure(base: Path, folder: Path, methods: list[str], lr: float | None, rounds: int | None) -> list[dict[str, Any]]:
+    """Fine-tunes, then goes on from the fine-tuned adapters with each method, with the share of right sums of each."""
     folder.mkdir(parents=True, exist_ok=True)
     write_sums(folder)
-    train = {"global_batch_size": 4, "micro_batch_size": 4, "steps": 12}
-    optim = {"lr": 1e-3, "schedule": "constant", "warmup_steps": 4, "weight_decay": 0.0}
-    spent = command("sft", str(run_file(folder, "sft", base, train=train, optim=optim)))
-    tuned = folder / "sft-merged"
-    command("convert", str(folder / "sft"), str(tuned), "--merge")
-    rows = [stage("sft", tuned, folder, spent)]
-    judges = [{"kind": "exact"}]
-    rollout = {
-        "prompts": 16,
-        "answers": 8,
-        "max_new_tokens": ANSWER_TOKENS,
-        "judges": judges,
-        "held_out_interval": None,
-    }
+    train = {"global_batch_size": 1, "micro_batch_size": 1, "steps": SFT_STEPS}
+    optim = OPTIM | {"lr": 1e-3, "warmup_steps": 4}
+    rows = [stage("sft", folder, run_file(folder, "sft", base, train=train, optim=optim))]
     for kind in methods:
-        method: dict[str, Any] = {"rollout": rollout}
-        if kind == REJECT:
-            method["reject"] = {"keep": "above", "least_score": 1}
-        train = {"global_batch_size": 128, "micro_batch_size": 4, "steps": rounds}
-        optim = {"lr": lr, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
-        path = run_file(folder, kind, tuned, method=method, train=train, optim=optim)
-        spent = command("prefer", str(path))
-        rows.append(stage(kind, folder / kind, folder, spent))
+        recipe = RECIPES[kind]
+        judged = {"max_new_tokens": ANSWER_TOKENS, "judges": [{"kind": "exact"}], "held_out_interval": None}
+        steps = (rounds or recipe["rounds"]) * ROLLOUT["prompts"] * ROLLOUT["answers"] // BATCH
+        run = run_file(
+            folder,
+            kind,
+            base,
+            method=recipe["method"] | {"rollout": ROLLOUT | judged},
+            train={"global_batch_size": BATCH, "micro_batch_size": 1, "steps": steps},
+            optim=OPTIM | {"lr": lr or recipe["lr"]},
+            adapter={"load": str(folder / "sft")},
+        )
+        rows.append(stage(kind, folder, run))
     return rows
+
+
+def rewards(run: Path) -> list[float]:
+    """Share of right sampled answers of each round, before its steps."""
+    events = [json.loads(line) for line in (run / "events.jsonl").open()]
+    return [round(event["reward"], 3) for event in events if event["event"] == "round"]
 
 
 def main() -> None:
@@ -143,14 +155,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--methods", nargs="+", default=[REJECT, GRPO])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--methods", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--lr", type=float)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    rows = measure(asked.model.resolve(), asked.folder.resolve(), asked.methods, asked.rounds, asked.lr)
+    rows = measure(asked.model.resolve(), asked.folder.resolve(), asked.methods, asked.lr, asked.rounds)
     if asked.out:
-        asked.out.write_text(json.dumps({**measured_on(), "rows": rows}, indent=1) + "\n")
+        recipe = {"rollout": ROLLOUT, "answers_of_a_step": BATCH, "methods": RECIPES}
+        asked.out.write_text(json.dumps({**measured_on(), "recipe": recipe, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

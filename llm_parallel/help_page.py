@@ -86,6 +86,26 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+OTHER_NAMES: dict[str, dict[str, str]] = {
+    "evaluate": {
+        "model": "the model's folder or address is given first, without an option",
+        "model_args": "the model's folder or address is given first, without an option",
+        "num_fewshot": "it is --shots",
+        "apply_chat_template": "it is --chat",
+        "system_instruction": "it is --system",
+        "output_path": "it is --out",
+        "batch_size": "it is --max-running",
+        "gen_kwargs": "it is --new-tokens",
+        "samples": "documents are drawn by --limit and --seed",
+        "include_path": "the YAML file of a task stands in --tasks itself",
+        "log_samples": "samples are always written, into --out",
+        "use_cache": "answers are always kept, in --out",
+        "confirm_run_unsafe_code": "programs run in a sandbox; see --sandbox",
+    }
+}
+"""What options of the program that a command stands beside are called in the command, for those who know the other."""
+
+
 def explain_usage(error: Exception) -> None:
     """Prints what is wrong about a command line, as one sentence. Raises any other error again.
 
@@ -98,6 +118,10 @@ def explain_usage(error: Exception) -> None:
         print(text, end="\n" if text else "")
         return
     more = f"; see `{context.command_path} --help`" if context is not None else ""
+    known = OTHER_NAMES.get(getattr(context, "info_name", None) or "", {})
+    unknown = str(getattr(error, "option_name", "") or "").lstrip("-").replace("-", "_")
+    if unknown in known:
+        text = f"No such option: --{unknown}; here {known[unknown]}"
     note(f"error: {text.rstrip('.')}{more}")
 
 

@@ -179,7 +179,7 @@ def _taken(request: type, given: dict[str, Any]) -> Mapping[str, Any]:
             continue
         value = given.pop(_parameter_name(one))
         if style.commas:
-            value = tuple(name for name in value.split(",") if name)
+            value = tuple(name.strip() for name in value.split(",") if name.strip())
         elif isinstance(value, list) or (value is None and one.default == ()):
             value = tuple(value or ())
         values[one.name] = value

@@ -16,23 +16,28 @@ PASSING = ("unable to contact", "timed out", "connection failure", "connection r
 """Parts of what srun says, in lower case, where the same step may succeed later."""
 SILENT = ("lacks support for cpu binding",)
 """Parts of what srun says that mean nothing here, and are not shown."""
+MUTE = "its agent said nothing"
 UNREACHED = "does not reach the controller at"
 """What an agent says that runs and cannot connect."""
 _ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\[\]-]+: (.+)")
 _UNREACHED = re.compile(r"srun: error: Task launch for \S+ failed on node ([^\s:]+): (.+)")
 _CONSEQUENCES = ("Application launch failed", "Job step aborted", "Force Terminated", "Terminating", "Waiting up to")
 _PREFIX = re.compile(r"^(srun|slurmstepd)[\w.-]*: (error: )?")
+_MEMORY = re.compile(r"exceeded \w*\s?memory limit|oom.kill|out of memory", re.IGNORECASE)
+"""What SLURM says of a step that needed more memory than its job has on the node, whoever ended what of it."""
 
 
 @dataclass(frozen=True)
 class Absence:
     """Why a node is not there. passing: whether another try may succeed though nothing is mended; ended: whether its
-    agent has ended, and is to be started again."""
+    agent has ended, and is to be started again; late: whether the loss of that agent is known already, and this is what
+    became known of it afterwards."""
 
     node: str
     reason: str
     passing: bool = True
     ended: bool = False
+    late: bool = False
 
 
 def absences(names: Sequence[str], said: Sequence[str], status: int) -> list[Absence]:
@@ -40,22 +45,37 @@ def absences(names: Sequence[str], said: Sequence[str], status: int) -> list[Abs
     status: srun's. Of several nodes only those that srun names: one that cannot be reached ends the step of them all,
     and the others are well."""
     if len(names) > 1:
-        named = {found[1]: found[2] for line in said if (found := _UNREACHED.search(line))}
-        return [Absence(name, named[name], ended=True) for name in names if name in named]
+        named = {found[1]: (found[2], True) for line in said if (found := _UNREACHED.search(line))}
+        for name in names:
+            if of_memory := _of_memory([line for line in said if _is_about(line, name)]):
+                named[name] = (of_memory, False)
+        return [Absence(name, *named[name], ended=True) for name in names if name in named]
     (name,) = names
     how = next((found[2].strip() for line in said if (found := _ENDED.search(line))), "")
     own = [line for line in said if line.strip() and not line.startswith("srun: ")]
     of_srun = [line for line in said if line.startswith("srun: ") and not _ENDED.search(line)]
     of_srun = [line for line in of_srun if not any(words in line for words in _CONSEQUENCES)]
     unreached = next((found[2] for line in said if (found := _UNREACHED.search(line))), "")
-    if own:
-        reason = _PREFIX.sub("", own[-1].strip())
+    of_memory = _of_memory(said)
+    if own or of_memory:
+        reason = of_memory or _PREFIX.sub("", own[-1].strip())
     else:
         errors = [line for line in of_srun if line.startswith("srun: error: ")] or of_srun
-        reason = unreached or (_PREFIX.sub("", errors[0]) if errors else "its agent said nothing")
-    passing = any(words in line.lower() for words in PASSING for line in (*of_srun, how, unreached))
+        reason = unreached or (_PREFIX.sub("", errors[0]) if errors else MUTE)
+    passing = not of_memory and any(words in line.lower() for words in PASSING for line in (*of_srun, how, unreached))
     end = how or f"srun ended with status {status}"
     return [Absence(name, f"{printable(reason)[:300]} ({printable(end)[:80]})", passing, True)]
+
+
+def _of_memory(said: Sequence[str]) -> str:
+    """The line of ``said`` that says most about a lack of memory, without its prefix; "" if there is none."""
+    lines = [_PREFIX.sub("", line.strip()) for line in said if _MEMORY.search(line)]
+    return printable(max(lines, key=len, default=""))[:300]
+
+
+def _is_about(line: str, node: str) -> bool:
+    """Whether srun, or the step's shepherd on the node, says this of the node."""
+    return line.startswith(f"slurmstepd-{node}: ") or bool((found := _ENDED.search(line)) and found[1] == node)
 
 
 def alike(absent: Sequence[Absence]) -> str:

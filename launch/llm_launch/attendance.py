@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from llm_launch import wire
-from llm_launch.absence import TRIES, Absence, alike
+from llm_launch.absence import MUTE, TRIES, Absence, alike
 from llm_launch.blame import few
 from llm_launch.journal import Journal
 from llm_launch.roster import Roster
@@ -34,6 +34,8 @@ class Attendance:
     def __init__(self, roster: Roster, journal: Journal) -> None:
         self.roster, self.journal = roster, journal
         self.missing: dict[str, Missing] = {}
+        self.last_words: dict[str, str] = {}
+        """By node, why an agent ended that had joined, as far as that is known."""
         self.visitors: set[wire.Channel] = set()
         """Connections of agents whose node lacks something."""
 
@@ -51,6 +53,20 @@ class Attendance:
             self.journal.event("not_joined", node=item.node, cause=item.reason)
         ends = 0 if item.passing else TRIES if by_agent else (before.ends if before else 0) + 1
         self.missing[item.node] = Missing(item, (before.tries if before else 0) + 1, ends)
+
+    def ended(self, item: Absence) -> None:
+        """The agent of a node ended, whose loss is known already: why, if that is said."""
+        if item.reason and not item.reason.startswith(MUTE):
+            self.last_words[item.node] = item.reason
+            self.journal.event("agent_ended", node=item.node, cause=item.reason)
+
+    def words_of(self, nodes: Iterable[str]) -> str:
+        """Why the agents of these nodes ended, in a clause; "" if that is not known."""
+        told: dict[str, list[str]] = {}
+        for name in nodes:
+            if name in self.last_words:
+                told.setdefault(self.last_words[name], []).append(name)
+        return "".join(f"; of {few(names)}: {reason}" for reason, names in told.items())
 
     async def gather(
         self, expected: Mapping[str, int], wait_s: float, until: Until, stopped: Callable[[], bool]

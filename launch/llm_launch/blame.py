@@ -111,6 +111,11 @@ class Verdict:
         """Whether another generation would fail in the same way."""
         return self.fault in (Fault.USER, Fault.PROGRAM, Fault.OUT_OF_MEMORY)
 
+    def given_up(self, recoveries: int, words: str = "") -> Verdict:
+        """What ends a run that does not get on. words: what else is known of its nodes."""
+        reason = f"given up after {recoveries} recoveries without a step (elastic.max_fruitless): {self.reason}{words}"
+        return replace(self, reason=reason)
+
     def of_all_nodes(self) -> Verdict:
         """What was taken for something that one node lacks, when it is not: the user's or the program's."""
         users = all(classify_error(item.error, item.message) == "user" for item in self.evidence)

@@ -411,7 +411,8 @@ class Controller:
             self.journal.fail(verdict)
             raise Stopped(EXIT_USER_ERROR if verdict.fault is Fault.USER else 1, Phase.FAILED)
         if self.fleet.fruitless > self.config.elastic.max_fruitless:
-            self.journal.say(f"given up after {self.fleet.fruitless} recoveries without a step: {verdict.reason}")
+            words = self.fleet.attendance.words_of(verdict.nodes)
+            self.journal.fail(verdict.given_up(self.fleet.fruitless, words))
             raise Stopped(1, Phase.FAILED)
         for step, devices in self.fleet.doubted.items():
             if len(devices) > 1 and step not in self._believe:

@@ -110,7 +110,7 @@ def word(view: JobView, record: JobRecord, alive: bool, local: tuple[str, str]) 
     if state == "finished":
         return local
     if view.state == "CANCELLED":
-        return "cancelled", ""
+        return "cancelled", UNMET if "Dependency" in view.reason else ""
     if view.state == "PREEMPTED":
         return "preempted", "SLURM gave its nodes to another job, and did not put it back into the queue"
     if view.state in _TIME:
@@ -124,6 +124,9 @@ def word(view: JobView, record: JobRecord, alive: bool, local: tuple[str, str]) 
         said = record.ended or (why if state == "failed" else "")
         return "failed", said or f"exit status {status}; see its log"
     return local if view.state == "COMPLETED" else (view.state.lower(), "")
+
+
+UNMET = "a job that it was to start after has not made all its steps"
 
 
 def _waits(view: JobView, record: JobRecord, start: int) -> str:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_launch.blame import Device, Verdict
+from llm_launch.blame import Device, Fault, Verdict
 from llm_launch.copy_files import RUN_ID_NAME
 from llm_launch.hooks import Hooks
 from llm_launch.sentences import sentence
@@ -25,6 +25,8 @@ from llm_parallel.jsonlines import JsonLines
 from llm_parallel.lines import note
 
 QUIET = {"join", "status"}
+UNTRACED = (Fault.USER, Fault.HOST_MEMORY, Fault.AGENT, Fault.NODE)
+"""Ends of a run that no process's traceback explains; one that lies there is of something else."""
 MEMORY_NAME = "elastic_memory.json"
 NEEDED = (RUN_ID_NAME, "config.yaml", MEMORY_NAME)
 """Files of the run folder that recoveries and the next start read."""
@@ -133,7 +135,7 @@ class Journal:
         """Records and prints why the run cannot go on, after the first traceback."""
         record = {"event": "fail", "fault": verdict.fault.value, "cause": verdict.reason}
         self.later(partial(self._events.append, record, datetime.now(timezone.utc)))
-        if verdict.fault.value != "user":
+        if verdict.fault not in UNTRACED:
             self.later(self._print_first_traceback)
         self._writer.submit(note, verdict.reason)
 

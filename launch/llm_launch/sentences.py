@@ -123,6 +123,7 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "lost": lambda r: f"node {r['node']} is lost: {r['cause']}",
     "stuck": lambda r: f"{r['cause']}",
     "not_started": lambda r: f"the agent of {r['node']} could not be started, and is tried again: {r['cause']}",
+    "agent_ended": lambda r: f"the agent of {r['node']} ended: {r['cause']}",
     "not_joined": lambda r: f"node {r['node']} is not there: {r['cause']}",
     "exclude": lambda r: f"node {r['node']} is left out of this start: {r['cause']}",
     "join": lambda r: f"node {r['node']} is there",

@@ -57,7 +57,8 @@ def show_status(run_dir: Path, console: Console, environment: Mapping[str, str] 
 def next_command(run_dir: Path, state: str, elastic: bool, record: JobRecord | None = None) -> str:
     """What to try after looking at a run in a state."""
     if state == "finished":
-        return f'llm-parallel generate {shlex.quote(str(run_dir))} --prompt "…"'
+        chat = "--chat " if _given(run_dir, "chat", "train") else ""
+        return f'llm-parallel generate {shlex.quote(str(run_dir))} {chat}--prompt "…"'
     batch_file = run_dir / "submit.sbatch"
     if state in ("stopped", "failed", "ended", "cancelled", "preempted"):
         if record is not None and batch_file.exists():
@@ -69,13 +70,17 @@ def next_command(run_dir: Path, state: str, elastic: bool, record: JobRecord | N
 
 
 def _method(run_dir: Path) -> str:
+    return str(_given(run_dir, "method", "kind") or "pretrain")
+
+
+def _given(run_dir: Path, section: str, name: str) -> Any:
+    """A field of the run's configuration; None if it is not there."""
     import yaml
 
     try:
-        tree = yaml.safe_load(read_small(run_dir / "config.yaml", 1 << 20))
-        return tree["method"]["kind"] or "pretrain"
+        return yaml.safe_load(read_small(run_dir / "config.yaml", 1 << 20))[section][name]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
-        return "pretrain"
+        return None
 
 
 def show_array(run_dir: Path, record: JobRecord, console: Console, environment: Mapping[str, str]) -> str:

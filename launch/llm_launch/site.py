@@ -15,7 +15,7 @@ from llm_launch.submit_request import SubmitRequest
 from llm_parallel.errors import UserError
 
 FILE_NAME = "slurm.yaml"
-OF_ONE_RUN = ("nodes", "spares", "min_nodes", "name", "array", "throttle", "behind", "site")
+OF_ONE_RUN = ("nodes", "spares", "min_nodes", "name", "array", "throttle", "behind", "after", "site")
 """Options that differ from run to run, so no default of a site makes sense."""
 T = TypeVar("T", SubmitRequest, AgentStep)
 

@@ -27,6 +27,9 @@ WORKING_STATES = ("allocated", "mixed", "idle", "draining", "completing", "reser
 PROMPT = {"PYTHONUNBUFFERED": "1"}
 """For lines that arrive when they are printed. srun's own --unbuffered gives every task a terminal, for which programs
 draw bars and colours."""
+ONE_TASK = {"SLURM_OOM_KILL_STEP": "0"}
+"""Where a site has switched OOMKillStep on (SLURM 23.11 and later), one process that the kernel ends for lack of memory
+would end the step, and all agents of it. This is srun's --oom-kill-step, which older versions do not know."""
 NO_STEPS = ("4294967291", "4294967290")
 """What some versions of SLURM give as the step of a batch script, and of a shell that salloc opens on a node."""
 _FIELD = re.compile(r"(?:^| )([A-Za-z:/_]+)=")
@@ -172,9 +175,10 @@ class SlurmJob:
         """Without what the batch job's options put there, which a step of fewer nodes must not inherit."""
         stale = ("SLURM_NNODES", "SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE",
                  "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NODELIST", "SLURM_NODELIST", "SLURM_GPUS",
-                 "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_CPUS_PER_GPU")  # fmt: skip
+                 "SLURM_GPUS_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_CPUS_PER_GPU",
+                 "SLURM_TRES_PER_TASK")  # fmt: skip
         kept = {name: value for name, value in self.environment.items() if name not in stale}
-        return {**kept, **PROMPT}
+        return {**kept, **PROMPT, **ONE_TASK}
 
     def submit_agent(self, argv: Sequence[str], node: str, logs: Path, more: Sequence[str] = ()) -> str:
         """A job of its own with an agent on ``node``, in this job's partition, account and quality of service, for the
@@ -196,7 +200,7 @@ class SlurmJob:
         options += [f"--job-name=agent-of-{self.job_id}", f"--output={log}"]
         step = ["srun", "--nodes=1", "--ntasks=1", "--export=ALL", "--cpu-bind=none", *more, *argv]
         kept = {name: value for name, value in self.environment.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        job = replace(self, environment={**kept, **_configuration(self.environment), **PROMPT})
+        job = replace(self, environment={**kept, **_configuration(self.environment), **PROMPT, **ONE_TASK})
         return job._call(["sbatch", "--parsable", *options, "--wrap", f"exec {shlex.join(step)}"]).split(";")[0]
 
     def state_of_job(self, number: str) -> str:

@@ -136,6 +136,8 @@ class SlurmStarter:
         for name in step.names:
             if self._newest.get(name) is step:
                 self._told.put(found.get(name) or Absence(name, "", ended=True))
+            elif name in found:
+                self._told.put(replace(found[name], ended=False, late=True))
 
     def start(self, node: str) -> None:
         """Starts the agent of ``node`` again, in the background, until one runs."""

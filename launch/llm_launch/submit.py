@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ FILE_NAME = "submit.sbatch"
 CALL_S = 60
 _NAME = re.compile(r"[A-Za-z0-9._,@+-]+")
 _AMOUNT = re.compile(r"\d+[KMGT]?")
+_JOBS = re.compile(r"\d+(_\d+)?(,\d+(_\d+)?)*")
 _COUNTED_GPUS = re.compile(r"(?:^|,)(?:gres[/:])?gpu(?::[^,:]+)?:(\d+)(?:\([^)]*\))?(?=,|$)")
 OUTER = ("SLURM_", "SRUN_", "SALLOC_", "PMI_", "PMIX_", "TORCHELASTIC_", "LLM_PARALLEL_ASKED", "LLM_PARALLEL_SECRET")
 """How variables begin that belong to a job, a step or a launcher that ``submit`` is called in."""
@@ -55,6 +56,8 @@ def check_request(request: SubmitRequest, step: AgentStep, config: RunConfig) ->
             )
     if request.throttle is not None and not request.sweep:
         raise UserError(f"--throttle {request.throttle} is for the runs of an --array; give both")
+    if request.after is not None and not _JOBS.fullmatch(request.after):
+        raise UserError(f"--after {request.after} must be numbers of jobs, as 12 or 12,14 (of an array's task 12_3)")
     _check_texts(request, config)
     step.check()
 
@@ -111,6 +114,11 @@ def _check_texts(request: SubmitRequest, config: RunConfig) -> None:
     for option in request.options:
         if not option.startswith("-") or not option.isprintable():
             raise UserError(f"--sbatch {option!r} is no option of sbatch; write it as --sbatch=--mail-type=end")
+        if option.startswith(("--dependency", "-d")) and "singleton" not in option:
+            raise UserError(
+                f"--sbatch {option} would let two jobs of this run folder run at once; give --after for jobs that must"
+                " have made all their steps, or add singleton, as --sbatch=--dependency=afterany:12,singleton"
+            )
     for line in request.setup:
         if "\0" in line:
             raise UserError(f"--setup {line!r} has a zero byte; give a line of bash")
@@ -180,10 +188,10 @@ def write_batch_file(text: str, run_dir: Path) -> Path:
     return path
 
 
-def submit(path: Path, environment: Mapping[str, str] = os.environ) -> str:
-    """Hands the batch file ``path`` to sbatch, without what a job or a terminal around this process has put into the
-    environment; the job's id. Raises UserError if there is no sbatch, or it refuses."""
-    command = ["sbatch", "--parsable", str(path)]
+def submit(path: Path, environment: Mapping[str, str] = os.environ, more: Sequence[str] = ()) -> str:
+    """Hands the batch file ``path`` to sbatch with ``more`` options, without what a job or a terminal around this
+    process has put into the environment; the job's id. Raises UserError if there is no sbatch, or it refuses."""
+    command = ["sbatch", "--parsable", *more, str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CALL_S, env=_outside(environment))
     except FileNotFoundError:

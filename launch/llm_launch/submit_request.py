@@ -63,6 +63,8 @@ class SubmitRequest:
     """Most runs of an array at a time."""
     behind: bool = option(False, flag=True)
     """Submit though a job of this run folder waits or runs; this one starts when that has ended."""
+    after: str | None = None
+    """Start when these jobs are COMPLETED, as 12 or 12,14; one of them may make the model to begin with."""
     site: str | None = None
     """File of site defaults instead of ~/.config/llm-parallel/slurm.yaml and ./slurm.yaml; /dev/null has none."""
 
@@ -75,6 +77,15 @@ class SubmitRequest:
     def warning(self) -> int:
         """Seconds before the time limit at which the run saves."""
         return 180 if self.warning_s is None else self.warning_s
+
+    @property
+    def dependency(self) -> list[str]:
+        """Options of sbatch for ``after``. They stand in no batch file, which may be submitted again when SLURM has
+        forgotten those jobs."""
+        if self.after is None:
+            return []
+        waits = f"--dependency=afterok:{self.after.replace(',', ':')},singleton"
+        return [waits, "--kill-on-invalid-dep=yes"]
 
     @property
     def sweep(self) -> list[str]:

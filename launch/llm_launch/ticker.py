@@ -77,9 +77,14 @@ class Ticker:
         fleet, missing = self.fleet, self.fleet.attendance.missing
         for item in self.starter.look():
             node = fleet.roster.nodes.get(item.node)
+            if item.late:
+                fleet.attendance.ended(item)
+                continue
             if fleet.phase in OVER or (node is not None and node.channel is not None):
                 continue
-            if item.node not in fleet.to_restart:  # else it is the end of the agent that was lost, which is known
+            if item.node in fleet.to_restart:  # it is the end of the agent that was lost, which is known
+                fleet.attendance.ended(item)
+            else:
                 fleet.attendance.absent(item)
             if item.ended:
                 tries = missing[item.node].tries if item.node in missing else 0

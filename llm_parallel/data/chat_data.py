@@ -107,7 +107,7 @@ class ChatData:
         return self._samples(numbers, seed, shuffled=True)
 
     def held_out(self) -> ChatSamples:
-        """Held-out samples in the order of their files, starting over when all have been seen."""
+        """Held-out samples in a random order, the same one again when all have been seen."""
         return self._samples(self.numbers("eval"), 0, shuffled=False)
 
     def questions(self, most: int) -> list[list[int]]:

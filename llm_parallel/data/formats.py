@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +41,8 @@ FORMATS = {
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """Further fields of a message that templates read."""
 WEIGHTS = ("weight", "train", "loss_weight")
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+"""Weights of a turn besides 0; sums of losses in fp32 hold these."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Fields with what only models of more than text read."""
 PAIR = ("chosen", "rejected")
@@ -135,7 +136,7 @@ class Reader:
             raise BadRecord("holds no messages")
         if not any(message["role"] == "assistant" for message in conversation.messages):
             raise BadRecord("has no turn of the assistant, so there is nothing to learn from it")
-        tools = conversation.tools or self._tools(record)
+        tools = conversation.tools or self.tools(record)
         shown = form if form not in ("messages", "sharegpt") else self._dialect(record)
         self.found[shown] = self.found.get(shown, 0) + 1
         return replace(conversation, tools=tools)
@@ -144,11 +145,23 @@ class Reader:
         """A list of turns as messages. Raises BadRecord."""
         return self._turns(_parsed(value), field)[0]
 
+    def turns_or_text(self, value: Any) -> Any:
+        """What is a text or a list of turns, and a table holds the list as text: the list, if all of it are turns."""
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                found = json.loads(value)
+            except (ValueError, RecursionError):
+                return value
+            roles = set(self._names["role"])
+            if isinstance(found, list) and found and all(isinstance(one, dict) and roles & one.keys() for one in found):
+                return found
+        return value
+
     def prompt(self, record: Mapping[str, Any]) -> Conversation:
         """What stands before an answer that is kept in another field: the text or turns of 'prompt', Alpaca's question,
         or a list of turns; without messages where there is none of these. Raises BadRecord."""
         messages: list[dict[str, Any]] = []
-        value = _parsed(self._get(record, "prompt"))
+        value = self.turns_or_text(self._get(record, "prompt"))
         if isinstance(value, str):
             messages = [{"role": "user", "content": value}] if value else []
         elif value is not None:
@@ -157,8 +170,17 @@ class Reader:
             messages = self._question(record)
         elif (turns := _parsed(self._get(record, "messages"))) is not None:
             messages = self._turns(turns, self._names["messages"][0])[0]
-        found = Conversation(messages, [0.0] * len(messages), self._tools(record))
+        found = Conversation(messages, [0.0] * len(messages), self.tools(record))
         return _with_system(found, _text_or_none(self._get(record, "system"), "system")) if messages else found
+
+    def tools(self, record: Mapping[str, Any]) -> list[Any] | None:
+        """What the assistant may call, a list or the JSON of one; None if there is nothing. Raises BadRecord."""
+        tools = self._get(record, "tools")
+        if isinstance(tools, str):
+            if not tools.strip():
+                return None
+            tools = _json(tools, "'tools'")
+        return None if not tools else _listed(tools, "tools")
 
     def _recognised(self, record: Mapping[str, Any]) -> str:
         if self._wanted != "auto":
@@ -218,7 +240,7 @@ class Reader:
     def _completion(self, record: Mapping[str, Any]) -> Conversation:
         parts = []
         for field, role in (("prompt", "user"), ("completion", "assistant")):
-            value = self._need(record, field)
+            value = self.turns_or_text(self._need(record, field))
             if isinstance(value, str):
                 parts.append(([{"role": role, "content": value}], [float(role == "assistant")]))
             else:
@@ -263,14 +285,6 @@ class Reader:
             message["content"] = ""
         return message
 
-    def _tools(self, record: Mapping[str, Any]) -> list[Any] | None:
-        tools = self._get(record, "tools")
-        if isinstance(tools, str):
-            if not tools.strip():
-                return None
-            tools = _json(tools, "'tools'")
-        return None if not tools else _listed(tools, "tools")
-
 
 def _with_system(conversation: Conversation, text: str | None) -> Conversation:
     return conversation.with_system(text)
@@ -278,8 +292,11 @@ def _with_system(conversation: Conversation, text: str | None) -> Conversation:
 
 def _weight(turn: Mapping[str, Any], number: int) -> float:
     given = next((turn[name] for name in WEIGHTS if turn.get(name) is not None), 1.0)
-    if not isinstance(given, (bool, int, float)) or not 0 <= given < math.inf:
-        raise BadRecord(f"has a turn {number} of weight {given!r}; a weight is 0 or more, 'train' is true or false")
+    if not isinstance(given, (bool, int, float)) or not (given == 0 or LEAST_WEIGHT <= given <= MOST_WEIGHT):
+        raise BadRecord(
+            f"has a turn {number} of weight {given!r}; a weight is 0, or from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, and "
+            "'train' is true or false"
+        )
     return float(given)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llm_parallel.data.containers import Damaged
@@ -19,6 +19,17 @@ DIGITS = re.compile(r"[-+.eE0-9]*")
 DECODER = json.JSONDecoder()
 
 
+def repeated(pairs: list[tuple[str, Any]]) -> str | None:
+    """What is wrong with the fields of a JSON object if two of one name have different values, else None: which of them
+    is meant is not known, and ``json`` takes the last."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found and found[name] != value:
+            return f"has the field {name!r} twice, with different values"
+        found[name] = value
+    return None
+
+
 def is_cut(error: json.JSONDecodeError, text: str) -> bool:
     """Whether a value failed to parse because ``text`` ends within it."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(text) - MARGIN
@@ -26,13 +37,16 @@ def is_cut(error: json.JSONDecodeError, text: str) -> bool:
 
 class JsonStream:
     """Iterates over (place, value) of the records in a stream of UTF-8: every value, and for an array at the top each
-    of its elements. Bytes that are not UTF-8 become lone surrogates, so that only their record is lost.
+    of its elements. Bytes that are not UTF-8 become lone surrogates, so that only their record is lost. ``bad`` is
+    called with the place and the reason of a record in which a field is repeated.
 
     Raises Damaged at the first place that is not JSON: where the next record begins is not known from there on.
     """
 
-    def __init__(self, content: Iterator[bytes]) -> None:
-        self._content = content
+    def __init__(self, content: Iterator[bytes], bad: Callable[[str, str], None]) -> None:
+        self._content, self._bad = content, bad
+        self._wrong: str | None = None
+        self._json = json.JSONDecoder(object_pairs_hook=self._object)
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text, self._at, self._line, self._ended = "", 0, 1, False
 
@@ -54,8 +68,18 @@ class JsonStream:
                 self._at += 1
             else:
                 record += 1
-                line = self._line
-                yield f"line {line} (record {record})", self._value(record)
+                place = f"line {self._line} (record {record})"
+                value = self._value(record)
+                if self._wrong is None:
+                    yield place, value
+                else:
+                    self._bad(place, self._wrong)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs) and self._wrong is None:
+            self._wrong = repeated(pairs)
+        return found
 
     def _skip(self) -> None:
         """Goes on to the next value, reading as much as that takes."""
@@ -67,8 +91,9 @@ class JsonStream:
 
     def _value(self, record: int) -> Any:
         while True:
+            self._wrong = None
             try:
-                value, end = DECODER.raw_decode(self._text, self._at)
+                value, end = self._json.raw_decode(self._text, self._at)
                 # A number at the end of the text may go on: "1." may become "1.5".
                 if DIGITS.match(self._text, end).end() < len(self._text) or not self._read(1):  # type: ignore[union-attr]
                     self._advance(end)

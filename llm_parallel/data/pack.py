@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 
 from llm_parallel import _C
 from llm_parallel.data.stream import derive_key
+from llm_parallel.errors import UserError
 
 ORDER, ROWS, PHASE = 1, 2, 3
 """The uses of a derived key."""
 CACHED_EPOCHS = 2
+LEAST_IN_EPOCH, MOST_IN_EPOCH = 1e-3, 1 << 28
+"""Conversations of an epoch, each as often as it is seen: with fewer, most epochs are empty and each is looked through;
+planning so many takes about 10 GB."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,11 @@ class Packer:
     in one epoch. With whole weights every epoch has the same number of samples. With a weight of k + f every epoch has
     k times all and another share f of the source's conversations: over n epochs each is seen floor or ceil of n (k + f)
     times, and the number of samples of an epoch follows from the lengths of those it has. ``together``: several
-    conversations share a sample; ``shuffled``: False keeps one order, the same in every epoch."""
+    conversations share a sample; ``shuffled``: False keeps one order, the same in every epoch. That is a random one
+    too, since the plan begins with the longest conversations, and files with one source: the first samples stand for
+    all.
+
+    Raises UserError on weights with which an epoch has no conversation, or more than can be planned."""
 
     def __init__(
         self,
@@ -121,6 +129,12 @@ class Packer:
         self._per_epoch = np.asarray(weights, np.float64)[sources if sources is not None else 0]
         if sources is None:
             self._per_epoch = np.full(len(lengths), float(weights[0]))
+        seen = float(self._per_epoch.sum())
+        if shuffled and not LEAST_IN_EPOCH <= seen <= MOST_IN_EPOCH:
+            raise UserError(
+                f"chat.train.N.weight, of each source, lets an epoch see {seen:.3g} conversations, of the "
+                f"{len(lengths):,} that there are; give weights with which it sees from 1 to {MOST_IN_EPOCH:,}"
+            )
         whole = bool((self._per_epoch == np.floor(self._per_epoch)).all())
         self._constant = whole or not shuffled
         self._phase = None if self._constant else self._phases(sources)
@@ -152,9 +166,8 @@ class Packer:
         """Conversations that share sample ``number``."""
         epoch, place = self.locate(number)
         plan = self.plan(epoch)
-        if self._shuffled:
-            place = _C.permute(place, len(plan), derive_key(self._seed, epoch, ROWS))
-        return plan.row(place)
+        key = derive_key(self._seed, epoch if self._shuffled else 0, ROWS)
+        return plan.row(_C.permute(place, len(plan), key))
 
     def filled(self, number: int) -> int:
         """Sum of the lengths of the conversations that share sample ``number``."""

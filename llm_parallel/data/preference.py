@@ -220,6 +220,7 @@ class PreferenceReader:
 
     def _answer(self, value: Any) -> Messages:
         """The messages of an answer: a text, one turn, or several."""
+        value = self._conversations.turns_or_text(value)
         if isinstance(value, str):
             return ({"role": "assistant", "content": value},)
         if isinstance(value, Mapping):

@@ -68,9 +68,13 @@ class PromptReader:
             messages.insert(0, {"role": "system", "content": system})
         return messages
 
+    def tools(self, record: Mapping[str, Any]) -> list[Any] | None:
+        """What the assistant may call. Raises BadRecord."""
+        return self._turns.tools(record)
+
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         for field in ("prompt", "messages", "conversations", "question", "instruction"):
-            value = record.get(self._names.get(field, field))
+            value = self._turns.turns_or_text(record.get(self._names.get(field, field)))
             if value is None:
                 continue
             if isinstance(value, str):
@@ -190,7 +194,7 @@ def _read(
     for row in first_rows(opened.files, problems, opened.limit):
         try:
             messages = reader.read(row.value)
-            ids = encoder.prompt(messages, row.value.get("tools"))
+            ids = encoder.prompt(messages, reader.tools(row.value))
         except BadRecord as error:
             problems.add(row.where, str(error))
             continue

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_parallel.data.containers import Damaged, blocks, utf8_blocks
-from llm_parallel.data.json_stream import JsonStream
+from llm_parallel.data.json_stream import JsonStream, repeated
 from llm_parallel.data.kinds import Kind, NotRead, judge
 from llm_parallel.errors import UserError
 
@@ -139,7 +139,7 @@ def records(
     elif kind.form == "lines":
         values = _json_lines(content, bad)
     elif kind.form == "json":
-        values = iter(JsonStream(content))
+        values = iter(JsonStream(content, bad))
     else:
         values = _csv_rows(content, bad, kind.delimiter, columns)
     place = ""
@@ -153,6 +153,20 @@ def records(
         raise Damaged(error.reason, error.place or (f"after {place}" if place else "")) from None
 
 
+class _Repeated(ValueError):
+    """An object has two fields of one name."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs) and (wrong := repeated(pairs)):
+        raise _Repeated(wrong)
+    return found
+
+
+_LINE = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def parse_line(line: bytes) -> tuple[Any, str | None]:
     """The value of a line of JSON and None, or None and what is wrong with it."""
     try:
@@ -161,7 +175,9 @@ def parse_line(line: bytes) -> tuple[Any, str | None]:
         byte = line[error.start]
         return None, f"is not UTF-8 (byte 0x{byte:02x} at position {error.start + 1}); convert the file to UTF-8"
     try:
-        return json.loads(text), None
+        return _LINE.decode(text), None
+    except _Repeated as error:
+        return None, str(error)
     except json.JSONDecodeError as error:
         if text.endswith("\n"):  # else a string that is cut off seems to go on and hold the end of the line
             return parse_line(line.rstrip(b"\r\n"))
@@ -304,15 +320,30 @@ def _damage_named() -> Iterator[None]:
 
 def _values(batch: Any) -> list[tuple[Any, str | None]]:
     """The rows of a batch, each with what is wrong with it."""
+    import pyarrow
+
+    nested = [field.name for field in batch.schema if pyarrow.types.is_nested(field.type)]
     try:
-        return [(value, None) for value in batch.to_pylist()]
+        return [(_as_written(value, nested), None) for value in batch.to_pylist()]
     except UnicodeDecodeError:  # in one of the rows
-        return [_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
+        return [_row(batch.slice(place, 1), nested) for place in range(batch.num_rows)]
 
 
-def _row(batch: Any) -> tuple[Any, str | None]:
+def _as_written(row: dict[str, Any], nested: Sequence[str]) -> dict[str, Any]:
+    """A row in which the objects of the columns ``nested`` have the fields that were written. Objects of a column have
+    the same fields in a table, and those that an object lacks, such as another tool's arguments, are null there."""
+    return row | {name: _without_nulls(row[name]) for name in nested}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(held) for name, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value
+
+
+def _row(batch: Any, nested: Sequence[str]) -> tuple[Any, str | None]:
     try:
-        return batch.to_pylist()[0], None
+        return _as_written(batch.to_pylist()[0], nested), None
     except UnicodeDecodeError:
         return None, "holds bytes that are not UTF-8"
 

@@ -30,6 +30,8 @@ OPEN, CLOSE, ANSWER, ANSWER_END, STOP = "\U0010fff0", "\U0010fff1", "\U0010fff2"
 MARK = re.compile(f"{OPEN}([0-9]+),([0-9]+){STOP}|{CLOSE}([0-9]+){STOP}|([{ANSWER}{ANSWER_END}])")
 TURN_BEGINS, TURN_ENDS, ANSWER_BEGINS, ANSWER_ENDS = "_turn_begins", "_turn_ends", "_answer_begins", "_answer_ends"
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of templates with other names, one in each file."""
 
 
 class Refused(ValueError):
@@ -123,7 +125,8 @@ def own_template(folder: Path) -> tuple[str, str] | None:
     path = folder / TEMPLATE_FILE
     try:
         if path.is_file():
-            return path.read_text(encoding="utf-8"), str(path)
+            others = [repr(one.stem) for one in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
+            return path.read_text(encoding="utf-8"), _the_default(path, others)
         path = folder / CONFIG_FILE
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
@@ -138,9 +141,13 @@ def own_template(folder: Path) -> tuple[str, str] | None:
                 "them to a file and name it in chat.template"
             )
         others = [repr(name) for name in found if name != "default"]
-        named = f"{path} (the one named 'default', not {' or '.join(others)})" if others else str(path)
-        return str(found["default"]), named
+        return str(found["default"]), _the_default(path, others)
     return None if found is None else (str(found), str(path))
+
+
+def _the_default(path: Path, others: list[str]) -> str:
+    """How a template is called that stands beside others."""
+    return f"{path} (the one named 'default', not {' or '.join(others)})" if others else str(path)
 
 
 def chatml(begin: str, end: str) -> str:

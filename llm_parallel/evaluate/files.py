@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,7 +70,7 @@ class DataFile:
         """All rows. Raises UserError for a file that cannot be read."""
         try:
             return list(read_rows(self.path))
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error, csv.Error) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"{self.path} cannot be read: {reason}; put the whole file there") from None
         except UnicodeDecodeError:
@@ -108,7 +110,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _table_rows(text: str, delimiter: str) -> Iterator[Row]:
-    lines = list(csv.reader(text.splitlines(keepends=True), delimiter=delimiter))
+    lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     if not lines:
         return
     names = [name.strip() for name in lines[0]]

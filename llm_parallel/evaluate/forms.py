@@ -4,7 +4,7 @@ with the fields that lm-eval's task expects."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llm_parallel.errors import UserError
@@ -44,19 +44,18 @@ class Form:
         named = file.split
         return self.evaluated if named is None else self.splits.get(named, named)
 
-    def converted(self, file: DataFile) -> list[tuple[str | None, Row]]:
-        """Rows of a file with their subjects. Raises UserError for a row that lacks a field."""
-        found = []
+    def converted(self, file: DataFile) -> Iterator[tuple[str | None, Row | UserError]]:
+        """Rows of a file with their subjects; for a row that cannot be converted what is to be said of it, since only a
+        task that needs its subject fails of it."""
         for number, row in enumerate(file.rows, 1):
+            subject = self.by(file, row) if self.by else None
             try:
-                found += [(self.by(file, row) if self.by else None, made) for made in self.rows(row)]
+                made: list[Row | UserError] = list(self.rows(row))
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 what = f"lacks the field {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
                 has = ", ".join(map(str, row))[:120]
-                raise UserError(
-                    f"row {number} of {file.path} {what}; it has {has}, which is not a form of this set"
-                ) from None
-        return found
+                made = [UserError(f"row {number} of {file.path} {what}; it has {has}, which is not a form of this set")]
+            yield from ((subject, one) for one in made)
 
 
 def plain(name: str) -> str:
@@ -67,6 +66,16 @@ def plain(name: str) -> str:
 def _letter(value: object) -> int:
     text = str(value).strip()
     return LETTERS.index(text.upper()) if not text.isdigit() else int(text)
+
+
+def _letters(value: object) -> list[int]:
+    """The places of right answers: of a list of letters, or of a text such as A, AD or A B D. Marks among them, which
+    a few rows of AGIEval have, are no answers. Raises ValueError if there is no letter."""
+    found = [LETTERS.index(one) for one in "".join(map(str, value) if isinstance(value, list) else str(value))
+             if one in LETTERS]  # fmt: skip
+    if not found:
+        raise ValueError(f"{value!r} names no answer")
+    return found
 
 
 def _mmlu(row: Row) -> list[Row]:
@@ -127,6 +136,10 @@ def _boolq(row: Row) -> list[Row]:
 def _openbook(row: Row) -> list[Row]:
     if "question_stem" in row:
         return [row]
+    if "Question Stem" in row:  # the authors' tables
+        parts = re.split(r"\(([A-D])\) ", row["Choices"])[1:]
+        options = {"text": [part.strip() for part in parts[1::2]], "label": parts[::2]}
+        return [{"question_stem": row["Question Stem"], "choices": options, "answerKey": row["Answer Key"]}]
     question = row["question"]
     choices = question["choices"]
     options = {"text": [one["text"] for one in choices], "label": [one["label"] for one in choices]}
@@ -138,7 +151,8 @@ def _hellaswag(row: Row) -> list[Row]:
         before, point, after = row["ctx"].rpartition(". ")
         row = {**row, "ctx_a": f"{before}." if point else row["ctx"], "ctx_b": after if point else ""}
     names = ("activity_label", "ctx_a", "ctx_b", "endings")
-    return [{**{name: row[name] for name in names}, "label": str(row["label"])}]
+    label = row["expected_index"] if "expected_index" in row else row["label"]
+    return [{**{name: row[name] for name in names}, "label": str(label)}]
 
 
 def _winogrande(row: Row) -> list[Row]:
@@ -154,15 +168,17 @@ def agieval_row(row: Row) -> list[Row]:
     if not row.get("options"):
         return [{"query": f"{start}\nA: The answer is", "answer": str(row["answer"])}]
     options = list(row["options"])
-    labels = row["label"] if isinstance(row["label"], list) else [row["label"]]
     query = (
         f"{start} Answer Choices: {' '.join(options)}\nA: Among A through {LETTERS[len(options) - 1]}, the answer is"
     )
-    return [{"query": query, "choices": options, "gold": [_letter(label) for label in labels]}]
+    return [{"query": query, "choices": options, "gold": _letters(row["label"])}]
 
 
 def _truthful(row: Row) -> list[Row]:
     found: Row = {"question": row["question"]}
+    if "expected_index" in row:  # copies with the one right answer among the choices
+        labels = [int(place == row["expected_index"]) for place in range(len(row["choices"]))]
+        return [{**found, "mc1_targets": {"choices": list(row["choices"]), "labels": labels}}]
     for name in ("mc1_targets", "mc2_targets"):
         if name == "mc2_targets" and name not in row:
             continue

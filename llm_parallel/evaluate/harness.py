@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,18 +24,18 @@ LIBRARIES = ("lm_eval", "torch", "tokenizers", "transformers", "datasets", "llm-
 
 @dataclass(frozen=True)
 class Settings:
-    """limit, seed: how many documents of each task, and the seed by which they are drawn; new_tokens: most tokens of an
-    answer, None for what the tasks say; chat, system: whether prompts go through the model's template, and the system
-    message."""
+    """limit, seed: how many documents of each task, or below 1 which share of them, and the seed by which they are
+    drawn; new_tokens: most tokens of an answer, None for what the tasks say; chat, system: whether prompts go through
+    the model's template, and the system message."""
 
-    limit: int | None = None
+    limit: float | None = None
     seed: int = 0
     new_tokens: int | None = None
     chat: bool = False
     system: str | None = None
 
 
-def drawn(tasks: Tasks, limit: int | None, seed: int) -> dict[str, list[int]] | None:
+def drawn(tasks: Tasks, limit: float | None, seed: int) -> dict[str, list[int]] | None:
     """The documents of each task that are evaluated, None for all. lm-eval's own limit takes the first ones, which in a
     sorted set is no sample."""
     if limit is None:
@@ -42,8 +43,9 @@ def drawn(tasks: Tasks, limit: int | None, seed: int) -> dict[str, list[int]] | 
     found = {}
     for task in tasks.leaves:
         count = len(task.eval_docs)
-        if count > limit:
-            found[task.task_name] = sorted(random.Random(f"{seed} {task.task_name}").sample(range(count), limit))
+        wanted = math.ceil(count * limit) if limit < 1 else int(limit)
+        if count > wanted:
+            found[task.task_name] = sorted(random.Random(f"{seed} {task.task_name}").sample(range(count), wanted))
     return found or None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,17 @@ from llm_parallel.errors import UserError
 from llm_parallel.options import argument, not_an_option, option
 
 SANDBOX_MODES = ("auto", "bwrap", "landlock", "unsafe")
+
+
+def read_limit(text: str) -> float:
+    """A whole number of documents, or a share of them below 1. Raises UserError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{text!r} is no number of documents; give a whole number, or a share as 0.1")
+    return int(number) if number.is_integer() else number
 
 
 @dataclass(frozen=True)
@@ -26,8 +38,8 @@ class EvaluateRequest:
     """Take a made-up sample of each set, which needs no data and measures nothing."""
     curve: bool = option(False, flag=True)
     """Evaluate every checkpoint of a run, and draw the values by step."""
-    limit: int | None = None
-    """Documents of each task, drawn by --seed."""
+    limit: float | None = option(None, read=read_limit)
+    """Documents of each task, drawn by --seed; below 1 the share of them."""
     seed: int = 0
     """Seed of that draw."""
     shots: int | None = None
@@ -71,9 +83,10 @@ class EvaluateRequest:
         for name in ("tp", "pp", "max_running"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        for name in ("limit", "new_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.new_tokens is not None and self.new_tokens < 1:
+            raise UserError(f"--new-tokens is {self.new_tokens}; it must be at least 1")
+        if self.limit is not None and (self.limit <= 0 or (self.limit > 1 and self.limit != int(self.limit))):
+            raise UserError(f"--limit is {self.limit}; it must be at least 1, or a share between 0 and 1")
         if self.shots is not None and self.shots < 0:
             raise UserError(f"--shots is {self.shots}; it must be 0 or more")
         if self.demo and self.data_dir is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from llm_parallel.errors import UserError
 from llm_parallel.evaluate.catalog import PUBLISHED
 from llm_parallel.files import atomic_write
+from llm_parallel.lines import note
 from llm_parallel.screen import show_table
 
 RESULTS = "results.json"
@@ -104,14 +106,19 @@ def _number(value: float) -> str:
 
 
 def show_results(results: Mapping[str, Any]) -> None:
-    """Prints the table."""
+    """Prints the table, and which prompts were cut."""
     show_table("Results (shares in percent)", HEADS, table_rows(results))
+    facts = results.get(OURS, {})
+    for task, count in facts.get("truncated", {}).items():
+        note(
+            f"[{task}: {count} requests with their answers were longer than the model's context of "
+            f"{facts.get('context')} tokens; the beginnings of these prompts were left out]"
+        )
 
 
 def read_results(path: Path) -> dict[str, Any]:
     """Results with their samples, of ours or of lm-eval. Raises UserError for a file that holds none."""
-    if path.is_dir():
-        path = path / RESULTS
+    path = _results_file(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -125,15 +132,26 @@ def read_results(path: Path) -> dict[str, Any]:
     return found
 
 
+def _results_file(path: Path) -> Path:
+    """The file of results that is meant by a path: of a folder ours, or the only one of lm-eval below it."""
+    if not path.is_dir() or (path / RESULTS).exists():
+        return path / RESULTS if path.is_dir() else path
+    found = sorted(path.rglob("results_*.json"))
+    if len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} results of lm-eval; give one of them, as {found[-1]}")
+    return found[0] if found else path / RESULTS
+
+
 def _samples(path: Path, task: str) -> Iterable[dict[str, Any]]:
-    """Samples of a task that lie beside the results: ours, or lm-eval's newest."""
-    ours = samples_path(path.parent, task)
-    named = sorted(path.parent.glob(f"samples_{task}_*.jsonl"))
-    file = ours if ours.exists() else named[-1] if named else None
-    if file is None:
-        raise UserError(f"{path} has no samples of {task} beside it ({ours.name}); evaluate again, which writes them")
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    """Samples of a task that lie beside the results: ours, or those of lm-eval that have the date of the results."""
+    dated = re.fullmatch(r"results_(\d{4}-.*)\.json", path.name)
+    file = path.parent / f"samples_{task}_{dated[1]}.jsonl" if dated else samples_path(path.parent, task)
+    if not file.exists():
+        how = "with lm-eval's --log_samples, which writes them" if dated else "again, which writes them"
+        raise UserError(f"{path} has no samples of {task} beside it ({file.name}); evaluate {how}")
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):  # texts may hold other line ends
         try:
-            yield json.loads(line)
+            if line.strip():
+                yield json.loads(line)
         except ValueError as error:
             raise UserError(f"line {number} of {file} is no JSON: {error}; evaluate again, which writes it") from None

@@ -100,8 +100,11 @@ class PromptReader:
         messages = record["messages"]
         if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
             raise UserError(f"messages in {where} is {json.dumps(messages)[:80]}; it must be a list of messages")
+        tools = record.get("tools")
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(one, dict) for one in tools)):
+            raise UserError(f"tools in {where} is {json.dumps(tools)[:80]}; it must be a list of tools")
         try:
-            return tuple(map(int, self._chat().prompt(messages, record.get("tools"))))
+            return tuple(map(int, self._chat().prompt(messages, tools)))
         except Refused as error:
             raise UserError(f"messages in {where} cannot be written by the chat template: {error}") from None
 

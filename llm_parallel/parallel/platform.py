@@ -64,6 +64,15 @@ class Platform:
             return torch.cuda.mem_get_info(self.device)[0]
         return psutil.virtual_memory().available
 
+    def return_freed_memory(self) -> None:
+        """Gives freed memory back to the system where the work that follows has tensors of other sizes than the work
+        before. On a CPU glibc keeps freed memory (``_keep_freed_memory``), and what large tensors do not fit into is
+        held for ever beside the room that they take anew; torch's allocator on GPUs gives such blocks back by itself
+        before it fails."""
+        if not self.is_cuda:
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+
 
 def resolve_device(choice: str) -> str:
     """``cpu`` or ``cuda`` for ``device=auto|cpu|cuda``. Raises UserError if CUDA is asked for and absent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from llm_parallel.errors import UserError
 from llm_parallel.files import folder_in_whole, turn
 from llm_parallel.model.hf_config import hf_config_to_model
 from llm_parallel.model.hf_files import check_weight_files, is_hf_folder, is_peft_folder, read_hf_config
+
+
+@dataclass(frozen=True)
+class Held:
+    """The model in a folder, and its tokenizer if it has one."""
+
+    model: ModelConfig
+    tokenizer: str | None
+    folder: str
 
 
 def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
@@ -34,16 +44,21 @@ def inherited(config: RunConfig, notice: Callable[[str], None]) -> RunConfig:
     wants_tokenizer = config.data.tokenizer is None
     if given >= set(ModelConfig.model_fields) - {"preset"} and not wants_tokenizer:
         return config
-    model, tokenizer = _held(folder)
+    return with_model_of(config, held_in(folder), notice)
+
+
+def with_model_of(config: RunConfig, held: Held, notice: Callable[[str], None]) -> RunConfig:
+    """The same with the model of a folder that is known already."""
+    given = config.model.model_fields_set
     changes: dict[str, Any] = {}
     if config.model.preset is None and not given >= set(ModelConfig.model_fields) - {"preset"}:
         kept = {name: getattr(config.model, name) for name in given}
-        changes["model"] = ModelConfig.model_validate(model.model_dump() | kept)
+        changes["model"] = ModelConfig.model_validate(held.model.model_dump() | kept)
         said = f" but for {', '.join(sorted(given))}, which the run file gives" if given else ""
-        notice(f"model: as in {folder}{said}")
-    if wants_tokenizer and tokenizer is not None:
-        changes["data"] = config.data.model_copy(update={"tokenizer": tokenizer})
-        notice(f"data.tokenizer: {tokenizer}")
+        notice(f"model: as in {held.folder}{said}")
+    if config.data.tokenizer is None and held.tokenizer is not None:
+        changes["data"] = config.data.model_copy(update={"tokenizer": held.tokenizer})
+        notice(f"data.tokenizer: {held.tokenizer}")
     return config.model_copy(update=changes)
 
 
@@ -87,7 +102,7 @@ def other_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> str | None:
 
 def changed_tokens(folder: str, tokenizer: Tokenizer) -> int:
     """How many tokens stand for other texts in the tokenizer of the model in ``folder``; 0 if it has none here."""
-    held = _held(folder)[1]
+    held = held_in(folder).tokenizer
     if held is None or not Path(held).exists():
         return 0
     theirs = load_tokenizer(held)
@@ -97,14 +112,14 @@ def changed_tokens(folder: str, tokenizer: Tokenizer) -> int:
     return sum(theirs.token(number) != tokenizer.token(number) for number in range(both))
 
 
-def _held(folder: str) -> tuple[ModelConfig, str | None]:
-    """The model of a folder, and its tokenizer if it has one."""
+def held_in(folder: str) -> Held:
+    """What a Hugging Face folder, a run or a checkpoint holds. Raises UserError if that is no model."""
     if is_hf_folder(folder):
         check_weight_files(folder)
         found = any((Path(folder) / name).is_file() for name in (JSON_NAME, MODEL_NAME))
-        return hf_config_to_model(read_hf_config(folder)), folder if found else None
+        return Held(hf_config_to_model(read_hf_config(folder)), folder if found else None, folder)
     saved = read_config(find_checkpoint(folder))
-    return saved.model, saved.data.tokenizer
+    return Held(saved.model, saved.data.tokenizer, folder)
 
 
 NOT_OF_WEIGHTS = ("preset", "max_seq_length_tokens", "init_std", "value_head")
@@ -117,7 +132,7 @@ def check_reference(config: RunConfig, tokenizer: Tokenizer) -> None:
     folder = config.method.reference.load
     if folder is None or is_peft_folder(folder):  # adapters without a model are refused by name where they are loaded
         return
-    model, _ = _held(folder)
+    model = held_in(folder).model
     for name, own in config.model:
         if name not in NOT_OF_WEIGHTS and getattr(model, name) != own:
             raise UserError(

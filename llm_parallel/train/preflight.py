@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llm_parallel.config.rules import check_chat_inputs, check_config, check_inputs, num_processes
-from llm_parallel.config.tree import RunConfig
+from llm_parallel.config.tree import RunConfig, TrainConfig
 from llm_parallel.data.chat_data import ChatData
 from llm_parallel.data.chat_files import prepare_conversations
 from llm_parallel.data.group_data import GroupData
 from llm_parallel.data.group_files import prepare_groups
 from llm_parallel.data.mix import MixtureRow, check_token_files, mixture_table, tokenizer_of_reports
+from llm_parallel.data.pack import Packer
 from llm_parallel.data.prompts import Prompts, prepare_prompts
 from llm_parallel.data.samples import SampleSource
 from llm_parallel.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -20,11 +21,13 @@ from llm_parallel.parallel.layout import Layout
 from llm_parallel.tasks.open import open_judge
 from llm_parallel.tasks.readings import check_records
 from llm_parallel.train.beside import check_beside
-from llm_parallel.train.inherit import check_reference, inherited, other_tokenizer
+from llm_parallel.train.inherit import Held, check_reference, inherited, other_tokenizer, with_model_of
 from llm_parallel.train.leftovers import unused_conversations
 from llm_parallel.train.step_settings import steps_for, total_samples
 
 MANY_STEPS = 10**9
+OVERSHOOT = 1.05
+"""A run may have so many times the epochs that were asked for before it is said."""
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
@@ -67,10 +70,15 @@ def preflight(
 
 
 def preflight_job(
-    config: RunConfig, gpus: int, processes: int, notice: Callable[[str], None] = lambda _: None
+    config: RunConfig,
+    gpus: int,
+    processes: int,
+    notice: Callable[[str], None] = lambda _: None,
+    promised: Held | None = None,
 ) -> RunConfig:
     """The same for a job of ``processes`` processes on nodes with ``gpus`` GPUs each, of which this machine is none:
-    whether their GPUs run the kernels is found there. Raises UserError."""
+    whether their GPUs run the kernels is found there. ``promised``: the model that another job will have left in
+    ``checkpoint.load`` by then. Raises UserError."""
     if config.device == "cuda" and not gpus:
         raise UserError(
             "device = cuda, and --gpus-per-node 0 asks for nodes without GPUs; give --gpus-per-node, or device=cpu"
@@ -78,11 +86,13 @@ def preflight_job(
     if config.device == "cpu" and gpus:
         notice(f"device = cpu: the {gpus} GPUs of each node that --gpus-per-node asks for are not used")
     device = "cuda" if gpus and config.device != "cpu" else "cpu"
-    config = with_value_head(inherited(without_own_load(config, notice), notice))
+    config = without_own_load(config, notice)
+    config = with_value_head(inherited(config, notice) if promised is None else with_model_of(config, promised, notice))
+    config = with_reported_tokenizer(config, notice)
     check_config(config, processes, device, uneven=True)  # type: ignore[arg-type]
     if device == "cpu":
         check_kernels(config, device, notice)
-    config = check_data(config, notice)
+    config = check_data(config, notice, promised is None)
     check_config(config, num_processes(config), device)  # type: ignore[arg-type]  # what its start will check
     return config
 
@@ -108,10 +118,11 @@ def without_own_load(config: RunConfig, notice: Callable[[str], None]) -> RunCon
     return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"load": None})})
 
 
-def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
-    """The configuration with its vocabulary, after every check of tokenizer and data. Raises UserError."""
+def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None, there: bool = True) -> RunConfig:
+    """The configuration with its vocabulary, after every check of tokenizer and data. ``there``: whether the model that
+    ``checkpoint.load`` names is there, and its tokenizer can be compared. Raises UserError."""
     if config.reads_chat:
-        return check_conversations(config, notice)
+        return check_conversations(config, notice, there)
     if config.train.epochs is not None:
         raise UserError(
             f"train.epochs = {config.train.epochs:g} counts passes over conversations, for `llm-parallel sft`; give "
@@ -120,7 +131,7 @@ def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None
     check_inputs(config)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
     config = with_vocabulary(config, tokenizer)
-    if tokenizer is not None and (differs := other_tokenizer(config, tokenizer)):
+    if there and tokenizer is not None and (differs := other_tokenizer(config, tokenizer)):
         notice(differs)
     assert config.model.vocab_size is not None
     for text in check_token_files(config.data, config.model.vocab_size, tokenizer):
@@ -131,14 +142,16 @@ def check_data(config: RunConfig, notice: Callable[[str], None] = lambda _: None
     return config
 
 
-def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambda _: None) -> RunConfig:
+def check_conversations(
+    config: RunConfig, notice: Callable[[str], None] = lambda _: None, there: bool = True
+) -> RunConfig:
     """The configuration of a run over conversations or preferences with its vocabulary, its steps and the folder of
     their tokens, which are written if they are not there. Raises UserError."""
     check_chat_inputs(config)
     assert config.data.tokenizer is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = with_vocabulary(config, tokenizer)
-    if differs := other_tokenizer(config, tokenizer):
+    if there and (differs := other_tokenizer(config, tokenizer)):
         notice(differs)
     check_reference(config, tokenizer)
     data: GroupData | ChatData | Prompts
@@ -152,19 +165,57 @@ def check_conversations(config: RunConfig, notice: Callable[[str], None] = lambd
         check_preferences(config, data, notice)
     else:
         data = prepare_conversations(config, notice)
+    if not isinstance(data, Prompts):
+        check_held_out(config, data.held_out_rows, notice)
     if unused := unused_conversations(Path(config.run_dir), data.folder):
         notice(unused)
     chat = config.chat.model_copy(update={"prepared": str(data.folder)})
     train = config.train
     if train.epochs is not None and not isinstance(data, Prompts):
-        steps = steps_for(train, data.training(config.seed).packer.samples_before(train.epochs))
-        if "steps" in train.model_fields_set and train.steps != steps:
-            notice(f"train.steps = {train.steps} is replaced by {steps}, which are train.epochs = {train.epochs:g}")
-        train = train.model_copy(update={"steps": steps})
+        train = with_steps(train, data.training(config.seed).packer, notice)
     checkpoint = config.checkpoint
     if "load_optimizer" not in checkpoint.model_fields_set:  # fine-tuning has a schedule of its own
         checkpoint = checkpoint.model_copy(update={"load_optimizer": False})
     return config.model_copy(update={"chat": chat, "train": train, "checkpoint": checkpoint})
+
+
+def check_held_out(config: RunConfig, rows: int, notice: Callable[[str], None]) -> None:
+    """Says what evaluations judge of the ``rows`` samples that are held out. Raises UserError if there are none, and
+    the run is to end by them."""
+    train, fraction = config.train, config.chat.eval_fraction
+    if rows > train.eval_samples:
+        notice(
+            f"an evaluation judges {train.eval_samples:,} of {rows:,} samples of what is held out, the same ones every "
+            "time; train.eval_samples says how many"
+        )
+    if rows or config.chat.eval or not fraction or train.eval_interval_steps is None:
+        return
+    nothing = f"chat.eval_fraction = {fraction:g} of the records here is less than one, so nothing is held out"
+    if train.early_stop_evaluations is None:
+        notice(f"{nothing} and evaluations judge nothing; a larger chat.eval_fraction or chat.eval would change that")
+        return
+    raise UserError(
+        f"{nothing}, and train.early_stop_evaluations = {train.early_stop_evaluations} needs evaluations; make "
+        "chat.eval_fraction larger, or give chat.eval"
+    )
+
+
+def with_steps(train: TrainConfig, packer: Packer, notice: Callable[[str], None]) -> TrainConfig:
+    """The settings with the steps of ``train.epochs``, the last of which is a whole batch."""
+    epochs = train.epochs
+    assert epochs is not None
+    steps = steps_for(train, packer.samples_before(epochs))
+    if "steps" in train.model_fields_set and train.steps != steps:
+        notice(f"train.steps = {train.steps} is replaced by {steps}, which are train.epochs = {epochs:g}")
+    train = train.model_copy(update={"steps": steps})
+    epoch, place = packer.locate(total_samples(train))
+    made = epoch + place / packer.samples_of(epoch)
+    if made > OVERSHOOT * epochs:
+        notice(
+            f"train.epochs = {epochs:g} ends within step {steps:,}, whose batch of {train.global_batch_size:,} "
+            f"samples is made whole: the run has {made:.2f} epochs; a smaller train.global_batch_size comes nearer"
+        )
+    return train
 
 
 def check_preferences(config: RunConfig, data: GroupData, notice: Callable[[str], None]) -> None:

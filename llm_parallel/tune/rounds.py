@@ -109,8 +109,11 @@ class RoundFeed:
         """See ``Feed``."""
         number, within = divmod(state.step, steps_of_round(self._run.config))
         if self._round is None or self._round.number != number:
+            # Generation and training have tensors of different sizes; neither keeps what the other has freed.
+            self._run.groups.platform.return_freed_memory()
             with self._run.long():
                 self._round = self._collect(number, within)
+            self._run.groups.platform.return_freed_memory()
         texts = self._round.texts
         rows = self._rows(texts, self._chosen(number, len(texts), within))
         self.step_tokens = len(rows.of_row) * rows.length

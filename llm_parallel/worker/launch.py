@@ -12,7 +12,7 @@ from typing import Any, Literal
 from llm_launch.agent_step import AgentStep
 from llm_launch.batch_file import batch_file, job_name, sweep_folders
 from llm_launch.copy_files import run_folder
-from llm_launch.job_record import JobRecord
+from llm_launch.job_record import JobRecord, read_record
 from llm_launch.launch_request import LaunchRequest
 from llm_launch.lease import Lease
 from llm_launch.site import site_files, with_site
@@ -22,6 +22,7 @@ from llm_launch.submit_request import SubmitRequest
 from llm_launch.submitted import RUN_FILE, changes_since, freeze, frozen_text, note_job, versions
 from llm_launch.supervise import ASKED, StopRequests, launch_elastic, starter_here, starter_of_job
 from llm_parallel.checkpoint.folders import latest_checkpoint, step_of
+from llm_parallel.command_help import COMMANDS
 from llm_parallel.config.load import load_config
 from llm_parallel.config.rules import num_processes
 from llm_parallel.config.tree import RunConfig
@@ -30,8 +31,9 @@ from llm_parallel.evaluate.in_run_file import check_tasks
 from llm_parallel.lines import Unheard, note, say
 from llm_parallel.parallel.platform import resolve_device
 from llm_parallel.screen import say_next
-from llm_parallel.train.inherit import with_own_tokenizer
-from llm_parallel.train.preflight import preflight, preflight_job
+from llm_parallel.train.inherit import Held, with_own_tokenizer
+from llm_parallel.train.preflight import preflight, preflight_job, with_reported_tokenizer
+from llm_parallel.train.promised import is_to_come, promised_model, run_of
 from llm_parallel.train.room import check_copies, check_room
 from llm_parallel.worker.command import CONFIG_NAME, after_run, draw_plots, is_finished, save_config
 from llm_parallel.worker.show import show_mixture
@@ -130,6 +132,7 @@ def submit_command(
     """Exit status of ``llm-parallel submit``: checks the run as ``launch`` will, keeps a copy of what it is, and hands
     it to SLURM; ``dry_run`` prints the batch file instead, and says what would be refused."""
     request, step = asked
+    refuse_commands(run_file)
     for path in reversed(site_files(request, environment)):
         request, step, names = with_site(request, step, path)
         if names:
@@ -149,6 +152,8 @@ def submit_command(
         note(f"submit would refuse this now: {error}")
     if dry_run:
         print(text, end="")
+        if request.dependency:
+            note(f"sbatch is given {' '.join(request.dependency)} too")
         say_next("the same without --dry-run")
         return 0
     job = _submit(
@@ -160,10 +165,40 @@ def submit_command(
     return 0
 
 
+def refuse_commands(run_file: str) -> None:
+    """Raises UserError if the run file's place holds the name of a command."""
+    if run_file not in COMMANDS or Path(run_file).exists():
+        return
+    if run_file in ("pretrain", "sft", "prefer", "launch"):
+        raise UserError(f"submit trains what a run file says: `llm-parallel submit RUN.yaml`, without {run_file}")
+    raise UserError(
+        f"submit takes a run file, to train; {run_file} runs on one node as a job of SLURM's own: `sbatch --nodes=1 "
+        f"--gpus-per-node=1 --wrap 'llm-parallel {run_file} …'`, after a run with --dependency=afterok:JOB"
+    )
+
+
+def promised_to(config: RunConfig, request: SubmitRequest) -> Held | None:
+    """The model that a job of ``--after`` will have left in ``checkpoint.load``; None if it is there, or none is named.
+    Raises UserError if another job, or none, is to make it."""
+    load = config.checkpoint.load
+    if load is None or not is_to_come(load, RUN_FILE):
+        return None
+    record = read_record(run_of(load))
+    job = record.job if record is not None else "unknown"
+    if request.after is None or job not in request.after.split(","):
+        raise UserError(
+            f"checkpoint.load = {load} holds no checkpoint yet, and job {job} is to train it; give --after {job} for a"
+            " job that starts when that has made all its steps"
+        )
+    note(f"checkpoint.load = {load} has no checkpoint before job {job} has made one; its run file says of which model")
+    return promised_model(load, RUN_FILE, lambda found: with_reported_tokenizer(found, lambda _: None))
+
+
 def _check_runs(runs: Sequence[RunConfig], request: SubmitRequest) -> None:
     gpus = request.gpus
     for config in runs:
-        checked = preflight_job(config, gpus, request.nodes * gpus or num_processes(config), note)
+        processes = request.nodes * gpus or num_processes(config)
+        checked = preflight_job(config, gpus, processes, note, promised_to(config, request))
         check_tasks(checked, note)
         check_room(checked, note, len(runs))
 
@@ -186,7 +221,7 @@ def _submit(
         freeze(run_dir, frozen, asked)
     except OSError as error:
         raise UserError(f"run_dir = {run_dir} cannot be written ({error.strerror}); give a shared folder") from None
-    job = submit(path, environment)
+    job = submit(path, environment, request.dependency)
     note_job(run_dir, job)
     with contextlib.suppress(OSError):  # the job is in the queue, whether or not `status` can find it
         JobRecord(job, folders=sweep_folders(request)).write(run_dir)

@@ -89,6 +89,12 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
         ("unknown key chat.train.0.columns.q", "llm-parallel fields chat.train.N.columns"),
     ),
     "a weight of 0": (given("chat.train=[{path: FOLDER/train.jsonl, weight: 0}]"), ("chat.train.0.weight = 0",)),
+    "a weight of too many": (
+        given("chat.train=[{path: FOLDER/train.jsonl, weight: 1e9}]"), ("chat.train.N.weight", "an epoch see 3.9e+10"),
+    ),
+    "a field twice": (
+        data('{"messages": [], "messages": [{"role": "user", "content": "1"}]}'), ("line 1", "'messages' twice"),
+    ),
     "all held out": (
         lambda folder: [*data(record(Q, A))(folder), "chat.eval_fraction=0.9"],
         ("chat.eval_fraction = 0.9 holds all conversations out",),
@@ -126,6 +132,10 @@ BAD: dict[str, tuple[Overrides, tuple[str, ...]]] = {
     "packing of another name": (given("chat.packing=neat"), ("chat.packing", "best_fit, pad")),
     "evaluations of nothing": (
         given("chat.eval_fraction=0", "train.eval_interval_steps=2"), ("chat.eval is empty and chat.eval_fraction = 0",)
+    ),
+    "an early stop by less than one": (
+        given("chat.eval_fraction=0.001", "train.eval_interval_steps=2", "train.early_stop_evaluations=2"),
+        ("chat.eval_fraction = 0.001", "train.early_stop_evaluations = 2 needs evaluations"),
     ),
     "an early stop without evaluations": (
         given("train.early_stop_evaluations=2"), ("train.early_stop_evaluations = 2", "train.eval_interval_steps=1")
@@ -182,6 +192,15 @@ COUNTED: dict[str, tuple[Overrides, str]] = {
         "1 conversation has calls of tools, which the template does not write",
     ),
     "steps and epochs": (given("train.epochs=2"), "train.steps = 6 is replaced by"),
+    "an evaluation of a part": (
+        lambda folder: [f"chat.eval=[{folder / 'train.jsonl'}]", "chat.packing=pad"],
+        "judges 8 of 40 samples of what is",
+    ),
+    "evaluations of less than one": (
+        given("chat.eval_fraction=0.001", "train.eval_interval_steps=2"),
+        "nothing is held out and evaluations judge",
+    ),
+    "epochs that end within a batch": (given("train.epochs=2"), "the run has 4.00 epochs"),
 }
 
 
@@ -189,7 +208,7 @@ COUNTED: dict[str, tuple[Overrides, str]] = {
 def test_what_is_left_out_or_replaced_is_said(run_file: Path, tmp_path: Path, overrides: Overrides, said: str) -> None:
     shutil.copytree(run_file.parent, tmp_path, dirs_exist_ok=True)
     more = ("chat.eval_fraction=0", "optim.warmup_steps=0", f"run_dir={tmp_path / 'x'}", "--dry-run")
-    result = in_process("sft", run_file, *overrides(tmp_path), *more)
+    result = in_process("sft", run_file, *more, *overrides(tmp_path))
     assert result.returncode == 0, result.stderr
     assert said.replace("FOLDER", str(tmp_path)) in result.stderr
 

@@ -68,6 +68,15 @@ UNREACHED = ["srun: error: Task launch for StepId=1.4 failed on node n3: Communi
           "srun: error: Unable to create step for job 1: Requested node configuration is not available"], 1,
          "Unable to create step for job 1: Requested node configuration is not available (srun ended with status 1)",
          True),
+        (["slurmstepd-n3: error: Exceeded job memory limit",
+          "slurmstepd-n3: error: StepId=2.1 exceeded memory limit (1099952128 > 734003200), being killed",
+          "slurmstepd-n3: error: *** STEP 2.1 ON n3 CANCELLED AT 2026-11-30T16:10:24 ***",
+          "srun: error: n3: task 0: Killed"], 137,
+         "StepId=2.1 exceeded memory limit (1099952128 > 734003200), being killed (Killed)", False),
+        (["slurmstepd-n3: error: Detected 1 oom-kill event(s) in StepId=2.0. Some of your processes have been killed",
+          "agent n3: something else", "srun: error: n3: task 0: Out Of Memory"], 137,
+         "Detected 1 oom-kill event(s) in StepId=2.0. Some of your processes have been killed (Out Of Memory)",
+         False),
         (["\x1b[2Jbad"], 1, "␛[2Jbad (srun ended with status 1)", False),
         ([], 1, "its agent said nothing (srun ended with status 1)", False),
     ],
@@ -80,6 +89,8 @@ def test_of_a_step_of_several_nodes_only_those_that_srun_names_are_at_fault() ->
     found = absences(["n1", "n2", "n3"], UNREACHED, 233)
     assert found == [Absence("n3", "Communication connection failure", True, True)]
     assert absences(["n1", "n2"], ["srun: error: n1: task 0: Killed"], 137) == []
+    killed = ["slurmstepd-n2: error: Detected 1 oom-kill event(s)", "srun: error: n2: task 1: Out Of Memory"]
+    assert absences(["n1", "n2"], killed, 137) == [Absence("n2", "Detected 1 oom-kill event(s)", False, True)]
 
 
 def test_what_all_agents_said_is_said_once() -> None:
@@ -407,6 +418,7 @@ def slurm(tmp_path: Path) -> Iterator[Callable[..., SlurmStarter]]:
         config = config_of(tmp_path)
         Path(config.run_dir).mkdir()
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_CPUS_ON_NODE": "64", "SLURM_GPUS": "16",
+                       "SLURM_TRES_PER_TASK": "cpu=64",
                        "SLURM_EXPORT_ENV": "NONE", "SLURM_CPUS_PER_TASK": "64"}  # fmt: skip
         job = SlurmJob("7", 0, "n1", environment)
         starter = SlurmStarter(config, tmp_path / "f.yaml", job, ["n1", "n2", "n3"], [0], "s", "10.7.0.1")
@@ -462,6 +474,55 @@ def test_a_step_that_fails_ends_no_other_and_says_why(
 
 
 @pytest.mark.processes
+def test_why_an_agent_ended_is_told_though_another_is_started_already(slurm: Callable[..., SlurmStarter]) -> None:
+    """The loss of the connection is known before srun's end, and the agent is started again at once."""
+    go = "while [ ! -e go ]; do sleep 0.05; done"
+    said = "slurmstepd-n2: error: Detected 1 oom-kill event(s) in StepId=7.1."
+    starter = slurm(srun=f"cd $(dirname $0); {go}; SAYS='{said}'; {RUNS}")
+    starter.begin(9)
+    folder = Path(starter.job.environment["PATH"].split(":")[0])
+    starter._newest.pop("n2")  # as ``start`` does
+    (folder / "go").touch()
+    (absence,) = seen(starter, len)
+    reason = "Detected 1 oom-kill event(s) in StepId=7.1. (srun ended with status 1)"
+    assert absence == Absence("n2", reason, False, ended=False, late=True)
+
+
+def test_a_run_whose_agents_end_again_and_again_says_why(tmp_path: Path) -> None:
+    """What SLURM said of an agent that was lost is an event, and stands in the last sentence and in ``status``."""
+    config = config_of(tmp_path, max_fruitless=1)
+    nodes = Nodes(config, ["n1"])
+    killed = Absence("n1", "StepId=7.1 exceeded memory limit", False, ended=False, late=True)
+
+    async def act(story: Story) -> None:
+        for generation in (1, 2):
+            await story.until(lambda n=generation: len(story.events("resume")) == n, f"generation {generation}")
+            nodes.absences.append(killed)
+            await story.until(lambda n=generation: len(story.events("agent_ended")) == n, "the agent's last words")
+            nodes.lose("n1")
+
+    async def run() -> int:
+        controller = Controller(config, Path(config.run_dir), nodes, "cpu")
+        acting = asyncio.create_task(act(Story(controller, nodes)))
+        nodes.begin(await controller.listen("127.0.0.1"))
+        try:
+            status = await asyncio.wait_for(controller.run(), 60)
+            await acting
+            return status
+        finally:
+            acting.cancel()
+            controller.close()
+
+    assert asyncio.run(run()) == 1
+    (fail,) = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["event"] == "fail"]
+    assert fail["cause"] == (
+        "given up after 2 recoveries without a step (elastic.max_fruitless): the agent of n1 is gone; of n1: StepId=7.1"
+        " exceeded memory limit"
+    )
+    assert "exceeded memory limit" in status_of(config)
+
+
+@pytest.mark.processes
 def test_the_environment_of_a_step_has_nothing_of_the_batch_nodes_size(
     slurm: Callable[..., SlurmStarter], tmp_path: Path
 ) -> None:
@@ -470,7 +531,10 @@ def test_the_environment_of_a_step_has_nothing_of_the_batch_nodes_size(
     asyncio.run(asyncio.wait_for(until_three(tmp_path), 60))
     for path in tmp_path.glob("env.*"):
         names = {line.partition("=")[0] for line in path.read_text().splitlines()}
-        assert not names & {"SLURM_GPUS", "SLURM_CPUS_PER_TASK"} and "LLM_PARALLEL_SECRET" in names
+        assert (
+            not names & {"SLURM_GPUS", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK"} and "LLM_PARALLEL_SECRET" in names
+        )
+        assert "SLURM_OOM_KILL_STEP=0" in path.read_text().splitlines()
 
 
 async def until_three(folder: Path) -> None:

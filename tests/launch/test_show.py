@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
@@ -18,9 +19,11 @@ from rich.console import Console
 from llm_launch.lease import Lease
 from llm_launch.run_status import living_holder, read_status
 from llm_launch.sentences import clock, sentence
-from llm_launch.show import following, show_events, show_status, timeline
+from llm_launch.show import following, next_command, show_events, show_status, timeline
+from llm_parallel.config.tree import RunConfig
 from llm_parallel.errors import UserError
 from llm_parallel.lines import CONTROL
+from llm_parallel.worker.command import after_run
 
 NOW = datetime(2026, 11, 30, 12, 0, 0, tzinfo=timezone.utc)
 START = {"event": "run_start", "step": 0, "total_steps": 100, "size": 2, "device_name": "CPU", "layout": "TP 1 x PP 2"}
@@ -225,3 +228,20 @@ def test_a_launcher_that_is_gone_without_a_word(tmp_path: Path) -> None:
     (run_dir / "elastic.json").write_text(json.dumps({**elastic, "updated": 0.0}))
     with Lease(run_dir):
         assert shown(run_dir)[0].startswith(f"{run_dir}: training"), "a clock that was set back changes nothing"
+
+
+@pytest.mark.parametrize("state", ["finished", "failed", "running"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_next_command_can_be_pasted(state: str, chat: bool, tmp_path: Path) -> None:
+    """Though the run's folder has spaces and quotes; of a run over conversations it is one that chats."""
+    run_dir = tmp_path / "it's a run #1"
+    run_dir.mkdir()
+    tree = {"run_dir": str(run_dir), "method": {"kind": None}, "chat": {"train": ["x.jsonl"] if chat else []}}
+    (run_dir / "config.yaml").write_text(json.dumps(tree))
+    for elastic in (False, True):
+        words = shlex.split(next_command(run_dir, state, elastic))
+        assert words[0] == "llm-parallel" and words[2] in (str(run_dir), f"{run_dir}/config.yaml")
+        assert ("--chat" in words) == (chat and state == "finished")
+    config = RunConfig.model_validate({"run_dir": str(run_dir)})
+    for status in (0, 1):
+        assert str(run_dir) in shlex.split(after_run(config, status, "again"))

@@ -243,6 +243,9 @@ def test_array(tmp_path: Path) -> None:
         (SubmitRequest(4, spares=1, segment=2), "--segment 2 does not divide 5 nodes"),
         (SubmitRequest(4, switches="few"), "--switches few must be a number"),
         (SubmitRequest(4, throttle=2), "--throttle 2 is for the runs of an --array"),
+        (SubmitRequest(2, after="job 12"), "--after job 12 must be numbers of jobs"),
+        (SubmitRequest(2, after="12:14"), "--after 12:14 must be numbers of jobs"),
+        (SubmitRequest(2, options=("--dependency=afterok:3",)), "give --after for jobs that must have made all"),
     ],
 )
 def test_bad_requests(request_: SubmitRequest, words: str) -> None:

@@ -21,8 +21,9 @@ from llm_launch.submit_request import SubmitRequest
 from llm_launch.submitted import changes_since, freeze, frozen_text
 from llm_parallel.config.load import dump_given, load_config
 from llm_parallel.errors import UserError
+from llm_parallel.train.preflight import preflight, preflight_job
 from llm_parallel.worker.launch import submit_command
-from tests.support.data_helpers import write_token_file
+from tests.support.data_helpers import prepare_small, write_token_file
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUN_FILES = sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "first-sweep.yaml"})
@@ -236,3 +237,87 @@ def test_the_commit_is_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert submitted.versions()["commit"] == "unknown"
     freeze(tmp_path, frozen_text(load_config(CONFIGS / "first-run.yaml", notice=lambda _: None)), {})
     assert changes_since(tmp_path / "submit.yaml", {**submitted.versions(), "commit": "abc"}) == []
+
+
+@pytest.fixture
+def chain(run_file: Path, there: dict[str, str], tmp_path: Path) -> Path:
+    """A run file of conversations that begins with the model of ``run_file``, whose job 7 waits. It names no sizes and
+    no tokenizer."""
+    prepare_small("a", tmp_path, "docs")
+    tree = yaml.safe_load(run_file.read_text())
+    tree["data"]["train"] = [str(tmp_path / "set" / "docs")]
+    del tree["model"]["vocab_size"]
+    run_file.write_text(yaml.safe_dump(tree))
+    assert submit(run_file, there) == 0
+    turns = [{"role": "user", "content": "what is 1?"}, {"role": "assistant", "content": "it is one."}]
+    (tmp_path / "chats.jsonl").write_text(20 * (json.dumps({"messages": turns}) + "\n"))
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump({
+        "run_dir": str(tmp_path / "sft"), "device": "cpu", "checkpoint": {"load": str(tmp_path / "run")},
+        "chat": {"train": [str(tmp_path / "chats.jsonl")]}, "data": {"seq_length_tokens": 32}, "parallel": {"dp": 2},
+        "train": {"global_batch_size": 2, "epochs": 1},
+    }))  # fmt: skip
+    return path
+
+
+def test_a_chain_of_jobs_is_submitted_before_the_first_has_a_model(
+    chain: Path, there: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fine-tuning after pretraining, preferences after fine-tuning: each is checked with the sizes and the tokenizer
+    that the run files before it give, and a mistake in it is found now."""
+    with pytest.raises(UserError, match=r"holds no checkpoint yet, and job 7 .* give --after 7 for a job that starts"):
+        submit(chain, there)
+    with pytest.raises(UserError, match="job 7 is to train it"):
+        submit(chain, there, after="12")
+    with pytest.raises(UserError, match=r"chats\.json does not exist"):
+        submit(chain, there, f"chat.train=[{tmp_path}/chats.json]", after="7")
+    with pytest.raises(UserError, match=r"parallel\.tp = 3"):
+        submit(chain, there, "parallel.tp=3", after="7")
+    fake(tmp_path / "bin", "sbatch", f'echo "$@" > {tmp_path}/asked; cp "${{@: -1}}" {tmp_path}/taken; echo 8')
+    assert submit(chain, there, after="7,3") == 0
+    said = capsys.readouterr()
+    assert f"model: as in {tmp_path / 'run'}" in said.err and "before job 7 has made one" in said.err
+    asked, taken = (tmp_path / "asked").read_text(), (tmp_path / "taken").read_text()
+    assert "--dependency=afterok:7:3,singleton --kill-on-invalid-dep=yes" in asked
+    assert "afterok" not in taken and "--dependency=singleton" in taken  # the file may be submitted again years later
+    tree = yaml.safe_load(chain.read_text())
+    tree |= {"run_dir": str(tmp_path / "dpo"), "method": {"kind": "dpo"}, "checkpoint": {"load": str(tmp_path / "sft")}}
+    answers = {"prompt": "what is 1?", "chosen": "it is one.", "rejected": "no."}
+    (tmp_path / "pairs.jsonl").write_text(20 * (json.dumps(answers) + "\n"))
+    tree |= {"chat": {"train": [str(tmp_path / "pairs.jsonl")]}, "data": {"seq_length_tokens": 128}}
+    last = tmp_path / "dpo.yaml"
+    last.write_text(yaml.safe_dump(tree))
+    assert submit(last, there, after="8", dry=True) == 0
+    shown = capsys.readouterr()
+    assert "submit would refuse" not in shown.err and "sbatch is given --dependency=afterok:8,singleton" in shown.err
+
+
+def test_a_start_needs_the_model_itself(chain: Path) -> None:
+    """Whatever its job was promised."""
+    config = load_config(chain, notice=lambda _: None)
+    with pytest.raises(UserError, match="holds no checkpoint; give a run folder"):
+        preflight(config)
+    with pytest.raises(UserError, match="holds no checkpoint; give a run folder"):
+        preflight_job(config, 0, 2)
+
+
+def test_runs_that_begin_with_each_others_models(chain: Path, there: dict[str, str], tmp_path: Path) -> None:
+    """Which a copy that was changed afterwards can ask for."""
+    copy = tmp_path / "run" / "submit.yaml"
+    tree = yaml.safe_load(copy.read_text())
+    copy.write_text(yaml.safe_dump({**tree, "checkpoint": {"load": str(tmp_path / "run")}}))
+    with pytest.raises(UserError, match="begin with each other's models"):
+        submit(chain, there, after="7")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("sft", r"`llm-parallel submit RUN\.yaml`, without sft"),
+        ("evaluate", r"evaluate runs on one node as a job of SLURM's own: `sbatch .*--wrap 'llm-parallel evaluate …'`"),
+        ("evalute.yaml", "evalute.yaml does not exist"),
+    ],
+)
+def test_other_commands_in_the_place_of_a_run_file(given: str, words: str, there: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=words):
+        submit(Path(given), there)

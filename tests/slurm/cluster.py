@@ -23,8 +23,14 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 UP_S = 120.0
 """A hang ends here; nothing is measured by it."""
 ROUNDS = 10
-# Slurm of Debian 12 (22.05) refuses to run without a cgroup plugin; this one is loaded and not used.
-CGROUP = "CgroupPlugin=cgroup/v1\n"
+# Slurm of Debian 12 (22.05) refuses to run without a cgroup plugin; only CONTROL_GROUPS uses this one.
+CGROUP = "CgroupPlugin=cgroup/v1\nConstrainRAMSpace=yes\nConstrainSwapSpace=yes\nAllowedSwapSpace=0\n"
+CONTROL_GROUPS = (
+    "ProctrackType=proctrack/cgroup\nTaskPlugin=task/cgroup\nSelectTypeParameters=CR_Core_Memory\n"
+    "JobAcctGatherType=jobacct_gather/cgroup\n"
+)
+"""Further lines of slurm.conf: the kernel ends processes of a job that needs more memory than it asked for."""
+GROUPS = Path("/sys/fs/cgroup")
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={controller}
@@ -74,6 +80,13 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen within {timeout_s:g} s")
         time.sleep(0.05)
+
+
+def why_no_groups() -> str | None:
+    """What this machine lacks for ``CONTROL_GROUPS``."""
+    if not os.access(GROUPS / "memory", os.W_OK):
+        return f"{GROUPS}/memory is no hierarchy of control groups (version 1) that can be written"
+    return None
 
 
 class Cluster:
@@ -228,12 +241,20 @@ class Cluster:
         for _ in range(ROUNDS):
             mine = [p for p in psutil.process_iter(["pid"]) if self._is_mine(p)]
             if not mine:
+                self._remove_groups()
                 return
             for process in mine:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(mine, timeout=10)
         raise RuntimeError(f"{mine} will not end")
+
+    def _remove_groups(self) -> None:
+        """Control groups of its nodes. Those of another cluster that runs hold processes, and stay."""
+        for node in self.nodes if CONTROL_GROUPS in self.more else ():
+            for group in sorted(GROUPS.glob(f"*/slurm_{node}/**/"), key=lambda path: -len(path.parts)):
+                with contextlib.suppress(OSError):
+                    group.rmdir()
 
     def _is_mine(self, process: psutil.Process) -> bool:
         if process.pid == os.getpid():

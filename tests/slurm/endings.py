@@ -5,6 +5,7 @@ python -m tests.slurm.endings FOLDER [WAY …]      prints the table of launch/R
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -19,9 +20,10 @@ import psutil
 import yaml
 
 from llm_launch.live_run import LiveRun
+from llm_launch.supervised_job import REQUEUE_S
 from tests.slurm import accounting
 from tests.slurm.accounting import Accounted
-from tests.slurm.cluster import Cluster, until
+from tests.slurm.cluster import CONTROL_GROUPS, Cluster, until
 from tests.slurm.submitted import Submitted
 from tests.support.commands import Corpus
 
@@ -36,6 +38,11 @@ PARTITIONS = (
     )
     + "PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF State=UP\n"
 )
+WATCHED = (
+    "SelectTypeParameters=CR_Core_Memory\nJobAcctGatherType=jobacct_gather/linux\nJobAcctGatherFrequency=task=1\n"
+    "JobAcctGatherParams=OverMemoryKill,UsePss\n"
+)
+"""Slurm itself measures the memory of a step, and ends the whole step where it is too much."""
 QUALITIES = "PreemptType=preempt/qos\nPreemptMode=REQUEUE\n"
 
 
@@ -126,6 +133,12 @@ def _warn(submitted: Submitted) -> None:
 
 def _warn_without_slurmctld(submitted: Submitted) -> None:
     """The launcher has asked for a requeue in vain before slurmctld comes back."""
+    _without_slurmctld(submitted)
+    submitted.cluster.start_slurmctld()
+    _requeued(submitted)
+
+
+def _without_slurmctld(submitted: Submitted) -> None:
     submitted.reach(5)
     tasks = submitted.cluster.tasks()
     script = [p for p in tasks if any(part.endswith("/slurm_script") for part in p.cmdline())]
@@ -135,8 +148,6 @@ def _warn_without_slurmctld(submitted: Submitted) -> None:
     script[0].send_signal(signal.SIGUSR1)
     until(lambda: bool(submitted.events("stopped")), LIMIT_S, "the save")
     _wait_for_line(submitted, "does not answer yet")
-    submitted.cluster.start_slurmctld()
-    _requeued(submitted)
 
 
 def _preempt(by: str = "--partition=high") -> Act:
@@ -177,6 +188,42 @@ def _crash(every: bool) -> Act:
     return act
 
 
+def _warn_until_it_gives_up(submitted: Submitted) -> None:
+    """slurmctld is away until the launcher has given up, and takes the batch script's status when it is back."""
+    _without_slurmctld(submitted)
+    until(lambda: "slurmctld has not answered for " in submitted.log(), REQUEUE_S + LIMIT_S, "the launcher's end")
+    submitted.cluster.start_slurmctld()
+    _over(submitted)
+
+
+def _grow(submitted: Submitted) -> None:
+    """A process beside a worker takes memory until the kernel ends the worker, whose score says so, in a job that has
+    less than that. The run goes on."""
+    submitted.reach(5)
+    state = json.loads((submitted.run / "elastic.json").read_text())
+    pid = next(iter(state["nodes"][0]["workers"].values()))
+    command = [sys.executable, "-m", "tests.slurm.memory_hog", str(pid)]
+    subprocess.run(command, check=True, timeout=LIMIT_S, cwd=Path(__file__).parents[2])
+    submitted.wait(lambda: len(submitted.events("resume")) > 1, "a recovery")
+    assert "the node had no memory left" in str(submitted.events("blame")[0]["cause"])
+    submitted.reach(max(submitted.steps()) + 3)
+
+
+def _without_memory(submitted: Submitted) -> None:
+    _over(submitted)
+    (fail,) = submitted.events("fail")
+    assert "given up after" in str(fail["cause"]), fail
+    assert any(words in str(fail["cause"]) for words in ("no memory left", "exceeded memory limit", "oom-kill")), fail
+
+
+def _more_memory(submitted: Submitted) -> None:
+    """Smaller micro batches, as the user would give."""
+    path = submitted.run / "submit.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["train"].update(global_batch_size=8, micro_batch_size=1)
+    path.write_text(yaml.safe_dump(tree))
+
+
 def _change_copy(submitted: Submitted, steps: int) -> None:
     path = submitted.run / "submit.yaml"
     tree = yaml.safe_load(path.read_text())
@@ -211,6 +258,9 @@ def _secret(cluster: Cluster) -> str:
 
 
 HELD = ("--sbatch=--hold",)
+PART = ("--nodes=1", "--shared", "--cpus=4", "--mem=1500M")
+LARGE = (*PART, "elastic.max_fruitless=2", "train.global_batch_size=40000", "train.micro_batch_size=10000")
+"""Far more activations than ``PART`` has memory for."""
 WAYS = {
     "all steps": Way(_over, "COMPLETED 0:0", options=("train.steps=20",)),
     "scancel while it starts": Way(_cancel("elastic | SLURM job"), "CANCELLED"),
@@ -220,6 +270,7 @@ WAYS = {
     "scancel while it trains": Way(_cancel(""), "CANCELLED"),
     "time limit": Way(_warn, "requeued", True, accounts="REQUEUED"),
     "time limit, slurmctld away": Way(_warn_without_slurmctld, "requeued", True, accounts="REQUEUED"),
+    "time limit, slurmctld away for good": Way(_warn_until_it_gives_up, "FAILED 3:0"),
     "preempted (REQUEUE)": Way(_preempt(), "requeued", True, 1, ("--partition=low",), accounts="PREEMPTED"),
     "preempted (REQUEUE) with a grace time": Way(_preempt(), "requeued", True, 0, ("--partition=grace",),
                                                  accounts="REQUEUED"),
@@ -233,6 +284,11 @@ WAYS = {
     "all nodes lost, and back": Way(_crash(True), "requeued", True, 1, accounts="NODE_FAIL"),
     "a user's mistake": Way(_mistake, "FAILED 2:0", options=HELD, mends=lambda s: _change_copy(s, 100_000)),
     "an error of the program": Way(_error, "FAILED 1:0", False, 1, ("elastic.drills=true",)),
+    "out of memory, one process once": Way(_grow, "RUNNING", True, 1, PART, CONTROL_GROUPS),
+    "out of memory, again and again": Way(_without_memory, "FAILED 1:0", False, 0, LARGE, CONTROL_GROUPS,
+                                          mends=_more_memory),
+    "out of memory, the whole step": Way(_without_memory, "FAILED 1:0", False, 0, LARGE, WATCHED,
+                                         mends=_more_memory),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from llm_launch.live_run import read_lines
 from tests.slurm.accounting import Accounted
-from tests.slurm.cluster import Cluster, until, why_not
+from tests.slurm.cluster import CONTROL_GROUPS, Cluster, until, why_no_groups, why_not
 from tests.slurm.endings import LIMIT_S, PARTITIONS, WAYS, bring_up, end, prepare
 from tests.slurm.submitted import Submitted
 from tests.support.commands import Corpus
@@ -21,7 +21,7 @@ SAID = {
     "COMPLETED": ("finished",),
     "CANCELLED": ("cancelled",),
     "PREEMPTED": ("preempted",),
-    "FAILED": ("failed",),
+    "FAILED": ("failed", "stopped"),
     "RUNNING": AT_WORK,
     "requeued": ("requeued", *AT_WORK),  # it may have begun again by then
 }
@@ -32,6 +32,8 @@ SAID = {
 def cluster(folder: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Four idle nodes, with accounting where that is installed."""
     more = getattr(request, "param", PARTITIONS)
+    if more == CONTROL_GROUPS and (reason := why_no_groups()) is not None:
+        pytest.skip(reason)
     name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)[-40:]
     with bring_up(folder / name, more) as slurm:
         prepare(slurm, more)

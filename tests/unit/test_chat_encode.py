@@ -348,6 +348,10 @@ def test_the_template_of_the_folder(tmp_path: Path) -> None:
     assert own_template(tmp_path) == ("C", f"{config} (the one named 'default', not 'tool_use')")
     (tmp_path / "chat_template.jinja").write_text("D")
     assert own_template(tmp_path) == ("D", str(tmp_path / "chat_template.jinja"))
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("E")
+    beside = f"{tmp_path / 'chat_template.jinja'} (the one named 'default', not 'tool_use')"
+    assert own_template(tmp_path) == ("D", beside)
     (tmp_path / "chat_template.jinja").unlink()
     config.write_text(json.dumps({"chat_template": several[:1]}))
     with pytest.raises(UserError, match="'tool_use' and none named 'default'"):

@@ -68,6 +68,9 @@ def read(record: Any, **options: Any) -> Conversation:
             [RULE, ASKED, SAID, ASKED, SAID],
             [0, 0, 0, 0, 1],
         ),
+        ({"prompt": json.dumps([ASKED]), "completion": json.dumps([SAID])}, [ASKED, SAID], [0, 1]),
+        ({"prompt": "[1, 2]", "completion": '["3"]'},
+         [{"role": "user", "content": "[1, 2]"}, {"role": "assistant", "content": '["3"]'}], [0, 1]),
         ({"messages": [ASKED, {**SAID, "weight": 0.5}, ASKED, {**SAID, "train": False}]},
          [ASKED, SAID, ASKED, SAID], [0, 0.5, 0, 0]),
         (
@@ -93,6 +96,12 @@ def test_other_names_of_fields() -> None:
     assert read({"question": "2+2?", "answer": "4"}, columns=columns).messages == [ASKED, SAID]
 
 
+@pytest.mark.parametrize("text", ["[1, 2, 3]: sort it", "[INST] hi", '["a"]', "[]", "[" * 5000])
+def test_a_prompt_that_begins_with_a_bracket_is_a_text(text: str) -> None:
+    assert Reader().prompt({"prompt": text}).messages == [{"role": "user", "content": text}]
+    assert Reader().prompt({"prompt": json.dumps([RULE, ASKED])}).messages == [RULE, ASKED]
+
+
 def test_only_texts_of_one_role_and_weight_are_joined() -> None:
     turns = [ASKED, ASKED, SAID, {**SAID, "train": False}, CALLED, RESULT, RESULT, SAID, SAID]
     joined = merged(read({"messages": turns}))
@@ -116,7 +125,9 @@ def test_only_texts_of_one_role_and_weight_are_joined() -> None:
         ({"messages": [ASKED, {"role": "robot", "content": "a"}]}, "has a turn 2 with the role 'robot'; known roles"),
         ({"messages": [ASKED, {"role": "assistant"}]}, "has a turn 2 of the role 'assistant' without 'content' or"),
         ({"messages": [ASKED, ASKED]}, "has no turn of the assistant"),
-        ({"messages": [ASKED, {**SAID, "weight": -1}]}, "has a turn 2 of weight -1; a weight is 0 or more"),
+        ({"messages": [ASKED, {**SAID, "weight": -1}]}, "has a turn 2 of weight -1; a weight is 0, or from 1e-06 to"),
+        ({"messages": [ASKED, {**SAID, "weight": 1e39}]}, "has a turn 2 of weight 1e+39; a weight is 0, or from"),
+        ({"messages": [ASKED, {**SAID, "weight": 1e-60}]}, "has a turn 2 of weight 1e-60; a weight is 0, or from"),
         ({"messages": [ASKED, {**SAID, "weight": "much"}]}, "has a turn 2 of weight 'much'"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}, SAID]}, "content of type 'image'"),
         ({"messages": [{"role": "user", "content": 7}, SAID]}, "has a turn 1 with a content of type 'a number'"),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_parallel.data.pack import Packer, best_fit, shuffled
+from llm_parallel.errors import UserError
 from llm_parallel.tune.sft import TokenCount
 
 SIZE = 24
@@ -82,6 +83,15 @@ def test_a_weight_is_how_often_a_conversation_is_seen(lengths: np.ndarray, seed:
             assert ((other >= np.floor(done * weight)) & (other <= np.ceil(done * weight))).all()
 
 
+@pytest.mark.parametrize("weights", [(1e-9, 1e-5), (1.0, 1e9), (1e300, 1e300)])
+def test_weights_that_make_no_epoch_are_refused(weights: tuple[float, float]) -> None:
+    """The first would look for a conversation in many thousands of empty epochs, the others need more memory than there
+    is."""
+    lengths, sources = np.full(8, 3), np.arange(8) % 2
+    with pytest.raises(UserError, match=r"chat\.train\.N\.weight, .* lets an epoch see .* of the 8 that there are"):
+        Packer(lengths, 64, 5, sources=sources, weights=weights)
+
+
 def test_epochs_differ_in_what_shares_a_sample_and_in_order() -> None:
     lengths = np.random.default_rng(0).integers(1, SIZE, 200)
     packer = Packer(lengths, SIZE, 1)
@@ -98,7 +108,18 @@ def test_held_out_samples_come_in_the_same_order_again() -> None:
     rows = packer.samples_of(0)
     assert [packer.sample(n).tolist() for n in range(rows)] == [packer.sample(rows + n).tolist() for n in range(rows)]
     apart = Packer(lengths, SIZE, 0, shuffled=False, together=False)
-    assert [apart.sample(n).tolist() for n in range(5)] == [[0], [1], [2], [3], [4]]
+    assert sorted(apart.sample(n).item() for n in range(5)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_first_held_out_samples_stand_for_all(together: bool) -> None:
+    """Of 400 conversations that grow from file to file, an evaluation may judge a few: not the longest, nor those of
+    the first source."""
+    lengths, sources = np.repeat(np.arange(1, 21), 20), np.repeat(np.arange(4), 100)
+    packer = Packer(lengths, 21, 0, sources=sources, weights=[1.0] * 4, shuffled=False, together=together)
+    items = np.concatenate([packer.sample(n) for n in range(packer.samples_of(0) // 4)])
+    assert set(sources[items].tolist()) == {0, 1, 2, 3}
+    assert abs(lengths[items].mean() / lengths.mean() - 1) < 0.25
 
 
 def test_part_of_an_epoch_is_counted_up() -> None:

@@ -177,6 +177,13 @@ COUNTED: dict[str, tuple[bytes, str, list[str]]] = {
     "open.json": (b"[" + A + b"," + B, "ab", ["line 3 ends within a JSON array of which 2 elements were read"]),
     "array byte.json": (b"[" + A + b',{"text": "\xff"},' + B + b"]", "ab", ["(record 2) holds bytes that are not UTF"]),
     "array surrogate.json": (b"[" + A + b',{"a": "\\udc00"},' + B + b"]", "ab", ["(record 2) holds half of a surrog"]),
+    "twice.jsonl": (A + b'{"n": {"text": 1, "text": 2}}\n' + B, "ab", ["line 2 has the field 'text' twice, with diff"]),
+    "twice the same.jsonl": (b'{"text": "a", "n": 1, "n": 1}\n' + B, "ab", []),
+    "array twice.json": (
+        b"[" + A + b',{"a": 1, "a": 2},' + B + b"]",
+        "ab",
+        ["(record 2) has the field 'a' twice, with"],
+    ),
     "cut.jsonl.gz": (gzip.compress(A + B)[:-5], "ab", ["after line 2 holds gzip data that ends early"]),
     "rubbish.jsonl.gz": (gzip.compress(A + B) + b"rubbish", "ab", ["after line 2 holds damaged gzip data"]),
     "cut.jsonl.zst": (zstandard.compress(A + B) + zstandard.compress(A)[:-3], "ab", ["zstd data that ends early"]),
@@ -197,6 +204,8 @@ def test_bad_records_are_counted_and_the_rest_is_read(tmp_path: Path, name: str)
     assert problems.count == len(said)
     for sentence, wanted in zip(problems.first, said):
         assert sentence.startswith(f"{tmp_path / name} ") and wanted in sentence
+    if not said:
+        return
     with pytest.raises(UserError) as caught:
         list(rows(tmp_path / name))
     assert str(caught.value) == problems.first[0]
@@ -209,6 +218,23 @@ def test_bytes_in_a_table_that_are_no_text_lose_their_row(tmp_path: Path) -> Non
     problems = Problems()
     assert [row.value["text"] for row in rows(tmp_path / "x.parquet", problems)] == ["a", "b"]
     assert problems.first == [f"{tmp_path / 'x.parquet'} row 2 holds bytes that are not UTF-8"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_table_gives_objects_the_fields_that_they_were_written_with(tmp_path: Path, form: str) -> None:
+    """All objects of a column have the same fields there, so that a tool's arguments would be every tool's."""
+    calls = [
+        {"name": "find", "arguments": {"what": "it", "where": {"here": 1}}},
+        {"name": "stop", "arguments": {"at": 2}},
+    ]
+    written = [{"text": "a", "calls": calls, "n": None}, {"text": None, "calls": [calls[1], None], "n": {"x": 0}}]
+    table, path = pyarrow.Table.from_pylist(written), tmp_path / f"x.{form}"
+    if form == "parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(str(path), table.schema) as out:
+            out.write_table(table)
+    assert [row.value for row in rows(path)] == written
 
 
 def test_only_the_first_five_are_kept_and_all_are_counted(tmp_path: Path) -> None:
@@ -244,7 +270,12 @@ def test_a_line_that_is_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest
 
 
 def values_in(text: bytes, size: int) -> list[Any]:
-    return [value for _, value in JsonStream(iter([text[at : at + size] for at in range(0, len(text), size)]))]
+    stream = JsonStream(iter([text[at : at + size] for at in range(0, len(text), size)]), no_problem)
+    return [value for _, value in stream]
+
+
+def no_problem(place: str, reason: str) -> None:
+    raise AssertionError(f"{place} {reason}")
 
 
 JSON = st.recursive(
@@ -273,7 +304,7 @@ def test_a_cut_array_gives_its_first_elements_and_an_error(values: list[Any], da
     cut = whole[: data.draw(st.integers(1, len(whole) - 1))]
     found = []
     with pytest.raises(Damaged):
-        for _, value in JsonStream(iter([cut])):
+        for _, value in JsonStream(iter([cut]), no_problem):
             found.append(value)
     assert found == values[: len(found)]
 
@@ -294,9 +325,9 @@ def test_a_large_value_is_not_parsed_again_for_every_block(monkeypatch: pytest.M
             tries += 1
             return super().raw_decode(*arguments)
 
-    monkeypatch.setattr(json_stream, "DECODER", Counting())
+    monkeypatch.setattr(json_stream.json, "JSONDecoder", Counting)
     assert values_in(json.dumps([["x" * 50] * 2000]).encode(), 100) == [["x" * 50] * 2000]
-    assert tries <= 12
+    assert 1 <= tries <= 12
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.evaluate.causes import causes, prompt_difference
 from llm_parallel.evaluate.compare import compare_command, contributions
 from llm_parallel.evaluate.pairs import pairs_of
+from llm_parallel.evaluate.results import read_results, show_results
 from llm_parallel.evaluate.stats import EXACT, bootstrap_interval, mcnemar, paired
 
 
@@ -159,6 +160,45 @@ def test_the_command_prints_changes_and_causes(tmp_path: Path, capsys: pytest.Ca
     assert "| texts | exact_match | 8 | 8 | 100.0 | 87.5 | -12.5 |" in out
     assert "texts: 1 documents have another score: 3" in out and "| 4 | 4 apples are |" in out
     assert "stop strings | 8 requests have until ['\\n'] and ['\\n', '.']" in out
+
+
+def write_as_lm_eval(folder: Path, date: str, made: dict[str, Any]) -> Path:
+    """Files as lm-eval's --output_path gets them with --log_samples."""
+    folder.mkdir(exist_ok=True)
+    for task, samples in made["samples"].items():
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        (folder / f"samples_{task}_{date}.jsonl").write_text("".join(lines))
+    file = folder / f"results_{date}.json"
+    file.write_text(json.dumps({key: value for key, value in made.items() if key != "samples"}))
+    return file
+
+
+def test_each_of_lm_evals_results_has_its_own_samples(tmp_path: Path) -> None:
+    """lm-eval writes every run of a model into one folder, and one task's name may begin as another's."""
+    first, second = results(), results()
+    first["samples"]["texts"][0]["resps"] = [["a\u2028b\x85c"]]
+    second["samples"]["texts"][3].update(exact_match=0.0)
+    for made in (first, second):
+        made["configs"]["texts_more"] = made["configs"]["texts"]
+        made["samples"]["texts_more"] = [{**sample, "doc_hash": "other"} for sample in made["samples"]["texts"]]
+    one = write_as_lm_eval(tmp_path / "m", "2026-11-30T10-00-00.000001", first)
+    other = write_as_lm_eval(tmp_path / "m", "2026-11-30T11-00-00.000001", second)
+    assert read_results(one)["samples"] == first["samples"]
+    assert read_results(other)["samples"] == second["samples"]
+    with pytest.raises(UserError, match=r"holds 2 results of lm-eval; give one of them, as .*T11-00-00"):
+        read_results(tmp_path)
+    other.unlink()
+    assert read_results(tmp_path)["samples"] == first["samples"]
+    (tmp_path / "m" / "samples_texts_2026-11-30T10-00-00.000001.jsonl").unlink()
+    with pytest.raises(UserError, match="evaluate with lm-eval's --log_samples, which writes them"):
+        read_results(one)
+
+
+def test_prompts_that_were_cut_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    show_results({**results(context=256, truncated={"choices": 4})})
+    assert (
+        "[choices: 4 requests with their answers were longer than the model's context of 256" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

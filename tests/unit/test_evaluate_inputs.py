@@ -68,7 +68,7 @@ def test_mmlu_in_every_form(name: str, content: Any, tmp_path: Path) -> None:
     write(tmp_path / name, content)
     (file,) = DataFolder(tmp_path).files
     assert FORMS["mmlu"].holds(file) and FORMS["mmlu"].split(file) == "test"
-    assert FORMS["mmlu"].converted(file) == [("anatomy", QUESTION)]
+    assert list(FORMS["mmlu"].converted(file)) == [("anatomy", QUESTION)]
 
 
 def test_other_sets_in_their_public_forms(tmp_path: Path) -> None:
@@ -107,6 +107,180 @@ def test_other_sets_in_their_public_forms(tmp_path: Path) -> None:
     assert rows_of(tmp_path, "truthfulqa")["validation"][0]["mc1_targets"] == {"choices": ["x", "y"], "labels": [1, 0]}
 
 
+def test_copies_with_the_place_of_the_right_answer(tmp_path: Path) -> None:
+    row = {"activity_label": "Paint", "ctx": "A shot. they", "endings": ["a", "b"], "expected_index": 1}
+    write(tmp_path / "hellaswag.jsonl", [row])
+    write(tmp_path / "truthfulqa_mc1.jsonl", [{"question": "q", "choices": ["x", "y"], "expected_index": 1}])
+    assert rows_of(tmp_path, "hellaswag")["validation"] == [
+        {"activity_label": "Paint", "ctx_a": "A shot.", "ctx_b": "they", "endings": ["a", "b"], "label": "1"}
+    ]
+    assert rows_of(tmp_path, "truthfulqa")["validation"] == [
+        {"question": "q", "mc1_targets": {"choices": ["x", "y"], "labels": [0, 1]}}
+    ]
+
+
+def test_openbookqa_as_its_authors_table(tmp_path: Path) -> None:
+    (tmp_path / "openbookqa").mkdir()
+    (tmp_path / "openbookqa" / "test.tsv").write_text(
+        "ID\tQuestion Stem\tChoices\tComplete Question\tAnswer Key\n"
+        "1\tFog is near\t(A) a marsh (B) a (dry) desert (C) the plains (D) rock\tFog is near (A) …\tB\n"
+    )
+    assert rows_of(tmp_path, "openbookqa")["test"] == [{
+        "question_stem": "Fog is near", "answerKey": "B",
+        "choices": {"text": ["a marsh", "a (dry) desert", "the plains", "rock"], "label": ["A", "B", "C", "D"]},
+    }]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("label", "gold"), [("B", [1]), ("AD", [0, 3]), ("A B D", [0, 1, 3]), (["A", "C", "。"], [0, 2]), (["B"], [1])]
+)
+def test_agieval_has_rows_with_several_right_answers(label: Any, gold: list[int]) -> None:
+    row = {
+        "passage": None,
+        "question": "?",
+        "options": ["(A)x", "(B)y", "(C)z", "(D)u"],
+        "label": label,
+        "answer": None,
+    }
+    assert agieval_row(row)[0]["gold"] == gold
+
+
+def built(data: Path, task: str) -> Any:
+    from llm_parallel.evaluate.command import open_tasks
+    from llm_parallel.evaluate.request import EvaluateRequest
+
+    programs, tasks = open_tasks(EvaluateRequest("model", tasks=(task,), data_dir=data), data)
+    programs.close()
+    return tasks
+
+
+def test_a_wrong_row_stops_only_the_tasks_that_need_it(tmp_path: Path) -> None:
+    """Of another subject, and in a split that the task does not use."""
+    one_exam(tmp_path)
+    row = {"passage": None, "question": "?", "options": ["(A)x", "(B)y"], "label": "?", "answer": None}
+    write(tmp_path / "agieval" / "sat-math.jsonl", [row])
+    assert len(built(tmp_path, "agieval_sat_en").leaves) == 1
+    with pytest.raises(UserError, match=r"row 1 of .*sat-math.jsonl cannot be read \('\?' names no answer\)"):
+        built(tmp_path, "agieval_en")
+    write(tmp_path / "gsm8k" / "test.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
+    (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "1+')
+    assert len(built(tmp_path, "gsm8k_cot").leaves) == 1, "its examples are fixed"
+    with pytest.raises(UserError, match=r"line 1 of .*train.jsonl is no JSON"):
+        built(tmp_path, "gsm8k")
+
+
+def test_rows_with_other_fields_than_a_task_of_ones_own(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "mine" / "test.jsonl", [{"frage": "1+1?", "answer": "2"}])
+    (tmp_path / "mine.yaml").write_text(
+        "task: mine\noutput_type: generate_until\ntest_split: test\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+    )
+    with pytest.raises(
+        UserError, match=r"mine cannot be built over mine/test.jsonl: 'question' is undefined; .* frage"
+    ):
+        built(tmp_path / "data", str(tmp_path / "mine.yaml"))
+
+
+def own_tasks(folder: Path) -> Path:
+    """A group of one's own: a task beside it, tasks of lm-eval with other settings, and one that is described in it."""
+    task = "output_type: multiple_choice\ntest_split: test\ndoc_to_text: !function mine.asked\n"
+    task += "doc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
+    folder.mkdir()
+    (folder / "base").write_text(task)
+    (folder / "mine.py").write_text("def asked(doc):\n    return 'Q: ' + doc['question'] + '\\nA:'\n")
+    (folder / "one.yaml").write_text("include: base\ntask: one\nnum_fewshot: 1\n")
+    (folder / "group.yaml").write_text(
+        "group: both\ndescription: 'Think.'\ntask:\n  - task: one\n    num_fewshot: 2\n  - hellaswag\n"
+        "  - group: inner\n    task: [gsm8k_cot]\n"
+    )
+    return folder
+
+
+def test_a_group_of_ones_own_sets_what_its_members_take(tmp_path: Path) -> None:
+    own = own_tasks(tmp_path / "own")
+    write_demo(tmp_path / "data", 6)
+    write(tmp_path / "data" / "one" / "test.jsonl", [QUESTION] * 4)
+    (task,) = built(tmp_path / "data", str(own / "one.yaml")).leaves
+    assert task.config.num_fewshot == 1 and task.doc_to_text(QUESTION) == "Q: Two plus two?\nA:"
+    tasks = built(tmp_path / "data", str(own / "group.yaml")).leaves
+    assert {one.task_name: (one.config.num_fewshot, one.config.description) for one in tasks} == {
+        "one": (2, "Think."), "hellaswag": (None, "Think."), "gsm8k_cot": (8, "Think."),
+    }  # fmt: skip
+
+
+def test_a_group_of_lm_eval_sets_what_its_members_take(tmp_path: Path) -> None:
+    """openllm asks HellaSwag with 10 examples and Winogrande with 5, which their own files do not say."""
+    from lm_eval.tasks._index import Entry, Kind
+
+    from llm_parallel.evaluate.humaneval import Programs
+    from llm_parallel.evaluate.tasks import Builder, lm_eval_folder
+
+    file = lm_eval_folder() / "benchmarks" / "openllm.yaml"
+    write_demo(tmp_path, 40)
+    builder = Builder(DataFolder(tmp_path), None, Programs("auto"))
+    members = ["hellaswag", "winogrande"]
+    import yaml
+
+    config = yaml.safe_load(file.read_text())
+    config["task"] = [one for one in config["task"] if one["task"] in members]
+    group = builder._group(Entry("openllm", Kind.GROUP, None, config), {}, None)
+    assert {one.task_name: one.config.num_fewshot for one in group.get_all_tasks()} == {
+        "hellaswag": 10, "winogrande": 5,
+    }  # fmt: skip
+
+
+def test_patterns_spaces_and_capitals_of_names(tmp_path: Path) -> None:
+    write_demo(tmp_path, 3)
+    names = {one.task_name for one in built(tmp_path, "agieval_sat_*").leaves}
+    assert names == {"agieval_sat_en", "agieval_sat_en_without_passage", "agieval_sat_math"}
+    with pytest.raises(UserError, match=r"'mmlu_\*x', which no task of lm-eval matches"):
+        built(tmp_path, "mmlu_*x")
+    done = in_process(
+        "evaluate", "model", "--tasks", "boolq, nq_open,", "--data-dir", tmp_path, "--out", tmp_path / "o"
+    )
+    assert "boolq" in done.stdout and "nq_open" in done.stdout, done.stderr
+    done = in_process("evaluate", "model", "--tasks", "MMLU", "--data-dir", tmp_path, "--out", tmp_path / "o")
+    assert "did you mean mmlu?" in done.stderr
+
+
+def test_files_that_are_damaged_or_hold_other_line_ends(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "humaneval.jsonl.gz", [{"task_id": "t"}] * 99)
+    file = tmp_path / "a" / "humaneval.jsonl.gz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:15] + bytes(byte ^ 255 for byte in whole[15:40]) + whole[40:])
+    with pytest.raises(UserError, match=r"humaneval.jsonl.gz cannot be read: .*put the whole file there"):
+        rows_of(tmp_path / "a", "humaneval")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "xstest.csv").write_text('prompt,type\n"' + "x" * 140_000)
+    with pytest.raises(UserError, match=r"xstest.csv cannot be read: field larger"):
+        rows_of(tmp_path / "b", "xstest")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "xstest.csv").write_text("prompt,type\nHow\u2028do I kill\x0ca process?,homonyms\n")
+    assert [row["prompt"] for row in rows_of(tmp_path / "c", "xstest")["test"]] == ["How\u2028do I kill\x0ca process?"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [("10", [10, 10]), ("0.25", [10, 3]), ("1", [1, 1]), ("1.0", [1, 1]), ("99", None)]
+)
+def test_a_limit_is_a_number_or_a_share(given: str, wanted: list[int] | None) -> None:
+    from types import SimpleNamespace
+
+    from llm_parallel.evaluate.harness import drawn
+    from llm_parallel.evaluate.request import read_limit
+
+    leaves = [SimpleNamespace(task_name=name, eval_docs=range(size)) for name, size in (("a", 40), ("b", 11))]
+    found: Any = drawn(SimpleNamespace(leaves=leaves), read_limit(given), 0)  # type: ignore[arg-type]
+    assert (found and [len(rows) for rows in found.values()]) == wanted
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "ten", "10%"])
+def test_a_limit_that_is_none(text: str) -> None:
+    from llm_parallel.evaluate.request import read_limit
+
+    with pytest.raises(UserError, match=r"give a whole number, or a share as 0\.1"):
+        read_limit(text)
+
+
 def test_agieval_gets_the_prompt_of_lm_evals_copies() -> None:
     row = {"passage": "P. ", "question": "Which?", "options": ["(A)x", "(B)y", "(C)z"], "label": "B", "answer": None}
     assert agieval_row(row) == [{
@@ -120,7 +294,7 @@ def test_agieval_gets_the_prompt_of_lm_evals_copies() -> None:
 def test_every_demo_file_belongs_to_one_set(tmp_path: Path) -> None:
     for file in DataFolder(write_demo(tmp_path, 3)).files:
         holders = [name for name, form in FORMS.items() if form.holds(file)]
-        assert len(holders) == 1 and FORMS[holders[0]].converted(file), (file.within, holders)
+        assert len(holders) == 1 and list(FORMS[holders[0]].converted(file)), (file.within, holders)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +374,8 @@ BAD: dict[str, tuple[Callable[[Path], Any] | None, list[str], str]] = {
     "model": (one_row, [], "does not exist; give a run, a checkpoint or a Hugging Face folder"),
     "demo": (one_row, ["--demo"], "--demo and --data-dir are given together"),
     "limit": (one_row, ["--limit", "0"], "--limit is 0; it must be at least 1"),
+    "half a document": (one_row, ["--limit", "1.5"], "--limit is 1.5; it must be at least 1, or a share"),
+    "options of lm-eval": (one_row, ["--num_fewshot", "5"], "No such option: --num_fewshot; here it is --shots"),
     "negative": (one_row, ["--shots", "-1"], "--shots is -1; it must be 0 or more"),
     "system": (one_row, ["--system", "Be brief."], "--system is given without --chat"),
     "sandbox": (one_row, ["--sandbox", "jail"], "--sandbox is 'jail'; it must be one of"),

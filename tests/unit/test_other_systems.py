@@ -205,6 +205,18 @@ def test_records_of_more_than_text_are_left_out(field: str) -> None:
         reader.read({**record, field: []})
 
 
+def test_what_a_table_holds_as_json_is_read_by_every_reader() -> None:
+    """A list of turns, or of tools, as text: the same as the list; a text that only begins like one stays text."""
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    record = {"prompt": json.dumps([ASKED]), "tools": json.dumps(tools)}
+    reader = PromptReader()
+    assert reader.read(record) == [ASKED] and reader.tools(record) == tools
+    assert reader.read({"prompt": "[2+2]?"}) == [{"role": "user", "content": "[2+2]?"}]
+    pair = PreferenceReader().read({**record, "chosen": json.dumps([SAID]), "rejected": "[5]"})
+    assert pair.prompt == (ASKED,) and pair.tools == tools
+    assert [list(answer.messages) for answer in pair.answers] == [[SAID], [{"role": "assistant", "content": "[5]"}]]
+
+
 def test_pairs_are_not_fine_tuned_on_without_their_answers() -> None:
     asked: dict[str, Any] = {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]}
     asked["conversations"].append({"from": "human", "value": "2+2?"})
