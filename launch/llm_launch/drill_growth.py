@@ -121,8 +121,9 @@ def look_at(run: LiveRun, at_s: float) -> list[Look]:
         while level:
             role = ("launcher", "agent", "zygote", "worker")[depth] if depth < 4 else "below a worker"
             for process in level:
-                with contextlib.suppress(psutil.Error, OSError, ValueError):
-                    by_role.setdefault(role, []).append(_amounts(process.pid))
+                with contextlib.suppress(psutil.Error, OSError, ValueError, KeyError):  # it has ended
+                    amounts = _amounts(process.pid)
+                    by_role.setdefault(role, []).append(amounts)
             level, depth = [child for process in level for child in _children(process)], depth + 1
     looks = [
         Look(at_s, role, len(rows), *(statistics.mean(column) for column in zip(*rows, strict=True)))

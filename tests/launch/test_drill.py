@@ -107,6 +107,18 @@ def test_a_look_sees_a_process_and_its_descriptors(tmp_path: Path) -> None:
     assert before.pss_mib >= before.uss_mib > 1
 
 
+def test_a_process_that_ends_while_it_is_looked_at(tmp_path: Path) -> None:
+    """One that has ended and is still listed, as a worker that was just killed, has no memory to tell of."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    try:
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        assert {look.role for look in look_at(run_of(tmp_path, os.getpid()), 1.0)} == {"launcher", "memory copies"}
+    finally:
+        os.waitpid(child, 0)
+
+
 def test_only_processes_of_the_run_are_ended(tmp_path: Path) -> None:
     """A number from the run's last status may be another program's by now."""
     child = os.fork()
