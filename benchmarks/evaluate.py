@@ -6,12 +6,12 @@ whose answers both let our sandbox run. Loading the models is not counted; build
 Every choice and every text is compared.
 
     .venv/bin/python benchmarks/evaluate.py [--documents 12] [--batch 8] [--data-dir FOLDER] [--out FILE.md]
+    .venv/bin/python benchmarks/evaluate.py --data-dir FOLDER --counts 2 40 10 10   # MMLU: 2 for each of 57 subjects
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.evaluate_equal import model_folder  # noqa: E402
 from benchmarks.measured_on import sentence  # noqa: E402
 
 CONTENDERS = ("ours", "lm-eval hf")
@@ -36,14 +37,21 @@ CASES = {
 NEW = 96
 
 
+def limit_of(case: str, options: dict[str, Any]) -> int:
+    """Documents of each task of a case."""
+    if options["counts"]:
+        return options["counts"][list(CASES).index(case)]
+    return max(int(options["documents"] * CASES[case][2]), 1)
+
+
 def request_of(case: str, options: dict[str, Any]) -> Any:
     """What is asked for in a case."""
     from llm_parallel.evaluate.request import EvaluateRequest
 
-    task, shots, share = CASES[case]
+    task, shots, _ = CASES[case]
     return EvaluateRequest(
         options["model"], tasks=(task,), shots=shots, data_dir=Path(options["data"]), device="cpu", weights="fp32",
-        limit=max(int(options["documents"] * share), 1), new_tokens=NEW if task in ("gsm8k_cot", "humaneval") else None,
+        limit=limit_of(case, options), new_tokens=NEW if task in ("gsm8k_cot", "humaneval") else None,
     )  # fmt: skip
 
 
@@ -97,18 +105,6 @@ def _answer(responses: Any) -> Any:
     return max(range(len(first)), key=lambda place: first[place][0])
 
 
-def model_folder(folder: Path) -> str:
-    """SmolLM2-135M with the names of its special tokens beside it, without which lm-eval's back end fails."""
-    from tests.support.smollm import smollm_folder
-
-    folder.mkdir()
-    for file in smollm_folder().iterdir():
-        (folder / file.name).symlink_to(file)
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    return str(folder)
-
-
 def measure(options: dict[str, Any], wanted: list[str]) -> list[str]:
     """Rows of the table."""
     context = multiprocessing.get_context("spawn")
@@ -149,6 +145,9 @@ def main() -> None:
     """Measures and prints, and writes a file if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=12)
+    parser.add_argument(
+        "--counts", type=int, nargs=len(CASES), help="documents of each case instead, of MMLU for each of its subjects"
+    )
     parser.add_argument("--batch", type=int, default=8, help="batch size of lm-eval's back end")
     parser.add_argument("--model", help="Hugging Face folder; SmolLM2-135M if not given")
     parser.add_argument("--data-dir", help="files of the sets; made-up ones if not given")
@@ -161,7 +160,9 @@ def main() -> None:
 
         data = given.data_dir or str(write_demo(Path(folder) / "data", max(2 * given.documents, 8)))
         model = given.model or model_folder(Path(folder) / "model")
-        options = {"model": model, "data": data, "documents": given.documents, "batch": given.batch}
+        options = {
+            "model": model, "data": data, "documents": given.documents, "counts": given.counts, "batch": given.batch,
+        }  # fmt: skip
         rows = measure(options, given.cases)
     lines = [
         sentence("transformers", "lm-eval"),

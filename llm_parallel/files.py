@@ -210,13 +210,15 @@ def refuse_planted(folder: Path) -> None:
 
 
 def refuse_outside(path: Path, folder: Path) -> None:
-    """Raises UserError if ``path``, a file of a folder that somebody else may have made, lies outside of it, or is a
-    link that leads out: a model's folder could otherwise have any of this user's files read, copied and sent on. Links
-    of Hugging Face's cache, from a revision to its blobs, are what they should be."""
+    """Raises UserError if ``path``, a file of a folder that somebody else may have made, lies outside of it, is a link
+    that leads out, or is a pipe or a device: a model's folder could otherwise have any of this user's files read,
+    copied and sent on. Links of Hugging Face's cache, from a revision to its blobs, are what they should be."""
     base, found = folder.resolve(), path.resolve()
     roots = [base, base.parent.parent / "blobs"] if base.parent.name == "snapshots" else [base]
     if not any(found.is_relative_to(root) for root in roots):
         raise UserError(f"{path} leads to {found}, outside {folder}; put the file itself there if it belongs there")
+    if found.exists() and not (found.is_file() or found.is_dir()):
+        raise UserError(f"{path} is no file but a pipe, a socket or a device, at which a reader may wait for ever")
 
 
 def copy_inside(source: Path, target: Path, ignore: Callable[[str, list[str]], set[str]] | None = None) -> None:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llm_launch.assign import assign
 from llm_launch.blame import Device, Evidence, Fault, Kind, Verdict, blame, few
@@ -20,7 +20,7 @@ from llm_launch.copy_catalog import CopyCatalog
 from llm_launch.door import WAITING
 from llm_launch.fleet import TICK_S, Fleet
 from llm_launch.hang import find_slow, kind_of_hang
-from llm_launch.journal import Journal
+from llm_launch.journal import MEMORY_NAME, Journal
 from llm_launch.ledger import Ledger
 from llm_launch.needs import needs_of
 from llm_launch.placement import Placement, Trained, crowded, fingerprint, place
@@ -67,15 +67,11 @@ class Controller:
         self.config, self.starter, self.device, self._newest_step = config, starter, device, newest_step
         self.journal = Journal(run_dir, config.elastic, starter.secret)
         remembered = self.journal.remembered()
-        elastic = config.elastic
-        self.ledger = Ledger.from_json(
-            remembered, elastic.strikes, 3600.0 * elastic.strike_hours, elastic.probe_every_steps
-        )
+        self.ledger, trained = self._recall(remembered)
         self.fleet = Fleet(config.elastic, starter.secret, self.journal)
         self.fleet.needs = needs_of(config, run_dir / "config.yaml")
         self.fleet.roster.order = list(starter.expected)
         self._model = fingerprint(config)
-        trained = [Trained.read(item) for item in remembered.get("trained", [])]
         self.copies = CopyCatalog(self.fleet, self.journal, self._model, newest_step())
         self.copies.remember(trained, remembered.get("model"))
         self._ticker = Ticker(self.fleet, self.copies, starter, self.stop, self._write_status)
@@ -88,6 +84,21 @@ class Controller:
         self._stuck: set[Device] = set()
         """Devices whose killed process was waited for in vain."""
 
+    def _recall(self, remembered: dict[str, Any]) -> tuple[Ledger, list[Trained]]:
+        """What an earlier start kept. A file that says something else is said and not believed: the copies and the
+        checkpoints are there without it, and devices that fail again are removed again."""
+        elastic = self.config.elastic
+        limits = (elastic.strikes, 3600.0 * elastic.strike_hours, elastic.probe_every_steps)
+        try:
+            trained = [Trained.read(item) for item in remembered.get("trained", [])]
+            return Ledger.from_json(remembered, *limits), trained
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            what = (
+                f"{MEMORY_NAME} of the run folder is not what an earlier start wrote ({type(error).__name__}: {error})"
+            )
+            self.journal.say(f"{what}; removed devices and strikes are forgotten")
+            return Ledger.from_json({}, *limits), []
+
     async def listen(self, host: str, port: int = 0) -> int:
         """Begins to accept agents; the port."""
         self.fleet.door.most = max(WAITING, 2 * len(self.starter.expected))  # they all come at once
@@ -98,9 +109,10 @@ class Controller:
         loop = asyncio.get_running_loop()
         work, ticker = loop.create_task(self._work()), loop.create_task(self._ticker.run())
         try:
-            await asyncio.wait({work, ticker}, return_when=asyncio.FIRST_COMPLETED)
+            watched = {work, ticker} | ({self.fleet.admitting} if self.fleet.admitting is not None else set())
+            done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():  # without signs of life every agent would end its workers a moment later
-                trace = "".join(traceback.format_exception(ticker.exception()))
+                trace = "".join(traceback.format_exception(done.pop().exception()))
                 self.journal.event("fail", fault="launcher", cause=f"a task of the launcher failed:\n{trace}")
                 raise Stopped(1, Phase.FAILED)
             work.result()

@@ -72,6 +72,9 @@ class Fleet:
         self.address: list[Any] = []
         self.changed = asyncio.Event()
         self.door = Door(WAITING)
+        self.admitting: asyncio.Task[None] | None = None
+        """Takes in agents; None before the fleet listens. Without it no agent could come back, and nobody would say
+        why, so its end ends the run."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._store = GenerationStore()
         self.pace = Pace(elastic.hang_deviations, first_s=elastic.first_step_limit_s)
@@ -106,13 +109,20 @@ class Fleet:
         listener = socket.create_server((host, port), family=family, backlog=4096)
         listener.setblocking(False)
         self.address = [host, listener.getsockname()[1]]
-        self._spawn(self._admit(listener))
+        self.admitting = self._spawn(self._admit(listener))
         return self.address[1]
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
+    def _spawn(self, coroutine: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """One connection's end is no other's; what ended it by mistake is said."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.journal.say("".join(traceback.format_exception(error)))
 
     async def _admit(self, listener: socket.socket) -> None:
         """Takes in connections one by one; a flood of strangers must not starve the agents that are there."""

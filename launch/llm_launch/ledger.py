@@ -138,7 +138,9 @@ class Ledger:
         found = cls(strikes, expire_s, PROVEN_PROBES * max(probe_steps, 1))
         for node, index, given in values.get("strikes", []):
             found.counts[Device(node, index)] = [
-                Strike(found.now(), item) if isinstance(item, str) else Strike(float(item[0]), *item[1:])
+                Strike(found.now(), item)
+                if isinstance(item, str)
+                else Strike(float(item[0]), str(item[1]), int((*item, 0)[2]))
                 for item in given
             ]
         found.removed = {Device(node, index): reason for node, index, reason in values.get("removed", [])}

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -162,9 +161,8 @@ class _Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            headers = Headers(scope=scope)
             try:
-                self._access.check(scope["path"], headers)
+                headers = self._access.check_scope(scope)
                 if headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and scope["path"] != "/":
                     raise ApiError(403, "pages of other servers may not ask this one")
             except ApiError as error:

@@ -97,7 +97,7 @@ def _serve(request: AnnotateRequest, board: Board, listener: socket.socket) -> N
     local = is_loopback(request.host)
     token = None if local else secrets.token_urlsafe(24)
     hosts = (*LOOPBACK_NAMES, request.host) if local else None
-    access = Access(() if token is None else (Access.digest(token),), hosts)
+    access = Access(() if token is None else (Access.digest(token),), hosts, own_user=local)
     listener.listen(64)
     name = written_address(listener)
     if listener.getsockname()[0] in ("0.0.0.0", "::"):
@@ -112,6 +112,7 @@ def _serve(request: AnnotateRequest, board: Board, listener: socket.socket) -> N
     options = uvicorn.Config(
         build_app(Desk(board, Path(request.file).name), access),
         log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5, ws="none",
+        proxy_headers=False,
     )  # fmt: skip
     AnnotationServer(options).run(sockets=[listener])
 

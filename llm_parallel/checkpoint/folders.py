@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from llm_parallel.errors import UserError
+from llm_parallel.files import read_small
 from llm_parallel.model.hf_files import what_it_is
 
 LATEST_NAME = "latest_checkpointed_iteration.txt"
@@ -40,7 +41,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that ``latest_checkpointed_iteration.txt`` names if it is complete, else the newest that is."""
     try:
-        named = folder / folder_name(int((folder / LATEST_NAME).read_text()))
+        named = folder / folder_name(int(read_small(folder / LATEST_NAME)))
         if is_complete(named):
             return named
     except (OSError, ValueError):

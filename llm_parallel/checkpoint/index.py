@@ -81,9 +81,10 @@ def load_index(file: IO[bytes]) -> Metadata:
 def read_index(folder: Path) -> Metadata:
     """The index of the checkpoint in ``folder``. Raises UserError if a file that it names, or itself, is a link that
     leads out of the folder; OSError if it cannot be read, and pickle.UnpicklingError."""
+    refuse_outside(folder / INDEX_NAME, folder)
     with (folder / INDEX_NAME).open("rb") as file:
         found = load_index(file)
-    for name in {INDEX_NAME, *(place.relative_path for place in (found.storage_data or {}).values())}:
+    for name in {*(place.relative_path for place in (found.storage_data or {}).values())}:
         refuse_outside(folder / name, folder)
     return found
 

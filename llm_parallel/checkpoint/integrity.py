@@ -8,12 +8,13 @@ tensor file leaves its size and CRC-32 beside it (``__3_0.distcp.crc32``), rank 
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
 import torch.distributed as dist
 
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, open_regular, read_json, read_small
 from llm_parallel.parallel.groups import Groups
 
 SUFFIX = ".crc32"
@@ -27,7 +28,7 @@ Sum = tuple[int, int]
 def checksum(path: Path) -> Sum:
     """Reads a whole file. Raises OSError."""
     size, crc = 0, 0
-    with path.open("rb", buffering=0) as handle:
+    with os.fdopen(open_regular(path), "rb", buffering=0) as handle:
         while block := handle.read(BLOCK_BYTES):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return size, crc
@@ -55,14 +56,14 @@ def expected(folder: Path) -> dict[Path, Sum | None]:
     found: dict[Path, Sum | None] = {}
     if (folder / SMALL_FILES).exists():
         try:
-            entries = json.loads((folder / SMALL_FILES).read_text())
+            entries = read_json(folder / SMALL_FILES)
             found = {folder / name: (int(size), int(crc)) for name, (size, crc) in entries.items() if _inside(name)}
             found |= {folder / SMALL_FILES: None} if len(found) < len(entries) else {}
         except (ValueError, TypeError, AttributeError):
             found = {folder / SMALL_FILES: None}
     for path in folder.glob("*" + SUFFIX):
         try:
-            size, crc = path.read_text().split()
+            size, crc = read_small(path).split()
             found[path.with_name(path.name.removesuffix(SUFFIX))] = int(size), int(crc, 16)
         except ValueError:
             found[path] = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_parallel.data.segments import Segment
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, read_json
 
 STATE_NAME = "train_state.json"
 ADDED = ("best_eval_loss", "evaluations_since_best", "evaluated_step", "stopped_early", "segments")
@@ -57,7 +57,7 @@ class TrainState:
     def read(cls, folder: Path) -> TrainState:
         """State of a checkpoint folder. Raises UserError if it is damaged."""
         try:
-            return cls.from_record(json.loads((folder / STATE_NAME).read_text()))
+            return cls.from_record(read_json(folder / STATE_NAME))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder / STATE_NAME} is missing or damaged ({error}); load another checkpoint"

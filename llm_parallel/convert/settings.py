@@ -13,7 +13,7 @@ from llm_parallel.checkpoint.run_file import TOKENIZER_NAME
 from llm_parallel.config.tree import ModelConfig, RunConfig
 from llm_parallel.data.tokenizer import JSON_NAME, MODEL_NAME, Tokenizer, load_tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write, copy_inside, refuse_outside
+from llm_parallel.files import atomic_write, copy_inside, read_json, refuse_outside
 from llm_parallel.model.architecture import ARCHITECTURE
 from llm_parallel.model.hf_config import hf_config_to_model, model_to_hf_config, unused_fields
 
@@ -45,7 +45,7 @@ def carry(source: Path, checkpoint: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none."""
     with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if isinstance(found, dict):
             return found
     return {}

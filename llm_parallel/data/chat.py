@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -72,7 +73,7 @@ class ChatEncoder:
     @cached_property
     def writes_calls(self) -> bool:
         """Whether the template writes calls of tools; if it cannot be tried, it is taken to."""
-        return self._writes([_user(), {"role": "assistant", "content": "", "tool_calls": [CALL]}])
+        return self._writes([_user(), _calling("")])
 
     @cached_property
     def writes_tools(self) -> bool:
@@ -230,8 +231,11 @@ class ChatEncoder:
         for message in messages:
             escape = self._escape if message["role"] == "assistant" else self._escape_others
             copy = {key: _mapped(value, escape) for key, value in message.items() if key != "role"}
-            if not self._dict_arguments and copy.get("tool_calls"):
-                copy["tool_calls"] = [_with_json_arguments(call) for call in copy["tool_calls"]]
+            if copy.get("tool_calls"):
+                if copy.get("content") == "":
+                    copy["content"] = self._no_content
+                if not self._dict_arguments:
+                    copy["tool_calls"] = [_with_json_arguments(call) for call in copy["tool_calls"]]
             found.append({"role": message["role"], **copy})
         return found
 
@@ -241,17 +245,27 @@ class ChatEncoder:
     @cached_property
     def _dict_arguments(self) -> bool:
         """Whether the template takes a tool call's arguments as an object; else it takes JSON."""
-        messages = [_user(), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
         try:
-            self.template.text(messages)
+            self.template.text([_user(), _calling(self._no_content)])
             return True
         except Refused:
             pass
         try:
-            self.template.text([messages[0], {**messages[1], "tool_calls": [_with_json_arguments(CALL)]}])
+            self.template.text([_user(), _calling(self._no_content, _with_json_arguments(CALL))])
             return False
         except Refused:
             return True
+
+    @cached_property
+    def _no_content(self) -> str | None:
+        """What the content of a message is that holds nothing but calls of tools. Some templates write them only where
+        it is none, as DeepSeek's; others write the word "None" there."""
+        for content in ("", None):
+            for call in (CALL, _with_json_arguments(CALL)):
+                with suppress(Refused):
+                    if CALL["function"]["name"] in self.template.text([_user(), _calling(content, call)]):
+                        return content
+        return ""
 
     def _header_length(self, turn: str, before: str) -> int:
         """Characters at the beginning of an assistant's turn that the template itself writes to ask for an answer."""
@@ -268,7 +282,7 @@ class ChatEncoder:
         prefix: list[Message] = [_user()]
         if before == "tool":
             prefix += [
-                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                _calling(""),
                 {"role": "tool", "content": "It.", "name": "find", "tool_call_id": CALL["id"]},
             ]
         elif before == "assistant":
@@ -355,6 +369,10 @@ def _user() -> Message:
 
 def _assistant() -> Message:
     return {"role": "assistant", "content": ANSWER}
+
+
+def _calling(content: str | None, call: Message = CALL) -> Message:
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
 
 
 def _mapped(value: Any, function: Callable[[str], str]) -> Any:

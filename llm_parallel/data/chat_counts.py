@@ -21,8 +21,9 @@ class Counts:
     earliest turns (``shortened``, with ``turns_cut`` messages in all) or whose last answer's end (``answers_cut``) were
     left out, with turns that were joined since the template refuses two of a role (``merged``), with an answer of
     nothing (``empty_answers``), and with calls of tools (``calls_unwritten``) or tools (``tools_unwritten``) that the
-    template does not write. Left out are ``unreadable`` records (``first`` says why of five), those with
-    ``nothing_trained``, those that are ``too_long``, and those whose label says that the answer was ``disliked``."""
+    template does not write; ``others_weighted``: turns that are not the assistant's and ask to be trained. Left out are
+    ``unreadable`` records (``first`` says why of five), those with ``nothing_trained``, those that are ``too_long``,
+    and those whose label says that the answer was ``disliked``."""
 
     records: int = 0
     kept: int = 0
@@ -35,6 +36,7 @@ class Counts:
     empty_answers: int = 0
     calls_unwritten: int = 0
     tools_unwritten: int = 0
+    others_weighted: int = 0
     unreadable: int = 0
     nothing_trained: int = 0
     too_long: int = 0
@@ -167,6 +169,9 @@ def _left_out(counts: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
         yield f"joined turns of the same role in {some(count, 'conversation')}, since the template refuses them"
     if count := counts["empty_answers"]:
         yield f"{some(count, 'conversation')} with an answer of nothing, which is trained to stop at once"
+    if count := counts.get("others_weighted"):  # of a folder that an earlier version wrote there is none
+        turns = some(count, "turn that is", "turns that are")
+        yield f"{turns} not the assistant's and have a weight: only the assistant's are trained"
     if count := counts["calls_unwritten"]:
         what = some(count, "conversation has", "conversations have")
         yield f"{what} calls of tools, which the template does not write, so that the answer there is nothing; {HELP}"

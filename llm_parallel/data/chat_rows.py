@@ -93,7 +93,7 @@ def encode_block(source: Opened, config: RunConfig, encoder: ChatEncoder, block:
             if not tokens.answer_cut and int(tokens.ids[-1]) not in encoder.stops:
                 refuse_stop(encoder, tokens, row.where)
             found.kept.append((number, tokens))
-    found.counts.formats = reader.found
+    found.counts.formats, found.counts.others_weighted = reader.found, reader.asked_for_others
     return found
 
 

@@ -40,7 +40,9 @@ FORMATS = {
 }
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """Further fields of a message that templates read."""
-WEIGHTS = ("weight", "train", "loss_weight")
+WEIGHTS = ("weight", "train", "training", "loss_weight")
+DETAILS = ("train_detail", "training_detail")
+"""Fields of other systems that say which characters of a turn are trained."""
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 """Weights of a turn besides 0; sums of losses in fp32 hold these."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -106,7 +108,8 @@ def merged(conversation: Conversation) -> Conversation:
 
 class Reader:
     """Reads the records of one source. ``wanted`` is a format or "auto"; ``columns`` are the names of its fields, and
-    ``roles`` names of roles besides the usual ones."""
+    ``roles`` names of roles besides the usual ones. ``asked_for_others``: how many turns that are not the assistant's
+    ask to be trained, which they are not."""
 
     def __init__(
         self, wanted: str = "auto", columns: Columns | None = None, roles: Mapping[str, str] | None = None
@@ -116,6 +119,7 @@ class Reader:
         self._names = {field: ((given[field],) if given.get(field) else names) for field, names in USUAL.items()}
         self._roles = {**ROLE_OF, **(roles or {})}
         self.found: dict[str, int] = {}
+        self.asked_for_others = 0
 
     def read(self, record: Any) -> Conversation:
         """The conversation of a record; ``found`` counts the records of each format. Raises BadRecord."""
@@ -256,7 +260,9 @@ class Reader:
                 raise BadRecord(f"has a turn {number} that is {_kind(turn)} where fields such as 'role' are expected")
             message = self._turn(turn, number)
             messages.append(message)
-            weights.append(_weight(turn, number) if message["role"] == "assistant" else 0.0)
+            spoken = message["role"] == "assistant"
+            weights.append(_weight(turn, number) if spoken else 0.0)
+            self.asked_for_others += not spoken and any(turn.get(name) for name in (*WEIGHTS, *DETAILS))
         return messages, weights
 
     def _turn(self, turn: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -291,6 +297,8 @@ def _with_system(conversation: Conversation, text: str | None) -> Conversation:
 
 
 def _weight(turn: Mapping[str, Any], number: int) -> float:
+    if detail := next((name for name in DETAILS if turn.get(name)), None):
+        raise BadRecord(f"has a turn {number} with {detail!r}, and only whole turns can be weighted, by 'weight'")
     given = next((turn[name] for name in WEIGHTS if turn.get(name) is not None), 1.0)
     if not isinstance(given, (bool, int, float)) or not (given == 0 or LEAST_WEIGHT <= given <= MOST_WEIGHT):
         raise BadRecord(

@@ -23,6 +23,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llm_parallel.errors import UserError
+from llm_parallel.files import read_json, refuse_outside
 
 Message = dict[str, Any]
 DATE = date(2026, 1, 1)
@@ -123,12 +124,14 @@ class ChatTemplate:
 def own_template(folder: Path) -> tuple[str, str] | None:
     """The template in a Hugging Face folder and the file that holds it, or None. Raises UserError on a damaged file."""
     path = folder / TEMPLATE_FILE
+    for name in (TEMPLATE_FILE, CONFIG_FILE):
+        refuse_outside(folder / name, folder)
     try:
         if path.is_file():
             others = [repr(one.stem) for one in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
             return path.read_text(encoding="utf-8"), _the_default(path, others)
         path = folder / CONFIG_FILE
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = read_json(path) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}), so the tokenizer's chat template is not known") from None
     found = config.get("chat_template") if isinstance(config, dict) else None

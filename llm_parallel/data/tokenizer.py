@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_parallel.errors import UserError
-from llm_parallel.files import atomic_write
+from llm_parallel.files import atomic_write, read_json
 
 MODEL_NAME, JSON_NAME = "tokenizer.model", "tokenizer.json"
 DECLARING_NAMES = ("special_tokens_map.json", "tokenizer_config.json")
@@ -260,7 +259,7 @@ def _declared_tokens(folder: Path) -> dict[str, str | None]:
     tokens: dict[str, str | None] = {"bos_token": None, "eos_token": None}
     for name in DECLARING_NAMES:
         try:
-            config: Any = json.loads((folder / name).read_text(encoding="utf-8"))
+            config: Any = read_json(folder / name)
         except (OSError, ValueError):
             continue
         for key in tokens:

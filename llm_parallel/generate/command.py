@@ -27,6 +27,7 @@ from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.structure import Structure
 from llm_parallel.lines import note
 from llm_parallel.parallel.groups import close_groups
+from llm_parallel.printable import Pieces, printable
 
 
 def _json_files(folders: Sequence[Path], *names: str) -> Iterator[dict[str, Any]]:
@@ -69,11 +70,13 @@ def chat_prompts(encoder: ChatEncoder, questions: Sequence[str], system: str | N
 
 
 def _print_answers(prompts: Sequence[str], texts: Sequence[str]) -> None:
-    """Each prompt and its answer, told apart if there are several."""
+    """Each prompt and its answer, told apart if there are several. A terminal gets no control character of them: a
+    model writes what strangers' texts taught it."""
+    shown = printable if sys.stdout.isatty() else str
     for number, (prompt, text) in enumerate(zip(prompts, texts), 1):
         if len(prompts) > 1:
             print(f"{'' if number == 1 else chr(10)}--- prompt {number} of {len(prompts)} ---")
-        print(prompt + text)
+        print(shown(prompt + text))
 
 
 def open_model(
@@ -186,18 +189,18 @@ def generate_command(
         encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
     answers = [Answer(tokenizer, tokens, stop) for tokens in encoded]
     streaming = len(prompts) == 1 and best_of == 1 and sys.stdout.isatty()
-    shown = 0
+    shown, pieces = 0, Pieces()
 
     def take(number: int, token: int) -> bool:
         nonlocal shown
         ended = answers[number].add(token)
         if streaming and len(text := answers[number].certain()) > shown:
-            print(text[shown:], end="", flush=True)
+            print(pieces.take(text[shown:]), end="", flush=True)
             shown = len(text)
         return ended
 
     if streaming:
-        print(prompts[0], end="", flush=True)
+        print(printable(prompts[0]), end="", flush=True)
     started = time.perf_counter()
     structured = Structured(structure, tokenizer) if structure else None
     inputs = [[*begin, *tokens] for tokens in encoded]
@@ -211,7 +214,7 @@ def generate_command(
     seconds = time.perf_counter() - started
     texts = [answer.text() for answer in answers]
     if streaming:
-        print(texts[0][shown:])
+        print(pieces.take(texts[0][shown:]) + pieces.end())
     else:
         _print_answers(prompts, texts)
     if structured is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from llm_parallel.errors import UserError
-from llm_parallel.files import refuse_outside
+from llm_parallel.files import read_json, refuse_outside
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -61,7 +61,7 @@ def json_object(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a file of JSON. Raises UserError, with what to do instead, if there is none."""
     refuse_outside(path, path.parent)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from error
     if not isinstance(values, dict):

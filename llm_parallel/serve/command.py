@@ -96,7 +96,7 @@ def access_of(request: ServeRequest, keys: Sequence[str]) -> Access:
     if not is_loopback(request.host) and not keys:
         note(f"warning: --host {request.host} lets other machines in, and no key is asked for; give --api-key-file")
     hosts = (*LOOPBACK_NAMES, request.host) if is_loopback(request.host) else None
-    return Access(digests(keys), hosts, tuple(request.allow_origin))
+    return Access(digests(keys), hosts, tuple(request.allow_origin), own_user=hosts is not None and not keys)
 
 
 def _serve(request: ServeRequest, opened: OpenedModel, keys: Sequence[str], listener: socket.socket) -> int:

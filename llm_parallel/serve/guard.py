@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llm_parallel.lines import note
 from llm_parallel.serve.errors import ApiError, shown
+from llm_parallel.serve.local_users import is_ours
 from llm_parallel.serve.metrics import Metrics
 
 OPEN_PATHS = ("/health", "/")
@@ -29,19 +30,31 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 @dataclass(frozen=True)
 class Access:
     """keys: digests of the keys that are taken, none for a server without keys; hosts: names that a request may call
-    the server by, None for all; origins: web pages of other servers that may ask."""
+    the server by, None for all; origins: web pages of other servers that may ask; own_user: whether only processes of
+    this user and of root may ask, of those on this machine."""
 
     keys: tuple[bytes, ...] = ()
     hosts: tuple[str, ...] | None = None
     origins: tuple[str, ...] = ()
+    own_user: bool = False
 
     @staticmethod
     def digest(key: str) -> bytes:
         """What is kept of a key."""
         return hashlib.sha256(key.encode()).digest()
 
+    def check_scope(self, scope: Scope) -> Headers:
+        """The headers of a request. Raises ApiError if it may not be answered."""
+        headers, path = Headers(scope=scope), scope["path"]
+        self.check(path, headers)
+        if self.own_user and path not in (*OPEN_PATHS, "/metrics"):
+            client, server = (tuple(end[:2]) if end else None for end in (scope.get("client"), scope.get("server")))
+            if not is_ours(client, server):
+                raise ApiError(403, "this server asks for no key, so it answers the user who started it alone")
+        return headers
+
     def check(self, path: str, headers: Headers) -> None:
-        """Raises ApiError for a request that may not be answered."""
+        """Raises ApiError for a request whose host, origin or key is not right."""
         host = headers.get("host", "")
         if self.hosts is not None and _host_name(host) not in self.hosts:
             # Else a web page whose name points at this machine could read what the server answers.
@@ -118,7 +131,7 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._access.check(scope["path"], Headers(scope=scope))
+            self._access.check_scope(scope)
             if self._state.draining:
                 raise ApiError(
                     503, "the server is ending and takes no more requests", code="server_ending", retry_after_s=5

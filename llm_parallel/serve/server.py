@@ -36,6 +36,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(CANCEL_S),
             backlog=1024,
             ws="none",
+            proxy_headers=False,  # else a client may say that it is another
         )
         super().__init__(options)
         self._driver, self._state, self._finish_s = driver, state, finish_s

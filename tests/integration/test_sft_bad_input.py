@@ -173,6 +173,7 @@ def test_a_mistake_is_one_sentence(
     assert not (tmp_path / "x" / "checkpoints").exists()
 
 
+ANSWER = {"role": "assistant", "content": "4"}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 COUNTED: dict[str, tuple[Overrides, str]] = {
     "a broken row among others": (
@@ -183,6 +184,10 @@ COUNTED: dict[str, tuple[Overrides, str]] = {
     "an answer of nothing": (
         data(record(Q, A), record(Q, ("assistant", ""))),
         "1 conversation with an answer of nothing",
+    ),
+    "turns of others that ask to be trained": (
+        data(record(Q, A), json.dumps({"messages": [{"role": "user", "content": "1", "train": True}, ANSWER]})),
+        "1 turn that is not the assistant's",
     ),
     "calls that the template drops": (
         lambda folder: [

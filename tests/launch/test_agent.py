@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,15 @@ from typing import Any, cast
 
 import pytest
 
+from llm_launch import wire
 from llm_launch.agent import Agent
 from llm_launch.agent_settings import AgentSettings
+from llm_launch.copy_transfer import CopyServer
+from llm_launch.fleet import Fleet
+from llm_launch.journal import Journal
 from llm_launch.node_workers import Worker
 from llm_launch.wire import Channel, Message
+from tests.launch.test_controller import config_of
 
 
 class Sent:
@@ -86,3 +93,65 @@ def test_a_zygote_that_is_stopped_is_replaced(stopped: bool, tmp_path: Path) -> 
         finally:
             zygote.kill()
             agent.copy_server.close()
+
+
+@pytest.mark.parametrize("vital", [True, False])
+def test_a_vital_task_that_dies_ends_the_agent(vital: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The launcher starts another; one that can be done without is said and nothing more."""
+
+    async def broken() -> None:
+        raise ZeroDivisionError("of this test")
+
+    async def act() -> Agent:
+        agent = Agent(settings_of(tmp_path))
+        try:
+            agent.here.workers[1] = Worker(1, 0, cast(Channel, Sent()), ready=True)
+            agent._spawn(broken(), vital=vital)
+            while agent._tasks:
+                await asyncio.sleep(0)
+            return agent
+        finally:
+            agent.copy_server.close()
+
+    agent = asyncio.run(act())
+    assert agent.here.ending == agent._broken == agent.here.workers[1].killed == vital
+    assert "ZeroDivisionError: of this test" in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_opened_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a full disk, or where a file has the folder's name: the workers train without, and no device is blamed."""
+    (tmp_path / "logs").write_text("")
+    agent = Agent(settings_of(tmp_path))
+    try:
+        fd = agent.here._open_log()
+        assert os.path.samestat(os.fstat(fd), Path(os.devnull).stat())
+        os.close(fd)
+        assert "the workers here have no log" in capsys.readouterr().err
+    finally:
+        agent.copy_server.close()
+
+
+def test_the_controller_and_the_copies_speak_ipv6(tmp_path: Path) -> None:
+    """On a host that has nothing else."""
+    config = config_of(tmp_path)
+
+    async def meet() -> bool:
+        fleet = Fleet(config.elastic, "of this test", Journal(tmp_path, config.elastic, "of this test"))
+        port = await fleet.listen("::1")
+        channel = await wire.connect("::1", port, "of this test")
+        channel.send({"is": "here", "node": "n1"})
+        answered = await channel.receive()
+        channel.close()
+        assert fleet.admitting is not None
+        fleet.admitting.cancel()
+        fleet.journal.close()
+        return answered is not None and answered["is"] == "needs"
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no ::1: {error.strerror}")
+    assert asyncio.run(meet())
+    server = CopyServer("::1", tmp_path, "of this test")
+    wire.connect_blocking(*server.address, "of this test").close()
+    server.close()

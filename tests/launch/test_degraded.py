@@ -3,6 +3,7 @@ folder, output that nobody reads, a task that dies."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -78,6 +79,53 @@ def test_a_task_that_dies_ends_the_run_with_its_traceback(tmp_path: Path, monkey
     cause = story.events("fail")[0]["cause"]
     assert "ZeroDivisionError: of this test" in cause and "ticker.py" in cause
     assert nodes.kept == [True] * 4, "memory copies are kept"
+
+
+def test_agents_that_are_not_admitted_any_more_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost node could never come back, and nobody would say why."""
+    config = config_of(tmp_path)
+    nodes = Nodes(config, FOUR)
+
+    def broken(_: object) -> int:
+        raise ZeroDivisionError("of this test")
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        fleet = story.controller.fleet
+        monkeypatch.setattr(fleet.door, "enter", broken)
+        _, writer = await asyncio.open_connection(*fleet.address)
+        await story.until(lambda: fleet.phase.value == "failed", "the end")
+        writer.close()
+
+    status, story = play(config, nodes, act)
+    assert status == 1 and nodes.kept == [True] * 4
+    assert "ZeroDivisionError: of this test" in story.events("fail")[0]["cause"]
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"strikes": 5},
+        {"removed": [["n1"]]},
+        {"trained": [7]},
+        {"errors": {"a": 1}},
+        {"strikes": [["n1", 0, [["x", ""]]]]},
+    ],
+)
+def test_a_memory_of_faults_that_nobody_wrote_is_said(
+    kept: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It hinders no start."""
+    config = config_of(tmp_path)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / MEMORY_NAME).write_text(json.dumps(kept))
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+
+    status, story = play(config, Nodes(config, FOUR), act)
+    assert status == EXIT_STOPPED and not story.controller.ledger.removed
+    assert "is not what an earlier start wrote" in capsys.readouterr().err
 
 
 def test_a_deleted_run_folder_is_made_anew(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_launch.live_run import unix_time
+from llm_launch.live_run import LiveRun, unix_time
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.errors import EXIT_STOPPED
 from tests.integration.conftest import corpus  # noqa: F401  (a fixture)
@@ -39,6 +39,7 @@ from tests.launch.elastic_runs import (
 from tests.launch.in_process import refusal
 from tests.support.commands import Corpus
 from tests.support.disks import grow, small_disk_at
+from tests.support.freezer import freezer
 
 pytestmark = pytest.mark.gloo
 DP4 = "parallel.dp=4"
@@ -289,3 +290,33 @@ def test_a_stop_survives_a_hang(start: Start) -> None:
     saved = max(run.losses())
     assert saved >= FAULT_AT and (run.run_dir / "checkpoints" / f"iter_{saved:07d}").is_dir()
     assert_steps_are_whole(run.steps(), 1)
+
+
+@pytest.mark.slow
+def test_a_process_in_a_frozen_control_group_is_replaced_by_a_spare(start: Start) -> None:
+    """It cannot be killed: a spare trains in its place, and when it thaws, the launcher's own kill is no strike."""
+    with freezer() as frozen:
+        run = start("parallel.dp=2", ENDLESS, "elastic.strikes=2", nodes=1)
+        run.reach(FAULT_AT, LIMIT_S)
+        node, index, pid = run.worker(1)
+        frozen.freeze(pid)
+        run.until(lambda: run.events("stuck"), LIMIT_S, "a device without a process")
+        run.until(lambda: len(run.events("form")) > 1, LIMIT_S, "the generation without it")
+        formed = run.events("form")[-1]
+        run.until(lambda: run.steps()[-1]["step"] > formed["step"] + 3, LIMIT_S, "steps with the spare")
+        ranks = run.status()["ranks"]
+        assert len(ranks) == 2 and [node, index] not in ranks
+        assert len(run.events("form")) == 2 and len(run.events("stuck")) == 1, "it is not assigned again"
+        frozen.thaw()
+        entry = run.until(lambda: _process_on(run, node, index) not in (0, pid), LIMIT_S, "another process there")
+        assert entry and len(run.events("form")) == 2, "its late end hinders nobody"
+        run.first_step_after(run.cause("kill", 0), LIMIT_S)
+    run.stop()
+    assert run.wait() == EXIT_STOPPED and not run.events("remove")
+    assert_steps_are_whole(run.steps(), 2)
+
+
+def _process_on(run: LiveRun, node: str, index: int) -> int:
+    """Process of a device; 0 if it has none."""
+    entry = next((entry for entry in run.status().get("nodes", ()) if entry["name"] == node), {})
+    return int(entry.get("workers", {}).get(str(index), 0))

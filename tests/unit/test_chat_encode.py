@@ -201,6 +201,25 @@ def test_a_template_that_writes_no_tools_is_said(plain: ChatTokenizer) -> None:
         assert (counts.calls_unwritten, counts.tools_unwritten) == expected
 
 
+@pytest.mark.parametrize("arguments", ["c.function.arguments", "c.function.arguments | tojson"])
+def test_calls_are_written_by_templates_that_ask_for_no_content(plain: ChatTokenizer, arguments: str) -> None:
+    """As DeepSeek's do: a message with calls has no content there, and an empty one is an answer of nothing."""
+    made = encoder(
+        plain,
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' and m.content is none %}"
+        "{% for c in m.tool_calls %}{{ '+' + c.function.name + ' ' + " + arguments + " }}{% endfor %}"
+        "{% else %}{{ ' ' + m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
+    turns = [{"role": "user", "content": "2?"}, call, {"role": "tool", "content": "4"}]
+    spoken = made.encode(Reader().read({"messages": [*turns, {"role": "assistant", "content": "It is 4"}]}))
+    assert made.writes_calls
+    assert trained_text(plain, spoken) == ['+add {"a": 2}<|im_end|>', " It is 4<|im_end|>"]
+    asked = made.prompt(turns)
+    assert asked.tolist() == spoken.ids[: len(asked)].tolist()
+
+
 def test_earlier_thoughts_that_a_template_drops_are_not_looked_for(plain: ChatTokenizer) -> None:
     source = (
         "{% for m in messages %}{% set text = m.content.split('</think>')[-1] if not loop.last else m.content %}"

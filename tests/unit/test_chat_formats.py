@@ -128,6 +128,10 @@ def test_only_texts_of_one_role_and_weight_are_joined() -> None:
         ({"messages": [ASKED, {**SAID, "weight": -1}]}, "has a turn 2 of weight -1; a weight is 0, or from 1e-06 to"),
         ({"messages": [ASKED, {**SAID, "weight": 1e39}]}, "has a turn 2 of weight 1e+39; a weight is 0, or from"),
         ({"messages": [ASKED, {**SAID, "weight": 1e-60}]}, "has a turn 2 of weight 1e-60; a weight is 0, or from"),
+        (
+            {"messages": [ASKED, {**SAID, "train_detail": [{"begin_offset": 0, "train": False}]}]},
+            "only whole turns can",
+        ),
         ({"messages": [ASKED, {**SAID, "weight": "much"}]}, "has a turn 2 of weight 'much'"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}, SAID]}, "content of type 'image'"),
         ({"messages": [{"role": "user", "content": 7}, SAID]}, "has a turn 1 with a content of type 'a number'"),

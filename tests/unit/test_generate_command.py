@@ -19,6 +19,7 @@ from llm_parallel.generate import command
 from llm_parallel.generate.answer import Answer
 from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.generate.sampling import Sampling
+from llm_parallel.printable import CONTROL, printable
 from llm_parallel.worker.command import after_run
 
 WORDS = ["<s>", "</s>", "<|end|>", "a", "hello", "world"]
@@ -183,6 +184,18 @@ def test_a_terminal_shows_nothing_of_a_stop_string(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert printed(monkeypatch, capsys, byte_tokenizer(tmp_path), ["a"], "b<|end|>c", stop=["<|end|>"]) == "ab\n"
     assert printed(monkeypatch, capsys, byte_tokenizer(tmp_path), ["a"], "b<|en", stop=["<|end|>"]) == "ab<|en\n"
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_answer_does_nothing_on_a_terminal(
+    prompts: list[str], terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    """A model writes what the texts of strangers taught it; a pipe gets it as it is."""
+    evil = "x\x1b[2J\x1b]52;c;AAAA\x07y"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    said = printed(monkeypatch, capsys, byte_tokenizer(tmp_path), prompts, evil)
+    assert ("a" + (printable(evil) if terminal else evil)) in said and bool(CONTROL.search(said)) != terminal
 
 
 def test_an_empty_stop_string_is_refused(tmp_path: Path) -> None:

@@ -56,6 +56,10 @@ def opened(way: str, limits: Limits) -> Sandbox:
             pytest.skip(f"{mode} does not work here: {error}")
 
 
+ENDLESS = ("processor time", "processor time, signals caught")
+"""Of the attacks on time those that compute: they end when they have had their processor time."""
+
+
 @pytest.fixture(scope="module", params=WAYS)
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """A sandbox that leaves a program much time, on a machine that others use too."""
@@ -66,6 +70,13 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 @pytest.fixture(scope="module", params=WAYS)
 def hasty(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     with opened(request.param, Limits(cpu_s=1, wall_s=1.5)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def short_of_processor(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """One in which a program ends by its processor time, however little of the processor it gets."""
+    with opened(request.param, Limits(cpu_s=1, wall_s=30)) as found:
         yield found
 
 
@@ -141,10 +152,18 @@ def test_attacks_do_not_get_through(
     assert sandbox.run(Tested("def f(x): return x * x", TESTS)).status == "passed", "and the next program runs"
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", [name for name in SLOW if name not in ENDLESS])
 def test_attacks_on_time_end(name: str, hasty: Sandbox) -> None:
-    attack = SLOW[name]
-    result = hasty.run(Script(attack.source))
+    check_that_it_ends(SLOW[name], hasty)
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_attacks_on_processor_time_end(name: str, short_of_processor: Sandbox) -> None:
+    check_that_it_ends(SLOW[name], short_of_processor)
+
+
+def check_that_it_ends(attack: Attack, sandbox: Sandbox) -> None:
+    result = sandbox.run(Script(attack.source))
     assert "THROUGH" not in result.output
     assert result.status == attack.status, result
 

@@ -20,6 +20,7 @@ from llm_parallel.checkpoint.run_file import copy_tokenizer, read_config
 from llm_parallel.checkpoint.sharded import read_common
 from llm_parallel.checkpoint.tensors import CheckpointTensors
 from llm_parallel.convert.settings import carry
+from llm_parallel.data.template import own_template
 from llm_parallel.errors import UserError
 from llm_parallel.files import refuse_outside
 from llm_parallel.model.hf_files import read_hf_config, weight_files
@@ -138,6 +139,8 @@ LINKS = {
     "config.json": lambda folder, out: read_hf_config(folder),
     "model.safetensors": lambda folder, out: weight_files(folder),
     "config.yaml": lambda folder, out: read_config(folder),
+    "chat_template.jinja": lambda folder, out: own_template(folder),
+    ".metadata": lambda folder, out: read_index(folder),
 }
 
 
@@ -152,6 +155,24 @@ def test_a_link_that_leaves_the_folder_is_neither_read_nor_copied(name: str, mod
     with pytest.raises(UserError, match=rf"{name} leads to .*, outside .*model; put the file itself there"):
         LINKS[name](model, out)
     assert not [path for path in out.rglob("*") if path.is_file() and path.read_text() == SECRET]
+
+
+@pytest.mark.parametrize("name", sorted(LINKS.keys() - {"additional_chat_templates", "tokenizer_config.json"}))
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name: str, model: Path, tmp_path: Path) -> None:
+    """A reader that opened it would wait for ever."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    with pytest.raises(UserError, match=f"{name} is no file but a pipe"):
+        LINKS[name](model, out)
+
+
+def test_lists_within_lists_are_no_configuration(model: Path) -> None:
+    """More than Python's stack holds."""
+    (model / "config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        read_hf_config(model)
 
 
 def test_links_of_hugging_faces_cache_are_followed(model: Path, tmp_path: Path) -> None:
