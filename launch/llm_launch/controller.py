@@ -93,10 +93,10 @@ class Controller:
             trained = [Trained.read(item) for item in remembered.get("trained", [])]
             return Ledger.from_json(remembered, *limits), trained
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            what = (
-                f"{MEMORY_NAME} of the run folder is not what an earlier start wrote ({type(error).__name__}: {error})"
+            what, why = f"{MEMORY_NAME} of the run folder", f"{type(error).__name__}: {error}"
+            self.journal.say(
+                f"{what} is not what an earlier start wrote ({why}); removed devices and strikes are forgotten"
             )
-            self.journal.say(f"{what}; removed devices and strikes are forgotten")
             return Ledger.from_json({}, *limits), []
 
     async def listen(self, host: str, port: int = 0) -> int:

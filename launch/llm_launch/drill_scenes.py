@@ -169,7 +169,7 @@ SCENES: dict[str, Scene] = {
     "one loss NaN": _nobody("nan", left=1),
     "killed twice on one device": Scene(_killed_twice),
     "bit flipped": _bad("flip", left=1),
-    "a fifth of the speed": replace(_bad("slow"), steps=90),
+    "a fifth of the speed": replace(_bad("slow"), steps=90, overrides=("elastic.hang_deviations=100",)),
     "same mistake everywhere": Scene(_everywhere, status=1, end_s=60.0),
     "stopped twice on one device": _twice_apart("stop"),
     "program stalls twice on one device": _twice_apart("stall", left=1),

@@ -392,6 +392,8 @@ class Fleet:
             return stopped
         await asyncio.sleep(LOOK_S)
         second = await self.look(devices, PATIENT_S)
+        if stopped := {device: "is stopped" for device, look in second.items() if look.get("state") in STOPPED}:
+            return stopped  # known before the others have answered
         answered = {device: look for device, look in second.items() if "stack" in look}
         moved = any(
             look["collectives"] != first.get(device, {}).get("collectives") for device, look in answered.items()
