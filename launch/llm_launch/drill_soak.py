@@ -117,6 +117,8 @@ def _cause_faults(
             continue
         both = plan.pair_ms > 0 or rng.randrange(len(KINDS) + 1) == 0
         kinds = rng.choices(KINDS, k=2) if plan.pair_ms else ["kill", "node"] if both else [rng.choice(KINDS)]
+        if kinds == ["nan", "nan"]:  # in all replicas at once it is no device's, and ends a run
+            kinds[1] = "kill"
         pause_s = rng.uniform(0.0, plan.pair_ms / 1000.0)
         times = _strike(run, kinds, pause_s, rng)
         for kind in kinds[: len(times)]:
