@@ -85,7 +85,7 @@ class Controller:
         """Devices whose killed process was waited for in vain."""
 
     def _recall(self, remembered: dict[str, Any]) -> tuple[Ledger, list[Trained]]:
-        """What an earlier start kept. A file of another form is said and not believed; what fails again is removed again."""
+        """What an earlier start kept. A file of another form is said and not believed; faults that stay show again."""
         elastic = self.config.elastic
         limits = (elastic.strikes, 3600.0 * elastic.strike_hours, elastic.probe_every_steps)
         try:
