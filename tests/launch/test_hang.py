@@ -231,3 +231,20 @@ def test_the_only_process_of_a_run_may_pause(
         look=same_look, workers=lambda: workers, evidence=[], elastic=ElasticConfig(), generation=1, step=1, pace=Pace()
     )
     assert list(asyncio.run(fleet.Fleet.find_hung(known, devices))) == expected
+
+
+def test_who_is_stopped_at_the_second_look_is_the_only_one_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others had no time to answer: that one process is stopped is known at once."""
+    monkeypatch.setattr(fleet, "LOOK_S", 0.0)
+    looks = [
+        {device: {**look(COMPUTING), "state": "S"} for device in (A, B, C)},
+        {B: {"state": "T"}, C: {"state": "S"}},
+    ]
+
+    async def next_look(*_: Any) -> dict[Device, dict[str, Any]]:
+        return looks.pop(0)
+
+    known: Any = SimpleNamespace(
+        look=next_look, workers=list, evidence=[], elastic=ElasticConfig(), generation=1, step=1, pace=Pace()
+    )
+    assert asyncio.run(fleet.Fleet.find_hung(known, [A, B, C])) == {B: "is stopped"}
