@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import random
 import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import yaml
@@ -29,16 +29,22 @@ from benchmarks.measured_on import measured_on
 LARGEST = 40
 NUM_HELD_OUT = 200
 ANSWER_TOKENS = 8
+SAMPLES = 4
+"""Sampled answers to each held-out sum, for a smaller standard error."""
 ADAPTER = {"rank": 16, "alpha": 32}
-OPTIM = {"schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
-SFT_STEPS = 12
-"""Of one row of 256 tokens each, about 130 conversations in all: enough for the form of an answer, and no more."""
-ROLLOUT = {"prompts": 16, "answers": 8}
-BATCH = 32
-"""Answers of a step: four steps a round, so that a round moves the weights by more than one step's learning rate."""
+WARMUP_STEPS = 4
+OPTIM = {"schedule": "constant", "warmup_steps": WARMUP_STEPS, "weight_decay": 0.0}
+SFT_STEPS = 7
+"""Of one row each, about 75 conversations in all: enough for the form of an answer. More of them make the model so sure
+of its answers that eight of them are often one and the same, of which no method in rounds learns anything."""
+LENGTH = 272
+"""Tokens of a row: room for eleven sums."""
+ROLLOUT = {"prompts": 22, "answers": 8}
+BATCH = 44
+"""Answers of a step: four rows, and four steps a round."""
 RECIPES: dict[str, dict[str, Any]] = {
-    "reject": {"lr": 6e-4, "rounds": 10, "method": {"reject": {"keep": "above", "least_score": 1}}},
-    "grpo": {"lr": 3e-4, "rounds": 8, "method": {}},
+    "reject": {"lr": 3e-4, "rounds": 12, "method": {"reject": {"keep": "above", "least_score": 1}}},
+    "grpo": {"lr": 1e-4, "rounds": 16, "method": {}},
 }
 
 
@@ -66,7 +72,7 @@ def run_file(folder: Path, kind: str, base: Path, **sections: Any) -> Path:
         "method": {"kind": kind},
         "checkpoint": {"load": str(base)},
         "adapter": ADAPTER,
-        "data": {"seq_length_tokens": 256},
+        "data": {"seq_length_tokens": LENGTH},
         "chat": {"train": [str(folder / ("train.talks.jsonl" if kind == "sft" else "train.prompts.jsonl"))]},
         "train": {"precision": "fp32"},
         "log": {"tensorboard": False, "plots": False},
@@ -90,18 +96,18 @@ def command(*arguments: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def share_right(model: Path, folder: Path, temperature: float) -> float:
-    """Share of the held-out sums that a model answers right, in the form that was asked for, and ends by itself."""
+def right_answers(model: Path, folder: Path, temperature: float, samples: int) -> list[float]:
+    """Of each held-out sum, the share of a model's answers that are right, in the form that was asked for, and ended by
+    the model."""
     prompts, answers = folder / "held.prompts.jsonl", folder / f"{model.name}.answers.{temperature:g}.jsonl"
     answers.unlink(missing_ok=True)
-    limit = ("--max-new-tokens", str(ANSWER_TOKENS), "--temperature", f"{temperature:g}")
-    command("generate", str(model), "--input", str(prompts), "--output", str(answers), *limit)
-    right = [json.loads(line)["answer"] for line in prompts.open()]
-    found = [json.loads(line) for line in answers.open()]
-    assert len(found) == len(right)
-    return sum(line["reason"] == "stop" and line["text"].strip() == answer for line, answer in zip(found, right)) / len(
-        right
-    )
+    drawn = ("--temperature", f"{temperature:g}", "--samples", str(samples), "--max-new-tokens", str(ANSWER_TOKENS))
+    command("generate", str(model), "--input", str(prompts), "--output", str(answers), *drawn)
+    wanted = [json.loads(line)["answer"] for line in prompts.open()]
+    found = [0] * len(wanted)
+    for line in map(json.loads, answers.open()):
+        found[line["number"]] += line["reason"] == "stop" and line["text"].strip() == wanted[line["number"]]
+    return [number / samples for number in found]
 
 
 def stage(name: str, folder: Path, run: Path) -> dict[str, Any]:
@@ -111,33 +117,33 @@ def stage(name: str, folder: Path, run: Path) -> dict[str, Any]:
         shutil.rmtree(folder / name, ignore_errors=True)
         seconds = command("sft" if name == "sft" else "prefer", str(run))
         row: dict[str, Any] = {"stage": name, "processor_s": round(seconds, 1)}
-        for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            row[kind] = share_right(folder / name, folder, temperature)
-        row["standard_error"] = round(math.sqrt(row["sampled"] * (1 - row["sampled"]) / NUM_HELD_OUT), 3)
+        sampled = right_answers(folder / name, folder, 1.0, SAMPLES)
+        row |= {"greedy": mean(right_answers(folder / name, folder, 0.0, 1)), "sampled": mean(sampled)}
+        row["standard_error"] = round(stdev(sampled) / NUM_HELD_OUT**0.5, 3)
         kept.write_text(json.dumps(row | {"rewards": rewards(folder / name)}))
     row = json.loads(kept.read_text())
     print(json.dumps(row), flush=True)
     return row
 
 
-def measure(base: Path, folder: Path, methods: list[str], lr: float | None, rounds: int | None) -> list[dict[str, Any]]:
+def measure(base: Path, folder: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Fine-tunes, then goes on from the fine-tuned adapters with each method, with the share of right sums of each."""
     folder.mkdir(parents=True, exist_ok=True)
     write_sums(folder)
-    train = {"global_batch_size": 1, "micro_batch_size": 1, "steps": SFT_STEPS}
-    optim = OPTIM | {"lr": 1e-3, "warmup_steps": 4}
+    train = {"global_batch_size": 1, "micro_batch_size": 1, "steps": asked.sft_steps}
+    optim = OPTIM | {"lr": 1e-3}
     rows = [stage("sft", folder, run_file(folder, "sft", base, train=train, optim=optim))]
-    for kind in methods:
+    for kind in asked.methods:
         recipe = RECIPES[kind]
         judged = {"max_new_tokens": ANSWER_TOKENS, "judges": [{"kind": "exact"}], "held_out_interval": None}
-        steps = (rounds or recipe["rounds"]) * ROLLOUT["prompts"] * ROLLOUT["answers"] // BATCH
+        steps = (asked.rounds or recipe["rounds"]) * ROLLOUT["prompts"] * ROLLOUT["answers"] // BATCH
         run = run_file(
             folder,
             kind,
             base,
             method=recipe["method"] | {"rollout": ROLLOUT | judged},
             train={"global_batch_size": BATCH, "micro_batch_size": 1, "steps": steps},
-            optim=OPTIM | {"lr": lr or recipe["lr"]},
+            optim=OPTIM | {"lr": asked.lr or recipe["lr"]},
             adapter={"load": str(folder / "sft")},
         )
         rows.append(stage(kind, folder, run))
@@ -158,9 +164,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--sft-steps", type=int, default=SFT_STEPS)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    rows = measure(asked.model.resolve(), asked.folder.resolve(), asked.methods, asked.lr, asked.rounds)
+    rows = measure(asked.model.resolve(), asked.folder.resolve(), asked)
     if asked.out:
         recipe = {"rollout": ROLLOUT, "answers_of_a_step": BATCH, "methods": RECIPES}
         asked.out.write_text(json.dumps({**measured_on(), "recipe": recipe, "rows": rows}, indent=1) + "\n")

@@ -132,7 +132,8 @@ UNMET = "a job that it was to start after has not made all its steps"
 def _waits(view: JobView, record: JobRecord, start: int) -> str:
     """Of a job in the queue: what it waits for, and why it is there."""
     reason = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", view.reason).lower()
-    parts = [f"waits for its start {start + 1}" if start else "waits for its nodes"]
+    for_what = "another job" if view.reason.startswith("Dependency") else "its nodes"
+    parts = [f"waits for its start {start + 1}" if start else f"waits for {for_what}"]
     parts[0] += f" ({reason})" if reason else ""
     if "held" in view.reason.lower():
         parts.append(f"on hold: scontrol release {record.job} lets it run")

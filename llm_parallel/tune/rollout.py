@@ -268,9 +268,9 @@ def best_of_k(judged: Sequence[Judged], answers: int) -> Mapping[str, list[float
     return {"reward_max_by_k": largest.tolist(), "reward_median_by_k": median.tolist()}
 
 
-def remarks(numbers: Mapping[str, float], config: RunConfig) -> list[str]:
+def remarks(numbers: Mapping[str, float], judged: Sequence[Judged], config: RunConfig) -> list[str]:
     """Sentences about a round that teaches little, each with its remedy."""
-    rollout, found = config.method.rollout, []
+    rollout, found = config.method.rollout, unfinished_pays(judged, config)
     if numbers["completions/clipped_ratio"] > 0.5:
         found.append(
             f"{numbers['completions/clipped_ratio']:.0%} of the answers are not ended within "
@@ -282,6 +282,20 @@ def remarks(numbers: Mapping[str, float], config: RunConfig) -> list[str]:
             "model answers well sometimes, more method.rollout.answers, or a judge that says more than right or wrong"
         )
     return found
+
+
+def unfinished_pays(judged: Sequence[Judged], config: RunConfig) -> list[str]:
+    """A sentence about a round in which answers that do not end have more than those that do have on average: then the
+    model learns not to stop."""
+    score = config.method.rollout.unfinished_score
+    ended = [one.score for one in judged if one.answered.complete]
+    if score is None or not ended or len(ended) == len(judged) or score <= np.mean(ended):
+        return []
+    return [
+        f"answers that do not end have method.rollout.unfinished_score = {score:g}, and those that end "
+        f"{np.mean(ended):.3g} on average, which teaches the model not to stop; set it lower than what the judges "
+        "give, or to none, and they are judged like the others"
+    ]
 
 
 def best_keys(judged: Sequence[Judged], answers: int) -> list[Key]:

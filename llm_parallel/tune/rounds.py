@@ -182,7 +182,7 @@ class RoundFeed:
         """Says what a round has brought."""
         run, scores = self._run, [one.score for one in judged]
         self._show(asking, judged)
-        said = remarks(numbers, run.config)
+        said = remarks(numbers, judged, run.config)
         if run.config.trains == "ppo":
             said += ppo_remarks(numbers, scores, number, run.config)
         for text in said:

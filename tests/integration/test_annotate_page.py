@@ -207,7 +207,7 @@ def test_a_server_that_is_killed_loses_nothing(person: Callable[..., Person], tm
         ann.settle()
         ann.press("1")
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()

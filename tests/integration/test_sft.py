@@ -141,6 +141,36 @@ def test_layouts_and_restarts_change_no_loss(task: Callable[..., Path], tmp_path
     assert by_source[1] == pytest.approx(by_source[0], abs=5e-6)
 
 
+RESUMED: dict[str, dict[str, dict[str, Any]]] = {
+    "padded": {"chat": {"packing": "pad"}},
+    "LoRA": {"adapter": {"rank": 4}},
+    "LoRA, padded": {"adapter": {"rank": 4}, "chat": {"packing": "pad"}},
+    "QLoRA, NF4": {"adapter": {"rank": 4, "base": "nf4"}},
+    "DoRA on int8": {"adapter": {"rank": 4, "base": "int8", "dora": True}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sections", RESUMED.values(), ids=RESUMED)
+def test_adapters_and_padded_rows_go_on_in_other_layouts(
+    sections: dict[str, dict[str, Any]], task: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One run in three layouts, one after the other, which are those of different axes."""
+    short = {"show_answers": 0, "eval_fraction": 0.0}
+    first = task(200, chat=short, train={"steps": 2}, optim={"warmup_steps": 0})
+    train_in_ranks(first, 1, f"run_dir={tmp_path}/base")
+    sections = {**sections, "chat": {**short, **sections.get("chat", {})}}
+    run_file = task(200, checkpoint={"load": str(tmp_path / "base")}, **sections)
+    train_in_ranks(run_file, 1, f"run_dir={tmp_path}/alone")
+    other = f"run_dir={tmp_path}/other"
+    train_in_ranks(run_file, 4, other, "parallel.tp=2", "parallel.pp=2", "train.micro_batch_size=2", stop_at=2)
+    train_in_ranks(run_file, 4, other, "parallel.cp=2", "parallel.dp=2", "train.micro_batch_size=4", stop_at=4)
+    train_in_ranks(run_file, 2, other, "parallel.tp=2", "parallel.sequence_parallel=false")
+    alone, found = losses(tmp_path / "alone"), losses(tmp_path / "other")
+    assert list(alone) == list(found) == list(range(1, 7))
+    assert list(found.values()) == pytest.approx(list(alone.values()), abs=3e-6)
+
+
 def test_the_command_says_what_it_does(task: Callable[..., Path], tmp_path: Path) -> None:
     run_file = task(300, train={"epochs": 1.5, "steps": 9})
     result = llm_parallel("sft", run_file)

@@ -63,6 +63,14 @@ WORDS: dict[str, tuple[JobView, JobRecord, bool, tuple[str, str], tuple[str, str
         ("suspended", "SLURM has stopped its processes, and scontrol resume lets them go on"),
     ),
     "cancelled": (JobView("CANCELLED"), BEGUN, False, STOPPED, ("cancelled", "")),
+    "behind a job that trains": (
+        JobView("PENDING", reason="Dependency"), JobRecord("12"), False, ("ended", "no step was begun"),
+        ("pending", "waits for another job (dependency)"),
+    ),
+    "behind a job that failed": (
+        JobView("CANCELLED", reason="DependencyNeverSatisfied"), JobRecord("12"), False, ("ended", "no step was begun"),
+        ("cancelled", "a job that it was to start after has not made all its steps"),
+    ),
     "being cancelled": (JobView("COMPLETING"), BEGUN, False, STOPPED, ("ending", "")),
     "cancelled when all was done": (JobView("CANCELLED"), BEGUN, False, ("finished", ""), ("finished", "")),
     "preempted for good": (

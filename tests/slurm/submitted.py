@@ -28,7 +28,7 @@ class Submitted:
         )
         command = [sys.executable, "-m", "llm_parallel.cli", "submit", str(self.run_file), "--nodes", str(nodes)]
         command += ["--gpus-per-node", "0", *options]
-        printed = cluster.run(["env", "OMP_NUM_THREADS=1", *command], timeout_s=60)
+        printed = cluster.run(["env", "OMP_NUM_THREADS=1", *command], timeout_s=300)
         self.job = printed.split()[1].rstrip(";")
 
     @property
@@ -42,11 +42,11 @@ class Submitted:
 
     def reach(self, step: int) -> None:
         """Waits for a step."""
-        self._until(lambda: max(self.steps(), default=0) >= step, 120, f"step {step}")
+        self._until(lambda: max(self.steps(), default=0) >= step, 300, f"step {step}")
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
         """Waits for what happens while the job lasts."""
-        self._until(condition, 200, what)
+        self._until(condition, 300, what)
 
     def _until(self, condition: Callable[[], bool], timeout_s: float, what: str, ended: bool = False) -> None:
         over = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
@@ -59,7 +59,7 @@ class Submitted:
 
     def end_soon(self) -> int:
         """Waits until the job is back in the queue; its next start ends ten steps after the last one. The last step."""
-        self._until(lambda: self.cluster.job(self.job)["Restarts"] == "1", 200, "the requeue")
+        self._until(lambda: self.cluster.job(self.job)["Restarts"] == "1", 300, "the requeue")
         path = self.run / "submit.yaml"  # what every start of the job reads
         tree = yaml.safe_load(path.read_text())
         tree["train"]["steps"] = last = max(self.steps()) + 10
@@ -68,7 +68,7 @@ class Submitted:
 
     def goes_on_with(self, world: int) -> None:
         """Waits for steps of a second generation of ``world`` ranks."""
-        self._until(lambda: len(self.events("resume")) > 1, 200, "a recovery")
+        self._until(lambda: len(self.events("resume")) > 1, 300, "a recovery")
         assert self.events("resume")[1]["world_size"] == world, self.log()
         self.reach(max(self.steps()) + 3)
 
@@ -81,7 +81,7 @@ class Submitted:
         """Asks the run to save and end; the job's record."""
         self.cluster.run(["scancel", "--signal=TERM", "--batch", self.job])
         over = ("RUNNING", "COMPLETING")
-        self._until(lambda: self.cluster.job(self.job)["JobState"] not in over, 200, "the job's end", ended=True)
+        self._until(lambda: self.cluster.job(self.job)["JobState"] not in over, 300, "the job's end", ended=True)
         return self.cluster.job(self.job)
 
     def again(self) -> None:
@@ -91,14 +91,14 @@ class Submitted:
     def status(self) -> str:
         """What ``llm-parallel status`` says first, on a machine that is none of the job's nodes."""
         command = [sys.executable, "-m", "llm_parallel.cli", "status", str(self.run)]
-        return self.cluster.run(command, timeout_s=60).splitlines()[0].removeprefix(f"{self.run}: ")
+        return self.cluster.run(command, timeout_s=300).splitlines()[0].removeprefix(f"{self.run}: ")
 
     def log(self) -> str:
         """End of what the job printed."""
         path = self.run / "logs" / f"slurm-{self.job}.out"
         return path.read_text(errors="replace")[-3000:] if path.exists() else ""
 
-    def finish(self, timeout_s: float = 200.0) -> dict[str, str]:
+    def finish(self, timeout_s: float = 300.0) -> dict[str, str]:
         """Waits for the end; the job's record."""
         self._until(lambda: self.cluster.job(self.job)["JobState"] == "COMPLETED", timeout_s, "the job's end")
         return self.cluster.job(self.job)

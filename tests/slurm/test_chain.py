@@ -16,7 +16,7 @@ from tests.slurm.test_starting import COMMAND, run_file_of, said_by, steps_of, w
 from tests.support.commands import Corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
-LIMIT_S = 300.0
+LIMIT_S = 600.0
 HERE = ("--nodes", "1", "--gpus-per-node", "0")
 
 

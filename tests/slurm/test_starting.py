@@ -16,7 +16,7 @@ from tests.support.commands import Corpus, read_records, write_run_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 COMMAND = ["env", "OMP_NUM_THREADS=1", "PYTHONUNBUFFERED=1", sys.executable, "-m", "llm_parallel.cli"]
-END_S = 300.0
+END_S = 600.0
 
 
 @pytest.fixture(scope="module")
