@@ -313,9 +313,11 @@ def row(name: str, alone: Ending | None, together: Ending | None) -> str:
     """One row of the table: a way alone, and together with a killed worker; None where a run hung."""
     cells = [name]
     for ending in (alone, together):
-        cells += ["hung"] * 4 if ending is None else [
-            str(_shell_status(ending.status)), f"{ending.made}, {ending.went_on}", str(ending.lost), ending.source
-        ]  # fmt: skip
+        if ending is None:
+            cells += ["hung"] * 4
+            continue
+        source = "memory" if ending.source == "memory" else "disk"
+        cells += [str(_shell_status(ending.status)), f"{ending.made}, {ending.went_on}", str(ending.lost), source]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

@@ -34,7 +34,7 @@ def test_every_test_that_it_names_exists() -> None:
 
 
 def test_every_threat_has_a_test() -> None:
-    section = TEXT.partition("## Among strangers")[2].partition("\n## ")[0]
+    section = TEXT.partition("## Among strangers")[2].partition("\n##")[0]
     rows = [
         line for line in section.splitlines() if line.startswith("| ") and not line.startswith(("| who |", "| ---"))
     ]
