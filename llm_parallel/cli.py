@@ -243,8 +243,7 @@ def drill(request: DrillRequest) -> None:
     from llm_launch.drill import drill_command
     from llm_parallel.screen import say_next
 
-    folders = Path(request.run_file), Path(request.folder)
-    status = drill_command(*folders, request.blame, request.soak_s, request.every_s, request.seed)
+    status = drill_command(request)
     say_next(f"llm-parallel drill {quote(str(request.run_file))} --seed {request.seed + 1}")
     raise typer.Exit(status)
 

@@ -44,6 +44,8 @@ LOOK_S = 2.0
 MOUNT_S = 30.0
 """Time for a file system to answer."""
 RECONNECT_S = 0.2
+QUEUED_S = 30.0
+"""Time for which a controller may be busy with strangers who came before."""
 HEALTH_S = 30.0
 CLAIM_S = 60.0
 RESCUE_LIMIT_S = 1800.0
@@ -199,7 +201,7 @@ class Agent:
         while time.monotonic() < deadline:
             for host, port in self.settings.controllers:
                 try:
-                    return await wire.connect(host, port, self.settings.secret)
+                    return await wire.connect(host, port, self.settings.secret, queued_s=QUEUED_S)
                 except ConnectionError as error:
                     if not said and time.monotonic() - began > UNREACHED_S:
                         said = True

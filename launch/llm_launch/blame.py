@@ -38,6 +38,8 @@ class Kind(Enum):
     """No heartbeat: the node is off or cut off."""
     HANG = "hang"
     """A worker makes no progress while others wait for it."""
+    STALL = "stall"
+    """The same, but its process was stopped from outside, or its device has done all that it was given."""
     SLOW = "slow"
     """A device's probe takes much longer than its peers'."""
     NOT_FINITE = "not finite"
@@ -84,6 +86,8 @@ class Fault(Enum):
     """Disk, files, ports: what the system refuses, whatever the device."""
     SETUP = "setup"
     """Something that one node lacks: files, a mount, software."""
+    STALL = "stall"
+    """A process that was stopped, or whose program stood still while its device had nothing to do."""
     DEVICE = "device"
     NODE = "node"
     AGENT = "agent"
@@ -297,7 +301,7 @@ def _environment(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict 
 
 
 def _all_stand_still(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
-    hung = {item.device for item in _of(evidence, Kind.HANG)}
+    hung = {item.device for item in _of(evidence, Kind.HANG, Kind.STALL)}
     if len(devices) < 2 or not devices <= hung:
         return None
     reason = f"all {len(devices)} processes stand still, and nothing tells them apart"
@@ -317,6 +321,14 @@ def _single_devices(evidence: Sequence[Evidence], devices: set[Device]) -> Verdi
     suspects = tuple(sorted({item.device for item in items if item.device is not None}))
     what = few([f"{item.device}: {_how(item)}" for item in items], "; ")
     return Verdict(Fault.DEVICE, what, suspects, evidence=tuple(items))
+
+
+def _stalls(evidence: Sequence[Evidence], devices: set[Device]) -> Verdict | None:
+    items = [item for item in _of(evidence, Kind.STALL) if item.device in devices]
+    if not items:
+        return None
+    what = few([f"{item.device}: {_how(item)}" for item in items], "; ")
+    return Verdict(Fault.STALL, f"{what}; no device is to blame", evidence=tuple(items))
 
 
 def _how(item: Evidence) -> str:
@@ -339,7 +351,8 @@ RULES = (
     _lost_copies,
     _all_stand_still,
     _single_devices,
+    _stalls,
 )
 """In order: a user's mistake; memory of a device; hard evidence against a device; memory of a host; a silent node, a
 dead agent, all processes of one node; the same error in several places; disk, files and ports; lost memory copies; a
-standstill of all; single devices."""
+standstill of all; single devices; a program that stood still."""

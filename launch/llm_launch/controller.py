@@ -19,7 +19,7 @@ from llm_launch.blame import Device, Evidence, Fault, Kind, Verdict, blame, few
 from llm_launch.copy_catalog import CopyCatalog
 from llm_launch.door import WAITING
 from llm_launch.fleet import TICK_S, Fleet
-from llm_launch.hang import find_slow
+from llm_launch.hang import find_slow, kind_of_hang
 from llm_launch.journal import MEMORY_NAME, Journal
 from llm_launch.ledger import Ledger
 from llm_launch.needs import needs_of
@@ -85,18 +85,18 @@ class Controller:
         """Devices whose killed process was waited for in vain."""
 
     def _recall(self, remembered: dict[str, Any]) -> tuple[Ledger, list[Trained]]:
-        """What an earlier start kept. A file that says something else is said and not believed: the copies and the
-        checkpoints are there without it, and devices that fail again are removed again."""
+        """What an earlier start kept. A file of another form is said and not believed; faults that stay show again."""
         elastic = self.config.elastic
+        limits = (elastic.strikes, 3600.0 * elastic.strike_hours, elastic.probe_every_steps)
         try:
-            ledger = Ledger.from_json(remembered, elastic.strikes, 3600.0 * elastic.strike_hours)
-            return ledger, [Trained.read(item) for item in remembered.get("trained", [])]
+            trained = [Trained.read(item) for item in remembered.get("trained", [])]
+            return Ledger.from_json(remembered, *limits), trained
         except (TypeError, ValueError, KeyError, AttributeError) as error:
+            what, why = f"{MEMORY_NAME} of the run folder", f"{type(error).__name__}: {error}"
             self.journal.say(
-                f"{MEMORY_NAME} of the run folder is not what an earlier start wrote ({type(error).__name__}: {error});"
-                " removed devices and strikes are forgotten"
+                f"{what} is not what an earlier start wrote ({why}); removed devices and strikes are forgotten"
             )
-            return Ledger(elastic.strikes, 3600.0 * elastic.strike_hours), []
+            return Ledger.from_json({}, *limits), []
 
     async def listen(self, host: str, port: int = 0) -> int:
         """Begins to accept agents; the port."""
@@ -372,9 +372,8 @@ class Controller:
             looks = {str(device): look for device, look in self.fleet.looks.items()}
             self.journal.keep_stacks(self.fleet.generation, looks)
             for device, why in hung.items():
-                self.fleet.evidence.append(
-                    Evidence(Kind.HANG, device.node, device, self.fleet.rank(device), message=why)
-                )
+                kind = kind_of_hang(self.fleet.looks.get(device, {}))
+                self.fleet.evidence.append(Evidence(kind, device.node, device, self.fleet.rank(device), message=why))
 
     async def _recover(self) -> None:
         """A fault was seen: all leave, the evidence is judged, what is at fault is removed."""
@@ -392,7 +391,7 @@ class Controller:
         for node in self.fleet.roster.alive():
             node.send({"is": "abort", "generation": self.fleet.generation})
         # A hung worker cannot leave; killed at once, its replacement is forked meanwhile.
-        hung = {item.device for item in self.fleet.evidence if item.kind is Kind.HANG}
+        hung = {item.device for item in self.fleet.evidence if item.kind in (Kind.HANG, Kind.STALL)}
         self.fleet.kill([worker for worker in self.fleet.inside() if worker.device in hung])
         await asyncio.sleep(SETTLE_S)
         if all(item.kind is Kind.CONNECTION for item in self.fleet.evidence):
@@ -407,6 +406,7 @@ class Controller:
         for item in self.fleet.evidence:
             if item.kind is Kind.COPY_LOST:
                 self.copies.distrust(item.copy)
+        self.ledger.made_steps(self.fleet.made_steps, self.fleet.placement.devices)
         verdict = self.ledger.judge(blame(self.fleet.evidence, self.fleet.placement.devices))
         self.journal.event("blame", fault=verdict.fault.value, cause=verdict.reason, seconds=time.monotonic() - began)
         self._act_on(verdict)

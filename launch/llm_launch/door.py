@@ -13,6 +13,8 @@ WAITING = 256
 """Connections that may authenticate at once. One that belongs to the run takes a millisecond for it."""
 PAUSE_S = 0.05
 """Pause after the system has refused a connection for want of descriptors."""
+CROWDED_S = 0.01
+"""Pause after each connection while strangers fill half of the places: a hundred of them a second are let in."""
 FILES = 65536
 
 
@@ -35,6 +37,11 @@ class Door:
         self._waiting: OrderedDict[int, socket.socket] = OrderedDict()
         self._lock = threading.Lock()
         self.turned_away = 0
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more than half of the places are taken."""
+        return 2 * len(self._waiting) > self.most
 
     def enter(self, connection: socket.socket) -> int:
         """A new connection; its number."""

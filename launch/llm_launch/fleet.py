@@ -15,7 +15,7 @@ from llm_launch import wire
 from llm_launch.absence import Absence
 from llm_launch.attendance import Attendance
 from llm_launch.blame import Device, Evidence, Kind, classify_error, few
-from llm_launch.door import PAUSE_S, WAITING, Door
+from llm_launch.door import CROWDED_S, PAUSE_S, WAITING, Door
 from llm_launch.generation_store import GenerationStore
 from llm_launch.hang import find_hung, waits_for_files
 from llm_launch.journal import Journal
@@ -93,6 +93,11 @@ class Fleet:
         self._store = GenerationStore()
         self.looks.clear()
 
+    @property
+    def made_steps(self) -> int:
+        """Steps of the present generation."""
+        return self.step - self.start_step if self.start_step is not None else 0
+
     def new_pace(self) -> None:
         """Forgets how long steps took, for a layout whose steps take another time."""
         usual_s = self.pace.median_s()
@@ -130,6 +135,8 @@ class Fleet:
                     await asyncio.sleep(PAUSE_S)
                     continue
                 self._spawn(self._accept(connection, self.door.enter(connection)))
+                # A queue of connections is accepted without a moment for anybody else unless it is given here.
+                await asyncio.sleep(CROWDED_S if self.door.crowded else 0.0)
 
     async def _accept(self, connection: socket.socket, number: int) -> None:
         try:
@@ -182,8 +189,14 @@ class Fleet:
     def _on_drill(self, message: wire.Message) -> None:
         """A fault that a drill wants inside the process of a device."""
         node = self.roster.nodes.get(message["node"])
-        if self.elastic.drills and node is not None:
-            node.send({"is": "inject", "device": message["device"], "fault": message["fault"]})
+        if not self.elastic.drills or node is None:
+            return
+        fault, worker = message["fault"], node.workers.get(message["device"])
+        if fault["kind"] != "partner":
+            node.send({"is": "inject", "device": message["device"], "fault": fault})
+        elif worker is not None:
+            to = {"is": "partner", "device": message["device"], "number": worker.number}
+            node.send({**to, "partner": fault["address"]})
 
     def lost(self, node: Node, kind: Kind) -> None:
         """An agent is gone, by its connection's end or by its silence."""
@@ -379,6 +392,8 @@ class Fleet:
             return stopped
         await asyncio.sleep(LOOK_S)
         second = await self.look(devices, PATIENT_S)
+        if stopped := {device: "is stopped" for device, look in second.items() if look.get("state") in STOPPED}:
+            return stopped  # known before the others have answered
         answered = {device: look for device, look in second.items() if "stack" in look}
         moved = any(
             look["collectives"] != first.get(device, {}).get("collectives") for device, look in answered.items()

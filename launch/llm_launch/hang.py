@@ -40,6 +40,16 @@ def find_hung(devices: Sequence[Device], looks: Mapping[Device, Mapping[str, Any
     return causes or behind or dict.fromkeys(devices, "makes no progress, as all others")
 
 
+def kind_of_hang(look: Mapping[str, Any]) -> Kind:
+    """Whether a process that holds the others up tells of its device, by the last look at it.
+
+    It does not where the process was stopped from outside, by a signal or a debugger, and where it answers that its
+    device has done all that it was given: then it is the program that stands still. Who does not answer may do so
+    because its device's driver does not.
+    """
+    return Kind.STALL if look.get("state") in ("T", "t") or look.get("idle") else Kind.HANG
+
+
 def waits_for_files(looks: Iterable[tuple[Device, Mapping[str, Any]]]) -> list[Device]:
     """Devices whose process stands in reading or writing files at some look, while the others wait for it: a shared
     file system that stalls is no device's fault, and another process would wait as long."""

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_launch.blame import Device, Fault, Kind, Verdict, said
+
+PROVEN_STEPS = 10
+"""Steps that a device makes after a hang in which a fault that stays would have shown again."""
+PROVEN_PROBES = 12
+"""The same for a slow device, in probes: three in a row find it."""
+
+
+class Strike(NamedTuple):
+    """One fault of a device."""
+
+    at_s: float
+    """Unix time."""
+    reason: str
+    until_steps: int = 0
+    """Steps of its device afterwards in which a fault that stays would have shown again: then it is forgotten; 0: it
+    stays."""
 
 
 @dataclass
@@ -18,12 +34,14 @@ class Ledger:
     good; hard evidence removes it at once. If the same error follows the work to another device, the program is at
     fault and both are acquitted. A process that ends while its generation forms says little about its device, since
     the launcher, the network and the file system are at work then: it counts if the next forming ends there again.
+    A hang counts until the device has made ``PROVEN_STEPS`` steps, since a program may stand still for reasons of its
+    own, and slowness until it has made ``slow_steps``, since a busy host may make a process slow for a while.
     """
 
     strikes: int = 2
     expire_s: float = 86400.0
-    counts: dict[Device, list[tuple[float, str]]] = field(default_factory=dict)
-    """Unix time and reason of each strike."""
+    slow_steps: int = PROVEN_PROBES * 10
+    counts: dict[Device, list[Strike]] = field(default_factory=dict)
     removed: dict[Device, str] = field(default_factory=dict)
     errors: dict[str, set[Device]] = field(default_factory=dict)
     lacking: dict[str, str] = field(default_factory=dict)
@@ -70,15 +88,29 @@ class Ledger:
                     return Verdict(Fault.UNKNOWN, f"{reason}: no device is to blame yet", evidence=verdict.evidence)
                 verdict = replace(verdict, devices=guilty, reason=reason)
         for device in verdict.devices:
-            given = [*self._fresh(device), (self.now(), verdict.reason)]
+            new = Strike(self.now(), verdict.reason, self._until_steps(verdict, device))
+            given = [*self._fresh(device), new]
             self.counts[device] = given
-            if verdict.certain or len(given) >= self.strikes:
+            slow = self.slow_steps  # slowness and another fault are no sign of each other
+            alike = [strike for strike in given if (strike.until_steps == slow) == (new.until_steps == slow)]
+            if verdict.certain or len(alike) >= self.strikes:
                 self.removed[device] = verdict.reason
         return verdict
 
-    def _fresh(self, device: Device) -> list[tuple[float, str]]:
+    def _fresh(self, device: Device) -> list[Strike]:
         """Strikes that count still; one that lies in the future, since a clock was set back, does."""
-        return [(at, why) for at, why in self.counts.get(device, []) if self.now() - at < self.expire_s]
+        return [strike for strike in self.counts.get(device, []) if self.now() - strike.at_s < self.expire_s]
+
+    def _until_steps(self, verdict: Verdict, device: Device) -> int:
+        kinds = {item.kind for item in verdict.evidence if item.device == device}
+        return {frozenset({Kind.HANG}): PROVEN_STEPS, frozenset({Kind.SLOW}): self.slow_steps}.get(frozenset(kinds), 0)
+
+    def made_steps(self, number: int, devices: Iterable[Device]) -> None:
+        """These devices have made so many steps in the generation that ends: what would have shown again in as many is
+        forgotten."""
+        for device in devices:
+            if device in self.counts:
+                self.counts[device] = [s for s in self.counts[device] if not 0 < s.until_steps <= number]
 
     def acquit(self, device: Device) -> None:
         """Forgets strikes and removal of a device that is not at fault."""
@@ -99,12 +131,18 @@ class Ledger:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], strikes: int, expire_s: float = 86400.0) -> Ledger:
+    def from_json(
+        cls, values: dict[str, Any], strikes: int, expire_s: float = 86400.0, probe_steps: int = 10
+    ) -> Ledger:
         """Inverse of ``to_json``. Strikes that an earlier version wrote have no time, and count from now on."""
-        found = cls(strikes, expire_s)
+        found = cls(strikes, expire_s, PROVEN_PROBES * max(probe_steps, 1))
         for node, index, given in values.get("strikes", []):
-            times = [(found.now(), item) if isinstance(item, str) else (float(item[0]), item[1]) for item in given]
-            found.counts[Device(node, index)] = times
+            found.counts[Device(node, index)] = [
+                Strike(found.now(), item)
+                if isinstance(item, str)
+                else Strike(float(item[0]), str(item[1]), int((*item, 0)[2]))
+                for item in given
+            ]
         found.removed = {Device(node, index): reason for node, index, reason in values.get("removed", [])}
         found.errors = {error: {Device(*place) for place in places} for error, places in values.get("errors", [])}
         return found

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from llm_launch import wire
 from llm_launch.copy_files import forget_run
 from llm_launch.zygote import die_with_parent
@@ -41,6 +43,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def unix_time(record: Mapping[str, Any]) -> float:
     """Time of a record of events.jsonl or metrics.jsonl in Unix seconds."""
     return datetime.fromisoformat(record["time"]).timestamp()
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device of a rank, and the processes there."""
+
+    rank: int
+    node: str
+    device: int
+    pid: int
+    agent_pid: int
+    workers: tuple[int, ...]
+    """All workers of the node."""
 
 
 @dataclass
@@ -108,46 +123,72 @@ class LiveRun:
 
     def worker(self, rank: int) -> tuple[str, int, int]:
         """Node, device and process of a rank; waits while a killed one is not replaced."""
-        found: tuple[str, int, int] = self.until(lambda: self._worker_now(rank), 30.0, f"a process of rank {rank}")
+        target = self.target(rank)
+        return target.node, target.device, target.pid
+
+    def target(self, rank: int) -> Target:
+        """What stands at a rank; waits while a killed process is not replaced."""
+        found: Target = self.until(lambda: self.target_now(rank), 30.0, f"a process of rank {rank}")
         return found
 
-    def _worker_now(self, rank: int) -> tuple[str, int, int] | None:
+    def target_now(self, rank: int) -> Target | None:
+        """What stands at a rank by the run's last status; None while a killed process is not replaced."""
         status = self.status()
         if len(status.get("ranks", ())) <= rank:
             return None
         node, index = status["ranks"][rank]
-        workers: dict[str, int] = next((item["workers"] for item in status["nodes"] if item["name"] == node), {})
-        return (node, index, workers[str(index)]) if str(index) in workers else None
+        entry = next((item for item in status["nodes"] if item["name"] == node), None)
+        if entry is None or str(index) not in entry["workers"]:
+            return None
+        workers = tuple(entry["workers"].values())
+        return Target(rank, node, index, entry["workers"][str(index)], entry["agent_pid"], workers)
 
     def cause(self, kind: str, rank: int, **details: Any) -> float:
         """Causes one fault at the device of ``rank``; the Unix time of it.
 
         kinds: kill, stop (the worker's process), slow (it runs a fifth of the time, or a ``factor``-th), agent (its
-        agent), node (agent and all its processes at once), and nan, flip, raise inside the worker.
+        agent), node (agent and all its processes at once), partner (its second copies go to an ``address``), and nan,
+        flip, raise, stall, hold inside the worker.
         """
-        node, index, pid = self.worker(rank)
-        entry = next(item for item in self.status()["nodes"] if item["name"] == node)
+        return self.cause_at(kind, self.target(rank), **details)
+
+    def cause_at(self, kind: str, target: Target, **details: Any) -> float:
+        """The same at what was found before. Raises ProcessLookupError if its process has ended meanwhile."""
         now = time.time()
-        assert pid > 0, "0 would be this process's own group"
         if kind in ("kill", "stop"):
-            os.kill(pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+            self._signal(target.pid, signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
         elif kind == "slow":
-            command = [sys.executable, "-m", "llm_launch.throttle", str(pid), str(details.get("factor", 5.0))]
+            command = [sys.executable, "-m", "llm_launch.throttle", str(target.pid), str(details.get("factor", 5.0))]
             self.throttles.append(subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid())))
         elif kind == "agent":
-            os.kill(entry["agent_pid"], signal.SIGKILL)
+            self._signal(target.agent_pid, signal.SIGKILL)
         elif kind == "node":
-            for process in [*entry["workers"].values(), entry["agent_pid"]]:
+            for process in (*target.workers, target.agent_pid):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-        else:
+                    self._signal(process, signal.SIGKILL)
+        else:  # what only the process itself can have, and "partner", which its agent tells it
             host, port = self.status()["controller"]
             with wire.connect_blocking(host, port, self.secret) as connection:
                 fault = {"kind": kind, **details}
-                wire.send(connection, {"is": "drill", "node": node, "device": index, "fault": fault})
+                wire.send(connection, {"is": "drill", "node": target.node, "device": target.device, "fault": fault})
                 time.sleep(POLL_S)
-        self.faults.append((now, f"{kind} at rank {rank} ({node}/{index})"))
-        return now
+        return self.note_fault(f"{kind} at rank {target.rank} ({target.node}/{target.device})", now)
+
+    def note_fault(self, what: str, at_s: float | None = None) -> float:
+        """Keeps a fault that was caused at a Unix time, now unless it is given; that time."""
+        at_s = time.time() if at_s is None else at_s
+        self.faults.append((at_s, what))
+        return at_s
+
+    def _signal(self, pid: int, number: signal.Signals) -> None:
+        """To a process of this run; a number that another process has by now is left alone."""
+        ours = self.process.pid
+        try:
+            if pid <= 0 or ours not in {parent.pid for parent in psutil.Process(pid).parents()}:
+                raise ProcessLookupError(f"process {pid} is none of this run")
+        except psutil.Error:
+            raise ProcessLookupError(f"process {pid} has ended") from None
+        os.kill(pid, number)
 
     def first_step_after(self, fault_s: float, timeout_s: float = 120.0) -> dict[str, Any]:
         """The first step of a generation formed after the fault."""
@@ -159,6 +200,13 @@ class LiveRun:
             return next((record for record in self.steps() if unix_time(record) > formed[0]), None)
 
         return self.until(found, timeout_s, "a step after the fault")
+
+    def saved_step(self) -> int:
+        """Step of the newest complete checkpoint; 0 if there is none."""
+        try:
+            return int((self.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+        except (OSError, ValueError):
+            return 0
 
     def stop(self) -> None:
         """Asks the run to save and end."""

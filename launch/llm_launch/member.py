@@ -83,6 +83,8 @@ class Member:
     """Ends collectives that are not gloo's; set when the device is known."""
     describe_collectives: Callable[[], dict[str, Any]] = dict
     """How many collectives this process has entered in each group."""
+    device_is_idle: Callable[[], bool] = lambda: True
+    """Whether the device has done all that it was given; set when the device is known."""
     _generation: int = 0
     _aborted: int = 0
     _stop: bool = False
@@ -268,11 +270,12 @@ class Member:
             self._shut.popitem()[1].close()
 
     def _look(self) -> dict[str, Any]:
-        """The main thread's stack, and the number of collectives entered in each group."""
+        """The main thread's stack, the collectives entered in each group, and whether the device has nothing to do."""
         main = threading.main_thread().ident
         frame = sys._current_frames().get(main or 0)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
-        return {"stack": stack[-8000:], "collectives": self.describe_collectives(), "step": self.marker.step}
+        told = {"stack": stack[-8000:], "collectives": self.describe_collectives(), "step": self.marker.step}
+        return {**told, "idle": self.device_is_idle()}
 
 
 def _sockets() -> set[int]:

@@ -144,11 +144,14 @@ async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sec
     return Channel(reader, writer, Seal(secret, nonce + answer[NONCE_BYTES:], is_server=True))
 
 
-async def connect(host: str, port: int, secret: str, timeout_s: float = AUTHENTICATION_S) -> Channel:
-    """The client's end. Raises ConnectionError if nobody listens there, in time, who knows the secret."""
+async def connect(
+    host: str, port: int, secret: str, timeout_s: float = AUTHENTICATION_S, queued_s: float = AUTHENTICATION_S
+) -> Channel:
+    """The client's end. Raises ConnectionError if nobody listens there, in time, who knows the secret. queued_s: time
+    that a server may take for those who came before."""
     try:
         reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout_s)
-        nonce = await asyncio.wait_for(reader.readexactly(NONCE_BYTES), timeout_s)
+        nonce = await asyncio.wait_for(reader.readexactly(NONCE_BYTES), queued_s)
         mine = secrets.token_bytes(NONCE_BYTES)
         writer.write(_proof(secret, b"client", nonce) + mine)
         proof = await asyncio.wait_for(reader.readexactly(NONCE_BYTES), timeout_s)

@@ -90,6 +90,7 @@ class ElasticWatch(Watch):
         self._config = run.config.elastic
         self._probe = DeviceProbe(run.engine.groups.platform.device) if self._config.probe_every_steps else None
         self.member.describe_collectives = _collectives
+        self.member.device_is_idle = partial(_is_idle, run.engine.groups.platform.device)
         self._stopwatch = Stopwatch(run.engine.groups.platform.device)
         run.engine.before_reduction.append(self._stopwatch.stop)
         for engine in run.engines.values():
@@ -108,7 +109,7 @@ class ElasticWatch(Watch):
 
     def before_step(self, run: Run) -> None:
         """Compares the replicas and tests the device where due."""
-        self._inject(run, "raise", "flip")
+        self._inject(run, "raise", "flip", "stall", "hold")
         step, config = run.state.step + 1, self._config
         if config.checksum_every_steps and step % config.checksum_every_steps == 0:
             for engine in run.engines.values():
@@ -201,6 +202,17 @@ def _collectives() -> dict[str, Any]:
         if len(ranks) > 1:
             counts[f"{group.group_desc} {ranks}"] = group._get_sequence_number_for_group()
     return counts
+
+
+def _is_idle(device: torch.device) -> bool:
+    """Whether a device has done all that it was given. A processor has none of its own to do while its process stands
+    still; of a GPU's work only the stream of the model is looked at, which waits for the others."""
+    if device.type != "cuda":
+        return True
+    try:
+        return torch.cuda.default_stream(device).query()
+    except RuntimeError:  # an error of the device, which the main thread will meet
+        return False
 
 
 def train_generation(member: Member, assignment: Assignment, run_file: str) -> TrainState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,8 +13,12 @@ from llm_parallel.model.tensors import is_matrix_of_layer
 from llm_parallel.parallel.mcore_optimizer import distributed_parts, shards_of
 from llm_parallel.train.run import Run
 
-KINDS = ("raise", "flip", "nan")
+KINDS = ("raise", "flip", "nan", "stall", "hold")
 """Faults that a process causes in itself; all others come from outside."""
+
+
+STALL_S = 3600
+"""Longer than any run waits for a process."""
 
 
 class DrillError(RuntimeError):
@@ -28,10 +34,22 @@ def before_step(faults: Iterable[dict[str, Any]], run: Run) -> None:
             continue
         if fault["kind"] == "raise":
             raise DrillError("the same mistake in every process")
-        if fault["kind"] in ("nan", "flip") and (weight := _other_share(run)) is not None:
+        if fault["kind"] in ("stall", "hold"):
+            fault["left"] -= 1
+            _stand_still(holding=fault["kind"] == "hold")
+        elif fault["kind"] in ("nan", "flip") and (weight := _other_share(run)) is not None:
             if "left" in fault:
                 fault["left"] -= 1
             (_poison if fault["kind"] == "nan" else _flip)(weight)
+
+
+def _stand_still(holding: bool) -> None:
+    """The program waits for something that has nothing to do with its device; ``holding`` the interpreter's lock, as an
+    extension may, so that no thread of the process goes on."""
+    if holding:
+        ctypes.PyDLL(None).sleep(STALL_S)
+    else:
+        time.sleep(STALL_S)
 
 
 def _poison(weight: torch.Tensor) -> None:

@@ -60,7 +60,9 @@ class FakeAgent:
         kind, device = message["is"], message.get("device")
         if self.name in self.nodes.frozen and kind in ("abort", "look", "kill", "stop", "pause"):
             return
-        if kind == "assign":
+        if self.name in self.nodes.behind and kind in ("abort", "look", "kill"):
+            self._stand_still(message)
+        elif kind == "assign":
             if message["generation"] != self.generation:
                 self.generation, self.ranks = message["generation"], {}
             self.ranks[device] = message["rank"]
@@ -99,6 +101,18 @@ class FakeAgent:
         elif kind == "retire":
             self.retired.append(message["device"])
 
+    def _stand_still(self, message: wire.Message) -> None:
+        """As a process does whose main thread goes no further: it can be looked at and ended, and is forked anew."""
+        device, behind = {"device": message.get("device")}, self.nodes.behind
+        if message["is"] == "look":
+            seen = {"stack": "in a program", "collectives": {"dp": self.nodes.step - 1}, "step": self.nodes.step}
+            self.tell({"is": "seen", **device, **seen, **behind[self.name]})
+        elif message["is"] == "kill":
+            del behind[self.name]
+            self.nodes.age_s = 0.0
+            self.tell({"is": "exit", **device, "status": -9, "host_memory": False, "number": message["number"]})
+            self.tell({"is": "worker", **device, "pid": 1, "number": message["number"] + 1, "generation": 0})
+
     async def _beat(self) -> None:
         nodes = self.nodes
         while True:
@@ -124,6 +138,8 @@ class Nodes:
         self.step, self.step_s, self.age_s, self.beats = 0, 1.0, 0.0, 0
         self.frozen: set[str] = set()
         """Nodes whose processes do nothing and cannot be ended, while their agent goes on."""
+        self.behind: dict[str, dict[str, Any]] = {}
+        """Nodes whose process stands still until it is ended, with what more is seen of it."""
         self.lose_copies: list[list[Any]] = []
         """Kind and rank of copies that rank 1 cannot read, one for each of its next generations."""
         self.sources: dict[int, list[Any]] = {}

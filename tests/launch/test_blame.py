@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,15 @@ def died(device: Device, status: int = -9) -> Evidence:
         pytest.param(
             [Evidence(Kind.HANG, device.node, device, 0) for device in WORLD], Fault.NETWORK, (), (), id="all hang"
         ),
+        pytest.param([Evidence(Kind.STALL, "a", WORLD[0], 0)], Fault.STALL, (), (), id="a program that stands still"),
+        pytest.param(
+            [Evidence(Kind.STALL, "a", WORLD[0], 0), died(WORLD[2])], Fault.DEVICE, (WORLD[2],), (), id="stall and end"
+        ),
+        pytest.param(
+            [Evidence(kind, device.node, device, 0) for kind, device in
+             zip((Kind.HANG, Kind.STALL, Kind.STALL, Kind.HANG), WORLD, strict=True)],
+            Fault.NETWORK, (), (), id="all stand still",
+        ),
         pytest.param([Evidence(Kind.SLOW, "a", WORLD[0], 0)], Fault.DEVICE, (WORLD[0],), (), id="slow"),
         pytest.param([Evidence(Kind.NOT_FINITE, "a", WORLD[1], 1)], Fault.DEVICE, (WORLD[1],), (), id="NaN"),
         pytest.param(
@@ -117,6 +127,28 @@ def test_a_strike_expires() -> None:
     later.now = lambda: clock[0] - 1e6
     later.judge(blame([died(WORLD[1])], WORLD))
     assert set(later.removed) == {WORLD[1]}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "steps", "removed"),
+    [
+        ((Kind.HANG, Kind.HANG), 9, True),
+        ((Kind.HANG, Kind.HANG), 10, False),
+        ((Kind.SLOW, Kind.SLOW), 23, True),
+        ((Kind.SLOW, Kind.SLOW), 24, False),
+        ((Kind.HANG, Kind.EXIT), 10, False),
+        ((Kind.EXIT, Kind.HANG), 10**6, True),
+        ((Kind.STALL, Kind.STALL), 0, False),
+    ],
+)
+def test_what_would_have_shown_again_is_forgotten(kinds: tuple[Kind, Kind], steps: int, removed: bool) -> None:
+    """Two stalls of a program, minutes apart, on a device that trains well in between; also over a restart."""
+    ledger = Ledger.from_json({}, 2, probe_steps=2)
+    for kind in kinds:
+        ledger.made_steps(steps, WORLD)
+        ledger.judge(blame([Evidence(kind, "a", WORLD[1], 1, status=1)], WORLD))
+        ledger = Ledger.from_json(json.loads(json.dumps(ledger.to_json())), 2, probe_steps=2)
+    assert (WORLD[1] in ledger.removed) == removed
 
 
 def test_strikes_of_an_earlier_version_count() -> None:

@@ -8,6 +8,7 @@ import resource
 import socket
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,30 @@ def test_a_flood_does_not_reach_the_agents_of_a_controller(tmp_path: Path, monke
     try:
         _, story = play(nodes.config, nodes, act)
         assert len(story.events("detect")) == 1 and not story.events("remove")
+    finally:
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_a_queue_of_strangers_leaves_moments_for_others(tmp_path: Path) -> None:
+    """Two hundred wait to be let in: between any two of them everything else gets its turn, and from half of the places
+    on they are let in with pauses."""
+    nodes, turns = Nodes(config_of(tmp_path), FOUR), list[int]()
+    strangers: list[socket.socket] = []
+
+    async def act(story: Story) -> None:
+        door = story.controller.fleet.door
+        door.most = 50
+        await story.training(4)
+        strangers.extend(connect(tuple(story.controller.fleet.address), 200))  # all of them before any is let in
+        while door.turned_away < 20:
+            turns.append(door.turned_away + len(door._waiting))
+            await asyncio.sleep(0)
+        assert not story.events("detect") and not story.events("lost")
+
+    try:
+        play(nodes.config, nodes, act)
+        assert turns[0] == 0 and max(after - before for before, after in pairwise(turns)) <= 2
     finally:
         for stranger in strangers:
             stranger.close()

@@ -15,17 +15,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import llm_parallel
 from llm_launch import fleet
 from llm_launch.blame import Device, Kind
-from llm_launch.hang import FILE_CODE, _median_of_others, find_hung, find_slow, waits_for_files
+from llm_launch.hang import FILE_CODE, _median_of_others, find_hung, find_slow, kind_of_hang, waits_for_files
 from llm_launch.progress import Marker, Pace, Progress, ProgressPage
 from llm_launch.roster import Worker
 from llm_parallel.config.tree import ElasticConfig
 from llm_parallel.jsonlines import JsonLines
+from llm_parallel.worker import probe
 
 A, B, C = (Device("n", index) for index in range(3))
 WAITING = 'File "torch/distributed/distributed_c10d.py", line 1, in all_reduce'
@@ -51,6 +53,38 @@ def test_who_waits_for_the_missing_one_elsewhere_is_not_to_blame() -> None:
     """B waits in its tensor-parallel group for C and is therefore missing in the data-parallel one."""
     looks = {A: look(WAITING, dp=5), B: look(WAITING, dp=4, tp=9), C: look(COMPUTING, tp=8)}
     assert list(find_hung([A, B, C], looks)) == [C]
+
+
+@pytest.mark.parametrize(
+    ("seen", "kind"),
+    [
+        ({"state": "T"}, Kind.STALL),
+        ({"state": "t"}, Kind.STALL),
+        ({"state": "S", **look(COMPUTING), "idle": True}, Kind.STALL),
+        ({"state": "S", **look(COMPUTING), "idle": False}, Kind.HANG),
+        ({"state": "R"}, Kind.HANG),
+        ({"state": "D"}, Kind.HANG),
+        ({}, Kind.HANG),
+    ],
+)
+def test_what_stands_still_though_its_device_does_not(seen: dict[str, Any], kind: Kind) -> None:
+    assert kind_of_hang(seen) is kind
+
+
+def test_a_clock_without_the_wait_for_a_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy host makes a process slow, and no device."""
+    monkeypatch.setattr(probe, "SCHEDULED", tmp_path / "schedstat")
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: 10.0)
+    assert probe.processor_s() == 10.0, "a kernel that does not tell"
+    (tmp_path / "schedstat").write_text("5000000000 3000000000 17\n")
+    assert probe.processor_s() == 7.0
+    watch = probe.Stopwatch(torch.device("cpu"))
+    for waited_s in (0, 4):
+        (tmp_path / "schedstat").write_text(f"0 {waited_s}000000000 1")
+        watch.start(1)
+        (tmp_path / "schedstat").write_text(f"0 {waited_s + 1}000000000 1")
+        watch.stop()
+    assert watch.mean_s() == -1.0, "a second of waiting is left out"
 
 
 def test_who_waits_for_files_is_told_by_its_real_stack(tmp_path: Path) -> None:
@@ -94,8 +128,8 @@ def test_file_code_is_where_it_is_looked_for() -> None:
 
 def workers(*probes: float) -> list[Worker]:
     found = [Worker(device, 1, 1) for device in (A, B, C)]
-    for worker, probe in zip(found, probes):
-        worker.probe_s = probe
+    for worker, seconds in zip(found, probes):
+        worker.probe_s = seconds
     return found
 
 
@@ -197,3 +231,20 @@ def test_the_only_process_of_a_run_may_pause(
         look=same_look, workers=lambda: workers, evidence=[], elastic=ElasticConfig(), generation=1, step=1, pace=Pace()
     )
     assert list(asyncio.run(fleet.Fleet.find_hung(known, devices))) == expected
+
+
+def test_who_is_stopped_at_the_second_look_is_the_only_one_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others had no time to answer: that one process is stopped is known at once."""
+    monkeypatch.setattr(fleet, "LOOK_S", 0.0)
+    looks = [
+        {device: {**look(COMPUTING), "state": "S"} for device in (A, B, C)},
+        {B: {"state": "T"}, C: {"state": "S"}},
+    ]
+
+    async def next_look(*_: Any) -> dict[Device, dict[str, Any]]:
+        return looks.pop(0)
+
+    known: Any = SimpleNamespace(
+        look=next_look, workers=list, evidence=[], elastic=ElasticConfig(), generation=1, step=1, pace=Pace()
+    )
+    assert asyncio.run(fleet.Fleet.find_hung(known, [A, B, C])) == {B: "is stopped"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from llm_launch import controller as controller_module
 from llm_launch import fleet as fleet_module
 from llm_launch.blame import Device
 from llm_launch.journal import MEMORY_NAME
+from llm_launch.ledger import PROVEN_STEPS
 from llm_parallel.errors import EXIT_STOPPED
 from tests.launch.fake_agents import Nodes, Story, play
 from tests.launch.test_controller import FOUR, config_of
@@ -124,3 +126,62 @@ def test_a_network_that_breaks_for_a_while_does_not_end_a_run(tmp_path: Path) ->
     status, story = play(config, nodes, act)
     assert status == EXIT_STOPPED
     assert {event["fault"] for event in story.events("blame")} == {"network"} and not story.events("remove")
+
+
+async def stands_still(story: Story, seen: dict[str, Any], formed: int) -> None:
+    """The process of n2 makes no progress, for longer and longer, until one more generation has formed."""
+    nodes = story.nodes
+    nodes.behind["n2"], nodes.age_s = seen, 1e6
+
+    def replaced() -> bool:
+        nodes.age_s = min(1.1 * nodes.age_s, 1e300)  # a look that is late for a busy machine counts as a slow step
+        return len(story.events("form")) > formed
+
+    await story.until(replaced, "the next generation")
+    nodes.age_s = 0.0
+
+
+@pytest.mark.parametrize(
+    ("seen", "removed"),
+    [({"idle": True}, False), ({"idle": False}, True)],
+    ids=["its program", "its device"],
+)
+def test_two_stalls_on_one_device(
+    seen: dict[str, Any], removed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step after the other: a process that answers, and whose device has nothing to do, tells nothing of it."""
+    monkeypatch.setattr(fleet_module, "PATIENT_S", 60.0)
+    config = config_of(tmp_path, strikes=2)
+    nodes = Nodes(config, FOUR)
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        for number in (1, 2):
+            nodes.make_steps(1)
+            await story.heard_of(nodes.step)
+            await stands_still(story, seen, number)
+            await story.training(3 if removed and number == 2 else 4)
+
+    status, story = play(config, nodes, act)
+    assert status == EXIT_STOPPED
+    assert [event["fault"] for event in story.events("blame")] == ["device" if removed else "stall"] * 2
+    assert [event["node"] for event in story.events("remove")] == ["n2"] * removed
+
+
+def test_a_hang_is_forgotten_after_good_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes apart, by a program that lets no thread of its process answer."""
+    monkeypatch.setattr(fleet_module, "PATIENT_S", 60.0)
+    config = config_of(tmp_path, strikes=2)
+    nodes = Nodes(config, FOUR)
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        for number in (1, 2):
+            nodes.make_steps(PROVEN_STEPS)
+            await story.heard_of(nodes.step)
+            await stands_still(story, {"idle": False}, number)
+            await story.training(4)
+
+    status, story = play(config, nodes, act)
+    assert status == EXIT_STOPPED and not story.events("remove")
+    assert [event["fault"] for event in story.events("blame")] == ["device", "device"]
