@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -210,12 +211,16 @@ def next_commands(folder: Path, run_file: Path, run_dir: Path, chat: bool) -> st
         command = "llm-parallel"
     steps = 2 * yaml.safe_load(run_file.read_text())["train"]["steps"]
     assistant, tokenizer, mine = folder / "chat", folder / "data" / "tokenizer.model", folder.parent / "mine"
-    ask_it = f'generate {assistant} --chat --prompt "{TRY}"'
-    other_layout = f"pretrain {run_file} train.steps={steps} parallel.pp=1"
-    own_tokens = f"prepare YOUR_FOLDER --out {mine} --tokenizer {tokenizer}"
-    own_text = f"pretrain {run_file} run_dir={mine}-run data.train={mine} 'data.eval=[]' data.eval_fraction=0.1"
-    own_chat = f"sft {folder / 'chat.yaml'} run_dir={mine}-chat chat.train=YOUR.jsonl 'chat.eval=[]'"
-    export = f"convert {assistant if chat else run_dir} {folder / 'hf'}"
+    file, chat_file, run, mine_run, mine_chat = map(
+        quote, map(str, (run_file, folder / "chat.yaml", run_dir, f"{mine}-run", f"{mine}-chat"))
+    )
+    ask_it = f'generate {quote(str(assistant))} --chat --prompt "{TRY}"'
+    other_layout = f"pretrain {file} train.steps={steps} parallel.pp=1"
+    own_tokens = f"prepare YOUR_FOLDER --out {quote(str(mine))} --tokenizer {quote(str(tokenizer))}"
+    own_text = f"pretrain {file} run_dir={mine_run} data.train={quote(str(mine))} 'data.eval=[]' data.eval_fraction=0.1"
+    own_chat = f"sft {chat_file} run_dir={mine_chat} chat.train=YOUR.jsonl 'chat.eval=[]'"
+    export = f"convert {quote(str(assistant if chat else run_dir))} {quote(str(folder / 'hf'))}"
+    page = quote(str(folder.parent / "report.html"))
     lines = [
         *([("ask the assistant", ask_it)] if chat else []),
         ("train the first model on, in another layout", other_layout),
@@ -223,6 +228,6 @@ def next_commands(folder: Path, run_file: Path, run_dir: Path, chat: bool) -> st
         ("then the run", own_text),
         *([("fine-tune on your own conversations", f"{own_chat} train.epochs=3 optim.warmup_steps=0")] if chat else []),
         ("write a folder that Hugging Face transformers loads", export),
-        ("write one page of numbers, curves and settings", f"report {run_dir} --out {folder.parent / 'report.html'}"),
+        ("write one page of numbers, curves and settings", f"report {run} --out {page}"),
     ]
     return "\n".join(f"  # {what}\n  {command} {line}" for what, line in lines)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_launch.network import own_address
+from llm_launch.variables import number_in
 from llm_launch.zygote import die_with_parent
 from llm_parallel.errors import UserError
 
@@ -83,5 +84,5 @@ class AgentSettings:
 
 def devices_here(devices: Sequence[int], environment: Mapping[str, str]) -> tuple[int, ...]:
     """Those of ``devices`` that this node has: SLURM may have given it fewer GPUs than the node of the batch script."""
-    gpus = int(environment.get("SLURM_GPUS_ON_NODE") or 0) if "SLURM_STEP_ID" in environment else 0
+    gpus = number_in(environment, "SLURM_GPUS_ON_NODE", 0) if "SLURM_STEP_ID" in environment else 0
     return tuple(device for device in devices if device < gpus) or tuple(devices) if gpus else tuple(devices)

@@ -23,6 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
+from llm_launch.variables import number_in
 from llm_parallel.errors import UserError
 from llm_parallel.files import atomic_write, open_own, read_json, refuse_planted
 from llm_parallel.lines import note
@@ -76,7 +77,7 @@ class Lease:
             datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
             secrets.token_hex(8),
             environment.get("SLURM_JOB_ID", "")[:40],
-            int(environment.get("SLURM_RESTART_COUNT") or 0),
+            number_in(environment, "SLURM_RESTART_COUNT", 0),
         )
         self._lost = lost or _end_at_once
         self._over = threading.Event()

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from llm_launch.variables import number_in
+
 CALL_S = 10.0
 REQUEUE_TRIES = 3
 AWAY_S = 60.0
@@ -70,14 +72,15 @@ class SlurmJob:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> SlurmJob | None:
-        """None outside of a job."""
+        """None outside of a job. Raises UserError if a variable of the job is not a number."""
         job_id = environment.get("SLURM_JOB_ID")
         if not job_id:
             return None
-        if environment.get("SLURM_ARRAY_TASK_ID"):
+        array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+        if array and task:
             # The number of an array's last task is that of the whole array too: a requeue would be one of all tasks.
-            job_id = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-        restarts = int(environment.get("SLURM_RESTART_COUNT") or 0)
+            job_id = f"{array}_{task}"
+        restarts = number_in(environment, "SLURM_RESTART_COUNT", 0)
         node = environment.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
         return cls(job_id, restarts, node, environment)
 
@@ -92,7 +95,7 @@ class SlurmJob:
     @property
     def gpus_per_node(self) -> int:
         """GPUs that SLURM gave on this node; 0 if it gave none."""
-        return int(self.environment.get("SLURM_GPUS_ON_NODE") or 0)
+        return number_in(self.environment, "SLURM_GPUS_ON_NODE", 0)
 
     def nodes(self) -> list[str]:
         """Names of the nodes that the job has now; the environment only knows those that it began with."""

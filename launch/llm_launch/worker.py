@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from llm_launch.variables import number_in
 from llm_parallel.errors import EXIT_USER_ERROR, UserError
 from llm_parallel.files import atomic_write
 from llm_parallel.lines import note
@@ -48,41 +49,32 @@ def worker_environment(environment: Mapping[str, str] = os.environ) -> WorkerEnv
 
 
 def _from_torchrun(environment: Mapping[str, str]) -> WorkerEnv:
-    rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    rank, world_size = number_in(environment, "RANK"), number_in(environment, "WORLD_SIZE")
     one_machine = "LOCAL_RANK" not in environment
     return WorkerEnv(
         rank=rank,
-        local_rank=rank if one_machine else _number(environment, "LOCAL_RANK"),
+        local_rank=rank if one_machine else number_in(environment, "LOCAL_RANK"),
         world_size=world_size,
-        local_world_size=_number(environment, "LOCAL_WORLD_SIZE", world_size if one_machine else None),
+        local_world_size=number_in(environment, "LOCAL_WORLD_SIZE", world_size if one_machine else None),
         master_addr=environment.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_number(environment, "MASTER_PORT"),
+        master_port=number_in(environment, "MASTER_PORT"),
     )
 
 
 def _from_slurm(environment: Mapping[str, str]) -> WorkerEnv:
     tasks = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", environment["SLURM_STEP_NUM_TASKS"]))
-    node = _number(environment, "SLURM_NODEID", 0)
-    job, step = _number(environment, "SLURM_JOB_ID", 0), _number(environment, "SLURM_STEP_ID", 0)
+    node = number_in(environment, "SLURM_NODEID", 0)
+    job, step = number_in(environment, "SLURM_JOB_ID", 0), number_in(environment, "SLURM_STEP_ID", 0)
     # Every process computes the same port; below the range that the kernel gives to outgoing connections (32768 up).
     port = 20000 + (job * 31 + step) % 12000
     return WorkerEnv(
-        rank=_number(environment, "SLURM_PROCID"),
-        local_rank=_number(environment, "SLURM_LOCALID"),
-        world_size=_number(environment, "SLURM_STEP_NUM_TASKS"),
+        rank=number_in(environment, "SLURM_PROCID"),
+        local_rank=number_in(environment, "SLURM_LOCALID"),
+        world_size=number_in(environment, "SLURM_STEP_NUM_TASKS"),
         local_world_size=tasks[min(node, len(tasks) - 1)],
         master_addr=environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
-        master_port=_number(environment, "MASTER_PORT", port),
+        master_port=number_in(environment, "MASTER_PORT", port),
     )
-
-
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environment.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None or not text.strip().isdecimal():
-        raise UserError(f"environment variable {name} = {text!r} must be a whole number; start through one launcher")
-    return int(text)
 
 
 def first_host(node_list: str) -> str:

@@ -114,10 +114,10 @@ def _check_experts(request: Question, shape: Shape) -> None:
 
 
 def _as_command(request: Question) -> str:
-    model = f"--model {request.model}" if request.run is None else quote(str(request.run))
-    adapter = f" --adapter {request.adapter}" if request.adapter else ""
+    model = f"--model {quote(str(request.model))}" if request.run is None else quote(str(request.run))
+    adapter = f" --adapter {quote(request.adapter)}" if request.adapter else ""
     return (
-        f"llm-parallel plan {model} --cluster {request.cluster_name} --gpus {request.gpus} "
+        f"llm-parallel plan {model} --cluster {quote(request.cluster_name)} --gpus {request.gpus} "
         f"--global-batch {request.global_batch} --seq {request.seq}{adapter}"
     )
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_launch.agent_settings import devices_here
 from llm_launch.agent_step import AgentStep
 from llm_launch.batch_file import batch_file, job_name, sweep_folders
 from llm_launch.slurm import SlurmError, SlurmJob, parse_record, parse_time, switches_above
@@ -336,6 +337,19 @@ def test_the_environment_tells_where_we_are() -> None:
     assert task is not None and task.job_id == "7_3"
     step = SlurmJob.from_environment({**batch, "SLURM_STEP_ID": "0"})
     assert step is not None and not step.may_lead
+
+
+@pytest.mark.parametrize("value", ["abc", "1.5", "²", "-1"])
+def test_a_job_with_a_variable_that_is_no_number_is_refused_by_its_name(value: str) -> None:
+    with pytest.raises(UserError, match=r"SLURM_RESTART_COUNT = .* must be a whole number"):
+        SlurmJob.from_environment({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": value})
+    with pytest.raises(UserError, match=r"SLURM_GPUS_ON_NODE = .* must be a whole number"):
+        devices_here([0], {"SLURM_STEP_ID": "0", "SLURM_GPUS_ON_NODE": value})
+
+
+def test_a_job_without_its_optional_variables_is_a_first_start() -> None:
+    job = SlurmJob.from_environment({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "", "SLURM_ARRAY_TASK_ID": "3"})
+    assert job is not None and job.job_id == "7" and job.restart_count == 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,17 @@ def test_the_next_commands_stand_under_what_they_do(tmp_path: Path, chat: bool) 
     assert all(line.split()[0].endswith("llm-parallel") and line.split()[1] in COMMANDS for line in commands)
     assert any(f"train.steps={2 * load_config(run_file, []).train.steps}" in line for line in commands)
     assert any("--chat --prompt" in line for line in commands) == chat
+
+
+def test_the_next_commands_can_be_typed_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "my runs; echo"
+    folder.mkdir()
+    run_file = folder / "run.yaml"
+    run_file.write_text(yaml.safe_dump(run_tree(folder, 0)))
+    commands = [shlex.split(line) for line in next_commands(folder, run_file, folder / "run", True).splitlines()[1::2]]
+    assert sum(str(run_file) in words for words in commands) == 2
+    assert str(folder / "chat") in commands[0] and str(folder / "hf") in commands[-2]
+    assert f"run_dir={tmp_path / 'mine'}-run" in commands[3]
 
 
 def test_right_answers_are_counted_to_the_letter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
