@@ -53,10 +53,13 @@ class Job:
 
     def __init__(self, cluster: Cluster, corpus: Corpus, name: str, limit_s: float) -> None:
         self.cluster, self.folder, self.limit_s = cluster, cluster.folder / name, limit_s
-        self.run_file = write_run_file(
-            corpus, self.folder, parallel={"dp": NODES}, data={"eval_fraction": 0.0, "seq_length_tokens": 64},
-            train={"steps": 100_000, "global_batch_size": 3 * NODES}, optim={"schedule": "constant"}, **self.sections(),
-        )  # fmt: skip
+        sections: dict[str, Any] = {
+            "parallel": {"dp": NODES},
+            "data": {"eval_fraction": 0.0, "seq_length_tokens": 64},
+            "train": {"steps": 100_000, "global_batch_size": 3 * NODES},
+            "optim": {"schedule": "constant"},
+        }
+        self.run_file = write_run_file(corpus, self.folder, **sections | self.sections())
         self.number = self.submit()
 
     def sections(self) -> dict[str, Any]:
@@ -157,7 +160,8 @@ class Torchrun(Job):
     """An agent of torchrun on each node, by srun."""
 
     def sections(self) -> dict[str, Any]:
-        return {"checkpoint": {"interval_steps": 1, "keep_last": 2}}
+        # As many replicas as there are processes: a world of torchrun begins and goes on with those that are there.
+        return {"checkpoint": {"interval_steps": 1, "keep_last": 2}, "parallel": {"dp": None}}
 
     def script(self) -> str:
         config = self.folder / "run" / "config.yaml"
