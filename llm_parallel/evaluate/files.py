@@ -110,7 +110,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _table_rows(text: str, delimiter: str) -> Iterator[Row]:
-    lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    csv.field_size_limit(max(len(text), 1))  # of this process, where other readers may have set another
+    lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     if not lines:
         return
     names = [name.strip() for name in lines[0]]

@@ -70,7 +70,7 @@ def test_killed_and_stopped_workers_are_replaced_and_nothing_changes(devices: De
     """Losses are those of the undisturbed run to the last bit, over a mistake and a second start."""
     assert worst(devices.run, devices.losses, last=devices.at["not finite"]) == 0.0
     killed, stopped = devices.of(0, "blame")[:2]
-    assert killed["fault"] == stopped["fault"] == "device" and "is stopped" in stopped["cause"]
+    assert killed["fault"] == "device" and stopped["fault"] == "stall" and "is stopped" in stopped["cause"]
     assert not devices.of(0, "remove"), "a device is not removed for one fault"
     assert {event["layout"] for event in devices.of(0, "form")} == {"TP 1 x PP 1 x DP 4"}
 

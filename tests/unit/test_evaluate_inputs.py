@@ -252,8 +252,10 @@ def test_files_that_are_damaged_or_hold_other_line_ends(tmp_path: Path) -> None:
         rows_of(tmp_path / "a", "humaneval")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "xstest.csv").write_text('prompt,type\n"' + "x" * 140_000)
-    with pytest.raises(UserError, match=r"xstest.csv cannot be read: field larger"):
+    with pytest.raises(UserError, match=r"xstest.csv cannot be read: unexpected end of data; put the whole file there"):
         rows_of(tmp_path / "b", "xstest")
+    (tmp_path / "b" / "xstest.csv").write_text('prompt,type\n"' + "x" * 140_000 + '",homonyms\n')
+    assert [len(row["prompt"]) for row in rows_of(tmp_path / "b", "xstest")["test"]] == [140_000]
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "xstest.csv").write_text("prompt,type\nHow\u2028do I kill\x0ca process?,homonyms\n")
     assert [row["prompt"] for row in rows_of(tmp_path / "c", "xstest")["test"]] == ["How\u2028do I kill\x0ca process?"]
