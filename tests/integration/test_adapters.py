@@ -102,12 +102,12 @@ def test_a_dry_run_predicts_less_memory_in_fewer_bits(corpus: Corpus, base: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "fault"), [(1, "bit flipped"), (5, "node lost")])
-def test_frozen_weights_and_adapters_survive(corpus: Corpus, base: Path, tmp_path: Path, seed: int, fault: str) -> None:
+@pytest.mark.parametrize("fault", ["bit flipped", "node lost"])
+def test_frozen_weights_and_adapters_survive(corpus: Corpus, base: Path, tmp_path: Path, fault: str) -> None:
     """A flipped bit in a frozen weight, which the base's folder mends, and a lost node: 60 steps as undisturbed."""
     path = run_file(corpus, tmp_path, base, adapter={"rank": 4})
     drill = llm_parallel(
-        "drill", path, "--folder", tmp_path / "drill", "--blame", "1", "--seed", str(seed), timeout_s=600.0
+        "drill", path, "--folder", tmp_path / "drill", "--blame", "1", "--kinds", fault, timeout_s=600.0
     )
     assert drill.returncode == 0 and fault in drill.stdout, drill.stdout + drill.stderr
     [run] = [folder for folder in (tmp_path / "drill").iterdir() if folder.is_dir()]
