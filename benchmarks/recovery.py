@@ -151,7 +151,7 @@ class Torchrun:
         config = load_config(run_file, [*overrides, f"run_dir={folder}", "train.steps=100000",
                                         "checkpoint.interval_steps=1", "checkpoint.keep_last=2"])  # fmt: skip
         save_config(with_vocabulary(config), folder / "config.yaml")
-        command = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=1:4", "--nproc-per-node=1"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:4", "--nproc-per-node=1"]  # torchrun
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--max-restarts=10"]
         command += ["--monitor-interval=0.05"]
         training = ["-m", "llm_parallel.worker", str(folder / "config.yaml")]

@@ -167,11 +167,12 @@ class Torchrun(Job):
         config = self.folder / "run" / "config.yaml"
         config.parent.mkdir()
         save_config(preflight(load_config(self.run_file, [], notice=lambda _: None)), config)
-        command = [str(Path(sys.executable).parent / "torchrun"), f"--nnodes=1:{NODES}", "--nproc-per-node=1"]
+        program = [sys.executable, "-m", "torch.distributed.run"]  # torchrun, which may stand in another environment
+        command = [f"--nnodes=1:{NODES}", "--nproc-per-node=1"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{_free_port()}", "--max-restarts=10"]
         command += ["--monitor-interval=0.05", "-m", "llm_parallel.worker", str(config)]
         hosts = f"--rdzv-conf={RENDEZVOUS},is_host=$((SLURM_PROCID == 0))"
-        inner = f"exec {shlex.join(command[:1])} {hosts} {shlex.join(command[1:])}"
+        inner = f"exec {shlex.join(program)} {hosts} {shlex.join(command)}"
         # Without this variable torchrun 2.13 does not recover: its shared store keeps the lost world's addresses.
         return f"export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1\nsrun --no-kill bash -c {shlex.quote(inner)}"
 
