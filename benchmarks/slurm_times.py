@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -46,7 +47,7 @@ LIMIT_S = 60.0
 Times = dict[str, float | None]
 
 
-class Job:
+class Job(ABC):
     """One job of a contender, from its release to its end."""
 
     recovers = True
@@ -73,9 +74,9 @@ class Job:
         options = [f"--nodes={NODES}", "--ntasks-per-node=1", "--exclusive", "--no-kill", "--no-requeue", "--hold"]
         return self.cluster.run(["sbatch", "--parsable", *options, f"--output={self.folder}/log", str(script)])
 
+    @abstractmethod
     def script(self) -> str:
         """Of its batch job."""
-        raise NotImplementedError
 
     @property
     def records(self) -> list[dict[str, Any]]:

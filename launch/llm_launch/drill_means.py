@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -65,7 +66,7 @@ class ControlGroup:
                 time.sleep(0.05)
 
 
-class _Background:
+class _Background(ABC):
     """Something that goes on beside a run, from ``with`` to its end."""
 
     def __init__(self) -> None:
@@ -79,8 +80,9 @@ class _Background:
         self._over.set()
         self._thread.join()
 
+    @abstractmethod
     def _run(self) -> None:
-        raise NotImplementedError
+        """Goes on until ``_over`` is set."""
 
 
 class Flood(_Background):

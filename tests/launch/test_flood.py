@@ -97,8 +97,7 @@ def test_a_flood_does_not_reach_the_agents_of_a_controller(tmp_path: Path, monke
 
 
 def test_a_queue_of_strangers_leaves_moments_for_others(tmp_path: Path) -> None:
-    """Two hundred wait to be let in: between any two of them everything else gets its turn, and from half of the places
-    on they are let in with pauses."""
+    """Two hundred wait to be let in: between any two of them everything else gets its turn."""
     nodes, turns = Nodes(config_of(tmp_path), FOUR), list[int]()
     strangers: list[socket.socket] = []
 
