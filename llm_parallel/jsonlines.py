@@ -47,7 +47,7 @@ class JsonLines:
         """Writes ``record`` with its time, by default now; numbers that JSON lacks (NaN, infinity) become null."""
         time = at or datetime.now(timezone.utc)
         record = {**record, "time": time.isoformat(timespec="milliseconds")}
-        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n"
+        line = _encoded(record) + b"\n"
         try:
             if os.fstat(self._fd).st_nlink == 0:  # somebody has deleted the file, and would never see these lines
                 os.dup2(fd := self._open(), self._fd, inheritable=False)
@@ -109,6 +109,14 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _encoded(record: dict[str, Any]) -> bytes:
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError:  # a number that JSON lacks
+        text = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, default=str)
+    return text.encode()
 
 
 def _finite(value: Any) -> Any:

@@ -284,6 +284,8 @@ class Agent:
                 self.here.kill_all()
                 self.heard_s = now
             self._tell({"is": "beat", "progress": self.here.progress(now)})
+            for worker in self.here.stopped(now):
+                self._tell({"is": "stopped", "device": worker.device, "number": worker.number})
             self.here.memory_kills.look()
 
     async def _watch_health(self) -> None:

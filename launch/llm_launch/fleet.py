@@ -35,6 +35,8 @@ ALONE_S = 30.0
 STOPPED = ("T", "t", "Z", "X")
 """States of a process in /proc that cannot go on by itself."""
 
+AT_WORK = (Phase.FORMING, Phase.TRAINING, Phase.PAUSING)
+
 
 class Fleet:
     """Connections to agents, and what came over them since the present generation began."""
@@ -265,8 +267,17 @@ class Fleet:
         elif said == "left" and mine:
             worker.outcome = Outcome(message["outcome"])
             self._on_left(device, message)
+        elif said == "stopped" and mine and message["number"] == worker.number:
+            self._on_stopped(worker)
         elif said in ("seen", "state"):
             self.looks.setdefault(device, {}).update(message)
+
+    def _on_stopped(self, worker: Worker) -> None:
+        """A process of the generation stands still, at whatever it was."""
+        device, known = worker.device, {item.device for item in self.evidence}
+        if not (self.phase in AT_WORK and worker.outcome is None and not worker.killed) or device in known:
+            return
+        self.evidence.append(Evidence(Kind.STALL, device.node, device, self.rank(device), message="is stopped"))
 
     def _change_partner(self, node: Node, worker: Worker, cause: str) -> None:
         """Another node gets the second copies of a worker whose partner does not take them."""
@@ -295,7 +306,7 @@ class Fleet:
             return
         device = Device(node.name, message["device"])
         self.unfit[device] = message["message"]
-        if self.rank(device) is not None and self.phase in (Phase.FORMING, Phase.TRAINING, Phase.PAUSING):
+        if self.rank(device) is not None and self.phase in AT_WORK:
             self.evidence.append(
                 Evidence(Kind.UNHEALTHY, node.name, device, self.rank(device), message=message["message"])
             )

@@ -29,6 +29,8 @@ SLOTS = 256
 FORK_AGAIN_S = 2.0
 REPORT_S = 1.0
 """Time for the zygote to report the end of a worker, which takes it milliseconds."""
+STOPPED_S, STOPPED_LOOK_S = 5.0, 0.5
+"""After how long a process that stands still by a signal or a debugger is told of, and time between looks for one."""
 FORK_LIMIT_S = 60.0
 """Time for the zygote to fork a worker, which takes it milliseconds."""
 
@@ -46,6 +48,8 @@ class Worker:
     ready: bool = False
     killed: bool = False
     """Whether this agent has ended it; a controller that comes back must not give it work."""
+    still: tuple[float, int] | None = None
+    """Since when it is stopped, and the processor time that it had used by then; None: it is not."""
 
     def send(self, message: wire.Message) -> None:
         """To the process, if it has connected."""
@@ -75,6 +79,7 @@ class NodeWorkers:
         self._zygote: subprocess.Popen[bytes] | None = None
         self._zygote_socket: socket.socket | None = None
         self._warm = False
+        self._looked_s = 0.0
 
     def _open_log(self) -> int:
         """Opened once: the run folder's file system may block, and an agent that blocks counts as lost. Workers without
@@ -95,6 +100,24 @@ class NodeWorkers:
             age = -1.0 if seen.stepped_s < 0 else now - seen.stepped_s
             times = [age, seen.step_s, seen.probe_s, now - seen.marked_s, seen.own_s]
             found[worker.device] = [seen.generation, seen.step, *times]
+        return found
+
+    def stopped(self, now: float) -> list[Worker]:
+        """Processes that have stood still for ``STOPPED_S``, stopped by a signal or a debugger, whatever they were at:
+        while a generation forms, or a checkpoint is written, no step tells of it. One that is stopped and woken many
+        times a second, so that it is slow, goes on."""
+        if now - self._looked_s < STOPPED_LOOK_S:
+            return []
+        self._looked_s = now
+        found = []
+        for worker in self.workers.values():
+            state, used = process_state(worker.pid), processor_ticks(worker.pid)
+            if state not in ("T", "t"):
+                worker.still = None
+            elif worker.still is None or worker.still[1] != used:
+                worker.still = now, used
+            elif now - worker.still[0] >= STOPPED_S:
+                found.append(worker)
         return found
 
     def by_device(self, device: int, number: int | None = None) -> Worker | None:
@@ -257,6 +280,15 @@ def process_state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return "X"
+
+
+def processor_ticks(pid: int) -> int:
+    """Processor time that a process has used, in the system's ticks; 0 if there is no such process."""
+    try:
+        user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    except (OSError, ValueError):
+        return 0
+    return int(user) + int(system)
 
 
 def kill(pid: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def _write(
     with (making / PROMPTS).open("w", encoding="utf-8") as out:
         for split, prompts in (("train", training), ("eval", held_out)):
             for prompt in prompts:
-                line = {"split": split, **asdict(prompt)}
+                line = {"split": split, **vars(prompt)}
                 out.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
         out.flush()
         os.fsync(out.fileno())

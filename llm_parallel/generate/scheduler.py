@@ -256,7 +256,7 @@ class Scheduler:
         for sequence in list(self._waiting):
             if before is not None and sequence.urgency > before:
                 break
-            if budget <= 0 or len(self._running[wave]) > min(map(len, self._running)):
+            if budget <= 0 or self._has_its_share(wave):
                 break
             if not self._can_start(sequence):
                 continue
@@ -273,6 +273,23 @@ class Scheduler:
             self._find_room(sequence, count, parts)
             parts[sequence] = self._schedule(sequence, count)
         return budget
+
+    def _has_its_share(self, wave: int) -> bool:
+        """Whether another wave should take the next sequence: it has fewer, and this one has as many as each would if
+        all that wait and fit were spread over the waves."""
+        count = len(self._running[wave])
+        if count <= min(map(len, self._running)):
+            return False
+        total, room = self.num_running, self.pool.available - self.num_running
+        for sequence in self._waiting:
+            if total >= min(self.waves * count + 1, self.limits.max_running):
+                break
+            if self._can_start(sequence):
+                room -= -(-len(sequence.tokens) // self.limits.page_tokens) + 1  # and one to grow into
+                if room < 0:
+                    break
+                total += 1
+        return self.waves * count >= total
 
     def _can_start(self, sequence: Draft) -> bool:
         """Whether a waiting sequence knows all of its tokens, and the first answer to the same prompt, whose pages the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ class Collector:
         for finished in generator.ticks():
             for answer in finished:
                 if out is not None and (answer.number, answer.sample) not in known:
-                    out.write(asdict(_answered(answer)))
+                    out.write(vars(_answered(answer)))
         self._agree(out.close() if out is not None else "")
 
     def _generator(self) -> Generator:

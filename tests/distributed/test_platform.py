@@ -3,6 +3,8 @@ literals."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,23 @@ def scattered(rank: int, world_size: int, dtype: torch.dtype) -> list[Any]:
     torchs = torch.empty(3, 5, dtype=dtype)  # torch 2.8's gloo adds where it is asked for the maximum
     dist.reduce_scatter_tensor(torchs, whole.clone(), op=dist.ReduceOp.MAX)
     return [found, inside.chunk(world_size)[rank].float().numpy(), stack.sum(0).numpy(), torchs.float().numpy()]
+
+
+def policies(rank: int, world_size: int) -> dict[str, set[int]]:
+    """The scheduling policy of each thread of a process with a group of its own, by the names of the threads."""
+    open_platform("cpu", threads=1)
+    dist.all_reduce(torch.ones(1), group=dist.new_group())
+    found = {"this one": {os.sched_getscheduler(0)}}
+    for task in Path("/proc/self/task").iterdir():
+        found.setdefault((task / "comm").read_text().strip(), set()).add(os.sched_getscheduler(int(task.name)))
+    return found
+
+
+def test_a_thread_that_wakes_takes_no_core_from_one_that_writes() -> None:
+    """gloo's loops too, which inherit it: they are made after it was asked for."""
+    for found in run_ranks(policies, 2):
+        assert os.SCHED_BATCH in found["gloo_tcp_loop"]
+        assert found["this one"] == {os.SCHED_BATCH}
 
 
 @pytest.mark.parametrize(

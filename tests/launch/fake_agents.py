@@ -62,6 +62,8 @@ class FakeAgent:
             return
         if self.name in self.nodes.behind and kind in ("abort", "look", "kill"):
             self._stand_still(message)
+        elif self.name in self.nodes.stopped and kind in ("assign", "abort", "kill"):
+            self._stop(message)
         elif kind == "assign":
             if message["generation"] != self.generation:
                 self.generation, self.ranks = message["generation"], {}
@@ -113,6 +115,18 @@ class FakeAgent:
             self.tell({"is": "exit", **device, "status": -9, "host_memory": False, "number": message["number"]})
             self.tell({"is": "worker", **device, "pid": 1, "number": message["number"] + 1, "generation": 0})
 
+    def _stop(self, message: wire.Message) -> None:
+        """As a process does that somebody stops: it takes no assignment and does not leave, which its agent sees; it is
+        ended and forked anew."""
+        device = {"device": message.get("device")}
+        if message["is"] == "assign":
+            self.generation = message["generation"]
+            self.tell({"is": "stopped", **device, "number": message["number"]})
+        elif message["is"] == "kill":
+            self.nodes.stopped.remove(self.name)
+            self.tell({"is": "exit", **device, "status": -9, "host_memory": False, "number": message["number"]})
+            self.tell({"is": "worker", **device, "pid": 1, "number": message["number"] + 1, "generation": 0})
+
     async def _beat(self) -> None:
         nodes = self.nodes
         while True:
@@ -138,6 +152,8 @@ class Nodes:
         self.step, self.step_s, self.age_s, self.beats = 0, 1.0, 0.0, 0
         self.frozen: set[str] = set()
         """Nodes whose processes do nothing and cannot be ended, while their agent goes on."""
+        self.stopped: set[str] = set()
+        """Nodes whose process is stopped from the next assignment on, until it is ended."""
         self.behind: dict[str, dict[str, Any]] = {}
         """Nodes whose process stands still until it is ended, with what more is seen of it."""
         self.lose_copies: list[list[Any]] = []

@@ -8,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from llm_launch import wire
+from llm_launch import node_workers, wire
 from llm_launch.agent import Agent
 from llm_launch.agent_settings import AgentSettings
 from llm_launch.copy_transfer import CopyServer
@@ -129,6 +130,40 @@ def test_a_log_that_cannot_be_opened_is_said(tmp_path: Path, capsys: pytest.Capt
         assert "the workers here have no log" in capsys.readouterr().err
     finally:
         agent.copy_server.close()
+
+
+def test_the_agent_sees_processes_that_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that stand still for five seconds, by a signal; not one that is woken in between, as a throttled one is."""
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    used = 7
+    monkeypatch.setattr(node_workers, "processor_ticks", lambda pid: used)
+    agent = Agent(settings_of(tmp_path))
+    try:
+        agent.here.workers[3] = worker = Worker(3, 0, None, pid=child.pid)
+        assert not agent.here.stopped(1.0)
+        child.send_signal(signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
+        early = [agent.here.stopped(at) for at in (2.0, 3.0, 6.6, 6.8, 7.0)]
+        assert early == [[]] * 5, "it has just been looked, or it is too early"
+        assert agent.here.stopped(7.2) == [worker]
+        used += 1
+        assert [agent.here.stopped(at) for at in (8.0, 12.0)] == [[], []] and agent.here.stopped(13.0) == [worker]
+        child.send_signal(signal.SIGCONT)
+        os.waitpid(child.pid, os.WCONTINUED)
+        assert not agent.here.stopped(14.0) and worker.still is None
+    finally:
+        child.kill()
+        child.wait()
+        agent.copy_server.close()
+
+
+def test_processor_time_of_a_process() -> None:
+    """As the system's own call says, within the hundredth of a second that a tick is, and what passed in between."""
+    before = time.process_time()
+    ticks = node_workers.processor_ticks(os.getpid())
+    hertz = os.sysconf("SC_CLK_TCK")
+    assert before - 2 / hertz <= ticks / hertz <= time.process_time() + 2 / hertz
+    assert node_workers.processor_ticks(2**22 + 1) == 0
 
 
 def test_the_controller_and_the_copies_speak_ipv6(tmp_path: Path) -> None:

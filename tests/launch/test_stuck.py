@@ -185,3 +185,19 @@ def test_a_hang_is_forgotten_after_good_steps(tmp_path: Path, monkeypatch: pytes
     status, story = play(config, nodes, act)
     assert status == EXIT_STOPPED and not story.events("remove")
     assert [event["fault"] for event in story.events("blame")] == ["device", "device"]
+
+
+def test_a_process_that_is_stopped_while_a_generation_forms(tmp_path: Path) -> None:
+    """No step shows that it stands still, and ``first_step_limit_s`` is ten minutes: its agent sees it. Found by a soak
+    in which the generation formed for 33 s, until the next fault came."""
+    config = config_of(tmp_path, strikes=1)
+    nodes = Nodes(config, FOUR)
+    nodes.stopped.add("n2")
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+
+    status, story = play(config, nodes, act)
+    assert status == EXIT_STOPPED and not story.events("remove")
+    assert [event["cause"] for event in story.events("detect")] == ["n2/0: stall is stopped"]
+    assert [event["fault"] for event in story.events("blame")] == ["stall"]

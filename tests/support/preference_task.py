@@ -24,25 +24,37 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {"one process": (1, {}), "TP2 P
 @dataclass(frozen=True)
 class Setting:
     """How a method is run on the task: sections of its run file, and the share of right answers that it should reach.
-    ``online``: whether the model answers while it is trained."""
+    prompts: questions that the model answers while it is trained; 0: it answers none."""
 
     wanted: float
-    online: bool
+    prompts: int
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def online(self) -> bool:
+        """Whether the model answers while it is trained."""
+        return self.prompts > 0
 
 
 def _in_rounds(
     kind: str, rollout: dict[str, int], batch: int, steps: int, optim: dict[str, Any], **method: Any
 ) -> Setting:
     """A method in rounds; the rest of ``method`` stands in its section of that name."""
-    judged = {"max_new_tokens": 6, "judges": [{"kind": "exact"}], "held_out_interval": None, "show": 0}
+    judged = {
+        "max_new_tokens": 6,
+        "max_running": 512,
+        "judges": [{"kind": "exact"}],
+        "held_out_interval": None,
+        "show": 0,
+    }
     sections: dict[str, dict[str, Any]] = {
         "method": {"kind": kind, "rollout": rollout | judged, **method},
         "data": {"seq_length_tokens": 208},
-        "train": {"global_batch_size": batch, "micro_batch_size": 8, "steps": steps},
+        "train": {"global_batch_size": batch, "micro_batch_size": batch // 8, "steps": steps},
         "optim": {"lr": 1e-3, "schedule": "constant"} | optim,
     }
-    return Setting(0.9, True, sections)
+    steps_of_round = rollout["prompts"] * rollout["answers"] * rollout["epochs"] // batch
+    return Setting(0.9, steps // steps_of_round * rollout["prompts"], sections)
 
 
 def _in_files(kind: str, wanted: float, train: dict[str, Any], optim: dict[str, Any], **method: Any) -> Setting:
@@ -53,19 +65,34 @@ def _in_files(kind: str, wanted: float, train: dict[str, Any], optim: dict[str, 
         "train": {"global_batch_size": 8, "micro_batch_size": 8} | train,
         "optim": {"schedule": "linear", "warmup_steps": 2} | optim,
     }
-    return Setting(wanted, False, sections)
+    return Setting(wanted, 0, sections)
 
 
 SETTINGS = {
     "dpo": _in_files("dpo", 0.65, {"epochs": 3}, {"lr": 1e-3, "min_lr": 3e-5}, dpo={"beta": 0.5}),
-    "kto": _in_files("kto", 0.85, {"epochs": 5}, {"lr": 5e-4, "min_lr": 1e-5}),
+    "kto": _in_files(
+        "kto",
+        0.85,
+        {"epochs": 5, "global_batch_size": 32, "micro_batch_size": 32},
+        {"lr": 1.5e-3, "min_lr": 4e-5},
+    ),
     "rrhf": _in_files("rrhf", 0.85, {"epochs": 2}, {"lr": 5e-4, "min_lr": 5e-5}),
     "reject": _in_rounds(
         "reject", {"prompts": 128, "answers": 4, "epochs": 2}, 32, 128, {}, reject={"keep": "above", "least_score": 1.0}
     ),
-    "grpo": _in_rounds("grpo", {"prompts": 64, "answers": 8, "epochs": 2}, 128, 128, {}),
+    "grpo": _in_rounds(
+        "grpo",
+        {"prompts": 64, "answers": 8, "epochs": 2},
+        128,
+        96,
+        {"lr": 2e-3, "schedule": "linear", "min_lr": 2e-4},
+    ),
     "ppo": _in_rounds(
-        "ppo", {"prompts": 256, "answers": 2, "epochs": 2}, 128, 96, {"schedule": "linear", "min_lr": 1e-4}
+        "ppo",
+        {"prompts": 256, "answers": 2, "epochs": 2},
+        256,
+        32,
+        {"lr": 3e-3, "schedule": "linear", "min_lr": 3e-4},
     ),
 }
 
@@ -150,7 +177,7 @@ def tune(
     processes, parallel = LAYOUTS[layout]
     folder.mkdir(parents=True)
     if setting.online:
-        data = str(write_prompts(folder / "prompts.jsonl", 4000, seed))
+        data = str(write_prompts(folder / "prompts.jsonl", setting.prompts, seed))
     else:
         data = run_ranks(sampled, 1, str(tuned), str(folder), seed)[0][kind]
     tree: dict[str, Any] = {

@@ -295,3 +295,19 @@ def test_the_best_of_several_answers(given: list[tuple[list[float], Reason]], da
 def test_malformed_requests_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="prompt 7"):
         Request(**{"number": 7, "prompt": (1,), **wrong})
+
+
+@pytest.mark.parametrize("waves", (2, 3, 4))
+def test_waiting_requests_are_spread_over_the_waves_at_once(waves: int) -> None:
+    """As many as fit, in the first pass of each wave: no wave waits until the others have caught up one by one. A
+    wave takes no more than its share of them, or the other stages would have nothing to do."""
+    scheduler = Scheduler(Limits(400, PAGE, 48, 48 * PAGE), waves)
+    for number in range(60):
+        scheduler.submit(Request(number, (1, 2), Sampling(max_new_tokens=4), frozenset([END])))
+    planned = [len(scheduler.plan(wave)) for wave in range(waves)]
+    assert planned == [48 // waves] * waves
+
+    few_pages = Scheduler(Limits(24, PAGE, 48, 48 * PAGE), waves)  # two of each: one to grow into
+    for number in range(60):
+        few_pages.submit(Request(number, (1, 2), Sampling(max_new_tokens=4), frozenset([END])))
+    assert [len(few_pages.plan(wave)) for wave in range(waves)] == [12 // waves] * waves
