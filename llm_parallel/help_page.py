@@ -55,6 +55,15 @@ class Command(TyperCommand):
         text = _page_here(self, ctx)
         super().format_help(ctx, formatter) if text is None else formatter.write(text)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the command line, and says which options it gives more than once although only the last one counts."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for one in dict.fromkeys(order):
+            single = one.param_type_name == "option" and not getattr(one, "multiple", False)
+            if single and order.count(one) > 1 and not ctx.resilient_parsing:
+                note(f"{one.opts[0]} is given {order.count(one)} times; the last one counts")
+        return super().parse_args(ctx, args)
+
 
 class Group(TyperGroup):
     """A group of commands whose help is this page where the panels do not fit."""

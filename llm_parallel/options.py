@@ -33,7 +33,7 @@ class _Style:
     flag: bool = False
     """A true-or-false option without its ``--no-`` form."""
     commas: bool = False
-    """A list that is given as one text with commas."""
+    """A list that is given as a text with commas, or as several."""
     hidden: bool = False
     """The command line does not give it."""
     read: Callable[[str], Any] | None = None
@@ -49,7 +49,7 @@ def option(
     read: Callable[[str], Any] | None = None,
 ) -> Any:
     """A field that is an option under another ``name``, a ``flag`` without its ``--no-`` form, a list that is given as
-    one text with ``commas``, or whose text ``read`` understands."""
+    a text with ``commas``, or whose text ``read`` understands."""
     return field(default=default, metadata={_KEY: _Style(name=name, flag=flag, commas=commas, read=read)})
 
 
@@ -143,7 +143,7 @@ def _parameters(request: type) -> list[inspect.Parameter]:
         made: Any = typer.Argument(**how) if style.argument else typer.Option(*names, **how)
         annotation, default = hints[one.name], one.default
         if style.commas:
-            annotation, default = str, ""
+            annotation, default = list[str] | None, None
         elif get_origin(annotation) is Sequence:
             annotation, default = list[get_args(annotation)[0]] | None, one.default or None  # type: ignore[misc]
         found.append(
@@ -179,7 +179,7 @@ def _taken(request: type, given: dict[str, Any]) -> Mapping[str, Any]:
             continue
         value = given.pop(_parameter_name(one))
         if style.commas:
-            value = tuple(name.strip() for name in value.split(",") if name.strip())
+            value = tuple(name.strip() for text in value or () for name in text.split(",") if name.strip())
         elif isinstance(value, list) or (value is None and one.default == ()):
             value = tuple(value or ())
         values[one.name] = value

@@ -82,6 +82,9 @@ class _Given:
             if old != key and isinstance(self.values[old], list) and len(old) < len(key):
                 self._put_in_list(old, key, value, origin)
                 return
+            before = self.origins.get(old, "")
+            if before.startswith("override") and origin.startswith("override") and before != origin:
+                self.notices.append(f"{before} does not count, since {origin} comes after it")
             del self.values[old]
         self.values[key] = value
         self.origins[key] = origin

@@ -16,6 +16,7 @@ from llm_parallel.convert.request import ConvertRequest
 from llm_parallel.data.request import PrepareRequest
 from llm_parallel.generate.request import GenerateRequest
 from llm_parallel.goodput.request import GoodputRequest
+from llm_parallel.help_page import Command
 from llm_parallel.options import argument, documentation_of, not_an_option, option, with_options
 from llm_parallel.planner.request import PlanRequest
 from llm_parallel.report.request import ReportRequest
@@ -53,7 +54,7 @@ def ran(*arguments: str) -> tuple[list[Asked], str]:
     """What a command receives for these arguments, and what it prints."""
     app, received = typer.Typer(), []
 
-    @app.command()
+    @app.command(cls=Command)
     @with_options
     def command(asked: Asked, extra: int = 1) -> None:
         """Does something."""
@@ -69,12 +70,27 @@ def ran(*arguments: str) -> tuple[list[Asked], str]:
         ((), Asked()),
         (("a", "b", "--count", "5", "--size", "2.5"), Asked(files=("a", "b"), count=5, size=2.5)),
         (("--name", "x,y", "--name", "z", "--kinds", "x,y"), Asked(names=("x,y", "z"), kinds=("x", "y"))),
+        (("--kinds", "x", "--kinds", "y, z"), Asked(kinds=("x", "y", "z"))),
         (("--fast", "--loud", "--extra", "2"), Asked(fast=True, loud=True)),
         (("--no-loud",), Asked()),
     ],
 )
 def test_a_command_receives_its_request(arguments: Sequence[str], asked: Asked) -> None:
     assert ran(*arguments) == ([asked], "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--count", "5", "--count=7"), "--count is given 2 times; the last one counts\n"),
+        (("--loud", "--no-loud", "--count", "7"), "--loud is given 2 times; the last one counts\n"),
+        (("--name", "--count", "--name", "--count", "--count", "7"), ""),
+    ],
+)
+def test_options_that_do_not_count_are_named(arguments: Sequence[str], said: str) -> None:
+    """One that takes several values, and the value of another option, are no repetition."""
+    received, text = ran(*arguments)
+    assert text == said and received[0].count == 7
 
 
 def test_the_help_is_the_documentation_of_the_fields() -> None:

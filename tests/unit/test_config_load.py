@@ -353,6 +353,22 @@ def test_notices_go_to_the_error_stream_by_default(capsys):
     assert capsys.readouterr() == ("", "override tp=2: tp is read as parallel.tp\n")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.steps=5", "train.steps=7"], "override train.steps=5 does not count, since override train.steps=7"),
+        (["optim.lr=1e-3", "--lr", "2e-3"], "override optim.lr=1e-3 does not count, since override lr=2e-3"),
+        (["data.train.0.path=a", "data.train=b"], "override data.train.0.path=a does not count, since override data"),
+        (["train.steps=5", "train.steps=5", "parallel.tp=2"], ""),
+        (["data.train=b", "data.train.0.weight=2"], ""),
+    ],
+)
+def test_overrides_that_do_not_count_are_named(overrides: list[str], said: str) -> None:
+    notices: list[str] = []
+    load_config(None, [*overrides, "optim.warmup_steps=0"], notice=notices.append)
+    assert [text[: len(said)] for text in notices if "count" in text] == ([said] if said else [])
+
+
 def test_every_field_is_described():
     fields = {field.name: field for field in describe_fields()}
     dumped: dict[str, Any] = RunConfig().model_dump()
