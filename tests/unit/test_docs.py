@@ -89,3 +89,10 @@ def test_what_pages_name_exists(page: Path) -> None:
     fields = {doc.name for doc in describe_fields()}
     sections = "|".join(sorted({name.split(".")[0] for name in fields if "." in name}))
     assert set(re.findall(rf"\b((?:{sections})(?:\.\w+)+)=", text)) <= fields
+
+
+def test_every_benchmark_is_listed() -> None:
+    folder = DOCS.parent / "benchmarks"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    programs = {path.name for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+    assert programs <= set(re.findall(r"`(\w+\.py)`", text))
