@@ -7,6 +7,10 @@ Every choice and every text is compared.
 
     .venv/bin/python benchmarks/evaluate.py [--documents 12] [--batch 8] [--data-dir FOLDER] [--out FILE.md]
     .venv/bin/python benchmarks/evaluate.py --data-dir FOLDER --counts 2 40 10 10   # MMLU: 2 for each of 57 subjects
+
+With --vllm-python, lm-eval's back end over vLLM takes part too: the Python of another environment that has vLLM for
+CPUs, lm-eval, and this project with what it needs in a .pth file. vLLM compiles at its first request, which is made
+before.
 """
 
 from __future__ import annotations
@@ -26,7 +30,12 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.evaluate_equal import model_folder  # noqa: E402
 from benchmarks.measured_on import sentence  # noqa: E402
 
-CONTENDERS = ("ours", "lm-eval hf")
+OURS, HF, VLLM = "ours", "lm-eval hf", "lm-eval vLLM"
+ONE_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "4",
+    "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+"""Settings of vLLM, so that all that it computes is this process's, on one thread."""
 CASES = {
     "MMLU, 5 examples": ("mmlu", 5, 1.0),
     "HellaSwag": ("hellaswag", 0, 2.0),
@@ -75,11 +84,20 @@ def work(kind: str, options: dict[str, Any], pipe: Any) -> None:
 
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress
-    theirs = None
-    if kind != "ours":
+    theirs: Any = None
+    if kind == HF:
         from lm_eval.models.huggingface import HFLM
 
         theirs = HFLM(pretrained=options["model"], device="cpu", dtype="float32", batch_size=options["batch"])
+    elif kind == VLLM:
+        from lm_eval.api.instance import Instance
+        from lm_eval.models.vllm_causallms import VLLM as VllmLM
+
+        theirs = VllmLM(
+            pretrained=options["model"], dtype="float32", device="cpu", max_model_len=options["context"],
+            batch_size="auto", enable_prefix_caching=True,
+        )  # fmt: skip
+        theirs.loglikelihood([Instance("loglikelihood", {}, ("One and", " one"), 0)], disable_tqdm=True)
     pipe.send(None)
     while (case := pipe.recv()) is not None:
         if theirs is not None:
@@ -109,36 +127,37 @@ def measure(options: dict[str, Any], wanted: list[str]) -> list[str]:
     """Rows of the table."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
-    for kind in CONTENDERS:
+    for kind in contenders(options):
+        context.set_executable(options["vllm_python"] if kind == VLLM else sys.executable)
         pipes[kind], theirs = context.Pipe()
         context.Process(target=work, args=(kind, options, theirs), daemon=True).start()
         pipes[kind].recv()
-    rows, totals = [], dict.fromkeys(CONTENDERS, 0.0)
+    rows, totals = [], dict.fromkeys(pipes, 0.0)
     for case in wanted:
         found = {}
-        for kind in CONTENDERS:
-            pipes[kind].send(case)
-            found[kind] = pipes[kind].recv()
+        for kind, pipe in pipes.items():
+            pipe.send(case)
+            found[kind] = pipe.recv()
             totals[kind] += found[kind][0]
-        same, count = alike(found["ours"][1], found["lm-eval hf"][1])
-        ours, theirs = (found[kind][0] for kind in CONTENDERS)
-        tokens = found["ours"][2]
-        cells = (
-            case,
-            count,
-            f"{ours:.1f}",
-            f"{theirs:.1f}",
-            f"{theirs / ours:.2f}",
-            tokens["run"],
-            tokens["asked"],
-            same,
-        )
-        rows.append(f"| {' | '.join(map(str, cells))} |")
+        same = [alike(found[OURS][1], found[kind][1]) for kind in pipes if kind != OURS]
+        tokens = found[OURS][2]
+        counted = same[0][1], *times({kind: found[kind][0] for kind in pipes}), tokens["run"], tokens["asked"]
+        rows.append(f"| {' | '.join(map(str, (case, *counted, *(number for number, _ in same))))} |")
         print(rows[-1], flush=True)
     for pipe in pipes.values():
         pipe.send(None)
-    ratio = totals["lm-eval hf"] / totals["ours"]
-    return [*rows, f"| all | | {totals['ours']:.1f} | {totals['lm-eval hf']:.1f} | {ratio:.2f} | | | |"]
+    return [*rows, f"| all | | {' | '.join(times(totals))} | | |{' |' * (len(pipes) - 1)}"]
+
+
+def contenders(options: dict[str, Any]) -> tuple[str, ...]:
+    """Who takes part."""
+    return (OURS, HF, VLLM) if options["vllm_python"] else (OURS, HF)
+
+
+def times(seconds: dict[str, float]) -> list[str]:
+    """Processor-seconds of each contender, and those of the others in parts of ours."""
+    ratios = [f"{value / seconds[OURS]:.2f}" for kind, value in seconds.items() if kind != OURS]
+    return [*(f"{value:.1f}" for value in seconds.values()), *ratios]
 
 
 def main() -> None:
@@ -152,9 +171,11 @@ def main() -> None:
     parser.add_argument("--model", help="Hugging Face folder; SmolLM2-135M if not given")
     parser.add_argument("--data-dir", help="files of the sets; made-up ones if not given")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--vllm-python", help="Python of an environment with vLLM; without it vLLM takes no part")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of the model's context, for vLLM")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", **(ONE_PROCESS if given.vllm_python else {})}
     with tempfile.TemporaryDirectory() as folder:
         from llm_parallel.evaluate.demo import write_demo
 
@@ -162,15 +183,20 @@ def main() -> None:
         model = given.model or model_folder(Path(folder) / "model")
         options = {
             "model": model, "data": data, "documents": given.documents, "counts": given.counts, "batch": given.batch,
+            "vllm_python": given.vllm_python, "context": given.context,
         }  # fmt: skip
         rows = measure(options, given.cases)
+    names = contenders(options)
+    others = [kind for kind in names if kind != OURS]
+    head = ["case", "documents", *names, *(f"{kind} over ours" for kind in others), "tokens run", "tokens asked",
+            *(f"same as {kind}" for kind in others)]  # fmt: skip
     lines = [
         sentence("transformers", "lm-eval"),
         "",
-        "Processor-seconds; the same choices and texts are counted last.",
+        "Processor-seconds; the choices and texts that are ours are counted last.",
         "",
-        "| case | documents | ours | lm-eval hf | ratio | tokens run | tokens asked | same answers |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(head)} |",
+        f"| {' | '.join('---' for _ in head)} |",
         *rows,
     ]
     print("\n".join(lines))

@@ -20,6 +20,9 @@ from llm_launch.drill_means import (
 from llm_launch.drill_stage import PROVEN_MORE, Device, Scene, Stage
 from llm_launch.drill_verdicts import DEVICES
 
+FLOOD_STEPS = 200
+"""More than a run makes while a flood begins, which takes a second or more."""
+
 
 def _nobody(kind: str, **details: Any) -> Scene:
     def act(stage: Stage) -> list[Device]:
@@ -177,8 +180,8 @@ SCENES: dict[str, Scene] = {
     "process that cannot be killed": Scene(_unkillable, impossible=lambda: _lacks("freezer")),
     "worker killed under a stopped zygote": Scene(_zygote_stopped),
     "no process can be forked": Scene(_no_fork, impossible=lambda: _lacks("pids")),
-    "flood at the server of copies": Scene(_flood_at_copies),
-    "flood at the controller": Scene(_flood_at_controller),
+    "flood at the server of copies": Scene(_flood_at_copies, steps=FLOOD_STEPS),
+    "flood at the controller": Scene(_flood_at_controller, steps=FLOOD_STEPS),
     "silent partner": Scene(_silent_partner),
     "writer of a checkpoint killed": Scene(_writer_killed, overrides=("checkpoint.interval_steps=2",)),
 }
