@@ -11,8 +11,8 @@ from llm_launch.blame import Device, Fault, Kind, Verdict, said
 
 PROVEN_STEPS = 10
 """Steps that a device makes after a hang in which a fault that stays would have shown again."""
-PROVEN_PROBES = 12
-"""The same for a slow device, in probes: three in a row find it."""
+PROVEN_PROBES = 40
+"""The same for a slow device, in probes: three in a row find it, of which drills saw up to 14 pass before."""
 
 
 class Strike(NamedTuple):

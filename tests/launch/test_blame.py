@@ -134,8 +134,8 @@ def test_a_strike_expires() -> None:
     [
         ((Kind.HANG, Kind.HANG), 9, True),
         ((Kind.HANG, Kind.HANG), 10, False),
-        ((Kind.SLOW, Kind.SLOW), 23, True),
-        ((Kind.SLOW, Kind.SLOW), 24, False),
+        ((Kind.SLOW, Kind.SLOW), 79, True),
+        ((Kind.SLOW, Kind.SLOW), 80, False),
         ((Kind.HANG, Kind.EXIT), 10, False),
         ((Kind.EXIT, Kind.HANG), 10**6, True),
         ((Kind.STALL, Kind.STALL), 0, False),
