@@ -17,6 +17,7 @@ from tests.support.commands import Corpus, assert_refused, llm_parallel
 from tests.support.in_process import in_process
 
 CLUSTER = ("--model", "llama2-70b", "--cluster", "dgx-h100", "--gpus", "256", "--global-batch", "1024", "--seq", "4096")
+A100 = tuple(word.replace("h100", "a100") for word in CLUSTER)
 
 
 def test_the_best_layouts(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_bad_input(tmp_path: Path) -> None:
     assert_refused(in_process("plan", *CLUSTER, "--software", "deepspeed"), "--software deepspeed is not one of ours")
     assert_refused(in_process("plan", *CLUSTER, "--explain", "tp=3"), "is 3, which does not divide --gpus 256")
     assert_refused(in_process("plan", *CLUSTER, "--explain", "dq=3"), "'dq=3' is not one of tp, pp")
-    assert_refused(in_process("plan", *CLUSTER, "--precision", "fp8", "--cluster", "dgx-a100"), "has no 8-bit products")
+    assert_refused(in_process("plan", *A100, "--precision", "fp8"), "has no 8-bit products")
     with pytest.raises(UserError, match="--tokens nan must be over 0"):
         plan_command(PlanRequest("llama2-7b", "dgx-h100", 8, 64, 4096, tokens=float("nan")))
     with pytest.raises(UserError, match="--price-per-gpu-hour -3 must be over 0"):
