@@ -55,14 +55,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9, 5.2), constrained_layout=True)
     torchrun = result["results"]["DP 4"]["torchrun_s"]
     for row, kind in enumerate(FAULTS):
-        series = [(name, COLORS[name], rounds(result, name, kind)) for name in COLORS]
+        series = [(name, COLORS[name], rounds(result, name, kind)) for name in COLORS if name in result["results"]]
+        middle = len(series) / 2
         if kind in torchrun:
             series.append(("torchrun, DP 4, tuned", TORCHRUN_COLOR, torchrun[kind]))
         else:
-            axis.text(0.21, row + 1.5 * BAR, "not tried with torchrun", va="center", fontsize=8, color=TORCHRUN_COLOR)
+            axis.text(
+                0.21, row + middle * BAR, "not tried with torchrun", va="center", fontsize=8, color=TORCHRUN_COLOR
+            )
         for place, (name, color, seconds) in enumerate(series):
             label = name if name.startswith("torchrun") else f"LLM Parallel, {name}"
-            bar(axis, row + (place - 1.5) * BAR, seconds, color, label if row == 0 else None)
+            bar(axis, row + (place - middle) * BAR, seconds, color, label if row == 0 else None)
     axis.set_yticks(range(len(FAULTS)), list(FAULTS.values()))
     axis.invert_yaxis()
     axis.set_xscale("log")
