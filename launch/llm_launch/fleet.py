@@ -36,6 +36,7 @@ STOPPED = ("T", "t", "Z", "X")
 """States of a process in /proc that cannot go on by itself."""
 
 AT_WORK = (Phase.FORMING, Phase.TRAINING, Phase.PAUSING)
+"""Phases in which the processes of a generation have work, so that a fault of one ends it."""
 
 
 class Fleet:

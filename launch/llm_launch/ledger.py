@@ -12,7 +12,7 @@ from llm_launch.blame import Device, Fault, Kind, Verdict, said
 PROVEN_STEPS = 10
 """Steps that a device makes after a hang in which a fault that stays would have shown again."""
 PROVEN_PROBES = 40
-"""The same for a slow device, in probes: three in a row find it, of which drills saw up to 14 pass before."""
+"""The same for a slow device, in probes. Three slow ones in a row find it; in drills that took up to 14 probes."""
 
 
 class Strike(NamedTuple):

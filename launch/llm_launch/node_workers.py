@@ -111,10 +111,11 @@ class NodeWorkers:
         self._looked_s = now
         found = []
         for worker in self.workers.values():
-            state, used = process_state(worker.pid), processor_ticks(worker.pid)
-            if state not in ("T", "t"):
+            if process_state(worker.pid) not in ("T", "t"):
                 worker.still = None
-            elif worker.still is None or worker.still[1] != used:
+                continue
+            used = processor_ticks(worker.pid)
+            if worker.still is None or worker.still[1] != used:
                 worker.still = now, used
             elif now - worker.still[0] >= STOPPED_S:
                 found.append(worker)
