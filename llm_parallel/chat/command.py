@@ -101,7 +101,7 @@ def _in_pipe(request: ChatRequest, backend: Backend, conversation: Conversation)
 def _on_terminal(request: ChatRequest, backend: Backend, conversation: Conversation) -> int:
     from rich.console import Console
 
-    from llm_parallel.chat.keyboard import Keyboard
+    from llm_parallel.chat.keyboard import Keyboard, typing_ahead
     from llm_parallel.chat.screen import THEME, MarkdownScreen, PlainScreen
 
     keyboard, console = Keyboard(request.environment), Console(theme=THEME, highlight=False)
@@ -112,7 +112,7 @@ def _on_terminal(request: ChatRequest, backend: Backend, conversation: Conversat
     session = _session(request, backend, conversation, screen)
     screen.say(f"{backend.title}\n/help lists commands and keys; Ctrl-D ends")
     try:
-        with suppress(EOFError):
+        with suppress(EOFError), typing_ahead():
             while _turn(session, keyboard.read, screen):
                 pass
     finally:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import sys
+import termios
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -71,6 +73,27 @@ def _bindings() -> KeyBindings:
     bindings.add("escape", "enter")(begin_line)
     bindings.add("c-j")(begin_line)
     return bindings
+
+
+@contextmanager
+def typing_ahead() -> Iterator[None]:
+    """What is typed while no prompt reads it stays for the next prompt as it was typed: it is not shown in an answer,
+    and Enter is not turned into the key that begins a line. Ctrl-C still interrupts."""
+    try:
+        fd = sys.stdin.fileno()
+        before = termios.tcgetattr(fd)
+    except (termios.error, OSError, ValueError):
+        yield
+        return
+    changed = [*before]
+    changed[0] &= ~termios.ICRNL
+    changed[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(fd, termios.TCSANOW, changed)
+    try:
+        yield
+    finally:
+        with suppress(termios.error):
+            termios.tcsetattr(fd, termios.TCSANOW, before)
 
 
 class Keyboard:

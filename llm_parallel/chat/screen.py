@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -79,15 +77,14 @@ class MarkdownScreen:
                 live.update(_Drawn(blocks.rest, tail=True), refresh=True)
                 drawn = time.monotonic()
 
-        with _keys_unseen():
-            try:
-                yield show
-            finally:
-                live.update("", refresh=live.is_started)
-                live.stop()
-                for block in [*blocks.take(pieces.end()), blocks.rest.strip("\n")]:
-                    if block:
-                        self._print(block)
+        try:
+            yield show
+        finally:
+            live.update("", refresh=live.is_started)
+            live.stop()
+            for block in [*blocks.take(pieces.end()), blocks.rest.strip("\n")]:
+                if block:
+                    self._print(block)
 
     def _print(self, block: str) -> None:
         self._console.print(_Drawn(block))
@@ -113,22 +110,3 @@ class _Drawn:
                     style = style.update_link(None)
                 yield Segment(printable(segment.text), style)
             yield Segment.line()
-
-
-@contextmanager
-def _keys_unseen() -> Iterator[None]:
-    """What is typed while an answer is drawn stays for the next prompt and does not appear in the answer."""
-    try:
-        fd = sys.stdin.fileno()
-        before = termios.tcgetattr(fd)
-    except (termios.error, OSError, ValueError):
-        yield
-        return
-    changed = [*before]
-    changed[3] = before[3] & ~termios.ECHO
-    termios.tcsetattr(fd, termios.TCSANOW, changed)
-    try:
-        yield
-    finally:
-        with suppress(termios.error):
-            termios.tcsetattr(fd, termios.TCSANOW, before)

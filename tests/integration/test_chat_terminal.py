@@ -120,16 +120,15 @@ def test_a_conversation_on_a_terminal(terminal: Callable[..., Terminal]) -> None
         chat.type("Is it\x0awritten?\r")  # Ctrl-J begins a line
         chat.until_shown("It is written")
         assert "now." not in chat.text, "the answer is shown while it comes"
+        chat.type("/regenerate\r")  # ahead: the next prompt reads it as it was typed
         goes_on.set()
         chat.until_shown("It is written now.", "x = 1")
-        chat.until(lambda: chat.prompts() == 2)
+        chat.until_shown("> /regenerate", "Another answer.")
         assert "**" not in chat.text and "```" not in chat.text
         row = next(n for n, line in enumerate(chat.screen.display) if "It is written now." in line)
         bold = "".join(chat.screen.buffer[row][n].data for n in range(COLUMNS) if chat.screen.buffer[row][n].bold)
         assert bold == "written"
 
-        chat.type("/regenerate\r")
-        chat.until_shown("Another answer.")
         chat.until(lambda: chat.prompts() == 3)
         question = [{"role": "user", "content": "Is it\nwritten?"}]
         assert [body["messages"] for body in server.asked] == [question, question]
