@@ -16,13 +16,16 @@ before.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -78,13 +81,14 @@ def timed(lm: Any, case: str, options: dict[str, Any]) -> tuple[float, dict[str,
     return seconds, {task: [sample["resps"] for sample in samples] for task, samples in results["samples"].items()}
 
 
-def work(kind: str, options: dict[str, Any], pipe: Any) -> None:
+def work(pipe: Connection) -> None:
     """A contender's process: measures the cases that it is sent."""
     import torch
 
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress
+    kind, options = pipe.recv()
     theirs: Any = None
+    library = {OURS: "torch", HF: "transformers", VLLM: "vllm"}[kind]
     if kind == HF:
         from lm_eval.models.huggingface import HFLM
 
@@ -98,7 +102,7 @@ def work(kind: str, options: dict[str, Any], pipe: Any) -> None:
             batch_size="auto", enable_prefix_caching=True,
         )  # fmt: skip
         theirs.loglikelihood([Instance("loglikelihood", {}, ("One and", " one"), 0)], disable_tqdm=True)
-    pipe.send(None)
+    pipe.send(f"{library} {metadata.version(library)}")
     while (case := pipe.recv()) is not None:
         if theirs is not None:
             pipe.send((*timed(theirs, case, options), None))
@@ -110,10 +114,50 @@ def work(kind: str, options: dict[str, Any], pipe: Any) -> None:
             pipe.send((*timed(lm, case, options), told()["tokens"]))
 
 
-def alike(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, int]:
-    """Documents with the same choice or text, and their number."""
-    pairs = [(a, b) for task in theirs for a, b in zip(ours[task], theirs[task])]
-    return sum(_answer(a) == _answer(b) for a, b in pairs), len(pairs)
+class Contender:
+    """A process that measures one contender, in the environment of its own Python."""
+
+    def __init__(self, kind: str, options: dict[str, Any]) -> None:
+        self.kind, (self._pipe, theirs) = kind, Pipe()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        python = options["vllm_python"] if kind == VLLM else sys.executable
+        command = [python, __file__, "--work", str(theirs.fileno())]
+        subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=self._log, stderr=self._log)
+        theirs.close()
+        self._pipe.send((kind, options))
+        self.library: str = self._answer()
+
+    def measure(self, case: str) -> Any:
+        """Processor-seconds, samples, and the counts of tokens where they are known."""
+        self._pipe.send(case)
+        return self._answer()
+
+    def end(self) -> None:
+        """Lets the process end."""
+        self._pipe.send(None)
+
+    def _answer(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            self._log.seek(0)
+            said = self._log.read().decode(errors="replace").rstrip().splitlines()
+            raise SystemExit("\n".join([*said[-15:], f"{self.kind} ended before its figures came"])) from None
+
+
+def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, list[str]]:
+    """How many documents there are, and a sentence on each whose choice or text differs."""
+    pairs = [(f"{task} {n}", a, b) for task in theirs for n, (a, b) in enumerate(zip(ours[task], theirs[task]))]
+    return len(pairs), [
+        f"{name}: {_shown(a)} here, {_shown(b)} there" for name, a, b in pairs if _answer(a) != _answer(b)
+    ]
+
+
+def _shown(responses: Any) -> str:
+    first = [response[0] for response in responses]
+    if isinstance(first[0], str):
+        return repr(first[0])
+    return "log-probabilities " + ", ".join(f"{value:.5f}" for value, _ in first)
 
 
 def _answer(responses: Any) -> Any:
@@ -123,30 +167,26 @@ def _answer(responses: Any) -> Any:
     return max(range(len(first)), key=lambda place: first[place][0])
 
 
-def measure(options: dict[str, Any], wanted: list[str]) -> list[str]:
-    """Rows of the table."""
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for kind in contenders(options):
-        context.set_executable(options["vllm_python"] if kind == VLLM else sys.executable)
-        pipes[kind], theirs = context.Pipe()
-        context.Process(target=work, args=(kind, options, theirs), daemon=True).start()
-        pipes[kind].recv()
-    rows, totals = [], dict.fromkeys(pipes, 0.0)
+def measure(options: dict[str, Any], wanted: list[str]) -> tuple[list[str], list[str]]:
+    """Rows of the table; then the libraries that took part, and the documents whose answers differ."""
+    taking_part = [Contender(kind, options) for kind in contenders(options)]
+    with_what = ", ".join(f"{one.kind} on {one.library}" for one in taking_part)
+    rows, remarks, totals = [], [f"Contenders: {with_what}."], dict.fromkeys(contenders(options), 0.0)
     for case in wanted:
-        found = {}
-        for kind, pipe in pipes.items():
-            pipe.send(case)
-            found[kind] = pipe.recv()
-            totals[kind] += found[kind][0]
-        same = [alike(found[OURS][1], found[kind][1]) for kind in pipes if kind != OURS]
-        tokens = found[OURS][2]
-        counted = same[0][1], *times({kind: found[kind][0] for kind in pipes}), tokens["run"], tokens["asked"]
-        rows.append(f"| {' | '.join(map(str, (case, *counted, *(number for number, _ in same))))} |")
+        found = {one.kind: one.measure(case) for one in taking_part}
+        seconds = {kind: found[kind][0] for kind in found}
+        totals = {kind: totals[kind] + seconds[kind] for kind in found}
+        same, tokens, counted = [], found[OURS][2], 0
+        for kind in [kind for kind in found if kind != OURS]:
+            counted, differ = differing(found[OURS][1], found[kind][1])
+            same.append(counted - len(differ))
+            remarks += [f"Other choice or text in {kind}: {what}." for what in differ]
+        row = [case, counted, *times(seconds), tokens["run"], tokens["asked"], *same]
+        rows.append(f"| {' | '.join(map(str, row))} |")
         print(rows[-1], flush=True)
-    for pipe in pipes.values():
-        pipe.send(None)
-    return [*rows, f"| all | | {' | '.join(times(totals))} | | |{' |' * (len(pipes) - 1)}"]
+    for one in taking_part:
+        one.end()
+    return [*rows, f"| all | | {' | '.join(times(totals))} | | |{' |' * (len(taking_part) - 1)}"], remarks
 
 
 def contenders(options: dict[str, Any]) -> tuple[str, ...]:
@@ -174,7 +214,11 @@ def main() -> None:
     parser.add_argument("--vllm-python", help="Python of an environment with vLLM; without it vLLM takes no part")
     parser.add_argument("--context", type=int, default=2048, help="tokens of the model's context, for vLLM")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.work is not None:
+        work(Connection(given.work))
+        return
     os.environ |= {"OMP_NUM_THREADS": "1", **(ONE_PROCESS if given.vllm_python else {})}
     with tempfile.TemporaryDirectory() as folder:
         from llm_parallel.evaluate.demo import write_demo
@@ -185,7 +229,7 @@ def main() -> None:
             "model": model, "data": data, "documents": given.documents, "counts": given.counts, "batch": given.batch,
             "vllm_python": given.vllm_python, "context": given.context,
         }  # fmt: skip
-        rows = measure(options, given.cases)
+        rows, remarks = measure(options, given.cases)
     names = contenders(options)
     others = [kind for kind in names if kind != OURS]
     head = ["case", "documents", *names, *(f"{kind} over ours" for kind in others), "tokens run", "tokens asked",
@@ -199,6 +243,8 @@ def main() -> None:
         f"| {' | '.join('---' for _ in head)} |",
         *rows,
     ]
+    for paragraph in remarks:
+        lines += ["", paragraph]
     print("\n".join(lines))
     if given.out is not None:
         given.out.write_text("\n".join(lines) + "\n")
