@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llm_launch.local import launch_local
 from llm_parallel.errors import UserError
 from llm_parallel.evaluate.request import EvaluateRequest
-from llm_parallel.generate.load import Member, describe_folder
+from llm_parallel.generate.load import Member, describe_folder, newest
 from llm_parallel.lines import note, say
 from llm_parallel.screen import say_next, show_table
 
@@ -39,6 +39,8 @@ def evaluate_command(request: EvaluateRequest) -> int:
         from llm_parallel.evaluate.curve import curve_command
 
         return curve_command(request, evaluate_command)
+    if not request.is_server:
+        request = replace(request, out=out_folder(request), model=_said(request.model, newest(request.model)))
     if request.num_processes == 1:
         return evaluate_here(request, Member())
     logs = Path(tempfile.mkdtemp(prefix="llm-parallel-evaluate-"))
@@ -48,6 +50,13 @@ def evaluate_command(request: EvaluateRequest) -> int:
     if status == 0:
         shutil.rmtree(logs, ignore_errors=True)
     return status
+
+
+def _said(given: str, meant: str) -> str:
+    """Says which checkpoint of a run is evaluated."""
+    if meant != given:
+        note(f"[the checkpoint is {meant}]")
+    return meant
 
 
 def evaluate_here(request: EvaluateRequest, member: Member) -> int:

@@ -10,15 +10,20 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from llm_parallel.checkpoint.folders import complete_checkpoints, step_of
+from llm_launch.worker import EXIT_CRASH
+from llm_parallel.checkpoint.folders import complete_checkpoints, is_complete, step_of
 from llm_parallel.errors import UserError
 from llm_parallel.evaluate.request import EvaluateRequest
-from llm_parallel.evaluate.results import dumped, read_results, scores
+from llm_parallel.evaluate.results import OURS, RESULTS, dumped, read_results, scores
 from llm_parallel.files import atomic_write
 from llm_parallel.lines import note, say
 from llm_parallel.screen import say_next, show_table
 
 FOLDER, POINTS, PICTURE = "evaluations", "curve.jsonl", "curve.png"
+SAME = (
+    "limit", "seed", "new_tokens", "chat", "system", "data_fingerprint", "precision", "weights", "begin", "template",
+    "context",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,22 +46,61 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def curve_command(request: EvaluateRequest, evaluate: Callable[[EvaluateRequest], int]) -> int:
-    """Evaluates every checkpoint by ``evaluate`` and shows the curve; returns the exit status. Raises UserError."""
+    """Evaluates every checkpoint by ``evaluate`` and shows the curve; returns the exit status. Checkpoints that the run
+    removes meanwhile are left out; those that an earlier call evaluated with the same settings stay in the curve.
+    Raises UserError."""
     run = Path(request.model)
     out = request.out or run / FOLDER
     folders = checkpoints_of(run)
-    points: list[Point] = []
+    found: dict[str, dict[str, Any]] = {}
     for place, folder in enumerate(folders, 1):
         note(f"[checkpoint {place} of {len(folders)}: {folder.name}]")
-        status = evaluate(replace(request, model=str(folder), out=out / folder.name, curve=False))
+        try:
+            status = evaluate(replace(request, model=str(folder), out=out / folder.name, curve=False))
+        except Exception:  # whatever reading half a folder leads to
+            if is_complete(folder):
+                raise
+            status = EXIT_CRASH
+        if status and not is_complete(folder):
+            note(f"[{folder.name} was removed by the run meanwhile and is left out]")
+            continue
         if status:
             return status
-        points += points_of(step_of(folder) or 0, read_results(out / folder.name))
-    show_curve(points, out)
-    say_next(
-        f"llm-parallel evaluate --compare {quote(str(out / folders[0].name))} {quote(str(out / folders[-1].name))}"
-    )
+        found[folder.name] = read_results(out / folder.name)
+    if not found:
+        raise UserError(f"every checkpoint of {run} was removed by the run while it was read; run the command again")
+    known = {**earlier(out, found), **found}
+    names = sorted(known)
+    show_curve([point for name in names for point in points_of(step_of(Path(name)) or 0, known[name])], out)
+    say_next(f"llm-parallel evaluate --compare {quote(str(out / names[0]))} {quote(str(out / names[-1]))}")
     return 0
+
+
+def earlier(out: Path, found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results of checkpoints that do not exist any longer, by their names; those of other settings are said."""
+    wanted = settings_of(next(iter(found.values())))
+    alike, others = dict[str, dict[str, Any]](), list[str]()
+    for file in sorted(out.glob(f"iter_*/{RESULTS}")):
+        name = file.parent.name
+        if name in found:
+            continue
+        results = read_results(file)
+        if settings_of(results) == wanted:
+            alike[name] = results
+        else:
+            others.append(name)
+    if others:
+        note(f"[not in the curve, since they were evaluated with other settings: {', '.join(others)}]")
+    return alike
+
+
+def settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same for values of two checkpoints to stand in one curve."""
+    facts = results.get(OURS, {})
+    return {name: facts.get(name) for name in SAME} | {
+        "tasks": results.get("versions"),
+        "n-shot": results.get("n-shot"),
+    }
 
 
 def points_of(step: int, results: Mapping[str, Any]) -> list[Point]:

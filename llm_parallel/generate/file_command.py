@@ -33,7 +33,7 @@ from llm_parallel.generate.command import (
 )
 from llm_parallel.generate.engine import Generator, GeneratorOptions
 from llm_parallel.generate.files import FileJob, PromptReader, answer_line, read_source
-from llm_parallel.generate.load import Member, checkpoint_of, describe_folder
+from llm_parallel.generate.load import Member, describe_folder, newest
 from llm_parallel.generate.parts import Key, Parts
 from llm_parallel.generate.replicas import (
     Answerer,
@@ -67,7 +67,7 @@ def file_command(request: GenerateRequest, environment: Mapping[str, str], expor
     starts them. ``export``: writes a checkpoint as a Hugging Face folder. Raises UserError."""
     job = job_of(request)
     records = list(read_source(job.source))
-    request = replace(request, checkpoint=resolved(request.checkpoint))
+    request = replace(request, checkpoint=os.path.realpath(newest(request.checkpoint)))
     place = worker_environment(environment)
     if place is not None and place.world_size > 1:
         if place.world_size != request.num_processes:
@@ -102,12 +102,6 @@ def _start(request: GenerateRequest) -> int:
     if status == 0 and request.logs is None:
         shutil.rmtree(logs, ignore_errors=True)
     return status
-
-
-def resolved(checkpoint: str) -> str:
-    """The folder that holds the model, which stays the same while a run goes on to train."""
-    found = checkpoint_of(checkpoint)
-    return os.path.realpath(checkpoint if found is None else found)
 
 
 def job_of(request: GenerateRequest) -> FileJob:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on this process's device; ``tokenizer`` is None where none lies beside the weights."""
+    """A model on this process's device; ``tokenizer`` is None where none lies beside the weights; ``folder``: the one
+    that was loaded, of a run the checkpoint."""
 
     config: RunConfig
     network: Network
     tokenizer: Tokenizer | None
+    folder: Path
     bank: AdapterBank | None = None
 
     @property
@@ -53,12 +56,13 @@ class Loaded:
         return list(self.network.models)
 
 
-def checkpoint_of(path: str) -> Path | None:
-    """The checkpoint that a run or a folder of checkpoints means now; None for other folders."""
-    try:
-        return find_checkpoint(path)
-    except UserError:
-        return None
+def newest(path: str | Path) -> str:
+    """The checkpoint that a run or a folder of checkpoints means now; other folders are returned as they are. A run may
+    save another one at any time, so a command asks once."""
+    if not (is_hf_folder(path) or is_peft_folder(path)):
+        with suppress(UserError):
+            return str(find_checkpoint(path))
+    return str(path)
 
 
 def describe_folder(path: str | Path) -> RunConfig:
@@ -152,6 +156,8 @@ def load_model(
         check_packable(platform.device)
     layout = Layout.from_config(config, member.world_size)
     groups = open_groups(layout, member.rank, platform, config.seed)
+    if not (is_hf_folder(path) or is_peft_folder(path)):  # a run may save another checkpoint while processes look
+        path = groups.of_first_rank(str(find_checkpoint(path)) if groups.is_first_rank else None)
     try:
         return _loaded(path, config, groups, weights, adapters)
     except BaseException:
@@ -180,7 +186,7 @@ def _loaded(
     if groups.reports_loss and groups.at.dp == groups.at.cp == 0:
         for sentence in said:
             note(sentence)
-    return Loaded(config, network, tokenizer, bank)
+    return Loaded(config, network, tokenizer, Path(path), bank)
 
 
 def _has_room(config: RunConfig, groups: Groups) -> bool:

@@ -46,6 +46,13 @@ class Groups:
         dist.all_reduce(total)
         return total.tolist()
 
+    def of_first_rank(self, value: Any) -> Any:
+        """What the first process passes, on all processes."""
+        box = [value]
+        if self.mesh.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
 
 def loopback_store(host: str, port: int, rank: int, world_size: int, timeout_s: float = 1800.0) -> dist.Store:
     """The store of processes of one machine, which listens at its loopback address ``host`` alone. torch's env://

@@ -14,7 +14,7 @@ from llm_parallel.data.chat_open import open_encoder
 from llm_parallel.data.tokenizer import Tokenizer
 from llm_parallel.errors import UserError
 from llm_parallel.generate.command import end_tokens, prompt_prefix
-from llm_parallel.generate.load import Loaded, Member, checkpoint_of, load_model
+from llm_parallel.generate.load import Loaded, Member, load_model
 from llm_parallel.serve.request import ServeRequest
 
 
@@ -48,9 +48,8 @@ def open_model(request: ServeRequest, rank: int = 0, local_rank: int = 0) -> Ope
     """Raises UserError if there is no model, or no tokenizer beside it."""
     checkpoint = request.checkpoint
     parallel = ParallelConfig(tp=request.tp, pp=request.pp)
-    folder = checkpoint_of(checkpoint)
     loaded = load_model(
-        checkpoint if folder is None else folder,  # what is newest may change while it is loaded
+        checkpoint,
         request.device,
         weights=request.weights,
         deterministic=request.deterministic,
@@ -65,6 +64,7 @@ def open_model(request: ServeRequest, rank: int = 0, local_rank: int = 0) -> Ope
     beside = Path(loaded.config.data.tokenizer or checkpoint)
     folders = [Path(checkpoint), beside if beside.is_dir() else beside.parent]
     ends = frozenset(end_tokens(tokenizer, folders))
+    folder = loaded.folder if step_of(loaded.folder) is not None else None
     return OpenedModel(loaded, tokenizer, tuple(prompt_prefix(tokenizer, folders)), ends, folder)
 
 

@@ -43,6 +43,7 @@ from llm_parallel.train.changes import (
 )
 from llm_parallel.train.feed import Feed, HeldOut, evaluation_batches, token_feed
 from llm_parallel.train.guard import Guard
+from llm_parallel.train.pinned import pinned
 from llm_parallel.train.run import AlsoTrained, Place, Run, Scoring
 from llm_parallel.train.watch import Resumed, Watch
 
@@ -126,10 +127,12 @@ def open_run(
         set_deterministic()
     layout = Layout.from_config(config, place.world_size)
     groups = open_groups(layout, place.rank, platform, config.seed, store=place.store)
+    config, replaced = pinned(config, groups)
     models = method.models(config, groups)
     run_dir = Path(config.run_dir)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
     resumed = restored(config, models, store, watch)
+    resumed.changed.extend(replaced)
     state = resumed.state
     if not state.step:  # before a first step, whatever was restored is what the run begins with
         resumed.changed.extend(method.initial(config, models))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,27 @@ def test_a_curve_over_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [(point["step"], point["value"], point["error"]) for point in points] == [(20, 0.25, 0.1), (100, 0.5, 0.1)]
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "| boolq | acc | 25.0 | 50.0 |" in capsys.readouterr().out
+
+    # The run goes on: step 20 goes, 200 and 300 come, and 200 goes again while it is read.
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / folder_name(20)).rename(checkpoints / folder_name(300))
+    shutil.copytree(checkpoints / folder_name(300), checkpoints / folder_name(200))
+    other = out / folder_name(10)
+    shutil.copytree(out / folder_name(20), other)
+    (other / "results.json").write_text((other / "results.json").read_text().replace("{", '{"n-shot": {"a": 5}, ', 1))
+
+    def removed(request: EvaluateRequest) -> int:
+        if request.model.endswith("200"):
+            shutil.rmtree(request.model)
+            raise FileNotFoundError(request.model)
+        return evaluate(request)
+
+    assert curve_command(EvaluateRequest(str(tmp_path / "run"), curve=True, tasks=("boolq",)), removed) == 0
+    points = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    assert [(point["step"], point["value"]) for point in points] == [(20, 0.25), (100, 0.75), (300, 1.0)]
+    said = capsys.readouterr().err
+    assert "[iter_0000200 was removed by the run meanwhile and is left out]" in said
+    assert "[not in the curve, since they were evaluated with other settings: iter_0000010]" in said
 
 
 def test_points_are_of_groups_and_of_tasks_outside() -> None:
