@@ -13,7 +13,7 @@ from llm_parallel.convert.importing import import_from_hf
 from llm_parallel.convert.verify import verify as verified
 from llm_parallel.convert.verify import verify_adapters
 from llm_parallel.errors import UserError
-from llm_parallel.generate.load import describe_folder
+from llm_parallel.generate.load import describe_folder, newest_said
 from llm_parallel.lines import say
 from llm_parallel.model.flops import adapter_parameters, parameter_count
 from llm_parallel.model.hf import is_hf_folder
@@ -44,6 +44,7 @@ def convert_command(
     if Path(source).resolve() == Path(target).resolve():
         raise UserError(f"{source} is source and target; give another folder for what is written")
     wanted = DTYPES[dtype] if dtype is not None else None
+    source = newest_said(source)
     config = describe_folder(source)
     if merge and config.adapter is None:
         raise UserError(f"{source} holds no adapters that could be merged; leave --merge out")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llm_launch.local import launch_local
 from llm_parallel.errors import UserError
 from llm_parallel.evaluate.request import EvaluateRequest
-from llm_parallel.generate.load import Member, describe_folder, newest
+from llm_parallel.generate.load import Member, describe_folder, newest_said
 from llm_parallel.lines import note, say
 from llm_parallel.screen import say_next, show_table
 
@@ -40,7 +40,7 @@ def evaluate_command(request: EvaluateRequest) -> int:
 
         return curve_command(request, evaluate_command)
     if not request.is_server:
-        request = replace(request, out=out_folder(request), model=_said(request.model, newest(request.model)))
+        request = replace(request, out=out_folder(request), model=newest_said(request.model))
     if request.num_processes == 1:
         return evaluate_here(request, Member())
     logs = Path(tempfile.mkdtemp(prefix="llm-parallel-evaluate-"))
@@ -50,13 +50,6 @@ def evaluate_command(request: EvaluateRequest) -> int:
     if status == 0:
         shutil.rmtree(logs, ignore_errors=True)
     return status
-
-
-def _said(given: str, meant: str) -> str:
-    """Says which checkpoint of a run is evaluated."""
-    if meant != given:
-        note(f"[the checkpoint is {meant}]")
-    return meant
 
 
 def evaluate_here(request: EvaluateRequest, member: Member) -> int:

@@ -65,6 +65,14 @@ def newest(path: str | Path) -> str:
     return str(path)
 
 
+def newest_said(path: str) -> str:
+    """As ``newest``, and says which checkpoint it is."""
+    meant = newest(path)
+    if meant != path:
+        note(f"[the checkpoint is {meant}]")
+    return meant
+
+
 def describe_folder(path: str | Path) -> RunConfig:
     """Configuration of the model in a Hugging Face folder, in one of our run, checkpoints or ``iter_…`` folders, or
     under the adapter in a PEFT folder, set for one process. Raises UserError if there is no model."""
