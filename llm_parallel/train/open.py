@@ -131,8 +131,7 @@ def open_run(
     models = method.models(config, groups)
     run_dir = Path(config.run_dir)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint, config, groups)
-    resumed = restored(config, models, store, watch)
-    resumed.changed.extend(replaced)
+    resumed = restored(config, models, store, watch, replaced)
     state = resumed.state
     if not state.step:  # before a first step, whatever was restored is what the run begins with
         resumed.changed.extend(method.initial(config, models))
@@ -238,11 +237,13 @@ def made_for_another(path: str, base: str) -> list[str]:
     return [f"adapter.load = {path} names the model {named}, and checkpoint.load is {base}"]
 
 
-def restored(config: RunConfig, models: Models, store: CheckpointStore, watch: Watch) -> Resumed:
-    """Restores the nearest state, on the frozen weights if adapters are trained."""
+def restored(
+    config: RunConfig, models: Models, store: CheckpointStore, watch: Watch, said: Sequence[str] = ()
+) -> Resumed:
+    """Restores the nearest state, on the frozen weights if adapters are trained. said: what else has changed."""
     of_base = load_frozen(config, models)
     found = watch.restore(models) or resume(config, models, store)
-    return replace(found, changed=[*found.changed, *of_base])
+    return replace(found, changed=[*found.changed, *of_base, *said])
 
 
 def load_frozen(config: RunConfig, models: Models) -> list[str]:
