@@ -29,6 +29,7 @@ def blame_drill(run_file: Path, folder: Path, number: int, rng: random.Random, k
     stage = Stage(run, rank, finding)
     try:
         run.reach(step, START_S)
+        stage.begin()
         bad = scene.act(stage)
         _judge(stage, scene, bad, time.time())
     except (TimeoutError, OSError) as error:

@@ -70,7 +70,7 @@ def _unkillable(stage: Stage) -> list[Device]:
     fault_s = stage.run.note_fault(f"frozen at rank {stage.rank}")
     group.write("freezer.state", "FROZEN")
     stage.run.first_step_after(fault_s)
-    stage.finding.expect(bool(stage.run.events("stuck")), "no event says that the process cannot be ended")
+    stage.finding.expect(bool(stage.events("stuck")), "no event says that the process cannot be ended")
     stage.finding.expect(psutil.pid_exists(target.pid), "the frozen process could be ended")
     group.write("freezer.state", "THAWED")
     _wait_for_rank(stage, [target.node, target.device])
@@ -93,7 +93,7 @@ def _no_fork(stage: Stage) -> list[Device]:
     stage.clean_up.callback(group.remove)
     group.write("pids.max", "1")
     stage.run.first_step_after(stage.run.cause_at("kill", target))
-    said = [event["cause"] for event in stage.run.events("health")]
+    said = [event["cause"] for event in stage.events("health")]
     stage.finding.expect(any("no process could be started" in text for text in said), "no event tells of the fork")
     group.write("pids.max", "max")
     _wait_for_rank(stage, [target.node, target.device])
@@ -127,7 +127,7 @@ def _flood_at_controller(stage: Stage) -> list[Device]:
 def _during_flood(stage: Stage, flood: Flood, rank: int, kind: str) -> list[Device]:
     stage.run.until(lambda: flood.opened >= flood.silent + flood.dripping, 120.0, "the flood")
     stage.make_steps(5)
-    stage.finding.expect(not stage.run.events("detect", "lost"), "the flood alone caused a recovery")
+    stage.finding.expect(not stage.events("detect", "lost"), "the flood alone caused a recovery")
     stage.run.first_step_after(stage.run.cause(kind, rank))
     stage.make_steps(5)
     return []
@@ -138,10 +138,10 @@ def _silent_partner(stage: Stage) -> list[Device]:
     partner = SilentPartner(stage.run.secret)
     with partner:
         stage.run.cause("partner", stage.rank, address=list(partner.address))
-        stage.run.until(lambda: stage.run.events("second_copy_failed"), 120.0, "the event of a second copy that failed")
+        stage.run.until(lambda: stage.events("second_copy_failed"), 120.0, "the event of a second copy that failed")
         stage.make_steps(3)
         stage.finding.expect(partner.received > 0, "the silent partner was sent nothing")
-    stage.finding.expect(not stage.run.events("detect"), "a silent partner caused a recovery")
+    stage.finding.expect(not stage.events("detect"), "a silent partner caused a recovery")
     return []
 
 
@@ -153,8 +153,8 @@ def _writer_killed(stage: Stage) -> list[Device]:
 
     # One that is killed when it has written all is no failure, so they are killed until one is said.
     with WriterKiller(workers):
-        stage.run.until(lambda: stage.run.events("save_failed"), 120.0, "the event of a checkpoint that failed")
-    stage.finding.expect(not stage.run.events("detect"), "a killed writer caused a recovery")
+        stage.run.until(lambda: stage.events("save_failed"), 120.0, "the event of a checkpoint that failed")
+    stage.finding.expect(not stage.events("detect"), "a killed writer caused a recovery")
     return []
 
 

@@ -25,6 +25,16 @@ class Stage:
     finding: Finding
     clean_up: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """What is undone after the run's end."""
+    before: int = 0
+    """Events of the run when the scene begins: a busy machine may have made a node silent while the run started."""
+
+    def begin(self) -> None:
+        """The scene begins."""
+        self.before = len(self.run.events())
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """Events of these kinds since the scene began."""
+        return [event for event in self.run.events()[self.before :] if event["event"] in kinds]
 
     def once(self, kind: str, **details: Any) -> Device:
         """Causes one fault at the rank and waits for the first step after it; the device."""

@@ -22,7 +22,8 @@ from llm_launch.drill_growth import FEWEST, Change, Look, changes, look_at
 from llm_launch.drill_means import Flood, SilentPartner, control_group_root
 from llm_launch.drill_request import DrillRequest
 from llm_launch.drill_scenes import SCENES
-from llm_launch.drill_stage import Scene
+from llm_launch.drill_stage import Scene, Stage
+from llm_launch.drill_verdicts import Finding
 from llm_launch.live_run import LiveRun, Target
 from llm_parallel.errors import UserError
 
@@ -195,6 +196,16 @@ def test_a_silent_partner_takes_all_and_answers_nothing() -> None:
         connection.settimeout(0.05)
         with pytest.raises(TimeoutError):
             connection.recv(1)
+
+
+def test_a_scene_is_judged_by_what_happened_since_it_began() -> None:
+    happened = [{"event": "lost"}, {"event": "detect"}]
+    run: Any = SimpleNamespace(events=lambda: list(happened))
+    stage = Stage(run, 0, Finding("of a busy machine"))
+    stage.begin()
+    assert stage.events("detect", "lost") == []
+    happened.append({"event": "lost", "node": "vm-1"})
+    assert stage.events("detect", "lost") == happened[2:] and stage.events("detect") == []
 
 
 def test_what_cannot_be_caused_here_is_skipped_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
