@@ -122,7 +122,7 @@ class Contender:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
         python = options["vllm_python"] if kind == VLLM else sys.executable
         command = [python, __file__, "--work", str(theirs.fileno())]
-        subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=self._log, stderr=self._log)
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=self._log, stderr=self._log)
         theirs.close()
         self._pipe.send((kind, options))
         self.library: str = self._answer()
@@ -142,7 +142,8 @@ class Contender:
         except EOFError:
             self._log.seek(0)
             said = self._log.read().decode(errors="replace").rstrip().splitlines()
-            raise SystemExit("\n".join([*said[-15:], f"{self.kind} ended before its figures came"])) from None
+            ended = f"{self.kind} ended with status {self._process.wait()} before its figures came"
+            raise SystemExit("\n".join([*said[-15:], ended])) from None
 
 
 def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, list[str]]:

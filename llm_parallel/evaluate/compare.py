@@ -65,7 +65,7 @@ def metric_values(pairs: Sequence[Pair]) -> dict[str, list[tuple[float, float]]]
 
 def table_row(task: str, metric: str, pairs: Sequence[Pair], found: Paired) -> tuple[str, ...]:
     """A row under ``HEADS``."""
-    same = sum(pair.same_prompt for pair in pairs)
+    same = len({pair.document for pair in pairs if pair.same_prompt})
     interval = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
     p = "" if found.p is None else f"{found.p:.2g}"
     return (
@@ -116,7 +116,7 @@ def _show_changed(pairs: Mapping[str, Sequence[Pair]]) -> None:
     """Documents whose score changed: their numbers, and some of them with their answers."""
     rows = []
     for task, of_task in pairs.items():
-        changed = [pair for pair in of_task if _changed(pair)]
+        changed = list({pair.document: pair for pair in of_task if _changed(pair)}.values())
         if changed:
             numbers = ", ".join(str(pair.first.get("doc_id")) for pair in changed[:20])
             say(f"{task}: {len(changed)} documents have another score: {numbers}{', …' if len(changed) > 20 else ''}")

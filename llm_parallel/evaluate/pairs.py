@@ -18,6 +18,11 @@ class Pair:
     second: Sample
 
     @property
+    def document(self) -> tuple[Any, ...]:
+        """What tells its document from others; a task with two filters has two pairs of one document."""
+        return self.task, self.first.get("doc_id"), self.first.get("doc_hash")
+
+    @property
     def same_prompt(self) -> bool:
         """Whether both asked the same thing: the whole text before the answer, of all requests."""
         return prompts_of(self.first) == prompts_of(self.second)

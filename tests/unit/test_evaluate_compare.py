@@ -217,3 +217,21 @@ def test_files_that_cannot_be_compared(content: str | None, sentence: str, tmp_p
         (tmp_path / "b.json").write_text(content)
     with pytest.raises(UserError, match=sentence):
         compare_command(tmp_path / "a.json", tmp_path / "b.json")
+
+
+def test_a_document_with_two_filters_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for name, score in (("first", 1.0), ("second", 0.0)):
+        made = results()
+        made["samples"]["texts"] = [
+            {**sample, "filter": filtered, "exact_match": score if sample["doc_id"] < 3 else 1.0}
+            for sample in made["samples"]["texts"]
+            for filtered in ("strict-match", "flexible-extract")
+        ]
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps(made))
+    assert compare_command(*files) == 0
+    said = capsys.readouterr().out
+    for filtered in ("strict-match", "flexible-extract"):
+        assert f"| texts | exact_match ({filtered}) | 8 | 8 | 100.0 | 62.5 |" in said
+    assert "texts: 3 documents have another score: 0, 1, 2\n" in said
