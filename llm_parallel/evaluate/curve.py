@@ -17,6 +17,7 @@ from llm_parallel.evaluate.request import EvaluateRequest
 from llm_parallel.evaluate.results import OURS, RESULTS, dumped, read_results, scores
 from llm_parallel.files import atomic_write
 from llm_parallel.lines import note, say
+from llm_parallel.metrics.task_plots import widen
 from llm_parallel.screen import say_next, show_table
 
 FOLDER, POINTS, PICTURE = "evaluations", "curve.jsonl", "curve.png"
@@ -143,6 +144,7 @@ def draw_curve(lines: Mapping[tuple[str, str], Mapping[int, Point]], path: Path)
         errors = [100 * (of[step].error or 0.0) for step in steps]
         values = [100 * of[step].value for step in steps]
         axes.errorbar(steps, values, errors, marker="o", markersize=3, linewidth=1, capsize=2, label=f"{task} {metric}")
+    widen(axes)
     axes.set_xlabel("step")
     axes.set_ylabel("percent")
     axes.grid(alpha=0.3)

@@ -75,4 +75,14 @@ def draw_task(axes: Any, runs: Sequence[History], task: str) -> None:
         axes.fill_between(line.steps, values - errors, values + errors, color=colour, alpha=0.15, linewidth=0)
         axes.plot(line.steps, values, "o-", color=colour, markersize=4, linewidth=1.2, label=label)
     documents = max((line.documents for _, line in found), default=0)
+    if in_percent:
+        widen(axes)
     axes.set_ylabel(f"{task}{', percent' if in_percent else ''}\n({documents:,} documents)")
+
+
+def widen(axes: Any) -> None:
+    """Shows two points of a share in percent at least, so that values that are all alike do not seem to differ."""
+    low, high = axes.get_ylim()
+    if high - low < 2.0:
+        bottom = max((low + high) / 2 - 1.0, -0.1)
+        axes.set_ylim(bottom, bottom + 2.0)

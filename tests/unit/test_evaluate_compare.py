@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats as scipy_stats
 
 from llm_parallel.errors import UserError
@@ -18,6 +19,7 @@ from llm_parallel.evaluate.compare import compare_command, contributions
 from llm_parallel.evaluate.pairs import pairs_of
 from llm_parallel.evaluate.results import read_results, show_results
 from llm_parallel.evaluate.stats import EXACT, bootstrap_interval, mcnemar, paired
+from llm_parallel.metrics.task_plots import widen
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (3, 0), (7, 2), (40, 25), (900, 980)])
@@ -235,3 +237,17 @@ def test_a_document_with_two_filters_counts_once(tmp_path: Path, capsys: pytest.
     for filtered in ("strict-match", "flexible-extract"):
         assert f"| texts | exact_match ({filtered}) | 8 | 8 | 100.0 | 62.5 |" in said
     assert "texts: 3 documents have another score: 0, 1, 2\n" in said
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(0.0, (-0.1, 1.9)), (37.5, (36.5, 38.5)), (100.0, (99.0, 101.0))])
+def test_a_picture_shows_two_points_at_least(value: float, wanted: tuple[float, float]) -> None:
+    axes = Figure().add_subplot()
+    axes.plot([0, 40], [value, value])
+    widen(axes)
+    assert axes.get_ylim() == pytest.approx(wanted)
+    axes.plot([80], [50.0])
+    axes.relim()
+    axes.autoscale()
+    before = axes.get_ylim()
+    widen(axes)
+    assert axes.get_ylim() == before
