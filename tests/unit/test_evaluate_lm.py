@@ -1,0 +1,139 @@
+"""Texts and settings of lm-eval as our engine's requests, with answers that a made-up model gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from llm_parallel.data.tokenizer import load_tokenizer
+from llm_parallel.evaluate.record import Outcome
+from llm_parallel.generate.requests import Request
+
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("lm-eval is not installed (pip install 'llm-parallel[evaluate]')", allow_module_level=True)
+
+WORDS = ["<s>", "</s>", "a", "b", "c", "d", "e", ".", ";"]
+BEGIN, END = 0, 1
+
+
+def log_probs(prefix: tuple[int, ...]) -> np.ndarray:
+    """A made-up model: the distribution of the token after a text, of which each token counts."""
+    weights = np.array([1.0 + (7 * token + 3 * sum(prefix) + len(prefix)) % 11 for token in range(len(WORDS))])
+    return np.log(weights / weights.sum())
+
+
+class Asked:
+    """Keeps what was asked. writes: the tokens of every answer."""
+
+    def __init__(self, writes: tuple[int, ...] = ()) -> None:
+        self.requests: list[Request] = []
+        self._writes = writes
+
+    def run(self, work: Any) -> list[Outcome]:
+        self.requests += work.requests
+        return [self._answer(request) for request in work.requests]
+
+    def _answer(self, request: Request) -> Outcome:
+        text, scores = request.prompt, list[tuple[float, int]]()
+        for place in range(request.scores_from, len(text)) if request.prompt_log_probs is not None else ():
+            found = log_probs(text[:place])
+            scores.append((float(found[text[place]]), int(found.argmax())))
+        last = log_probs(text)
+        scores += [(float(last[token]), -1) for token in request.candidates]
+        return Outcome(self._writes or (int(last.argmax()),), tuple(scores), "length")
+
+
+def model(folder: Path, runner: Asked, context: int = 8, begin: tuple[int, ...] = (BEGIN,)) -> Any:
+    from llm_parallel.evaluate.lm import EngineLM, Texts
+
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(WORDS[:2])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return EngineLM(Texts(load_tokenizer(folder), begin, frozenset({END}), context), runner, {})
+
+
+def asking(*arguments: Any) -> Any:
+    return SimpleNamespace(args=arguments, task_name="task")
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(WORDS.index(word) for word in text.split())
+
+
+def test_the_begin_token_stands_before_a_text_once(tmp_path: Path) -> None:
+    lm = model(tmp_path, Asked())
+    assert lm.tok_encode("a b") == [BEGIN, 2, 3]
+    assert lm.tok_encode("a b", add_special_tokens=False) == [2, 3]
+    assert lm.tok_encode("<s> a b") == [BEGIN, 2, 3]
+    assert model(tmp_path, Asked(), begin=()).tok_encode("a b") == [2, 3]
+
+
+def test_a_continuation_without_a_context_follows_the_begin_token(tmp_path: Path) -> None:
+    runner = Asked()
+    ((found, _),) = model(tmp_path, runner).loglikelihood([asking("", "b c")])
+    assert [request.prompt for request in runner.requests] == [(BEGIN, 3)]
+    assert found == pytest.approx(log_probs((BEGIN,))[3] + log_probs((BEGIN, 3))[4])
+
+
+def test_texts_that_are_longer_than_the_context_are_counted(tmp_path: Path) -> None:
+    lm = model(tmp_path, Asked(), context=6, begin=())
+    lm.loglikelihood([asking("a b c d", " e a b")])  # of which the last token is not run
+    assert lm.truncated == {}
+    lm.loglikelihood([asking("a b c d e", " a b c")])
+    assert lm.truncated == {"task": 1}
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 11])
+def test_each_token_of_a_long_text_counts_once(length: int, tmp_path: Path) -> None:
+    """The first window holds as many tokens as fit; each later one holds as many new ones, after those before them that
+    still fit."""
+    context, text = 4, tuple(2 + (3 * place) % 5 for place in range(length))
+    lm = model(tmp_path, Asked(), context, begin=())
+    (found,) = lm.loglikelihood_rolling([asking(" ".join(WORDS[token] for token in text))])
+    wanted = 0.0
+    for begin in range(0, length, context):
+        end = min(begin + context, length)
+        row = (BEGIN, *text[: end - 1]) if begin == 0 else text[end - context - 1 : end - 1]
+        for place in range(begin, end):
+            wanted += float(log_probs(row[: len(row) - (end - 1 - place)])[text[place]])
+    assert found == pytest.approx(wanted)
+
+
+def test_settings_of_an_answer(tmp_path: Path) -> None:
+    runner = Asked((2, 3, END))
+    lm = model(tmp_path, runner, context=8)
+    how = {"until": [".", ";"], "max_gen_toks": 3, "do_sample": False}
+    assert lm.generate_until([asking("a b c d e a b c", how), asking("", how)]) == [" a b", "a b"]
+    long, empty = runner.requests
+    assert long.prompt == ids("e a b c d e a b c")[-5:], "the prompt's end and the answer fit into the context"
+    assert empty.prompt == (BEGIN,)
+    assert long.sampling.max_new_tokens == 3 and long.sampling.temperature == 0.0
+    assert set(long.stop) >= {".", ";"} and long.ends == {END}
+    assert lm.truncated == {"task": 1}
+    assert model(tmp_path, runner, begin=()).generate_until([asking("", how)]) == ["a b"]
+    assert runner.requests[-1].prompt == (BEGIN,), "an empty text is continued from the begin token"
+
+
+@pytest.mark.parametrize("stop", [".", ";"])
+def test_an_answer_ends_before_the_first_stop_string(stop: str, tmp_path: Path) -> None:
+    lm = model(tmp_path, Asked((2, WORDS.index(stop), 3)))
+    (found,) = lm.generate_until([asking("a", {"until": [".", ";"], "max_gen_toks": 3})])
+    assert found.strip() == "a"
+
+
+def test_answers_that_are_drawn_to_one_prompt_differ(tmp_path: Path) -> None:
+    runner = Asked()
+    lm = model(tmp_path, runner)
+    drawn, likeliest = {"until": [], "temperature": 0.7, "do_sample": True}, {"until": [], "do_sample": False}
+    settings = [{**one, "max_gen_toks": 2} for one in (drawn, drawn, likeliest, likeliest)]
+    lm.generate_until([asking("a b", one) for one in settings])
+    assert [request.stream for request in runner.requests] == [0, 1, None, None]
