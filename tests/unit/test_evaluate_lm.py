@@ -50,7 +50,9 @@ class Asked:
         return Outcome(self._writes or (int(last.argmax()),), tuple(scores), "length")
 
 
-def model(folder: Path, runner: Asked, context: int = 8, begin: tuple[int, ...] = (BEGIN,)) -> Any:
+def model(
+    folder: Path, runner: Asked, context: int = 8, begin: tuple[int, ...] = (BEGIN,), ends: tuple[int, ...] = (END,)
+) -> Any:
     from llm_parallel.evaluate.lm import EngineLM, Texts
 
     made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="a"))
@@ -58,7 +60,7 @@ def model(folder: Path, runner: Asked, context: int = 8, begin: tuple[int, ...] 
     made.add_special_tokens(WORDS[:2])
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return EngineLM(Texts(load_tokenizer(folder), begin, frozenset({END}), context), runner, {})
+    return EngineLM(Texts(load_tokenizer(folder), begin, frozenset(ends), context), runner, {})
 
 
 def asking(*arguments: Any) -> Any:
@@ -127,6 +129,12 @@ def test_settings_of_an_answer(tmp_path: Path) -> None:
 def test_an_answer_ends_before_the_first_stop_string(stop: str, tmp_path: Path) -> None:
     lm = model(tmp_path, Asked((2, WORDS.index(stop), 3)))
     (found,) = lm.generate_until([asking("a", {"until": [".", ";"], "max_gen_toks": 3})])
+    assert found.strip() == "a"
+
+
+def test_a_plain_token_that_ends_answers_is_not_shown(tmp_path: Path) -> None:
+    lm = model(tmp_path, Asked((2, WORDS.index("."))), ends=(END, WORDS.index(".")))
+    (found,) = lm.generate_until([asking("a", {"until": [], "max_gen_toks": 3})])
     assert found.strip() == "a"
 
 
