@@ -96,8 +96,17 @@ def test_a_flood_does_not_reach_the_agents_of_a_controller(tmp_path: Path, monke
             stranger.close()
 
 
-def test_a_queue_of_strangers_leaves_moments_for_others(tmp_path: Path) -> None:
-    """Two hundred wait to be let in: between any two of them everything else gets its turn."""
+def test_a_queue_of_strangers_leaves_moments_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hundred wait to be let in: between any two of them everything else gets its turn, and once they fill half of
+    the places there is a pause after each."""
+    pause_s, pauses, sleep = 0.00123, list[float](), asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(seconds)
+
+    monkeypatch.setattr(fleet_module, "CROWDED_S", pause_s)
+    monkeypatch.setattr(asyncio, "sleep", noted)
     nodes, turns = Nodes(config_of(tmp_path), FOUR), list[int]()
     strangers: list[socket.socket] = []
 
@@ -108,7 +117,8 @@ def test_a_queue_of_strangers_leaves_moments_for_others(tmp_path: Path) -> None:
         strangers.extend(connect(tuple(story.controller.fleet.address), 200))  # all of them before any is let in
         while door.turned_away < 20:
             turns.append(door.turned_away + len(door._waiting))
-            await asyncio.sleep(0)
+            await sleep(0)
+        assert pauses.count(pause_s) >= 40, "of the 70 that came, all but the first 25"
         assert not story.events("detect") and not story.events("lost")
 
     try:
