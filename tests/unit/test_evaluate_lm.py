@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llm_parallel.data.tokenizer import load_tokenizer
+from llm_parallel.errors import UserError
 from llm_parallel.evaluate.record import Outcome
 from llm_parallel.generate.requests import Request
 
@@ -145,3 +146,11 @@ def test_answers_that_are_drawn_to_one_prompt_differ(tmp_path: Path) -> None:
     settings = [{**one, "max_gen_toks": 2} for one in (drawn, drawn, likeliest, likeliest)]
     lm.generate_until([asking("a b", one) for one in settings])
     assert [request.stream for request in runner.requests] == [0, 1, None, None]
+
+
+def test_programs_outside_the_sandbox_are_refused_before_anything_runs() -> None:
+    from llm_parallel.evaluate.harness import Settings, run_harness
+
+    unsafe: Any = SimpleNamespace(leaves=[SimpleNamespace(UNSAFE_CODE=True, task_name="mbpp")], items=[])
+    with pytest.raises(UserError, match="mbpp runs programs of answers outside the sandbox; leave it out"):
+        run_harness(None, unsafe, Settings())  # type: ignore[arg-type]
