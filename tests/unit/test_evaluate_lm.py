@@ -154,3 +154,21 @@ def test_programs_outside_the_sandbox_are_refused_before_anything_runs() -> None
     unsafe: Any = SimpleNamespace(leaves=[SimpleNamespace(UNSAFE_CODE=True, task_name="mbpp")], items=[])
     with pytest.raises(UserError, match="mbpp runs programs of answers outside the sandbox; leave it out"):
         run_harness(None, unsafe, Settings())  # type: ignore[arg-type]
+
+
+def test_the_harness_gets_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llm_parallel.evaluate import harness
+
+    given: dict[str, Any] = {}
+
+    def simple_evaluate(**what: Any) -> dict[str, Any]:
+        given.update(what)
+        return {"configs": {}}
+
+    monkeypatch.setattr(harness.lm_eval, "simple_evaluate", simple_evaluate)
+    documents = SimpleNamespace(task_name="one", eval_docs=list(range(10)))
+    tasks: Any = SimpleNamespace(leaves=[documents], items=["one"], found=[])
+    harness.run_harness(None, tasks, harness.Settings(4, 1, 7, chat=True, system="Be brief."))  # type: ignore[arg-type]
+    assert given["apply_chat_template"] is True and given["system_instruction"] == "Be brief."
+    assert given["gen_kwargs"] == {"max_gen_toks": 7} and len(set(given["samples"]["one"])) == 4
+    assert given["random_seed"] is given["numpy_random_seed"] is given["torch_random_seed"] is None
