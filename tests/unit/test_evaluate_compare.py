@@ -251,3 +251,16 @@ def test_a_picture_shows_two_points_at_least(value: float, wanted: tuple[float, 
     before = axes.get_ylim()
     widen(axes)
     assert axes.get_ylim() == before
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [("torch.float32", "fp32", False), ("torch.bfloat16", "bf16", False), ("torch.float32", "bfloat16", True)],
+)
+def test_names_of_precisions_of_both_programs(first: str, second: str, said: bool) -> None:
+    """Of results without our facts, as lm-eval's own are."""
+    pair = [{**results(), "config": {"model": "hf", "model_dtype": dtype}} for dtype in (first, second)]
+    for one in pair:
+        del one["llm_parallel"]
+    found = causes(*pair, pairs_of(*pair))
+    assert [cause.name for cause in found] == (["precision"] if said else [])

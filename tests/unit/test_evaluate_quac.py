@@ -89,3 +89,7 @@ def test_no_answer_is_recognised_in_what_a_model_writes() -> None:
     assert results(rows[0], [" Cannot answer."])["f1"] == 1.0
     assert results(rows[0], [" CANNOTANSWER"])["f1"] == 1.0
     assert results(rows[0], [" in Rome"])["f1"] == 0.0
+
+
+def test_a_dialogue_counts_if_every_question_of_it_does() -> None:
+    assert share_of_dialogues([("a", False), ("b", True), ("a", True), ("c", True), ("c", False), ("b", True)]) == 1 / 3
