@@ -264,3 +264,15 @@ def test_names_of_precisions_of_both_programs(first: str, second: str, said: boo
         del one["llm_parallel"]
     found = causes(*pair, pairs_of(*pair))
     assert [cause.name for cause in found] == (["precision"] if said else [])
+
+
+def test_other_scores_of_the_same_answers_and_other_answers_to_the_same_prompts() -> None:
+    judged = results()
+    judged["samples"]["texts"][0]["exact_match"] = 0.0
+    one = results()
+    (cause,) = causes(one, judged, pairs_of(one, judged))
+    assert (cause.name, cause.evidence) == ("scoring", "1 documents have the same answers and other scores")
+    rounded = results()
+    rounded["samples"]["texts"][3]["resps"] = [[" another"]]
+    (cause,) = causes(one, rounded, pairs_of(one, rounded))
+    assert cause.name == "rounding" and cause.evidence.startswith("1 answers to the same prompts differ")

@@ -424,3 +424,13 @@ def test_a_row_that_is_no_object(tmp_path: Path) -> None:
     write(tmp_path / "gsm8k" / "test.json", [1])
     with pytest.raises(UserError, match=r"element 1 of .* is 1; it must be an object"):
         rows_of(tmp_path, "gsm8k")
+
+
+@pytest.mark.parametrize(("name", "text"), [("boolq/dev.jsonl", '{"question": "é"}\n'), ("mine.csv", "question\né\n")])
+def test_a_byte_order_mark_is_no_part_of_a_name(name: str, text: str, tmp_path: Path) -> None:
+    """Tables that a spreadsheet program wrote begin with one."""
+    from llm_parallel.evaluate.files import read_rows
+
+    path = tmp_path / Path(name).name
+    path.write_text(text, encoding="utf-8-sig")
+    assert list(read_rows(path)) == [{"question": "é"}]
