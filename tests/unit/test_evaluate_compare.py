@@ -17,7 +17,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.evaluate.causes import causes, prompt_difference
 from llm_parallel.evaluate.compare import compare_command, contributions
 from llm_parallel.evaluate.pairs import pairs_of
-from llm_parallel.evaluate.results import read_results, show_results
+from llm_parallel.evaluate.results import read_results, show_results, table_rows
 from llm_parallel.evaluate.stats import EXACT, bootstrap_interval, mcnemar, paired
 from llm_parallel.metrics.task_plots import widen
 
@@ -276,3 +276,8 @@ def test_other_scores_of_the_same_answers_and_other_answers_to_the_same_prompts(
     rounded["samples"]["texts"][3]["resps"] = [[" another"]]
     (cause,) = causes(one, rounded, pairs_of(one, rounded))
     assert cause.name == "rounding" and cause.evidence.startswith("1 answers to the same prompts differ")
+
+
+def test_a_value_without_a_standard_error_has_none_in_the_table() -> None:
+    found = {"results": {"one": {"acc,none": 0.5, "acc_stderr,none": "N/A", "f1,none": 0.25, "f1_stderr,none": 0.0}}}
+    assert [(row[3], row[4], row[5]) for row in table_rows(found)] == [("acc", "50.0", ""), ("f1", "25.0", "0.0")]

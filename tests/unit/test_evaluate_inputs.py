@@ -434,3 +434,21 @@ def test_a_byte_order_mark_is_no_part_of_a_name(name: str, text: str, tmp_path: 
     path = tmp_path / Path(name).name
     path.write_text(text, encoding="utf-8-sig")
     assert list(read_rows(path)) == [{"question": "é"}]
+
+
+@pytest.mark.parametrize(
+    ("first", "names"),
+    [
+        ("The capital of France,Paris,Rome,Oslo,Bern,A", ["0", "1", "2", "3", "4", "5"]),
+        ("question,A,B,C,D,answer", ["question", "A", "B", "C", "D", "answer"]),
+    ],
+)
+def test_the_first_line_of_a_table_is_a_question_or_its_head(first: str, names: list[str], tmp_path: Path) -> None:
+    """MMLU's files have no head."""
+    from llm_parallel.evaluate.files import read_rows
+
+    path = tmp_path / "astronomy_test.csv"
+    path.write_text(f"{first}\nThe capital of Norway,Paris,Rome,Oslo,Bern,C\n")
+    rows = list(read_rows(path))
+    assert [list(row) for row in rows] == [names] * len(rows) and len(rows) == 2 - names.count("A")
+    assert list(rows[-1].values())[-1] == "C"

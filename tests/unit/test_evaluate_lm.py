@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llm_parallel.data.tokenizer import load_tokenizer
 from llm_parallel.errors import UserError
-from llm_parallel.evaluate.record import Outcome
-from llm_parallel.generate.requests import Request
+from llm_parallel.evaluate.record import Outcome, Record
+from llm_parallel.generate.requests import Finished, Reason, Request
+from llm_parallel.generate.sampling import Sampling
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed (pip install 'llm-parallel[evaluate]')", allow_module_level=True)
@@ -172,3 +173,43 @@ def test_the_harness_gets_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     assert given["apply_chat_template"] is True and given["system_instruction"] == "Be brief."
     assert given["gen_kwargs"] == {"max_gen_toks": 7} and len(set(given["samples"]["one"])) == 4
     assert given["random_seed"] is given["numpy_random_seed"] is given["torch_random_seed"] is None
+
+
+class OneByOne:
+    """A generator that answers the request that came first, with its number of tokens."""
+
+    def __init__(self) -> None:
+        self.limits, self.scheduler = SimpleNamespace(max_running=2), SimpleNamespace(num_computed=0)
+        self.submitted: list[Request] = []
+        self._waiting: list[Request] = []
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting
+
+    def checked(self, request: Request) -> Request:
+        return request
+
+    def submit(self, request: Request) -> None:
+        self.submitted.append(request)
+        self._waiting.append(request)
+        assert len(self._waiting) <= 6, "no more than two that run and twice as many that wait"
+
+    def tick(self) -> list[Finished]:
+        request = self._waiting.pop(0)
+        return [Finished(request.number, 0, (len(request.prompt),), (0.0,), ((),), Reason.LENGTH)]
+
+
+def test_requests_run_in_the_order_of_their_tokens_and_each_once() -> None:
+    """So that neighbours begin alike; outcomes come in the order in which they were asked for."""
+    from llm_parallel.evaluate.runner import Runner, Work
+
+    prompts = [(7, 1), (3, 9, 9), (7,), (3, 9), (5, 5, 5), (3, 9), (1,), (7, 1, 2), (2, 2)]
+    generator: Any = OneByOne()
+    control: Any = SimpleNamespace(share=lambda commands: commands)
+    runner = Runner(generator, control, Record(None, "mark"))
+    made = [Request(0, prompt, Sampling(max_new_tokens=1)) for prompt in prompts]
+    found = runner.run(Work(made, ["task"] * len(made)))
+    assert [request.prompt for request in generator.submitted] == sorted(set(prompts))
+    assert [outcome.tokens for outcome in found] == [(len(prompt),) for prompt in prompts]
+    assert runner.run(Work(made, ["task"] * len(made))) == found and len(generator.submitted) == len(set(prompts))
