@@ -48,6 +48,7 @@ def test_paired_counts() -> None:
     assert (found.first, found.second, found.better, found.worse, found.count) == (0.5, 0.75, 2, 1, 4)
     assert found.p == 1.0 and found.low <= 0.25 <= found.high
     assert paired([0.2, 0.5], [0.4, 0.1]).p is None
+    assert paired([0.0, 0.5], [1.0, 1.0]).p is None and paired([0.0, 1.0], [1.0, 0.5]).p is None
 
 
 def results(**ours: Any) -> dict[str, Any]:
