@@ -213,3 +213,22 @@ def test_requests_run_in_the_order_of_their_tokens_and_each_once() -> None:
     assert [request.prompt for request in generator.submitted] == sorted(set(prompts))
     assert [outcome.tokens for outcome in found] == [(len(prompt),) for prompt in prompts]
     assert runner.run(Work(made, ["task"] * len(made))) == found and len(generator.submitted) == len(set(prompts))
+
+
+def test_an_evaluation_within_training_is_left_if_any_process_was_asked_to_stop() -> None:
+    from llm_parallel.evaluate.runner import Work
+    from llm_parallel.evaluate.together import GivenUp, Together
+
+    generator: Any = OneByOne()
+    generator.replica, generator.groups = (0, 1), SimpleNamespace(at=SimpleNamespace(tp=0, pp=0))
+    for stops in (False, True):
+        channel: Any = SimpleNamespace(
+            tell=lambda message: message, everybodys=lambda said, stops=stops: [said, (stops, [])]
+        )
+        together = Together(generator, channel, lambda: False)
+        work = Work([Request(0, (1, 2), Sampling(max_new_tokens=1))], ["task"])
+        if stops:
+            with pytest.raises(GivenUp):
+                together.run(work)
+        else:
+            assert [outcome.tokens for outcome in together.run(work)] == [(2,)]
