@@ -56,6 +56,16 @@ def follow_rank_0(request: EvaluateRequest, member: Member) -> None:
         close_groups()
 
 
+def context_of(request: EvaluateRequest, limit: int) -> int:
+    """Tokens to which prompts are cut: the model's context unless ``request`` gives fewer, and never what the memory of
+    the moment has room for, since scores must not depend on it. Raises UserError."""
+    if request.context is None:
+        return limit
+    if request.context > limit:
+        raise UserError(f"--context is {request.context}, and the model's is {limit} tokens; give at most that")
+    return request.context
+
+
 Opened = tuple[Any, Callable[[], dict[str, Any]]]
 """A model of lm-eval, and what the results say about it once it has answered."""
 
@@ -78,7 +88,7 @@ def open_engine(request: EvaluateRequest, member: Member, record_path: Path | No
             note(f"[{record.num_found} answers of an earlier evaluation are in {record_path}; they are used again]")
         control, generator = Control(loaded.network.groups, LONGEST_S), _generator(request, opened)
         begin = _begin(request, opened)
-        context = min(config.model.max_seq_length_tokens, generator.limits.num_pages * generator.limits.page_tokens)
+        context = context_of(request, config.model.max_seq_length_tokens)
         encoder = open_encoder(config) if request.chat else None
         texts = Texts(opened.tokenizer, begin, opened.ends, context, encoder)
         runner = Runner(generator, control, record)

@@ -66,6 +66,8 @@ class EvaluateRequest:
     """Whether texts begin with the begin token; by default what the tokenizer's files say."""
     max_running: int = 64
     """Requests in work at a time."""
+    context: int | None = None
+    """Tokens to which prompts are cut from their beginning; by default the model's context."""
     cache_tokens: int | None = None
     """Tokens that the cache holds; by default what a quarter of the free memory can."""
     sandbox: str = "auto"
@@ -83,8 +85,9 @@ class EvaluateRequest:
         for name in ("tp", "pp", "max_running"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.new_tokens is not None and self.new_tokens < 1:
-            raise UserError(f"--new-tokens is {self.new_tokens}; it must be at least 1")
+        for name in ("new_tokens", "context"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.limit is not None and (self.limit <= 0 or (self.limit > 1 and self.limit != int(self.limit))):
             raise UserError(f"--limit is {self.limit}; it must be at least 1, or a share between 0 and 1")
         if self.shots is not None and self.shots < 0:
@@ -98,7 +101,7 @@ class EvaluateRequest:
         if self.is_server and self.curve:
             raise UserError("--curve is given for a model behind an address; it is for the checkpoints of a run")
         if self.is_server:
-            for name in ("tp", "pp", "weights", "deterministic", "bos", "cache_tokens"):
+            for name in ("tp", "pp", "weights", "deterministic", "bos", "context", "cache_tokens"):
                 if getattr(self, name) != EvaluateRequest.__dataclass_fields__[name].default:
                     raise UserError(
                         f"--{name.replace('_', '-')} is given for a model behind an address, which decides that itself"

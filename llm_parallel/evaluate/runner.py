@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from llm_parallel.errors import UserError
 from llm_parallel.evaluate.record import Outcome, Record
 from llm_parallel.generate.engine import Generator
 from llm_parallel.generate.requests import Request
@@ -17,6 +18,7 @@ from llm_parallel.serve.followers import Command, Control, Submit, apply
 WAITING = 2
 """Requests that wait beside those in work, as a multiple of them."""
 PROGRESS_S = 10.0
+MORE_ROOM = "give --cache-tokens if there is memory for more, a smaller --context, or more processes by --tp or --pp"
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -29,6 +31,17 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle)
     return low
+
+
+def check_room(work: Work, cache_tokens: int, remedy: str) -> None:
+    """Raises UserError if the cache cannot hold one of the requests, with ``remedy``."""
+    for request, task in zip(work.requests, work.tasks):
+        length = len(request.prompt) + (0 if request.candidates else request.sampling.max_new_tokens)
+        if length > cache_tokens:
+            raise UserError(
+                f"a request of {task} has {length:,} tokens with its answer, and the cache holds {cache_tokens:,}; "
+                f"{remedy}"
+            )
 
 
 @dataclass
@@ -107,6 +120,7 @@ class Runner:
 
     def _answer(self, work: Work, order: Sequence[int], keys: Sequence[str], progress: _Progress) -> None:
         generator = self._generator
+        check_room(work, generator.limits.num_pages * generator.limits.page_tokens, MORE_ROOM)
         room = generator.limits.max_running * (1 + WAITING)
         checked = {number: generator.checked(replace(work.requests[number], number=number)) for number in order}
         waiting, in_work = list(reversed(order)), 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from llm_parallel.evaluate.record import Outcome, Record
-from llm_parallel.evaluate.runner import Tokens, Work
+from llm_parallel.evaluate.runner import Tokens, Work, check_room
 from llm_parallel.generate.engine import Generator
 from llm_parallel.generate.requests import Request
 from llm_parallel.parallel.groups import Groups
@@ -82,6 +82,8 @@ class Together:
     def run(self, work: Work) -> list[Outcome]:
         """On rank 0: the outcomes, in the order of the requests. Raises UserError for a request that the model has no
         room for, and GivenUp."""
+        limits = self._generator.limits
+        check_room(work, limits.num_pages * limits.page_tokens, "half of the free memory has no room for it")
         keys = [self._record.key(request) for request in work.requests]
         first = {key: number for number, key in reversed(list(enumerate(keys))) if self._record.get(key) is None}
         order = sorted(first.values(), key=lambda number: work.requests[number].prompt)

@@ -121,7 +121,7 @@ class TaskScoring:
             self._opened = open_tasks(self._config.evaluate)
         programs, tasks = self._opened
         wanted = self._config.evaluate
-        texts = self._texts(generator)
+        texts = self._texts()
         name = f"{run.config.run_dir} step {run.state.step}"
         info = {"model": name, "model_dtype": run.config.train.precision, "model_sha": name, "model_args": {}}
         lm = EngineLM(texts, together, info)
@@ -141,18 +141,17 @@ class TaskScoring:
         }  # fmt: skip
         return merged(results, facts)
 
-    def _texts(self, generator: Generator) -> Texts:
+    def _texts(self) -> Texts:
         from llm_parallel.evaluate.lm import Texts
 
         config = self._config
         beside = Path(str(config.data.tokenizer))
         folders = [beside if beside.is_dir() else beside.parent]
-        limits = generator.limits
         return Texts(
             self._tokenizer,
             tuple(prompt_prefix(self._tokenizer, folders)),
             frozenset(end_tokens(self._tokenizer, folders)),
-            min(config.model.max_seq_length_tokens, limits.num_pages * limits.page_tokens),
+            config.model.max_seq_length_tokens,
             open_encoder(config) if config.evaluate.chat else None,
         )
 

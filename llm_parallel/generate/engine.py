@@ -38,7 +38,7 @@ CACHE_SHARE = 0.25
 class GeneratorOptions:
     """max_running: answers in work at a time; pass_tokens: tokens of one pass, prompts in chunks; page_tokens: tokens
     of a page of the cache; cache_tokens: tokens that the cache holds, by default as many as ``max_running`` texts of
-    the model's full context, if a quarter of the free memory is enough for them."""
+    the model's full context, if a quarter of the free memory is enough for them; one such text may take a half."""
 
     max_running: int = 64
     pass_tokens: int = 512
@@ -381,5 +381,6 @@ def _num_pages(network: Network, options: GeneratorOptions) -> int:
     fits = torch.tensor(int(share / LayerCache.bytes_per_token(models)), device=groups.platform.device)
     if groups.mesh.world_size > 1:
         dist.all_reduce(fits, op=dist.ReduceOp.MIN)
-    tokens = min(options.max_running * context, max(int(fits), options.page_tokens))
+    at_least = max(min(context, 2 * int(fits)), options.page_tokens)
+    tokens = min(options.max_running * context, max(int(fits), at_least))
     return -(-tokens // options.page_tokens)

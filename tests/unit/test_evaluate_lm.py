@@ -179,7 +179,8 @@ class OneByOne:
     """A generator that answers the request that came first, with its number of tokens."""
 
     def __init__(self) -> None:
-        self.limits, self.scheduler = SimpleNamespace(max_running=2), SimpleNamespace(num_computed=0)
+        self.limits = SimpleNamespace(max_running=2, num_pages=2, page_tokens=4)
+        self.scheduler = SimpleNamespace(num_computed=0)
         self.submitted: list[Request] = []
         self._waiting: list[Request] = []
 
@@ -232,3 +233,51 @@ def test_an_evaluation_within_training_is_left_if_any_process_was_asked_to_stop(
                 together.run(work)
         else:
             assert [outcome.tokens for outcome in together.run(work)] == [(2,)]
+
+
+def test_a_request_that_the_cache_has_no_room_for_is_refused_and_not_cut() -> None:
+    """The room depends on the memory of the moment, and scores must not."""
+    from llm_parallel.evaluate.runner import Runner, Work
+    from llm_parallel.evaluate.together import Together
+
+    generator: Any = OneByOne()
+    generator.replica = (0, 1)
+    several = [Request(0, (2,) * length, Sampling(max_new_tokens=1)) for length in (7, 8)]
+    runner = Runner(generator, SimpleNamespace(share=lambda commands: commands), Record(None, "mark"))  # type: ignore[arg-type]
+    runner.run(Work(several[:1], ["task"]))
+    said = (
+        "a request of task has 9 tokens with its answer, and the cache holds 8; give --cache-tokens if there is memory"
+    )
+    with pytest.raises(UserError, match=said):
+        runner.run(Work(several, ["other", "task"]))
+    with pytest.raises(UserError, match=r"of task has 9 tokens .* holds 8; half of the free memory has no room for it"):
+        Together(generator, None, lambda: False).run(Work(several, ["other", "task"]))  # type: ignore[arg-type]
+    assert len(generator.submitted) == 1
+
+
+@pytest.mark.parametrize(("free_tokens", "wanted"), [(10**6, 64 * 512), (4000, 1000), (1400, 512), (900, 464), (8, 16)])
+def test_the_cache_holds_a_whole_context_if_half_of_the_memory_does(
+    free_tokens: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default a quarter of what is free, in whole pages of 16 tokens."""
+    from llm_parallel.generate import engine
+
+    monkeypatch.setattr(engine.LayerCache, "bytes_per_token", lambda _: 10)
+    platform = SimpleNamespace(free_bytes=lambda: 10 * free_tokens, is_cuda=True, device="cpu")
+    groups = SimpleNamespace(platform=platform, mesh=SimpleNamespace(world_size=1))
+    model = SimpleNamespace(model_config=SimpleNamespace(max_seq_length_tokens=512))
+    network: Any = SimpleNamespace(models=[model], groups=groups)
+    found = engine._num_pages(network, engine.GeneratorOptions())
+    assert 16 * found == pytest.approx(wanted, abs=16) and 16 * found >= min(wanted, free_tokens // 2)
+
+
+def test_prompts_are_cut_to_the_models_context_or_to_a_smaller_one() -> None:
+    from llm_parallel.evaluate.open import context_of
+    from llm_parallel.evaluate.request import EvaluateRequest
+
+    assert context_of(EvaluateRequest("m"), 512) == 512
+    assert context_of(EvaluateRequest("m", context=128, cache_tokens=64), 512) == 128
+    with pytest.raises(UserError, match="--context is 513, and the model's is 512 tokens; give at most that"):
+        context_of(EvaluateRequest("m", context=513), 512)
+    with pytest.raises(UserError, match="--context is 0; it must be at least 1"):
+        EvaluateRequest("m", context=0)
