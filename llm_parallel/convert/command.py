@@ -44,7 +44,6 @@ def convert_command(
     if Path(source).resolve() == Path(target).resolve():
         raise UserError(f"{source} is source and target; give another folder for what is written")
     wanted = DTYPES[dtype] if dtype is not None else None
-    source = newest_said(source)
     config = describe_folder(source)
     if merge and config.adapter is None:
         raise UserError(f"{source} holds no adapters that could be merged; leave --merge out")
@@ -52,6 +51,7 @@ def convert_command(
         raise UserError(
             f"{source} is a PEFT adapter; begin a run from it by adapter.load, or merge it into its model by --merge"
         )
+    source = newest_said(source)
     count = parameter_count(config.model).total
     to_hf = not is_hf_folder(source)
     started = time.perf_counter()

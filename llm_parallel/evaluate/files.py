@@ -110,8 +110,11 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _table_rows(text: str, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(max(len(text), 1))  # of this process, where other readers may have set another
-    lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    before = csv.field_size_limit(max(len(text), 1))  # of all of this process, whose other readers have their own
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    finally:
+        csv.field_size_limit(before)
     if not lines:
         return
     names = [name.strip() for name in lines[0]]

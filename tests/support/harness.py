@@ -35,6 +35,7 @@ def _child(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
         )
+        dist.barrier()  # ``fn`` may destroy this group at once, and another rank may still be connecting
         out.put((rank, True, fn(rank, world_size, *args)))
         if dist.is_initialized():  # else fn ended the job itself
             dist.barrier()
