@@ -336,12 +336,12 @@ class Controller:
         await self._recover()
 
     async def _end(self, done: bool) -> None:
-        """All workers have saved. Memory copies are removed when the step that they hold is complete on disk."""
+        """All have saved, perhaps a step not heard of yet. Copies in memory go if their step is complete on disk."""
         saved = await asyncio.to_thread(self._newest_step)
         keep = saved < self.fleet.step
-        self.journal.event("end" if done else "stopped", step=self.fleet.step,
-                           cause=f"the newest complete checkpoint is of step {saved}; memory copies are kept"
-                           if keep else None)  # fmt: skip
+        self.fleet.step = max(self.fleet.step, saved)
+        kept = f"the newest complete checkpoint is of step {saved}; memory copies are kept" if keep else None
+        self.journal.event("end" if done else "stopped", step=self.fleet.step, cause=kept)
         raise Stopped(0 if done else EXIT_STOPPED, Phase.FINISHED if done else Phase.STOPPED, keep)
 
     def _better_layout_now(self) -> bool:

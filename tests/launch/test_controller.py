@@ -216,3 +216,20 @@ def test_a_layout_that_holds_more_of_the_model_is_in_the_status(tmp_path: Path) 
     out = io.StringIO()
     show_status(tmp_path / "run", Console(file=out, width=120))
     assert crowd["cause"] in out.getvalue().split("Nodes")[0]
+
+
+@pytest.mark.parametrize(("later", "kept"), [(1, False), (-1, True)])
+def test_a_run_that_stops_tells_the_step_that_was_saved(later: int, kept: bool, tmp_path: Path) -> None:
+    """Workers may make a step, save it and end before the sign of life that would tell of it."""
+    nodes = Nodes(config_of(tmp_path), FOUR)
+
+    async def act(story: Story) -> None:
+        await story.training(4)
+        nodes.make_steps(3)
+        await story.heard_of(nodes.step)
+        story.controller._newest_step = lambda: nodes.step + later
+
+    status, story = play(nodes.config, nodes, act)
+    (stopped,) = story.events("stopped")
+    assert status == EXIT_STOPPED and stopped["step"] == nodes.step + max(later, 0)
+    assert (stopped.get("cause") is not None) == kept
