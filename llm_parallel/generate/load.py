@@ -164,9 +164,9 @@ def load_model(
         check_packable(platform.device)
     layout = Layout.from_config(config, member.world_size)
     groups = open_groups(layout, member.rank, platform, config.seed)
-    if not (is_hf_folder(path) or is_peft_folder(path)):  # a run may save another checkpoint while processes look
-        path = groups.of_first_rank(str(find_checkpoint(path)) if groups.is_first_rank else None)
     try:
+        if not (is_hf_folder(path) or is_peft_folder(path)):  # a run may save another checkpoint while processes look
+            path = groups.of_first_rank(str(find_checkpoint(path)) if groups.is_first_rank else None)
         return _loaded(path, config, groups, weights, adapters)
     except BaseException:
         close_groups()  # the next model of this process can be opened

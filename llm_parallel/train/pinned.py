@@ -4,7 +4,6 @@ that were meant at the first start are noted, and every later start and every pr
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,26 +35,40 @@ def pinned(config: RunConfig, groups: Groups) -> tuple[RunConfig, list[str]]:
 
 
 def _choose(paths: list[str], file: Path) -> tuple[dict[str, str], list[str]]:
-    known: dict[str, str] = {}
-    with suppress(OSError, ValueError):
-        known = dict(json.loads(file.read_text(encoding="utf-8")))
-    chosen, said = dict[str, str](), list[str]()
+    known, said = _noted(file)
+    chosen, noted = dict[str, str](), dict[str, str]()
     for path in paths:
         before = known.get(path)
         found = _meant(path) if before is None or not is_complete(Path(before)) else before
         if found is None:
+            if before is not None:  # which may come back, as a file system that is not mounted does
+                noted[path] = before
             continue
-        chosen[path] = found
+        chosen[path] = noted[path] = found
         if before not in (None, found):
             said.append(f"{before}, which the run began with, does not exist any longer; {found} takes its place")
-    if chosen != known:
+    if noted != known:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as handle:
-                json.dump(chosen, handle, indent=2)
+                json.dump(noted, handle, indent=2)
         except OSError as error:
             said.append(f"{file} cannot be written ({error.strerror}); a later start takes what is newest then")
     return chosen, said
+
+
+def _noted(file: Path) -> tuple[dict[str, str], list[str]]:
+    """What an earlier start noted, and a sentence if that cannot be read."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and all(isinstance(value, str) for value in known.values()):
+            return known, []
+        reason = "it is no object of paths"
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no JSON"
+    return {}, [f"{file} cannot be read ({reason}), so what is newest now is taken"]
 
 
 def _meant(path: str) -> str | None:
