@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -17,6 +17,7 @@ from llm_parallel.errors import UserError
 from llm_parallel.evaluate.record import Outcome, Record
 from llm_parallel.generate.requests import Finished, Reason, Request
 from llm_parallel.generate.sampling import Sampling
+from tests.support import made_up_model
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed (pip install 'llm-parallel[evaluate]')", allow_module_level=True)
@@ -25,10 +26,7 @@ WORDS = ["<s>", "</s>", "a", "b", "c", "d", "e", ".", ";"]
 BEGIN, END = 0, 1
 
 
-def log_probs(prefix: tuple[int, ...]) -> np.ndarray:
-    """A made-up model: the distribution of the token after a text, of which each token counts."""
-    weights = np.array([1.0 + (7 * token + 3 * sum(prefix) + len(prefix)) % 11 for token in range(len(WORDS))])
-    return np.log(weights / weights.sum())
+log_probs = partial(made_up_model.log_probs, vocabulary=len(WORDS))
 
 
 class Asked:
@@ -40,16 +38,7 @@ class Asked:
 
     def run(self, work: Any) -> list[Outcome]:
         self.requests += work.requests
-        return [self._answer(request) for request in work.requests]
-
-    def _answer(self, request: Request) -> Outcome:
-        text, scores = request.prompt, list[tuple[float, int]]()
-        for place in range(request.scores_from, len(text)) if request.prompt_log_probs is not None else ():
-            found = log_probs(text[:place])
-            scores.append((float(found[text[place]]), int(found.argmax())))
-        last = log_probs(text)
-        scores += [(float(last[token]), -1) for token in request.candidates]
-        return Outcome(self._writes or (int(last.argmax()),), tuple(scores), "length")
+        return [made_up_model.answered(request, len(WORDS), self._writes) for request in work.requests]
 
 
 def model(

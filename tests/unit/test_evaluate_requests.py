@@ -7,10 +7,10 @@ import importlib.util
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +25,7 @@ from llm_parallel.generate.pages import PagePool
 from llm_parallel.generate.requests import Request
 from llm_parallel.generate.sampling import Sampling
 from llm_parallel.generate.scheduler import Limits, Scheduler
+from tests.support import made_up_model
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed (pip install 'llm-parallel[evaluate]')", allow_module_level=True)
@@ -32,23 +33,10 @@ if importlib.util.find_spec("lm_eval") is None:
 VOCABULARY = 5
 
 
-def log_probs(prefix: tuple[int, ...]) -> np.ndarray:
-    """A made-up model: the distribution of the token after a text."""
-    weights = np.array([1.0 + (7 * token + 3 * sum(prefix) + len(prefix)) % 11 for token in range(VOCABULARY)])
-    return np.log(weights / weights.sum())
-
-
-def answered(request: Request) -> Outcome:
-    """What a generator with that model gives."""
-    text, scores = request.prompt, list[tuple[float, int]]()
-    for place in range(request.scores_from, len(text)) if request.prompt_log_probs is not None else ():
-        found = log_probs(text[:place])
-        scores.append((float(found[text[place]]), int(found.argmax())))
-    last = log_probs(text)
-    scores += [(float(last[token]), -1) for token in request.candidates]
-    return Outcome((int(last.argmax()),), tuple(scores), "length")
-
-
+log_probs, answered = (
+    partial(made_up_model.log_probs, vocabulary=VOCABULARY),
+    partial(made_up_model.answered, vocabulary=VOCABULARY),
+)
 tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=6)
 
 
